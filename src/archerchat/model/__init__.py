@@ -1,0 +1,1 @@
+"""The transformer, its attention, its loss; imports torch and itself, nothing else."""

@@ -1,0 +1,1 @@
+"""THE step loop and the recipes on it."""
