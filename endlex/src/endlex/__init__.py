@@ -1,0 +1,1 @@
+"""Endlex: telemetry that lives in a local journal first."""
