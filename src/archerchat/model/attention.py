@@ -1,0 +1,190 @@
+"""Causal attention, optionally over a sliding window, behind one function (SPEC section 2).
+
+Four backends compute the same thing:
+
+- `sdpa`    torch's fused attention. Windows are computed in blocks of queries that see only
+            the keys they can reach, so they never cost more than a full layer. Runs everywhere.
+- `matmul`  two matrix products around a softmax, in the same blocks. On CPUs it beats the fused
+            kernel at short lengths, where scores fit in the cache (docs/LOG.md has figures).
+- `flex`    FlexAttention with a block mask: skips what the window hides. CUDA with a compiler.
+- `flash`   the `flash_attn` packages (versions 3 and 2), where installed.
+
+`choose_backend` decides once, at start-up; nothing is decided inside the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Backend = Literal["sdpa", "matmul", "flex", "flash"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+MATMUL_MAX_KEYS = 1024
+"""Longest row of scores that the `matmul` backend keeps in memory; beyond it, `sdpa` takes over."""
+
+
+def choose_backend(
+    device: torch.device, dtype: torch.dtype, forced: str | None = None
+) -> tuple[Backend, str]:
+    """Pick the fastest backend that works on `device`, and say why.
+
+    Args:
+        forced: a backend's name; it is checked, not second-guessed.
+
+    Raises:
+        ValueError: the forced backend is unknown or cannot run here.
+    """
+    if forced is not None:
+        if forced not in BACKENDS:
+            raise ValueError(f"attention backend {forced!r} is not one of {', '.join(BACKENDS)}")
+        if forced == "flash" and flash_module(device, dtype) is None:
+            raise ValueError(
+                "attention backend 'flash' needs a CUDA device, a 16-bit dtype and the "
+                "flash_attn package; leave the backend out to get the best one that works here"
+            )
+        return forced, "forced"
+    if device.type == "cuda":
+        module = flash_module(device, dtype)
+        if module is not None:
+            return "flash", f"{module} is installed"
+        if importlib.util.find_spec("triton") is not None:
+            return "flex", "CUDA without flash_attn"
+        return "sdpa", "CUDA without flash_attn or Triton"
+    if device.type == "cpu":
+        return "matmul", f"CPU; rows of more than {MATMUL_MAX_KEYS} keys go to sdpa"
+    return "sdpa", f"device {device.type}"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Tensor:
+    """Attend causally: the query at t sees keys t-window .. t, scaled by 1/sqrt(D).
+
+    Args:
+        q: (B, T, H, D).
+        k: (B, T, K, D); query head i reads head floor(i * K / H).
+        v: (B, T, K, D).
+        window: how far back a query sees; T-1 or more means everything before it.
+
+    Returns:
+        (B, T, H, D) in q's dtype.
+    """
+    window = min(window, q.size(1) - 1)
+    if backend == "flash":
+        return _attend_flash(q, k, v, window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
+    if backend == "flex":
+        out = _attend_flex(q, k, v, window)
+    else:
+        out = _attend_blocks(q, k, v, window, backend)
+    return out.transpose(1, 2)
+
+
+def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Tensor:
+    """Cut queries into blocks when the window hides enough for that to save work."""
+    length, kernel = q.size(2), _softmax_matmul if backend == "matmul" else _sdpa
+    if window >= length - 1:
+        return kernel(q, k, v, None)
+    block = _block_size(length, window)
+    if block is None:
+        return kernel(q, k, v, _band_mask(length, length, window, 0, q.device))
+    outputs = []
+    for start in range(0, length, block):
+        stop, first = min(start + block, length), max(0, start - window)
+        mask = _band_mask(stop - start, stop - first, window, start - first, q.device)
+        outputs.append(kernel(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask))
+    return torch.cat(outputs, dim=2)
+
+
+def _block_size(length: int, window: int) -> int | None:
+    """Return how many queries to take at a time, or None where one block is as cheap.
+
+    A block of b queries forms b * (b + window) scores, so b = window doubles the bare minimum
+    and halves the number of kernels; full layers form length^2 (or half, fused).
+    """
+    block = max(64, window)
+    return block if block + window < length else None
+
+
+@functools.lru_cache(maxsize=64)
+def _band_mask(queries: int, keys: int, window: int, offset: int, device: torch.device) -> Tensor:
+    """Return (queries, keys) booleans: which key each query sees; query 0 is key `offset`."""
+    t = torch.arange(queries, device=device)[:, None] + offset
+    s = torch.arange(keys, device=device)[None, :]
+    return (s <= t) & (s >= t - window)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+    )
+
+
+def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Materialise the scores: products in the compute dtype, softmax in float32."""
+    if k.size(2) > MATMUL_MAX_KEYS:
+        return _sdpa(q, k, v, mask)
+    if mask is None:
+        mask = _band_mask(q.size(2), k.size(2), k.size(2), k.size(2) - q.size(2), q.device)
+    groups = q.size(1) // k.size(1)
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    scores = (q @ k.transpose(2, 3)).float() * (1 / math.sqrt(q.size(3)))
+    return scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(v.dtype) @ v
+
+
+@functools.cache
+def _flex_kernel() -> Callable[..., Any]:
+    """Compile FlexAttention once: uncompiled it materialises every score."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _flex_mask(length: int, window: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= query - window)
+
+    return create_block_mask(visible, None, None, length, length, device=str(device))
+
+
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        from torch.nn.attention.flex_attention import flex_attention as kernel
+    else:
+        kernel = _flex_kernel()
+    mask = _flex_mask(q.size(2), window, q.device)
+    out: Tensor = kernel(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    return out
+
+
+def flash_module(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Name the installed FlashAttention package that runs on `device`, or None."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    major = torch.cuda.get_device_capability(device)[0]
+    if major == 9 and importlib.util.find_spec("flash_attn_interface") is not None:
+        return "flash_attn_interface"
+    if major >= 8 and importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attn"
+    return None
+
+
+def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    name = flash_module(q.device, q.dtype)
+    assert name is not None, "choose_backend lets 'flash' through only where it runs"
+    out = importlib.import_module(name).flash_attn_func(
+        q, k, v, causal=True, window_size=(window, 0)
+    )
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result

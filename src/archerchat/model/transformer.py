@@ -1,0 +1,226 @@
+"""The transformer of SPEC section 2: one file, one forward, every formula in sight.
+
+Master weights are float32 and cast to the compute dtype inside each linear layer; the two
+kinds of embedding tables, which only gather, are stored in bfloat16 when that is the compute
+dtype. `Transformer.hidden` stops before the unembedding, so that training can form the logits
+a few tokens at a time (`model/loss.py`); `forward` returns logits.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archerchat.model.attention import Backend, attend
+from archerchat.model.config import ModelConfig
+from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
+from archerchat.model.loss import LOGIT_CAP
+
+ROTARY_BASE = 100_000.0
+QK_GAIN = 1.2
+NORM_EPSILON = 1.1920929e-07
+"""float32's machine epsilon, in bfloat16 too."""
+
+
+def norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square over the last dimension; there is no learned gain."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON)
+
+
+def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines (T, 1, D/2) of position * base^(-2j/D)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float()[:, None] * ROTARY_BASE ** (-exponents / head_dim)
+    return angles.cos().to(dtype)[:, None, :], angles.sin().to(dtype)[:, None, :]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate (B, T, heads, D) by its positions, pairing the first half with the second."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose float32 weight is cast to its input's dtype."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """A table that gathers in its storage dtype."""
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.weight)
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions, normalised queries and keys, and GQA."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim, self.window = config.head_dim, config.windows[layer]
+        self.backend: Backend = backend
+        self.query = Linear(config.model_dim, config.model_dim)
+        self.key = Linear(config.model_dim, config.kv_dim)
+        self.value = Linear(config.model_dim, config.kv_dim)
+        self.output = Linear(config.model_dim, config.model_dim)
+        self.value_gate = (
+            Linear(VALUE_GATE_CHANNELS, config.num_kv_heads)
+            if config.has_value_embedding(layer)
+            else None
+        )
+
+    def forward(
+        self, h: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Map normalised activations (B, T, C) to the branch's output (B, T, C)."""
+        batch, length, _ = h.shape
+        q = self.query(h).view(batch, length, self.num_heads, self.head_dim)
+        k = self.key(h).view(batch, length, self.num_kv_heads, self.head_dim)
+        v = self.value(h).view(batch, length, self.num_kv_heads, self.head_dim)
+        if self.value_gate is not None:
+            assert value_embedding is not None
+            gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate[..., None] * value_embedding.view_as(v)
+        q, k = (norm(rotate(x, *rotary)) * QK_GAIN for x in (q, k))
+        y = attend(q, k, v, self.window, self.backend)
+        return self.output(y.reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """Widen four times, relu squared, narrow again."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.model_dim, 4 * config.model_dim)
+        self.down = Linear(4 * config.model_dim, config.model_dim)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(h)).square())
+
+
+class Block(nn.Module):
+    """One attention and one MLP branch on the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer, backend)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        x = x + self.attention(norm(x), value_embedding, rotary)
+        return x + self.mlp(norm(x))
+
+
+class Transformer(nn.Module):
+    """Predict the next token's logits.
+
+    Args:
+        config: the shape.
+        compute_dtype: of activations and matrix products.
+        backend: the attention backend of every layer (`attention.choose_backend`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        backend: Backend = "sdpa",
+    ) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        layers, dim, vocab = range(config.num_layers), config.model_dim, config.padded_vocab_size
+        self.token_embedding = Embedding(vocab, dim)
+        self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in layers)
+        self.value_embeddings = nn.ModuleDict(
+            {
+                str(i): Embedding(vocab, config.kv_dim)
+                for i in layers
+                if config.has_value_embedding(i)
+            }
+        )
+        self.unembedding = Linear(dim, vocab)
+        self.residual_lambdas = nn.Parameter(torch.ones(config.num_layers))
+        self.input_lambdas = nn.Parameter(torch.zeros(config.num_layers))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.zeros(1))
+        if compute_dtype == torch.bfloat16:
+            for table in (self.token_embedding, *self.value_embeddings.values()):
+                table.to(torch.bfloat16)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unembedding.weight.device
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw the initial values of SPEC section 2, the same on every device for one seed."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def fill(parameter: Tensor, kind: str, low: float, high: float) -> None:
+            draw = torch.empty(parameter.shape)
+            if kind == "normal":
+                draw.normal_(low, high, generator=generator)
+            else:
+                draw.uniform_(low, high, generator=generator)
+            parameter.copy_(draw)
+
+        layers, bound = self.config.num_layers, math.sqrt(3 / self.config.model_dim)
+        fill(self.token_embedding.weight, "normal", 0.0, 0.8)
+        fill(self.unembedding.weight, "normal", 0.0, 0.001)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            for matrix in (block.attention.query, block.attention.key, block.attention.value):
+                fill(matrix.weight, "uniform", -bound, bound)
+            fill(block.mlp.up.weight, "uniform", -0.4 * bound, 0.4 * bound)
+            block.attention.output.weight.zero_()
+            block.mlp.down.weight.zero_()
+            if block.attention.value_gate is not None:
+                fill(block.attention.value_gate.weight, "uniform", 0.0, 0.02)
+        for table in self.value_embeddings.values():
+            fill(table.weight, "uniform", -bound, bound)
+        fill(self.smear_gate.weight, "uniform", 0.0, 0.02)
+        depth = torch.arange(layers) / max(layers - 1, 1)
+        self.residual_lambdas.copy_(1.15 - 0.10 * depth)
+        self.input_lambdas.copy_(0.20 - 0.15 * depth)
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+
+    def hidden(self, token_ids: Tensor) -> Tensor:
+        """Map token ids (B, T) to the unembedding's input (B, T, C) in the compute dtype."""
+        length = token_ids.size(1)
+        positions = torch.arange(length, device=token_ids.device)
+        rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
+        x = norm(self.token_embedding(token_ids).to(self.compute_dtype))
+        x = self._smear(x)
+        x0, middle = x, x
+        for i, block in enumerate(self.blocks):
+            x = self.residual_lambdas[i] * x + self.input_lambdas[i] * x0
+            table = self.value_embeddings[str(i)] if str(i) in self.value_embeddings else None
+            value = None if table is None else table(token_ids).to(self.compute_dtype)
+            x = block(x, value, rotary)
+            if i == self.config.num_layers // 2:
+                middle = x
+        return norm(x - self.backout_lambda.to(x.dtype) * middle)
+
+    def _smear(self, x: Tensor) -> Tensor:
+        """Add to each position a gated copy of the one before it; (B, T, C) to the same."""
+        here, before = x[:, 1:], x[:, :-1]
+        gate = torch.sigmoid(self.smear_gate(here[..., :SMEAR_CHANNELS]))  # (B, T-1, 1)
+        return torch.cat([x[:, :1], here + self.smear_lambda.to(x.dtype) * gate * before], dim=1)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Map token ids (B, T) to capped float32 logits (B, T, vocab_size)."""
+        logits = self.unembedding(self.hidden(token_ids))[..., : self.config.vocab_size]
+        return LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)

@@ -1,0 +1,81 @@
+"""Muon on stacks of equal-shaped matrices (SPEC section 3).
+
+Momentum, then orthogonalisation by five Polar Express steps (arXiv 2505.16932), a normalised
+variance reduction (NorMuon, arXiv 2510.05491), and a decoupled decay that acts only where it
+agrees with the update.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+TINY = 1e-10
+VARIANCE_DECAY = 0.9
+
+
+def frobenius(x: Tensor) -> Tensor:
+    """Return each matrix's Frobenius norm, (n, 1, 1) float32, never below 1e-10."""
+    return x.float().square().sum(dim=(-2, -1), keepdim=True).sqrt().clamp(min=TINY)
+
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """Return an approximation of each matrix's polar factor, (n, out, in) in g's dtype."""
+    x = (g.float() / (1.01 * frobenius(g) + 1e-6)).to(g.dtype)
+    tall = g.size(-2) > g.size(-1)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x.mT @ x if tall else x @ x.mT
+        polynomial = b * gram + c * (gram @ gram)
+        x = a * x + (x @ polynomial if tall else polynomial @ x)
+    return x
+
+
+def variance_shape(shape: torch.Size) -> tuple[int, ...]:
+    """Return the shape of the second-moment buffer of a stack (n, out, in)."""
+    n, rows, columns = shape
+    return (n, rows, 1) if rows >= columns else (n, 1, columns)
+
+
+def muon_update(
+    parameters: Tensor,
+    gradients: Tensor,
+    momentum_buffer: Tensor,
+    variance_buffer: Tensor,
+    rate: Tensor,
+    weight_decay: Tensor,
+    momentum: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the updated stack; both buffers are updated in place.
+
+    Args:
+        parameters, gradients, momentum_buffer: (n, out, in) float32.
+        variance_buffer: `variance_shape` of that, float32, starting from zero.
+        rate, weight_decay, momentum: 0-dim float32 tensors.
+        dtype: in which to orthogonalise; the compute dtype.
+    """
+    rows, columns = parameters.shape[-2:]
+    momentum_buffer.lerp_(gradients, 1 - momentum)
+    g = torch.lerp(gradients, momentum_buffer, momentum)
+    row_norms = g.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
+    g = orthogonalize((g * (frobenius(g) / math.sqrt(rows) / row_norms)).to(dtype)).float()
+    g = g * (math.sqrt(min(rows, columns)) / frobenius(g))
+
+    before = frobenius(g)
+    variance = g.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
+    variance_buffer.lerp_(variance, 1 - VARIANCE_DECAY)
+    g = g * variance_buffer.clamp(min=TINY).rsqrt()
+    g = g * (before / frobenius(g))
+
+    rate = rate * math.sqrt(max(1.0, rows / columns))
+    agrees = (g * parameters >= 0).float()
+    return parameters - rate * g - rate * weight_decay * parameters * agrees
