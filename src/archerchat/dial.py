@@ -1,0 +1,308 @@
+"""The depth dial: one number decides every other hyper-parameter (SPEC section 1).
+
+Width, heads, horizon, batch, learning rates, weight decay and iterations all follow from
+the depth; each can be overridden, and whatever depends on it follows. Pure functions from
+a `DialConfig` and a vocabulary size to frozen results: nothing here looks at a device.
+
+The scales are anchored at depth 12, where rates were tuned. The batch grows with the
+horizon as D^0.383; rates grow with the square root of the batch; the decay of the weights
+keeps its time scale, measured in batches over the horizon, constant.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+from archerchat.errors import UsageError
+from archerchat.model.config import ModelConfig
+from archerchat.model.flops import ParameterCounts, count_parameters, flops_per_token
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH_TOKENS = 2**19
+REFERENCE_MODEL_DIM = 768
+BATCH_EXPONENT = 0.383
+RESID_LAMBDA_RATE_RATIO = 0.01
+SMEAR_AND_BACKOUT_RATE = 0.2
+
+_COUNTS = (
+    "depth",
+    "aspect_ratio",
+    "head_dim",
+    "num_kv_heads",
+    "max_seq_len",
+    "num_iterations",
+    "total_batch_size",
+)
+_HORIZONS = ("target_flops", "target_param_data_ratio")
+_RATES = (
+    "embedding_lr",
+    "unembedding_lr",
+    "matrix_lr",
+    "scalar_lr",
+    "weight_decay",
+    "warmup_steps",
+)
+_SHARES = ("warmdown_ratio", "final_lr_frac")
+
+
+@dataclass(frozen=True)
+class DialConfig:
+    """Set the depth, and override what it would decide."""
+
+    depth: int
+    """Transformer layers; decides everything that is not given."""
+    aspect_ratio: int = 64
+    """Model width per layer, before rounding up to whole heads."""
+    head_dim: int = 128
+    """Width of one attention head."""
+    num_kv_heads: int | None = None
+    """Key/value heads, fewer than query heads for grouped-query attention; all of them if not
+    given."""
+    max_seq_len: int = 2048
+    """Tokens in a training row."""
+    window_pattern: str = "SSSL"
+    """Attention window of each layer, tiled: L is the whole row, S a quarter; the last is L."""
+    num_iterations: int | None = None
+    """Optimizer steps; wins over --target-flops and --target-param-data-ratio."""
+    target_flops: float | None = None
+    """Train until this many FLOPs; wins over --target-param-data-ratio."""
+    target_param_data_ratio: float = 12.0
+    """Training tokens per scaling parameter (block matrices and unembedding)."""
+    total_batch_size: int | None = None
+    """Tokens in one optimizer step over all ranks; follows from the horizon if not given."""
+    embedding_lr: float = 0.3
+    """Base learning rate of the embedding; value embeddings take half (AdamW)."""
+    unembedding_lr: float = 0.008
+    """Base learning rate of the unembedding (AdamW)."""
+    matrix_lr: float = 0.02
+    """Base learning rate of the matrices inside the blocks (Muon)."""
+    scalar_lr: float = 0.5
+    """Base learning rate of the residual scalars (AdamW)."""
+    weight_decay: float = 0.28
+    """Base weight decay of the matrices inside the blocks (Muon)."""
+    warmup_steps: int = 40
+    """Steps over which the learning rate rises."""
+    warmdown_ratio: float = 0.65
+    """Share of the steps, at the end, over which the learning rate falls."""
+    final_lr_frac: float = 0.05
+    """Share of the learning rate that is left at the end."""
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate of each optimizer group (SPEC section 3), all scales applied."""
+
+    unembedding: float
+    embedding: float
+    value_embeddings: float
+    resid_lambdas: float
+    x0_lambdas: float
+    smear_and_backout: float
+    """Smear gate, smear_lambda and backout_lambda; never scaled."""
+    matrices: float
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Hold everything that a run's depth and overrides decide."""
+
+    model: ModelConfig
+    parameters: ParameterCounts
+    flops_per_token: int
+    """Forward and backward, one trained token."""
+    target_tokens: int
+    """Horizon that the data ratio asks for; sets batch and decay even if iterations are given."""
+    reference_tokens: float
+    """The same horizon at depth 12."""
+    predicted_batch_tokens: float | None
+    """Batch before rounding to a power of two; None where it was given."""
+    total_batch_tokens: int
+    """Tokens in one optimizer step, over all ranks and micro-batches."""
+    num_iterations: int
+    batch_lr_scale: float
+    """Factor on every rate but `smear_and_backout`, for the batch."""
+    width_lr_scale: float
+    """Factor on the three embedding rates, for the width."""
+    weight_decay: float
+    """Muon's, at the first step."""
+    learning_rates: LearningRates
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens that the run will train on."""
+        return self.num_iterations * self.total_batch_tokens
+
+    @property
+    def total_flops(self) -> int:
+        """FLOPs that the run will take, evaluation not counted."""
+        return self.total_tokens * self.flops_per_token
+
+
+def build_hyperparameters(config: DialConfig, vocab_size: int) -> Hyperparameters:
+    """Derive a run's hyper-parameters from its depth.
+
+    Args:
+        config: the depth and the overrides.
+        vocab_size: tokens that the tokenizer knows, special ones included.
+
+    Raises:
+        UsageError: a size is impossible, or the horizon is shorter than one batch.
+    """
+    _check(config)
+    model = build_model_config(config, vocab_size)
+    counts = count_parameters(model)
+    flops = flops_per_token(model)
+    target_tokens = _target_tokens(config, counts)
+    reference_tokens = _reference_tokens(config, vocab_size)
+    predicted = None
+    batch = config.total_batch_size
+    if batch is None:
+        predicted = REFERENCE_BATCH_TOKENS * (target_tokens / reference_tokens) ** BATCH_EXPONENT
+        batch = 2 ** max(0, round(math.log2(predicted)))
+    batch_scale = math.sqrt(batch / REFERENCE_BATCH_TOKENS)
+    width_scale = (model.model_dim / REFERENCE_MODEL_DIM) ** -0.5
+    return Hyperparameters(
+        model=model,
+        parameters=counts,
+        flops_per_token=flops,
+        target_tokens=target_tokens,
+        reference_tokens=reference_tokens,
+        predicted_batch_tokens=predicted,
+        total_batch_tokens=batch,
+        num_iterations=_num_iterations(config, target_tokens, batch, flops),
+        batch_lr_scale=batch_scale,
+        width_lr_scale=width_scale,
+        weight_decay=config.weight_decay * batch_scale * (reference_tokens / target_tokens),
+        learning_rates=_learning_rates(config, batch_scale, width_scale),
+    )
+
+
+def build_model_config(config: DialConfig, vocab_size: int) -> ModelConfig:
+    """Derive the model's shape from the depth.
+
+    Raises:
+        UsageError: the sizes contradict each other.
+    """
+    num_heads = math.ceil(config.depth * config.aspect_ratio / config.head_dim)
+    try:
+        return ModelConfig(
+            sequence_length=config.max_seq_len,
+            vocab_size=vocab_size,
+            num_layers=config.depth,
+            num_heads=num_heads,
+            num_kv_heads=num_heads if config.num_kv_heads is None else config.num_kv_heads,
+            model_dim=num_heads * config.head_dim,
+            window_pattern=config.window_pattern,
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"no model of depth {config.depth}, aspect ratio {config.aspect_ratio} and head "
+            f"dimension {config.head_dim}: {error}"
+        ) from error
+
+
+def grad_accum_steps(
+    total_batch_tokens: int, device_batch_size: int, sequence_length: int, world_size: int
+) -> int:
+    """Return how many micro-batches each rank adds up for one optimizer step.
+
+    Args:
+        total_batch_tokens: tokens in one step, over all ranks.
+        device_batch_size: rows in a micro-batch of one rank.
+        sequence_length: tokens in a row.
+        world_size: ranks.
+
+    Raises:
+        UsageError: the batch is not a whole number of micro-batches; names what would work.
+    """
+    for name, size in (
+        ("total batch size", total_batch_tokens),
+        ("device batch size", device_batch_size),
+        ("sequence length", sequence_length),
+        ("world size", world_size),
+    ):
+        if size < 1:
+            raise UsageError(f"{name} is {size}; it must be at least 1")
+    row_tokens = sequence_length * world_size
+    micro_tokens = device_batch_size * row_tokens
+    steps, rest = divmod(total_batch_tokens, micro_tokens)
+    if rest == 0:
+        return steps
+    nearest = max(1, round(total_batch_tokens / micro_tokens)) * micro_tokens
+    remedy = f"use --total-batch-size {nearest}"
+    if total_batch_tokens % row_tokens == 0:
+        rows = total_batch_tokens // row_tokens
+        fitting = next(n for n in range(min(device_batch_size, rows), 0, -1) if rows % n == 0)
+        remedy += f" or --device-batch-size {fitting}"
+    raise UsageError(
+        f"a batch of {total_batch_tokens} tokens is not a multiple of one micro-batch of "
+        f"{device_batch_size} rows x {sequence_length} tokens x {world_size} rank(s) = "
+        f"{micro_tokens} tokens: {remedy}"
+    )
+
+
+def _target_tokens(config: DialConfig, counts: ParameterCounts) -> int:
+    horizon = config.target_param_data_ratio * counts.scaling
+    if not 1 <= horizon < 2**63:
+        raise UsageError(
+            f"--target-param-data-ratio {config.target_param_data_ratio:g} asks for {horizon:g} "
+            "training tokens: 12 is the default, about 10.5 compute-optimal"
+        )
+    return int(horizon)
+
+
+def _reference_tokens(config: DialConfig, vocab_size: int) -> float:
+    """Return the depth-12 horizon, with every query head its own key/value head."""
+    reference = DialConfig(
+        depth=REFERENCE_DEPTH, aspect_ratio=config.aspect_ratio, head_dim=config.head_dim
+    )
+    model = build_model_config(reference, vocab_size)
+    return config.target_param_data_ratio * count_parameters(model).scaling
+
+
+def _num_iterations(config: DialConfig, target_tokens: int, batch: int, flops: int) -> int:
+    if config.num_iterations is not None:
+        return config.num_iterations
+    if config.target_flops is not None:
+        iterations = round(config.target_flops / (flops * batch))
+        horizon = f"--target-flops {config.target_flops:g}"
+    else:
+        iterations = target_tokens // batch
+        horizon = f"the horizon of {target_tokens} tokens"
+    if iterations < 1:
+        raise UsageError(
+            f"{horizon} is less than one step of {batch} tokens: give a smaller "
+            "--total-batch-size, or --num-iterations"
+        )
+    return iterations
+
+
+def _learning_rates(config: DialConfig, batch_scale: float, width_scale: float) -> LearningRates:
+    embedding = config.embedding_lr * batch_scale * width_scale
+    scalar = config.scalar_lr * batch_scale
+    return LearningRates(
+        unembedding=config.unembedding_lr * batch_scale * width_scale,
+        embedding=embedding,
+        value_embeddings=embedding * 0.5,
+        resid_lambdas=scalar * RESID_LAMBDA_RATE_RATIO,
+        x0_lambdas=scalar,
+        smear_and_backout=SMEAR_AND_BACKOUT_RATE,
+        matrices=config.matrix_lr * batch_scale,
+    )
+
+
+def _check(config: DialConfig) -> None:
+    """Raise UsageError for the first field that no run can use."""
+    smallest, largest = math.ulp(0.0), sys.float_info.max
+    for names, low, high, allowed in (
+        (_COUNTS, 1, largest, "at least 1"),
+        (_HORIZONS, smallest, largest, "positive and finite"),
+        (_RATES, 0, largest, "finite and not negative"),
+        (_SHARES, 0, 1, "between 0 and 1"),
+    ):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {allowed}")
