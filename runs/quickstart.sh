@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# From nothing to a language model that you trained: ten minutes on two CPU cores, no GPU, no data.
+#
+# The text is what every Python installation carries: the standard library's sources and
+# documentation. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again
+# and what is there stays; stop it, and the next run goes on where this one was.
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+TAG=quickstart
+VOCAB_SIZE=4096
+DEPTH=4
+ASPECT_RATIO=64
+HEAD_DIM=64
+SEQUENCE_LENGTH=256
+DEVICE_BATCH_SIZE=16
+TOTAL_BATCH_SIZE=4096
+ITERATIONS=600
+EVAL_EVERY=200
+
+stage() { printf '\n== [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
+
+stage "Environment: Python, torch, ArcherChat"
+setup_environment
+
+stage "Data: the standard library's text, as shards"
+archerchat data build --source stdlib
+
+stage "Tokenizer: $VOCAB_SIZE tokens, learned from that text"
+archerchat tokenizer train --data stdlib --vocab-size "$VOCAB_SIZE" --name "$TAG"
+
+stage "Pretraining: depth $DEPTH, $ITERATIONS steps of $TOTAL_BATCH_SIZE tokens"
+archerchat pretrain --data stdlib --tokenizer "$TAG" --model-tag "$TAG" --packing concat \
+    --depth "$DEPTH" --aspect-ratio "$ASPECT_RATIO" --head-dim "$HEAD_DIM" \
+    --max-seq-len "$SEQUENCE_LENGTH" --device-batch-size "$DEVICE_BATCH_SIZE" \
+    --total-batch-size "$TOTAL_BATCH_SIZE" --num-iterations "$ITERATIONS" \
+    --eval-every "$EVAL_EVERY"
+
+stage "Samples: what it says"
+archerchat sample --model-tag "$TAG"
+
+stage "Evaluation: bits per byte on text that it never saw"
+archerchat eval base --model-tag "$TAG" --eval bpb,sample
+
+stage "Done"
+cat <<END
+You have a tokenizer and a base model. What to do next, in this shell or any other:
+    export PATH="$VENV/bin:\$PATH"
+    archerchat sample --model-tag $TAG       # more samples; --help tells how to prompt it
+    archerchat plan --depth 8                # what a larger model would take, and cost
+    archerchat pretrain --help               # every setting of the run above
+docs/ARCHITECTURE.md shows how the parts fit together.
+END

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Set up the project's environment, then run every gate: format, lint, types, tests.
+#
+#   bash runs/test.sh                 the fast tests
+#   bash runs/test.sh --all           the slow ones too, and those for a GPU or a browser that is here
+#   bash runs/test.sh -m network      tests that need the Hugging Face hub run only when asked for
+#   bash runs/test.sh -k tokenizer    other arguments go to pytest
+#
+# A gate that fails does not keep the next ones from running; the exit code tells.
+set -euo pipefail
+. "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+
+failed=""
+
+gate() {
+    say "$*"
+    python -m "$@" || failed="$failed $1"
+}
+
+# The markers that cannot run on this machine, as a pytest expression.
+runnable_markers() {
+    local markers="not network"
+    has_nvidia_gpu || markers="$markers and not gpu"
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null ||
+        markers="$markers and not browser"
+    printf '%s\n' "$markers"
+}
+
+if [ "${1:-}" = --all ]; then
+    shift
+    set -- -m "$(runnable_markers)" "$@"
+fi
+setup_environment dev
+cd "$ROOT"
+gate ruff format --check
+gate ruff check
+gate mypy
+gate pytest "$@"
+[ -z "$failed" ] || die "failed:$failed"
