@@ -23,8 +23,8 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_MODEL_DIM = 768
 BATCH_EXPONENT = 0.383
-RESID_LAMBDA_RATE_RATIO = 0.01
-SMEAR_AND_BACKOUT_RATE = 0.2
+RESIDUAL_RATE_RATIO = 0.01
+SMEAR_RATE = 0.2
 
 _COUNTS = (
     "depth",
@@ -96,12 +96,12 @@ class LearningRates:
 
     unembedding: float
     embedding: float
-    value_embeddings: float
-    resid_lambdas: float
-    x0_lambdas: float
-    smear_and_backout: float
+    value_embedding: float
+    residual_lambdas: float
+    input_lambdas: float
+    smear: float
     """Smear gate, smear_lambda and backout_lambda; never scaled."""
-    matrices: float
+    matrix: float
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Hyperparameters:
     """Tokens in one optimizer step, over all ranks and micro-batches."""
     num_iterations: int
     batch_lr_scale: float
-    """Factor on every rate but `smear_and_backout`, for the batch."""
+    """Factor on every rate but `smear`, for the batch."""
     width_lr_scale: float
     """Factor on the three embedding rates, for the width."""
     weight_decay: float
@@ -285,11 +285,11 @@ def _learning_rates(config: DialConfig, batch_scale: float, width_scale: float) 
     return LearningRates(
         unembedding=config.unembedding_lr * batch_scale * width_scale,
         embedding=embedding,
-        value_embeddings=embedding * 0.5,
-        resid_lambdas=scalar * RESID_LAMBDA_RATE_RATIO,
-        x0_lambdas=scalar,
-        smear_and_backout=SMEAR_AND_BACKOUT_RATE,
-        matrices=config.matrix_lr * batch_scale,
+        value_embedding=embedding * 0.5,
+        residual_lambdas=scalar * RESIDUAL_RATE_RATIO,
+        input_lambdas=scalar,
+        smear=SMEAR_RATE,
+        matrix=config.matrix_lr * batch_scale,
     )
 
 

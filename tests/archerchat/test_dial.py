@@ -21,11 +21,11 @@ from archerchat.errors import UsageError
 RATE_OF_GROUP = {
     "lm_head": "unembedding",
     "wte": "embedding",
-    "value_embeds": "value_embeddings",
-    "resid_lambdas": "resid_lambdas",
-    "x0_lambdas": "x0_lambdas",
-    "smear_gate+smear_lambda+backout_lambda": "smear_and_backout",
-    "muon": "matrices",
+    "value_embeds": "value_embedding",
+    "resid_lambdas": "residual_lambdas",
+    "x0_lambdas": "input_lambdas",
+    "smear_gate+smear_lambda+backout_lambda": "smear",
+    "muon": "matrix",
 }
 
 
