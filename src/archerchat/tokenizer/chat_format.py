@@ -1,0 +1,158 @@
+"""From a conversation to token ids and the mask that says which of them to learn (SPEC section 6).
+
+A conversation is `{"messages": [...]}`; a message has a `role` and a `content`. Users write text.
+The assistant writes text, or a list of parts: text, Python to run, and what it printed. The model
+learns to write what the assistant writes, closing token included, and nothing else: neither the
+user's words, nor the token that hands it the turn, nor a program's output, which the engine
+supplies at generation time.
+
+    <|bos|> <|user_start|> text <|user_end|> <|assistant_start|> text <|assistant_end|> ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from archerchat.errors import DataError
+from archerchat.tokenizer.bpe import Tokenizer
+
+Segment = tuple[list[int], bool]
+"""Token ids in a row, and whether to train on them."""
+
+
+def render_conversation(
+    tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens: int = 2048
+) -> tuple[list[int], list[int]]:
+    """Render a conversation for training.
+
+    Returns:
+        Token ids and their mask (1 = learn to predict this token), equally long, both cut to
+        `max_tokens`.
+
+    Raises:
+        DataError: the conversation is malformed; the message says where and how.
+    """
+    ids = [tokenizer.bos_id]
+    mask = [0]
+    for segment, trained in _iter_segments(tokenizer, _checked_messages(conversation)):
+        ids += segment
+        mask += [int(trained)] * len(segment)
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_for_completion(
+    tokenizer: Tokenizer, conversation: Mapping[str, Any], max_tokens: int = 2048
+) -> list[int]:
+    """Render a conversation up to where the assistant is to speak.
+
+    A last message of the assistant is left out; one of the user is answered. The token that
+    starts the answer comes after the cut, so the result can be `max_tokens` + 1 long.
+
+    Raises:
+        DataError: the conversation is malformed, or holds nothing to answer.
+    """
+    messages = _message_list(conversation)
+    if isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+        messages = messages[:-1]
+    ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens)
+    return [*ids, tokenizer.special_id("<|assistant_start|>")]
+
+
+def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """Write a multiple-choice question as the user's message, each letter after its choice.
+
+    Raises:
+        DataError: there are not as many letters as choices.
+    """
+    if len(letters) != len(choices):
+        raise DataError(f"{len(letters)} letters for {len(choices)} choices of {question[:60]!r}")
+    lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
+    return (
+        f"Multiple Choice question: {question}\n{''.join(lines)}"
+        "\nRespond only with the letter of the correct answer."
+    )
+
+
+def _message_list(conversation: Mapping[str, Any]) -> list[Any]:
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise DataError('a conversation must be {"messages": [...]} with at least one message')
+    return list(messages)
+
+
+def _checked_messages(conversation: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
+    """Yield each message's index in the conversation, role and content, the system's joined in."""
+    messages = _message_list(conversation)
+    system, first = "", 0
+    if _role(messages, 0) == "system":
+        system, first = _text(messages[0].get("content"), "message 0") + "\n\n", 1
+        if len(messages) == 1:
+            raise DataError("message 0 is the system's and no user message follows it")
+    for index in range(first, len(messages)):
+        expected = ("user", "assistant")[(index - first) % 2]
+        role = _role(messages, index)
+        if role != expected:
+            raise DataError(
+                f"message {index} has the role {role!r} where {expected!r} is due: after an "
+                "optional system message, user and assistant take turns"
+            )
+        content = messages[index].get("content")
+        if role == "user":
+            content = _text(content, f"message {index} (user)")
+        yield index, role, system + content if index == first else content
+
+
+def _iter_segments(
+    tokenizer: Tokenizer, messages: Iterator[tuple[int, str, Any]]
+) -> Iterator[Segment]:
+    special = tokenizer.special_id
+    for index, role, content in messages:
+        if role == "user":
+            yield [special("<|user_start|>")], False
+            yield tokenizer.encode(content), False
+            yield [special("<|user_end|>")], False
+        else:
+            yield [special("<|assistant_start|>")], False
+            yield from _iter_answer(tokenizer, content, f"message {index} (assistant)")
+            yield [special("<|assistant_end|>")], True
+
+
+def _iter_answer(tokenizer: Tokenizer, content: Any, where: str) -> Iterator[Segment]:
+    if isinstance(content, str):
+        yield tokenizer.encode(content), True
+        return
+    if not isinstance(content, Sequence):
+        raise DataError(f"{where} must hold text or a list of parts, not {_name(content)}")
+    special = tokenizer.special_id
+    for number, part in enumerate(content):
+        here = f"{where}, part {number}"
+        if not isinstance(part, Mapping):
+            raise DataError(f'{here} must be {{"type": ..., "text": ...}}, not {_name(part)}')
+        kind = part.get("type")
+        if kind not in ("text", "python", "python_output"):
+            raise DataError(f"{here} has the type {kind!r}, not text, python or python_output")
+        ids = tokenizer.encode(_text(part.get("text"), here))
+        if kind == "text":
+            yield ids, True
+        elif kind == "python":
+            yield [special("<|python_start|>"), *ids, special("<|python_end|>")], True
+        else:
+            yield [special("<|output_start|>"), *ids, special("<|output_end|>")], False
+
+
+def _role(messages: Sequence[Any], index: int) -> Any:
+    message = messages[index]
+    if not isinstance(message, Mapping):
+        raise DataError(f'message {index} must be {{"role": ..., "content": ...}}, not {message!r}')
+    return message.get("role")
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where} must hold text, not {_name(value)}")
+    return value
+
+
+def _name(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
