@@ -1,0 +1,1 @@
+"""The subcommands: a frozen config and a function each, free of argument parsing."""

@@ -1,0 +1,173 @@
+"""Text shards on disk: Parquet files with a column `text`, one document a row (SPEC section 4).
+
+A data directory's shards are read in name order and the last one is validation. The row group
+is the unit of reading: one at a time is in memory, and ranks share a shard by taking every
+W-th of its row groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from archerchat.artifacts import Home, write_bytes
+from archerchat.errors import DataError
+
+TEXT_COLUMN = "text"
+MAKE_DATA = "make some with `archerchat data download` or `archerchat data build`"
+
+
+def data_directory(data: str, home: Home) -> Path:
+    """Return where `data` is: a directory if it looks like a path or is one, else a name in `home`.
+
+    `climbmix` is the source of that name under the home; `./climbmix` and `/x/climbmix` are paths.
+    """
+    path = Path(data).expanduser()
+    return path if len(path.parts) > 1 or path.is_dir() else home.data_dir(data)
+
+
+def list_shards(directory: Path) -> list[Path]:
+    """Return the shards in `directory` by name, temporary files excluded.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = directory.glob("*.parquet") if directory.is_dir() else ()
+    shards = sorted(path for path in found if not path.name.startswith("."))
+    if not shards:
+        raise DataError(f"no *.parquet shard in {directory}: {MAKE_DATA}")
+    return shards
+
+
+def split_shards(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the train shards and the validation shard: the last one by name.
+
+    Raises:
+        DataError: one shard cannot be both.
+    """
+    if len(shards) < 2:
+        raise DataError(
+            f"{shards[0].parent if shards else 'the list'} holds {len(shards)} shard; two are "
+            f"needed, the last being validation: add another, or {MAKE_DATA}"
+        )
+    ordered = sorted(shards, key=lambda path: path.name)
+    return ordered[:-1], ordered[-1:]
+
+
+class Shard:
+    """Read one Parquet file, a row group at a time; a context manager that closes it.
+
+    Raises:
+        DataError: the file is missing, cut short, corrupt, or has no `text` column of strings.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._explained():
+            self._file = pq.ParquetFile(path)
+            schema = self._file.schema_arrow
+        if TEXT_COLUMN not in schema.names:
+            self.close()
+            raise DataError(
+                f"{path} has no column {TEXT_COLUMN!r} (it has {', '.join(schema.names) or 'none'})"
+                f": rename the column that holds the documents"
+            )
+        kind = schema.field(TEXT_COLUMN).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            self.close()
+            raise DataError(f"{path}: column {TEXT_COLUMN!r} holds {kind}: it must hold strings")
+
+    @property
+    def num_row_groups(self) -> int:
+        return int(self._file.num_row_groups)
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def read_row_group(self, index: int) -> list[str]:
+        """Return the documents of one row group; a null is an empty document."""
+        with self._explained():
+            table = self._file.read_row_group(index, columns=[TEXT_COLUMN], use_threads=False)
+            return [text or "" for text in table.column(0).to_pylist()]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(
+                f"cannot read {self.path} as Parquet ({error}): delete it and download or build "
+                f"it again"
+            ) from error
+
+
+def iter_documents(shards: Sequence[Path]) -> Iterator[str]:
+    """Iterate over the documents of `shards` in order, one row group in memory at a time."""
+    for path in shards:
+        with Shard(path) as shard:
+            for index in range(shard.num_row_groups):
+                yield from shard.read_row_group(index)
+
+
+def write_shards(
+    documents: Iterable[str],
+    directory: Path,
+    *,
+    documents_per_row_group: int = 256,
+    documents_per_shard: int = 8192,
+    first_index: int = 0,
+) -> list[Path]:
+    """Write `documents` in order as `shard_00000.parquet` and up; return the files.
+
+    Each file appears whole or not at all. One shard's documents are in memory at a time.
+
+    Args:
+        documents_per_row_group: ranks share row groups, so W ranks want a multiple of W.
+        first_index: the number of the first file.
+
+    Raises:
+        DataError: the disk is full or cannot be written.
+    """
+    remaining = iter(documents)
+    paths: list[Path] = []
+    while texts := list(islice(remaining, documents_per_shard)):
+        path = directory / f"shard_{first_index + len(paths):05d}.parquet"
+        buffer = pa.BufferOutputStream()
+        pq.write_table(
+            pa.table({TEXT_COLUMN: pa.array(texts, pa.string())}),
+            buffer,
+            row_group_size=documents_per_row_group,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+        )
+        try:
+            write_bytes(path, buffer.getvalue())
+        except OSError as error:
+            raise DataError(
+                f"cannot write {path} ({error.strerror or error}): free some space, or point "
+                f"ARCHERCHAT_HOME at another disk"
+            ) from error
+        paths.append(path)
+    return paths
