@@ -10,7 +10,8 @@ ArcherChat makes or downloads:
     runs/<tag>/                          journals
 
 Files are written under a temporary name, fsynced and renamed, so that a reader sees the
-old content or the new one, never a part.
+old content or the new one, never a part. A writer holds a lock on its temporary entry, which
+the system drops when the process dies: that is how a live one is told from a leftover.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.errors import UsageError
+
+if sys.platform != "win32":
+    import fcntl
+
+TEMPORARY = ".tmp"
+STALE = ".stale" + TEMPORARY
+"""Ends the name under which the old content waits while a directory is replaced."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,11 @@ class Home:
     def tokenizer_dir(self, name: str) -> Path:
         return self.root / "tokenizers" / check_name(name, "tokenizer name")
 
+    def stage_dir(self, stage: str) -> Path:
+        return self.root / "checkpoints" / check_name(stage, "stage")
+
     def checkpoint_dir(self, stage: str, tag: str) -> Path:
-        return self.root / "checkpoints" / stage / check_name(tag, "model tag")
+        return self.stage_dir(stage) / check_name(tag, "model tag")
 
     def run_dir(self, tag: str) -> Path:
         return self.root / "runs" / check_name(tag, "run name")
@@ -82,6 +94,30 @@ def fsync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def _lock(descriptor: int) -> bool:
+    """Mark an open temporary entry as in use, until it is closed; False if it already is."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _locked(entry: Path) -> Iterator[bool]:
+    """Lock `entry` for the block; yields False if another process has it."""
+    if sys.platform == "win32" and entry.is_dir():  # it cannot open directories
+        yield True
+        return
+    descriptor = os.open(entry, os.O_RDONLY)
+    try:
+        yield _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file `path` by `content`, atomically and durably.
 
@@ -89,10 +125,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: as the system says (disk full, no permission); `path` is then untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            _lock(file.fileno())
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -113,40 +150,69 @@ def write_json(path: Path, value: Any) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes `path` when the block succeeds.
 
-    Every file in it is fsynced before the rename; when the block raises, the temporary
-    directory is removed and `path` is untouched. An existing `path` is replaced.
+    Everything in it is fsynced before the rename; when the block raises, the temporary
+    directory is removed and `path` is untouched. An existing `path` is replaced: for an
+    instant the old one has only the name that `current` knows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.", path.parent))
+    stale = path.with_name(f".{path.name}{STALE}")
     try:
-        temporary.chmod(0o755)
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                with file.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-        fsync_dir(temporary)
-        if path.exists():
-            stale = path.with_name(f".{path.name}.stale.tmp")
-            shutil.rmtree(stale, ignore_errors=True)
-            path.replace(stale)
-            temporary.replace(path)
-            shutil.rmtree(stale, ignore_errors=True)
-        else:
+        with _locked(temporary):
+            temporary.chmod(0o755)
+            yield temporary
+            _fsync_tree(temporary)
+            if path.exists():
+                shutil.rmtree(stale, ignore_errors=True)
+                path.replace(stale)
             temporary.replace(path)
     except BaseException:
+        if stale.exists() and not path.exists():
+            stale.replace(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_dir(path.parent)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for entry in sorted(directory.rglob("*")):
+        if entry.is_dir():
+            fsync_dir(entry)
+        else:
+            with entry.open("rb+") as file:
+                os.fsync(file.fileno())
+    fsync_dir(directory)
+
+
+def current(path: Path) -> Path:
+    """Return `path`, or where its content is if a process was killed while replacing it."""
+    stale = path.with_name(f".{path.name}{STALE}")
+    return stale if stale.exists() and not path.exists() else path
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory; a kill in the middle leaves nothing under its name."""
+    doomed = path.with_name(f".{path.name}.removed{TEMPORARY}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.replace(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete temporary entries that a killed process left in `directory`."""
-    if directory.is_dir():
-        for entry in directory.glob(".*.tmp"):
-            if entry.is_dir():
+    """Clear what killed processes left in `directory`, undoing half-done replacements.
+
+    A temporary entry that a living process still writes is kept.
+    """
+    for entry in directory.glob(f".*{TEMPORARY}"):
+        replaced = directory / entry.name.removeprefix(".").removesuffix(STALE)
+        if entry.name.endswith(STALE) and not replaced.exists():
+            entry.replace(replaced)
+            continue
+        with contextlib.suppress(OSError), _locked(entry) as free:
+            if free and entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:
+            elif free:
                 entry.unlink(missing_ok=True)
 
 

@@ -1,0 +1,330 @@
+"""Checkpoints: safetensors plus JSON, written whole or not at all, verified when read.
+
+    <directory>/step_000020/
+        model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors ...
+        meta.json          format, step, the caller's meta, every file's size and SHA-256,
+                           and its own SHA-256
+
+A step appears under its name only after everything in it is on the disk, so a process may be
+killed at any moment and the latest checkpoint still loads. Nothing is pickled. In `meta.json`
+a float that JSON cannot hold is the object {"$float": "inf"} ("-inf", "nan"), and `load_checkpoint`
+turns it back into the float.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from archerchat.artifacts import (
+    STALE,
+    Home,
+    check_name,
+    current,
+    new_directory,
+    remove_directory,
+    remove_leftovers,
+    sha256_file,
+    write_json,
+)
+from archerchat.errors import CheckpointError, UsageError
+
+FORMAT = 1
+META = "meta.json"
+FLOAT = "$float"
+SUFFIX = ".safetensors"
+STEP_NAME = re.compile(rf"(?:step_(\d{{6,}})|\.step_(\d{{6,}}){re.escape(STALE)})")
+
+
+class _Damaged(Exception):
+    """Say what is wrong with a checkpoint, before a remedy has been looked for."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_checkpoint` read."""
+
+    step: int
+    path: Path
+    tensors: dict[str, dict[str, Tensor]]
+    """By section, then by name."""
+    meta: dict[str, Any]
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    sections: Mapping[str, Mapping[str, Tensor]],
+    meta: Mapping[str, Any],
+    *,
+    keep_last: int | None = None,
+    keep: Collection[int] = (),
+) -> Path:
+    """Write one step's checkpoint, then prune older ones.
+
+    Tensors may lie on any device, be strided, and share storage; names that share it are
+    stored once each, and are separate tensors when loaded. One section at a time is copied
+    to the CPU.
+
+    Args:
+        directory: holds one directory a step; made if missing.
+        step: replaced if it is already there.
+        sections: one file each: "model", "optimizer.rank0", ...
+        meta: anything JSON can hold, non-finite floats included; tuples become lists.
+        keep_last: delete complete checkpoints of earlier steps beyond this many, the new one
+            counted; None deletes nothing.
+        keep: steps that are never deleted.
+
+    Returns:
+        The step's directory.
+
+    Raises:
+        CheckpointError: the disk is full or cannot be written; the message says how much is
+            needed. Nothing half-written remains, and older checkpoints are untouched.
+    """
+    assert step >= 0, step
+    assert keep_last is None or keep_last >= 1, keep_last
+    assert sections, "a checkpoint has at least one section"
+    encoded = json.loads(json.dumps(_encode(meta)))
+    path = directory / f"step_{step:06d}"
+    needed = sum(tensor.nbytes for section in sections.values() for tensor in section.values())
+    try:
+        remove_leftovers(directory)
+        with new_directory(path) as temporary:
+            files = {}
+            for section, tensors in sections.items():
+                file = temporary / (check_name(section, "section") + SUFFIX)
+                save_file(_storable(tensors), file)
+                files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            content = {"format": FORMAT, "step": step, "files": files, "meta": encoded}
+            write_json(temporary / META, content | {"sha256": _digest(content)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(_explain_failed_save(error, path, needed)) from error
+    if keep_last is not None:
+        _prune(directory, step, keep_last, keep)
+    return path
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy what safetensors cannot take as it is: strided, remote or aliased tensors."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        local = tensor.detach().cpu().contiguous()
+        storage = local.untyped_storage().data_ptr()
+        stored[name] = local.clone() if storage in storages else local
+        storages.add(storage)
+    return stored
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _explain_failed_save(error: Exception, path: Path, needed: int) -> str:
+    steps = ", ".join(f"step {step}" for step in list_checkpoints(path.parent))
+    intact = f"still intact: {steps or 'none, this was the first'}"
+    # safetensors reports the system's error only in its text.
+    code = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return f"cannot save {path}: {error}; {intact}; check its permissions and its disk"
+    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+    return (
+        f"cannot save {path}: the disk is full: {needed / 2**20:,.1f} MiB needed, "
+        f"{free / 2**20:,.1f} MiB free; {intact}; free some space, keep fewer checkpoints, "
+        "or move ARCHERCHAT_HOME to a larger disk"
+    )
+
+
+def _prune(directory: Path, step: int, keep_last: int, keep: Collection[int]) -> None:
+    """Delete complete checkpoints up to `step` beyond the newest `keep_last`."""
+    steps = [s for s in list_checkpoints(directory) if s <= step]
+    complete = [s for s in steps if _intact(find_checkpoint(directory, s), verify=False)]
+    for old in complete[:-keep_last]:
+        if old not in keep:
+            remove_directory(find_checkpoint(directory, old))
+
+
+def _intact(path: Path, verify: bool) -> bool:
+    try:
+        for name, entry in _read_meta(path)["files"].items():
+            _check_file(path / name, entry, verify)
+    except (_Damaged, CheckpointError):
+        return False
+    return True
+
+
+def list_checkpoints(directory: Path) -> list[int]:
+    """Return the steps saved in `directory`, ascending; none if it does not exist."""
+    if not directory.is_dir():
+        return []
+    matches = (STEP_NAME.fullmatch(entry.name) for entry in directory.iterdir())
+    return sorted({int(match[1] or match[2]) for match in matches if match})
+
+
+def find_checkpoint(directory: Path, step: int | None = None) -> Path:
+    """Return the path of `step` in `directory`, of the latest for None.
+
+    Raises:
+        UsageError: there is no such step, or none at all.
+    """
+    steps = list_checkpoints(directory)
+    if not steps:
+        raise UsageError(f"no checkpoint in {directory}: train a model first, or check the name")
+    if step is not None and step not in steps:
+        raise UsageError(f"no step {step} in {directory}; it holds {', '.join(map(str, steps))}")
+    return current(directory / f"step_{steps[-1] if step is None else step:06d}")
+
+
+def find_model(home: Home, stage: str, tag: str | None) -> Path:
+    """Return the directory of the checkpoints of model `tag`, of the last saved for None.
+
+    Raises:
+        UsageError: there is no such model; the message lists those there are.
+    """
+    stage_dir = home.stage_dir(stage)
+    entries = sorted(stage_dir.iterdir()) if stage_dir.is_dir() else []
+    models = [entry for entry in entries if list_checkpoints(entry)]
+    if not models:
+        raise UsageError(f"no {stage} model under {stage_dir}: train or import one first")
+    if tag is None:
+        return max(models, key=lambda model: _saved_at(find_checkpoint(model)))
+    if tag not in (names := [model.name for model in models]):
+        raise UsageError(f"no {stage} model {tag!r} under {stage_dir}; there is {', '.join(names)}")
+    return stage_dir / tag
+
+
+def _saved_at(path: Path) -> int:
+    meta = path / META
+    return (meta if meta.exists() else path).stat().st_mtime_ns
+
+
+def load_checkpoint(
+    path: Path,
+    sections: Iterable[str] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    verify: bool = True,
+) -> Checkpoint:
+    """Read a step's directory, as `find_checkpoint` returns it.
+
+    Args:
+        sections: read only these; None reads all.
+        verify: compare SHA-256 sums; without it only the sizes are compared.
+
+    Raises:
+        CheckpointError: a file is missing, truncated or altered, the format is unknown, or
+            there is no such section; the message names an earlier step that verifies.
+    """
+    try:
+        content = _read_meta(path)
+        files = content["files"]
+        tensors = {}
+        for name in [file.removesuffix(SUFFIX) for file in files] if sections is None else sections:
+            file = path / (name + SUFFIX)
+            if file.name not in files:
+                has = ", ".join(sorted(entry.removesuffix(SUFFIX) for entry in files))
+                raise CheckpointError(f"{path} has no section {name!r}; it holds {has}")
+            _check_file(file, files[file.name], verify)
+            tensors[name] = load_file(file, device=str(device))
+    except (_Damaged, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; {_remedy(path)}") from error
+    return Checkpoint(content["step"], path, tensors, _decode(content["meta"]))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    """Return meta.json's content without its own checksum, after comparing it."""
+    file = path / META
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+        digest, format_version = content.pop("sha256"), content["format"]
+    except FileNotFoundError as error:
+        raise _Damaged(f"{file} is missing") from error
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise _Damaged(f"{file} is not a checkpoint's JSON ({error})") from error
+    if format_version != FORMAT:
+        raise CheckpointError(
+            f"{file} has format {format_version!r}, this version of archerchat reads {FORMAT}: "
+            "read it with the version that wrote it"
+        )
+    if digest != _digest(content):
+        raise _Damaged(f"{file} does not match its checksum")
+    return content
+
+
+def _check_file(file: Path, entry: Mapping[str, Any], verify: bool) -> None:
+    """Compare a file with its entry in meta.json."""
+    if not file.is_file():
+        raise _Damaged(f"{file.name} is missing")
+    if (size := file.stat().st_size) != entry["bytes"]:
+        raise _Damaged(f"{file.name} has {size} bytes instead of {entry['bytes']}")
+    if verify and sha256_file(file) != entry["sha256"]:
+        raise _Damaged(f"{file.name} does not match its checksum")
+
+
+def _remedy(path: Path) -> str:
+    """Name the newest earlier step whose files all match their checksums."""
+    name = STEP_NAME.fullmatch(path.name)
+    for step in reversed(list_checkpoints(path.parent)):
+        earlier = name and step < int(name[1] or name[2])
+        if earlier and _intact(find_checkpoint(path.parent, step), verify=True):
+            return f"step {step} in the same directory is intact: use that one"
+    return "no earlier step in the same directory is intact: restore it from a copy"
+
+
+def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return one line for each value that differs, nested ones by their dotted names.
+
+    Both sides are compared as they look after a trip through JSON: a tuple equals a list.
+    """
+    before, now = (dict(_flatten(json.loads(json.dumps(_encode(c))))) for c in (saved, current))
+    return [
+        f"{name}: {_shown(before, name)} saved, {_shown(now, name)} now"
+        for name in sorted(before.keys() | now.keys())
+        if name not in before or name not in now or before[name] != now[name]
+    ]
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value and FLOAT not in value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(config: Mapping[str, Any], name: str) -> str:
+    return repr(_decode(config[name])) if name in config else "absent"
+
+
+def _encode(value: Any) -> Any:
+    """Return `value` with every non-finite float as the object that stands for it in JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: str(float(value))}
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {FLOAT}:
+            return float(value[FLOAT])
+        return {key: _decode(item) for key, item in value.items()}
+    return [_decode(item) for item in value] if isinstance(value, list) else value
