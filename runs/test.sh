@@ -13,8 +13,10 @@ set -euo pipefail
 failed=""
 
 gate() {
-    say "$*"
-    python -m "$@" || failed="$failed $1"
+    local name="$1"
+    shift
+    say "$name: $*"
+    python -m "$@" || failed="$failed $name"
 }
 
 # The markers that cannot run on this machine, as a pytest expression.
@@ -32,8 +34,8 @@ if [ "${1:-}" = --all ]; then
 fi
 setup_environment dev
 cd "$ROOT"
-gate ruff format --check
-gate ruff check
-gate mypy
-gate pytest "$@"
+gate format ruff format --check
+gate lint ruff check
+gate types mypy
+gate tests pytest "$@"
 [ -z "$failed" ] || die "failed:$failed"
