@@ -201,8 +201,11 @@ def test_importing_does_nothing(tmp_path: Path) -> None:
     third_party = sorted({i for name in own for i in imports(name) if i not in modules()})
     home = tmp_path / "home"
     home.mkdir()
-    # HOME too: a default under it must not be made either.
-    environment = os.environ | {"ARCHERCHAT_HOME": str(home / "archerchat"), "HOME": str(home)}
+    environment = os.environ | {
+        "ARCHERCHAT_HOME": str(home / "archerchat"),
+        "HOME": str(home),  # a default under it must not be made either
+        "PYTHONPATH": os.pathsep.join(map(str, SOURCE_TREES)),  # this tree, not an installed one
+    }
     result = subprocess.run(
         [sys.executable, "-c", IMPORT_EVERYTHING],
         input=json.dumps([third_party, own]),
