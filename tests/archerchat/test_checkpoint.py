@@ -243,11 +243,13 @@ for seed in range(12):
     child = os.fork()
     if not child:
         save_forever(directory, last)
-    time.sleep(random.Random(seed).uniform(0.005, 0.12))
+    while list_checkpoints(directory)[-1] == last:
+        time.sleep(0.001)
+    time.sleep(random.Random(seed).uniform(0, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     loaded = load_checkpoint(find_checkpoint(directory))
-    assert loaded.step >= last, (loaded.step, last)
+    assert loaded.step > last, (loaded.step, last)
     assert (loaded.tensors["model"]["w"] == loaded.step).all(), loaded.step
     for step in list_checkpoints(directory):
         load_checkpoint(find_checkpoint(directory, step))
@@ -262,8 +264,8 @@ def test_kill_9_at_any_moment_leaves_a_latest_checkpoint_that_loads(tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     last, kept = map(int, done.stdout.split())
-    assert last > 0
-    assert kept <= 3
+    assert last >= 12
+    assert kept <= 3  # killed between the rename and the pruning
     save_checkpoint(tmp_path, last + 1, sections(), {}, keep_last=1)
     assert names(tmp_path) == [f"step_{last + 1:06d}"]
 
