@@ -34,7 +34,7 @@ LAYERS = (
     {"optim", "tokenizer", "tasks", "checkpoint"},
     {"planner", "peak_flops"},
     {"dial", "runtime"},
-    {"gpus", "artifacts"},
+    {"gpus", "memory", "artifacts"},
     {"model"},
     {"errors", "__init__"},
 )
