@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from archerchat.data.packing import Packing, Row, build_packer
 from archerchat.data.prefetch import Prefetcher
-from archerchat.data.shards import Shard
+from archerchat.data.shards import MAKE_DATA, Shard
 from archerchat.data.state import LoaderIdentity, LoaderState, Position
 from archerchat.errors import CheckpointError, DataError, UsageError
 
@@ -124,7 +124,7 @@ class TokenLoader:
             rank=rank,
             world_size=world_size,
             tokenizer=tokenizer.fingerprint,
-            shards=tuple((path.name, path.stat().st_size) for path in shards),
+            shards=_names_and_sizes(shards),
         )
         self._plan = _Plan(identity, tuple(shards), tokenizer, num_threads)
         self._depth = prefetch
@@ -186,18 +186,28 @@ class TokenLoader:
 def _check_ranks(shards: Sequence[Path], world_size: int) -> None:
     """Open shards until one has a row group for each rank: usually the first."""
     if not shards:
-        raise DataError("the loader was given no shards: make some with `archerchat data build`")
+        raise DataError(f"the loader was given no shards: {MAKE_DATA}")
     most = 0
     for path in shards:
         with Shard(path) as shard:
             most = max(most, shard.num_row_groups)
         if most >= world_size:
             return
+    directory = shards[0].parent
+    if most == 0:
+        raise DataError(f"no documents in {directory}: {MAKE_DATA}")
     raise DataError(
-        f"{world_size} ranks cannot share the shards in {shards[0].parent}: none has more than "
-        f"{most} row groups, so a rank would get nothing. Use at most {most} ranks, or build "
-        f"them again with a smaller --documents-per-row-group"
+        f"{world_size} ranks cannot share the shards in {directory}: none has more than {most} "
+        f"row groups, so a rank would get nothing. Use at most {most} ranks, or build them again "
+        f"with a smaller --documents-per-row-group"
     )
+
+
+def _names_and_sizes(shards: Sequence[Path]) -> tuple[tuple[str, int], ...]:
+    try:
+        return tuple((path.name, path.stat().st_size) for path in shards)
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}; {MAKE_DATA}") from error
 
 
 def _iter_batches(plan: _Plan, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
@@ -253,6 +263,6 @@ def _iter_chunks(plan: _Plan, state: LoaderState) -> Iterator[tuple[Position, in
         if whole_epoch and empty:
             raise DataError(
                 f"rank {identity.rank} of {identity.world_size} finds no document in the shards "
-                f"in {plan.shards[0].parent}: use fewer ranks, or build them again"
+                f"in {plan.shards[0].parent}: use fewer ranks, or {MAKE_DATA}"
             )
         position = Position(0, identity.rank, position.epoch + 1)

@@ -70,7 +70,7 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         with self._explained():
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
         if TEXT_COLUMN not in schema.names:
             self.close()
@@ -116,8 +116,9 @@ class Shard:
         try:
             yield
         except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
             raise DataError(
-                f"cannot read {self.path} as Parquet ({error}): delete it and download or build "
+                f"cannot read {self.path} as Parquet ({reason}): delete it and download or build "
                 f"it again"
             ) from error
 
@@ -161,6 +162,7 @@ def write_shards(
             compression="zstd",
             use_dictionary=False,
             write_statistics=False,
+            write_page_checksum=True,
         )
         try:
             write_bytes(path, buffer.getvalue())

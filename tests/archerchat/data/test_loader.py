@@ -1,0 +1,273 @@
+"""The loader: resumes exactly, shares shards among ranks, and fails with a reason."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import threading
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from archerchat.data.loader import LoaderState, Position, TokenLoader
+from archerchat.data.packing import Packing
+from archerchat.data.shards import iter_documents, write_shards
+from archerchat.errors import ArcherChatError, CheckpointError, DataError, UsageError
+from archerchat.tokenizer.bpe import Tokenizer
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 3,
+    "sequence_length": 20,
+    "buffer_size": 10,
+    "tokenizer_batch": 3,
+}
+
+
+def take(loader: TokenLoader, count: int) -> list[tuple[Any, Any, Position]]:
+    batches = islice(loader, count)
+    return [(batch.inputs.tolist(), batch.targets.tolist(), batch.position) for batch in batches]
+
+
+def through_disk(state: LoaderState, directory: Path) -> LoaderState:
+    value, arrays = state.to_parts()
+    save_file(arrays, directory / "state.safetensors")
+    stored = load_file(directory / "state.safetensors")
+    return LoaderState.from_parts(json.loads(json.dumps(value)), stored)
+
+
+def test_batches_are_rows_shifted_by_one(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+        batch = next(loader)
+    assert batch.inputs.shape == batch.targets.shape == (3, 20)
+    assert batch.inputs.dtype == batch.targets.dtype == np.int64
+    assert batch.inputs.flags.c_contiguous
+    assert batch.targets.flags.c_contiguous
+    assert (batch.inputs[:, 1:] == batch.targets[:, :-1]).all()
+    assert (batch.inputs[:, 0] == byte_tokenizer.bos_id).all()
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concat"])
+@pytest.mark.parametrize("stop", [0, 1, 2, 7, 33, 90])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
+def test_resume_yields_what_an_uninterrupted_run_does(
+    packing: Packing,
+    stop: int,
+    rank: int,
+    world_size: int,
+    corpus: list[Path],
+    byte_tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    settings = SETTINGS | {"packing": packing, "rank": rank, "world_size": world_size}
+    with TokenLoader(corpus, byte_tokenizer, **settings) as loader:
+        take(loader, stop)
+        state = through_disk(loader.state(), tmp_path)
+        expected = take(loader, 60)
+    if stop == 33:
+        assert state.position.epoch < expected[-1][2].epoch, "this case must cross an epoch"
+    with TokenLoader(corpus, byte_tokenizer, prefetch=1, **settings) as resumed:
+        resumed.restore(state)
+        assert take(resumed, 60) == expected
+
+
+def test_state_is_of_the_last_batch_returned_not_of_the_last_made(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    with TokenLoader(corpus, byte_tokenizer, prefetch=50, **SETTINGS) as far_ahead:
+        take(far_ahead, 5)
+        state = far_ahead.state()
+    with TokenLoader(corpus, byte_tokenizer, prefetch=1, **SETTINGS) as barely_ahead:
+        take(barely_ahead, 5)
+        expected = barely_ahead.state()
+    assert (state.position, state.next_document) == (expected.position, expected.next_document)
+    assert [d.tolist() for d in state.documents] == [d.tolist() for d in expected.documents]
+
+
+def test_a_loader_can_go_back_and_go_on_after_close(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+        take(loader, 4)
+        state = loader.state()
+        expected = take(loader, 6)
+        loader.restore(state)
+        assert take(loader, 3) == expected[:3]
+        loader.close()
+        assert take(loader, 3) == expected[3:]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sequence_length": 21}, "sequence_length was 20 and is 21"),
+        ({"batch_size": 4}, "batch_size was 3 and is 4"),
+        ({"packing": "concat"}, "packing was best-fit and is concat"),
+        ({"world_size": 2}, "world_size was 1 and is 2"),
+        ({"buffer_size": 11}, "buffer_size was 10 and is 11"),
+    ],
+)
+def test_a_changed_setting_is_refused_at_restore(
+    change: dict[str, Any], message: str, corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    state = TokenLoader(corpus, byte_tokenizer, **SETTINGS).state()
+    loader = TokenLoader(corpus, byte_tokenizer, **SETTINGS | change)
+    with pytest.raises(CheckpointError, match=f"cannot resume: {message}"):
+        loader.restore(state)
+
+
+def test_other_shards_or_another_tokenizer_are_refused_at_restore(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    state = TokenLoader(corpus, byte_tokenizer, **SETTINGS).state()
+    fewer = TokenLoader(corpus[:2], byte_tokenizer, **SETTINGS)
+    with pytest.raises(CheckpointError, match="there were 3 shards and are 2"):
+        fewer.restore(state)
+    ranks = {bytes([value]): 255 - value for value in range(256)}
+    other = TokenLoader(corpus, Tokenizer.from_ranks(ranks), **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"tokenizer was \w+ and is \w+"):
+        other.restore(state)
+
+
+def test_ranks_share_every_document_once(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
+    # With rows of two tokens, BOS and one more, the targets spell the documents out.
+    settings: dict[str, Any] = {"packing": "concat", "batch_size": 1, "sequence_length": 1}
+    seen = ""
+    for rank in range(3):
+        with TokenLoader(corpus, byte_tokenizer, rank=rank, world_size=3, **settings) as loader:
+            for batch in loader:
+                if batch.position.epoch > 1:
+                    break
+                token = int(batch.targets[0, 0])
+                seen += chr(token) if token != byte_tokenizer.bos_id else ""
+    assert sorted(seen) == sorted("".join(iter_documents(corpus)))
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concat"])
+def test_empty_and_long_documents_are_packed(
+    packing: Packing, tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    shards = write_shards(["", "a" * 30, "b"], tmp_path)
+    settings = SETTINGS | {"packing": packing, "buffer_size": 1, "batch_size": 1}
+    with TokenLoader(shards, byte_tokenizer, **settings) as loader:
+        rows = [[*batch.inputs[0], batch.targets[0, -1]] for batch in islice(loader, 2)]
+    bos, a, b = byte_tokenizer.bos_id, ord("a"), ord("b")
+    empty, long, short = [bos], [bos] + [a] * 30, [bos, b]
+    if packing == "best-fit":  # the long one is cropped whenever only it is left
+        assert rows[0] == short + empty + long[:18]
+        assert rows[1] == short + empty + long[:18]
+    else:
+        assert rows[0] == empty + long[:20]
+        assert rows[1] == [bos, *long[20:], *short, *empty, *long[:6]]
+
+
+def test_a_corpus_of_empty_documents_is_all_bos(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    with TokenLoader(write_shards([""], tmp_path), byte_tokenizer, **SETTINGS) as loader:
+        assert (next(loader).inputs == byte_tokenizer.bos_id).all()
+
+
+def test_more_ranks_than_row_groups_is_refused(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(DataError, match=r"9 ranks cannot share .* more than 8 row groups"):
+        TokenLoader(corpus, byte_tokenizer, rank=0, world_size=9, **SETTINGS)
+
+
+def test_shards_without_documents_are_refused_not_read_for_ever(
+    tmp_path: Path, byte_tokenizer: Tokenizer
+) -> None:
+    path = tmp_path / "shard_00000.parquet"
+    nothing = pa.table({"text": pa.array([], pa.string())})
+    pq.ParquetWriter(path, nothing.schema).close()
+    with pytest.raises(DataError, match=r"no documents in .*download"):
+        TokenLoader([path], byte_tokenizer, **SETTINGS)
+    pq.write_table(nothing, path)  # a row group, but an empty one
+    assert pq.ParquetFile(path).num_row_groups == 1
+    with (
+        pytest.raises(DataError, match=r"rank 0 of 1 finds no document"),
+        TokenLoader([path], byte_tokenizer, **SETTINGS) as loader,
+    ):
+        next(loader)
+
+
+def test_a_shard_that_breaks_later_surfaces_in_next(
+    corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    shards = write_shards(iter_documents(corpus), tmp_path, documents_per_shard=60)
+    with TokenLoader(shards, byte_tokenizer, prefetch=1, **SETTINGS) as loader:
+        shards[2].write_bytes(shards[2].read_bytes()[:100])
+        with pytest.raises(DataError, match=r"shard_00002\.parquet as Parquet"):
+            take(loader, 100)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"batch_size": 0}, UsageError, "batch size is 0"),
+        ({"sequence_length": 0}, UsageError, "sequence length is 0"),
+        ({"rank": 2, "world_size": 2}, UsageError, "rank 2 is not one of 2"),
+    ],
+)
+def test_impossible_settings_are_refused(
+    change: dict[str, int],
+    kind: type[ArcherChatError],
+    message: str,
+    corpus: list[Path],
+    byte_tokenizer: Tokenizer,
+) -> None:
+    with pytest.raises(kind, match=message):
+        TokenLoader(corpus, byte_tokenizer, **SETTINGS | change)
+
+
+def test_missing_shards_are_refused(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="no shards"):
+        TokenLoader([], byte_tokenizer, **SETTINGS)
+    (here,) = write_shards(["a"], tmp_path)
+    for shards in ([tmp_path / "gone.parquet"], [here, tmp_path / "gone.parquet"]):
+        with pytest.raises(DataError, match=r"cannot read .*gone\.parquet"):
+            TokenLoader(shards, byte_tokenizer, **SETTINGS)
+
+
+def test_a_forgotten_loader_takes_its_thread_along(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    loader = TokenLoader(corpus, byte_tokenizer, **SETTINGS)
+    next(loader)
+    del loader
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -> None:
+    program = (
+        "from pathlib import Path\n"
+        "from archerchat.data.loader import TokenLoader\n"
+        "from archerchat.tokenizer.bpe import Tokenizer\n"
+        "tokenizer = Tokenizer.from_ranks({bytes([v]): v for v in range(256)})\n"
+        f"loader = TokenLoader([Path({str(corpus[0])!r})], tokenizer, batch_size=2,\n"
+        "    sequence_length=16, prefetch=10**9, num_threads=2)\n"
+        "print(next(loader).inputs.shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(2, 16)\n", "")
+
+
+def test_waiting_is_counted_across_restarts(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+        assert loader.wait_seconds == 0
+        next(loader)
+        waited = loader.wait_seconds
+        assert waited > 0
+        loader.close()
+        assert loader.wait_seconds == waited
+        next(loader)
+        assert loader.wait_seconds > waited

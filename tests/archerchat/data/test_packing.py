@@ -1,0 +1,136 @@
+"""Both packers against plain versions of their rules."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from archerchat.data.packing import BestFitPacker, ConcatPacker, Packer, pack_best_fit
+from archerchat.errors import DataError
+
+BOS = 999
+
+
+def build_documents(lengths: list[int]) -> list[list[int]]:
+    """Documents whose tokens are all different, so that each can be traced to its place."""
+    token = iter(range(1000, 1_000_000))
+    return [[BOS, *(next(token) for _ in range(length - 1))] for length in lengths]
+
+
+def plain_best_fit(documents: list[list[int]], row_length: int) -> list[list[int]]:
+    """SPEC section 4's words, with a scan over all documents for each choice."""
+    buffer = list(documents)
+    rows: list[list[int]] = []
+    row: list[int] = []
+    while buffer:
+        space = row_length - len(row)
+        fitting = [document for document in buffer if len(document) <= space]
+        # max and min return the first of equals
+        chosen = max(fitting, key=len) if fitting else min(buffer, key=len)
+        buffer.remove(chosen)
+        row += chosen[:space]
+        if len(row) == row_length:
+            rows.append(row)
+            row = []
+    return rows
+
+
+def drain(packer: Packer) -> list[list[int]]:
+    rows = []
+    while not packer.needs_documents():
+        row = packer.place()
+        if row is not None:
+            rows.append(row.tolist())
+    return rows
+
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=60)
+
+
+@given(lengths=LENGTHS, row_length=st.integers(2, 20))
+def test_best_fit_equals_a_scan_over_all_documents(lengths: list[int], row_length: int) -> None:
+    documents = build_documents(lengths)
+    expected = plain_best_fit(documents, row_length)
+    if expected:
+        assert pack_best_fit(documents, row_length) == expected
+    else:
+        with pytest.raises(DataError, match=f"cannot fill one row of {row_length}"):
+            pack_best_fit(documents, row_length)
+
+
+def test_best_fit_prefers_the_longest_then_the_first_and_crops_the_shortest() -> None:
+    documents = build_documents([3, 4, 4, 6, 5])
+    rows = pack_best_fit(documents, 8)
+    # 6 leaves 2: nothing fits, so the shortest (3) is cropped. 5 leaves 3: the first 4 is cropped.
+    assert rows == [documents[3] + documents[0][:2], documents[4] + documents[1][:3]]
+
+
+def test_best_fit_leaves_its_input_alone() -> None:
+    documents = build_documents([3, 4, 9])
+    copies = [list(document) for document in documents]
+    pack_best_fit(documents, 5)
+    assert documents == copies
+
+
+def test_best_fit_asks_for_documents_before_every_choice() -> None:
+    packer = BestFitPacker(row_length=10, buffer_size=3)
+    documents = build_documents([2, 2, 2, 2])
+    for document in documents[:3]:
+        assert packer.needs_documents()
+        packer.add(np.array(document))
+    assert not packer.needs_documents()
+    assert packer.place() is None
+    assert packer.needs_documents()
+
+
+def test_best_fit_takes_documents_back_in_their_order() -> None:
+    generator = random.Random(3)
+    documents = build_documents([generator.randint(1, 12) for _ in range(80)])
+    packer = BestFitPacker(row_length=9, buffer_size=1)
+    for document in documents:
+        packer.add(np.array(document))
+    while packer.place() is None:
+        pass
+    again = BestFitPacker(row_length=9, buffer_size=1)
+    for kept in packer.documents():
+        again.add(kept)
+    assert drain(again) == drain(packer)
+
+
+@given(lengths=LENGTHS, row_length=st.integers(2, 20))
+def test_concat_drops_nothing_but_an_unfilled_last_row(lengths: list[int], row_length: int) -> None:
+    documents = build_documents(lengths)
+    packer = ConcatPacker(row_length)
+    for document in documents:
+        packer.add(np.array(document))
+    rows = drain(packer)
+    assert all(len(row) == row_length and row[0] == BOS for row in rows)
+    tokens = [token for document in documents for token in document if token != BOS]
+    placed = [token for row in rows for token in row if token != BOS]
+    assert placed == tokens[: len(placed)]
+    # What is missing is less than a row, its documents' own BOS counted.
+    assert len(tokens) - len(placed) < row_length
+
+
+def test_concat_goes_on_after_a_bos() -> None:
+    packer = ConcatPacker(row_length=4)
+    (first, second) = build_documents([6, 4])
+    packer.add(np.array(first))
+    packer.add(np.array(second))
+    assert drain(packer) == [
+        first[:4],
+        [BOS, *first[4:6], BOS],
+        [BOS, *second[1:4]],
+    ]
+
+
+def test_concat_keeps_the_rest_of_a_document_between_rows() -> None:
+    packer = ConcatPacker(row_length=4)
+    (document,) = build_documents([6])
+    packer.add(np.array(document))
+    assert packer.place() is not None
+    assert [kept.tolist() for kept in packer.documents()] == [[BOS, *document[4:]]]
