@@ -1,0 +1,314 @@
+"""Read checkpoints and tokenizers of nanochat, the reference implementation.
+
+Its checkpoint is a directory with `model_<step>.pt` (a state dict) and `meta_<step>.json`; its
+tokenizer is a pickled `tiktoken.Encoding`. Nothing that these files hold is ever called: the
+state dict goes through `torch.load(weights_only=True)`, and the tokenizer through an unpickler
+that knows a handful of opcodes and one class, a stand-in of ours that only keeps its state.
+One table (`NAMES`) relates the names of the tensors, in both directions.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import pickletools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archerchat.errors import CheckpointError, TokenizerError, UsageError
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Transformer
+from archerchat.tokenizer.bpe import Tokenizer
+
+NAMES = {
+    "transformer.wte.weight": "token_embedding.weight",
+    "transformer.h.{i}.attn.c_q.weight": "blocks.{i}.attention.query.weight",
+    "transformer.h.{i}.attn.c_k.weight": "blocks.{i}.attention.key.weight",
+    "transformer.h.{i}.attn.c_v.weight": "blocks.{i}.attention.value.weight",
+    "transformer.h.{i}.attn.c_proj.weight": "blocks.{i}.attention.output.weight",
+    "transformer.h.{i}.attn.ve_gate.weight": "blocks.{i}.attention.value_gate.weight",
+    "transformer.h.{i}.mlp.c_fc.weight": "blocks.{i}.mlp.up.weight",
+    "transformer.h.{i}.mlp.c_proj.weight": "blocks.{i}.mlp.down.weight",
+    "lm_head.weight": "unembedding.weight",
+    "value_embeds.{i}.weight": "value_embeddings.{i}.weight",
+    "resid_lambdas": "residual_lambdas",
+    "x0_lambdas": "input_lambdas",
+    "smear_gate.weight": "smear_gate.weight",
+    "smear_lambda": "smear_lambda",
+    "backout_lambda": "backout_lambda",
+}
+"""The reference's name of each tensor, and ours; {i} is the layer."""
+
+NEUTRAL = {
+    "residual_lambdas": 1.0,
+    "input_lambdas": 0.0,
+    "smear_gate.weight": 0.0,
+    "smear_lambda": 0.0,
+    "backout_lambda": 0.0,
+}
+"""Values of the tensors that older checkpoints lack: with them the model computes what it did."""
+
+CONFIG_NAMES = {
+    "sequence_len": "sequence_length",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_kv_head": "num_kv_heads",
+    "n_embd": "model_dim",
+    "window_pattern": "window_pattern",
+}
+COMPILED_PREFIX = "_orig_mod."
+MODEL_FILE = re.compile(r"model_(\d{6,})\.pt")
+
+TOKENIZER_FILE = "tokenizer.pkl"
+LARGEST_TOKENIZER = 16 * 2**20
+"""Bytes; a vocabulary of 200,000 tokens takes about 3 MiB."""
+ENCODING_CLASS = ("tiktoken.core", "Encoding")
+ENCODING_STATE = {"name": str, "pat_str": str, "mergeable_ranks": dict, "special_tokens": dict}
+# fmt: off
+ALLOWED_OPCODES = frozenset({
+    "PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET",
+    "STACK_GLOBAL", "EMPTY_TUPLE", "NEWOBJ", "BUILD", "EMPTY_DICT", "SETITEM", "SETITEMS",
+    "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES", "BINBYTES",
+    "BININT", "BININT1", "BININT2",
+})
+# fmt: on
+"""What a `tiktoken.Encoding` is made of since pickle's protocol 4, the default; no calls."""
+
+
+@dataclass(frozen=True)
+class ImportedModel:
+    """One of the reference's checkpoints, with our names and shapes."""
+
+    path: Path
+    step: int
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    filled: tuple[str, ...]
+    """Tensors the file lacked, given their neutral values."""
+    meta: dict[str, Any]
+    """The reference's own JSON, as it was."""
+
+
+def to_archerchat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of the reference's state dict, compiled or not, to ours.
+
+    Raises:
+        CheckpointError: a name is not the reference's.
+    """
+    plain = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
+    return _rename(plain, NAMES)
+
+
+def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of our state dict to the reference's names.
+
+    Raises:
+        CheckpointError: a name is not ours.
+    """
+    return _rename(state, {ours: theirs for theirs, ours in NAMES.items()})
+
+
+def _rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    renamed, unknown = {}, []
+    for name, tensor in state.items():
+        layer = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = name.replace(f".{layer[0]}.", ".{i}.") if layer else name
+        if pattern in names:
+            renamed[names[pattern].format(i=layer[0] if layer else "")] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(f"unknown tensors: {_listed(unknown)}; is this another model's file?")
+    return renamed
+
+
+def _listed(names: Iterable[str], most: int = 8) -> str:
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + rest
+
+
+def load_model(directory: Path, step: int | None = None) -> ImportedModel:
+    """Read one of the reference's checkpoints; the latest for None.
+
+    Embedding tables keep bfloat16 where they have it; every other tensor becomes float32, which
+    changes no value.
+
+    Raises:
+        UsageError: `directory` holds no checkpoint, or none of this step.
+        CheckpointError: a file is broken, or its tensors are not those its config implies.
+    """
+    paths = {int(m[1]): m.string for m in map(MODEL_FILE.fullmatch, _file_names(directory)) if m}
+    if not paths:
+        raise UsageError(f"no model_<step>.pt in {directory}: give nanochat's checkpoint directory")
+    if step is not None and step not in paths:
+        steps = ", ".join(map(str, sorted(paths)))
+        raise UsageError(f"no step {step} in {directory}; it holds {steps}")
+    step = max(paths) if step is None else step
+    path = directory / paths[step]
+    meta_path = directory / f"meta_{step:06d}.json"
+    meta = _load_meta(meta_path)
+    config = _parse_config(meta["model_config"], meta_path)
+    try:
+        tensors, filled = _fit(to_archerchat_names(_load_state(path)), config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return ImportedModel(path, step, config, tensors, filled, meta)
+
+
+def _file_names(directory: Path) -> list[str]:
+    return [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+
+
+def _load_meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}): copy it from the source") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("model_config"), dict):
+        raise CheckpointError(f"{path} has no model_config: is it nanochat's?")
+    return meta
+
+
+def _parse_config(given: Mapping[str, Any], path: Path) -> ModelConfig:
+    settings: dict[str, Any] = {"window_pattern": "L", **given}
+    unknown, missing = settings.keys() - CONFIG_NAMES, CONFIG_NAMES.keys() - settings
+    if unknown or missing:
+        raise CheckpointError(
+            f"{path}: model_config lacks {_listed(missing) or 'nothing'} and has the unknown "
+            f"{_listed(unknown) or 'nothing'}: it is of another version of nanochat"
+        )
+    for name, value in settings.items():
+        kind = str if name == "window_pattern" else int
+        if type(value) is not kind:
+            raise CheckpointError(f"{path}: {name} is {value!r}, which is not {kind.__name__}")
+    try:
+        return ModelConfig(**{CONFIG_NAMES[name]: value for name, value in settings.items()})
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _load_state(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a broken or hostile file can fail anywhere in the reader
+        first_line = str(error).partition("\n")[0]
+        raise CheckpointError(f"not a readable state dict ({first_line})") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise CheckpointError("it does not hold a state dict of named tensors")
+    return state
+
+
+def _fit(
+    state: dict[str, Tensor], config: ModelConfig
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Compare names, shapes and dtypes with the model's own; fill in what older files lack."""
+    with torch.device("meta"):
+        expected = Transformer(config).state_dict()
+    missing, unexpected = expected.keys() - state, state.keys() - expected
+    filled = tuple(sorted(missing & NEUTRAL.keys()))
+    lacking = _listed(missing - NEUTRAL.keys())
+    if unexpected or lacking:
+        raise CheckpointError(
+            f"its tensors are not those of {config}: it lacks {lacking or 'none'} and has also "
+            f"{_listed(unexpected) or 'none'} (our names). Only versions of nanochat with value "
+            "embeddings can be imported"
+        )
+    state = state | {name: torch.full(expected[name].shape, NEUTRAL[name]) for name in filled}
+    tensors = {}
+    for name, wanted in expected.items():
+        tensor = state[name]
+        if tensor.shape != wanted.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(tensor.shape)}; {config} implies {list(wanted.shape)}"
+            )
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise CheckpointError(f"{name} is {tensor.dtype}; weights are float32 or bfloat16")
+        is_table = name.startswith(("token_embedding.", "value_embeddings."))
+        keep = is_table and tensor.dtype == torch.bfloat16
+        tensors[name] = tensor if keep else tensor.float()
+    return tensors, filled
+
+
+class _EncodingState:
+    """Stand in for `tiktoken.Encoding` while unpickling: keep the state, do nothing."""
+
+    state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+class _EncodingUnpickler(pickle.Unpickler):
+    """Admit one class by name, and give the stand-in for it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ENCODING_CLASS:
+            return _EncodingState
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not admitted")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read the reference's pickled tokenizer without running anything that it names.
+
+    Raises:
+        TokenizerError: the file is missing, too large, holds anything but a tiktoken encoding,
+            or one that is not ours to run (`Tokenizer.from_ranks`).
+    """
+    state = _load_encoding(path)
+    ranks, specials = state["mergeable_ranks"], state["special_tokens"]
+    for what, table, kind in (("ranks", ranks, bytes), ("special tokens", specials, str)):
+        if any(type(key) is not kind or type(value) is not int for key, value in table.items()):
+            raise TokenizerError(f"{path}: the {what} are not a table of {kind.__name__} to int")
+    if sorted(specials.values()) != list(range(len(ranks), len(ranks) + len(specials))):
+        raise TokenizerError(f"{path}: the special tokens' ids do not follow the ranks")
+    try:
+        return Tokenizer.from_ranks(
+            ranks,
+            pattern=state["pat_str"],
+            special_tokens=sorted(specials, key=specials.__getitem__),
+            provenance={"source": "nanochat", "path": str(path)},
+        )
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from error
+
+
+def _load_encoding(path: Path) -> dict[str, Any]:
+    """Return the state of the pickled encoding, its parts of the right types."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_TOKENIZER + 1)
+    except OSError as error:
+        raise TokenizerError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > LARGEST_TOKENIZER:
+        raise TokenizerError(
+            f"{path} is larger than {LARGEST_TOKENIZER >> 20} MiB: not a tokenizer"
+        )
+    try:
+        for opcode, _, position in pickletools.genops(content):
+            if opcode.name not in ALLOWED_OPCODES:
+                raise pickle.UnpicklingError(f"opcode {opcode.name} at byte {position}")
+        encoding = _EncodingUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # a broken or hostile file can fail anywhere in the reader
+        raise TokenizerError(
+            f"{path} is not a pickled tiktoken encoding and was not run: {error}"
+        ) from error
+    state = encoding.state if isinstance(encoding, _EncodingState) else None
+    if isinstance(state, str):
+        raise TokenizerError(f"{path} only names tiktoken's encoding {state!r}: it has no ranks")
+    if not isinstance(state, dict) or state.keys() != ENCODING_STATE.keys():
+        raise TokenizerError(f"{path} does not hold what a tiktoken encoding consists of")
+    for name, kind in ENCODING_STATE.items():
+        if type(state[name]) is not kind:
+            raise TokenizerError(f"{path}: {name} is not {kind.__name__}")
+    return state
