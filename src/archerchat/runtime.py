@@ -1,0 +1,212 @@
+"""Where a run computes: device, compute dtype, and its place among the ranks.
+
+Built once at start-up by `build_runtime` and passed to whatever needs it; nothing else asks
+which device there is. Ranks come from torchrun's environment. Setting up the process group
+belongs in `build_runtime` too, after the device is known; one process needs none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from archerchat.errors import UsageError
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+}
+DEVICE_TYPES = ("cuda", "mps", "cpu")
+"""Best first."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Describe one rank's device and what it computes in."""
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    device_name: str
+    dtype_reason: str
+    """Why this dtype, for the line that start-up prints."""
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this rank prints, evaluates alone, and writes files."""
+        return self.rank == 0
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_memory_bytes(self) -> int:
+        """Return the most memory that tensors took since the last reset.
+
+        On CPUs that is the process's peak resident size since it started, on MPS what the
+        driver holds now: neither keeps a peak that can be reset.
+        """
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if self.device.type == "mps":
+            return torch.mps.driver_allocated_memory()
+        return _peak_resident_bytes()
+
+    def reset_peak_memory(self) -> None:
+        """Count CUDA's peak from here on; does nothing elsewhere."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def total_memory_bytes(self) -> int:
+        """Return how much memory the device has; on CPUs and MPS the machine's."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def build_runtime(device: str | None = None, dtype: str | None = None) -> Runtime:
+    """Choose the device and the compute dtype of this process.
+
+    Args:
+        device: "cuda", "cuda:1", "mps" or "cpu"; None takes the best one here. Without an
+            index, each local rank gets its own CUDA device.
+        dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 where the hardware
+            multiplies it fast, else float32.
+
+    Raises:
+        UsageError: the device or dtype is unknown or not here, or torchrun's variables are broken.
+    """
+    rank, local_rank, world_size = read_ranks(os.environ)
+    chosen = choose_device(device, local_rank)
+    compute_dtype, reason = choose_dtype(chosen, dtype)
+    return Runtime(
+        device=chosen,
+        compute_dtype=compute_dtype,
+        device_name=_device_name(chosen),
+        dtype_reason=reason,
+        rank=rank,
+        local_rank=local_rank,
+        world_size=world_size,
+    )
+
+
+def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """Return rank, local rank and world size as torchrun set them; 0, 0, 1 without it.
+
+    Raises:
+        UsageError: they are incomplete, not numbers, or contradict each other.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    given = {name: environment[name] for name in names if environment.get(name)}
+    if not given:
+        return 0, 0, 1
+    try:
+        rank, local_rank, world_size = (int(given[name]) for name in names)
+    except (KeyError, ValueError):
+        rank, local_rank, world_size = -1, -1, -1
+    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
+        found = ", ".join(f"{name}={environment.get(name, '')!r}" for name in names)
+        raise UsageError(
+            f"the environment has {found}, which torchrun does not set: start with torchrun, or "
+            "unset all three for one process"
+        )
+    return rank, local_rank, world_size
+
+
+def choose_device(requested: str | None, local_rank: int = 0) -> torch.device:
+    """Return the requested device, or the best one of this machine.
+
+    Raises:
+        UsageError: it is unknown or not here; the message lists what is.
+    """
+    counts = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+        "cpu": 1,
+    }
+    best = next(kind for kind in DEVICE_TYPES if counts[kind])
+    name = requested or best
+    match = re.fullmatch(r"(cuda|mps|cpu)(?::(\d+))?", name)
+    kind = match[1] if match else ""
+    number = match[2] if match else None
+    default = local_rank if kind == "cuda" else 0
+    index = default if number is None else int(number)
+    if index >= counts.get(kind, 0):
+        here = ", ".join(f"{kind}:0-{n - 1}" if n > 1 else kind for kind, n in counts.items() if n)
+        by_rank = kind == "cuda" and number is None and local_rank > 0
+        wanted = f"{name} for local rank {local_rank}" if by_rank else name
+        raise UsageError(
+            f"device {wanted!r} is not on this machine, which has: {here}; leave --device out to "
+            "get the best one"
+        )
+    return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+
+
+def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dtype, str]:
+    """Return the compute dtype and the reason for it.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
+    if requested is not None:
+        if requested not in DTYPES:
+            raise UsageError(f"dtype {requested!r} is not one of: {', '.join(DTYPES)}")
+        return DTYPES[requested], "forced"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return torch.bfloat16, f"CUDA sm{major}{minor} has bfloat16 tensor cores"
+        return torch.float32, f"CUDA sm{major}{minor} has no bfloat16 tensor cores (sm80 has)"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        for flag, name in (("amx_bf16", "AMX-BF16"), ("avx512_bf16", "AVX512-BF16")):
+            if capabilities.get(flag):
+                return torch.bfloat16, f"CPU has {name}"
+        return torch.float32, "CPU has neither AMX-BF16 nor AVX512-BF16"
+    return torch.float32, f"{device.type}: bfloat16 only if forced"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple {platform.machine()} GPU"
+    return cpu_name(Path("/proc/cpuinfo"))
+
+
+def cpu_name(cpuinfo: Path) -> str:
+    """Return the processor's model name from Linux's `cpuinfo`, else what Python knows."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name" and value.strip():
+            return " ".join(value.split())
+    return platform.processor() or platform.machine() or "unknown CPU"
+
+
+def _peak_resident_bytes() -> int:
+    import resource  # POSIX only, and nothing else here is
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
