@@ -58,8 +58,7 @@ class DialConfig:
     head_dim: int = 128
     """Width of one attention head."""
     num_kv_heads: int | None = None
-    """Key/value heads, fewer than query heads for grouped-query attention; all of them if not
-    given."""
+    """Key/value heads for grouped-query attention; as many as query heads if not given."""
     max_seq_len: int = 2048
     """Tokens in a training row."""
     window_pattern: str = "SSSL"

@@ -1,0 +1,145 @@
+"""Estimate what one rank needs to train a shape, without building it.
+
+Three parts: what stays for the whole run (weights, gradients, optimizer state), what one row of
+a micro-batch adds while it waits for its backward pass, and workspace that comes and goes.
+
+The activations follow what a compiled forward pass of `model/transformer.py` saves: counted
+with saved-tensor hooks behind torch's min-cut partitioner, it is within a few per cent of the
+formula here (a test counts again). Fused attention is assumed, so no scores; no recomputation;
+the loss in chunks, so no logits. The total is an estimate: allocators round up, fragment, and
+keep what they once had, for which `RESERVED_SHARE` of the device is left out of the reckoning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from archerchat.model.config import ModelConfig
+from archerchat.model.flops import count_parameters
+from archerchat.model.loss import chunk_tokens
+
+RESERVED_SHARE = 0.10
+"""Of the device's memory: its context, fragmentation, a desktop."""
+LOSS_CHUNK_TENSORS = 4
+"""float32 tensors of a chunk's logits alive at once."""
+MUON_STACK_BYTES = 20
+"""Temporary bytes per element of the largest Muon stack: both copies, the update, products."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    weight_casts: int
+    """Copies of float32 masters in the compute dtype, kept for the backward pass."""
+    workspace: int
+    """The larger of the loss's chunk and the optimizer's temporaries."""
+    activations_per_row: int
+    """Saved for the backward pass by each row of a micro-batch."""
+
+    @property
+    def fixed(self) -> int:
+        """Bytes that do not depend on the micro-batch."""
+        return (
+            self.weights
+            + self.gradients
+            + self.optimizer_state
+            + self.weight_casts
+            + self.workspace
+        )
+
+    def total(self, device_batch_size: int) -> int:
+        """Return the peak with this many rows in a micro-batch."""
+        return self.fixed + device_batch_size * self.activations_per_row
+
+
+def estimate_memory(
+    config: ModelConfig, compute_dtype: torch.dtype, device: torch.device, world_size: int = 1
+) -> MemoryEstimate:
+    """Estimate the memory of one rank.
+
+    Args:
+        config: the shape.
+        compute_dtype: of activations; embeddings are stored in it when it is bfloat16.
+        device: its kind decides how many logits the loss forms at a time.
+        world_size: ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
+    """
+    counts = count_parameters(config)
+    compute_bytes = compute_dtype.itemsize
+    tables = counts.embedding + counts.value_embeddings
+    masters = counts.total - tables
+    table_bytes = 2 if compute_dtype == torch.bfloat16 else 4
+    adamw = counts.total - counts.block_matrices
+    # AdamW keeps two float32 moments, Muon one momentum (its row variances are negligible).
+    state = 4 * (2 * adamw + counts.block_matrices)
+    return MemoryEstimate(
+        weights=tables * table_bytes + masters * 4,
+        gradients=tables * table_bytes + masters * 4,
+        optimizer_state=state // world_size,
+        weight_casts=counts.scaling * compute_bytes if compute_bytes < 4 else 0,
+        workspace=max(_loss_workspace(config, device), _muon_workspace(config, world_size)),
+        activations_per_row=config.sequence_length
+        * activation_elements_per_token(config)
+        * compute_bytes,
+    )
+
+
+def activation_elements_per_token(config: ModelConfig) -> int:
+    """Count the values that the layers save for one token's backward pass.
+
+    Each layer: its input and both branches' inputs before and after normalisation (5 C), queries
+    before and after theirs and the attention's output (3 C), both sides of relu squared (8 C),
+    keys before and after theirs and values (3 K D), and a row of its value embedding (K D).
+    """
+    c, kv = config.model_dim, config.kv_dim
+    embedded = sum(config.has_value_embedding(i) for i in range(config.num_layers))
+    return config.num_layers * (16 * c + 3 * kv) + embedded * kv + 4 * c
+
+
+def max_device_batch_size(estimate: MemoryEstimate, memory_bytes: int, rows: int) -> int | None:
+    """Return the largest power of two of rows that fits, or None where not even one does.
+
+    Args:
+        estimate: of one rank.
+        memory_bytes: of its device.
+        rows: rows of one rank in a whole optimizer step; the result divides it.
+    """
+    usable = memory_bytes * (1 - RESERVED_SHARE)
+    if estimate.total(1) > usable:
+        return None
+    size = 1
+    while rows % (2 * size) == 0 and estimate.total(2 * size) <= usable:
+        size *= 2
+    return size
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Return what one generated token adds to the cache: keys and values of every layer."""
+    return config.num_layers * 2 * config.kv_dim * dtype.itemsize
+
+
+def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
+    """Return the cache of one row after `tokens`, where each layer keeps only its window."""
+    kept = sum(min(window, tokens) for window in config.windows)
+    return 2 * config.kv_dim * dtype.itemsize * kept
+
+
+def _loss_workspace(config: ModelConfig, device: torch.device) -> int:
+    """A chunk's logits, and the unembedding's gradient that grows chunk by chunk."""
+    vocab = config.padded_vocab_size
+    chunk = chunk_tokens(vocab, device) * vocab * 4
+    return LOSS_CHUNK_TENSORS * chunk + 4 * vocab * config.model_dim
+
+
+def _muon_workspace(config: ModelConfig, world_size: int) -> int:
+    """The temporaries of the largest stack of equal-shaped matrices."""
+    square = 2 * config.model_dim * (config.model_dim + config.kv_dim)
+    if config.kv_dim != config.model_dim:
+        square //= 2
+    largest = max(square, 4 * config.model_dim**2) * config.num_layers
+    return MUON_STACK_BYTES * largest // world_size

@@ -1,0 +1,59 @@
+"""What `archerchat plan` prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from archerchat.artifacts import Home
+from archerchat.commands.plan import plan
+from archerchat.dial import DialConfig
+from archerchat.planner import PlanConfig
+
+
+def test_tables_name_every_figure_and_every_assumption(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plan(PlanConfig(DialConfig(12), gpu="RTX 4090"), Home(tmp_path))
+    out = capsys.readouterr().out
+    for text in (
+        "286.3M",
+        "110.1M",
+        "524,288",
+        "2,520",
+        "759.7M",
+        "32 + 1",
+        "device batch size",
+        "165.2 TFLOP/s",
+        "assumed for this kind of device; --mfu sets it",
+        "at 450 W a card; the rest of the machine not counted",
+        "KV cache",
+    ):
+        assert text in out, text
+
+
+def test_json_is_one_object_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan(PlanConfig(DialConfig(12), gpu="H100", num_gpus=8, json=True), Home(tmp_path))
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    content = json.loads(out)
+    assert content["hyperparameters"]["total_tokens"] == 1321205760
+    assert content["hyperparameters"]["parameters"]["total"] == 286261730
+    assert content["hyperparameters"]["learning_rates"]["matrix"] == 0.02
+    assert content["memory"]["estimate"]["fixed"] < content["memory"]["peak_bytes"]
+    assert content["machine"]["gpu"]["name"] == "H100"
+    assert content["time"]["rent"] > 0
+    assert len(content["schedule_points"]) == 5
+
+
+def test_what_does_not_fit_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    plan(PlanConfig(DialConfig(26), gpu="RTX 3070"), Home(tmp_path))
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "smaller --depth or --max-seq-len" in out

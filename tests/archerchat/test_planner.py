@@ -1,0 +1,173 @@
+"""The plan's arithmetic, against the runs that SPEC section 11 reports, and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat.dial import DialConfig
+from archerchat.errors import UsageError
+from archerchat.planner import TRAIN_SHARDS, Plan, PlanConfig, build_plan
+from archerchat.runtime import Runtime
+
+
+def _plan(
+    tmp_path: Path, depth: int = 12, dial: dict[str, Any] | None = None, **fields: Any
+) -> Plan:
+    fields.setdefault("gpu", "RTX 5060 Ti")
+    return build_plan(PlanConfig(DialConfig(depth, **(dial or {})), **fields), tmp_path)
+
+
+@pytest.mark.parametrize(("depth", "minutes"), [(8, 76.7), (12, 481.0)])
+def test_times_on_the_5060_ti_are_near_the_measured_ones(
+    tmp_path: Path, depth: int, minutes: float
+) -> None:
+    plan = _plan(tmp_path, depth)
+    assert plan.time.hours * 60 == pytest.approx(minutes, rel=0.15)
+    assert plan.time.mfu_is_assumed
+
+
+def test_the_gpt2_run_costs_what_was_reported(tmp_path: Path) -> None:
+    """The seeds report $48 to $73 for d24 at ratio 8 on eight H100s, with fp8 and without."""
+    plan = _plan(tmp_path, 24, {"target_param_data_ratio": 8}, gpu="H100", num_gpus=8)
+    assert plan.time.rent is not None
+    assert 40 < plan.time.rent < 80
+    assert plan.time.price_per_hour == pytest.approx(3.0)
+    assert plan.time.price_is_assumed
+    assert plan.time.energy_cost is None
+    assert plan.memory.grad_accum_steps is not None
+    size = plan.memory.device_batch_size
+    assert size is not None
+    assert size * 2048 * 8 * plan.memory.grad_accum_steps == plan.hyperparameters.total_batch_tokens
+
+
+def test_hours_follow_flops_rate_and_mfu(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, mfu=0.5, num_gpus=2, gpu="A100 80GB", price_per_hour=2.0)
+    hours = plan.hyperparameters.total_flops / (2 * 312e12 * 0.5) / 3600
+    assert plan.time.hours == pytest.approx(hours)
+    assert plan.time.rent == pytest.approx(2 * 2.0 * hours)
+    assert plan.time.kwh == pytest.approx(2 * 0.4 * hours)
+    assert not plan.time.price_is_assumed
+    assert not plan.time.mfu_is_assumed
+    assert plan.time.tokens_per_second * hours * 3600 == pytest.approx(
+        plan.hyperparameters.total_tokens
+    )
+
+
+def test_electricity_at_home(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, price_per_kwh=0.5)
+    assert plan.time.rent is None
+    assert plan.time.kwh == pytest.approx(0.18 * plan.time.hours)
+    assert plan.time.energy_cost == pytest.approx(0.5 * 0.18 * plan.time.hours)
+
+
+def test_shards_cover_the_tokens(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, tokens_per_shard=10_000_000)
+    assert plan.data.train_shards == 133  # 1.3212e9 tokens
+    assert plan.data.epochs == 1.0
+    small = _plan(tmp_path, tokens_per_shard=100_000)
+    assert small.data.train_shards == TRAIN_SHARDS
+    assert small.data.epochs == pytest.approx(1321205760 / (TRAIN_SHARDS * 100_000))
+    estimated = _plan(tmp_path).data
+    assert 25_000_000 < estimated.tokens_per_shard < 60_000_000
+
+
+def test_schedule_turns_are_listed(tmp_path: Path) -> None:
+    points = _plan(tmp_path).schedule_points
+    assert [it for it, *_ in points] == [0, 40, 400, 882, 2520]
+    assert points[0][1:] == pytest.approx((0.025, 0.85, 0.28))
+    assert points[-1][1:] == pytest.approx((0.05, 0.90, 0.0))
+    short = _plan(tmp_path, dial={"num_iterations": 30}).schedule_points
+    assert [it for it, *_ in short] == [0, 10, 30]
+
+
+def test_a_smaller_card_takes_a_smaller_batch(tmp_path: Path) -> None:
+    sizes = [
+        _plan(tmp_path, gpu_memory=gib).memory.device_batch_size or 0 for gib in (4, 8, 16, 32, 80)
+    ]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 0
+    assert sizes[-1] > sizes[1] > 0
+    for size in sizes:
+        assert size & (size - 1) == 0
+
+
+def test_a_model_that_does_not_fit_is_a_plan_not_an_error(tmp_path: Path) -> None:
+    memory = _plan(tmp_path, 26, gpu="RTX 3070").memory
+    assert memory.device_batch_size is None
+    assert memory.grad_accum_steps is None
+    assert memory.peak_bytes > memory.device_bytes
+
+
+def test_cards_without_bfloat16(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, gpu="V100")
+    assert plan.machine.compute_dtype == "float16"
+    assert plan.machine.flops_per_second == 125e12
+
+
+def test_without_a_name_this_machine_is_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(torch.device("cpu"), torch.float32, "Test CPU", "forced")
+    monkeypatch.setattr("archerchat.planner.build_runtime", lambda: runtime)
+    monkeypatch.setattr("archerchat.peak_flops.measure_peak", lambda runtime: (2e12, 1024))
+    plan = _plan(tmp_path, 4, gpu=None)
+    assert plan.machine.name == "Test CPU"
+    assert plan.machine.flops_per_second == 2e12
+    assert plan.machine.flops_source.startswith("measured")
+    assert plan.machine.memory_bytes == runtime.total_memory_bytes()
+    assert plan.time.rent is None
+    assert plan.time.kwh is None
+    assert plan.time.energy_cost is None
+
+
+def test_without_a_name_a_known_card_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "NVIDIA GeForce RTX 3090"
+    runtime = Runtime(torch.device("cuda", 0), torch.bfloat16, name, "forced")
+    properties = type("Properties", (), {"total_memory": 24 * 2**30})()
+    monkeypatch.setattr("archerchat.planner.build_runtime", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    machine = _plan(tmp_path, 4, gpu=None).machine
+    named = _plan(tmp_path, 4, gpu="3090").machine
+    assert machine.memory_bytes == 24 * 2**30
+    for field in ("device_type", "compute_dtype", "flops_per_second", "assumed_mfu", "gpu"):
+        assert getattr(machine, field) == getattr(named, field)
+
+
+def test_an_unknown_card_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        _plan(tmp_path, gpu="Voodoo 2")
+    assert "'Voodoo 2'" in str(error.value)
+    assert "RTX 5060 Ti" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_gpus": 0}, "--num-gpus is 0"),
+        ({"num_gpus": 3}, "total batch|batch of 524288 tokens"),
+        ({"mfu": 0.0}, "--mfu is 0.0"),
+        ({"mfu": 1.5}, "--mfu is 1.5"),
+        ({"gpu_memory": -1.0}, "--gpu-memory is -1.0"),
+        ({"price_per_hour": -1.0}, "--price-per-hour is -1.0"),
+        ({"price_per_kwh": float("nan")}, "--price-per-kwh is nan"),
+        ({"tokens_per_shard": 0}, "--tokens-per-shard is 0"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(
+    tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        _plan(tmp_path, **fields)
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PlanConfig(DialConfig(12)).num_gpus = 2  # type: ignore[misc]
