@@ -91,6 +91,13 @@ class Shard:
     def num_documents(self) -> int:
         return int(self._file.metadata.num_rows)
 
+    @property
+    def text_bytes(self) -> int:
+        """About how many bytes the text takes uncompressed, lengths and headers counted too."""
+        column = self._file.schema_arrow.names.index(TEXT_COLUMN)
+        groups = map(self._file.metadata.row_group, range(self.num_row_groups))
+        return sum(int(group.column(column).total_uncompressed_size) for group in groups)
+
     def read_row_group(self, index: int) -> list[str]:
         """Return the documents of one row group; a null is an empty document."""
         with self._explained():
@@ -164,12 +171,19 @@ def write_shards(
             write_statistics=False,
             write_page_checksum=True,
         )
-        try:
+        with explained_writes(path):
             write_bytes(path, buffer.getvalue())
-        except OSError as error:
-            raise DataError(
-                f"cannot write {path} ({error.strerror or error}): free some space, or point "
-                f"ARCHERCHAT_HOME at another disk"
-            ) from error
         paths.append(path)
     return paths
+
+
+@contextlib.contextmanager
+def explained_writes(path: Path) -> Iterator[None]:
+    """Turn what the system says about writing `path` into a DataError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path} ({error.strerror or error}): free some space, or point "
+            f"ARCHERCHAT_HOME at another disk"
+        ) from error

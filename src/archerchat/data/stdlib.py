@@ -1,0 +1,177 @@
+"""The built-in corpus: this Python's own standard library, its sources and its documentation.
+
+It needs no network and is the same for the same Python build. The files are read in place and
+only parsed, never imported; what they document is rendered in the manner of `help()`: a
+signature and, indented, the documentation string. The language reference's topics
+(`pydoc_data`) and the built-in types' own documentation complete it. Tests, tables of numbers
+and what describes this one machine are left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import inspect
+import platform
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import indent
+from typing import Any
+
+from archerchat.data.corpus import Group
+from archerchat.data.folder import split_text
+from archerchat.errors import DataError
+
+MIN_CHARACTERS = 100
+MAX_CHARACTERS = 8_000
+_EXCLUDED_DIRECTORIES = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "lib-dynload",
+    "__pycache__",
+    "__phello__",
+}
+_TOPICS = Path("pydoc_data", "topics.py")
+_Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def stdlib_directory() -> Path:
+    """Return where this Python keeps the standard library."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def list_stdlib(root: Path) -> list[Path]:
+    """Return the corpus's source files below `root`, in order.
+
+    Raises:
+        DataError: there is none, because this Python carries only compiled files.
+    """
+    files = [
+        path
+        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
+        if not _is_excluded(path.relative_to(root))
+    ]
+    if not files:
+        raise DataError(
+            f"this Python has no standard library sources in {root}: use another Python, or build "
+            f"from a folder of text with `archerchat data build DIRECTORY`"
+        )
+    return files
+
+
+def describe_stdlib(root: Path, files: Sequence[Path]) -> dict[str, Any]:
+    """Return a JSON value that changes with the Python build."""
+    return {
+        "python": [platform.python_implementation(), platform.python_version()],
+        "files": [[path.relative_to(root).as_posix(), path.stat().st_size] for path in files],
+    }
+
+
+def iter_stdlib(root: Path, files: Sequence[Path]) -> Iterator[Group]:
+    """Yield a group of documents for each module, topic and built-in, exact duplicates once."""
+    seen: set[str] = set()
+    for texts in _iter_texts(root, files):
+        pieces = (
+            piece.strip("\n") + "\n" for text in texts for piece in split_text(text, MAX_CHARACTERS)
+        )
+        group = [piece for piece in pieces if len(piece) >= MIN_CHARACTERS and piece not in seen]
+        seen.update(group)
+        if group:
+            yield group
+
+
+def _is_excluded(path: Path) -> bool:
+    folders = path.parts[:-1]
+    return (
+        bool(_EXCLUDED_DIRECTORIES.intersection(folders))
+        or any(folder.startswith("config-") for folder in folders)
+        or path.name.startswith("_sysconfigdata")
+        or path.name in {"sitecustomize.py", "usercustomize.py"}
+    )
+
+
+def _iter_texts(root: Path, files: Sequence[Path]) -> Iterator[list[str]]:
+    for path in files:
+        try:
+            with tokenize.open(path) as file:
+                source = file.read()
+            with warnings.catch_warnings(action="ignore"):  # old escapes in old modules
+                tree = ast.parse(source)
+        except (OSError, SyntaxError, ValueError):
+            continue  # not text or not Python: nothing to learn from
+        if path.relative_to(root) == _TOPICS:
+            yield from ([text] for text in _list_topics(tree))
+        elif "charmap_build(" not in source:  # the encodings' tables
+            yield [source, render_help(_module_name(path.relative_to(root)), tree)]
+    yield from ([render_builtin(name)] for name in sorted(vars(builtins)))
+
+
+def _module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _list_topics(tree: ast.Module) -> list[str]:
+    """Read the strings out of `topics = {...}`."""
+    return [
+        value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Dict)
+        for value in node.values
+        if isinstance(value, ast.Constant) and isinstance(value.value, str)
+    ]
+
+
+def render_help(name: str, tree: ast.Module) -> str:
+    """Render what a module documents, or nothing if it documents nothing."""
+    parts = [docstring] if (docstring := ast.get_docstring(tree)) else []
+    parts += _render_definitions(tree.body)
+    return "\n\n".join([f"Help on module {name}:", *parts]) + "\n" if parts else ""
+
+
+def _render_definitions(body: Sequence[ast.stmt]) -> list[str]:
+    """Render public definitions that have a documentation string, or contain one that has."""
+    rendered = []
+    for node in body:
+        if not isinstance(node, _Definition) or node.name.startswith("_"):
+            continue
+        parts = [docstring] if (docstring := ast.get_docstring(node)) else []
+        if isinstance(node, ast.ClassDef):
+            bases = ", ".join(map(ast.unparse, node.bases))
+            head = f"class {node.name}({bases})" if bases else f"class {node.name}"
+            parts += _render_definitions(node.body)
+        else:
+            returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+            head = f"{node.name}({ast.unparse(node.args)}){returns}"
+        if parts:
+            rendered.append(f"{head}\n{indent(chr(10).join(parts), '    ')}")
+    return rendered
+
+
+def render_builtin(name: str) -> str:
+    """Render the documentation of a built-in class or function; of anything else, nothing."""
+    value = getattr(builtins, name)
+    if name.startswith("_") or not (inspect.isclass(value) or inspect.isbuiltin(value)):
+        return ""
+    parts = [f"Help on {name}:", _render_callable(name, value)]
+    if inspect.isclass(value):
+        parts += [
+            indent(_render_callable(member, found), "    ")
+            for member, found in sorted(vars(value).items())
+            if callable(found) and not member.startswith("_")
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _render_callable(name: str, value: Any) -> str:
+    try:
+        signature = str(inspect.signature(value))
+    except ValueError:  # written in C without one
+        signature = "(...)"
+    return f"{name}{signature}\n{indent(inspect.getdoc(value) or '', '    ')}"
