@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.console import Console
 
 from archerchat.artifacts import Home, new_directory
@@ -20,7 +19,7 @@ from archerchat.tokenizer.bpe import Tokenizer
 class ImportNanochatConfig:
     """Import a model and its tokenizer from nanochat."""
 
-    directory: tyro.conf.Positional[Path]
+    directory: Path
     """nanochat's checkpoint directory, which holds model_<step>.pt and meta_<step>.json."""
     tokenizer: Path | None = None
     """Directory with its tokenizer.pkl; by default DIRECTORY, then ../../tokenizer from there."""

@@ -75,7 +75,8 @@ def write_tokenizer(directory: Path, extra: tuple[bytes, ...] = ()) -> None:
 
 def test_flags_have_the_documented_names() -> None:
     given = ["DIR", "--tokenizer", "T", "--tag", "d20", "--step", "5", "--stage", "sft"]
-    config = tyro.cli(ImportNanochatConfig, args=given)
+    positional = (tyro.conf.PositionalRequiredArgs,)
+    config = tyro.cli(ImportNanochatConfig, args=given, config=positional)
     assert config == ImportNanochatConfig(Path("DIR"), Path("T"), "d20", 5, "sft")
 
 
