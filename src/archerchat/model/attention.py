@@ -28,8 +28,12 @@ from torch import Tensor
 Backend = Literal["sdpa", "matmul", "flex", "flash"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-MATMUL_MAX_KEYS = 1024
+MATMUL_MAX_KEYS = 2048
 """Longest row of scores that the `matmul` backend keeps in memory; beyond it, `sdpa` takes over."""
+MIN_BLOCK = 128
+"""Fewest queries in a block: smaller products no longer pay for their launch."""
+MAX_SCORE = 60.0
+"""exp(60) times any row length stays finite in float32 and in bfloat16."""
 
 
 def choose_backend(
@@ -64,7 +68,15 @@ def choose_backend(
     return "sdpa", f"device {device.type}"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Tensor:
+def prepare_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
+    """Return what `attend` needs for these sizes beside its tensors, cached: a block mask for
+    `flex`, None for the others. Call it outside of compiled code."""
+    return _flex_mask(length, window, device) if backend == "flex" else None
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend, mask: Any = None
+) -> Tensor:
     """Attend causally: the query at t sees keys t-window .. t, scaled by 1/sqrt(D).
 
     Args:
@@ -72,6 +84,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Te
         k: (B, T, K, D); query head i reads head floor(i * K / H).
         v: (B, T, K, D).
         window: how far back a query sees; T-1 or more means everything before it.
+        mask: from `prepare_mask`.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -81,21 +94,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Te
         return _attend_flash(q, k, v, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if backend == "flex":
-        out = _attend_flex(q, k, v, window)
+        out = _attend_flex(q, k, v, mask)
     else:
         out = _attend_blocks(q, k, v, window, backend)
     return out.transpose(1, 2)
 
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Tensor:
-    """Cut queries into blocks when the window hides enough for that to save work."""
-    length, kernel = q.size(2), _softmax_matmul if backend == "matmul" else _sdpa
-    if window >= length - 1:
-        return kernel(q, k, v, None)
+    """Take queries in blocks, each with only the keys it can see."""
+    length = q.size(2)
+    if backend == "matmul" and length > MATMUL_MAX_KEYS:
+        backend = "sdpa"
+    if backend == "sdpa" and window >= length - 1:
+        return _sdpa(q, k, v, None)
+    kernel, outputs = _softmax_matmul if backend == "matmul" else _sdpa, []
     block = _block_size(length, window)
-    if block is None:
-        return kernel(q, k, v, _band_mask(length, length, window, 0, q.device))
-    outputs = []
     for start in range(0, length, block):
         stop, first = min(start + block, length), max(0, start - window)
         mask = _band_mask(stop - start, stop - first, window, start - first, q.device)
@@ -103,17 +116,15 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backen
     return torch.cat(outputs, dim=2)
 
 
-def _block_size(length: int, window: int) -> int | None:
-    """Return how many queries to take at a time, or None where one block is as cheap.
+def _block_size(length: int, window: int) -> int:
+    """Return how many queries to take at a time.
 
-    A block of b queries forms b * (b + window) scores, so b = window doubles the bare minimum
-    and halves the number of kernels; full layers form length^2 (or half, fused).
+    A block of b queries forms b * (b + window) scores where a whole row forms length^2: small
+    blocks skip more of what is hidden, large ones run fewer kernels. At most eight blocks.
     """
-    block = max(64, window)
-    return block if block + window < length else None
+    return max(MIN_BLOCK, math.ceil(length / 8))
 
 
-@functools.lru_cache(maxsize=64)
 def _band_mask(queries: int, keys: int, window: int, offset: int, device: torch.device) -> Tensor:
     """Return (queries, keys) booleans: which key each query sees; query 0 is key `offset`."""
     t = torch.arange(queries, device=device)[:, None] + offset
@@ -127,17 +138,20 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     )
 
 
-def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Materialise the scores: products in the compute dtype, softmax in float32."""
-    if k.size(2) > MATMUL_MAX_KEYS:
-        return _sdpa(q, k, v, mask)
-    if mask is None:
-        mask = _band_mask(q.size(2), k.size(2), k.size(2), k.size(2) - q.size(2), q.device)
+def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Materialise the scores: products in the compute dtype, softmax in float32.
+
+    Exponentials are taken without subtracting the row's maximum, which saves two passes over
+    the scores: normalised queries and keys bound them by 1.44 * sqrt(D). The clamp keeps
+    inputs that are not normalised finite.
+    """
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)).float() * (1 / math.sqrt(q.size(3)))
-    return scores.masked_fill(~mask, -math.inf).softmax(dim=-1).to(v.dtype) @ v
+    weights = torch.where(mask, scores.clamp(max=MAX_SCORE).exp(), 0.0)
+    total = weights.sum(dim=-1, keepdim=True)
+    return ((weights.to(v.dtype) @ v).float() / total).to(v.dtype)
 
 
 @functools.cache
@@ -158,12 +172,11 @@ def _flex_mask(length: int, window: int, device: torch.device) -> Any:
     return create_block_mask(visible, None, None, length, length, device=str(device))
 
 
-def _attend_flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     if torch.compiler.is_compiling():
         from torch.nn.attention.flex_attention import flex_attention as kernel
     else:
         kernel = _flex_kernel()
-    mask = _flex_mask(q.size(2), window, q.device)
     out: Tensor = kernel(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     return out
 

@@ -11,6 +11,7 @@ maximum in float32: V * exp(15) is far inside its range.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,84 +31,123 @@ CPU_CHUNK_BYTES = 8 * 2**20
 def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     """Return how many tokens' logits to form at a time."""
     budget = CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
-    return max(64, budget // (4 * vocab_size) // 64 * 64)
+    return max(128, budget // (4 * vocab_size) // 64 * 64)
 
 
-def token_losses(hidden: Tensor, unembedding: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Compute each position's cross-entropy in nats, 0 where the target is -1.
+def _softcap(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tanh(logits / cap) and its derivative, both float32, from a single exponential."""
+    u = 1 / (torch.exp(logits.float() * (2 / LOGIT_CAP)) + 1)
+    return 1 - 2 * u, 4 * u * (1 - u)
+
+
+def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Return each position's loss in nats (n,), 0 where the target is -1."""
+    logits = F.linear(hidden, weight)  # (n, V)
+    squashed, _ = _softcap(logits)
+    total = torch.exp(squashed * LOGIT_CAP).sum(dim=1)
+    chosen, _ = _softcap(logits.gather(1, targets.clamp(min=0)[:, None]))
+    return torch.where(targets != IGNORED, total.log() - chosen[:, 0] * LOGIT_CAP, 0.0)
+
+
+def chunk_loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the chunk's summed loss and its gradients for `hidden` and `weight`.
 
     Args:
-        hidden: (N, C) in the compute dtype.
-        unembedding: (V, C); rows from `vocab_size` on are padding.
-        targets: (N,) int64.
-
-    Returns:
-        (N,) float32; carries no gradient.
+        hidden: (n, C); weight: (V, C), both in the compute dtype; targets: (n,).
     """
-    with torch.no_grad():
-        weight = unembedding[:vocab_size].to(hidden.dtype)
-        size = chunk_tokens(vocab_size, hidden.device)
-        return torch.cat(
-            [
-                _chunk_losses(h, weight, t)[0]
-                for h, t in zip(hidden.split(size), targets.split(size), strict=True)
-            ]
-        )
-
-
-def _chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """Return losses, capped logits over the cap, their exponentials' sums, and validity."""
-    squashed = torch.tanh(F.linear(hidden, weight).float() * (1 / LOGIT_CAP))  # (n, V)
-    total = torch.exp(squashed * LOGIT_CAP).sum(dim=1)
+    logits = F.linear(hidden, weight)  # (n, V)
+    squashed, slope = _softcap(logits)
+    exponential = torch.exp(squashed * LOGIT_CAP)
+    total = exponential.sum(dim=1)
+    chosen, _ = _softcap(logits.gather(1, targets.clamp(min=0)[:, None]))
     valid = targets != IGNORED
-    picked = squashed.gather(1, targets.clamp(min=0)[:, None])[:, 0] * LOGIT_CAP
-    return torch.where(valid, total.log() - picked, 0.0), squashed, total, valid
+    losses = torch.where(valid, total.log() - chosen[:, 0] * LOGIT_CAP, 0.0)
+    # d loss / d raw logit = (softmax - onehot) * (1 - tanh^2)
+    hit = (torch.arange(weight.size(0), device=targets.device)[None, :] == targets[:, None]).float()
+    grad = ((exponential / total[:, None] - hit) * slope * valid[:, None]).to(hidden.dtype)
+    return losses.sum(), grad @ weight, grad.T @ hidden
 
 
 class _MeanLoss(torch.autograd.Function):
+    """Gradients are those of the sum until `backward`: small factors would underflow float16."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, unembedding: Tensor, targets: Tensor, vocab_size: int
+        ctx: Any,
+        hidden: Tensor,
+        unembedding: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        kernel: Callable[..., tuple[Tensor, Tensor, Tensor]],
     ) -> Tensor:
         weight = unembedding[:vocab_size].to(hidden.dtype)
-        count = (targets != IGNORED).sum().clamp(min=1)
         loss = torch.zeros((), device=hidden.device)
-        grad_hidden, grad_weight = [], torch.zeros(weight.shape, device=hidden.device)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(unembedding)
         size = chunk_tokens(vocab_size, hidden.device)
-        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
-            losses, squashed, total, valid = _chunk_losses(h, weight, t)
-            loss = loss + losses.sum()
-            # d loss / d raw logit = (softmax - onehot) * (1 - tanh^2), for valid positions
-            share = torch.exp(squashed * LOGIT_CAP) / total[:, None]
-            hit = torch.arange(vocab_size, device=t.device)[None, :] == t[:, None]
-            grad = (share - hit.float()) * (1 - squashed.square())
-            grad = (grad * (valid / count)[:, None]).to(h.dtype)
-            grad_hidden.append(grad @ weight)
-            grad_weight = grad_weight + grad.T @ h
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_weight)
-        ctx.padding = unembedding.size(0) - vocab_size
-        return loss / count
+        for start in range(0, hidden.size(0), size):
+            span = slice(start, start + size)
+            total, for_hidden, for_weight = kernel(hidden[span], weight, targets[span])
+            loss += total
+            grad_hidden[span] = for_hidden
+            grad_weight[:vocab_size] += for_weight
+        scale = 1 / (targets != IGNORED).sum().clamp(min=1).float()
+        ctx.save_for_backward(grad_hidden, grad_weight, scale)
+        return loss * scale
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_outputs[0]
-        grad_weight = F.pad(grad_weight * scale, (0, 0, 0, ctx.padding))
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_weight, None, None
+        grad_hidden, grad_weight, scale = ctx.saved_tensors
+        scale = scale * grad_outputs[0]
+        return (grad_hidden * scale).to(grad_hidden.dtype), grad_weight * scale, None, None, None
 
 
-def mean_loss(hidden: Tensor, unembedding: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def mean_loss(
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    kernel: Callable[..., tuple[Tensor, Tensor, Tensor]] = chunk_loss_and_gradients,
+) -> Tensor:
     """Average the cross-entropy in nats over the positions whose target is not -1.
 
     Args:
         hidden: (B, T, C) in the compute dtype.
         unembedding: (V, C) float32 master weight; rows from `vocab_size` on are padding.
         targets: (B, T) int64.
+        kernel: `chunk_loss_and_gradients`, or that compiled.
 
     Returns:
         A float32 scalar that backpropagates into `hidden` and `unembedding`; 0 when every
         target is -1.
     """
     flat = hidden.flatten(0, 1)
-    loss: Tensor = _MeanLoss.apply(flat, unembedding, targets.flatten(), vocab_size)
+    loss: Tensor = _MeanLoss.apply(  # type: ignore[no-untyped-call]
+        flat, unembedding, targets.flatten(), vocab_size, kernel
+    )
     return loss
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor,
+    unembedding: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    kernel: Callable[..., Tensor] = chunk_losses,
+) -> Tensor:
+    """Compute each position's cross-entropy in nats, 0 where the target is -1.
+
+    Args:
+        hidden: (B, T, C); the rest as in `mean_loss`.
+        kernel: `chunk_losses`, or that compiled.
+
+    Returns:
+        (B, T) float32; carries no gradient.
+    """
+    weight, flat = unembedding[:vocab_size].to(hidden.dtype), hidden.flatten(0, 1)
+    size = chunk_tokens(vocab_size, hidden.device)
+    spans = [slice(start, start + size) for start in range(0, flat.size(0), size)]
+    labels = targets.flatten()
+    return torch.cat([kernel(flat[span], weight, labels[span]) for span in spans]).view_as(targets)

@@ -9,12 +9,16 @@ a few tokens at a time (`model/loss.py`); `forward` returns logits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archerchat.model.attention import Backend, attend
+from archerchat.model.attention import Backend, attend, prepare_mask
+from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from archerchat.model.loss import LOGIT_CAP
@@ -79,7 +83,11 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, h: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor]
+        self,
+        h: Tensor,
+        value_embedding: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        mask: Any = None,
     ) -> Tensor:
         """Map normalised activations (B, T, C) to the branch's output (B, T, C)."""
         batch, length, _ = h.shape
@@ -91,8 +99,9 @@ class Attention(nn.Module):
             gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embedding.view_as(v)
         q, k = (norm(rotate(x, *rotary)) * QK_GAIN for x in (q, k))
-        y = attend(q, k, v, self.window, self.backend)
-        return self.output(y.reshape(batch, length, -1))
+        y = attend(q, k, v, self.window, self.backend, mask)
+        out: Tensor = self.output(y.reshape(batch, length, -1))
+        return out
 
 
 class MLP(nn.Module):
@@ -104,11 +113,12 @@ class MLP(nn.Module):
         self.down = Linear(4 * config.model_dim, config.model_dim)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(h)).square())
+        out: Tensor = self.down(F.relu(self.up(h)).square())
+        return out
 
 
 class Block(nn.Module):
-    """One attention and one MLP branch on the residual stream."""
+    """One layer: the residual mix, then an attention and an MLP branch."""
 
     def __init__(self, config: ModelConfig, layer: int, backend: Backend) -> None:
         super().__init__()
@@ -116,10 +126,51 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, value_embedding: Tensor | None, rotary: tuple[Tensor, Tensor]
+        self,
+        x: Tensor,
+        x0: Tensor,
+        value_embedding: Tensor | None,
+        rotary: tuple[Tensor, Tensor],
+        residual_lambda: Tensor,
+        input_lambda: Tensor,
+        mask: Any = None,
     ) -> Tensor:
-        x = x + self.attention(norm(x), value_embedding, rotary)
-        return x + self.mlp(norm(x))
+        """Map the residual stream and the model's input (B, T, C) to the new stream."""
+        x = residual_lambda * x + input_lambda * x0
+        x = x + self.attention(norm(x), value_embedding, rotary, mask)
+        out: Tensor = x + self.mlp(norm(x))
+        return out
+
+
+def smear(x: Tensor, gate_weight: Tensor, smear_lambda: Tensor) -> Tensor:
+    """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before."""
+    x = norm(x)
+    here, before = x[:, 1:], x[:, :-1]
+    gate = torch.sigmoid(F.linear(here[..., :SMEAR_CHANNELS], gate_weight.to(x.dtype)))
+    return torch.cat([x[:, :1], here + smear_lambda.to(x.dtype) * gate * before], dim=1)
+
+
+def back_out(x: Tensor, middle: Tensor, backout_lambda: Tensor) -> Tensor:
+    """Subtract part of the middle layer's stream from the last one's and normalise."""
+    return norm(x - backout_lambda.to(x.dtype) * middle)
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The functions that a forward pass is made of, as they are or compiled.
+
+    Compiling a block instead of the whole model makes one graph serve every layer of its kind,
+    so that compile time does not grow with depth.
+    """
+
+    smear: Callable[..., Tensor] = smear
+    block: Callable[..., Tensor] = Block.forward
+    back_out: Callable[..., Tensor] = back_out
+
+    @classmethod
+    def compiled(cls) -> Regions:
+        """Compile each region for the fixed shapes of a training step."""
+        return cls(compiled(smear), compiled(Block.forward), compiled(back_out))
 
 
 class Transformer(nn.Module):
@@ -139,6 +190,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.backend: Backend = backend
         layers, dim, vocab = range(config.num_layers), config.model_dim, config.padded_vocab_size
         self.token_embedding = Embedding(vocab, dim)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in layers)
@@ -189,6 +241,7 @@ class Transformer(nn.Module):
             if block.attention.value_gate is not None:
                 fill(block.attention.value_gate.weight, "uniform", 0.0, 0.02)
         for table in self.value_embeddings.values():
+            assert isinstance(table, Embedding)
             fill(table.weight, "uniform", -bound, bound)
         fill(self.smear_gate.weight, "uniform", 0.0, 0.02)
         depth = torch.arange(layers) / max(layers - 1, 1)
@@ -197,28 +250,33 @@ class Transformer(nn.Module):
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
 
-    def hidden(self, token_ids: Tensor) -> Tensor:
-        """Map token ids (B, T) to the unembedding's input (B, T, C) in the compute dtype."""
-        length = token_ids.size(1)
-        positions = torch.arange(length, device=token_ids.device)
-        rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
-        x = norm(self.token_embedding(token_ids).to(self.compute_dtype))
-        x = self._smear(x)
+    def hidden(self, token_ids: Tensor, regions: Regions | None = None) -> Tensor:
+        """Map token ids (B, T) to the unembedding's input (B, T, C) in the compute dtype.
+
+        Args:
+            regions: compiled pieces to run instead of the plain ones.
+        """
+        run, dtype = regions or Regions(), self.compute_dtype
+        positions = torch.arange(token_ids.size(1), device=token_ids.device)
+        rotary = rotary_tables(positions, self.config.head_dim, dtype)
+        x = self.token_embedding(token_ids).to(dtype)
+        x = run.smear(x, self.smear_gate.weight, self.smear_lambda)
         x0, middle = x, x
+        residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
+        masks = self._masks(token_ids)
         for i, block in enumerate(self.blocks):
-            x = self.residual_lambdas[i] * x + self.input_lambdas[i] * x0
-            table = self.value_embeddings[str(i)] if str(i) in self.value_embeddings else None
-            value = None if table is None else table(token_ids).to(self.compute_dtype)
-            x = block(x, value, rotary)
+            value = None
+            if self.config.has_value_embedding(i):
+                value = self.value_embeddings[str(i)](token_ids).to(dtype)
+            x = run.block(block, x, x0, value, rotary, residual[i], inputs[i], masks[i])
             if i == self.config.num_layers // 2:
                 middle = x
-        return norm(x - self.backout_lambda.to(x.dtype) * middle)
+        return run.back_out(x, middle, self.backout_lambda)
 
-    def _smear(self, x: Tensor) -> Tensor:
-        """Add to each position a gated copy of the one before it; (B, T, C) to the same."""
-        here, before = x[:, 1:], x[:, :-1]
-        gate = torch.sigmoid(self.smear_gate(here[..., :SMEAR_CHANNELS]))  # (B, T-1, 1)
-        return torch.cat([x[:, :1], here + self.smear_lambda.to(x.dtype) * gate * before], dim=1)
+    def _masks(self, token_ids: Tensor) -> list[Any]:
+        """Return one prepared mask a layer."""
+        length, device = token_ids.size(1), token_ids.device
+        return [prepare_mask(length, w, device, self.backend) for w in self.config.windows]
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Map token ids (B, T) to capped float32 logits (B, T, vocab_size)."""

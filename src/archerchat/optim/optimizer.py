@@ -14,24 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from archerchat.dial import LearningRates
+from archerchat.model.compiling import compiled
 from archerchat.optim.adamw import adamw_update
 from archerchat.optim.muon import muon_update, variance_shape
 
 EPSILON = 1e-10
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Scaled learning rates of the six kinds of parameters."""
-
-    unembedding: float
-    embedding: float
-    value_embedding: float
-    matrix: float
-    residual_lambdas: float
-    input_lambdas: float
-    smear: float = 0.2
-    """Smear gate, smear and backout lambdas; never scaled."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +40,7 @@ class MuonGroup:
     rate: float
 
 
-def build_groups(model: nn.Module, rates: Rates) -> list[AdamGroup | MuonGroup]:
+def build_groups(model: nn.Module, rates: LearningRates) -> list[AdamGroup | MuonGroup]:
     """Sort every parameter of a `Transformer` into its group, in the order of SPEC section 3."""
     names = [name for name, _ in model.named_parameters()]
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -99,8 +87,8 @@ class Optimizer:
         self._adamw: Callable[..., Any] = adamw_update
         self._muon: Callable[..., Any] = muon_update
         if compile:
-            self._adamw = torch.compile(adamw_update, dynamic=False, fullgraph=True)
-            self._muon = torch.compile(muon_update, dynamic=False, fullgraph=True)
+            self._adamw = compiled(adamw_update)
+            self._muon = compiled(muon_update)
         self.state: dict[str, Tensor] = dict(self._initial_state())
 
     def _initial_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -119,6 +107,11 @@ class Optimizer:
                         f"{moment}.{name}",
                         torch.zeros_like(self.parameters[name], dtype=torch.float32),
                     )
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters as `torch.amp.GradScaler` looks for them."""
+        return [{"params": list(self.parameters.values())}]
 
     @torch.no_grad()
     def step(self, rate_multiplier: float, momentum: float, muon_weight_decay: float) -> None:

@@ -1,0 +1,51 @@
+"""`torch.compile` that falls back to the plain function where it cannot work.
+
+No C++ compiler, no Triton, a graph that the compiler refuses: training is slower then, not
+impossible. Compilation happens before anything runs, so a failed one has no side effects.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class CompileWarning(UserWarning):
+    """Say that a function runs uncompiled, and why."""
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile `function` for the shapes it is called with, or run it plainly with a warning."""
+    fast = torch.compile(function, dynamic=False, fullgraph=True)
+    broken = False
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal broken
+        if not broken:
+            try:
+                return fast(*args, **kwargs)
+            except _compiler_errors() as error:
+                broken = True
+                reason = str(error).strip().splitlines()[0]
+                name = getattr(function, "__qualname__", repr(function))
+                warnings.warn(
+                    f"{name} runs uncompiled, and slower: {reason}", CompileWarning, stacklevel=2
+                )
+        return function(*args, **kwargs)
+
+    return run
+
+
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    return TorchDynamoException, CppCompileError, InvalidCxxCompiler
