@@ -28,8 +28,7 @@ from archerchat.artifacts import fsync_dir, sha256_file
 from archerchat.data.shards import Shard, explained_writes
 from archerchat.errors import DataError, UsageError
 
-CHUNK_BYTES = 1 << 20
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS = 10.0
 MAX_DELAY_SECONDS = 30.0
 RETRIED_STATUS = {408, 425, 429}
 PART = ".part"
@@ -219,7 +218,7 @@ class _Download:
             content_range = response.headers.get("Content-Range", "")
             if not content_range.startswith(f"bytes {file.tell()}-"):
                 _empty(file)  # the server sends the whole file
-            for chunk in response.iter_bytes(CHUNK_BYTES):
+            for chunk in response.iter_bytes():
                 if self._stop.is_set():
                     raise _Stopped
                 file.write(chunk)

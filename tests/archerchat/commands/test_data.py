@@ -1,0 +1,179 @@
+"""`archerchat data download|build|info`: what they do, say and leave behind."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+import tyro
+from rich.console import Console
+
+from archerchat.artifacts import Home
+from archerchat.commands import data
+from archerchat.commands.data import (
+    DataBuildConfig,
+    DataDownloadConfig,
+    DataInfoConfig,
+    build,
+    download,
+    info,
+)
+from archerchat.data.hub import SOURCES
+from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
+from archerchat.errors import DataError, UsageError
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "my.texts"
+    folder.mkdir()
+    lines = [f'{{"text": "document {i}"}}\n' for i in range(40)]
+    (folder / "a.jsonl").write_text("".join(lines))
+    return folder
+
+
+def cells(output: str, row: str) -> list[str]:
+    """The columns of a table's row."""
+    (line,) = [line for line in output.splitlines() if re.match(rf"\W*{row}\b", line)]
+    return [cell.strip() for cell in line.strip("│ \n").split("│")]
+
+
+def test_the_command_line_reads_as_the_configs_say() -> None:
+    assert tyro.cli(DataDownloadConfig, args=["--source", "fineweb-edu", "-n", "3"]) == (
+        DataDownloadConfig(source="fineweb-edu", num_shards=3)
+    )
+    assert tyro.cli(DataBuildConfig, args=[]) == DataBuildConfig(source="stdlib")
+    assert tyro.cli(DataBuildConfig, args=["some/folder", "--val-documents", "7"]) == (
+        DataBuildConfig(source="some/folder", val_documents=7)
+    )
+    assert tyro.cli(DataInfoConfig, args=["climbmix", "--shards"]) == (
+        DataInfoConfig(data="climbmix", shards=True)
+    )
+
+
+def test_build_makes_shards_under_the_folders_name_and_prints_them(
+    home: Home, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(DataBuildConfig(source=str(folder), val_fraction=0.25), home)
+    train, validation = split_shards(list_shards(home.data_dir("my.texts")))
+    assert len(list(iter_documents(train))) == 30
+    assert len(list(iter_documents(validation))) == 10
+    output = capsys.readouterr().out
+    assert cells(output, "train")[:4] == ["train", "1", "10", "30"]
+    assert cells(output, "validation")[:4] == ["validation", "1", "10", "10"]
+
+    shards = {path: path.stat().st_mtime_ns for path in (*train, *validation)}
+    build(DataBuildConfig(source=str(folder), val_fraction=0.25), home)
+    assert "is built already: nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+
+
+def test_build_reads_the_standard_library_by_default(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "lib"
+    library.mkdir()
+    for i in range(20):
+        (library / f"module{i}.py").write_text(f'"""Module {i}."""\n' + "x = 1\n" * 40)
+    monkeypatch.setattr(data, "stdlib_directory", lambda: library)
+    build(DataBuildConfig(), home)
+    texts = list(iter_documents(list_shards(home.data_dir("stdlib"))))
+    assert sum(text.startswith('"""Module') for text in texts) == 20
+
+
+@pytest.mark.parametrize("name", ["stdlib", "climbmix"])
+def test_a_folder_does_not_take_a_sources_name_by_accident(
+    name: str, home: Home, folder: Path
+) -> None:
+    other = folder.rename(folder.with_name(name))
+    with pytest.raises(UsageError, match=rf"would be called '{name}'.*give a --name"):
+        build(DataBuildConfig(source=str(other)), home)
+    build(DataBuildConfig(source=str(other), name="mine"), home)
+    assert list_shards(home.data_dir("mine"))
+
+
+def test_a_folder_with_nothing_usable_leaves_nothing(home: Home, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        build(DataBuildConfig(source=str(tmp_path / "nowhere")), home)
+    (tmp_path / "blank.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="too few"):
+        build(DataBuildConfig(source=str(tmp_path / "blank.txt")), home)
+    assert list(home.data_dir("x").parent.iterdir()) == []
+
+
+def test_info_adds_up_a_source_and_lists_its_shards_when_asked(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = ["x" * 1000] * 2500
+    directory = home.data_dir("mine")
+    write_shards(documents, directory, documents_per_shard=1000, documents_per_row_group=250)
+    info(DataInfoConfig(data="mine"), home)
+    output = capsys.readouterr().out
+    assert str(directory) in output
+    assert cells(output, "train")[:5] == ["train", "2", "8", "2,000", "2.0"]
+    assert cells(output, "validation")[:5] == ["validation", "1", "2", "500", "0.5"]
+    assert "shard_0000" not in output
+    info(DataInfoConfig(data=str(directory), shards=True), home)
+    output = capsys.readouterr().out
+    assert cells(output, "shard_00002")[2:4] == ["2", "500"]
+
+
+def test_info_without_a_name_shows_every_source(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(DataError, match=r"no data in .*data: make some with"):
+        info(DataInfoConfig(), home)
+    for name in ("one", "two"):
+        write_shards(["a", "b"], home.data_dir(name), documents_per_shard=1)
+    info(DataInfoConfig(), home)
+    output = capsys.readouterr().out
+    assert output.index("data/one") < output.index("data/two")
+
+
+def test_info_names_what_is_wrong(home: Home) -> None:
+    with pytest.raises(DataError, match=r"no \*\.parquet shard in .*climbmix"):
+        info(DataInfoConfig(data="climbmix"), home)
+    (shard,) = write_shards(["a"], home.data_dir("one"))
+    with pytest.raises(DataError, match="holds 1 shard; two are needed"):
+        info(DataInfoConfig(data="one"), home)
+    (shard.parent / "shard_00001.parquet").write_bytes(shard.read_bytes()[:40])
+    with pytest.raises(DataError, match=r"cannot read .*shard_00001\.parquet"):
+        info(DataInfoConfig(data="one"), home)
+
+
+def test_download_with_everything_there_fetches_nothing(
+    home: Home, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = home.data_dir("climbmix")
+    directory.mkdir(parents=True)
+    for name in SOURCES["climbmix"].shard_names(2):
+        (directory / name).touch()
+    unreachable = "http://127.0.0.1:9"
+    download(DataDownloadConfig(num_shards=2, endpoint=unreachable), home)
+    assert "fetched 0 shards, 3 were there" in capsys.readouterr().out
+
+
+def test_download_refuses_numbers_that_the_source_does_not_have(home: Home) -> None:
+    with pytest.raises(UsageError, match=r"1822 train shards were asked for: .* has 1821"):
+        download(DataDownloadConfig(source="fineweb-edu", num_shards=1822), home)
+    assert not home.root.exists()
+
+
+def test_progress_says_rate_and_time_left_when_piped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("archerchat.commands.data.time.monotonic", lambda: now)
+    console = Console(file=io.StringIO(), width=200)
+    with data._DownloadProgress(console, num_files=3) as progress:
+        progress.report("a", 20_000_000, 100_000_000)  # 20 MB were there already
+        now = 110.0
+        progress.report("a", 60_000_000, 100_000_000)
+        progress.report("a", 70_000_000, 100_000_000)
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == ("0 of 3 shards, 40 of 280 MB at 4.0 MB/s, 1 min left\n")

@@ -1,0 +1,278 @@
+"""Downloads from a hub on 127.0.0.1 that misbehaves: resumed, retried, checked, whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from archerchat.data.hub import SOURCES, HubSource, RetryPolicy, download_shards
+from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
+from archerchat.errors import DataError, UsageError
+
+SOURCE = HubSource("someone/texts", 6)
+VALIDATION = "shard_00005.parquet"
+FIRST = "shard_00000.parquet"
+QUICK = RetryPolicy(attempts=3, first_delay_seconds=0.001)
+
+
+class Hub:
+    """Serve `files` as the hub would.
+
+    Attributes:
+        faults: by file name, what to do with its next GETs, in turn: `drop` (close after half),
+            a status such as `500`, `garbage` (as many bytes, but wrong), `whole` (ignore Range),
+            `stall` (send half, then nothing). After these it behaves.
+        gets: by file name, the Range headers of its GETs.
+        requests: how many requests came, of any kind.
+    """
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.files = files
+        self.faults: dict[str, list[str]] = {}
+        self.gets: dict[str, list[str | None]] = {}
+        self.requests = 0
+        self.closing = threading.Event()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self.closing.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def answer(self, status: int, length: int, **headers: str) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": str(length), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+
+        def look_up(self) -> tuple[str, bytes | None]:
+            hub.requests += 1
+            prefix = f"/datasets/{SOURCE.repository}/resolve/main/"
+            name = self.path.removeprefix(prefix)
+            return name, hub.files.get(name)
+
+        def do_HEAD(self) -> None:
+            _, content = self.look_up()
+            if content is None:
+                self.answer(404, 0)
+            else:
+                etag = hashlib.sha256(content).hexdigest()
+                self.answer(200, len(content), ETag=f'"{etag}"', X_Repo_Commit="0" * 40)
+
+        def do_GET(self) -> None:
+            name, content = self.look_up()
+            asked = self.headers.get("Range")
+            hub.gets.setdefault(name, []).append(asked)
+            fault = hub.faults[name].pop(0) if hub.faults.get(name) else ""
+            if content is None or fault.isdigit():
+                self.answer(int(fault or 404), 0)
+                return
+            start = int(re.sub(r"\D", "", asked)) if asked and fault != "whole" else 0
+            body = content[start:]
+            if start:
+                span = f"bytes {start}-{len(content) - 1}/{len(content)}"
+                self.answer(206, len(body), Content_Range=span)
+            else:
+                self.answer(200, len(body))
+            if fault == "garbage":
+                body = bytes(len(body))
+            elif fault in ("drop", "stall"):
+                body = body[: len(body) // 2]
+            self.wfile.write(body)
+            if fault == "stall":
+                self.wfile.flush()
+                hub.closing.wait(20)
+
+    return Handler
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    huggingface_hub.close_session()
+    noise = random.Random(0)
+    documents = [f"document {i}: {noise.randbytes(1000).hex()}" for i in range(300)]
+    shards = write_shards(documents, tmp_path / "remote", documents_per_shard=50)
+    serving = Hub({path.name: path.read_bytes() for path in shards})
+    yield serving
+    serving.close()
+    huggingface_hub.close_session()
+
+
+def fetch(hub: Hub, directory: Path, num_train: int = 1, **options: Any) -> list[str]:
+    settings: dict[str, Any] = {"endpoint": hub.endpoint, "retry": QUICK} | options
+    return [path.name for path in download_shards(SOURCE, num_train, directory, **settings)]
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_validation_shard_comes_whatever_number_is_asked_for(hub: Hub, tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    assert fetch(hub, directory, num_train=2) == [VALIDATION, FIRST, "shard_00001.parquet"]
+    train, validation = split_shards(list_shards(directory))
+    assert [path.name for path in train] == [FIRST, "shard_00001.parquet"]
+    assert [path.name for path in validation] == [VALIDATION]
+    assert {path.name: path.read_bytes() for path in directory.iterdir()}.items() <= (
+        hub.files.items()
+    )
+    assert fetch(hub, directory, num_train=3) == ["shard_00002.parquet"]
+    assert [path.name for path in split_shards(list_shards(directory))[1]] == [VALIDATION]
+
+
+def test_the_validation_shard_comes_first(hub: Hub, tmp_path: Path) -> None:
+    hub.files.pop(VALIDATION)
+    with pytest.raises(DataError, match=rf"{VALIDATION} answered 404"):
+        fetch(hub, tmp_path / "data", num_train=4)
+    assert names(tmp_path / "data") == []
+
+
+def test_what_is_there_needs_no_network(hub: Hub, tmp_path: Path) -> None:
+    fetch(hub, tmp_path / "data", num_train=2)
+    before = hub.requests
+    assert fetch(hub, tmp_path / "data", num_train=2) == []
+    assert hub.requests == before
+
+
+def test_a_dropped_connection_is_resumed_where_it_broke(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[FIRST] = ["drop"] * 5  # more often than failures are allowed: each brings bytes
+    fetch(hub, tmp_path / "data")
+    size = len(hub.files[FIRST])
+    starts = [int(asked.split("=")[1][:-1]) for asked in hub.gets[FIRST] if asked]
+    assert starts[:2] == [size // 2, size // 2 + (size - size // 2) // 2]
+    assert len(starts) == 5
+    assert names(tmp_path / "data") == [FIRST, VALIDATION]
+    assert (tmp_path / "data" / FIRST).read_bytes() == hub.files[FIRST]
+
+
+def test_a_server_that_ignores_the_range_is_read_from_the_start(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[FIRST] = ["drop", "whole"]
+    fetch(hub, tmp_path / "data")
+    assert (tmp_path / "data" / FIRST).read_bytes() == hub.files[FIRST]
+
+
+def test_server_errors_are_retried_then_named(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[FIRST] = ["503", "429"]
+    fetch(hub, tmp_path / "data")
+    hub.faults["shard_00001.parquet"] = ["500"] * 3
+    with pytest.raises(DataError, match=r"gave up on http.*00001.* after 3 attempts .*same comm"):
+        fetch(hub, tmp_path / "data", num_train=2)
+
+
+def test_wrong_content_never_gets_the_name(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[FIRST] = ["garbage"] * 3
+    with pytest.raises(DataError, match=r"its SHA-256 is \w+, the hub says"):
+        fetch(hub, tmp_path / "data")
+    assert names(tmp_path / "data") == [VALIDATION]
+    hub.faults[FIRST] = ["drop", "garbage"]  # the first half right, the second wrong
+    fetch(hub, tmp_path / "data")
+    assert (tmp_path / "data" / FIRST).read_bytes() == hub.files[FIRST]
+
+
+def test_a_file_that_is_no_shard_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.files[FIRST] = b"<html>not found</html>" * 100
+    with pytest.raises(DataError, match=r"it is no text shard"):
+        fetch(hub, tmp_path / "data")
+    assert names(tmp_path / "data") == [VALIDATION]
+
+
+def test_a_new_version_on_the_hub_is_not_mixed_with_the_old_part(hub: Hub, tmp_path: Path) -> None:
+    hub.faults[FIRST] = ["drop", "400"]
+    with pytest.raises(DataError, match="answered 400"):
+        fetch(hub, tmp_path / "data")
+    assert [name[:21] for name in names(tmp_path / "data")] == [f".{FIRST}.", VALIDATION]
+    hub.files[FIRST] = hub.files["shard_00001.parquet"]
+    fetch(hub, tmp_path / "data")
+    assert (tmp_path / "data" / FIRST).read_bytes() == hub.files[FIRST]
+    assert names(tmp_path / "data") == [FIRST, VALIDATION]
+    assert hub.gets[FIRST][-1] is None
+
+
+def test_a_full_disk_is_named_at_once(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("archerchat.data.hub.os.fsync", full)
+    with pytest.raises(DataError, match=r"cannot write .*\(No space left on device\): free some"):
+        fetch(hub, tmp_path / "data")
+    assert len(hub.gets[VALIDATION]) == 1
+
+
+def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
+    directory = tmp_path / "data"
+    hub.faults[FIRST] = ["stall"]
+    program = (
+        "from pathlib import Path\n"
+        "from archerchat.data.hub import HubSource, download_shards\n"
+        f"source = HubSource({SOURCE.repository!r}, {SOURCE.num_shards})\n"
+        f"download_shards(source, 1, Path({str(directory)!r}), endpoint={hub.endpoint!r})\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"HF_TOKEN": ""})
+    end = time.monotonic() + 20
+    while not any(path.stat().st_size for path in directory.glob(f".{FIRST}.*.part")):
+        assert child.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert [path.name for path in list_shards(directory)] == [VALIDATION]
+    fetch(hub, directory)
+    assert names(directory) == [FIRST, VALIDATION]
+    assert hub.gets[FIRST][1] == f"bytes={len(hub.files[FIRST]) // 2}-"
+    assert list(iter_documents([directory / FIRST]))[1].startswith("document 1: ")
+
+
+def test_progress_is_reported_up_to_the_size_of_each_file(hub: Hub, tmp_path: Path) -> None:
+    reports: dict[str, list[tuple[int, int]]] = {}
+
+    def report(name: str, arrived: int, size: int) -> None:
+        reports.setdefault(name, []).append((arrived, size))
+
+    fetch(hub, tmp_path / "data", report=report)
+    for name in (VALIDATION, FIRST):
+        size = len(hub.files[name])
+        assert reports[name][0] == (0, size)
+        assert reports[name][-1] == (size, size)
+
+
+@pytest.mark.parametrize(("num_train", "workers"), [(0, 1), (6, 1), (1, 0)])
+def test_impossible_numbers_are_refused(num_train: int, workers: int, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"at least 1"):
+        download_shards(SOURCE, num_train, tmp_path / "data", workers=workers)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_sources_are_the_specifications() -> None:
+    climbmix = SOURCES["climbmix"].shard_names(2)
+    assert climbmix == ["shard_06542.parquet", "shard_00000.parquet", "shard_00001.parquet"]
+    assert SOURCES["climbmix"].repository == "karpathy/climbmix-400b-shuffle"
+    assert SOURCES["fineweb-edu"].repository == "karpathy/fineweb-edu-100b-shuffle"
+    assert SOURCES["fineweb-edu"].shard_names(1)[0] == "shard_01821.parquet"
