@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-import tyro
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -49,7 +48,7 @@ class DataDownloadConfig:
 
     source: Literal["climbmix", "fineweb-edu"] = "climbmix"
     """Which data set; its shards are kept under this name."""
-    num_shards: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8
+    num_shards: int = 8
     """How many train shards, of 6542 (climbmix) or 1821 (fineweb-edu); the validation shard
     always comes too. `archerchat plan` says how many a model needs."""
     workers: int = 4
@@ -62,7 +61,7 @@ class DataDownloadConfig:
 class DataBuildConfig:
     """Turn text into shards; building the same again does nothing."""
 
-    source: tyro.conf.Positional[str] = STDLIB
+    source: str
     """`stdlib` (this Python's own sources and documentation), or a file or folder of .parquet,
     .jsonl (`text` in both), .txt or .md files."""
     name: str | None = None
@@ -81,7 +80,7 @@ class DataBuildConfig:
 class DataInfoConfig:
     """Print what is in a data source, or in all of them."""
 
-    data: tyro.conf.Positional[str | None] = None
+    data: str | None = None
     """Data source, or a directory of shards; by default all sources under ARCHERCHAT_HOME."""
     shards: bool = False
     """Print a line for each shard, too."""

@@ -20,7 +20,7 @@ from archerchat.artifacts import Home, write_bytes
 from archerchat.errors import DataError
 
 TEXT_COLUMN = "text"
-MAKE_DATA = "make some with `archerchat data download` or `archerchat data build`"
+MAKE_DATA = "make some with `archerchat data download` or `archerchat data build stdlib`"
 
 
 def data_directory(data: str, home: Home) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import tyro
@@ -23,6 +24,8 @@ from archerchat.commands.data import (
 from archerchat.data.hub import SOURCES
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.errors import DataError, UsageError
+
+Config = TypeVar("Config")
 
 
 @pytest.fixture
@@ -45,15 +48,19 @@ def cells(output: str, row: str) -> list[str]:
     return [cell.strip() for cell in line.strip("│ \n").split("│")]
 
 
-def test_the_command_line_reads_as_the_configs_say() -> None:
-    assert tyro.cli(DataDownloadConfig, args=["--source", "fineweb-edu", "-n", "3"]) == (
+def parse(config: type[Config], *args: str) -> Config:
+    """Parse as `cli.py` does: what is required is positional."""
+    return tyro.cli(config, args=args, config=(tyro.conf.PositionalRequiredArgs,))
+
+
+def test_flags_have_the_documented_names() -> None:
+    assert parse(DataDownloadConfig, "--source", "fineweb-edu", "--num-shards", "3") == (
         DataDownloadConfig(source="fineweb-edu", num_shards=3)
     )
-    assert tyro.cli(DataBuildConfig, args=[]) == DataBuildConfig(source="stdlib")
-    assert tyro.cli(DataBuildConfig, args=["some/folder", "--val-documents", "7"]) == (
+    assert parse(DataBuildConfig, "some/folder", "--val-documents", "7") == (
         DataBuildConfig(source="some/folder", val_documents=7)
     )
-    assert tyro.cli(DataInfoConfig, args=["climbmix", "--shards"]) == (
+    assert parse(DataInfoConfig, "--data", "climbmix", "--shards") == (
         DataInfoConfig(data="climbmix", shards=True)
     )
 
@@ -75,7 +82,7 @@ def test_build_makes_shards_under_the_folders_name_and_prints_them(
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
 
 
-def test_build_reads_the_standard_library_by_default(
+def test_build_reads_the_standard_library(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = tmp_path / "lib"
@@ -83,7 +90,7 @@ def test_build_reads_the_standard_library_by_default(
     for i in range(20):
         (library / f"module{i}.py").write_text(f'"""Module {i}."""\n' + "x = 1\n" * 40)
     monkeypatch.setattr(data, "stdlib_directory", lambda: library)
-    build(DataBuildConfig(), home)
+    build(DataBuildConfig("stdlib"), home)
     texts = list(iter_documents(list_shards(home.data_dir("stdlib"))))
     assert sum(text.startswith('"""Module') for text in texts) == 20
 
