@@ -25,13 +25,14 @@ from archerchat.data.shards import iter_documents, list_shards, split_shards, wr
 from archerchat.errors import DataError, UsageError
 
 SOURCE = HubSource("someone/texts", 6)
+RESOLVE = f"/datasets/{SOURCE.repository}/resolve/main"
 VALIDATION = "shard_00005.parquet"
 FIRST = "shard_00000.parquet"
 QUICK = RetryPolicy(attempts=3, first_delay_seconds=0.001)
 
 
 class Hub:
-    """Serve `files` as the hub would.
+    """Serve `files` as the hub does: an address that redirects to storage on another host.
 
     Attributes:
         faults: by file name, what to do with its next GETs, in turn: `drop` (close after half),
@@ -49,6 +50,7 @@ class Hub:
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self.storage = f"http://localhost:{self._server.server_port}/storage"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
 
@@ -72,20 +74,32 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def look_up(self) -> tuple[str, bytes | None]:
             hub.requests += 1
-            prefix = f"/datasets/{SOURCE.repository}/resolve/main/"
-            name = self.path.removeprefix(prefix)
-            return name, hub.files.get(name)
+            name = self.path.rpartition("/")[2]
+            known = self.path in (f"{RESOLVE}/{name}", f"/storage/{name}")
+            return name, hub.files.get(name) if known else None
+
+        def redirect(self, name: str, content: bytes) -> None:
+            self.answer(
+                302,
+                0,
+                Location=f"{hub.storage}/{name}",
+                X_Linked_ETag=f'"{hashlib.sha256(content).hexdigest()}"',
+                X_Linked_Size=str(len(content)),
+                X_Repo_Commit="0" * 40,
+            )
 
         def do_HEAD(self) -> None:
-            _, content = self.look_up()
+            name, content = self.look_up()
             if content is None:
                 self.answer(404, 0)
             else:
-                etag = hashlib.sha256(content).hexdigest()
-                self.answer(200, len(content), ETag=f'"{etag}"', X_Repo_Commit="0" * 40)
+                self.redirect(name, content)
 
         def do_GET(self) -> None:
             name, content = self.look_up()
+            if content is not None and self.path.startswith(RESOLVE):
+                self.redirect(name, content)
+                return
             asked = self.headers.get("Range")
             hub.gets.setdefault(name, []).append(asked)
             fault = hub.faults[name].pop(0) if hub.faults.get(name) else ""
@@ -113,7 +127,7 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     huggingface_hub.close_session()
     noise = random.Random(0)
     documents = [f"document {i}: {noise.randbytes(1000).hex()}" for i in range(300)]
