@@ -104,6 +104,7 @@ def download(config: DataDownloadConfig, home: Home) -> None:
             workers=config.workers,
             endpoint=config.endpoint,
             report=progress.report,
+            notify=lambda message: console.print(message, highlight=False, markup=False),
         )
     there = config.num_shards + 1 - len(fetched)
     console.print(

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
 from archerchat.artifacts import fsync_dir, sha256_file
@@ -66,7 +67,7 @@ SOURCES = {
 class RetryPolicy:
     """Say how stubborn to be; an attempt that brings new bytes does not count as a failure."""
 
-    attempts: int = 8
+    attempts: int = 6
     first_delay_seconds: float = 1.0
 
     def delay(self, failures: int) -> float:
@@ -75,6 +76,9 @@ class RetryPolicy:
 
 Report = Callable[[str, int, int], None]
 """Learns a file's name, how many bytes of it are here, and its size; from several threads."""
+
+Notify = Callable[[str], None]
+"""Learns in words what went wrong and is tried again; from several threads."""
 
 
 def download_shards(
@@ -85,6 +89,7 @@ def download_shards(
     workers: int = 4,
     endpoint: str | None = None,
     report: Report = lambda name, arrived, size: None,
+    notify: Notify = lambda message: None,
     retry: RetryPolicy | None = None,
 ) -> list[Path]:
     """Fetch the shards that `directory` lacks of the first `num_train` and validation.
@@ -112,6 +117,7 @@ def download_shards(
             directory / name,
             hf_hub_url(source.repository, name, repo_type="dataset", endpoint=endpoint),
             report,
+            notify,
             stop,
         )
         for name in missing
@@ -141,10 +147,13 @@ class _Damaged(Exception):
 class _Download:
     """Fetch one file."""
 
-    def __init__(self, path: Path, url: str, report: Report, stop: threading.Event) -> None:
+    def __init__(
+        self, path: Path, url: str, report: Report, notify: Notify, stop: threading.Event
+    ) -> None:
         self._path = path
         self._url = url
         self._report = report
+        self._notify = notify
         self._stop = stop
         self._most_arrived = 0
 
@@ -159,19 +168,21 @@ class _Download:
                 raise
             except Exception as error:  # httpx's or httpx2's, by huggingface_hub's version
                 failures = 1 if self._most_arrived > most_arrived else failures + 1
-                self._check_hope(error, failures, retry)
-            if self._stop.wait(retry.delay(failures)):
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self._check_hope(error, reason, failures, retry)
+            delay = retry.delay(failures)
+            self._notify(f"{self._path.name}: {reason}; trying again in {delay:.0f} s")
+            if self._stop.wait(delay):
                 raise _Stopped
 
-    def _check_hope(self, error: Exception, failures: int, retry: RetryPolicy) -> None:
+    def _check_hope(self, error: Exception, reason: str, failures: int, retry: RetryPolicy) -> None:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if 400 <= status < 500 and status not in RETRIED_STATUS:
             raise DataError(
                 f"{self._url} answered {status}: check the source's name and --endpoint, and that "
                 f"you may read it"
             ) from error
-        if failures >= retry.attempts:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+        if failures >= retry.attempts or isinstance(error, OfflineModeIsEnabled):
             raise DataError(
                 f"gave up on {self._url} after {failures} attempts ({reason}): check the network "
                 f"and run the same command again, it goes on where it stopped. Without a network, "

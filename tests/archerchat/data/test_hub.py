@@ -192,8 +192,12 @@ def test_a_server_that_ignores_the_range_is_read_from_the_start(hub: Hub, tmp_pa
 
 
 def test_server_errors_are_retried_then_named(hub: Hub, tmp_path: Path) -> None:
+    notes: list[str] = []
     hub.faults[FIRST] = ["503", "429"]
-    fetch(hub, tmp_path / "data")
+    fetch(hub, tmp_path / "data", notify=notes.append)
+    assert [note[: len(FIRST)] for note in notes] == [FIRST, FIRST]
+    assert "503" in notes[0]
+    assert notes[0].endswith("; trying again in 0 s")
     hub.faults["shard_00001.parquet"] = ["500"] * 3
     with pytest.raises(DataError, match=r"gave up on http.*00001.* after 3 attempts .*same comm"):
         fetch(hub, tmp_path / "data", num_train=2)
