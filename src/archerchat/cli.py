@@ -1,0 +1,140 @@
+"""`archerchat`: one command with subcommands; the only place that parses arguments.
+
+Each subcommand is a frozen dataclass beside the function that runs it; tyro turns its fields
+into flags and their docstrings into help. Heavy modules are imported by the subcommand that
+needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import tyro
+
+from archerchat import __version__
+from archerchat.artifacts import Home
+from archerchat.errors import ArcherChatError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: where its configuration and its function are."""
+
+    module: str
+    config: str
+    function: str
+    help: str
+    positional: bool = False
+    """Whether required fields are positional arguments instead of flags."""
+
+
+COMMANDS: dict[str, Command | dict[str, Command]] = {
+    "data": {
+        "download": Command(
+            "commands.data", "DataDownloadConfig", "download", "download shards from the hub"
+        ),
+        "build": Command("commands.data", "DataBuildConfig", "build", "turn text into shards"),
+        "info": Command("commands.data", "DataInfoConfig", "info", "print what data is there"),
+    },
+    "tokenizer": {
+        "train": Command("commands.tokenizer", "TokenizerTrainConfig", "train", "learn one"),
+        "eval": Command(
+            "commands.tokenizer", "TokenizerEvalConfig", "evaluate", "compare its compression"
+        ),
+    },
+    "plan": Command("commands.plan", "PlanConfig", "plan", "print what a depth will take"),
+    "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
+    "sample": Command("commands.sample", "SampleConfig", "sample", "print samples of a base model"),
+    "eval": {
+        "base": Command(
+            "commands.eval_base", "EvalBaseConfig", "evaluate", "evaluate a base model"
+        ),
+    },
+    "import": {
+        "nanochat": Command(
+            "commands.import_nanochat",
+            "ImportNanochatConfig",
+            "import_nanochat",
+            "import nanochat's checkpoint and tokenizer",
+            positional=True,
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A subcommand's function with the configuration that the arguments gave it."""
+
+    function: Callable[[Any, Home], object]
+    config: Any
+
+
+def parse(argv: Sequence[str]) -> Parsed:
+    """Turn arguments into a subcommand's configuration, without running anything.
+
+    Raises:
+        SystemExit: 0 after --help or --version, 2 for what cannot be parsed.
+    """
+    words = list(argv)
+    level: Command | dict[str, Command] | dict[str, Command | dict[str, Command]] = COMMANDS
+    path = "archerchat"
+    while isinstance(level, dict):
+        name = words.pop(0) if words else "--help"
+        if name == "--version" and path == "archerchat":
+            print(f"archerchat {__version__}")
+            raise SystemExit(0)
+        if name in ("-h", "--help"):
+            print(_overview(path, level))
+            raise SystemExit(0)
+        if name not in level:
+            known = ", ".join(level)
+            print(f"error: {path} has no {name!r}; there is {known}", file=sys.stderr)
+            raise SystemExit(2)
+        level, path = level[name], f"{path} {name}"
+    module = importlib.import_module(f"archerchat.{level.module}")
+    positional = (tyro.conf.PositionalRequiredArgs,) if level.positional else ()
+    config = tyro.cli(
+        cast(type[Any], getattr(module, level.config)),
+        prog=path,
+        args=words,
+        config=(tyro.conf.OmitArgPrefixes, *positional),
+    )
+    return Parsed(cast(Callable[[Any, Home], object], getattr(module, level.function)), config)
+
+
+def _overview(
+    path: str, level: dict[str, Command] | dict[str, Command | dict[str, Command]]
+) -> str:
+    """Return the help of a command that has subcommands."""
+    lines = [f"usage: {path} COMMAND [--flags]; {path} COMMAND --help tells its flags", ""]
+    for name, entry in level.items():
+        if isinstance(entry, Command):
+            lines.append(f"  {name:22} {entry.help}")
+        else:
+            lines += [f"  {name + ' ' + sub:22} {command.help}" for sub, command in entry.items()]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; return 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
+    try:
+        parsed = parse(sys.argv[1:] if argv is None else argv)
+        result = parsed.function(parsed.config, Home.from_environment())
+    except ArcherChatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 130 if getattr(result, "finished", True) is False else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

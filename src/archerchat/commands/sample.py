@@ -1,0 +1,102 @@
+"""`archerchat sample`: what a base model says, with a prompt and without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+
+from archerchat.artifacts import Home
+from archerchat.errors import UsageError
+from archerchat.inference.loading import LoadedModel, load_model, sampling_generator
+from archerchat.inference.sampling import iter_tokens
+from archerchat.runtime import build_runtime
+
+PROMPTS = (
+    "The capital of France is",
+    "If yesterday was Friday, then tomorrow will be",
+    "def __init__(self",
+    "Return a list of",
+    "import os\n",
+)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Print conditioned and unconditioned samples of a base model."""
+
+    model_tag: str | None = None
+    """The model's name; by default the one that was saved last."""
+    step: int | None = None
+    """Which of its checkpoints; by default the latest."""
+    prompt: str | None = None
+    """Continue this text only; by default a few prompts, then nothing but BOS."""
+    num_samples: int = 3
+    """Unconditioned samples, or samples of the prompt that is given."""
+    max_tokens: int = 96
+    """Tokens in a sample at most."""
+    temperature: float = 0.8
+    """0 takes the most likely token each time; prompts of ours are continued that way."""
+    top_k: int | None = 50
+    """Draw from so many of the most likely tokens; None draws from all."""
+    seed: int = 42
+    """Of the draws."""
+    device: Literal["cuda", "mps", "cpu"] | None = None
+    """Where to run; by default the best there is."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """What to compute in; by default what the device is good at."""
+
+
+def sample(config: SampleConfig, home: Home) -> None:
+    """Load a model and print samples, each token as it comes.
+
+    Raises:
+        UsageError: there is no such model, or a number makes no sense.
+        CheckpointError, TokenizerError: what is there is damaged.
+    """
+    _check(config)
+    loaded = load_model(
+        home, build_runtime(config.device, config.dtype), "base", config.model_tag, config.step
+    )
+    console = Console(soft_wrap=True)
+    console.print(f"{loaded.path}", style="dim", highlight=False)
+    print_samples(loaded, config, console)
+
+
+def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -> None:
+    """Print what `config` asks for."""
+    generator = sampling_generator(config.seed)
+    greedy = [] if config.prompt is not None else list(PROMPTS)
+    drawn = [config.prompt or ""] * config.num_samples
+    jobs = [(prompt, 0.0) for prompt in greedy] + [(prompt, config.temperature) for prompt in drawn]
+    tokenizer, model = loaded.tokenizer, loaded.model
+    for prompt, temperature in jobs:
+        console.rule(f"temperature {temperature:g}" + ("" if prompt else ", no prompt"))
+        console.print(prompt, end="", style="bold", markup=False, highlight=False)
+        ids: list[int] = []
+        shown = ""
+        for token in iter_tokens(
+            model,
+            [tokenizer.bos_id, *tokenizer.encode(prompt)],
+            config.max_tokens,
+            temperature,
+            config.top_k,
+            generator,
+            stop_ids=(tokenizer.bos_id,),
+        ):
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # an unfinished character: wait for the rest
+                console.print(text[len(shown) :], end="", markup=False, highlight=False)
+                shown = text
+        console.print(tokenizer.decode(ids)[len(shown) :], markup=False, highlight=False)
+
+
+def _check(config: SampleConfig) -> None:
+    for name in ("num_samples", "max_tokens", "top_k"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if not 0 <= config.temperature <= 10:
+        raise UsageError(f"--temperature is {config.temperature}; it must be between 0 and 10")

@@ -1,0 +1,331 @@
+"""THE step loop: accumulation, timing, cadence, checkpoints, resume.
+
+A recipe brings a source of micro-batches, a loss, the settings of each step and what to do at
+evaluation, sampling and saving; it never loops itself. Before step i the loop saves, evaluates
+and samples where that is due, in this order: a long evaluation that dies costs no training. The
+same is done once more after the last update. Ctrl-C and SIGTERM end the loop after the running
+step with a checkpoint; a second one ends the process at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from archerchat.errors import ArcherChatError
+from archerchat.optim.optimizer import Optimizer
+from archerchat.peak_flops import PeakFlops
+from archerchat.runtime import Runtime
+from archerchat.training.metrics import MetricsLog
+from archerchat.training.progress import ProgressLine, StepReport
+
+WARMUP_STEPS = 5
+"""Steps after a start that are left out of speed figures: they compile and fill caches."""
+SMOOTHING = 0.9
+GC_EVERY = 5000
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the schedule gives one step."""
+
+    lr_multiplier: float
+    muon_momentum: float
+    muon_weight_decay: float
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When the loop does more than train; None is never, the end excepted."""
+
+    num_iterations: int
+    grad_accum_steps: int
+    tokens_per_step: int
+    """Over all ranks."""
+    flops_per_step: int
+    eval_every: int | None = None
+    sample_every: int | None = None
+    save_every: int | None = None
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint holds of the loop itself."""
+
+    step: int = 0
+    """Updates done."""
+    smooth_loss: float = 0.0
+    """Exponential average of the training loss, not yet corrected for its start at 0."""
+    first_val: float = math.nan
+    """Bits per byte when it was first measured."""
+    last_val: float = math.nan
+    best_val: float = math.inf
+    training_seconds: float = 0.0
+    """Time in training steps, evaluations and saving excluded."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    finished: bool
+    """False when a signal stopped it."""
+    tokens_per_second: float
+    """Median over the steps after the warm-up; 0 when there was none."""
+    mfu: float
+    """That rate's share of the peak."""
+    data_wait_share: float
+    """Share of the training time spent waiting for a batch."""
+
+
+class Recipe(Protocol):
+    """What the loop asks of pretraining, fine-tuning and reinforcement learning."""
+
+    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets (B, T) on the device."""
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the micro-batch's mean loss."""
+
+    def settings(self, step: int) -> StepSettings: ...
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Return metrics by name; `val/bpb` is the one whose best value is kept."""
+
+    def sample(self, step: int) -> Mapping[str, str]:
+        """Return texts by the name of their prompt."""
+
+    def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None: ...
+
+
+class StopRequest:
+    """Whether the user, or the system, asked the loop to end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as requests; outside the main thread there are none to take."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._ask) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+class Loop:
+    """Run a recipe from `state` to its last step.
+
+    Args:
+        recipe: what to train on and how.
+        optimizer: steps the model's parameters.
+        state: continued in place.
+        peak: of one device; `None` figures nothing as MFU.
+        scaler_state: of the float16 gradient scaler, from a checkpoint.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        optimizer: Optimizer,
+        runtime: Runtime,
+        cadence: Cadence,
+        state: LoopState,
+        peak: PeakFlops,
+        metrics: MetricsLog,
+        progress: ProgressLine,
+        scaler_state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.recipe, self.optimizer, self.runtime = recipe, optimizer, runtime
+        self.cadence, self.state, self.peak = cadence, state, peak
+        self.metrics, self.progress = metrics, progress
+        self.scaler = torch.amp.GradScaler(
+            runtime.device.type, enabled=runtime.compute_dtype == torch.float16
+        )
+        if scaler_state:
+            self.scaler.load_state_dict(dict(scaler_state))
+        self._step_seconds: list[float] = []
+        self._wait_seconds = 0.0
+
+    def run(self) -> Outcome:
+        """Train until the last step is done or a signal asks to stop."""
+        stop, first_step = StopRequest(), self.state.step
+        with stop.listening(), self._without_gc():
+            while True:
+                step = self.state.step
+                finished = step == self.cadence.num_iterations
+                if step > first_step and (
+                    finished or stop.asked or _due(self.cadence.save_every, step)
+                ):
+                    self._save()
+                if stop.asked and not finished:
+                    return self._outcome(finished=False)
+                if finished or _due(self.cadence.eval_every, step):
+                    self._evaluate(step)
+                if finished or (step > 0 and _due(self.cadence.sample_every, step)):
+                    self._sample(step)
+                if finished:
+                    return self._outcome(finished=True)
+                self._train_step(step)
+                if step == first_step:
+                    gc.collect()
+                    gc.freeze()
+
+    def _train_step(self, step: int) -> None:
+        started = time.perf_counter()
+        settings, accum = self.recipe.settings(step), self.cadence.grad_accum_steps
+        total = torch.zeros((), device=self.runtime.device)
+        for _ in range(accum):
+            asked = time.perf_counter()
+            inputs, targets = self.recipe.next_micro_batch()
+            self._wait_seconds += time.perf_counter() - asked
+            loss = self.recipe.loss(inputs, targets)
+            self.scaler.scale(loss / accum).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        torch_optimizer = cast(torch.optim.Optimizer, self.optimizer)
+        self.scaler.unscale_(torch_optimizer)
+        self.scaler.step(
+            torch_optimizer,
+            settings.lr_multiplier,
+            settings.muon_momentum,
+            settings.muon_weight_decay,
+        )
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        mean, last = (total / accum).item(), loss.item()  # waits for the device
+        seconds = time.perf_counter() - started
+        if not math.isfinite(mean):
+            raise ArcherChatError(
+                f"the loss of step {step} is {mean}: lower the learning rates (--matrix-lr, "
+                f"--embedding-lr), or use --dtype float32; the last checkpoint is intact"
+            )
+        self.state.step += 1
+        self.state.training_seconds += seconds
+        self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * mean
+        self._step_seconds.append(seconds)
+        self._report(step, mean, last, settings, seconds)
+        if (step + 1) % GC_EVERY == 0:
+            gc.collect()
+
+    def _report(
+        self, step: int, loss: float, last: float, settings: StepSettings, seconds: float
+    ) -> None:
+        rate = self.cadence.tokens_per_step / seconds
+        mfu = self._mfu(seconds)
+        smooth = self.state.smooth_loss / (1 - SMOOTHING**self.state.step)
+        self.metrics.log(
+            {
+                "train/loss": loss,
+                "train/last_micro_batch_loss": last,
+                "train/smooth_loss": smooth,
+                "train/lr_multiplier": settings.lr_multiplier,
+                "train/muon_momentum": settings.muon_momentum,
+                "train/tokens_per_second": rate,
+                "train/mfu": mfu,
+                "train/seconds": self.state.training_seconds,
+                "train/tokens": self.state.step * self.cadence.tokens_per_step,
+                "train/flops": self.state.step * self.cadence.flops_per_step,
+                "train/memory_bytes": self.runtime.peak_memory_bytes(),
+            },
+            step,
+        )
+        steady = self._steady()
+        left = (self.cadence.num_iterations - self.state.step) * _median(steady or [seconds])
+        self.progress.step(
+            StepReport(
+                step=self.state.step,
+                num_iterations=self.cadence.num_iterations,
+                loss=smooth,
+                lr_multiplier=settings.lr_multiplier,
+                tokens_per_second=rate,
+                mfu=mfu,
+                seconds_left=left if steady else None,
+            )
+        )
+
+    def _evaluate(self, step: int) -> None:
+        started = time.perf_counter()
+        values = dict(self.recipe.evaluate(step))
+        if not values:
+            return
+        seconds = time.perf_counter() - started
+        self.metrics.log(values | {"eval/seconds": seconds}, step)
+        if "val/bpb" in values:
+            self._note_validation(values["val/bpb"])
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
+
+    def _note_validation(self, bits: float) -> None:
+        state = self.state
+        state.first_val = bits if math.isnan(state.first_val) else state.first_val
+        state.last_val, state.best_val = bits, min(state.best_val, bits)
+
+    def _sample(self, step: int) -> None:
+        for name, text in self.recipe.sample(step).items():
+            self.metrics.log_text(f"sample/{name}", text, step)
+            self.progress.note(f"step {step}: {text!r}")
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.recipe.save(self.state, self.scaler.state_dict())
+        seconds = time.perf_counter() - started
+        self.progress.note(f"step {self.state.step}: checkpoint saved ({seconds:.1f} s)")
+
+    def _steady(self) -> list[float]:
+        """Return the times of steps after the warm-up, the last 100 of them."""
+        return self._step_seconds[WARMUP_STEPS:][-100:]
+
+    def _mfu(self, seconds: float) -> float:
+        peak = self.peak.flops_per_second * self.runtime.world_size
+        return self.cadence.flops_per_step / seconds / peak
+
+    def _outcome(self, finished: bool) -> Outcome:
+        steady = self._step_seconds[WARMUP_STEPS:]
+        typical = _median(steady) if steady else math.inf
+        spent = sum(self._step_seconds)
+        return Outcome(
+            finished,
+            self.cadence.tokens_per_step / typical,
+            self._mfu(typical),
+            self._wait_seconds / spent if spent else 0.0,
+        )
+
+    @contextmanager
+    def _without_gc(self) -> Iterator[None]:
+        """Collect garbage only when the loop says so: a collection in a step is a stall."""
+        gc.disable()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            gc.enable()
+
+
+def _due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

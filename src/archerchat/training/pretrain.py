@@ -1,0 +1,321 @@
+"""Pretraining: from text shards and a tokenizer to a base model.
+
+    archerchat pretrain --depth 12
+
+The recipe hands the loop packed batches, the chunked loss and the schedules of the dial. What
+decides the weights (`identity`) is saved with every checkpoint: running the same command again
+goes on where the last checkpoint is, bit for bit, and a command that would change the run is
+refused unless `--extend` asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from archerchat.artifacts import Home, write_json
+from archerchat.data.loader import TokenLoader
+from archerchat.data.packing import Packing
+from archerchat.data.shards import data_directory, list_shards, split_shards
+from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
+from archerchat.errors import UsageError
+from archerchat.model.attention import choose_backend
+from archerchat.model.transformer import Transformer
+from archerchat.optim.optimizer import Optimizer, build_groups
+from archerchat.optim.schedule import Schedule, build_schedule
+from archerchat.peak_flops import PeakFlops, peak_flops
+from archerchat.runtime import Runtime, build_runtime, dtype_name
+from archerchat.tokenizer.bpe import Tokenizer
+from archerchat.training.base_recipe import BaseRecipe
+from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
+from archerchat.training.metrics import open_run
+from archerchat.training.progress import ProgressLine
+from archerchat.training.resume import describe_extension, find_start
+
+SUMMARY = "summary.json"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a base model."""
+
+    dial: DialConfig
+    data: str = "climbmix"
+    """Data source (`archerchat data`), or a directory of Parquet shards; the last validates."""
+    tokenizer: str = "default"
+    """Name of the tokenizer (`archerchat tokenizer train`)."""
+    packing: Packing = "best-fit"
+    """`best-fit` crops documents to fill rows; `concat` drops nothing and continues them."""
+    model_tag: str | None = None
+    """Name of the model; by default d<depth>."""
+    run: str | None = None
+    """Name of the run in the metrics; by default the model's."""
+    device: Literal["cuda", "mps", "cpu"] | None = None
+    """Where to train; by default the best there is."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """What to compute in; by default what the device is good at."""
+    attention: Literal["sdpa", "matmul", "flex", "flash"] | None = None
+    """Attention backend; by default the fastest that works here."""
+    compile: bool = True
+    """Compile the model and the optimizer; falls back where there is no compiler."""
+    seed: int = 42
+    """Of the initial weights."""
+    device_batch_size: int = 32
+    """Rows in a micro-batch; lower it when memory runs out, the result stays the same."""
+    eval_every: int | None = 250
+    """Measure bits per byte on the validation shard every so many steps, and at the end."""
+    eval_tokens: int = 41_943_040
+    """Tokens to measure it on."""
+    sample_every: int | None = 2000
+    """Print samples every so many steps, and at the end."""
+    save_every: int | None = 1000
+    """Save a checkpoint every so many steps, and at the end."""
+    keep_last: int = 2
+    """Checkpoints to keep."""
+    resume_from_step: int | None = None
+    """Go on from this checkpoint; by default from the latest, where there is one."""
+    extend: bool = False
+    """Go on although horizon, batch or schedule differ, and say what the rate will do."""
+
+
+def pretrain(config: PretrainConfig, home: Home, console: Console | None = None) -> Outcome:
+    """Train until the horizon is reached, a signal stops it, or it is found to be done already.
+
+    Raises:
+        UsageError: the settings contradict each other or the run that is there.
+        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
+    """
+    console = console or Console(soft_wrap=True)
+    runtime = build_runtime(config.device, config.dtype)
+    if runtime.world_size > 1:
+        raise UsageError(
+            f"WORLD_SIZE is {runtime.world_size}, but pretraining runs on one device so far: "
+            "start it without torchrun"
+        )
+    tokenizer = Tokenizer.load(home.tokenizer_dir(config.tokenizer))
+    hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
+    accum = grad_accum_steps(
+        hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
+    )
+    _check_cadence(config)
+    tag = config.model_tag or f"d{config.dial.depth}"
+    directory = home.checkpoint_dir("base", tag)
+    meta = describe_run(config, hp, runtime, tokenizer)
+    schedule = build_schedule(config.dial, hp)
+    start = find_start(directory, meta["identity"], config.resume_from_step, config.extend)
+    if start is not None and start.step >= hp.num_iterations:
+        console.print(
+            f"model {tag!r} is already trained: step {start.step} of {hp.num_iterations} is in "
+            f"{start.path.parent}{_recall(home, config.run or tag)}",
+            highlight=False,
+        )
+        return Outcome(True, 0.0, 0.0, 0.0)
+    peak = peak_flops(runtime, home.cache_dir)
+    recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
+    _announce(console, config, hp, recipe, peak, accum)
+    state, scaler = LoopState(), None
+    if start is not None:
+        state, scaler = recipe.restore(start, config.extend)
+        console.print(f"going on from {start.path}", highlight=False)
+        if config.extend:
+            before = Schedule(**start.meta["schedule"])
+            console.print(describe_extension(before, schedule, state.step), highlight=False)
+    cadence = Cadence(
+        hp.num_iterations,
+        accum,
+        hp.total_batch_tokens,
+        hp.flops_per_token * hp.total_batch_tokens,
+        config.eval_every,
+        config.sample_every,
+        config.save_every,
+    )
+    run = config.run or tag
+    with (
+        recipe.loader,
+        open_run(home, run, meta) as metrics,
+        ProgressLine(console, hp.num_iterations, state.step) as progress,
+    ):
+        loop = Loop(
+            recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler
+        )
+        outcome = loop.run()
+    if outcome.finished:
+        write_json(home.run_dir(run) / SUMMARY, _summarize(outcome, state, hp, runtime, peak))
+    _conclude(console, outcome, state, hp, runtime, directory)
+    return outcome
+
+
+def build_recipe(
+    config: PretrainConfig,
+    hp: Hyperparameters,
+    schedule: Schedule,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    home: Home,
+    meta: dict[str, Any],
+) -> BaseRecipe:
+    """Build a freshly initialised model, its optimizer and its loaders."""
+    train, val = split_shards(list_shards(data_directory(config.data, home)))
+    dial = config.dial
+    try:
+        backend, reason = choose_backend(runtime.device, runtime.compute_dtype, config.attention)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    model = Transformer(hp.model, runtime.compute_dtype, backend)
+    model.init_weights(config.seed)
+    model.to(runtime.device)
+    groups = build_groups(model, hp.learning_rates)
+
+    def open_loader(shards: list[Path]) -> TokenLoader:
+        return TokenLoader(
+            shards,
+            tokenizer,
+            batch_size=config.device_batch_size,
+            sequence_length=dial.max_seq_len,
+            packing=config.packing,
+        )
+
+    return BaseRecipe(
+        runtime=runtime,
+        model=model,
+        optimizer=Optimizer(model, groups, runtime.compute_dtype, compile=config.compile),
+        schedule=schedule,
+        loader=open_loader(train),
+        open_validation=lambda: open_loader(val),
+        tokenizer=tokenizer,
+        eval_steps=max(1, config.eval_tokens // (config.device_batch_size * dial.max_seq_len)),
+        compile=config.compile,
+        directory=home.checkpoint_dir("base", config.model_tag or f"d{dial.depth}"),
+        keep_last=config.keep_last,
+        meta=meta | {"attention": f"{backend} ({reason})"},
+    )
+
+
+def describe_run(
+    config: PretrainConfig, hp: Hyperparameters, runtime: Runtime, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Return what every checkpoint and journal says of the run; `identity` decides its weights."""
+    dial = config.dial
+    return {
+        "stage": "base",
+        "source": "archerchat pretrain",
+        "model_config": asdict(hp.model),
+        "tokenizer": {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint},
+        "schedule": asdict(build_schedule(dial, hp)),
+        "identity": {
+            "model": asdict(hp.model),
+            "tokenizer": tokenizer.fingerprint,
+            "packing": config.packing,
+            "seed": config.seed,
+            "dtype": dtype_name(runtime.compute_dtype),
+            "device_batch_size": config.device_batch_size,
+            "total_batch_size": hp.total_batch_tokens,
+            "num_iterations": hp.num_iterations,
+            "learning_rates": asdict(hp.learning_rates),
+            "weight_decay": hp.weight_decay,
+            "warmup_steps": dial.warmup_steps,
+            "warmdown_ratio": dial.warmdown_ratio,
+            "final_lr_frac": dial.final_lr_frac,
+        },
+        "config": asdict(config),
+        "hardware": {
+            "device": runtime.device_name,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _check_cadence(config: PretrainConfig) -> None:
+    for name in ("eval_every", "sample_every", "save_every", "keep_last", "eval_tokens"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} is {value}; it must be at least 1, or None for never")
+
+
+def _announce(
+    console: Console,
+    config: PretrainConfig,
+    hp: Hyperparameters,
+    recipe: BaseRecipe,
+    peak: PeakFlops,
+    accum: int,
+) -> None:
+    """Print what will run, and the choices that were made for the user."""
+    runtime, batch = recipe.runtime, config.device_batch_size
+    lines = (
+        f"model      depth {hp.model.num_layers}, width {hp.model.model_dim}, "
+        f"{hp.parameters.total:,} parameters ({hp.parameters.scaling:,} scaling)",
+        f"training   {hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens "
+        f"({accum} x {batch} rows of {hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
+        f"device     {runtime.device_name}, {dtype_name(runtime.compute_dtype)} "
+        f"({runtime.dtype_reason})",
+        f"peak       {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})",
+        f"attention  {recipe.meta['attention']}",
+    )
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _summarize(
+    outcome: Outcome, state: LoopState, hp: Hyperparameters, runtime: Runtime, peak: PeakFlops
+) -> dict[str, Any]:
+    figures = {
+        "steps": state.step,
+        "tokens": state.step * hp.total_batch_tokens,
+        "val_bpb_first": state.first_val,
+        "val_bpb": state.last_val,
+        "val_bpb_best": state.best_val,
+        "training_seconds": state.training_seconds,
+        "tokens_per_second": outcome.tokens_per_second,
+        "mfu": outcome.mfu,
+        "peak_flops_per_second": peak.flops_per_second,
+        "peak_memory_bytes": runtime.peak_memory_bytes(),
+    }
+    return {k: v if math.isfinite(v) else None for k, v in figures.items()}
+
+
+def _recall(home: Home, run: str) -> str:
+    """Return what the summary of a finished run says of its result, if it is there."""
+    try:
+        summary = json.loads((home.run_dir(run) / SUMMARY).read_text())
+        return f"; val/bpb {summary['val_bpb_first']:.4f} -> {summary['val_bpb']:.4f}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _conclude(
+    console: Console,
+    outcome: Outcome,
+    state: LoopState,
+    hp: Hyperparameters,
+    runtime: Runtime,
+    directory: Path,
+) -> None:
+    if not outcome.finished:
+        console.print(
+            f"stopped at step {state.step} of {hp.num_iterations}; the checkpoint is in "
+            f"{directory}. The same command goes on from there",
+            highlight=False,
+        )
+        return
+    console.print(
+        f"trained {state.step * hp.total_batch_tokens:,} tokens in "
+        f"{state.training_seconds / 60:.1f} min: {outcome.tokens_per_second:,.0f} tok/s, mfu "
+        f"{100 * outcome.mfu:.1f} %, {100 * outcome.data_wait_share:.1f} % of the time waiting "
+        f"for data, peak memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB",
+        highlight=False,
+    )
+    if math.isfinite(state.last_val):
+        console.print(
+            f"validation bits per byte: {state.first_val:.4f} -> {state.last_val:.4f} "
+            f"(best {state.best_val:.4f})",
+            highlight=False,
+        )

@@ -1,0 +1,88 @@
+"""The line that says how training goes: live on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+PLAIN_LINE_SECONDS = 10.0
+"""Time between plain lines; the first and the last step always get one."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Figures of one finished step."""
+
+    step: int
+    """Updates done, this one included."""
+    num_iterations: int
+    loss: float
+    lr_multiplier: float
+    tokens_per_second: float
+    mfu: float
+    seconds_left: float | None
+    """None while there is nothing to estimate it from."""
+
+
+class ProgressLine:
+    """Show `StepReport`s; a context manager."""
+
+    def __init__(self, console: Console, num_iterations: int, done: int = 0) -> None:
+        self.console, self._live = console, console.is_terminal
+        self._shown = -PLAIN_LINE_SECONDS
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not self._live,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("compiling", total=num_iterations, completed=done)
+
+    def __enter__(self) -> ProgressLine:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, report: StepReport) -> None:
+        """Show one step's figures."""
+        line = (
+            f"loss {report.loss:.4f} | lr x{report.lr_multiplier:.3f} | "
+            f"{report.tokens_per_second:,.0f} tok/s | mfu {100 * report.mfu:.1f} % | "
+            f"{_duration(report.seconds_left)} left"
+        )
+        self._bar.update(self._task, completed=report.step, description=line)
+        if self._live:
+            return
+        now = time.monotonic()
+        if now - self._shown >= PLAIN_LINE_SECONDS or report.step == report.num_iterations:
+            self._shown = now
+            share = 100 * report.step / report.num_iterations
+            self.note(f"step {report.step}/{report.num_iterations} ({share:.1f} %) | {line}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the live one."""
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,123 @@
+"""Whether a run may go on from a checkpoint, and with what state.
+
+A run's identity is all that decides its weights. Some of it (`EXTENDABLE`) may be changed on
+purpose with `--extend`; the shape of the model, the tokenizer, the data and the packing may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archerchat.checkpoint import (
+    Checkpoint,
+    compare_configs,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+from archerchat.data.loader import LoaderState, TokenLoader
+from archerchat.errors import CheckpointError, UsageError
+from archerchat.optim.schedule import Schedule
+
+EXTENDABLE = (
+    "num_iterations",
+    "total_batch_size",
+    "device_batch_size",
+    "learning_rates.",
+    "weight_decay",
+    "warmup_steps",
+    "warmdown_ratio",
+    "final_lr_frac",
+)
+
+
+def find_start(
+    directory: Path, identity: Mapping[str, Any], step: int | None, extend: bool
+) -> Checkpoint | None:
+    """Load the checkpoint to go on from, or return None where there is none yet.
+
+    Args:
+        directory: of the model's checkpoints.
+        identity: of the run that is asked for.
+        step: a certain checkpoint; None takes the latest.
+        extend: allow the differences that `EXTENDABLE` names.
+
+    Raises:
+        UsageError: the run there is another one, and how; or there is no such step.
+        CheckpointError: the checkpoint is damaged, or holds a model without training state.
+    """
+    if not list_checkpoints(directory):
+        if step is not None:
+            raise UsageError(f"no checkpoint in {directory}: leave --resume-from-step out")
+        if extend:
+            raise UsageError(f"no checkpoint in {directory} to extend: leave --extend out")
+        return None
+    path = find_checkpoint(directory, step)
+    meta = load_checkpoint(path, sections=()).meta
+    if "identity" not in meta:
+        raise CheckpointError(
+            f"{path} has weights but no training state to go on with ({meta.get('source', '?')}): "
+            "choose another --model-tag for a new run"
+        )
+    differences = compare_configs(meta["identity"], identity)
+    refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
+    if refused:
+        allowed = all(d.startswith(EXTENDABLE) for d in refused)
+        remedy = "go on with the new settings by --extend, or " if allowed and not extend else ""
+        raise UsageError(
+            f"{path} belongs to a different run: {'; '.join(refused)}. Use the saved settings to "
+            f"resume it exactly, {remedy}choose another --model-tag for a new run"
+        )
+    return load_checkpoint(path)
+
+
+def describe_extension(before: Schedule, after: Schedule, step: int) -> str:
+    """Say what `--extend` does to the learning rate at `step` and after it."""
+    old = before.lr_multiplier(min(step, before.num_iterations - 1))
+    new = after.lr_multiplier(step)
+    text = (
+        f"extending at step {step} of {before.num_iterations} to {after.num_iterations} steps: "
+        f"the learning rate goes from x{old:.3f} to x{new:.3f}"
+    )
+    if step < after.warmdown_start:
+        text += f", falls from step {after.warmdown_start}"
+    text += f", ends at x{after.lr_multiplier(after.num_iterations - 1):.3f}"
+    if new > 1.5 * old:
+        text += f"\nwarning: that is {new / old:.1f} times the rate of the step before; the loss "
+        text += "will rise at first, and what the warm-down gained is lost"
+    return text
+
+
+def restore_loader(loader: TokenLoader, checkpoint: Checkpoint, extend: bool) -> None:
+    """Set the loader to the batch that follows the checkpoint.
+
+    Raises:
+        CheckpointError: the data or the packing are not those of the run.
+    """
+    arrays = {name: tensor.numpy() for name, tensor in checkpoint.tensors["loader"].items()}
+    state = LoaderState.from_parts(checkpoint.meta["loader"], arrays)
+    if extend:  # rows are whole between batches, so their number may change
+        rows = loader.state().identity.batch_size
+        state = replace(state, identity=replace(state.identity, batch_size=rows))
+    loader.restore(state)
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """Return the state of torch's random generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_rng(states: Mapping[str, Tensor]) -> None:
+    """Set the generators whose state was saved and that exist here."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
