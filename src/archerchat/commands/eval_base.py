@@ -22,7 +22,7 @@ from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.model.loss import token_losses
-from archerchat.runtime import Runtime, build_runtime
+from archerchat.runtime import Runtime, build_runtime, prepare_process
 
 EVALUATIONS = ("bpb", "sample")
 
@@ -69,6 +69,7 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     console = Console(soft_wrap=True)
     runtime = build_runtime(config.device, config.dtype)
+    prepare_process(runtime)
     loaded = load_model(home, runtime, "base", config.model_tag, config.step)
     console.print(f"{loaded.path}", style="dim", highlight=False)
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}

@@ -11,7 +11,7 @@ from archerchat.artifacts import Home
 from archerchat.errors import UsageError
 from archerchat.inference.loading import LoadedModel, load_model, sampling_generator
 from archerchat.inference.sampling import iter_tokens
-from archerchat.runtime import build_runtime
+from archerchat.runtime import build_runtime, prepare_process
 
 PROMPTS = (
     "The capital of France is",
@@ -56,9 +56,9 @@ def sample(config: SampleConfig, home: Home) -> None:
         CheckpointError, TokenizerError: what is there is damaged.
     """
     _check(config)
-    loaded = load_model(
-        home, build_runtime(config.device, config.dtype), "base", config.model_tag, config.step
-    )
+    runtime = build_runtime(config.device, config.dtype)
+    prepare_process(runtime)
+    loaded = load_model(home, runtime, "base", config.model_tag, config.step)
     console = Console(soft_wrap=True)
     console.print(f"{loaded.path}", style="dim", highlight=False)
     print_samples(loaded, config, console)

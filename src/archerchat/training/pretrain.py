@@ -30,7 +30,7 @@ from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.peak_flops import PeakFlops, peak_flops
-from archerchat.runtime import Runtime, build_runtime, dtype_name
+from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
@@ -98,6 +98,7 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
             f"WORLD_SIZE is {runtime.world_size}, but pretraining runs on one device so far: "
             "start it without torchrun"
         )
+    prepare_process(runtime)
     tokenizer = Tokenizer.load(home.tokenizer_dir(config.tokenizer))
     hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
     accum = grad_accum_steps(
