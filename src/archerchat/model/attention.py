@@ -63,7 +63,7 @@ def choose_backend(
         if importlib.util.find_spec("triton") is not None:
             return "flex", "CUDA without flash_attn"
         return "sdpa", "CUDA without flash_attn or Triton"
-    if device.type == "cpu":
+    if device.type == "cpu" and dtype != torch.float16:  # exp(16) is not in its range
         return "matmul", f"CPU; rows of more than {MATMUL_MAX_KEYS} keys go to sdpa"
     return "sdpa", f"device {device.type}"
 
@@ -149,7 +149,7 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)).float() * (1 / math.sqrt(q.size(3)))
-    weights = torch.where(mask, scores.clamp(max=MAX_SCORE).exp(), 0.0)
+    weights = torch.where(mask, scores.clamp(-MAX_SCORE, MAX_SCORE).exp(), 0.0)
     total = weights.sum(dim=-1, keepdim=True)
     return ((weights.to(v.dtype) @ v).float() / total).to(v.dtype)
 
