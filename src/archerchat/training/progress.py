@@ -75,7 +75,7 @@ class ProgressLine:
 
     def note(self, text: str) -> None:
         """Print a line above the live one."""
-        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _duration(seconds: float | None) -> str:
