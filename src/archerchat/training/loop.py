@@ -3,8 +3,8 @@
 A recipe brings a source of micro-batches, a loss, the settings of each step and what to do at
 evaluation, sampling and saving; it never loops itself. Before step i the loop saves, evaluates
 and samples where that is due, in this order: a long evaluation that dies costs no training. The
-same is done once more after the last update. Ctrl-C and SIGTERM end the loop after the running
-step with a checkpoint; a second one ends the process at once.
+same is done once more after the last update. Ctrl-C and SIGTERM end the loop with a checkpoint,
+after the running step or in the middle of an evaluation; a second one ends the process at once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ WARMUP_STEPS = 5
 """Steps after a start that are left out of speed figures: they compile and fill caches."""
 SMOOTHING = 0.9
 GC_EVERY = 5000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Outcome:
     finished: bool
     """False when a signal stopped it."""
     tokens_per_second: float
-    """Median over the steps after the warm-up; 0 when there was none."""
+    """Median over the steps after the warm-up, or over all of fewer steps; NaN without any."""
     mfu: float
     """That rate's share of the peak."""
     data_wait_share: float
@@ -109,16 +111,33 @@ class Recipe(Protocol):
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None: ...
 
 
+class _Stopped(BaseException):
+    """Leave interruptible work; no `except Exception` on the way may take it."""
+
+
 class StopRequest:
     """Whether the user, or the system, asked the loop to end."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._interruptible = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if self._interruptible:
+            raise _Stopped
+
+    def interruptible(self, work: Callable[[], T]) -> T | None:
+        """Do long work that changes nothing, or leave it at the first request: then None."""
+        try:  # no context manager: its own calls would be places for the signal to arrive
+            self._interruptible = True
+            return work()
+        except _Stopped:
+            return None
+        finally:
+            self._interruptible = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -166,29 +185,36 @@ class Loop:
         )
         if scaler_state:
             self.scaler.load_state_dict(dict(scaler_state))
+        self._stop = StopRequest()
+        self._saved_step = state.step
         self._step_seconds: list[float] = []
         self._wait_seconds = 0.0
 
     def run(self) -> Outcome:
         """Train until the last step is done or a signal asks to stop."""
-        stop, first_step = StopRequest(), self.state.step
+        stop, first_step = self._stop, self.state.step
         with stop.listening(), self._without_gc():
             while True:
                 step = self.state.step
                 finished = step == self.cadence.num_iterations
-                if step > first_step and (
-                    finished or stop.asked or _due(self.cadence.save_every, step)
-                ):
+                if finished or _due(self.cadence.save_every, step):
                     self._save()
-                if stop.asked and not finished:
-                    return self._outcome(finished=False)
-                if finished or _due(self.cadence.eval_every, step):
+                if not stop.asked and (finished or _due(self.cadence.eval_every, step)):
                     self._evaluate(step)
-                if finished or (step > 0 and _due(self.cadence.sample_every, step)):
+                sample_due = step > 0 and _due(self.cadence.sample_every, step)
+                if not stop.asked and (finished or sample_due):
                     self._sample(step)
-                if finished:
-                    return self._outcome(finished=True)
-                self._train_step(step)
+                if stop.asked:
+                    self._save()
+                if stop.asked or finished:
+                    return self._outcome(finished and not stop.asked)
+                try:
+                    self._train_step(step)
+                except torch.OutOfMemoryError as error:
+                    raise ArcherChatError(
+                        f"the device is out of memory in step {step}: lower --device-batch-size "
+                        f"(`archerchat plan` says what fits); checkpoints are intact"
+                    ) from error
                 if step == first_step:
                     gc.collect()
                     gc.freeze()
@@ -267,7 +293,7 @@ class Loop:
 
     def _evaluate(self, step: int) -> None:
         started = time.perf_counter()
-        values = dict(self.recipe.evaluate(step))
+        values = self._stop.interruptible(lambda: dict(self.recipe.evaluate(step)))
         if not values:
             return
         seconds = time.perf_counter() - started
@@ -283,13 +309,18 @@ class Loop:
         state.last_val, state.best_val = bits, min(state.best_val, bits)
 
     def _sample(self, step: int) -> None:
-        for name, text in self.recipe.sample(step).items():
+        texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
+        for name, text in (texts or {}).items():
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")
 
     def _save(self) -> None:
+        """Save the state of this step, once."""
+        if self._saved_step == self.state.step:
+            return
         started = time.perf_counter()
         self.recipe.save(self.state, self.scaler.state_dict())
+        self._saved_step = self.state.step
         seconds = time.perf_counter() - started
         self.progress.note(f"step {self.state.step}: checkpoint saved ({seconds:.1f} s)")
 
@@ -302,8 +333,8 @@ class Loop:
         return self.cadence.flops_per_step / seconds / peak
 
     def _outcome(self, finished: bool) -> Outcome:
-        steady = self._step_seconds[WARMUP_STEPS:]
-        typical = _median(steady) if steady else math.inf
+        seconds = self._step_seconds[WARMUP_STEPS:] or self._step_seconds
+        typical = _median(seconds) if seconds else math.nan
         spent = sum(self._step_seconds)
         return Outcome(
             finished,

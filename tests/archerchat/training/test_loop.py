@@ -1,0 +1,353 @@
+"""The step loop: order, cadence, signals, accumulation, gradient scaling, figures."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from archerchat.artifacts import Home
+from archerchat.errors import ArcherChatError
+from archerchat.optim.optimizer import AdamGroup, Optimizer
+from archerchat.peak_flops import PeakFlops
+from archerchat.runtime import Runtime
+from archerchat.training.loop import Cadence, Loop, LoopState, Outcome, StepSettings
+from archerchat.training.metrics import MetricsLog, open_run
+from archerchat.training.progress import ProgressLine
+
+CADENCE = Cadence(num_iterations=4, grad_accum_steps=2, tokens_per_step=16, flops_per_step=1000)
+
+
+class StubRecipe:
+    """Fit four weights to 1, and write down what the loop asks for."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(4, 1, bias=False)
+        nn.init.zeros_(self.model.weight)
+        group = AdamGroup(("weight",), 0.1, (0.8, 0.95), 0.0)
+        self.optimizer = Optimizer(self.model, [group])
+        self.calls: list[str] = []
+        self.batches = 0
+        self.on_call: dict[str, Callable[[], None]] = {}
+        """What else happens at a call, by its name."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.model.weight.detach().flatten().clone()
+
+    def note(self, call: str) -> None:
+        self.calls.append(call)
+        self.on_call.get(call, lambda: None)()
+
+    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
+        self.batches += 1
+        inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(self.batches))
+        self.note(f"batch {self.batches}")
+        return inputs, inputs.sum(1)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return (self.model(inputs)[:, 0] - targets).square().mean()
+
+    def settings(self, step: int) -> StepSettings:
+        self.note(f"step {step}")
+        return StepSettings(1.0, 0.9, 0.0)
+
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        self.note(f"evaluate {step}")
+        return {"val/bpb": 3.0 - abs(step - 2) / 10}
+
+    def sample(self, step: int) -> Mapping[str, str]:
+        self.note(f"sample {step}")
+        return {"prompt": "text"}
+
+    def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None:
+        self.saved = replace(state), dict(scaler)
+        self.note(f"save {state.step}")
+
+    def events(self) -> list[str]:
+        return [call for call in self.calls if not call.startswith("batch")]
+
+
+def build_loop(
+    recipe: StubRecipe,
+    cadence: Cadence = CADENCE,
+    state: LoopState | None = None,
+    dtype: torch.dtype = torch.float32,
+    metrics: MetricsLog | None = None,
+    scaler_state: Mapping[str, Any] | None = None,
+) -> Loop:
+    return Loop(
+        recipe,
+        recipe.optimizer,
+        Runtime(torch.device("cpu"), dtype, "a CPU", "forced"),
+        cadence,
+        state or LoopState(),
+        PeakFlops(1e9, "table"),
+        metrics or MetricsLog(None),
+        ProgressLine(Console(file=io.StringIO()), cadence.num_iterations),
+        scaler_state,
+    )
+
+
+def send(*numbers: signal.Signals) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def test_saves_then_evaluates_then_samples_then_trains() -> None:
+    recipe = StubRecipe()
+    cadence = replace(CADENCE, num_iterations=5, eval_every=2, sample_every=4, save_every=2)
+    outcome = build_loop(recipe, cadence).run()
+    assert outcome.finished
+    assert recipe.events() == [
+        *("evaluate 0", "step 0", "step 1"),
+        *("save 2", "evaluate 2", "step 2", "step 3"),
+        *("save 4", "evaluate 4", "sample 4", "step 4"),
+        *("save 5", "evaluate 5", "sample 5"),
+    ]
+    assert recipe.batches == 10
+    assert torch.all(recipe.weight > 0.3)
+
+
+def test_without_a_cadence_the_end_still_saves_evaluates_and_samples() -> None:
+    recipe = StubRecipe()
+    build_loop(recipe).run()
+    assert recipe.events()[-3:] == ["save 4", "evaluate 4", "sample 4"]
+    assert len(recipe.events()) == 4 + 3
+
+
+def test_a_resumed_loop_repeats_no_save_but_the_evaluation_that_may_be_missing() -> None:
+    recipe = StubRecipe()
+    cadence = replace(CADENCE, eval_every=2, save_every=2)
+    build_loop(recipe, cadence, LoopState(step=2)).run()
+    assert recipe.events() == [
+        *("evaluate 2", "step 2", "step 3"),
+        *("save 4", "evaluate 4", "sample 4"),
+    ]
+
+
+def test_a_loop_resumed_after_its_last_step_only_evaluates() -> None:
+    recipe = StubRecipe()
+    outcome = build_loop(recipe, state=LoopState(step=4)).run()
+    assert recipe.events() == ["evaluate 4", "sample 4"]
+    assert outcome.finished
+    assert math.isnan(outcome.tokens_per_second)
+    assert math.isnan(outcome.mfu)
+
+
+@contextmanager
+def restored_process() -> Any:
+    """Check that the block gives back what it took from the process."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_an_evaluation_that_fails_costs_no_training() -> None:
+    recipe = StubRecipe()
+
+    def fail() -> None:
+        raise RuntimeError("the evaluation is broken")
+
+    recipe.on_call["evaluate 2"] = fail
+    with restored_process(), pytest.raises(RuntimeError, match="evaluation is broken"):
+        build_loop(recipe, replace(CADENCE, eval_every=2, save_every=2)).run()
+    assert recipe.events() == ["evaluate 0", "step 0", "step 1", "save 2", "evaluate 2"]
+
+
+def test_garbage_is_collected_only_between_steps() -> None:
+    recipe = StubRecipe()
+    enabled = []
+    recipe.on_call["step 3"] = lambda: enabled.append(gc.isenabled())
+    with restored_process():
+        build_loop(recipe).run()
+    assert enabled == [False]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved() -> None:
+    recipe = StubRecipe()
+    recipe.on_call["step 2"] = lambda: recipe.model.weight.data.fill_(math.nan)
+    loop = build_loop(recipe, replace(CADENCE, save_every=1))
+    message = r"loss of step 2 is nan: lower the learning rates .*last checkpoint is intact"
+    with restored_process(), pytest.raises(ArcherChatError, match=message):
+        loop.run()
+    assert recipe.events() == ["step 0", "save 1", "step 1", "save 2", "step 2"]
+    assert loop.state.step == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(number: signal.Signals) -> None:
+    recipe = StubRecipe()
+    recipe.on_call["step 1"] = lambda: send(number)
+    with restored_process():
+        outcome = build_loop(recipe, replace(CADENCE, eval_every=1)).run()
+    assert not outcome.finished
+    assert recipe.events() == ["evaluate 0", "step 0", "evaluate 1", "step 1", "save 2"]
+
+
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    recipe = StubRecipe()
+    recipe.on_call["batch 3"] = lambda: send(signal.SIGINT, signal.SIGTERM)
+    with restored_process(), pytest.raises(KeyboardInterrupt):
+        build_loop(recipe).run()
+    assert recipe.calls[-1] == "batch 3"
+    assert "save 1" not in recipe.calls
+
+
+def test_a_signal_leaves_an_evaluation_at_once_and_saves() -> None:
+    recipe = StubRecipe()
+
+    def interrupted() -> None:
+        send(signal.SIGINT)
+        recipe.note("still evaluating")
+
+    recipe.on_call["evaluate 2"] = interrupted
+    with restored_process():
+        outcome = build_loop(recipe, replace(CADENCE, eval_every=2)).run()
+    assert not outcome.finished
+    assert recipe.events() == ["evaluate 0", "step 0", "step 1", "evaluate 2", "save 2"]
+
+
+def test_a_signal_while_sampling_does_not_save_a_second_time() -> None:
+    recipe = StubRecipe()
+    recipe.on_call["sample 2"] = lambda: send(signal.SIGINT)
+    outcome = build_loop(recipe, replace(CADENCE, sample_every=2, save_every=2)).run()
+    assert not outcome.finished
+    assert recipe.events() == ["step 0", "step 1", "save 2", "sample 2"]
+
+
+def test_a_signal_before_the_first_step_saves_nothing() -> None:
+    recipe = StubRecipe()
+    recipe.on_call["evaluate 0"] = lambda: send(signal.SIGTERM)
+    assert not build_loop(recipe, replace(CADENCE, eval_every=2)).run().finished
+    assert recipe.events() == ["evaluate 0"]
+
+
+def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_next_run() -> None:
+    recipe = StubRecipe()
+    recipe.on_call["step 3"] = lambda: send(signal.SIGINT)
+    assert not build_loop(recipe).run().finished
+    assert recipe.events()[-2:] == ["step 3", "save 4"]
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    recipe = StubRecipe()
+    thread = threading.Thread(target=build_loop(recipe).run)
+    thread.start()
+    thread.join()
+    assert recipe.events()[-1] == "sample 4"
+
+
+def test_gradients_are_the_mean_over_micro_batches() -> None:
+    recipe, whole = StubRecipe(), StubRecipe()
+    seen = []
+    batches = [recipe.next_micro_batch() for _ in range(4)]
+    recipe.batches = 0
+    recipe.optimizer.step = lambda *_: seen.append(recipe.model.weight.grad.clone())  # type: ignore[method-assign,union-attr]
+    build_loop(recipe, replace(CADENCE, num_iterations=1, grad_accum_steps=4)).run()
+    whole.loss(*(torch.cat(parts) for parts in zip(*batches, strict=True))).backward()
+    assert whole.model.weight.grad is not None
+    torch.testing.assert_close(seen[0], whole.model.weight.grad)
+    assert recipe.model.weight.grad is None
+
+
+def test_float16_skips_a_step_whose_gradient_overflows() -> None:
+    recipe = StubRecipe()
+    weights: list[Tensor] = []
+    plain = recipe.loss
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        weights.append(recipe.weight)
+        overflow = 1e38 if recipe.batches == 2 else 0.0  # finite until it is scaled
+        return plain(inputs, targets) + overflow * recipe.model.weight.sum() * 0.1
+
+    recipe.loss = loss  # type: ignore[method-assign]
+    loop = build_loop(recipe, replace(CADENCE, grad_accum_steps=1), dtype=torch.float16)
+    before = loop.scaler.get_scale()
+    loop.run()
+    assert torch.equal(weights[1], weights[2])  # the second step
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[2], weights[3])
+    assert loop.state.step == 4
+    assert recipe.optimizer.steps_taken == 3
+    assert loop.scaler.get_scale() == before / 2
+    state, scaler = recipe.saved
+    again = build_loop(recipe, dtype=torch.float16, state=state, scaler_state=scaler)
+    assert again.scaler.state_dict() == loop.scaler.state_dict()
+    assert json.loads(json.dumps(scaler)) == scaler
+
+
+def test_float32_has_no_scaler() -> None:
+    recipe = StubRecipe()
+    build_loop(recipe).run()
+    assert recipe.saved[1] == {}
+
+
+def journal(home: Home, run: str) -> list[dict[str, Any]]:
+    lines = (home.run_dir(run) / "journal.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_figures_are_recorded_and_never_zero_or_infinite(tmp_path: Path) -> None:
+    recipe, home = StubRecipe(), Home(tmp_path)
+    with open_run(home, "run", {}) as metrics:
+        loop = build_loop(recipe, replace(CADENCE, eval_every=2), metrics=metrics)
+        outcome = loop.run()
+    records = journal(home, "run")
+    steps = [r["values"] for r in records if r["type"] == "metrics" and "train/loss" in r["values"]]
+    assert len(steps) == 4
+    for values in steps:
+        assert 0 < values["train/mfu"] < math.inf
+        assert values["train/tokens_per_second"] > 0
+        assert values["train/memory_bytes"] > 2**20
+        assert values["train/lr_multiplier"] == 1.0
+    assert [values["train/tokens"] for values in steps] == [16, 32, 48, 64]
+    assert [values["train/flops"] for values in steps] == [1000, 2000, 3000, 4000]
+    bits = {r["step"]: r["values"]["val/bpb"] for r in records if "val/bpb" in r.get("values", {})}
+    assert bits == {0: 2.8, 2: 3.0, 4: 2.8}
+    assert [r["text"] for r in records if r["type"] == "text"] == ["text"]
+    state = loop.state
+    assert (state.first_val, state.last_val, state.best_val) == (2.8, 2.8, 2.8)
+    seconds = steps[-1]["train/seconds"]
+    assert state.training_seconds == pytest.approx(seconds)
+    check_speed(outcome, seconds)
+
+
+def check_speed(outcome: Outcome, seconds: float) -> None:
+    """Even a run shorter than the warm-up says how fast it was."""
+    assert 16 / seconds < outcome.tokens_per_second < math.inf
+    assert outcome.mfu == pytest.approx(outcome.tokens_per_second / 16 * 1000 / 1e9)
+    assert 0 < outcome.data_wait_share < 1
+
+
+def test_the_smooth_loss_is_corrected_for_its_start_and_survives_a_restart() -> None:
+    recipe = StubRecipe()
+    loop = build_loop(recipe, replace(CADENCE, num_iterations=2, grad_accum_steps=1))
+    losses = []
+    plain = recipe.loss
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        losses.append(plain(inputs, targets))
+        return losses[-1]
+
+    recipe.loss = loss  # type: ignore[method-assign]
+    loop.run()
+    first, second = (value.item() for value in losses)
+    corrected = loop.state.smooth_loss / (1 - 0.9**2)
+    assert corrected == pytest.approx((0.9 * first + second) / 1.9)
