@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 
 from archerchat.artifacts import Home, write_json
+from archerchat.checkpoint import Checkpoint
 from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
 from archerchat.data.shards import data_directory, list_shards, split_shards
@@ -91,7 +92,7 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         UsageError: the settings contradict each other or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     runtime = build_runtime(config.device, config.dtype)
     if runtime.world_size > 1:
         raise UsageError(
@@ -104,29 +105,30 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
     accum = grad_accum_steps(
         hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
     )
-    _check_cadence(config)
+    _check_numbers(config)
     tag = config.model_tag or f"d{config.dial.depth}"
-    directory = home.checkpoint_dir("base", tag)
+    run = config.run or tag
+    directory, summary = home.checkpoint_dir("base", tag), home.run_dir(run) / SUMMARY
     meta = describe_run(config, hp, runtime, tokenizer)
     schedule = build_schedule(config.dial, hp)
     start = find_start(directory, meta["identity"], config.resume_from_step, config.extend)
-    if start is not None and start.step >= hp.num_iterations:
+    # The summary comes last: without it the final evaluation is still to be done.
+    result = _recall(summary, hp.num_iterations)
+    if start is not None and start.step == hp.num_iterations and result is not None:
         console.print(
             f"model {tag!r} is already trained: step {start.step} of {hp.num_iterations} is in "
-            f"{start.path.parent}{_recall(home, config.run or tag)}",
-            highlight=False,
+            f"{start.path.parent}; {result}"
         )
-        return Outcome(True, 0.0, 0.0, 0.0)
+        return Outcome(True, math.nan, math.nan, 0.0)
     peak = peak_flops(runtime, home.cache_dir)
     recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
     _announce(console, config, hp, recipe, peak, accum)
     state, scaler = LoopState(), None
     if start is not None:
         state, scaler = recipe.restore(start, config.extend)
-        console.print(f"going on from {start.path}", highlight=False)
+        console.print(f"going on from {start.path}")
         if config.extend:
-            before = Schedule(**start.meta["schedule"])
-            console.print(describe_extension(before, schedule, state.step), highlight=False)
+            console.print(_describe_extension(start, schedule, hp))
     cadence = Cadence(
         hp.num_iterations,
         accum,
@@ -136,7 +138,6 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         config.sample_every,
         config.save_every,
     )
-    run = config.run or tag
     with (
         recipe.loader,
         open_run(home, run, meta) as metrics,
@@ -147,7 +148,7 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         )
         outcome = loop.run()
     if outcome.finished:
-        write_json(home.run_dir(run) / SUMMARY, _summarize(outcome, state, hp, runtime, peak))
+        write_json(summary, _summarize(outcome, state, hp, runtime, peak))
     _conclude(console, outcome, state, hp, runtime, directory)
     return outcome
 
@@ -233,7 +234,9 @@ def describe_run(
     }
 
 
-def _check_cadence(config: PretrainConfig) -> None:
+def _check_numbers(config: PretrainConfig) -> None:
+    if not 0 <= config.seed < 2**63:
+        raise UsageError(f"--seed is {config.seed}; it must be from 0 to 2**63 - 1")
     for name in ("eval_every", "sample_every", "save_every", "keep_last", "eval_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -262,7 +265,7 @@ def _announce(
         f"attention  {recipe.meta['attention']}",
     )
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
 def _summarize(
@@ -283,13 +286,19 @@ def _summarize(
     return {k: v if math.isfinite(v) else None for k, v in figures.items()}
 
 
-def _recall(home: Home, run: str) -> str:
-    """Return what the summary of a finished run says of its result, if it is there."""
+def _describe_extension(start: Checkpoint, schedule: Schedule, hp: Hyperparameters) -> str:
+    before, old_peaks = Schedule(**start.meta["schedule"]), start.meta["identity"]["learning_rates"]
+    return describe_extension(before, schedule, start.step, old_peaks, asdict(hp.learning_rates))
+
+
+def _recall(summary: Path, num_iterations: int) -> str | None:
+    """Return what the summary says of the result; None unless a run of that length wrote it."""
     try:
-        summary = json.loads((home.run_dir(run) / SUMMARY).read_text())
-        return f"; val/bpb {summary['val_bpb_first']:.4f} -> {summary['val_bpb']:.4f}"
+        figures = json.loads(summary.read_text())
+        result = f"val/bpb {figures['val_bpb_first']:.4f} -> {figures['val_bpb']:.4f}"
+        return result if figures["steps"] == num_iterations else None
     except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        return None
 
 
 def _conclude(
@@ -301,22 +310,21 @@ def _conclude(
     directory: Path,
 ) -> None:
     if not outcome.finished:
+        where = f"the checkpoint is in {directory}" if state.step else "nothing to save yet"
         console.print(
-            f"stopped at step {state.step} of {hp.num_iterations}; the checkpoint is in "
-            f"{directory}. The same command goes on from there",
-            highlight=False,
+            f"stopped at step {state.step} of {hp.num_iterations}; {where}. The same command goes "
+            "on from there"
         )
         return
-    console.print(
-        f"trained {state.step * hp.total_batch_tokens:,} tokens in "
-        f"{state.training_seconds / 60:.1f} min: {outcome.tokens_per_second:,.0f} tok/s, mfu "
-        f"{100 * outcome.mfu:.1f} %, {100 * outcome.data_wait_share:.1f} % of the time waiting "
-        f"for data, peak memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB",
-        highlight=False,
-    )
+    if math.isfinite(outcome.tokens_per_second):
+        console.print(
+            f"trained {state.step * hp.total_batch_tokens:,} tokens in "
+            f"{state.training_seconds / 60:.1f} min: {outcome.tokens_per_second:,.0f} tok/s, mfu "
+            f"{100 * outcome.mfu:.1f} %, {100 * outcome.data_wait_share:.1f} % of the time waiting "
+            f"for data, peak memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB"
+        )
     if math.isfinite(state.last_val):
         console.print(
             f"validation bits per byte: {state.first_val:.4f} -> {state.last_val:.4f} "
-            f"(best {state.best_val:.4f})",
-            highlight=False,
+            f"(best {state.best_val:.4f})"
         )

@@ -49,7 +49,8 @@ def find_start(
         extend: allow the differences that `EXTENDABLE` names.
 
     Raises:
-        UsageError: the run there is another one, and how; or there is no such step.
+        UsageError: the run there is another one, and how; or there is no such step; or it is past
+            the horizon.
         CheckpointError: the checkpoint is damaged, or holds a model without training state.
     """
     if not list_checkpoints(directory):
@@ -74,11 +75,28 @@ def find_start(
             f"{path} belongs to a different run: {'; '.join(refused)}. Use the saved settings to "
             f"resume it exactly, {remedy}choose another --model-tag for a new run"
         )
-    return load_checkpoint(path)
+    start = load_checkpoint(path)
+    if start.step > identity["num_iterations"]:
+        raise UsageError(
+            f"{path} is past the horizon of {identity['num_iterations']} steps: give more steps, "
+            "or an earlier checkpoint by --resume-from-step"
+        )
+    return start
 
 
-def describe_extension(before: Schedule, after: Schedule, step: int) -> str:
-    """Say what `--extend` does to the learning rate at `step` and after it."""
+def describe_extension(
+    before: Schedule,
+    after: Schedule,
+    step: int,
+    old_peaks: Mapping[str, float],
+    new_peaks: Mapping[str, float],
+) -> str:
+    """Say what `--extend` does to the learning rate at `step` and after it.
+
+    Args:
+        old_peaks: each group's rate at multiplier 1, which the batch scales too.
+        new_peaks: the same groups' from now on.
+    """
     old = before.lr_multiplier(min(step, before.num_iterations - 1))
     new = after.lr_multiplier(step)
     text = (
@@ -88,8 +106,14 @@ def describe_extension(before: Schedule, after: Schedule, step: int) -> str:
     if step < after.warmdown_start:
         text += f", falls from step {after.warmdown_start}"
     text += f", ends at x{after.lr_multiplier(after.num_iterations - 1):.3f}"
-    if new > 1.5 * old:
-        text += f"\nwarning: that is {new / old:.1f} times the rate of the step before; the loss "
+    changed = {name: peak for name, peak in new_peaks.items() if peak != old_peaks[name]}
+    if changed:
+        shown = (f"{name} {old_peaks[name]:.3g} to {peak:.3g}" for name, peak in changed.items())
+        text += f"; x1 itself changes: {', '.join(shown)}"
+    growth = max(new_peaks[name] / peak for name, peak in old_peaks.items() if peak)
+    jump = growth * new / old
+    if jump > 1.5:
+        text += f"\nwarning: that is {jump:.1f} times the rate that was planned there; the loss "
         text += "will rise at first, and what the warm-down gained is lost"
     return text
 
