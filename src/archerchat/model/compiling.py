@@ -16,6 +16,9 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
+MOST_GRAPHS = 64
+"""Kinds of layers x training and evaluation x batch shapes pass torch's own limit of 8."""
+
 
 class CompileWarning(UserWarning):
     """Say that a function runs uncompiled, and why."""
@@ -31,7 +34,8 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         nonlocal broken
         if not broken:
             try:
-                return fast(*args, **kwargs)
+                with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                    return fast(*args, **kwargs)
             except _compiler_errors() as error:
                 broken = True
                 reason = str(error).strip().splitlines()[0]
@@ -45,7 +49,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _compiler_errors() -> tuple[type[Exception], ...]:
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
-    return TorchDynamoException, CppCompileError, InvalidCxxCompiler
+    return TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler
