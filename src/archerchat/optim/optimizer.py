@@ -20,6 +20,8 @@ from archerchat.optim.adamw import adamw_update
 from archerchat.optim.muon import muon_update, variance_shape
 
 EPSILON = 1e-10
+WORTH_COMPILING = 2**14
+"""Elements below which compiling an update takes longer than it ever saves."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,8 @@ class Optimizer:
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
         self.steps_taken = 0
-        self._adamw: Callable[..., Any] = adamw_update
-        self._muon: Callable[..., Any] = muon_update
-        if compile:
-            self._adamw = compiled(adamw_update)
-            self._muon = compiled(muon_update)
+        self._adamw: Callable[..., Any] = compiled(adamw_update) if compile else adamw_update
+        self._muon: Callable[..., Any] = compiled(muon_update) if compile else muon_update
         self.state: dict[str, Tensor] = dict(self._initial_state())
 
     def _initial_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -141,7 +140,10 @@ class Optimizer:
         )
         for name in group.names:
             parameter = self.parameters[name]
-            self._adamw(
+            update: Callable[..., Any] = (
+                self._adamw if parameter.numel() >= WORTH_COMPILING else adamw_update
+            )
+            update(
                 parameter.data,
                 _gradient(parameter),
                 self.state[f"mean.{name}"],
@@ -155,7 +157,9 @@ class Optimizer:
     ) -> None:
         members = [self.parameters[name] for name in group.names]
         scalars = (group.rate * multiplier, weight_decay, momentum)
-        updated = self._muon(
+        size = len(members) * members[0].numel()
+        update: Callable[..., Any] = self._muon if size >= WORTH_COMPILING else muon_update
+        updated = update(
             torch.stack([p.data for p in members]),
             torch.stack([_gradient(p) for p in members]),
             self.state[f"momentum.{group.names[0]}"],
