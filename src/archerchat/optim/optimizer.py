@@ -189,6 +189,7 @@ class Optimizer:
                     f"optimizer buffer {name} is {tuple(state[name].shape)} in the checkpoint, "
                     f"{tuple(buffer.shape)} in this model"
                 )
+        for name, buffer in self.state.items():
             buffer.copy_(state[name])
         self.steps_taken = steps_taken
 
