@@ -15,8 +15,9 @@ HEAD_DIM=64
 SEQUENCE_LENGTH=256
 DEVICE_BATCH_SIZE=16
 TOTAL_BATCH_SIZE=4096
-ITERATIONS=600
-EVAL_EVERY=200
+ITERATIONS=1000
+EVAL_EVERY=250
+EVAL_TOKENS=131072
 
 stage() { printf '\n== [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
@@ -34,13 +35,13 @@ archerchat pretrain --data stdlib --tokenizer "$TAG" --model-tag "$TAG" --packin
     --depth "$DEPTH" --aspect-ratio "$ASPECT_RATIO" --head-dim "$HEAD_DIM" \
     --max-seq-len "$SEQUENCE_LENGTH" --device-batch-size "$DEVICE_BATCH_SIZE" \
     --total-batch-size "$TOTAL_BATCH_SIZE" --num-iterations "$ITERATIONS" \
-    --eval-every "$EVAL_EVERY"
+    --eval-every "$EVAL_EVERY" --eval-tokens "$EVAL_TOKENS" --save-every "$EVAL_EVERY"
+
+stage "Evaluation: bits per byte on what it was trained on and on what it never saw"
+archerchat eval base --model-tag "$TAG" --eval bpb --split-tokens "$EVAL_TOKENS"
 
 stage "Samples: what it says"
 archerchat sample --model-tag "$TAG"
-
-stage "Evaluation: bits per byte on text that it never saw"
-archerchat eval base --model-tag "$TAG" --eval bpb,sample
 
 stage "Done"
 cat <<END

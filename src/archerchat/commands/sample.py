@@ -18,7 +18,6 @@ PROMPTS = (
     "If yesterday was Friday, then tomorrow will be",
     "def __init__(self",
     "Return a list of",
-    "import os\n",
 )
 
 
@@ -36,8 +35,8 @@ class SampleConfig:
     """Unconditioned samples, or samples of the prompt that is given."""
     max_tokens: int = 96
     """Tokens in a sample at most."""
-    temperature: float = 0.8
-    """0 takes the most likely token each time; prompts of ours are continued that way."""
+    temperature: float = 0.7
+    """0 takes the most likely token each time, larger values draw more freely."""
     top_k: int | None = 50
     """Draw from so many of the most likely tokens; None draws from all."""
     seed: int = 42
@@ -67,12 +66,11 @@ def sample(config: SampleConfig, home: Home) -> None:
 def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -> None:
     """Print what `config` asks for."""
     generator = sampling_generator(config.seed)
-    greedy = [] if config.prompt is not None else list(PROMPTS)
-    drawn = [config.prompt or ""] * config.num_samples
-    jobs = [(prompt, 0.0) for prompt in greedy] + [(prompt, config.temperature) for prompt in drawn]
+    prompts = [] if config.prompt is not None else list(PROMPTS)
+    prompts += [config.prompt or ""] * config.num_samples
     tokenizer, model = loaded.tokenizer, loaded.model
-    for prompt, temperature in jobs:
-        console.rule(f"temperature {temperature:g}" + ("" if prompt else ", no prompt"))
+    for prompt in prompts:
+        console.rule("prompted" if prompt else "no prompt", align="left")
         console.print(prompt, end="", style="bold", markup=False, highlight=False)
         ids: list[int] = []
         shown = ""
@@ -80,7 +78,7 @@ def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -
             model,
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             config.max_tokens,
-            temperature,
+            config.temperature,
             config.top_k,
             generator,
             stop_ids=(tokenizer.bos_id,),
