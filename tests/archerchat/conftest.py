@@ -1,12 +1,14 @@
-"""The reference's two small models, with our names, for every test that runs one."""
+"""The reference's two small models, and a home in which training one takes a second."""
 
 from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,10 +16,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from archerchat.artifacts import Home, write_json
+from archerchat.checkpoint import list_checkpoints
+from archerchat.cli import main
+from archerchat.data.shards import write_shards
 from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.nanochat_import import CONFIG_NAMES, to_archerchat_names
+from archerchat.peak_flops import CACHE_FILE, cache_key
+from archerchat.runtime import DTYPES, build_runtime
+from archerchat.tokenizer.bpe import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,3 +74,100 @@ def model_golden(
 ) -> ModelGolden:
     """Each model golden in turn; the second has grouped queries and a padded vocabulary."""
     return load_model_golden(request.param)
+
+
+TINY_MODEL = {
+    "depth": 2,
+    "aspect-ratio": 16,
+    "head-dim": 16,
+    "max-seq-len": 64,
+    "data": "tiny",
+    "tokenizer": "tiny",
+    "model-tag": "tiny",
+    "device": "cpu",
+    "dtype": "float32",
+    "device-batch-size": 4,
+    "total-batch-size": 512,
+    "num-iterations": 4,
+    "eval-tokens": 512,
+    "eval-every": 2,
+    "save-every": 2,
+    "compile": False,
+}
+
+
+@dataclass(frozen=True)
+class TinyHome(Home):
+    """A home with a corpus of 40 KB and a tokenizer of 360 ids, and the commands that use it."""
+
+    def copy(self, to: Path) -> TinyHome:
+        return TinyHome(shutil.copytree(self.root, to))
+
+    def run(self, *words: str) -> int:
+        """Run a command in this process and return its exit code."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("ARCHERCHAT_HOME", str(self.root))
+            return main(words)
+
+    def pretrain_words(self, **changes: object) -> list[str]:
+        """Return a command of a fraction of a second; `changes` by flag."""
+        given = {name.replace("_", "-"): value for name, value in changes.items()}
+        words = ["pretrain"]
+        for name, value in (TINY_MODEL | given).items():
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", str(value)]
+        return words
+
+    def pretrain(self, **changes: object) -> int:
+        return self.run(*self.pretrain_words(**changes))
+
+    def steps(self, tag: str = "tiny") -> list[int]:
+        return list_checkpoints(self.checkpoint_dir("base", tag))
+
+    def listing(self) -> dict[str, tuple[int, bytes]]:
+        """Return the time and the content of every file."""
+        files = (path for path in self.root.rglob("*") if path.is_file())
+        return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.fixture(scope="session")
+def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
+    """What every `tiny_home` starts from."""
+    home = TinyHome(tmp_path_factory.mktemp("tiny"))
+    random = Random(0)
+    words = ["".join(random.choices("abcdefghijklmnop", k=random.randint(2, 7))) for _ in range(60)]
+    documents = [" ".join(random.choices(words, k=random.randint(0, 40))) for _ in range(400)]
+    documents[7] = " ".join(random.choices(words, k=500))  # longer than a row
+    write_shards(
+        documents, home.data_dir("tiny"), documents_per_row_group=32, documents_per_shard=150
+    )
+    train_tokenizer(documents, 360).save(home.tokenizer_dir("tiny"))
+    runtime = build_runtime("cpu", "float32")
+    entry = {"flops_per_second": 1e11, "size": 512}
+    keys = (cache_key(replace(runtime, compute_dtype=dtype)) for dtype in DTYPES.values())
+    write_json(home.cache_dir / CACHE_FILE, dict.fromkeys(keys, entry))
+    return home
+
+
+@pytest.fixture(scope="session")
+def trained_template(tiny_template: TinyHome, tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
+    """What every `trained_home` starts from."""
+    home = tiny_template.copy(tmp_path_factory.mktemp("trained") / "home")
+    assert home.pretrain() == 0
+    return home
+
+
+@pytest.fixture
+def tiny_home(tiny_template: TinyHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyHome:
+    """A home of the test's own, which its child processes find in the environment."""
+    home = tiny_template.copy(tmp_path / "home")
+    monkeypatch.setenv("ARCHERCHAT_HOME", str(home.root))
+    return home
+
+
+@pytest.fixture
+def trained_home(trained_template: TinyHome, tmp_path: Path) -> TinyHome:
+    """A home where the four steps of `pretrain()` are done."""
+    return trained_template.copy(tmp_path / "home")

@@ -122,6 +122,7 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         return Outcome(True, math.nan, math.nan, 0.0)
     peak = peak_flops(runtime, home.cache_dir)
     recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
+    torch.manual_seed(config.seed)  # what checkpoints hold of the generators follows from it
     _announce(console, config, hp, recipe, peak, accum)
     state, scaler = LoopState(), None
     if start is not None:

@@ -1,0 +1,153 @@
+"""A run that is killed or interrupted at any moment goes on exactly where it was."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat.artifacts import Home
+from archerchat.checkpoint import compare_configs, find_checkpoint, load_checkpoint
+
+Launch = Callable[[list[str]], subprocess.Popen[str]]
+
+FORTY_STEPS = {
+    "num_iterations": 40,
+    "total_batch_size": 1024,
+    "save_every": 20,
+    "eval_every": 20,
+    "sample_every": 20,
+}
+"""The issue's run, in steps long enough to be killed between two checkpoints."""
+
+
+def wait_for(condition: Callable[[], bool], child: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def assert_same_run(home: Home, left: str, right: str, step: int) -> None:
+    """Compare all that two models' checkpoints hold, times excepted."""
+    first, second = (
+        load_checkpoint(find_checkpoint(home.checkpoint_dir("base", tag), step))
+        for tag in (left, right)
+    )
+    assert first.tensors.keys() == {"model", "optimizer", "loader", "rng"}
+    assert second.tensors.keys() == first.tensors.keys()
+    for section, tensors in first.tensors.items():
+        assert second.tensors[section].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            other = second.tensors[section][name]
+            assert other.dtype == tensor.dtype
+            assert torch.equal(other, tensor), f"{section}: {name}"
+    for meta in (first.meta, second.meta):
+        del meta["config"], meta["loop"]["training_seconds"]
+    assert compare_configs(first.meta, second.meta) == []
+
+
+@pytest.mark.parametrize(("dtype", "packing"), [("float32", "best-fit"), ("bfloat16", "concat")])
+def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
+    tiny_home: Any, launch: Launch, dtype: str, packing: str
+) -> None:
+    run = FORTY_STEPS | {"dtype": dtype, "packing": packing}
+    assert tiny_home.pretrain(**run, model_tag="whole") == 0
+    child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
+    wait_for(lambda: tiny_home.steps("killed") == [20], child)
+    time.sleep(Random().uniform(0, 0.3))
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    assert tiny_home.steps("killed") == [20]
+    assert tiny_home.pretrain(**run, model_tag="killed") == 0
+    assert_same_run(tiny_home, "whole", "killed", 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_compiled_run_killed_again_and_again_resumes_bit_for_bit(
+    tiny_home: Any, launch: Launch, dtype: str
+) -> None:
+    run = FORTY_STEPS | {"dtype": dtype, "compile": True, "save_every": 4, "eval_every": 8}
+    whole = launch(tiny_home.pretrain_words(**run, model_tag="whole"))
+    assert whole.wait(timeout=300) == 0
+    seen = 0
+    while True:
+        child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
+        last = seen
+        wait_for(lambda: (tiny_home.steps("killed") or [0])[-1] > last, child)  # noqa: B023
+        time.sleep(Random().uniform(0, 0.5))
+        child.kill()
+        child.wait()
+        seen = tiny_home.steps("killed")[-1]
+        if seen >= 28:
+            break
+    assert launch(tiny_home.pretrain_words(**run, model_tag="killed")).wait(timeout=300) == 0
+    assert_same_run(tiny_home, "whole", "killed", 40)
+
+
+def test_a_run_can_go_back_to_an_older_checkpoint(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"num_iterations": 6, "save_every": 2, "keep_last": 3}
+    assert tiny_home.pretrain(**run, model_tag="whole") == 0
+    stage = tiny_home.stage_dir("base")
+    shutil.copytree(stage / "whole", stage / "again")
+    capsys.readouterr()
+    assert tiny_home.pretrain(**run, model_tag="again", resume_from_step=2) == 0
+    assert f"going on from {stage / 'again' / 'step_000002'}\n" in capsys.readouterr().out
+    for step in (4, 6):
+        assert_same_run(tiny_home, "whole", "again", step)
+    assert tiny_home.pretrain(**run, model_tag="again", resume_from_step=3) == 2
+    assert "no step 3 in" in capsys.readouterr().err
+    assert tiny_home.pretrain(**run, model_tag="new", resume_from_step=2) == 2
+    assert "leave --resume-from-step out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_saves_says_where_and_goes_on(
+    tiny_home: Any, launch: Launch, number: signal.Signals
+) -> None:
+    run = {"num_iterations": 40, "save_every": None, "eval_every": None, "sample_every": None}
+    child = launch(tiny_home.pretrain_words(**run))
+    assert child.stdout is not None
+    while not child.stdout.readline().startswith("step 1/40"):
+        assert child.poll() is None
+    child.send_signal(number)
+    output = child.communicate(timeout=60)[0]
+    assert child.returncode == 130
+    (step,) = tiny_home.steps()
+    assert 0 < step < 40
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+    assert output.splitlines()[-1] == (
+        f"stopped at step {step} of 40; the checkpoint is in {directory}. The same command goes "
+        "on from there"
+    )
+    assert tiny_home.pretrain(**run) == 0
+    assert tiny_home.pretrain(**run, model_tag="whole") == 0
+    assert_same_run(tiny_home, "tiny", "whole", 40)
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(tiny_home: Any, launch: Launch) -> None:
+    a_minute = {"total_batch_size": 2**20, "save_every": 1, "eval_every": None}
+    child = launch(tiny_home.pretrain_words(**a_minute))
+    journal = tiny_home.run_dir("tiny") / "journal.jsonl"
+    wait_for(journal.exists, child)
+    time.sleep(0.2)  # into the first step
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert child.poll() is None  # it waits for the end of the step
+    child.send_signal(signal.SIGINT)
+    output = child.communicate(timeout=10)[0]
+    assert child.returncode == 130
+    assert output.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in output
+    assert tiny_home.steps() == []

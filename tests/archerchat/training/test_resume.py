@@ -1,0 +1,200 @@
+"""A run that was changed is refused by name, or extended on purpose."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat.artifacts import Home
+from archerchat.checkpoint import (
+    load_checkpoint,
+    save_checkpoint,
+)
+from archerchat.data.loader import TokenLoader
+from archerchat.data.shards import list_shards, split_shards, write_shards
+from archerchat.errors import CheckpointError
+from archerchat.optim.schedule import Schedule
+from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+from archerchat.training.resume import (
+    describe_extension,
+    find_start,
+    restore_loader,
+    restore_rng,
+    rng_tensors,
+)
+
+EXTENDABLE = {
+    "horizon": ({"num_iterations": 6}, "num_iterations: 4 saved, 6 now"),
+    "batch": ({"total_batch_size": 1024}, "total_batch_size: 512 saved, 1024 now"),
+    "micro-batch": ({"device_batch_size": 2}, "device_batch_size: 4 saved, 2 now"),
+    "warm-up": ({"warmup_steps": 2}, "warmup_steps: 40 saved, 2 now"),
+    "warm-down": ({"warmdown_ratio": 0.2}, "warmdown_ratio: 0.65 saved, 0.2 now"),
+    "rest": ({"final_lr_frac": 0.0}, "final_lr_frac: 0.05 saved, 0.0 now"),
+    "rate": ({"matrix_lr": 0.04}, "learning_rates.matrix: 0.000625 saved, 0.00125 now"),
+    "decay": ({"weight_decay": 0.0}, "weight_decay: "),
+}
+STRUCTURAL = {
+    "width": ({"aspect_ratio": 32}, "model.model_dim: 32 saved, 64 now"),
+    "rows": ({"max_seq_len": 32}, "model.sequence_length: 64 saved, 32 now"),
+    "dtype": ({"dtype": "bfloat16"}, "dtype: 'float32' saved, 'bfloat16' now"),
+    "packing": ({"packing": "concat"}, "packing: 'best-fit' saved, 'concat' now"),
+    "seed": ({"seed": 7}, "seed: 42 saved, 7 now"),
+    "tokenizer": ({"tokenizer": "other"}, "tokenizer: '"),
+}
+
+
+def save_other_tokenizer(home: Home) -> None:
+    train_tokenizer(["as good as new, but another"], 270).save(home.tokenizer_dir("other"))
+
+
+@pytest.mark.parametrize("what", [*EXTENDABLE, *STRUCTURAL])
+def test_a_changed_setting_is_refused_by_name(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    changes, difference = (EXTENDABLE | STRUCTURAL)[what]
+    save_other_tokenizer(trained_home)
+    before = trained_home.listing()
+    assert trained_home.pretrain(**changes) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "step_000004 belongs to a different run: " in message
+    assert difference in message
+    assert ("by --extend" in message) == (what in EXTENDABLE)
+    assert "choose another --model-tag for a new run" in message
+    assert trained_home.listing() == before
+
+
+@pytest.mark.parametrize("what", STRUCTURAL)
+def test_extend_does_not_let_another_model_or_other_data_pass(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    changes, difference = STRUCTURAL[what]
+    save_other_tokenizer(trained_home)
+    assert trained_home.pretrain(**changes, num_iterations=6, extend=True) == 2
+    message = capsys.readouterr().err
+    assert difference in message
+    assert "num_iterations" not in message  # that one is allowed
+    assert "by --extend" not in message
+
+
+@pytest.mark.parametrize("what", EXTENDABLE)
+def test_extend_goes_on_and_says_what_the_rate_will_do(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    changes = {"num_iterations": 6} | EXTENDABLE[what][0]
+    assert trained_home.pretrain(**changes, extend=True) == 0
+    output = capsys.readouterr().out
+    assert re.search(
+        r"extending at step 4 of 4 to 6 steps: the learning rate goes from x0\.\d+ to x", output
+    )
+    assert trained_home.steps() == [4, 6]
+    assert trained_home.pretrain(**changes) == 0  # the new settings are now the run's
+    assert "already trained: step 6 of 6" in capsys.readouterr().out
+
+
+def test_extend_warns_of_a_jump_back_to_a_high_rate(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"warmup_steps": 1, "eval_every": None}
+    assert tiny_home.pretrain(**run) == 0
+    capsys.readouterr()
+    assert tiny_home.pretrain(**run, num_iterations=12, extend=True) == 0
+    output = capsys.readouterr().out
+    assert "the learning rate goes from x0.367 to x1.000, ends at x0.169\n" in output
+    assert "warning: that is 2.7 times the rate that was planned there" in output
+
+
+def test_extend_needs_a_run_and_a_horizon_ahead_of_it(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained_home.pretrain(num_iterations=3, extend=True) == 2
+    assert "step_000004 is past the horizon of 3 steps" in capsys.readouterr().err
+    assert trained_home.pretrain(model_tag="new", extend=True) == 2
+    assert "leave --extend out" in capsys.readouterr().err
+
+
+def test_other_data_is_refused(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    stop_early = {"num_iterations": 4, "save_every": 2, "keep_last": 2}
+    assert tiny_home.pretrain(**stop_early) == 0
+    write_shards(["other words"] * 90, tiny_home.data_dir("tiny"), documents_per_shard=30)
+    before = tiny_home.listing()
+    assert tiny_home.pretrain(**stop_early, resume_from_step=2) == 1
+    assert "the data loader cannot resume: shard shard_00000.parquet" in capsys.readouterr().err
+    assert tiny_home.listing() == before
+
+
+def test_weights_without_training_state_cannot_be_resumed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 900, {"model": {}}, {"source": "nanochat"})
+    with pytest.raises(CheckpointError, match=r"no training state to go on with \(nanochat\)"):
+        find_start(tmp_path, {}, None, extend=False)
+
+
+PEAKS = {"matrix": 0.02, "smear": 0.2, "off": 0.0}
+LONG = Schedule(num_iterations=1000, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("before", "step", "new_peaks", "expected"),
+    [
+        (
+            replace(LONG, num_iterations=500),
+            400,
+            PEAKS,
+            "extending at step 400 of 500 to 1000 steps: the learning rate goes from x0.342 to "
+            "x0.927, ends at x0.051\nwarning: that is 2.7 times",
+        ),
+        (
+            LONG,
+            200,
+            PEAKS | {"matrix": 0.03, "off": 1.0},
+            "extending at step 200 of 1000 to 1000 steps: the learning rate goes from x1.000 to "
+            "x1.000, falls from step 350, ends at x0.051; x1 itself changes: matrix 0.02 to 0.03, "
+            "off 0 to 1",
+        ),
+        (LONG, 10, PEAKS | {"smear": 0.4}, "smear 0.2 to 0.4\nwarning: that is 2.0 times"),
+        (replace(LONG, warmdown_ratio=0.1), 700, PEAKS, "from x1.000 to x0.488, ends at x0.051"),
+    ],
+)
+def test_the_description_of_an_extension(
+    before: Schedule, step: int, new_peaks: dict[str, float], expected: str
+) -> None:
+    text = describe_extension(before, LONG, step, PEAKS, new_peaks)
+    assert expected in text
+    assert ("warning" in text) == ("warning" in expected)
+
+
+def test_rows_go_on_where_they_were_when_the_micro_batch_changes(tiny_home: Any) -> None:
+    tokenizer = Tokenizer.load(tiny_home.tokenizer_dir("tiny"))
+    shards, _ = split_shards(list_shards(tiny_home.data_dir("tiny")))
+
+    def open_loader(rows: int) -> TokenLoader:
+        return TokenLoader(shards, tokenizer, batch_size=rows, sequence_length=64)
+
+    with open_loader(4) as loader, open_loader(2) as other:
+        for _ in range(3):
+            next(loader)
+        value, arrays = loader.state().to_parts()
+        path = save_checkpoint(
+            tiny_home.root / "saved",
+            3,
+            {"loader": {name: torch.from_numpy(array) for name, array in arrays.items()}},
+            {"loader": value},
+        )
+        with pytest.raises(CheckpointError, match="batch_size was 4 and is 2"):
+            restore_loader(other, load_checkpoint(path), extend=False)
+        restore_loader(other, load_checkpoint(path), extend=True)
+        halves = [torch.from_numpy(next(other).inputs) for _ in range(2)]
+        assert torch.equal(torch.cat(halves), torch.from_numpy(next(loader).inputs))
+
+
+def test_random_numbers_go_on_where_they_were() -> None:
+    states = rng_tensors()
+    drawn = torch.rand(3)
+    torch.rand(5)
+    restore_rng(states)
+    assert torch.equal(torch.rand(3), drawn)
