@@ -118,7 +118,7 @@ def test_compiled_flex_on_a_cpu() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] > 1])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", ["sdpa", "matmul", "flex", "flash"])
 def test_every_backend_on_a_gpu(backend: str, shape: tuple[int, int, int, int]) -> None:
     if backend == "flash" and attention.flash_module(CUDA, torch.bfloat16) is None:
