@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -96,6 +97,17 @@ TINY_MODEL = {
 }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: a second helps no tiny model, and waits on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class TinyHome(Home):
     """A home with a corpus of 40 KB and a tokenizer of 360 ids, and the commands that use it."""
@@ -104,8 +116,8 @@ class TinyHome(Home):
         return TinyHome(shutil.copytree(self.root, to))
 
     def run(self, *words: str) -> int:
-        """Run a command in this process and return its exit code."""
-        with pytest.MonkeyPatch.context() as patch:
+        """Run a command in this process, on one thread, and return its exit code."""
+        with pytest.MonkeyPatch.context() as patch, one_thread():
             patch.setenv("ARCHERCHAT_HOME", str(self.root))
             return main(words)
 
@@ -146,7 +158,8 @@ def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
     train_tokenizer(documents, 360).save(home.tokenizer_dir("tiny"))
     runtime = build_runtime("cpu", "float32")
     entry = {"flops_per_second": 1e11, "size": 512}
-    keys = (cache_key(replace(runtime, compute_dtype=dtype)) for dtype in DTYPES.values())
+    with one_thread():
+        keys = [cache_key(replace(runtime, compute_dtype=dtype)) for dtype in DTYPES.values()]
     write_json(home.cache_dir / CACHE_FILE, dict.fromkeys(keys, entry))
     return home
 

@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 
 
 @pytest.fixture
 def launch() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
-    """Start `archerchat` in a process of its own; none outlives the test."""
+    """Start `archerchat` in a process and thread of its own; none outlives the test."""
     children = []
 
     def start(words: list[str]) -> subprocess.Popen[str]:
@@ -22,7 +21,7 @@ def launch() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         children.append(child)
         return child

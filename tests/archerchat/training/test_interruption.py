@@ -28,12 +28,20 @@ FORTY_STEPS = {
 """The issue's run, in steps long enough to be killed between two checkpoints."""
 
 
-def wait_for(condition: Callable[[], bool], child: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
+def wait_for_step(home: Any, step: int, child: subprocess.Popen[str]) -> None:
+    """Wait until model "killed" has a checkpoint of that step or a later one."""
+    deadline = time.monotonic() + 120
+    while not any(saved >= step for saved in home.steps("killed")):
         assert child.poll() is None, child.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def read_until(child: subprocess.Popen[str], start: str) -> None:
+    """Wait until the child prints a line that starts so."""
+    assert child.stdout is not None
+    while not (line := child.stdout.readline()).startswith(start):
+        assert line, "the child ended"
 
 
 def assert_same_run(home: Home, left: str, right: str, step: int) -> None:
@@ -62,7 +70,7 @@ def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
     run = FORTY_STEPS | {"dtype": dtype, "packing": packing}
     assert tiny_home.pretrain(**run, model_tag="whole") == 0
     child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
-    wait_for(lambda: tiny_home.steps("killed") == [20], child)
+    wait_for_step(tiny_home, 20, child)
     time.sleep(Random().uniform(0, 0.3))
     child.kill()
     assert child.wait() == -signal.SIGKILL
@@ -76,20 +84,15 @@ def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
 def test_a_compiled_run_killed_again_and_again_resumes_bit_for_bit(
     tiny_home: Any, launch: Launch, dtype: str
 ) -> None:
-    run = FORTY_STEPS | {"dtype": dtype, "compile": True, "save_every": 4, "eval_every": 8}
+    run = FORTY_STEPS | {"dtype": dtype, "compile": True, "save_every": 8, "eval_every": 8}
     whole = launch(tiny_home.pretrain_words(**run, model_tag="whole"))
     assert whole.wait(timeout=300) == 0
-    seen = 0
-    while True:
+    for least in (8, 16, 24):
         child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
-        last = seen
-        wait_for(lambda: (tiny_home.steps("killed") or [0])[-1] > last, child)  # noqa: B023
-        time.sleep(Random().uniform(0, 0.5))
+        wait_for_step(tiny_home, least, child)
+        time.sleep(Random().uniform(0, 0.3))
         child.kill()
         child.wait()
-        seen = tiny_home.steps("killed")[-1]
-        if seen >= 28:
-            break
     assert launch(tiny_home.pretrain_words(**run, model_tag="killed")).wait(timeout=300) == 0
     assert_same_run(tiny_home, "whole", "killed", 40)
 
@@ -118,9 +121,7 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
 ) -> None:
     run = {"num_iterations": 40, "save_every": None, "eval_every": None, "sample_every": None}
     child = launch(tiny_home.pretrain_words(**run))
-    assert child.stdout is not None
-    while not child.stdout.readline().startswith("step 1/40"):
-        assert child.poll() is None
+    read_until(child, "step 1/40")
     child.send_signal(number)
     output = child.communicate(timeout=60)[0]
     assert child.returncode == 130
@@ -137,16 +138,15 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(tiny_home: Any, launch: Launch) -> None:
-    a_minute = {"total_batch_size": 2**20, "save_every": 1, "eval_every": None}
-    child = launch(tiny_home.pretrain_words(**a_minute))
-    journal = tiny_home.run_dir("tiny") / "journal.jsonl"
-    wait_for(journal.exists, child)
-    time.sleep(0.2)  # into the first step
+    minutes = {"total_batch_size": 2**23, "save_every": 1}
+    child = launch(tiny_home.pretrain_words(**minutes))
+    read_until(child, "step 0: val/bpb")
+    time.sleep(0.3)  # into the first step
     child.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    time.sleep(0.3)
     assert child.poll() is None  # it waits for the end of the step
     child.send_signal(signal.SIGINT)
-    output = child.communicate(timeout=10)[0]
+    output = child.communicate(timeout=30)[0]
     assert child.returncode == 130
     assert output.splitlines()[-1] == "interrupted"
     assert "Traceback" not in output
