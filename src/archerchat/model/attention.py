@@ -18,7 +18,6 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -55,6 +54,12 @@ def choose_backend(
                 "attention backend 'flash' needs a CUDA device, a 16-bit dtype and the "
                 "flash_attn package; leave the backend out to get the best one that works here"
             )
+        if forced == "flex" and device.type != "cuda":
+            raise ValueError(
+                f"attention backend 'flex' has no gradients on {device.type}: use sdpa"
+            )
+        if forced == "matmul" and dtype == torch.float16:
+            raise ValueError("attention backend 'matmul' overflows in float16: use sdpa")
         return forced, "forced"
     if device.type == "cuda":
         module = flash_module(device, dtype)
@@ -84,7 +89,8 @@ def attend(
         k: (B, T, K, D); query head i reads head floor(i * K / H).
         v: (B, T, K, D).
         window: how far back a query sees; T-1 or more means everything before it.
-        mask: from `prepare_mask`.
+        mask: from `prepare_mask`; without one `flex` computes as `sdpa` does, since it is made to
+            be compiled, once for each length.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -92,6 +98,8 @@ def attend(
     window = min(window, q.size(1) - 1)
     if backend == "flash":
         return _attend_flash(q, k, v, window)
+    if backend == "flex" and mask is None:
+        backend = "sdpa"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if backend == "flex":
         out = _attend_flex(q, k, v, mask)
@@ -154,14 +162,6 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return ((weights.to(v.dtype) @ v).float() / total).to(v.dtype)
 
 
-@functools.cache
-def _flex_kernel() -> Callable[..., Any]:
-    """Compile FlexAttention once: uncompiled it materialises every score."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 @functools.lru_cache(maxsize=64)
 def _flex_mask(length: int, window: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
@@ -173,11 +173,10 @@ def _flex_mask(length: int, window: int, device: torch.device) -> Any:
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    if torch.compiler.is_compiling():
-        from torch.nn.attention.flex_attention import flex_attention as kernel
-    else:
-        kernel = _flex_kernel()
-    out: Tensor = kernel(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    """Run FlexAttention; outside of compiled code it materialises every score."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    out: Tensor = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     return out
 
 

@@ -100,7 +100,13 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, scale = ctx.saved_tensors
         scale = scale * grad_outputs[0]
-        return (grad_hidden * scale).to(grad_hidden.dtype), grad_weight * scale, None, None, None
+        return (
+            (grad_hidden.float() * scale).to(grad_hidden.dtype),
+            grad_weight * scale,
+            None,
+            None,
+            None,
+        )
 
 
 def mean_loss(

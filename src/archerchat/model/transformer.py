@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         x = run.smear(x, self.smear_gate.weight, self.smear_lambda)
         x0, middle = x, x
         residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
-        masks = self._masks(token_ids)
+        masks = self._masks(token_ids) if regions else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         return run.back_out(x, middle, self.backout_lambda)
 
     def _masks(self, token_ids: Tensor) -> list[Any]:
-        """Return one prepared mask a layer."""
+        """Return one prepared mask a layer, for compiled regions."""
         length, device = token_ids.size(1), token_ids.device
         return [prepare_mask(length, w, device, self.backend) for w in self.config.windows]
 

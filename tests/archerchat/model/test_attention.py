@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from archerchat.model import attention
@@ -93,10 +92,7 @@ def test_bfloat16_stays_bfloat16(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("shape", SHAPES[2:])
-def test_flex_is_given_the_right_mask(
-    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "_flex_kernel", lambda: flex_attention)  # plain: no compiler
+def test_flex_is_given_the_right_mask(shape: tuple[int, int, int, int]) -> None:
     length, window, heads, kv_heads = shape
     q, k, v, _ = (x.detach() for x in draw(length, heads, kv_heads))
     actual = attend(q, k, v, window, "flex", prepare_mask(length, window, CPU, "flex"))
@@ -113,8 +109,14 @@ def test_masks_are_prepared_once_and_only_for_flex() -> None:
 def test_compiled_flex_on_a_cpu() -> None:
     torch.compiler.reset()
     q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
-    actual = attend(q, k, v, 30, "flex", prepare_mask(200, 30, CPU, "flex"))
+    mask = prepare_mask(200, 30, CPU, "flex")
+    actual = torch.compile(attend, dynamic=False)(q, k, v, 30, "flex", mask)
     torch.testing.assert_close(actual.double(), naive(q, k, v, 30), atol=1e-5, rtol=1e-5)
+
+
+def test_flex_without_a_mask_computes_as_sdpa_does() -> None:
+    q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
+    assert torch.equal(attend(q, k, v, 30, "flex"), attend(q, k, v, 30, "sdpa"))
 
 
 @pytest.mark.gpu
@@ -234,8 +236,13 @@ def test_the_choice_for_float16_on_a_cpu_does_not_overflow() -> None:
 
 def test_a_forced_backend_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for backend in ("sdpa", "matmul", "flex"):
-        assert choose_backend(CPU, torch.float32, backend) == (backend, "forced")
         assert choose_backend(CUDA, torch.bfloat16, backend) == (backend, "forced")
+    for backend in ("sdpa", "matmul"):
+        assert choose_backend(CPU, torch.float32, backend) == (backend, "forced")
+    with pytest.raises(ValueError, match="'flex' has no gradients on cpu"):
+        choose_backend(CPU, torch.float32, "flex")
+    with pytest.raises(ValueError, match="'matmul' overflows in float16"):
+        choose_backend(CPU, torch.float16, "matmul")
     pretend(monkeypatch, (9, 0), ["flash_attn"])
     assert choose_backend(CUDA, torch.bfloat16, "flash") == ("flash", "forced")
     for device, dtype in ((CPU, torch.bfloat16), (CUDA, torch.float32)):
