@@ -1,0 +1,210 @@
+"""Whole pretraining runs of a tiny model, by the command that users type."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat import checkpoint
+from archerchat.checkpoint import find_checkpoint, load_checkpoint
+from archerchat.data.shards import write_shards
+from archerchat.training.base_recipe import BaseRecipe
+
+
+def summary(home: Any, run: str = "tiny") -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((home.run_dir(run) / "summary.json").read_text())
+    return figures
+
+
+def test_a_run_learns_and_says_what_it_does(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"num_iterations": 24, "eval_every": 8, "save_every": 8, "warmup_steps": 8}
+    assert tiny_home.pretrain(**run, run="a first try") == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    for pattern in (
+        r"^model +depth 2, width 32, 61,494 parameters \(36,888 scaling\)$",
+        r"^training +24 steps of 512 tokens \(2 x 4 rows of 64\), [\d.e+]+ FLOPs$",
+        r"^device +.*, float32 \(forced\)$",
+        r"^peak +0\.1 TFLOP/s \(measured: .*, cached\)$",
+        r"^attention +matmul \(.*\)$",
+        r"^step 0: val/bpb \d\.\d{4} \([\d.]+ s\)$",
+        r"^step 1/24 \(4\.2 %\) \| loss 5\.\d+ \| lr x0\.125 \| [\d,]+ tok/s \| mfu [\d.]+ % \| ",
+        r"^step 24/24 \(100\.0 %\) \| loss .* \| 0 s left$",
+        r"^step 8: checkpoint saved \(\d\.\d s\)\nstep 8: val/bpb ",
+        r"^step 24: 'def main\(",
+        r"^trained 12,288 tokens in 0\.0 min: [\d,]+ tok/s, mfu [\d.]+ %, ",
+        r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
+    ):
+        assert re.search(pattern, output, re.M), pattern
+    figures = summary(tiny_home, "a first try")
+    assert figures["val_bpb"] < figures["val_bpb_first"] - 0.3
+    assert (figures["steps"], figures["tokens"]) == (24, 12288)
+    assert figures["peak_flops_per_second"] == 1e11
+    assert 0 < figures["mfu"] < 1
+    assert tiny_home.steps() == [16, 24]
+    meta = load_checkpoint(find_checkpoint(tiny_home.checkpoint_dir("base", "tiny")), ()).meta
+    assert meta["config"]["dial"]["warmup_steps"] == 8
+    assert meta["hardware"]["torch"] == torch.__version__
+    assert meta["stage"] == "base"
+
+
+def test_a_second_run_is_quick_and_changes_nothing(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = trained_home.listing()
+    started = time.perf_counter()
+    assert trained_home.pretrain() == 0
+    assert time.perf_counter() - started < 2
+    assert trained_home.listing() == before
+    output = capsys.readouterr().out
+    assert re.fullmatch(
+        r"model 'tiny' is already trained: step 4 of 4 is in .*base/tiny; "
+        r"val/bpb \d\.\d{4} -> \d\.\d{4}\n",
+        output,
+    )
+
+
+def test_keep_last_says_how_many_checkpoints_stay(tiny_home: Any) -> None:
+    quick = {"eval_every": None, "sample_every": None}
+    assert tiny_home.pretrain(save_every=1, keep_last=3, **quick) == 0
+    assert tiny_home.steps() == [2, 3, 4]
+    assert tiny_home.pretrain(save_every=None, keep_last=1, model_tag="last", **quick) == 0
+    assert tiny_home.steps("last") == [4]
+
+
+def test_a_run_that_ended_in_its_last_evaluation_is_finished_by_the_next(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = BaseRecipe.evaluate
+
+    def interrupted(recipe: BaseRecipe, step: int) -> Any:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(recipe, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BaseRecipe, "evaluate", interrupted)
+        assert tiny_home.pretrain() == 130
+    assert "stopped at step 4 of 4; the checkpoint is in" in capsys.readouterr().out
+    assert not (tiny_home.run_dir("tiny") / "summary.json").exists()
+    saved = tiny_home.listing()
+    assert tiny_home.pretrain() == 0
+    output = capsys.readouterr().out
+    assert "step 4: val/bpb" in output
+    assert "checkpoint saved" not in output
+    assert "tok/s" not in output
+    figures = summary(tiny_home)
+    assert figures["val_bpb"] < figures["val_bpb_first"]
+    assert (figures["tokens_per_second"], figures["mfu"]) == (None, None)
+    now = tiny_home.listing()
+    assert {name for name in now if saved.get(name) != now[name]} == {
+        str(tiny_home.run_dir("tiny") / name) for name in ("journal.jsonl", "summary.json")
+    }
+
+
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        BaseRecipe, "evaluate", lambda recipe, step: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert tiny_home.pretrain() == 130
+    assert "stopped at step 0 of 4; nothing to save yet" in capsys.readouterr().out
+    assert tiny_home.steps() == []
+
+
+def test_an_evaluation_that_fails_leaves_the_checkpoint_before_it(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(recipe: BaseRecipe, step: int) -> Any:
+        raise RuntimeError("no memory for the evaluation")
+
+    monkeypatch.setattr(BaseRecipe, "evaluate", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        tiny_home.pretrain(eval_every=None, save_every=None)
+    assert tiny_home.steps() == [4]
+    monkeypatch.undo()
+    assert tiny_home.pretrain(eval_every=None, save_every=None) == 0
+    assert summary(tiny_home)["steps"] == 4
+
+
+def test_a_diverging_run_ends_with_advice_and_an_intact_checkpoint(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = BaseRecipe.loss, []
+
+    def diverging(recipe: BaseRecipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return loss(recipe, inputs, targets) * (math.nan if len(calls) > 6 else 1.0)
+
+    monkeypatch.setattr(BaseRecipe, "loss", diverging)
+    assert tiny_home.pretrain(eval_every=None) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: the loss of step 3 is nan: lower the learning rates")
+    assert tiny_home.steps() == [2]
+    load_checkpoint(find_checkpoint(tiny_home.checkpoint_dir("base", "tiny")))
+    journal = (tiny_home.run_dir("tiny") / "journal.jsonl").read_text().splitlines()
+    assert json.loads(journal[-1])["status"] == "failed"
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint.save_file
+
+    def full(tensors: Any, file: Path) -> None:
+        if "step_000004" in str(file):
+            file.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, file)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    assert tiny_home.pretrain(eval_every=None) == 1
+    message = capsys.readouterr().err
+    assert "the disk is full" in message
+    assert "still intact: step 2; free some space" in message
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+    assert [entry.name for entry in directory.iterdir()] == ["step_000002"]
+    load_checkpoint(find_checkpoint(directory))
+    monkeypatch.undo()
+    assert tiny_home.pretrain(eval_every=None) == 0
+    assert tiny_home.steps() == [2, 4]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_dtypes_learn_as_much(tiny_home: Any, dtype: str) -> None:
+    run = {"num_iterations": 24, "eval_every": None, "warmup_steps": 8, "sample_every": None}
+    for name in ("float32", dtype):
+        assert tiny_home.pretrain(**run, dtype=name, model_tag=name) == 0
+    wide, narrow = summary(tiny_home, "float32"), summary(tiny_home, dtype)
+    assert narrow["val_bpb"] == pytest.approx(wide["val_bpb"], abs=0.05)
+    meta = load_checkpoint(find_checkpoint(tiny_home.checkpoint_dir("base", dtype)), ()).meta
+    skipped = 24 - meta["optimizer_steps"]
+    assert (skipped < 4) if dtype == "float16" else (skipped == 0)
+    assert bool(meta["scaler"]) == (dtype == "float16")
+
+
+def test_the_micro_batch_changes_speed_but_not_the_result(tiny_home: Any) -> None:
+    """Exact equality is out of reach: Adam turns rounding noise of zero gradients into steps."""
+    for rows in (2, 8):
+        assert tiny_home.pretrain(device_batch_size=rows, model_tag=f"rows{rows}") == 0
+    few, many = summary(tiny_home, "rows2"), summary(tiny_home, "rows8")
+    assert few["val_bpb"] == pytest.approx(many["val_bpb"], abs=1e-3)
+
+
+def test_data_of_little_and_empty_text_is_enough(tiny_home: Any) -> None:
+    write_shards(["", "a", "b c"] * 4, tiny_home.data_dir("little"), documents_per_shard=6)
+    assert tiny_home.pretrain(data="little", num_iterations=2, packing="concat") == 0
+    assert tiny_home.steps() == [2]
