@@ -40,8 +40,8 @@ def choose_token(
         return int(logits.argmax())
     scaled = logits.cpu() / temperature
     if top_k is not None and top_k < scaled.numel():
-        least = scaled.topk(top_k).values[-1]
-        scaled = scaled.masked_fill(scaled < least, float("-inf"))
+        best = scaled.topk(top_k)
+        scaled = torch.full_like(scaled, -torch.inf).scatter(0, best.indices, best.values)
     return int(torch.multinomial(scaled.softmax(dim=0), 1, generator=generator))
 
 
