@@ -133,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except OSError as error:  # a full disk or a lacking permission, where no one knew better
+        print(f"error: {error}; check the disk and its permissions", file=sys.stderr)
+        return 1
     return 130 if getattr(result, "finished", True) is False else 0
 
 

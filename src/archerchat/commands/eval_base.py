@@ -67,11 +67,11 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
     for name in ("split_tokens", "device_batch_size"):
         if (value := getattr(config, name)) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, "base", config.model_tag, config.step)
-    console.print(f"{loaded.path}", style="dim", highlight=False)
+    console.print(f"{loaded.path}", style="dim")
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
     if "bpb" in asked:
         results["bits_per_byte"] = _measure_splits(config, home, loaded, runtime, console)

@@ -21,6 +21,10 @@ PROMPTS = (
 )
 
 
+CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
+"""A model says any byte; those that a terminal obeys are shown as unprintable instead."""
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     """Print conditioned and unconditioned samples of a base model."""
@@ -58,8 +62,8 @@ def sample(config: SampleConfig, home: Home) -> None:
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, "base", config.model_tag, config.step)
-    console = Console(soft_wrap=True)
-    console.print(f"{loaded.path}", style="dim", highlight=False)
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console.print(f"{loaded.path}", style="dim")
     print_samples(loaded, config, console)
 
 
@@ -71,7 +75,7 @@ def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -
     tokenizer, model = loaded.tokenizer, loaded.model
     for prompt in prompts:
         console.rule("prompted" if prompt else "no prompt", align="left")
-        console.print(prompt, end="", style="bold", markup=False, highlight=False)
+        console.print(prompt, end="", style="bold")
         ids: list[int] = []
         shown = ""
         for token in iter_tokens(
@@ -86,9 +90,9 @@ def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -
             ids.append(token)
             text = tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # an unfinished character: wait for the rest
-                console.print(text[len(shown) :], end="", markup=False, highlight=False)
+                console.print(text[len(shown) :].translate(CONTROLS), end="")
                 shown = text
-        console.print(tokenizer.decode(ids)[len(shown) :], markup=False, highlight=False)
+        console.print(tokenizer.decode(ids)[len(shown) :].translate(CONTROLS))
 
 
 def _check(config: SampleConfig) -> None:
@@ -96,5 +100,9 @@ def _check(config: SampleConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if not 0 <= config.temperature <= 10:
-        raise UsageError(f"--temperature is {config.temperature}; it must be between 0 and 10")
+    if config.temperature != 0 and not 0.001 <= config.temperature <= 10:
+        raise UsageError(
+            f"--temperature is {config.temperature}; it must be 0, or from 0.001 to 10"
+        )
+    if not 0 <= config.seed < 2**63:
+        raise UsageError(f"--seed is {config.seed}; it must be from 0 to 2**63 - 1")
