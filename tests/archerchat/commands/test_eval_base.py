@@ -92,7 +92,8 @@ def test_a_model_that_does_not_say_its_data_needs_it_given(
     save_imported(trained_home, config, load_file(source), "tiny", tokenizer)
     assert trained_home.run(*QUICK, "--model-tag", "imported") == 2
     assert "does not say what it was trained on: give --data" in capsys.readouterr().err
-    assert trained_home.run(*QUICK, "--model-tag", "imported", "--data", "tiny") == 0
+    words = (*QUICK, "--model-tag", "imported", "--data", "tiny", "--eval", "bpb")
+    assert trained_home.run(*words) == 0
 
 
 def save_imported(

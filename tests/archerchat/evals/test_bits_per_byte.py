@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from archerchat.model.transformer import Transformer
 from archerchat.nanochat_import import to_archerchat_names
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 SIZES = torch.tensor([1, 2, 5, 0], dtype=torch.int32)
 """Of four tokens; the last is special."""
@@ -100,13 +103,13 @@ def measure(oracle_dir: Path) -> Callable[..., float]:
     [
         ("train_init", "train_init", "val_B4_T256_steps10"),
         ("train_final_rounded", "train_final", "val_B4_T256_steps10"),
-        ("train_final_rounded", "train_final", "train_B4_T256_steps10"),
-        ("train_final_rounded", "train_final", "val_B8_T256_steps16"),
         (
             "train_final_rounded",
             "train_final",
             "val_B4_T256_steps10_targets_every7th_position_masked",
         ),
+        slow("train_final_rounded", "train_final", "train_B4_T256_steps10"),
+        slow("train_final_rounded", "train_final", "val_B8_T256_steps16"),
     ],
 )
 def test_the_trained_models_figures(
@@ -119,7 +122,7 @@ def test_the_trained_models_figures(
     assert measure(model, golden) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("golden", ["val_B4_T256_steps10", "train_B4_T256_steps10"])
+@pytest.mark.parametrize("golden", ["val_B4_T256_steps10", slow("train_B4_T256_steps10")])
 def test_the_random_models_figures(
     oracle_dir: Path,
     measure: Callable[..., float],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -18,14 +19,7 @@ from archerchat.checkpoint import compare_configs, find_checkpoint, load_checkpo
 
 Launch = Callable[[list[str]], subprocess.Popen[str]]
 
-FORTY_STEPS = {
-    "num_iterations": 40,
-    "total_batch_size": 1024,
-    "save_every": 20,
-    "eval_every": 20,
-    "sample_every": 20,
-}
-"""The issue's run, in steps long enough to be killed between two checkpoints."""
+FORTY_STEPS = {"num_iterations": 40, "save_every": 20, "eval_every": 20, "sample_every": 20}
 
 
 def wait_for_step(home: Any, step: int, child: subprocess.Popen[str]) -> None:
@@ -69,9 +63,12 @@ def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
 ) -> None:
     run = FORTY_STEPS | {"dtype": dtype, "packing": packing}
     assert tiny_home.pretrain(**run, model_tag="whole") == 0
+    seconds = json.loads((tiny_home.run_dir("whole") / "summary.json").read_text())[
+        "training_seconds"
+    ]
     child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
     wait_for_step(tiny_home, 20, child)
-    time.sleep(Random().uniform(0, 0.3))
+    time.sleep(Random().uniform(0, seconds / 4))  # the other half takes twice as long
     child.kill()
     assert child.wait() == -signal.SIGKILL
     assert tiny_home.steps("killed") == [20]

@@ -1,0 +1,318 @@
+"""The command line: what it offers, and what it says and does to bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+
+from archerchat import __version__, cli
+from archerchat.cli import COMMANDS, Command, main, parse
+from archerchat.errors import CheckpointError, UsageError
+from archerchat.training.pretrain import PretrainConfig
+
+
+def all_commands() -> Iterator[tuple[str, Command]]:
+    for name, entry in COMMANDS.items():
+        if isinstance(entry, Command):
+            yield name, entry
+        else:
+            yield from ((f"{name} {sub}", command) for sub, command in entry.items())
+
+
+def exit_of(words: list[str]) -> int:
+    """Return the exit code of `archerchat` with these words."""
+    try:
+        return main(words)
+    except SystemExit as stopped:
+        return cast(int, stopped.code)
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_the_overview_names_every_command(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    assert exit_of(words) == 0
+    output = capsys.readouterr().out
+    for name, command in all_commands():
+        assert f"  {name:22} {command.help}\n" in output
+
+
+@pytest.mark.parametrize("name", [name for name, _ in all_commands()])
+def test_every_flag_of_every_command_has_help(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert exit_of([*name.split(), "--help"]) == 0
+    output = capsys.readouterr().out
+    command = dict(all_commands())[name]
+    module = importlib.import_module(f"archerchat.{command.module}")
+    config = getattr(module, command.config)
+    assert callable(getattr(module, command.function))
+    assert dataclasses.is_dataclass(config)
+    assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    for field in dataclasses.fields(config):
+        shown = "depth" if field.name == "dial" else field.name
+        assert f"--{shown.replace('_', '-')}" in output or shown.upper() in output
+
+
+def test_the_references_flags_keep_their_names() -> None:
+    words = "--depth 4 --device-batch-size 8 --total-batch-size 8192 --target-param-data-ratio 8"
+    more = "--num-iterations 9 --window-pattern L --max-seq-len 256 --eval-every 5 --run r"
+    parsed = parse(["pretrain", *words.split(), *more.split(), "--model-tag", "m"])
+    config: PretrainConfig = parsed.config
+    assert (config.dial.depth, config.dial.window_pattern) == (4, "L")
+    assert (config.dial.total_batch_size, config.dial.num_iterations) == (8192, 9)
+    assert (config.dial.target_param_data_ratio, config.dial.max_seq_len) == (8.0, 256)
+    assert (config.device_batch_size, config.eval_every) == (8, 5)
+    assert (config.run, config.model_tag, config.resume_from_step) == ("r", "m", None)
+    assert parse(["pretrain", "--depth", "4", "--save-every", "None"]).config.save_every is None
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_of(["--version"]) == 0
+    assert capsys.readouterr().out == f"archerchat {__version__}\n"
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from archerchat.cli import main\ntry: main(['--help'])\nexcept SystemExit: "
+    code += "sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("pretrian", "archerchat has no 'pretrian'; there is data, tokenizer, plan, pretrain"),
+        ("eval core", "archerchat eval has no 'core'; there is base"),
+        ("pretrain --depth 2 --bogus 7", "--bogus"),
+        ("pretrain --depth 2 --num-iteration", "--num-iteration"),
+        ("pretrain --depth 2 surplus", "surplus"),
+        ("pretrain", "--depth"),
+        ("pretrain --depth", "--depth"),
+        ("pretrain --depth two", "'two'"),
+        ("pretrain --depth 2 --device tpu", "'tpu'"),
+        ("pretrain --depth 2 --dtype int8", "'int8'"),
+        ("pretrain --depth 2 --packing worst-fit", "'worst-fit'"),
+        ("sample --temperature warm", "'warm'"),
+    ],
+)
+def test_what_cannot_be_parsed_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    assert exit_of(words.split()) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (UsageError("no such thing"), 2, "error: no such thing\n"),
+        (CheckpointError("broken"), 1, "error: broken\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(), 1, ""),
+        (OSError(28, "No space left", "x"), 1, "error: [Errno 28] No space left: 'x'; check the"),
+    ],
+)
+def test_failures_become_exit_codes_and_messages(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    raised: BaseException,
+    code: int,
+    message: str,
+) -> None:
+    def fail(config: Any, home: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "parse", lambda argv: cli.Parsed(fail, None))
+    assert main([]) == code
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "parse", lambda argv: cli.Parsed(lambda config, home: 1 / 0, None))
+    with pytest.raises(ZeroDivisionError):
+        main([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_iterations": 0}, "--num-iterations is 0; it must be at least 1"),
+        ({"num_iterations": -5}, "--num-iterations is -5"),
+        ({"depth": 0}, "--depth is 0"),
+        ({"aspect_ratio": -1}, "--aspect-ratio is -1"),
+        ({"head_dim": 7}, "head dimension 7"),
+        ({"max_seq_len": 0}, "--max-seq-len is 0"),
+        ({"window_pattern": "SXL"}, "'SXL' may hold only the letters S and L"),
+        ({"total_batch_size": 0}, "--total-batch-size is 0"),
+        ({"device_batch_size": 0}, "device batch size is 0"),
+        ({"device_batch_size": 3}, "use --total-batch-size 576 or --device-batch-size 2"),
+        ({"matrix_lr": "nan"}, "--matrix-lr is nan"),
+        ({"matrix_lr": -0.1}, "--matrix-lr is -0.1"),
+        ({"warmdown_ratio": 1.5}, "--warmdown-ratio is 1.5"),
+        ({"target_flops": "inf"}, "--target-flops is inf"),
+        ({"eval_every": 0}, "--eval-every is 0; it must be at least 1, or None for never"),
+        ({"eval_tokens": 0}, "--eval-tokens is 0"),
+        ({"save_every": -1}, "--save-every is -1"),
+        ({"sample_every": 0}, "--sample-every is 0"),
+        ({"keep_last": 0}, "--keep-last is 0"),
+        ({"seed": -1}, "--seed is -1; it must be from 0 to 2**63 - 1"),
+        ({"seed": 2**70}, "--seed is 118"),
+        ({"model_tag": "../elsewhere"}, "model tag '../elsewhere' cannot be a directory's name"),
+        ({"run": "a/b"}, "run name 'a/b' cannot be"),
+        ({"tokenizer": ""}, "tokenizer name '' cannot be"),
+        ({"resume_from_step": 2, "model_tag": "new"}, "leave --resume-from-step out"),
+        ({"attention": "flash"}, "flash"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_written(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    before = tiny_home.listing()
+    assert tiny_home.pretrain(**changes) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert tiny_home.listing() == before
+
+
+def test_a_device_that_is_not_here_is_named_with_those_that_are(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert tiny_home.pretrain(device="cuda") == 2
+    assert "device 'cuda' is not on this machine, which has: cpu" in capsys.readouterr().err
+    assert tiny_home.run("sample", "--device", "cuda") == 2
+
+
+def test_several_ranks_are_refused_for_now(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert tiny_home.pretrain() == 2
+    assert "WORLD_SIZE is 2" in capsys.readouterr().err
+
+
+def fails(home: Any, words: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
+    """Run a command that must fail; return its message, after comparing what was on disk."""
+    before = home.listing()
+    assert home.run(*words) == code
+    after = home.listing()
+    assert {name: after.get(name) for name in before} == before
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    return message
+
+
+def test_no_data(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(tiny_home, tiny_home.pretrain_words(data="nothing"), capsys)
+    assert f"no *.parquet shard in {tiny_home.data_dir('nothing')}: make some with" in message
+    assert tiny_home.steps() == []
+
+
+def test_one_shard_only(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in sorted(tiny_home.data_dir("tiny").iterdir())[1:]:
+        shard.unlink()
+    message = fails(tiny_home, tiny_home.pretrain_words(), capsys)
+    assert "holds 1 shard; two are needed, the last being validation" in message
+
+
+@pytest.mark.parametrize("shard", [0, -1])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "empty", "text"])
+def test_a_broken_shard(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], shard: int, damage: str
+) -> None:
+    path = sorted(tiny_home.data_dir("tiny").iterdir())[shard]
+    content = bytearray(path.read_bytes())
+    if damage == "altered":
+        content[len(content) // 3] ^= 1
+    path.write_bytes(
+        {
+            "truncated": content[: len(content) // 2],
+            "altered": content,
+            "empty": b"",
+            "text": b"not Parquet at all",
+        }[damage]
+    )
+    message = fails(tiny_home, tiny_home.pretrain_words(eval_every=None), capsys)
+    assert f"cannot read {path} as Parquet" in message
+    assert "delete it and download or build it again" in message
+
+
+def test_no_tokenizer(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    message = fails(tiny_home, tiny_home.pretrain_words(tokenizer="nothing"), capsys)
+    assert "make one with `archerchat tokenizer train`" in message
+
+
+def test_a_vocabulary_too_small(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tokenizer", "train", "--data", "tiny", "--vocab-size", "200", "--name", "small"]
+    message = fails(tiny_home, words, capsys, code=2)
+    assert "vocabulary size 200 is too small" in message
+    assert not tiny_home.tokenizer_dir("small").exists()
+
+
+@pytest.mark.parametrize("file", ["model", "optimizer", "loader", "rng", "meta"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_broken_checkpoint(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], file: str, damage: str
+) -> None:
+    directory = trained_home.checkpoint_dir("base", "tiny") / "step_000004"
+    path = directory / (f"{file}.json" if file == "meta" else f"{file}.safetensors")
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-9])
+    else:
+        content[-40] ^= 1
+        path.write_bytes(content)
+    message = fails(trained_home, trained_home.pretrain_words(), capsys)
+    assert f"{directory} is damaged: " in message
+    assert path.name in message
+    assert "step 2 in the same directory is intact: use that one" in message
+    if file in ("model", "meta"):
+        assert "is damaged" in fails(trained_home, ["sample"], capsys)
+
+
+def test_the_way_around_a_broken_checkpoint(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = trained_home.checkpoint_dir("base", "tiny") / "step_000004"
+    (directory / "model.safetensors").unlink()
+    assert trained_home.pretrain(resume_from_step=2) == 0
+    assert trained_home.pretrain() == 0
+    assert "already trained" in capsys.readouterr().out
+    assert trained_home.run("sample", "--max-tokens", "1") == 0
+
+
+def test_a_model_tag_that_does_not_exist(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["sample"], ["eval", "base"]):
+        message = fails(trained_home, [*words, "--model-tag", "huge"], capsys, code=2)
+        assert "no base model 'huge' under" in message
+        assert "; there is tiny" in message
+
+
+def test_the_module_is_the_command(tiny_home: Any) -> None:
+    command = [sys.executable, "-m", "archerchat.cli"]
+    done = subprocess.run([*command, "no"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: archerchat has no 'no'")
+    done = subprocess.run(
+        f"{sys.executable} -m archerchat.cli --help | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
