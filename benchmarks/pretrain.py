@@ -6,8 +6,9 @@
 With `--oracle` it runs the golden configurations of train_curve.json: the 30-step restart step by
 step in float32, the 200-step run in float32 and in bfloat16, and `d4_dim256` with our defaults
 for speed, beside the same in plain float32. Each runs in a process of its own. Without it, it
-measures one configuration on random tokens. The last line is one JSON object; the exit status
-is 1 when a bound of the goldens is missed. Run it alone: a second busy process slows two threads
+measures one configuration on random tokens. The last line is one JSON object (`val_bpb` and its
+reference are those of the dtype that is further off); the exit status is 1 when a tolerance of the
+goldens is missed. Run it alone: a second busy process slows two threads
 many times over.
 """
 
@@ -51,6 +52,8 @@ from archerchat.training.progress import ProgressLine
 
 RESTART_BOUND = 2e-5
 VALIDATION_BOUND = 0.03
+SPEED_BOUND = 21_500
+"""Tokens/s of `d4_dim256_default` on two idle cores; reported, not judged: CPUs differ."""
 REFERENCE_RUNS = {"float32": "d4_dim128_fp32", "bfloat16": "d4_dim128_b16"}
 
 
@@ -103,7 +106,11 @@ RUNS = {
 
 def run_golden(name: str, oracle: Path) -> dict[str, Any]:
     """Train one golden configuration and return its curves and speed."""
-    run, home = RUNS[name], Home(Path(tempfile.mkdtemp(prefix="archerchat-benchmark-")))
+    with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
+        return _run_golden(RUNS[name], oracle, Home(Path(directory)))
+
+
+def _run_golden(run: GoldenRun, oracle: Path, home: Home) -> dict[str, Any]:
     golden = json.loads((oracle / "train_curve.json").read_text())["runs"][run.golden]
     args = golden["args"]
     runtime = build_runtime(None, run.dtype)
@@ -126,7 +133,7 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
         attention=run.attention,  # type: ignore[arg-type]
     )
     hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
-    meta = describe_run(config, hp, runtime, tokenizer)
+    meta = describe_run(config, hp, runtime, tokenizer, home)
     schedule = build_schedule(config.dial, hp)
     recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
     recipe.save = lambda state, scaler: None  # type: ignore[method-assign]
@@ -190,22 +197,29 @@ def run_all(oracle: Path) -> tuple[dict[str, Any], bool]:
         )
         for dtype, run in REFERENCE_RUNS.items()
     }
+    ours, theirs = max(finals.values(), key=lambda pair: abs(pair[0] - pair[1]))
+    norms = to_archerchat_names(golden["param_l2_after_n_steps"]["30"])
+    norm_difference = max(abs(restart["norms"][name] - norm) / norm for name, norm in norms.items())
     best, plain = results["d4_dim256_default"], results["d4_dim256_plain_float32"]
     passed = (
         difference <= RESTART_BOUND
         and bits_difference <= 1e-5
-        and all(abs(ours - theirs) <= VALIDATION_BOUND for ours, theirs in finals.values())
+        and norm_difference <= 1e-4
+        and abs(ours - theirs) <= VALIDATION_BOUND
     )
     return {
         "tokens_per_second": best["tokens_per_second"],
         "mfu": best["mfu"],
         "measured_peak_tflops": best["peak_flops"] / 1e12,
         "peak_memory_bytes": best["peak_memory_bytes"],
-        "val_bpb": {dtype: ours for dtype, (ours, _) in finals.items()},
-        "val_bpb_reference": {dtype: theirs for dtype, (_, theirs) in finals.items()},
+        "val_bpb": ours,
+        "val_bpb_reference": theirs,
+        "val_bpb_by_dtype": finals,
         "max_restart_difference": difference,
         "max_restart_bpb_difference": bits_difference,
+        "max_restart_norm_difference": norm_difference,
         "ratio_to_plain_float32": best["tokens_per_second"] / plain["tokens_per_second"],
+        "speed_bound_met": best["tokens_per_second"] >= SPEED_BOUND,
         "data_wait_share": best["data_wait_share"],
     }, passed
 

@@ -106,6 +106,28 @@ def _lock(descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Keep other processes that ask for `directory` out of it for the block.
+
+    The directory is made if missing, and removed again if the block leaves it empty.
+
+    Raises:
+        UsageError: another process has it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(directory) as free:
+            if not free:
+                raise UsageError(
+                    f"another process works in {directory}: wait for it, or choose another name"
+                )
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
+
+
+@contextlib.contextmanager
 def _locked(entry: Path) -> Iterator[bool]:
     """Lock `entry` for the block; yields False if another process has it."""
     if sys.platform == "win32" and entry.is_dir():  # it cannot open directories

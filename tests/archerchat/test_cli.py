@@ -159,7 +159,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"matrix_lr": -0.1}, "--matrix-lr is -0.1"),
         ({"warmdown_ratio": 1.5}, "--warmdown-ratio is 1.5"),
         ({"target_flops": "inf"}, "--target-flops is inf"),
-        ({"eval_every": 0}, "--eval-every is 0; it must be at least 1, or None for never"),
+        ({"eval_every": 0}, "--eval-every is 0; it must be at least 1"),
         ({"eval_tokens": 0}, "--eval-tokens is 0"),
         ({"save_every": -1}, "--save-every is -1"),
         ({"sample_every": 0}, "--sample-every is 0"),

@@ -89,16 +89,17 @@ def attend(
         k: (B, T, K, D); query head i reads head floor(i * K / H).
         v: (B, T, K, D).
         window: how far back a query sees; T-1 or more means everything before it.
-        mask: from `prepare_mask`; without one `flex` computes as `sdpa` does, since it is made to
-            be compiled, once for each length.
+        mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `sdpa` does:
+            it is made to be compiled, once for each length, and holds every score otherwise.
 
     Returns:
         (B, T, H, D) in q's dtype.
     """
     window = min(window, q.size(1) - 1)
     if backend == "flash":
-        return _attend_flash(q, k, v, window)
-    if backend == "flex" and mask is None:
+        flashed: Tensor = _attend_flash(q, k, v, window)
+        return flashed
+    if backend == "flex" and (mask is None or not torch.compiler.is_compiling()):
         backend = "sdpa"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if backend == "flex":
@@ -173,7 +174,6 @@ def _flex_mask(length: int, window: int, device: torch.device) -> Any:
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    """Run FlexAttention; outside of compiled code it materialises every score."""
     from torch.nn.attention.flex_attention import flex_attention
 
     out: Tensor = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
@@ -192,7 +192,9 @@ def flash_module(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Run the package's kernels; compiled code ends before them and goes on after."""
     name = flash_module(q.device, q.dtype)
     assert name is not None, "choose_backend lets 'flash' through only where it runs"
     out = importlib.import_module(name).flash_attn_func(

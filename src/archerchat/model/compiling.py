@@ -24,9 +24,13 @@ class CompileWarning(UserWarning):
     """Say that a function runs uncompiled, and why."""
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile `function` for the shapes it is called with, or run it plainly with a warning."""
-    fast = torch.compile(function, dynamic=False, fullgraph=True)
+def compiled(function: Callable[P, R], *, whole: bool = True) -> Callable[P, R]:
+    """Compile `function` for the shapes it is called with, or run it plainly with a warning.
+
+    Args:
+        whole: insist on one graph; without it, parts that cannot be compiled run as they are.
+    """
+    fast = torch.compile(function, dynamic=False, fullgraph=whole)
     broken = False
 
     @functools.wraps(function)

@@ -170,7 +170,8 @@ class Regions:
     @classmethod
     def compiled(cls) -> Regions:
         """Compile each region for the fixed shapes of a training step."""
-        return cls(compiled(smear), compiled(Block.forward), compiled(back_out))
+        block = compiled(Block.forward, whole=False)  # `flash` runs between two graphs
+        return cls(compiled(smear), block, compiled(back_out))
 
 
 class Transformer(nn.Module):

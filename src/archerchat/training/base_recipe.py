@@ -25,6 +25,7 @@ from archerchat.optim.schedule import Schedule
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.loop import LoopState, StepSettings
+from archerchat.training.progress import ProgressLine
 from archerchat.training.resume import restore_loader, restore_rng, rng_tensors
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
@@ -44,12 +45,16 @@ class BaseRecipe:
     """Start over on the validation shard."""
     tokenizer: Tokenizer
     eval_steps: int
-    """Batches of an evaluation."""
+    """Batches of an evaluation, unless the validation text ends before."""
+    validation_bytes: int
+    """Text in the validation shard."""
     compile: bool
     directory: Path
     keep_last: int
     meta: dict[str, Any]
     """What every checkpoint says of the run."""
+    progress: ProgressLine | None = None
+    """Where to say how far an evaluation is."""
 
     def __post_init__(self) -> None:
         self._regions = Regions.compiled() if self.compile else Regions()
@@ -125,11 +130,11 @@ class BaseRecipe:
         try:
             self.model.load_state_dict(tensors["model"])
             self.optimizer.load_state(tensors["optimizer"], meta["optimizer_steps"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{checkpoint.path} does not fit this run: {error}") from error
-        restore_loader(self.loader, checkpoint, extend)
-        restore_rng(tensors["rng"])
-        return LoopState(**meta["loop"]), dict(meta["scaler"])
+            restore_loader(self.loader, checkpoint, extend)
+            restore_rng(tensors["rng"])
+            return LoopState(**meta["loop"]), dict(meta["scaler"])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint.path} does not fit this run: {error!r}") from error
 
     def _token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Run the graph of training, gradients and all: another would be compiled without them."""
@@ -139,9 +144,17 @@ class BaseRecipe:
         return token_losses(hidden, weight, targets, size, self._losses_kernel)
 
     def _iter_batches(self, loader: TokenLoader, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(count):
+        """Yield `count` batches, or as many as hold the validation text once."""
+        sizes, seen = self.tokenizer.token_bytes, 0
+        for index in range(count):
             batch = next(loader)
             yield self._to_device(batch.inputs), self._to_device(batch.targets)
+            seen += int(sizes[batch.targets].sum())
+            if self.progress is not None:
+                share = max((index + 1) / count, seen / self.validation_bytes)
+                self.progress.busy(f"evaluating: {min(1.0, share):.0%}")
+            if seen >= self.validation_bytes:
+                return
 
     def _to_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)

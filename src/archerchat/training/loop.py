@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import gc
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,13 +26,14 @@ from archerchat.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
 from archerchat.training.metrics import MetricsLog
 from archerchat.training.progress import ProgressLine, StepReport
+from archerchat.training.stopping import StopRequest, explained_memory
 
 WARMUP_STEPS = 5
 """Steps after a start that are left out of speed figures: they compile and fill caches."""
 SMOOTHING = 0.9
 GC_EVERY = 5000
-
-T = TypeVar("T")
+SMALLEST_SCALE = 2.0**-10
+"""A gradient scale that has been halved to this will not find one that works."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,9 @@ class LoopState:
     """Bits per byte when it was first measured."""
     last_val: float = math.nan
     best_val: float = math.inf
+    tokens: int = 0
+    """Trained on, over all ranks."""
+    flops: int = 0
     training_seconds: float = 0.0
     """Time in training steps, evaluations and saving excluded."""
 
@@ -111,49 +112,6 @@ class Recipe(Protocol):
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None: ...
 
 
-class _Stopped(BaseException):
-    """Leave interruptible work; no `except Exception` on the way may take it."""
-
-
-class StopRequest:
-    """Whether the user, or the system, asked the loop to end."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._interruptible = False
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        if self._interruptible:
-            raise _Stopped
-
-    def interruptible(self, work: Callable[[], T]) -> T | None:
-        """Do long work that changes nothing, or leave it at the first request: then None."""
-        try:  # no context manager: its own calls would be places for the signal to arrive
-            self._interruptible = True
-            return work()
-        except _Stopped:
-            return None
-        finally:
-            self._interruptible = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as requests; outside the main thread there are none to take."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._ask) for number in numbers]
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
-
 class Loop:
     """Run a recipe from `state` to its last step.
 
@@ -161,7 +119,7 @@ class Loop:
         recipe: what to train on and how.
         optimizer: steps the model's parameters.
         state: continued in place.
-        peak: of one device; `None` figures nothing as MFU.
+        peak: of one device.
         scaler_state: of the float16 gradient scaler, from a checkpoint.
     """
 
@@ -193,7 +151,7 @@ class Loop:
     def run(self) -> Outcome:
         """Train until the last step is done or a signal asks to stop."""
         stop, first_step = self._stop, self.state.step
-        with stop.listening(), self._without_gc():
+        with stop.listening(), self._without_gc(), explained_memory():
             while True:
                 step = self.state.step
                 finished = step == self.cadence.num_iterations
@@ -208,13 +166,7 @@ class Loop:
                     self._save()
                 if stop.asked or finished:
                     return self._outcome(finished and not stop.asked)
-                try:
-                    self._train_step(step)
-                except torch.OutOfMemoryError as error:
-                    raise ArcherChatError(
-                        f"the device is out of memory in step {step}: lower --device-batch-size "
-                        f"(`archerchat plan` says what fits); checkpoints are intact"
-                    ) from error
+                self._train_step(step)
                 if step == first_step:
                     gc.collect()
                     gc.freeze()
@@ -242,12 +194,19 @@ class Loop:
         self.optimizer.zero_grad()
         mean, last = (total / accum).item(), loss.item()  # waits for the device
         seconds = time.perf_counter() - started
+        if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
+            raise ArcherChatError(
+                f"float16 gradients overflow at step {step} however far they are scaled down: use "
+                "--dtype float32 or bfloat16; the last checkpoint is intact"
+            )
         if not math.isfinite(mean):
             raise ArcherChatError(
                 f"the loss of step {step} is {mean}: lower the learning rates (--matrix-lr, "
                 f"--embedding-lr), or use --dtype float32; the last checkpoint is intact"
             )
         self.state.step += 1
+        self.state.tokens += self.cadence.tokens_per_step
+        self.state.flops += self.cadence.flops_per_step
         self.state.training_seconds += seconds
         self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * mean
         self._step_seconds.append(seconds)
@@ -271,14 +230,15 @@ class Loop:
                 "train/tokens_per_second": rate,
                 "train/mfu": mfu,
                 "train/seconds": self.state.training_seconds,
-                "train/tokens": self.state.step * self.cadence.tokens_per_step,
-                "train/flops": self.state.step * self.cadence.flops_per_step,
+                "train/tokens": self.state.tokens,
+                "train/flops": self.state.flops,
                 "train/memory_bytes": self.runtime.peak_memory_bytes(),
-            },
+            }
+            | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}),
             step,
         )
-        steady = self._steady()
-        left = (self.cadence.num_iterations - self.state.step) * _median(steady or [seconds])
+        steady, steps_left = self._steady(), self.cadence.num_iterations - self.state.step
+        known = bool(steady) or steps_left == 0
         self.progress.step(
             StepReport(
                 step=self.state.step,
@@ -287,7 +247,7 @@ class Loop:
                 lr_multiplier=settings.lr_multiplier,
                 tokens_per_second=rate,
                 mfu=mfu,
-                seconds_left=left if steady else None,
+                seconds_left=steps_left * _median(steady or [seconds]) if known else None,
             )
         )
 

@@ -3,10 +3,10 @@
 Rank 0 writes them to a journal in the run's directory (`Home.run_dir`); on the other ranks every
 call does nothing. A run that is resumed goes on in the same journal. Names are grouped by prefix:
 
-    train/loss  train/smooth_loss  train/lr_multiplier  train/tokens_per_second  train/mfu
-    train/seconds  train/tokens  train/flops  train/memory_bytes
-    val/bpb
-    core/<task>  core/mean
+    train/loss  train/last_micro_batch_loss  train/smooth_loss  train/lr_multiplier
+    train/muon_momentum  train/tokens_per_second  train/mfu  train/seconds  train/tokens
+    train/flops  train/memory_bytes  train/grad_scale (float16)
+    val/bpb  eval/seconds
 
 and a text is a sample, under the name of its prompt.
 """

@@ -10,7 +10,6 @@ refused unless `--extend` asks for it.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,27 +18,34 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from archerchat.artifacts import Home, write_json
+from archerchat.artifacts import Home, exclusive, write_json
 from archerchat.checkpoint import Checkpoint
 from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
-from archerchat.data.shards import data_directory, list_shards, split_shards
+from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
 from archerchat.model.attention import choose_backend
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
-from archerchat.peak_flops import PeakFlops, peak_flops
+from archerchat.peak_flops import peak_flops
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
 from archerchat.training.metrics import open_run
 from archerchat.training.progress import ProgressLine
-from archerchat.training.resume import describe_extension, find_start
-
-SUMMARY = "summary.json"
+from archerchat.training.resume import find_start
+from archerchat.training.stopping import explained_memory
+from archerchat.training.summary import (
+    SUMMARY,
+    announce,
+    conclude,
+    recall,
+    summarize,
+    tell_resume,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class PretrainConfig:
     seed: int = 42
     """Of the initial weights."""
     device_batch_size: int = 32
-    """Rows in a micro-batch; lower it when memory runs out, the result stays the same."""
+    """Rows in a micro-batch; lower it when memory runs out: steps then take more of them."""
     eval_every: int | None = 250
     """Measure bits per byte on the validation shard every so many steps, and at the end."""
     eval_tokens: int = 41_943_040
@@ -100,36 +106,49 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
             "start it without torchrun"
         )
     prepare_process(runtime)
+    _check_numbers(config)
     tokenizer = Tokenizer.load(home.tokenizer_dir(config.tokenizer))
     hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
+    tag = config.model_tag or f"d{config.dial.depth}"
+    directory, run = home.checkpoint_dir("base", tag), home.run_dir(config.run or tag)
+    with exclusive(directory):
+        meta = describe_run(config, hp, runtime, tokenizer, home)
+        start = find_start(directory, meta["identity"], config.resume_from_step, config.extend)
+        # The summary comes last: without it the final evaluation is still to be done.
+        result = recall(run / SUMMARY, hp.num_iterations)
+        if start is not None and start.step == hp.num_iterations and result is not None:
+            console.print(
+                f"model {tag!r} is already trained: step {start.step} of {hp.num_iterations} is in "
+                f"{directory}; {result}"
+            )
+            return Outcome(True, math.nan, math.nan, 0.0)
+        return _train(config, hp, runtime, tokenizer, home, meta, start, console)
+
+
+def _train(
+    config: PretrainConfig,
+    hp: Hyperparameters,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    home: Home,
+    meta: dict[str, Any],
+    start: Checkpoint | None,
+    console: Console,
+) -> Outcome:
+    """Train from `start`, or from fresh weights."""
     accum = grad_accum_steps(
         hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
     )
-    _check_numbers(config)
-    tag = config.model_tag or f"d{config.dial.depth}"
-    run = config.run or tag
-    directory, summary = home.checkpoint_dir("base", tag), home.run_dir(run) / SUMMARY
-    meta = describe_run(config, hp, runtime, tokenizer)
-    schedule = build_schedule(config.dial, hp)
-    start = find_start(directory, meta["identity"], config.resume_from_step, config.extend)
-    # The summary comes last: without it the final evaluation is still to be done.
-    result = _recall(summary, hp.num_iterations)
-    if start is not None and start.step == hp.num_iterations and result is not None:
-        console.print(
-            f"model {tag!r} is already trained: step {start.step} of {hp.num_iterations} is in "
-            f"{start.path.parent}; {result}"
-        )
-        return Outcome(True, math.nan, math.nan, 0.0)
-    peak = peak_flops(runtime, home.cache_dir)
-    recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
+    schedule, peak = build_schedule(config.dial, hp), peak_flops(runtime, home.cache_dir)
+    with explained_memory():
+        recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
     torch.manual_seed(config.seed)  # what checkpoints hold of the generators follows from it
-    _announce(console, config, hp, recipe, peak, accum)
+    announce(console, config.device_batch_size, hp, recipe, peak, accum)
     state, scaler = LoopState(), None
     if start is not None:
         state, scaler = recipe.restore(start, config.extend)
-        console.print(f"going on from {start.path}")
-        if config.extend:
-            console.print(_describe_extension(start, schedule, hp))
+        tell_resume(console, start, recipe.meta, schedule, hp, config.extend)
+        start = None  # its tensors are copied: let them go
     cadence = Cadence(
         hp.num_iterations,
         accum,
@@ -139,18 +158,21 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         config.sample_every,
         config.save_every,
     )
+    run = config.run or config.model_tag or f"d{config.dial.depth}"
+    (home.run_dir(run) / SUMMARY).unlink(missing_ok=True)
+    runtime.reset_peak_memory()
     with (
         recipe.loader,
-        open_run(home, run, meta) as metrics,
+        open_run(home, run, recipe.meta) as metrics,
         ProgressLine(console, hp.num_iterations, state.step) as progress,
     ):
-        loop = Loop(
+        recipe.progress = progress
+        outcome = Loop(
             recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler
-        )
-        outcome = loop.run()
+        ).run()
     if outcome.finished:
-        write_json(summary, _summarize(outcome, state, hp, runtime, peak))
-    _conclude(console, outcome, state, hp, runtime, directory)
+        write_json(home.run_dir(run) / SUMMARY, summarize(outcome, state, runtime, peak))
+    conclude(console, outcome, state, hp, runtime, recipe.directory, config.resume_from_step)
     return outcome
 
 
@@ -193,6 +215,7 @@ def build_recipe(
         open_validation=lambda: open_loader(val),
         tokenizer=tokenizer,
         eval_steps=max(1, config.eval_tokens // (config.device_batch_size * dial.max_seq_len)),
+        validation_bytes=_text_bytes(val),
         compile=config.compile,
         directory=home.checkpoint_dir("base", config.model_tag or f"d{dial.depth}"),
         keep_last=config.keep_last,
@@ -200,11 +223,28 @@ def build_recipe(
     )
 
 
+def _text_bytes(shards: list[Path]) -> int:
+    """Return the bytes of text in `shards`."""
+    total = 0
+    for path in shards:
+        with Shard(path) as shard:
+            total += shard.text_bytes
+    return total
+
+
 def describe_run(
-    config: PretrainConfig, hp: Hyperparameters, runtime: Runtime, tokenizer: Tokenizer
+    config: PretrainConfig,
+    hp: Hyperparameters,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    home: Home,
 ) -> dict[str, Any]:
     """Return what every checkpoint and journal says of the run; `identity` decides its weights."""
-    dial = config.dial
+    dial, directory = config.dial, data_directory(config.data, home)
+    _, val = split_shards(list_shards(directory))
+    # A name stays valid when the home moves, a path when the working directory does.
+    named = directory.parent == home.data_dir("any").parent
+    data = config.data if named else str(directory.resolve())
     return {
         "stage": "base",
         "source": "archerchat pretrain",
@@ -226,7 +266,9 @@ def describe_run(
             "warmdown_ratio": dial.warmdown_ratio,
             "final_lr_frac": dial.final_lr_frac,
         },
-        "config": asdict(config),
+        "config": asdict(config) | {"data": data},
+        "compile": config.compile,
+        "validation": [[path.name, path.stat().st_size] for path in val],
         "hardware": {
             "device": runtime.device_name,
             "torch": torch.__version__,
@@ -242,90 +284,4 @@ def _check_numbers(config: PretrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} is {value}; it must be at least 1, or None for never")
-
-
-def _announce(
-    console: Console,
-    config: PretrainConfig,
-    hp: Hyperparameters,
-    recipe: BaseRecipe,
-    peak: PeakFlops,
-    accum: int,
-) -> None:
-    """Print what will run, and the choices that were made for the user."""
-    runtime, batch = recipe.runtime, config.device_batch_size
-    lines = (
-        f"model      depth {hp.model.num_layers}, width {hp.model.model_dim}, "
-        f"{hp.parameters.total:,} parameters ({hp.parameters.scaling:,} scaling)",
-        f"training   {hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens "
-        f"({accum} x {batch} rows of {hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
-        f"device     {runtime.device_name}, {dtype_name(runtime.compute_dtype)} "
-        f"({runtime.dtype_reason})",
-        f"peak       {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})",
-        f"attention  {recipe.meta['attention']}",
-    )
-    for line in lines:
-        console.print(line)
-
-
-def _summarize(
-    outcome: Outcome, state: LoopState, hp: Hyperparameters, runtime: Runtime, peak: PeakFlops
-) -> dict[str, Any]:
-    figures = {
-        "steps": state.step,
-        "tokens": state.step * hp.total_batch_tokens,
-        "val_bpb_first": state.first_val,
-        "val_bpb": state.last_val,
-        "val_bpb_best": state.best_val,
-        "training_seconds": state.training_seconds,
-        "tokens_per_second": outcome.tokens_per_second,
-        "mfu": outcome.mfu,
-        "peak_flops_per_second": peak.flops_per_second,
-        "peak_memory_bytes": runtime.peak_memory_bytes(),
-    }
-    return {k: v if math.isfinite(v) else None for k, v in figures.items()}
-
-
-def _describe_extension(start: Checkpoint, schedule: Schedule, hp: Hyperparameters) -> str:
-    before, old_peaks = Schedule(**start.meta["schedule"]), start.meta["identity"]["learning_rates"]
-    return describe_extension(before, schedule, start.step, old_peaks, asdict(hp.learning_rates))
-
-
-def _recall(summary: Path, num_iterations: int) -> str | None:
-    """Return what the summary says of the result; None unless a run of that length wrote it."""
-    try:
-        figures = json.loads(summary.read_text())
-        result = f"val/bpb {figures['val_bpb_first']:.4f} -> {figures['val_bpb']:.4f}"
-        return result if figures["steps"] == num_iterations else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _conclude(
-    console: Console,
-    outcome: Outcome,
-    state: LoopState,
-    hp: Hyperparameters,
-    runtime: Runtime,
-    directory: Path,
-) -> None:
-    if not outcome.finished:
-        where = f"the checkpoint is in {directory}" if state.step else "nothing to save yet"
-        console.print(
-            f"stopped at step {state.step} of {hp.num_iterations}; {where}. The same command goes "
-            "on from there"
-        )
-        return
-    if math.isfinite(outcome.tokens_per_second):
-        console.print(
-            f"trained {state.step * hp.total_batch_tokens:,} tokens in "
-            f"{state.training_seconds / 60:.1f} min: {outcome.tokens_per_second:,.0f} tok/s, mfu "
-            f"{100 * outcome.mfu:.1f} %, {100 * outcome.data_wait_share:.1f} % of the time waiting "
-            f"for data, peak memory {runtime.peak_memory_bytes() / 2**30:.2f} GiB"
-        )
-    if math.isfinite(state.last_val):
-        console.print(
-            f"validation bits per byte: {state.first_val:.4f} -> {state.last_val:.4f} "
-            f"(best {state.best_val:.4f})"
-        )
+            raise UsageError(f"{flag} is {value}; it must be at least 1")

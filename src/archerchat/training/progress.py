@@ -34,6 +34,7 @@ class ProgressLine:
     def __init__(self, console: Console, num_iterations: int, done: int = 0) -> None:
         self.console, self._live = console, console.is_terminal
         self._shown = -PLAIN_LINE_SECONDS
+        self._busy_shown = time.monotonic()
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -72,6 +73,14 @@ class ProgressLine:
             self._shown = now
             share = 100 * report.step / report.num_iterations
             self.note(f"step {report.step}/{report.num_iterations} ({share:.1f} %) | {line}")
+
+    def busy(self, text: str) -> None:
+        """Say what takes long between steps; now and then on plain output."""
+        self._bar.update(self._task, description=text)
+        now = time.monotonic()
+        if not self._live and now - self._busy_shown >= PLAIN_LINE_SECONDS:
+            self._busy_shown = now
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line above the live one."""

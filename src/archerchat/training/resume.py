@@ -110,12 +110,40 @@ def describe_extension(
     if changed:
         shown = (f"{name} {old_peaks[name]:.3g} to {peak:.3g}" for name, peak in changed.items())
         text += f"; x1 itself changes: {', '.join(shown)}"
-    growth = max(new_peaks[name] / peak for name, peak in old_peaks.items() if peak)
+    growth = max((new_peaks[name] / peak for name, peak in old_peaks.items() if peak), default=1.0)
     jump = growth * new / old
     if jump > 1.5:
         text += f"\nwarning: that is {jump:.1f} times the rate that was planned there; the loss "
         text += "will rise at first, and what the warm-down gained is lost"
     return text
+
+
+def set_aside_later(path: Path) -> list[Path]:
+    """Move the checkpoints after `path`, of the run as it was, where they cannot be resumed from.
+
+    Returns:
+        Where they are now, in `<tag>.before-step-<step>` beside the model's directory.
+    """
+    directory, step = path.parent, int(path.name.removeprefix("step_"))
+    later = [find_checkpoint(directory, other) for other in list_checkpoints(directory)]
+    later = [other for other in later if int(other.name.removeprefix("step_")) > step]
+    if not later:
+        return []
+    aside = directory.with_name(f"{directory.name}.before-step-{step}")
+    suffix = 1
+    while aside.exists():
+        suffix += 1
+        aside = directory.with_name(f"{directory.name}.before-step-{step}.{suffix}")
+    aside.mkdir()
+    return [other.rename(aside / other.name) for other in later]
+
+
+def changed_circumstances(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return what differs without being part of the identity: results agree, but not to the bit."""
+    names = ("hardware", "attention", "compile", "validation")
+    return compare_configs(
+        {name: saved.get(name) for name in names}, {name: current.get(name) for name in names}
+    )
 
 
 def restore_loader(loader: TokenLoader, checkpoint: Checkpoint, extend: bool) -> None:

@@ -52,7 +52,7 @@ def run_loop(
     runtime = build_runtime("cpu", config.dtype)
     hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
     schedule = build_schedule(config.dial, hp)
-    meta = describe_run(config, hp, runtime, tokenizer)
+    meta = describe_run(config, hp, runtime, tokenizer, home)
     recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
     prepare(recipe)
     accum = grad_accum_steps(
