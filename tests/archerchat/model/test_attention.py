@@ -290,3 +290,34 @@ def test_on_a_cpu_a_window_never_costs_more_than_none() -> None:
     assert count_flops("matmul", 2048, 512) < 0.6 * count_flops("matmul", 2048, 2048)
     assert count_flops("matmul", 4096, 1024) < 0.8 * count_flops("matmul", 4096, 4096)
     assert count_flops("sdpa", 4096, 1024) == count_flops("matmul", 4096, 1024)
+
+
+def test_flash_runs_between_two_graphs_of_a_compiled_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`importlib` and a foreign kernel cannot be part of one: they must not cost the rest."""
+    monkeypatch.setattr(attention, "flash_module", lambda device, dtype: "flash_attn")
+    calls = []
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append(torch.compiler.is_compiling())
+        return attend(q, k, v, options["window_size"][0], "sdpa")
+
+    module = SimpleNamespace(flash_attn_func=flash_attn_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    graphs = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    q, k, v, _ = (x.detach() for x in draw(64, 4, 2))
+
+    def around(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q * 2, k, v, 16, "flash") + 1
+
+    actual = torch.compile(around, backend=count, dynamic=False)(q, k, v)
+    torch.testing.assert_close(actual, attend(q * 2, k, v, 16, "sdpa") + 1)
+    assert calls == [False]
+    assert len(graphs) == 2
