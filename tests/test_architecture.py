@@ -40,6 +40,7 @@ LAYERS = (
 )
 MODEL_LIBRARIES = {"torch", "flash_attn", "flash_attn_interface"}
 LINE_LIMIT = 400
+"""Where a file must be split; about 300 is the aim, and longer needs a reason."""
 
 
 @cache
