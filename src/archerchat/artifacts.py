@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -74,11 +75,13 @@ def check_name(name: str, what: str) -> str:
     """Return `name` if it can be one directory's name.
 
     Raises:
-        UsageError: it is empty, starts with a dot, or holds a path separator.
+        UsageError: it is empty, starts with a dot, or holds anything but ASCII letters, digits,
+            '-', '_' and '.'.
     """
-    if not name or name.startswith(".") or any(c in name for c in "/\\\0"):
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
         raise UsageError(
-            f"{what} {name!r} cannot be a directory's name: use letters, digits, '-', '_' and '.'"
+            f"{what} {name!r} cannot be a directory's name: use letters, digits, '-', '_' and, "
+            "after the first, '.'"
         )
     return name
 

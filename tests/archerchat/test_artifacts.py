@@ -24,8 +24,34 @@ def test_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../d4", "a/b", "a\\b", "a\0b", ".hidden"])
-def test_names_cannot_leave_their_directory(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["d4", "step_000100", "my-run.v2", "a..b", "7", "_x", "-"])
+def test_names_of_the_allowed_characters_are_taken(name: str, tmp_path: Path) -> None:
+    assert artifacts.Home(tmp_path).run_dir(name) == tmp_path / "runs" / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "../d4",
+        "a/b",
+        "a\\b",
+        "a\0b",
+        ".hidden",
+        "my run",
+        " d4",
+        "d4\n",
+        "a:b",
+        "a*",
+        "~",
+        "$HOME",
+        "d4é",
+        "４",
+    ],
+)
+def test_names_of_other_characters_are_refused(name: str, tmp_path: Path) -> None:
     home = artifacts.Home(tmp_path)
     with pytest.raises(UsageError, match="cannot be a directory's name"):
         home.checkpoint_dir("base", name)
