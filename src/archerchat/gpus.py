@@ -4,7 +4,8 @@ Rates are dense (no structured sparsity) bfloat16 or float16 tensor-core product
 accumulate in float32, which is what a training step runs. Two traps, both a factor of two:
 data sheets of data-centre cards print the sparse rate first, and on GeForce cards accumulating
 in float32 runs at half the rate of accumulating in float16 (so there it is exactly twice the
-float32 shader rate). Workstation and data-centre cards have no such brake.
+float32 shader rate). Workstation and data-centre cards have no such brake. Cards without bfloat16
+train in float32, for which they have the plain shader rate as well.
 
 Sources: the appendix tables of NVIDIA's architecture white papers (Volta V1.1, Turing V1, A100
 V1.0, Ampere GA102 V2, Hopper H100 V1.04, Ada V2, RTX Blackwell V1) and, for the cards that these
@@ -33,13 +34,23 @@ class Gpu:
     board_watts: int
     rented: bool = False
     """Whether people rent it rather than own it."""
-    has_bfloat16: bool = True
+    capability: tuple[int, int] = (8, 0)
+    """Compute capability; of later cards only that they have at least this one."""
+    float32_tflops: float | None = None
+    """Float32 TFLOP/s, given where training runs in it."""
 
     def flops_per_second(self, dtype: torch.dtype) -> float | None:
         """Return the peak rate in `dtype`, or None where this table has none."""
-        if dtype == torch.float16 or (dtype == torch.bfloat16 and self.has_bfloat16):
+        if dtype == torch.float32:
+            return self.float32_tflops * 1e12 if self.float32_tflops else None
+        if dtype in (torch.float16, training_dtype(self.capability)):
             return self.tflops * 1e12
         return None
+
+
+def training_dtype(capability: tuple[int, int]) -> torch.dtype:
+    """Return what to train in: bfloat16 where tensor cores multiply it (sm80), else float32."""
+    return torch.bfloat16 if capability >= (8, 0) else torch.float32
 
 
 GPUS = (
@@ -68,10 +79,10 @@ GPUS = (
     Gpu("L40S", 362.05, 48, 350, rented=True),
     Gpu("L40", 181.05, 48, 300, rented=True),
     Gpu("L4", 121, 24, 72, rented=True),
-    # Data centre, before bfloat16
-    Gpu("V100 PCIe", 112, 16, 250, rented=True, has_bfloat16=False),
-    Gpu("V100", 125, 16, 300, rented=True, has_bfloat16=False),
-    Gpu("T4", 65, 16, 70, rented=True, has_bfloat16=False),
+    # Data centre, before bfloat16 (V100 and T4 data sheets)
+    Gpu("V100 PCIe", 112, 16, 250, rented=True, capability=(7, 0), float32_tflops=14.0),
+    Gpu("V100", 125, 16, 300, rented=True, capability=(7, 0), float32_tflops=15.7),
+    Gpu("T4", 65, 16, 70, rented=True, capability=(7, 5), float32_tflops=8.1),
     # Workstation
     Gpu("RTX PRO 6000 Blackwell Workstation", 503.8, 96, 600),
     Gpu("RTX 6000 Ada", 364.2, 48, 300),

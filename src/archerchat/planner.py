@@ -15,7 +15,7 @@ import torch
 
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
-from archerchat.gpus import GPUS, Gpu, find_gpu
+from archerchat.gpus import GPUS, Gpu, find_gpu, training_dtype
 from archerchat.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -185,12 +185,15 @@ def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: 
         if gpu is None:
             known = ", ".join(gpu.name for gpu in GPUS)
             raise UsageError(f"no published figures for GPU {gpu_name!r}; known are: {known}")
+        dtype = training_dtype(gpu.capability)
+        published = gpu.flops_per_second(dtype)
+        assert published is not None  # a test holds the table to it
         return Machine(
             name=gpu.name,
             device_type="cuda",
-            compute_dtype="bfloat16" if gpu.has_bfloat16 else "float16",
-            flops_per_second=gpu.tflops * 1e12,
-            flops_source="table: dense, float32 accumulate",
+            compute_dtype=dtype_name(dtype),
+            flops_per_second=published,
+            flops_source=f"table: dense {dtype_name(dtype)}, float32 accumulate",
             memory_bytes=int((memory_gib or gpu.memory_gib) * 2**30),
             assumed_mfu=MFU_DATA_CENTRE if gpu.rented else MFU_GEFORCE,
             gpu=gpu,

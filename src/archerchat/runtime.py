@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from archerchat.errors import UsageError
+from archerchat.gpus import training_dtype
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -190,9 +191,10 @@ def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dty
         return DTYPES[requested], "forced"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return torch.bfloat16, f"CUDA sm{major}{minor} has bfloat16 tensor cores"
-        return torch.float32, f"CUDA sm{major}{minor} has no bfloat16 tensor cores (sm80 has)"
+        dtype = training_dtype((major, minor))
+        if dtype == torch.bfloat16:
+            return dtype, f"CUDA sm{major}{minor} has bfloat16 tensor cores"
+        return dtype, f"CUDA sm{major}{minor} has no bfloat16 tensor cores (sm80 has)"
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         for flag, name in (("amx_bf16", "AMX-BF16"), ("avx512_bf16", "AVX512-BF16")):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from archerchat.dial import DialConfig, build_hyperparameters
-from archerchat.gpus import GPUS, find_gpu
+from archerchat.gpus import GPUS, find_gpu, training_dtype
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,7 @@ def test_every_card_is_found_by_its_own_name() -> None:
     for gpu in GPUS:
         assert find_gpu(f"NVIDIA {gpu.name}") is gpu
         assert 10 < gpu.tflops < 3000
+        assert gpu.flops_per_second(training_dtype(gpu.capability))
         assert 8 <= gpu.memory_gib <= 300
         assert 50 < gpu.board_watts <= 1400
 
@@ -79,6 +80,7 @@ def test_dtypes() -> None:
     assert ampere.flops_per_second(torch.float32) is None
     assert volta.flops_per_second(torch.float16) == 125e12
     assert volta.flops_per_second(torch.bfloat16) is None
+    assert volta.flops_per_second(torch.float32) == 15.7e12
 
 
 def test_speeds_measured_on_the_5060_ti_are_possible() -> None:

@@ -11,8 +11,9 @@ import torch
 
 from archerchat.dial import DialConfig
 from archerchat.errors import UsageError
+from archerchat.peak_flops import peak_flops
 from archerchat.planner import TRAIN_SHARDS, Plan, PlanConfig, build_plan
-from archerchat.runtime import Runtime
+from archerchat.runtime import Runtime, choose_dtype, dtype_name
 
 
 def _plan(
@@ -103,10 +104,29 @@ def test_a_model_that_does_not_fit_is_a_plan_not_an_error(tmp_path: Path) -> Non
     assert memory.peak_bytes > memory.device_bytes
 
 
-def test_cards_without_bfloat16(tmp_path: Path) -> None:
-    plan = _plan(tmp_path, gpu="V100")
-    assert plan.machine.compute_dtype == "float16"
-    assert plan.machine.flops_per_second == 125e12
+@pytest.mark.parametrize(
+    ("name", "capability", "rate"),
+    [
+        ("V100", (7, 0), 15.7e12),
+        ("V100 PCIe", (7, 0), 14.0e12),
+        ("T4", (7, 5), 8.1e12),
+        ("A100", (8, 0), 312e12),
+    ],
+)
+def test_a_named_card_is_planned_in_what_training_would_use_on_it(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    capability: tuple[int, int],
+    rate: float,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    dtype, _ = choose_dtype(torch.device("cuda", 0), None)
+    machine = _plan(tmp_path, gpu=name).machine
+    assert machine.compute_dtype == dtype_name(dtype)
+    assert machine.flops_per_second == rate
+    runtime = Runtime(torch.device("cuda", 0), dtype, name, "chosen")
+    assert peak_flops(runtime, tmp_path).flops_per_second == rate
 
 
 def test_without_a_name_this_machine_is_planned_for(
