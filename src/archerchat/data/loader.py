@@ -126,7 +126,8 @@ class TokenLoader:
             tokenizer=tokenizer.fingerprint,
             shards=_names_and_sizes(shards),
         )
-        self._plan = _Plan(identity, tuple(shards), tokenizer, num_threads)
+        self._given = _Plan(identity, tuple(shards), tokenizer, num_threads)
+        self._plan = self._given
         self._depth = prefetch
         self._state = LoaderState(identity, Position(0, rank, 1), 0, ())
         self._prefetcher: Prefetcher[tuple[Batch, LoaderState]] | None = None
@@ -150,19 +151,33 @@ class TokenLoader:
         """Return the state after the last batch that `next` returned."""
         return self._state
 
-    def restore(self, state: LoaderState) -> None:
+    def restore(self, state: LoaderState, *, extend: bool = False) -> None:
         """Go on from `state`: the next batch is the one that followed it.
+
+        Shards that the loader was given and the saved one was not, such as those downloaded since,
+        are left out, so that the batches stay the same.
+
+        Args:
+            extend: go on into shards that follow the saved ones instead of leaving them out, and
+                allow another batch size; rows are whole between batches.
 
         Raises:
             CheckpointError: this loader would not yield the same batches, and why.
         """
-        if differences := state.identity.differences(self._plan.identity):
+        plan, saved = self._given, state.identity
+        if extend:
+            known = saved.shards == plan.identity.shards[: len(saved.shards)]
+            shards = plan.identity.shards if known else saved.shards
+            saved = replace(saved, shards=shards, batch_size=plan.identity.batch_size)
+        else:
+            plan = _narrow(plan, saved.shards)
+        if differences := saved.differences(plan.identity):
             raise CheckpointError(
                 f"the data loader cannot resume: {'; '.join(differences)}. Restore the old "
                 f"setting or data, or start a new run"
             )
         self.close()
-        self._state = state
+        self._plan, self._state = plan, replace(state, identity=saved)
 
     def close(self) -> None:
         """Stop the background thread; a later `next` starts it again where it was."""
@@ -181,6 +196,15 @@ class TokenLoader:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _narrow(plan: _Plan, shards: tuple[tuple[str, int], ...]) -> _Plan:
+    """Return the plan that reads only `shards`, names and sizes, if `plan` has them all."""
+    paths = dict(zip(plan.identity.shards, plan.shards, strict=True))
+    if not paths.keys() >= set(shards):
+        return plan
+    identity = replace(plan.identity, shards=shards)
+    return replace(plan, identity=identity, shards=tuple(paths[shard] for shard in shards))
 
 
 def _check_ranks(shards: Sequence[Path], world_size: int) -> None:

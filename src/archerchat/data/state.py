@@ -54,7 +54,11 @@ class LoaderIdentity:
             if field.name != "shards" and getattr(self, field.name) != getattr(other, field.name)
         ]
         if len(self.shards) != len(other.shards):
-            found.append(f"there were {len(self.shards)} shards and are {len(other.shards)}")
+            lost = sorted(set(self.shards) - set(other.shards))
+            found.append(
+                f"there were {len(self.shards)} shards and are {len(other.shards)}"
+                + (f", without {lost[0][0]} of {lost[0][1]} bytes" if lost else "")
+            )
         else:
             pairs = zip(self.shards, other.shards, strict=True)
             changed = [(old, new) for old, new in pairs if old != new]

@@ -128,12 +128,87 @@ def test_other_shards_or_another_tokenizer_are_refused_at_restore(
 ) -> None:
     state = TokenLoader(corpus, byte_tokenizer, **SETTINGS).state()
     fewer = TokenLoader(corpus[:2], byte_tokenizer, **SETTINGS)
-    with pytest.raises(CheckpointError, match="there were 3 shards and are 2"):
-        fewer.restore(state)
+    for extend in (False, True):
+        with pytest.raises(CheckpointError, match=r"3 shards and are 2, without shard_00002"):
+            fewer.restore(state, extend=extend)
     ranks = {bytes([value]): 255 - value for value in range(256)}
     other = TokenLoader(corpus, Tokenizer.from_ranks(ranks), **SETTINGS)
     with pytest.raises(CheckpointError, match=r"tokenizer was \w+ and is \w+"):
         other.restore(state)
+
+
+@pytest.mark.parametrize("stop", [0, 12, 33, 90])
+@pytest.mark.parametrize("added", ["shard_00003.parquet", "shard_00000a.parquet"])
+def test_shards_that_came_meanwhile_change_nothing(
+    stop: int, added: str, corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+        take(loader, stop)
+        state = through_disk(loader.state(), tmp_path)
+        expected = take(loader, 60)
+    (new,) = write_shards(["new text"] * 40, tmp_path)
+    more = sorted([*corpus, new.rename(tmp_path / added)], key=lambda path: path.name)
+    with TokenLoader(more, byte_tokenizer, **SETTINGS) as resumed:
+        resumed.restore(state)
+        assert take(resumed, 60) == expected
+        assert resumed.state().identity == state.identity
+
+
+def test_an_extended_run_goes_on_into_the_shards_that_came_meanwhile(
+    corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as uninterrupted:
+        expected = take(uninterrupted, 60)
+    with TokenLoader(corpus[:2], byte_tokenizer, **SETTINGS) as loader:
+        stop = sum(position.shard < 2 and position.epoch == 1 for *_, position in expected) - 2
+        assert take(loader, stop) == expected[:stop]
+        state = through_disk(loader.state(), tmp_path)
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as extended:
+        extended.restore(state, extend=True)
+        rest = take(extended, 60 - stop)
+        assert rest == expected[stop:]
+        assert {position.shard for *_, position in rest} == {0, 1, 2}
+        later = through_disk(extended.state(), tmp_path)
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as resumed:  # plainly, from now on
+        resumed.restore(later)
+        assert resumed.state().identity.shards == later.identity.shards
+
+
+def test_an_extended_run_refuses_shards_before_the_saved_ones(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    state = TokenLoader(corpus[1:], byte_tokenizer, **SETTINGS).state()
+    loader = TokenLoader(corpus, byte_tokenizer, **SETTINGS)
+    with pytest.raises(CheckpointError, match="there were 2 shards and are 3"):
+        loader.restore(state, extend=True)
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "concat"])
+def test_an_extended_run_may_have_another_batch_size(
+    packing: Packing, corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    settings = SETTINGS | {"packing": packing}
+    with TokenLoader(corpus, byte_tokenizer, **settings) as loader:
+        take(loader, 5)
+        state = through_disk(loader.state(), tmp_path)
+        expected = [row for inputs, *_ in take(loader, 20) for row in inputs]
+    with TokenLoader(corpus, byte_tokenizer, **settings | {"batch_size": 5}) as extended:
+        extended.restore(state, extend=True)
+        assert extended.state().identity.batch_size == 5
+        assert [row for inputs, *_ in take(extended, 12) for row in inputs] == expected
+
+
+def test_a_restore_after_a_restore_chooses_from_all_shards(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    narrow = TokenLoader(corpus[:2], byte_tokenizer, **SETTINGS).state()
+    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+        whole = loader.state()
+        expected = take(loader, 60)
+        loader.restore(narrow)
+        assert take(loader, 60) != expected
+        loader.restore(whole)
+        assert take(loader, 60) == expected
 
 
 def test_ranks_share_every_document_once(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:

@@ -63,7 +63,7 @@ def test_differences_are_named_with_both_values() -> None:
     assert IDENTITY.differences(now) == [
         "packing was best-fit and is concat",
         "batch_size was 8 and is 4",
-        "there were 2 shards and are 1",
+        "there were 2 shards and are 1, without shard_00001.parquet of 20 bytes",
     ]
     grown = replace(IDENTITY, shards=(("shard_00000.parquet", 11), ("shard_00001.parquet", 21)))
     assert IDENTITY.differences(grown) == [
