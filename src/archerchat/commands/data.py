@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from archerchat.artifacts import Home, remove_leftovers
-from archerchat.data.corpus import CorpusOptions, Group, build_corpus
+from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import describe_files, iter_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
 from archerchat.data.shards import (
@@ -33,6 +33,7 @@ from archerchat.data.shards import (
     Shard,
     data_directory,
     list_shards,
+    list_sources,
     split_shards,
 )
 from archerchat.data.stdlib import describe_stdlib, iter_stdlib, list_stdlib, stdlib_directory
@@ -59,7 +60,7 @@ class DataDownloadConfig:
 
 @dataclass(frozen=True)
 class DataBuildConfig:
-    """Turn text into shards; building the same again does nothing."""
+    """Turn text into shards; building the same again does nothing, and what is there stays."""
 
     source: str
     """`stdlib` (this Python's own sources and documentation), or a file or folder of .parquet,
@@ -74,6 +75,8 @@ class DataBuildConfig:
     """Documents read at a time; by default 256, or fewer so that 8 ranks can share a split."""
     seed: int = 0
     """Another seed shuffles and splits the documents otherwise."""
+    force: bool = False
+    """Build again and replace the data of this name; runs that read it cannot be resumed then."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def build(config: DataBuildConfig, home: Home) -> None:
     """Build shards from the standard library or from a folder of text.
 
     Raises:
-        UsageError: an option is out of range, or the name belongs to data from elsewhere.
+        UsageError: an option is out of range, or the name belongs to data from elsewhere or,
+            without `force`, to data that was built otherwise.
         DataError: there is nothing to read, a file is broken, or the disk is full.
     """
     console = Console(soft_wrap=True)
@@ -126,16 +130,21 @@ def build(config: DataBuildConfig, home: Home) -> None:
         documents_per_row_group=config.documents_per_row_group,
         seed=config.seed,
     )
+    directory = home.data_dir(config.name or _default_name(config.source))
+    unchanged = "is built already: nothing to do"
     groups: Iterable[Group]
     if config.source == STDLIB:
         root = stdlib_directory()
         files = list_stdlib(root)
         recipe, groups = describe_stdlib(root, files), iter_stdlib(root, files)
+        other = None if config.force else _find_other_stdlib(directory, recipe)
+        if other is not None:
+            recipe = other
+            unchanged = f"stays as {' '.join(other['python'])} built it: --force builds it anew"
     else:
         root = Path(config.source).expanduser()
         files = list_files(root)
         recipe, groups = describe_files(root, files), ([text] for text in iter_files(files))
-    directory = home.data_dir(config.name or _default_name(config.source))
     with _build_progress(console) as progress:
         written = build_corpus(
             progress.track(groups, description=f"building {directory.name}"),
@@ -143,9 +152,10 @@ def build(config: DataBuildConfig, home: Home) -> None:
             recipe,
             options,
             input_bytes=sum(file.stat().st_size for file in files),
+            force=config.force,
         )
     if not written:
-        console.print(f"{directory} is built already: nothing to do", highlight=False)
+        console.print(f"{directory} {unchanged}", highlight=False)
         return
     console.print(_describe(directory, list_each=False))
 
@@ -159,14 +169,22 @@ def info(config: DataInfoConfig, home: Home) -> None:
     if config.data is not None:
         directories = [data_directory(config.data, home)]
     else:
-        parent = home.root / "data"
-        found = parent.iterdir() if parent.is_dir() else ()
-        directories = sorted(path for path in found if any(path.glob("*.parquet")))
+        directories = list_sources(home)
         if not directories:
-            raise DataError(f"no data in {parent}: {MAKE_DATA}")
+            raise DataError(f"no data in {home.root / 'data'}: {MAKE_DATA}")
     console = Console(soft_wrap=True)
     for directory in directories:
         console.print(_describe(directory, list_each=config.shards))
+
+
+def _find_other_stdlib(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the recipe of the standard library's corpus there if another Python built it.
+
+    An update of Python changes the sources a little; that is no reason to break the runs that
+    read what an earlier one built.
+    """
+    there = find_recipe(directory)
+    return there if there is not None and "python" in there and there != recipe else None
 
 
 def _default_name(source: str) -> str:

@@ -17,7 +17,13 @@ from rich.table import Table
 from archerchat.artifacts import Home, new_directory, write_bytes, write_json
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
 from archerchat.errors import DataError, TokenizerError, UsageError
-from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Phase, Tokenizer, train_tokenizer
+from archerchat.tokenizer.bpe import (
+    SPECIAL_TOKENS,
+    Phase,
+    Tokenizer,
+    find_tokenizer,
+    train_tokenizer,
+)
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
@@ -73,7 +79,8 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
     """Train a tokenizer and save it under its name; does nothing if that was already done.
 
     Raises:
-        UsageError: a number is too small, or another tokenizer has the name and `force` is off.
+        UsageError: a number is too small, there is no such data, or another tokenizer has the
+            name and `force` is off.
         DataError: there are not two shards, one is broken, or their text is too short.
         TokenizerError: what is there under this name is broken, or the disk is full.
     """
@@ -126,12 +133,12 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
     """Print a table of bytes per token, by text and vocabulary, and write it as JSON if asked.
 
     Raises:
-        UsageError: a ranks file that was given does not exist.
+        UsageError: the tokenizer, the data or a ranks file that was asked for does not exist.
         TokenizerError: the tokenizer or a ranks file is broken.
-        DataError: the data that was asked for is not there.
+        DataError: the data that was asked for is broken.
     """
     console = Console(soft_wrap=True)
-    tokenizer = Tokenizer.load(home.tokenizer_dir(config.name))
+    tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
     size = int((tokenizer.token_bytes > 0).sum())
     vocabularies = [Vocabulary(OURS, size, tokenizer.encode)]
     for published, given, flag in (
@@ -261,7 +268,7 @@ def _shard_texts(
         if data is None:
             raise DataError("the tokenizer does not say what it was trained on")
         train, validation = split_shards(list_shards(data_directory(data, home)))
-    except DataError as error:
+    except (DataError, UsageError) as error:
         if config.data is not None:
             raise
         console.print(f"built-in samples only: {error}", highlight=False)

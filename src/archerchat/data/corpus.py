@@ -5,7 +5,8 @@ shuffled alone, then written as shards. Documents come in groups that must not b
 train and validation, such as a module's source and its documentation, which repeat each other.
 
 `corpus.json` beside the shards holds the recipe: what went in and with which options. While the
-recipe is the same, building again does nothing.
+recipe is the same, building again does nothing; a corpus of another recipe is replaced only on
+demand, because runs that read it could not be resumed.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def build_corpus(
     options: CorpusOptions,
     *,
     input_bytes: int = 0,
+    force: bool = False,
 ) -> bool:
     """Write the documents of `groups`, shuffled, as the shards of `directory`.
 
@@ -77,15 +79,25 @@ def build_corpus(
     Args:
         recipe: a JSON value that changes whenever `groups` would.
         input_bytes: about how much text there is; decides how much is shuffled in memory.
+        force: replace what was built here before, whatever its recipe.
 
     Raises:
-        UsageError: `directory` holds something that was not built here.
+        UsageError: `directory` holds something that was not built here, or, without `force`, was
+            built by another recipe.
         DataError: there are not two groups, or the disk is full.
     """
     remove_leftovers(directory.parent)
     made_from = json.loads(json.dumps({"recipe": recipe, "options": asdict(options)}))
-    if _is_built(directory, made_from):
-        return False
+    if not force and (manifest := _load_manifest(directory)) is not None:
+        differences = _differences(manifest["recipe"], made_from["recipe"])
+        differences += _differences(manifest["options"], made_from["options"])
+        if differences:
+            raise UsageError(
+                f"{directory} was built otherwise: {'; '.join(differences)}. Give another --name, "
+                f"or replace it with --force (runs that read it can then not be resumed)"
+            )
+        if _is_whole(directory, manifest):
+            return False
     if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).exists():
         raise UsageError(
             f"{directory} holds data that was not built here and would be replaced: give another "
@@ -99,20 +111,46 @@ def build_corpus(
     return True
 
 
-def _is_built(directory: Path, made_from: dict[str, Any]) -> bool:
-    directory = current(directory)
+def find_recipe(directory: Path) -> dict[str, Any] | None:
+    """Return what went into the corpus in `directory`; None where no whole one is."""
+    manifest = _load_manifest(directory)
+    return manifest["recipe"] if manifest and _is_whole(directory, manifest) else None
+
+
+def _load_manifest(directory: Path) -> dict[str, Any] | None:
+    """Read what `build_corpus` wrote; None where it is missing or damaged."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_bytes())
-        return bool(
-            manifest.pop("format") == FORMAT
-            and all(
-                (directory / name).stat().st_size == size
-                for name, size in manifest.pop("shards").items()
-            )
-            and manifest == made_from
+        manifest = json.loads((current(directory) / MANIFEST).read_bytes())
+        parts = [manifest[name] for name in ("recipe", "options", "shards")]
+        usable = manifest["format"] == FORMAT and all(isinstance(part, dict) for part in parts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if usable else None
+
+
+def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
+    try:
+        return all(
+            (current(directory) / name).stat().st_size == size
+            for name, size in manifest["shards"].items()
         )
-    except (OSError, ValueError, KeyError, AttributeError):
-        return False  # missing or damaged: build it anew
+    except OSError:
+        return False
+
+
+def _differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """Describe in words each entry of a recipe, or option, that is another now."""
+    found = []
+    for key in dict.fromkeys([*saved, *asked]):
+        before, now = saved.get(key), asked.get(key)
+        if key == "files":  # [name, size, ...] each
+            files = [{name: rest for name, *rest in listed or ()} for listed in (before, now)]
+            names = sorted(n for n in {*files[0], *files[1]} if files[0].get(n) != files[1].get(n))
+            if names:
+                found.append(f"files differ ({len(names)}, the first is {names[0]})")
+        elif before != now:
+            found.append(f"{key} was {before} and is {now}")
+    return found
 
 
 def _write_corpus(

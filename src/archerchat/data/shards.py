@@ -8,6 +8,7 @@ W-th of its row groups.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -17,19 +18,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from archerchat.artifacts import Home, write_bytes
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 
 TEXT_COLUMN = "text"
 MAKE_DATA = "make some with `archerchat data download` or `archerchat data build stdlib`"
 
 
 def data_directory(data: str, home: Home) -> Path:
-    """Return where `data` is: a directory if it looks like a path or is one, else a name in `home`.
+    """Return where `data` is: a path if it is written like one, else a name under the home.
 
-    `climbmix` is the source of that name under the home; `./climbmix` and `/x/climbmix` are paths.
+    `./climbmix`, `~/climbmix`, `..` and `/x/climbmix` are paths; `climbmix` is the source of that
+    name, whatever the working directory holds.
+
+    Raises:
+        UsageError: there is no such directory; the message lists the names there are.
     """
-    path = Path(data).expanduser()
-    return path if len(path.parts) > 1 or path.is_dir() else home.data_dir(data)
+    if "/" in data or os.sep in data or data.startswith((".", "~")):
+        with contextlib.suppress(RuntimeError):  # ~ and a user who is not there
+            if (path := Path(data).expanduser()).is_dir():
+                return path
+        raise UsageError(f"{data} is not a directory: give one that holds shards, or a name")
+    directory = home.data_dir(data)
+    if directory.is_dir():
+        return directory
+    names = [source.name for source in list_sources(home)]
+    known = f"; there is {', '.join(names)}. Choose one of them, or " if names else ": "
+    message = f"no data {data!r} under {directory.parent}{known}{MAKE_DATA}"
+    if Path(data).is_dir():
+        message += f". For the directory {data} that is here, write ./{data}"
+    raise UsageError(message)
+
+
+def list_sources(home: Home) -> list[Path]:
+    """Return the directories under the home that hold shards, by name."""
+    parent = home.data_dir("any").parent
+    found = parent.iterdir() if parent.is_dir() else ()
+    return sorted(
+        path for path in found if not path.name.startswith(".") and any(path.glob("*.parquet"))
+    )
 
 
 def list_shards(directory: Path) -> list[Path]:

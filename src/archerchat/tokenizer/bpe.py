@@ -21,7 +21,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from archerchat.artifacts import write_bytes, write_json
+from archerchat.artifacts import Home, write_bytes, write_json
 from archerchat.errors import DataError, TokenizerError, UsageError
 from archerchat.tokenizer.ranks import format_ranks, load_ranks
 from archerchat.tokenizer.safe_text import cut_long_whitespace, encode_text, replace_surrogates
@@ -232,6 +232,24 @@ def _load_metadata(path: Path) -> dict[str, Any]:
         if not isinstance(metadata.get(key), kind):
             raise TokenizerError(f"{path} has no {key!r} that is a {kind.__name__}")
     return metadata
+
+
+def find_tokenizer(home: Home, name: str) -> Path:
+    """Return the directory of tokenizer `name`, for `Tokenizer.load`.
+
+    Raises:
+        UsageError: there is no such tokenizer; the message lists those there are.
+    """
+    directory = home.tokenizer_dir(name)
+    if directory.is_dir():
+        return directory
+    found = directory.parent.glob("*/") if directory.parent.is_dir() else ()
+    names = sorted(path.name for path in found if (path / METADATA_FILE).is_file())
+    known = f"; there is {', '.join(names)}. Choose one of them, or " if names else ": "
+    raise UsageError(
+        f"no tokenizer {name!r} under {directory.parent}{known}make one with "
+        f"`archerchat tokenizer train`"
+    )
 
 
 def train_tokenizer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,17 +83,56 @@ def test_build_makes_shards_under_the_folders_name_and_prints_them(
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
 
 
-def test_build_reads_the_standard_library(
-    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_replaces_other_data_only_when_forced(home: Home, folder: Path) -> None:
+    config = DataBuildConfig(source=str(folder), val_fraction=0.25)
+    build(config, home)
+    (folder / "b.txt").write_text("one more")
+    before = {path: path.stat().st_mtime_ns for path in home.data_dir("my.texts").iterdir()}
+    for change, difference in (
+        (config, r"files differ \(1, the first is b\.txt\)"),
+        (replace(config, seed=1), r"seed was 0 and is 1"),
+    ):
+        with pytest.raises(UsageError, match=rf"my\.texts was built otherwise: .*{difference}"):
+            build(change, home)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    build(replace(config, force=True), home)
+    assert "one more" in iter_documents(list_shards(home.data_dir("my.texts")))
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands in for this Python's sources."""
     library = tmp_path / "lib"
     library.mkdir()
     for i in range(20):
         (library / f"module{i}.py").write_text(f'"""Module {i}."""\n' + "x = 1\n" * 40)
     monkeypatch.setattr(data, "stdlib_directory", lambda: library)
+    return library
+
+
+def test_build_reads_the_standard_library(home: Home, library: Path) -> None:
     build(DataBuildConfig("stdlib"), home)
     texts = list(iter_documents(list_shards(home.data_dir("stdlib"))))
     assert sum(text.startswith('"""Module') for text in texts) == 20
+
+
+def test_the_standard_librarys_corpus_outlives_an_update_of_python(
+    home: Home, library: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(DataBuildConfig("stdlib"), home)
+    directory = home.data_dir("stdlib")
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    (library / "module0.py").write_text('"""Module zero."""\n' + "x = 1\n" * 40)
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.1")
+    capsys.readouterr()
+    build(DataBuildConfig("stdlib"), home)
+    output = capsys.readouterr().out
+    assert re.fullmatch(r"\S+stdlib stays as \w+ 3\.\S+ built it: --force builds it anew\n", output)
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+    with pytest.raises(UsageError, match="seed was 0 and is 1"):
+        build(DataBuildConfig("stdlib", seed=1), home)
+    build(DataBuildConfig("stdlib", force=True), home)
+    assert any("Module zero" in text for text in iter_documents(list_shards(directory)))
 
 
 @pytest.mark.parametrize("name", ["stdlib", "climbmix"])
@@ -145,6 +185,9 @@ def test_info_without_a_name_shows_every_source(
 
 
 def test_info_names_what_is_wrong(home: Home) -> None:
+    with pytest.raises(UsageError, match=r"no data 'climbmix' under .*data: make some with"):
+        info(DataInfoConfig(data="climbmix"), home)
+    home.data_dir("climbmix").mkdir(parents=True)
     with pytest.raises(DataError, match=r"no \*\.parquet shard in .*climbmix"):
         info(DataInfoConfig(data="climbmix"), home)
     (shard,) = write_shards(["a"], home.data_dir("one"))

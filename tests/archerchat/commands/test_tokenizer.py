@@ -138,7 +138,8 @@ def test_more_shards_matter_only_if_they_would_be_read(home: Home) -> None:
         ({"max_chars": 0}, UsageError, "--max-chars is 0"),
         ({"doc_cap": -1}, UsageError, "--doc-cap is -1"),
         ({"name": "../x"}, UsageError, "tokenizer name '../x'"),
-        ({"data": "absent"}, DataError, "no *.parquet shard"),
+        ({"data": "absent"}, UsageError, "there is toy. Choose one of them"),
+        ({"data": "./absent"}, UsageError, "./absent is not a directory"),
     ],
 )
 def test_bad_settings_are_refused_and_leave_nothing(
@@ -257,7 +258,9 @@ def test_a_wrong_ranks_file_is_refused(home: Home, tmp_path: Path) -> None:
     for config, error, message in (
         (TokenizerEvalConfig("toy", gpt2_ranks=wrong), TokenizerError, "damaged or another file"),
         (TokenizerEvalConfig("toy", gpt4_ranks=tmp_path / "no"), UsageError, "--gpt4-ranks"),
-        (TokenizerEvalConfig("absent"), TokenizerError, "archerchat tokenizer train"),
+        (TokenizerEvalConfig("absent"), UsageError, "no tokenizer 'absent' under"),
+        (TokenizerEvalConfig("absent"), UsageError, "there is toy. Choose one of them, or make"),
+        (TokenizerEvalConfig("toy", data="absent"), UsageError, "no data 'absent' under"),
     ):
         refused(error, message, lambda config=config: evaluate(config, home))
     assert not home.cache_dir.exists()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from archerchat.data import corpus
-from archerchat.data.corpus import CorpusOptions, build_corpus
+from archerchat.data.corpus import CorpusOptions, build_corpus, find_recipe
 from archerchat.data.shards import Shard, iter_documents, list_shards, split_shards
 from archerchat.errors import DataError, UsageError
 
@@ -98,8 +98,18 @@ def test_building_again_does_nothing_until_something_changes(tmp_path: Path) -> 
     before = snapshot(directory)
     assert not build_corpus(never(), directory, recipe, CorpusOptions())
     assert snapshot(directory) == before
-    assert build_corpus(SINGLES, directory, {"files": []}, CorpusOptions())
-    assert build_corpus(SINGLES, directory, {"files": []}, CorpusOptions(seed=3))
+    for other, options, message in (
+        ({**recipe, "files": [["a.txt", 4], ["b.txt", 1]]}, CorpusOptions(), "2, the first is a.t"),
+        ({**recipe, "tuple": None}, CorpusOptions(), r"tuple was \[1, 2\] and is None"),
+        (recipe, CorpusOptions(seed=3), r"seed was 0 and is 3.*--name, or .*--force"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            build_corpus(never(), directory, other, options)
+    assert snapshot(directory) == before
+    assert find_recipe(directory) == {"files": [["a.txt", 3]], "tuple": [1, 2]}
+    assert build_corpus(SINGLES, directory, {"files": []}, CorpusOptions(seed=3), force=True)
+    assert find_recipe(directory) == {"files": []}
+    assert build_corpus(SINGLES, directory, {"files": []}, CorpusOptions(seed=3), force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
@@ -120,12 +130,23 @@ def test_a_damaged_corpus_is_built_anew(tmp_path: Path, damage: str) -> None:
     assert json.loads((directory / corpus.MANIFEST).read_text())["options"]["seed"] == 0
 
 
+def test_a_damaged_corpus_of_another_recipe_is_not_replaced(tmp_path: Path) -> None:
+    directory = tmp_path / "c"
+    build(SINGLES, directory)
+    list_shards(directory)[0].unlink()
+    assert find_recipe(directory) is None
+    with pytest.raises(UsageError, match="seed was 0 and is 1"):
+        build(SINGLES, directory, seed=1)
+
+
 def test_data_from_elsewhere_is_not_replaced(tmp_path: Path) -> None:
     directory = tmp_path / "climbmix"
     directory.mkdir()
     (directory / "shard_00000.parquet").write_bytes(b"precious")
     with pytest.raises(UsageError, match=r"climbmix holds data that was not built here"):
         build(SINGLES, directory)
+    with pytest.raises(UsageError, match="not built here"):
+        build_corpus(SINGLES, directory, {}, CorpusOptions(), force=True)
     assert (directory / "shard_00000.parquet").read_bytes() == b"precious"
 
 
@@ -172,7 +193,7 @@ def test_a_full_disk_leaves_the_old_corpus(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("archerchat.artifacts.os.fsync", full)
     with pytest.raises(DataError, match=r"No space left on device\): free some space"):
-        build(SINGLES, directory, seed=5)
+        build_corpus(SINGLES, directory, {}, CorpusOptions(seed=5), force=True)
     assert snapshot(directory) == before
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 

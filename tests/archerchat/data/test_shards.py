@@ -19,7 +19,7 @@ from archerchat.data.shards import (
     split_shards,
     write_shards,
 )
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 
 DOCUMENTS = [f"document {i} — ünïcode" for i in range(50)] + ["", "the end"]
 
@@ -139,8 +139,34 @@ def test_a_name_is_looked_up_under_the_home_and_a_path_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     home = Home(tmp_path / "home")
+    write_shards(DOCUMENTS, home.data_dir("climbmix"))
+    for name in ("climbmix", "some/climbmix"):  # what is here does not shadow a name
+        (tmp_path / name).mkdir(parents=True)
     assert data_directory("climbmix", home) == home.root / "data" / "climbmix"
+    assert data_directory("./climbmix", home) == Path("climbmix")
     assert data_directory("some/climbmix", home) == Path("some/climbmix")
-    (tmp_path / "here").mkdir()
-    assert data_directory("here", home) == Path("here")
+    assert data_directory(str(tmp_path / "some"), home) == tmp_path / "some"
+    assert data_directory("~/some", home) == tmp_path / "some"
+    assert data_directory("..", home) == Path("..")
+
+
+def test_a_name_that_does_not_exist_is_refused_with_those_that_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    home = Home(tmp_path / "home")
+    with pytest.raises(UsageError, match=r"no data 'mine' under .*data: make some with") as none:
+        data_directory("mine", home)
+    assert "./mine" not in str(none.value)
+    for name in ("b", "a"):
+        write_shards(DOCUMENTS, home.data_dir(name))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(
+        UsageError, match=r"there is a, b\. Choose .* mine that is here, write ./mine"
+    ):
+        data_directory("mine", home)
+    for path in ("./gone", "~nobody-of-this-name/x"):
+        with pytest.raises(UsageError, match=f"{path} is not a directory"):
+            data_directory(path, home)
