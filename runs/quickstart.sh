@@ -25,7 +25,7 @@ stage "Environment: Python, torch, ArcherChat"
 setup_environment
 
 stage "Data: the standard library's text, as shards"
-archerchat data build --source stdlib
+archerchat data build stdlib
 
 stage "Tokenizer: $VOCAB_SIZE tokens, learned from that text"
 archerchat tokenizer train --data stdlib --vocab-size "$VOCAB_SIZE" --name "$TAG"

@@ -37,7 +37,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "download": Command(
             "commands.data", "DataDownloadConfig", "download", "download shards from the hub"
         ),
-        "build": Command("commands.data", "DataBuildConfig", "build", "turn text into shards"),
+        "build": Command(
+            "commands.data", "DataBuildConfig", "build", "turn text into shards", positional=True
+        ),
         "info": Command("commands.data", "DataInfoConfig", "info", "print what data is there"),
     },
     "tokenizer": {
