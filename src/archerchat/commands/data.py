@@ -63,8 +63,8 @@ class DataBuildConfig:
     """Turn text into shards; building the same again does nothing, and what is there stays."""
 
     source: str
-    """`stdlib` (this Python's own sources and documentation), or a file or folder of .parquet,
-    .jsonl (`text` in both), .txt or .md files."""
+    """SOURCE: `stdlib` (this Python's own sources and documentation), or a file or folder of
+    .parquet, .jsonl (`text` in both), .txt or .md files."""
     name: str | None = None
     """What to call the data; by default `stdlib` or the folder's name."""
     val_fraction: float = 0.05

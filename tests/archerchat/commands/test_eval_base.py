@@ -68,7 +68,7 @@ def test_other_data_can_be_measured(
         (("--device-batch-size", "-4"), "--device-batch-size is -4", 2),
         (("--model-tag", "big"), "no base model 'big' under", 2),
         (("--step", "9"), "it holds 2, 4", 2),
-        (("--data", "nowhere"), "no *.parquet shard in", 1),
+        (("--data", "nowhere"), "no data 'nowhere' under", 2),
         (("--json", "/proc/nowhere/figures.json", "--eval", "bpb"), "check the disk", 1),
     ],
 )
