@@ -1,8 +1,9 @@
 """How fast one device can multiply matrices: the denominator of MFU.
 
 Published figures where `gpus.py` has the card and the dtype. Anything else, CPUs included, is
-measured: the best rate of a few square products in the compute dtype, about a second in all,
-cached on disk, so that every run on a machine divides by the same number.
+measured: the best rate of several products, square ones and a training step's, gone through
+repeatedly so that a busy moment spoils none of them; under two seconds in all, cached on disk, so
+that every run on a machine divides by the same number.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,23 @@ from archerchat.gpus import find_gpu
 from archerchat.runtime import Runtime, dtype_name
 
 CACHE_FILE = "peak_flops.json"
-CPU_SIZES = (512, 1024, 2048)
-ACCELERATOR_SIZES = (2048, 4096, 8192)
-MEASURE_SECONDS = 1.0
+Shape = tuple[int, int, int]
+"""Rows, inputs and outputs of a linear layer."""
+CPU_SHAPES: tuple[Shape, ...] = (
+    (512, 512, 512),
+    (2048, 256, 1024),
+    (2048, 1024, 256),
+    (1024, 1024, 1024),
+    (2048, 2048, 2048),
+)
+ACCELERATOR_SHAPES: tuple[Shape, ...] = (
+    (2048, 2048, 2048),
+    (8192, 1024, 4096),
+    (4096, 4096, 4096),
+    (8192, 8192, 8192),
+)
+ROUNDS = 3
+MEASURE_SECONDS = 1.5
 ABSURD_RATE = 1e20
 """No one device multiplies this fast: a cached rate beyond it is corrupt."""
 
@@ -38,14 +53,22 @@ class PeakFlops:
     """For people: "table: ..." or "measured: ..."."""
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One device's best product."""
+
+    flops_per_second: float
+    shape: Shape
+    dtype: str
+
+
 def peak_flops(runtime: Runtime, cache_dir: Path) -> PeakFlops:
     """Look up, recall or measure the peak rate of `runtime`'s device in its compute dtype.
 
     Args:
         runtime: names the device and the dtype.
         cache_dir: holds `peak_flops.json`; an entry that cannot be used is measured again, and a
-            directory that cannot be written only costs the next run a second. Delete the file
-            if the machine was busy when it was measured.
+            directory that cannot be written only costs the next run a second.
     """
     dtype = runtime.compute_dtype
     if runtime.device.type == "cuda":
@@ -56,19 +79,17 @@ def peak_flops(runtime: Runtime, cache_dir: Path) -> PeakFlops:
             return PeakFlops(published, source)
     path, key = cache_dir / CACHE_FILE, cache_key(runtime)
     entries = _load_entries(path)
-    entry, origin = entries.get(key), "cached"
-    if entry is None:
-        rate, size = measure_peak(runtime)
-        entry, origin = {"flops_per_second": rate, "size": size}, "just now"
+    measured, origin = entries.get(key), "cached"
+    remedy = f" (machine busy then? delete {path})"
+    if measured is None:
+        measured, origin = measure_peak(runtime), "just now"
         try:
-            write_json(path, {**entries, key: entry})
+            write_json(path, {name: asdict(m) for name, m in (entries | {key: measured}).items()})
         except OSError as error:
-            origin += f", not cached ({error.strerror})"
-    shape = "x".join([str(entry["size"])] * 3)
-    return PeakFlops(
-        entry["flops_per_second"],
-        f"measured: {shape} {dtype_name(dtype)} product on {runtime.device_name}, {origin}",
-    )
+            remedy, origin = "", f"just now, not cached ({error.strerror})"
+    shape = "x".join(map(str, measured.shape))
+    product = f"{shape} {measured.dtype} product on {runtime.device_name}"
+    return PeakFlops(measured.flops_per_second, f"measured: {product}{remedy}, {origin}")
 
 
 def cache_key(runtime: Runtime) -> str:
@@ -78,49 +99,61 @@ def cache_key(runtime: Runtime) -> str:
     return f"{runtime.device_name} | {dtype} | {threads} threads | torch {torch.__version__}"
 
 
-def measure_peak(runtime: Runtime, seconds: float = MEASURE_SECONDS) -> tuple[float, int]:
-    """Return the best rate over a few sizes of square products, and the size that reached it.
+def measure_peak(runtime: Runtime, seconds: float = MEASURE_SECONDS) -> Measurement:
+    """Return the best rate over a few shapes of products.
+
+    On a CPU float32 competes with the compute dtype: one that the processor only emulates is far
+    slower, and a step that does part of its work in float32 would exceed that "peak".
 
     Args:
         runtime: the device and the dtype.
-        seconds: about how long to measure; a larger size is left out when one product of it
-            would take longer than what is left.
+        seconds: about how long to measure; a shape is left out when a few products of it would
+            take longer than what is left.
     """
-    best, best_size = 0.0, 0
-    sizes = CPU_SIZES if runtime.device.type == "cpu" else ACCELERATOR_SIZES
+    is_cpu = runtime.device.type == "cpu"
+    dtypes = dict.fromkeys([runtime.compute_dtype, *([torch.float32] if is_cpu else [])])
+    shapes = CPU_SHAPES if is_cpu else ACCELERATOR_SHAPES
+    slots = [(shape, dtype) for shape in shapes for dtype in dtypes] * ROUNDS
+    best: dict[torch.dtype, Measurement] = {}
     deadline = time.perf_counter() + seconds
-    for i, size in enumerate(sizes):
+    for i, (shape, dtype) in enumerate(slots):
         left = deadline - time.perf_counter()
-        if best and 2 * size**3 / best > left / 3:
-            break
-        rate = _product_rate(runtime, size, left / (len(sizes) - i))
-        if rate > best:
-            best, best_size = rate, size
-    return best, best_size
+        if dtype in best and 4 * _flops(shape) > left * best[dtype].flops_per_second:
+            continue
+        rate = _product_rate(runtime, shape, dtype, left / (len(slots) - i))
+        if dtype not in best or rate > best[dtype].flops_per_second:
+            best[dtype] = Measurement(rate, shape, dtype_name(dtype))
+    return max(best.values(), key=lambda measured: measured.flops_per_second)
 
 
 @torch.no_grad()
-def _product_rate(runtime: Runtime, size: int, seconds: float) -> float:
-    """Return the FLOP/s of the fastest of the `size`^3 products that fit in `seconds`."""
+def _product_rate(runtime: Runtime, shape: Shape, dtype: torch.dtype, seconds: float) -> float:
+    """Return the FLOP/s of the fastest of the products that fit in `seconds`."""
     # Its own generator: measuring must not move the random numbers of a training run.
-    device, dtype = runtime.device, runtime.compute_dtype
+    rows, inputs, outputs = shape
+    device = runtime.device
     generator = torch.Generator(device).manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    torch.mm(a, b, out=out)  # warms up caches, clocks and kernel selection
+    x = torch.randn(rows, inputs, generator=generator, device=device).to(dtype)
+    weight = torch.randn(outputs, inputs, generator=generator, device=device).to(dtype)
+    out = torch.empty(rows, outputs, device=device, dtype=dtype)
+    torch.mm(x, weight.T, out=out)  # warms up caches, clocks and kernel selection
     runtime.synchronize()
     fastest, deadline = math.inf, time.perf_counter() + seconds
     while True:
         start = time.perf_counter()
-        torch.mm(a, b, out=out)
+        torch.mm(x, weight.T, out=out)
         runtime.synchronize()
         stop = time.perf_counter()
         fastest = min(fastest, max(stop - start, 1e-9))
         if stop >= deadline:
-            return 2 * size**3 / fastest
+            return _flops(shape) / fastest
 
 
-def _load_entries(path: Path) -> dict[str, dict[str, Any]]:
+def _flops(shape: Shape) -> int:
+    return 2 * math.prod(shape)
+
+
+def _load_entries(path: Path) -> dict[str, Measurement]:
     """Return the usable entries of the cache; a file that is not one counts as empty."""
     try:
         content = json.loads(path.read_bytes())
@@ -128,11 +161,16 @@ def _load_entries(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(content, dict):
         return {}
-    return {key: entry for key, entry in content.items() if _is_usable(entry)}
+    parsed = {key: _parse_entry(entry) for key, entry in content.items()}
+    return {key: entry for key, entry in parsed.items() if entry is not None}
 
 
-def _is_usable(entry: Any) -> bool:
-    if not isinstance(entry, dict):
-        return False
-    rate, size = entry.get("flops_per_second"), entry.get("size")
-    return isinstance(size, int) and isinstance(rate, float) and 0 < rate < ABSURD_RATE
+def _parse_entry(entry: Any) -> Measurement | None:
+    match entry:
+        case {
+            "flops_per_second": float(rate),
+            "shape": [int(rows), int(inputs), int(outputs)],
+            "dtype": str(dtype),
+        } if 0 < rate < ABSURD_RATE:
+            return Measurement(rate, (rows, inputs, outputs), dtype)
+    return None

@@ -157,7 +157,7 @@ def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
     )
     train_tokenizer(documents, 360).save(home.tokenizer_dir("tiny"))
     runtime = build_runtime("cpu", "float32")
-    entry = {"flops_per_second": 1e11, "size": 512}
+    entry = {"flops_per_second": 1e11, "shape": [512, 512, 512], "dtype": "float32"}
     with one_thread():
         keys = [cache_key(replace(runtime, compute_dtype=dtype)) for dtype in DTYPES.values()]
     write_json(home.cache_dir / CACHE_FILE, dict.fromkeys(keys, entry))

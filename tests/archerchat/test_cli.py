@@ -214,8 +214,9 @@ def fails(home: Any, words: list[str], capsys: pytest.CaptureFixture[str], code:
 
 
 def test_no_data(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    message = fails(tiny_home, tiny_home.pretrain_words(data="nothing"), capsys)
-    assert f"no *.parquet shard in {tiny_home.data_dir('nothing')}: make some with" in message
+    message = fails(tiny_home, tiny_home.pretrain_words(data="nothing"), capsys, code=2)
+    assert "no data 'nothing' under" in message
+    assert "there is tiny" in message
     assert tiny_home.steps() == []
 
 
@@ -249,7 +250,7 @@ def test_a_broken_shard(
 
 
 def test_no_tokenizer(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    message = fails(tiny_home, tiny_home.pretrain_words(tokenizer="nothing"), capsys)
+    message = fails(tiny_home, tiny_home.pretrain_words(tokenizer="nothing"), capsys, code=2)
     assert "make one with `archerchat tokenizer train`" in message
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from archerchat import peak_flops as module
-from archerchat.peak_flops import CACHE_FILE, cache_key, measure_peak, peak_flops
+from archerchat.peak_flops import CACHE_FILE, Measurement, cache_key, measure_peak, peak_flops
 from archerchat.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "Test CPU", "forced")
@@ -25,9 +26,9 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Runtime]:
     """Replace the measurement by 1.5 TFLOP/s, and record who asked for it."""
     calls: list[Runtime] = []
 
-    def measure(runtime: Runtime) -> tuple[float, int]:
+    def measure(runtime: Runtime) -> Measurement:
         calls.append(runtime)
-        return 1.5e12, 2048
+        return Measurement(1.5e12, (2048, 256, 1024), "bfloat16")
 
     monkeypatch.setattr(module, "measure_peak", measure)
     return calls
@@ -58,10 +59,10 @@ def test_anything_else_is_measured_once(
     first, second = peak_flops(runtime, tmp_path), peak_flops(runtime, tmp_path)
     assert first.flops_per_second == second.flops_per_second == 1.5e12
     assert measured == [runtime]
-    assert first.source.startswith("measured: 2048x2048x2048 ")
+    assert first.source.startswith("measured: 2048x256x1024 bfloat16 product on ")
     assert runtime.device_name in first.source
-    assert first.source.endswith("just now")
-    assert second.source == first.source.replace("just now", "cached")
+    assert first.source.endswith(f"delete {tmp_path / CACHE_FILE}), just now")
+    assert second.source.endswith(f"delete {tmp_path / CACHE_FILE}), cached")
 
 
 def test_the_key_holds_whatever_changes_the_rate(
@@ -86,14 +87,17 @@ def test_the_key_holds_whatever_changes_the_rate(
         "[1, 2]",
         "\x00\xff",
         '{"KEY": null}',
-        '{"KEY": {"flops_per_second": 0.0, "size": 512}}',
-        '{"KEY": {"flops_per_second": -1.0, "size": 512}}',
-        '{"KEY": {"flops_per_second": NaN, "size": 512}}',
-        '{"KEY": {"flops_per_second": Infinity, "size": 512}}',
-        '{"KEY": {"flops_per_second": 1e300, "size": 512}}',
-        '{"KEY": {"flops_per_second": "fast", "size": 512}}',
-        '{"KEY": {"flops_per_second": true, "size": 512}}',
+        '{"KEY": {"flops_per_second": 0.0, "shape": [1, 2, 3], "dtype": "x"}}',
+        '{"KEY": {"flops_per_second": -1.0, "shape": [1, 2, 3], "dtype": "x"}}',
+        '{"KEY": {"flops_per_second": NaN, "shape": [1, 2, 3], "dtype": "x"}}',
+        '{"KEY": {"flops_per_second": Infinity, "shape": [1, 2, 3], "dtype": "x"}}',
+        '{"KEY": {"flops_per_second": 1e300, "shape": [1, 2, 3], "dtype": "x"}}',
+        '{"KEY": {"flops_per_second": "fast", "shape": [1, 2, 3], "dtype": "x"}}',
+        '{"KEY": {"flops_per_second": true, "shape": [1, 2, 3], "dtype": "x"}}',
         '{"KEY": {"flops_per_second": 2e12}}',
+        '{"KEY": {"flops_per_second": 2e12, "size": 512}}',
+        '{"KEY": {"flops_per_second": 2e12, "shape": [1, 2], "dtype": "x"}}',
+        '{"KEY": {"flops_per_second": 2e12, "shape": [1, 2, 3], "dtype": null}}',
     ],
 )
 def test_a_corrupt_cache_is_measured_again(
@@ -101,12 +105,12 @@ def test_a_corrupt_cache_is_measured_again(
 ) -> None:
     (tmp_path / CACHE_FILE).write_bytes(content.replace("KEY", cache_key(CPU)).encode("latin-1"))
     assert peak_flops(CPU, tmp_path).flops_per_second == 1.5e12
-    assert peak_flops(CPU, tmp_path).source.endswith("cached")
+    assert peak_flops(CPU, tmp_path).flops_per_second == 1.5e12
     assert len(measured) == 1
 
 
 def test_other_entries_survive(tmp_path: Path, measured: list[Runtime]) -> None:
-    entry = {"flops_per_second": 3e12, "size": 512}
+    entry = {"flops_per_second": 3e12, "shape": [512, 512, 512], "dtype": "float32"}
     (tmp_path / CACHE_FILE).write_text(json.dumps({"another machine": entry, "broken": 1}))
     peak_flops(CPU, tmp_path)
     kept = json.loads((tmp_path / CACHE_FILE).read_text())
@@ -121,14 +125,64 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     peak = peak_flops(CPU, tmp_path / "file")
     assert peak.flops_per_second == 1.5e12
     assert "not cached" in peak.source
+    assert "delete" not in peak.source
 
 
 def test_a_real_measurement_is_plausible_and_leaves_no_trace() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    rate, size = measure_peak(CPU, seconds=0.05)
+    measured = measure_peak(CPU, seconds=0.05)
     assert torch.equal(torch.rand(3), expected)
-    assert size >= 512
-    assert math.isfinite(rate)
-    assert 1e8 < rate < 1e15
+    assert measured.shape in module.CPU_SHAPES
+    assert math.isfinite(measured.flops_per_second)
+    assert 1e8 < measured.flops_per_second < 1e15
+
+
+def _measure_with(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, rates: Callable[..., float]
+) -> Measurement:
+    """Measure where each slot's rate is what `rates(shape, dtype)` gives, in no time at all."""
+    monkeypatch.setattr(
+        module, "_product_rate", lambda runtime, shape, dtype, seconds: rates(shape, dtype)
+    )
+    return measure_peak(runtime)
+
+
+def test_a_trainings_own_shape_may_be_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = (2048, 256, 1024)
+    measured = _measure_with(monkeypatch, CPU, lambda shape, dtype: 3e12 if shape == best else 2e12)
+    assert measured == Measurement(3e12, best, "float32")
+
+
+def test_a_busy_moment_spoils_no_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+
+    def busy_at_first(shape: object, dtype: torch.dtype) -> float:
+        seen.append(shape)
+        return 2e12 if seen.count(shape) == module.ROUNDS else 1e12
+
+    assert _measure_with(monkeypatch, CPU, busy_at_first).flops_per_second == 2e12
+    assert {seen.count(shape) for shape in module.CPU_SHAPES} == {module.ROUNDS}
+
+
+def test_a_dtype_that_a_cpu_only_emulates_is_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rate(shape: object, dtype: torch.dtype) -> float:
+        return 2e12 if dtype == torch.float32 else 1e11
+
+    half = Runtime(torch.device("cpu"), torch.float16, "Test CPU", "forced")
+    measured = _measure_with(monkeypatch, half, rate)
+    assert (measured.flops_per_second, measured.dtype) == (2e12, "float32")
+    card = _measure_with(monkeypatch, _cuda("NVIDIA Future 9000", torch.float16), rate)
+    assert (card.flops_per_second, card.dtype) == (1e11, "float16")
+
+
+def test_shapes_that_would_take_too_long_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[object] = set()
+
+    def slow(shape: object, dtype: torch.dtype) -> float:
+        seen.add(shape)
+        return 1e9
+
+    assert _measure_with(monkeypatch, CPU, slow).flops_per_second == 1e9
+    assert seen == {(512, 512, 512)}

@@ -11,7 +11,7 @@ import torch
 
 from archerchat.dial import DialConfig
 from archerchat.errors import UsageError
-from archerchat.peak_flops import peak_flops
+from archerchat.peak_flops import Measurement, peak_flops
 from archerchat.planner import TRAIN_SHARDS, Plan, PlanConfig, build_plan
 from archerchat.runtime import Runtime, choose_dtype, dtype_name
 
@@ -134,7 +134,8 @@ def test_without_a_name_this_machine_is_planned_for(
 ) -> None:
     runtime = Runtime(torch.device("cpu"), torch.float32, "Test CPU", "forced")
     monkeypatch.setattr("archerchat.planner.build_runtime", lambda: runtime)
-    monkeypatch.setattr("archerchat.peak_flops.measure_peak", lambda runtime: (2e12, 1024))
+    measured = Measurement(2e12, (512, 512, 512), "float32")
+    monkeypatch.setattr("archerchat.peak_flops.measure_peak", lambda runtime: measured)
     plan = _plan(tmp_path, 4, gpu=None)
     assert plan.machine.name == "Test CPU"
     assert plan.machine.flops_per_second == 2e12

@@ -31,7 +31,7 @@ from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.peak_flops import peak_flops
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
-from archerchat.tokenizer.bpe import Tokenizer
+from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
 from archerchat.training.metrics import open_run
@@ -107,7 +107,7 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         )
     prepare_process(runtime)
     _check_numbers(config)
-    tokenizer = Tokenizer.load(home.tokenizer_dir(config.tokenizer))
+    tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
     hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
     tag = config.model_tag or f"d{config.dial.depth}"
     directory, run = home.checkpoint_dir("base", tag), home.run_dir(config.run or tag)

@@ -7,7 +7,6 @@ purpose with `--extend`; the shape of the model, the tokenizer, the data and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +152,7 @@ def restore_loader(loader: TokenLoader, checkpoint: Checkpoint, extend: bool) ->
         CheckpointError: the data or the packing are not those of the run.
     """
     arrays = {name: tensor.numpy() for name, tensor in checkpoint.tensors["loader"].items()}
-    state = LoaderState.from_parts(checkpoint.meta["loader"], arrays)
-    if extend:  # rows are whole between batches, so their number may change
-        rows = loader.state().identity.batch_size
-        state = replace(state, identity=replace(state.identity, batch_size=rows))
-    loader.restore(state)
+    loader.restore(LoaderState.from_parts(checkpoint.meta["loader"], arrays), extend=extend)
 
 
 def rng_tensors() -> dict[str, Tensor]:

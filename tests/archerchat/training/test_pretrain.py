@@ -30,7 +30,7 @@ def test_a_run_learns_and_says_what_it_does(
     tiny_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = {"num_iterations": 24, "eval_every": 8, "save_every": 8, "warmup_steps": 8}
-    assert tiny_home.pretrain(**run, run="a first try") == 0
+    assert tiny_home.pretrain(**run, run="a-first-try") == 0
     output = capsys.readouterr().out
     assert "\x1b" not in output
     for pattern in (
@@ -48,7 +48,7 @@ def test_a_run_learns_and_says_what_it_does(
         r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
     ):
         assert re.search(pattern, output, re.M), pattern
-    figures = summary(tiny_home, "a first try")
+    figures = summary(tiny_home, "a-first-try")
     assert figures["val_bpb"] < figures["val_bpb_first"] - 0.3
     assert (figures["steps"], figures["tokens"]) == (24, 12288)
     assert figures["peak_flops_per_second"] == 1e11
