@@ -278,7 +278,7 @@ def run_one(options: argparse.Namespace) -> dict[str, Any]:
         times.append(time.perf_counter() - started)
     count = rows * length * options.accum
     rate = count / statistics.median(times)
-    peak = measure_peak(runtime)[0]
+    peak = measure_peak(runtime).flops_per_second
     result = {
         "tokens_per_second": rate,
         "tokens_per_second_best": count / min(times),
