@@ -92,13 +92,24 @@ def test_the_largest_batch_that_fits() -> None:
     assert max_device_batch_size(estimate, 60, rows=64) is None
 
 
-def test_reference_runs_fit_where_they_ran() -> None:
-    """SPEC section 11: 8.2 and 9.4 GiB on a 16 GiB card; other code, batch unknown."""
-    for depth, reported in ((8, 8.2), (12, 9.4)):
-        config = ModelConfig(2048, 32768, depth, depth // 2, depth // 2, 64 * depth)
-        estimate = estimate_memory(config, torch.bfloat16, torch.device("cuda"))
-        assert estimate.total(1) < reported * 2**30 < estimate.total(32)
-        assert (max_device_batch_size(estimate, 16 * 2**30, 256) or 0) >= 8
+@pytest.mark.parametrize(
+    ("depth", "reported_gib", "rows", "largest"), [(8, 8.2, 16, 32), (12, 9.4, 8, 8)]
+)
+def test_the_reference_runs_memory_is_that_of_a_plausible_batch(
+    depth: int, reported_gib: float, rows: int, largest: int
+) -> None:
+    """SPEC section 11: peaks on a 16 GiB card, of other code; their micro-batches are not given.
+
+    So this is no proof of the estimate, only a bound on its error: `rows` is the power of two that
+    comes nearest, within a tenth, and half or twice of it is a fifth off and more.
+    """
+    config = ModelConfig(2048, 32768, depth, depth // 2, depth // 2, 64 * depth)
+    estimate = estimate_memory(config, torch.bfloat16, torch.device("cuda"))
+    reported = reported_gib * 2**30
+    assert estimate.total(rows) == pytest.approx(reported, rel=0.1)
+    assert estimate.total(rows // 2) < 0.8 * reported
+    assert estimate.total(2 * rows) > 1.2 * reported
+    assert max_device_batch_size(estimate, 16 * 2**30, 256) == largest
 
 
 @pytest.mark.parametrize("name", ["model_a", "model_b_gqa"])
