@@ -1,41 +1,114 @@
-"""Names, limits and record types: what every part of Endlex agrees on.
+"""Names, limits, record types and wire types: what both halves of Endlex agree on.
 
-A run's journal is a file of JSON lines. Each record is one object with `type`, `session` (the id
-of the process that wrote it), `seq` (0, 1, 2, ... within the session) and `time` (Unix seconds);
-the other keys depend on the type:
+A run's directory holds one journal file a session (a process that writes), and a journal is a
+file of JSON lines. Each record is one object with `type`, `session`, `seq` (0, 1, 2, ... within
+the session) and `time` (Unix seconds); the other keys depend on the type:
 
-    session  protocol, project, name, config, host, pid      first of every session
-    metrics  step, values {name: number}
-    text     step, name, text
-    finish   status
+    session     protocol, run, project, name, config, tags, group, notes, host, pid, rank, kind
+    metrics     step, values {name: number}
+    text        step, name, text
+    table       step, name, columns, rows
+    checkpoint  step, name, files [{path, bytes}], aliases, metadata
+    finish      status
+
+`session` is the first of every session. A journal's content is its bytes up to the last line end:
+what follows is torn. Readers keep and ignore types that they do not know.
 
 JSON has no NaN and no infinities: in `values` and in `config` they are the strings "NaN",
 "Infinity" and "-Infinity". A number in `values` is never a string otherwise, so reading it back
 is not ambiguous; in `config` they stay strings.
+
+A checkpoint is a set of files, each cut into parts that are named by their SHA-256; its manifest
+lists the files with their hashes and their parts in order.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from typing import Any, Literal, TypedDict
 
-PROTOCOL = 1
-JOURNAL_FILE = "journal.jsonl"
+PROTOCOL = 2
 
 SESSION = "session"
 METRICS = "metrics"
 TEXT = "text"
+TABLE = "table"
+CHECKPOINT = "checkpoint"
 FINISH = "finish"
+
+TRAINER = "trainer"
+SYSTEM = "system"
+"""Kinds of session: what the trainer logs, and what the shipper measures of its machine."""
+
+Status = Literal["finished", "failed", "interrupted"]
+"""How a session says that it ended."""
+STATUSES: tuple[Status, ...] = ("finished", "failed", "interrupted")
+CRASHED = "crashed"
+"""What is said of a session whose writer is gone without a word."""
+SESSION_STATES = ("running", *STATUSES, CRASHED)
+
+JOURNAL_FILE = "journal.jsonl"
+RUN_FILE = "run.json"
+JOURNAL_DIR = "journal"
+STAGED_DIR = "staged"
+MANIFEST_DIR = "manifests"
 
 MAX_NAME_CHARS = 200
 """Of a project's, run's or metric's name."""
 MAX_TEXT_CHARS = 1_000_000
 """Of one logged text."""
+MAX_BATCH_BYTES = 8 * 2**20
+"""Of one batch of journal lines, uncompressed; so also of one record."""
+PART_BYTES = 16 * 2**20
+"""Of every part of a file but its last, as the client cuts them."""
+MAX_PART_BYTES = 32 * 2**20
+"""Of any part that a server takes."""
+MAX_PARTS_ASKED = 4096
+"""Of one question which parts are missing."""
+MAX_FILES = 10_000
+"""In one checkpoint."""
+MAX_PATH_CHARS = 400
+"""Of a file's path inside a checkpoint."""
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+RUN_ID = re.compile(r"[a-z0-9]{8,32}")
+SESSION_ID = re.compile(r"[0-9a-z-]{1,64}")
+CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,119}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class EndlexError(Exception):
     """Stop with a message for the user: a wrong name or value, or a damaged journal."""
+
+
+class Part(TypedDict):
+    """A stretch of a file, named by its content."""
+
+    sha256: str
+    bytes: int
+
+
+class ManifestFile(TypedDict):
+    """One file of a checkpoint; its content is its parts' in order."""
+
+    path: str
+    bytes: int
+    sha256: str
+    parts: list[Part]
+
+
+class Manifest(TypedDict):
+    """All that a checkpoint is; `created` is in Unix seconds."""
+
+    protocol: int
+    name: str
+    step: int
+    created: float
+    aliases: list[str]
+    metadata: dict[str, Any]
+    files: list[ManifestFile]
 
 
 def check_name(name: str, what: str) -> str:
@@ -49,6 +122,121 @@ def check_name(name: str, what: str) -> str:
     if len(name) > MAX_NAME_CHARS:
         raise EndlexError(f"{what} {name[:40]!r}... is longer than {MAX_NAME_CHARS} characters")
     return name
+
+
+def _check(pattern: re.Pattern[str], value: Any, what: str, rule: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise EndlexError(f"{what} {str(value)[:80]!r} must be {rule}")
+    return value
+
+
+def check_run_id(run: str) -> str:
+    """Return `run` if it is a run id, or raise an `EndlexError`."""
+    return _check(RUN_ID, run, "run id", "8 to 32 lower-case letters and digits")
+
+
+def check_session_id(session: str) -> str:
+    """Return `session` if it is a session id, or raise an `EndlexError`."""
+    rule = "1 to 64 lower-case letters, digits and dashes"
+    return _check(SESSION_ID, session, "session id", rule)
+
+
+def check_sha256(digest: str) -> str:
+    """Return `digest` if it is one in lower-case hexadecimal, or raise an `EndlexError`."""
+    return _check(SHA256, digest, "SHA-256", "64 lower-case hexadecimal digits")
+
+
+def check_checkpoint_name(name: str) -> str:
+    """Return `name` if it may name a checkpoint, or raise an `EndlexError`."""
+    rule = "1 to 120 letters, digits, dots, dashes and underscores, and not start with a dot"
+    return _check(CHECKPOINT_NAME, name, "checkpoint name", rule)
+
+
+def check_checkpoint_path(path: str) -> str:
+    """Return `path` if it is safe as a file's path inside a checkpoint, on any system.
+
+    Raises:
+        EndlexError: it is absolute, too long, has an empty, `.` or `..` component, a backslash, a
+            drive letter, or characters that no file's name should have.
+    """
+    if not isinstance(path, str) or not 0 < len(path) <= MAX_PATH_CHARS:
+        raise EndlexError(
+            f"path {str(path)[:80]!r} in a checkpoint must have 1 to {MAX_PATH_CHARS} characters"
+        )
+    bad = any(c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" for c in path)
+    if bad or "\\" in path or path[1:2] == ":":
+        raise EndlexError(f"path {path!r} in a checkpoint has a character that is not allowed")
+    if any(component in ("", ".", "..") for component in path.split("/")):
+        raise EndlexError(
+            f"path {path!r} in a checkpoint must be relative, without empty, . or .. components"
+        )
+    return path
+
+
+def check_manifest(value: Any) -> Manifest:
+    """Return `value`, decoded from JSON, if it is a whole and consistent manifest.
+
+    Raises:
+        EndlexError: a key is missing or wrong, two files share a path, or a file's parts do not
+            add up to it.
+    """
+    if not isinstance(value, dict):
+        raise EndlexError(f"a manifest is a JSON object, not {type(value).__name__}")
+    if value.get("protocol") != PROTOCOL:
+        raise EndlexError(
+            f"the manifest's protocol is {value.get('protocol')!r}, and this version of Endlex "
+            f"speaks {PROTOCOL}: upgrade the older side"
+        )
+    check_checkpoint_name(value.get("name", ""))
+    _check_count(value.get("step"), "step")
+    created, aliases = value.get("created"), value.get("aliases")
+    if not isinstance(created, int | float) or not math.isfinite(created):
+        raise EndlexError(f"the manifest's created is {created!r}, not a time in Unix seconds")
+    if not isinstance(aliases, list) or not isinstance(value.get("metadata"), dict):
+        raise EndlexError("a manifest has a list of aliases and an object of metadata")
+    for alias in aliases:
+        check_checkpoint_name(alias)
+    files = value.get("files")
+    if not isinstance(files, list) or not 0 < len(files) <= MAX_FILES:
+        raise EndlexError(f"a checkpoint has 1 to {MAX_FILES:,} files")
+    for file in files:
+        _check_file(file)
+    _check_distinct([file["path"] for file in files])
+    return value  # type: ignore[return-value]
+
+
+def _check_count(value: Any, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise EndlexError(f"{what} is {value!r}; it must be a whole number from 0")
+    return value
+
+
+def _check_file(file: Any) -> None:
+    if not isinstance(file, dict) or not isinstance(file.get("parts"), list):
+        raise EndlexError("each file of a manifest is an object with path, bytes, sha256, parts")
+    path = check_checkpoint_path(file.get("path", ""))
+    size = _check_count(file.get("bytes"), f"the size of {path!r}")
+    check_sha256(file.get("sha256", ""))
+    held = 0
+    for part in file["parts"]:
+        if not isinstance(part, dict):
+            raise EndlexError(f"a part of {path!r} is not an object with sha256 and bytes")
+        check_sha256(part.get("sha256", ""))
+        part_bytes = _check_count(part.get("bytes"), f"the size of a part of {path!r}")
+        if not 0 < part_bytes <= MAX_PART_BYTES:
+            raise EndlexError(f"a part of {path!r} must have 1 to {MAX_PART_BYTES:,} bytes")
+        held += part_bytes
+    if held != size:
+        raise EndlexError(f"{path!r} has {size:,} bytes, but its parts have {held:,}")
+
+
+def _check_distinct(paths: list[str]) -> None:
+    if len(set(paths)) != len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise EndlexError(f"the checkpoint has two files named {twice!r}")
+    directories = {path[:i] for path in paths for i, c in enumerate(path) if c == "/"}
+    for path in directories.intersection(paths):
+        raise EndlexError(f"{path!r} is a file and a directory in one checkpoint")
 
 
 def encode_number(value: float) -> float | str:
