@@ -1,0 +1,44 @@
+// A colour for every run: the same one on each page, whatever else is shown beside it.
+
+// Two sets with equal order, one readable on white, one on dark grey.
+const LIGHT = [
+  "#2f6feb", "#d1502f", "#1a7f4b", "#8a3ffc", "#b58105", "#0b8a9e", "#c2387d",
+  "#5b6b1f", "#6f4e37", "#3d4db7", "#e0752d", "#2b8f86", "#a13d9e", "#7a7f87",
+  "#bf3145", "#4f8a10", "#0f62a8", "#94621c", "#6a5acd", "#118c5b",
+];
+const DARK = [
+  "#6ea1ff", "#ff8a66", "#4cc38a", "#b98cff", "#e3b341", "#3fc5d8", "#f47ab5",
+  "#a9bb55", "#c19a80", "#8f9dff", "#ffab70", "#5fd0c5", "#dd87da", "#b0b6bf",
+  "#ff7b8a", "#8fd14f", "#58b0ff", "#d9a866", "#a89bff", "#43d69b",
+];
+
+export function isDark() {
+  const chosen = document.documentElement.dataset.theme;
+  if (chosen) return chosen === "dark";
+  return matchMedia("(prefers-color-scheme: dark)").matches;
+}
+
+export function paint(index) {
+  const colors = isDark() ? DARK : LIGHT;
+  return colors[index % colors.length];
+}
+
+function hashText(text) {
+  let hash = 2166136261;
+  for (let i = 0; i < text.length; i++) hash = Math.imul(hash ^ text.charCodeAt(i), 16777619);
+  return hash >>> 0;
+}
+
+// Each id prefers the place that its hash names and takes the next free one, in the order of the
+// ids, so the same set of runs always gets the same colours and no two of twenty share one.
+export function assignColors(ids) {
+  const taken = new Set();
+  const places = new Map();
+  for (const id of [...ids].sort()) {
+    let place = hashText(id) % LIGHT.length;
+    for (let n = 0; n < LIGHT.length && taken.has(place); n++) place = (place + 1) % LIGHT.length;
+    taken.add(place);
+    places.set(id, place);
+  }
+  return places;
+}
