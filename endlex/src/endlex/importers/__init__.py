@@ -1,0 +1,1 @@
+"""Readers of other tools' files: each makes run directories, which `endlex sync` ships."""

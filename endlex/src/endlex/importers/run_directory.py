@@ -1,0 +1,267 @@
+"""Write what an importer reads as a run directory: run.json and one session file a process.
+
+The records keep the times of the tool that made them. A directory is built under a temporary name
+and renamed when it is whole. Run and session ids come from the source, so that importing the same
+run again joins the same run on the server instead of doubling it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from endlex.protocol import (
+    FINISH,
+    JOURNAL_DIR,
+    MAX_NAME_CHARS,
+    MAX_TEXT_CHARS,
+    METRICS,
+    PROTOCOL,
+    RUN_FILE,
+    RUN_ID,
+    SESSION,
+    SYSTEM,
+    TABLE,
+    TEXT,
+    TRAINER,
+    EndlexError,
+    Status,
+    encode_number,
+)
+
+LARGEST_STEP = 2**53
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the other tool says about a run."""
+
+    tool: str
+    """"wandb" or "tensorboard": becomes a tag."""
+    identity: str
+    """What makes the run itself: equal for every import of it."""
+    project: str
+    name: str
+    created: float
+    """Unix seconds."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
+    group: str | None = None
+    notes: str | None = None
+    host: str = ""
+    run: str | None = None
+    """The tool's own id, used when it may be one here too."""
+
+
+@dataclass
+class Imported:
+    """What one import did."""
+
+    directory: Path
+    run: str
+    counts: Counter[str] = field(default_factory=Counter)
+    """Records written, by type."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """What was left out, by reason."""
+
+
+def run_id(source: Source) -> str:
+    """Return the tool's own id where the alphabet allows, else a hash of the identity."""
+    if source.run and RUN_ID.fullmatch(source.run):
+        return source.run
+    return hashlib.sha256(f"{source.tool}\0{source.identity}".encode()).hexdigest()[:10]
+
+
+def tidy_name(name: str, default: str) -> str:
+    """Make a name printable and short enough, as `protocol.check_name` wants it."""
+    return "".join(c if c.isprintable() else "_" for c in name).strip()[:MAX_NAME_CHARS] or default
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Join the keys of nested mappings with "/"."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class RunWriter:
+    """Build one run directory; as a context manager it appears whole, or not at all.
+
+    Args:
+        root: where it goes, as `root/<project>/<name>-<run id>`.
+
+    Raises:
+        EndlexError: the run is there already.
+    """
+
+    def __init__(self, root: Path, source: Source) -> None:
+        self.source = source
+        identity = run_id(source)
+        project, name = (re.sub(r"[^\w.-]+", "_", part) for part in (source.project, source.name))
+        final = root / project.strip(".")[:80] / f"{name.strip('.')[:80]}-{identity}"
+        if final.exists():
+            raise EndlexError(
+                f"{final} is there already: ship it with `endlex sync {final}`, or remove it to "
+                "import the run again"
+            )
+        self.imported = Imported(final, identity)
+        self._building = final.with_name(f".{final.name}.importing-{os.getpid()}")
+        self._files: dict[str, BinaryIO] = {}
+        self._sessions: dict[str, str] = {}
+        self._seq: Counter[str] = Counter()
+        self._resources = ExitStack()
+
+    def __enter__(self) -> RunWriter:
+        (self._building / JOURNAL_DIR).mkdir(parents=True)
+        source = self.source
+        self._write_json(
+            RUN_FILE,
+            {
+                "run": self.imported.run,
+                "project": source.project,
+                "name": source.name,
+                "created": source.created,
+            },
+        )
+        self._begin(TRAINER)
+        return self
+
+    def _begin(self, kind: str) -> None:
+        """Open a session file with its session record."""
+        number = len(self._files) + 1
+        digest = hashlib.sha256(f"{self.imported.run}\0{kind}".encode()).hexdigest()[:12]
+        session = f"{number:06d}-{digest}"
+        path = self._building / JOURNAL_DIR / f"{session}.jsonl"
+        self._sessions[kind] = session
+        self._files[kind] = self._resources.enter_context(path.open("wb"))
+        source = self.source
+        content = {
+            "protocol": PROTOCOL,
+            "run": self.imported.run,
+            "project": source.project,
+            "name": source.name,
+            "config": _jsonable(source.config) if kind == TRAINER else {},
+            "tags": sorted({*source.tags, f"imported:{source.tool}"}),
+            "group": source.group,
+            "notes": source.notes,
+            "host": source.host,
+            "pid": 0,
+            "rank": 0,
+            "kind": kind,
+        }
+        self._append(kind, SESSION, source.created, content)
+
+    def _append(self, kind: str, record: str, time: float, content: Mapping[str, Any]) -> None:
+        if kind not in self._files:
+            self._begin(kind)
+        head = {
+            "type": record,
+            "session": self._sessions[kind],
+            "seq": self._seq[kind],
+            "time": time,
+        }
+        line = json.dumps(head | dict(content), ensure_ascii=False, allow_nan=False)
+        self._files[kind].write(line.encode("utf-8", "replace") + b"\n")
+        self._seq[kind] += 1
+        self.imported.counts[record] += 1
+
+    def metrics(
+        self, step: int, time: float, values: Mapping[str, float], *, system: bool = False
+    ) -> None:
+        """Record the metrics of a step; system ones go into a session of their own."""
+        if not values or not self._is_step(step):
+            return
+        encoded = {tidy_name(n, "metric"): encode_number(_number(v)) for n, v in values.items()}
+        content = {"step": step, "values": encoded}
+        self._append(SYSTEM if system else TRAINER, METRICS, time, content)
+
+    def text(self, step: int, time: float, name: str, text: str) -> None:
+        """Record a text; one that is too long is cut."""
+        if self._is_step(step):
+            if len(text) > MAX_TEXT_CHARS:
+                self.skip("end of a text that is too long")
+            content = {"step": step, "name": tidy_name(name, "text"), "text": text[:MAX_TEXT_CHARS]}
+            self._append(TRAINER, TEXT, time, content)
+
+    def table(
+        self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
+    ) -> None:
+        """Record a table."""
+        if self._is_step(step):
+            content = {
+                "step": step,
+                "name": tidy_name(name, "table"),
+                "columns": columns,
+                "rows": _jsonable(rows),
+            }
+            self._append(TRAINER, TABLE, time, content)
+
+    def finish(self, time: float, status: Status) -> None:
+        """Record the end of the run, in every session that it has."""
+        for kind in list(self._files):
+            self._append(kind, FINISH, time, {"status": status})
+
+    def skip(self, reason: str) -> None:
+        """Count something that has no place in a journal."""
+        self.imported.skipped[reason] += 1
+
+    def _is_step(self, step: int) -> bool:
+        if 0 <= step <= LARGEST_STEP:
+            return True
+        self.skip("step below 0 or above 2**53")
+        return False
+
+    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        with (self._building / name).open("w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        finally:
+            self._resources.close()
+        if kind is None:
+            self._building.rename(self.imported.directory)
+        else:
+            shutil.rmtree(self._building, ignore_errors=True)
+
+
+def _number(value: float) -> float:
+    """Make a truth value 0 or 1, and an integer beyond every float an infinity."""
+    try:
+        return float(value) if isinstance(value, bool) or abs(value) > LARGEST_STEP else value
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _jsonable(value: Any) -> Any:
+    """Replace non-finite floats by their strings, at any depth."""
+    if isinstance(value, float):
+        return encode_number(value)
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    return [_jsonable(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,152 @@
+"""wandb's offline runs, as the real library wrote them (make_fixtures.py)."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from endlex.importers.wandb import find_wandb_files, import_wandb, iter_records
+from endlex.protocol import EndlexError, decode_number
+
+FIXTURE = Path(__file__).parent / "fixtures" / "wandb"
+FILE = FIXTURE / "run-abcdefgh.wandb"
+
+
+def records(directory: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [
+        json.loads(line)
+        for file in sorted((directory / "journal").iterdir())
+        for line in file.read_bytes().splitlines()
+    ]
+    return [line for line in lines if line["type"] == kind]
+
+
+def test_a_real_offline_run(tmp_path: Path) -> None:
+    imported = import_wandb(FILE, tmp_path)
+    assert imported.run == "abcdefgh"
+    assert imported.directory == tmp_path / "import-test" / "d12-abcdefgh"
+    run = json.loads((imported.directory / "run.json").read_text())
+    assert (run["run"], run["project"], run["name"]) == ("abcdefgh", "import-test", "d12")
+    trainer, system = records(imported.directory, "session")
+    assert trainer["config"] == {"depth": 12, "optim": {"lr": 0.02}, "late": "yes"}
+    assert trainer["tags"] == ["a", "b", "imported:wandb"]
+    assert (trainer["group"], trainer["notes"], trainer["host"]) == ("g", "a note", "box")
+    assert (trainer["kind"], system["kind"]) == ("trainer", "system")
+    rows = [r for r in records(imported.directory, "metrics") if r["session"] == trainer["session"]]
+    assert [r["step"] for r in rows] == [*range(11), 100]
+    assert [r["values"]["train/loss"] for r in rows[:10]] == [3.0 / (i + 1) for i in range(10)]
+    assert rows[9]["values"]["nested/b"] == -9
+    assert math.isnan(decode_number(rows[10]["values"]["train/loss"]))
+    assert rows[10]["values"]["inf"] == "Infinity"
+    assert rows[10]["values"]["flag"] == 1.0
+    assert rows[11]["values"] == {"val/bpb": 1.5}
+    sample, long = records(imported.directory, "text")
+    assert (sample["step"], sample["text"]) == (11, "Once upon <b>a time</b>")
+    assert long["text"] == "x" * 15_000
+    (table,) = records(imported.directory, "table")
+    assert (table["columns"], table["rows"]) == (["q", "a"], [["1+1", 2], ["x", None]])
+    measured = [
+        r for r in records(imported.directory, "metrics") if r["session"] != rows[0]["session"]
+    ]
+    assert measured
+    assert all(name.startswith("system/") for r in measured for name in r["values"])
+    assert {r["status"] for r in records(imported.directory, "finish")} == {"finished"}
+    assert imported.skipped == {"histogram": 1, "artifact": 1}
+
+
+def test_sequence_numbers_and_times_are_those_of_a_journal(tmp_path: Path) -> None:
+    directory = import_wandb(FILE, tmp_path).directory
+    for file in (directory / "journal").iterdir():
+        lines = [json.loads(line) for line in file.read_bytes().splitlines()]
+        assert [line["seq"] for line in lines] == list(range(len(lines)))
+        assert {line["session"] for line in lines} == {file.stem}
+
+
+def test_a_run_is_imported_once(tmp_path: Path) -> None:
+    directory = import_wandb(FILE, tmp_path).directory
+    before = {p.name: p.read_bytes() for p in (directory / "journal").iterdir()}
+    with pytest.raises(EndlexError, match=r"there already.*endlex sync"):
+        import_wandb(FILE, tmp_path)
+    again = import_wandb(FILE, tmp_path / "elsewhere").directory
+    assert {p.name: p.read_bytes() for p in (again / "journal").iterdir()} == before
+
+
+@pytest.mark.parametrize("cut", [8, 100, 4001, 32_768, 32_775, 33_000])
+def test_a_torn_file_is_read_to_where_it_is_whole(tmp_path: Path, cut: int) -> None:
+    whole = list(iter_records(FILE))
+    torn = tmp_path / "torn.wandb"
+    torn.write_bytes(FILE.read_bytes()[:cut])
+    some = list(iter_records(torn))
+    assert len(some) < len(whole)
+    assert some == whole[: len(some)]
+
+
+def test_a_killed_run_is_interrupted(tmp_path: Path) -> None:
+    torn = tmp_path / "torn.wandb"
+    torn.write_bytes(FILE.read_bytes()[:4001])
+    directory = import_wandb(torn, tmp_path / "out").directory
+    assert records(directory, "finish")[0]["status"] == "interrupted"
+
+
+def test_damage_is_told_with_its_place(tmp_path: Path) -> None:
+    content = bytearray(FILE.read_bytes())
+    content[500] ^= 1
+    damaged = tmp_path / "damaged.wandb"
+    damaged.write_bytes(content)
+    with pytest.raises(EndlexError, match="damaged at byte"):
+        import_wandb(damaged, tmp_path / "out")
+    assert not [*(tmp_path / "out").rglob("*.jsonl")]
+
+
+def test_a_table_s_path_cannot_leave_the_run(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"columns": ["secret"], "data": [[1]]}')
+    run = tmp_path / "run"
+    run.mkdir()
+    content = FILE.read_bytes()
+    inside = b'"media/table/'
+    start = content.index(inside)
+    while b".table.json" not in content[start : start + 80]:
+        start = content.index(inside, start + 1)
+    end = content.index(b'"', start + 1) + 1
+    head, tail = b'"..', b'../secret.json"'
+    evil = head + b"/" * (end - start - len(head) - len(tail)) + tail
+    (run / "run-abcdefgh.wandb").write_bytes(_resealed(content.replace(content[start:end], evil)))
+    (run / "files").mkdir()
+    imported = import_wandb(run / "run-abcdefgh.wandb", tmp_path / "out")
+    assert imported.skipped["table-file"] == 1
+    assert not records(imported.directory, "table")
+
+
+def _resealed(content: bytes) -> bytes:
+    """Put right checksums on a changed log."""
+    changed, position = bytearray(content), 7
+    while position + 7 <= len(changed):
+        room = 32768 - position % 32768
+        if room < 7:
+            position += room
+            continue
+        length, kind = (
+            int.from_bytes(changed[position + 4 : position + 6], "little"),
+            changed[position + 6],
+        )
+        body = bytes(changed[position + 7 : position + 7 + length])
+        crc = zlib.crc32(body, zlib.crc32(bytes([kind])))
+        changed[position : position + 4] = crc.to_bytes(4, "little")
+        position += 7 + length
+    return bytes(changed)
+
+
+def test_nothing_to_import_is_said(tmp_path: Path) -> None:
+    with pytest.raises(EndlexError, match=r"no \.wandb file"):
+        find_wandb_files(tmp_path)
+    other = tmp_path / "other.wandb"
+    other.write_bytes(b"PK\3\4")
+    with pytest.raises(EndlexError, match=r"not a \.wandb file"):
+        import_wandb(other, tmp_path)
+    assert find_wandb_files(FIXTURE) == [FILE]
