@@ -18,7 +18,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,21 @@ MIN_BLOCK = 128
 """Fewest queries in a block: smaller products no longer pay for their launch."""
 MAX_SCORE = 60.0
 """exp(60) times any row length stays finite in float32 and in bfloat16."""
+
+
+class Past(Protocol):
+    """What one layer keeps of the tokens before those that it is given: a KV cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from new tokens to what is kept and to themselves, and keep them too.
+
+        Args:
+            q: (B, T, H, D), rotated and normalised; k, v: (B, T, K, D).
+
+        Returns:
+            (B, T, H, D).
+        """
+        ...
 
 
 def choose_backend(
@@ -84,10 +99,12 @@ def attend(
 ) -> Tensor:
     """Attend causally: the query at t sees keys t-window .. t, scaled by 1/sqrt(D).
 
+    There may be more keys than queries: the last query then is the last key's.
+
     Args:
         q: (B, T, H, D).
-        k: (B, T, K, D); query head i reads head floor(i * K / H).
-        v: (B, T, K, D).
+        k: (B, S, K, D), S >= T; query head i reads head floor(i * K / H).
+        v: (B, S, K, D).
         window: how far back a query sees; T-1 or more means everything before it.
         mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `sdpa` does:
             it is made to be compiled, once for each length, and holds every score otherwise.
@@ -95,7 +112,9 @@ def attend(
     Returns:
         (B, T, H, D) in q's dtype.
     """
-    window = min(window, q.size(1) - 1)
+    window = min(window, k.size(1) - 1)
+    if backend == "flex" and k.size(1) > q.size(1):
+        backend = "sdpa"  # block masks are made for rows that begin at their first token
     if backend == "flash":
         flashed: Tensor = _attend_flash(q, k, v, window)
         return flashed
@@ -111,17 +130,19 @@ def attend(
 
 def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Tensor:
     """Take queries in blocks, each with only the keys it can see."""
-    length = q.size(2)
-    if backend == "matmul" and length > MATMUL_MAX_KEYS:
+    length, before = q.size(2), k.size(2) - q.size(2)
+    if backend == "matmul" and length + before > MATMUL_MAX_KEYS:
         backend = "sdpa"
-    if backend == "sdpa" and window >= length - 1:
+    if backend == "sdpa" and window >= length - 1 and not before:
         return _sdpa(q, k, v, None)
     kernel, outputs = _softmax_matmul if backend == "matmul" else _sdpa, []
     block = _block_size(length, window)
     for start in range(0, length, block):
-        stop, first = min(start + block, length), max(0, start - window)
-        mask = _band_mask(stop - start, stop - first, window, start - first, q.device)
-        outputs.append(kernel(q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask))
+        stop, first = min(start + block, length), max(0, before + start - window)
+        keys = slice(first, before + stop)
+        offset = before + start - first
+        mask = _band_mask(stop - start, before + stop - first, window, offset, q.device)
+        outputs.append(kernel(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask))
     return torch.cat(outputs, dim=2)
 
 

@@ -9,7 +9,7 @@ a few tokens at a time (`model/loss.py`); `forward` returns logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archerchat.model.attention import Backend, attend, prepare_mask
+from archerchat.model.attention import Backend, Past, attend, prepare_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
@@ -35,10 +35,14 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (T, 1, D/2) of position * base^(-2j/D)."""
+    """Return cosines and sines (T, 1, D/2) of position * base^(-2j/D).
+
+    Args:
+        positions: (T,), or (B, T) for tables (B, T, 1, D/2) of rows that begin elsewhere.
+    """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float()[:, None] * ROTARY_BASE ** (-exponents / head_dim)
-    return angles.cos().to(dtype)[:, None, :], angles.sin().to(dtype)[:, None, :]
+    angles = positions.float()[..., None] * ROTARY_BASE ** (-exponents / head_dim)
+    return angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -88,6 +92,7 @@ class Attention(nn.Module):
         value_embedding: Tensor | None,
         rotary: tuple[Tensor, Tensor],
         mask: Any = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Map normalised activations (B, T, C) to the branch's output (B, T, C)."""
         batch, length, _ = h.shape
@@ -99,7 +104,10 @@ class Attention(nn.Module):
             gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embedding.view_as(v)
         q, k = (norm(rotate(x, *rotary)) * QK_GAIN for x in (q, k))
-        y = attend(q, k, v, self.window, self.backend, mask)
+        if past is None:
+            y = attend(q, k, v, self.window, self.backend, mask)
+        else:
+            y = past.attend(q, k, v)
         out: Tensor = self.output(y.reshape(batch, length, -1))
         return out
 
@@ -134,25 +142,46 @@ class Block(nn.Module):
         residual_lambda: Tensor,
         input_lambda: Tensor,
         mask: Any = None,
+        past: Past | None = None,
     ) -> Tensor:
         """Map the residual stream and the model's input (B, T, C) to the new stream."""
         x = residual_lambda * x + input_lambda * x0
-        x = x + self.attention(norm(x), value_embedding, rotary, mask)
+        x = x + self.attention(norm(x), value_embedding, rotary, mask, past)
         out: Tensor = x + self.mlp(norm(x))
         return out
 
 
-def smear(x: Tensor, gate_weight: Tensor, smear_lambda: Tensor) -> Tensor:
-    """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before."""
+def smear(
+    x: Tensor, gate_weight: Tensor, smear_lambda: Tensor, previous: Tensor | None = None
+) -> Tensor:
+    """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before.
+
+    Args:
+        previous: (B, C), the normalised embedding before the first; zeros where there is none.
+    """
     x = norm(x)
-    here, before = x[:, 1:], x[:, :-1]
+    if previous is None:
+        first, here, before = x[:, :1], x[:, 1:], x[:, :-1]
+    else:
+        first, here, before = x[:, :0], x, torch.cat([previous[:, None], x[:, :-1]], dim=1)
     gate = torch.sigmoid(F.linear(here[..., :SMEAR_CHANNELS], gate_weight.to(x.dtype)))
-    return torch.cat([x[:, :1], here + smear_lambda.to(x.dtype) * gate * before], dim=1)
+    return torch.cat([first, here + smear_lambda.to(x.dtype) * gate * before], dim=1)
 
 
 def back_out(x: Tensor, middle: Tensor, backout_lambda: Tensor) -> Tensor:
     """Subtract part of the middle layer's stream from the last one's and normalise."""
     return norm(x - backout_lambda.to(x.dtype) * middle)
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a forward pass needs of the tokens before those that it is given."""
+
+    positions: Tensor
+    """(T,) or (B, T): of the tokens that are given."""
+    previous: Tensor
+    """(B, C): normalised embedding of the token before them, zeros where there is none."""
+    layers: Sequence[Past]
 
 
 @dataclass(frozen=True)
@@ -251,17 +280,25 @@ class Transformer(nn.Module):
         self.smear_lambda.zero_()
         self.backout_lambda.fill_(0.2)
 
-    def hidden(self, token_ids: Tensor, regions: Regions | None = None) -> Tensor:
+    def hidden(
+        self, token_ids: Tensor, regions: Regions | None = None, before: Before | None = None
+    ) -> Tensor:
         """Map token ids (B, T) to the unembedding's input (B, T, C) in the compute dtype.
 
         Args:
             regions: compiled pieces to run instead of the plain ones.
+            before: a cache of what came before these tokens; without it they begin their rows.
         """
         run, dtype = regions or Regions(), self.compute_dtype
         positions = torch.arange(token_ids.size(1), device=token_ids.device)
-        rotary = rotary_tables(positions, self.config.head_dim, dtype)
+        rotary = rotary_tables(
+            before.positions if before else positions, self.config.head_dim, dtype
+        )
         x = self.token_embedding(token_ids).to(dtype)
-        x = run.smear(x, self.smear_gate.weight, self.smear_lambda)
+        if before:
+            x = run.smear(x, self.smear_gate.weight, self.smear_lambda, before.previous)
+        else:
+            x = run.smear(x, self.smear_gate.weight, self.smear_lambda)
         x0, middle = x, x
         residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
         masks = self._masks(token_ids) if regions else [None] * len(self.blocks)
@@ -269,7 +306,8 @@ class Transformer(nn.Module):
             value = None
             if self.config.has_value_embedding(i):
                 value = self.value_embeddings[str(i)](token_ids).to(dtype)
-            x = run.block(block, x, x0, value, rotary, residual[i], inputs[i], masks[i])
+            past = (before.layers[i],) if before else ()
+            x = run.block(block, x, x0, value, rotary, residual[i], inputs[i], masks[i], *past)
             if i == self.config.num_layers // 2:
                 middle = x
         return run.back_out(x, middle, self.backout_lambda)
@@ -279,7 +317,11 @@ class Transformer(nn.Module):
         length, device = token_ids.size(1), token_ids.device
         return [prepare_mask(length, w, device, self.backend) for w in self.config.windows]
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map the unembedding's input (..., C) to capped float32 logits (..., vocab_size)."""
+        logits = self.unembedding(hidden)[..., : self.config.vocab_size]
+        return LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)
+
     def forward(self, token_ids: Tensor) -> Tensor:
         """Map token ids (B, T) to capped float32 logits (B, T, vocab_size)."""
-        logits = self.unembedding(self.hidden(token_ids))[..., : self.config.vocab_size]
-        return LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)
+        return self.logits(self.hidden(token_ids))

@@ -1,0 +1,150 @@
+"""Run prompts through a model many at a time, after a prefix that they share or none.
+
+    prefix = prefill(model, [shared_ids]).prefix(0)
+    scored = prefill(model, continuations, prefix)
+    scored.logits(row, positions)
+
+Rows of unequal length are padded on the right, where causal attention hides the padding from
+every token that counts. The prefix is computed once, whatever the number of continuations.
+`iter_batches` cuts many prompts into batches of similar lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from archerchat.inference.kv_cache import Prefix
+from archerchat.model.attention import Backend, attend
+from archerchat.model.transformer import Before, Transformer, norm
+
+PREFILL_TOKENS = 4096
+"""Tokens in a batch, padding included, unless one prompt is longer: enough to fill a CPU's cores,
+little enough that activations stay small."""
+LEAST_FILLED = 0.75
+"""A shorter prompt than this share of a batch's longest starts a batch of its own."""
+
+
+class PromptLayer:
+    """One layer's past in a prefill: the shared prefix; keeps the new keys and values."""
+
+    def __init__(
+        self, window: int, backend: Backend, past: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.window, self.backend, self.past = window, backend, past
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from (B, T, H, D) to the prefix and to the new tokens up to each."""
+        self.keys, self.values = k, v
+        if self.past is not None:
+            k, v = (
+                torch.cat([kept.transpose(0, 1).expand(k.size(0), -1, -1, -1), new], dim=1)
+                for kept, new in zip(self.past, (k, v), strict=True)
+            )
+        return attend(q, k, v, self.window, self.backend)
+
+
+class Prefilled:
+    """A batch of prompts that have run, after `shared` where that is given.
+
+    Args:
+        hidden: (B, T, C), padded on the right.
+        embedded: (B, T, C), the normalised embeddings.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        lengths: Sequence[int],
+        hidden: Tensor,
+        embedded: Tensor,
+        layers: Sequence[PromptLayer],
+        shared: Prefix | None,
+    ) -> None:
+        self.model, self.lengths, self.hidden = model, tuple(lengths), hidden
+        self._embedded, self._layers, self._shared = embedded, layers, shared
+
+    def logits(self, row: int, positions: Sequence[int] | slice) -> Tensor:
+        """Return capped float32 logits (n, vocab_size) at positions of a row.
+
+        Args:
+            positions: counted from the row's first token after the shared prefix.
+        """
+        if isinstance(positions, slice):
+            return self.model.logits(self.hidden[row, : self.lengths[row]][positions])
+        assert all(0 <= p < self.lengths[row] for p in positions), "a position of the padding"
+        return self.model.logits(self.hidden[row, list(positions)])
+
+    def last_logits(self) -> Tensor:
+        """Return the capped float32 logits (B, vocab_size) that follow each row."""
+        rows = torch.arange(len(self.lengths), device=self.hidden.device)
+        last = torch.tensor(self.lengths, device=self.hidden.device) - 1
+        return self.model.logits(self.hidden[rows, last])
+
+    def prefix(self, row: int) -> Prefix:
+        """Return what a continuation of a row needs, the shared prefix included."""
+        count = self.lengths[row]
+        before = self._shared.length if self._shared else 0
+
+        def kept(new: Tensor | None, past: Tensor | None, window: int) -> Tensor:
+            assert new is not None
+            own = new[row, :count].transpose(0, 1)  # (K, T, D)
+            whole = own if past is None else torch.cat([past, own], dim=1)
+            return whole[:, -window:]
+
+        keys, values = [], []
+        for layer in self._layers:
+            past_k, past_v = layer.past or (None, None)
+            keys.append(kept(layer.keys, past_k, layer.window))
+            values.append(kept(layer.values, past_v, layer.window))
+        return Prefix(before + count, tuple(keys), tuple(values), self._embedded[row, count - 1])
+
+
+@torch.no_grad()
+def prefill(
+    model: Transformer, rows: Sequence[Sequence[int]], shared: Prefix | None = None
+) -> Prefilled:
+    """Run one batch of rows, each of at least one token.
+
+    Args:
+        rows: token ids; after the shared prefix, which they do not repeat.
+    """
+    lengths = [len(row) for row in rows]
+    assert min(lengths, default=0) > 0, "each row needs a token"
+    width = max(lengths)
+    padded = [[*row, *[0] * (width - len(row))] for row in rows]
+    token_ids = torch.tensor(padded).to(model.device, non_blocking=True)
+    start = shared.length if shared else 0
+    layers = [
+        PromptLayer(window, model.backend, (shared.keys[i], shared.values[i]) if shared else None)
+        for i, window in enumerate(model.config.windows)
+    ]
+    embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
+    previous = torch.zeros_like(embedded[:, 0])
+    if shared:
+        previous = previous + shared.previous
+    positions = torch.arange(start, start + width, device=model.device)
+    hidden = model.hidden(token_ids, before=Before(positions, previous, layers))
+    return Prefilled(model, lengths, hidden, embedded, layers, shared)
+
+
+def iter_batches(lengths: Sequence[int], most_tokens: int = PREFILL_TOKENS) -> Iterator[list[int]]:
+    """Cut rows of these lengths into batches of similar length; yield their indices.
+
+    No batch has more than `most_tokens` with its padding unless it is a single row.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batch[0]] if batch else 0
+        if batch and (
+            (len(batch) + 1) * longest > most_tokens or lengths[index] < LEAST_FILLED * longest
+        ):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
