@@ -1,0 +1,284 @@
+// One chart: a metric of one or several runs, on one canvas, built only while it is on the screen.
+
+import { paint } from "./colors.js";
+import { ChartData } from "./chart_data.js";
+import { X_KINDS, cssColor, plotOptions } from "./chart_axes.js";
+import { attachInput } from "./chart_input.js";
+import { ChartReadout } from "./chart_readout.js";
+import { el } from "./dom.js";
+import { cancelDraw, requestDraw } from "./frames.js";
+import {
+  includeValues, markNonFinite, padBounds, pixelScale, strokeLine, visibleSpan,
+} from "./plot_lines.js";
+
+const HEIGHT = 210;
+const TALL = 460;
+
+export class Chart {
+  // `settings` is the board's, shared by its charts; `onview(chart, view)` asks for a zoom.
+  constructor({ metric, title, lines, loader, settings, onview, onlayout }) {
+    Object.assign(this, { metric, title, lines, loader, settings, onview, onlayout });
+    this.plot = null;
+    this.view = null;
+    this.wide = false;
+    this.logY = null; // this chart's own choice, null for the board's
+    this.box = { x: [0, 1], y: [0, 1] };
+    this.build();
+  }
+
+  build() {
+    const button = (text, label, onclick) =>
+      el("button", { type: "button", class: "icon-button", title: label, "aria-label": `${label}: ${this.title}`, onclick }, text);
+    this.resetButton = button("⟲", "Show all", () => this.onview(this, null));
+    this.resetButton.hidden = true;
+    this.logButton = button("log", "Logarithmic y axis", () => this.setLogY(!this.isLogY()));
+    this.wideButton = button("⤢", "Enlarge", () => this.setWide(!this.wide));
+    this.readout = new ChartReadout(this);
+    this.body = el("div", {
+      class: "chart-body",
+      tabIndex: 0,
+      role: "img",
+      "aria-label": `${this.title}. Arrow keys move, plus and minus zoom, 0 shows all.`,
+    });
+    this.note = el("p", { class: "chart-note quiet" }, "Loading…");
+    this.root = el(
+      "figure",
+      { class: "chart", data: { metric: this.metric } },
+      el(
+        "figcaption",
+        { class: "chart-head" },
+        el("span", { class: "chart-title", title: this.title }, this.title),
+        this.readout.value,
+        el("span", { class: "chart-buttons" }, this.resetButton, this.logButton, this.wideButton),
+      ),
+      this.body,
+      this.note,
+      this.readout.tip,
+    );
+    attachInput(this);
+  }
+
+  isLogY() {
+    return this.logY ?? this.settings.logY;
+  }
+
+  setLogY(on) {
+    this.logY = on;
+    this.rebuild();
+  }
+
+  setWide(on) {
+    this.wide = on;
+    this.root.classList.toggle("chart-wide", on);
+    this.wideButton.textContent = on ? "⤡" : "⤢";
+    this.resize();
+    this.onlayout?.(this);
+  }
+
+  // ---- on and off the screen
+
+  show() {
+    if (this.plot || !window.uPlot) {
+      if (!window.uPlot) this.note.textContent = "The chart library is missing: run endlex doctor.";
+      return;
+    }
+    const width = Math.max(160, this.body.clientWidth);
+    if (!this.data || this.data.x !== this.settings.x) this.startData(width);
+    const options = plotOptions({
+      width,
+      height: this.wide ? TALL : HEIGHT,
+      kind: this.settings.x,
+      logX: this.settings.logX,
+      logY: this.isLogY(),
+      range: () => this.box,
+      hooks: {
+        draw: [() => this.drawLines()],
+        setCursor: [() => this.readout.move()],
+        setSelect: [(plot) => this.selected(plot)],
+      },
+    });
+    this.plot = new window.uPlot(options, [[0, 1], [1, 1]], this.body);
+    this.data.loadWhole();
+    this.data.want(this.view);
+    requestDraw(this);
+  }
+
+  startData(width) {
+    this.data?.stop();
+    for (const line of this.lines) Object.assign(line, { whole: null, detail: null });
+    const perPixel = this.lines.length > 4 ? 1 : 2;
+    const points = Math.max(200, Math.min(2000, Math.ceil((width * perPixel) / 100) * 100));
+    this.data = new ChartData(this.loader, this.lines, {
+      x: this.settings.x,
+      points,
+      onchange: () => this.changed(),
+      onerror: (error) => {
+        if (error.name !== "AbortError") this.note.textContent = error.message;
+      },
+    });
+  }
+
+  changed() {
+    this.readout.summarize();
+    requestDraw(this);
+  }
+
+  // New points of a run: fetched now if the chart is on the screen, else when it comes there.
+  refresh(run, lastStep) {
+    if (this.plot) this.data.refresh(run, lastStep);
+    else for (const line of this.lines) line.stale ||= line.run === run;
+  }
+
+  reload() {
+    for (const line of this.lines) line.stale = true;
+    if (this.plot) this.data.loadWhole();
+  }
+
+  hide() {
+    cancelDraw(this);
+    this.data?.stop();
+    this.plot?.destroy();
+    this.plot = null;
+    this.readout.leave();
+  }
+
+  rebuild() {
+    this.logButton.classList.toggle("on", this.isLogY());
+    if (!this.plot) return;
+    this.hide();
+    this.show();
+  }
+
+  resize() {
+    if (!this.plot) return;
+    const width = Math.max(160, this.body.clientWidth);
+    const height = this.wide ? TALL : HEIGHT;
+    if (width !== this.plot.width || height !== this.plot.height) this.plot.setSize({ width, height });
+    requestDraw(this);
+  }
+
+  // ---- zooming
+
+  setView(view, urgent) {
+    this.view = view;
+    this.resetButton.hidden = view === null;
+    this.root.classList.toggle("zoomed", view !== null);
+    if (!this.plot) return;
+    this.data.want(view);
+    requestDraw(this, urgent);
+  }
+
+  selected(plot) {
+    const { left, width } = plot.select;
+    if (width < 4) return;
+    const from = plot.posToVal(left, "x");
+    const to = plot.posToVal(left + width, "x");
+    plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+    this.onview(this, { from, to });
+  }
+
+  // ---- drawing
+
+  // Brings the axes to the data in view and repaints; called once a frame at most.
+  draw() {
+    if (!this.plot) return;
+    const positive = this.settings.logX;
+    const extent = this.data.extent(positive);
+    this.note.hidden = this.lines.some((line) => line.loaded);
+    if (!this.note.hidden) return;
+    const [low, high] = extent || [0, 1];
+    const view = this.view || { from: low, to: high > low ? high : low + 1 };
+    if (positive && !(view.from > 0)) view.from = Math.min(1e-9, view.to / 10);
+    const x = [view.from, view.to];
+    const y = padBounds(this.valueBounds(view), this.isLogY());
+    this.box = { x, y };
+    this.empty = extent === null;
+    this.plot.batch(() => {
+      this.plot.setScale("x", { min: x[0], max: x[1] });
+      this.plot.setScale("y", { min: y[0], max: y[1] });
+    });
+    this.draws = (this.draws || 0) + 1;
+  }
+
+  valueBounds(view) {
+    const bounds = [Infinity, -Infinity];
+    for (const line of this.lines) {
+      if (line.hidden || !line.loaded) continue;
+      const series = line.shown(this.view);
+      includeValues(bounds, series.x, series.y, view.from, view.to, this.isLogY());
+    }
+    return bounds;
+  }
+
+  drawLines() {
+    const { plot, settings } = this;
+    const context = plot.ctx;
+    const { left, top, width, height } = plot.bbox;
+    const { x, y } = this.box;
+    const toX = pixelScale(x[0], x[1], left, width, settings.logX);
+    const toY = pixelScale(y[0], y[1], top + height, -height, this.isLogY());
+    const ratio = window.devicePixelRatio || 1;
+    context.save();
+    context.beginPath();
+    context.rect(left, top, width, height);
+    context.clip();
+    context.lineJoin = "bevel";
+    for (const line of this.inDrawingOrder()) {
+      const series = line.shown(this.view);
+      const span = visibleSpan(series.x, x[0], x[1]);
+      const color = paint(line.place);
+      context.strokeStyle = color;
+      context.fillStyle = color;
+      const stroke = (values) => strokeLine(context, series.x, values, span, toX, toY, width);
+      const thick = (line.emphasized ? 2.4 : 1.4) * ratio;
+      context.lineWidth = settings.smoothing > 0 ? ratio : thick;
+      context.globalAlpha = settings.smoothing > 0 ? 0.28 : 1;
+      stroke(series.y);
+      context.globalAlpha = 1;
+      if (settings.smoothing > 0) {
+        context.lineWidth = thick * 1.15;
+        stroke(line.average(series, settings.smoothing));
+      }
+      context.fillStyle = cssColor("--bad");
+      markNonFinite(context, series.nonfinite, x[0], x[1], toX, plot.bbox);
+    }
+    context.restore();
+  }
+
+  inDrawingOrder() {
+    const lines = this.lines.filter((line) => !line.hidden && line.loaded);
+    return lines.sort((a, b) => Number(a.emphasized || 0) - Number(b.emphasized || 0));
+  }
+
+  // What the chart holds, for tests and for the curious in the console.
+  snapshot() {
+    return {
+      metric: this.metric,
+      x: this.settings.x,
+      built: this.plot !== null,
+      draws: this.draws || 0,
+      view: this.view && { ...this.view },
+      axes: { x: [...this.box.x], y: [...this.box.y] },
+      log: { x: this.settings.logX, y: this.isLogY() },
+      lines: this.lines.map((line) => {
+        const series = line.shown(this.view);
+        const average = this.settings.smoothing > 0 && line.average(series, this.settings.smoothing);
+        return {
+          run: line.run,
+          hidden: line.hidden,
+          x: [...series.x],
+          y: [...series.y],
+          smoothed: average ? [...average] : null,
+          count: series.count,
+          sampled: series.sampled,
+          nonfinite: series.nonfinite,
+        };
+      }),
+    };
+  }
+
+  formatX(value) {
+    const kind = X_KINDS[this.settings.x];
+    return kind ? kind.format(value) : String(value);
+  }
+}
