@@ -1,9 +1,10 @@
-"""Download shards from the Hugging Face hub: parallel, resumable, retried, checked.
+"""Download files from the Hugging Face hub: parallel, resumable, retried, checked.
 
-A shard arrives in `.<name>.<version>.part`, which a later attempt, or a later process, goes on
-with. Only when its size and, where the hub states one, its SHA-256 are right and it opens as
-Parquet does it get its name; a shard that has its name is therefore never looked at again, and
-a repeated command with everything there needs no network.
+`download_shards` fetches shards of text, `download_table` one Parquet file of another kind at a
+pinned revision. A file arrives in `.<name>.<version>.part`, which a later attempt, or a later
+process, goes on with. Only when its size and, where the hub states one, its SHA-256 are right and
+it opens as Parquet does it get its name; a file that has its name is therefore never looked at
+again, and a repeated command with everything there needs no network.
 
 The validation shard is the source's last, is fetched first and does not depend on how many
 shards were asked for, so that runs on more or less data are validated alike.
@@ -21,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
@@ -136,6 +139,55 @@ def download_shards(
     return [directory / name for name in missing]
 
 
+def download_table(
+    repository: str,
+    revision: str,
+    name: str,
+    path: Path,
+    *,
+    endpoint: str | None = None,
+    report: Report = lambda name, arrived, size: None,
+    notify: Notify = lambda message: None,
+    retry: RetryPolicy | None = None,
+) -> None:
+    """Fetch one Parquet file of a data set to `path`, unless it is there.
+
+    Args:
+        revision: the commit; what it names never changes.
+        name: the file's path in the repository.
+
+    Raises:
+        DataError: it cannot be had; what arrived is kept for the next attempt.
+    """
+    if path.exists():
+        return
+    with explained_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _Download(
+        path,
+        hf_hub_url(repository, name, repo_type="dataset", revision=revision, endpoint=endpoint),
+        report,
+        notify,
+        threading.Event(),
+        check=_check_table,
+        without_network="--data-dir names a folder with local files instead",
+    ).run(retry or RetryPolicy())
+
+
+def _check_shard(path: Path) -> None:
+    try:
+        Shard(path).close()
+    except DataError as error:
+        raise _Damaged(f"it is no text shard: {error}") from error
+
+
+def _check_table(path: Path) -> None:
+    try:
+        pq.ParquetFile(path).close()
+    except (OSError, pa.ArrowException) as error:
+        raise _Damaged(f"it is no Parquet file: {error}") from error
+
+
 class _Stopped(Exception):
     """Another file failed, or the user interrupted."""
 
@@ -148,13 +200,28 @@ class _Download:
     """Fetch one file."""
 
     def __init__(
-        self, path: Path, url: str, report: Report, notify: Notify, stop: threading.Event
+        self,
+        path: Path,
+        url: str,
+        report: Report,
+        notify: Notify,
+        stop: threading.Event,
+        check: Callable[[Path], None] = _check_shard,
+        without_network: str = "`archerchat data build stdlib` makes a corpus",
     ) -> None:
+        """Prepare to fetch `url`.
+
+        Args:
+            check: raises `_Damaged` when a complete file is not what it should be.
+            without_network: ends the message about a hub out of reach.
+        """
         self._path = path
         self._url = url
         self._report = report
         self._notify = notify
         self._stop = stop
+        self._check = check
+        self._without_network = without_network
         self._most_arrived = 0
 
     def run(self, retry: RetryPolicy) -> None:
@@ -186,7 +253,7 @@ class _Download:
             raise DataError(
                 f"gave up on {self._url} after {failures} attempts ({reason}): check the network "
                 f"and run the same command again, it goes on where it stopped. Without a network, "
-                f"`archerchat data build stdlib` makes a corpus"
+                f"{self._without_network}"
             ) from error
 
     def _attempt(self) -> None:
@@ -247,10 +314,7 @@ class _Download:
             # A large file's ETag is its SHA-256; another file's says nothing about the content.
             if re.fullmatch(r"[0-9a-f]{64}", etag) and (found := sha256_file(part)) != etag:
                 raise _Damaged(f"its SHA-256 is {found}, the hub says {etag}")
-            try:
-                Shard(part).close()
-            except DataError as error:
-                raise _Damaged(f"it is no text shard: {error}") from error
+            self._check(part)
         except _Damaged:
             part.unlink()
             raise

@@ -59,21 +59,6 @@ def render_for_completion(
     return [*ids, tokenizer.special_id("<|assistant_start|>")]
 
 
-def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """Write a multiple-choice question as the user's message, each letter after its choice.
-
-    Raises:
-        DataError: there are not as many letters as choices.
-    """
-    if len(letters) != len(choices):
-        raise DataError(f"{len(letters)} letters for {len(choices)} choices of {question[:60]!r}")
-    lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
-    return (
-        f"Multiple Choice question: {question}\n{''.join(lines)}"
-        "\nRespond only with the letter of the correct answer."
-    )
-
-
 def _message_list(conversation: Mapping[str, Any]) -> list[Any]:
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:

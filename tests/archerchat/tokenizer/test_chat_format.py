@@ -19,7 +19,6 @@ from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import (
     render_conversation,
     render_for_completion,
-    render_multiple_choice,
 )
 
 
@@ -159,12 +158,3 @@ def test_bad_conversations_are_refused_by_place_and_fault(
 def test_a_completion_needs_something_to_answer(small: Tokenizer, messages: list[Any]) -> None:
     with pytest.raises(DataError, match="message"):
         render_for_completion(small, {"messages": messages})
-
-
-def test_multiple_choice_lists_each_choice_before_its_letter() -> None:
-    assert render_multiple_choice("Which is red?", ["A", "B"], ["grass", "blood"]) == (
-        "Multiple Choice question: Which is red?\n- grass=A\n- blood=B\n"
-        "\nRespond only with the letter of the correct answer."
-    )
-    with pytest.raises(DataError, match="1 letters for 2 choices"):
-        render_multiple_choice("Which is red?", ["A"], ["grass", "blood"])

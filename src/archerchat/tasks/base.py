@@ -1,0 +1,194 @@
+"""Tasks: sequences of conversations, some of which can judge an answer; and their mixtures.
+
+A task makes its examples when they are asked for, so that a mixture of a million costs nothing
+before it is read. `task[:100]` and `task.shuffled(seed)` are tasks again.
+
+    mixture = TaskMixture([smoltalk, gsm8k, gsm8k])     # GSM8K counts twice
+    mixture[0]["messages"]
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from abc import ABC, abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from random import Random
+from typing import Any, Literal, Self, overload
+
+from archerchat.errors import DataError, UsageError
+from archerchat.tasks.conversation import Conversation
+
+Kind = Literal["categorical", "generative"]
+
+
+class Task(Sequence[Conversation], ABC):
+    """A sequence of conversations whose last message is the assistant's right answer.
+
+    Attributes:
+        name: what commands and reports call it.
+        kind: `categorical` when the answer is one of the conversation's `letters`, and the model's
+            is the one with the greatest logit; `generative` when the model writes it.
+        split: which part of its data it is, None where there is but one.
+        random_baseline: the share of right answers that guessing gives (SPEC section 9).
+    """
+
+    name: str
+    split: str | None = None
+    kind: Kind = "generative"
+    random_baseline: float = 0.0
+    _picked: Sequence[int] | None = None
+
+    @abstractmethod
+    def num_examples(self) -> int:
+        """Return how many examples there are, picked or not."""
+
+    @abstractmethod
+    def example(self, index: int) -> Conversation:
+        """Return the example at 0 <= `index` < `num_examples()`."""
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Say whether `completion` answers `conversation` rightly.
+
+        Args:
+            completion: the text that the model wrote, or for a categorical task the letter.
+
+        Raises:
+            UsageError: this task is for training only.
+        """
+        raise UsageError(f"{self.name} has no answers to check: it is for training only")
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """Return what reinforcement learning pays for `completion`: 1 if right, else 0."""
+        return float(self.evaluate(conversation, completion))
+
+    def describe(self) -> dict[str, Any]:
+        """Return a JSON value that tells this task from others: part of a run's identity."""
+        description: dict[str, Any] = {
+            "task": self.name,
+            "split": self.split,
+            "examples": len(self),
+        }
+        if self._picked is not None:
+            indices = array("Q", self._picked).tobytes()
+            description["picked"] = hashlib.sha256(indices).hexdigest()[:16]
+        return description
+
+    def shuffled(self, seed: int) -> Self:
+        """Return this task in another order, the same for the same `seed`."""
+        order = array("Q", self._order())
+        Random(seed).shuffle(order)
+        return self._pick(order)
+
+    def __len__(self) -> int:
+        return self.num_examples() if self._picked is None else len(self._picked)
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Conversation | Self:
+        order = self._order()
+        if isinstance(index, slice):
+            return self._pick(order[index])
+        return self.example(order[index])
+
+    def _order(self) -> Sequence[int]:
+        return range(self.num_examples()) if self._picked is None else self._picked
+
+    def _pick(self, indices: Sequence[int]) -> Self:
+        task = copy.copy(self)
+        task._picked = indices
+        return task
+
+
+class CategoricalTask(Task):
+    """A task of multiple-choice questions; each conversation has its `letters`."""
+
+    kind: Kind = "categorical"
+    random_baseline = 0.25
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        letters = conversation["letters"]
+        if completion not in letters:
+            raise UsageError(
+                f"{completion!r} is no choice of {self.name}: choose from {', '.join(letters)}"
+            )
+        return bool(completion == conversation["messages"][-1]["content"])
+
+
+class _Joined(Sequence[Conversation]):
+    """Several sequences of conversations under one index."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        if not tasks:
+            raise UsageError("a mixture needs at least one task")
+        self.tasks = tuple(tasks)
+        self._ends = list(accumulate(map(len, tasks)))
+        if not self._ends[-1]:
+            names = ", ".join(task.name for task in tasks)
+            raise DataError(f"there is no conversation in {names}: nothing to learn from")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """Return which of `tasks` a conversation comes from, and its index there."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{index} of {len(self)} conversations")
+        place = self._place(index % len(self))
+        task = bisect_right(self._ends, place)
+        return task, place - (self._ends[task - 1] if task else 0)
+
+    def describe(self) -> dict[str, Any]:
+        """Return a JSON value that tells this mixture from others."""
+        return {"tasks": [task.describe() for task in self.tasks]}
+
+    def _place(self, index: int) -> int:
+        """Return which conversation of `tasks`, one after the other, stands at `index`."""
+        return index
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        task, inner = self.origin(index)
+        return self.tasks[task][inner]
+
+
+class TaskSequence(_Joined):
+    """Tasks one after the other, for a curriculum.
+
+    Raises:
+        UsageError: there is no task.
+        DataError: the tasks are empty.
+    """
+
+
+class TaskMixture(_Joined):
+    """Tasks shuffled together; listing one several times oversamples it.
+
+    The order depends on the tasks' lengths and `seed` alone.
+
+    Raises:
+        UsageError: there is no task.
+        DataError: the tasks are empty.
+    """
+
+    def __init__(self, tasks: Sequence[Task], seed: int = 42) -> None:
+        super().__init__(tasks)
+        self._seed = seed
+        self._shuffled = array("Q", range(len(self)))
+        Random(seed).shuffle(self._shuffled)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"seed": self._seed}
+
+    def _place(self, index: int) -> int:
+        return self._shuffled[index]

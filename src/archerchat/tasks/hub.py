@@ -1,0 +1,142 @@
+"""Where tasks find their rows: the hub's Parquet exports at pinned revisions, or local files.
+
+Downloaded files lie under the home's cache, a directory for each repository and revision; what
+fetches them is handed in, as this layer knows no network. A local folder given instead
+(`--data-dir`) holds files of the same columns, each as `.parquet`, `.jsonl` or `.jsonl.gz`:
+
+    gsm8k/{train,test}                       question, answer
+    mmlu/{auxiliary_train,dev,validation,test}   question, choices, answer, subject
+    arc/{ARC-Easy,ARC-Challenge}/{train,validation,test}   question, choices, answerKey
+    humaneval/HumanEval                      prompt, canonical_solution, test, entry_point
+    smoltalk/{train,test}                    messages
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from archerchat.errors import DataError, UsageError
+from archerchat.tasks.tables import SUFFIXES, Row, read_rows
+
+Fetch = Callable[[str, str, str, Path], None]
+"""Downloads a repository's file at a revision to a path, unless it is there."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data set's splits, on the hub and in a local folder."""
+
+    repository: str
+    revision: str
+    columns: tuple[str, ...]
+    splits: Mapping[str, tuple[str, ...]]
+    """By split, its files in the repository."""
+    local: str
+    """A split's file in a local folder, less the ending; `{split}` stands for its name."""
+
+    def files(self, split: str) -> tuple[str, ...]:
+        """Return the split's files in the repository.
+
+        Raises:
+            UsageError: there is no such split.
+        """
+        if split not in self.splits:
+            raise UsageError(
+                f"{self.repository} has no split {split!r}: choose from {', '.join(self.splits)}"
+            )
+        return self.splits[split]
+
+
+def _single(pattern: str, *splits: str) -> dict[str, tuple[str, ...]]:
+    """Map each split to its one file."""
+    return {split: (pattern.format(split=f"{split}-00000-of-00001"),) for split in splits}
+
+
+SMOLTALK = Table(
+    "HuggingFaceTB/smol-smoltalk",
+    "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+    ("messages",),
+    _single("data/{split}.parquet", "test")
+    | {"train": tuple(f"data/train-{number:05d}-of-00004.parquet" for number in range(4))},
+    "smoltalk/{split}",
+)
+MMLU = Table(
+    "cais/mmlu",
+    "c30699e8356da336a370243923dbaf21066bb9fe",
+    ("question", "choices", "answer", "subject"),
+    _single("all/{split}.parquet", "auxiliary_train", "dev", "validation", "test"),
+    "mmlu/{split}",
+)
+GSM8K = Table(
+    "openai/gsm8k",
+    "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    ("question", "answer"),
+    _single("main/{split}.parquet", "train", "test"),
+    "gsm8k/{split}",
+)
+ARC = {
+    name: Table(
+        "allenai/ai2_arc",
+        "210d026faf9955653af8916fad021475a3f00453",
+        ("question", "choices", "answerKey"),
+        _single(f"{name}/{{split}}.parquet", "train", "validation", "test"),
+        f"arc/{name}/{{split}}",
+    )
+    for name in ("ARC-Easy", "ARC-Challenge")
+}
+HUMANEVAL = Table(
+    "openai/openai_humaneval",
+    "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+    ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
+    _single("openai_humaneval/{split}.parquet", "test"),
+    "humaneval/HumanEval",
+)
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Find a table's files, fetching what is missing."""
+
+    cache: Path
+    """Where downloads are kept."""
+    local: Path | None = None
+    """A folder that stands in for the hub."""
+    fetch: Fetch | None = None
+    """How to download; None where nothing may be."""
+
+    def rows(self, table: Table, split: str) -> Sequence[Row]:
+        """Read the rows of a split.
+
+        Raises:
+            UsageError: the table has no such split.
+            DataError: its file is not there, cannot be had, or is broken.
+        """
+        names = table.files(split)
+        if self.local is not None:
+            return read_rows([self._find_local(self.local, table, split)], table.columns)
+        return read_rows([self._fetch(table, name) for name in names], table.columns)
+
+    def _find_local(self, folder: Path, table: Table, split: str) -> Path:
+        stem = table.local.format(split=split)
+        for suffix in SUFFIXES:
+            if (path := folder / f"{stem}{suffix}").is_file():
+                return path
+        parent = (folder / stem).parent
+        there = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
+        raise DataError(
+            f"{folder} has no {stem} with one of {', '.join(SUFFIXES)} (in {parent} there is "
+            f"{', '.join(there) or 'nothing'}): add it, or leave --data-dir out to download it"
+        )
+
+    def _fetch(self, table: Table, name: str) -> Path:
+        path = self.cache / table.repository.replace("/", "--") / table.revision[:12] / name
+        if not path.exists():
+            if self.fetch is None:
+                raise DataError(
+                    f"{path} is not there and nothing may be downloaded: fetch it, or name a "
+                    f"folder with local files by --data-dir"
+                )
+            self.fetch(table.repository, table.revision, name, path)
+        return path
