@@ -1,6 +1,51 @@
-"""Endlex: telemetry that lives in a local journal first."""
+"""Endlex: telemetry that lives in a local journal first.
 
-from endlex.client.tracker import Run, init
+    import endlex
+
+    run = endlex.init("my-project", "d12", config={"depth": 12})
+    run.log({"train/loss": loss}, step=step)
+    run.save("checkpoints/step_100", step=100)
+    run.finish()
+
+`endlex.run` is the run that `init` returned last, and `endlex.log` and so on act on it.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from endlex.client.run import Run
+from endlex.client.tracker import (
+    current_run,
+    finish,
+    init,
+    log,
+    log_table,
+    log_text,
+    save,
+)
 from endlex.protocol import EndlexError
 
-__all__ = ["EndlexError", "Run", "init"]
+if TYPE_CHECKING:
+    run: Run | None
+    __version__: str
+
+__all__ = [
+    "EndlexError",
+    "Run",
+    "finish",
+    "init",
+    "log",
+    "log_table",
+    "log_text",
+    "run",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "run":
+        return current_run()
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("endlex")
+    raise AttributeError(f"module 'endlex' has no attribute {name!r}")

@@ -48,7 +48,6 @@ CRASHED = "crashed"
 """What is said of a session whose writer is gone without a word."""
 SESSION_STATES = ("running", *STATUSES, CRASHED)
 
-JOURNAL_FILE = "journal.jsonl"
 RUN_FILE = "run.json"
 JOURNAL_DIR = "journal"
 STAGED_DIR = "staged"

@@ -1,7 +1,8 @@
 """The metrics of a run: names, and the only door to Endlex.
 
 Rank 0 writes them to a journal in the run's directory (`Home.run_dir`); on the other ranks every
-call does nothing. A run that is resumed goes on in the same journal. Names are grouped by prefix:
+call does nothing. A run that is resumed goes on there, in a journal of its own. Names are grouped
+by prefix:
 
     train/loss  train/last_micro_batch_loss  train/smooth_loss  train/lr_multiplier
     train/muon_momentum  train/tokens_per_second  train/mfu  train/seconds  train/tokens
@@ -23,6 +24,7 @@ from archerchat.artifacts import Home
 from archerchat.errors import UsageError
 
 PROJECT = "archerchat"
+Status = Literal["finished", "failed", "interrupted"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class MetricsLog:
         if self.run is not None:
             self.run.log_text(name, text, step=step)
 
-    def finish(self, status: Literal["finished", "failed"] = "finished") -> None:
+    def finish(self, status: Status = "finished") -> None:
         """Record how the run ended; a second call does nothing."""
         if self.run is not None:
             self.run.finish(status)
@@ -56,18 +58,19 @@ class MetricsLog:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.finish("finished" if kind is None else "failed")
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.finish("finished" if kind is None else "interrupted" if interrupted else "failed")
 
 
 def open_run(home: Home, tag: str, config: Mapping[str, Any], *, rank: int = 0) -> MetricsLog:
-    """Start the journal of run `tag`, or go on with it.
+    """Start a journal of run `tag`, or go on with the run in another one.
 
     Args:
         config: the resolved one, kept with the session.
         rank: only 0 records.
 
     Raises:
-        UsageError: the run's directory has another run's journal, or a damaged one.
+        UsageError: the run's directory is another run's, or does not say whose it is.
     """
     if rank:
         return MetricsLog(None)

@@ -300,8 +300,8 @@ def test_float32_has_no_scaler() -> None:
 
 
 def journal(home: Home, run: str) -> list[dict[str, Any]]:
-    lines = (home.run_dir(run) / "journal.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    (file,) = (home.run_dir(run) / "journal").glob("*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_figures_are_recorded_and_never_zero_or_infinite(tmp_path: Path) -> None:

@@ -1,144 +1,192 @@
-"""What a trainer calls: `init`, then `log`, `log_text` and `finish` on the run it returns."""
+"""What a trainer calls: `init`, then `log`, `log_text`, `log_table`, `save` and `finish`.
+
+The run that `init` returned last is also the one of the module's functions (`endlex.log` and so
+on), as wandb's users know it. All of them write to the journal and return; a run that is `online`
+has a process of its own, the shipper, which sends what the journal holds.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, SupportsFloat
+from typing import Any, Literal, get_args
 
-from endlex.client.journal import Journal, read_journal
-from endlex.protocol import (
-    FINISH,
-    JOURNAL_FILE,
-    MAX_TEXT_CHARS,
-    METRICS,
-    PROTOCOL,
-    SESSION,
-    TEXT,
-    EndlexError,
-    check_name,
+from endlex.client import exits
+from endlex.client.journal import Journal
+from endlex.client.run import Run
+from endlex.client.run_directory import (
+    RunFile,
+    claim_directory,
+    default_directory,
+    given_run_id,
+    new_run_id,
+    read_run_file,
+    server_url,
 )
+from endlex.protocol import PROTOCOL, TRAINER, EndlexError, Status, check_name
 
-Status = Literal["finished", "failed"]
+Mode = Literal["online", "offline", "disabled"]
 
 
 def init(
-    project: str, name: str, config: Mapping[str, Any] | None = None, *, directory: Path | str
+    project: str,
+    name: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    *,
+    directory: Path | str | None = None,
+    id: str | None = None,
+    tags: Sequence[str] = (),
+    group: str | None = None,
+    notes: str | None = None,
+    all_ranks: bool = False,
+    mode: Mode | None = None,
 ) -> Run:
-    """Start a run, or go on with it: the same directory is the same journal, as a new session.
+    """Start a run, or go on with it: the same directory is the same run, with a new session.
 
     Args:
         project: groups runs.
-        name: the run's.
+        name: the run's; that of the directory's run, or one made from its id, if not given.
         config: kept with the session; what JSON cannot hold is kept as its `str`.
-        directory: the run's own, made if missing.
+        directory: the run's own, made if missing; otherwise one under `$ENDLEX_DIR` or
+            `./endlex-runs`.
+        id: of the run to go on with, when its directory is on another machine; also taken from
+            `ENDLEX_RUN_ID`.
+        tags: words by which the dashboard finds runs.
+        group: of runs that belong together.
+        notes: free text.
+        all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
+            in a session of its own.
+        mode: `online` sends to the server of `ENDLEX_URL` in the background, `offline` leaves
+            that for `endlex sync`, `disabled` records nothing. Not given: `ENDLEX_MODE`, then
+            online when there is a URL.
 
     Raises:
-        EndlexError: a name is not one, or the directory's journal is another run's.
+        EndlexError: a name or id is not one, the directory is another run's, or several ranks
+            were not told which run they share.
         OSError: the directory cannot be written.
     """
+    mode = _mode(mode)
     check_name(project, "project")
-    check_name(name, "run name")
-    path = Path(directory) / JOURNAL_FILE
-    if path.exists():
-        _require_same_run(path, project, name)
-    return Run(path, project, name, config or {})
+    if name is not None:
+        check_name(name, "run name")
+    rank = _rank()
+    if mode == "disabled" or (rank and not all_ranks):
+        return _remember(Run(None, None, project, name or "", config))
+    run_id = given_run_id(id)
+    if all_ranks and directory is None and run_id is None and _rank(os.environ.get("WORLD_SIZE")):
+        raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
+    place, owner = _claim(project, name, run_id, None if directory is None else Path(directory))
+    start = {
+        "protocol": PROTOCOL,
+        "run": owner["run"],
+        "project": project,
+        "name": owner["name"],
+        "config": dict(config or {}),
+        "tags": [check_name(tag, "tag") for tag in tags],
+        "group": group,
+        "notes": notes,
+        "host": os.uname().nodename if hasattr(os, "uname") else "",
+        "pid": os.getpid(),
+        "rank": rank,
+        "kind": TRAINER,
+    }
+    run = Run(place, Journal(place, start), project, owner["name"], config, id=owner["run"])
+    exits.finish_at_exit(run)
+    if mode == "online":
+        run.go_online()
+    return _remember(run)
 
 
-def _require_same_run(path: Path, project: str, name: str) -> None:
-    first = next(read_journal(path), None)
-    if first is not None and (first.get("project"), first.get("name")) != (project, name):
+def _mode(mode: str | None) -> Mode:
+    mode = mode or os.environ.get("ENDLEX_MODE") or ("online" if server_url() else "offline")
+    if mode not in get_args(Mode):
+        raise EndlexError(f"mode {mode!r} must be one of {', '.join(get_args(Mode))}")
+    if mode == "online" and not server_url():
+        raise EndlexError("mode 'online' needs a server: set ENDLEX_URL, or use mode 'offline'")
+    return mode  # type: ignore[return-value]
+
+
+def _rank(text: str | None = None) -> int:
+    """A rank, or whether there are several; what launchers leave empty is 0."""
+    text = os.environ.get("RANK", "") if text is None else text
+    return int(text) if text.strip().isdecimal() else 0
+
+
+def _claim(
+    project: str, name: str | None, run_id: str | None, directory: Path | None
+) -> tuple[Path, RunFile]:
+    new_id = run_id or new_run_id()
+    place = directory or default_directory(project, name or "run", new_id)
+    place = place.absolute()
+    owner = read_run_file(place)
+    if owner is None:
+        owner = claim_directory(place, new_id, project, name or f"run-{new_id}")
+    wanted = (project, name or owner["name"])
+    if (owner["project"], owner["name"]) != wanted:
         raise EndlexError(
-            f"{path} is the journal of run {first.get('name')!r} of project "
-            f"{first.get('project')!r}, not of {name!r} of {project!r}: give another directory"
+            f"{place} is the directory of run {owner['name']!r} of project {owner['project']!r}, "
+            f"not of {wanted[1]!r} of {project!r}: give another directory"
         )
+    if run_id is not None and owner["run"] != run_id:
+        raise EndlexError(
+            f"{place} is the directory of the run with id {owner['run']!r}, not {run_id!r}: give "
+            "another directory, or leave the id (ENDLEX_RUN_ID) away"
+        )
+    return place, owner
 
 
-class Run:
-    """One session of a run; `init` makes it.
+class _Current:
+    """The run that the module's functions speak of: the one that `init` returned last."""
 
-    As a context manager it finishes the run, as failed when an exception leaves the block.
-    """
-
-    def __init__(self, path: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
-        self.project, self.name = project, name
-        self._finished = False
-        self._journal = Journal(path)
-        host = os.uname().nodename if hasattr(os, "uname") else ""
-        start = {"protocol": PROTOCOL, "project": project, "name": name, "config": dict(config)}
-        self._journal.append(SESSION, {**start, "host": host, "pid": os.getpid()})
-
-    @property
-    def session(self) -> str:
-        """This session's id, unlike any other's."""
-        return self._journal.session
-
-    def log(self, values: Mapping[str, SupportsFloat], *, step: int) -> None:
-        """Record metrics of one step; a later value of the same metric and step replaces it.
-
-        Args:
-            values: by metric name, such as "train/loss"; anything that `float` takes (a tensor
-                of one element too), NaN and infinities included, but not text.
-            step: counts from 0.
-
-        Raises:
-            EndlexError: a name or value is not one, or the run is finished. Nothing is recorded.
-        """
-        numbers = {check_name(n, "metric name"): _number(n, v) for n, v in values.items()}
-        self._append(METRICS, {"step": _step(step), "values": numbers})
-
-    def log_text(self, name: str, text: str, *, step: int) -> None:
-        """Record a text of one step, such as a sample.
-
-        Raises:
-            EndlexError: the name is not one, the text is too long, or the run is finished.
-        """
-        check_name(name, "text name")
-        if len(text) > MAX_TEXT_CHARS:
-            raise EndlexError(
-                f"text {name!r} has {len(text):,} characters; at most {MAX_TEXT_CHARS:,} are kept"
-            )
-        self._append(TEXT, {"step": _step(step), "name": name, "text": text})
-
-    def finish(self, status: Status = "finished") -> None:
-        """Record the run's end and put the journal on the disk; a second call does nothing."""
-        if self._finished:
-            return
-        self._append(FINISH, {"status": status})
-        self._finished = True
-        self._journal.close()
-
-    def _append(self, kind: str, content: Mapping[str, Any]) -> None:
-        if self._finished:
-            raise EndlexError(f"run {self.name!r} is finished: call endlex.init again to go on")
-        self._journal.append(kind, content)
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.finish("finished" if kind is None else "failed")
+    run: Run | None = None
 
 
-def _number(name: str, value: SupportsFloat) -> float:
-    if type(value) is float or type(value) is int:
-        return value
-    try:
-        if isinstance(value, str | bytes):
-            raise TypeError("text")
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise EndlexError(f"metric {name!r} is {value!r}, which is not a number") from error
+def _remember(run: Run) -> Run:
+    _Current.run = run
+    return run
 
 
-def _step(step: int) -> int:
-    if not isinstance(step, int) or step < 0:
-        raise EndlexError(f"step is {step!r}; it must be a whole number from 0")
-    return step
+def current_run() -> Run | None:
+    """The run that `init` returned last, or None."""
+    return _Current.run
+
+
+def _current() -> Run:
+    if _Current.run is None:
+        raise EndlexError("there is no run yet: call endlex.init first")
+    return _Current.run
+
+
+def log(values: Mapping[str, Any], *, step: int | None = None) -> None:
+    """Do `Run.log` on the current run."""
+    _current().log(values, step=step)
+
+
+def log_text(name: str, text: str, *, step: int | None = None) -> None:
+    """Do `Run.log_text` on the current run."""
+    _current().log_text(name, text, step=step)
+
+
+def log_table(
+    name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int | None = None
+) -> None:
+    """Do `Run.log_table` on the current run."""
+    _current().log_table(name, columns, rows, step=step)
+
+
+def save(
+    path: Path | str,
+    *,
+    step: int | None = None,
+    name: str | None = None,
+    aliases: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> str:
+    """Do `Run.save` on the current run."""
+    return _current().save(path, step=step, name=name, aliases=aliases, metadata=metadata)
+
+
+def finish(status: Status = "finished") -> None:
+    """Do `Run.finish` on the current run."""
+    _current().finish(status)

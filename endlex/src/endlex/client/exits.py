@@ -1,0 +1,71 @@
+"""Runs that the program did not finish: recorded as it exits, with what ended it.
+
+`sys.excepthook` notes the exception that nobody caught, and `atexit` finishes the runs that are
+left. A process that is killed does neither; the shipper sees then that the writer is gone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+from functools import cache
+from types import TracebackType
+from typing import Any, ClassVar, Protocol
+
+from endlex.protocol import EndlexError, Status
+
+
+class Finishable(Protocol):
+    """A run, as far as this module cares."""
+
+    def finish(self, status: Status = ...) -> None:
+        """Record the end."""
+
+
+class _Ending:
+    """What this process knows about its end."""
+
+    unfinished: ClassVar[list[Finishable]] = []
+    status: ClassVar[Status] = "finished"
+
+
+def status_of(error: BaseException | None) -> Status:
+    """How a run ended that this exception left: `sys.exit()` is an end like any other."""
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return "finished"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def finish_at_exit(run: Finishable) -> None:
+    """Finish `run` when the interpreter exits, unless it is finished by then."""
+    _watch_exit()
+    _Ending.unfinished.append(run)
+
+
+def forget(run: Finishable) -> None:
+    """Leave `run` alone at exit: it is finished."""
+    with contextlib.suppress(ValueError):
+        _Ending.unfinished.remove(run)
+
+
+@cache
+def _watch_exit() -> None:
+    atexit.register(_finish_all)
+    previous = sys.excepthook
+
+    def note_exception(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> Any:
+        _Ending.status = status_of(error)
+        return previous(kind, error, traceback)
+
+    sys.excepthook = note_exception
+
+
+def _finish_all() -> None:
+    for run in list(_Ending.unfinished):
+        try:
+            run.finish(_Ending.status)
+        except (EndlexError, OSError) as error:
+            print(f"endlex: the end of the run could not be recorded: {error}", file=sys.stderr)

@@ -1,0 +1,144 @@
+"""A run's directory: where it is, and whose it is.
+
+    run.json                 the run's id, project and name, written once
+    journal/*.jsonl          one file a session
+    staged/NAME/             files of checkpoints that the server does not have yet
+    manifests/NAME.json      what each checkpoint's files were, as hashed here
+    shipper.lock .json .log  the process that sends all this: its lock, state and log
+
+The same directory is the same run. Another machine joins a run by its id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import TypedDict, cast
+
+from endlex.protocol import RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+SHIPPER_LOCK = "shipper.lock"
+SHIPPER_STATE = "shipper.json"
+SHIPPER_LOG = "shipper.log"
+TOKEN_FILE = ".config/endlex/token"
+
+
+class RunFile(TypedDict):
+    """Content of `run.json`; `created` is in Unix seconds."""
+
+    run: str
+    project: str
+    name: str
+    created: float
+
+
+def new_run_id() -> str:
+    """A random run id of 10 characters."""
+    return "".join(ALPHABET[byte % len(ALPHABET)] for byte in os.urandom(10))
+
+
+def read_run_file(directory: Path) -> RunFile | None:
+    """Whose directory this is, or None if it is nobody's yet.
+
+    Raises:
+        EndlexError: `run.json` is damaged.
+    """
+    path = directory / RUN_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        check_run_id(content["run"])
+        check_name(content["project"], "project")
+        check_name(content["name"], "run name")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, EndlexError) as error:
+        raise EndlexError(
+            f"{path} does not say whose run this is ({error}): restore it, or give another "
+            "directory"
+        ) from error
+    return cast(RunFile, content)
+
+
+def claim_directory(directory: Path, run: str, project: str, name: str) -> RunFile:
+    """Write `run.json`, once and whole; of several processes the first one's stays.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    content: RunFile = {"run": run, "project": project, "name": name, "created": time.time()}
+    temporary = directory / f".{RUN_FILE}.{os.getpid()}.tmp"
+    try:
+        write_whole(temporary, json.dumps(content).encode())
+        try:
+            os.link(temporary, directory / RUN_FILE)
+        except FileExistsError:
+            pass
+        except OSError:  # no hard links here; two processes at the same moment are rarer than that
+            if not (directory / RUN_FILE).exists():
+                temporary.replace(directory / RUN_FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return read_run_file(directory) or content
+
+
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace a file by a temporary name and a rename, so that readers never see a part."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def default_directory(project: str, name: str, run: str) -> Path:
+    """Where a run lives that was given no directory: in `$ENDLEX_DIR` or `./endlex-runs`.
+
+    A run that is there under its id keeps its directory, whatever it is called now.
+    """
+    folder = Path(os.environ.get("ENDLEX_DIR") or "endlex-runs") / _as_file_name(project)
+    for existing in sorted(folder.glob(f"*-{run}")):
+        if (existing / RUN_FILE).exists():
+            return existing
+    return folder / f"{_as_file_name(name)}-{run}"
+
+
+def _as_file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "run"
+
+
+def given_run_id(run: str | None) -> str | None:
+    """The id that was given, in the call or as `ENDLEX_RUN_ID`.
+
+    Raises:
+        EndlexError: it is no run id.
+    """
+    run = run or os.environ.get("ENDLEX_RUN_ID") or None
+    if run is not None and not RUN_ID.fullmatch(run):
+        check_run_id(run)
+    return run
+
+
+def server_url() -> str | None:
+    """The server that `ENDLEX_URL` names, if any."""
+    return os.environ.get("ENDLEX_URL", "").strip() or None
+
+
+def server_token() -> str | None:
+    """The token of `ENDLEX_TOKEN` or of the file `~/.config/endlex/token`, if any."""
+    token = os.environ.get("ENDLEX_TOKEN", "").strip()
+    if not token:
+        try:
+            token = (Path.home() / TOKEN_FILE).read_text().strip()
+        except (OSError, ValueError, RuntimeError):
+            return None
+    return token or None

@@ -1,0 +1,220 @@
+"""The shipper as others see it: start it, ask how far it is, wait for it.
+
+One shipper serves a run's directory, and holds the lock of `shipper.lock`, in which its process id
+stands. It publishes how far it is in `shipper.json`. Everything that it needs is on the disk, so
+it may be killed and started again at any moment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from endlex.client.journal import content_length, session_files
+from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
+from endlex.client.staging import read_note, staged_names
+from endlex.protocol import EndlexError
+
+if sys.platform != "win32":
+    import fcntl
+
+FINISH_SECONDS = 4.0
+"""How long the end of a run waits for the server to have everything."""
+POLL_SECONDS = 0.02
+STOPPED = "stopped"
+"""State of a shipper that was told to end."""
+FOREGROUND = "foreground"
+BACKGROUND = "background"
+
+
+@dataclass(frozen=True)
+class Unsent:
+    """What the server has not acknowledged."""
+
+    records: int
+    bytes: int
+    files: int
+    """Of checkpoints."""
+
+    def __bool__(self) -> bool:
+        return bool(self.bytes or self.files)
+
+
+def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:
+    """Become the directory's only shipper until the returned file is closed.
+
+    Args:
+        kind: `BACKGROUND` or `FOREGROUND`; written to the lock with the process id.
+        seconds: how long to wait for another one to end.
+
+    Returns:
+        The open lock, or None if another process keeps it.
+    """
+    lock = (directory / SHIPPER_LOCK).open("a+")
+    deadline = time.monotonic() + seconds
+    while not _try_lock(lock):
+        if time.monotonic() >= deadline:
+            lock.close()
+            return None
+        time.sleep(POLL_SECONDS)
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} {kind}\n")
+    lock.flush()
+    return lock
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def shipper_process(directory: Path) -> tuple[int, str] | None:
+    """Process id and kind of the directory's living shipper, or None."""
+    try:
+        with (directory / SHIPPER_LOCK).open("r+") as lock:
+            if _try_lock(lock):
+                return None
+            pid, _, kind = lock.read(100).partition(" ")
+    except FileNotFoundError:
+        return None
+    return (int(pid) if pid.isdecimal() else 0), kind.strip()
+
+
+def read_state(directory: Path) -> dict[str, Any]:
+    """What the shipper last published: `sessions` with their acknowledged bytes, `checkpoints`
+    with their states, `error` in words or None. Empty if there was none.
+    """
+    try:
+        state = json.loads((directory / SHIPPER_STATE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def start_shipper(directory: Path) -> None:
+    """Start a shipper that outlives this process; if there is one already, it ends soon.
+
+    It inherits the environment, so the server's address and token, and no open files.
+
+    Raises:
+        OSError: no process can be started.
+    """
+    import subprocess
+
+    package = Path(__file__).resolve().parents[2]
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    shipper = [sys.executable, "-P", "-m", "endlex.client.shipper", str(directory)]
+    with (directory / SHIPPER_LOG).open("ab") as log:
+        subprocess.run(  # by a shell that ends at once: nobody's child, whoever kills our children
+            ["/bin/sh", "-c", '"$@" &', "sh", *shipper],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+
+def restart_shipper_if_killed(directory: Path) -> None:
+    """Start a shipper unless one lives, or the last one was told to end."""
+    if read_state(directory).get("state") != STOPPED and shipper_process(directory) is None:
+        start_shipper(directory)
+
+
+def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
+    """End the directory's background shipper, and return whether there was one.
+
+    Raises:
+        EndlexError: a foreground one (`endlex sync`) is at work.
+    """
+    found = shipper_process(directory)
+    if found is None:
+        return False
+    pid, kind = found
+    if kind == FOREGROUND:
+        raise EndlexError(f"process {pid} is sending {directory} already: wait for it, or end it")
+    for number in (signal.SIGTERM, signal.SIGKILL):  # nothing is lost by a kill
+        with contextlib.suppress(ProcessLookupError):
+            if pid:
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if shipper_process(directory) is None:
+                return True
+            time.sleep(POLL_SECONDS)
+    raise EndlexError(f"process {pid}, which sends {directory}, does not end: end it by hand")
+
+
+def unsent(directory: Path) -> Unsent:
+    """What the server has not acknowledged, as far as this side knows."""
+    known = read_state(directory).get("sessions", {})
+    records = size = 0
+    for path in session_files(directory):
+        acknowledged = known.get(path.stem, {}).get("acknowledged", 0)
+        end = content_length(path)
+        if end > acknowledged:
+            size += end - acknowledged
+            records += _count_lines(path, acknowledged, end)
+    files = 0
+    for name in staged_names(directory):
+        try:
+            files += len(read_note(directory, name)["files"])
+        except EndlexError:  # the shipper names what is wrong with it
+            files += 1
+    return Unsent(records, size, files)
+
+
+def _count_lines(path: Path, start: int, end: int) -> int:
+    count = 0
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end and (block := file.read(min(2**20, end - start))):
+            count += block.count(b"\n")
+            start += len(block)
+    return count
+
+
+def sync_command(directory: Path) -> str:
+    """What to type to send the rest."""
+    import shlex
+
+    return f"endlex sync {shlex.quote(str(directory))}"
+
+
+def wait_until_shipped(directory: Path, journal: Path, seconds: float = FINISH_SECONDS) -> None:
+    """Wait until the server has all of a finished session, or say what it lacks.
+
+    Args:
+        journal: of the session that just ended.
+    """
+    deadline = time.monotonic() + seconds
+    restart_shipper_if_killed(directory)
+    end = content_length(journal)
+    while time.monotonic() < deadline:
+        state = read_state(directory)
+        session = state.get("sessions", {}).get(journal.stem, {})
+        if session.get("acknowledged", 0) >= end and not staged_names(directory):
+            return
+        time.sleep(POLL_SECONDS)
+    left = unsent(directory)
+    if left:
+        error = read_state(directory).get("error")
+        print(
+            f"endlex: {left.records:,} records ({left.bytes:,} bytes) and {left.files:,} checkpoint"
+            f" files are not on the server yet{f' ({error})' if error else ''}. The shipper goes "
+            f"on in the background; to send them later: {sync_command(directory)}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,208 @@
+"""Checkpoints that wait to be sent: links to the trainer's files, and a note of what they were.
+
+    staged/NAME/...       hard links (clones where the file system has them, copies where it has
+                          neither) of the files, so that deleting or replacing a file after
+                          `run.save` loses nothing
+    staged/.NAME.json     step, aliases, metadata, and each file's size and time of change
+
+Nothing is read or hashed here, so saving costs the trainer a few system calls a file. A hard link
+still shares its content with the trainer's file: if that is rewritten in place before the shipper
+has sent it, size or time differ from the note, and the checkpoint is reported instead of sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from endlex.client.run_directory import write_whole
+from endlex.protocol import (
+    CHECKPOINT_NAME,
+    MANIFEST_DIR,
+    MAX_FILES,
+    STAGED_DIR,
+    EndlexError,
+    check_checkpoint_name,
+    check_checkpoint_path,
+)
+
+if sys.platform == "linux":
+    import fcntl
+
+FICLONE = 0x40049409
+"""The request of linux/fs.h that makes one file's content another's, copied when written."""
+
+
+class StagedFile(TypedDict):
+    """What a file was when it was saved; `changed` is its modification time in nanoseconds."""
+
+    path: str
+    bytes: int
+    changed: int
+
+
+class Staged(TypedDict):
+    """The note beside the files; `created` is in Unix seconds."""
+
+    name: str
+    step: int
+    created: float
+    aliases: list[str]
+    metadata: dict[str, Any]
+    files: list[StagedFile]
+
+
+def files_of(source: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the path inside the checkpoint, and the place, of each file that `source` names.
+
+    A file goes by its own name; a directory's files by their paths in it.
+
+    Raises:
+        EndlexError: there is nothing there, or something that is no file, or a link to a directory.
+    """
+    if source.is_file():
+        yield check_checkpoint_path(source.name), source
+        return
+    if not source.is_dir():
+        raise EndlexError(f"{str(source)!r} is neither a file nor a directory: nothing to save")
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source).as_posix()
+        if path.is_symlink() and not path.is_file():
+            raise EndlexError(f"{str(path)!r} links to no file: copy what it stands for")
+        if path.is_file():
+            yield check_checkpoint_path(inside), path
+        elif not path.is_dir():
+            raise EndlexError(f"{str(path)!r} is neither a file nor a directory: remove it")
+
+
+def stage(
+    directory: Path,
+    source: Path,
+    *,
+    name: str,
+    step: int,
+    created: float,
+    aliases: Sequence[str],
+    metadata: Mapping[str, Any],
+) -> Staged:
+    """Keep `source` as checkpoint `name` of a run's directory until it is sent.
+
+    A name that the directory has used already gets `-2`, `-3` and so on; the note has the result.
+
+    Raises:
+        EndlexError: there is nothing to save, or a name or alias is not one.
+        OSError: the directory cannot be written, or a file not read.
+    """
+    check_checkpoint_name(name)
+    found = list(files_of(source))
+    if not 0 < len(found) <= MAX_FILES:
+        raise EndlexError(
+            f"{str(source)!r} has {len(found):,} files; a checkpoint has 1 to {MAX_FILES:,}"
+        )
+    folder = directory / STAGED_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    name = _unused(directory, name)
+    building = folder / f".{name}.{os.getpid()}.building"
+    try:
+        files = [_keep(path, inside, building / inside) for inside, path in found]
+        note: Staged = {
+            "name": name,
+            "step": step,
+            "created": created,
+            "aliases": [check_checkpoint_name(alias) for alias in aliases],
+            "metadata": dict(metadata),
+            "files": files,
+        }
+        write_whole(note_path(directory, name), json.dumps(note).encode(), durable=False)
+        building.rename(folder / name)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return note
+
+
+def _unused(directory: Path, name: str) -> str:
+    candidate, count = name, 1
+    while (directory / STAGED_DIR / candidate).exists() or (
+        directory / MANIFEST_DIR / f"{candidate}.json"
+    ).exists():
+        count += 1
+        candidate = f"{name[:110]}-{count}"
+    return candidate
+
+
+def _keep(source: Path, inside: str, target: Path) -> StagedFile:
+    source = source.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    status = source.stat()
+    if not _clone(source, target, status):
+        try:
+            os.link(source, target)
+        except OSError:  # another file system, or one without links
+            shutil.copy2(source, target)
+    return {"path": inside, "bytes": status.st_size, "changed": target.stat().st_mtime_ns}
+
+
+def _clone(source: Path, target: Path, status: os.stat_result) -> bool:
+    """Share the content until one side writes; where that works, later writes are harmless."""
+    if sys.platform != "linux" or not stat.S_ISREG(status.st_mode) or not status.st_size:
+        return False
+    try:
+        with source.open("rb") as content, target.open("xb") as clone:
+            fcntl.ioctl(clone.fileno(), FICLONE, content.fileno())
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def note_path(directory: Path, name: str) -> Path:
+    """Where the note of a staged checkpoint is; no checkpoint's name starts with a dot."""
+    return directory / STAGED_DIR / f".{name}.json"
+
+
+def staged_names(directory: Path) -> list[str]:
+    """Names of the checkpoints that wait to be sent, oldest first."""
+    try:
+        entries = [entry for entry in os.scandir(directory / STAGED_DIR) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    found = []
+    for entry in entries:
+        if CHECKPOINT_NAME.fullmatch(entry.name):
+            try:
+                age = note_path(directory, entry.name).stat().st_mtime_ns
+            except OSError:
+                age = 0
+            found.append((age, entry.name))
+    return [name for _, name in sorted(found)]
+
+
+def read_note(directory: Path, name: str) -> Staged:
+    """The note of a staged checkpoint.
+
+    Raises:
+        EndlexError: it is missing or damaged.
+    """
+    path = note_path(directory, name)
+    try:
+        note = json.loads(path.read_bytes())
+        for file in note["files"]:
+            check_checkpoint_path(file["path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EndlexError(f"{path} cannot be read ({error}): save the checkpoint again") from error
+    return cast(Staged, note)
+
+
+def unstage(directory: Path, name: str) -> None:
+    """Drop the links of a checkpoint that the server has, or that was never whole."""
+    folder = directory / STAGED_DIR
+    shutil.rmtree(folder / name, ignore_errors=True)
+    note_path(directory, name).unlink(missing_ok=True)
