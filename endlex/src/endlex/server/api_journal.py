@@ -1,0 +1,186 @@
+"""Routes for journals: bytes in, their hash and the bytes out, and how each session stands."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import Response, StreamingResponse
+
+from endlex.protocol import (
+    CRASHED,
+    MAX_BATCH_BYTES,
+    SESSION_STATES,
+    EndlexError,
+    check_run_id,
+    check_session_id,
+)
+from endlex.server.auth import require
+from endlex.server.bodies import json_response, read_body, read_json
+from endlex.server.errors import ApiError
+from endlex.server.ingest import SessionState, find_session, update_run
+from endlex.server.journals import iter_bytes
+from endlex.server.state import Server, server_of
+
+router = APIRouter(prefix="/api/v1/runs/{run}")
+
+MOST_BATCHES_AT_ONCE = 16
+"""Bodies held in memory together; more wait until one is stored."""
+PIECE = 2**20
+
+
+@router.post("/sessions/{session}/journal", dependencies=[Depends(require("write"))])
+async def append(
+    request: Request,
+    run: str,
+    session: str,
+    offset: Annotated[int, Query(ge=0, lt=2**62)],
+    crc: Annotated[str, Query(pattern="^[0-9a-fA-F]{8}$")],
+) -> Response:
+    check_run_id(run)
+    check_session_id(session)
+    server = server_of(request)
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding not in ("identity", "deflate"):
+        raise ApiError(415, f"content encoding {encoding!r} is not known: send deflate or none")
+    async with request.app.state.batches:
+        body = await read_body(request, MAX_BATCH_BYTES)
+        reached = await server.ingest.append(
+            run, session, offset, int(crc, 16), body, encoding == "deflate"
+        )
+    return json_response({"offset": reached})
+
+
+@router.get("/sessions/{session}/journal", dependencies=[Depends(require("read", "write"))])
+async def describe(
+    request: Request, run: str, session: str, upto: Annotated[int, Query(ge=0)] = 2**62
+) -> Response:
+    server = server_of(request)
+
+    def hashed() -> dict[str, Any]:
+        state = require_session(server.database.reader(), run, session)
+        end = min(upto, state.offset)
+        return {"offset": state.offset, "sha256": server.hashes.hash(state.pk, end)}
+
+    return json_response(await server.workers.read(hashed))
+
+
+@router.get("/sessions/{session}/journal/raw", dependencies=[Depends(require("read"))])
+async def raw(request: Request, run: str, session: str) -> Response:
+    server = server_of(request)
+    state = await server.workers.read(
+        lambda: require_session(server.database.reader(), run, session)
+    )
+    name = f'attachment; filename="{session}.jsonl"'
+    headers = {"Content-Length": str(state.offset), "Content-Disposition": name}
+    return StreamingResponse(
+        _stream(server, state), headers=headers, media_type="application/x-ndjson"
+    )
+
+
+async def _stream(server: Server, state: SessionState) -> AsyncIterator[bytes]:
+    def piece(start: int) -> bytes:
+        end = min(start + PIECE, state.offset)
+        return next(iter_bytes(server.database.reader(), state.pk, start, end), b"")
+
+    start = 0
+    while start < state.offset:
+        content = await server.workers.read(piece, start)
+        if not content:
+            raise RuntimeError(f"journal of session {state.pk} ends at {start}")
+        yield content
+        start += len(content)
+
+
+@router.get("/sessions", dependencies=[Depends(require("read", "write"))])
+async def sessions(request: Request, run: str) -> Response:
+    server = server_of(request)
+
+    def listed() -> list[dict[str, Any]]:
+        connection = server.database.reader()
+        return list_sessions(connection, find_run(connection, run))
+
+    return json_response(await server.workers.read(listed))
+
+
+@router.post("/sessions/{session}/state", dependencies=[Depends(require("write"))])
+async def set_state(request: Request, run: str, session: str) -> Response:
+    server = server_of(request)
+    content = await read_json(request)
+    status, unsent = content.get("status"), content.get("unsent_bytes")
+    if status not in SESSION_STATES:
+        raise ApiError(422, f"status is {status!r}; it is one of {', '.join(SESSION_STATES)}")
+    if unsent is not None and (type(unsent) is not int or unsent < 0):
+        raise ApiError(422, f"unsent_bytes is {unsent!r}; it must be a whole number from 0")
+    job = _state_job(server, run, session, status, unsent)
+    for kind, event in await asyncio.wrap_future(server.database.write(job)):
+        server.hub.publish(kind, event)
+    return json_response({"status": status})
+
+
+def _state_job(
+    server: Server, run: str, session: str, status: str, unsent: int | None
+) -> Callable[[sqlite3.Connection], list[tuple[str, dict[str, Any]]]]:
+    def job(connection: sqlite3.Connection) -> list[tuple[str, dict[str, Any]]]:
+        state = require_session(connection, run, session)
+        # A heartbeat does not take back an end that the journal or the shipper told.
+        keep = status in ("running", CRASHED) and state.status not in ("running", CRASHED)
+        connection.execute(
+            "UPDATE session SET status=?, unsent_bytes=coalesce(?, unsent_bytes) WHERE pk=?",
+            (state.status if keep else status, unsent, state.pk),
+        )
+        if keep or state.status == status:
+            return []
+        run_status = update_run(connection, state.run)
+        events = [("run", {"run": run, "updated": time.time(), "status": run_status})]
+        if status == CRASHED and state.kind == "trainer":
+            events += server.watch.crashed(connection, state.run, run, session)
+        return events
+
+    return job
+
+
+def find_run(connection: sqlite3.Connection, run: str) -> int:
+    """Return a run's key.
+
+    Raises:
+        ApiError: 404, there is none of that id.
+    """
+    row = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
+    if row is None:
+        raise ApiError(404, f"there is no run {run[:40]!r} here: `endlex ls` lists them")
+    pk: int = row[0]
+    return pk
+
+
+def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
+    """Return a session that is there.
+
+    Raises:
+        ApiError: 404, nothing of it has arrived.
+    """
+    try:
+        check_run_id(run)
+        check_session_id(session)
+    except EndlexError as error:
+        raise ApiError(404, str(error)) from error
+    state = find_session(connection, run, session)
+    if state.pk == 0:
+        raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")
+    return state
+
+
+def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+    """Return how each session of a run stands, in the order of arrival."""
+    rows = connection.execute(
+        "SELECT id, kind, offset, damaged_lines, status, last_seen, unsent_bytes, rank, host, "
+        "started FROM session WHERE run=? ORDER BY pk",
+        (run,),
+    )
+    names = ("session", "kind", "offset", "damaged_lines", "status", "last_seen")
+    more = ("unsent_bytes", "rank", "host", "started")
+    return [dict(zip((*names, *more), row, strict=True)) for row in rows]

@@ -1,0 +1,43 @@
+"""What the API answers when it refuses, and how those answers look."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+from typing import Any
+
+
+class ApiError(Exception):
+    """An answer other than 2xx: `{"error": message}` and whatever the client needs to go on.
+
+    Args:
+        status: the HTTP status.
+        message: names the value and the remedy.
+        headers: sent along, such as Retry-After.
+        extra: further keys of the body, such as `offset`.
+    """
+
+    def __init__(
+        self, status: int, message: str, headers: dict[str, str] | None = None, **extra: Any
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.headers, self.extra = status, message, headers, extra
+
+    def body(self) -> dict[str, Any]:
+        """Return what is sent."""
+        return {"error": self.message, **self.extra}
+
+
+def disk_full() -> ApiError:
+    """Return the answer to a write that the disk has no room for."""
+    message = "the server's disk is full: free some space there (endlex prune); nothing is lost"
+    return ApiError(507, message, {"Retry-After": "30"})
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an OSError or a database error says that there is no room."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return isinstance(error, sqlite3.Error) and (
+        getattr(error, "sqlite_errorname", "") == "SQLITE_FULL" or "is full" in str(error)
+    )

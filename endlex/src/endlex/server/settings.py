@@ -1,0 +1,75 @@
+"""How a server is run: what `endlex serve` asks, and where everything lies in its data directory.
+
+endlex.sqlite3         runs, journals, series, checkpoints' manifests, tokens
+parts/ab/<sha256>      parts of checkpoints' files, each once
+partial/<sha256>       parts that are still arriving
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 2**30
+DEFAULT_PORT = 8817
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator decides; the defaults suit one person on one machine."""
+
+    host: str = "127.0.0.1"
+    """The address to listen on; another than loopback needs `public`."""
+    port: int = DEFAULT_PORT
+    """0 takes a free one."""
+    public: bool = False
+    """Serve other machines, or a proxy that does: every request needs a token."""
+    trusted_proxy: str | None = None
+    """The address of the proxy in front, whose X-Forwarded headers are believed."""
+    alert_webhook: str | None = None
+    """A URL that gets each alert as JSON."""
+    ntfy: str | None = None
+    """The URL of an ntfy topic that gets each alert as text."""
+    stall_minutes: float = 10.0
+    """How long a running run may be silent before that is an alert."""
+    min_free_bytes: int | None = None
+    """Disk space that uploads leave free; None is 1 GiB or 2 % of the disk, whichever is less."""
+
+    def reserve(self, directory: Path) -> int:
+        """Return how many bytes uploads leave free on the disk of `directory`."""
+        if self.min_free_bytes is not None:
+            return self.min_free_bytes
+        return min(GIB, shutil.disk_usage(directory).total // 50)
+
+
+@dataclass(frozen=True)
+class DataDir:
+    """Name what lies in a server's data directory."""
+
+    root: Path
+
+    @classmethod
+    def from_environment(cls) -> DataDir:
+        """Take `ENDLEX_HOME`, or `~/.local/share/endlex` where it is unset or empty."""
+        given = os.environ.get("ENDLEX_HOME")
+        return cls(Path(given).expanduser() if given else Path.home() / ".local/share/endlex")
+
+    @property
+    def database(self) -> Path:
+        return self.root / "endlex.sqlite3"
+
+    @property
+    def parts(self) -> Path:
+        return self.root / "parts"
+
+    @property
+    def partial(self) -> Path:
+        return self.root / "partial"
+
+    def create(self) -> None:
+        """Make the directories, readable by their owner alone."""
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for directory in (self.parts, self.partial):
+            directory.mkdir(exist_ok=True, mode=0o700)

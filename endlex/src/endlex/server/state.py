@@ -1,0 +1,66 @@
+"""Everything that one running server holds, passed to the routes that use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from endlex.server.alerts import Watch
+from endlex.server.auth import Auth
+from endlex.server.database import Database
+from endlex.server.events import Hub
+from endlex.server.ingest import Ingest
+from endlex.server.journals import JournalHashes
+from endlex.server.settings import DataDir, Settings
+from endlex.server.workers import Workers
+
+
+@dataclass(frozen=True)
+class Server:
+    """The parts, built once; `open_server` makes them and `close` ends them."""
+
+    settings: Settings
+    data: DataDir
+    database: Database
+    workers: Workers
+    hub: Hub
+    watch: Watch
+    ingest: Ingest
+    hashes: JournalHashes
+    auth: Auth
+
+    def close(self) -> None:
+        """Finish what was begun; nothing is taken in any more."""
+        self.hub.stop()
+        self.workers.close()
+        self.database.close()
+
+
+def open_server(data: DataDir, settings: Settings) -> Server:
+    """Open the data directory, made if missing, and build the parts.
+
+    Raises:
+        EndlexError: the database is a later version's.
+        OSError, sqlite3.Error: the directory cannot be used.
+    """
+    data.create()
+    database = Database(data.database)
+    workers, hub, watch = Workers(), Hub(), Watch(settings, data)
+    return Server(
+        settings=settings,
+        data=data,
+        database=database,
+        workers=workers,
+        hub=hub,
+        watch=watch,
+        ingest=Ingest(settings, data, database, workers, hub, watch),
+        hashes=JournalHashes(database),
+        auth=Auth(settings, database, workers),
+    )
+
+
+def server_of(request: Request) -> Server:
+    """Return the server that a request came to."""
+    server: Server = request.app.state.server
+    return server

@@ -1,0 +1,112 @@
+"""A server in this process, on a data directory of its own, and a journal to send it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from endlex.protocol import PROTOCOL
+from endlex.server.app import build_app
+from endlex.server.settings import Settings
+
+RUN = "testrun001"
+SESSION = "000001-abcdef012345"
+
+Client = TestClient
+
+
+def lines(records: list[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def session_record(run: str = RUN, session: str = SESSION, **changes: Any) -> dict[str, Any]:
+    return {
+        "type": "session",
+        "session": session,
+        "seq": 0,
+        "time": 1_700_000_000.0,
+        "protocol": PROTOCOL,
+        "run": run,
+        "project": "tests",
+        "name": "a run",
+        "config": {"lr": 0.1},
+        "tags": ["fast"],
+        "group": None,
+        "notes": "",
+        "host": "box",
+        "pid": 1,
+        "rank": 0,
+        "kind": "trainer",
+        **changes,
+    }
+
+
+def metrics_record(step: int, values: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    time = 1_700_000_000.0 + step
+    record = {"type": "metrics", "session": SESSION, "seq": step + 1, "time": time, "step": step}
+    return {**record, "values": dict(values), **changes}
+
+
+class Box:
+    """The training side, as far as these tests need it: sends whole lines, keeps its offset."""
+
+    def __init__(self, client: TestClient, run: str = RUN, session: str = SESSION) -> None:
+        self.client, self.run, self.session = client, run, session
+        self.sent = b""
+
+    @property
+    def url(self) -> str:
+        return f"/api/v1/runs/{self.run}/sessions/{self.session}/journal"
+
+    def post(self, body: bytes, offset: int, **headers: str) -> httpx.Response:
+        query = {"offset": str(offset), "crc": f"{zlib.crc32(body):08x}"}
+        answer: Any = self.client.post(self.url, params=query, content=body, headers=headers)
+        return answer
+
+    def begin(self, **changes: Any) -> None:
+        self.send([session_record(self.run, self.session, **changes)])
+
+    def send(self, records: list[Mapping[str, Any]]) -> None:
+        body = lines(records)
+        answer = self.post(body, len(self.sent))
+        assert answer.status_code == 200, answer.text
+        self.sent += body
+        assert answer.json() == {"offset": len(self.sent)}
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "server"
+
+
+@pytest.fixture
+def start(data_dir: Path) -> Iterator[Callable[..., TestClient]]:
+    """Start a server with other settings, or once more on the same data."""
+    running: list[TestClient] = []
+
+    def begin(**changes: Any) -> TestClient:
+        settings = Settings(**{"min_free_bytes": 0, **changes})
+        client = TestClient(build_app(data_dir, settings), base_url="http://127.0.0.1")
+        running.append(client)
+        return client.__enter__()
+
+    yield begin
+    for client in running:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(start: Callable[..., TestClient]) -> TestClient:
+    return start()
+
+
+@pytest.fixture
+def box(client: TestClient) -> Box:
+    return Box(client)
