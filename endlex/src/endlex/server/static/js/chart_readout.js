@@ -1,6 +1,6 @@
 // The values under the cursor: in a chart's head for one line, in a box beside the cursor for many.
 
-import { paint } from "./colors.js";
+import { bothPaints } from "./colors.js";
 import { el, replaceContent } from "./dom.js";
 import { requestDraw, throttleFrames } from "./frames.js";
 import { formatInteger, formatNumber } from "./format.js";
@@ -149,6 +149,8 @@ function kindAt(series, at) {
 
 export function swatch(place) {
   const mark = el("span", { class: "swatch", "aria-hidden": "true" });
-  mark.style.background = paint(place);
+  const [light, dark] = bothPaints(place);
+  mark.style.setProperty("--light", light);
+  mark.style.setProperty("--dark", dark);
   return mark;
 }

@@ -23,6 +23,10 @@ export function paint(index) {
   return colors[index % colors.length];
 }
 
+export function bothPaints(index) {
+  return [LIGHT[index % LIGHT.length], DARK[index % DARK.length]];
+}
+
 function hashText(text) {
   let hash = 2166136261;
   for (let i = 0; i < text.length; i++) hash = Math.imul(hash ^ text.charCodeAt(i), 16777619);
