@@ -1,0 +1,1 @@
+"""What each subcommand of `endlex` does; arguments come parsed from `endlex.cli`."""

@@ -1,0 +1,269 @@
+"""`endlex doctor`: look at everything that can be wrong, and name the remedy of what is.
+
+Each check is one line: ok, a note (works, but less), or a fault (exit status 1).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from email.utils import parsedate_to_datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from urllib.request import ProxyHandler, build_opener
+
+from endlex.client.journal import content_length, parse_record, session_files
+from endlex.client.run_directory import server_token, server_url
+from endlex.client.shipping import read_state, shipper_process, sync_command, unsent
+from endlex.commands.rendering import count, format_bytes, print_json, printable
+from endlex.commands.server_api import Refused, Server, find_server
+from endlex.commands.targets import find_run_directories, open_run_directory, runs_folder
+from endlex.protocol import PROTOCOL, EndlexError
+
+LITTLE_SPACE = 2 * 2**30
+CLOCK_SECONDS = 5.0
+SYSTEM_LIBRARIES = {"psutil": "psutil", "pynvml": "nvidia-ml-py"}
+SERVER_LIBRARIES = ("fastapi", "uvicorn", "sse_starlette", "orjson", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found."""
+
+    state: Literal["ok", "note", "fault"]
+    check: str
+    message: str
+
+
+def doctor(directories: Sequence[Path], url: str | None, as_json: bool) -> int:
+    """Run every check; 1 when one of them found a fault."""
+    findings = [*_versions(), *_libraries(), *_server(url), *_disk(), *_journals(directories)]
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{finding.state:5}  {finding.check:10}  {printable(finding.message)}")
+    return 1 if any(finding.state == "fault" for finding in findings) else 0
+
+
+def _versions() -> Iterator[Finding]:
+    try:
+        version = metadata.version("endlex")
+    except metadata.PackageNotFoundError:
+        version = "not installed as a package"
+    python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield Finding("ok", "version", f"endlex {version}, protocol {PROTOCOL}; {python}")
+
+
+def _libraries() -> Iterator[Finding]:
+    missing = [name for name in SYSTEM_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(SYSTEM_LIBRARIES[name] for name in missing)
+        what = "GPU figures" if missing == ["pynvml"] else "some system figures"
+        yield Finding(
+            "note", "system", f"no {names}: {what} are not recorded; pip install 'endlex[system]'"
+        )
+    else:
+        yield Finding("ok", "system", "psutil and nvidia-ml-py are here")
+    if importlib.util.find_spec("plotext") is None:
+        yield Finding(
+            "note",
+            "watch",
+            "no plotext: `endlex watch` prints lines only; pip install 'endlex[watch]'",
+        )
+    else:
+        yield Finding("ok", "watch", "plotext is here")
+    absent = [name for name in SERVER_LIBRARIES if importlib.util.find_spec(name) is None]
+    if absent:
+        yield Finding(
+            "note",
+            "serve",
+            f"no {', '.join(absent)}: this machine cannot be the "
+            "server; pip install 'endlex[server]' if it should",
+        )
+        return
+    pages = importlib.import_module("endlex.server.pages")
+    assets = pages.missing_assets()
+    if assets:
+        yield Finding(
+            "fault",
+            "serve",
+            f"the dashboard's charts lack {', '.join(assets)}: install "
+            "endlex again where the build can reach npm's registry, or from a wheel",
+        )
+    else:
+        yield Finding("ok", "serve", "the server's packages and the chart library are here")
+
+
+def _server(url: str | None) -> Iterator[Finding]:
+    if not (url or server_url()):
+        yield Finding(
+            "note",
+            "server",
+            "none is set (ENDLEX_URL): runs stay on this machine until `endlex sync`",
+        )
+        return
+    try:
+        server = find_server(url)
+        health = server.get("/health")
+        theirs = health["protocol"]
+    except EndlexError as error:
+        yield Finding("fault", "server", str(error))
+        return
+    except (KeyError, TypeError):
+        yield Finding("fault", "server", f"{server.url} answers, but not as an Endlex server")
+        return
+    if theirs != PROTOCOL:
+        yield Finding(
+            "fault",
+            "server",
+            f"{server.url} speaks protocol {theirs}, and this side "
+            f"{PROTOCOL}: upgrade the older side",
+        )
+        return
+    yield Finding("ok", "server", f"{server.url}, endlex {health.get('version')}")
+    free = int(health.get("disk_free_bytes", 0))
+    state: Literal["ok", "fault"] = "ok" if free > LITTLE_SPACE else "fault"
+    remedy = "" if state == "ok" else ": free some, or `endlex prune`"
+    yield Finding(state, "server", f"{format_bytes(free)} free on the server's disk{remedy}")
+    yield from _clock(server)
+    yield from _scopes(server)
+
+
+def _clock(server: Server) -> Iterator[Finding]:
+    """Compare clocks by the answer's Date header, which counts whole seconds."""
+    try:
+        before = time.time()
+        with build_opener(ProxyHandler({})).open(f"{server.url}/health", timeout=5) as answer:
+            said = parsedate_to_datetime(answer.headers["Date"]).timestamp()
+        after = time.time()
+    except (OSError, TypeError, ValueError):
+        yield Finding("note", "clock", "the server's answer has no date to compare with")
+        return
+    apart = max(0.0, said - after, before - said - 1)
+    if apart > CLOCK_SECONDS:
+        yield Finding(
+            "note",
+            "clock",
+            f"this machine's and the server's are {apart:,.0f} s apart: "
+            "times on charts are this machine's; nothing else depends on them",
+        )
+    else:
+        yield Finding("ok", "clock", "equal to the server's")
+
+
+def _scopes(server: Server) -> Iterator[Finding]:
+    """Find out what the token may do by asking for things that change nothing."""
+    nobody = "0" * 10
+    questions: dict[str, tuple[str, str, Any]] = {
+        "write": ("GET", f"/runs/{nobody}/sessions/0/journal?upto=0", None),
+        "checkpoint": ("POST", "/parts/missing", {"parts": []}),
+        "read": ("GET", "/runs?limit=1", None),
+    }
+    allowed = []
+    for scope, (method, path, body) in questions.items():
+        try:
+            server.send(method, path, body)
+        except Refused as error:
+            if error.status in (401, 403):
+                continue
+        except EndlexError as error:
+            yield Finding("fault", "token", str(error))
+            return
+        allowed.append(scope)
+    given = "the token" if server_token() else "no token is set, and without one this machine"
+    if not allowed:
+        yield Finding(
+            "fault",
+            "token",
+            f"{given} may do nothing there: set ENDLEX_TOKEN or "
+            "~/.config/endlex/token to one from `endlex token create`",
+        )
+        return
+    lacking = [scope for scope in ("write", "checkpoint") if scope not in allowed]
+    if lacking:
+        yield Finding(
+            "note",
+            "token",
+            f"{given} may {', '.join(allowed)}, not {', '.join(lacking)}: "
+            "a box that trains needs write and checkpoint",
+        )
+    else:
+        yield Finding("ok", "token", f"{given} may {', '.join(allowed)}")
+
+
+def _disk() -> Iterator[Finding]:
+    folder = runs_folder().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < LITTLE_SPACE:
+        yield Finding(
+            "fault",
+            "disk",
+            f"{format_bytes(free)} free in {folder}: journals and "
+            "checkpoints need more; free some, or set ENDLEX_DIR",
+        )
+    else:
+        yield Finding("ok", "disk", f"{format_bytes(free)} free in {folder}")
+
+
+def _journals(directories: Sequence[Path]) -> Iterator[Finding]:
+    found = list(directories) or find_run_directories(runs_folder())
+    if not found:
+        yield Finding("ok", "journals", f"no runs in {runs_folder()}")
+    for directory in found:
+        try:
+            open_run_directory(directory)
+            yield from _journal(directory)
+        except (EndlexError, OSError) as error:
+            yield Finding("fault", "journals", str(error))
+
+
+def _journal(directory: Path) -> Iterator[Finding]:
+    """Look at one run's directory: damaged lines, what is not sent, and who sends it."""
+    damaged = {path: _damaged_lines(path) for path in session_files(directory)}
+    for path, lines in damaged.items():
+        if lines:
+            yield Finding(
+                "fault",
+                "journals",
+                f"{path} has {count(lines, 'damaged line')}: the "
+                "disk may be failing; the rest is sent all the same",
+            )
+    left = unsent(directory)
+    shipper = shipper_process(directory)
+    error = read_state(directory).get("error")
+    if shipper is None and left:
+        yield Finding(
+            "note",
+            "journals",
+            f"{directory}: {count(left.records, 'record')} and "
+            f"{count(left.files, 'checkpoint file')} not sent: {sync_command(directory)}",
+        )
+    elif error and left:
+        yield Finding(
+            "fault",
+            "journals",
+            f"{directory}: its shipper (process {shipper and shipper[0]}) says: {error}",
+        )
+    else:
+        state = "its shipper is at work" if shipper else "all is sent"
+        yield Finding("ok", "journals", f"{directory}: {state}")
+
+
+def _damaged_lines(path: Path) -> int:
+    end = content_length(path)
+    damaged = position = 0
+    with path.open("rb") as file:
+        for line in file:
+            position += len(line)
+            if position > end:
+                break
+            damaged += parse_record(line) is None
+    return damaged

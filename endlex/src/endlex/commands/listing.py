@@ -1,0 +1,196 @@
+"""`endlex ls`, `endlex show` and `endlex compare`: what runs there are, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from endlex.commands.local_run import summarize
+from endlex.commands.rendering import (
+    count,
+    format_age,
+    format_bytes,
+    format_number,
+    print_json,
+    printable,
+    render_table,
+)
+from endlex.commands.server_api import find_server
+from endlex.commands.targets import (
+    find_run_directories,
+    find_server_run,
+    is_run_directory,
+    runs_folder,
+)
+from endlex.commands.usage import UsageError
+
+SHOWN_METRICS = ("val/bpb", "train/loss", "loss")
+CELL = 40
+
+
+def ls(
+    query: Sequence[str],
+    project: str | None,
+    group: str | None,
+    sort: str | None,
+    archived: bool,
+    limit: int,
+    local: bool,
+    url: str | None,
+    as_json: bool,
+) -> int:
+    """Print a table of runs, of the server or of this machine's run directories."""
+    if local:
+        if query or sort or archived:
+            raise UsageError("--local lists every run here: it takes no query, sort or --archived")
+        return _ls_local(project, group, limit, as_json)
+    asked = {
+        "q": " ".join(query) or None,
+        "project": project,
+        "group": group,
+        "sort": sort,
+        "archived": "true" if archived else None,
+        "limit": limit,
+    }
+    page = find_server(url).get("/runs", asked)
+    if as_json:
+        print_json(page)
+        return 0
+    print(_run_table(page["runs"]) if page["runs"] else "no runs")
+    if page["total"] > len(page["runs"]):
+        print(f"{len(page['runs']):,} of {count(page['total'], 'run')}: --limit shows more")
+    return 0
+
+
+def _ls_local(project: str | None, group: str | None, limit: int, as_json: bool) -> int:
+    folder = runs_folder()
+    runs = []
+    for directory in find_run_directories(folder):
+        run = summarize(directory) | {"directory": str(directory)}
+        if project in (None, run["project"]) and group in (None, run["group"]):
+            runs.append(run)
+    runs.sort(key=lambda run: -run["updated"])
+    if as_json:
+        print_json(runs[:limit])
+    elif runs:
+        print(_run_table(runs[:limit]))
+    else:
+        print(f"no runs in {folder}")
+    return 0
+
+
+def _run_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the runs with the first of the usual metrics that any of them has."""
+    metric = next((m for m in SHOWN_METRICS if any(m in run["summary"] for run in runs)), None)
+    headers = ["ID", "PROJECT", "NAME", "STATUS", "UPDATED", "TAGS"] + ([metric] if metric else [])
+    rows = []
+    for run in runs:
+        tags = ",".join(run["tags"])[:CELL]
+        row = [run["run"], run["project"][:CELL], run["name"][:CELL], run["status"]]
+        row += [format_age(run["updated"]), tags]
+        rows.append(row + ([format_number(run["summary"].get(metric))] if metric else []))
+    return render_table(headers, rows, right=(6,))
+
+
+def load_run(text: str, url: str | None) -> dict[str, Any]:
+    """Return what there is to know of a run: from its directory here, else from the server."""
+    from pathlib import Path
+
+    if is_run_directory(Path(text)):
+        return summarize(Path(text))
+    return find_server_run(find_server(url), text)
+
+
+def show(run: str, url: str | None, as_json: bool) -> int:
+    """Print one run."""
+    found = load_run(run, url)
+    if as_json:
+        print_json(found)
+        return 0
+    print(f"{printable(found['project'])}/{printable(found['name'])}  {found['run']}")
+    host = f" on {printable(found['host'])}" if found.get("host") else ""
+    print(f"{found['status']}{host}, updated {format_age(found['updated'])}")
+    for key in ("tags", "group", "notes"):
+        value = found.get(key)
+        if value:
+            print(f"{key}: {printable(', '.join(value) if isinstance(value, list) else value)}")
+    _print_sections(found)
+    return 0
+
+
+def _print_sections(found: dict[str, Any]) -> None:
+    if found["metrics"]:
+        headers = ["METRIC", "LAST", "MIN", "MAX", "STEP", "VALUES"]
+        keys = ("last", "min", "max", "last_step", "count")
+        rows = [[m["name"], *(format_number(m.get(k)) for k in keys)] for m in found["metrics"]]
+        print("\n" + render_table(headers, rows, right=range(1, 6)))
+    if found["checkpoints"]:
+        headers = ["CHECKPOINT", "STEP", "SIZE", "STATE", "ALIASES", "SAVED"]
+        rows = [
+            [
+                *(c["name"], format_number(c["step"]), format_bytes(c["bytes"]), c["state"]),
+                *(",".join(c.get("aliases") or []), format_age(c["created"])),
+            ]
+            for c in found["checkpoints"]
+        ]
+        print("\n" + render_table(headers, rows, right=(1, 2)))
+    flat = flatten_config(found["config"])
+    if flat:
+        print("\n" + render_table(["CONFIG", ""], [[k, str(v)[:80]] for k, v in flat.items()]))
+    names = [*found.get("texts", []), *found.get("tables", [])]
+    if names:
+        print("\ntexts and tables: " + ", ".join(printable(_name(name)) for name in names))
+
+
+def _name(entry: Any) -> str:
+    return str(entry["name"] if isinstance(entry, dict) else entry)
+
+
+def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a configuration's leaves by their keys, joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten_config(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json: bool) -> int:
+    """Print the metrics of runs side by side, and the configuration where it differs."""
+    if len(runs) < 2:
+        raise UsageError(f"{runs[0]!r} alone cannot be compared: give two runs or more")
+    loaded = [load_run(text, url) for text in runs]
+    configs = [flatten_config(run["config"]) for run in loaded]
+    keys = list(dict.fromkeys(key for config in configs for key in config))
+    differing: dict[str, list[Any]] = {}
+    for key in keys:
+        values = [config.get(key) for config in configs]
+        if any(value != values[0] for value in values):
+            differing[key] = values
+    names = dict.fromkeys(m["name"] for run in loaded for m in run["metrics"])
+    wanted = list(metric) or [name for name in names if not name.startswith("system/")]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise UsageError(f"none of the runs has {', '.join(unknown)}; there is {', '.join(names)}")
+    by_name = [{m["name"]: m for m in run["metrics"]} for run in loaded]
+    if as_json:
+        print_json(
+            {
+                "runs": [{k: run[k] for k in ("run", "project", "name")} for run in loaded],
+                "config": differing,
+                "metrics": {name: [found.get(name) for found in by_name] for name in wanted},
+            }
+        )
+        return 0
+    heads = [f"{run['name'][:CELL]} ({run['run']})" for run in loaded]
+    columns = range(1, len(loaded) + 1)
+    rows = [[n, *(format_number(m.get(n, {}).get("last")) for m in by_name)] for n in wanted]
+    print(render_table(["LAST VALUE", *heads], rows, right=columns))
+    if differing:
+        rows = [[key, *(str(v)[:CELL] for v in values)] for key, values in differing.items()]
+        print("\n" + render_table(["CONFIG THAT DIFFERS", *heads], rows, right=columns))
+    else:
+        print("\nthe configurations are equal")
+    return 0

@@ -1,0 +1,118 @@
+"""Turn values into text for a terminal: tables, sizes, ages, numbers.
+
+Names, notes and samples come from whoever logged them: control characters, which could move the
+cursor or retitle the window, are shown as escapes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+def printable(value: Any) -> str:
+    """Return the value's text with control characters escaped, on one line."""
+    text = str(value)
+    return text if text.isprintable() else "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON; control characters are escaped by the format itself."""
+    print(json.dumps(value, indent=2, ensure_ascii=True))
+
+
+def render_table(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()
+) -> str:
+    """Return rows below headers, columns two spaces apart.
+
+    Args:
+        headers: one a column.
+        rows: one text a column each.
+        right: columns that hold numbers, aligned at their right end.
+    """
+    texts = [[printable(cell) for cell in row] for row in [headers, *rows]]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(headers))]
+    lines = []
+    for row in texts:
+        cells = [
+            cell.rjust(widths[i]) if i in right else cell.ljust(widths[i])
+            for i, cell in enumerate(row)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def format_bytes(count: int) -> str:
+    """Return a size in binary units, such as 1.5 GiB."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def format_number(value: Any) -> str:
+    """Return a number with six significant digits, whole ones with thousands separators."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool) or not math.isfinite(value):
+        return str(value)
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.6g}"
+
+
+def format_age(moment: float | None, now: float | None = None) -> str:
+    """Return how long ago a moment in Unix seconds was, such as "3 min ago"."""
+    if not moment:
+        return ""
+    seconds = (time.time() if now is None else now) - moment
+    for size, unit in ((86_400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "now" if seconds < 2 else f"{seconds:.0f} s ago"
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, as "1 file" or "2,000 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+class ProgressLine:
+    """One line that is rewritten on a terminal; on a pipe, a line at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._last = 0.0
+        self._width = 0
+
+    def show(self, text: str) -> None:
+        """Replace the line's text."""
+        now = time.monotonic()
+        if now - self._last < (0.1 if self._terminal else 10.0):
+            return
+        self._last = now
+        text = printable(text)
+        if self._terminal:
+            print(f"\r{text.ljust(self._width)}", end="", file=sys.stderr, flush=True)
+            self._width = len(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Remove the line, before something else is printed."""
+        if self._terminal and self._width:
+            print(f"\r{' ' * self._width}\r", end="", file=sys.stderr, flush=True)
+            self._width = 0

@@ -1,0 +1,111 @@
+"""What RUN means on a command line: a run's directory on this machine, or a run of the server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from endlex.client.journal import session_files
+from endlex.client.run_directory import RunFile, read_run_file
+from endlex.commands.server_api import Refused, Server, run_path
+from endlex.commands.usage import UsageError
+from endlex.protocol import RUN_FILE, RUN_ID, EndlexError
+
+PAGE = 200
+
+
+def runs_folder() -> Path:
+    """Return where runs live that were given no directory."""
+    return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether a directory holds a run."""
+    return path.is_dir() and ((path / RUN_FILE).is_file() or bool(session_files(path)))
+
+
+def open_run_directory(path: Path) -> RunFile:
+    """Return whose directory this is.
+
+    Raises:
+        UsageError: it is not a run's.
+        EndlexError: its run.json is damaged.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a directory; a run's is like endlex-runs/PROJECT/NAME-ID")
+    owner = read_run_file(path)
+    if owner is None:
+        inside = find_run_directories(path)
+        hint = f"; give one of those in it, such as {inside[0]}" if inside else ""
+        raise UsageError(f"{path} is not a run's directory: it has no {RUN_FILE}{hint}")
+    return owner
+
+
+def find_run_directories(folder: Path) -> list[Path]:
+    """Return the run directories at or below a folder, at most two levels deep."""
+    levels = ("", "*/", "*/*/")
+    found = {path.parent for level in levels for path in folder.glob(f"{level}{RUN_FILE}")}
+    return sorted(found)
+
+
+def find_local_run(text: str) -> Path | None:
+    """Return the directory on this machine that a word means; None when there is none.
+
+    Args:
+        text: a path, or the id, name or project/name of a run in `runs_folder()`.
+
+    Raises:
+        EndlexError: several runs there have that name.
+    """
+    if is_run_directory(Path(text)):
+        return Path(text)
+    found = []
+    for directory in find_run_directories(runs_folder()):
+        owner = read_run_file(directory)
+        if owner and text in (owner["run"], owner["name"], f"{owner['project']}/{owner['name']}"):
+            found.append((directory, owner["run"]))
+    if len(found) > 1:
+        listed = ", ".join(str(directory) for directory, _ in found)
+        raise EndlexError(f"{text!r} is the name of {len(found)} runs here: give one of {listed}")
+    return found[0][0] if found else None
+
+
+def find_server_run(server: Server, text: str) -> dict[str, Any]:
+    """Return the run of the server that a word means, as `GET /runs/{run}` tells it.
+
+    Args:
+        server: where to look.
+        text: an id, a name, or project/name.
+
+    Raises:
+        EndlexError: there is none, or several have that name; the message lists their ids.
+    """
+    if RUN_ID.fullmatch(text):
+        try:
+            return dict(server.get(run_path(text)))
+        except Refused as refusal:
+            if refusal.status != 404:
+                raise
+    found = _find_named(server, text)
+    if not found:
+        raise EndlexError(f"{server.url} has no run {text!r}: `endlex ls` lists what is there")
+    if len(found) > 1:
+        listed = ", ".join(f"{run['run']} ({run['project']}/{run['name']})" for run in found[:20])
+        raise EndlexError(f"{text!r} is the name of {len(found)} runs: give an id of {listed}")
+    return dict(server.get(run_path(found[0]["run"])))
+
+
+def _find_named(server: Server, text: str) -> list[dict[str, Any]]:
+    """Return the runs whose name, or project and name, are the text; projects may hold a slash."""
+    found = []
+    for archived in (None, "true"):
+        offset, total = 0, 1
+        while offset < total:
+            query = {"limit": PAGE, "offset": offset, "archived": archived}
+            page = server.get("/runs", query)
+            for run in page["runs"]:
+                if text in (run["name"], f"{run['project']}/{run['name']}", run["run"]):
+                    found.append(run)
+            total, offset = page["total"], offset + PAGE
+    return list({run["run"]: run for run in found}.values())
