@@ -1,0 +1,246 @@
+"""Run a program that nobody has read: what a model wrote, in a separate, confined interpreter.
+
+    result = run_sandboxed("print(6 * 7)", timeout_s=5)
+    result.outcome, result.stdout                        # 'completed', '42\\n'
+
+The program gets a fresh interpreter with the standard library, an empty directory of limited size
+as its working directory and home, no environment, and limits on processor time, memory, processes,
+files and output. On Linux, where the system allows namespaces, it has no network, sees no other
+process, and finds every file outside its directory read-only; a result says in `isolation` what
+of that there was. At the deadline, and when the program ends, whatever it started is killed.
+
+Where namespaces are not allowed (some containers, macOS) limits and a guard within the interpreter
+remain, which stop accidents and not attacks: run untrusted models on Linux then. A program can read
+what the user can; without network it can tell nobody but the reader of its output.
+
+Safe to call from many threads: nothing runs between fork and exec in this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from archerchat.errors import ArcherChatError, UsageError
+
+Outcome = Literal["completed", "exited", "failed", "timeout", "memory", "output", "killed"]
+
+GRACE_SECONDS = 25.0
+"""How long the supervisor may take beyond the deadline; it needs milliseconds where it can run."""
+LAUNCH = (
+    "import sys; sys.path.insert(0, sys.argv[2]); "
+    "from archerchat.tasks import sandbox_supervisor as supervisor; "
+    "del sys.path[0]; supervisor.main()"
+)
+
+
+class SandboxError(ArcherChatError):
+    """Report a sandbox that cannot be set up on this machine."""
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """What the system kept the program from, beside its limits."""
+
+    network: bool = False
+    """It had no network."""
+    processes: bool = False
+    """It could neither see nor signal a process outside."""
+    files: bool = False
+    """It could write nowhere but in its directory."""
+
+
+@dataclass(frozen=True)
+class SandboxResult:
+    """How a program ended, and what it said."""
+
+    outcome: Outcome
+    """`completed`: it ran to its end. `exited`: it ended itself before. `failed`: an exception.
+    `timeout`, `memory`, `output`: it reached that limit. `killed`: a signal ended it."""
+    exit_code: int | None
+    """What the process returned; None if it was killed."""
+    stdout: str
+    stderr: str
+    """Both cut at the limit of output."""
+    isolation: Isolation
+    seconds: float
+    """From the call to the result."""
+
+    @property
+    def network_isolated(self) -> bool:
+        return self.isolation.network
+
+
+def run_sandboxed(
+    program: str,
+    timeout_s: float = 5.0,
+    *,
+    memory_bytes: int = 256 << 20,
+    max_output_bytes: int = 64 << 10,
+    disk_bytes: int = 16 << 20,
+    max_processes: int = 16,
+    namespaces: bool = True,
+) -> SandboxResult:
+    """Run Python source `program` and return how it ended; nothing of it is left then.
+
+    Args:
+        timeout_s: seconds from the program's start, on the clock; processor time has a limit of
+            the same order.
+        memory_bytes: of address space, for each of its processes; an interpreter needs about 50
+            MiB of it.
+        max_output_bytes: of stdout and of stderr; a program that writes more is stopped.
+        disk_bytes: in its directory altogether, where that can be limited, and in each file.
+        max_processes: threads included.
+        namespaces: False does without the kernel's isolation, as on a system that lacks it.
+
+    Raises:
+        UsageError: a limit is not positive, or this is Windows.
+        SandboxError: the sandbox cannot be set up; the message says why.
+    """
+    if sys.platform == "win32":
+        raise UsageError("the sandbox needs Linux or macOS: run this under WSL")
+    for name, value in (("timeout_s", timeout_s), ("memory_bytes", memory_bytes)):
+        if value <= 0:
+            raise UsageError(f"{name} is {value}: it must be positive")
+    start = time.monotonic()
+    directory = tempfile.mkdtemp(prefix="archerchat-sandbox-")
+    try:
+        request = {
+            "program": program,
+            "directory": os.path.realpath(directory),
+            "timeout_s": timeout_s,
+            "memory_bytes": memory_bytes,
+            "disk_bytes": disk_bytes,
+            "max_processes": max_processes,
+            "namespaces": namespaces,
+            "nonce": secrets.token_hex(16),
+        }
+        ended = _Exchange(request, max_output_bytes).run(start + timeout_s + GRACE_SECONDS)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return _judge(*ended, seconds=time.monotonic() - start)
+
+
+class _Exchange:
+    """Talk to one supervisor: hand it the request, collect output and its report."""
+
+    def __init__(self, request: dict[str, Any], max_output_bytes: int) -> None:
+        self._request = json.dumps(request).encode()
+        self._directory = request["directory"]
+        self._limit = max_output_bytes
+        self._flooded = False
+
+    def run(self, deadline: float) -> tuple[dict[str, Any], bytes, bytes, bool]:
+        """Return the report (empty if there is none), stdout, stderr, and whether that was much."""
+        report_in, report_out = os.pipe()
+        try:
+            supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", LAUNCH, str(report_out), _package_root()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(report_out,),
+                env={},
+                cwd=self._directory,
+                start_new_session=True,
+            )
+        except BaseException:
+            os.close(report_in)
+            raise
+        finally:
+            os.close(report_out)
+        try:
+            return self._collect(supervisor, report_in, deadline)
+        finally:
+            os.close(report_in)
+            _end(supervisor)
+
+    def _collect(
+        self, supervisor: subprocess.Popen[bytes], report: int, deadline: float
+    ) -> tuple[dict[str, Any], bytes, bytes, bool]:
+        assert supervisor.stdin is not None
+        assert supervisor.stdout is not None
+        assert supervisor.stderr is not None
+        received = {
+            supervisor.stdout.fileno(): bytearray(),
+            supervisor.stderr.fileno(): bytearray(),
+            report: bytearray(),
+        }
+        with contextlib.suppress(BrokenPipeError):
+            supervisor.stdin.write(struct.pack("!Q", len(self._request)) + self._request)
+            supervisor.stdin.flush()
+        with selectors.DefaultSelector() as selector:
+            for descriptor in received:
+                selector.register(descriptor, selectors.EVENT_READ)
+            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    content = received[key.fd]
+                    piece = os.read(key.fd, 1 << 16)
+                    if not piece:
+                        selector.unregister(key.fd)
+                    elif key.fd == report or len(content) < self._limit:
+                        content += piece
+                    if key.fd != report and len(content) > self._limit:
+                        del content[self._limit :]
+                        self._flooded = True
+                        with contextlib.suppress(BrokenPipeError):
+                            supervisor.stdin.close()  # which ends the program
+        stdout, stderr, told = (bytes(content) for content in received.values())
+        return json.loads(told) if told else {}, stdout, stderr, self._flooded
+
+
+def _end(supervisor: subprocess.Popen[bytes]) -> None:
+    """Let the supervisor finish, and see to it that it does."""
+    for stream in (supervisor.stdin, supervisor.stdout, supervisor.stderr):
+        if stream:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+    try:
+        supervisor.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(supervisor.pid, signal.SIGKILL)
+        supervisor.wait()
+
+
+def _package_root() -> str:
+    return str(Path(__file__).parents[2])
+
+
+def _judge(
+    report: dict[str, Any], stdout: bytes, stderr: bytes, flooded: bool, *, seconds: float
+) -> SandboxResult:
+    """Turn what was reported into a result."""
+    said = stdout.decode(errors="replace"), stderr.decode(errors="replace")
+    if "isolation" not in report:
+        lines = said[1].strip().splitlines() or ["it ended without a word"]
+        raise SandboxError(f"the sandbox could not start a program: {lines[-1]}")
+    verdict = report.get("verdict") or {}
+    status = report.get("status")
+    code = os.waitstatus_to_exitcode(status) if status is not None else None
+    outcome: Outcome = "exited"
+    if flooded:
+        outcome = "output"
+    elif report["end"] == "timeout" or code == -signal.SIGXCPU:
+        outcome = "timeout"
+    elif code is None or code < 0:
+        outcome = "killed"
+    elif verdict:
+        outcome = verdict["outcome"]
+    exit_code = code if code is not None and code >= 0 and outcome != "output" else None
+    return SandboxResult(
+        outcome, exit_code, *said, isolation=Isolation(**report["isolation"]), seconds=seconds
+    )

@@ -1,0 +1,273 @@
+"""The sandbox's own process: it starts a program under limits and answers for its end.
+
+`sandbox.run_sandboxed` runs this in a separate interpreter. Standard library only, and one thread,
+so that forking is safe. Four processes, each the parent of the next:
+
+    supervisor   keeps the deadline and reports; watches a pipe that closes when its parent goes
+    keeper       enters namespaces of its own
+    init         process 1 in there: when it ends, the kernel kills all that is left
+    program      has given up its rights, under limits
+
+Where namespaces are not allowed, the supervisor adopts what the program leaves behind and kills
+it, the program may not fork (except where root can give it a user of its own), and a guard within
+the interpreter refuses what would reach outside. That guard stops accidents, not attacks; the
+report says what there was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import resource
+import runpy
+import select
+import signal
+import struct
+import sys
+import sysconfig
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from archerchat.tasks import sandbox_guard, sandbox_linux
+
+LINUX = sys.platform.startswith("linux")
+START_SECONDS = 20.0
+"""How long the program's start may take on a busy machine, before its own time begins."""
+PRIVATE_USERS = range(1_000_000_000, 2_000_000_000)
+"""Ids that no account has. One of them belongs to one program: a limit on the number of its
+processes counts nobody else's, and it owns no file."""
+Request = dict[str, Any]
+
+
+def main() -> None:
+    """Serve the request on standard input; report on the file descriptor in `sys.argv[1]`."""
+    report = int(sys.argv[1])
+    os.set_inheritable(report, False)
+    request = _read_request()
+    if LINUX:
+        sandbox_linux.prctl(sandbox_linux.PR_SET_CHILD_SUBREAPER, 1)
+    news_in, news_out = os.pipe()
+    verdict_in, verdict_out = os.pipe()
+    keeper = os.fork()
+    if keeper == 0:
+        for descriptor in (report, news_in, verdict_in):
+            os.close(descriptor)
+        _never_return(lambda: _keep(request, news_out, verdict_out))
+    os.close(news_out)
+    os.close(verdict_out)
+    result = _supervise(request["timeout_s"], news_in)
+    _kill_all(keeper, result.get("process"))
+    os.set_blocking(verdict_in, False)
+    with contextlib.suppress(BlockingIOError):
+        result["verdict"] = _check_verdict(os.read(verdict_in, 4096), request["nonce"])
+    os.write(report, json.dumps(result).encode())
+
+
+def _read_request() -> Request:
+    (length,) = struct.unpack("!Q", _read(8))
+    request: Request = json.loads(_read(length))
+    return request
+
+
+def _read(length: int) -> bytes:
+    content = b""
+    while len(content) < length:
+        piece = os.read(0, min(length - len(content), 1 << 20))
+        if not piece:
+            raise SystemExit("the request ended early")
+        content += piece
+    return content
+
+
+def _supervise(timeout: float, news: int) -> dict[str, Any]:
+    """Wait for the program's end, its deadline, or the end of our parent."""
+    result: dict[str, Any] = {"end": "timeout"}
+    deadline = time.monotonic() + START_SECONDS
+    lines = b""
+    while (left := deadline - time.monotonic()) > 0:
+        ready, _, _ = select.select([news, 0], [], [], left)
+        if news in ready:
+            piece = os.read(news, 4096)
+            if not piece:
+                return result | {"end": "lost"}
+            lines += piece
+            *whole, lines = lines.split(b"\n")
+            for line in whole:
+                result |= json.loads(line)
+                if "started" in result:
+                    deadline = result.pop("started") + timeout
+                if "status" in result:
+                    return result | {"end": "ended"}
+        elif 0 in ready:
+            return result | {"end": "cancelled"}
+    return result
+
+
+def _kill_all(keeper: int, process: int | None) -> None:
+    """Kill the keeper and what comes to us when it is gone, until there is no child left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(keeper, signal.SIGKILL)
+    if process is not None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process, signal.SIGKILL)
+    while True:
+        try:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not ended:
+            for child in sandbox_linux.children(os.getpid()) if LINUX else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.002)
+
+
+def _check_verdict(content: bytes, nonce: str) -> dict[str, Any] | None:
+    """Return what the interpreter said about the program's end, if it was the interpreter."""
+    try:
+        verdict = json.loads(content)
+        return verdict if verdict.pop("nonce") == nonce else None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _never_return(run: Callable[[], None]) -> NoReturn:
+    """Run a forked process's part; it must not go on with its parent's."""
+    try:
+        run()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(125)
+
+
+def _die_with_parent() -> None:
+    if LINUX:
+        sandbox_linux.prctl(sandbox_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _keep(request: Request, news: int, verdict: int) -> None:
+    """The keeper: go where others are out of reach, and wait for process 1."""
+    _die_with_parent()
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    root = os.geteuid() == 0
+    apart = LINUX and request["namespaces"] and sandbox_linux.enter_namespaces(root=root)
+    init = os.fork()
+    if init == 0:
+        _never_return(lambda: _be_init(request, news, verdict, root=root, apart=apart))
+    os.close(news)
+    os.close(verdict)
+    os.waitpid(init, 0)
+
+
+def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bool) -> None:
+    """Process 1: confine files, start the program, reap orphans, tell the program's end."""
+    _die_with_parent()
+    user = random.SystemRandom().choice(PRIVATE_USERS) if root else os.getuid()
+    confined = apart and sandbox_linux.confine_writes(
+        request["directory"], request["disk_bytes"], user
+    )
+    if root:
+        _make_python_readable(request["directory"], confined=confined)
+        if not confined:
+            os.chown(request["directory"], user, user)
+    facts = {"network": apart, "processes": apart, "files": confined}
+    program = os.fork()
+    if program == 0:
+        os.close(news)
+        _never_return(lambda: _be_program(request, verdict, user if root else None, facts))
+    os.close(verdict)
+    started = {"started": time.monotonic(), "isolation": facts}
+    if not apart:
+        started["process"] = program
+    os.write(news, json.dumps(started).encode() + b"\n")
+    while True:
+        ended, status = os.wait()
+        if ended == program:
+            os.write(news, json.dumps({"status": status}).encode() + b"\n")
+            return
+
+
+def _make_python_readable(directory: str, *, confined: bool) -> None:
+    """See to it that a user with no rights at all can import the standard library."""
+    library = sysconfig.get_path("stdlib")
+    if sandbox_linux.readable_by_all(library):
+        return
+    if not confined:
+        raise PermissionError(
+            f"root cannot hand a program to another user: nobody else may read {library}"
+        )
+    bound = f"{directory}/.python"
+    Path(bound).mkdir(0o755)
+    sandbox_linux.bind(library, bound)
+    sys.path[:] = [bound + entry.removeprefix(library) for entry in sys.path if library in entry]
+    sys.path_importer_cache.clear()
+
+
+def _be_program(request: Request, verdict: int, user: int | None, facts: dict[str, bool]) -> None:
+    """Give up all rights, take the limits, and run."""
+    os.setsid()
+    os.chdir(request["directory"])
+    if user is not None:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    if LINUX:
+        sandbox_linux.drop_rights()
+        _die_with_parent()
+    alone = user is not None or facts["processes"]  # nobody else's processes are counted
+    _set_limits(request, request["max_processes"] if alone else 0)
+    os.environ.clear()
+    os.environ.update(HOME=request["directory"], TMPDIR=request["directory"])
+    if not facts["files"]:
+        sandbox_guard.install(request["directory"])
+    _run(request["program"], verdict, request["nonce"])
+
+
+def _set_limits(request: Request, processes: int) -> None:
+    seconds = int(request["timeout_s"]) + 2
+    limits = {
+        "RLIMIT_CPU": seconds,
+        "RLIMIT_AS": request["memory_bytes"],
+        "RLIMIT_NPROC": processes,
+        "RLIMIT_FSIZE": request["disk_bytes"],
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+    }
+    for name, value in limits.items():
+        # Not every system has, or enforces, each of them.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def _run(program: str, verdict: int, nonce: str) -> NoReturn:
+    """Run the program as `__main__` and say how it ended."""
+    path = Path("program.py")
+    path.write_bytes(program.encode(errors="replace"))
+    sys.argv = [str(path)]
+    result: dict[str, Any] = {"outcome": "completed"}
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+        sys.stdout.flush()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        result = {"outcome": "exited", "exit_code": code & 0xFF}
+    except MemoryError:
+        result = {"outcome": "memory"}
+    except BaseException as error:
+        result = {"outcome": "failed", "exit_code": 1}
+        with contextlib.suppress(BaseException):
+            traceback.print_exception(error, limit=-20)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BaseException):
+            stream.flush()
+    os.write(verdict, json.dumps(result | {"nonce": nonce}).encode())
+    os._exit(result.get("exit_code", 0))
