@@ -24,6 +24,7 @@ from endlex.server.bodies import json_response, read_body, read_json
 from endlex.server.errors import ApiError
 from endlex.server.ingest import SessionState, find_session, update_run
 from endlex.server.journals import iter_bytes
+from endlex.server.queries import find_run, list_sessions
 from endlex.server.state import Server, server_of
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
@@ -144,19 +145,6 @@ def _state_job(
     return job
 
 
-def find_run(connection: sqlite3.Connection, run: str) -> int:
-    """Return a run's key.
-
-    Raises:
-        ApiError: 404, there is none of that id.
-    """
-    row = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
-    if row is None:
-        raise ApiError(404, f"there is no run {run[:40]!r} here: `endlex ls` lists them")
-    pk: int = row[0]
-    return pk
-
-
 def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
     """Return a session that is there.
 
@@ -172,15 +160,3 @@ def require_session(connection: sqlite3.Connection, run: str, session: str) -> S
     if state.pk == 0:
         raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")
     return state
-
-
-def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
-    """Return how each session of a run stands, in the order of arrival."""
-    rows = connection.execute(
-        "SELECT id, kind, offset, damaged_lines, status, last_seen, unsent_bytes, rank, host, "
-        "started FROM session WHERE run=? ORDER BY pk",
-        (run,),
-    )
-    names = ("session", "kind", "offset", "damaged_lines", "status", "last_seen")
-    more = ("unsent_bytes", "rank", "host", "started")
-    return [dict(zip((*names, *more), row, strict=True)) for row in rows]

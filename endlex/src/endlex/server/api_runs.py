@@ -1,28 +1,92 @@
-"""Routes for what people look at: runs, their metadata, charts, texts and tables."""
+"""Routes for what people look at: runs, their metadata, charts, texts, tables, alerts, events."""
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import numpy as np
+import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
+from sse_starlette.sse import EventSourceResponse
 
-from endlex.server.api_journal import find_run
 from endlex.server.auth import require
-from endlex.server.bodies import json_response
+from endlex.server.bodies import json_response, read_json
+from endlex.server.changes import change_run, check_changes, dismiss_alert
 from endlex.server.charts import ChartQuery, read_chart
 from endlex.server.errors import ApiError
+from endlex.server.events import Hub
+from endlex.server.queries import (
+    RunQuery,
+    find_run,
+    list_alerts,
+    list_runs,
+    list_tables,
+    list_texts,
+    show_run,
+)
 from endlex.server.state import server_of
 
 router = APIRouter(prefix="/api/v1")
+READ = [Depends(require("read"))]
 
 MOST_METRICS = 500
 """In one request for series."""
+PING_SECONDS = 15
+SLOW_READER_SECONDS = 10
+"""How long one event may take to send before its reader is dropped."""
+
+Step = Annotated[int | None, Query(ge=0, lt=2**62)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
-@router.get("/runs/{run}/series", dependencies=[Depends(require("read"))])
+@router.get("/runs", dependencies=READ)
+async def runs(
+    request: Request,
+    q: Annotated[str, Query(max_length=1000)] = "",
+    project: str | None = None,
+    group: str | None = None,
+    sort: Annotated[str, Query(max_length=300)] = "-created",
+    archived: str | None = None,
+    deleted: str | None = None,
+    limit: Limit = 100,
+    offset: Annotated[int, Query(ge=0, lt=2**62)] = 0,
+) -> Response:
+    server = server_of(request)
+    query = RunQuery(q, project, group, sort, archived, deleted, limit, offset)
+
+    def read() -> dict[str, Any]:
+        with server.database.snapshot() as connection:
+            return list_runs(connection, query)
+
+    return json_response(await server.workers.read(read))
+
+
+@router.get("/runs/{run}", dependencies=[Depends(require("read", "checkpoint"))])
+async def run_whole(request: Request, run: str) -> Response:
+    server = server_of(request)
+
+    def read() -> dict[str, Any]:
+        with server.database.snapshot() as connection:
+            return show_run(connection, run)
+
+    return json_response(await server.workers.read(read))
+
+
+@router.patch("/runs/{run}", dependencies=[Depends(require("write"))])
+async def change(request: Request, run: str) -> Response:
+    server = server_of(request)
+    columns = check_changes(await read_json(request))
+    future = server.database.write(lambda connection: change_run(connection, run, columns))
+    status = await asyncio.wrap_future(future)
+    server.hub.publish("run", {"run": run, "updated": time.time(), "status": status})
+    return await run_whole(request, run)
+
+
+@router.get("/runs/{run}/series", dependencies=READ)
 async def series(
     request: Request,
     run: str,
@@ -49,3 +113,77 @@ async def series(
     answer, milliseconds = await server.workers.read(read)
     answer.headers["Server-Timing"] = f"series;dur={milliseconds:.3f}"
     return answer
+
+
+@router.get("/runs/{run}/texts", dependencies=READ)
+async def texts(
+    request: Request,
+    run: str,
+    name: str | None = None,
+    before_step: Step = None,
+    limit: Limit = 100,
+) -> Response:
+    server = server_of(request)
+
+    def read() -> dict[str, Any]:
+        with server.database.snapshot() as connection:
+            pk = find_run(connection, run)
+            return {"texts": list_texts(connection, pk, name, before_step, limit)}
+
+    return json_response(await server.workers.read(read))
+
+
+@router.get("/runs/{run}/tables", dependencies=READ)
+async def tables(
+    request: Request,
+    run: str,
+    name: str | None = None,
+    before_step: Step = None,
+    limit: Limit = 100,
+) -> Response:
+    server = server_of(request)
+
+    def read() -> dict[str, Any]:
+        with server.database.snapshot() as connection:
+            pk = find_run(connection, run)
+            return {"tables": list_tables(connection, pk, name, before_step, limit)}
+
+    return json_response(await server.workers.read(read))
+
+
+@router.get("/alerts", dependencies=READ)
+async def alerts(
+    request: Request,
+    run: str | None = None,
+    only_open: Annotated[bool, Query(alias="open")] = False,
+) -> Response:
+    server = server_of(request)
+
+    def read() -> dict[str, Any]:
+        with server.database.snapshot() as connection:
+            return {"alerts": list_alerts(connection, run, only_open)}
+
+    return json_response(await server.workers.read(read))
+
+
+@router.post("/alerts/{alert}/dismiss", dependencies=[Depends(require("write"))])
+async def dismiss(request: Request, alert: int) -> Response:
+    server = server_of(request)
+    run = await asyncio.wrap_future(server.database.write(lambda c: dismiss_alert(c, alert)))
+    server.hub.publish("alert", {"run": run, "id": alert, "dismissed": True})
+    return json_response({"id": alert, "dismissed": True})
+
+
+@router.get("/events", dependencies=READ)
+async def events(request: Request, run: str | None = None) -> Response:
+    server = server_of(request)
+    if server.hub.full:
+        raise ApiError(503, "too many readers of events: close some pages", {"Retry-After": "30"})
+    return EventSourceResponse(
+        _encoded(server.hub, run), ping=PING_SECONDS, send_timeout=SLOW_READER_SECONDS
+    )
+
+
+async def _encoded(hub: Hub, run: str | None) -> AsyncIterator[dict[str, str]]:
+    async for kind, content in hub.read(run):
+        yield {"event": kind, "data": orjson.dumps(content).decode()}

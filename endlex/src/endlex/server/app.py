@@ -12,29 +12,35 @@ import asyncio
 import importlib.util
 import logging
 import shutil
+import socket
 import sqlite3
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
+import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server import api_journal, api_runs
+from endlex.server import api_journal, api_login, api_runs
+from endlex.server.auth import list_tokens
 from endlex.server.bodies import json_response
-from endlex.server.errors import ApiError, disk_full, is_disk_full
-from endlex.server.security import Guard
+from endlex.server.handlers import install_handlers
+from endlex.server.security import Guard, is_loopback
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server, open_server
 
 logger = logging.getLogger("endlex")
 
 SWEEP_SECONDS = 15.0
+SWITCH_SECONDS = 0.001
+"""How long a thread may keep the interpreter from the one that answers; Python's default of 5 ms
+adds up to a slow page while several threads work."""
+SHUTDOWN_SECONDS = 10
+MOST_CONNECTIONS = 1000
 
 
 def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI:
@@ -52,16 +58,9 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.state.data, app.state.settings = data, settings
     app.state.batches = asyncio.Semaphore(api_journal.MOST_BATCHES_AT_ONCE)
     app.add_middleware(Guard, settings=settings)
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(EndlexError, _on_wrong_value)
-    app.add_exception_handler(RequestValidationError, _on_wrong_query)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientDisconnect, _on_disconnect)
-    app.add_exception_handler(sqlite3.Error, _on_storage_error)
-    app.add_exception_handler(OSError, _on_storage_error)
-    app.add_exception_handler(Exception, _on_error)
+    install_handlers(app)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (api_journal, api_runs):
+    for module in (api_journal, api_runs, api_login):
         app.include_router(module.router)
     if importlib.util.find_spec("endlex.server.pages") is not None:
         pages = importlib.import_module("endlex.server.pages")
@@ -101,39 +100,61 @@ async def _health(request: Request) -> Response:
     return json_response({**content, "disk_free_bytes": free})
 
 
-async def _on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return json_response(error.body(), error.status, error.headers)
+def serve(data_dir: Path | str, settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; prints the address once it listens.
+
+    Raises:
+        EndlexError: the settings would let strangers in, or the address is taken.
+    """
+    data_dir = Path(data_dir)
+    _require_closed_or_tokens(data_dir, settings)
+    listener = _listen(settings)
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    sys.setswitchinterval(SWITCH_SECONDS)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    config = uvicorn.Config(
+        build_app(data_dir, settings),
+        log_config=None,
+        log_level="warning",
+        access_log=False,  # it would print whole addresses, queries included
+        server_header=False,
+        proxy_headers=settings.trusted_proxy is not None,
+        forwarded_allow_ips=settings.trusted_proxy or "",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_keep_alive=75,
+        limit_concurrency=MOST_CONNECTIONS,
+    )
+    print(f"endlex: serving {data_dir} on http://{shown}:{port}", flush=True)
+    with listener:
+        uvicorn.Server(config).run(sockets=[listener])
 
 
-async def _on_wrong_value(request: Request, error: Exception) -> Response:
-    return json_response({"error": str(error)}, 422)
+def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
+    if not settings.public:
+        if not is_loopback(settings.host):
+            raise EndlexError(
+                f"host {settings.host!r} lets other machines in: add --public, and make a token "
+                "with `endlex token create`"
+            )
+        return
+    if not any(token.revoked is None for token in list_tokens(data_dir)):
+        raise EndlexError(
+            "a public server needs a token: make one with "
+            "`endlex token create --scope write,checkpoint --name BOX`"
+        )
 
 
-async def _on_wrong_query(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    wrong = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
-    return json_response({"error": "; ".join(wrong)}, 422)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path[:200]
-    message = f"{request.method} {path!r}: {error.detail}"
-    return json_response({"error": message}, error.status_code, dict(error.headers or {}))
-
-
-async def _on_disconnect(request: Request, error: Exception) -> Response:
-    return Response(status_code=400)  # nobody is there to read it
-
-
-async def _on_storage_error(request: Request, error: Exception) -> Response:
-    if is_disk_full(error):
-        return await _on_api_error(request, disk_full())
-    logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
-    message = "the server cannot use its disk or database; its log says more: try again later"
-    return json_response({"error": message}, 503, {"Retry-After": "10"})
-
-
-async def _on_error(request: Request, error: Exception) -> Response:
-    return json_response({"error": "the server failed at this; its log says more"}, 500)
+def _listen(settings: Settings) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((settings.host, settings.port))
+        listener.listen(1024)
+    except OSError as error:
+        raise EndlexError(
+            f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}): "
+            "choose another with --port"
+        ) from error
+    return listener

@@ -46,8 +46,8 @@ CREATE TABLE segment (
 );
 CREATE TABLE metric (
     pk INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER NOT NULL REFERENCES run (pk),
-    name TEXT NOT NULL, count INTEGER NOT NULL DEFAULT 0, last REAL, last_text TEXT, last_step INTEGER,
-    min REAL, max REAL, UNIQUE (run, name)
+    name TEXT NOT NULL, count INTEGER NOT NULL DEFAULT 0, last REAL, last_text TEXT,
+    last_step INTEGER, min REAL, max REAL, UNIQUE (run, name)
 );
 CREATE TABLE series (
     pk INTEGER PRIMARY KEY AUTOINCREMENT, metric INTEGER NOT NULL, session INTEGER NOT NULL,

@@ -1,0 +1,328 @@
+"""What the pages and commands ask about runs: lists, one run whole, texts, tables, alerts."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from endlex.protocol import SYSTEM
+from endlex.server.errors import ApiError
+from endlex.server.run_search import Condition, parse_search
+
+SORTED_BY = {
+    "created": "run.created",
+    "updated": "run.updated",
+    "name": "run.name COLLATE NOCASE",
+    "project": "run.project COLLATE NOCASE",
+    "status": "run.status",
+    "group": "run.group_name COLLATE NOCASE",
+    "host": "run.host COLLATE NOCASE",
+}
+SHORT_CONFIG_KEYS = 50
+SHORT_CONFIG_CHARS = 100
+RUN_COLUMNS = (
+    "run.pk, run.id, project, name, status, created, updated, tags, group_name, notes, archived, "
+    "deleted, host"
+)
+
+
+@dataclass(frozen=True)
+class RunQuery:
+    """Which runs, in which order; `sort` is a column or a metric, with "-" in front descending.
+
+    `archived` and `deleted`: "true" for those alone, "any" for those too; otherwise neither.
+    """
+
+    q: str = ""
+    project: str | None = None
+    group: str | None = None
+    sort: str = "-created"
+    archived: str | None = None
+    deleted: str | None = None
+    limit: int = 100
+    offset: int = 0
+
+
+def find_run(connection: sqlite3.Connection, run: str) -> int:
+    """Return a run's key.
+
+    Raises:
+        ApiError: 404, there is none of that id.
+    """
+    row = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
+    if row is None:
+        raise ApiError(404, f"there is no run {run[:40]!r} here: `endlex ls` lists them")
+    pk: int = row[0]
+    return pk
+
+
+def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]:
+    """Return the runs that match, and how many there are beyond the limit.
+
+    Raises:
+        ApiError: 422, the search is not one.
+    """
+    conditions = [*parse_search(query.q), *_state_conditions(query)]
+    if query.project is not None:
+        conditions.append(("run.project = ?", [query.project]))
+    if query.group is not None:
+        conditions.append(("run.group_name = ?", [query.group]))
+    where = " AND ".join(text for text, _ in conditions) or "1"
+    values = [value for _, given in conditions for value in given]
+    total = connection.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
+    order, order_values = _order(query.sort)
+    rows = connection.execute(
+        f"SELECT {RUN_COLUMNS} FROM run WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
+        [*values, *order_values, query.limit, query.offset],
+    ).fetchall()
+    keys = [row[0] for row in rows]
+    summaries, alerts = _summaries(connection, keys), _alert_counts(connection, keys)
+    configs = _configs(connection, keys)
+    runs = [
+        {
+            **_run_row(row),
+            "summary": summaries.get(row[0], {}),
+            "config": _shortened(configs.get(row[0], {})),
+            "alerts": alerts.get(row[0], 0),
+        }
+        for row in rows
+    ]
+    return {"runs": runs, "total": total}
+
+
+def _state_conditions(query: RunQuery) -> Iterable[Condition]:
+    if query.deleted == "true":
+        yield "run.deleted IS NOT NULL", []
+    elif query.deleted != "any":
+        yield "run.deleted IS NULL", []
+    if query.archived != "any":
+        yield "run.archived = ?", [int(query.archived == "true")]
+
+
+def _order(sort: str) -> tuple[str, list[Any]]:
+    """Return an ORDER BY expression and its values; runs without the metric come last."""
+    name = sort.removeprefix("-")
+    direction = "DESC" if sort.startswith("-") else "ASC"
+    if name in SORTED_BY:
+        return f"{SORTED_BY[name]} {direction}, run.pk DESC", []
+    last = "(SELECT last FROM metric WHERE metric.run = run.pk AND metric.name = ?)"
+    return f"{last} {direction} NULLS LAST, run.pk DESC", [name]
+
+
+def _run_row(row: tuple[Any, ...]) -> dict[str, Any]:
+    _, run, project, name, status, created, updated, tags, group, notes, archived, gone, host = row
+    return {
+        "run": run,
+        "project": project,
+        "name": name,
+        "status": status,
+        "created": created,
+        "updated": updated,
+        "tags": orjson.loads(tags),
+        "group": group,
+        "notes": notes,
+        "archived": bool(archived),
+        "deleted": gone,
+        "host": host,
+    }
+
+
+def _marks(keys: list[int]) -> str:
+    return ",".join("?" * len(keys))
+
+
+def _summaries(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
+    """Return each run's last values; what is not finite is the string that stands for it."""
+    found: dict[int, dict[str, Any]] = {}
+    rows = connection.execute(
+        f"SELECT run, name, coalesce(last_text, last) FROM metric WHERE run IN ({_marks(keys)}) "
+        "ORDER BY name",
+        keys,
+    )
+    for run, name, last in rows:
+        found.setdefault(run, {})[name] = last
+    return found
+
+
+def _alert_counts(connection: sqlite3.Connection, keys: list[int]) -> dict[int, int]:
+    rows = connection.execute(
+        f"SELECT run, count(*) FROM alert WHERE run IN ({_marks(keys)}) "
+        "AND resolved IS NULL AND dismissed IS NULL GROUP BY run",
+        keys,
+    )
+    return dict(rows.fetchall())
+
+
+def _configs(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
+    """Return each run's configuration: its sessions' joined, where the latest to arrive wins."""
+    found: dict[int, dict[str, Any]] = {}
+    rows = connection.execute(
+        f"SELECT run, config FROM session WHERE run IN ({_marks(keys)}) AND kind != ? ORDER BY pk",
+        [*keys, SYSTEM],
+    )
+    for run, config in rows:
+        found.setdefault(run, {}).update(orjson.loads(config))
+    return found
+
+
+def _shortened(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration fits a row of a list."""
+    short: dict[str, Any] = {}
+    for key, value in config.items():
+        if len(short) == SHORT_CONFIG_KEYS:
+            break
+        if isinstance(value, str):
+            short[key] = value[:SHORT_CONFIG_CHARS]
+        elif value is None or isinstance(value, int | float):
+            short[key] = value
+    return short
+
+
+def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
+    """Return all that is known of a run but its points, texts and tables.
+
+    Raises:
+        ApiError: 404.
+    """
+    pk = find_run(connection, run)
+    row = connection.execute(f"SELECT {RUN_COLUMNS} FROM run WHERE pk=?", (pk,)).fetchone()
+    return {
+        **_run_row(row),
+        "summary": _summaries(connection, [pk]).get(pk, {}),
+        "alerts": _alert_counts(connection, [pk]).get(pk, 0),
+        "config": _configs(connection, [pk]).get(pk, {}),
+        "sessions": list_sessions(connection, pk),
+        "metrics": list_metrics(connection, pk),
+        "texts": _names(connection, "text", pk),
+        "tables": _names(connection, "data_table", pk),
+        "checkpoints": list_checkpoints(connection, pk),
+    }
+
+
+def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+    """Return how each session of a run stands, in the order of arrival."""
+    rows = connection.execute(
+        "SELECT id, kind, offset, damaged_lines, status, last_seen, unsent_bytes, rank, host, "
+        "started FROM session WHERE run=? ORDER BY pk",
+        (run,),
+    )
+    names = ("session", "kind", "offset", "damaged_lines", "status", "last_seen")
+    more = ("unsent_bytes", "rank", "host", "started")
+    return [dict(zip((*names, *more), row, strict=True)) for row in rows]
+
+
+def list_metrics(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+    """Return the summary of each metric of a run, by name."""
+    rows = connection.execute(
+        "SELECT name, count, coalesce(last_text, last), min, max, last_step FROM metric "
+        "WHERE run=? ORDER BY name",
+        (run,),
+    )
+    names = ("name", "count", "last", "min", "max", "last_step")
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
+    """Return a run's checkpoints by step; `announced` is one of which only the journal speaks."""
+    rows = connection.execute(
+        "SELECT name, step, created, state, bytes, aliases, metadata, error FROM checkpoint "
+        "WHERE run=? ORDER BY step, created",
+        (run,),
+    )
+    names = ("name", "step", "created", "state", "bytes", "aliases", "metadata", "error")
+    found = [dict(zip(names, row, strict=True)) for row in rows]
+    for checkpoint in found:
+        checkpoint["aliases"] = orjson.loads(checkpoint["aliases"])
+        checkpoint["metadata"] = orjson.loads(checkpoint["metadata"])
+    return found
+
+
+def _names(connection: sqlite3.Connection, table: str, run: int) -> list[str]:
+    rows = connection.execute(
+        f"SELECT DISTINCT name FROM {table} WHERE run=? ORDER BY name", (run,)
+    )
+    return [name for (name,) in rows]
+
+
+def list_texts(
+    connection: sqlite3.Connection,
+    run: int,
+    name: str | None,
+    before_step: int | None,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """Return texts, latest steps first; of two under one name and step the later one.
+
+    A step comes whole, though that be more than `limit`: the next page goes on below it.
+    """
+    rows = _latest(connection, "text", "text", run, name, before_step, limit)
+    return [{"name": n, "step": s, "time": t, "text": content} for n, s, t, content in rows]
+
+
+def list_tables(
+    connection: sqlite3.Connection,
+    run: int,
+    name: str | None,
+    before_step: int | None,
+    limit: int,
+) -> list[dict[str, Any]]:
+    """Return tables as `list_texts` does texts."""
+    rows = _latest(connection, "data_table", "content", run, name, before_step, limit)
+    return [{"name": n, "step": s, "time": t, **orjson.loads(content)} for n, s, t, content in rows]
+
+
+def _latest(
+    connection: sqlite3.Connection,
+    table: str,
+    column: str,
+    run: int,
+    name: str | None,
+    before_step: int | None,
+    limit: int,
+) -> list[tuple[Any, ...]]:
+    where, values = ["run = ?"], [run]
+    if name is not None:
+        where.append("name = ?")
+        values.append(name)  # type: ignore[arg-type]
+    if before_step is not None:
+        where.append("step < ?")
+        values.append(before_step)
+    chosen = f"SELECT max(pk) FROM {table} WHERE {' AND '.join(where)} GROUP BY name, step"
+    lowest = connection.execute(
+        f"SELECT min(step) FROM (SELECT step FROM {table} WHERE pk IN ({chosen}) "
+        "ORDER BY step DESC LIMIT ?)",
+        [*values, limit],
+    ).fetchone()[0]
+    if lowest is None:
+        return []
+    return connection.execute(
+        f"SELECT name, step, time, {column} FROM {table} WHERE pk IN ({chosen}) AND step >= ? "
+        "ORDER BY step DESC, name",
+        [*values, lowest],
+    ).fetchall()
+
+
+def list_alerts(
+    connection: sqlite3.Connection, run: str | None, open_only: bool, limit: int = 500
+) -> list[dict[str, Any]]:
+    """Return alerts, newest first; an open one is neither resolved nor dismissed."""
+    where, values = "1", []
+    if run is not None:
+        where, values = "run.id = ?", [run]
+    if open_only:
+        where += " AND resolved IS NULL AND dismissed IS NULL"
+    rows = connection.execute(
+        "SELECT alert.pk, run.id, run.name, kind, metric, message, opened, resolved, dismissed "
+        f"FROM alert LEFT JOIN run ON run.pk = alert.run WHERE {where} "
+        "ORDER BY alert.pk DESC LIMIT ?",
+        [*values, limit],
+    )
+    names = ("id", "run", "run_name", "kind", "metric", "message", "opened", "resolved")
+    found = [dict(zip((*names, "dismissed"), row, strict=True)) for row in rows]
+    for alert in found:
+        alert["open"] = alert["resolved"] is None and alert["dismissed"] is None
+    return found
