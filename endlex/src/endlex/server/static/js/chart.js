@@ -232,7 +232,7 @@ export class Chart {
       const stroke = (values) => strokeLine(context, series.x, values, span, toX, toY, width);
       const thick = (line.emphasized ? 2.4 : 1.4) * ratio;
       context.lineWidth = settings.smoothing > 0 ? ratio : thick;
-      context.globalAlpha = settings.smoothing > 0 ? 0.28 : 1;
+      context.globalAlpha = settings.smoothing > 0 ? (this.lines.length > 1 ? 0.14 : 0.28) : 1;
       stroke(series.y);
       context.globalAlpha = 1;
       if (settings.smoothing > 0) {

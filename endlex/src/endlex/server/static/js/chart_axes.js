@@ -78,7 +78,9 @@ function axisNumber(value, splits) {
   if (value === 0) return "0";
   if (size >= 1e4 && step >= 1) return formatNumber(value);
   if (size < 1e-3) return value.toExponential(1);
-  const decimals = step > 0 ? Math.max(0, Math.min(8, Math.ceil(-Math.log10(step)))) : 4;
+  // The fewest decimals in which the step itself is exact: 0.25 needs two, 0.2 one.
+  let decimals = 0;
+  while (decimals < 8 && Math.abs(Number(step.toFixed(decimals)) - step) > step * 1e-6) decimals += 1;
   return value.toFixed(decimals);
 }
 

@@ -53,7 +53,7 @@ export class ChartBoard {
     const words = this.filter.toLowerCase().split(/\s+/).filter(Boolean);
     const names = this.metrics.filter((name) => words.every((word) => name.toLowerCase().includes(word)));
     const groups = new Map();
-    for (const name of names.sort(compareText)) {
+    for (const name of names.sort(compareMetrics)) {
       const group = groupOf(name);
       if (!groups.has(group)) groups.set(group, []);
       groups.get(group).push(name);
@@ -215,6 +215,12 @@ export class ChartBoard {
 function groupOf(name) {
   const slash = name.indexOf("/");
   return slash > 0 ? name.slice(0, slash) : "other";
+}
+
+// Losses first, and counts of what was spent (which only rise) last.
+function compareMetrics(left, right) {
+  const weight = (name) => (/loss|bpb|core/.test(name) ? 0 : /(tokens|flops|seconds|epoch)$/.test(name) ? 2 : 1);
+  return weight(left) - weight(right) || compareText(left, right);
 }
 
 function rank(group) {

@@ -39,14 +39,20 @@ export function defaultMetrics(runs) {
   return [...preferred, ...others].slice(0, DEFAULT_METRICS);
 }
 
-export function columnsFor(metrics) {
+// `runs` decides which columns say something: one project for all is not worth a column.
+export function columnsFor(metrics, runs) {
   const middle = metrics.map((name) => ({
     key: `metric:${name}`,
     label: name,
     metric: name,
     sort: (run) => numeric(run.summary?.[name]),
   }));
-  return [...BASE_COLUMNS, ...middle, ...LAST_COLUMNS];
+  const base = BASE_COLUMNS.filter(({ key }) => key !== "project" || severalProjects(runs));
+  return [...base, ...middle, ...LAST_COLUMNS];
+}
+
+function severalProjects(runs) {
+  return new Set(runs.map((run) => run.project)).size > 1;
 }
 
 function numeric(value) {

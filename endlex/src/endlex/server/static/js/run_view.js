@@ -57,7 +57,7 @@ export class RunView {
       el("details", { class: "picker" }, el("summary", { class: "button" }, "Export"), el("div", { class: "picker-list links" }, formats)),
       el("button", { type: "button", class: "button", onclick: (event) => this.archive(event.target) }, run.archived ? "Unarchive" : "Archive"),
       el("button", { type: "button", class: "button danger", onclick: () => this.remove() }, "Delete"),
-      el("div", { class: "notes" }, editableText(run.notes, { label: "notes", empty: "Add notes", onsave: save("notes"), multiline: true })),
+      el("div", { class: "notes-line" }, editableText(run.notes, { label: "notes", empty: "Add notes", onsave: save("notes"), multiline: true, className: "notes" })),
     );
   }
 

@@ -83,7 +83,7 @@ class RunsPage {
     // What somebody is typing into must not be replaced under their hands.
     if (this.body.querySelector(".editable-field")) return;
     const metrics = this.metrics || defaultMetrics(this.runs);
-    const columns = columnsFor(metrics);
+    const columns = columnsFor(metrics, this.runs);
     const column = columns.find(({ key }) => key === this.sort) || columns.find(({ key }) => key === "created");
     const places = assignColors(this.runs.map((run) => run.run));
     const shown = sortRuns(this.runs, column, this.descending);
