@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Before
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,22 @@ class RingLayer:
     """One layer's past in a decoding step: one new token for each of the first B rows.
 
     Args:
-        keys: (B, K, S, D), a view of the cache; written to.
+        keys: (B, K, S, D), the slots of the ring that are written to, or more.
         values: likewise.
         lengths: (B,), tokens that each row keeps so far.
-        size: slots of the layer's ring; S may be less while no row is longer.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor, size: int) -> None:
-        self.keys, self.values, self.lengths, self.size = keys, values, lengths, size
+    def __init__(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        self.keys, self.values, self.lengths = keys, values, lengths
+        self.new_keys: Tensor | None = None
+        self.new_values: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend from (B, 1, H, D) to the ring and the token itself, then put it in the ring.
+        """Attend from (B, 1, H, D) to the ring and to the token itself.
 
-        The oldest slot is read before the new token takes it: a window of w has the w tokens
-        before a query and the query itself. The softmax is in float32.
+        Writing it into the ring is `KVCache.append`'s: compiled code would copy the ring for
+        that, and a window of w still needs the token whose slot it takes. The softmax is in
+        float32.
         """
         batch, _, heads, dim = q.shape
         kv_heads = k.size(2)
@@ -67,10 +68,7 @@ class RingLayer:
         scores = torch.cat([past, own], dim=-1) * (1 / math.sqrt(dim))
         weights = scores.softmax(dim=-1).to(q.dtype)
         out = weights[..., :-1] @ self.values + weights[..., -1:] * new_v[:, :, None]
-        rows = torch.arange(batch, device=q.device)
-        slot = self.lengths % self.size
-        self.keys[rows, :, slot] = new_k
-        self.values[rows, :, slot] = new_v
+        self.new_keys, self.new_values = new_k, new_v
         return out.reshape(batch, 1, heads, dim)
 
 
@@ -108,22 +106,34 @@ class KVCache:
         """Bytes of the keys and values; `memory.kv_cache_bytes` for each row."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
-    def before(self, rows: int, span: int) -> Before:
-        """Return what a decoding step of the first `rows` rows needs; it writes through it.
+    def views(self, rows: int, span: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each layer's keys and values (rows, K, min(span, S), D), not copied."""
+        keys = [ring[:rows, :, :span] for ring in self.keys]
+        return keys, [ring[:rows, :, :span] for ring in self.values]
+
+    def append(
+        self, embedded: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Tensor
+    ) -> None:
+        """Add one token to each of the first B rows.
 
         Args:
-            span: more than any of their lengths; slots beyond it are not read.
+            embedded: (B, C), its normalised embedding.
+            keys: a layer: (B, K, D); values likewise.
+            rows: 0 .. B-1 on the device.
         """
-        lengths = self.lengths[:rows]
-        layers = [
-            RingLayer(k[:rows, :, :span], v[:rows, :, :span], lengths, size)
-            for k, v, size in zip(self.keys, self.values, self.sizes, strict=True)
-        ]
-        return Before(lengths[:, None], self.previous[:rows], layers)
+        count = embedded.size(0)
+        lengths = self.lengths[:count]
+        slots = {size: lengths % size for size in set(self.sizes)}
+        for i, size in enumerate(self.sizes):
+            self.keys[i][rows, :, slots[size]] = keys[i]
+            self.values[i][rows, :, slots[size]] = values[i]
+        self.previous[:count] = embedded
+        lengths += 1
 
     def fill(self, rows: Sequence[int], prefix: Prefix) -> None:
         """Begin each of these rows with a prefix, whatever they held."""
-        for ring, kept in (*zip(self.keys, prefix.keys), *zip(self.values, prefix.values)):
+        rings, parts = (*self.keys, *self.values), (*prefix.keys, *prefix.values)
+        for ring, kept in zip(rings, parts, strict=True):
             count, size = kept.size(1), ring.size(2)
             assert count <= size, f"{count} positions for {size} slots"
             first = (prefix.length - count) % size  # slot of the oldest position that is kept
