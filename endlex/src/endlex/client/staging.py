@@ -146,7 +146,8 @@ def _keep(source: Path, inside: str, target: Path) -> StagedFile:
             os.link(source, target)
         except OSError:  # another file system, or one without links
             shutil.copy2(source, target)
-    return {"path": inside, "bytes": status.st_size, "changed": target.stat().st_mtime_ns}
+    kept = target.stat()
+    return {"path": inside, "bytes": kept.st_size, "changed": kept.st_mtime_ns}
 
 
 def _clone(source: Path, target: Path, status: os.stat_result) -> bool:

@@ -1,0 +1,166 @@
+"""What the command line does with checkpoints and whole directories: push, pull, verify, sync."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from endlex.client.downloads import fetch_manifest, pull_checkpoint
+from endlex.client.journal import session_files, writer_is_alive
+from endlex.client.parts import (
+    PartSource,
+    Progress,
+    Upload,
+    build_manifest,
+    load_manifest,
+    manifest_path,
+)
+from endlex.client.run_directory import read_run_file
+from endlex.client.session_sync import SessionSync
+from endlex.client.shipping import shipper_process
+from endlex.client.staging import Staged, files_of, staged_names
+from endlex.client.sync import sync_directory
+from endlex.client.transport import Refused, Retry, Transport
+from endlex.protocol import (
+    MANIFEST_DIR,
+    EndlexError,
+    Manifest,
+    check_checkpoint_name,
+    check_run_id,
+)
+
+__all__ = [
+    "Missing",
+    "fetch_manifest",
+    "pull_checkpoint",
+    "push_checkpoint",
+    "sync_directory",
+    "verify_directory",
+]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a directory may not be deleted yet; as text, one line for people."""
+
+    kind: Literal["journal", "checkpoint", "live"]
+    name: str
+    """A session, a checkpoint, or what lives: a session, or `shipper`."""
+    reason: str
+    bytes: int = 0
+    """Not on the server, as far as that is known."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.reason}"
+
+
+def push_checkpoint(
+    run: str,
+    source: Path,
+    name: str,
+    transport: Transport,
+    *,
+    step: int = 0,
+    aliases: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
+
+    Nothing is staged: the files must not change meanwhile, which is noticed.
+
+    Raises:
+        CheckpointFailed: it cannot be published, such as when another one has the name.
+        Retry: not now; calling again sends only what is left.
+        Refused: the token does not allow it, or the server does not know the run.
+        EndlexError: there is nothing to push, or a name is not one.
+    """
+    check_run_id(run)
+    files = list(files_of(source))
+    if not files:
+        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
+    states = [(inside, path.stat()) for inside, path in files]
+    note: Staged = {
+        "name": check_checkpoint_name(name),
+        "step": step,
+        # That of the newest file, not now, so that the same push again is the same manifest.
+        "created": max(state.st_mtime for _, state in states),
+        "aliases": [check_checkpoint_name(alias) for alias in aliases],
+        "metadata": dict(metadata or {}),
+        "files": [
+            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
+            for inside, state in states
+        ],
+    }
+    root = source if source.is_dir() else source.parent
+    manifest = build_manifest(root, note)
+    source_parts = PartSource(root, manifest, note)
+    Upload(run, manifest, source_parts, transport, progress=progress).run()
+    return manifest
+
+
+def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
+    """Compare a run's directory with the server by hash; an empty list means safe to delete.
+
+    Every session's journal must be there and equal, every checkpoint that was saved be published
+    with the files that were hashed here, no checkpoint wait, no trainer write and no shipper
+    work.
+
+    Raises:
+        EndlexError: the directory is no run's.
+        TransportError: the server cannot be asked.
+    """
+    owner = read_run_file(directory)
+    if owner is None:
+        raise EndlexError(f"{directory} has no run.json: it is not the directory of a run")
+    shipper = shipper_process(directory)
+    missing = [
+        found
+        for path in session_files(directory)
+        for found in _verify_journal(owner["run"], path, transport, bool(shipper))
+    ]
+    staged = staged_names(directory)
+    missing += [Missing("checkpoint", name, "not sent yet, or not published") for name in staged]
+    for path in sorted((directory / MANIFEST_DIR).glob("*.json")):
+        if path.stem not in staged:
+            missing += _verify_checkpoint(owner["run"], directory, path.stem, transport)
+    if shipper is not None:
+        reason = f"process {shipper[0]} is still at work: wait for it"
+        missing.append(Missing("live", "shipper", reason))
+    return missing
+
+
+def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
+    found = []
+    is_shippers = has_shipper and '"kind":"system"' in _first_line(path)
+    if not is_shippers and writer_is_alive(path):
+        found.append(Missing("live", path.stem, "a process still writes this session: end it"))
+    try:
+        left = SessionSync(run, path, transport).missing_bytes()
+    except (Retry, Refused):
+        raise
+    except EndlexError as error:
+        return [*found, Missing("journal", path.stem, str(error))]
+    if left:
+        found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent", left))
+    return found
+
+
+def _first_line(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.readline(2**16).decode(errors="replace")
+
+
+def _verify_checkpoint(run: str, directory: Path, name: str, transport: Transport) -> list[Missing]:
+    try:
+        ours = load_manifest(manifest_path(directory, name))
+        theirs = fetch_manifest(run, name, transport)
+    except (Retry, Refused):
+        raise
+    except EndlexError as error:
+        return [Missing("checkpoint", name, str(error))]
+    if ours is not None and ours["files"] != theirs["files"]:
+        return [Missing("checkpoint", name, "the server's files differ from those saved here")]
+    return []

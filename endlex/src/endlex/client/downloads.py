@@ -1,0 +1,176 @@
+"""Checkpoints back from the server: ranges in parallel, each verified, whole or not at all.
+
+Files are built in a hidden directory beside the target. What is there already, from an attempt
+that was cut, is hashed part by part, and only the rest is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from endlex.client.transport import Backoff, Refused, Retry, Transport, quoted
+from endlex.protocol import EndlexError, Manifest, ManifestFile, check_manifest
+
+CONNECTIONS = 4
+ATTEMPTS = 8
+READ_BYTES = 2**20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part in its place."""
+
+    file: ManifestFile
+    offset: int
+    bytes: int
+    sha256: str
+
+
+def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
+    """The manifest of a checkpoint that the server has published.
+
+    Raises:
+        EndlexError: there is none of this name, or it is not published.
+        Retry: the server is not there.
+    """
+    try:
+        answer = transport.request("GET", quoted("runs", run, "checkpoints", name))
+    except Refused as error:
+        if error.status == 404:
+            raise EndlexError(f"the server has no checkpoint {name!r} of run {run}") from error
+        raise
+    content = answer.content if isinstance(answer.content, dict) else {}
+    state = content.get("state")
+    if state != "published":
+        raise EndlexError(f"checkpoint {name!r} of run {run} is {state!r}, not published yet")
+    manifest = check_manifest(content.get("manifest", content))
+    if manifest["name"] != name:
+        raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
+    return manifest
+
+
+def pull_checkpoint(
+    run: str,
+    name: str,
+    directory: Path,
+    transport: Transport,
+    progress: Progress = lambda done, total: None,
+) -> list[Path]:
+    """Download a checkpoint's files into a directory; each appears whole and verified.
+
+    Args:
+        directory: made if missing. A file that is there already is kept if it is the same.
+        progress: told the bytes that are here and verified, and all of them.
+
+    Returns:
+        The files.
+
+    Raises:
+        EndlexError: there is no such checkpoint, another file is in the way, or what the server
+            sends does not have the hashes that it should.
+        Retry: the server could not be reached for too long; call again to go on.
+        OSError: the directory cannot be written.
+    """
+    manifest = fetch_manifest(run, name, transport)
+    wanted = [file for file in manifest["files"] if not _is_there(directory, file)]
+    building = directory.parent / f".{directory.name}.{name}.partial"
+    pieces = [piece for file in wanted for piece in _pieces(building, file)]
+    total = sum(file["bytes"] for file in manifest["files"])
+    done = total - sum(piece.bytes for piece in pieces)
+    progress(done, total)
+    where = quoted("runs", run, "checkpoints", name)
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        jobs = [pool.submit(_fetch, piece, building, where, transport) for piece in pieces]
+        try:
+            for job in as_completed(jobs):
+                done += job.result()
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for file in wanted:
+        _publish(building, directory, file)
+    shutil.rmtree(building, ignore_errors=True)
+    return [directory / file["path"] for file in manifest["files"]]
+
+
+def _is_there(directory: Path, file: ManifestFile) -> bool:
+    path = directory / file["path"]
+    if not path.exists():
+        return False
+    if path.is_file() and path.stat().st_size == file["bytes"] and _hash(path) == file["sha256"]:
+        return True
+    raise EndlexError(f"{path} is there already and differs: move it, or give another directory")
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
+    """Make room for a file, and yield the parts of it that are not there yet."""
+    path = building / file["path"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("r+b" if path.exists() else "w+b") as content:
+        content.truncate(file["bytes"])
+        offset = 0
+        for part in file["parts"]:
+            content.seek(offset)
+            if hashlib.sha256(content.read(part["bytes"])).hexdigest() != part["sha256"]:
+                yield _Piece(file, offset, part["bytes"], part["sha256"])
+            offset += part["bytes"]
+
+
+def _fetch(piece: _Piece, building: Path, where: str, shared: Transport) -> int:
+    backoff = Backoff(longest=5.0)
+    transport = shared.another()
+    try:
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return _fetch_once(piece, building, where, transport)
+            except Retry as error:
+                time.sleep(backoff.wait(error))
+        return _fetch_once(piece, building, where, transport)
+    finally:
+        transport.close()
+
+
+def _fetch_once(piece: _Piece, building: Path, where: str, transport: Transport) -> int:
+    path = f"{where}/files{quoted(*piece.file['path'].split('/'))}"
+    digest, held = hashlib.sha256(), 0
+    end = piece.offset + piece.bytes
+    with (building / piece.file["path"]).open("r+b") as file:
+        file.seek(piece.offset)
+        with transport.download(path, start=piece.offset, end=end) as blocks:
+            for block in blocks:
+                held += len(block)
+                if held > piece.bytes:
+                    break
+                digest.update(block)
+                file.write(block)
+    if held != piece.bytes or digest.hexdigest() != piece.sha256:
+        raise Retry(f"{transport.url} sent something else than part {piece.sha256} of {path}")
+    return held
+
+
+def _publish(building: Path, directory: Path, file: ManifestFile) -> None:
+    source, target = building / file["path"], directory / file["path"]
+    if _hash(source) != file["sha256"]:
+        raise EndlexError(f"{file['path']!r} came with the wrong hash: pull it again")
+    with source.open("rb") as content:
+        os.fsync(content.fileno())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.replace(target)

@@ -1,0 +1,208 @@
+"""The shipper: sends what a run's directory holds, outlives the trainer, ends when all is there.
+
+    python -m endlex.client.shipper DIR        with ENDLEX_URL and ENDLEX_TOKEN
+
+`endlex.init` starts it; one serves a directory, by the lock of `shipper.lock`. It looks at the
+journals' sizes twice a second and sends what is new from the offset that the server acknowledged;
+after any fault it does the same again, forever, with growing waits. Everything that it knows is on
+the disk or on the server, so it may be killed at any moment. It ends when every session's writer
+is gone and everything is acknowledged; a run that goes on meanwhile starts another one, which
+waits for the lock: what begins before the lock is given up is sent by the old, the rest by the new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from endlex.client.checkpoint_shipper import CheckpointShipper
+from endlex.client.journal_shipper import JournalShipper
+from endlex.client.run_directory import (
+    SHIPPER_STATE,
+    read_run_file,
+    server_token,
+    server_url,
+    write_whole,
+)
+from endlex.client.shipping import BACKGROUND, STOPPED, read_state, take_lock
+from endlex.client.stopping import Stop
+from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
+from endlex.client.transport import Backoff, Retry, Transport
+from endlex.protocol import EndlexError
+
+POLL_SECONDS = 0.5
+LOCK_SECONDS = 10.0
+"""How long a new shipper waits for the one before it to end."""
+NICENESS = 10
+"""Added to the process's: the trainer comes first."""
+
+SHIPPING, WAITING, DONE = "shipping", "waiting", "done"
+
+
+class Shipper:
+    """Ship one run's directory until there is nothing left to wait for.
+
+    Args:
+        directory: whose lock the caller holds.
+        system_seconds: between samples of the machine; None for none.
+
+    Raises:
+        EndlexError: the directory is no run's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        transport: Transport,
+        stop: Stop,
+        *,
+        poll_seconds: float = POLL_SECONDS,
+        system_seconds: float | None = SAMPLE_SECONDS,
+    ) -> None:
+        owner = read_run_file(directory)
+        if owner is None:
+            raise EndlexError(f"{directory} has no run.json: it is not the directory of a run")
+        self._directory, self._owner = directory, owner
+        self._transport, self._stop = transport, stop
+        self._poll, self._system_seconds = poll_seconds, system_seconds
+        self._journals = JournalShipper(
+            directory, owner["run"], transport, reported=_reported(directory, transport.url)
+        )
+        self._checkpoints = CheckpointShipper(
+            directory, owner["run"], transport, ready=self._is_known
+        )
+        self._system: SystemRecorder | None = None
+        self._error: str | None = None
+        self._published: dict[str, Any] = {}
+
+    def run(self) -> None:
+        """Ship, and return when everything is there, or when asked to stop."""
+        self._checkpoints.start()
+        backoff = Backoff()
+        try:
+            while not self._stop.is_set() and self._directory.exists():
+                wait = self._step(backoff)
+                if wait is None:
+                    self._publish(DONE)
+                    return
+                self._publish(WAITING if self._error else SHIPPING)
+                self._stop.wait(wait)
+        finally:
+            self._end_system()
+            self._checkpoints.stop()
+            if self._stop.is_set():
+                self._publish(STOPPED)
+
+    def _step(self, backoff: Backoff) -> float | None:
+        """Do what there is to do, and return how long to wait, or None when all is done."""
+        try:
+            more = self._journals.tick()
+        except Retry as error:
+            self._report(str(error))
+            return backoff.wait(error)
+        backoff.reset()
+        self._report(next((s.error for s in self._journals.sessions.values() if s.error), None))
+        if self._journals.denied:
+            self._transport.renew_token(server_token())  # its file may have been written anew
+        self._watch_system()
+        if more:
+            return 0.0
+        return None if self._is_done() else self._poll
+
+    def _is_known(self) -> bool:
+        """Whether the server has a session of the run, so that checkpoints have a place."""
+        return any(s.sync.acknowledged for s in list(self._journals.sessions.values()))
+
+    def _watch_system(self) -> None:
+        if self._system_seconds is None:
+            return
+        if self._journals.has_live_trainer():
+            if self._system is None:
+                with contextlib.suppress(OSError):  # a full disk: the next step tries again
+                    self._system = SystemRecorder(
+                        self._directory, self._owner, seconds=self._system_seconds
+                    )
+        elif self._checkpoints.is_idle():
+            self._end_system()
+
+    def _end_system(self) -> None:
+        if self._system is not None:
+            self._system.finish()
+            self._system = None
+
+    def _is_done(self) -> bool:
+        sessions = self._journals.sessions
+        if self._system is not None or not all(s.done for s in sessions.values()):
+            return False
+        if not self._checkpoints.is_idle():
+            return False
+        return self._journals.all_found()
+
+    def _report(self, error: str | None) -> None:
+        if error != self._error:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            print(f"{now} {error or 'the server answers again'}", flush=True)
+        self._error = error
+
+    def _publish(self, state: str) -> None:
+        content = {
+            "state": state,
+            "pid": os.getpid(),
+            "url": self._transport.url,
+            "error": self._error,
+            "sessions": {
+                name: {
+                    "acknowledged": session.sync.acknowledged or 0,
+                    "done": session.done,
+                    "error": session.error,
+                }
+                for name, session in self._journals.sessions.items()
+            },
+            "checkpoints": self._checkpoints.states(),
+        }
+        if content != self._published:
+            self._published = content
+            text = json.dumps({**content, "updated": time.time()})
+            with contextlib.suppress(OSError):  # a full disk stops no shipping
+                write_whole(self._directory / SHIPPER_STATE, text.encode(), durable=False)
+
+
+def _reported(directory: Path, url: str) -> list[str]:
+    """Sessions of whose end an earlier shipper told the same server."""
+    state = read_state(directory)
+    if state.get("url") != url:
+        return []
+    return [name for name, session in state.get("sessions", {}).items() if session.get("done")]
+
+
+def main(arguments: list[str]) -> int:
+    """Ship the directory that is named; the exit status is 1 if that cannot begin."""
+    directory = Path(arguments[0])
+    url = server_url()
+    if url is None:
+        print("there is no ENDLEX_URL to send to", flush=True)
+        return 1
+    lock = take_lock(directory, BACKGROUND, seconds=LOCK_SECONDS)
+    if lock is None:
+        return 0  # another one is at work, and finds new sessions by itself
+    stop = Stop()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
+    with lock:
+        try:
+            Shipper(directory, Transport(url, server_token()), stop).run()
+        except EndlexError as error:
+            print(error, flush=True)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""Send all that a run's directory holds now, in the foreground: what `endlex sync DIR` does.
+
+A shipper that is at work there is ended first, and started again afterwards if a trainer still
+writes; so a new address or token counts at once. Ctrl-C loses nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from endlex.client.checkpoint_shipper import send_staged
+from endlex.client.journal import content_length
+from endlex.client.journal_shipper import JournalShipper
+from endlex.client.run_directory import read_run_file
+from endlex.client.shipping import FOREGROUND, start_shipper, stop_shipper, take_lock
+from endlex.client.staging import staged_names
+from endlex.client.transport import Backoff, Retry, Transport
+from endlex.protocol import EndlexError
+
+SyncProgress = Callable[[str, int, int], None]
+"""Told what is sent ("journal" or a checkpoint's name), the bytes that are there, and all."""
+PATIENCE_SECONDS = 60.0
+LOCK_SECONDS = 1.0
+
+
+def sync_directory(
+    directory: Path,
+    transport: Transport,
+    progress: SyncProgress = lambda what, done, total: None,
+    *,
+    patience: float = PATIENCE_SECONDS,
+) -> None:
+    """Send what is there now, and return when the server has acknowledged and published it.
+
+    Args:
+        patience: seconds without any progress after which a fault of the network is raised.
+
+    Raises:
+        EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
+            refuses something, or a checkpoint can never be published. The rest is sent first.
+        Retry: the server could not be reached for too long.
+    """
+    owner = read_run_file(directory)
+    if owner is None:
+        raise EndlexError(f"{directory} has no run.json: it is not the directory of a run")
+    had_shipper = stop_shipper(directory)
+    lock = take_lock(directory, FOREGROUND, seconds=LOCK_SECONDS)
+    if lock is None:
+        raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
+    journals = JournalShipper(directory, owner["run"], transport)
+    patient = _Patience(patience)
+    try:
+        with lock:
+            _send_journals(journals, progress, patient)
+            failed = _send_checkpoints(directory, owner["run"], transport, progress, patient)
+    finally:
+        if had_shipper and journals.has_live_trainer():
+            start_shipper(directory)
+    errors = [s.error for s in journals.sessions.values() if s.error] + failed
+    if errors:
+        raise EndlexError("; ".join(dict.fromkeys(errors)))
+
+
+class _Patience:
+    """Waits after faults, until there was no progress for too long."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._backoff = seconds, Backoff(longest=5.0)
+        self.progressed()
+
+    def progressed(self) -> None:
+        self._backoff.reset()
+        self._deadline = time.monotonic() + self._seconds
+
+    def wait(self, error: Retry) -> None:
+        seconds = self._backoff.wait(error)
+        if time.monotonic() + seconds > self._deadline:
+            raise error
+        time.sleep(seconds)
+
+
+def _send_journals(journals: JournalShipper, progress: SyncProgress, patient: _Patience) -> None:
+    before = -1
+    while True:
+        try:
+            more = journals.tick()
+        except Retry as error:
+            patient.wait(error)
+            more = True
+        sessions = journals.sessions.values()
+        done = sum(s.sync.acknowledged or 0 for s in sessions)
+        if done != before:
+            before = done
+            patient.progressed()
+        progress("journal", done, sum(content_length(s.sync.path) for s in sessions))
+        if not more and all(s.error or s.settled_size >= 0 for s in sessions):
+            return
+
+
+def _send_checkpoints(
+    directory: Path, run: str, transport: Transport, progress: SyncProgress, patient: _Patience
+) -> list[str]:
+    failed = []
+    for name in staged_names(directory):
+        try:
+            _send_checkpoint(directory, run, name, transport, progress, patient)
+        except Retry:
+            raise
+        except (EndlexError, OSError) as error:
+            failed.append(f"checkpoint {name}: {error}")
+    return failed
+
+
+def _send_checkpoint(
+    directory: Path,
+    run: str,
+    name: str,
+    transport: Transport,
+    progress: SyncProgress,
+    patient: _Patience,
+) -> None:
+    def report(done: int, total: int) -> None:
+        patient.progressed()
+        progress(name, done, total)
+
+    while True:
+        try:
+            send_staged(directory, run, name, transport, progress=report)
+            return
+        except Retry as error:
+            patient.wait(error)

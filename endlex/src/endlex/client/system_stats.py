@@ -1,0 +1,205 @@
+"""How the machine is: sampled by the shipper, never by the trainer, into a session of its own.
+
+With psutil installed (extra `endlex[system]`) there are processors, memory and network; without
+it, load and disks. NVIDIA cards are read through pynvml (package nvidia-ml-py) where it is
+installed. A sensor that fails is left out from then on: nothing here stops shipping.
+
+    system/cpu_percent  system/memory_percent  system/memory_bytes  system/load
+    system/disk_free_bytes  system/home_free_bytes
+    system/net_sent_bytes_per_second  system/net_received_bytes_per_second
+    system/gpu.0/utilization_percent  memory_bytes  memory_percent  power_watts  temperature_c
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from endlex.client.journal import Journal
+from endlex.client.run_directory import RunFile
+from endlex.client.stopping import Stop
+from endlex.protocol import FINISH, METRICS, PROTOCOL, SYSTEM
+
+SAMPLE_SECONDS = 10.0
+FIRST_SECONDS = 1.0
+"""Rates need some time before the first sample."""
+
+Sensor = Callable[[], dict[str, float]]
+
+
+def sensors(directory: Path) -> list[Sensor]:
+    """What can be measured here; importing the libraries for it is part of this call.
+
+    Args:
+        directory: on the disk whose free space counts.
+    """
+    found: list[Sensor] = [lambda: _disks(directory)]
+    if hasattr(os, "getloadavg"):
+        found.append(lambda: {"system/load": os.getloadavg()[0]})
+    psutil = _library("psutil")
+    if psutil is not None:
+        found += [lambda: _processors(psutil), lambda: _memory(psutil), _Network(psutil)]
+    nvml = _library("pynvml")
+    if nvml is not None:
+        found += _cards(nvml)
+    return found
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception:  # a broken installation of an optional library is as good as none
+        return None
+
+
+def _disks(directory: Path) -> dict[str, float]:
+    return {
+        "system/disk_free_bytes": shutil.disk_usage(directory).free,
+        "system/home_free_bytes": shutil.disk_usage(Path.home()).free,
+    }
+
+
+def _processors(psutil: Any) -> dict[str, float]:
+    return {"system/cpu_percent": psutil.cpu_percent(None)}
+
+
+def _memory(psutil: Any) -> dict[str, float]:
+    memory = psutil.virtual_memory()
+    return {
+        "system/memory_percent": memory.percent,
+        "system/memory_bytes": memory.total - memory.available,
+    }
+
+
+class _Network:
+    """Bytes a second over all interfaces but the loopback one, since the last call."""
+
+    def __init__(self, psutil: Any) -> None:
+        self._psutil = psutil
+        self._last = self._count()
+
+    def _count(self) -> tuple[float, int, int]:
+        counts = [
+            count
+            for name, count in self._psutil.net_io_counters(pernic=True).items()
+            if not name.startswith("lo")
+        ]
+        sent, received = sum(c.bytes_sent for c in counts), sum(c.bytes_recv for c in counts)
+        return time.monotonic(), sent, received
+
+    def __call__(self) -> dict[str, float]:
+        then, self._last = self._last, self._count()
+        seconds = max(self._last[0] - then[0], 1e-3)
+        return {
+            "system/net_sent_bytes_per_second": (self._last[1] - then[1]) / seconds,
+            "system/net_received_bytes_per_second": (self._last[2] - then[2]) / seconds,
+        }
+
+
+def _cards(nvml: Any) -> list[Sensor]:
+    try:
+        nvml.nvmlInit()
+        count = nvml.nvmlDeviceGetCount()
+        cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    except Exception:  # no driver, or no card: nothing to measure
+        return []
+    return [
+        sensor for index, card in enumerate(cards) for sensor in _card_sensors(nvml, index, card)
+    ]
+
+
+def _card_sensors(nvml: Any, index: int, card: Any) -> list[Sensor]:
+    """One sensor a figure: cards differ in what they can tell."""
+    prefix = f"system/gpu.{index}"
+
+    def utilization() -> dict[str, float]:
+        return {f"{prefix}/utilization_percent": nvml.nvmlDeviceGetUtilizationRates(card).gpu}
+
+    def memory() -> dict[str, float]:
+        info = nvml.nvmlDeviceGetMemoryInfo(card)
+        percent = 100 * info.used / info.total
+        return {f"{prefix}/memory_bytes": info.used, f"{prefix}/memory_percent": percent}
+
+    def power() -> dict[str, float]:
+        return {f"{prefix}/power_watts": nvml.nvmlDeviceGetPowerUsage(card) / 1000}
+
+    def temperature() -> dict[str, float]:
+        kind = nvml.NVML_TEMPERATURE_GPU
+        return {f"{prefix}/temperature_c": nvml.nvmlDeviceGetTemperature(card, kind)}
+
+    return [utilization, memory, power, temperature]
+
+
+class Sampler:
+    """Read sensors; one that fails is dropped, with its error kept for the log."""
+
+    def __init__(self, sensors: list[Sensor]) -> None:
+        self._sensors = sensors
+        self.errors: list[str] = []
+
+    def sample(self) -> dict[str, float]:
+        """Values by metric name, as far as the sensors work."""
+        values: dict[str, float] = {}
+        for sensor in list(self._sensors):
+            try:
+                values |= {name: float(value) for name, value in sensor().items()}
+            except Exception as error:
+                self._sensors.remove(sensor)
+                self.errors.append(f"{type(error).__name__}: {error}")
+        return values
+
+
+class SystemRecorder:
+    """A thread that writes samples to a session of kind "system" until it is stopped."""
+
+    def __init__(self, directory: Path, owner: RunFile, *, seconds: float = SAMPLE_SECONDS) -> None:
+        start = {
+            "protocol": PROTOCOL,
+            "run": owner["run"],
+            "project": owner["project"],
+            "name": owner["name"],
+            "config": {},
+            "tags": [],
+            "group": None,
+            "notes": None,
+            "host": os.uname().nodename if hasattr(os, "uname") else "",
+            "pid": os.getpid(),
+            "rank": 0,
+            "kind": SYSTEM,
+        }
+        self._directory, self._seconds = directory, seconds
+        self._journal = Journal(directory, start)
+        self.path = self._journal.path
+        self._stop = Stop()
+        self._thread = threading.Thread(target=self._run, name="system stats", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            sampler = Sampler(sensors(self._directory))
+            sampler.sample()  # rates count from here
+            wait = min(FIRST_SECONDS, self._seconds)
+            while not self._stop.wait(wait):
+                step = round(time.monotonic() - began)
+                self._journal.append(METRICS, {"step": step, "values": sampler.sample()})
+                wait = self._seconds
+        except Exception as error:  # a full disk, or a library that does what none should
+            print(f"system metrics end: {type(error).__name__}: {error}", flush=True)
+
+    def finish(self) -> None:
+        """End the session; a sensor that hangs is left behind."""
+        self._stop.set()
+        self._thread.join(2.0)
+        try:
+            if not self._thread.is_alive():
+                self._journal.append(FINISH, {"status": "finished"})
+            self._journal.close()
+        except OSError as error:
+            print(f"the end of the system metrics is not recorded: {error}", flush=True)

@@ -1,0 +1,336 @@
+"""HTTP to the server, with the standard library: one connection, kept alive, with bounded waits.
+
+A fault is one of three kinds, and what to do about it is in the type: `Retry` (no answer, or one
+that says later) is tried again with a growing wait, `Gap` names the offset to go on from, and
+`Refused` will not be cured by asking again soon. No message holds the token.
+"""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import json
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+from endlex.protocol import EndlexError
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 60.0
+SEND_BYTES = 256 * 1024
+"""Of a body at a time: the wait is bounded for each, not for the whole."""
+LARGEST_ANSWER = 64 * 2**20
+LONGEST_WAIT = 30.0
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class TransportError(EndlexError):
+    """The server did not do what it was asked."""
+
+
+class Retry(TransportError):
+    """Not now: ask again later.
+
+    Attributes:
+        retry_after: seconds that the server asks for, or None.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Unreachable(Retry):
+    """Nobody answered, or the answer was cut."""
+
+
+class Refused(TransportError):
+    """The server will not do it.
+
+    Attributes:
+        status: of HTTP.
+        content: the answer's JSON object, empty if it had none.
+    """
+
+    def __init__(self, message: str, status: int, content: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.status, self.content = status, dict(content)
+
+
+class Gap(Refused):
+    """The server holds another number of bytes than was assumed: `offset` of them."""
+
+    def __init__(self, message: str, status: int, content: Mapping[str, Any]) -> None:
+        super().__init__(message, status, content)
+        self.offset = int(content["offset"])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A request that went well."""
+
+    status: int
+    content: Any
+    """Decoded from JSON; None if there was none."""
+
+
+class Transport:
+    """One connection to a server, for one thread.
+
+    Args:
+        url: `http://` or `https://`, a host, and where the server does not live at the top of it
+            its path.
+        token: sent with each request, if given.
+
+    Raises:
+        EndlexError: the URL or the token is not one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        connect_seconds: float = CONNECT_SECONDS,
+        read_seconds: float = READ_SECONDS,
+    ) -> None:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            shown = url.rpartition("@")[2]
+            raise EndlexError(f"the server's URL {shown!r} must look like https://host[:port]")
+        if token is not None and not _is_token(token):
+            raise EndlexError("the token has characters that no token has: copy it again")
+        try:
+            self.port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise EndlexError(f"the server's URL {url!r} has no valid port") from error
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self.host, self._secure = parts.hostname, parts.scheme == "https"
+        self._prefix = parts.path.rstrip("/")
+        self._token = token
+        self._waits = connect_seconds, read_seconds
+        self._connection: http.client.HTTPConnection | None = None
+
+    def __repr__(self) -> str:
+        return f"Transport({self.url!r})"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server is on this machine, so that compressing would only cost time."""
+        return self.host in LOOPBACK or self.host.startswith("127.")
+
+    def renew_token(self, token: str | None) -> None:
+        """Use another token from the next request on."""
+        self._token = token if token is not None and _is_token(token) else self._token
+
+    def another(self) -> Transport:
+        """A connection of its own to the same server, for another thread."""
+        connect, read = self._waits
+        return Transport(self.url, self._token, connect_seconds=connect, read_seconds=read)
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Mapping[str, Any] | None = None,
+        json_body: Any = None,
+        body: bytes | memoryview | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Ask, and return the answer.
+
+        Args:
+            path: below `/api/v1`, its parts quoted (`quoted`); `/health` is at the top.
+            json_body: sent as JSON, in place of `body`.
+
+        Raises:
+            Retry: no answer, or a 5xx, 408, 425 or 429.
+            Gap: a 409 with an offset.
+            Refused: any other status than 2xx.
+        """
+        given = dict(headers or {})
+        if json_body is not None:
+            body = json.dumps(json_body, allow_nan=False).encode()
+            given["Content-Type"] = "application/json"
+        response = self._open(method, path, query, body, given)
+        content = self._read(response)
+        return _judge(response, content, f"{method} {path}", self.url)
+
+    @contextmanager
+    def download(
+        self, path: str, *, start: int = 0, end: int | None = None
+    ) -> Iterator[Iterator[bytes]]:
+        """Ask for bytes `start` to `end` (excluded) of a file; the blocks are yielded as they come.
+
+        Raises:
+            Retry: no answer, a cut one, or one that says later.
+            Refused: any other status than 200 or 206, or a 200 where a range was asked for.
+        """
+        headers = {}
+        if start or end is not None:
+            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        response = self._open("GET", path, None, None, headers)
+        try:
+            if response.status not in (200, 206) or (headers and response.status != 206):
+                _judge(response, self._read(response), f"GET {path}", self.url)
+                raise Refused(f"{self.url} sent no part of {path}", response.status, {})
+            yield self._blocks(response)
+        finally:
+            if not response.isclosed():
+                self.close()
+
+    def _blocks(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        try:
+            while block := response.read(SEND_BYTES):
+                yield block
+            if response.length:  # read() does not say that the body ended too early
+                raise http.client.IncompleteRead(b"", response.length)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise self._unreachable(error) from error
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        content = b"".join(itertools.islice(self._blocks(response), LARGEST_ANSWER // SEND_BYTES))
+        if response.will_close or not response.isclosed():
+            self.close()
+        return content
+
+    def _open(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None,
+        body: bytes | memoryview | None,
+        headers: dict[str, str],
+    ) -> http.client.HTTPResponse:
+        """The response with its head read."""
+        target = self._prefix + (path if path == "/health" else f"/api/v1{path}")
+        if query:
+            target += f"?{urlencode(query, doseq=True)}"
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        try:
+            return self._send(method, target, body, headers)
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            self.close()
+            raise self._unreachable(error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _send(
+        self, method: str, target: str, body: bytes | memoryview | None, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
+        reused = self._connection is not None
+        try:
+            return self._send_once(method, target, body, headers)
+        except (http.client.RemoteDisconnected, ConnectionError):
+            self.close()
+            if not reused:
+                raise
+        return self._send_once(method, target, body, headers)  # it was closed while it idled
+
+    def _send_once(
+        self, method: str, target: str, body: bytes | memoryview | None, headers: dict[str, str]
+    ) -> http.client.HTTPResponse:
+        connection = self._connected()
+        if body is not None:
+            headers["Content-Length"] = str(len(body))
+        blocks = None if body is None else _blocks_of(body)
+        try:
+            connection.request(method, target, body=blocks, headers=headers)
+        except (BrokenPipeError, ConnectionResetError):
+            if body is None:
+                raise
+            # A server that refuses a body may answer before it has all of it: read why.
+            response = connection.getresponse()
+            response.will_close = True
+            return response
+        return connection.getresponse()
+
+    def _connected(self) -> http.client.HTTPConnection:
+        if self._connection is None:
+            connect, read = self._waits
+            kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+            connection = kind(self.host, self.port, timeout=connect)
+            connection.connect()
+            connection.sock.settimeout(read)
+            self._connection = connection
+        return self._connection
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
+        return Unreachable(f"cannot reach {self.url}: {reason or type(error).__name__}")
+
+    def close(self) -> None:
+        """Close the connection; the next request opens another one."""
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.close()
+            self._connection = None
+
+
+def _is_token(token: str) -> bool:
+    return token.isascii() and token.isprintable() and " " not in token and token != ""
+
+
+def _blocks_of(body: bytes | memoryview) -> Iterator[memoryview]:
+    view = memoryview(body)
+    for start in range(0, len(view), SEND_BYTES):
+        yield view[start : start + SEND_BYTES]
+
+
+def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: str) -> Answer:
+    status = response.status
+    try:
+        decoded = json.loads(content) if content else None
+    except ValueError:
+        decoded = None
+    if 200 <= status < 300:
+        return Answer(status, decoded)
+    said = decoded if isinstance(decoded, dict) else {}
+    reason = str(said.get("error") or response.reason or "")[:500]
+    message = f"{url} answered {asked} with {status}: {reason}"
+    if status >= 500 or status in (408, 425, 429):
+        raise Retry(message, _seconds(response.getheader("Retry-After")))
+    if 300 <= status < 400:
+        message += f" (it points to {response.getheader('Location')!r}: set ENDLEX_URL to that)"
+    if status == 409 and isinstance(said.get("offset"), int):
+        raise Gap(message, status, said)
+    raise Refused(message, status, said)
+
+
+def _seconds(header: str | None) -> float | None:
+    """The seconds of a Retry-After; a date there is as good as nothing."""
+    if header is None or not header.strip().isdecimal():
+        return None
+    return float(min(int(header), 300))
+
+
+def quoted(*parts: str) -> str:
+    """A path of these parts, each of them quoted: `quoted("runs", run)` is `/runs/<run>`."""
+    return "".join(f"/{quote(part, safe='')}" for part in parts)
+
+
+class Backoff:
+    """Waits that double from 0.2 s to 30 s, each shortened at random by up to a half."""
+
+    def __init__(self, first: float = 0.2, longest: float = LONGEST_WAIT) -> None:
+        self._first, self._longest = first, longest
+        self._next = first
+
+    def reset(self) -> None:
+        """Start over: something worked."""
+        self._next = self._first
+
+    def wait(self, error: TransportError | None = None) -> float:
+        """Seconds to wait now; at least those that the server asked for."""
+        seconds = self._next * random.uniform(0.5, 1.0)
+        self._next = min(2 * self._next, self._longest)
+        asked = error.retry_after if isinstance(error, Retry) else None
+        return max(seconds, asked or 0.0)
