@@ -39,7 +39,7 @@ export function defaultMetrics(runs) {
   return [...preferred, ...others].slice(0, DEFAULT_METRICS);
 }
 
-// `runs` decides which columns say something: one project for all is not worth a column.
+// `runs` decides which columns say something: one project or host for all is not worth a column.
 export function columnsFor(metrics, runs) {
   const middle = metrics.map((name) => ({
     key: `metric:${name}`,
@@ -47,12 +47,9 @@ export function columnsFor(metrics, runs) {
     metric: name,
     sort: (run) => numeric(run.summary?.[name]),
   }));
-  const base = BASE_COLUMNS.filter(({ key }) => key !== "project" || severalProjects(runs));
-  return [...base, ...middle, ...LAST_COLUMNS];
-}
-
-function severalProjects(runs) {
-  return new Set(runs.map((run) => run.project)).size > 1;
+  return [...BASE_COLUMNS, ...middle, ...LAST_COLUMNS].filter(
+    ({ key }) => !["project", "host"].includes(key) || new Set(runs.map((run) => run[key])).size > 1,
+  );
 }
 
 function numeric(value) {
