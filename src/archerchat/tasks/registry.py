@@ -23,7 +23,7 @@ CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "Spelling
 TASKS: dict[str, Callable[[TaskFiles, str], Task]] = {
     "ARC-Easy": lambda files, split: ARCTask(files, "ARC-Easy", split),
     "ARC-Challenge": lambda files, split: ARCTask(files, "ARC-Challenge", split),
-    "MMLU": MMLUTask,
+    "MMLU": lambda files, split: MMLUTask(files, MMLU_TRAIN if split == "train" else split),
     "GSM8K": GSM8KTask,
     "HumanEval": HumanEvalTask,
     "SmolTalk": SmolTalkTask,
@@ -31,6 +31,7 @@ TASKS: dict[str, Callable[[TaskFiles, str], Task]] = {
     "SimpleSpelling": lambda files, split: SimpleSpellingTask(split, _size(split, 200_000)),
     "Arithmetic": lambda files, split: ArithmeticTask(split, _size(split, 80_000)),
 }
+MMLU_TRAIN = "auxiliary_train"
 TEST_SIZE = 256
 """How many examples a generated task has for the test."""
 

@@ -13,6 +13,9 @@ Where namespaces are not allowed (some containers, macOS) limits and a guard wit
 remain, which stop accidents and not attacks: run untrusted models on Linux then. A program can read
 what the user can; without network it can tell nobody but the reader of its output.
 
+`completed` says that the interpreter reached the program's end; a program that searched the
+interpreter's memory for the supervisor's password could say so too soon.
+
 Safe to call from many threads: nothing runs between fork and exec in this process.
 """
 

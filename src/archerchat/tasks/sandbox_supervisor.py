@@ -254,6 +254,7 @@ def _run(program: str, verdict: int, nonce: str) -> NoReturn:
     path.write_bytes(program.encode(errors="replace"))
     sys.argv = [str(path)]
     result: dict[str, Any] = {"outcome": "completed"}
+    process = os.getpid()
     try:
         runpy.run_path(str(path), run_name="__main__")
         sys.stdout.flush()
@@ -261,7 +262,7 @@ def _run(program: str, verdict: int, nonce: str) -> NoReturn:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         result = {"outcome": "exited", "exit_code": code & 0xFF}
     except MemoryError:
-        result = {"outcome": "memory"}
+        result = {"outcome": "memory", "exit_code": 1}
     except BaseException as error:
         result = {"outcome": "failed", "exit_code": 1}
         with contextlib.suppress(BaseException):
@@ -269,5 +270,6 @@ def _run(program: str, verdict: int, nonce: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):
             stream.flush()
-    os.write(verdict, json.dumps(result | {"nonce": nonce}).encode())
+    if os.getpid() == process:  # and not one that the program forked
+        os.write(verdict, json.dumps(result | {"nonce": nonce}).encode())
     os._exit(result.get("exit_code", 0))
