@@ -12,8 +12,7 @@ export class AlertBanner {
 
   async refresh() {
     try {
-      const answer = await this.source.alerts(this.run);
-      const alerts = Array.isArray(answer) ? answer : answer.alerts || [];
+      const { alerts } = await this.source.alerts(this.run);
       replaceContent(this.root, alerts.map((alert) => this.item(alert)));
     } catch (error) {
       fail(error);
@@ -21,7 +20,7 @@ export class AlertBanner {
   }
 
   item(alert) {
-    const when = alert.time ?? alert.created;
+    const when = alert.opened;
     const dismiss = async () => {
       try {
         await request(`/alerts/${encodeURIComponent(alert.id)}/dismiss`, { method: "POST" });
@@ -34,7 +33,7 @@ export class AlertBanner {
       "div",
       { class: "alert", role: "alert", data: { kind: alert.kind } },
       el("strong", {}, alert.kind),
-      el("span", { class: "alert-text" }, alert.message || alert.text || ""),
+      el("span", { class: "alert-text" }, alert.message),
       el("time", { class: "quiet", title: formatDate(when) }, formatAgo(when)),
       this.source.live && el("button", { type: "button", class: "link", onclick: dismiss }, "Dismiss"),
     );

@@ -6,6 +6,7 @@ import { smooth } from "./smoothing.js";
 
 const MARGIN = 0.5; // of the view's width, on either side: room to pan before data is needed
 const COARSER_BY = 2.2; // a view this many times narrower than what was fetched wants finer data
+const REFRESH_MS = 900; // between two looks for new points
 const EMPTY = { x: new Float64Array(), y: new Float64Array(), count: 0, sampled: false, nonfinite: [] };
 
 export class ChartLine {
@@ -48,6 +49,7 @@ export class ChartData {
     this.abort = null;
     this.liveAbort = null;
     this.due = new Map();
+    this.refreshed = -Infinity;
     this.detailTimer = 0;
     this.firstWait = 0;
   }
@@ -131,7 +133,7 @@ export class ChartData {
   }
 
   // Fetches what came since the last point, or everything where a run went back to earlier steps.
-  // What is asked for meanwhile is fetched afterwards.
+  // What is asked for meanwhile is fetched afterwards, about once a second.
   async refresh(run, lastStep) {
     this.due.set(run, lastStep);
     if (this.liveAbort) return;
@@ -139,6 +141,9 @@ export class ChartData {
     const { signal } = this.liveAbort;
     try {
       while (this.due.size && !signal.aborted) {
+        const rest = this.refreshed + REFRESH_MS - performance.now();
+        if (rest > 0) await new Promise((resolve) => setTimeout(resolve, rest));
+        this.refreshed = performance.now();
         const due = new Map(this.due);
         this.due.clear();
         const lines = this.lines.filter((line) => due.has(line.run) && line.loaded);

@@ -6,6 +6,7 @@ import { flatten, formatBytes, formatDate, formatInteger, formatValue } from "./
 const STATES = {
   published: ["good", "✓ verified", "Every file's SHA-256 matches what was saved"],
   verifying: ["busy", "verifying", "The server is hashing the files; not yet safe to rely on"],
+  announced: ["warn", "not here yet", "Saved on the training machine; the server has not got it"],
   incomplete: ["warn", "incomplete", "Parts are still missing"],
   failed: ["bad", "✕ failed", "The hashes do not match; the checkpoint is not published"],
 };

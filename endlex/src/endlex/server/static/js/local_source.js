@@ -48,15 +48,15 @@ export class LocalSource {
   }
 
   async texts(run, { before_step: before = Infinity } = {}) {
-    return this.data.texts.filter((text) => text.step < before);
+    return { texts: this.data.texts.filter((text) => text.step < before) };
   }
 
   async tables(run, { before_step: before = Infinity } = {}) {
-    return this.data.tables.filter((table) => table.step < before);
+    return { tables: this.data.tables.filter((table) => table.step < before) };
   }
 
   async alerts() {
-    return this.data.alerts;
+    return { alerts: this.data.alerts };
   }
 }
 

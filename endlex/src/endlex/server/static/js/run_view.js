@@ -117,10 +117,7 @@ export class RunView {
     if (kind === "metrics") {
       for (const board of this.boards) board.update(this.id, data.metrics.filter(board.belongs), data.last_step);
     }
-    if (kind === "text") {
-      this.viewers.samples?.refresh();
-      this.viewers.tables?.refresh();
-    }
+    if (kind === "text") this.viewers.samples?.refresh();
     if (kind === "alert") this.alerts.refresh();
   }
 
@@ -143,6 +140,7 @@ export class RunView {
     const system = run.metrics.filter((metric) => isSystem(metric.name)).length;
     const counts = { charts: run.metrics.length - system, system, samples: count(run.texts), tables: count(run.tables), checkpoints: count(run.checkpoints), sessions: count(run.sessions) };
     for (const [id, number] of Object.entries(counts)) tabs.setCount(id, number);
+    this.viewers.tables?.refresh();
     const open = this.checkpoints?.querySelector("details[open]");
     if (this.checkpoints && !open) replaceContent(this.checkpoints, checkpointsView(this.source, this.id, run.checkpoints));
   }

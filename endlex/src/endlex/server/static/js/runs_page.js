@@ -59,10 +59,8 @@ class RunsPage {
     this.abort?.abort();
     this.abort = new AbortController();
     try {
-      const asked = query({ q: this.q, archived: this.archived ? "true" : undefined, limit: this.limit });
-      const answer = await request(`/runs${asked}`, { signal: this.abort.signal });
-      this.runs = answer.runs;
-      this.total = answer.total;
+      const { runs, total } = await this.fetchRuns(this.abort.signal);
+      Object.assign(this, { runs, total });
       this.search.removeAttribute("aria-invalid");
       this.render();
     } catch (error) {
@@ -71,6 +69,19 @@ class RunsPage {
         this.count.textContent = error.message;
       } else fail(error);
     }
+  }
+
+  async fetchRuns(signal) {
+    const runs = [];
+    let total = Infinity;
+    while (runs.length < Math.min(total, this.limit)) {
+      const asked = { q: this.q, archived: this.archived ? "true" : undefined, limit: PAGE, offset: runs.length };
+      const answer = await request(`/runs${query(asked)}`, { signal });
+      runs.push(...answer.runs);
+      total = answer.total;
+      if (!answer.runs.length) break;
+    }
+    return { runs, total };
   }
 
   setQuery(text) {

@@ -7,7 +7,7 @@ const PAGE = 200;
 const ROWS = 500;
 
 class StepViewer {
-  // `load(options)` answers records newest first or last; `show(record)` makes a record's content.
+  // `load(options)` answers records, whole steps of them, newest first; `show(record)` makes a record's content.
   constructor({ load, show, what }) {
     Object.assign(this, { load, show, what });
     this.records = [];
@@ -27,8 +27,7 @@ class StepViewer {
     try {
       const fresh = await this.load({ limit: PAGE });
       this.merge(fresh);
-      this.older.hidden ||= fresh.length < PAGE;
-      if (fresh.length >= PAGE && !this.exhausted) this.older.hidden = false;
+      this.older.hidden = this.exhausted || fresh.length < PAGE;
       this.render();
     } catch (error) {
       fail(error);
@@ -98,7 +97,7 @@ class StepViewer {
 export function samplesView(source, run) {
   return new StepViewer({
     what: "samples",
-    load: (options) => source.texts(run, options).then(records),
+    load: (options) => source.texts(run, options).then((answer) => answer.texts),
     show: (record) => el("pre", { class: "sample" }, record.text),
   });
 }
@@ -106,14 +105,9 @@ export function samplesView(source, run) {
 export function tablesView(source, run) {
   return new StepViewer({
     what: "tables",
-    load: (options) => source.tables(run, options).then(records),
+    load: (options) => source.tables(run, options).then((answer) => answer.tables),
     show: showTable,
   });
-}
-
-// The interface answers a list, or an object with one.
-function records(answer) {
-  return Array.isArray(answer) ? answer : answer.texts || answer.tables || [];
 }
 
 function showTable({ columns = [], rows = [] }) {
