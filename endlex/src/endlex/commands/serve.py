@@ -48,7 +48,7 @@ def serve(
     min_free_gb: float | None,
 ) -> int:
     """Serve until a signal ends it."""
-    server = import_server("serve")
+    server = import_server("app")
     settings = import_server("settings")
     chosen = settings.Settings(
         host=host,

@@ -1,0 +1,171 @@
+"""The real processes of the fault tests: a server, a trainer, and the shipper that it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from endlex.client.journal import session_files, writer_is_alive
+from endlex.client.shipping import shipper_process
+
+TRAINER = Path(__file__).with_name("faulty_trainer.py")
+START_SECONDS = 60.0
+
+
+def wait_until(what: str, true: Callable[[], bool], seconds: float = START_SECONDS) -> None:
+    """Poll until something holds.
+
+    Raises:
+        AssertionError: it did not within `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
+    """A port that is free now; a server that is killed and started again keeps it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """`endlex serve` on a port of its own, killed and started at will."""
+
+    def __init__(self, data: Path, *options: str) -> None:
+        self.data, self.port, self._options = data, free_port(), options
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = data.with_name(data.name + ".log")
+
+    def start(self, *, wait: bool = True) -> None:
+        """Start it, and wait until it answers."""
+        command = [sys.executable, "-m", "endlex", "serve", "--port", str(self.port)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--data", str(self.data), *self._options], stdout=log, stderr=log
+            )
+        if wait:
+            wait_until("the server answers", self.answers)
+
+    def answers(self) -> bool:
+        """Whether it is healthy; an assertion fails where it has ended by itself."""
+        assert self._process is None or self._process.poll() is None, self.log.read_text()
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """kill -9, whatever it does at the moment."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    stop = kill
+
+
+class TrainerProcess:
+    """A trainer on one run's directory, and the shipper that belongs to it."""
+
+    def __init__(self, directory: Path, url: str | None, *options: str) -> None:
+        self.directory, self._options = directory, options
+        self.progress = directory.with_name(directory.name + ".progress")
+        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("ENDLEX_")}
+        self._environment["HOME"] = str(directory.parent)  # no token of the user's
+        if url:
+            self._environment["ENDLEX_URL"] = url
+        self._process: subprocess.Popen[bytes] | None = None
+        self.log = directory.with_name(directory.name + ".log")
+
+    def start(self) -> None:
+        """Start it; it goes on where the journal ends."""
+        command = [sys.executable, str(TRAINER), str(self.directory)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [*command, "--progress", str(self.progress), *self._options],
+                env=self._environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    @property
+    def steps_logged(self) -> int:
+        """The last step that `log` returned from, -1 before the first."""
+        try:
+            return int(self.progress.read_bytes() or b"-1")
+        except FileNotFoundError:
+            return -1
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until a step is logged; an assertion fails where the trainer failed."""
+
+        def reached() -> bool:
+            failed = self._process is not None and self._process.poll() not in (None, 0)
+            assert not failed, self.log.read_text()
+            return self.steps_logged >= step
+
+        wait_until(f"step {step}", reached)
+
+    def kill(self) -> None:
+        """kill -9, whatever it does at the moment."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def finish(self) -> None:
+        """End it in an orderly way."""
+        if self._process is None:
+            return
+        (self.directory / "stop").touch()
+        assert self._process.wait(START_SECONDS) == 0, self.log.read_text()
+        (self.directory / "stop").unlink()
+        self._process = None
+
+    def kill_shipper(self) -> bool:
+        """kill -9 of the directory's shipper; whether there was one."""
+        found = shipper_process(self.directory)
+        if found is None or not found[0]:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(found[0], signal.SIGKILL)
+        return True
+
+    def start_shipper(self) -> None:
+        """Start the shipper, as the next session would."""
+        command = [sys.executable, "-m", "endlex.client.shipper", str(self.directory)]
+        with self.log.open("ab") as log:
+            subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+
+    def wait_for_shipper_s_end(self, seconds: float = START_SECONDS) -> None:
+        """Wait until everything is acknowledged, so that the shipper has ended by itself."""
+        wait_until("the shipper's end", lambda: shipper_process(self.directory) is None, seconds)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether any session's writer is."""
+        return any(writer_is_alive(path) for path in session_files(self.directory))
+
+
+def limit_file_size(size: int) -> Callable[[], None]:
+    """For a child process: no file of it may grow beyond `size`, as on a disk that is full."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    return limit

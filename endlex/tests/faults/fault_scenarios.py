@@ -1,0 +1,295 @@
+"""The faults themselves, each a function that breaks things and returns what was left of the data.
+
+Every scenario works in a folder of its own, with a real server, a real trainer and the shipper that
+the trainer starts. The tests run them short, `benchmarks/endlex_faults.py` long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fault_checks import Difference, ask, compare, logged_steps_in_journal
+from fault_processes import ServerProcess, TrainerProcess, wait_until
+from fault_proxy import FaultProxy, Seen, part_cuts, random_faults
+
+from endlex.client.run_directory import read_run_file
+from endlex.protocol import PART_BYTES
+
+Report = Callable[[str], None]
+RECOVERY_SECONDS = 180.0
+"""The longest wait of a shipper between two tries is 30 s."""
+
+
+@dataclass
+class Outcome:
+    """What a scenario did, and what was wrong in the end."""
+
+    kills: dict[str, int] = field(default_factory=dict)
+    outages: int = 0
+    difference: Difference = field(default_factory=lambda: Difference(0, 0, True, 0))
+    lost_by_log: int = 0
+    """Steps that `log` returned from and that no journal has."""
+    seen: Seen = field(default_factory=Seen)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing, nothing is there twice, and the server never failed."""
+        same = self.difference.hashes_equal and not self.difference.duplicated
+        whole = not (self.difference.missing or self.lost_by_log or self.seen.server_errors)
+        return same and whole and self.difference.points > 0
+
+
+def run_kills(folder: Path, kills: int, seed: int = 0, report: Report = print) -> Outcome:
+    """kill -9 of trainer, shipper and server, at random moments, each started again."""
+    chance = random.Random(seed)
+    server = ServerProcess(folder / "data")
+    outcome = Outcome(kills={"trainer": 0, "shipper": 0, "server": 0})
+    server.start()
+    with FaultProxy(server.port) as proxy:
+        trainer = TrainerProcess(folder / "run", proxy.url)
+        trainer.start()
+        trainer.wait_for_step(0)
+        while sum(outcome.kills.values()) < kills:
+            time.sleep(chance.uniform(0.02, 1.5))
+            victim = chance.choice(list(outcome.kills))
+            if victim == "trainer":
+                trainer.kill()
+                trainer.start()
+            elif victim == "shipper":
+                if not trainer.kill_shipper():
+                    continue
+                if chance.random() < 0.5:  # else the trainer's next session starts it
+                    trainer.start_shipper()
+            else:
+                server.kill()
+                server.start(wait=False)
+            outcome.kills[victim] += 1
+            report(f"kill {sum(outcome.kills.values())} of {kills}: {victim}")
+        wait_until("the server answers", server.answers)
+        _finish(trainer, server, proxy, outcome)
+    server.stop()
+    return outcome
+
+
+def run_outages(folder: Path, outages: int, seed: int = 0, report: Report = print) -> Outcome:
+    """A server that starts only after the run's end, then one that is gone again and again."""
+    chance = random.Random(seed)
+    server = ServerProcess(folder / "data")
+    outcome = Outcome(outages=1)
+    with FaultProxy(server.port) as proxy:
+        trainer = TrainerProcess(folder / "run", proxy.url)
+        trainer.start()
+        trainer.wait_for_step(50)
+        trainer.finish()
+        server.start()
+        trainer.start()
+        while outcome.outages < outages:
+            trainer.wait_for_step(trainer.steps_logged + 20)
+            server.kill()
+            time.sleep(chance.uniform(0.05, 2.0))
+            server.start()
+            outcome.outages += 1
+            report(f"outage {outcome.outages} of {outages}")
+        _finish(trainer, server, proxy, outcome)
+    server.stop()
+    return outcome
+
+
+def run_network_faults(folder: Path, seconds: float, share: float = 0.3, seed: int = 0) -> Outcome:
+    """A share of all requests fails: dropped, 503, cut in the body, or the answer lost."""
+    server = ServerProcess(folder / "data")
+    server.start()
+    outcome = Outcome()
+    with FaultProxy(server.port, random_faults(seed, share), seed) as proxy:
+        trainer = TrainerProcess(folder / "run", proxy.url)
+        trainer.start()
+        time.sleep(seconds)
+        _finish(trainer, server, proxy, outcome)
+    server.stop()
+    return outcome
+
+
+def run_clock_jumps(folder: Path, steps: int) -> Outcome:
+    """A trainer whose clock jumps by up to an hour, in both directions, at every record."""
+    server = ServerProcess(folder / "data")
+    server.start()
+    outcome = Outcome()
+    with FaultProxy(server.port) as proxy:
+        trainer = TrainerProcess(folder / "run", proxy.url, "--jump-clock", "--pace", "0")
+        trainer.start()
+        trainer.wait_for_step(steps)
+        _finish(trainer, server, proxy, outcome)
+        run = _run_id(trainer)
+        by_time = ask(server.url, f"/runs/{run}/series", metric="train/metric_0", x="time")
+        assert by_time["series"]["train/metric_0"]["count"] == outcome.difference.points // 10
+    server.stop()
+    return outcome
+
+
+def _finish(
+    trainer: TrainerProcess, server: ServerProcess, proxy: FaultProxy, outcome: Outcome
+) -> None:
+    """End the run, wait until the shipper has ended by itself, and compare both sides."""
+    trainer.finish()
+    trainer.wait_for_shipper_s_end(RECOVERY_SECONDS)
+    if not compare(trainer.directory, server.url).hashes_equal:  # its shipper was killed at last
+        trainer.start_shipper()
+        time.sleep(0.5)
+        trainer.wait_for_shipper_s_end(RECOVERY_SECONDS)
+    outcome.difference = compare(trainer.directory, server.url)
+    outcome.lost_by_log = logged_steps_in_journal(trainer.directory, trainer.steps_logged)
+    outcome.seen = proxy.seen
+
+
+def _run_id(trainer: TrainerProcess) -> str:
+    owner = read_run_file(trainer.directory)
+    assert owner is not None
+    return owner["run"]
+
+
+@dataclass
+class Upload:
+    """What an upload with cuts did."""
+
+    cuts: int
+    bytes: int
+    parts: int
+    bytes_resent: int
+    """Bytes that went on to the server beyond the file's own."""
+    second_upload_share: float
+    """Bytes that an identical second upload sent, of the file's."""
+    visible_too_early: int
+    """How often a file could be had before the checkpoint was published."""
+    hashes_equal: bool
+    server_errors: int
+
+    @property
+    def parts_resent(self) -> int:
+        """Parts' worth of bytes that were sent again, rounded up."""
+        return -(-self.bytes_resent // PART_BYTES)
+
+
+def run_checkpoint_cuts(folder: Path, size: int, cuts: int, seed: int = 0) -> Upload:
+    """Upload a checkpoint over a connection that is cut in mid-part, then the same again."""
+    model = folder / "model.bin"
+    expected = _write_random_file(model, size)
+    server = ServerProcess(folder / "data", "--min-free-gb", "0.001")
+    server.start()
+    parts = -(-size // PART_BYTES)
+    share = min(0.9, 2 * cuts / (parts + cuts))
+    with FaultProxy(server.port, part_cuts(seed, cuts, share), seed) as proxy:
+        trainer = TrainerProcess(
+            folder / "run", proxy.url, "--save", str(model), "--name", "first", "--steps", "2"
+        )
+        trainer.start()
+        trainer.wait_for_step(1)
+        watcher = _Watcher(server.url, _run_id(trainer), "first")
+        with watcher:
+            trainer.wait_for_shipper_s_end(RECOVERY_SECONDS + size / 2**21)
+        sent = sum(proxy.seen.part_bytes.values())
+        made = proxy.seen.faults["cut-body"]
+        again = TrainerProcess(
+            folder / "run", proxy.url, "--save", str(model), "--name", "second", "--steps", "4"
+        )
+        again.start()
+        again.wait_for_step(3)
+        again.wait_for_shipper_s_end(RECOVERY_SECONDS)
+        run = _run_id(trainer)
+        digests = {_download_digest(server.url, run, name) for name in ("first", "second")}
+        upload = Upload(
+            cuts=made,
+            bytes=size,
+            parts=parts,
+            bytes_resent=sent - size,
+            second_upload_share=(sum(proxy.seen.part_bytes.values()) - sent) / size,
+            visible_too_early=watcher.too_early,
+            hashes_equal=digests == {expected},
+            server_errors=proxy.seen.server_errors,
+        )
+    server.stop()
+    return upload
+
+
+class _Watcher:
+    """Ask all the time whether a file of a checkpoint can be had before all of it is there."""
+
+    def __init__(self, url: str, run: str, name: str) -> None:
+        self._url, self._run, self._name = url, run, name
+        self.too_early = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+    def _watch(self) -> None:
+        where = f"/runs/{self._run}/checkpoints/{self._name}"
+        while not self._stop.wait(0.05):
+            there = _first_byte_is_there(f"{self._url}/api/v1{where}/files/model.bin")
+            if there and ask(self._url, where)["state"] != "published":
+                self.too_early += 1
+
+
+def _first_byte_is_there(address: str) -> bool:
+    request = urllib.request.Request(address, headers={"Range": "bytes=0-0"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return bool(answer.read())
+    except OSError:
+        return False
+
+
+def _download_digest(url: str, run: str, name: str) -> str:
+    digest = hashlib.sha256()
+    address = f"{url}/api/v1/runs/{run}/checkpoints/{name}/files/model.bin"
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            while block := answer.read(2**20):
+                digest.update(block)
+    except urllib.error.HTTPError as error:
+        return f"status {error.code}"
+    return digest.hexdigest()
+
+
+def _write_random_file(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        while size:
+            block = os.urandom(min(size, 2**22))
+            digest.update(block)
+            file.write(block)
+            size -= len(block)
+    return digest.hexdigest()
+
+
+def as_figures(outcomes: list[Outcome], upload: Upload | None) -> dict[str, Any]:
+    """Sum outcomes up into what the benchmark prints as its last line."""
+    return {
+        "kills": sum(sum(o.kills.values()) for o in outcomes),
+        "outages": sum(o.outages for o in outcomes),
+        "missing": sum(o.difference.missing + o.lost_by_log for o in outcomes),
+        "duplicated": sum(o.difference.duplicated for o in outcomes),
+        "parts_resent": upload.parts_resent if upload else 0,
+        "cuts": upload.cuts if upload else 0,
+        "points": sum(o.difference.points for o in outcomes),
+        "requests_failed": sum(sum(o.seen.faults.values()) for o in outcomes),
+        "server_errors": sum(o.seen.server_errors for o in outcomes)
+        + (upload.server_errors if upload else 0),
+        "hashes_equal": all(o.difference.hashes_equal for o in outcomes)
+        and (upload is None or upload.hashes_equal),
+    }
