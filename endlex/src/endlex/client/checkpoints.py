@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from endlex.client.downloads import fetch_manifest, pull_checkpoint
-from endlex.client.journal import session_files, writer_is_alive
+from endlex.client.journal import parse_record, session_files, writer_is_alive
 from endlex.client.parts import (
     PartSource,
     Progress,
@@ -39,6 +39,10 @@ __all__ = [
     "sync_directory",
     "verify_directory",
 ]
+
+
+CHECKPOINT_START = b'{"type":"checkpoint",'
+"""Of the lines that the journal writes for checkpoints: the others need no parsing."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,8 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
     ]
     staged = staged_names(directory)
     missing += [Missing("checkpoint", name, "not sent yet, or not published") for name in staged]
-    for path in sorted((directory / MANIFEST_DIR).glob("*.json")):
-        if path.stem not in staged:
-            missing += _verify_checkpoint(owner["run"], directory, path.stem, transport)
+    for name in sorted(_saved_names(directory) - set(staged)):
+        missing += _verify_checkpoint(owner["run"], directory, name, transport)
     if shipper is not None:
         reason = f"process {shipper[0]} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason))
@@ -151,6 +154,18 @@ def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: boo
 def _first_line(path: Path) -> str:
     with path.open("rb") as file:
         return file.readline(2**16).decode(errors="replace")
+
+
+def _saved_names(directory: Path) -> set[str]:
+    """Checkpoints that the journals or the kept manifests name."""
+    kept = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+    for path in session_files(directory):
+        with path.open("rb") as file:
+            for line in file:
+                if line.startswith(CHECKPOINT_START) and line.endswith(b"\n"):
+                    record = parse_record(line) or {}
+                    kept.add(str(record.get("name")))
+    return kept
 
 
 def _verify_checkpoint(run: str, directory: Path, name: str, transport: Transport) -> list[Missing]:

@@ -80,6 +80,7 @@ def pull_checkpoint(
         Retry: the server could not be reached for too long; call again to go on.
         OSError: the directory cannot be written.
     """
+    directory = directory.absolute()
     manifest = fetch_manifest(run, name, transport)
     wanted = [file for file in manifest["files"] if not _is_there(directory, file)]
     building = directory.parent / f".{directory.name}.{name}.partial"

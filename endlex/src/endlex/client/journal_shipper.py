@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endlex.client.journal import (
-    content_length,
     end_status,
     first_record,
     session_files,
@@ -134,17 +133,3 @@ class JournalShipper:
     def all_found(self) -> bool:
         """Whether no session began since the last tick."""
         return {path.stem for path in session_files(self._directory)} <= set(self.sessions)
-
-    def caught_up(self) -> bool:
-        """Whether everything that was there at the last tick is acknowledged."""
-        return all(s.done or s.settled_size >= 0 for s in self.sessions.values()) and all(
-            s.done or s.sync.path.stat().st_size == s.settled_size for s in self.sessions.values()
-        )
-
-    def waiting_bytes(self) -> int:
-        """Bytes of content that the server has not acknowledged."""
-        return sum(
-            max(content_length(s.sync.path) - (s.sync.acknowledged or 0), 0)
-            for s in self.sessions.values()
-            if not s.done
-        )

@@ -60,7 +60,7 @@ class SessionSync:
             OSError: the journal cannot be read.
         """
         start = self.ask() if self.acknowledged is None else self.acknowledged
-        batch = read_batch(self.path, start)
+        batch = read_batch(self.path, start, BATCH_BYTES)
         if not batch:
             return 0
         try:
@@ -130,7 +130,7 @@ class SessionSync:
         return length - held
 
 
-def read_batch(path: Path, start: int, size: int = BATCH_BYTES) -> bytes:
+def read_batch(path: Path, start: int, size: int) -> bytes:
     """Whole lines from `start` on: as many as fit, but at least one if there is one.
 
     Raises:

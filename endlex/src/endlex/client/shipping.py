@@ -103,10 +103,13 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def start_shipper(directory: Path) -> None:
+def start_shipper(directory: Path, *, url: str | None = None) -> None:
     """Start a shipper that outlives this process; if there is one already, it ends soon.
 
     It inherits the environment, so the server's address and token, and no open files.
+
+    Args:
+        url: of the server, if not that of the environment.
 
     Raises:
         OSError: no process can be started.
@@ -115,6 +118,9 @@ def start_shipper(directory: Path) -> None:
 
     package = Path(__file__).resolve().parents[2]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    if url is not None:
+        environment["ENDLEX_URL"] = url
     shipper = [sys.executable, "-P", "-m", "endlex.client.shipper", str(directory)]
     with (directory / SHIPPER_LOG).open("ab") as log:
         subprocess.run(  # by a shell that ends at once: nobody's child, whoever kills our children
@@ -124,7 +130,7 @@ def start_shipper(directory: Path) -> None:
             stderr=log,
             start_new_session=True,
             check=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            env=environment,
         )
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from endlex.client.checkpoint_shipper import send_staged
-from endlex.client.journal import content_length
-from endlex.client.journal_shipper import JournalShipper
+from endlex.client.journal import content_length, session_files, writer_is_alive
+from endlex.client.journal_shipper import JournalShipper, Session
 from endlex.client.run_directory import read_run_file
 from endlex.client.shipping import FOREGROUND, start_shipper, stop_shipper, take_lock
 from endlex.client.staging import staged_names
@@ -53,11 +53,11 @@ def sync_directory(
     patient = _Patience(patience)
     try:
         with lock:
-            _send_journals(journals, progress, patient)
+            _send_journals(directory, journals, progress, patient)
             failed = _send_checkpoints(directory, owner["run"], transport, progress, patient)
     finally:
         if had_shipper and journals.has_live_trainer():
-            start_shipper(directory)
+            start_shipper(directory, url=transport.url)
     errors = [s.error for s in journals.sessions.values() if s.error] + failed
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
@@ -81,22 +81,31 @@ class _Patience:
         time.sleep(seconds)
 
 
-def _send_journals(journals: JournalShipper, progress: SyncProgress, patient: _Patience) -> None:
+def _send_journals(
+    directory: Path, journals: JournalShipper, progress: SyncProgress, patient: _Patience
+) -> None:
+    targets = {path.stem: content_length(path) for path in session_files(directory)}
     before = -1
     while True:
         try:
-            more = journals.tick()
+            journals.tick()
         except Retry as error:
             patient.wait(error)
-            more = True
+            continue
         sessions = journals.sessions.values()
         done = sum(s.sync.acknowledged or 0 for s in sessions)
         if done != before:
             before = done
             patient.progressed()
-        progress("journal", done, sum(content_length(s.sync.path) for s in sessions))
-        if not more and all(s.error or s.settled_size >= 0 for s in sessions):
+        progress("journal", done, max(done, sum(targets.values())))
+        if all(s.error or _is_sent(s, targets.get(s.sync.session, 0)) for s in sessions):
             return
+
+
+def _is_sent(session: Session, target: int) -> bool:
+    """Whether the server has what was there, and of a session that is over how it ended."""
+    has_all = (session.sync.acknowledged or 0) >= target
+    return session.done or (has_all and writer_is_alive(session.sync.path))
 
 
 def _send_checkpoints(
