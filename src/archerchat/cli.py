@@ -41,6 +41,12 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "commands.data", "DataBuildConfig", "build", "turn text into shards", positional=True
         ),
         "info": Command("commands.data", "DataInfoConfig", "info", "print what data is there"),
+        "identity": Command(
+            "commands.data_identity",
+            "DataIdentityConfig",
+            "identity",
+            "write conversations in which the assistant says who it is",
+        ),
     },
     "tokenizer": {
         "train": Command("commands.tokenizer", "TokenizerTrainConfig", "train", "learn one"),

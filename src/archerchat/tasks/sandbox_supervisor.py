@@ -223,8 +223,12 @@ def _be_program(request: Request, verdict: int, user: int | None, facts: dict[st
     if LINUX:
         sandbox_linux.drop_rights()
         _die_with_parent()
-    alone = user is not None or facts["processes"]  # nobody else's processes are counted
-    _set_limits(request, request["max_processes"] if alone else 0)
+    processes = 0  # where others' count too, no number is right
+    if user is not None:
+        processes = request["max_processes"]
+    elif facts["processes"]:
+        processes = request["max_processes"] + 2  # with the keeper and process 1
+    _set_limits(request, processes)
     os.environ.clear()
     os.environ.update(HOME=request["directory"], TMPDIR=request["directory"])
     if not facts["files"]:
