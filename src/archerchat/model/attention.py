@@ -18,6 +18,7 @@ import functools
 import importlib
 import importlib.util
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -90,8 +91,13 @@ def choose_backend(
 
 def prepare_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
     """Return what `attend` needs for these sizes beside its tensors, cached: a block mask for
-    `flex`, None for the others. Call it outside of compiled code."""
-    return _flex_mask(length, window, device) if backend == "flex" else None
+    `flex`, each block's biases for `matmul` (compiled code would otherwise compare positions
+    for every score), None for the others. Call it outside of compiled code."""
+    if backend == "flex":
+        return _flex_mask(length, window, device)
+    if backend == "matmul" and length <= MATMUL_MAX_KEYS:
+        return _block_biases(length, min(window, length - 1), device)
+    return None
 
 
 def attend(
@@ -124,26 +130,52 @@ def attend(
     if backend == "flex":
         out = _attend_flex(q, k, v, mask)
     else:
-        out = _attend_blocks(q, k, v, window, backend)
+        out = _attend_blocks(q, k, v, window, backend, mask)
     return out.transpose(1, 2)
 
 
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend) -> Tensor:
+def _attend_blocks(
+    q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend, biases: Any
+) -> Tensor:
     """Take queries in blocks, each with only the keys it can see."""
     length, before = q.size(2), k.size(2) - q.size(2)
     if backend == "matmul" and length + before > MATMUL_MAX_KEYS:
         backend = "sdpa"
     if backend == "sdpa" and window >= length - 1 and not before:
         return _sdpa(q, k, v, None)
-    kernel, outputs = _softmax_matmul if backend == "matmul" else _sdpa, []
-    block = _block_size(length, window)
-    for start in range(0, length, block):
-        stop, first = min(start + block, length), max(0, before + start - window)
+    outputs = []
+    for i, (start, stop, first) in enumerate(_blocks(length, window, before)):
         keys = slice(first, before + stop)
+        part = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
+        if backend == "matmul" and biases is not None:
+            outputs.append(_softmax_matmul(*part, biases[i]))
+            continue
         offset = before + start - first
         mask = _band_mask(stop - start, before + stop - first, window, offset, q.device)
-        outputs.append(kernel(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask))
+        outputs.append(
+            _sdpa(*part, mask) if backend == "sdpa" else _softmax_matmul(*part, _bias(mask))
+        )
     return torch.cat(outputs, dim=2)
+
+
+def _blocks(length: int, window: int, before: int = 0) -> Iterator[tuple[int, int, int]]:
+    """Yield each block's first query, the query after its last, and the first key it can see."""
+    block = _block_size(length, window)
+    for start in range(0, length, block):
+        yield start, min(start + block, length), max(0, before + start - window)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_biases(length: int, window: int, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(
+        _bias(_band_mask(stop - start, stop - first, window, start - first, device))
+        for start, stop, first in _blocks(length, window)
+    )
+
+
+def _bias(mask: Tensor) -> Tensor:
+    """Return what to add to scores: 0 where the mask lets them through, else minus infinity."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
 
 
 def _block_size(length: int, window: int) -> int:
@@ -168,7 +200,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     )
 
 
-def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Materialise the scores: products in the compute dtype, softmax in float32.
 
     Exponentials are taken without subtracting the row's maximum, which saves two passes over
@@ -179,7 +211,7 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     scores = (q @ k.transpose(2, 3)).float() * (1 / math.sqrt(q.size(3)))
-    weights = torch.where(mask, scores.clamp(-MAX_SCORE, MAX_SCORE).exp(), 0.0)
+    weights = (scores.clamp(-MAX_SCORE, MAX_SCORE) + bias).exp()
     total = weights.sum(dim=-1, keepdim=True)
     return ((weights.to(v.dtype) @ v).float() / total).to(v.dtype)
 

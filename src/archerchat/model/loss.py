@@ -4,6 +4,7 @@ The logits of B*T tokens over V entries in float32 would be the largest tensor o
 Here they are formed a chunk of tokens at a time; the chunk's gradient with respect to the
 hidden states and to the unembedding is taken on the spot, so the backward pass only scales.
 That is three matrix products in all, as many as the plain computation, and no recomputation.
+In bfloat16 the logits are read once; float32 rounds as a plain cross-entropy does.
 
 The soft cap (SPEC section 2) bounds every logit by 15, so the exponentials need no running
 maximum in float32: V * exp(15) is far inside its range.
@@ -49,25 +50,56 @@ def chunk_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.where(targets != IGNORED, total.log() - chosen[:, 0] * LOGIT_CAP, 0.0)
 
 
+def _plain_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return losses (n,) and d loss / d raw logit (n, V), rounded as a plain cross-entropy does.
+
+    At the first step the true gradients of backout_lambda and of the input lambdas vanish, and
+    Adam divides what rounding leaves of them by itself. Rounded otherwise, a run from the same
+    weights parts from the reference's within fifteen steps (`docs/LOG.md`).
+    """
+    hit = torch.arange(logits.size(1), device=labels.device)[None, :] == labels[:, None]
+    squashed = torch.tanh(logits.float() / LOGIT_CAP)
+    log_probabilities = torch.log_softmax(squashed * LOGIT_CAP, dim=1)
+    chosen = log_probabilities.gather(1, labels[:, None])
+    grad = torch.ops.aten._log_softmax_backward_data(
+        -hit.float(), log_probabilities, 1, torch.float32
+    )
+    return -chosen[:, 0], torch.ops.aten.tanh_backward(grad * LOGIT_CAP, squashed) / LOGIT_CAP
+
+
 def chunk_loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the chunk's summed loss and its gradients for `hidden` and `weight`.
 
     Args:
         hidden: (n, C); weight: (V, C), both in the compute dtype; targets: (n,).
+
+    Returns:
+        The loss, (n, C), (V, C), and what is left of the weight's gradient: (n, C) rows, each to
+        be added at its target.
     """
     logits = F.linear(hidden, weight)  # (n, V)
+    valid = targets != IGNORED
+    labels = targets.clamp(min=0)
+    if hidden.dtype != torch.bfloat16:
+        losses, grad = _plain_gradient(logits, labels)
+        grad = (grad * valid[:, None]).to(hidden.dtype)
+        losses = torch.where(valid, losses, 0.0)
+        return losses.sum(), grad @ weight, grad.T @ hidden, torch.zeros_like(hidden)
+    # One pass over the logits: what divides a row and what only its target gets come after the
+    # products, over C columns instead of V.
     squashed, slope = _softcap(logits)
     exponential = torch.exp(squashed * LOGIT_CAP)
     total = exponential.sum(dim=1)
-    chosen, _ = _softcap(logits.gather(1, targets.clamp(min=0)[:, None]))
-    valid = targets != IGNORED
+    numerator = (exponential * slope).to(hidden.dtype)
+    chosen, chosen_slope = _softcap(logits.gather(1, labels[:, None]))
+    share, at_target = (valid / total)[:, None], -(valid[:, None] * chosen_slope)
+    for_hidden = (numerator @ weight).float() * share + at_target * weight[labels].float()
+    for_weight = numerator.T @ (hidden.float() * share).to(hidden.dtype)
     losses = torch.where(valid, total.log() - chosen[:, 0] * LOGIT_CAP, 0.0)
-    # d loss / d raw logit = (softmax - onehot) * (1 - tanh^2)
-    hit = (torch.arange(weight.size(0), device=targets.device)[None, :] == targets[:, None]).float()
-    grad = ((exponential / total[:, None] - hit) * slope * valid[:, None]).to(hidden.dtype)
-    return losses.sum(), grad @ weight, grad.T @ hidden
+    rest = at_target * hidden.float()
+    return losses.sum(), for_hidden.to(hidden.dtype), for_weight, rest
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -80,18 +112,21 @@ class _MeanLoss(torch.autograd.Function):
         unembedding: Tensor,
         targets: Tensor,
         vocab_size: int,
-        kernel: Callable[..., tuple[Tensor, Tensor, Tensor]],
+        kernel: Callable[..., tuple[Tensor, ...]],
     ) -> Tensor:
         weight = unembedding[:vocab_size].to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(unembedding)
         size = chunk_tokens(vocab_size, hidden.device)
+        rest = torch.empty(hidden.shape, device=hidden.device)
         for start in range(0, hidden.size(0), size):
             span = slice(start, start + size)
-            total, for_hidden, for_weight = kernel(hidden[span], weight, targets[span])
+            total, for_hidden, for_weight, at_target = kernel(hidden[span], weight, targets[span])
             loss += total
-            grad_hidden[span] = for_hidden
+            grad_hidden[span], rest[span] = for_hidden, at_target
             grad_weight[:vocab_size] += for_weight
+        if hidden.dtype == torch.bfloat16:
+            grad_weight.index_add_(0, targets.clamp(min=0), rest)
         scale = 1 / (targets != IGNORED).sum().clamp(min=1).float()
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
         return loss * scale
@@ -114,7 +149,7 @@ def mean_loss(
     unembedding: Tensor,
     targets: Tensor,
     vocab_size: int,
-    kernel: Callable[..., tuple[Tensor, Tensor, Tensor]] = chunk_loss_and_gradients,
+    kernel: Callable[..., tuple[Tensor, ...]] = chunk_loss_and_gradients,
 ) -> Tensor:
     """Average the cross-entropy in nats over the positions whose target is not -1.
 

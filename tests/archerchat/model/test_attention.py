@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from archerchat.model import attention
-from archerchat.model.attention import attend, choose_backend, prepare_mask
+from archerchat.model.attention import (
+    MATMUL_MAX_KEYS,
+    Backend,
+    attend,
+    choose_backend,
+    prepare_mask,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # (T, window, H, K): single tokens, windows of nothing, of all but one, beyond the row; rows that
@@ -102,10 +108,22 @@ def test_flex_is_given_the_right_mask(
     torch.testing.assert_close(actual.double(), naive(q, k, v, window), atol=1e-5, rtol=1e-5)
 
 
-def test_masks_are_prepared_once_and_only_for_flex() -> None:
-    assert prepare_mask(64, 8, CPU, "flex") is prepare_mask(64, 8, CPU, "flex")
-    assert prepare_mask(64, 8, CPU, "flex") is not prepare_mask(64, 9, CPU, "flex")
-    assert [prepare_mask(64, 8, CPU, b) for b in ("sdpa", "matmul", "flash")] == [None] * 3
+@pytest.mark.parametrize("backend", ["flex", "matmul"])
+def test_masks_are_prepared_once(backend: Backend) -> None:
+    assert prepare_mask(64, 8, CPU, backend) is prepare_mask(64, 8, CPU, backend)
+    assert prepare_mask(64, 8, CPU, backend) is not prepare_mask(64, 9, CPU, backend)
+
+
+def test_no_mask_is_prepared_where_none_is_used() -> None:
+    assert [prepare_mask(64, 8, CPU, b) for b in ("sdpa", "flash")] == [None] * 2
+    assert prepare_mask(MATMUL_MAX_KEYS + 1, 8, CPU, "matmul") is None
+
+
+@pytest.mark.parametrize(("length", "window"), [(64, 8), (300, 299), (300, 100)])
+def test_prepared_biases_change_no_bit(length: int, window: int) -> None:
+    q, k, v = (torch.randn(2, length, 2, 16) for _ in range(3))
+    mask = prepare_mask(length, window, CPU, "matmul")
+    assert torch.equal(attend(q, k, v, window, "matmul", mask), attend(q, k, v, window, "matmul"))
 
 
 @pytest.mark.slow

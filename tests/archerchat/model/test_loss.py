@@ -69,6 +69,20 @@ def assert_is_plain(
         assert relative_error(gradient, wanted) < tolerance
 
 
+def test_float32_gradients_are_those_of_a_plain_cross_entropy_bit_for_bit() -> None:
+    """What rounding leaves of a vanishing gradient decides where Adam's first steps go."""
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(64, 32, generator=generator).requires_grad_()
+    unembedding = (0.01 * torch.randn(VOCAB, 32, generator=generator)).requires_grad_()
+    targets = torch.randint(VOCAB, (64,), generator=generator)
+    logits = 15 * torch.tanh(F.linear(hidden, unembedding) / 15)
+    wanted = torch.autograd.grad(F.cross_entropy(logits, targets), (hidden, unembedding))
+    loss = mean_loss(hidden[None], unembedding, targets[None], VOCAB)
+    actual = torch.autograd.grad(loss, (hidden, unembedding))
+    assert torch.equal(actual[0], wanted[0])
+    assert torch.allclose(actual[1], wanted[1], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 50, 64, 149, 150, 1000])
 def test_loss_and_gradients_do_not_depend_on_the_chunk(
     chunk: int, monkeypatch: pytest.MonkeyPatch
