@@ -20,6 +20,7 @@ from typing import Any
 from endlex.protocol import EndlexError
 
 Add = Callable[[argparse.ArgumentParser], None]
+STDOUT = 1
 FORMATS = ("csv", "json", "parquet", "html")
 SCOPES = ("write", "checkpoint", "read")
 RUN_HELP = "a run's directory here, or its id, name or project/name on the server"
@@ -35,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EndlexError as error:
         print(f"endlex: {error}", file=sys.stderr)
         return int(getattr(error, "exit_status", 1))
-    except BrokenPipeError:  # `endlex ls | head`: not an error, and nothing to flush to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `endlex ls | head`: no error, and nobody to flush the rest to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         return 1
     except OSError as error:
         print(f"endlex: {error}", file=sys.stderr)
@@ -287,7 +288,7 @@ COMMANDS: tuple[tuple[str, str, str, Add], ...] = (
     ("ls", "listing:ls", "list runs", _ls),
     ("show", "listing:show", "print one run: metrics, configuration, checkpoints", _show),
     ("watch", "watch:watch", "plot a run in the terminal while it goes on", _watch),
-    ("compare", "compare:compare", "print what differs between runs", _compare),
+    ("compare", "listing:compare", "print what differs between runs", _compare),
     ("sync", "sync:sync", "send run directories to the server, until all is there", _sync),
     ("verify", "verify:verify", "say whether this machine can be torn down", _verify),
     ("pull", "checkpoints:pull", "download a checkpoint, verified", _pull),

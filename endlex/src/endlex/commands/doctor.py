@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.request import ProxyHandler, build_opener
 
+from endlex.client.checkpoints import verify_directory
 from endlex.client.journal import content_length, parse_record, session_files
 from endlex.client.run_directory import server_token, server_url
-from endlex.client.shipping import read_state, shipper_process, sync_command, unsent
+from endlex.client.shipping import read_state, shipper_process, sync_command
+from endlex.client.transport import TransportError
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.server_api import Refused, Server, find_server
+from endlex.commands.server_api import Refused, Server, find_server, find_transport
 from endlex.commands.targets import find_run_directories, open_run_directory, runs_folder
 from endlex.protocol import PROTOCOL, EndlexError
 
@@ -42,7 +44,7 @@ class Finding:
 
 def doctor(directories: Sequence[Path], url: str | None, as_json: bool) -> int:
     """Run every check; 1 when one of them found a fault."""
-    findings = [*_versions(), *_libraries(), *_server(url), *_disk(), *_journals(directories)]
+    findings = [*_versions(), *_libraries(), *_server(url), *_disk(), *_journals(directories, url)]
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -213,48 +215,49 @@ def _disk() -> Iterator[Finding]:
         yield Finding("ok", "disk", f"{format_bytes(free)} free in {folder}")
 
 
-def _journals(directories: Sequence[Path]) -> Iterator[Finding]:
+def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]:
     found = list(directories) or find_run_directories(runs_folder())
     if not found:
         yield Finding("ok", "journals", f"no runs in {runs_folder()}")
     for directory in found:
         try:
             open_run_directory(directory)
-            yield from _journal(directory)
+            yield from _damage(directory)
+            yield _sending(directory, url)
         except (EndlexError, OSError) as error:
             yield Finding("fault", "journals", str(error))
 
 
-def _journal(directory: Path) -> Iterator[Finding]:
-    """Look at one run's directory: damaged lines, what is not sent, and who sends it."""
-    damaged = {path: _damaged_lines(path) for path in session_files(directory)}
-    for path, lines in damaged.items():
+def _damage(directory: Path) -> Iterator[Finding]:
+    for path in session_files(directory):
+        lines = _damaged_lines(path)
         if lines:
-            yield Finding(
-                "fault",
-                "journals",
-                f"{path} has {count(lines, 'damaged line')}: the "
-                "disk may be failing; the rest is sent all the same",
-            )
-    left = unsent(directory)
+            what = f"{path} has {count(lines, 'damaged line')}"
+            remedy = "the disk may be failing; the rest is sent all the same"
+            yield Finding("fault", "journals", f"{what}: {remedy}")
+
+
+def _sending(directory: Path, url: str | None) -> Finding:
+    """Say whether one run's directory is sent, and who sends it."""
     shipper = shipper_process(directory)
     error = read_state(directory).get("error")
-    if shipper is None and left:
-        yield Finding(
-            "note",
-            "journals",
-            f"{directory}: {count(left.records, 'record')} and "
-            f"{count(left.files, 'checkpoint file')} not sent: {sync_command(directory)}",
+    if shipper is not None and error:
+        return Finding("fault", "journals", f"{directory}: its shipper says: {error}")
+    if shipper is not None:
+        return Finding(
+            "ok", "journals", f"{directory}: its shipper, process {shipper[0]}, sends it"
         )
-    elif error and left:
-        yield Finding(
-            "fault",
-            "journals",
-            f"{directory}: its shipper (process {shipper and shipper[0]}) says: {error}",
-        )
-    else:
-        state = "its shipper is at work" if shipper else "all is sent"
-        yield Finding("ok", "journals", f"{directory}: {state}")
+    try:
+        missing = verify_directory(directory, find_transport(url))
+    except TransportError:
+        return Finding("note", "journals", f"{directory}: cannot be compared with the server now")
+    except EndlexError as reason:
+        return Finding("note", "journals", f"{directory}: not compared with a server: {reason}")
+    if missing:
+        remedy = sync_command(directory)
+        what = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+        return Finding("note", "journals", f"{directory}: {what}: {remedy}")
+    return Finding("ok", "journals", f"{directory}: all of it is on the server")
 
 
 def _damaged_lines(path: Path) -> int:

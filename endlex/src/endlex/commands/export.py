@@ -79,13 +79,15 @@ def write_local_csv(directory: Path, file: IO[bytes]) -> None:
                 rows.setdefault(record["step"], {})[name] = encode_number(value)
                 times[record["step"]] = record["time"]
                 names[name] = None
-    with io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True) as text:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    try:
         writer = csv.writer(text)
         writer.writerow(["step", "time", *names])
         for step in sorted(rows):
             writer.writerow([step, times[step], *(rows[step].get(name, "") for name in names)])
         text.flush()
-        text.detach()
+    finally:
+        text.detach()  # the file is the caller's to close
 
 
 def write_local_json(directory: Path, file: IO[bytes]) -> None:

@@ -1,0 +1,52 @@
+"""`endlex sync`: send run directories in the foreground, until the server has all of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from endlex.client.sync import sync_directory
+from endlex.client.transport import Retry
+from endlex.commands.rendering import ProgressLine, format_bytes
+from endlex.commands.server_api import explain, find_transport
+from endlex.commands.targets import find_run_directories, is_run_directory, open_run_directory
+from endlex.protocol import EndlexError
+
+
+def sync(directories: Sequence[Path], url: str | None) -> int:
+    """Send every directory; one that cannot be sent does not keep the others back."""
+    transport = find_transport(url)
+    todo = [run for given in directories for run in _runs_at(given)]
+    line = ProgressLine()
+    failed = 0
+    for number, directory in enumerate(todo, 1):
+        place = f"[{number}/{len(todo)}] {directory}" if len(todo) > 1 else str(directory)
+
+        def show(what: str, done: int, total: int, place: str = place) -> None:
+            line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
+
+        try:
+            sync_directory(directory, transport, show)
+        except KeyboardInterrupt:
+            line.clear()
+            again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
+            print(f"stopped; what was sent stays sent. To go on: endlex sync {again}")
+            return 130
+        except (EndlexError, OSError) as error:
+            line.clear()
+            said = explain(error) if isinstance(error, Retry) else error
+            print(f"{place}: not all sent: {said}")
+            failed += 1
+        else:
+            line.clear()
+            print(f"{place}: all on {transport.url}")
+    return 1 if failed else 0
+
+
+def _runs_at(given: Path) -> list[Path]:
+    """Return the directory itself, or the run directories in it."""
+    if not is_run_directory(given) and given.is_dir() and (inside := find_run_directories(given)):
+        return inside
+    open_run_directory(given)
+    return [given]
