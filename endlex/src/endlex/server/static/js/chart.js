@@ -13,6 +13,9 @@ import {
 
 const HEIGHT = 210;
 const TALL = 460;
+// With more points than this in view lines are one device pixel wide. Browsers draw such hairlines
+// segment by segment; anything wider becomes an outline that is filled, ten times the work.
+const THIN_FROM_POINTS = 2500;
 
 export class Chart {
   // `settings` is the board's, shared by its charts; `onview(chart, view)` asks for a zoom.
@@ -223,20 +226,24 @@ export class Chart {
     context.rect(left, top, width, height);
     context.clip();
     context.lineJoin = "bevel";
-    for (const line of this.inDrawingOrder()) {
+    const drawn = this.inDrawingOrder().map((line) => {
       const series = line.shown(this.view);
-      const span = visibleSpan(series.x, x[0], x[1]);
+      return { line, series, span: visibleSpan(series.x, x[0], x[1]) };
+    });
+    const points = drawn.reduce((sum, { span }) => sum + span[1] - span[0], 0);
+    const thin = points > THIN_FROM_POINTS ? 1 : 1.4 * ratio;
+    for (const { line, series, span } of drawn) {
       const color = paint(line.place);
       context.strokeStyle = color;
       context.fillStyle = color;
       const stroke = (values) => strokeLine(context, series.x, values, span, toX, toY, width);
-      const thick = (line.emphasized ? 2.4 : 1.4) * ratio;
-      context.lineWidth = settings.smoothing > 0 ? ratio : thick;
+      const thick = line.emphasized ? 2.4 * ratio : thin;
+      context.lineWidth = settings.smoothing > 0 ? 1 : thick;
       context.globalAlpha = settings.smoothing > 0 ? (this.lines.length > 1 ? 0.14 : 0.28) : 1;
       stroke(series.y);
       context.globalAlpha = 1;
       if (settings.smoothing > 0) {
-        context.lineWidth = thick * 1.15;
+        context.lineWidth = Math.max(thick, 1.4 * ratio);
         stroke(line.average(series, settings.smoothing));
       }
       context.fillStyle = cssColor("--bad");

@@ -1,6 +1,7 @@
 // What uPlot is told: scales, axes and their labels for every kind of x. It draws axes, grid,
 // cursor and selection; the lines are drawn by `plot_lines.js`, each with its own x.
 
+import { isDark } from "./colors.js";
 import { formatDate, formatDuration, formatNumber } from "./format.js";
 
 export const X_KINDS = {
@@ -24,7 +25,7 @@ const CSS_CACHE = new Map();
 
 // A colour of the style sheet, for the canvas.
 export function cssColor(name) {
-  const key = `${document.documentElement.dataset.theme}|${matchMedia("(prefers-color-scheme: dark)").matches}|${name}`;
+  const key = `${isDark()}|${name}`;
   if (!CSS_CACHE.has(key)) {
     CSS_CACHE.set(key, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
   }

@@ -3,6 +3,7 @@
 
 import { Chart } from "./chart.js";
 import { ChartLine } from "./chart_data.js";
+import { systemDark } from "./colors.js";
 import { boardToolbar } from "./chart_toolbar.js";
 import { debounce, el, recall, remember, replaceContent } from "./dom.js";
 import { compareText } from "./format.js";
@@ -31,7 +32,7 @@ export class ChartBoard {
     this.observer = new IntersectionObserver((entries) => this.seen(entries), { rootMargin: "120px" });
     this.resized = new ResizeObserver(debounce(() => this.eachBuilt((chart) => chart.resize()), 80));
     this.resized.observe(this.groups);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.repaint());
+    systemDark.addEventListener("change", () => this.repaint());
     addEventListener("endlex:theme", () => this.repaint());
     boards.add(this);
     this.layout();

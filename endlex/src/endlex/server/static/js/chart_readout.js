@@ -57,6 +57,7 @@ export class ChartReadout {
 
   update() {
     const { plot } = this.chart;
+    if (this.chart.root.classList.contains("panning")) return this.leave();
     if (!plot || !(plot.cursor.left >= 0)) {
       this.leave();
       return this.summarize();

@@ -12,10 +12,13 @@ const DARK = [
   "#ff7b8a", "#8fd14f", "#58b0ff", "#d9a866", "#a89bff", "#43d69b",
 ];
 
+// Asked once: it follows the system by itself.
+export const systemDark = matchMedia("(prefers-color-scheme: dark)");
+
 export function isDark() {
   const chosen = document.documentElement.dataset.theme;
   if (chosen) return chosen === "dark";
-  return matchMedia("(prefers-color-scheme: dark)").matches;
+  return systemDark.matches;
 }
 
 export function paint(index) {
