@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import random
 import re
@@ -18,11 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from archerchat.data.hub import SOURCES, HubSource, RetryPolicy, download_shards
+from archerchat.artifacts import Home
+from archerchat.data.hub import SOURCES, HubSource, RetryPolicy, download_shards, download_table
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
+from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
+from archerchat.tasks.hub import ARC
+from archerchat.tasks.registry import build_task
 
 SOURCE = HubSource("someone/texts", 6)
 RESOLVE = f"/datasets/{SOURCE.repository}/resolve/main"
@@ -40,6 +47,7 @@ class Hub:
             `stall` (send half, then nothing). After these it behaves.
         gets: by file name, the Range headers of its GETs.
         requests: how many requests came, of any kind.
+        resolve: where its files' addresses begin.
     """
 
     def __init__(self, files: dict[str, bytes]) -> None:
@@ -47,6 +55,7 @@ class Hub:
         self.faults: dict[str, list[str]] = {}
         self.gets: dict[str, list[str | None]] = {}
         self.requests = 0
+        self.resolve = RESOLVE
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -75,7 +84,7 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def look_up(self) -> tuple[str, bytes | None]:
             hub.requests += 1
             name = self.path.rpartition("/")[2]
-            known = self.path in (f"{RESOLVE}/{name}", f"/storage/{name}")
+            known = self.path in (f"{hub.resolve}/{name}", f"/storage/{name}")
             return name, hub.files.get(name) if known else None
 
         def redirect(self, name: str, content: bytes) -> None:
@@ -97,7 +106,7 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             name, content = self.look_up()
-            if content is not None and self.path.startswith(RESOLVE):
+            if content is not None and self.path.startswith(hub.resolve):
                 self.redirect(name, content)
                 return
             asked = self.headers.get("Range")
@@ -279,6 +288,47 @@ def test_progress_is_reported_up_to_the_size_of_each_file(hub: Hub, tmp_path: Pa
         size = len(hub.files[name])
         assert reports[name][0] == (0, size)
         assert reports[name][-1] == (size, size)
+
+
+TABLE = "test-00000-of-00001.parquet"
+
+
+def arc_table() -> bytes:
+    """ARC's columns as the hub has them, on a few rows."""
+    choices = [{"text": ["iron", "air"], "label": ["A", "B"]}] * 500
+    columns = {"id": list("x" * 500), "question": [f"{i}?" for i in range(500)]}
+    buffer = io.BytesIO()
+    table = pa.table(columns | {"choices": choices, "answerKey": ["B"] * 500})
+    pq.write_table(table, buffer, row_group_size=100)
+    return buffer.getvalue()
+
+
+def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path: Path) -> None:
+    table = ARC["ARC-Easy"]
+    hub.resolve = f"/datasets/{table.repository}/resolve/{table.revision}/ARC-Easy"
+    hub.files[TABLE] = arc_table()
+    hub.faults[TABLE] = ["drop", "500"]
+    notes: list[str] = []
+    home = Home(tmp_path / "home")
+    files = task_files(home, endpoint=hub.endpoint, notify=notes.append, retry=QUICK)
+    task = build_task("arc-easy", "test", files)
+    assert (len(task), task[499]["messages"][1]["content"]) == (500, "B")
+    assert task[7]["messages"][0]["content"].startswith("Multiple Choice question: 7?\n- iron=A")
+    assert notes[0] == f"fetching ARC-Easy/{TABLE} of allenai/ai2_arc"
+    assert hub.gets[TABLE][1] == f"bytes={len(hub.files[TABLE]) // 2}-"  # it went on
+    cached = home.cache_dir / "tasks" / "allenai--ai2_arc" / table.revision[:12] / "ARC-Easy"
+    assert names(cached) == [TABLE]
+    before = hub.requests
+    assert len(build_task("ARC-Easy", "test", files)) == 500
+    assert hub.requests == before
+
+
+def test_a_table_that_is_no_parquet_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.files[TABLE] = b"not found" * 1000
+    path = tmp_path / "tables" / TABLE
+    with pytest.raises(DataError, match=r"it is no Parquet file.*--data-dir names a folder"):
+        download_table(SOURCE.repository, "main", TABLE, path, endpoint=hub.endpoint, retry=QUICK)
+    assert names(path.parent) == []
 
 
 @pytest.mark.parametrize(("num_train", "workers"), [(0, 1), (6, 1), (1, 0)])

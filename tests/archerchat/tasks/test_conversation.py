@@ -1,0 +1,83 @@
+"""Malformed conversations are refused, with the place and the remedy; good ones pass unchanged."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from archerchat.errors import DataError
+from archerchat.tasks.conversation import assistant, check_conversation, part, text_of, user
+
+GOOD = [user("Hi"), assistant("Hello")]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        GOOD,
+        [*GOOD, user("Bye"), assistant("Bye!")],
+        [*GOOD, user("left open")],
+        [{"role": "system", "content": "Be brief."}, *GOOD],
+        [user("Hi"), assistant([part("text", "6*7="), part("python", "6*7")])],
+        [user("Hi"), assistant([part("python", "print()"), part("python_output", "")])],
+    ],
+)
+def test_good_conversations_pass_unchanged(messages: list[Any]) -> None:
+    assert check_conversation(messages, "here") == {"messages": messages}
+    wrapped = {"messages": messages, "source": "a book"}
+    assert check_conversation(wrapped, "here") == wrapped
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "x:1: a conversation is"),
+        ([], "x:1: a conversation is"),
+        (None, "not None"),
+        ("Hi", "not 'Hi'"),
+        ({"messages": "Hi"}, "a conversation is"),
+        ([user("Hi")], "no answer to learn"),
+        ([{"role": "system", "content": "s"}, user("Hi")], "no answer to learn"),
+        (["Hi", "Hello"], "message 0: it must be"),
+        ([user("Hi"), {"role": "assistant"}], "message 1: it must be"),
+        ([assistant("Hello"), user("Hi")], "message 0: the role is 'assistant' where 'user'"),
+        ([*GOOD, assistant("more")], "message 2: the role is 'assistant' where 'user'"),
+        ([user("Hi"), user("Hi")], "message 1: the role is 'user' where 'assistant'"),
+        ([*GOOD, {"role": "system", "content": "s"}], "message 2: the role is 'system'"),
+        ([user("Hi"), {"role": "bot", "content": "Hello"}], "role is 'bot' where 'assistant'"),
+        ([user("Hi"), {"role": ["a"], "content": "Hello"}], r"role is \['a'\] where 'assistant'"),
+        ([user(""), assistant("Hello")], r"message 0 \(user\): content is empty"),
+        ([user(" \n"), assistant("Hello")], r"message 0 \(user\): content is empty"),
+        ([user("Hi"), assistant("")], r"message 1 \(assistant\): content is empty"),
+        ([user("Hi"), assistant([])], r"must be text or a list of parts, not \[\]"),
+        ([{"role": "system", "content": ""}, *GOOD], r"message 0 \(system\): content is empty"),
+        ([{"role": "user", "content": [part("text", "Hi")]}, GOOD[1]], "must be text, not"),
+        ([user("Hi"), {"role": "assistant", "content": None}], "or a list of parts, not None"),
+        ([user("Hi"), {"role": "assistant", "content": ["Hello"]}], "message 1, part 0: it must"),
+        (
+            [user("Hi"), {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
+            "message 1, part 0: the type 'image' is unknown: use text, python, python_output",
+        ),
+        ([user("Hi"), {"role": "assistant", "content": [{"text": "x"}]}], "type None is unknown"),
+        ([user("Hi"), {"role": "assistant", "content": [{"type": "text"}]}], "text is None"),
+        ([user("Hi"), assistant([part("python", "")])], "text is ''"),
+    ],
+)
+def test_malformed_ones_are_refused_by_place(value: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        check_conversation(value, "x:1")
+    assert str(caught.value).startswith("x:1")
+
+
+def test_long_values_are_cut_in_messages() -> None:
+    with pytest.raises(DataError) as caught:
+        check_conversation("x" * 10_000, "x:1")
+    assert len(str(caught.value)) < 250
+    assert re.search(r"x\.\.\.$", str(caught.value))
+
+
+def test_what_an_answer_says_leaves_out_python() -> None:
+    parts = [part("text", "a"), part("python", "1"), part("python_output", "1"), part("text", "b")]
+    assert (text_of(parts), text_of("c")) == ("ab", "c")

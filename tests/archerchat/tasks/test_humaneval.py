@@ -1,0 +1,92 @@
+"""HumanEval: the program that is run, and that the known solutions pass it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from archerchat.tasks.hub import TaskFiles
+from archerchat.tasks.humaneval import HumanEvalTask, extract_code, extract_imports
+
+RIGHT = "def total(x):\n    return sum(x)"
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("x = 1", "x = 1"),
+        ("```python\nx = 1\n```", "x = 1"),
+        ("```\nx = 1\n```", "x = 1"),
+        ("```py\nx = 1\n```", "x = 1"),
+        ("```Python \r\nx = 1\n```", "x = 1"),
+        ("Sure:\n```python\nx = 1\n```\nThat is it.", "x = 1"),
+        ("```python\nx = 1\n```\n```python\nx = 2\n```", "x = 1"),
+        ("\n    return 1\n", "    return 1"),
+        ("```python\nx = 1", "```python\nx = 1"),
+        ("", ""),
+    ],
+)
+def test_the_first_fenced_block_is_the_code(completion: str, code: str) -> None:
+    assert extract_code(completion) == code
+
+
+def test_only_the_head_s_imports_are_taken() -> None:
+    prompt = "import math\nfrom typing import List\n\n\ndef f():\n    '''\nimport os\n    '''\n"
+    assert extract_imports(prompt) == "import math\nfrom typing import List"
+    assert extract_imports("def f(): pass") == ""
+
+
+def test_answers_are_judged_by_running(local_files: TaskFiles) -> None:
+    task = HumanEvalTask(local_files)
+    (conversation,) = task
+    assert task.kind == "generative"
+    assert task.evaluate(conversation, conversation["messages"][1]["content"])
+    assert task.evaluate(conversation, RIGHT)
+    assert task.evaluate(conversation, f"Here:\n```python\n{RIGHT}\n```\nIt adds.")
+    assert task.reward(conversation, RIGHT) == 1.0
+    for wrong in (
+        "",
+        "def total(x):\n    return 0",
+        "def total(x):\n    return",
+        "I do not know.",
+        f"{RIGHT}\nimport sys\nsys.exit()",
+        f"{RIGHT}\nimport os\nos._exit(0)",
+        "def total(x):\n    exit()",
+        "```python\n```",
+    ):
+        assert not task.evaluate(conversation, wrong), wrong
+
+
+def test_an_answer_that_does_not_end_is_stopped(local_files: TaskFiles) -> None:
+    task = HumanEvalTask(local_files, timeout_s=0.3)
+    result = task.run(task[0], "def total(x):\n    while True: pass")
+    assert result.outcome == "timeout"
+
+
+def real(shared_data_dir: Path, tmp_path: Path) -> HumanEvalTask:
+    return HumanEvalTask(TaskFiles(tmp_path, shared_data_dir), timeout_s=30)
+
+
+def failures(task: HumanEvalTask) -> list[tuple[str, str]]:
+    answers = [(each, each["messages"][1]["content"]) for each in task]
+    results = [(each["entry_point"], task.run(each, answer)) for each, answer in answers]
+    return [(name, result.stderr) for name, result in results if result.outcome != "completed"]
+
+
+def test_known_solutions_pass(shared_data_dir: Path, tmp_path: Path) -> None:
+    task = real(shared_data_dir, tmp_path)
+    assert len(task) == 164
+    assert failures(task[::40]) == []
+
+
+@pytest.mark.slow
+def test_all_known_solutions_pass(shared_data_dir: Path, tmp_path: Path) -> None:
+    assert failures(real(shared_data_dir, tmp_path)) == []
+
+
+def test_an_empty_body_passes_no_real_problem(shared_data_dir: Path, tmp_path: Path) -> None:
+    task = real(shared_data_dir, tmp_path)[::40]
+    for conversation in task:
+        prompt = conversation["messages"][0]["content"]
+        assert not task.evaluate(conversation, f"{prompt}    return None\n")

@@ -1,0 +1,79 @@
+"""Conversations from JSON lines: all checked on reading, each error with its line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from archerchat.errors import DataError
+from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import assistant, user
+from archerchat.tasks.jsonl import JsonlTask
+
+GOOD = [user("Hi"), assistant("Hello")]
+
+
+def write(path: Path, *values: Any) -> Path:
+    lines = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_both_forms_of_a_line_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "talks.jsonl", GOOD, "", {"messages": GOOD, "id": 7})
+    task: Task = JsonlTask(path)
+    assert task.name == "talks.jsonl"
+    assert list(task) == [{"messages": GOOD}, {"messages": GOOD, "id": 7}]
+
+
+def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    for name in "ba":
+        write(tmp_path / f"{name}.jsonl", [user(name), assistant(name)])
+    (tmp_path / "notes.txt").write_text("not read")
+    assert [each["messages"][0]["content"] for each in JsonlTask(tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"messages": [', "not JSON"),
+        ([assistant("Hello"), user("Hi")], "role is 'assistant' where 'user'"),
+        ([user("Hi"), assistant("")], "content is empty"),
+        ([user("Hi"), assistant([{"type": "video", "text": ""}])], "type 'video' is unknown"),
+        ({"text": "Hi"}, "a conversation is"),
+    ],
+)
+def test_a_broken_line_is_named_by_number(line: Any, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "talks.jsonl", GOOD, GOOD, "", line, GOOD)
+    with pytest.raises(DataError, match=rf"talks\.jsonl:4\b.*{message}"):
+        JsonlTask(path)
+
+
+def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no conversation"):
+        JsonlTask(tmp_path)
+    with pytest.raises(DataError, match="holds no conversation"):
+        JsonlTask(write(tmp_path / "empty.jsonl"))
+    with pytest.raises(DataError, match="No such file"):
+        JsonlTask(tmp_path / "none.jsonl")
+
+
+def test_another_content_is_another_identity(tmp_path: Path) -> None:
+    path = write(tmp_path / "talks.jsonl", GOOD)
+    first = JsonlTask(path).describe()
+    assert first == JsonlTask(path).describe()
+    write(path, [user("Hi"), assistant("Hallo")])
+    assert JsonlTask(path).describe() != first
+
+
+def test_the_real_conversations_all_pass(shared_data_dir: Path) -> None:
+    assert len(JsonlTask(shared_data_dir / "chat" / "oasst1_validation_en.jsonl")) == 419
+    assert len(JsonlTask(shared_data_dir / "chat" / "fastchat_identity.jsonl")) == 492
+
+
+@pytest.mark.slow
+def test_the_whole_folder_of_real_conversations_passes(shared_data_dir: Path) -> None:
+    assert len(JsonlTask(shared_data_dir / "chat")) == 28_832
