@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -19,40 +18,6 @@ from endlex.server.settings import Settings
 RUN = "testrun001"
 SESSION = "000001-abcdef012345"
 
-Client = TestClient
-
-
-def lines(records: list[Mapping[str, Any]]) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def session_record(run: str = RUN, session: str = SESSION, **changes: Any) -> dict[str, Any]:
-    return {
-        "type": "session",
-        "session": session,
-        "seq": 0,
-        "time": 1_700_000_000.0,
-        "protocol": PROTOCOL,
-        "run": run,
-        "project": "tests",
-        "name": "a run",
-        "config": {"lr": 0.1},
-        "tags": ["fast"],
-        "group": None,
-        "notes": "",
-        "host": "box",
-        "pid": 1,
-        "rank": 0,
-        "kind": "trainer",
-        **changes,
-    }
-
-
-def metrics_record(step: int, values: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    time = 1_700_000_000.0 + step
-    record = {"type": "metrics", "session": SESSION, "seq": step + 1, "time": time, "step": step}
-    return {**record, "values": dict(values), **changes}
-
 
 class Box:
     """The training side, as far as these tests need it: sends whole lines, keeps its offset."""
@@ -61,20 +26,48 @@ class Box:
         self.client, self.run, self.session = client, run, session
         self.sent = b""
 
+    @staticmethod
+    def lines(records: list[Mapping[str, Any]]) -> bytes:
+        return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+    def session_record(self, **changes: Any) -> dict[str, Any]:
+        return {
+            "type": "session",
+            "session": self.session,
+            "seq": 0,
+            "time": 1_700_000_000.0,
+            "protocol": PROTOCOL,
+            "run": self.run,
+            "project": "tests",
+            "name": "a run",
+            "config": {"lr": 0.1},
+            "tags": ["fast"],
+            "group": None,
+            "notes": "",
+            "host": "box",
+            "pid": 1,
+            "rank": 0,
+            "kind": "trainer",
+            **changes,
+        }
+
+    def metrics(self, step: int, values: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+        head = {"type": "metrics", "session": self.session, "seq": step + 1, "step": step}
+        return {**head, "time": 1_700_000_000.0 + step, "values": dict(values), **changes}
+
     @property
     def url(self) -> str:
         return f"/api/v1/runs/{self.run}/sessions/{self.session}/journal"
 
-    def post(self, body: bytes, offset: int, **headers: str) -> httpx.Response:
+    def post(self, body: bytes, offset: int, **headers: str) -> Any:
         query = {"offset": str(offset), "crc": f"{zlib.crc32(body):08x}"}
-        answer: Any = self.client.post(self.url, params=query, content=body, headers=headers)
-        return answer
+        return self.client.post(self.url, params=query, content=body, headers=headers)
 
     def begin(self, **changes: Any) -> None:
-        self.send([session_record(self.run, self.session, **changes)])
+        self.send([self.session_record(**changes)])
 
     def send(self, records: list[Mapping[str, Any]]) -> None:
-        body = lines(records)
+        body = self.lines(records)
         answer = self.post(body, len(self.sent))
         assert answer.status_code == 200, answer.text
         self.sent += body
@@ -110,3 +103,13 @@ def client(start: Callable[..., TestClient]) -> TestClient:
 @pytest.fixture
 def box(client: TestClient) -> Box:
     return Box(client)
+
+
+@pytest.fixture
+def make_box() -> Callable[..., Box]:
+    """Make the sender of a run's session to a server."""
+
+    def make(client: TestClient, run: str = RUN, session: str = SESSION) -> Box:
+        return Box(client, run, session)
+
+    return make

@@ -16,7 +16,7 @@ import socket
 import sqlite3
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,17 +25,19 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server import api_journal, api_login, api_runs
+from endlex.server import api_checkpoints, api_export, api_journal, api_login, api_runs
 from endlex.server.auth import list_tokens
 from endlex.server.bodies import json_response
 from endlex.server.handlers import install_handlers
+from endlex.server.retention import sweep
 from endlex.server.security import Guard, is_loopback
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server, open_server
 
 logger = logging.getLogger("endlex")
 
-SWEEP_SECONDS = 15.0
+WATCH_SECONDS = 15.0
+CLEAN_SECONDS = 3600.0
 SWITCH_SECONDS = 0.001
 """How long a thread may keep the interpreter from the one that answers; Python's default of 5 ms
 adds up to a slow page while several threads work."""
@@ -56,11 +58,12 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
         title="Endlex", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan
     )
     app.state.data, app.state.settings = data, settings
+    app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
     app.state.batches = asyncio.Semaphore(api_journal.MOST_BATCHES_AT_ONCE)
     app.add_middleware(Guard, settings=settings)
     install_handlers(app)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (api_journal, api_runs, api_login):
+    for module in (api_journal, api_runs, api_checkpoints, api_export, api_login):
         app.include_router(module.router)
     if importlib.util.find_spec("endlex.server.pages") is not None:
         pages = importlib.import_module("endlex.server.pages")
@@ -73,17 +76,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     server = await asyncio.to_thread(open_server, app.state.data, app.state.settings)
     app.state.server = server
     server.hub.start(asyncio.get_running_loop())
-    sweeping = asyncio.create_task(_sweep_forever(server))
+    timers = [asyncio.create_task(run(server)) for run in (_watch_forever, _clean_forever)]
     try:
         yield
     finally:
-        sweeping.cancel()
-        with suppress(asyncio.CancelledError):
-            await sweeping
+        for timer in timers:
+            timer.cancel()
+        await asyncio.gather(*timers, return_exceptions=True)
         await asyncio.to_thread(server.close)
 
 
-async def _sweep_forever(server: Server) -> None:
+async def _watch_forever(server: Server) -> None:
+    """Look for what no request brings: silence, and a disk that fills up."""
     while True:
         try:
             events = await asyncio.wrap_future(server.database.write(server.watch.sweep))
@@ -91,13 +95,22 @@ async def _sweep_forever(server: Server) -> None:
                 server.hub.publish(kind, content)
         except (sqlite3.Error, OSError) as error:
             logger.warning("cannot look for stalled runs: %s", error)
-        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.sleep(WATCH_SECONDS)
+
+
+async def _clean_forever(server: Server) -> None:
+    """Remove what nothing uses any more."""
+    while True:
+        try:
+            await server.workers.file(sweep, server.database, server.hashes, server.blobs)
+        except (sqlite3.Error, OSError) as error:
+            logger.warning("cannot remove what is not used any more: %s", error)
+        await asyncio.sleep(CLEAN_SECONDS)
 
 
 async def _health(request: Request) -> Response:
     free = shutil.disk_usage(request.app.state.data.root).free
-    content = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
-    return json_response({**content, "disk_free_bytes": free})
+    return json_response({**request.app.state.identity, "disk_free_bytes": free})
 
 
 def serve(data_dir: Path | str, settings: Settings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -44,10 +45,10 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(pieces)
 
 
-async def drain(request: Request) -> None:
+async def drain(body: AsyncIterator[bytes]) -> None:
     """Read and drop what is left of a body, up to a bound."""
     size = 0
-    async for piece in request.stream():
+    async for piece in body:
         size += len(piece)
         if size > DRAINED_BYTES:
             return

@@ -8,10 +8,13 @@ from fastapi import Request
 
 from endlex.server.alerts import Watch
 from endlex.server.auth import Auth
+from endlex.server.blobs import Blobs
+from endlex.server.checkpoints import Checkpoints
 from endlex.server.database import Database
 from endlex.server.events import Hub
 from endlex.server.ingest import Ingest
 from endlex.server.journals import JournalHashes
+from endlex.server.notify import Notifier
 from endlex.server.settings import DataDir, Settings
 from endlex.server.workers import Workers
 
@@ -29,10 +32,15 @@ class Server:
     ingest: Ingest
     hashes: JournalHashes
     auth: Auth
+    blobs: Blobs
+    checkpoints: Checkpoints
+    notifier: Notifier
 
     def close(self) -> None:
         """Finish what was begun; nothing is taken in any more."""
         self.hub.stop()
+        self.checkpoints.stop()
+        self.notifier.stop()
         self.workers.close()
         self.database.close()
 
@@ -47,6 +55,11 @@ def open_server(data: DataDir, settings: Settings) -> Server:
     data.create()
     database = Database(data.database)
     workers, hub, watch = Workers(), Hub(), Watch(settings, data)
+    blobs = Blobs(settings, data, workers)
+    checkpoints = Checkpoints(database, blobs, hub)
+    checkpoints.start()
+    notifier = Notifier(settings, database)
+    notifier.start()
     return Server(
         settings=settings,
         data=data,
@@ -57,6 +70,9 @@ def open_server(data: DataDir, settings: Settings) -> Server:
         ingest=Ingest(settings, data, database, workers, hub, watch),
         hashes=JournalHashes(database),
         auth=Auth(settings, database, workers),
+        blobs=blobs,
+        checkpoints=checkpoints,
+        notifier=notifier,
     )
 
 

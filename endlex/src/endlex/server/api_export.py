@@ -1,0 +1,104 @@
+"""The route that hands a run out as a file."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from starlette.background import BackgroundTask
+
+from endlex.server.auth import require
+from endlex.server.charts import ChartQuery, read_chart
+from endlex.server.database import connect
+from endlex.server.errors import ApiError
+from endlex.server.export import FORMATS, iter_csv, iter_json, temporary_file, write_parquet
+from endlex.server.queries import (
+    find_run,
+    list_alerts,
+    list_tables,
+    list_texts,
+    show_run,
+)
+from endlex.server.state import Server, server_of
+
+router = APIRouter(prefix="/api/v1")
+
+MOST_RECORDS = 1000
+"""Texts, and tables, in the HTML file: the latest."""
+
+
+@router.get("/runs/{run}/export", dependencies=[Depends(require("read"))])
+async def export(
+    request: Request, run: str, format: Literal["csv", "json", "parquet", "html"] = "csv"
+) -> Response:
+    server = server_of(request)
+    found = await server.workers.read(lambda: show_run(server.database.reader(), run))
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "-", found["name"]).strip("-.")[:80]
+    name = f"{safe or 'run'}-{run}.{format}"
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    if format == "parquet":
+        path = await server.workers.read(_parquet, server, run)
+        gone = BackgroundTask(path.unlink, missing_ok=True)
+        return FileResponse(path, 200, headers, FORMATS[format], background=gone)
+    if format == "html":
+        page = await server.workers.read(_page, server, run, found)
+        return Response(page, 200, headers, FORMATS[format])
+    pieces = _stream(server, run, iter_csv if format == "csv" else iter_json)
+    return StreamingResponse(pieces, 200, headers, FORMATS[format])
+
+
+def _parquet(server: Server, run: str) -> Path:
+    path = temporary_file(server.data.partial)
+    try:
+        with server.database.snapshot() as connection:
+            write_parquet(connection, run, path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+async def _stream(
+    server: Server, run: str, iterate: Callable[[sqlite3.Connection, str], Iterator[bytes]]
+) -> AsyncIterator[bytes]:
+    """Yield what `iterate` does, made in a thread, from one moment's view of the database."""
+    connection = await server.workers.read(connect, server.data.database, read_only=True)
+    try:
+        connection.execute("BEGIN")
+        pieces = iterate(connection, run)
+        while (piece := await server.workers.read(next, pieces, None)) is not None:
+            yield piece
+    finally:
+        connection.close()
+
+
+def _page(server: Server, run: str, found: dict[str, Any]) -> str:
+    """Return the self-contained HTML file, where this installation has the pages."""
+    if importlib.util.find_spec("endlex.server.html_export") is None:
+        raise ApiError(501, "this installation has no pages: install endlex[server] anew")
+    from endlex.server import html_export, pages
+
+    if lacking := pages.missing_assets():
+        message = f"this installation lacks {', '.join(lacking)}: install endlex[server] anew"
+        raise ApiError(501, message)
+    with server.database.snapshot() as connection:
+        pk = find_run(connection, run)
+
+        def read_series(
+            metrics: Sequence[str], x: str, points: int
+        ) -> Mapping[str, Mapping[str, Any]]:
+            return read_chart(connection, pk, ChartQuery(tuple(metrics), x, points=points))
+
+        return html_export.render(
+            found,
+            read_series,
+            list_texts(connection, pk, None, None, MOST_RECORDS),
+            list_tables(connection, pk, None, None, MOST_RECORDS),
+            list_alerts(connection, run, open_only=True),
+        )

@@ -1,0 +1,195 @@
+"""A run as a file that others read: CSV, JSON or Parquet.
+
+All points are in it, none downsampled; of two at one step the later. CSV has a row a step and a
+column a metric (the machine's own metrics, whose steps are seconds, in rows of their own below).
+JSON has everything else too. Parquet has a row a point: metric, step, time, value.
+
+CSV and JSON are made a stretch at a time, so a large run does not fill the memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from endlex.protocol import SYSTEM, encode_number
+from endlex.server.queries import find_run, list_metrics, list_tables, list_texts, show_run
+from endlex.server.series import EMPTY, StepRange, read_points
+
+FORMATS = {
+    "csv": "text/csv; charset=utf-8",
+    "json": "application/json",
+    "parquet": "application/vnd.apache.parquet",
+    "html": "text/html; charset=utf-8",
+}
+ROWS_AT_ONCE = 20_000
+RECORDS_AT_ONCE = 200
+
+
+def _metrics_of(connection: sqlite3.Connection, run: int, *, system: bool) -> dict[str, int]:
+    """Return the keys of the metrics that the machine's sessions logged, or of all others."""
+    operator = "" if system else "NOT"
+    rows = connection.execute(
+        f"SELECT name, pk FROM metric WHERE run=? AND {operator} EXISTS (SELECT 1 FROM series JOIN "
+        "session ON session.pk = series.session WHERE series.metric = metric.pk AND kind=?) "
+        "ORDER BY name",
+        (run, SYSTEM),
+    )
+    return dict(rows.fetchall())
+
+
+def iter_csv(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
+    """Yield the lines of a run's CSV.
+
+    Raises:
+        ApiError: 404.
+    """
+    pk = find_run(connection, run)
+    groups = [_metrics_of(connection, pk, system=system) for system in (False, True)]
+    names = [name for group in groups for name in group]
+    yield _csv_line(["step", "time", *names])
+    first_column = 0
+    for group in groups:
+        for steps, times, columns in _iter_rows(connection, list(group.values())):
+            blank: list[Any] = [""] * len(names)
+            lines = io.StringIO()
+            writer = csv.writer(lines)
+            for row in range(len(steps)):
+                cells = blank.copy()
+                for column, (numbers, there) in enumerate(columns):
+                    if there[row]:
+                        cells[first_column + column] = encode_number(float(numbers[row]))
+                writer.writerow([int(steps[row]), float(times[row]), *cells])
+            yield lines.getvalue().encode()
+        first_column += len(group)
+
+
+def _csv_line(cells: list[Any]) -> bytes:
+    line = io.StringIO()
+    csv.writer(line).writerow(cells)
+    return line.getvalue().encode()
+
+
+Column = tuple[NDArray[np.float64], NDArray[np.bool_]]
+
+
+def _iter_rows(
+    connection: sqlite3.Connection, metrics: list[int]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], list[Column]]]:
+    """Yield stretches of steps with each metric's numbers and where it has them."""
+    for stretch in _stretches(connection, metrics):
+        points = [read_points(connection, metric, stretch) for metric in metrics]
+        steps = np.unique(np.concatenate([p.steps for p in points]))
+        times = np.zeros(len(steps))
+        columns: list[Column] = []
+        for found in points:
+            places = np.searchsorted(steps, found.steps)
+            numbers, there = np.zeros(len(steps)), np.zeros(len(steps), bool)
+            numbers[places], there[places] = found.numbers, True
+            times[places] = np.maximum(times[places], found.times)
+            columns.append((numbers, there))
+        yield steps, times, columns
+
+
+def _stretches(connection: sqlite3.Connection, metrics: list[int]) -> Iterator[StepRange]:
+    """Cut the steps of some metrics so that each stretch holds a bounded number of them."""
+    longest = EMPTY.steps
+    for metric in metrics:
+        steps = read_points(connection, metric, times=False).steps
+        longest = steps if len(steps) > len(longest) else longest
+    if not len(longest):
+        return
+    cuts = longest[ROWS_AT_ONCE::ROWS_AT_ONCE].tolist()
+    bounds = [-np.inf, *cuts, np.inf]
+    for first, after in pairwise(bounds):
+        yield StepRange(first, after - 1)
+
+
+def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
+    """Yield the pieces of one JSON object: what `GET /runs/{run}` says, series, texts, tables.
+
+    Raises:
+        ApiError: 404.
+    """
+    whole = show_run(connection, run)
+    pk = find_run(connection, run)
+    yield orjson.dumps(whole)[:-1] + b',"series":{'
+    for number, metric in enumerate(list_metrics(connection, pk)):
+        points = read_points(connection, _key(connection, pk, metric["name"]))
+        content = {
+            "step": points.steps.tolist(),
+            "time": points.times.tolist(),
+            "value": [encode_number(value) for value in points.numbers.tolist()],
+        }
+        comma = b"," if number else b""
+        yield comma + orjson.dumps(metric["name"]) + b":" + orjson.dumps(content)
+    yield b'},"texts":['
+    yield from _joined(_iter_records(connection, pk, list_texts))
+    yield b'],"tables":['
+    yield from _joined(_iter_records(connection, pk, list_tables))
+    yield b"]}\n"
+
+
+def _key(connection: sqlite3.Connection, run: int, name: str) -> int:
+    row = connection.execute("SELECT pk FROM metric WHERE run=? AND name=?", (run, name)).fetchone()
+    key: int = row[0]
+    return key
+
+
+def _iter_records(connection: sqlite3.Connection, run: int, read: Any) -> Iterator[dict[str, Any]]:
+    before: int | None = None
+    while records := read(connection, run, None, before, RECORDS_AT_ONCE):
+        yield from records
+        before = records[-1]["step"]
+
+
+def _joined(records: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+    for number, record in enumerate(records):
+        yield (b",\n" if number else b"") + orjson.dumps(record)
+
+
+def write_parquet(connection: sqlite3.Connection, run: str, path: Path) -> None:
+    """Write a run's points as Parquet, a row group a metric.
+
+    Raises:
+        ApiError: 404.
+        OSError: the file cannot be written.
+    """
+    pk = find_run(connection, run)
+    schema = pa.schema(
+        [
+            ("metric", pa.dictionary(pa.int32(), pa.string())),
+            ("step", pa.int64()),
+            ("time", pa.float64()),
+            ("value", pa.float64()),
+        ],
+        metadata={"endlex": orjson.dumps(show_run(connection, run)).decode()},
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for metric in list_metrics(connection, pk):
+            points = read_points(connection, _key(connection, pk, metric["name"]))
+            names = pa.DictionaryArray.from_arrays(
+                np.zeros(len(points.steps), np.int32), pa.array([metric["name"]])
+            )
+            columns = [names, points.steps, points.times, points.numbers]
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def temporary_file(directory: Path) -> Path:
+    """Return an empty file's path for an export on its way; the caller deletes it."""
+    handle, name = tempfile.mkstemp(prefix="export-", dir=directory)
+    os.close(handle)
+    return Path(name)
