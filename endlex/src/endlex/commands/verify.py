@@ -16,6 +16,8 @@ from typing import Any
 
 from endlex.client.checkpoints import Missing, verify_directory
 from endlex.client.journal import content_length, session_files
+from endlex.client.parts import manifest_path
+from endlex.client.staging import staged_names
 from endlex.client.transport import Retry, Transport, TransportError
 from endlex.commands.rendering import count, format_bytes, print_json, printable
 from endlex.commands.server_api import explain, find_transport
@@ -42,6 +44,8 @@ class Verdict:
     journals: int
     bytes: int
     missing: list[Missing] = field(default_factory=list)
+    removed: list[Missing] = field(default_factory=list)
+    """Checkpoints that the server did publish, and has no more: pruned or deleted there."""
     error: str | None = None
     """Why the server could not be asked."""
 
@@ -60,11 +64,12 @@ class Verdict:
             "bytes": self.bytes,
             "safe": self.is_safe,
             "missing": [vars(missing) for missing in self.missing],
+            "removed": [removed.name for removed in self.removed],
             "error": self.error,
         }
 
 
-def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
+def verify(runs: Sequence[str], pruned_ok: bool, url: str | None, as_json: bool) -> int:
     """Print the verdict; 0 only when everything that was asked about is safe."""
     directories = _directories(runs)
     transport: Transport | None = None
@@ -73,7 +78,7 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
         transport = find_transport(url)
     except EndlexError as error:
         no_server = str(error)
-    verdicts = [_judge(directory, transport, no_server) for directory in directories]
+    verdicts = [_judge(directory, transport, no_server, pruned_ok) for directory in directories]
     safe = all(verdict.is_safe for verdict in verdicts)
     if as_json:
         print_json({"safe": safe, "runs": [verdict.as_json() for verdict in verdicts]})
@@ -112,7 +117,9 @@ def _directories(runs: Sequence[str]) -> list[Path]:
     return directories
 
 
-def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verdict:
+def _judge(
+    directory: Path, transport: Transport | None, no_server: str, pruned_ok: bool
+) -> Verdict:
     owner = open_run_directory(directory)
     paths = session_files(directory)
     verdict = Verdict(
@@ -126,6 +133,9 @@ def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verd
     if transport is not None:
         try:
             verdict.missing = verify_directory(directory, transport)
+            verdict.removed = [m for m in verdict.missing if _was_published(directory, m)]
+            if pruned_ok:
+                verdict.missing = [m for m in verdict.missing if m not in verdict.removed]
         except Retry as error:
             verdict.error = str(explain(error))
         except (TransportError, EndlexError, OSError) as error:
@@ -133,16 +143,26 @@ def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verd
     return verdict
 
 
+def _was_published(directory: Path, missing: Missing) -> bool:
+    """Whether a checkpoint was sent: its hashes are kept, its files are not, until it is there."""
+    if missing.kind != "checkpoint" or missing.name in staged_names(directory):
+        return False
+    sent = manifest_path(directory, missing.name).is_file()
+    return sent and "has no checkpoint" in missing.reason
+
+
 def _print(verdict: Verdict, url: str) -> None:
     print(f"{verdict.directory}  ({printable(verdict.project)}/{printable(verdict.name)})")
     held = f"{count(verdict.journals, 'journal')}, {format_bytes(verdict.bytes)}"
     if verdict.is_safe:
-        print(f"  {held} and every checkpoint: the same on {url}")
+        gone = f"; {count(len(verdict.removed), 'checkpoint')} pruned there since"
+        print(f"  {held} and every checkpoint: the same on {url}{gone if verdict.removed else ''}")
         return
     if verdict.error is not None:
         print(f"  {held}: nothing could be compared: {printable(verdict.error)}")
     for missing in verdict.missing:
-        print(f"  {missing.kind} {printable(missing.name)}: {printable(missing.reason)}")
+        said = " any more: it was published" if missing in verdict.removed else ""
+        print(f"  {missing.kind} {printable(missing.name)}: {printable(missing.reason)}{said}")
 
 
 def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
@@ -151,10 +171,15 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
     sending = [
         verdict
         for verdict in unsafe
-        if verdict.error is not None or any(m.kind != "live" for m in verdict.missing)
+        if verdict.error is not None
+        or any(m.kind != "live" and m not in verdict.removed for m in verdict.missing)
     ]
     if any(missing.kind == "live" for verdict in unsafe for missing in verdict.missing):
         print("something is still at work: end it, or wait for it, and verify again")
+    if any(missing in verdict.removed for verdict in unsafe for missing in verdict.missing):
+        print(
+            "what was pruned on purpose counts as settled with --pruned-ok; else `endlex push` it"
+        )
     if sending:
         places = " ".join(shlex.quote(str(verdict.directory)) for verdict in sending)
         print(f"send what is missing with: endlex sync{address} {places}")

@@ -107,7 +107,10 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
 
 def _import_plotext() -> Any:
     try:
-        return importlib.import_module("plotext")
+        plotext = importlib.import_module("plotext")
+        if hasattr(plotext, "clear_figure"):
+            return plotext
+        raise EndlexError("this version of plotext is another one: pip install 'endlex[watch]'")
     except ModuleNotFoundError as error:
         if error.name != "plotext":
             raise

@@ -1,0 +1,212 @@
+"""`endlex prune`, `export`, `token`, `doctor`, `watch` and `serve`, as far as it can refuse."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import endlex
+from endlex.client.run_directory import read_run_file
+from endlex.server.auth import list_tokens
+
+
+def run_of(directory: Path) -> str:
+    owner = read_run_file(directory)
+    assert owner is not None
+    return owner["run"]
+
+
+@pytest.fixture
+def two_checkpoints(cli: Any, train: Any, online: str, place: Path) -> str:
+    directory = train("pruning", save=b"first")
+    assert cli("sync", directory)[0] == 0
+    (place / "next.bin").write_bytes(b"second")
+    assert cli("push", "next.bin", "--run", run_of(directory), "--step", 9)[0] == 0
+    return run_of(directory)
+
+
+def names(cli: Any, run: str) -> list[str]:
+    return [c["name"] for c in json.loads(cli("show", run, "--json")[1])["checkpoints"]]
+
+
+def test_prune_looks_asks_and_removes(
+    cli: Any, two_checkpoints: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = two_checkpoints
+    rule = ("prune", "--run", run, "--keep-last", 1)
+    status, out, _ = cli(*rule, "--dry-run")
+    assert status == 0
+    assert "step-5" in out
+    assert "1 checkpoint would be removed" in out
+    status, _, err = cli(*rule)  # nobody there to ask
+    assert status == 2
+    assert "--yes" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("n\n"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert cli(*rule)[0] == 1
+    assert sorted(names(cli, run)) == ["next.bin", "step-5"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert cli(*rule)[0] == 0
+    assert names(cli, run) == ["next.bin"]
+
+
+def test_prune_refuses_what_has_no_rule_or_no_bound(cli: Any, online: str) -> None:
+    assert cli("prune", "--run", "r")[0] == 2
+    assert cli("prune", "--keep-last", 1)[0] == 2
+    assert cli("prune", "--keep-last", 1, "--run", "r", "--project", "p")[0] == 2
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet", "html"])
+def test_export_writes_a_whole_file(
+    cli: Any, train: Any, online: str, place: Path, kind: str
+) -> None:
+    directory = train()
+    assert cli("sync", directory)[0] == 0
+    status, out, err = cli("export", run_of(directory), "-o", f"run.{kind}")
+    assert (status, out) == (0, "")
+    assert f"run.{kind}" in err
+    content = (place / f"run.{kind}").read_bytes()
+    starts = {"csv": b"step,time,", "json": b"{", "parquet": b"PAR1", "html": b"<!"}
+    assert content.startswith(starts[kind])
+    assert [p.name for p in place.iterdir() if p.name.startswith(".run")] == []
+
+
+def test_csv_of_a_directory_is_that_of_the_server(
+    cli: Any, train: Any, online: str, place: Path
+) -> None:
+    directory = train()
+    again = endlex.init("demo", directory=directory, mode="offline")
+    again.log({"train/loss": float("nan"), "late": 1e300}, step=3)  # replaces, and adds
+    again.finish()
+    assert cli("sync", directory)[0] == 0
+    assert cli("export", run_of(directory), "-o", "there.csv")[0] == 0
+    assert cli("export", directory, "-o", "here.csv")[0] == 0
+    here, there = (
+        list(csv.DictReader((place / f"{side}.csv").open())) for side in ("here", "there")
+    )
+    assert here == there
+    assert here[3]["train/loss"] == "NaN"
+
+
+def test_json_of_a_directory_holds_everything(cli: Any, train: Any, place: Path) -> None:
+    directory = train()
+    assert cli("export", directory, "-o", "run.json")[0] == 0
+    whole = json.loads((place / "run.json").read_text())
+    assert whole["series"]["train/loss"]["value"] == [3.0 / (i + 1) for i in range(5)]
+    status, _, err = cli("export", directory, "--format", "html")
+    assert status == 2
+    assert "endlex sync" in err
+
+
+def test_a_token_is_printed_once_and_stored_hashed(cli: Any, place: Path) -> None:
+    status, out, err = cli("token", "create", "--name", "box", "--scope", "checkpoint,write")
+    assert status == 0
+    secret = out.strip()
+    assert secret.startswith("endlex_")
+    data = Path(os.environ["HOME"]) / ".local/share/endlex"
+    assert [t.name for t in list_tokens(data)] == ["box"]
+    assert secret not in cli("token", "list")[1]
+    assert all(secret.encode() not in p.read_bytes() for p in data.rglob("*") if p.is_file())
+    (listed,) = json.loads(cli("token", "list", "--json")[1])
+    assert (listed["name"], sorted(listed["scopes"])) == ("box", ["checkpoint", "write"])
+    assert cli("token", "revoke", "box")[0] == 0
+    status, _, err = cli("token", "revoke", "box")
+    assert status == 1
+    assert "endlex token list" in err
+    assert cli("token", "create", "--name", "x", "--scope", "root")[0] == 2
+
+
+def test_doctor_names_faults_and_remedies(cli: Any, train: Any, server: str) -> None:
+    directory = train()
+    found = json.loads(cli("doctor", "--json", "--url", server)[1])
+    by_check: dict[str, list[str]] = {}
+    for finding in found:
+        by_check.setdefault(finding["check"], []).append(f"{finding['state']} {finding['message']}")
+    assert "ok no token is set, and without one this machine may write" in by_check["token"][0]
+    assert "ok equal to the server's" in by_check["clock"]
+    assert f"endlex sync {directory.relative_to(Path.cwd())}" in by_check["journals"][0]
+    status, out, _ = cli("doctor", "--url", "http://127.0.0.1:1")
+    assert status == 1
+    assert "fault  server" in out
+    (path,) = (directory / "journal").iterdir()
+    content = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*content[:2], b"{torn\n", *content[2:]]))
+    status, out, _ = cli("doctor")
+    assert status == 1
+    assert "1 damaged line" in out
+
+
+def test_serve_without_its_packages_says_what_to_install(
+    cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    for name in [name for name in sys.modules if name.startswith("endlex.server")]:
+        monkeypatch.delitem(sys.modules, name)
+    status, _, err = cli("serve")
+    assert status == 1
+    assert "pip install 'endlex[server]'" in err
+
+
+def test_serve_lets_nobody_in_by_mistake(cli: Any, place: Path) -> None:
+    status, _, err = cli("serve", "--host", "0.0.0.0", "--port", 0, "--data", "data")
+    assert status == 1
+    assert "--public" in err
+    status, _, err = cli("serve", "--public", "--port", 0, "--data", "data")
+    assert status == 1
+    assert "endlex token create" in err
+
+
+def test_watch_prints_lines_on_a_pipe_until_the_end(cli: Any, train: Any, online: str) -> None:
+    directory = train()
+    status, out, _ = cli("watch", directory)
+    assert status == 0
+    assert out.count("\n") == 1
+    assert "finished  step 4  train/loss 0.6  val/bpb 0.6" in out
+    assert cli("sync", directory)[0] == 0
+    assert cli("watch", run_of(directory), "--metric", "val/bpb")[1].endswith("val/bpb 0.6\n")
+    assert cli("watch", directory, "--metric", "nope")[0] == 2
+
+
+def test_watch_follows_a_run_that_goes_on(cli: Any, place: Path) -> None:
+    run = endlex.init("demo", "live", mode="offline")
+    run.log({"loss": 2.0}, step=0)
+    threading.Timer(0.5, lambda: (run.log({"loss": 1.0}, step=1), run.finish())).start()
+    _, out, _ = cli("watch", run.directory, "--every", "0.1")
+    assert "running  step 0  loss 2" in out
+    assert out.splitlines()[-1].endswith("finished  step 1  loss 1")
+
+
+def test_plots_are_drawn_on_a_terminal(
+    cli: Any, train: Any, online: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plotext = pytest.importorskip("plotext")
+    if not hasattr(plotext, "clear_figure"):
+        pytest.skip("another version of plotext")
+    directory = train(steps=30)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("LINES", "60")
+    _, out, _ = cli("watch", directory, "--once")
+    assert "train/loss" in out
+    assert "val/bpb" in out
+    assert any("⠀" <= c <= "⣿" for c in out)  # braille dots
+
+
+def test_plots_without_plotext_say_what_to_install(
+    cli: Any, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = train()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setitem(sys.modules, "plotext", None)
+    status, _, err = cli("watch", directory)
+    assert status == 1
+    assert "endlex[watch]" in err

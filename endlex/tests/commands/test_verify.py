@@ -1,0 +1,139 @@
+"""The promise: exit status 0 only when the server holds everything, just now, by hash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import endlex
+from endlex.client.journal import session_files
+from endlex.client.run_directory import read_run_file
+
+
+def test_what_is_not_sent_is_not_safe_and_named(cli: Any, train: Any, online: str) -> None:
+    directory = train(save=b"weights")
+    status, out, _ = cli("verify", directory)
+    assert status == 1
+    assert "NOT safe to tear down" in out
+    assert session_files(directory)[0].stem in out
+    assert "checkpoint step-5: not sent yet" in out
+    assert f"endlex sync {directory}" in out
+
+
+def test_the_command_that_it_names_makes_it_safe(cli: Any, train: Any, online: str) -> None:
+    directory = train(save=b"weights")
+    _, out, _ = cli("verify", directory)
+    command = out.rpartition("endlex ")[2].split()
+    assert cli(*command)[0] == 0
+    status, out, _ = cli("verify", directory)
+    assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
+
+
+def test_no_server_is_not_safe(cli: Any, train: Any) -> None:
+    directory = train()
+    status, out, _ = cli("verify", directory)
+    assert status == 1
+    assert "no server is known" in out
+    assert "NOT safe to tear down" in out
+
+
+def test_an_unreachable_server_is_not_safe(cli: Any, train: Any, online: str) -> None:
+    directory = train()
+    assert cli("sync", directory)[0] == 0
+    status, out, _ = cli("verify", directory, "--url", "http://127.0.0.1:1")
+    assert status == 1
+    assert "cannot reach http://127.0.0.1:1" in out
+    assert "endlex serve" in out
+
+
+def test_a_record_more_is_not_safe(cli: Any, train: Any, online: str) -> None:
+    directory = train()
+    assert cli("sync", directory)[0] == 0
+    (path,) = session_files(directory)
+    with path.open("ab") as file:
+        file.write(b'{"type":"metrics"}\n')
+    status, out, _ = cli("verify", directory)
+    assert status == 1
+    assert "19 bytes are not sent" in out
+
+
+def test_one_changed_byte_is_not_safe(cli: Any, train: Any, online: str) -> None:
+    directory = train()
+    assert cli("sync", directory)[0] == 0
+    (path,) = session_files(directory)
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    status, out, _ = cli("verify", directory)
+    assert status == 1
+    assert "differs" in out
+
+
+def test_a_live_trainer_is_not_safe(cli: Any, train: Any, online: str) -> None:
+    run = endlex.init("demo", "alive", mode="offline")
+    run.log({"loss": 1.0}, step=0)
+    assert cli("sync", run.directory)[0] == 0
+    status, out, _ = cli("verify", run.directory)
+    assert status == 1
+    assert "a process still writes this session" in out
+    assert "wait for it" in out
+    assert "endlex sync" not in out  # nothing is left to send
+    run.finish()
+
+
+def test_all_runs_here_are_meant_without_a_word(cli: Any, train: Any, online: str) -> None:
+    sent, unsent = train("sent"), train("unsent")
+    assert cli("sync", sent)[0] == 0
+    status, out, _ = cli("verify", "--json")
+    verdict = json.loads(out)
+    assert status == 1
+    assert not verdict["safe"]
+    assert {str(Path(r["directory"]).resolve()): r["safe"] for r in verdict["runs"]} == {
+        str(sent): True,
+        str(unsent): False,
+    }
+    assert cli("sync", "endlex-runs")[0] == 0
+    assert cli("verify")[0] == 0
+
+
+def test_a_run_here_goes_by_id_and_name_too(cli: Any, train: Any, online: str) -> None:
+    directory = train("by-name")
+    owner = read_run_file(directory)
+    assert owner is not None
+    assert cli("sync", directory)[0] == 0
+    for word in ("by-name", "demo/by-name", owner["run"]):
+        assert cli("verify", word)[0] == 0
+    train("by-name")
+    status, _, err = cli("verify", "by-name")
+    assert status == 1
+    assert "2 runs here" in err
+
+
+def test_what_is_not_here_is_wrong_usage(cli: Any, place: Path, online: str) -> None:
+    status, _, err = cli("verify", "nowhere")
+    assert status == 2
+    assert "'nowhere' is no run's directory" in err
+    status, _, err = cli("verify")
+    assert status == 2
+    assert "ENDLEX_DIR" in err
+
+
+def test_a_pruned_checkpoint_is_settled_only_on_request(
+    cli: Any, train: Any, online: str, place: Path
+) -> None:
+    directory = train("pruned", save=b"first")
+    owner = read_run_file(directory)
+    assert owner is not None
+    assert cli("sync", directory)[0] == 0
+    later = place / "later.bin"
+    later.write_bytes(b"second")
+    assert cli("push", later, "--run", owner["run"], "--step", 9)[0] == 0
+    assert cli("prune", "--run", owner["run"], "--keep-last", 1, "--yes")[0] == 0
+    status, out, _ = cli("verify", directory)
+    assert status == 1
+    assert "any more: it was published" in out
+    assert "endlex sync" not in out  # it has nothing to send
+    status, out, _ = cli("verify", directory, "--pruned-ok")
+    assert status == 0
+    assert "1 checkpoint pruned there since" in out
