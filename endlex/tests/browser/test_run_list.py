@@ -153,9 +153,7 @@ def test_a_phone_needs_no_sideways_scrolling(
     assert width <= 360
 
 
-def test_dark_follows_the_system_and_the_toggle(
-    new_page: Callable[..., Any], listed: Any
-) -> None:
+def test_dark_follows_the_system_and_the_toggle(new_page: Callable[..., Any], listed: Any) -> None:
     page = new_page(color_scheme="dark")
     page.goto(listed.url)
     ground = "() => getComputedStyle(document.body).backgroundColor"

@@ -1,0 +1,336 @@
+"""One run's page in a browser: what its charts hold, how they move, and the other tabs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+playwright_api = pytest.importorskip("playwright.sync_api")
+expect = playwright_api.expect
+pytestmark = pytest.mark.browser
+
+RUN = "chartsrun1"
+POINTS = 12_000
+SPIKE_STEP, SPIKE = 7_777, 50.0
+NAN_STEP = 5_000
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def loss(step: int) -> float:
+    return 2 + 4 * math.exp(-step / 2000) + 0.1 * math.sin(step * 1.7)
+
+
+@pytest.fixture
+def charts(server: Any) -> Any:
+    """A run with a long noisy series with a spike and a NaN, and a short one."""
+    server.begin(RUN, "charts", config={"model": {"depth": 12}, "seed": 1, "note": HOSTILE})
+    values: dict[int, float | str] = {step: loss(step) for step in range(POINTS)}
+    values[SPIKE_STEP] = SPIKE
+    values[NAN_STEP] = "NaN"
+    evals = {step: 1 - step / 20_000 for step in range(0, POINTS, 1000)}
+    tokens = {step: step * 1024.0 for step in range(POINTS)}
+    server.log(RUN, {"train/loss": values, "val/bpb": evals, "train/tokens": tokens})
+    return server
+
+
+def open_run(page: Any, server: Any, tab: str = "") -> None:
+    page.goto(f"{server.url}/runs/{RUN}{tab}")
+    page.wait_for_selector(".tabs")
+
+
+def plot(page: Any, metric: str) -> dict[str, float]:
+    """Where a chart's plotting area is on the page."""
+    over = page.locator(f"figure[data-metric='{metric}'] .u-over")
+    over.scroll_into_view_if_needed()
+    box: dict[str, float] = over.bounding_box()
+    return box
+
+
+def drag(page: Any, box: dict[str, float], start: float, end: float) -> None:
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + start * box["width"], y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + end * box["width"], y, steps=6)
+    page.mouse.up()
+
+
+def test_charts_hold_the_series_with_spike_and_nan(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    chart = wait_for_chart(page, "train/loss")
+    (line,) = chart["lines"]
+    assert line["count"] == POINTS
+    assert line["sampled"]
+    assert len(line["x"]) <= 2000
+    assert line["y"][line["x"].index(SPIKE_STEP)] == SPIKE
+    assert line["nonfinite"] == [[NAN_STEP, "NaN"]]
+    assert chart["axes"]["y"][1] > SPIKE
+    assert chart["axes"]["x"] == [0, POINTS - 1]
+    short = wait_for_chart(page, "val/bpb")["lines"][0]
+    assert short["x"] == list(range(0, POINTS, 1000))
+    assert short["y"] == [pytest.approx(1 - step / 20_000) for step in short["x"]]
+    groups = page.locator(".chart-group").evaluate_all("(all) => all.map((g) => g.dataset.group)")
+    assert groups == ["train", "val"]
+
+
+def test_the_spike_and_the_nan_are_drawn(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "train/loss")
+    page.wait_for_timeout(100)  # two frames and more: the canvas shows what the chart holds
+    drawn = page.evaluate(
+        """() => {
+          const canvas = document.querySelector("figure[data-metric='train/loss'] canvas");
+          const { width, height } = canvas;
+          const pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+          const count = (left, right, top, bottom, test) => {
+            let found = 0;
+            for (let y = top; y < bottom; y++) for (let x = left; x < right; x++) {
+              const at = 4 * (y * width + x);
+              if (pixels[at + 3] > 100 && test(...pixels.slice(at, at + 3))) found += 1;
+            }
+            return found;
+          };
+          const chart = endlexCharts.find((c) => c.metric === "train/loss");
+          const over = document.querySelector("figure[data-metric='train/loss'] .u-over");
+          const ratio = devicePixelRatio;
+          const left = over.offsetLeft * ratio, plotWidth = over.offsetWidth * ratio;
+          const top = over.offsetTop * ratio, plotHeight = over.offsetHeight * ratio;
+          const [low, high] = chart.axes.x;
+          const at = (step) => Math.round(left + ((step - low) / (high - low)) * plotWidth);
+          const colored = (r, g, b) => Math.max(r, g, b) - Math.min(r, g, b) > 40;
+          const red = (r, g, b) => r > g + 80 && r > b + 80;
+          const middle = Math.round(top + plotHeight / 2);
+          return {
+            spike: count(at(7777) - 3, at(7777) + 4, middle - 20, middle, colored),
+            beside: count(at(9000) - 3, at(9000) + 4, middle - 20, middle, colored),
+            nan: count(at(5000) - 4, at(5000) + 5, Math.round(top + plotHeight) - 6, Math.round(top + plotHeight), red),
+          };
+        }"""
+    )
+    assert drawn["spike"] >= 15  # a vertical stroke, one pixel or more in each of 20 rows
+    assert drawn["beside"] == 0
+    assert drawn["nan"] > 10
+
+
+def test_dragging_zooms_and_fetches_every_point_of_the_range(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "train/loss")
+    drag(page, plot(page, "train/loss"), 0.62, 0.68)
+    chart = wait_for_chart(page, "train/loss", "chart.view && !chart.lines[0].sampled")
+    low, high = chart["view"]["from"], chart["view"]["to"]
+    assert low == pytest.approx(0.62 * POINTS, abs=0.01 * POINTS)
+    assert high == pytest.approx(0.68 * POINTS, abs=0.01 * POINTS)
+    (line,) = chart["lines"]
+    inside = {step: y for step, y in zip(line["x"], line["y"], strict=True) if low <= step <= high}
+    assert list(inside) == list(range(math.ceil(low), math.floor(high) + 1))
+    assert inside[SPIKE_STEP] == SPIKE
+    assert inside[SPIKE_STEP + 1] == pytest.approx(loss(SPIKE_STEP + 1))
+    # The other charts went along, and a double click shows everything again.
+    assert wait_for_chart(page, "val/bpb")["view"] == chart["view"]
+    box = plot(page, "train/loss")
+    page.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    whole = wait_for_chart(page, "train/loss", "!chart.view")
+    assert whole["axes"]["x"] == [0, POINTS - 1]
+
+
+def test_shift_drag_pans_and_requests_that_are_superseded_are_few(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "train/loss")
+    drag(page, plot(page, "train/loss"), 0.4, 0.5)
+    before = wait_for_chart(page, "train/loss", "chart.view")["view"]
+    sent = page.evaluate("() => endlexRequests[0].sent")
+    page.keyboard.down("Shift")
+    drag(page, plot(page, "train/loss"), 0.6, 0.35)
+    page.keyboard.up("Shift")
+    after = wait_for_chart(page, "train/loss", f"chart.view.from > {before['from'] + 10}")["view"]
+    width = before["to"] - before["from"]
+    assert after["to"] - after["from"] == pytest.approx(width)
+    assert after["from"] - before["from"] == pytest.approx(0.25 * width, rel=0.1)
+    page.wait_for_timeout(400)  # longer than any request waits to be sent
+    assert page.evaluate("() => endlexRequests[0].sent") - sent <= 6
+
+
+def test_keys_move_the_chart(page: Any, charts: Any, wait_for_chart: Callable[..., Any]) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "train/loss")
+    page.locator("figure[data-metric='train/loss'] .chart-body").focus()
+    page.keyboard.press("+")
+    near = wait_for_chart(page, "train/loss", "chart.view")["view"]
+    page.keyboard.press("ArrowRight")
+    moved = wait_for_chart(page, "train/loss", f"chart.view.from > {near['from']}")["view"]
+    assert moved["to"] - moved["from"] == pytest.approx(near["to"] - near["from"])
+    page.keyboard.press("0")
+    wait_for_chart(page, "train/loss", "!chart.view")
+    label = page.locator("figure[data-metric='train/loss'] .chart-body").get_attribute("aria-label")
+    assert "12,000 points" in label
+
+
+def test_smoothing_is_the_bias_corrected_average(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    page.get_by_label("Smoothing").fill("33")  # a strength of 1 - 10 ** -0.99
+    chart = wait_for_chart(page, "val/bpb", "chart.lines[0].smoothed")
+    strength = 1 - 10**-0.99
+    total = weight = 0.0
+    expected = []
+    for y in chart["lines"][0]["y"]:  # twelve points: each counts as one
+        total, weight = total * strength + y, weight * strength + 1
+        expected.append(total / weight)
+    assert chart["lines"][0]["smoothed"] == pytest.approx(expected)
+    assert expected[0] == chart["lines"][0]["y"][0]  # no pull towards zero at the start
+
+
+def test_axes_switch_to_time_tokens_and_logarithms(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    axis = page.get_by_label("Horizontal axis")
+    axis.select_option("elapsed")
+    chart = wait_for_chart(page, "val/bpb", "chart.x === 'elapsed'")
+    assert chart["lines"][0]["x"] == pytest.approx(range(0, POINTS, 1000))
+    axis.select_option("train/tokens")
+    chart = wait_for_chart(page, "val/bpb", "chart.x === 'train/tokens'")
+    assert chart["lines"][0]["x"] == [1024.0 * step for step in range(0, POINTS, 1000)]
+    axis.select_option("step")
+    page.get_by_role("button", name="log x", exact=True).click()
+    page.get_by_role("button", name="log y", exact=True).click()
+    chart = wait_for_chart(page, "val/bpb", "chart.log.x && chart.log.y && chart.x === 'step'")
+    assert chart["axes"]["x"][0] == 1000  # the first step that has a logarithm
+    assert chart["axes"]["y"][0] > 0
+
+
+def test_new_points_and_new_metrics_arrive_live(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    page.wait_for_function("() => document.documentElement.dataset.stream === 'open'")
+    charts.log(RUN, {"val/bpb": {POINTS: 0.25}, "extra/new": {POINTS: 7.0}})
+    chart = wait_for_chart(page, "val/bpb", f"chart.lines[0].x.at(-1) === {POINTS}")
+    assert chart["lines"][0]["y"][-1] == 0.25
+    assert len(chart["lines"][0]["x"]) == 13  # appended, nothing twice
+    assert wait_for_chart(page, "extra/new")["lines"][0]["y"] == [7.0]
+
+
+def test_only_charts_on_the_screen_are_built(page: Any, server: Any) -> None:
+    server.begin(RUN, "many")
+    server.log(RUN, {f"group/metric{number:03}": {0: 1.0, 1: 2.0} for number in range(150)})
+    open_run(page, server)
+    page.wait_for_function("() => window.endlexCharts?.some((chart) => chart.built)")
+    assert len(page.evaluate("() => endlexCharts")) == 150
+    assert page.locator("canvas").count() < 40
+    last = page.locator("figure[data-metric='group/metric149']")
+    last.scroll_into_view_if_needed()
+    expect(last.locator("canvas")).to_have_count(1)
+    page.wait_for_function("() => document.querySelectorAll('canvas').length < 40")
+
+
+def test_groups_collapse_and_stay_so(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "train/loss")
+    page.locator("[data-group=train] > summary").click()
+    expect(page.locator("figure[data-metric='train/loss']")).not_to_be_visible()
+    page.reload()
+    wait_for_chart(page, "val/bpb")
+    expect(page.locator("figure[data-metric='train/loss']")).not_to_be_visible()
+
+
+def test_samples_follow_the_step_slider_and_stay_text(page: Any, charts: Any) -> None:
+    for step in (100, 200, 300):
+        charts.record(RUN, "text", step=step, name=HOSTILE, text=f"{HOSTILE} at {step}")
+    open_run(page, charts, "#samples")
+    sample = page.locator(".sample")
+    expect(sample).to_have_text(f"{HOSTILE} at 300")
+    page.get_by_label("Step").press("ArrowLeft")
+    expect(sample).to_have_text(f"{HOSTILE} at 200")
+    assert page.locator("main img").count() == 0
+
+
+def test_tables_are_shown_with_their_cells_as_text(page: Any, charts: Any) -> None:
+    rows = [["arc", 0.41], [HOSTILE, None]]
+    charts.record(RUN, "table", step=5, name="tasks", columns=["task", "accuracy"], rows=rows)
+    open_run(page, charts, "#tables")
+    cells = page.locator(".record td")
+    expect(cells).to_have_text(["arc", "0.41", HOSTILE, "null"])
+
+
+def test_the_configuration_is_searched(page: Any, charts: Any) -> None:
+    open_run(page, charts, "#config")
+    rows = page.locator(".config-row")
+    expect(rows).to_have_count(3)
+    page.get_by_label("Filter the configuration").fill("depth")
+    expect(rows).to_have_count(1)
+    expect(rows).to_contain_text("12")
+
+
+def test_system_metrics_have_a_tab_of_their_own(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    charts.log(RUN, {"system/cpu": {20_000: 0.5, 20_001: 0.75}})
+    open_run(page, charts, "#system")
+    chart = wait_for_chart(page, "system/cpu")
+    assert chart["x"] == "elapsed"
+    assert chart["lines"][0]["y"] == [0.5, 0.75]
+    page.get_by_role("tab", name="Charts").click()
+    expect(page.locator("figure[data-metric='system/cpu']")).to_have_count(0)
+
+
+def test_alerts_stand_above_until_dismissed(page: Any, charts: Any) -> None:
+    open_run(page, charts)
+    alert = page.locator(".alert", has_text="train/loss")
+    expect(alert).to_have_count(1)  # of the NaN
+    alert.get_by_role("button", name="Dismiss").click()
+    expect(alert).to_have_count(0)
+    assert charts.client.get("/alerts", params={"run": RUN, "open": "true"}).json()["alerts"] == []
+
+
+def test_tabs_follow_the_arrow_keys(page: Any, charts: Any) -> None:
+    open_run(page, charts)
+    page.get_by_role("tab", name="Charts").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("tab", name="Samples")).to_have_attribute("aria-selected", "true")
+    assert page.url.endswith("#samples")
+
+
+def test_a_run_that_is_not_there_says_so(page: Any, server: Any) -> None:
+    page.goto(f"{server.url}/runs/nosuchrun1")
+    expect(page.locator(".empty")).to_contain_text("There is no run nosuchrun1")
+
+
+def test_a_finger_drags_a_zoomed_chart(
+    new_page: Callable[..., Any], charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    page = new_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    open_run(page, charts)
+    wait_for_chart(page, "train/loss")
+    page.locator("figure[data-metric='train/loss'] .chart-body").focus()
+    page.keyboard.press("+")
+    before = wait_for_chart(page, "train/loss", "chart.view")["view"]
+    box = plot(page, "train/loss")
+    y = box["y"] + box["height"] / 2
+    session = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *x: float) -> None:
+        points = [{"x": box["x"] + share * box["width"], "y": y} for share in x]
+        session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", 0.7)
+    for share in (0.6, 0.5, 0.4):
+        touch("touchMove", share)
+    touch("touchEnd")
+    wait_for_chart(page, "train/loss", f"chart.view.from > {before['from'] + 10}")
