@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from archerchat.inference.draws import Drawing, DrawPlan, DrawRules
-from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer
+from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, ring_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Transformer, norm
 
 Forward = Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]
 
-SPAN = 128
+SPAN = 32
 """Keys are read in multiples of so many, on CPUs."""
 COMPILED_SPAN = 1024
 """By a compiled step in this number times a power of four: few shapes, as each takes seconds."""
@@ -51,7 +51,9 @@ def forward_token(
         Capped float32 logits (B, vocab_size), and what the cache should add: the normalised
         embedding (B, C), each layer's key and value (B, K, D).
     """
-    layers = [RingLayer(k, v, lengths) for k, v in zip(keys, values, strict=True)]
+    spans = {k.size(2) for k in keys}
+    masks = {span: ring_mask(lengths, span, model.compute_dtype) for span in spans}
+    layers = [RingLayer(k, v, masks[k.size(2)]) for k, v in zip(keys, values, strict=True)]
     hidden = model.hidden(tokens[:, None], before=Before(lengths[:, None], previous, layers))
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
     new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]
@@ -122,9 +124,8 @@ class Decoder:
         The warm-up that a capture needs (libraries allocate on first use) moves the rows' tokens
         and lengths on and writes to the ring; all of that is put back.
         """
-        kept = [self.tokens, self.cache.lengths, self.cache.previous]
-        kept += [*self.cache.keys, *self.cache.values]
-        saved = [tensor[:rows].clone() for tensor in kept]
+        kept = [self.tokens[:rows], *self.cache.state(rows)]
+        saved = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -132,7 +133,7 @@ class Decoder:
                 self._run(forward_token, rows, span, plan)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in zip(kept, saved, strict=True):
-            tensor[:rows] = before
+            tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run(forward_token, rows, span, plan)

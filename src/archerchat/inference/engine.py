@@ -40,6 +40,7 @@ from archerchat.inference.requests import (
     check_request,
 )
 from archerchat.inference.scheduling import group_by_prefix
+from archerchat.inference.weights import InferenceModel
 from archerchat.model.transformer import Transformer
 
 
@@ -104,10 +105,10 @@ class Engine:
     """Generate from one model.
 
     Args:
-        model: frozen or not; its weights are read where they are at each step.
+        model: its weights as they are now; `refresh_weights` takes later ones.
         max_batch: rows at a time.
         max_length: tokens of a row, prompt included; by default the model's sequence length.
-        compile: compile single-row steps on CPUs: about twice as fast, after some seconds.
+        compile: compile single-row steps on CPUs in float32: faster, after some seconds.
         overlap: read tokens one step late; by default on CUDA.
     """
 
@@ -119,11 +120,14 @@ class Engine:
         compile: bool = False,
         overlap: bool | None = None,
     ) -> None:
-        self.model = model
+        self._inference = InferenceModel(model)
+        self.model = self._inference.model
+        """The model, or a copy of it in the compute dtype."""
         self.max_batch = max_batch
         self.max_length = max_length or model.config.sequence_length
         self.overlap = model.device.type == "cuda" if overlap is None else overlap
-        self._decoder = Decoder(model, max_batch, self.max_length, compile)
+        compile = compile and not self._inference.packed
+        self._decoder = Decoder(self.model, max_batch, self.max_length, compile)
         self._waiting: deque[_Job] = deque()
         self._grouped = True
         self._rows: list[_Row] = []
@@ -146,6 +150,11 @@ class Engine:
             UsageError: its prompt is too long or has unknown tokens.
         """
         check_request(request, self.model.config.vocab_size, self.max_length)
+
+    def refresh_weights(self) -> None:
+        """Take over the model's weights after a training step changed them."""
+        assert not self._rows, "rows in work were begun with the old weights"
+        self._inference.refresh()
 
     def add(self, number: int, request: Request) -> None:
         """Queue a request; its events carry `number`, which no other request in work may have.
