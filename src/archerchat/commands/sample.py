@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +11,10 @@ from rich.console import Console
 
 from archerchat.artifacts import Home
 from archerchat.errors import UsageError
-from archerchat.inference.loading import LoadedModel, load_model, sampling_generator
-from archerchat.inference.sampling import iter_tokens
+from archerchat.inference.draws import row_seed
+from archerchat.inference.engine import Engine
+from archerchat.inference.loading import LoadedModel, load_model
+from archerchat.inference.requests import Event, Request
 from archerchat.runtime import build_runtime, prepare_process
 
 PROMPTS = (
@@ -19,7 +23,8 @@ PROMPTS = (
     "def __init__(self",
     "Return a list of",
 )
-
+MOST_ROWS = 16
+"""Samples at a time."""
 
 CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
 """A model says any byte; those that a terminal obeys are shown as unprintable instead."""
@@ -69,30 +74,57 @@ def sample(config: SampleConfig, home: Home) -> None:
 
 def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -> None:
     """Print what `config` asks for."""
-    generator = sampling_generator(config.seed)
     prompts = [] if config.prompt is not None else list(PROMPTS)
     prompts += [config.prompt or ""] * config.num_samples
-    tokenizer, model = loaded.tokenizer, loaded.model
-    for prompt in prompts:
-        console.rule("prompted" if prompt else "no prompt", align="left")
-        console.print(prompt, end="", style="bold")
-        ids: list[int] = []
-        shown = ""
-        for token in iter_tokens(
-            model,
+    tokenizer = loaded.tokenizer
+    requests = [
+        Request(
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             config.max_tokens,
             config.temperature,
             config.top_k,
-            generator,
-            stop_ids=(tokenizer.bos_id,),
-        ):
+            seed=row_seed(config.seed, number),
+            stop_tokens=(tokenizer.bos_id,),
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    engine = Engine(loaded.model, max_batch=min(len(requests), MOST_ROWS))
+    for prompt, tokens in zip(
+        prompts, _in_turn(engine.stream(requests), len(requests)), strict=True
+    ):
+        console.rule("prompted" if prompt else "no prompt", align="left")
+        console.print(prompt, end="", style="bold")
+        ids: list[int] = []
+        shown = ""
+        for token in tokens:
             ids.append(token)
             text = tokenizer.decode(ids)
             if not text.endswith("\ufffd"):  # an unfinished character: wait for the rest
                 console.print(text[len(shown) :].translate(CONTROLS), end="")
                 shown = text
         console.print(tokenizer.decode(ids)[len(shown) :].translate(CONTROLS))
+
+
+def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[int]]:
+    """Yield each request's tokens in order, as they come; those of later ones wait.
+
+    An iterator must be used up before the next one is taken.
+    """
+    waiting: list[deque[Event]] = [deque() for _ in range(count)]
+
+    def tokens(number: int) -> Iterator[int]:
+        while True:
+            while not waiting[number]:
+                event = next(events)
+                waiting[event.request].append(event)
+            event = waiting[number].popleft()
+            if event.token is not None:
+                yield event.token
+            if event.finish_reason is not None:
+                return
+
+    for number in range(count):
+        yield tokens(number)
 
 
 def _check(config: SampleConfig) -> None:

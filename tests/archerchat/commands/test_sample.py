@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from archerchat.cli import main
 from archerchat.commands import sample as command
 from archerchat.commands.sample import PROMPTS, SampleConfig, print_samples
 from archerchat.inference.loading import LoadedModel
+from archerchat.inference.requests import Event, Request
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -56,6 +57,25 @@ def test_a_prompt_is_continued_as_often_as_asked_and_repeatably(
     assert first[0] != first[1]
     assert first == again != other
     assert greedy[0] == greedy[1]
+
+
+def test_samples_do_not_depend_on_how_many_there_are(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sample", "--prompt", "a b", "--max-tokens", "8", "--num-samples"]
+    printed = []
+    for count in ("1", "20"):
+        assert trained_home.run(*words, count) == 0
+        printed.append(samples(capsys.readouterr().out))
+    assert printed[0] == printed[1][:1]
+    assert len(printed[1]) == 20
+
+
+def test_a_prompt_longer_than_the_context_is_refused(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained_home.run("sample", "--prompt", "a b " * 200) == 2
+    assert "tokens and the context 64: cut it to 63 or fewer" in capsys.readouterr().err
 
 
 def test_a_step_can_be_chosen(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,11 +133,16 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[str]]:
     loaded = LoadedModel(cast(Transformer, None), tokenizer, Path("step_000001"), 1, {})
 
     def write(said: bytes) -> list[str]:
-        def scripted(*_: object, stop_ids: tuple[int, ...], **__: object) -> Iterator[int]:
-            assert stop_ids == (tokenizer.bos_id,)
-            return iter(said)
+        class Scripted:
+            def __init__(self, model: object, **_: object) -> None: ...
 
-        monkeypatch.setattr(command, "iter_tokens", scripted)
+            def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+                (request,) = requests
+                assert request.stop_tokens == (tokenizer.bos_id,)
+                yield from (Event(0, 0, value) for value in said)
+                yield Event(0, 0, None, finish_reason="stop")
+
+        monkeypatch.setattr(command, "Engine", Scripted)
         file = Pieces()
         console = Console(file=file, markup=False, emoji=False, soft_wrap=True)
         print_samples(loaded, SampleConfig(prompt="[b]?[/b] :a:", num_samples=1), console)
