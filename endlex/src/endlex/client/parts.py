@@ -19,7 +19,7 @@ from pathlib import Path
 
 from endlex.client.run_directory import write_whole
 from endlex.client.staging import Staged, read_note
-from endlex.client.transport import Backoff, Gap, Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import Backoff, Gap, Refused, Retry, Transport, quoted
 from endlex.protocol import (
     MANIFEST_DIR,
     MAX_PARTS_ASKED,
@@ -320,29 +320,31 @@ class Upload:
             raise next((e for e in failed if not isinstance(e, Retry)), failed[0])
 
     def _send(self, transport: Transport, sha256: str, held: int) -> None:
-        content, backoff = self._source.read(sha256), Backoff()
-        counted = held
+        content, backoff, counted = self._source.read(sha256), Backoff(), held
         for attempt in range(ATTEMPTS):
             self._require_going()
             try:
                 if attempt:
                     lacks, holds = missing_parts(transport, [sha256])
-                    held = holds.get(sha256, 0) if lacks else len(content)
-                if held < len(content):
-                    self._put(transport, sha256, content, held)
+                    held = holds.get(sha256, 0)
+                    if not lacks:
+                        break
+                # All of it may be held and not taken yet: then nothing but the offset is sent.
+                self._put(transport, sha256, content, held)
                 break
             except Gap as error:
-                held = min(max(error.offset, 0), len(content))
+                if attempt == ATTEMPTS - 1:
+                    raise Retry(str(error)) from error
             except Refused as error:
                 if error.status != 400:
                     raise
                 self._source.require_intact(sha256, content)  # damaged here, or on the way?
+                if attempt == ATTEMPTS - 1:
+                    raise Retry(str(error)) from error
             except Retry as error:
                 if attempt == ATTEMPTS - 1:
                     raise
-                time.sleep(backoff.wait(error if isinstance(error, Unreachable) else None))
-        else:
-            raise Retry(f"{transport.url} does not take part {sha256}")
+                time.sleep(backoff.wait(error))
         with self._lock:
             self._held += len(content) - counted
             done = min(self._held, self._total)
@@ -350,8 +352,8 @@ class Upload:
 
     def _put(self, transport: Transport, sha256: str, content: bytes, held: int) -> None:
         with self._lock:
-            self.bytes_sent += len(content) - held
-        body = memoryview(content)[held:]
+            self.bytes_sent += max(len(content) - held, 0)
+        body = memoryview(content)[min(held, len(content)) :]
         where = quoted("parts", sha256)
         transport.request(
             "PUT",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,6 @@ from endlex.client.journal import Journal, last_records, session_files
 from endlex.client.values import MetricKeys, checked_step, encode_members, plain
 from endlex.protocol import (
     CHECKPOINT,
-    CHECKPOINT_NAME,
     FINISH,
     MAX_TEXT_CHARS,
     METRICS,
@@ -292,7 +292,6 @@ class Run:
 
 def _checkpoint_name(source: Path, step: int) -> str:
     """A name from the path, with the step unless it ends with that already."""
-    stem = "".join(c if CHECKPOINT_NAME.fullmatch(c) else "-" for c in source.resolve().name)
-    stem = stem.strip("-")[:100] or "checkpoint"
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.")[:100] or "checkpoint"
     digits = stem[len(stem.rstrip("0123456789")) :]
     return stem if digits and int(digits) == step else f"{stem}-{step}"

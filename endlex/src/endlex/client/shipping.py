@@ -146,22 +146,21 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
     Raises:
         EndlexError: a foreground one (`endlex sync`) is at work.
     """
-    found = shipper_process(directory)
-    if found is None:
-        return False
-    pid, kind = found
-    if kind == FOREGROUND:
-        raise EndlexError(f"process {pid} is sending {directory} already: wait for it, or end it")
-    for number in (signal.SIGTERM, signal.SIGKILL):  # nothing is lost by a kill
-        with contextlib.suppress(ProcessLookupError):
-            if pid:
-                os.kill(pid, number)
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if shipper_process(directory) is None:
-                return True
-            time.sleep(POLL_SECONDS)
-    raise EndlexError(f"process {pid}, which sends {directory}, does not end: end it by hand")
+    had_one, told = False, 0
+    deadline = time.monotonic() + seconds
+    while (found := shipper_process(directory)) is not None:
+        had_one, (pid, kind) = True, found
+        if kind == FOREGROUND:
+            raise EndlexError(f"process {pid} sends {directory} already: wait for it, or end it")
+        late = time.monotonic() - deadline
+        if late > seconds:
+            raise EndlexError(f"process {pid}, which sends {directory}, does not end: end it")
+        if pid and (pid != told or late > 0):  # the next may have waited for the one before
+            told = pid
+            with contextlib.suppress(ProcessLookupError):  # nothing is lost by a kill
+                os.kill(pid, signal.SIGTERM if late <= 0 else signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+    return had_one
 
 
 def unsent(directory: Path) -> Unsent:
@@ -200,13 +199,13 @@ def sync_command(directory: Path) -> str:
     return f"endlex sync {shlex.quote(str(directory))}"
 
 
-def wait_until_shipped(directory: Path, journal: Path, seconds: float = FINISH_SECONDS) -> None:
+def wait_until_shipped(directory: Path, journal: Path) -> None:
     """Wait until the server has all of a finished session, or say what it lacks.
 
     Args:
         journal: of the session that just ended.
     """
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + FINISH_SECONDS
     restart_shipper_if_killed(directory)
     end = content_length(journal)
     while time.monotonic() < deadline:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from endlex.client.checkpoint_shipper import send_staged
 from endlex.client.journal import content_length, session_files, writer_is_alive
@@ -23,6 +24,7 @@ SyncProgress = Callable[[str, int, int], None]
 """Told what is sent ("journal" or a checkpoint's name), the bytes that are there, and all."""
 PATIENCE_SECONDS = 60.0
 LOCK_SECONDS = 1.0
+ATTEMPTS = 3
 
 
 def sync_directory(
@@ -45,10 +47,7 @@ def sync_directory(
     owner = read_run_file(directory)
     if owner is None:
         raise EndlexError(f"{directory} has no run.json: it is not the directory of a run")
-    had_shipper = stop_shipper(directory)
-    lock = take_lock(directory, FOREGROUND, seconds=LOCK_SECONDS)
-    if lock is None:
-        raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
+    had_shipper, lock = _take_over(directory)
     journals = JournalShipper(directory, owner["run"], transport)
     patient = _Patience(patience)
     try:
@@ -61,6 +60,17 @@ def sync_directory(
     errors = [s.error for s in journals.sessions.values() if s.error] + failed
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
+
+
+def _take_over(directory: Path) -> tuple[bool, IO[str]]:
+    """The directory's lock, and whether a shipper had to give it up."""
+    had_shipper = False
+    for _ in range(ATTEMPTS):  # another one may have waited for the first
+        had_shipper |= stop_shipper(directory)
+        lock = take_lock(directory, FOREGROUND, seconds=LOCK_SECONDS)
+        if lock is not None:
+            return had_shipper, lock
+    raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
 
 
 class _Patience:

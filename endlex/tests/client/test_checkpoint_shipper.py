@@ -1,0 +1,248 @@
+"""Saved files arrive whole or are reported; what the server has is not sent again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import endlex
+from endlex.client import parts, staging
+from endlex.client.checkpoint_shipper import CheckpointShipper, send_staged
+from endlex.client.journal import read_run
+from endlex.client.parts import CheckpointFailed, FileChanged, manifest_path
+from endlex.client.staging import read_note, staged_names
+from endlex.client.transport import Backoff, Refused, Retry, Transport
+
+PART = 64 * 1024
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_BYTES", PART)
+    monkeypatch.setattr("endlex.client.transport.SEND_BYTES", 8 * 1024)
+    monkeypatch.setattr(parts, "Backoff", lambda: Backoff(0.001, 0.01))
+    monkeypatch.setattr(parts, "VERIFY_SECONDS", (0.001, 0.01))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[endlex.Run]:
+    with endlex.init("p", "d4", directory=tmp_path / "run", id="abcdefgh") as opened:
+        yield opened
+
+
+def content(size: int, seed: int = 0) -> bytes:
+    return hashlib.shake_128(str(seed).encode()).digest(size)
+
+
+def checkpoint(folder: Path, *sizes: int) -> Path:
+    for number, size in enumerate(sizes):
+        path = folder / "deep" / f"shard{number}.bin" if number else folder / "model.bin"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content(size, number))
+    return folder
+
+
+def send(run: endlex.Run, name: str, transport: Transport) -> list[tuple[int, int]]:
+    told: list[tuple[int, int]] = []
+    assert run.directory is not None
+    while True:
+        try:
+            send_staged(
+                run.directory, run.id, name, transport, progress=lambda d, t: told.append((d, t))
+            )
+            return told
+        except Retry:
+            continue
+
+
+def published(stub: Any, name: str) -> dict[str, bytes]:
+    manifest = stub.manifests["abcdefgh", name]
+    return {
+        file["path"]: b"".join(stub.parts[part["sha256"]] for part in file["parts"])
+        for file in manifest["files"]
+    }
+
+
+def test_a_directory_arrives_whole_and_a_second_time_for_nothing(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path
+) -> None:
+    source = checkpoint(tmp_path / "step_7", 5 * PART + 11, 3 * PART, 0)
+    name = run.save(source, step=7, aliases=["last"], metadata={"loss": float("nan")})
+    assert name == "step_7"
+    shutil.rmtree(source)
+    told = send(run, name, transport)
+    assert published(stub, name) == {
+        "model.bin": content(5 * PART + 11),
+        "deep/shard1.bin": content(3 * PART, 1),
+        "deep/shard2.bin": b"",
+    }
+    total = 8 * PART + 11
+    assert told[-1] == (total, total)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert stub.part_bytes_received == total
+    assert staged_names(run.directory) == []  # type: ignore[arg-type]
+    manifest = json.loads(manifest_path(run.directory, name).read_text())  # type: ignore[arg-type]
+    assert (manifest["step"], manifest["aliases"]) == (7, ["last"])
+    assert manifest["metadata"] == {"loss": "NaN"}
+    again = run.save(checkpoint(tmp_path / "step_7", 5 * PART + 11, 3 * PART, 0), step=7)
+    assert again == "step_7-2"
+    send(run, again, transport)
+    assert stub.part_bytes_received == total
+    assert published(stub, again) == published(stub, name)
+    records = [r for r in read_run(run.directory) if r["type"] == "checkpoint"]  # type: ignore[arg-type]
+    assert [r["name"] for r in records] == [name, again]
+    sizes = {file["path"]: file["bytes"] for file in records[0]["files"]}
+    assert sizes == {"model.bin": 5 * PART + 11, "deep/shard1.bin": 3 * PART, "deep/shard2.bin": 0}
+
+
+def test_a_cut_costs_at_most_the_part_that_was_cut(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path
+) -> None:
+    name = run.save(checkpoint(tmp_path / "step_1", 20 * PART), step=1)
+    stub.cut_part_after = [0, 1, PART // 2, PART - 1, PART, 10_000] * 3
+    cuts = len(stub.cut_part_after)
+    send(run, name, transport)
+    assert not stub.cut_part_after
+    assert published(stub, name) == {"model.bin": content(20 * PART)}
+    assert stub.part_bytes_received <= 20 * PART + cuts * PART
+
+
+@pytest.mark.parametrize("fault", ["cut", 503, 507, 500])
+def test_faults_of_every_kind_of_request(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, fault: int | str
+) -> None:
+    name = run.save(checkpoint(tmp_path / "step_1", 6 * PART, PART), step=1)
+    seen: dict[tuple[str, str, str], int] = {}
+
+    def every_second(when: str) -> Any:
+        def decide(method: str, path: str) -> int | str | None:
+            key = (when, method, path)
+            seen[key] = seen.get(key, 0) + 1
+            return fault if seen[key] % 2 else None
+
+        return decide
+
+    stub.before, stub.after = every_second("before"), every_second("after")
+    send(run, name, transport)
+    assert published(stub, name)["model.bin"] == content(6 * PART)
+
+
+@pytest.mark.parametrize("when", ["before hashing", "after hashing", "shorter"])
+def test_a_file_rewritten_in_place_is_reported_and_never_published(
+    stub: Any,
+    transport: Transport,
+    run: endlex.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)  # links, on any file system
+    source = checkpoint(tmp_path / "step_1", 3 * PART)
+    name = run.save(source, step=1)
+    if when == "after hashing":
+        parts.staged_manifest(run.directory, name)  # type: ignore[arg-type]
+    with (source / "model.bin").open("r+b") as file:
+        file.write(b"changed")
+        if when == "shorter":
+            file.truncate(PART)
+    os.utime(source / "model.bin", ns=(1, 1))
+    with pytest.raises(FileChanged, match=r"file changed: 'model\.bin' was rewritten in place"):
+        send(run, name, transport)
+    assert stub.manifests == {}
+
+
+def test_a_change_that_the_time_does_not_show_is_found_by_the_hash(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    source = checkpoint(tmp_path / "step_1", 3 * PART)
+    name = run.save(source, step=1)
+    parts.staged_manifest(run.directory, name)  # type: ignore[arg-type]
+    before = (source / "model.bin").stat()
+    with (source / "model.bin").open("r+b") as file:
+        file.write(b"changed")
+    os.utime(source / "model.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(FileChanged):
+        send(run, name, transport)
+    assert stub.manifests == {}
+
+
+def test_a_replaced_file_is_kept_as_it_was(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path
+) -> None:
+    last = tmp_path / "last.bin"
+    last.write_bytes(content(100))
+    name = run.save(last, step=3)
+    assert name == "last.bin-3"
+    (tmp_path / "new").write_bytes(content(100, 1))
+    (tmp_path / "new").replace(last)
+    send(run, name, transport)
+    assert published(stub, name) == {"last.bin": content(100)}
+
+
+def test_without_links_files_are_copied(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr(os, "link", refuse)
+    source = checkpoint(tmp_path / "step_1", 1000)
+    name = run.save(source, step=1)
+    with (source / "model.bin").open("r+b") as file:
+        file.write(b"changed")
+    send(run, name, transport)
+    assert published(stub, name) == {"model.bin": content(1000)}
+
+
+def test_another_checkpoint_under_the_name_is_a_failure(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path
+) -> None:
+    name = run.save(checkpoint(tmp_path / "a", 10), step=1, name="best")
+    send(run, name, transport)
+    shutil.rmtree(run.directory / "manifests")  # type: ignore[operator]
+    name = run.save(checkpoint(tmp_path / "b", 11), step=2, name="best")
+    with pytest.raises(CheckpointFailed, match="another checkpoint has this name"):
+        send(run, name, transport)
+
+
+def test_a_token_without_the_scope_is_refused(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path
+) -> None:
+    stub.before = lambda method, path: 403 if "checkpoints" in path else None
+    name = run.save(checkpoint(tmp_path / "a", 10), step=1)
+    with pytest.raises(Refused, match="403"):
+        send(run, name, transport)
+    assert staged_names(run.directory) == [name]  # type: ignore[arg-type]
+
+
+def test_the_thread_sends_in_order_and_goes_on_after_failures(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("endlex.client.checkpoint_shipper.POLL_SECONDS", 0.01)
+    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    names = [
+        run.save(checkpoint(tmp_path / f"step_{step}", 100 + step), step=step) for step in range(3)
+    ]
+    (tmp_path / "step_1" / "model.bin").write_bytes(b"changed")
+    assert run.directory is not None
+    note = read_note(run.directory, names[0])
+    assert [file["bytes"] for file in note["files"]] == [100]
+    shipper = CheckpointShipper(run.directory, run.id, transport, ready=lambda: True)
+    shipper.start()
+    stub.wait_for(lambda: len(stub.manifests) == 2)
+    shipper.stop()
+    states = {name: state["state"] for name, state in shipper.states().items()}
+    assert states["step_1"] == "failed"
+    assert "file changed" in shipper.states()["step_1"]["error"]
+    assert states["step_0"] == "published"
+    assert [name for _, name in stub.manifests] == ["step_0", "step_2"]
+    assert "step_1" in staged_names(run.directory)

@@ -1,0 +1,291 @@
+"""The shipper as a process: it outlives the trainer, takes up what another one left, and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import endlex
+from endlex.client.journal import Journal, read_run, session_files
+from endlex.client.shipping import (
+    BACKGROUND,
+    read_state,
+    shipper_process,
+    start_shipper,
+    stop_shipper,
+    take_lock,
+)
+
+Until = Callable[..., None]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A run's directory; whatever shipper a test leaves there is ended."""
+    place = tmp_path / "run"
+    yield place
+    if place.exists():
+        stop_shipper(place, seconds=0.5)
+
+
+def is_mirrored(stub: Any, directory: Path) -> bool:
+    """Whether the server has every journal, byte for byte."""
+    return all(stub.content(p.stem) == p.read_bytes() for p in session_files(directory))
+
+
+def trainer_sessions(directory: Path) -> list[str]:
+    return [
+        record["session"]
+        for record in read_run(directory)
+        if record["type"] == "session" and record["kind"] == "trainer"
+    ]
+
+
+TRAINER = """
+import endlex, sys, time
+run = endlex.init("p", "d4", directory=sys.argv[1])
+for step in range(int(sys.argv[2])):
+    run.log({"loss": 1 / (step + 1)})
+print("logged", flush=True)
+if sys.argv[3:] == ["finish"]:
+    run.finish()
+else:
+    time.sleep(60)
+"""
+
+
+def start_trainer(directory: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", TRAINER, str(directory), *arguments]
+    env = {**os.environ, **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+
+
+def test_a_run_arrives_while_it_goes_on_and_the_shipper_ends_with_it(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until, capfd: Any
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    run = endlex.init("p", "d4", directory=directory)
+    run.log({"loss": 2.0})
+    stub.wait_for(lambda: b'"loss":2.0' in stub.content(run.session))
+    pid = shipper_process(directory)
+    assert pid is not None
+    run.finish()
+    assert stub.content(run.session).endswith(b'"status":"finished"}\n')
+    until(lambda: shipper_process(directory) is None)
+    assert is_mirrored(stub, directory)
+    assert (run.session, "finished") in stub.states
+    assert {session for session, _ in stub.states} == {p.stem for p in session_files(directory)}
+    assert read_state(directory)["state"] == "done"
+    assert capfd.readouterr().err == ""
+
+
+def test_a_killed_trainer_is_reported_and_all_that_it_logged_arrives(
+    stub: Any, directory: Path, until: Until
+) -> None:
+    trainer = start_trainer(directory, "500", ENDLEX_URL=stub.url)
+    assert trainer.stdout is not None
+    trainer.stdout.readline()
+    trainer.kill()
+    trainer.communicate()
+    stub.wait_for(lambda: "crashed" in dict(map(reversed, stub.states)))
+    until(lambda: shipper_process(directory) is None)
+    (session,) = trainer_sessions(directory)
+    assert (session, "crashed") in stub.states
+    assert is_mirrored(stub, directory)
+    assert (
+        sum(r["type"] == "metrics" and r["session"] == session for r in read_run(directory)) == 500
+    )
+    assert {s for s, status in stub.states if status == "crashed"} == {session}
+
+
+def test_the_next_shipper_goes_on_where_a_killed_one_was(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    run = endlex.init("p", "d4", directory=directory)
+    for _ in range(4):
+        until(lambda: shipper_process(directory) is not None)
+        found = shipper_process(directory)
+        assert found is not None
+        run.log({"loss": 1.0})
+        os.kill(found[0], signal.SIGKILL)
+        until(lambda: shipper_process(directory) is None)
+        run.log({"loss": 2.0})
+        run._next_watch = 0.0  # as after a minute
+        run.log({"loss": 3.0})
+    run.finish()
+    assert stub.content(run.session).count(b'"type":"metrics"') == 12
+    until(lambda: shipper_process(directory) is None)
+    assert is_mirrored(stub, directory)
+    assert not [s for s, status in stub.states if status == "crashed"]
+
+
+def test_a_server_that_starts_late_gets_everything(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    stub.stop()
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    run = endlex.init("p", "d4", directory=directory)
+    for step in range(100):
+        run.log({"loss": 1.0}, step=step)
+    until(lambda: "cannot reach" in str(read_state(directory).get("error")))
+    stub.restart()
+    stub.wait_for(lambda: is_mirrored(stub, directory))
+    run.finish()
+    assert stub.content(run.session) == session_files(directory)[0].read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["dead", "black hole"])
+def test_finish_does_not_wait_for_a_server_that_does_not_answer(
+    stub: Any,
+    black_hole: str,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", black_hole if kind == "black hole" else "http://127.0.0.1:9")
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 1.0)
+    run = endlex.init("p", "d4", directory=directory)
+    run.log({"loss": 1.0})
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"w")
+    run.save(weights, step=3)
+    began = time.monotonic()
+    run.finish()
+    assert time.monotonic() - began < 2
+    said = capfd.readouterr().err
+    assert "records (" in said
+    assert "and 1 checkpoint files are not on the server yet" in said
+    assert f"to send them later: endlex sync {directory}" in said
+
+
+def test_a_refused_token_is_said_and_tried_again_rarely(
+    stub: Any,
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    until: Until,
+    tmp_path: Path,
+    capfd: Any,
+) -> None:
+    stub.token = "right"
+    token = tmp_path / "home" / ".config" / "endlex" / "token"
+    token.parent.mkdir(parents=True)
+    token.write_text("wrong-token\n")
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    run = endlex.init("p", "d4", directory=directory)
+    run.log({"loss": 1.0})
+    until(lambda: "401" in str(read_state(directory).get("error")))
+    state = read_state(directory)
+    assert "401" in state["sessions"][run.session]["error"]
+    files = [path.read_bytes() for path in directory.iterdir() if path.is_file()]
+    assert not any(b"wrong-token" in content for content in files)
+    asked = len(stub.requests)
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 1.5)
+    run.finish()
+    assert len(stub.requests) - asked <= 1
+    assert "401" in capfd.readouterr().err
+
+
+def test_a_new_session_is_taken_up_by_the_shipper_that_is_there(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    first = endlex.init("p", "d4", directory=directory)
+    until(lambda: shipper_process(directory) is not None)
+    pid = shipper_process(directory)
+    second = endlex.init("p", "d4", directory=directory)
+    second.log({"loss": 1.0})
+    stub.wait_for(lambda: b'"loss"' in stub.content(second.session))
+    assert shipper_process(directory) == pid
+    first.finish()
+    second.finish()
+    until(lambda: shipper_process(directory) is None)
+    assert is_mirrored(stub, directory)
+
+
+def test_sessions_in_quick_succession_are_all_sent(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 0.3)
+    for step in range(6):  # each may meet the shipper of the one before as it ends
+        run = endlex.init("p", "d4", directory=directory)
+        run.log({"loss": 1.0}, step=step)
+        run.finish()
+    until(lambda: is_mirrored(stub, directory))
+    until(lambda: shipper_process(directory) is None)
+    assert is_mirrored(stub, directory)
+    assert len(trainer_sessions(directory)) == 6
+
+
+def test_only_one_shipper_serves_a_directory(stub: Any, tmp_path: Path, until: Until) -> None:
+    Journal(tmp_path, {"kind": "trainer"}).close()
+    with take_lock(tmp_path, BACKGROUND) as lock:  # type: ignore[union-attr]
+        assert lock is not None
+        assert take_lock(tmp_path, BACKGROUND, seconds=0.05) is None
+        assert shipper_process(tmp_path) == (os.getpid(), BACKGROUND)
+    assert shipper_process(tmp_path) is None
+
+
+def test_sigterm_ends_it_for_good_and_says_so(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    run = endlex.init("p", "d4", directory=directory)
+    stub.wait_for(lambda: run.session in {s for _, s in stub.journals})
+    found = shipper_process(directory)
+    assert found is not None
+    os.kill(found[0], signal.SIGTERM)
+    until(lambda: shipper_process(directory) is None)
+    until(lambda: read_state(directory).get("state") == "stopped")
+    run._next_watch = 0.0
+    run.log({"loss": 1.0})
+    assert shipper_process(directory) is None
+    start_shipper(directory)
+    stub.wait_for(lambda: b'"loss"' in stub.content(run.session))
+    run.finish()
+
+
+def test_the_shipper_has_no_open_files_of_the_trainer(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    with (tmp_path / "secret").open("w") as file:
+        os.set_inheritable(file.fileno(), True)
+        run = endlex.init("p", "d4", directory=directory)
+        stub.wait_for(lambda: run.session in {s for _, s in stub.journals})
+        found = shipper_process(directory)
+        assert found is not None
+        process = Path("/proc") / str(found[0])
+        if process.exists():
+            links = [str(fd.readlink()) for fd in (process / "fd").iterdir()]
+            assert str(tmp_path / "secret") not in links
+            assert int((process / "stat").read_text().split()[18]) == 10  # nice
+            assert os.getsid(found[0]) != os.getsid(0)
+    run.finish()
+
+
+def test_a_clock_that_jumps_back_changes_nothing(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    run = endlex.init("p", "d4", directory=directory)
+    run.log({"loss": 1.0})
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    run.log({"loss": 2.0})
+    run.finish()
+    records = [json.loads(line) for line in stub.content(run.session).splitlines()]
+    assert [r["seq"] for r in records] == [0, 1, 2, 3]
+    assert [r["time"] for r in records][2:] == [1000.0, 1000.0]
+    assert [r["values"]["loss"] for r in records if r["type"] == "metrics"] == [1.0, 2.0]
