@@ -49,7 +49,7 @@ def as_number(name: str, value: Any) -> float:
             raise TypeError("text")
         return float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise EndlexError(f"metric {name!r} is {value!r}, which is not a number") from error
+        raise EndlexError(f"metric {name!r} is {value!r:.80}, which is not a number") from error
 
 
 def checked_step(step: Any) -> int:
