@@ -23,6 +23,7 @@ import random
 import resource
 import runpy
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -65,7 +66,10 @@ def main() -> None:
     os.set_blocking(verdict_in, False)
     with contextlib.suppress(BlockingIOError):
         result["verdict"] = _check_verdict(os.read(verdict_in, 4096), request["nonce"])
-    os.write(report, json.dumps(result).encode())
+    if result["end"] == "cancelled":  # by a parent that may be dead and clears up no more
+        shutil.rmtree(request["directory"], ignore_errors=True)
+    with contextlib.suppress(BrokenPipeError):
+        os.write(report, json.dumps(result).encode())
 
 
 def _read_request() -> Request:

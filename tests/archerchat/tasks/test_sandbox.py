@@ -320,7 +320,8 @@ def test_nothing_survives_the_caller(public: Path) -> None:
             "import sys; from archerchat.tasks.sandbox import run_sandboxed; "
             "run_sandboxed(sys.argv[1], 600)",
             program,
-        ]
+        ],
+        env=os.environ | {"TMPDIR": str(public)},
     )
     deadline = time.monotonic() + 20
     while is_free(victim):
@@ -330,6 +331,9 @@ def test_nothing_survives_the_caller(public: Path) -> None:
     caller.send_signal(signal.SIGKILL)
     caller.wait()
     assert is_free(victim, within=20)
+    while list(public.glob("archerchat-sandbox-*")):
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.01)
 
 
 def test_a_child_that_ends_well_does_not_speak_for_its_parent(confined: None) -> None:
