@@ -28,7 +28,6 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 SESSION = "000001-abcdef012345"
@@ -116,9 +115,10 @@ def iter_batches(run: str, number: int, points: int) -> Iterator[bytes]:
     for step in range(points):
         loss = 2.5 + 6 * math.exp(-6 * step / points) + draw.gauss(0, 0.1) - 0.02 * number
         loss += 3 if draw.random() < 5 / points else 0
+        mfu = draw.gauss(0.4, 0.01)
         line = (
             f'{{"type":"metrics","session":"{SESSION}","seq":{step + 1},"time":{1.7e9 + step},'
-            f'"step":{step},"values":{{"{first}":{loss:.5f},"{second}":{draw.gauss(0.4, 0.01):.5f}}}}}'
+            f'"step":{step},"values":{{"{first}":{loss:.5f},"{second}":{mfu:.5f}}}}}'
         )
         lines.append(line)
         size += len(line)

@@ -23,10 +23,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PACKAGE = "uplot@1.6.32"
-INTEGRITY = (
-    "sha512-KIMVnG68zvu5XXUbC4LQEPnhwOxBuLyW1AHtpm6IKTXImkbLgkMy+jabjLgSLMasNuGGzQm/ep3tOkyTxpiQIw=="
-)
-"""As the registry publishes it for this version."""
+SHA512 = "KIMVnG68zvu5XXUbC4LQEPnhwOxBuLyW1AHtpm6IKTXImkbLgkMy+jabjLgSLMasNuGGzQm/ep3tOkyTxpiQIw=="
+"""Of the package's archive, in base64, as the registry publishes it for this version."""
 MEMBERS = {
     "package/dist/uPlot.iife.min.js": "uPlot.iife.min.js",
     "package/dist/uPlot.min.css": "uPlot.min.css",
@@ -91,9 +89,9 @@ def fetch(folder: Path) -> None:
 
 def check_integrity(content: bytes) -> None:
     """Raise AssetError unless `content` has the pinned hash."""
-    found = "sha512-" + base64.b64encode(hashlib.sha512(content).digest()).decode()
-    if found != INTEGRITY:
-        raise AssetError(f"{PACKAGE} has the hash {found}, not {INTEGRITY}; nothing was unpacked")
+    found = base64.b64encode(hashlib.sha512(content).digest()).decode()
+    if found != SHA512:
+        raise AssetError(f"{PACKAGE} has the SHA-512 {found}, not {SHA512}; nothing was unpacked")
 
 
 def unpack(archive: Path, folder: Path) -> None:

@@ -93,14 +93,23 @@ class LiveServer:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[LiveServer]:
-    live = LiveServer(tmp_path / "data", Settings())
-    yield live
-    live.stop()
+def contexts() -> list[Any]:
+    """The browser's open windows. They are closed before the server stops: it waits for readers."""
+    return []
+
+
+def close_all(contexts: list[Any]) -> None:
+    while contexts:
+        contexts.pop().close()
 
 
 @pytest.fixture
-def make_server(tmp_path: Path) -> Iterator[Callable[[Settings], LiveServer]]:
+def server(make_server: Callable[[Settings], LiveServer]) -> LiveServer:
+    return make_server(Settings())
+
+
+@pytest.fixture
+def make_server(tmp_path: Path, contexts: list[Any]) -> Iterator[Callable[[Settings], LiveServer]]:
     """Start a server with settings of one's own, on `tmp_path / "data"`."""
     started: list[LiveServer] = []
 
@@ -109,6 +118,7 @@ def make_server(tmp_path: Path) -> Iterator[Callable[[Settings], LiveServer]]:
         return started[-1]
 
     yield make
+    close_all(contexts)
     for live in started:
         live.stop()
 
@@ -130,9 +140,8 @@ class Problems(list[str]):
 
 
 @pytest.fixture
-def new_page(chromium: Any) -> Iterator[Callable[..., Any]]:
+def new_page(chromium: Any, contexts: list[Any]) -> Iterator[Callable[..., Any]]:
     """Open pages that fail the test on script errors and on broken content security policy."""
-    contexts = []
     problems = Problems()
 
     def make(**options: Any) -> Any:
@@ -148,8 +157,7 @@ def new_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         return page
 
     yield make
-    for context in contexts:
-        context.close()
+    close_all(contexts)
     assert not problems
 
 

@@ -106,10 +106,11 @@ def test_the_spike_and_the_nan_are_drawn(
           const colored = (r, g, b) => Math.max(r, g, b) - Math.min(r, g, b) > 40;
           const red = (r, g, b) => r > g + 80 && r > b + 80;
           const middle = Math.round(top + plotHeight / 2);
+          const bottom = Math.round(top + plotHeight);
           return {
             spike: count(at(7777) - 3, at(7777) + 4, middle - 20, middle, colored),
             beside: count(at(9000) - 3, at(9000) + 4, middle - 20, middle, colored),
-            nan: count(at(5000) - 4, at(5000) + 5, Math.round(top + plotHeight) - 6, Math.round(top + plotHeight), red),
+            nan: count(at(5000) - 4, at(5000) + 5, bottom - 6, bottom, red),
           };
         }"""
     )

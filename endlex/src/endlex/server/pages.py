@@ -71,9 +71,7 @@ def missing_assets() -> list[str]:
 
 def _page(title: str, script: str) -> Response:
     template = Template((TEMPLATES / "page.html").read_text(encoding="utf-8"))
-    return HTMLResponse(
-        template.substitute(title=title, script=script), headers=dict(PAGE_HEADERS)
-    )
+    return HTMLResponse(template.substitute(title=title, script=script), headers=dict(PAGE_HEADERS))
 
 
 def _static(path: str, known_tag: str) -> Response:

@@ -1,0 +1,76 @@
+"""The exported file's text; browser/test_exported_file.py opens one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from endlex.server import html_export, pages
+
+HOSTILE = "</script><script>alert(1)</script><!--"
+RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name": HOSTILE}]}
+
+
+def read_series(names: Sequence[str], x: str, points: int) -> Mapping[str, Mapping[str, Any]]:
+    values = [0, 1] if x == "step" else [1e9, 1e9 + 1]
+    return {name: {"x": values, "y": [1.5, None], "count": 2} for name in names}
+
+
+def test_the_data_inside_is_what_was_given() -> None:
+    text = {"step": 1, "name": HOSTILE, "text": HOSTILE}
+    content = html_export.render(RUN, read_series, [text], [], [])
+    inside = re.search(r'id="endlex-data">(.*?)</script>', content, re.DOTALL)
+    assert inside is not None
+    data = json.loads(inside[1])
+    assert data["run"] == RUN
+    assert data["texts"] == [text]
+    assert data["series"]["a"]["step"] == {"x": [0, 1], "y": [1.5, None], "count": 2}
+    assert data["series"][HOSTILE]["time"]["x"] == [1e9, 1e9 + 1]
+
+
+def test_nothing_given_ends_an_element_or_asks_for_anything() -> None:
+    plain = html_export.render({**RUN, "name": "plain", "metrics": []}, read_series)
+    hostile = html_export.render(RUN, read_series, [{"step": 1, "name": "x", "text": HOSTILE}])
+    elements = re.compile(r"</?(?:script|style|title)\b|<!--", re.IGNORECASE)
+    assert elements.findall(hostile) == elements.findall(plain)
+    assert "default-src 'none'" in hostile
+    assert not re.search(r"<(?:script|link|img)[^>]*(?:src|href)=", hostile)
+
+
+def test_every_module_comes_once_after_what_it_imports() -> None:
+    script = html_export.bundle(html_export.ENTRY)
+    modules = re.findall(r"^const module_(\w+) = ", script, re.MULTILINE)
+    assert len(modules) == len(set(modules)) > 15
+    assert modules[-1] == "export_page"
+    for place, name in enumerate(modules):
+        source = (pages.STATIC / f"js/{name}.js").read_text()
+        needed = re.findall(r'from "\./(\w+)\.js"', source)
+        assert set(needed) <= set(modules[:place]), name
+    assert not re.search(r"^(?:import|export) ", script, re.MULTILINE)
+
+
+def test_the_bundle_is_a_script(tmp_path: Any) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("no node on PATH; the browser tests run the bundle")
+    file = tmp_path / "bundle.mjs"
+    file.write_text(html_export.bundle(html_export.ENTRY))
+    checked = subprocess.run([node, "--check", str(file)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_modules_that_import_each_other_are_an_error(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "js").mkdir()
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"js/{one}.js").write_text(f'import {{ x }} from "./{other}.js";\n')
+    monkeypatch.setattr(html_export, "STATIC", tmp_path)
+    with pytest.raises(AssertionError, match=r"a\.js -> b\.js -> a\.js"):
+        html_export.bundle("a.js")
