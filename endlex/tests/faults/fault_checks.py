@@ -63,7 +63,9 @@ def compare(directory: Path, url: str) -> Difference:
     assert owner is not None
     run = owner["run"]
     equal = all(_same_hash(path, url, run) for path in session_files(directory))
-    stored = {m["name"]: m["count"] for m in (ask(url, f"/runs/{run}") or {"metrics": []})["metrics"]}
+    stored = {
+        m["name"]: m["count"] for m in (ask(url, f"/runs/{run}") or {"metrics": []})["metrics"]
+    }
     missing = duplicated = total = 0
     for name, points in journal_points(directory).items():
         if name.startswith("system/"):  # their steps are seconds, and may repeat
@@ -71,7 +73,7 @@ def compare(directory: Path, url: str) -> Difference:
         held = _server_points(url, run, name, max(points))
         total += len(points)
         missing += sum(held.get(step) != value for step, value in points.items())
-        duplicated += len(held.keys() - points.keys()) + max(0, stored.get(name, 0) - len(points))
+        duplicated += max(len(held.keys() - points.keys()), stored.get(name, 0) - len(points), 0)
     return Difference(missing, duplicated, equal, total)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from endlex.client.journal import session_files, writer_is_alive
@@ -79,17 +78,24 @@ class ServerProcess:
 
 
 class TrainerProcess:
-    """A trainer on one run's directory, and the shipper that belongs to it."""
+    """A trainer on one run's directory, and the shipper that belongs to it.
 
-    def __init__(self, directory: Path, url: str | None, *options: str) -> None:
+    Args:
+        notes: where its log and its progress go; beside the directory if not given.
+    """
+
+    def __init__(
+        self, directory: Path, url: str | None, *options: str, notes: Path | None = None
+    ) -> None:
         self.directory, self._options = directory, options
-        self.progress = directory.with_name(directory.name + ".progress")
+        notes = notes or directory.parent
+        self.progress = notes / f"{directory.name}.progress"
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("ENDLEX_")}
-        self._environment["HOME"] = str(directory.parent)  # no token of the user's
+        self._environment["HOME"] = str(notes)  # no token of the user's
         if url:
             self._environment["ENDLEX_URL"] = url
         self._process: subprocess.Popen[bytes] | None = None
-        self.log = directory.with_name(directory.name + ".log")
+        self.log = notes / f"{directory.name}.log"
 
     def start(self) -> None:
         """Start it; it goes on where the journal ends."""
@@ -136,6 +142,12 @@ class TrainerProcess:
         (self.directory / "stop").unlink()
         self._process = None
 
+    def wait_for_end(self) -> None:
+        """Wait until a trainer with `--steps` has ended, its shipper started."""
+        assert self._process is not None
+        assert self._process.wait(START_SECONDS) == 0, self.log.read_text()
+        self._process = None
+
     def kill_shipper(self) -> bool:
         """kill -9 of the directory's shipper; whether there was one."""
         found = shipper_process(self.directory)
@@ -161,11 +173,25 @@ class TrainerProcess:
         return any(writer_is_alive(path) for path in session_files(self.directory))
 
 
-def limit_file_size(size: int) -> Callable[[], None]:
-    """For a child process: no file of it may grow beyond `size`, as on a disk that is full."""
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Callable[[int], None]]:
+    """Mount a disk in memory; the function that is yielded gives it another size.
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    Raises:
+        PermissionError: mounting is not allowed here.
+    """
+    folder.mkdir()
 
-    return limit
+    def mount(*words: str) -> bool:
+        done = subprocess.run(["mount", *words, str(folder)], capture_output=True, check=False)
+        return done.returncode == 0
+
+    if os.geteuid() or not mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs"):
+        raise PermissionError("a disk in memory needs the right to mount one")
+    try:
+        yield lambda size: (mount("-o", f"remount,size={size}m"), None)[1]
+    finally:
+        wait_until(
+            "nobody uses the disk in memory",
+            lambda: subprocess.run(["umount", folder], capture_output=True).returncode == 0,
+        )

@@ -38,7 +38,9 @@ class Seen:
     @property
     def server_errors(self) -> int:
         """Answers that blame the server itself, other than that its disk is full."""
-        return sum(n for status, n in self.server_statuses.items() if status >= 500 and status != 507)
+        return sum(
+            n for status, n in self.server_statuses.items() if status >= 500 and status != 507
+        )
 
 
 Decide = Callable[[bytes, int], str]

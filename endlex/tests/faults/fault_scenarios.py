@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from fault_checks import Difference, ask, compare, logged_steps_in_journal
-from fault_processes import ServerProcess, TrainerProcess, wait_until
+from fault_processes import ServerProcess, TrainerProcess, small_disk, wait_until
 from fault_proxy import FaultProxy, Seen, part_cuts, random_faults
 
+from endlex.client.checkpoints import sync_directory, verify_directory
+from endlex.client.journal import session_files
 from endlex.client.run_directory import read_run_file
+from endlex.client.transport import Transport
 from endlex.protocol import PART_BYTES
 
 Report = Callable[[str], None]
@@ -136,6 +139,83 @@ def run_clock_jumps(folder: Path, steps: int) -> Outcome:
     return outcome
 
 
+def run_full_server(folder: Path, seed: int = 0) -> Outcome:
+    """The server's disk fills up with a checkpoint, and has space again a while later."""
+    outcome = Outcome()
+    model = folder / "model.bin"
+    expected = _write_random_file(model, 40 * 2**20)
+    with small_disk(folder / "disk", 24) as resize:
+        server = ServerProcess(folder / "disk" / "data", "--min-free-gb", "0.002")
+        server.log = folder / "data.log"
+        server.start()
+        with FaultProxy(server.port, seed=seed) as proxy:
+            trainer = TrainerProcess(
+                folder / "run", proxy.url, "--save", str(model), "--name", "large"
+            )
+            trainer.start()
+            full = proxy.seen.server_statuses
+            wait_until("the server says that its disk is full", lambda: full[507] > 0)
+            trainer.wait_for_step(trainer.steps_logged + 200)
+            resize(200)
+            _finish(trainer, server, proxy, outcome)
+            digest = _download_digest(server.url, _run_id(trainer), "large")
+            assert digest == expected, digest
+        server.stop()
+    return outcome
+
+
+def run_full_trainer(folder: Path) -> Outcome:
+    """The trainer's disk fills up under its journal, and has space again a while later."""
+    server = ServerProcess(folder / "data")
+    server.start()
+    outcome = Outcome()
+    with (
+        small_disk(folder / "disk", 1) as resize,
+        FaultProxy(server.port) as proxy,
+    ):
+        trainer = TrainerProcess(
+            folder / "disk" / "run", proxy.url, "--pace", "0.0002", notes=folder
+        )
+        trainer.start()
+        wait_until(
+            "the trainer says that its disk is full", lambda: "cannot write" in _text(trainer.log)
+        )
+        trainer.wait_for_step(trainer.steps_logged + 200)
+        resize(64)
+        trainer.wait_for_step(trainer.steps_logged + 200)
+        _finish(trainer, server, proxy, outcome)
+    server.stop()
+    return outcome
+
+
+def run_truncations(folder: Path) -> Outcome:
+    """The journal's last record cut after every byte of it, sent and compared each time."""
+    server = ServerProcess(folder / "data")
+    server.start()
+    outcome = Outcome()
+    with FaultProxy(server.port) as proxy:
+        trainer = TrainerProcess(folder / "run", None, "--steps", "20")
+        trainer.start()
+        trainer.wait_for_end()
+        (path,) = session_files(trainer.directory)
+        whole = path.read_bytes().splitlines(keepends=True)[:-1]  # as if killed before `finish`
+        transport = Transport(proxy.url)
+        kept = b"".join(whole[:-1])
+        for cut in range(len(whole[-1]) + 1):
+            path.write_bytes(kept + whole[-1][:cut])
+            sync_directory(trainer.directory, transport)
+            assert verify_directory(trainer.directory, transport) == [], f"cut at byte {cut}"
+        transport.close()
+        outcome.difference = compare(trainer.directory, server.url)
+        outcome.seen = proxy.seen
+    server.stop()
+    return outcome
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
 def _finish(
     trainer: TrainerProcess, server: ServerProcess, proxy: FaultProxy, outcome: Outcome
 ) -> None:
@@ -192,9 +272,10 @@ def run_checkpoint_cuts(folder: Path, size: int, cuts: int, seed: int = 0) -> Up
             folder / "run", proxy.url, "--save", str(model), "--name", "first", "--steps", "2"
         )
         trainer.start()
-        trainer.wait_for_step(1)
+        trainer.wait_for_step(0)
         watcher = _Watcher(server.url, _run_id(trainer), "first")
         with watcher:
+            trainer.wait_for_end()
             trainer.wait_for_shipper_s_end(RECOVERY_SECONDS + size / 2**21)
         sent = sum(proxy.seen.part_bytes.values())
         made = proxy.seen.faults["cut-body"]
@@ -202,7 +283,7 @@ def run_checkpoint_cuts(folder: Path, size: int, cuts: int, seed: int = 0) -> Up
             folder / "run", proxy.url, "--save", str(model), "--name", "second", "--steps", "4"
         )
         again.start()
-        again.wait_for_step(3)
+        again.wait_for_end()
         again.wait_for_shipper_s_end(RECOVERY_SECONDS)
         run = _run_id(trainer)
         digests = {_download_digest(server.url, run, name) for name in ("first", "second")}

@@ -1,0 +1,8 @@
+"""The fault tests' modules are plain files beside them, which the benchmark imports too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
