@@ -200,7 +200,10 @@ def move_charts(page: Any, seconds: float) -> list[float]:
 
 def summarize(frames: list[float]) -> dict[str, float]:
     ordered = sorted(frames)
-    at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
+
+    def at(share: float) -> float:
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
     return {
         "frames": len(ordered),
         "median_ms": round(at(0.5), 2),

