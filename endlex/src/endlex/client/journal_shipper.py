@@ -19,7 +19,7 @@ from endlex.client.journal import (
     writer_is_alive,
 )
 from endlex.client.session_sync import BATCH_BYTES, SessionSync
-from endlex.client.transport import Refused, Retry, Transport
+from endlex.client.transport import Refused, Retry, Transport, Unreachable
 from endlex.protocol import CRASHED, SYSTEM, EndlexError
 
 HEARTBEAT_SECONDS = 20.0
@@ -73,19 +73,23 @@ class JournalShipper:
             Retry: the server is not there, or says later.
         """
         self._find()
-        more = False
+        more, later = False, None
         for session in self.sessions.values():
             if session.done or time.monotonic() < session.retry_at:
                 continue
             try:
                 more |= self._advance(session)
                 session.error = None
-            except Retry:
+            except Unreachable:
                 raise
+            except Retry as error:  # said of one session: the others go on
+                later = error
             except (EndlexError, OSError) as error:
                 self.denied = isinstance(error, Refused) and error.status in (401, 403)
                 session.error = str(error)
                 session.retry_at = time.monotonic() + self._patience
+        if later is not None and not more:
+            raise later
         return more
 
     def _find(self) -> None:
