@@ -1,15 +1,15 @@
 """What is left of Endlex's data after everything that can go wrong did: should be all of it.
 
     python benchmarks/endlex_faults.py
-    python benchmarks/endlex_faults.py --kills 12 --outages 3 --seconds 10 --checkpoint-gb 0.1 --cuts 6
+    python benchmarks/endlex_faults.py --kills 12 --outages 3 --checkpoint-gb 0.1 --cuts 6
 
 kill -9 of trainer, shipper and server at random moments; a server that starts late, and outages;
 30 % of all requests dropped, refused, cut in the body, or their answers lost; clocks that jump;
-disks that fill up (skipped where a disk in memory cannot be mounted); a journal cut at every byte of
-its last record; a large upload over a connection that is cut again and again. After each of them the
+disks that fill up (skipped where a disk in memory cannot be mounted); a journal cut at every byte
+of its last record; a large upload over a connection that is cut again and again. After each the
 server is compared with the journal, by hash and point by point. The last line is one JSON object;
-exits with 1 when anything is missing, is there twice, or the server failed by itself. The faults are
-those of `endlex/tests/faults`, at length.
+exits with 1 when anything is missing, is there twice, or the server failed by itself. The faults
+are those of `endlex/tests/faults`, at length.
 """
 
 from __future__ import annotations
