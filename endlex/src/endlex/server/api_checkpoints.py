@@ -14,7 +14,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from endlex.protocol import MAX_PARTS_ASKED, ManifestFile, check_sha256
 from endlex.server.auth import require
-from endlex.server.bodies import drain, json_response, read_body, read_json
+from endlex.server.bodies import drain, iter_body, json_response, read_body, read_json
 from endlex.server.checkpoints import STATUS_OF_STATE
 from endlex.server.errors import ApiError
 from endlex.server.queries import find_run, list_checkpoints
@@ -57,7 +57,7 @@ async def put_part(request: Request, sha256: str, offset: int = 0) -> Response:
     server = server_of(request)
     declared = request.headers.get("content-length", "")
     length = int(declared) if declared.isdecimal() else None
-    body = request.stream()
+    body = iter_body(request)
     try:
         new = await server.blobs.receive(sha256, offset, length, body)
     finally:
@@ -166,6 +166,8 @@ async def prune(request: Request) -> Response:
     server = server_of(request)
     asked = await read_json(request)
     rules, run, project = _check_rules(asked)
+    if asked.get("deleted") is True:
+        await require("write")(request)  # journals go, too
     answer = await server.workers.file(
         _prune,
         server,

@@ -67,10 +67,13 @@ def _parquet(server: Server, run: str) -> Path:
 async def _stream(
     server: Server, run: str, iterate: Callable[[sqlite3.Connection, str], Iterator[bytes]]
 ) -> AsyncIterator[bytes]:
-    """Yield what `iterate` does, made in a thread, from one moment's view of the database."""
+    """Yield what `iterate` does, made in a thread.
+
+    There is no transaction around it: a reader who takes an hour must not keep the database's log
+    from being emptied for so long.
+    """
     connection = await server.workers.read(connect, server.data.database, read_only=True)
     try:
-        connection.execute("BEGIN")
         pieces = iterate(connection, run)
         while (piece := await server.workers.read(next, pieces, None)) is not None:
             yield piece

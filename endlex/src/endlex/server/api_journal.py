@@ -29,7 +29,7 @@ from endlex.server.state import Server, server_of
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
 
-MOST_BATCHES_AT_ONCE = 16
+MOST_BATCHES_AT_ONCE = 64
 """Bodies held in memory together; more wait until one is stored."""
 PIECE = 2**20
 

@@ -97,6 +97,7 @@ class Blobs:
         mine = self._uploads[sha256] = _Upload()
         try:
             await self._append(sha256, offset, length, body, mine)
+            mine.writing = True  # hashing may take long: nobody goes on with it meanwhile
             await self._workers.file(self._publish, sha256)
         except OSError as error:
             if is_disk_full(error):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,9 +13,32 @@ from fastapi.responses import Response
 from endlex.server.errors import ApiError
 
 MOST_JSON_BYTES = 2**20
+SILENCE_SECONDS = 20.0
+"""How long a body may stand still before it is taken for cut."""
 DRAINED_BYTES = 64 * 2**20
 """What is read and dropped of a body that was refused: a client that is still sending would see a
 broken connection instead of the answer."""
+
+
+async def iter_body(request: Request) -> AsyncIterator[bytes]:
+    """Yield the body as it comes, and give up when nothing does.
+
+    A box that lost its network never ends its requests; without a bound they would add up.
+
+    Raises:
+        ApiError: 408, nothing came for `SILENCE_SECONDS`.
+    """
+    body = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                piece = await anext(body, None)
+        except TimeoutError as error:
+            message = f"nothing came for {SILENCE_SECONDS:.0f} seconds: send the request again"
+            raise ApiError(408, message, {"Connection": "close"}) from error
+        if piece is None:
+            return
+        yield piece
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -27,7 +51,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     size = 0
     declared = request.headers.get("content-length", "0")
     too_long = not declared.isdigit() or int(declared) > limit
-    async for piece in request.stream():
+    async for piece in iter_body(request):
         size += len(piece)
         too_long = too_long or size > limit
         if too_long:

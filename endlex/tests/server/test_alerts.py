@@ -1,0 +1,173 @@
+"""Alerts: opened once, resolved when it is over, delivered though a target is down at first."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from endlex.server import notify
+
+RUN = "testrun001"
+
+
+def kinds(client: Any, *, only_open: bool = True) -> list[tuple[str, str]]:
+    found = client.get("/api/v1/alerts", params={"run": RUN, "open": only_open}).json()["alerts"]
+    return [(alert["kind"], alert["metric"]) for alert in found]
+
+
+def sweep(client: Any) -> None:
+    server = client.app.state.server
+    server.database.write(server.watch.sweep).result(10)
+
+
+def test_a_nan_is_said_once_until_a_new_session(box: Any, make_box: Any) -> None:
+    box.begin()
+    box.send([box.metrics(s, {"loss": 1.0}) for s in range(3)])
+    assert kinds(box.client) == []
+    for step in (3, 4):
+        box.send([box.metrics(step, {"loss": "NaN", "grad": 1.0})])
+    assert kinds(box.client) == [("nan", "loss")]
+    alert = box.client.get("/api/v1/alerts").json()["alerts"][0]
+    assert "step 3" in alert["message"]
+    assert box.client.get("/api/v1/runs").json()["runs"][0]["alerts"] == 1
+    assert box.client.post(f"/api/v1/alerts/{alert['id']}/dismiss").status_code == 200
+    box.send([box.metrics(5, {"loss": "Infinity"})])
+    assert kinds(box.client) == []
+    make_box(box.client, session="000002-resumed").begin()
+    box.send([box.metrics(6, {"loss": "NaN"})])
+    assert kinds(box.client) == [("nan", "loss")]
+    assert len(kinds(box.client, only_open=False)) == 2
+    assert box.client.post("/api/v1/alerts/999/dismiss").status_code == 404
+
+
+def test_divergence_and_recovery(box: Any) -> None:
+    box.begin()
+    falling = [8 * 0.98**s + 2 for s in range(200)]
+    box.send([box.metrics(s, {"train/loss": loss}) for s, loss in enumerate(falling)])
+    box.send([box.metrics(200, {"train/loss": 9.0})])  # one spike is no divergence
+    assert kinds(box.client) == []
+    box.send([box.metrics(201 + s, {"train/loss": 9.0}) for s in range(30)])
+    assert kinds(box.client) == [("divergence", "train/loss")]
+    box.send([box.metrics(240 + s, {"train/loss": 2.0}) for s in range(60)])
+    assert kinds(box.client) == []
+
+
+def test_three_rises_of_a_validation_metric(box: Any) -> None:
+    box.begin()
+    values = [1.0, 0.9, 0.91, 0.92]
+    for step, value in enumerate(values):
+        box.send([box.metrics(step, {"val/bpb": value, "val/accuracy": value, "other": value})])
+    assert kinds(box.client) == []
+    box.send([box.metrics(9, {"val/bpb": 0.93, "val/accuracy": 0.93, "other": 0.93})])
+    assert kinds(box.client) == [("rising", "val/bpb")]
+    box.send([box.metrics(10, {"val/bpb": 0.8})])
+    assert kinds(box.client) == []
+
+
+def test_silence_is_a_stall_until_something_is_logged(
+    box: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.begin()
+    sweep(box.client)
+    assert kinds(box.client) == []
+    now = time.time()
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + 11 * 60)
+        sweep(box.client)
+        sweep(box.client)
+    assert kinds(box.client) == [("stall", "")]
+    box.send([box.metrics(0, {"loss": 1.0})])
+    assert kinds(box.client) == []
+    box.send([{"type": "finish", "time": 1.0, "status": "finished"}])
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + 22 * 60)
+        sweep(box.client)
+    assert kinds(box.client) == []
+
+
+def test_a_crash_and_the_session_that_goes_on(box: Any, make_box: Any) -> None:
+    box.begin()
+    url = f"/api/v1/runs/{RUN}/sessions/{box.session}/state"
+    box.client.post(url, json={"status": "crashed"})
+    box.client.post(url, json={"status": "crashed"})
+    assert kinds(box.client) == [("crashed", "")]
+    make_box(box.client, session="000002-resumed").begin()
+    assert kinds(box.client) == []
+
+
+def test_disks_that_fill_up(start: Callable[..., Any], make_box: Any) -> None:
+    client = start(min_free_bytes=2**60)
+    sweep(client)
+    found = client.get("/api/v1/alerts?open=true").json()["alerts"]
+    assert [(alert["run"], alert["kind"]) for alert in found] == [(None, "disk")]
+    client.__exit__(None, None, None)
+    box = make_box(start())
+    box.begin(kind="system")
+    for percent, expected in ((90.0, 0), (96.0, 1), (97.0, 1), (50.0, 0)):
+        box.send([box.metrics(0, {"system/disk_percent": percent})])
+        assert len(kinds(box.client)) == expected
+
+
+class Receiver:
+    """A webhook that refuses the first request."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[str, bytes]] = []
+        self.asked = 0
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.asked += 1
+                refuse = receiver.asked == 1
+                if not refuse:
+                    receiver.got.append((self.path, body))
+                self.send_response(503 if refuse else 200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    running = Receiver()
+    yield running
+    running.server.shutdown()
+    running.server.server_close()
+
+
+def test_alerts_reach_a_webhook_and_a_topic(
+    start: Callable[..., Any],
+    make_box: Any,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(notify, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(notify, "FIRST_PAUSE", 0.05)
+    client = start(alert_webhook=receiver.url + "/hook", ntfy=receiver.url + "/topic")
+    box = make_box(client)
+    box.begin()
+    box.send([box.metrics(7, {"loss": "NaN"})])
+    deadline = time.monotonic() + 10
+    while len(receiver.got) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    got = dict(receiver.got)
+    assert set(got) == {"/hook", "/topic"}
+    hook = json.loads(got["/hook"])
+    assert (hook["run"], hook["kind"], hook["metric"]) == (RUN, "nan", "loss")
+    assert b"loss is nan at step 7" in got["/topic"]
+    time.sleep(0.1)
+    assert len(receiver.got) == 2, "each was delivered once"
