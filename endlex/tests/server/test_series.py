@@ -68,6 +68,33 @@ def test_a_resumed_run_overwrites_what_it_repeats(box: Any, make_box: Callable[.
     assert by_time["x"] == sorted(by_time["x"])
 
 
+def test_the_machine_s_sessions_do_not_overwrite_one_another(
+    box: Any, make_box: Callable[..., Any]
+) -> None:
+    for number, began in enumerate([1.7e9, 1.7e9 + 1000]):  # their steps are seconds since then
+        machine = make_box(box.client, session=f"00000{number}-machine")
+        machine.begin(kind="system")
+        records = [
+            machine.metrics(s, {"system/cpu": number * 100 + s}, time=began + s) for s in (0, 5)
+        ]
+        machine.send(records)
+    found = series(box, metric="system/cpu", x="time")["series"]["system/cpu"]
+    assert (found["x"], found["y"]) == (
+        [1.7e9, 1.7e9 + 5, 1.7e9 + 1000, 1.7e9 + 1005],
+        [0, 5, 100, 105],
+    )
+    text = box.client.get(f"/api/v1/runs/{RUN}/export").text
+    assert [line.split(",")[2] for line in text.splitlines()] == [
+        "system/cpu",
+        "0.0",
+        "5.0",
+        "100.0",
+        "105.0",
+    ]
+    whole = box.client.get(f"/api/v1/runs/{RUN}/export?format=json").json()
+    assert whole["series"]["system/cpu"]["value"] == [0, 5, 100, 105]
+
+
 def test_numbers_that_are_not_finite_are_stored_and_shown(box: Any) -> None:
     box.begin()
     values = [1.0, "NaN", 2.0, "Infinity", "-Infinity", 3.0]

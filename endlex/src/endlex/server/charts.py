@@ -17,7 +17,7 @@ from endlex.server.downsample import (
     round_axis,
     round_significant,
 )
-from endlex.server.series import StepRange, read_points
+from endlex.server.series import StepRange, read_all_points, read_points
 
 STEP = "step"
 TIME = "time"
@@ -85,9 +85,10 @@ def _xy(
     if query.x == STEP:
         points = read_points(connection, metric, StepRange(query.first, query.last), times=False)
         return points.steps, points.numbers
-    points = read_points(connection, metric, times=query.x == TIME)
     if query.x == TIME:
+        points = read_all_points(connection, metric)
         return _sorted_range(points.times, points.numbers, query)
+    points = read_points(connection, metric, times=False)
     if axis is None:
         return points.steps, points.numbers
     return _sorted_range(*_joined(points.steps, points.numbers, axis), query)

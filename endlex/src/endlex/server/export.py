@@ -1,7 +1,8 @@
 """A run as a file that others read: CSV, JSON or Parquet.
 
 All points are in it, none downsampled; of two at one step the later. CSV has a row a step and a
-column a metric (the machine's own metrics, whose steps are seconds, in rows of their own below).
+column a metric (the machine's own, whose steps are seconds, in rows of their own, session by
+session).
 JSON has everything else too. Parquet has a row a point: metric, step, time, value.
 
 CSV and JSON are made a stretch at a time, so a large run does not fill the memory.
@@ -15,6 +16,7 @@ import os
 import sqlite3
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from endlex.protocol import SYSTEM, encode_number
+from endlex.protocol import encode_number
 from endlex.server.queries import find_run, list_metrics, list_tables, list_texts, show_run
-from endlex.server.series import EMPTY, StepRange, read_points
+from endlex.server.series import EMPTY, StepRange, machine_sessions, read_all_points, read_points
 
 FORMATS = {
     "csv": "text/csv; charset=utf-8",
@@ -39,16 +41,25 @@ ROWS_AT_ONCE = 20_000
 RECORDS_AT_ONCE = 200
 
 
-def _metrics_of(connection: sqlite3.Connection, run: int, *, system: bool) -> dict[str, int]:
-    """Return the keys of the metrics that the machine's sessions logged, or of all others."""
-    operator = "" if system else "NOT"
-    rows = connection.execute(
-        f"SELECT name, pk FROM metric WHERE run=? AND {operator} EXISTS (SELECT 1 FROM series JOIN "
-        "session ON session.pk = series.session WHERE series.metric = metric.pk AND kind=?) "
-        "ORDER BY name",
-        (run, SYSTEM),
-    )
-    return dict(rows.fetchall())
+@dataclass(frozen=True)
+class _Group:
+    """Metrics by name that share their steps: the trainer's, or one session's of the machine."""
+
+    metrics: dict[str, int]
+    session: int | None = None
+
+
+def _groups(connection: sqlite3.Connection, run: int) -> list[_Group]:
+    rows = connection.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
+    trainer = _Group({})
+    machine: dict[int, _Group] = {}
+    for name, pk in rows.fetchall():
+        sessions = machine_sessions(connection, pk)
+        for session in sessions:
+            machine.setdefault(session, _Group({}, session)).metrics[name] = pk
+        if not sessions:
+            trainer.metrics[name] = pk
+    return [trainer, *(machine[session] for session in sorted(machine))]
 
 
 def iter_csv(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
@@ -57,24 +68,21 @@ def iter_csv(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
     Raises:
         ApiError: 404.
     """
-    pk = find_run(connection, run)
-    groups = [_metrics_of(connection, pk, system=system) for system in (False, True)]
-    names = [name for group in groups for name in group]
+    groups = _groups(connection, find_run(connection, run))
+    names = list(dict.fromkeys(name for group in groups for name in group.metrics))
+    columns = {name: column + 2 for column, name in enumerate(names)}
     yield _csv_line(["step", "time", *names])
-    first_column = 0
     for group in groups:
-        for steps, times, columns in _iter_rows(connection, list(group.values())):
-            blank: list[Any] = [""] * len(names)
+        for steps, times, found in _iter_rows(connection, group):
             lines = io.StringIO()
             writer = csv.writer(lines)
             for row in range(len(steps)):
-                cells = blank.copy()
-                for column, (numbers, there) in enumerate(columns):
+                cells: list[Any] = [int(steps[row]), float(times[row]), *[""] * len(names)]
+                for name, (numbers, there) in found.items():
                     if there[row]:
-                        cells[first_column + column] = encode_number(float(numbers[row]))
-                writer.writerow([int(steps[row]), float(times[row]), *cells])
+                        cells[columns[name]] = encode_number(float(numbers[row]))
+                writer.writerow(cells)
             yield lines.getvalue().encode()
-        first_column += len(group)
 
 
 def _csv_line(cells: list[Any]) -> bytes:
@@ -87,34 +95,36 @@ Column = tuple[NDArray[np.float64], NDArray[np.bool_]]
 
 
 def _iter_rows(
-    connection: sqlite3.Connection, metrics: list[int]
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], list[Column]]]:
+    connection: sqlite3.Connection, group: _Group
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], dict[str, Column]]]:
     """Yield stretches of steps with each metric's numbers and where it has them."""
-    for stretch in _stretches(connection, metrics):
-        points = [read_points(connection, metric, stretch) for metric in metrics]
-        steps = np.unique(np.concatenate([p.steps for p in points]))
+    for stretch in _stretches(connection, group):
+        points = {
+            name: read_points(connection, metric, stretch, session=group.session)
+            for name, metric in group.metrics.items()
+        }
+        steps = np.unique(np.concatenate([p.steps for p in points.values()]))
         times = np.zeros(len(steps))
-        columns: list[Column] = []
-        for found in points:
+        columns: dict[str, Column] = {}
+        for name, found in points.items():
             places = np.searchsorted(steps, found.steps)
             numbers, there = np.zeros(len(steps)), np.zeros(len(steps), bool)
             numbers[places], there[places] = found.numbers, True
             times[places] = np.maximum(times[places], found.times)
-            columns.append((numbers, there))
+            columns[name] = (numbers, there)
         yield steps, times, columns
 
 
-def _stretches(connection: sqlite3.Connection, metrics: list[int]) -> Iterator[StepRange]:
+def _stretches(connection: sqlite3.Connection, group: _Group) -> Iterator[StepRange]:
     """Cut the steps of some metrics so that each stretch holds a bounded number of them."""
     longest = EMPTY.steps
-    for metric in metrics:
-        steps = read_points(connection, metric, times=False).steps
+    for metric in group.metrics.values():
+        steps = read_points(connection, metric, times=False, session=group.session).steps
         longest = steps if len(steps) > len(longest) else longest
     if not len(longest):
         return
     cuts = longest[ROWS_AT_ONCE::ROWS_AT_ONCE].tolist()
-    bounds = [-np.inf, *cuts, np.inf]
-    for first, after in pairwise(bounds):
+    for first, after in pairwise([-np.inf, *cuts, np.inf]):
         yield StepRange(first, after - 1)
 
 
@@ -128,7 +138,7 @@ def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
     pk = find_run(connection, run)
     yield orjson.dumps(whole)[:-1] + b',"series":{'
     for number, metric in enumerate(list_metrics(connection, pk)):
-        points = read_points(connection, _key(connection, pk, metric["name"]))
+        points = read_all_points(connection, _key(connection, pk, metric["name"]))
         content = {
             "step": points.steps.tolist(),
             "time": points.times.tolist(),
@@ -180,7 +190,7 @@ def write_parquet(connection: sqlite3.Connection, run: str, path: Path) -> None:
     )
     with pq.ParquetWriter(path, schema) as writer:
         for metric in list_metrics(connection, pk):
-            points = read_points(connection, _key(connection, pk, metric["name"]))
+            points = read_all_points(connection, _key(connection, pk, metric["name"]))
             names = pa.DictionaryArray.from_arrays(
                 np.zeros(len(points.steps), np.int32), pa.array([metric["name"]])
             )

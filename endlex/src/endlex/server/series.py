@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from endlex.protocol import SYSTEM
 from endlex.server.records import Points
 
 CHUNK_POINTS = 1000
@@ -111,6 +112,7 @@ def read_points(
     wanted: StepRange | None = None,
     *,
     times: bool = True,
+    session: int | None = None,
 ) -> Points:
     """Return a metric's points sorted by step, each step once.
 
@@ -118,9 +120,13 @@ def read_points(
         metric: the metric's key.
         wanted: chunks wholly outside are not read; points outside are left out.
         times: without them `Points.times` is empty, and a third less is read.
+        session: what this one logged alone.
     """
     wanted = wanted or StepRange()
-    series = connection.execute("SELECT pk FROM series WHERE metric=? ORDER BY session", (metric,))
+    series = connection.execute(
+        "SELECT pk FROM series WHERE metric=?1 AND (?2 IS NULL OR session=?2) ORDER BY session",
+        (metric, session),
+    )
     pieces: list[tuple[bytes, ...]] = []
     for (pk,) in series.fetchall():
         pieces += _read_chunks(connection, pk, wanted, times)
@@ -133,6 +139,34 @@ def read_points(
         np.frombuffer(columns[2], np.float64) if times else EMPTY.times,
     )
     return _crop(_one_per_step(points), wanted)
+
+
+def read_all_points(connection: sqlite3.Connection, metric: int) -> Points:
+    """Return a metric's points, those of the machine's own sessions unmixed.
+
+    A trainer's steps go on from session to session. The steps of a session that measures the
+    machine are seconds since it began: there, equal steps of two sessions are two points, and the
+    sessions follow one another.
+    """
+    sessions = machine_sessions(connection, metric)
+    if not sessions:
+        return read_points(connection, metric)
+    pieces = [read_points(connection, metric, session=session) for session in sessions]
+    return Points(
+        np.concatenate([points.steps for points in pieces]),
+        np.concatenate([points.numbers for points in pieces]),
+        np.concatenate([points.times for points in pieces]),
+    )
+
+
+def machine_sessions(connection: sqlite3.Connection, metric: int) -> list[int]:
+    """Return the sessions that measured the machine and have a metric, in order of arrival."""
+    rows = connection.execute(
+        "SELECT session.pk FROM series JOIN session ON session.pk = series.session "
+        "WHERE series.metric=? AND session.kind=? ORDER BY session.pk",
+        (metric, SYSTEM),
+    )
+    return [pk for (pk,) in rows]
 
 
 def _read_chunks(
