@@ -42,6 +42,14 @@ def is_mirrored(stub: Any, directory: Path) -> bool:
     return all(stub.content(p.stem) == p.read_bytes() for p in session_files(directory))
 
 
+def kill_shipper(directory: Path, number: int) -> None:
+    """Send a signal to the shipper, and to nobody else."""
+    found = shipper_process(directory)
+    assert found is not None
+    assert found[0] > 1
+    os.kill(found[0], number)
+
+
 def trainer_sessions(directory: Path) -> list[str]:
     return [
         record["session"]
@@ -114,10 +122,8 @@ def test_the_next_shipper_goes_on_where_a_killed_one_was(
     run = endlex.init("p", "d4", directory=directory)
     for _ in range(4):
         until(lambda: shipper_process(directory) is not None)
-        found = shipper_process(directory)
-        assert found is not None
         run.log({"loss": 1.0})
-        os.kill(found[0], signal.SIGKILL)
+        kill_shipper(directory, signal.SIGKILL)
         until(lambda: shipper_process(directory) is None)
         run.log({"loss": 2.0})
         run._next_watch = 0.0  # as after a minute
@@ -244,9 +250,7 @@ def test_sigterm_ends_it_for_good_and_says_so(
     monkeypatch.setenv("ENDLEX_URL", stub.url)
     run = endlex.init("p", "d4", directory=directory)
     stub.wait_for(lambda: run.session in {s for _, s in stub.journals})
-    found = shipper_process(directory)
-    assert found is not None
-    os.kill(found[0], signal.SIGTERM)
+    kill_shipper(directory, signal.SIGTERM)
     until(lambda: shipper_process(directory) is None)
     until(lambda: read_state(directory).get("state") == "stopped")
     run._next_watch = 0.0
@@ -289,3 +293,46 @@ def test_a_clock_that_jumps_back_changes_nothing(
     assert [r["seq"] for r in records] == [0, 1, 2, 3]
     assert [r["time"] for r in records][2:] == [1000.0, 1000.0]
     assert [r["values"]["loss"] for r in records if r["type"] == "metrics"] == [1.0, 2.0]
+
+
+def test_a_full_disk_on_this_side_stops_no_shipping(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endlex.init("p", "d4", directory=directory).finish()
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    (directory / "shipper.json").mkdir()  # what cannot be replaced stands for a disk that is full
+    (directory / "shipper.lock").symlink_to("/dev/full")
+    faults = iter([503, 503])
+    stub.before = lambda method, path: next(faults, None)  # so that there is something to say
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "endlex.client.shipper", str(directory)]
+        subprocess.run(command, stdout=full, stderr=full, timeout=60)
+    (directory / "shipper.lock").unlink()
+    assert is_mirrored(stub, directory)
+
+
+def test_a_full_disk_delays_a_checkpoint_and_does_not_lose_it(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from endlex.client import parts
+    from endlex.client.checkpoint_shipper import CheckpointShipper
+    from endlex.client.transport import Transport
+
+    write, refusals = parts.write_whole, iter([OSError("No space left on device")])
+
+    def limited(*arguments: Any) -> None:
+        for error in refusals:
+            raise error
+        write(*arguments)
+
+    monkeypatch.setattr(parts, "write_whole", limited)
+    run = endlex.init("p", "d4", directory=directory)
+    (tmp_path / "weights").write_bytes(b"w")
+    name = run.save(tmp_path / "weights", step=1)
+    shipper = CheckpointShipper(
+        directory, run.id, Transport(stub.url), ready=lambda: True, refused_seconds=0.01
+    )
+    shipper.start()
+    stub.wait_for(lambda: (run.id, name) in stub.manifests)
+    shipper.stop()
+    run.finish()

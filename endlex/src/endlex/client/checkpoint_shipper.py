@@ -7,12 +7,12 @@ manifest stays, for `endlex verify`. One that can never be published is reported
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from endlex.client.parts import CheckpointFailed, PartSource, Upload, staged_manifest
+from endlex.client.shipping import say
 from endlex.client.staging import read_note, staged_names, unstage
 from endlex.client.stopping import Stop
 from endlex.client.transport import Backoff, Refused, Retry, Transport
@@ -138,22 +138,18 @@ class CheckpointShipper:
         except Refused as error:
             self._set(name, "refused", str(error))
             return self._patience
-        except (EndlexError, OSError) as error:
+        except EndlexError as error:
             self._fail(name, error)
             return 0.0
-        except Exception as error:  # a fault of ours must not end the thread in silence
+        except Exception as error:  # a full disk, or a fault of ours: neither ends the thread
             self._set(name, "waiting", f"{type(error).__name__}: {error}")
             return self._patience
         finally:
             transport.close()
         self._set(name, "published")
-        print(f"{_now()} checkpoint {name} is published", flush=True)
+        say(f"checkpoint {name} is published")
         return 0.0
 
     def _fail(self, name: str, error: Exception) -> None:
         self._set(name, "failed", str(error))
-        print(f"{_now()} checkpoint {name} failed: {error}", flush=True)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+        say(f"checkpoint {name} failed: {error}")

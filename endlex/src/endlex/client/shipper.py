@@ -30,7 +30,7 @@ from endlex.client.run_directory import (
     server_url,
     write_whole,
 )
-from endlex.client.shipping import BACKGROUND, STOPPED, read_state, take_lock
+from endlex.client.shipping import BACKGROUND, STOPPED, read_state, say, take_lock
 from endlex.client.stopping import Stop
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
 from endlex.client.transport import Backoff, Retry, Transport
@@ -146,8 +146,7 @@ class Shipper:
 
     def _report(self, error: str | None) -> None:
         if error != self._error:
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            print(f"{now} {error or 'the server answers again'}", flush=True)
+            say(error or "the server answers again")
         self._error = error
 
     def _publish(self, state: str) -> None:
@@ -186,7 +185,7 @@ def main(arguments: list[str]) -> int:
     directory = Path(arguments[0])
     url = server_url()
     if url is None:
-        print("there is no ENDLEX_URL to send to", flush=True)
+        say("there is no ENDLEX_URL to send to")
         return 1
     lock = take_lock(directory, BACKGROUND, seconds=LOCK_SECONDS)
     if lock is None:
@@ -199,7 +198,7 @@ def main(arguments: list[str]) -> int:
         try:
             Shipper(directory, Transport(url, server_token()), stop).run()
         except EndlexError as error:
-            print(error, flush=True)
+            say(str(error))
             return 1
     return 0
 

@@ -28,6 +28,7 @@ if sys.platform != "win32":
 FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
 POLL_SECONDS = 0.02
+NAMING_POLLS = 10
 STOPPED = "stopped"
 """State of a shipper that was told to end."""
 FOREGROUND = "foreground"
@@ -64,9 +65,9 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
             lock.close()
             return None
         time.sleep(POLL_SECONDS)
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} {kind}\n")
-    lock.flush()
+    with contextlib.suppress(OSError):  # a full disk: then nobody knows the process, no more
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"{os.getpid()} {kind}\n".encode())
     return lock
 
 
@@ -81,15 +82,28 @@ def _try_lock(lock: IO[str]) -> bool:
 
 
 def shipper_process(directory: Path) -> tuple[int, str] | None:
-    """Process id and kind of the directory's living shipper, or None."""
-    try:
-        with (directory / SHIPPER_LOCK).open("r+") as lock:
-            if _try_lock(lock):
-                return None
-            pid, _, kind = lock.read(100).partition(" ")
-    except FileNotFoundError:
-        return None
-    return (int(pid) if pid.isdecimal() else 0), kind.strip()
+    """Process id and kind of the directory's living shipper, or None.
+
+    The id is 0 if it could not be written.
+    """
+    for _attempt in range(NAMING_POLLS):
+        try:
+            with (directory / SHIPPER_LOCK).open("r+") as lock:
+                if _try_lock(lock):
+                    return None
+                pid, _, kind = lock.read(100).partition(" ")
+        except FileNotFoundError:
+            return None
+        if pid.isdecimal():
+            return int(pid), kind.strip()
+        time.sleep(POLL_SECONDS)  # it has the lock, and is about to write its name
+    return 0, ""
+
+
+def say(message: str) -> None:
+    """Write a line with the time to the shipper's log, unless the disk is full."""
+    with contextlib.suppress(OSError):
+        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}", flush=True)
 
 
 def read_state(directory: Path) -> dict[str, Any]:

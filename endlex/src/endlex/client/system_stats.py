@@ -23,6 +23,7 @@ from typing import Any
 
 from endlex.client.journal import Journal
 from endlex.client.run_directory import RunFile
+from endlex.client.shipping import say
 from endlex.client.stopping import Stop
 from endlex.protocol import FINISH, METRICS, PROTOCOL, SYSTEM
 
@@ -191,7 +192,7 @@ class SystemRecorder:
                 self._journal.append(METRICS, {"step": step, "values": sampler.sample()})
                 wait = self._seconds
         except Exception as error:  # a full disk, or a library that does what none should
-            print(f"system metrics end: {type(error).__name__}: {error}", flush=True)
+            say(f"system metrics end: {type(error).__name__}: {error}")
 
     def finish(self) -> None:
         """End the session; a sensor that hangs is left behind."""
@@ -202,4 +203,4 @@ class SystemRecorder:
                 self._journal.append(FINISH, {"status": "finished"})
             self._journal.close()
         except OSError as error:
-            print(f"the end of the system metrics is not recorded: {error}", flush=True)
+            say(f"the end of the system metrics is not recorded: {error}")
