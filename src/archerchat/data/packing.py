@@ -1,6 +1,6 @@
 """Cut documents into rows of T + 1 tokens, by best fit or one after the other (SPEC section 4).
 
-Both packers are pure: documents go in, one at a time leaves the buffer for the open row, full
+The packers are pure: documents go in, one at a time leaves the buffer for the open row, full
 rows come out. Between rows a packer's whole state is the documents it still holds, in order, so
 a snapshot is a tuple of references and a restart is adding them again.
 
@@ -102,19 +102,57 @@ class BestFitPacker:
         return len(self._keys) < self._buffer_size
 
     def place(self) -> Row | None:
-        space = self._open.space
-        fitting = bisect_right(self._keys, space << _ARRIVAL_BITS | _LAST_ARRIVAL)
-        if fitting == 0:
-            return self._open.put(self._pop(0)[:space])
-        longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
-        return self._open.put(self._pop(bisect_left(self._keys, longest << _ARRIVAL_BITS)))
+        index = self._longest_fitting()
+        if index is None:
+            return self._open.put(self._pop(0)[: self._open.space])
+        return self._open.put(self._pop(index))
 
     def documents(self) -> tuple[Document, ...]:
         assert self._open.is_empty
         return tuple(self._by_arrival.values())
 
+    def __len__(self) -> int:
+        """Return how many documents are buffered."""
+        return len(self._keys)
+
+    def _longest_fitting(self) -> int | None:
+        """Return the place in `_keys` of the document to take; None when none fits."""
+        fitting = bisect_right(self._keys, self._open.space << _ARRIVAL_BITS | _LAST_ARRIVAL)
+        if fitting == 0:
+            return None
+        longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
+        return bisect_left(self._keys, longest << _ARRIVAL_BITS)
+
     def _pop(self, index: int) -> Document:
         return self._by_arrival.pop(self._keys.pop(index) & _LAST_ARRIVAL)
+
+
+class PaddingPacker(BestFitPacker):
+    """Place the longest buffered document that fits; pad the row when none does (SPEC section 7).
+
+    Nothing is cropped: every document must fit an empty row.
+
+    Args:
+        padding: what fills the rest of a row.
+    """
+
+    def __init__(self, row_length: int, buffer_size: int, padding: int) -> None:
+        super().__init__(row_length, buffer_size)
+        self._row_length, self._padding = row_length, padding
+
+    def add(self, document: Document) -> None:
+        assert len(document) <= self._row_length, "no row would ever take it"
+        super().add(document)
+
+    def place(self) -> Row | None:
+        index = self._longest_fitting()
+        return self.finish() if index is None else self._open.put(self._pop(index))
+
+    def finish(self) -> Row | None:
+        """Pad the open row and return it; None if nothing is in it."""
+        if self._open.is_empty:
+            return None
+        return self._open.put(np.full(self._open.space, self._padding))
 
 
 class ConcatPacker:

@@ -112,7 +112,7 @@ class LoaderState:
                 identity=LoaderIdentity(**saved),
                 position=Position(**value["position"]),
                 next_document=int(value["next_document"]),
-                documents=_split(arrays["tokens"], arrays["lengths"].tolist()),
+                documents=split_documents(arrays["tokens"], arrays["lengths"].tolist()),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -121,7 +121,12 @@ class LoaderState:
             ) from error
 
 
-def _split(tokens: NDArray[Any], lengths: Sequence[int]) -> tuple[Document, ...]:
+def split_documents(tokens: NDArray[Any], lengths: Sequence[int]) -> tuple[Document, ...]:
+    """Undo the concatenation of documents.
+
+    Raises:
+        ValueError: the lengths are not those of documents that make up `tokens`.
+    """
     if tokens.ndim != 1 or min(lengths, default=1) < 1 or sum(lengths) != len(tokens):
         raise ValueError(f"{tokens.shape} tokens in documents of {sum(lengths)} tokens")
     ends = np.cumsum(lengths)

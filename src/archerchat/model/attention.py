@@ -100,8 +100,20 @@ def prepare_mask(length: int, window: int, device: torch.device, backend: Backen
     return None
 
 
+def prepare_document_mask(segments: Tensor, window: int, backend: Backend) -> Any:
+    """Return what `attend` needs beside `segments` (B, T): a block mask for `flex`, made anew for
+    each batch, None for the others. Call it outside of compiled code."""
+    return _flex_document_mask(segments, window) if backend == "flex" else None
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend, mask: Any = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    backend: Backend,
+    mask: Any = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Attend causally: the query at t sees keys t-window .. t, scaled by 1/sqrt(D).
 
@@ -114,6 +126,8 @@ def attend(
         window: how far back a query sees; T-1 or more means everything before it.
         mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `sdpa` does:
             it is made to be compiled, once for each length, and holds every score otherwise.
+        segments: (B, T) numbers of the documents that are packed in a row; a query sees its own
+            document only. `mask` is then from `prepare_document_mask`, and T = S; `flash` cannot.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -122,6 +136,7 @@ def attend(
     if backend == "flex" and k.size(1) > q.size(1):
         backend = "sdpa"  # block masks are made for rows that begin at their first token
     if backend == "flash":
+        assert segments is None, "documents are masked by the other backends"
         flashed: Tensor = _attend_flash(q, k, v, window)
         return flashed
     if backend == "flex" and (mask is None or not torch.compiler.is_compiling()):
@@ -129,8 +144,10 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if backend == "flex":
         out = _attend_flex(q, k, v, mask)
-    else:
+    elif segments is None:
         out = _attend_blocks(q, k, v, window, backend, mask)
+    else:
+        out = _attend_documents(q, k, v, window, backend, segments)
     return out.transpose(1, 2)
 
 
@@ -155,6 +172,23 @@ def _attend_blocks(
         outputs.append(
             _sdpa(*part, mask) if backend == "sdpa" else _softmax_matmul(*part, _bias(mask))
         )
+    return torch.cat(outputs, dim=2)
+
+
+def _attend_documents(
+    q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend, segments: Tensor
+) -> Tensor:
+    """Take queries in blocks; each sees the keys in its window that are of its document."""
+    length, outputs = q.size(2), []
+    for start, stop, first in _blocks(length, window):
+        part = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
+        same = segments[:, None, start:stop, None] == segments[:, None, None, first:stop]
+        band = _band_mask(stop - start, stop - first, window, start - first, q.device)
+        mask = same & band  # (B, 1, queries, keys)
+        if backend == "matmul" and length <= MATMUL_MAX_KEYS:
+            outputs.append(_softmax_matmul(*part, _bias(mask)))
+        else:
+            outputs.append(_sdpa(*part, mask))
     return torch.cat(outputs, dim=2)
 
 
@@ -224,6 +258,17 @@ def _flex_mask(length: int, window: int, device: torch.device) -> Any:
         return (key <= query) & (key >= query - window)
 
     return create_block_mask(visible, None, None, length, length, device=str(device))
+
+
+def _flex_document_mask(segments: Tensor, window: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (key <= query) & (key >= query - window)
+        return near & (segments[b, query] == segments[b, key])
+
+    batch, length = segments.shape
+    return create_block_mask(visible, batch, None, length, length, device=str(segments.device))
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:

@@ -17,7 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archerchat.model.attention import Backend, Past, attend, prepare_mask
+from archerchat.model.attention import (
+    Backend,
+    Past,
+    attend,
+    prepare_document_mask,
+    prepare_mask,
+)
 from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
@@ -93,6 +99,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         mask: Any = None,
         past: Past | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Map normalised activations (B, T, C) to the branch's output (B, T, C)."""
         batch, length, _ = h.shape
@@ -105,7 +112,7 @@ class Attention(nn.Module):
             v = v + gate[..., None] * value_embedding.view_as(v)
         q, k = (norm(rotate(x, *rotary)) * QK_GAIN for x in (q, k))
         if past is None:
-            y = attend(q, k, v, self.window, self.backend, mask)
+            y = attend(q, k, v, self.window, self.backend, mask, segments)
         else:
             y = past.attend(q, k, v)
         out: Tensor = self.output(y.reshape(batch, length, -1))
@@ -143,21 +150,27 @@ class Block(nn.Module):
         input_lambda: Tensor,
         mask: Any = None,
         past: Past | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Map the residual stream and the model's input (B, T, C) to the new stream."""
         x = residual_lambda * x + input_lambda * x0
-        x = x + self.attention(norm(x), value_embedding, rotary, mask, past)
+        x = x + self.attention(norm(x), value_embedding, rotary, mask, past, segments)
         out: Tensor = x + self.mlp(norm(x))
         return out
 
 
 def smear(
-    x: Tensor, gate_weight: Tensor, smear_lambda: Tensor, previous: Tensor | None = None
+    x: Tensor,
+    gate_weight: Tensor,
+    smear_lambda: Tensor,
+    previous: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> Tensor:
     """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before.
 
     Args:
         previous: (B, C), the normalised embedding before the first; zeros where there is none.
+        segments: (B, T) numbers of packed documents, whose first tokens have none before them.
     """
     x = norm(x)
     if previous is None:
@@ -165,6 +178,9 @@ def smear(
     else:
         first, here, before = x[:, :0], x, torch.cat([previous[:, None], x[:, :-1]], dim=1)
     gate = torch.sigmoid(F.linear(here[..., :SMEAR_CHANNELS], gate_weight.to(x.dtype)))
+    if segments is not None:
+        assert previous is None, "packed rows begin at their first token"
+        gate = gate * (segments[:, 1:] == segments[:, :-1])[..., None]
     return torch.cat([first, here + smear_lambda.to(x.dtype) * gate * before], dim=1)
 
 
@@ -281,14 +297,23 @@ class Transformer(nn.Module):
         self.backout_lambda.fill_(0.2)
 
     def hidden(
-        self, token_ids: Tensor, regions: Regions | None = None, before: Before | None = None
+        self,
+        token_ids: Tensor,
+        regions: Regions | None = None,
+        before: Before | None = None,
+        segments: Tensor | None = None,
     ) -> Tensor:
         """Map token ids (B, T) to the unembedding's input (B, T, C) in the compute dtype.
 
         Args:
             regions: compiled pieces to run instead of the plain ones.
             before: a cache of what came before these tokens; without it they begin their rows.
+            segments: (B, T) numbers of the documents that are packed in a row, to keep them from
+                seeing each other; without it they do.
         """
+        assert before is None or segments is None, "a cache holds one document a row"
+        # Left out where there are none, so that what is compiled stays the same.
+        documents = {} if segments is None else {"segments": segments}
         run, dtype = regions or Regions(), self.compute_dtype
         positions = torch.arange(token_ids.size(1), device=token_ids.device)
         rotary = rotary_tables(
@@ -298,24 +323,28 @@ class Transformer(nn.Module):
         if before:
             x = run.smear(x, self.smear_gate.weight, self.smear_lambda, before.previous)
         else:
-            x = run.smear(x, self.smear_gate.weight, self.smear_lambda)
+            x = run.smear(x, self.smear_gate.weight, self.smear_lambda, **documents)
         x0, middle = x, x
         residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
-        masks = self._masks(token_ids) if regions else [None] * len(self.blocks)
+        masks = self._masks(token_ids, segments) if regions else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
                 value = self.value_embeddings[str(i)](token_ids).to(dtype)
             past = (before.layers[i],) if before else ()
-            x = run.block(block, x, x0, value, rotary, residual[i], inputs[i], masks[i], *past)
+            scales = residual[i], inputs[i]
+            x = run.block(block, x, x0, value, rotary, *scales, masks[i], *past, **documents)
             if i == self.config.num_layers // 2:
                 middle = x
         return run.back_out(x, middle, self.backout_lambda)
 
-    def _masks(self, token_ids: Tensor) -> list[Any]:
+    def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:
         """Return one prepared mask a layer, for compiled regions."""
-        length, device = token_ids.size(1), token_ids.device
-        return [prepare_mask(length, w, device, self.backend) for w in self.config.windows]
+        length, device, windows = token_ids.size(1), token_ids.device, self.config.windows
+        if segments is not None:
+            made = {w: prepare_document_mask(segments, w, self.backend) for w in set(windows)}
+            return [made[w] for w in windows]
+        return [prepare_mask(length, w, device, self.backend) for w in windows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the unembedding's input (..., C) to capped float32 logits (..., vocab_size)."""
