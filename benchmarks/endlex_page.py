@@ -148,8 +148,9 @@ def measure(url: str, runs: list[str], seconds: float) -> dict[str, Any]:
             page = browser.new_page(viewport={"width": 1440, "height": 900})
             page.goto(address)
             wait_for_data(page)
+            before = count_draws(page)
             frames = move_charts(page, seconds)
-            result[name] = summarize(frames)
+            result[name] = {**summarize(frames), "draws": count_draws(page) - before}
             print(f"{name}: {result[name]}")
             page.close()
         browser.close()
@@ -164,6 +165,11 @@ def wait_for_data(page: Any) -> None:
         ".every((chart) => chart.lines.every((line) => line.x.length > 0))",
         timeout=120_000,
     )
+
+
+def count_draws(page: Any) -> int:
+    """Return how often the moved chart was drawn: frames in which nothing moves are free."""
+    return int(page.evaluate("() => endlexCharts.find((chart) => chart.built).draws"))
 
 
 def move_charts(page: Any, seconds: float) -> list[float]:

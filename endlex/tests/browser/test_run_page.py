@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -335,3 +336,29 @@ def test_a_finger_drags_a_zoomed_chart(
         touch("touchMove", share)
     touch("touchEnd")
     wait_for_chart(page, "train/loss", f"chart.view.from > {before['from'] + 10}")
+
+
+def test_a_verified_checkpoint_has_links_to_its_files(page: Any, charts: Any) -> None:
+    content = b"weights" * 1000
+    sha256 = hashlib.sha256(content).hexdigest()
+    assert charts.client.put(f"/parts/{sha256}", content=content).status_code == 201
+    part = {"sha256": sha256, "bytes": len(content)}
+    file = {"path": "model/weights.bin", "bytes": len(content), "sha256": sha256, "parts": [part]}
+    manifest = {"protocol": 2, "name": "step-5", "step": 5, "created": 1.7e9, "files": [file]}
+    manifest |= {"aliases": ["best"], "metadata": {"val/bpb": 0.9}}
+    answer = charts.client.put(f"/runs/{RUN}/checkpoints/step-5", json=manifest)
+    assert answer.status_code in (200, 201, 202), answer.text
+    files = [{"path": "model/weights.bin", "bytes": 7000}]
+    charts.record(RUN, "checkpoint", step=9, name="step-9", files=files, aliases=[], metadata={})
+    open_run(page, charts, "#checkpoints")
+    waiting, verified = page.locator(".checkpoint").all()
+    expect(waiting.locator(".badge")).to_have_text("not here yet")
+    expect(verified.locator(".badge")).to_have_text("✓ verified")
+    expect(verified).to_contain_text("6.8 KiB")
+    expect(verified.locator(".tag")).to_have_text("best")
+    verified.locator("summary").click()
+    with page.expect_download() as download:
+        verified.get_by_role("link", name="model/weights.bin").click()
+    assert download.value.path().read_bytes() == content
+    waiting.locator("summary").click()
+    expect(waiting.locator(".files")).to_contain_text("Nothing more is known")

@@ -34,6 +34,19 @@ def test_the_data_inside_is_what_was_given() -> None:
     assert data["series"][HOSTILE]["time"]["x"] == [1e9, 1e9 + 1]
 
 
+def test_a_run_of_many_metrics_gets_fewer_points_of_each() -> None:
+    asked = []
+
+    def reader(names: Sequence[str], x: str, points: int) -> Mapping[str, Mapping[str, Any]]:
+        asked.append(points)
+        return dict.fromkeys(names, {})
+
+    for count in (1, 400, 5000):
+        metrics = [{"name": f"m{number}"} for number in range(count)]
+        html_export.render({**RUN, "metrics": metrics}, reader)
+    assert asked == [2000, 2000, 500, 500, 200, 200]
+
+
 def test_nothing_given_ends_an_element_or_asks_for_anything() -> None:
     plain = html_export.render({**RUN, "name": "plain", "metrics": []}, read_series)
     hostile = html_export.render(RUN, read_series, [{"step": 1, "name": "x", "text": HOSTILE}])

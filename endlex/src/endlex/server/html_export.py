@@ -21,6 +21,9 @@ from endlex.server.pages import CHART_ASSETS, STATIC, TEMPLATES
 ENTRY = "export_page.js"
 POINTS = 2000
 """Of each series; as many as a chart of the live page gets at first."""
+FEWEST_POINTS = 200
+MOST_POINTS = 200_000
+"""Of all series together, at about 40 bytes each, where the run has many metrics."""
 
 SeriesReader = Callable[[Sequence[str], str, int], Mapping[str, Mapping[str, Any]]]
 """(metrics, x, points) to what `GET /series` has under "series"; x is "step" or "time"."""
@@ -47,8 +50,9 @@ def render(
         alerts: open ones, as `GET /alerts` answers.
     """
     names = [metric["name"] for metric in run["metrics"]]
-    by_step = read_series(names, "step", POINTS)
-    by_time = read_series(names, "time", POINTS)
+    points = max(FEWEST_POINTS, min(POINTS, MOST_POINTS // max(1, len(names))))
+    by_step = read_series(names, "step", points)
+    by_time = read_series(names, "time", points)
     data = {
         "run": dict(run),
         "series": {name: {"step": by_step[name], "time": by_time[name]} for name in names},

@@ -9,6 +9,7 @@ import { el } from "./dom.js";
 import { cancelDraw, requestDraw } from "./frames.js";
 import {
   includeValues, markNonFinite, padBounds, pixelScale, strokeLine, visibleSpan,
+  withoutOutliers,
 } from "./plot_lines.js";
 
 const HEIGHT = 210;
@@ -205,12 +206,10 @@ export class Chart {
 
   valueBounds(view) {
     const bounds = [Infinity, -Infinity];
-    for (const line of this.lines) {
-      if (line.hidden || !line.loaded) continue;
-      const series = line.shown(this.view);
-      includeValues(bounds, series.x, series.y, view.from, view.to, this.isLogY());
-    }
-    return bounds;
+    const shown = this.lines.filter((line) => line.loaded && !line.hidden);
+    const spans = shown.map((line) => ({ ...line.shown(this.view), ...view }));
+    for (const { x, y, from, to } of spans) includeValues(bounds, x, y, from, to, this.isLogY());
+    return this.settings.fit ? withoutOutliers(bounds, spans, this.isLogY()) : bounds;
   }
 
   drawLines() {

@@ -10,7 +10,7 @@ import { compareText } from "./format.js";
 import { SeriesLoader } from "./series_loader.js";
 
 const FIRST_GROUPS = ["train", "val", "eval", "core"];
-const DEFAULTS = { x: "step", smoothing: 0, logX: false, logY: false, pan: false, together: true };
+const DEFAULTS = { x: "step", smoothing: 0, logX: false, logY: false, fit: false, pan: false, together: true };
 const boards = new Set();
 
 export class ChartBoard {
@@ -135,7 +135,7 @@ export class ChartBoard {
 
   change(settings) {
     const sameX = settings.x === undefined || settings.x === this.settings.x;
-    const redrawOnly = Object.keys(settings).every((name) => ["smoothing", "pan", "together"].includes(name));
+    const redrawOnly = Object.keys(settings).every((name) => ["smoothing", "fit", "pan", "together"].includes(name));
     Object.assign(this.settings, settings);
     remember(`board.${this.key}`, this.settings);
     if (!sameX) this.changeX();

@@ -34,6 +34,7 @@ export function boardToolbar(board) {
     smoothingSlider(board),
     toggle(board, "logX", "log x", "Logarithmic x axis"),
     toggle(board, "logY", "log y", "Logarithmic y axis"),
+    toggle(board, "fit", "fit y", "Let the y axis leave out the lowest and highest 2.5 % of values"),
     toggle(board, "together", "zoom together", "Zoom every chart along"),
     toggle(board, "pan", "drag pans", "Dragging moves instead of zooming (so does Shift-drag)"),
     el(

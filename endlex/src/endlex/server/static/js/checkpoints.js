@@ -44,7 +44,8 @@ function card(source, run, checkpoint) {
 
 async function fill(box, source, run, checkpoint) {
   try {
-    const answer = source.live ? await source.checkpoint(run, checkpoint.name) : {};
+    const known = source.live && checkpoint.state !== "announced";
+    const answer = known ? await source.checkpoint(run, checkpoint.name) : {};
     const manifest = answer.manifest || answer;
     const published = checkpoint.state === "published" && source.live;
     const rows = (manifest.files || []).map((file) =>

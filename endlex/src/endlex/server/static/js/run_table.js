@@ -79,11 +79,16 @@ export function headerRow(columns, { sort, descending, onsort, allSelected, onse
       return el(
         "th",
         { scope: "col", class: `cell-${column.key.split(":")[0]}`, "aria-sort": on ? (descending ? "descending" : "ascending") : "none" },
-        el("button", { type: "button", class: on ? "sort on" : "sort", title: `Sort by ${column.label}`, onclick: () => onsort(column) }, column.label, el("span", { class: "arrow", "aria-hidden": "true" }, on ? (descending ? "↓" : "↑") : "")),
+        el("button", { type: "button", class: on ? "sort on" : "sort", title: `Sort by ${column.label}`, onclick: () => onsort(column) }, breakable(column.label), el("span", { class: "arrow", "aria-hidden": "true" }, on ? (descending ? "↓" : "↑") : "")),
       );
     }),
     el("th", { scope: "col", class: "cell-actions" }, el("span", { class: "offscreen" }, "Actions")),
   );
+}
+
+// Long metric names may break after a slash, and nowhere else.
+function breakable(name) {
+  return name.split(/(?<=\/)/).flatMap((part, index) => (index ? [el("wbr"), part] : [part]));
 }
 
 // `place` is the run's colour; `act` has patch(run, changes), archive, remove, pickTag.
