@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -49,7 +49,9 @@ class StepSettings:
 class Cadence:
     """When the loop does more than train; None is never, the end excepted."""
 
-    num_iterations: int
+    num_iterations: int | Callable[[int], int]
+    """Steps in all; where the data decides, an estimate of them by the steps done, which is their
+    number itself once the data is used up."""
     grad_accum_steps: int
     tokens_per_step: int
     """Over all ranks."""
@@ -57,6 +59,11 @@ class Cadence:
     eval_every: int | None = None
     sample_every: int | None = None
     save_every: int | None = None
+
+    def steps_in_all(self, step: int) -> int:
+        """Return how many steps the run has, as far as is known after `step` of them."""
+        given = self.num_iterations
+        return given(step) if callable(given) else given
 
 
 @dataclass
@@ -102,6 +109,9 @@ class Recipe(Protocol):
         """Return the micro-batch's mean loss."""
 
     def settings(self, step: int) -> StepSettings: ...
+
+    def step_metrics(self) -> Mapping[str, float]:
+        """Return what else to log of the step that is done, by name."""
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Return metrics by name; `val/bpb` is the one whose best value is kept."""
@@ -154,7 +164,7 @@ class Loop:
         with stop.listening(), self._without_gc(), explained_memory():
             while True:
                 step = self.state.step
-                finished = step == self.cadence.num_iterations
+                finished = step == self.cadence.steps_in_all(step)
                 if finished or _due(self.cadence.save_every, step):
                     self._save()
                 if not stop.asked and (finished or _due(self.cadence.eval_every, step)):
@@ -234,15 +244,17 @@ class Loop:
                 "train/flops": self.state.flops,
                 "train/memory_bytes": self.runtime.peak_memory_bytes(),
             }
-            | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}),
+            | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
+            | dict(self.recipe.step_metrics()),
             step,
         )
-        steady, steps_left = self._steady(), self.cadence.num_iterations - self.state.step
+        steps = self.cadence.steps_in_all(self.state.step)
+        steady, steps_left = self._steady(), steps - self.state.step
         known = bool(steady) or steps_left == 0
         self.progress.step(
             StepReport(
                 step=self.state.step,
-                num_iterations=self.cadence.num_iterations,
+                num_iterations=steps,
                 loss=smooth,
                 lr_multiplier=settings.lr_multiplier,
                 tokens_per_second=rate,

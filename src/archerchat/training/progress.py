@@ -65,7 +65,8 @@ class ProgressLine:
             f"{report.tokens_per_second:,.0f} tok/s | mfu {100 * report.mfu:.1f} % | "
             f"{_duration(report.seconds_left)} left"
         )
-        self._bar.update(self._task, completed=report.step, description=line)
+        total = report.num_iterations  # may be an estimate that changes
+        self._bar.update(self._task, completed=report.step, total=total, description=line)
         if self._live:
             return
         now = time.monotonic()

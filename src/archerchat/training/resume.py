@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from archerchat.checkpoint import (
@@ -20,7 +21,6 @@ from archerchat.checkpoint import (
     list_checkpoints,
     load_checkpoint,
 )
-from archerchat.data.loader import LoaderState, TokenLoader
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.optim.schedule import Schedule
 
@@ -37,15 +37,19 @@ EXTENDABLE = (
 
 
 def find_start(
-    directory: Path, identity: Mapping[str, Any], step: int | None, extend: bool
+    directory: Path,
+    identity: Mapping[str, Any],
+    step: int | None,
+    extend: bool,
+    extendable: tuple[str, ...] = EXTENDABLE,
 ) -> Checkpoint | None:
     """Load the checkpoint to go on from, or return None where there is none yet.
 
     Args:
         directory: of the model's checkpoints.
-        identity: of the run that is asked for.
+        identity: of the run that is asked for; `num_iterations` is None where its data ends it.
         step: a certain checkpoint; None takes the latest.
-        extend: allow the differences that `EXTENDABLE` names.
+        extend: allow the differences that `extendable` names.
 
     Raises:
         UsageError: the run there is another one, and how; or there is no such step; or it is past
@@ -66,18 +70,19 @@ def find_start(
             "choose another --model-tag for a new run"
         )
     differences = compare_configs(meta["identity"], identity)
-    refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
+    refused = [d for d in differences if not (extend and d.startswith(extendable))]
     if refused:
-        allowed = all(d.startswith(EXTENDABLE) for d in refused)
+        allowed = all(d.startswith(extendable) for d in refused)
         remedy = "go on with the new settings by --extend, or " if allowed and not extend else ""
         raise UsageError(
             f"{path} belongs to a different run: {'; '.join(refused)}. Use the saved settings to "
             f"resume it exactly, {remedy}choose another --model-tag for a new run"
         )
     start = load_checkpoint(path)
-    if start.step > identity["num_iterations"]:
+    horizon = identity["num_iterations"]
+    if horizon is not None and start.step > horizon:
         raise UsageError(
-            f"{path} is past the horizon of {identity['num_iterations']} steps: give more steps, "
+            f"{path} is past the horizon of {horizon} steps: give more steps, "
             "or an earlier checkpoint by --resume-from-step"
         )
     return start
@@ -145,14 +150,28 @@ def changed_circumstances(saved: Mapping[str, Any], current: Mapping[str, Any]) 
     )
 
 
-def restore_loader(loader: TokenLoader, checkpoint: Checkpoint, extend: bool) -> None:
+class LoaderState(Protocol):
+    """Everything that decides a loader's next batch."""
+
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]: ...
+    def from_parts(self, value: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Any: ...
+
+
+class Loader(Protocol):
+    """What a checkpoint needs of a loader."""
+
+    def state(self) -> LoaderState: ...
+    def restore(self, state: Any, *, extend: bool) -> None: ...
+
+
+def restore_loader(loader: Loader, checkpoint: Checkpoint, extend: bool) -> None:
     """Set the loader to the batch that follows the checkpoint.
 
     Raises:
         CheckpointError: the data or the packing are not those of the run.
     """
     arrays = {name: tensor.numpy() for name, tensor in checkpoint.tensors["loader"].items()}
-    loader.restore(LoaderState.from_parts(checkpoint.meta["loader"], arrays), extend=extend)
+    loader.restore(loader.state().from_parts(checkpoint.meta["loader"], arrays), extend=extend)
 
 
 def rng_tensors() -> dict[str, Tensor]:

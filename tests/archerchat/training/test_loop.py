@@ -66,6 +66,9 @@ class StubRecipe:
         self.note(f"step {step}")
         return StepSettings(1.0, 0.9, 0.0)
 
+    def step_metrics(self) -> Mapping[str, float]:
+        return {"stub/batches": float(self.batches)}
+
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.note(f"evaluate {step}")
         return {"val/bpb": 3.0 - abs(step - 2) / 10}
