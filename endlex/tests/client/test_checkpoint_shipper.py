@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import parts, staging
+from endlex.client import manifests, parts, staging
 from endlex.client.checkpoint_shipper import CheckpointShipper, send_staged
 from endlex.client.journal import read_run
-from endlex.client.parts import CheckpointFailed, FileChanged, manifest_path
+from endlex.client.manifests import CheckpointFailed, FileChanged, manifest_path
 from endlex.client.staging import read_note, staged_names
 from endlex.client.transport import Backoff, Refused, Retry, Transport
 
@@ -25,7 +25,7 @@ PART = 64 * 1024
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", PART)
+    monkeypatch.setattr(manifests, "PART_BYTES", PART)
     monkeypatch.setattr("endlex.client.transport.SEND_BYTES", 8 * 1024)
     monkeypatch.setattr(parts, "Backoff", lambda: Backoff(0.001, 0.01))
     monkeypatch.setattr(parts, "VERIFY_SECONDS", (0.001, 0.01))
@@ -147,7 +147,7 @@ def test_a_file_rewritten_in_place_is_reported_and_never_published(
     source = checkpoint(tmp_path / "step_1", 3 * PART)
     name = run.save(source, step=1)
     if when == "after hashing":
-        parts.staged_manifest(run.directory, name)  # type: ignore[arg-type]
+        manifests.staged_manifest(run.directory, name)  # type: ignore[arg-type]
     with (source / "model.bin").open("r+b") as file:
         file.write(b"changed")
         if when == "shorter":
@@ -164,7 +164,7 @@ def test_a_change_that_the_time_does_not_show_is_found_by_the_hash(
     monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
     source = checkpoint(tmp_path / "step_1", 3 * PART)
     name = run.save(source, step=1)
-    parts.staged_manifest(run.directory, name)  # type: ignore[arg-type]
+    manifests.staged_manifest(run.directory, name)  # type: ignore[arg-type]
     before = (source / "model.bin").stat()
     with (source / "model.bin").open("r+b") as file:
         file.write(b"changed")

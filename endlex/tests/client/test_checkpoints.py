@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import downloads, parts
+from endlex.client import downloads, manifests
 from endlex.client.checkpoints import (
     pull_checkpoint,
     push_checkpoint,
@@ -18,7 +18,7 @@ from endlex.client.checkpoints import (
     verify_directory,
 )
 from endlex.client.journal import session_files
-from endlex.client.parts import CheckpointFailed
+from endlex.client.manifests import CheckpointFailed
 from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
 from endlex.client.transport import Refused, Transport, Unreachable
 from endlex.protocol import EndlexError
@@ -29,7 +29,7 @@ PART = 64 * 1024
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART_BYTES", PART)
+    monkeypatch.setattr(manifests, "PART_BYTES", PART)
 
 
 def checkpoint(folder: Path, size: int = 5 * PART + 7) -> Path:

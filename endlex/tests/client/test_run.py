@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import endlex
-from endlex.client.journal import read_run, session_files
+from endlex.client.journal import Journal, read_run, session_files
 from endlex.protocol import MAX_BATCH_BYTES, MAX_NAME_CHARS, MAX_TEXT_CHARS, decode_number
 
 
@@ -100,6 +100,10 @@ def test_a_step_that_is_not_given_follows_the_last_also_of_the_session_before(
     assert [r["step"] for r in of_type(run, "metrics")] == [0, 10, 11]
     assert of_type(run, "text")[0]["step"] == 11
     run.finish()
+    assert run.directory is not None
+    system = Journal(run.directory, {"kind": "system"})  # whose steps are seconds
+    system.append("metrics", {"step": 5000, "values": {"system/load": 1.0}})
+    system.close()
     again = endlex.init("p", "d4", directory=run.directory)
     again.log_text("sample", "before any metric of this session")
     again.log({"loss": 1.0})

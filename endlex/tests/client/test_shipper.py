@@ -203,6 +203,17 @@ def test_a_refused_token_is_said_and_tried_again_rarely(
     assert "401" in capfd.readouterr().err
 
 
+def test_what_keeps_the_shipper_from_starting_is_said_at_the_end(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, until: Until
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", "ftp://example.org")
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 0.1)
+    run = endlex.init("p", "d4", directory=directory)
+    until(lambda: read_state(directory).get("state") == "failed")
+    run.finish()
+    assert "URL 'ftp://example.org' must look like https://host[:port]" in capfd.readouterr().err
+
+
 def test_a_new_session_is_taken_up_by_the_shipper_that_is_there(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
@@ -314,18 +325,18 @@ def test_a_full_disk_on_this_side_stops_no_shipping(
 def test_a_full_disk_delays_a_checkpoint_and_does_not_lose_it(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from endlex.client import parts
+    from endlex.client import manifests
     from endlex.client.checkpoint_shipper import CheckpointShipper
     from endlex.client.transport import Transport
 
-    write, refusals = parts.write_whole, iter([OSError("No space left on device")])
+    write, refusals = manifests.write_whole, iter([OSError("No space left on device")])
 
     def limited(*arguments: Any) -> None:
         for error in refusals:
             raise error
         write(*arguments)
 
-    monkeypatch.setattr(parts, "write_whole", limited)
+    monkeypatch.setattr(manifests, "write_whole", limited)
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "weights").write_bytes(b"w")
     name = run.save(tmp_path / "weights", step=1)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endlex.client.parts import CheckpointFailed, PartSource, Upload, staged_manifest
+from endlex.client.manifests import CheckpointFailed, staged_manifest
+from endlex.client.parts import PartSource, Upload
 from endlex.client.shipping import say
 from endlex.client.staging import read_note, staged_names, unstage
 from endlex.client.stopping import Stop

@@ -9,14 +9,8 @@ from typing import Any, Literal
 
 from endlex.client.downloads import fetch_manifest, pull_checkpoint
 from endlex.client.journal import parse_record, session_files, writer_is_alive
-from endlex.client.parts import (
-    PartSource,
-    Progress,
-    Upload,
-    build_manifest,
-    load_manifest,
-    manifest_path,
-)
+from endlex.client.manifests import build_manifest, load_manifest, manifest_path
+from endlex.client.parts import PartSource, Progress, Upload
 from endlex.client.run_directory import read_run_file
 from endlex.client.session_sync import SessionSync
 from endlex.client.shipping import shipper_process

@@ -270,7 +270,7 @@ def first_record(path: Path) -> dict[str, Any] | None:
     return parse_record(line) if line.endswith(b"\n") else None
 
 
-def last_records(path: Path, tail: int = 65536) -> list[dict[str, Any]]:
+def last_records(path: Path, tail: int = 2**20) -> list[dict[str, Any]]:
     """The records whose lines lie wholly in the last `tail` bytes of a journal's content."""
     end = content_length(path)
     with path.open("rb") as file:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from endlex.client import exits
-from endlex.client.journal import Journal, last_records, session_files
+from endlex.client.journal import Journal, first_record, last_records, session_files
 from endlex.client.values import MetricKeys, checked_step, encode_members, plain
 from endlex.protocol import (
     CHECKPOINT,
@@ -20,6 +20,7 @@ from endlex.protocol import (
     MAX_TEXT_CHARS,
     METRICS,
     STATUSES,
+    SYSTEM,
     TABLE,
     TEXT,
     EndlexError,
@@ -263,9 +264,10 @@ class Run:
         if self.directory is None:
             return -1
         for path in reversed(session_files(self.directory)):
+            if (first_record(path) or {}).get("kind") == SYSTEM:
+                continue  # whose steps are seconds
             for record in reversed(last_records(path)):
-                is_metrics = record["type"] == METRICS and isinstance(record.get("step"), int)
-                if is_metrics and not path.stem.endswith(self.session):
+                if record["type"] == METRICS and isinstance(record.get("step"), int):
                     return int(record["step"])
         return -1
 

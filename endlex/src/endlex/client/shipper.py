@@ -42,7 +42,7 @@ LOCK_SECONDS = 10.0
 NICENESS = 10
 """Added to the process's: the trainer comes first."""
 
-SHIPPING, WAITING, DONE = "shipping", "waiting", "done"
+SHIPPING, WAITING, DONE, FAILED = "shipping", "waiting", "done", "failed"
 
 
 class Shipper:
@@ -199,6 +199,8 @@ def main(arguments: list[str]) -> int:
             Shipper(directory, Transport(url, server_token()), stop).run()
         except EndlexError as error:
             say(str(error))
+            state = {"state": FAILED, "pid": os.getpid(), "error": str(error)}
+            write_whole(directory / SHIPPER_STATE, json.dumps(state).encode(), durable=False)
             return 1
     return 0
 

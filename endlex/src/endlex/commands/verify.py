@@ -16,7 +16,7 @@ from typing import Any
 
 from endlex.client.checkpoints import Missing, verify_directory
 from endlex.client.journal import content_length, session_files
-from endlex.client.parts import manifest_path
+from endlex.client.manifests import manifest_path
 from endlex.client.staging import staged_names
 from endlex.client.transport import Retry, Transport, TransportError
 from endlex.commands.rendering import count, format_bytes, print_json, printable
