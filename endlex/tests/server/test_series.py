@@ -36,6 +36,10 @@ def test_points_come_back_in_order_whatever_the_chunks(box: Any) -> None:
     assert found["x"] == list(range(step))
     assert found["y"] == pytest.approx(expected, rel=1e-8)
     assert (found["count"], found["sampled"], found["nonfinite"]) == (step, False, [])
+    reader = box.client.app.state.server.database.reader()
+    counts = [n for (n,) in reader.execute("SELECT count FROM chunk ORDER BY pk")]
+    chunks = [1000] * (step // 1000) + [step % 1000] * (step % 1000 > 0)
+    assert counts == 2 * chunks, "chunks fill up before another begins"
 
 
 def test_metrics_of_different_records_keep_their_order(box: Any) -> None:
