@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ from endlex.server.settings import Settings
 Cli = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a server with no token, on a free port."""
-    app = build_app(tmp_path_factory.mktemp("data"), Settings(min_free_bytes=0))
+@contextmanager
+def serving(data: Path, settings: Settings) -> Iterator[str]:
+    """Run a server in a thread, on a free port; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    runner = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
+    config = uvicorn.Config(build_app(data, settings), log_level="error", access_log=False)
+    runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 60
@@ -36,6 +37,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     runner.should_exit = True
     thread.join(30)
     listener.close()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server with no token."""
+    with serving(tmp_path_factory.mktemp("data"), Settings(min_free_bytes=0)) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def closed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of a server that asks everyone for a token, and its data directory."""
+    data = tmp_path_factory.mktemp("closed")
+    with serving(data, Settings(min_free_bytes=0, public=True)) as url:
+        yield url, data
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from endlex.cli import COMMANDS, IMPORTS, TOKENS, build_parser
 
 SOURCES = Path(endlex.__file__).parent
 QUOTED = re.compile(r"`(endlex [^`]+)`|: (endlex [a-z]+ .*)$")
-PLACEHOLDERS = {"N": "1", "STEP": "1", "SCOPE": "write"}
+PLACEHOLDERS = {"N": "1", "STEP": "1", "SCOPE": "write", "PORT": "0"}
 
 
 def strings(tree: ast.AST) -> Iterator[str]:
@@ -50,6 +51,37 @@ def test_a_command_that_is_written_somewhere_parses(command: str) -> None:
     assert words[0] in names, command
     if words[1:] not in ([], ["create"]):  # a bare name, as in "see `endlex pull`", is enough
         parser.parse_args(words)
+
+
+DOCUMENTS = [
+    path
+    for path in [*SOURCES.parents[1].glob("*.md"), *SOURCES.parents[1].glob("docs/*.md")]
+    if path.is_file()
+]
+SHELL_BLOCK = re.compile(r"^ *```bash\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def documented_commands() -> list[list[str]]:
+    """The words of every `endlex` command in the documentation's shell blocks."""
+    found = []
+    for path in DOCUMENTS:
+        for block in SHELL_BLOCK.findall(path.read_text(encoding="utf-8")):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                words = words[3:] if words[:1] == ["sudo"] else words
+                if words and Path(words[0]).name == "endlex":
+                    found.append(words[1 : words.index("&&") if "&&" in words else None])
+    return found
+
+
+def test_every_command_is_documented() -> None:
+    shown = {words[0] for words in documented_commands()}
+    assert shown == {name for name, *_ in COMMANDS} | {"import", "token"}
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
+def test_a_command_of_the_documentation_parses(words: list[str]) -> None:
+    build_parser().parse_args([PLACEHOLDERS.get(word, word) for word in words])
 
 
 @pytest.mark.parametrize("entry", [*COMMANDS, *IMPORTS, *TOKENS], ids=lambda entry: entry[0])

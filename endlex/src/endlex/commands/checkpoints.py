@@ -41,7 +41,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
     line.clear()
     print(
         f"{directory}: checkpoint {checkpoint['name']} (step {checkpoint['step']:,}, {size}) of "
-        f"{found['project']}/{found['name']}, every hash verified"
+        f"run {found['run']}, every hash verified"
     )
     print(_join_run(directory, found))
     return 0

@@ -108,7 +108,7 @@ def _with_hint(error: Refused) -> Refused:
     hint = (
         TOKEN_HINT
         if error.status == 401
-        else "the token has another scope: ask for one that has it"
+        else "names are looked up with the scope read: give a run's id, or another token"
     )
     return Refused(f"{error}; {hint}", error.status, error.content)
 
