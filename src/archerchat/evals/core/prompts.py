@@ -1,0 +1,171 @@
+"""From a task's examples to token ids, with the span of each prompt that is scored.
+
+A prompt is the few-shot examples and the question with an answer, joined by blank lines, after
+BOS; an example has a prompt an option. The same few-shot example stands in many prompts, so each
+is tokenized once: after a line's end the split pattern starts afresh at the next character that
+is not whitespace, so blocks can be tokenized apart and put together. With another pattern, or
+where a block begins with whitespace, the whole text is tokenized instead.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from archerchat.errors import DataError
+from archerchat.evals.core.bundle import Example, Task
+from archerchat.tokenizer.bpe import SPLIT_PATTERN, Tokenizer
+
+SHUFFLE_SEED = 1337
+FEWSHOT_SEED = 1234
+BLANK_LINE = "\n\n"
+
+Ids = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One option's token ids; those from `start` on are scored."""
+
+    token_ids: Ids
+    start: int
+    """From 1 to the length: what stands at it is predicted from what stands before."""
+
+
+def choose_examples(examples: Sequence[Example], task: Task, cap: int | None) -> list[Example]:
+    """Shuffle a task's examples as CORE does, and take the first `cap`.
+
+    A cap that leaves no room for the few-shot examples beside the one that is asked is raised.
+
+    Raises:
+        DataError: there are too few examples whatever the cap.
+    """
+    least = task.num_fewshot + 1
+    if len(examples) < least:
+        raise DataError(
+            f"task {task.label}: {task.path} has {len(examples)} examples, but {task.num_fewshot} "
+            f"shots need at least {least}"
+        )
+    shuffled = list(examples)
+    random.Random(SHUFFLE_SEED).shuffle(shuffled)
+    return shuffled if cap is None else shuffled[: max(cap, least)]
+
+
+def fewshot_indices(index: int, count: int, shots: int) -> list[int]:
+    """Draw which of `count` examples go before example `index`.
+
+    The same draw as `sample` makes from a list of the others, without making the list.
+    """
+    drawn = random.Random(FEWSHOT_SEED + index).sample(range(count - 1), shots)
+    return [j + (j >= index) for j in drawn]
+
+
+class Prompter:
+    """Make the prompts of one task.
+
+    Args:
+        examples: all that are evaluated, in order; the few-shot examples come from them too.
+        max_length: longer prompts lose tokens on the left; None keeps them whole.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        max_length: int | None = None,
+    ) -> None:
+        self.task, self.examples, self.tokenizer = task, examples, tokenizer
+        self.max_length = max_length
+        self.cropped = 0
+        """Examples that lost tokens so far."""
+        self._piecewise = tokenizer.pattern == SPLIT_PATTERN
+        self._shots: dict[int, tuple[str, list[int]]] = {}
+        self._bos = [tokenizer.bos_id]
+
+    def prompts(self, index: int) -> list[Prompt]:
+        """Return an example's prompts, one an option.
+
+        Raises:
+            DataError: its prompt without the continuation is no prefix of the one with it.
+        """
+        example = self.examples[index]
+        chosen = fewshot_indices(index, len(self.examples), self.task.num_fewshot)
+        if self.task.task_type == "language_modeling":
+            prompts = [self._continuation(index, chosen, example)]
+        else:
+            last = [
+                question + self.task.delimiter + answer
+                for question in example.questions
+                for answer in example.answers
+            ]
+            rows = self._encode(chosen, last)
+            if self.task.task_type == "multiple_choice":
+                starts = [common_prefix(rows)] * len(rows)
+            else:
+                suffix = min(common_prefix([row[::-1] for row in rows]), min(map(len, rows)) - 1)
+                starts = [len(row) - suffix for row in rows]
+            prompts = [Prompt(row, start) for row, start in zip(rows, starts, strict=True)]
+        return self._crop(prompts)
+
+    def _continuation(self, index: int, chosen: list[int], example: Example) -> Prompt:
+        """Return the prompt of language modelling; the delimiter's last space is scored too."""
+        context = example.questions[0].strip() + self.task.delimiter
+        before = context.rstrip()
+        first = self._shot(chosen[0])[0] if chosen else context
+        if before and not before[0].isspace() and not first[:1].isspace():
+            without, whole = self._encode(chosen, [before, context + example.answers[0]])
+        else:  # stripping reaches beyond the last block
+            shots = "".join(self._shot(j)[0] for j in chosen)
+            texts = ((shots + context).strip(), shots + context + example.answers[0])
+            without, whole = self._encode([], texts)
+        if not np.array_equal(without, whole[: len(without)]):
+            raise DataError(
+                f"task {self.task.label}: the tokens before the continuation of example {index} "
+                f"({example.answers[0]!r} after {example.questions[0][-40:]!r}) change with it, so "
+                "it cannot be scored: put a space between them, or leave the example out"
+            )
+        return Prompt(whole, len(without))
+
+    def _encode(self, chosen: Sequence[int], last: Sequence[str]) -> list[Ids]:
+        """Tokenize the few-shot examples followed by each of `last`."""
+        shots = [self._shot(j) for j in chosen]
+        starts = [text for text, _ in shots[1:]] + (list(last) if shots else [])
+        if self._piecewise and not any(text[:1].isspace() or not text for text in starts):
+            shared = self._bos + [i for _, ids in shots for i in ids]
+            return [np.array(shared + self.tokenizer.encode(t), dtype=np.int32) for t in last]
+        before = "".join(text for text, _ in shots)
+        return [np.array(self._bos + self.tokenizer.encode(before + t), np.int32) for t in last]
+
+    def _shot(self, index: int) -> tuple[str, list[int]]:
+        """Return a solved example with the blank line after it, as text and as token ids."""
+        if index not in self._shots:
+            example = self.examples[index]
+            question = example.questions[example.gold if len(example.questions) > 1 else 0]
+            answer = example.answers[example.gold if len(example.answers) > 1 else 0]
+            if self.task.task_type == "language_modeling":
+                question = question.strip()
+            text = question + self.task.delimiter + answer + BLANK_LINE
+            self._shots[index] = text, self.tokenizer.encode(text) if self._piecewise else []
+        return self._shots[index]
+
+    def _crop(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Shorten an example's prompts by as much as its longest is too long."""
+        excess = max(len(p.token_ids) for p in prompts) - (self.max_length or 2**62)
+        if excess <= 0:
+            return prompts
+        self.cropped += 1
+        return [Prompt(p.token_ids[excess:], max(1, p.start - excess)) for p in prompts]
+
+
+def common_prefix(rows: Sequence[Ids]) -> int:
+    """Return how many leading tokens all rows share."""
+    shortest = min(len(row) for row in rows)
+    same = np.ones(shortest, dtype=bool)
+    for row in rows[1:]:
+        same &= row[:shortest] == rows[0][:shortest]
+    return shortest if same.all() else int(same.argmin())
