@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from archerchat.artifacts import Home
 from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
@@ -63,8 +61,3 @@ def load_model(
         )
     model.to(runtime.device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, checkpoint.path, checkpoint.step, checkpoint.meta)
-
-
-def sampling_generator(seed: int) -> torch.Generator:
-    """Return a CPU generator, where draws are made whatever the model's device."""
-    return torch.Generator().manual_seed(seed)

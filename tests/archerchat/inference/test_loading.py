@@ -10,7 +10,7 @@ import torch
 
 from archerchat.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
-from archerchat.inference.loading import load_model, sampling_generator
+from archerchat.inference.loading import load_model
 from archerchat.runtime import Runtime, build_runtime
 from archerchat.tokenizer.bpe import train_tokenizer
 
@@ -95,8 +95,3 @@ def test_weights_of_another_shape_are_refused(trained_home: Any, runtime: Runtim
     save_checkpoint(directory, 5, saved.tensors, saved.meta)
     with pytest.raises(CheckpointError, match=r"does not hold a model: .*smear_lambda"):
         load_model(trained_home, runtime, "base", "tiny")
-
-
-def test_draws_are_repeatable() -> None:
-    first, again = (torch.rand(3, generator=sampling_generator(7)) for _ in range(2))
-    assert torch.equal(first, again)

@@ -1,0 +1,165 @@
+"""Draws follow the filtered distribution, and nothing but a row's own seed and position."""
+
+from __future__ import annotations
+
+import math
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from archerchat.inference.draws import Drawing, DrawPlan, DrawRules, row_seed, uniforms
+
+CPU = torch.device("cpu")
+LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])
+
+
+def draw(logits: Tensor, rules: list[DrawRules], positions: Tensor | None = None,
+         plan: DrawPlan | None = None) -> list[int]:  # fmt: skip
+    drawing = Drawing(len(rules), CPU)
+    for row, rule in enumerate(rules):
+        drawing.assign(row, rule)
+    if positions is None:
+        positions = torch.zeros(len(rules), dtype=torch.int64)
+    tokens: list[int] = drawing.draw(logits, positions, plan or DrawPlan.covering(rules)).tolist()
+    return tokens
+
+
+def shares(temperature: float, top_k: int | None = None, top_p: float | None = None,
+           logits: Tensor = LOGITS, count: int = 6000) -> Tensor:  # fmt: skip
+    rules = [DrawRules(temperature, top_k, top_p, row_seed(1, n)) for n in range(count)]
+    tokens = draw(logits.expand(count, -1), rules)
+    return torch.bincount(torch.tensor(tokens), minlength=logits.numel()) / count
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """Within four standard deviations of 6000 draws."""
+    bound = 4 * (expected * (1 - expected) / 6000).sqrt()
+    assert ((found - expected).abs() <= bound).all(), (found, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 3.0])
+def test_draws_follow_the_softmax_at_a_temperature(temperature: float) -> None:
+    close(shares(temperature), (LOGITS / temperature).softmax(0))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5, 6, 100])
+def test_top_k_keeps_so_many_lower_ids_first_among_equals(top_k: int) -> None:
+    kept = torch.tensor([1, 3, 2, 0, 5, 4])[:top_k]
+    expected = torch.full((6,), -math.inf).scatter(0, kept, LOGITS[kept]).softmax(0)
+    close(shares(1.0, top_k), expected)
+    flat = shares(1.0, top_k, logits=torch.zeros(6))
+    assert flat.nonzero().flatten().tolist() == list(range(min(top_k, 6)))
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [
+    (1e-6, [1]), (0.35, [1]), (0.40, [1, 3]), (0.75, [1, 3]), (0.85, [1, 3, 2]), (1.0, [*range(6)]),
+])  # fmt: skip
+def test_top_p_keeps_the_fewest_with_that_share(top_p: float, kept: list[int]) -> None:
+    """The shares are 0.372 twice, 0.137, 0.050, 0.031 and 0.007 (rounded)."""
+    index = torch.tensor(kept)
+    expected = torch.full((6,), -math.inf).scatter(0, index, LOGITS[index]).softmax(0)
+    close(shares(1.0, top_p=top_p), expected)
+
+
+def test_top_p_is_of_what_top_k_left() -> None:
+    """Of three tokens the shares are 0.42, 0.42 and 0.16: 0.8 takes two, as does 0.8 of all."""
+    kept = shares(1.0, top_k=3, top_p=0.85).nonzero().flatten().tolist()
+    assert kept == [1, 2, 3]
+    assert shares(1.0, top_k=3, top_p=0.8).nonzero().flatten().tolist() == [1, 3]
+    assert shares(1.0, top_k=1, top_p=0.99).nonzero().flatten().tolist() == [1]
+
+
+def test_temperature_0_takes_the_most_likely_beside_rows_that_draw() -> None:
+    rules = [DrawRules(0, 5, 0.5, 1), DrawRules(1.0, None, None, 2), DrawRules(0, None, None, 3)]
+    for position in range(20):
+        tokens = draw(LOGITS.expand(3, -1), rules, torch.full((3,), position))
+        assert tokens[0] == tokens[2] == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 9))
+def test_a_draw_does_not_depend_on_the_rows_around_it(seed: int, count: int) -> None:
+    random = Random(seed)
+    rules = [
+        DrawRules(
+            random.choice([0, 0.7, 1.0, 2.0]),
+            random.choice([None, 1, 3, 17, 50]),
+            random.choice([None, 0.2, 0.9, 1.0]),
+            row_seed(seed, n),
+        )
+        for n in range(count)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, 50, generator=generator) * 3
+    if random.random() < 0.5:
+        logits = logits.round()  # ties
+    positions = torch.randint(0, 2048, (count,), generator=generator)
+    together = draw(logits, rules, positions)
+    alone = [
+        draw(logits[n : n + 1], rules[n : n + 1], positions[n : n + 1])[0] for n in range(count)
+    ]
+    assert together == alone
+    everything = DrawPlan(drawn=True, top_k=64, top_p=True)
+    assert draw(logits, rules, positions, everything) == together
+
+
+def test_a_plan_is_the_least_that_covers() -> None:
+    def rule(temperature: float = 1.0, k: int | None = None, p: float | None = None) -> DrawRules:
+        return DrawRules(temperature, k, p, 0)
+
+    assert DrawPlan.covering([]) == DrawPlan.covering([rule(0, 9, 0.5)]) == DrawPlan()
+    assert DrawPlan.covering([rule(), rule(0)]) == DrawPlan(drawn=True)
+    assert DrawPlan.covering([rule(k=50), rule(k=3)]) == DrawPlan(drawn=True, top_k=64)
+    assert DrawPlan.covering([rule(k=64)]).top_k == 64
+    assert DrawPlan.covering([rule(k=1)]).top_k == 1
+    assert DrawPlan.covering([rule(p=0.9)]) == DrawPlan(drawn=True, top_p=True)
+
+
+def test_numbers_are_uniform_and_unrelated_in_seed_sample_and_position() -> None:
+    seeds = torch.tensor([row_seed(seed, sample) for seed in range(50) for sample in range(8)])
+    u = uniforms(seeds[:, None], torch.arange(64)[None, :])  # (400, 64)
+    assert u.dtype == torch.float32
+    assert ((u >= 0) & (u < 1)).all()
+    assert (u * 2**24 == (u * 2**24).round()).all()
+    counts = torch.histc(u, bins=20, min=0, max=1)
+    expected = u.numel() / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 43.8  # chi squared, 19 degrees, 0.1 %
+    along_positions = torch.corrcoef(torch.stack([u[:, :-1].flatten(), u[:, 1:].flatten()]))[0, 1]
+    along_seeds = torch.corrcoef(torch.stack([u[:-1].flatten(), u[1:].flatten()]))[0, 1]
+    assert abs(along_positions) < 0.025
+    assert abs(along_seeds) < 0.025
+    assert u.unique().numel() > 0.999 * u.numel() - 30
+
+
+def mixed(x: int) -> int:
+    """Wellons's lowbias32 on unsigned integers."""
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def test_numbers_never_change() -> None:
+    """A seed's answers stay the same from one version to the next, on every device."""
+    seeds, positions = [row_seed(0, 0), row_seed(42, 3), 2**63 - 1], [0, 5, 2**31]
+    assert row_seed(42, 3) != row_seed(42, 2)
+    assert all(0 <= row_seed(s, n) < 2**63 for s in (0, 1, 2**63 - 1) for n in range(3))
+    found = (uniforms(torch.tensor(seeds), torch.tensor(positions)) * 2**24).long().tolist()
+    for seed, position, bits in zip(seeds, positions, found, strict=True):
+        x = mixed((seed % 2**32) ^ 0x5BD1E995)
+        x = mixed(mixed(x ^ seed >> 32) ^ position)
+        assert bits == mixed(x ^ 0x27D4EB2F) >> 8
+    assert found == [2989746, 16474385, 197810]
+
+
+def test_the_rarest_tokens_can_be_reached_and_impossible_ones_cannot() -> None:
+    """A total that rounding makes smaller than the sum, at the end of a wide vocabulary."""
+    logits = torch.zeros(1, 32768)
+    logits[0, 20000:] = -math.inf
+    for position in range(100):
+        rules = [DrawRules(1.0, None, None, position)]
+        (token,) = draw(logits, rules, torch.tensor([position]))
+        assert 0 <= token < 20000
