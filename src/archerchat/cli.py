@@ -56,10 +56,16 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     },
     "plan": Command("commands.plan", "PlanConfig", "plan", "print what a depth will take"),
     "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
+    "sft": Command(
+        "training.finetune", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
+    ),
     "sample": Command("commands.sample", "SampleConfig", "sample", "print samples of a base model"),
     "eval": {
         "base": Command(
             "commands.eval_base", "EvalBaseConfig", "evaluate", "evaluate a base model"
+        ),
+        "chat": Command(
+            "commands.eval_chat", "EvalChatConfig", "evaluate", "evaluate a model that converses"
         ),
     },
     "import": {
