@@ -31,9 +31,9 @@ class Seen:
     requests: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     server_statuses: Counter[int] = field(default_factory=Counter)
-    part_bytes: Counter[str] = field(default_factory=Counter)
+    part_bytes: Counter[str] = field(default_factory=Counter, repr=False)
     """Bytes that the client sent of each part, as far as they went on to the server."""
-    part_requests: Counter[str] = field(default_factory=Counter)
+    part_requests: Counter[str] = field(default_factory=Counter, repr=False)
 
     @property
     def server_errors(self) -> int:

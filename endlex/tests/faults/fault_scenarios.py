@@ -20,7 +20,7 @@ from typing import Any
 
 from fault_checks import Difference, ask, compare, logged_steps_in_journal
 from fault_processes import ServerProcess, TrainerProcess, small_disk, wait_until
-from fault_proxy import FaultProxy, Seen, part_cuts, random_faults
+from fault_proxy import FaultProxy, Seen, always_pass, part_cuts, random_faults
 
 from endlex.client.checkpoints import sync_directory, verify_directory
 from endlex.client.journal import session_files
@@ -42,6 +42,10 @@ class Outcome:
     difference: Difference = field(default_factory=lambda: Difference(0, 0, True, 0))
     lost_by_log: int = 0
     """Steps that `log` returned from and that no journal has."""
+    checkpoints: int = 0
+    """That the server has published."""
+    not_verified: list[str] = field(default_factory=list)
+    """Why the machine could not be torn down in the end."""
     seen: Seen = field(default_factory=Seen)
 
     @property
@@ -49,7 +53,7 @@ class Outcome:
         """Whether nothing is missing, nothing is there twice, and the server never failed."""
         same = self.difference.hashes_equal and not self.difference.duplicated
         whole = not (self.difference.missing or self.lost_by_log or self.seen.server_errors)
-        return same and whole and self.difference.points > 0
+        return same and whole and not self.not_verified and self.difference.points > 0
 
 
 def run_kills(folder: Path, kills: int, seed: int = 0, report: Report = print) -> Outcome:
@@ -59,7 +63,7 @@ def run_kills(folder: Path, kills: int, seed: int = 0, report: Report = print) -
     outcome = Outcome(kills={"trainer": 0, "shipper": 0, "server": 0})
     server.start()
     with FaultProxy(server.port) as proxy:
-        trainer = TrainerProcess(folder / "run", proxy.url)
+        trainer = TrainerProcess(folder / "run", proxy.url, "--save-every", "300")
         trainer.start()
         trainer.wait_for_step(0)
         while sum(outcome.kills.values()) < kills:
@@ -114,7 +118,7 @@ def run_network_faults(folder: Path, seconds: float, share: float = 0.3, seed: i
     server.start()
     outcome = Outcome()
     with FaultProxy(server.port, random_faults(seed, share), seed) as proxy:
-        trainer = TrainerProcess(folder / "run", proxy.url)
+        trainer = TrainerProcess(folder / "run", proxy.url, "--save-every", "1000")
         trainer.start()
         time.sleep(seconds)
         _finish(trainer, server, proxy, outcome)
@@ -226,6 +230,11 @@ def _finish(
         trainer.start_shipper()
         time.sleep(0.5)
         trainer.wait_for_shipper_s_end(RECOVERY_SECONDS)
+    proxy.decide = always_pass
+    outcome.not_verified = [
+        str(m) for m in verify_directory(trainer.directory, Transport(proxy.url))
+    ]
+    outcome.checkpoints = len(ask(server.url, f"/runs/{_run_id(trainer)}/checkpoints"))
     outcome.difference = compare(trainer.directory, server.url)
     outcome.lost_by_log = logged_steps_in_journal(trainer.directory, trainer.steps_logged)
     outcome.seen = proxy.seen
@@ -367,6 +376,8 @@ def as_figures(outcomes: list[Outcome], upload: Upload | None) -> dict[str, Any]
         "duplicated": sum(o.difference.duplicated for o in outcomes),
         "parts_resent": upload.parts_resent if upload else 0,
         "cuts": upload.cuts if upload else 0,
+        "checkpoints": sum(o.checkpoints for o in outcomes),
+        "not_verified": sum(len(o.not_verified) for o in outcomes),
         "points": sum(o.difference.points for o in outcomes),
         "requests_failed": sum(sum(o.seen.faults.values()) for o in outcomes),
         "server_errors": sum(o.seen.server_errors for o in outcomes)

@@ -1,7 +1,7 @@
 """A trainer for the fault tests: logs ten metrics a step until it is told to stop, or is killed.
 
     python faulty_trainer.py DIR --progress FILE [--steps N] [--pace SECONDS] [--jump-clock]
-                             [--save FILE --name NAME]
+                             [--save FILE --name NAME] [--save-every N]
 
 Started again with the same directory it goes on with the step after the last in the journal. After
 each `log` the step is written to FILE: what FILE names must be in the journal, whatever happened.
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--jump-clock", action="store_true")
     parser.add_argument("--save", type=Path, help="a file to save as a checkpoint, first of all")
     parser.add_argument("--name", help="the checkpoint's")
+    parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints")
     options = parser.parse_args()
     first = 1 + last_step(options.directory)
     if options.jump_clock:
@@ -42,6 +43,8 @@ def main() -> None:
     for step in range(first, options.steps):
         run.log({name: step + i / 16 for i, name in enumerate(NAMES)}, step=step)
         os.pwrite(progress, b"%020d" % step, 0)
+        if options.save_every and step % options.save_every == 0:
+            save_new_file(run, step)
         if (options.directory / "stop").exists():
             break
         time.sleep(options.pace)
@@ -54,6 +57,15 @@ def last_step(directory: Path) -> int:
         return -1
     records = read_run(directory)
     return max((r["step"] for r in records if r["type"] == "metrics"), default=-1)
+
+
+def save_new_file(run: endlex.Run, step: int) -> None:
+    """Save a file that is deleted at once, as trainers do that keep only the last."""
+    assert run.directory is not None
+    path = run.directory.with_name(f"step-{step}.bin")
+    path.write_bytes(os.urandom(300_000))
+    run.save(path, step=step)
+    path.unlink()
 
 
 def jump_clock() -> None:

@@ -9,15 +9,17 @@ from pathlib import Path
 from endlex.client.sync import sync_directory
 from endlex.client.transport import Retry
 from endlex.commands.rendering import ProgressLine, format_bytes
-from endlex.commands.server_api import explain, find_transport
+from endlex.commands.server_api import explain, find_server
 from endlex.commands.targets import find_run_directories, is_run_directory, open_run_directory
 from endlex.protocol import EndlexError
 
 
 def sync(directories: Sequence[Path], url: str | None) -> int:
     """Send every directory; one that cannot be sent does not keep the others back."""
-    transport = find_transport(url)
     todo = [run for given in directories for run in _runs_at(given)]
+    server = find_server(url)
+    server.get("/health")  # a wrong address is told at once; later faults are waited out
+    transport = server.transport
     line = ProgressLine()
     failed = 0
     for number, directory in enumerate(todo, 1):

@@ -1,0 +1,96 @@
+"""`endlex sync`: everything, in the foreground, and what interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import endlex
+from endlex.commands import sync as syncing
+
+
+def test_several_directories_and_a_folder_of_them(cli: Any, train: Any, online: str) -> None:
+    one, two = train("one"), train("two", save=b"weights")
+    status, out, _ = cli("sync", one, two)
+    assert status == 0
+    assert out.count(f"all on {online}") == 2
+    assert cli("sync", "endlex-runs")[0] == 0
+    assert cli("verify")[0] == 0
+
+
+def test_one_that_cannot_be_sent_does_not_keep_the_others_back(
+    cli: Any, train: Any, online: str
+) -> None:
+    bad, good = train("bad"), train("good")
+    (path,) = (bad / "journal").iterdir()
+    path.write_bytes(b'{"type":"nonsense"}\n')
+    status, out, _ = cli("sync", bad, good)
+    assert status == 1
+    assert f"{bad}: not all sent" in out
+    assert f"{good}: all on" in out
+
+
+def test_a_server_that_is_not_there_is_told_at_once(cli: Any, train: Any) -> None:
+    directory = train()
+    began = time.monotonic()
+    status, _, err = cli("sync", directory, "--url", "http://127.0.0.1:1")
+    assert status == 1
+    assert "endlex serve" in err
+    assert time.monotonic() - began < 5
+    status, _, err = cli("sync", directory)
+    assert status == 1
+    assert "ENDLEX_URL" in err
+
+
+def test_what_is_no_run_is_wrong_usage(cli: Any, online: str, place: Path) -> None:
+    status, _, err = cli("sync", "nowhere")
+    assert status == 2
+    assert "not a directory" in err
+    (place / "empty").mkdir()
+    status, _, err = cli("sync", "empty")
+    assert status == 2
+    assert "run.json" in err
+
+
+def test_ctrl_c_names_the_command_that_goes_on(
+    cli: Any, train: Any, online: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = train("one"), train("two")
+    send = syncing.sync_directory
+
+    def interrupt(directory: Path, *rest: Any) -> None:
+        if directory == two:
+            raise KeyboardInterrupt
+        send(directory, *rest)
+
+    monkeypatch.setattr(syncing, "sync_directory", interrupt)
+    status, out, _ = cli("sync", one, two)
+    assert status == 130
+    assert out.splitlines()[-1].endswith(f"endlex sync {two}")
+
+
+def test_a_real_interrupt_in_mid_upload_loses_nothing(cli: Any, online: str, place: Path) -> None:
+    run = endlex.init("demo", "large", mode="offline")
+    (place / "large.bin").write_bytes(os.urandom(48 * 2**20))
+    run.save("large.bin", step=0, name="large")
+    run.finish()
+    command = [sys.executable, "-m", "endlex", "sync", str(run.directory)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # the first progress
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    if process.returncode:  # else it was done already
+        assert process.returncode == 130
+        assert f"endlex sync {run.directory}" in out
+    assert cli("sync", run.directory)[0] == 0
+    status, out, _ = cli("verify", run.directory, "--json")
+    assert (status, json.loads(out)["safe"]) == (0, True)
