@@ -172,7 +172,8 @@ def _train(
         ).run()
     if outcome.finished:
         write_json(home.run_dir(run) / SUMMARY, summarize(outcome, state, runtime, peak))
-    conclude(console, outcome, state, hp, runtime, recipe.directory, config.resume_from_step)
+    steps, resumed = hp.num_iterations, config.resume_from_step
+    conclude(console, outcome, state, steps, runtime, recipe.directory, resumed)
     return outcome
 
 

@@ -87,12 +87,12 @@ def tell_resume(
         console.print(f"note: equal but not to the last bit from here: {'; '.join(changed)}")
 
 
-def recall(summary: Path, num_iterations: int) -> str | None:
-    """Return what the summary says of the result; None unless a run of that length wrote it."""
+def recall(summary: Path, steps: int) -> str | None:
+    """Return what the summary says of the result; None unless a run of so many steps wrote it."""
     try:
         figures = json.loads(summary.read_text())
         result = f"val/bpb {figures['val_bpb_first']:.4f} -> {figures['val_bpb']:.4f}"
-        return result if figures["steps"] == num_iterations else None
+        return result if figures["steps"] == steps else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -101,16 +101,21 @@ def conclude(
     console: Console,
     outcome: Outcome,
     state: LoopState,
-    hp: Hyperparameters,
+    num_iterations: int,
     runtime: Runtime,
     directory: Path,
     resumed_from: int | None,
 ) -> None:
-    """Print how a run ended; `resumed_from` is the step that the command line named."""
+    """Print how a run ended.
+
+    Args:
+        num_iterations: steps in all, as far as is known.
+        resumed_from: the step that the command line named.
+    """
     if not outcome.finished:
         where = f"the checkpoint is in {directory}" if state.step else "nothing to save yet"
         console.print(
-            f"stopped at step {state.step} of {hp.num_iterations}; {where}. The same command "
+            f"stopped at step {state.step} of {num_iterations}; {where}. The same command "
             + ("without --resume-from-step " if resumed_from is not None else "")
             + "goes on from there"
         )
