@@ -2,10 +2,10 @@
 // cursor and selection; the lines are drawn by `plot_lines.js`, each with its own x.
 
 import { isDark } from "./colors.js";
-import { formatDate, formatDuration, formatNumber } from "./format.js";
+import { formatDate, formatDuration, formatInteger, formatNumber } from "./format.js";
 
 export const X_KINDS = {
-  step: { label: "Step", format: (x) => `step ${formatNumber(x)}` },
+  step: { label: "Step", format: (x) => `step ${formatInteger(x)}` },
   elapsed: { label: "Time since start", format: (x) => formatDuration(x) },
   time: { label: "Clock", format: (x) => formatDate(x) },
   "train/tokens": { label: "Tokens", format: (x) => `${formatNumber(x)} tokens` },

@@ -72,6 +72,7 @@ function toggle(board, name, text, title) {
     {
       type: "button",
       class: "toggle",
+      data: { setting: name },
       title,
       "aria-pressed": String(Boolean(board.settings[name])),
       onclick: () => {

@@ -1,4 +1,4 @@
-// A colour for every run: the same one on each page, whatever else is shown beside it.
+// A colour for every run, which it keeps while others come and go beside it where that can be.
 
 // Two sets with equal order, one readable on white, one on dark grey.
 const LIGHT = [
@@ -36,14 +36,18 @@ function hashText(text) {
   return hash >>> 0;
 }
 
-// Each id prefers the place that its hash names and takes the next free one, in the order of the
-// ids, so the same set of runs always gets the same colours and no two of twenty share one.
+const FIRST = 9; // the colours that nobody mistakes for each other
+
+// Each id prefers the place among the first that its hash names, and takes the next free one, in the
+// order of the ids: the same set of runs always gets the same colours, and up to twenty runs get as
+// many.
 export function assignColors(ids) {
   const taken = new Set();
   const places = new Map();
   for (const id of [...ids].sort()) {
-    let place = hashText(id) % LIGHT.length;
-    for (let n = 0; n < LIGHT.length && taken.has(place); n++) place = (place + 1) % LIGHT.length;
+    const hash = hashText(id);
+    const order = LIGHT.map((_, n) => (n < FIRST ? (hash + n) % FIRST : n));
+    const place = order.find((candidate) => !taken.has(candidate)) ?? hash % LIGHT.length;
     taken.add(place);
     places.set(id, place);
   }
