@@ -99,7 +99,14 @@ def test_a_deleted_run_goes_for_good_after_a_week(
     retention.sweep(server.database, server.hashes, server.blobs)
     assert names(three, deleted="any") == ["gamma", "alpha"]
     reader = server.database.reader()
-    for table, left in (("session", 2), ("segment", 2), ("series", 4), ("chunk", 4), ("metric", 4)):
+    for table, left in (
+        ("session", 2),
+        ("segment", 2),
+        ("series", 4),
+        ("chunk", 4),
+        ("peak", 4),
+        ("metric", 4),
+    ):
         assert reader.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == left, table
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from endlex.server.charts import ChartQuery, read_chart
+from endlex.server.database import connect
 from endlex.server.downsample import choose_points, round_axis, round_significant
+from endlex.server.peaks import read_sampled
+from endlex.server.records import Points
+from endlex.server.series import append_points, chunk_keys
 
 RUN = "testrun001"
 
@@ -204,3 +210,88 @@ def test_a_sampled_series_fits_fifty_kilobytes(box: Any) -> None:
         answer = box.client.get(f"/api/v1/runs/{RUN}/series?metric=loss&x={x}")
         assert len(answer.content) <= 50_000
         assert answer.headers["Server-Timing"].startswith("series;dur=")
+
+
+def many(count: int, seed: int) -> Points:
+    rng = np.random.default_rng(seed)
+    numbers = np.cumsum(rng.normal(size=count))
+    spikes = rng.choice(count, 20, replace=False)
+    numbers[spikes] = rng.normal(size=20) * 1e6
+    steps = np.cumsum(rng.integers(1, 4, count))
+    return Points(steps, numbers, 1.7e9 + steps / 8)
+
+
+@pytest.fixture
+def store(tmp_path: Any) -> Iterator[tuple[sqlite3.Connection, Callable[..., None]]]:
+    """A database with one metric, and a way to add points of a session in pieces to it."""
+    connection = connect(tmp_path / "x.sqlite3")
+    connection.execute("INSERT INTO metric (run, name) VALUES (1, 'm')")
+
+    def add(points: Points, session: int = 1) -> None:
+        for i in range(0, len(points.steps), 2345):
+            part = slice(i, i + 2345)
+            piece = Points(points.steps[part], points.numbers[part], points.times[part])
+            append_points(connection, 1, session, piece)
+
+    yield connection, add
+    connection.close()
+
+
+def test_long_series_drawn_from_summaries_show_what_all_points_show(store: Any) -> None:
+    connection, add = store
+    points = many(40_000, 1)
+    add(points)
+    chosen = {True: 0, False: 0}
+    rng = np.random.default_rng(2)
+    for _ in range(30):
+        for x, axis in (("step", points.steps), ("time", points.times)):
+            low, high = np.sort(rng.choice(axis, 2, replace=False))
+            query = ChartQuery(("m",), x, float(low), float(high), points=100)
+            found = read_chart(connection, 1, query)["m"]
+            inside = (axis >= low) & (axis <= high)
+            numbers = points.numbers[inside]
+            assert found["count"] == inside.sum()
+            assert len(found["x"]) <= 100
+            assert found["x"] == sorted(found["x"])
+            digits = pytest.approx
+            ends = (found["x"][0], found["x"][-1], found["y"][0], found["y"][-1])
+            assert ends == digits((low, high, numbers[0], numbers[-1]), rel=1e-6)
+            assert min(found["y"]) == digits(numbers.min(), rel=1e-6)
+            assert max(found["y"]) == digits(numbers.max(), rel=1e-6)
+            keys = chunk_keys(connection, 1)
+            drawn = read_sampled(connection, keys, x == "time", float(low), float(high), 100)
+            chosen[drawn is not None] += 1
+            if drawn is not None:  # every candidate is a point that was logged
+                places = np.searchsorted(axis, drawn.x)
+                assert (points.numbers[places] == drawn.y).all()
+    assert min(chosen.values()) > 0, "both ways were taken"
+
+
+def test_summaries_are_not_used_where_they_would_be_wrong(store: Any) -> None:
+    connection, add = store
+    first = many(20_000, 3)
+    add(first)
+    resumed = many(20_000, 4)
+    steps = resumed.steps + first.steps[15_000]
+    add(Points(steps, resumed.numbers, resumed.times + 1e6), session=2)
+    assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100) is None
+    found = read_chart(connection, 1, ChartQuery(("m",), points=100))["m"]
+    assert found["count"] == len(np.union1d(first.steps, steps))
+    before = float(first.times[-1]) + 1  # the points that were replaced are not shown here either
+    found = read_chart(connection, 1, ChartQuery(("m",), "time", last=before, points=100))["m"]
+    assert found["count"] == len(np.setdiff1d(first.steps, steps))
+
+
+def test_what_is_not_finite_shows_in_long_series(store: Any) -> None:
+    connection, add = store
+    points = many(20_000, 5)
+    strange = [7, 8, 5000, 19_998, 19_999]
+    points.numbers[strange] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
+    add(points)
+    query = ChartQuery(("m",), points=100)
+    assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100)
+    found = read_chart(connection, 1, query)["m"]
+    assert [x for x, _ in found["nonfinite"]] == points.steps[strange].tolist()
+    assert found["count"] == 20_000
+    finite = points.numbers[np.isfinite(points.numbers)]
+    assert max(y for y in found["y"] if y is not None) == pytest.approx(finite.max(), rel=1e-6)

@@ -17,7 +17,8 @@ from endlex.server.downsample import (
     round_axis,
     round_significant,
 )
-from endlex.server.series import StepRange, read_all_points, read_points
+from endlex.server.peaks import Sampled, read_sampled
+from endlex.server.series import StepRange, chunk_keys, read_all_points, read_points
 
 STEP = "step"
 TIME = "time"
@@ -56,19 +57,33 @@ def _read_one(
     query: ChartQuery,
     axis: tuple[NDArray[Any], NDArray[np.float64]] | None,
 ) -> dict[str, Any]:
-    x, y = _xy(connection, run, name, query, axis)
+    drawn = _from_peaks(connection, run, name, query)
+    x, y = (drawn.x, drawn.y) if drawn else _xy(connection, run, name, query, axis)
+    count = drawn.count if drawn else len(y)
     chosen = choose_points(y, query.points)
-    sampled = len(chosen) < len(y)
+    sampled = len(chosen) < count
     digits = SAMPLED_DIGITS if sampled else FULL_DIGITS
     strange = np.flatnonzero(~np.isfinite(y))[:MOST_NON_FINITE]
     shown_x = x[chosen]
     return {
-        "x": shown_x.tolist() if shown_x.dtype == np.int64 else round_axis(shown_x),
+        "x": shown_x.tolist() if query.x == STEP else round_axis(shown_x.astype(np.float64)),
         "y": round_significant(y[chosen], digits),
-        "count": len(y),
+        "count": count,
         "sampled": sampled,
         "nonfinite": [[x[i].item(), encode_number(y[i].item())] for i in strange],
     }
+
+
+def _from_peaks(
+    connection: sqlite3.Connection, run: int, name: str, query: ChartQuery
+) -> Sampled | None:
+    """Return a long series as its summaries have it; None where its points are to be read."""
+    metric = find_metric(connection, run, name) if query.x in (STEP, TIME) else None
+    if metric is None:
+        return None
+    keys = chunk_keys(connection, metric)
+    by_time = query.x == TIME
+    return read_sampled(connection, keys, by_time, query.first, query.last, query.points)
 
 
 def _xy(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endlex.protocol import SYSTEM
+from endlex.server.peaks import store_peaks
 from endlex.server.records import Points
 
 CHUNK_POINTS = 1000
@@ -85,12 +86,18 @@ def _insert(connection: sqlite3.Connection, key: int, piece: Points) -> None:
             piece.times.tobytes(),
         ),
     )
+    store_peaks(connection, key, piece)
 
 
 def _extend(connection: sqlite3.Connection, key: int, piece: Points) -> None:
     steps, numbers, times = connection.execute(
         "SELECT steps, numbers, times FROM chunk WHERE pk=?", (key,)
     ).fetchone()
+    whole = Points(
+        np.concatenate([np.frombuffer(steps, np.int64), piece.steps]),
+        np.concatenate([np.frombuffer(numbers, np.float64), piece.numbers]),
+        np.concatenate([np.frombuffer(times, np.float64), piece.times]),
+    )
     connection.execute(
         "UPDATE chunk SET count=count+?, min_step=min(min_step, ?), max_step=max(max_step, ?), "
         "steps=?, numbers=?, times=? WHERE pk=?",
@@ -98,12 +105,13 @@ def _extend(connection: sqlite3.Connection, key: int, piece: Points) -> None:
             len(piece.steps),
             int(piece.steps.min()),
             int(piece.steps.max()),
-            steps + piece.steps.tobytes(),
-            numbers + piece.numbers.tobytes(),
-            times + piece.times.tobytes(),
+            whole.steps.tobytes(),
+            whole.numbers.tobytes(),
+            whole.times.tobytes(),
             key,
         ),
     )
+    store_peaks(connection, key, whole)
 
 
 def read_points(
@@ -123,13 +131,9 @@ def read_points(
         session: what this one logged alone.
     """
     wanted = wanted or StepRange()
-    series = connection.execute(
-        "SELECT pk FROM series WHERE metric=?1 AND (?2 IS NULL OR session=?2) ORDER BY session",
-        (metric, session),
-    )
     pieces: list[tuple[bytes, ...]] = []
-    for (pk,) in series.fetchall():
-        pieces += _read_chunks(connection, pk, wanted, times)
+    for keys in chunk_keys(connection, metric, session):
+        pieces += _read_chunks(connection, keys, wanted, times)
     if not pieces:
         return EMPTY
     columns = [b"".join(column) for column in zip(*pieces, strict=True)]
@@ -169,13 +173,24 @@ def machine_sessions(connection: sqlite3.Connection, metric: int) -> list[int]:
     return [pk for (pk,) in rows]
 
 
+def chunk_keys(
+    connection: sqlite3.Connection, metric: int, session: int | None = None
+) -> list[tuple[int, int]]:
+    """Return for each series of a metric its chunks' first key and the first beyond them."""
+    series = connection.execute(
+        "SELECT pk FROM series WHERE metric=?1 AND (?2 IS NULL OR session=?2) ORDER BY session",
+        (metric, session),
+    )
+    firsts = [pk * CHUNKS_PER_SERIES for (pk,) in series.fetchall()]
+    return [(first, first + CHUNKS_PER_SERIES) for first in firsts]
+
+
 def _read_chunks(
-    connection: sqlite3.Connection, series: int, wanted: StepRange, times: bool
+    connection: sqlite3.Connection, keys: tuple[int, int], wanted: StepRange, times: bool
 ) -> list[tuple[bytes, ...]]:
-    first = series * CHUNKS_PER_SERIES
     columns = "steps, numbers, times" if times else "steps, numbers"
     query = f"SELECT {columns} FROM chunk WHERE pk >= ? AND pk < ?"
-    bounds: list[float] = [first, first + CHUNKS_PER_SERIES]
+    bounds: list[float] = [*keys]
     if not wanted.whole:
         query += " AND max_step >= ? AND min_step <= ?"
         bounds += [wanted.first, wanted.last]
@@ -209,7 +224,7 @@ def _crop(points: Points, wanted: StepRange) -> Points:
 def delete_series(connection: sqlite3.Connection, series: int) -> None:
     """Remove a series with its chunks."""
     first = series * CHUNKS_PER_SERIES
-    connection.execute(
-        "DELETE FROM chunk WHERE pk >= ? AND pk < ?", (first, first + CHUNKS_PER_SERIES)
-    )
+    keys = (first, first + CHUNKS_PER_SERIES)
+    connection.execute("DELETE FROM chunk WHERE pk >= ? AND pk < ?", keys)
+    connection.execute("DELETE FROM peak WHERE pk >= ? AND pk < ?", keys)
     connection.execute("DELETE FROM series WHERE pk=?", (series,))
