@@ -1,4 +1,4 @@
-"""`archerchat sample`: what a base model says, with a prompt and without one."""
+"""`archerchat sample`: what a model says, with a prompt and without one."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Print conditioned and unconditioned samples of a base model."""
+    """Print conditioned and unconditioned samples of a model."""
 
+    source: Literal["base", "sft", "rl"] = "base"
+    """Which stage of the model: pretrained, fine-tuned, or after reinforcement learning."""
     model_tag: str | None = None
     """The model's name; by default the one that was saved last."""
     step: int | None = None
@@ -66,7 +68,7 @@ def sample(config: SampleConfig, home: Home) -> None:
     _check(config)
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
-    loaded = load_model(home, runtime, "base", config.model_tag, config.step)
+    loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     console.print(f"{loaded.path}", style="dim")
     print_samples(loaded, config, console)

@@ -1,4 +1,4 @@
-"""Both packers against plain versions of their rules."""
+"""The packers against plain versions of their rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archerchat.data.packing import BestFitPacker, ConcatPacker, Packer, pack_best_fit
+from archerchat.data.packing import (
+    BestFitPacker,
+    ConcatPacker,
+    Packer,
+    PaddingPacker,
+    pack_best_fit,
+)
 from archerchat.errors import DataError
 
 BOS = 999
@@ -134,3 +140,48 @@ def test_concat_keeps_the_rest_of_a_document_between_rows() -> None:
     packer.add(np.array(document))
     assert packer.place() is not None
     assert [kept.tolist() for kept in packer.documents()] == [[BOS, *document[4:]]]
+
+
+def plain_padding(documents: list[list[int]], row_length: int, buffer_size: int) -> list[list[int]]:
+    """SPEC section 7's words: nothing is cropped, what is left of a row is padded."""
+    waiting, buffer, rows, row = list(documents), [], [], []
+    while waiting or buffer or row:
+        while waiting and len(buffer) < buffer_size:
+            buffer.append(waiting.pop(0))
+        fitting = [document for document in buffer if len(document) <= row_length - len(row)]
+        if fitting:
+            chosen = max(fitting, key=len)
+            buffer.remove(chosen)
+            row = row + chosen
+        else:
+            row = row + [-7] * (row_length - len(row))
+        if len(row) == row_length:
+            rows.append(row)
+            row = []
+    return rows
+
+
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60),
+    row_length=st.integers(20, 40),
+    buffer_size=st.integers(1, 12),
+)
+def test_padding_equals_a_scan_over_the_buffer(
+    lengths: list[int], row_length: int, buffer_size: int
+) -> None:
+    documents = build_documents(lengths)
+    packer = PaddingPacker(row_length, buffer_size, -7)
+    waiting, rows = list(documents), []
+    while waiting or len(packer):
+        while waiting and packer.needs_documents():
+            packer.add(np.array(waiting.pop(0)))
+        rows.append(packer.place())
+    rows.append(packer.finish())
+    made = [row.tolist() for row in rows if row is not None]
+    assert made == plain_padding(documents, row_length, buffer_size)
+    assert packer.finish() is None
+
+
+def test_a_document_that_fits_no_row_is_not_buffered() -> None:
+    with pytest.raises(AssertionError, match="no row would ever take it"):
+        PaddingPacker(4, 10, -7).add(np.arange(5))
