@@ -93,6 +93,8 @@ def timed(place: Path | None, run: Callable[[Path], Any]) -> tuple[Any, float]:
     except BaseException:
         print(f"failed; what was there is kept in {folder}", file=sys.stderr)
         raise
+    finally:
+        importlib.import_module("fault_processes").stop_all()
     if getattr(outcome, "is_whole", True):
         shutil.rmtree(folder)
     else:

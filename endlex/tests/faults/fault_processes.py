@@ -20,6 +20,18 @@ TRAINER = Path(__file__).with_name("faulty_trainer.py")
 START_SECONDS = 60.0
 
 
+_started: list[ServerProcess | TrainerProcess] = []
+
+
+def stop_all() -> None:
+    """Kill whatever a scenario that failed has left running."""
+    for process in _started:
+        process.kill()
+        if isinstance(process, TrainerProcess):
+            process.kill_shipper()
+    _started.clear()
+
+
 def wait_until(what: str, true: Callable[[], bool], seconds: float = START_SECONDS) -> None:
     """Poll until something holds.
 
@@ -47,6 +59,7 @@ class ServerProcess:
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
         self.log = data.with_name(data.name + ".log")
+        _started.append(self)
 
     def start(self, *, wait: bool = True) -> None:
         """Start it, and wait until it answers."""
@@ -96,6 +109,7 @@ class TrainerProcess:
             self._environment["ENDLEX_URL"] = url
         self._process: subprocess.Popen[bytes] | None = None
         self.log = notes / f"{directory.name}.log"
+        _started.append(self)
 
     def start(self) -> None:
         """Start it; it goes on where the journal ends."""
