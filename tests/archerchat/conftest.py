@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -27,7 +28,7 @@ from archerchat.model.transformer import Transformer
 from archerchat.nanochat_import import CONFIG_NAMES, to_archerchat_names
 from archerchat.peak_flops import CACHE_FILE, cache_key
 from archerchat.runtime import DTYPES, build_runtime
-from archerchat.tokenizer.bpe import train_tokenizer
+from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -184,3 +185,45 @@ def tiny_home(tiny_template: TinyHome, tmp_path: Path, monkeypatch: pytest.Monke
 def trained_home(trained_template: TinyHome, tmp_path: Path) -> TinyHome:
     """A home where the four steps of `pretrain()` are done."""
     return trained_template.copy(tmp_path / "home")
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A model that always says the same: each token decides the next, whatever came before."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+
+    def ids(self, words: Sequence[str]) -> list[int]:
+        """Return the tokens of special names and texts."""
+        found = []
+        for word in words:
+            special = word.startswith("<|")
+            found += [self.tokenizer.special_id(word)] if special else self.tokenizer.encode(word)
+        return found
+
+
+@pytest.fixture(scope="session")
+def scripted() -> Callable[[Sequence[str]], Scripted]:
+    """Build a model that greedily goes through these words, no token among them twice.
+
+    Its blocks add nothing, so that only the last token counts; `####` is one token.
+    """
+    ranks = {bytes([value]): value for value in range(256)} | {b"##": 256, b"####": 257}
+    tokenizer = Tokenizer.from_ranks(ranks)
+
+    def build(words: Sequence[str]) -> Scripted:
+        model = Transformer(ModelConfig(128, tokenizer.vocab_size, 2, 2, 2, 128), backend="matmul")
+        model.init_weights(0)
+        found = Scripted(model, tokenizer)
+        script = found.ids(words)
+        assert len(set(script)) == len(script), "a token can have one successor only"
+        with torch.no_grad():
+            model.unembedding.weight.zero_()
+            for token, following in pairwise(script):
+                direction = model.token_embedding.weight[token]
+                model.unembedding.weight[following] = direction / direction.norm()
+        model.requires_grad_(False)
+        return found
+
+    return build

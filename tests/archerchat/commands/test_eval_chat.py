@@ -1,0 +1,170 @@
+"""`archerchat eval chat`: tasks, limits, figures on disk, several ranks, and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from archerchat.commands.eval_chat import parse_tasks
+from archerchat.errors import UsageError
+from archerchat.tasks.registry import CHATCORE
+
+QUICK = (
+    *("eval", "chat", "--source", "base", "--device", "cpu", "--dtype", "float32"),
+    *("--max-new-tokens", "4"),
+)
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    """Questions in the hub's format."""
+    folder = tmp_path / "data"
+    questions = [
+        {
+            "question": f"Which is {number}?",
+            "choices": {"text": ["this", "that"], "label": ["A", "B"]},
+            "answerKey": "AB"[number % 2],
+        }
+        for number in range(10)
+    ]
+    for name in ("ARC-Easy", "ARC-Challenge"):
+        (folder / "arc" / name).mkdir(parents=True)
+        lines = (json.dumps(question) + "\n" for question in questions)
+        (folder / "arc" / name / "test.jsonl").write_text("".join(lines))
+    (folder / "gsm8k").mkdir()
+    problem = {"question": "One and one?", "answer": "1+1=<<1+1=2>>2\n#### 2"}
+    (folder / "gsm8k" / "test.jsonl").write_text((json.dumps(problem) + "\n") * 5)
+    return folder
+
+
+def run(home: Any, data_dir: Path, *words: str) -> int:
+    code: int = home.run(*QUICK, "--data-dir", str(data_dir), *words)
+    return code
+
+
+def figures(home: Any) -> dict[str, Any]:
+    path = home.root / "evals" / "base" / "tiny" / "chat_step_000004.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_it_evaluates_and_keeps_the_figures(
+    trained_home: Any, data_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    answers = tmp_path / "answers.jsonl"
+    words = ("--tasks", "arc-easy,GSM8K=3,SpellingBee=2", "--answers", str(answers))
+    assert run(trained_home, data_dir, *words) == 0
+    output = capsys.readouterr().out
+    found = figures(trained_home)
+    assert found["complete"] is True
+    assert (found["model_tag"], found["source"], found["step"]) == ("tiny", "base", 4)
+    assert list(found["tasks"]) == ["ARC-Easy", "GSM8K", "SpellingBee"]
+    assert [task["problems"] for task in found["tasks"].values()] == [10, 3, 2]
+    assert "chatcore" not in found
+    letters = found["tasks"]["ARC-Easy"]
+    # Whichever letter it likes, each question's or the same one's: five of ten are right for one.
+    assert letters["accuracy"] * 10 == pytest.approx(round(letters["accuracy"] * 10))
+    low, high = letters["interval_95"]
+    assert low < letters["accuracy"] < high
+    assert f"{letters['accuracy']:.4f} │" in output
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["task"] for line in lines] == ["GSM8K"] * 3 + ["SpellingBee"] * 2
+    assert {line["finish_reason"] for line in lines} <= {"stop", "max_tokens", "length"}
+
+
+def test_several_samples_give_pass_at_k(trained_home: Any, data_dir: Path) -> None:
+    words = ("--tasks", "GSM8K", "--max-problems", "2", "--num-samples", "4", "--temperature", "1")
+    assert run(trained_home, data_dir, *words) == 0
+    task = figures(trained_home)["tasks"]["GSM8K"]
+    assert task["pass_at"].keys() == {"1", "2", "4"}
+    assert (task["problems"], task["num_samples"]) == (2, 4)
+
+
+def test_the_figures_can_go_elsewhere(trained_home: Any, data_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "figures.json"
+    assert run(trained_home, data_dir, "--tasks", "ARC-Easy=2", "--json", str(path)) == 0
+    assert json.loads(path.read_text())["tasks"]["ARC-Easy"]["problems"] == 2
+    assert not (trained_home.root / "evals").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_finds(trained_home: Any, data_dir: Path) -> None:
+    words = [*QUICK, "--data-dir", str(data_dir), "--tasks", "ARC-Easy,GSM8K,SpellingBee=7"]
+    words += ["--num-samples", "2", "--temperature", "1"]
+    assert trained_home.run(*words) == 0
+    alone = figures(trained_home)
+    environment = os.environ | {"ARCHERCHAT_HOME": str(trained_home.root), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "-m", "archerchat.cli", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    together = figures(trained_home)
+    assert (alone.pop("ranks"), together.pop("ranks")) == (1, 2)
+    for found in (alone, together):
+        for task in found["tasks"].values():
+            task.pop("seconds")
+    assert together == alone
+    assert done.stdout.count("ARC-Easy:") == 1  # one rank speaks
+
+
+def test_tasks_and_limits() -> None:
+    assert parse_tasks(None) == dict.fromkeys(CHATCORE)
+    assert parse_tasks(None, 7) == dict.fromkeys(CHATCORE, 7)
+    assert parse_tasks("gsm8k=200, mmlu", 50) == {"GSM8K": 200, "MMLU": 50}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("GSM9K", "there is no task 'GSM9K'; choose from ARC-Easy"),
+        ("GSM8K,gsm8k", "GSM8K is named twice"),
+        ("GSM8K=", "the limit '' of GSM8K"),
+        ("GSM8K=many", "the limit 'many' of GSM8K"),
+        ("GSM8K=0", "the limit '0' of GSM8K"),
+        ("", "there is no task ''"),
+    ],
+)
+def test_bad_tasks(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_tasks(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-problems", "0"), "--max-problems is 0"),
+        (("--num-samples", "0"), "--num-samples is 0"),
+        (("--max-new-tokens", "0"), "--max-new-tokens is 0"),
+        (("--temperature", "-1"), "--temperature is -1"),
+        (("--temperature", "nan"), "--temperature is nan"),
+        (("--seed", "-1"), "--seed is -1"),
+        (("--num-samples", "2"), "2 samples at temperature 0"),
+        (("--tasks", "MMLU"), "no mmlu/test with one of"),
+        (("--tasks", "SmolTalk"), "no smoltalk/test"),
+        (("--model-tag", "other"), "no base model 'other'"),
+    ],
+)
+def test_bad_input(
+    trained_home: Any,
+    data_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    assert run(trained_home, data_dir, *words) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (trained_home.root / "evals").exists()

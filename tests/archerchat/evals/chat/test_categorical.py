@@ -1,0 +1,60 @@
+"""Letters by batched logits: what one prompt at a time through the plain model chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat.errors import DataError
+from archerchat.evals.chat.categorical import choose_letters, letter_token
+from archerchat.inference.sampling import next_token_logits
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Transformer
+
+LETTERS = ("A", "B", "C", "D", "E")
+
+
+@pytest.fixture
+def tokenizer(scripted: Callable[[Sequence[str]], Any]) -> Any:
+    return scripted(["a"]).tokenizer
+
+
+def test_batches_choose_what_single_prompts_choose(tokenizer: Any) -> None:
+    model = Transformer(ModelConfig(64, tokenizer.vocab_size, 2, 2, 1, 32), backend="matmul")
+    model.init_weights(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.manual_seed(1)))
+    random = Random(0)
+    prompts = [
+        [random.randrange(256) for _ in range(random.choice((3, 17, 18, 40, 90)))]
+        for _ in range(40)
+    ]
+    letters = [LETTERS[: random.randint(2, 5)] for _ in prompts]
+    expected = []
+    for prompt, choices in zip(prompts, letters, strict=True):
+        logits = next_token_logits(model, prompt)
+        expected.append(max(choices, key=lambda letter: float(logits[ord(letter)])))
+    steps: list[int] = []
+    assert choose_letters(model, tokenizer, prompts, letters, steps.append) == expected
+    assert len(set(expected)) > 2
+    assert 1 < len(steps) < len(prompts)
+    assert steps[-1] == len(prompts)
+
+
+def test_the_first_of_equal_letters_is_taken(tokenizer: Any) -> None:
+    model = Transformer(ModelConfig(64, tokenizer.vocab_size, 1, 2, 1, 32), backend="matmul")
+    model.init_weights(0)
+    with torch.no_grad():
+        model.unembedding.weight.zero_()
+    assert choose_letters(model, tokenizer, [[1]], [("C", "B")]) == ["C"]
+
+
+def test_a_letter_is_one_token(tokenizer: Any) -> None:
+    assert letter_token(tokenizer, "B") == ord("B")
+    with pytest.raises(DataError, match="letter 'AB' takes 2 tokens"):
+        letter_token(tokenizer, "AB")

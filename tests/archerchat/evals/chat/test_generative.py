@@ -1,0 +1,194 @@
+"""Answers through the engine: the plain loop's, with the calculator, judged as they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat.errors import UsageError
+from archerchat.evals.chat import generative
+from archerchat.evals.chat.generative import (
+    Answer,
+    Sampling,
+    answer_problems,
+    build_request,
+    render_question,
+    stop_tokens,
+)
+from archerchat.inference.engine import Engine
+from archerchat.inference.requests import Request
+from archerchat.inference.sampling import next_token_logits
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Transformer
+from archerchat.tasks.arithmetic import ArithmeticTask
+from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import Conversation, assistant, user
+
+SCRIPT = (
+    "<|assistant_start|>",
+    *("<|python_start|>", "6*7", "<|python_end|>"),
+    *("<|output_end|>", "####", " 42", "<|assistant_end|>"),
+)
+"""What the model says; it never writes the start of an output, nor the output."""
+
+
+class Products(Task):
+    """Questions whose answers are given."""
+
+    name = "Products"
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        self.answers = answers
+
+    def num_examples(self) -> int:
+        return len(self.answers)
+
+    def example(self, index: int) -> Conversation:
+        return {"messages": [user(f"Question {index}?"), assistant(self.answers[index])]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return bool(conversation["messages"][-1]["content"] == completion)
+
+
+def plain_answer(model: Transformer, request: Request, max_length: int) -> list[int]:
+    """Answer greedily by whole forward passes, one token at a time, tools included."""
+    assert request.hook is not None
+    ids, hook, forced = list(request.prompt), request.hook(), []
+    while len(ids) - len(request.prompt) < request.max_new_tokens and len(ids) < max_length:
+        was_forced = bool(forced)
+        token = forced.pop(0) if forced else int(next_token_logits(model, ids).argmax())
+        if token in request.stop_tokens:
+            break
+        ids.append(token)
+        if not was_forced:
+            forced += hook(token)
+    return ids[len(request.prompt) :]
+
+
+def ask(scripted: Any, task: Task, sampling: Sampling, **engine: Any) -> list[Answer]:
+    problems = range(len(task))
+    machine = Engine(scripted.model, **{"max_batch": 4} | engine)
+    prompts = [
+        render_question(scripted.tokenizer, task[i], machine.max_length)[0] for i in problems
+    ]
+    return answer_problems(machine, scripted.tokenizer, task, problems, prompts, sampling)
+
+
+def test_the_calculators_results_are_forced_and_the_words_are_judged(
+    scripted: Callable[[Sequence[str]], Any],
+) -> None:
+    model = scripted(SCRIPT)
+    answers = ask(model, Products(["#### 42", "#### 43"]), Sampling(64, 0.0))
+    assert [answer.right for answer in answers] == [True, False]
+    said = model.ids(
+        [
+            *("<|python_start|>", "6*7", "<|python_end|>"),
+            *("<|output_start|>", "42", "<|output_end|>"),
+            *("####", " 42"),
+        ]
+    )
+    for answer in answers:
+        assert answer.text == "#### 42"
+        assert answer.completion.token_ids == said
+        assert answer.completion.mask == [1] * 5 + [0] * 4 + [1] * 4
+        assert answer.completion.finish_reason == "stop"
+
+
+def test_batches_say_what_the_plain_loop_says(
+    scripted: Callable[[Sequence[str]], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A random model's expressions have no value; here all have.
+    monkeypatch.setattr(generative, "calculate", lambda expression: str(len(expression)))
+    speaker = scripted(SCRIPT)
+    config = ModelConfig(128, speaker.tokenizer.vocab_size, 3, 2, 1, 32)
+    model = Transformer(config, backend="matmul")
+    model.init_weights(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.manual_seed(6)))
+        # Make tool use likely, so that its forced tokens are in play.
+        model.unembedding.weight[speaker.tokenizer.special_id("<|python_end|>")] *= 3
+        model.unembedding.weight[speaker.tokenizer.special_id("<|python_start|>")] *= 3
+    task, random = ArithmeticTask("test", 12), Random(0)
+    problems = list(range(12))
+    random.shuffle(problems)
+    sampling = Sampling(48, 0.0)
+    prompts = [render_question(speaker.tokenizer, task[i], 128)[0] for i in problems]
+    requests = [
+        build_request(speaker.tokenizer, prompt, sampling, problem)
+        for prompt, problem in zip(prompts, problems, strict=True)
+    ]
+    answers = answer_problems(
+        Engine(model, max_batch=5), speaker.tokenizer, task, problems, prompts, sampling
+    )
+    assert [answer.problem for answer in answers] == problems
+    for answer, request in zip(answers, requests, strict=True):
+        assert answer.completion.token_ids == plain_answer(model, request, 128)
+    forced = [answer.completion.mask.count(0) for answer in answers]
+    assert max(forced) > 4
+    assert min(forced) == 0
+
+
+def test_samples_depend_on_the_problem_and_not_on_its_company(
+    scripted: Callable[[Sequence[str]], Any],
+) -> None:
+    model = scripted(SCRIPT)
+    with torch.no_grad():
+        model.model.unembedding.weight.mul_(0.3)  # nothing is certain any more
+    task = Products(["x"] * 3)
+    sampling = Sampling(12, 1.0, None, num_samples=3, seed=5)
+    together = ask(model, task, sampling, max_batch=2)
+    assert [(a.problem, a.sample) for a in together] == [(p, s) for p in range(3) for s in range(3)]
+    assert len({tuple(a.completion.token_ids) for a in together}) == 9
+    prompts = [render_question(model.tokenizer, task[2], 128)[0]]
+    alone = answer_problems(Engine(model.model), model.tokenizer, task, [2], prompts, sampling)
+    assert [a.completion for a in alone] == [a.completion for a in together if a.problem == 2]
+
+
+def test_progress_counts_judged_answers(scripted: Callable[[Sequence[str]], Any]) -> None:
+    model, steps = scripted(SCRIPT), []
+    task = Products(["a"] * 5)
+    prompts = [render_question(model.tokenizer, task[i], 128)[0] for i in range(5)]
+    engine = Engine(model.model, max_batch=2)
+    answer_problems(
+        engine, model.tokenizer, task, range(5), prompts, Sampling(8), lambda n: steps.append(n)
+    )
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_what_judging_raises_comes_up(scripted: Callable[[Sequence[str]], Any]) -> None:
+    class Unjudged(Products):
+        def evaluate(self, conversation: Conversation, completion: str) -> bool:
+            return Task.evaluate(self, conversation, completion)
+
+    with pytest.raises(UsageError, match="Products has no answers to check"):
+        ask(scripted(SCRIPT), Unjudged(["a"]), Sampling(8))
+
+
+def test_prompts_are_cut_to_leave_room(scripted: Callable[[Sequence[str]], Any]) -> None:
+    tokenizer = scripted(SCRIPT).tokenizer
+    conversation = {"messages": [user("x" * 100), assistant("y")]}
+    whole, cut = render_question(tokenizer, conversation, 200)
+    assert not cut
+    assert render_question(tokenizer, conversation, len(whole) + 1) == (whole, False)
+    shorter, cut = render_question(tokenizer, conversation, len(whole))
+    assert cut
+    assert len(shorter) == len(whole) - 1
+    assert shorter[-1] == tokenizer.special_id("<|assistant_start|>")
+    assert shorter[:-1] == whole[: len(shorter) - 1]
+
+
+def test_samples_without_a_temperature_are_refused() -> None:
+    with pytest.raises(UsageError, match="4 samples at temperature 0 are all the same"):
+        Sampling(8, 0.0, num_samples=4)
+
+
+def test_answers_end_at_the_assistants_end_or_a_new_document(
+    scripted: Callable[[Sequence[str]], Any],
+) -> None:
+    tokenizer = scripted(SCRIPT).tokenizer
+    assert stop_tokens(tokenizer) == (tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id)
