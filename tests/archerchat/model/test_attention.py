@@ -20,6 +20,7 @@ from archerchat.model.attention import (
     Backend,
     attend,
     choose_backend,
+    prepare_document_mask,
     prepare_mask,
 )
 
@@ -339,3 +340,78 @@ def test_flash_runs_between_two_graphs_of_a_compiled_block(
     torch.testing.assert_close(actual, attend(q * 2, k, v, 16, "sdpa") + 1)
     assert calls == [False]
     assert len(graphs) == 2
+
+
+# Packed documents
+
+
+def draw_segments(length: int) -> Tensor:
+    """Number the documents of two rows: the first has several, the last token one of its own."""
+    starts = torch.zeros(2, length, dtype=torch.int64)
+    starts[0, [0, 1, length // 3, length - 1]] = 1
+    starts[1, length // 2] = 1
+    return starts.cumsum(1)
+
+
+def naive_documents(q: Tensor, k: Tensor, v: Tensor, window: int, segments: Tensor) -> Tensor:
+    """Attend in each document as if it stood alone."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for row, numbers in enumerate(segments):
+        for number in numbers.unique():
+            own = numbers == number
+            out[row, own] = naive(q[row, own][None], k[row, own][None], v[row, own][None], window)[
+                0
+            ]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "matmul", "flex"])
+@pytest.mark.parametrize(
+    "shape", [(7, 1, 4, 2), (200, 64, 4, 2), (200, 500, 4, 1), (300, 10, 2, 1)]
+)
+def test_documents_of_a_row_do_not_see_each_other(
+    backend: Backend, shape: tuple[int, int, int, int]
+) -> None:
+    length, window, heads, kv_heads = shape
+    q, k, v, _ = (x.detach() for x in draw(length, heads, kv_heads))
+    segments = draw_segments(length)
+    mask = prepare_document_mask(segments, window, backend)
+    actual = attend(q, k, v, window, backend, mask, segments)
+    expected = naive_documents(q, k, v, window, segments)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("window", [10, 64, 500])
+def test_flex_is_given_the_right_documents(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # plain, for speed
+    q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
+    segments = draw_segments(200)
+    mask = prepare_document_mask(segments, window, "flex")
+    actual = attend(q, k, v, window, "flex", mask, segments)
+    expected = naive_documents(q, k, v, window, segments)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_too_long_for_scores_in_memory_keep_their_documents_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "MATMUL_MAX_KEYS", 100)
+    q, k, v, _ = (x.detach() for x in draw(200, 2, 2))
+    segments = draw_segments(200)
+    expected = attend(q, k, v, 500, "sdpa", segments=segments)
+    assert torch.equal(attend(q, k, v, 500, "matmul", segments=segments), expected)
+
+
+@pytest.mark.slow
+def test_new_documents_do_not_compile_flex_again() -> None:
+    torch.compiler.reset()
+    q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
+    compiled = torch.compile(attend, dynamic=False)
+    for segments in (draw_segments(200), draw_segments(200).flip(0)):
+        mask = prepare_document_mask(segments, 30, "flex")
+        actual = compiled(q, k, v, 30, "flex", mask, segments)
+        expected = naive_documents(q, k, v, 30, segments)
+        torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+        torch.compiler.set_stance("fail_on_recompile")
+    torch.compiler.set_stance("default")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import mean_loss
 from archerchat.model.transformer import (
@@ -222,3 +224,43 @@ def test_compiled_regions_compute_what_the_plain_ones_do(dtype: torch.dtype) -> 
         assert actual is not None
         if actual.ndim >= dimensions:
             assert relative_error(actual.float(), expected.float()) < tolerance, name
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "matmul"])
+@pytest.mark.parametrize("regions", [None, Regions()])
+def test_packed_documents_that_are_kept_apart_are_as_if_alone(
+    backend: Backend, regions: Regions | None
+) -> None:
+    config = ModelConfig(600, 50, 4, 4, 2, 64)
+    model = Transformer(config, torch.float32, backend)
+    model.load_state_dict(noisy_model(config).state_dict())
+    token_ids = torch.randint(50, (2, 400), generator=torch.Generator().manual_seed(3))
+    segments = torch.zeros_like(token_ids)
+    bounds = [0, 1, 150, 333, 400]
+    segments[0, bounds[1:-1]] = 1
+    segments = segments.cumsum(1)
+    packed = model.logits(model.hidden(token_ids, regions, segments=segments))
+    for start, stop in itertools.pairwise(bounds):
+        alone = model(token_ids[:1, start:stop])
+        torch.testing.assert_close(packed[:1, start:stop], alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed[1:], model(token_ids[1:]), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(packed[:1], model(token_ids[:1]), atol=0.1)
+
+
+@pytest.mark.slow
+def test_compiled_regions_keep_documents_apart_too() -> None:
+    torch.compiler.reset()
+    config = ModelConfig(150, 500, 3, 4, 2, 64, "SL")
+    model = Transformer(config, torch.float32, "matmul")
+    model.load_state_dict(noisy_model(config).state_dict())
+    generator = torch.Generator().manual_seed(2)
+    token_ids = torch.randint(500, (2, 200), generator=generator)
+    segments = (torch.rand(2, 200, generator=generator) < 0.03).cumsum(1)
+    gradients = []
+    for regions in (Regions(), Regions.compiled()):
+        model.zero_grad()
+        hidden = model.hidden(token_ids, regions, segments=segments)
+        mean_loss(hidden, model.unembedding.weight, token_ids, 500).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()} | {"out": hidden})
+    for name, expected in gradients[0].items():
+        assert relative_error(gradients[1][name], expected) < 1e-5, name
