@@ -74,3 +74,23 @@ def test_the_token_may_lie_in_a_file(
     file.write_text(box + "\n")
     directory = train()
     assert cli("sync", directory)[0] == 0
+
+
+def test_a_reader_exports_whole_files(
+    cli: Any,
+    box: str,
+    train: Any,
+    place: Path,
+    closed_server: tuple[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = train()
+    assert cli("sync", directory)[0] == 0
+    owner = read_run_file(directory)
+    assert owner is not None
+    data = closed_server[1]
+    made = cli("token", "create", "--name", "me", "--scope", "read", "--data", data)
+    monkeypatch.setenv("ENDLEX_TOKEN", made[1].strip())
+    for kind in ("csv", "json", "parquet"):
+        assert cli("export", owner["run"], "-o", f"run.{kind}")[0] == 0
+        assert (place / f"run.{kind}").stat().st_size > 100

@@ -171,12 +171,12 @@ class Transport:
             Retry: no answer, a cut one, or one that says later.
             Refused: any other status than 200 or 206, or a 200 where a range was asked for.
         """
-        headers = {}
-        if start or end is not None:
-            headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+        is_range = bool(start) or end is not None
+        last = "" if end is None else end - 1
+        headers = {"Range": f"bytes={start}-{last}"} if is_range else {}
         response = self._open("GET", path, None, None, headers)
         try:
-            if response.status not in (200, 206) or (headers and response.status != 206):
+            if response.status not in (200, 206) or (is_range and response.status != 206):
                 _judge(response, self._read(response), f"GET {path}", self.url)
                 raise Refused(f"{self.url} sent no part of {path}", response.status, {})
             yield self._blocks(response)
