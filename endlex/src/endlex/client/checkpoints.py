@@ -11,6 +11,7 @@ from endlex.client.downloads import fetch_manifest, pull_checkpoint
 from endlex.client.journal import parse_record, session_files, writer_is_alive
 from endlex.client.manifests import build_manifest, load_manifest, manifest_path
 from endlex.client.parts import PartSource, Progress, Upload
+from endlex.client.replacement import REPLACES, is_replaced
 from endlex.client.run_directory import read_run_file
 from endlex.client.session_sync import SessionSync
 from endlex.client.shipping import shipper_process
@@ -121,8 +122,9 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
     ]
     staged = staged_names(directory)
     missing += [Missing("checkpoint", name, "not sent yet, or not published") for name in staged]
-    for name in sorted(_saved_names(directory) - set(staged)):
-        missing += _verify_checkpoint(owner["run"], directory, name, transport)
+    for name, saved in sorted(_saved(directory).items()):
+        if name not in staged:
+            missing += _verify_checkpoint(owner["run"], directory, name, saved, transport)
     if shipper is not None:
         reason = f"process {shipper[0]} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason))
@@ -150,25 +152,41 @@ def _first_line(path: Path) -> str:
         return file.readline(2**16).decode(errors="replace")
 
 
-def _saved_names(directory: Path) -> set[str]:
+@dataclass(frozen=True)
+class _Saved:
+    """What this side knows of a checkpoint without its files."""
+
+    replaces: object = None
+    time: float = 0.0
+
+
+def _saved(directory: Path) -> dict[str, _Saved]:
     """Checkpoints that the journals or the kept manifests name."""
-    kept = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+    found = {path.stem: _Saved() for path in (directory / MANIFEST_DIR).glob("*.json")}
     for path in session_files(directory):
         with path.open("rb") as file:
             for line in file:
                 if line.startswith(CHECKPOINT_START) and line.endswith(b"\n"):
                     record = parse_record(line) or {}
-                    kept.add(str(record.get("name")))
-    return kept
+                    metadata, time = record.get("metadata"), record.get("time")
+                    found[str(record.get("name"))] = _Saved(
+                        metadata.get(REPLACES) if isinstance(metadata, dict) else None,
+                        time if isinstance(time, int | float) else 0.0,
+                    )
+    return found
 
 
-def _verify_checkpoint(run: str, directory: Path, name: str, transport: Transport) -> list[Missing]:
+def _verify_checkpoint(
+    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+) -> list[Missing]:
     try:
         ours = load_manifest(manifest_path(directory, name))
         theirs = fetch_manifest(run, name, transport)
     except (Retry, Refused):
         raise
     except EndlexError as error:
+        if is_replaced(run, saved.replaces, saved.time, transport):
+            return []
         return [Missing("checkpoint", name, str(error))]
     if ours is not None and ours["files"] != theirs["files"]:
         return [Missing("checkpoint", name, "the server's files differ from those saved here")]

@@ -25,6 +25,7 @@ from endlex.protocol import (
     TEXT,
     EndlexError,
     Status,
+    check_checkpoint_name,
     check_name,
 )
 
@@ -63,6 +64,11 @@ class Run:
     def disabled(self) -> bool:
         """Whether nothing is recorded: by `mode`, or because another rank does."""
         return self._journal is None
+
+    @property
+    def online(self) -> bool:
+        """Whether a server gets what is recorded while the run goes on."""
+        return self._online
 
     @property
     def session(self) -> str:
@@ -153,6 +159,7 @@ class Run:
         name: str | None = None,
         aliases: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
+        replaces: str | None = None,
     ) -> str:
         """Keep a file, or all files of a directory, as a checkpoint, to be sent in the background.
 
@@ -165,6 +172,8 @@ class Run:
                 not given.
             aliases: such as "best".
             metadata: kept with it, such as the loss.
+            replaces: a word such as "last": of the run's checkpoints saved with the same word only
+                the newest stays on the server, once it is published there.
 
         Returns:
             The checkpoint's name: `name`, with a number after it if the directory has one already.
@@ -179,9 +188,12 @@ class Run:
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
+        from endlex.client.replacement import REPLACES
         from endlex.client.staging import stage
 
         step = self._this_step(step)
+        if replaces is not None:
+            metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
         note = stage(
             self.directory,
             source,

@@ -14,6 +14,7 @@ from typing import IO
 from endlex.client.checkpoint_shipper import send_staged
 from endlex.client.journal import content_length, session_files, writer_is_alive
 from endlex.client.journal_shipper import JournalShipper, Session
+from endlex.client.replacement import drop_replaced
 from endlex.client.run_directory import read_run_file
 from endlex.client.shipping import FOREGROUND, start_shipper, stop_shipper, take_lock
 from endlex.client.staging import staged_names
@@ -122,6 +123,7 @@ def _send_checkpoints(
     directory: Path, run: str, transport: Transport, progress: SyncProgress, patient: _Patience
 ) -> list[str]:
     failed = []
+    drop_replaced(directory)
     for name in staged_names(directory):
         try:
             _send_checkpoint(directory, run, name, transport, progress, patient)

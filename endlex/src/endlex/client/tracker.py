@@ -182,9 +182,12 @@ def save(
     name: str | None = None,
     aliases: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
+    replaces: str | None = None,
 ) -> str:
     """Do `Run.save` on the current run."""
-    return _current().save(path, step=step, name=name, aliases=aliases, metadata=metadata)
+    return _current().save(
+        path, step=step, name=name, aliases=aliases, metadata=metadata, replaces=replaces
+    )
 
 
 def finish(status: Status = "finished") -> None:
