@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from endlex.server.pages import CHART_ASSETS, STATIC, TEMPLATES
+from endlex.server.pages import CHART_ASSETS, STATIC, STYLES, TEMPLATES
 
 ENTRY = "export_page.js"
 POINTS = 2000
@@ -60,7 +60,7 @@ def render(
         "tables": list(tables),
         "alerts": list(alerts),
     }
-    styles = [_static(CHART_ASSETS[1]), _static("style.css"), _static("charts.css")]
+    styles = [_static(name) for name in (CHART_ASSETS[1], *STYLES)]
     template = Template((TEMPLATES / "export.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=_escape_text(str(run.get("name") or run["run"])),

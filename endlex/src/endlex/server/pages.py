@@ -23,6 +23,18 @@ TEMPLATES = Path(__file__).with_name("templates")
 CHART_ASSETS = ("vendor/uplot/uPlot.iife.min.js", "vendor/uplot/uPlot.min.css")
 """What hatch_build.py fetches, below the static folder."""
 
+STYLES = (
+    "colors.css",
+    "base.css",
+    "controls.css",
+    "tables.css",
+    "labels.css",
+    "run.css",
+    "charts.css",
+    "phone.css",
+)
+"""In the order in which they count: later ones win."""
+
 MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 PAGE_HEADERS = {
@@ -71,7 +83,9 @@ def missing_assets() -> list[str]:
 
 def _page(title: str, script: str) -> Response:
     template = Template((TEMPLATES / "page.html").read_text(encoding="utf-8"))
-    return HTMLResponse(template.substitute(title=title, script=script), headers=dict(PAGE_HEADERS))
+    links = "\n".join(f'<link rel="stylesheet" href="/static/{name}">' for name in STYLES)
+    content = template.substitute(title=title, script=script, styles=links)
+    return HTMLResponse(content, headers=dict(PAGE_HEADERS))
 
 
 def _static(path: str, known_tag: str) -> Response:
