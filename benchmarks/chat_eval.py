@@ -1,0 +1,231 @@
+"""How fast `eval chat` answers GSM8K, against the plain path, with the same answers.
+
+    python benchmarks/chat_eval.py                              # random weights of depth 6
+    python benchmarks/chat_eval.py --oracle ../shared/oracle    # the reference's trained model
+    python benchmarks/chat_eval.py --problems 8 --tokens 16     # does it run?
+
+Both paths render the same prompts, have the calculator at hand, decode and judge every answer.
+The plain path answers one problem at a time, by a cache that grows by a token a step, each step the
+model's own forward pass, each token taken in Python: no batch, no weights cast ahead. `ratio` is
+its time over that of `evals.chat`, which `eval chat` runs. Answers are greedy and compared token
+for token: `same_answers`. The last line is one JSON object; the exit status is 1 when answers
+differ in float32. Problems come from `--data-dir`; where it does not exist, sums and products are
+made up. Run it alone: a second busy process slows two threads many times over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from engine import GrowingLayer
+from rich.console import Console
+from safetensors.torch import load_file
+
+from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.errors import DataError
+from archerchat.evals.chat.evaluate import ChatEvaluator, limited
+from archerchat.evals.chat.generative import Answer, Sampling, build_request, render_question
+from archerchat.inference.answers import spoken_text
+from archerchat.inference.requests import Request
+from archerchat.model.attention import choose_backend
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Before, Transformer, norm
+from archerchat.nanochat_import import to_archerchat_names
+from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
+from archerchat.tasks.arithmetic import ArithmeticTask
+from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import text_of
+from archerchat.tasks.gsm8k import GSM8KTask
+from archerchat.tasks.hub import TaskFiles
+from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+from archerchat.tokenizer.ranks import load_ranks
+
+
+@dataclass(frozen=True)
+class PlainAnswer:
+    """What the plain path made of one problem."""
+
+    token_ids: list[int]
+    right: bool
+
+
+@torch.no_grad()
+def plain_tokens(model: Transformer, request: Request, max_length: int) -> list[int]:
+    """Answer greedily by a cached loop, one row, one token at a time, with the calculator."""
+    layers = [GrowingLayer(model, window) for window in model.config.windows]
+    hook = request.hook() if request.hook else None
+    answer: list[int] = []
+    forced: list[int] = []
+    given, start = list(request.prompt), 0
+    previous = torch.zeros(1, model.config.model_dim, dtype=model.compute_dtype)
+    previous = previous.to(model.device)
+    most = min(request.max_new_tokens, max_length - len(request.prompt))
+    while len(answer) < most:
+        ids = torch.tensor([given], device=model.device)
+        positions = torch.arange(start, start + len(given), device=model.device)
+        hidden = model.hidden(ids, before=Before(positions, previous, layers))
+        token = int(model.logits(hidden[:, -1]).argmax())
+        if forced:
+            token = forced.pop(0)
+        elif token not in request.stop_tokens and hook is not None:
+            forced += hook(token)
+        if token in request.stop_tokens:
+            break
+        answer.append(token)
+        start += len(given)
+        last = model.token_embedding(ids[:, -1]).to(model.compute_dtype)
+        previous, given = norm(last), [token]
+    return answer
+
+
+def answer_plainly(
+    model: Transformer, tokenizer: Tokenizer, task: Task, sampling: Sampling
+) -> list[PlainAnswer]:
+    """Answer and judge a task's problems one after the other."""
+    answers, length = [], model.config.sequence_length
+    for problem in range(len(task)):
+        conversation = task[problem]
+        prompt, _ = render_question(tokenizer, conversation, length)
+        request = build_request(tokenizer, prompt, sampling, problem)
+        ids = plain_tokens(model, request, length)
+        right = task.evaluate(conversation, spoken_text(tokenizer, ids))
+        answers.append(PlainAnswer(ids, right))
+    return answers
+
+
+def build_task(data_dir: Path, split: str) -> Task:
+    """Return a split of GSM8K, or made-up problems where there are no files."""
+    if not data_dir.is_dir():
+        return ArithmeticTask(split, 7000)
+    return GSM8KTask(TaskFiles(cache=data_dir, local=data_dir), split)
+
+
+def build_tokenizer(options: argparse.Namespace) -> Tokenizer:
+    """Load the trained model's tokenizer, or learn one from questions and answers for training."""
+    if options.oracle:
+        return Tokenizer.from_ranks(
+            load_ranks(options.oracle / "tokenizer" / "mergeable_ranks.tiktoken")
+        )
+    texts = []
+    for conversation in build_task(options.data_dir, "train"):
+        question, answer = conversation["messages"]
+        texts.append(f"{question['content']} {text_of(answer['content'])}")
+    for size in (options.vocab_size, 512, 288):
+        try:
+            return train_tokenizer(texts, size)
+        except DataError:  # too little text for so many tokens
+            continue
+    raise SystemExit(f"{len(texts)} problems are too little text for a tokenizer")
+
+
+def build_model(options: argparse.Namespace, runtime: Runtime, vocab_size: int) -> Transformer:
+    """Load the reference's trained model, or draw one whose next tokens differ clearly."""
+    backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
+    if options.oracle:
+        config = ModelConfig(256, 4096, 4, 2, 2, 128)
+        model = Transformer(config, runtime.compute_dtype, backend)
+        weights = to_archerchat_names(load_file(options.oracle / "train_final.safetensors"))
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    else:
+        dial = DialConfig(depth=options.depth, max_seq_len=options.max_seq_len, num_iterations=1)
+        config = build_hyperparameters(dial, vocab_size).model
+        model = Transformer(config, runtime.compute_dtype, backend)
+        model.init_weights(0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype))
+    return model.to(runtime.device).eval().requires_grad_(False)
+
+
+def same(ours: Sequence[Answer], plain: Sequence[PlainAnswer]) -> float:
+    """Return the share of answers whose tokens and verdicts are equal."""
+    pairs = list(zip(ours, plain, strict=True))
+    equal = [a.completion.token_ids == b.token_ids and a.right == b.right for a, b in pairs]
+    return sum(equal) / len(equal)
+
+
+def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
+    """Run both paths and return the figures."""
+    runtime = build_runtime(options.device, options.dtype)
+    prepare_process(runtime)
+    task = limited(build_task(options.data_dir, "test"), options.problems)
+    tokenizer = build_tokenizer(options)
+    model = build_model(options, runtime, tokenizer.vocab_size)
+    sampling = Sampling(options.tokens, temperature=0.0)
+    evaluator = ChatEvaluator(model, tokenizer, sampling, options.device_batch_size)
+    console.print("warming up")
+    evaluator.evaluate(task, 4)
+    answer_plainly(model, tokenizer, task[:1], sampling)
+    runtime.synchronize()
+    started = time.perf_counter()
+    answers: list[Answer] = []
+    evaluator.evaluate(task, on_answer=answers.append)
+    runtime.synchronize()
+    ours = time.perf_counter() - started
+    console.print(f"evals.chat: {ours:.1f} s; now the plain path")
+    started = time.perf_counter()
+    plain = answer_plainly(model, tokenizer, task, sampling)
+    runtime.synchronize()
+    seconds = time.perf_counter() - started
+    share, tokens = same(answers, plain), sum(len(a.completion.token_ids) for a in answers)
+    return {
+        "ratio": round(seconds / ours, 2),
+        "same_answers": share == 1.0,
+        "same_share": round(share, 4),
+        "seconds": round(ours, 2),
+        "plain_seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / ours, 1),
+        "plain_tokens_per_second": round(sum(len(a.token_ids) for a in plain) / seconds, 1),
+        "task": task.name,
+        "problems": len(task),
+        "right": sum(a.right for a in answers),
+        "answer_tokens": tokens,
+        "layers": model.config.num_layers,
+        "model_dim": model.config.model_dim,
+        "vocab_size": model.config.vocab_size,
+        "device_batch_size": options.device_batch_size,
+        "dtype": dtype_name(runtime.compute_dtype),
+        "device": runtime.device_name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--oracle", type=Path, help="folder of the goldens: its trained model")
+    parser.add_argument("--depth", type=int, default=6, help="of a model with random weights")
+    parser.add_argument("--max-seq-len", type=int, default=512)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=128, help="most in an answer")
+    parser.add_argument("--device-batch-size", type=int, default=64)
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), default="float32",
+        help="float32 by default, where answers must be equal",
+    )  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse_options()
+    console = Console(stderr=True)
+    figures = measure(options, console)
+    for name, value in figures.items():
+        console.print(f"{name:28} {value}")
+    print(json.dumps(figures))
+    return 1 if options.dtype == "float32" and not figures["same_answers"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
