@@ -104,6 +104,9 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     entries = parse_mixture(config.mixture)
     if not entries and not config.jsonl:
         raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
+    train = [
+        task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
+    ]
     own: list[Task] = [JsonlTask(path) for path in config.jsonl]
     judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl]
     if not judges:
@@ -112,9 +115,6 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
         shuffled = [task.shuffled(config.mixture_seed) for task in own]
         judges = [task[: max(1, len(task) // HELD_BACK)] for task in shuffled]
         own = [task[len(task) // HELD_BACK :] for task in shuffled]
-    train = [
-        task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
-    ]
     return (
         TaskMixture([*train, *own], config.mixture_seed),
         TaskMixture(judges, config.mixture_seed),

@@ -1,0 +1,127 @@
+"""Fine-tuning's speed against pretraining's, same model, same shapes, in one process.
+
+    python benchmarks/finetune.py
+
+Both recipes are built on one small model: pretraining on text, fine-tuning on the generated tasks.
+Their steps take turns, so that a busy machine slows both alike, and each one's median counts. The
+last line is JSON; `ratio` is fine-tuning's tokens per second over pretraining's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from archerchat.artifacts import Home
+from archerchat.data.shards import write_shards
+from archerchat.data.task_files import task_files
+from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.inference.loading import load_model
+from archerchat.optim.schedule import build_schedule
+from archerchat.runtime import Runtime, build_runtime, prepare_process
+from archerchat.tasks.conversation import text_of
+from archerchat.tasks.spelling import SpellingBeeTask
+from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+from archerchat.training import finetune, pretrain
+from archerchat.training.finetune import FinetuneConfig
+from archerchat.training.finetune_setup import inherit
+from archerchat.training.mixtures import MixtureConfig, build_mixtures
+from archerchat.training.model_recipe import ModelRecipe
+from archerchat.training.pretrain import PretrainConfig
+
+
+def build_recipes(
+    home: Home, runtime: Runtime, dial: DialConfig, rows: int, compile: bool
+) -> tuple[ModelRecipe, ModelRecipe]:
+    """Return pretraining's and fine-tuning's recipe at one shape."""
+    task = SpellingBeeTask("train", 4000)
+    texts = [text_of(conversation["messages"][-1]["content"]) for conversation in task]
+    directory = home.data_dir("text")
+    write_shards(texts, directory, documents_per_row_group=500, documents_per_shard=2000)
+    train_tokenizer(texts, 1024).save(home.tokenizer_dir("default"))
+    config = PretrainConfig(
+        dial, data="text", device_batch_size=rows, compile=compile, eval_tokens=1, model_tag="base"
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        pretrain.pretrain(config, home, Console(file=io.StringIO()))
+    tokenizer = Tokenizer.load(home.tokenizer_dir("default"))
+    hp = build_hyperparameters(dial, tokenizer.vocab_size)
+    meta = pretrain.describe_run(config, hp, runtime, tokenizer, home)
+    schedule = build_schedule(dial, hp)
+    base = pretrain.build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
+    tuning = FinetuneConfig(MixtureConfig("generated"), compile=compile)
+    loaded = load_model(home, runtime, "base", "base")
+    mixtures = build_mixtures(tuning.data, task_files(home))
+    inherited = inherit(loaded, runtime, tuning.lr_scale, None, None)
+    about = finetune.describe_run(tuning, loaded, inherited, *mixtures, runtime)
+    return base, finetune.build_recipe(
+        tuning, home, "base", loaded, inherited, mixtures, runtime, about
+    )
+
+
+def take_step(recipe: ModelRecipe, runtime: Runtime) -> float:
+    """Return the seconds that a step of one micro-batch takes."""
+    runtime.synchronize()
+    started = time.perf_counter()
+    recipe.loss(*recipe.next_micro_batch()).backward()  # type: ignore[no-untyped-call]
+    recipe.optimizer.step(0.5, 0.9, 0.0)
+    recipe.optimizer.zero_grad()
+    runtime.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--no-compile", action="store_true")
+    given = parser.parse_args()
+    runtime = build_runtime()
+    prepare_process(runtime)
+    tokens = given.rows * given.sequence_length
+    dial = DialConfig(
+        given.depth,
+        head_dim=given.head_dim,
+        max_seq_len=given.sequence_length,
+        num_iterations=1,
+        total_batch_size=tokens,
+    )
+    with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
+        home = Home(Path(directory))
+        recipes = build_recipes(home, runtime, dial, given.rows, not given.no_compile)
+        seconds: list[list[float]] = [[], []]
+        for step in range(given.warmup + given.steps):
+            for recipe, times in zip(recipes, seconds, strict=True):
+                taken = take_step(recipe, runtime)
+                if step >= given.warmup:
+                    times.append(taken)
+        for recipe in recipes:
+            recipe.loader.close()
+    base, tuned = (tokens / statistics.median(times) for times in seconds)
+    print(
+        json.dumps(
+            {
+                "ratio": tuned / base,
+                "pretrain_tokens_per_second": base,
+                "sft_tokens_per_second": tuned,
+                "compiled": not given.no_compile,
+                "device": runtime.device_name,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
