@@ -181,11 +181,6 @@ def _verify(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="run directories, or ids or names of runs in ENDLEX_DIR (default: every run there)",
     )
-    parser.add_argument(
-        "--pruned-ok",
-        action="store_true",
-        help="checkpoints that were published, and pruned on the server since, are not missing",
-    )
     _url(parser)
     _json(parser)
 

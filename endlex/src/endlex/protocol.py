@@ -48,6 +48,9 @@ CRASHED = "crashed"
 """What is said of a session whose writer is gone without a word."""
 SESSION_STATES = ("running", *STATUSES, CRASHED)
 
+REMOVED = "removed"
+"""State of a checkpoint that was published and that a rule or a person let go of since."""
+
 RUN_FILE = "run.json"
 JOURNAL_DIR = "journal"
 STAGED_DIR = "staged"

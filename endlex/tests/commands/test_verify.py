@@ -119,7 +119,7 @@ def test_what_is_not_here_is_wrong_usage(cli: Any, place: Path, online: str) -> 
     assert "ENDLEX_DIR" in err
 
 
-def test_a_pruned_checkpoint_is_settled_only_on_request(
+def test_what_a_rule_removed_on_the_server_is_named_and_no_loss(
     cli: Any, train: Any, online: str, place: Path
 ) -> None:
     directory = train("pruned", save=b"first")
@@ -131,9 +131,44 @@ def test_a_pruned_checkpoint_is_settled_only_on_request(
     assert cli("push", later, "--run", owner["run"], "--step", 9)[0] == 0
     assert cli("prune", "--run", owner["run"], "--keep-last", 1, "--yes")[0] == 0
     status, out, _ = cli("verify", directory)
-    assert status == 1
-    assert "any more: it was published" in out
-    assert "endlex sync" not in out  # it has nothing to send
-    status, out, _ = cli("verify", directory, "--pruned-ok")
     assert status == 0
-    assert "1 checkpoint pruned there since" in out
+    assert "on purpose (pruned by keep-last 1, now): 1 checkpoint: step-5" in out
+    (verdict,) = json.loads(cli("verify", directory, "--json")[1])["runs"]
+    assert [gone["reason"] for gone in verdict["let_go"]] == ["pruned by keep-last 1"]
+    assert cli("doctor", directory)[1].count("all of it is on the server") == 1
+    status, _, err = cli("pull", f"{owner['run']}@step-5", "out")
+    assert status == 1  # it is in no list
+
+
+def test_what_the_server_lost_is_missing(
+    cli: Any, train: Any, server: str, online: str, tmp_path: Path
+) -> None:
+    directory = train("lost", save=b"weights")
+    assert cli("sync", directory)[0] == 0
+    kept = directory / "manifests" / "step-5.json"
+    kept.rename(kept.with_name("other.json"))  # published once, as far as this side knows
+    status, out, _ = cli("verify", directory)
+    assert status == 1
+    assert "checkpoint other: the server has no checkpoint 'other'" in out
+    assert "though it was published there once" in out
+    assert "the server has lost what it had" in out
+    assert "endlex sync" not in out  # which has nothing to send
+
+
+def test_other_files_under_a_removed_name_are_no_copy(
+    cli: Any, train: Any, online: str, place: Path
+) -> None:
+    directory = train("other-files", save=b"first")
+    owner = read_run_file(directory)
+    assert owner is not None
+    assert cli("sync", directory)[0] == 0
+    (place / "later.bin").write_bytes(b"second")
+    assert cli("push", "later.bin", "--run", owner["run"], "--step", 9)[0] == 0
+    assert cli("prune", "--run", owner["run"], "--keep-last", 1, "--yes")[0] == 0
+    kept = directory / "manifests" / "step-5.json"
+    manifest = json.loads(kept.read_text())
+    manifest["files"][0]["sha256"] = "0" * 64
+    kept.write_text(json.dumps(manifest))
+    status, out, _ = cli("verify", directory)
+    assert status == 1
+    assert "the server's files differ" in out

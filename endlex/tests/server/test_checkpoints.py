@@ -294,6 +294,27 @@ def test_unused_parts_go_after_a_day_and_used_ones_never(run: Any, data_dir: Pat
     assert run.client.get(f"{URL}/kept/files/f").content == b"kept" * 100
 
 
+def test_what_was_let_go_of_says_when_and_why_and_may_come_back(run: Any) -> None:
+    publish(run.client, "c", FILES, step=1)
+    publish(run.client, "d", {"f": b"d"}, step=2)
+    before = time.time()
+    rule = {"keep_last": 1, "run": RUN}
+    assert run.client.post("/api/v1/prune", json=rule).json()["freed_bytes"] == 4502
+    gone = run.client.get(f"{URL}/c").json()
+    assert (gone["state"], gone["reason"]) == ("removed", "pruned by keep-last 1")
+    assert before <= gone["removed"] <= time.time()
+    assert gone["files"] == manifest_of("c", FILES)["files"]
+    assert run.client.get(f"{URL}/c/files/empty").status_code == 404
+    assert [c["name"] for c in run.client.get(URL).json()] == ["d"]
+    publish(run.client, "c", FILES, step=1)
+    assert "removed" not in run.client.get(f"{URL}/c").json()
+    reason = {"reason": "replaced by a newer last"}
+    assert run.client.delete(f"{URL}/c", params=reason).status_code == 200
+    assert run.client.get(f"{URL}/c").json()["reason"] == "replaced by a newer last"
+    assert run.client.delete(f"{URL}/d", params={"reason": "x" * 300}).status_code == 422
+    publish(run.client, "c", {"f": b"another"}, step=3)  # the name is free again
+
+
 def test_retention_rules_keep_what_they_say(run: Any) -> None:
 
     losses = {10: 5.0, 20: 2.0, 30: 3.0, 40: 4.0}

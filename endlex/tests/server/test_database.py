@@ -81,6 +81,23 @@ def test_a_later_version_s_database_is_refused(tmp_path: Path) -> None:
         Database(tmp_path / "x.sqlite3")
 
 
+def test_an_earlier_version_s_database_is_brought_up_to_date(tmp_path: Path) -> None:
+    connection = connect(tmp_path / "x.sqlite3")
+    new = connection.execute("SELECT sql FROM sqlite_master WHERE name='checkpoint'").fetchone()[0]
+    for column in ("removed", "reason"):
+        connection.execute(f"ALTER TABLE checkpoint DROP COLUMN {column}")
+    connection.execute("PRAGMA user_version=1")
+    connection.execute("INSERT INTO token (name, hash, scopes, created) VALUES ('a','h','read',1)")
+    connection.close()
+    for _ in range(2):
+        connection = connect(tmp_path / "x.sqlite3")
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(checkpoint)")]
+        assert columns[-2:] == ["removed", "reason"]
+        assert connection.execute("SELECT count(*) FROM token").fetchone()[0] == 1
+        connection.close()
+    assert "removed REAL, reason TEXT" in new
+
+
 def test_a_database_without_room_answers_507_and_takes_it_later(box: Any) -> None:
     box.begin()
     database = box.client.app.state.server.database

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from endlex.client.downloads import fetch_manifest, pull_checkpoint
+from endlex.client.downloads import Removed, fetch_manifest, pull_checkpoint
 from endlex.client.journal import parse_record, session_files, writer_is_alive
 from endlex.client.manifests import build_manifest, load_manifest, manifest_path
 from endlex.client.parts import PartSource, Progress, Upload
@@ -100,12 +100,35 @@ def push_checkpoint(
     return manifest
 
 
+@dataclass(frozen=True)
+class LetGo:
+    """A checkpoint that the server published and let go of since, by a rule or by hand."""
+
+    name: str
+    removed: float
+    """Unix seconds."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run's directory beside what the server has; safe to delete when nothing is missing."""
+
+    missing: list[Missing]
+    let_go: list[LetGo]
+
+
 def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
-    """Compare a run's directory with the server by hash; an empty list means safe to delete.
+    """Return what `compare_directory` finds missing; an empty list means safe to delete."""
+    return compare_directory(directory, transport).missing
+
+
+def compare_directory(directory: Path, transport: Transport) -> Comparison:
+    """Compare a run's directory with the server by hash.
 
     Every session's journal must be there and equal, every checkpoint that was saved be published
-    with the files that were hashed here, no checkpoint wait, no trainer write and no shipper
-    work.
+    with the files that were hashed here, or have been until it was let go of on purpose, no
+    checkpoint wait, no trainer write and no shipper work.
 
     Raises:
         EndlexError: the directory is no run's.
@@ -122,13 +145,16 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
     ]
     staged = staged_names(directory)
     missing += [Missing("checkpoint", name, "not sent yet, or not published") for name in staged]
+    let_go: list[LetGo] = []
     for name, saved in sorted(_saved(directory).items()):
         if name not in staged:
-            missing += _verify_checkpoint(owner["run"], directory, name, saved, transport)
+            found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
+            let_go += [found] if isinstance(found, LetGo) else []
+            missing += [found] if isinstance(found, Missing) else []
     if shipper is not None:
         reason = f"process {shipper[0]} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason))
-    return missing
+    return Comparison(missing, let_go)
 
 
 def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
@@ -178,16 +204,19 @@ def _saved(directory: Path) -> dict[str, _Saved]:
 
 def _verify_checkpoint(
     run: str, directory: Path, name: str, saved: _Saved, transport: Transport
-) -> list[Missing]:
+) -> Missing | LetGo | None:
+    let_go: LetGo | None = None
     try:
         ours = load_manifest(manifest_path(directory, name))
         theirs = fetch_manifest(run, name, transport)
     except (Retry, Refused):
         raise
+    except Removed as error:
+        theirs, let_go = error.manifest, LetGo(name, error.removed, error.reason)
     except EndlexError as error:
         if is_replaced(run, saved.replaces, saved.time, transport):
-            return []
-        return [Missing("checkpoint", name, str(error))]
+            return None
+        return Missing("checkpoint", name, str(error))
     if ours is not None and ours["files"] != theirs["files"]:
-        return [Missing("checkpoint", name, "the server's files differ from those saved here")]
-    return []
+        return Missing("checkpoint", name, "the server's files differ from those saved here")
+    return let_go

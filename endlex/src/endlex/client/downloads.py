@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endlex.client.transport import Backoff, Refused, Retry, Transport, quoted
-from endlex.protocol import EndlexError, Manifest, ManifestFile, check_manifest
+from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
 
 CONNECTIONS = 4
 ATTEMPTS = 8
@@ -35,10 +35,25 @@ class _Piece:
     sha256: str
 
 
+class Removed(EndlexError):
+    """The server published this checkpoint, and let go of it since, on purpose.
+
+    Attributes:
+        removed: Unix seconds.
+        reason: such as "pruned by keep-last 3".
+        manifest: what it was.
+    """
+
+    def __init__(self, message: str, removed: float, reason: str, manifest: Manifest) -> None:
+        super().__init__(message)
+        self.removed, self.reason, self.manifest = removed, reason, manifest
+
+
 def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
     """The manifest of a checkpoint that the server has published.
 
     Raises:
+        Removed: a rule or a person let go of it.
         EndlexError: there is none of this name, or it is not published.
         Retry: the server is not there.
     """
@@ -50,11 +65,15 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
         raise
     content = answer.content if isinstance(answer.content, dict) else {}
     state = content.get("state")
-    if state != "published":
+    if state not in ("published", REMOVED):
         raise EndlexError(f"checkpoint {name!r} of run {run} is {state!r}, not published yet")
-    manifest = check_manifest(content.get("manifest", content))
+    manifest = check_manifest(content)
     if manifest["name"] != name:
         raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
+    if state == REMOVED:
+        reason, removed = str(content.get("reason")), float(content.get("removed") or 0)
+        message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
+        raise Removed(message, removed, reason, manifest)
     return manifest
 
 

@@ -55,7 +55,8 @@ def remove_replaced(run: str, manifest: Manifest, transport: Transport) -> None:
         older = other.get("created", manifest["created"]) < manifest["created"]
         if older and other["name"] != manifest["name"] and _word_of(other) == word:
             with contextlib.suppress(Refused):  # gone by itself, or kept by whoever decides there
-                transport.request("DELETE", quoted("runs", run, "checkpoints", other["name"]))
+                where = quoted("runs", run, "checkpoints", other["name"])
+                transport.request("DELETE", where, query={"reason": f"replaced by a newer {word}"})
 
 
 def is_replaced(run: str, word: object, saved: float, transport: Transport) -> bool:

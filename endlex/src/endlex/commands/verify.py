@@ -3,7 +3,8 @@
 The answer is yes only when the server was asked just now and holds, with equal SHA-256, every byte
 of every journal and every checkpoint that was saved, and nothing is at work here that could add to
 them. Everything else, an unreachable server too, is a no, with what is missing and the command
-that sends it.
+that sends it. A checkpoint that the server published and let go of by a rule or by hand is named,
+and no loss; one that it published and knows nothing of any more is.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.checkpoints import Missing, verify_directory
+from endlex.client.checkpoints import LetGo, Missing, compare_directory
 from endlex.client.journal import content_length, session_files
 from endlex.client.manifests import manifest_path
 from endlex.client.staging import staged_names
 from endlex.client.transport import Retry, Transport, TransportError
-from endlex.commands.rendering import count, format_bytes, print_json, printable
+from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
 from endlex.commands.server_api import explain, find_transport
 from endlex.commands.targets import (
     find_local_run,
@@ -32,6 +33,8 @@ from endlex.protocol import EndlexError
 
 SAFE = "safe to tear down"
 NOT_SAFE = "NOT safe to tear down"
+NAMED = 5
+"""Checkpoints that went for one reason and are named; the others are counted."""
 
 
 @dataclass
@@ -44,8 +47,9 @@ class Verdict:
     journals: int
     bytes: int
     missing: list[Missing] = field(default_factory=list)
-    removed: list[Missing] = field(default_factory=list)
-    """Checkpoints that the server did publish, and has no more: pruned or deleted there."""
+    let_go: list[LetGo] = field(default_factory=list)
+    lost: list[Missing] = field(default_factory=list)
+    """Checkpoints among the missing that the server published, and knows nothing of."""
     error: str | None = None
     """Why the server could not be asked."""
 
@@ -64,12 +68,12 @@ class Verdict:
             "bytes": self.bytes,
             "safe": self.is_safe,
             "missing": [vars(missing) for missing in self.missing],
-            "removed": [removed.name for removed in self.removed],
+            "let_go": [vars(let_go) for let_go in self.let_go],
             "error": self.error,
         }
 
 
-def verify(runs: Sequence[str], pruned_ok: bool, url: str | None, as_json: bool) -> int:
+def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     """Print the verdict; 0 only when everything that was asked about is safe."""
     directories = _directories(runs)
     transport: Transport | None = None
@@ -78,7 +82,7 @@ def verify(runs: Sequence[str], pruned_ok: bool, url: str | None, as_json: bool)
         transport = find_transport(url)
     except EndlexError as error:
         no_server = str(error)
-    verdicts = [_judge(directory, transport, no_server, pruned_ok) for directory in directories]
+    verdicts = [_judge(directory, transport, no_server) for directory in directories]
     safe = all(verdict.is_safe for verdict in verdicts)
     if as_json:
         print_json({"safe": safe, "runs": [verdict.as_json() for verdict in verdicts]})
@@ -117,9 +121,7 @@ def _directories(runs: Sequence[str]) -> list[Path]:
     return directories
 
 
-def _judge(
-    directory: Path, transport: Transport | None, no_server: str, pruned_ok: bool
-) -> Verdict:
+def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verdict:
     owner = open_run_directory(directory)
     paths = session_files(directory)
     verdict = Verdict(
@@ -132,10 +134,9 @@ def _judge(
     )
     if transport is not None:
         try:
-            verdict.missing = verify_directory(directory, transport)
-            verdict.removed = [m for m in verdict.missing if _was_published(directory, m)]
-            if pruned_ok:
-                verdict.missing = [m for m in verdict.missing if m not in verdict.removed]
+            found = compare_directory(directory, transport)
+            verdict.missing, verdict.let_go = found.missing, found.let_go
+            verdict.lost = [m for m in verdict.missing if _was_published(directory, m)]
         except Retry as error:
             verdict.error = str(explain(error))
         except (TransportError, EndlexError, OSError) as error:
@@ -155,14 +156,30 @@ def _print(verdict: Verdict, url: str) -> None:
     print(f"{verdict.directory}  ({printable(verdict.project)}/{printable(verdict.name)})")
     held = f"{count(verdict.journals, 'journal')}, {format_bytes(verdict.bytes)}"
     if verdict.is_safe:
-        gone = f"; {count(len(verdict.removed), 'checkpoint')} pruned there since"
-        print(f"  {held} and every checkpoint: the same on {url}{gone if verdict.removed else ''}")
+        kept = "every checkpoint that is kept" if verdict.let_go else "every checkpoint"
+        print(f"  {held} and {kept}: the same on {url}")
+    for reason, gone in _by_reason(verdict.let_go).items():
+        names = ", ".join(printable(let_go.name) for let_go in gone[:NAMED])
+        names += f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
+        when = format_age(max(let_go.removed for let_go in gone))
+        print(
+            f"  no longer on the server, on purpose ({printable(reason)}, {when}): "
+            f"{count(len(gone), 'checkpoint')}: {names}"
+        )
+    if verdict.is_safe:
         return
     if verdict.error is not None:
         print(f"  {held}: nothing could be compared: {printable(verdict.error)}")
     for missing in verdict.missing:
-        said = " any more: it was published" if missing in verdict.removed else ""
+        said = ", though it was published there once" if missing in verdict.lost else ""
         print(f"  {missing.kind} {printable(missing.name)}: {printable(missing.reason)}{said}")
+
+
+def _by_reason(let_go: Sequence[LetGo]) -> dict[str, list[LetGo]]:
+    found: dict[str, list[LetGo]] = {}
+    for one in let_go:
+        found.setdefault(one.reason, []).append(one)
+    return found
 
 
 def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
@@ -172,13 +189,14 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         verdict
         for verdict in unsafe
         if verdict.error is not None
-        or any(m.kind != "live" and m not in verdict.removed for m in verdict.missing)
+        or any(m.kind != "live" and m not in verdict.lost for m in verdict.missing)
     ]
     if any(missing.kind == "live" for verdict in unsafe for missing in verdict.missing):
         print("something is still at work: end it, or wait for it, and verify again")
-    if any(missing in verdict.removed for verdict in unsafe for missing in verdict.missing):
+    if any(verdict.lost for verdict in unsafe):
         print(
-            "what was pruned on purpose counts as settled with --pruned-ok; else `endlex push` it"
+            "the server has lost what it had: restore its data, or `endlex push` it again under "
+            "the same name"
         )
     if sending:
         places = " ".join(shlex.quote(str(verdict.directory)) for verdict in sending)

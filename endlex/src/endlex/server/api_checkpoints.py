@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 import orjson
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from endlex.protocol import MAX_PARTS_ASKED, ManifestFile, check_sha256
+from endlex.protocol import (
+    MAX_NAME_CHARS,
+    MAX_PARTS_ASKED,
+    REMOVED,
+    ManifestFile,
+    check_name,
+    check_sha256,
+)
 from endlex.server.auth import require
 from endlex.server.bodies import drain, iter_body, json_response, read_body, read_json
 from endlex.server.checkpoints import STATUS_OF_STATE
@@ -26,6 +33,7 @@ from endlex.server.retention import (
     deleted_runs,
     plan_pruning,
     purge_run,
+    remove_checkpoints,
 )
 from endlex.server.state import Server, server_of
 
@@ -99,19 +107,29 @@ async def describe(request: Request, run: str, name: str) -> Response:
 
 
 @router.delete("/runs/{run}/checkpoints/{name}", dependencies=SEND)
-async def delete(request: Request, run: str, name: str) -> Response:
+async def delete(
+    request: Request,
+    run: str,
+    name: str,
+    reason: Annotated[str, Query(max_length=MAX_NAME_CHARS)] = "deleted by hand",
+) -> Response:
     server = server_of(request)
+    check_name(reason, "reason")
 
     def job(connection: Any) -> None:
         row = connection.execute(
-            "SELECT pk FROM checkpoint WHERE run=? AND name=?", (find_run(connection, run), name)
+            "SELECT pk, state FROM checkpoint WHERE run=? AND name=? AND state != ?",
+            (find_run(connection, run), name, REMOVED),
         ).fetchone()
         if row is None:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
-        delete_checkpoints(connection, [row[0]])
+        if row[1] == "published":
+            remove_checkpoints(connection, [row[0]], reason)
+        else:
+            delete_checkpoints(connection, [row[0]])
 
     await asyncio.wrap_future(server.database.write(job))
-    server.hub.publish("checkpoint", {"run": run, "name": name, "state": "deleted"})
+    server.hub.publish("checkpoint", {"run": run, "name": name, "state": REMOVED})
     return json_response({"deleted": name})
 
 
@@ -211,7 +229,8 @@ def _prune(
         def job(connection: Any) -> dict[str, Any]:
             plan = plan_pruning(connection, rules, run, project)
             if not dry_run:
-                delete_checkpoints(connection, [c.pk for c in plan.removed])
+                why = f"pruned by {rules}"
+                remove_checkpoints(connection, [c.pk for c in plan.removed], why)
             return {
                 "removed": [c.shown() for c in plan.removed],
                 "kept": [c.shown() for c in plan.kept],
@@ -219,6 +238,9 @@ def _prune(
             }
 
         answer = server.database.write(job).result()
+        for item in () if dry_run else answer["removed"]:
+            news = {"run": item["run"], "name": item["name"], "state": REMOVED}
+            server.hub.publish("checkpoint", news)
     if deleted:
         for pk, run_id in deleted_runs(server.database.reader(), time.time() + 1):
             if run in (None, run_id):

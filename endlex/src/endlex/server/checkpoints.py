@@ -1,7 +1,8 @@
 """Checkpoints: manifests that are accepted, verified in the background, and then published.
 
 States: `announced` (only the journal speaks of it), `incomplete` (parts are missing), `verifying`,
-`published`, `failed`. Only a published one can be read. The state is in the database: what was
+`published`, `failed`, `removed` (published once; its manifest says what it was, and why it went).
+Only a published one can be read. The state is in the database: what was
 being verified when the server ended is verified from the beginning when it starts again.
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 
 import orjson
 
-from endlex.protocol import EndlexError, Manifest, ManifestFile, check_manifest
+from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
 from endlex.server.blobs import Blobs, open_part
 from endlex.server.database import Database
 from endlex.server.errors import ApiError
@@ -116,14 +117,17 @@ class Checkpoints:
         """
         with self._database.snapshot() as connection:
             row = connection.execute(
-                "SELECT pk, state, error, bytes, manifest, aliases, metadata FROM checkpoint "
+                "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
+                "FROM checkpoint "
                 "WHERE run=? AND name=? AND manifest IS NOT NULL",
                 (find_run(connection, run), name),
             ).fetchone()
         if row is None:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
-        pk, state, error, total, manifest, aliases, metadata = row
+        pk, state, error, total, manifest, aliases, metadata, removed, reason = row
         answer: dict[str, Any] = {"state": state, "bytes": total}
+        if state == REMOVED:
+            answer |= {"removed": removed, "reason": reason}
         if error is not None:
             answer["error"] = error
         if state == "verifying":
@@ -266,7 +270,8 @@ def _accept(
         "manifest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
         "step=excluded.step, created=excluded.created, state=excluded.state, "
         "error=excluded.error, bytes=excluded.bytes, aliases=excluded.aliases, "
-        "metadata=excluded.metadata, manifest=excluded.manifest RETURNING pk",
+        "metadata=excluded.metadata, manifest=excluded.manifest, removed=NULL, reason=NULL "
+        "RETURNING pk",
         (
             run_pk,
             name,

@@ -22,7 +22,7 @@ from endlex.protocol import EndlexError
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MOST_JOBS_IN_A_COMMIT = 32
 
 SCHEMA = """
@@ -76,7 +76,8 @@ CREATE INDEX table_by_name ON data_table (run, name, step);
 CREATE TABLE checkpoint (
     pk INTEGER PRIMARY KEY, run INTEGER NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL,
     created REAL NOT NULL, state TEXT NOT NULL, error TEXT, bytes INTEGER NOT NULL,
-    aliases TEXT NOT NULL, metadata TEXT NOT NULL, manifest TEXT, UNIQUE (run, name)
+    aliases TEXT NOT NULL, metadata TEXT NOT NULL, manifest TEXT, removed REAL, reason TEXT,
+    UNIQUE (run, name)
 );
 CREATE TABLE checkpoint_part (
     checkpoint INTEGER NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
@@ -97,6 +98,12 @@ CREATE TABLE login (
     hash TEXT PRIMARY KEY, token INTEGER NOT NULL, created REAL NOT NULL, expires REAL NOT NULL
 );
 """
+
+UPGRADES = {
+    2: "ALTER TABLE checkpoint ADD COLUMN removed REAL;"
+    "ALTER TABLE checkpoint ADD COLUMN reason TEXT;",
+}
+"""What makes a database of the version before into one of this."""
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
@@ -121,15 +128,22 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
             f"{path} has schema {version}, and this version of Endlex knows {SCHEMA_VERSION}: "
             "upgrade endlex"
         )
-    if version == 0:
-        script = f"BEGIN IMMEDIATE;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
-        try:
-            connection.executescript(script)
-        except sqlite3.OperationalError as error:  # another process was first
-            if "already exists" not in str(error):
-                raise
-            connection.execute("ROLLBACK")
+    if version < SCHEMA_VERSION:
+        _bring_up_to_date(connection, version)
     return connection
+
+
+def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
+    """Make the tables, or change those of an earlier version; all of it or nothing."""
+    missing = range(version + 1, SCHEMA_VERSION + 1)
+    changes = "".join(UPGRADES[number] for number in missing) if version else SCHEMA
+    script = f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
+    try:
+        connection.executescript(script)
+    except sqlite3.OperationalError as error:  # another process was first
+        if "already exists" not in str(error) and "duplicate column" not in str(error):
+            raise
+        connection.execute("ROLLBACK")
 
 
 class Database:

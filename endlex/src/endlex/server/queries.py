@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from endlex.protocol import SYSTEM
+from endlex.protocol import REMOVED, SYSTEM
 from endlex.server.errors import ApiError
 from endlex.server.run_search import Condition, parse_search
 
@@ -227,11 +227,14 @@ def list_metrics(connection: sqlite3.Connection, run: int) -> list[dict[str, Any
 
 
 def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
-    """Return a run's checkpoints by step; `announced` is one of which only the journal speaks."""
+    """Return a run's checkpoints by step, without those that were removed.
+
+    Of one that is `announced` only the journal speaks.
+    """
     rows = connection.execute(
         "SELECT name, step, created, state, bytes, aliases, metadata, error FROM checkpoint "
-        "WHERE run=? ORDER BY step, created",
-        (run,),
+        "WHERE run=? AND state != ? ORDER BY step, created",
+        (run, REMOVED),
     )
     names = ("name", "step", "created", "state", "bytes", "aliases", "metadata", "error")
     found = [dict(zip(names, row, strict=True)) for row in rows]

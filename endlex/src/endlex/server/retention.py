@@ -1,7 +1,8 @@
 """What may go: checkpoints that no rule keeps, runs that were deleted, parts that nothing uses.
 
 A checkpoint stays when any of the rules keeps it: the last N by step, the one where a metric was
-best, or every step that is a multiple of something. Only published ones are removed.
+best, or every step that is a multiple of something. Only published ones are removed. Their manifests
+stay, with when and why they went, so that the machine that saved them can tell that from a loss.
 
 A part goes when no manifest uses it, in whatever state, and when it is older than a day by the
 clock of its file, which is set whenever a client asks whether the part is here. Both are looked at
@@ -18,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
+from endlex.protocol import REMOVED
 from endlex.server.blobs import Blobs
 from endlex.server.charts import find_metric
 from endlex.server.database import Database
@@ -45,6 +47,14 @@ class Rules:
     @property
     def empty(self) -> bool:
         return self.keep_last is None and self.keep_best is None and self.keep_every is None
+
+    def __str__(self) -> str:
+        given = {
+            "last": self.keep_last,
+            "best": self.keep_best and f"{self.keep_best} ({self.mode})",
+            "every": self.keep_every,
+        }
+        return ", ".join(f"keep-{rule} {value}" for rule, value in given.items() if value)
 
 
 @dataclass(frozen=True)
@@ -154,8 +164,19 @@ def freed_bytes(connection: sqlite3.Connection, checkpoints: list[int]) -> int:
     return freed
 
 
+def remove_checkpoints(connection: sqlite3.Connection, checkpoints: list[int], reason: str) -> None:
+    """Let go of published checkpoints' parts (`collect_parts`), and note that it was on purpose."""
+    connection.executemany(
+        "UPDATE checkpoint SET state=?, removed=?, reason=? WHERE pk=?",
+        [(REMOVED, time.time(), reason, pk) for pk in checkpoints],
+    )
+    connection.executemany(
+        "DELETE FROM checkpoint_part WHERE checkpoint=?", [(pk,) for pk in checkpoints]
+    )
+
+
 def delete_checkpoints(connection: sqlite3.Connection, checkpoints: list[int]) -> None:
-    """Remove manifests; their parts go when nothing else uses them (`collect_parts`)."""
+    """Forget manifests; their parts go when nothing else uses them (`collect_parts`)."""
     keys = [(pk,) for pk in checkpoints]
     connection.executemany("DELETE FROM checkpoint WHERE pk=?", keys)
     connection.executemany("DELETE FROM checkpoint_part WHERE checkpoint=?", keys)
