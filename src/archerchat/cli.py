@@ -59,7 +59,8 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "sft": Command(
         "training.finetune", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
     ),
-    "sample": Command("commands.sample", "SampleConfig", "sample", "print samples of a base model"),
+    "chat": Command("commands.chat", "ChatConfig", "chat", "talk to a model in the terminal"),
+    "sample": Command("commands.sample", "SampleConfig", "sample", "print samples of a model"),
     "eval": {
         "base": Command(
             "commands.eval_base", "EvalBaseConfig", "evaluate", "evaluate a base model"

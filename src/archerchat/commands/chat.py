@@ -1,0 +1,286 @@
+"""`archerchat chat`: talk to a model in the terminal.
+
+archerchat chat                          # /help tells the commands
+archerchat chat -p "What is 6 times 7?"  # one answer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from archerchat.artifacts import Home, write_bytes
+from archerchat.commands.sample import CONTROLS
+from archerchat.errors import UsageError
+from archerchat.inference.answers import PartType, Piece
+from archerchat.inference.chat_session import ChatSession
+from archerchat.inference.engine import Engine
+from archerchat.inference.loading import load_model
+from archerchat.runtime import build_runtime, prepare_process
+
+HELP = """\
+/clear            begin a new conversation
+/temperature X    0 takes the most likely token, larger values draw more freely
+/top_k N          draw from so many of the most likely tokens; `none` draws from all
+/max_tokens N     of an answer
+/save FILE        write the conversation, as a line of JSON that training reads
+/help             this
+/quit             leave; so does Ctrl-D
+Ctrl-C stops an answer. A message that begins with a slash is written with two."""
+HISTORY_LINES = 1000
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """Talk to a model in the terminal."""
+
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """Answer this and leave; by default messages are read until there are no more."""
+    model_tag: str | None = None
+    """The model's name; by default the one that was saved last."""
+    source: Literal["sft", "rl", "base"] = "sft"
+    """Which stage of it."""
+    step: int | None = None
+    """Which of its checkpoints; by default the latest."""
+    system: str | None = None
+    """What the model is told before the first message."""
+    temperature: float = 0.6
+    """0 takes the most likely token each time, larger values draw more freely."""
+    top_k: int | None = 50
+    """Draw from so many of the most likely tokens; None draws from all."""
+    max_tokens: int = 512
+    """Tokens of an answer at most."""
+    seed: int = 42
+    """Of the draws."""
+    compile: bool = False
+    """Compile the model on CPUs: faster answers, after some seconds."""
+    device: Literal["cuda", "mps", "cpu"] | None = None
+    """Where to run; by default the best there is."""
+    dtype: Literal["bfloat16", "float32", "float16"] | None = None
+    """What to compute in; by default what the device is good at."""
+
+
+def chat(config: ChatConfig, home: Home) -> None:
+    """Load a model and answer.
+
+    Raises:
+        UsageError: there is no such model, or a number makes no sense.
+        CheckpointError, TokenizerError: what is there is damaged.
+    """
+    runtime = build_runtime(config.device, config.dtype)
+    prepare_process(runtime)
+    loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
+    engine = Engine(loaded.model, max_batch=1, compile=config.compile)
+    session = ChatSession(engine, loaded.tokenizer, system=config.system)
+    try:
+        session.set_rules(
+            temperature=config.temperature,
+            top_k=config.top_k,
+            max_tokens=config.max_tokens,
+            seed=config.seed,
+        )
+    except UsageError as error:
+        raise UsageError(f"{error}: change the flag of that name") from error
+    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    if config.prompt is not None:
+        show_answer(session, config.prompt, console)
+        return
+    if sys.stdin.isatty():
+        console.print(f"{loaded.path}\n/help tells the commands", style="dim")
+    with _line_history(home.root / "chat_history"):
+        Dialogue(session, console).run()
+
+
+class Dialogue:
+    """Read messages and commands, one a line, until there are no more."""
+
+    def __init__(self, session: ChatSession, console: Console) -> None:
+        self.session, self.console = session, console
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/clear": self._clear,
+            "/temperature": lambda text: self._set("temperature", float, text),
+            "/top_k": lambda text: self._set("top_k", _count_or_none, text),
+            "/max_tokens": lambda text: self._set("max_tokens", int, text),
+            "/save": self._save,
+            "/help": lambda text: self.console.print(HELP),
+        }
+
+    def run(self) -> None:
+        """Go on until /quit or the end of the input."""
+        prompt = "> " if sys.stdin.isatty() else ""
+        while True:
+            try:
+                line = input(prompt)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self.console.print("\n/quit or Ctrl-D leaves", style="dim")
+                continue
+            if line.strip() in ("/quit", "/exit"):
+                return
+            try:
+                self.take(line)
+            except UsageError as error:
+                self.console.print(f"error: {error}", style="red")
+
+    def take(self, line: str) -> None:
+        """Answer a message or carry out a command.
+
+        Raises:
+            UsageError: it cannot be; the conversation is as it was.
+        """
+        word, _, rest = line.strip().partition(" ")
+        if not word:
+            return
+        if word.startswith("//"):
+            show_answer(self.session, line.strip()[1:], self.console)
+        elif not word.startswith("/"):
+            show_answer(self.session, line, self.console)
+        elif word in self._commands:
+            self._commands[word](rest.strip())
+        else:
+            raise UsageError(f"there is no {word}: /help tells the commands")
+
+    def _clear(self, text: str) -> None:
+        self.session.clear()
+        self.console.print("a new conversation", style="dim")
+
+    def _set(self, name: str, read: Callable[[str], float | int | None], text: str) -> None:
+        if text:
+            try:
+                self.session.set_rules(**{name: read(text)})
+            except ValueError as error:
+                raise UsageError(f"/{name} takes a number, not {text!r}") from error
+        self.console.print(f"{name} is {getattr(self.session.rules, name)}", style="dim")
+
+    def _save(self, text: str) -> None:
+        if not text:
+            raise UsageError("/save takes the name of a file")
+        if not self.session.turns:
+            raise UsageError("nothing was said yet: there is nothing to save")
+        path = Path(text).expanduser()
+        if path.exists():
+            raise UsageError(f"{path} is there already: choose another name")
+        try:
+            write_bytes(path, self.session.to_json_line().encode())
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from error
+        self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")
+
+
+def _count_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+def show_answer(session: ChatSession, message: str, console: Console) -> None:
+    """Print the answer as it comes; Ctrl-C stops it, a second one the program.
+
+    Raises:
+        UsageError: there is nothing to answer, or no room to.
+    """
+    pieces = session.answer(message)
+    if session.forgotten:
+        console.print(
+            f"the context is full: the oldest {session.forgotten} turn(s) are left out", style="dim"
+        )
+    printer = _AnswerPrinter(console)
+    stopped = False
+    with _stop_request() as asked, contextlib.closing(pieces):  # type: ignore[type-var]
+        for piece in pieces:
+            printer.show(piece)
+            if stopped := asked.is_set():
+                break
+    printer.end()
+    if stopped:
+        console.print("stopped", style="dim")
+    elif session.completion.finish_reason == "length":
+        console.print("the context is full: /clear begins a new conversation", style="dim")
+    elif session.completion.finish_reason == "max_tokens":
+        console.print("cut at /max_tokens", style="dim")
+
+
+class _AnswerPrinter:
+    """Print pieces; a call of the calculator as `[6*7 = 42]`."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._open: PartType = "text"
+
+    def show(self, piece: Piece) -> None:
+        """Print a piece, and what stands between it and the part before."""
+        if piece.starts:
+            if piece.type == "python_output" and self._open == "python":
+                self._write(" = ")
+            else:
+                self._close()
+                if piece.type != "text":
+                    self._write("[" if piece.type == "python" else "[= ")
+            self._open = piece.type
+        self._write(piece.text.translate(CONTROLS))
+
+    def end(self) -> None:
+        """End the answer's last line."""
+        self._close()
+        self._console.print()
+
+    def _close(self) -> None:
+        if self._open != "text":
+            self._write("]")
+            self._open = "text"
+
+    def _write(self, text: str) -> None:
+        style = None if self._open == "text" and text not in ("[", "]", "[= ") else "cyan"
+        self._console.print(text, end="", style=style)
+        self._console.file.flush()
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """Take the first Ctrl-C as a request; outside the main thread there is none to take."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _line_history(path: Path) -> Iterator[None]:
+    """Let arrow keys bring back earlier lines, those of earlier sessions too."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    try:
+        import readline  # absent on some platforms; importing it changes how `input` reads
+    except ImportError:
+        yield
+        return
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        count = readline.get_current_history_length()
+        lines = [readline.get_history_item(i) for i in range(1, count + 1)][-HISTORY_LINES:]
+        with contextlib.suppress(OSError):
+            write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
