@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -145,7 +146,7 @@ def test_a_file_rewritten_in_place_is_reported_and_never_published(
 ) -> None:
     monkeypatch.setattr(staging, "_clone", lambda *arguments: False)  # links, on any file system
     source = checkpoint(tmp_path / "step_1", 3 * PART)
-    name = run.save(source, step=1)
+    name = run.save(source, step=1, link=True)
     if when == "after hashing":
         manifests.staged_manifest(run.directory, name)  # type: ignore[arg-type]
     with (source / "model.bin").open("r+b") as file:
@@ -163,7 +164,7 @@ def test_a_change_that_the_time_does_not_show_is_found_by_the_hash(
 ) -> None:
     monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
     source = checkpoint(tmp_path / "step_1", 3 * PART)
-    name = run.save(source, step=1)
+    name = run.save(source, step=1, link=True)
     manifests.staged_manifest(run.directory, name)  # type: ignore[arg-type]
     before = (source / "model.bin").stat()
     with (source / "model.bin").open("r+b") as file:
@@ -196,11 +197,39 @@ def test_without_links_files_are_copied(
     monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
     monkeypatch.setattr(os, "link", refuse)
     source = checkpoint(tmp_path / "step_1", 1000)
-    name = run.save(source, step=1)
+    name = run.save(source, step=1, link=True)
     with (source / "model.bin").open("r+b") as file:
         file.write(b"changed")
     send(run, name, transport)
     assert published(stub, name) == {"model.bin": content(1000)}
+
+
+def test_a_trainer_that_writes_each_checkpoint_over_the_one_before_loses_none(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    names = []
+    for step in range(3):
+        (tmp_path / "last.pt").write_bytes(content(1000 + step))
+        names.append(run.save(tmp_path / "last.pt", step=step))
+    for step, name in enumerate(names):
+        send(run, name, transport)
+        assert published(stub, name) == {"last.pt": content(1000 + step)}
+
+
+def test_without_room_for_a_copy_a_link_is_taken(
+    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def fill_the_disk(source: Path, target: Path) -> None:
+        target.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr(shutil, "copy2", fill_the_disk)
+    (tmp_path / "last.pt").write_bytes(content(1000))
+    name = run.save(tmp_path / "last.pt", step=1)
+    send(run, name, transport)
+    assert published(stub, name) == {"last.pt": content(1000)}
 
 
 def test_another_checkpoint_under_the_name_is_a_failure(

@@ -38,7 +38,7 @@ def main() -> None:
         jump_clock()
     run = endlex.init("faults", "trainer", config={"first": first}, directory=options.directory)
     if options.save:
-        run.save(options.save, step=first, name=options.name)
+        run.save(options.save, step=first, name=options.name, link=True)
     progress = os.open(options.progress, os.O_RDWR | os.O_CREAT, 0o644)
     for step in range(first, options.steps):
         run.log({name: step + i / 16 for i, name in enumerate(NAMES)}, step=step)

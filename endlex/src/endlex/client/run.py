@@ -160,11 +160,12 @@ class Run:
         aliases: Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
         replaces: str | None = None,
+        link: bool = False,
     ) -> str:
         """Keep a file, or all files of a directory, as a checkpoint, to be sent in the background.
 
-        It costs a few system calls a file. The files may be deleted or replaced right after, but
-        not rewritten in place.
+        The files are copied (cloned, where the file system can), so whatever happens to them
+        afterwards is no matter.
 
         Args:
             step: the last logged one if not given.
@@ -174,6 +175,9 @@ class Run:
             metadata: kept with it, such as the loss.
             replaces: a word such as "last": of the run's checkpoints saved with the same word only
                 the newest stays on the server, once it is published there.
+            link: take hard links instead of copies, for files that are never rewritten in place,
+                such as those that are written under another name and renamed. They may be deleted
+                or replaced. It costs a few system calls a file, and no space.
 
         Returns:
             The checkpoint's name: `name`, with a number after it if the directory has one already.
@@ -202,6 +206,7 @@ class Run:
             created=time.time(),
             aliases=aliases,
             metadata=plain(metadata or {}),
+            link=link,
         )
         files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
         self._append(

@@ -1,13 +1,13 @@
 """Checkpoints that wait to be sent: links to the trainer's files, and a note of what they were.
 
-    staged/NAME/...       hard links (clones where the file system has them, copies where it has
-                          neither) of the files, so that deleting or replacing a file after
-                          `run.save` loses nothing
+    staged/NAME/...       copies of the files (clones where the file system has them), so that what
+                          the trainer does to its own after `run.save` changes nothing
     staged/.NAME.json     step, aliases, metadata, and each file's size and time of change
 
-Nothing is read or hashed here, so saving costs the trainer a few system calls a file. A hard link
-still shares its content with the trainer's file: if that is rewritten in place before the shipper
-has sent it, size or time differ from the note, and the checkpoint is reported instead of sent.
+Many trainers write each checkpoint over the one before, so a copy is what is safe. Who never
+rewrites a file in place asks for hard links: they cost a few system calls a file and no space. A
+link shares its content with the trainer's file: if that is rewritten all the same, size or time
+differ from the note, and the checkpoint is reported instead of sent.
 """
 
 from __future__ import annotations
@@ -90,10 +90,14 @@ def stage(
     created: float,
     aliases: Sequence[str],
     metadata: Mapping[str, Any],
+    link: bool = False,
 ) -> Staged:
     """Keep `source` as checkpoint `name` of a run's directory until it is sent.
 
     A name that the directory has used already gets `-2`, `-3` and so on; the note has the result.
+
+    Args:
+        link: whether the files are never rewritten in place, so that links to them are enough.
 
     Raises:
         EndlexError: there is nothing to save, or a name or alias is not one.
@@ -110,7 +114,7 @@ def stage(
     name = _unused(directory, name)
     building = folder / f".{name}.{os.getpid()}.building"
     try:
-        files = [_keep(path, inside, building / inside) for inside, path in found]
+        files = [_keep(path, inside, building / inside, link) for inside, path in found]
         note: Staged = {
             "name": name,
             "step": step,
@@ -127,27 +131,44 @@ def stage(
     return note
 
 
+def has_saved(directory: Path, name: str) -> bool:
+    """Whether a run's directory has a checkpoint of this name, waiting or sent."""
+    staged, sent = directory / STAGED_DIR / name, directory / MANIFEST_DIR / f"{name}.json"
+    return staged.exists() or sent.exists()
+
+
 def _unused(directory: Path, name: str) -> str:
     candidate, count = name, 1
-    while (directory / STAGED_DIR / candidate).exists() or (
-        directory / MANIFEST_DIR / f"{candidate}.json"
-    ).exists():
+    while has_saved(directory, candidate):
         count += 1
         candidate = f"{name[:110]}-{count}"
     return candidate
 
 
-def _keep(source: Path, inside: str, target: Path) -> StagedFile:
+def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
     source = source.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     status = source.stat()
     if not _clone(source, target, status):
+        first, second = (_link, _copy) if link else (_copy, _link)
         try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(source, target)
+            first(source, target)
+        except OSError:  # no links to there, or no space for a copy
+            second(source, target)
     kept = target.stat()
     return {"path": inside, "bytes": kept.st_size, "changed": kept.st_mtime_ns}
+
+
+def _link(source: Path, target: Path) -> None:
+    os.link(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copy2(source, target)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
 
 
 def _clone(source: Path, target: Path, status: os.stat_result) -> bool:

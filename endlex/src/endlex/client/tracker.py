@@ -183,10 +183,17 @@ def save(
     aliases: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
     replaces: str | None = None,
+    link: bool = False,
 ) -> str:
     """Do `Run.save` on the current run."""
     return _current().save(
-        path, step=step, name=name, aliases=aliases, metadata=metadata, replaces=replaces
+        path,
+        step=step,
+        name=name,
+        aliases=aliases,
+        metadata=metadata,
+        replaces=replaces,
+        link=link,
     )
 
 
