@@ -13,18 +13,27 @@ hundreds of small operations of a step: compiled as a whole it takes about half 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from archerchat.inference.draws import Drawing, DrawPlan, DrawRules
-from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, ring_mask
+from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, ring_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Transformer, norm
 
 Forward = Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]
 
+Part = tuple[list[Tensor], list[Tensor]]
+"""Each layer's keys and values of some rows, from `KVCache.views`."""
+Reach = tuple[int, int]
+"""How many rows, and more than any of them keeps."""
+
+PART_ROWS = 16
+"""Rows that are read as far as the longest of them reaches, on CPUs."""
 SPAN = 32
 """Keys are read in multiples of so many, on CPUs."""
 COMPILED_SPAN = 1024
@@ -37,23 +46,29 @@ def forward_token(
     tokens: Tensor,
     lengths: Tensor,
     previous: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    parts: Sequence[Part],
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Run one token (B,) of each row after its past; changes nothing.
 
     Args:
         lengths: (B,), tokens before it.
         previous: (B, C), the normalised embedding of the one before it.
-        keys: a layer: (B, K, S, D), ring slots; values likewise.
+        parts: the rows' rings, in one part or several.
 
     Returns:
         Capped float32 logits (B, vocab_size), and what the cache should add: the normalised
         embedding (B, C), each layer's key and value (B, K, D).
     """
-    spans = {k.size(2) for k in keys}
-    masks = {span: ring_mask(lengths, span, model.compute_dtype) for span in spans}
-    layers = [RingLayer(k, v, masks[k.size(2)]) for k, v in zip(keys, values, strict=True)]
+    found: list[list[RingPart]] = [[] for _ in model.config.windows]
+    first = 0
+    for keys, values in parts:
+        rows = lengths[first : first + keys[0].size(0)]
+        first += keys[0].size(0)
+        spans = {k.size(2) for k in keys}
+        masks = {span: ring_mask(rows, span, model.compute_dtype) for span in spans}
+        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+            found[i].append(RingPart(k, v, masks[k.size(2)]))
+    layers = [RingLayer(of_layer) for of_layer in found]
     hidden = model.hidden(tokens[:, None], before=Before(lengths[:, None], previous, layers))
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
     new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]
@@ -81,16 +96,18 @@ class Decoder:
         on_cpu = device.type == "cpu"
         self._single: Forward | None = compiled(forward_token) if compile and on_cpu else None
         self._captures = device.type == "cuda"
+        self._pool: Any = None
         self._graphs: dict[tuple[int, int, DrawPlan], torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
-    def step(self, rows: int, longest: int, plan: DrawPlan) -> None:
-        """Draw the next token of the first `rows` rows into `tokens`.
+    def step(self, lengths: Sequence[int], plan: DrawPlan) -> None:
+        """Draw the next token of the first rows into `tokens`.
 
         Args:
-            longest: the most tokens that one of them keeps.
+            lengths: tokens that each of these rows keeps; at least one row.
             plan: covers their rules.
         """
+        rows, longest = len(lengths), max(lengths)
         if self._captures:
             count = min(1 << (rows - 1).bit_length(), self.max_rows)
             span = max(1 << longest.bit_length(), LEAST_CAPTURED_SPAN)
@@ -99,16 +116,18 @@ class Decoder:
             span = COMPILED_SPAN
             while span <= longest:
                 span *= 4
-            self._run(self._single, rows, span, plan)
+            self._run(self._single, [(1, span)], plan)
         else:
-            self._run(forward_token, rows, -(-(longest + 1) // SPAN) * SPAN, plan)
+            self._run(forward_token, list(_reaches(lengths)), plan)
 
-    def _run(self, forward: Forward, rows: int, span: int, plan: DrawPlan) -> None:
+    def _run(self, forward: Forward, reaches: Sequence[Reach], plan: DrawPlan) -> None:
+        parts, rows = [], 0
+        for count, span in reaches:
+            parts.append(self.cache.views(rows, rows + count, span))
+            rows += count
         cache, tokens = self.cache, self.tokens[:rows]
         lengths, previous = cache.lengths[:rows], cache.previous[:rows]
-        logits, embedded, keys, values = forward(
-            self.model, tokens, lengths, previous, *cache.views(rows, span)
-        )
+        logits, embedded, keys, values = forward(self.model, tokens, lengths, previous, parts)
         tokens.copy_(self.drawing.draw(logits, lengths + 1, plan))
         cache.append(embedded, keys, values, self._rows[:rows])
 
@@ -130,13 +149,15 @@ class Decoder:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._run(forward_token, rows, span, plan)
+                self._run(forward_token, [(rows, span)], plan)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in zip(kept, saved, strict=True):
             tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run(forward_token, rows, span, plan)
+        if self._pool is None:  # one for all: graphs never run at the same time
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._run(forward_token, [(rows, span)], plan)
         return graph
 
     @torch.no_grad()
@@ -162,3 +183,15 @@ class Decoder:
         self.cache.move(source, target, length)
         self.drawing.move(source, target)
         self.tokens[target] = self.tokens[source]
+
+
+def _reaches(lengths: Sequence[int]) -> Iterator[Reach]:
+    """Cut rows into parts and say how far to read each; equal neighbours are one part."""
+    spans = [
+        (max(lengths[i : i + PART_ROWS]) // SPAN + 1) * SPAN
+        for i in range(0, len(lengths), PART_ROWS)
+    ]
+    rows = len(lengths)
+    for span, group in groupby(enumerate(spans), key=lambda pair: pair[1]):
+        places = [place for place, _ in group]
+        yield min(PART_ROWS * len(places), rows - PART_ROWS * places[0]), span

@@ -29,8 +29,6 @@ from torch import Tensor
 
 from archerchat.inference.decode import Decoder
 from archerchat.inference.draws import DrawPlan, DrawRules, row_seed
-from archerchat.inference.kv_cache import Prefix
-from archerchat.inference.prefill import iter_batches, prefill
 from archerchat.inference.requests import (
     Completion,
     Event,
@@ -39,39 +37,16 @@ from archerchat.inference.requests import (
     RowHook,
     check_request,
 )
-from archerchat.inference.scheduling import group_by_prefix
+from archerchat.inference.waiting import Job, WaitingRequests
 from archerchat.inference.weights import InferenceModel
 from archerchat.model.transformer import Transformer
-
-
-@dataclass
-class _Group:
-    """Waiting requests that share a prefix."""
-
-    shared: list[int]
-    waiting: int
-    prefix: Prefix | None = None
-    """Run when its first member does, dropped with its last."""
-
-
-@dataclass
-class _Job:
-    """A request that has samples to start."""
-
-    number: int
-    request: Request
-    started: int = 0
-    """Samples."""
-    group: _Group | None = None
-    prompt: tuple[Prefix, Tensor] | None = None
-    """Once it ran: what a row needs of it, and the logits (vocab_size,) that follow."""
 
 
 @dataclass
 class _Row:
     """A sample in the batch."""
 
-    job: _Job
+    job: Job
     sample: int
     rules: DrawRules
     hook: RowHook | None
@@ -128,15 +103,17 @@ class Engine:
         self.overlap = model.device.type == "cuda" if overlap is None else overlap
         compile = compile and not self._inference.packed
         self._decoder = Decoder(self.model, max_batch, self.max_length, compile)
-        self._waiting: deque[_Job] = deque()
-        self._grouped = True
+        self._waiting = WaitingRequests(self.model)
         self._rows: list[_Row] = []
         self._unread: deque[_Unread] = deque()
         self._events: list[Event] = []
         self.steps = 0
         """Decoding steps so far."""
-        self.prefilled_tokens = 0
+
+    @property
+    def prefilled_tokens(self) -> int:
         """Tokens of prompts that ran so far, each shared prefix once, padding not counted."""
+        return self._waiting.prefilled_tokens
 
     @property
     def busy(self) -> bool:
@@ -163,14 +140,11 @@ class Engine:
             UsageError: its prompt is too long or has unknown tokens.
         """
         self.check(request)
-        self._waiting.append(_Job(number, request))
-        self._grouped = False
+        self._waiting.add(Job(number, request))
 
     def cancel(self, number: int) -> None:
         """End a request's rows; their last events say so. Unknown numbers are ignored."""
-        for job in [job for job in self._waiting if job.number == number]:
-            self._waiting.remove(job)
-            self._leave_group(job)
+        for job in self._waiting.remove(number):
             for sample in range(job.started, job.request.num_samples):
                 self._events.append(Event(number, sample, None, finish_reason="cancelled"))
         for row in self._rows:
@@ -248,106 +222,33 @@ class Engine:
     def _admit(self) -> None:
         """Fill free places with samples of waiting requests and draw their first tokens."""
         first = len(self._rows)
-        free = self.max_batch - first
-        if not (free and self._waiting):
-            return
-        if not self._grouped:
-            self._group()
-        self._run_prompts(self._next_jobs(free))
         logits = []
-        while len(self._rows) < self.max_batch and self._waiting:
-            job = self._waiting[0]
-            assert job.prompt is not None
-            row = self._new_row(job)
-            self._decoder.begin(len(self._rows), job.prompt[0], row.rules)
-            logits.append(job.prompt[1])
+        started = self._waiting.take(self.max_batch - first)
+        # Rows of similar length side by side: a step reads them no further than they reach.
+        for job, sample, (prefix, following) in sorted(started, key=lambda item: item[2][0].length):
+            row = self._new_row(job, sample)
+            self._decoder.begin(len(self._rows), prefix, row.rules)
             self._rows.append(row)
-            job.started += 1
-            if job.started == job.request.num_samples:
-                job.prompt = None
-                self._waiting.popleft()
+            logits.append(following)
+        if not logits:
+            return
         new = self._rows[first:]
         plan = DrawPlan.covering([row.rules for row in new])
         self._decoder.draw_first(first, torch.stack(logits), plan)
         self._send(new, first)
 
-    def _new_row(self, job: _Job) -> _Row:
+    def _new_row(self, job: Job, sample: int) -> _Row:
         request, room = job.request, self.max_length - len(job.request.prompt)
-        rules = DrawRules(
-            request.temperature, request.top_k, request.top_p, row_seed(request.seed, job.started)
-        )
+        seed = row_seed(request.seed, sample)
+        rules = DrawRules(request.temperature, request.top_k, request.top_p, seed)
         return _Row(
             job=job,
-            sample=job.started,
+            sample=sample,
             rules=rules,
             hook=request.hook() if request.hook else None,
             last=min(request.max_new_tokens, room) - 1,
             reason="max_tokens" if request.max_new_tokens <= room else "length",
         )
-
-    def _next_jobs(self, free: int) -> list[_Job]:
-        """Return the waiting requests whose samples come into `free` places and must run first."""
-        jobs: list[_Job] = []
-        for job in self._waiting:
-            if free <= 0:
-                break
-            free -= job.request.num_samples - job.started
-            if job.prompt is None:
-                jobs.append(job)
-        return jobs
-
-    def _group(self) -> None:
-        """Find shared prefixes among the waiting, and let each group's members follow each other.
-
-        Requests whose prompt ran already stay in front.
-        """
-        ran = [job for job in self._waiting if job.prompt is not None]
-        jobs = [job for job in self._waiting if job.prompt is None]
-        self._waiting = deque(ran)
-        for found in group_by_prefix([job.request.prompt for job in jobs]):
-            members = [jobs[i] for i in found.members]
-            group = None
-            if found.shared:
-                shared = list(members[0].request.prompt[: found.shared])
-                old = members[0].group  # computed already, and still the same
-                prefix = old.prefix if old is not None and old.shared == shared else None
-                group = _Group(shared, len(members), prefix)
-            for job in members:
-                job.group = group
-            self._waiting.extend(members)
-        self._grouped = True
-
-    def _run_prompts(self, jobs: Sequence[_Job]) -> None:
-        """Run prompts, in batches of those with the same shared prefix and similar lengths."""
-        groups: dict[int, list[_Job]] = {}
-        for job in jobs:
-            groups.setdefault(id(job.group), []).append(job)
-        for members in groups.values():
-            group = members[0].group
-            shared = None if group is None else self._run_shared(group)
-            start = 0 if shared is None else shared.length
-            rows = [list(job.request.prompt[start:]) for job in members]
-            for batch in iter_batches([len(row) for row in rows]):
-                ran = prefill(self.model, [rows[i] for i in batch], shared)
-                self.prefilled_tokens += sum(ran.lengths)
-                logits = ran.last_logits()
-                for place, i in enumerate(batch):
-                    members[i].prompt = (ran.prefix(place), logits[place])
-            for job in members:
-                self._leave_group(job)
-
-    def _run_shared(self, group: _Group) -> Prefix:
-        if group.prefix is None:
-            group.prefix = prefill(self.model, [group.shared]).prefix(0)
-            self.prefilled_tokens += len(group.shared)
-        return group.prefix
-
-    def _leave_group(self, job: _Job) -> None:
-        if job.group is not None:
-            job.group.waiting -= 1
-            if job.group.waiting == 0:
-                job.group.prefix = None
-            job.group = None
 
     def _force(self) -> None:
         """Replace drawn tokens that hooks decided otherwise, before they are computed with."""
@@ -358,8 +259,8 @@ class Engine:
 
     def _launch(self) -> None:
         rows = self._rows
-        longest = max(row.length for row in rows)
-        self._decoder.step(len(rows), longest, DrawPlan.covering([row.rules for row in rows]))
+        plan = DrawPlan.covering([row.rules for row in rows])
+        self._decoder.step([row.length for row in rows], plan)
         self.steps += 1
         for row in rows:
             row.drawn += 1

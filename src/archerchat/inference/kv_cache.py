@@ -46,17 +46,27 @@ def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill(unwritten, -math.inf)[:, None, None, :]
 
 
+@dataclass(frozen=True)
+class RingPart:
+    """What a layer keeps of some rows that stand side by side."""
+
+    keys: Tensor
+    """(b, K, S, D), the slots of the rings that these rows have written, or more."""
+    values: Tensor
+    mask: Tensor
+    """From `ring_mask`; each row has one token at least."""
+
+
 class RingLayer:
-    """One layer's past in a decoding step: one new token for each of the first B rows.
+    """One layer's past in a decoding step: one new token for each of B rows.
 
     Args:
-        keys: (B, K, S, D), the slots of the ring that are written to, or more.
-        values: likewise.
-        mask: from `ring_mask`; a row has one token at least.
+        parts: together the B rows, in order. Rows of similar length in a part of their own are
+            read no further than they reach.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, mask: Tensor) -> None:
-        self.keys, self.values, self.mask = keys, values, mask
+    def __init__(self, parts: Sequence[RingPart]) -> None:
+        self.parts = parts
         self.new_keys: Tensor | None = None
         self.new_values: Tensor | None = None
 
@@ -71,12 +81,23 @@ class RingLayer:
         self.new_keys, self.new_values = k[:, 0], v[:, 0]  # (B, K, D)
         q = q.view(batch, kv_heads, heads // kv_heads, dim)
         k, v = self.new_keys[:, :, None], self.new_values[:, :, None]
-        past, total = attend_ring(q, self.keys, self.values, self.mask)
+        past, total = self._attend_parts(q)
         own = (q * k).sum(dim=-1).float() * (1 / math.sqrt(dim))  # (B, K, H/K)
         # The share of exp(own) in exp(total) + exp(own).
         share = torch.sigmoid(own - total)[..., None]
         out = torch.lerp(past.float(), v.float().expand_as(past), share).to(q.dtype)
         return out.reshape(batch, 1, heads, dim)
+
+    def _attend_parts(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        if len(self.parts) == 1:
+            part = self.parts[0]
+            return attend_ring(q, part.keys, part.values, part.mask)
+        queries = torch.split(q, [part.keys.size(0) for part in self.parts])
+        pairs = [
+            attend_ring(queries[i], part.keys, part.values, part.mask)
+            for i, part in enumerate(self.parts)
+        ]
+        return torch.cat([past for past, _ in pairs]), torch.cat([total for _, total in pairs])
 
 
 def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +150,9 @@ class KVCache:
             for size, layers in self._layers.items()
         }
         self.previous = torch.zeros(rows, config.model_dim, dtype=dtype, device=device)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        # A captured step also runs rows that nothing was put in. With a length of 0 they would
+        # attend to nothing at all and leave NaN, which no mask hides.
+        self.lengths = torch.ones(rows, dtype=torch.int64, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -141,11 +164,14 @@ class KVCache:
         rings = [ring[:, :, :rows] for ring in self._rings.values()]
         return [*rings, self.previous[:rows], self.lengths[:rows]]
 
-    def views(self, rows: int, span: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Return each layer's keys and values (rows, K, min(span, S), D), not copied."""
+    def views(self, first: int, stop: int, span: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each layer's keys and values of rows `first` .. `stop` - 1, not copied.
+
+        They are (rows, K, min(span, S), D).
+        """
         keys, values = (
             [
-                self._rings[size][kind, self._layers[size].index(i), :rows, :, :span]
+                self._rings[size][kind, self._layers[size].index(i), first:stop, :, :span]
                 for i, size in enumerate(self.sizes)
             ]
             for kind in range(2)
@@ -174,7 +200,7 @@ class KVCache:
 
     def fill(self, rows: Sequence[int], prefix: Prefix) -> None:
         """Begin each of these rows with a prefix, whatever they held."""
-        keys, values = self.views(self.lengths.size(0), max(self.sizes))
+        keys, values = self.views(0, self.lengths.size(0), max(self.sizes))
         parts = (*prefix.keys, *prefix.values)
         for ring, kept in zip((*keys, *values), parts, strict=True):
             count, size = kept.size(1), ring.size(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from archerchat.inference.decode import forward_token
-from archerchat.inference.kv_cache import KVCache, RingLayer, attend_ring, ring_mask
+from archerchat.inference.kv_cache import KVCache, RingLayer, RingPart, attend_ring, ring_mask
 from archerchat.inference.prefill import prefill
 from archerchat.memory import kv_cache_bytes
 from archerchat.model.attention import attend
@@ -26,7 +27,7 @@ def test_its_bytes_are_those_of_the_plan(max_length: int, dtype: torch.dtype) ->
     for config in (ModelConfig(256, 100, 4, 4, 2, 32), ModelConfig(512, 100, 3, 2, 2, 64, "SL")):
         cache = KVCache(config, 5, max_length, dtype, CPU)
         assert cache.nbytes == 5 * kv_cache_bytes(config, dtype, max_length)
-        keys, values = cache.views(5, max_length)
+        keys, values = cache.views(0, 5, max_length)
         assert cache.nbytes == sum(tensor.nbytes for tensor in (*keys, *values))
 
 
@@ -35,8 +36,11 @@ def test_its_bytes_are_the_references(model_golden: Any) -> None:
     assert cache.nbytes == model_golden.facts["kv_read_bytes_200"]
 
 
+@pytest.mark.parametrize("cuts", [(5,), (2, 3), (1, 1, 3)])
 @torch.no_grad()
-def test_steps_give_the_plain_logits_at_every_age(model: Transformer, prompt: Prompt) -> None:
+def test_steps_give_the_plain_logits_at_every_age(
+    model: Transformer, prompt: Prompt, cuts: tuple[int, ...]
+) -> None:
     """Rows of 1 to 300 tokens side by side, over windows of 128 and 256 that they outgrow."""
     starts = [1, 100, 127, 128, 240]
     ids = torch.tensor([prompt(300) for _ in starts])
@@ -46,15 +50,18 @@ def test_steps_give_the_plain_logits_at_every_age(model: Transformer, prompt: Pr
     for i in range(len(starts)):
         cache.fill([i], ran.prefix(i))
     rows = torch.arange(len(starts))
-    for step in range(60):
+    ends = list(itertools.accumulate(cuts))
+    for step in range(40):
         places = torch.tensor([start + step for start in starts])
         tokens = ids[rows, places]
-        out = forward_token(
-            model, tokens, cache.lengths, cache.previous, *cache.views(len(starts), 300)
-        )
+        parts = [  # each read as far as its longest row reaches
+            cache.views(end - cut, end, starts[end - 1] + step + 1)
+            for cut, end in zip(cuts, ends, strict=True)
+        ]
+        out = forward_token(model, tokens, cache.lengths, cache.previous, parts)
         torch.testing.assert_close(out[0], plain[rows, places], atol=1e-4, rtol=1e-4)
         cache.append(out[1], out[2], out[3], rows)
-    assert cache.lengths.tolist() == [start + 60 for start in starts]
+    assert cache.lengths.tolist() == [start + 40 for start in starts]
 
 
 def test_a_ring_is_the_window_before_a_token_and_the_token() -> None:
@@ -65,7 +72,8 @@ def test_a_ring_is_the_window_before_a_token_and_the_token() -> None:
     ring_k, ring_v = torch.zeros(2, 1, 4, window, 16)
     for t in range(length):
         if t > 0:
-            layer = RingLayer(ring_k, ring_v, ring_mask(torch.tensor([t]), window, q.dtype))
+            mask = ring_mask(torch.tensor([t]), window, q.dtype)
+            layer = RingLayer([RingPart(ring_k, ring_v, mask)])
             out = layer.attend(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1])
             torch.testing.assert_close(out, expected[:, t : t + 1], atol=1e-5, rtol=1e-5)
         ring_k[:, :, t % window] = k[:, t]
@@ -101,7 +109,7 @@ def test_a_row_is_filled_and_moved_without_its_neighbours(
     cache.move(1, 2, 40)
     assert cache.lengths.tolist() == [150, 40, 40]
     assert torch.equal(cache.previous[1], cache.previous[2])
-    keys, values = cache.views(3, 40)
+    keys, values = cache.views(0, 3, 40)
     assert all(torch.equal(ring[1], ring[2]) for ring in (*keys, *values))
     after = cache.state(3)
     for ring, was in zip(after[:-2], before[:-2], strict=True):
