@@ -259,7 +259,8 @@ def test_the_thread_sends_in_order_and_goes_on_after_failures(
     monkeypatch.setattr("endlex.client.checkpoint_shipper.POLL_SECONDS", 0.01)
     monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
     names = [
-        run.save(checkpoint(tmp_path / f"step_{step}", 100 + step), step=step) for step in range(3)
+        run.save(checkpoint(tmp_path / f"step_{step}", 100 + step), step=step, link=True)
+        for step in range(3)
     ]
     (tmp_path / "step_1" / "model.bin").write_bytes(b"changed")
     assert run.directory is not None
