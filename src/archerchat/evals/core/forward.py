@@ -1,260 +1,249 @@
 """Run a laid-out batch of trees through a model and score its targets.
 
 The same formulas as `Transformer.hidden` and `Transformer.logits`, on the tokens that the layout
-names and on no others. `score` returns for each target the loss in nats and how far the target's
-logit is above the best of the others.
+names and on no others. Products and attention are in the compute dtype, what lies between them in
+float32, in place where that saves memory traffic: on CPUs these passes cost as much as the
+products do.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from archerchat.evals.core.layout import Index, Layout, Level
-from archerchat.model.flops import VALUE_GATE_CHANNELS
-from archerchat.model.transformer import (
-    QK_GAIN,
-    SMEAR_CHANNELS,
-    Attention,
-    Block,
-    Transformer,
-    back_out,
-    norm,
-    rotary_tables,
-    rotate,
-)
+from archerchat.evals.core.layout import Block, Layout, Level
+from archerchat.model import transformer
+from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
+from archerchat.model.transformer import MLP, NORM_EPSILON, QK_GAIN, Attention, Transformer
 
-QUERY_BLOCK = 128
-"""Queries of a trunk at a time, so that windows skip what they hide."""
 LOGITS_BYTES = 32 * 2**20
 """Bound on the float32 logits that exist at a time."""
+MLP_BYTES = 2**20
+"""Bound on an MLP's inner activations at a time on CPUs: they should stay in a core's cache."""
 
 
-@dataclass
-class Stream:
-    """What goes from layer to layer, a row a token."""
+@dataclass(frozen=True)
+class Scores:
+    """What a batch's targets got, in the order of the layout's pairs."""
 
-    x: Tensor
-    """(N, C), the residual stream."""
-    x0: Tensor
-    """(N, C), the model's input."""
-    middle: Tensor | None
-    """(N, C), the stream after the middle layer."""
-    token_ids: Tensor
-    cos: Tensor
-    """(N, 1, D/2)."""
-    sin: Tensor
-
-    def keep(self, kept: Tensor | None) -> None:
-        """Drop the tokens that are not needed any more."""
-        if kept is None:
-            return
-        self.x0, self.token_ids = self.x0[kept], self.token_ids[kept]
-        self.cos, self.sin = self.cos[kept], self.sin[kept]
-        if self.middle is not None:
-            self.middle = self.middle[kept]
+    losses: Tensor
+    """(n,) in nats."""
+    margins: Tensor | None
+    """(n,) the target's logit less the highest of the others, where it was asked for."""
 
 
-def score(model: Transformer, layout: Layout, margins: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each target's loss (n,); its margin and the predicted token where asked for.
+@torch.no_grad()
+def score(model: Transformer, layout: Layout, margins: bool) -> Scores:
+    """Score every target of a batch, the logits of a few hundred positions at a time.
 
-    The margin is the target's logit less the highest of the others.
+    Args:
+        margins: whether to compare each target with the other tokens too.
     """
     hidden = scored_hidden(model, layout)
-    device = hidden.device
-    source = torch.from_numpy(layout.pair_source)
-    target = torch.from_numpy(layout.pair_target).to(device)
+    sources, targets = (torch.from_numpy(x) for x in (layout.pair_source, layout.pair_target))
     chunk = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
-    bounds = torch.searchsorted(source, torch.arange(0, hidden.size(0) + chunk, chunk)).tolist()
-    source = source.to(device)
-    losses, gaps, predicted = [], [], []
-    for number, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        start = number * chunk
+    starts = range(0, hidden.size(0), chunk)
+    bounds = torch.searchsorted(sources, torch.tensor([*starts, hidden.size(0)])).tolist()
+    sources, targets = sources.to(hidden.device), targets.to(hidden.device)
+    losses, gaps = [], []
+    for start, (first, last) in zip(starts, itertools.pairwise(bounds), strict=True):
         logits = model.logits(hidden[start : start + chunk])
-        rows, labels = source[first:last] - start, target[first:last]
+        rows, labels = sources[first:last] - start, targets[first:last]
         chosen = logits[rows, labels]
         losses.append(logits.logsumexp(dim=1)[rows] - chosen)
         if margins:
             values, tokens = logits.topk(2, dim=1)
-            best, hit = logits.argmax(dim=1)[rows], None
-            rival = torch.where(tokens[rows, 0] == labels, values[rows, 1], values[rows, 0])
-            gaps.append(chosen - rival)
-            predicted.append(best)
-    empty = torch.empty(0)
-    return (
-        torch.cat(losses),
-        torch.cat(gaps) if gaps else empty,
-        torch.cat(predicted) if predicted else empty,
-    )
+            rivals = torch.where(tokens[rows, 0] == labels, values[rows, 1], values[rows, 0])
+            gaps.append(chosen - rivals)
+    return Scores(torch.cat(losses), torch.cat(gaps) if margins else None)
+
+
+@dataclass
+class Stream:
+    """What goes from layer to layer, a row a token, in float32."""
+
+    x: Tensor
+    """(n, C), the residual stream."""
+    x0: Tensor
+    """(n, C), the model's input."""
+    middle: Tensor | None
+    """(n, C), the stream after the middle layer."""
+    token_ids: Tensor
+    cos: Tensor
+    """(n, 1, D/2)."""
+    sin: Tensor
+
+    def keep(self, kept: Tensor | None) -> None:
+        """Drop the tokens that do not go on."""
+        if kept is None:
+            return
+        self.x0, self.token_ids = self.x0.index_select(0, kept), self.token_ids[kept]
+        self.cos, self.sin = self.cos.index_select(0, kept), self.sin.index_select(0, kept)
+        if self.middle is not None:
+            self.middle = self.middle.index_select(0, kept)
 
 
 @torch.no_grad()
 def scored_hidden(model: Transformer, layout: Layout) -> Tensor:
     """Return the unembedding's input (n, C) at the layout's scored tokens."""
-    device, config = model.device, model.config
-    stream = _embed(model, layout)
+    device, config, dtype = model.device, model.config, model.compute_dtype
+    stream, masks = _embed(model, layout), Masks(layout, device, dtype)
+    residual, inputs = model.residual_lambdas.tolist(), model.input_lambdas.tolist()
     for i, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
+        level = layout.levels[i]
+        kept = None if level.kept is None else torch.from_numpy(level.kept).to(device)
         value = None
         if config.has_value_embedding(i):
-            value = model.value_embeddings[str(i)](stream.token_ids).to(model.compute_dtype)
-        level = layout.levels[i]
-        x = model.residual_lambdas[i] * stream.x + model.input_lambdas[i] * stream.x0
-        x = x.to(model.compute_dtype)
-        kept = None if level.kept is None else torch.from_numpy(level.kept).to(device)
-        out = _attention(
-            block.attention, level, layout.key_lengths[i], kept, norm(x), value, stream
-        )
-        x = x if kept is None else x[kept]
-        x = x + out
-        stream.x = x + block.mlp(norm(x))
+            value = model.value_embeddings[str(i)](stream.token_ids).to(dtype)
+        x = stream.x.mul_(residual[i]).add_(stream.x0, alpha=inputs[i])
+        h = _norm(x, dtype)
+        stream.x = x if kept is None else x.index_select(0, kept)
+        out = _attention(block.attention, level, masks, h, kept, value, stream)  # type: ignore[arg-type]
+        stream.x.add_(out)
+        _add_mlp(block.mlp, stream.x, dtype)  # type: ignore[arg-type]
         stream.keep(kept)
         if i == config.num_layers // 2:
-            stream.middle = stream.x
+            stream.middle = stream.x.clone()
     assert stream.middle is not None
     scored = torch.from_numpy(layout.scored).to(device)
-    return back_out(stream.x[scored], stream.middle[scored], model.backout_lambda)
+    x, middle = stream.x.index_select(0, scored), stream.middle.index_select(0, scored)
+    return transformer.back_out(x, middle, model.backout_lambda).to(dtype)
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    """Return 1 / rms over the last dimension, (..., 1) float32."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return length.square_().div_(x.size(-1)).add_(NORM_EPSILON).rsqrt_()
+
+
+def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x * _inverse_rms(x)).to(dtype)
 
 
 def _embed(model: Transformer, layout: Layout) -> Stream:
     device, dtype = model.device, model.compute_dtype
     token_ids = torch.from_numpy(layout.token_ids).to(device)
     previous_ids = torch.from_numpy(layout.previous_ids).to(device)
-    x = norm(model.token_embedding(token_ids).to(dtype))
-    before = norm(model.token_embedding(previous_ids.clamp(min=0)).to(dtype))
-    before = before * (previous_ids >= 0)[:, None]
-    gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS]))
-    x = x + model.smear_lambda.to(dtype) * gate * before
+    x, before = (
+        _norm(model.token_embedding(ids).float(), torch.float32)
+        for ids in (token_ids, previous_ids.clamp(min=0))
+    )
+    gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS].to(dtype)).float())
+    gate = gate * model.smear_lambda.float() * (previous_ids >= 0)[:, None]
+    x = x.addcmul_(gate, before)
     positions = torch.from_numpy(layout.positions).to(device)
-    cos, sin = rotary_tables(positions, model.config.head_dim, dtype)
-    return Stream(x, x, None, token_ids, cos, sin)
+    cos, sin = transformer.rotary_tables(positions, model.config.head_dim, torch.float32)
+    return Stream(x, x.clone(), None, token_ids, cos, sin)
 
 
 def _attention(
     layer: Attention,
     level: Level,
-    key_lengths: Index,
-    kept: Tensor | None,
+    masks: Masks,
     h: Tensor,
+    kept: Tensor | None,
     value_embedding: Tensor | None,
     stream: Stream,
 ) -> Tensor:
     """Map normalised activations (n_in, C) to the branch's output (n_out, C)."""
-    heads, kv_heads, dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
-    k = layer.key(h).view(-1, kv_heads, dim)
+    dim, kv_heads = layer.head_dim, layer.num_kv_heads
     v = layer.value(h).view(-1, kv_heads, dim)
     if layer.value_gate is not None:
         assert value_embedding is not None
         gate = 3 * torch.sigmoid(layer.value_gate(h[:, :VALUE_GATE_CHANNELS]))  # (n, K)
-        v = v + gate[..., None] * value_embedding.view_as(v)
+        v = torch.addcmul(v, gate[..., None], value_embedding.view_as(v))
     cos, sin = stream.cos, stream.sin
-    k = norm(rotate(k, cos, sin)) * QK_GAIN
+    k = _rotate(layer.key(h).view(-1, kv_heads, dim), cos, sin)
     if kept is not None:
-        h, cos, sin = h[kept], cos[kept], sin[kept]
-    q = norm(rotate(layer.query(h).view(-1, heads, dim), cos, sin)) * (QK_GAIN / math.sqrt(dim))
-    out: Tensor = layer.output(_attend(q, k, v, level, key_lengths, layer.window))
-    return out
+        h, cos, sin = (x.index_select(0, kept) for x in (h, cos, sin))
+    q = _rotate(layer.query(h).view(-1, layer.num_heads, dim), cos, sin)
+    y = torch.empty_like(q)
+    for block in level.blocks:
+        queries = slice(block.first_query, block.last_query)
+        keys = slice(block.first_key, block.last_key)
+        part, k_part, v_part = (
+            x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])
+        )  # (1, H or K, T, D)
+        out = F.scaled_dot_product_attention(
+            part, k_part, v_part, attn_mask=masks.of(level, block), enable_gqa=kv_heads < q.size(1)
+        )
+        y[queries] = out[0].transpose(0, 1)
+    result: Tensor = layer.output(y.flatten(1))
+    return result
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, level: Level, key_lengths: Index, window: int
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Normalise (n, heads, D) and rotate it by its positions; a rotation keeps the norm."""
+    dtype, half = x.dtype, x.size(-1) // 2
+    x = x.float()
+    x = x.mul_(_inverse_rms(x).mul_(QK_GAIN))
+    out = torch.empty_like(x)
+    first, second = x[..., :half], x[..., half:]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin)
+    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=-1)
+    return out.to(dtype)
+
+
+def _add_mlp(mlp: MLP, x: Tensor, dtype: torch.dtype) -> None:
+    """Add the MLP of the normalised stream (n, C) to it."""
+    inner = mlp.up.weight.size(0) if mlp.up.weight.dim() else 4 * x.size(1)
+    on_cpu = x.device.type == "cpu"
+    rows = max(64, MLP_BYTES // (inner * dtype.itemsize)) if on_cpu else x.size(0)
+    for part in x.split(rows):
+        u = mlp.up(_norm(part, dtype)).relu_()
+        part.add_(mlp.down(u.mul_(u)))
+
+
+@dataclass
+class Masks:
+    """What each block adds to its scores, made once for layers that are alike."""
+
+    layout: Layout
+    device: torch.device
+    dtype: torch.dtype
+    made: dict[tuple[int, Block], Tensor] = field(default_factory=dict)
+
+    def of(self, level: Level, block: Block) -> Tensor:
+        """Return (queries, keys): 0 where a query sees a key, else minus infinity."""
+        queries = block.last_query - block.first_query
+        keys = block.last_key - block.first_key
+        if block.is_band:
+            return _band(queries, keys, level.window, self.device, self.dtype)
+        name = id(level), block
+        if name not in self.made:
+            self.made[name] = self._build(level, block)
+        return self.made[name]
+
+    def _build(self, level: Level, block: Block) -> Tensor:
+        layout = self.layout
+        rows = level.outgoing[block.first_query : block.last_query][:, None]
+        columns = level.incoming[block.first_key : block.last_key][None, :]
+        branch = layout.branch[columns]
+        seen = (
+            (layout.tree[rows] == layout.tree[columns])
+            & ((branch < 0) | (branch == layout.branch[rows]))
+            & (columns <= rows)
+            & (layout.positions[columns] >= layout.positions[rows] - level.window)
+        )
+        return _bias(torch.from_numpy(seen).to(self.device), self.dtype)
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, -math.inf)
+
+
+@functools.lru_cache(maxsize=256)
+def _band(
+    queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Attend from (n_out, H, D), already scaled, to (n_in, K, D); return (n_out, H * D)."""
-    device, (_, heads, dim), groups = q.device, q.shape, q.size(1) // k.size(1)
-    rows, longest = level.trunk_keys.shape
-    trunk_k, trunk_v = (_gather(x, level.trunk_keys).movedim(2, 1) for x in (k, v))  # (B, K, L, D)
-    hidden = None
-    if level.padded:
-        first = torch.from_numpy(longest - key_lengths).to(device)
-        hidden = torch.arange(longest, device=device)[None, :] < first[:, None]  # (B, L)
-    parts = []
-    if level.trunk_queries.shape[1]:
-        trunk_q = _by_group(_gather(q, level.trunk_queries), groups)  # (B, K, G, T, D)
-        out = _attend_trunk(trunk_q, trunk_k, trunk_v, window, hidden)
-        parts.append(_flatten_groups(out).reshape(-1, heads * dim))
-    if level.branch_queries.size:
-        own_k, own_v = (_gather(x, level.branch_keys).movedim(3, 2) for x in (k, v))
-        branch_q = _by_group(_gather(q, level.branch_queries), groups)  # (B, O, K, G, S, D)
-        out = _attend_branches(branch_q, own_k, own_v, trunk_k, trunk_v, window, hidden)
-        parts.append(_flatten_groups(out).reshape(-1, heads * dim))
-    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return joined[torch.from_numpy(level.back).to(device)]
-
-
-def _gather(x: Tensor, indices: Index) -> Tensor:
-    """Return x's rows (n, ...) at indices (...), in their shape."""
-    flat = torch.from_numpy(indices.ravel()).to(x.device)
-    return x.index_select(0, flat).view(*indices.shape, *x.shape[1:])
-
-
-def _by_group(q: Tensor, groups: int) -> Tensor:
-    """Map (..., T, H, D) to (..., K, G, T, D): the heads of each key head together."""
-    return q.unflatten(-2, (-1, groups)).movedim(-4, -2)
-
-
-def _flatten_groups(out: Tensor) -> Tensor:
-    """Map (..., K, G, T, D) to (..., T, H, D)."""
-    return out.movedim(-2, -4).flatten(-3, -2)
-
-
-def _attend_trunk(q: Tensor, k: Tensor, v: Tensor, window: int, hidden: Tensor | None) -> Tensor:
-    """Attend from the last T positions of rows (B, K, G, T, D) to rows (B, K, L, D)."""
-    groups, queries, keys = q.size(2), q.size(3), k.size(2)
-    outputs = []
-    for start in range(0, queries, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, queries)
-        here = torch.arange(start, stop, device=q.device)[:, None] + (keys - queries)
-        first, end = max(0, keys - queries + start - window), keys - queries + stop
-        there = torch.arange(first, end, device=q.device)[None, :]
-        masked = (there > here) | (there < here - window)
-        if hidden is not None:
-            masked = masked | hidden[:, None, None, None, first:end]
-        part = q[:, :, :, start:stop].flatten(2, 3)  # (B, K, G * T, D)
-        scores = (part @ k[:, :, first:end].mT).unflatten(2, (groups, -1)).float()
-        weights = scores.masked_fill_(masked, -math.inf).softmax(dim=-1).to(v.dtype)
-        outputs.append((weights.flatten(2, 3) @ v[:, :, first:end]).unflatten(2, (groups, -1)))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=3)
-
-
-def _attend_branches(
-    q: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    trunk_k: Tensor,
-    trunk_v: Tensor,
-    window: int,
-    hidden: Tensor | None,
-) -> Tensor:
-    """Attend from branches (B, O, K, G, S, D) to themselves and to their trunks.
-
-    Args:
-        own_k: (B, O, K, S, D), likewise own_v; trunk_k: (B, K, L, D), likewise trunk_v.
-        hidden: (B, L), the padding of the trunks.
-
-    Returns:
-        (B, O, K, G, S, D).
-    """
-    batch, options, kv_heads, groups, length, dim = q.shape
-    reach = min(window, trunk_k.size(2))
-    trunk_k, trunk_v = trunk_k[:, :, -reach:], trunk_v[:, :, -reach:]
-    together = q.movedim(2, 1).reshape(batch, kv_heads, -1, dim)  # (B, K, O * G * S, D)
-    past = (together @ trunk_k.mT).view(batch, kv_heads, options, groups, length, reach)
-    own = (q.flatten(3, 4) @ own_k.mT).unflatten(3, (groups, length)).movedim(2, 1)
-    step = torch.arange(length, device=q.device)[:, None]
-    back = torch.arange(reach, 0, -1, device=q.device)[None, :]  # how far before the branch
-    far = back > window - step
-    if hidden is not None:
-        far = far | hidden[:, None, None, None, None, -reach:]
-    other = torch.arange(length, device=q.device)[None, :]
-    unseen = (other > step) | (other < step - window)
-    scores = torch.cat(
-        [past.float().masked_fill(far, -math.inf), own.float().masked_fill(unseen, -math.inf)], -1
-    )
-    weights = scores.softmax(dim=-1).to(q.dtype)  # (B, K, O, G, S, reach + S)
-    from_past = weights[..., :reach].reshape(batch, kv_heads, -1, reach) @ trunk_v
-    from_own = weights[..., reach:].movedim(1, 2).flatten(3, 4) @ own_v  # (B, O, K, G * S, D)
-    from_past = from_past.view(batch, kv_heads, options, groups, length, dim).movedim(1, 2)
-    return from_past + from_own.unflatten(3, (groups, length))
+    """Return the mask of a block whose last query is its last key."""
+    here = torch.arange(keys - queries, keys, device=device)[:, None]
+    there = torch.arange(keys, device=device)[None, :]
+    return _bias((there <= here) & (there >= here - window), dtype)

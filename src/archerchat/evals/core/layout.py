@@ -1,8 +1,9 @@
 """Where each token of a batch of trees lies, layer by layer, and who attends to whom.
 
-Linear layers run over a flat list of tokens without padding: all trunks, then all branches.
-Only attention sees rows: trunks aligned at their end, so that a window reaches back equally far
-in every row, and branches after them.
+A batch is a flat list of tokens without padding: each tree's trunk and then its branches. Linear
+layers run over the list as it is. Attention takes it in blocks of queries, each with one range of
+keys that holds all that its queries see and a mask for the rest: a block is a part of a long
+trunk, the branches of one tree, or several small trees.
 
 Nothing is computed that no score depends on. The last layer needs queries at the scored positions
 and keys as far back as its window; the layer below needs outputs there; and so on down. With
@@ -11,7 +12,7 @@ windows of 128 the first layers of a 1000-token prompt are run on a few hundred 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,23 +24,33 @@ Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
+class Block:
+    """Queries that attend together, and the keys that they attend to."""
+
+    first_query: int
+    """Among the tokens that go out of the layer."""
+    last_query: int
+    """Exclusive, like the next two."""
+    first_key: int
+    """Among the tokens that come in."""
+    last_key: int
+    is_band: bool
+    """Whether all of it is one trunk; the last query then is the last key's."""
+
+
+@dataclass(frozen=True)
 class Level:
-    """One layer: which tokens come in, which go on, and the rows of its attention."""
+    """One layer."""
 
     kept: Index | None
-    """The incoming tokens that are needed after this layer; None is all of them."""
-    trunk_keys: Index
-    """(B, Lk): trunk tokens among the incoming, aligned at the end; padding says 0."""
-    trunk_queries: Index
-    """(B, Lq): likewise among the outgoing."""
-    padded: bool
-    """Whether `trunk_keys` has padding."""
-    branch_keys: Index
-    """(B, O, S): branch tokens among the incoming, aligned at the start; padding says 0."""
-    branch_queries: Index
-    """Likewise among the outgoing."""
-    back: Index
-    """For each outgoing token, its place among trunk_queries and then branch_queries, flattened."""
+    """The incoming tokens that go out; None is all of them."""
+    incoming: Index
+    """The tokens that come in, among those of the first layer."""
+    outgoing: Index
+    """Likewise those that go out."""
+    window: int
+    """No larger than makes a difference."""
+    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,14 @@ class Layout:
     """(N,) of the token before each, -1 where there is none."""
     positions: Index
     """(N,)."""
-    key_lengths: tuple[Index, ...]
-    """A layer: (B,), trunk tokens in `trunk_keys`."""
+    tree: Index
+    """(N,), each token's tree."""
+    branch: Index
+    """(N,), its branch, numbered over the batch; -1 in a trunk."""
     levels: tuple[Level, ...]
+    """A layer each; layers that are alike share one."""
     scored: Index
-    """The tokens after the last layer that give logits."""
+    """The tokens that give logits, among those that go out of the last layer."""
     pair_source: Index
     """For each scored target, which of `scored` predicts it; ascending."""
     pair_target: Index
@@ -71,7 +85,7 @@ def needed_trunk(tree: Tree, windows: Sequence[int]) -> list[int]:
     for window in reversed(windows):
         queries = needed[-1]
         reach = queries + window if queries else window if tree.branches else 0
-        needed.append(min(length, max(reach, queries)))
+        needed.append(min(length, reach))
     return needed[::-1]
 
 
@@ -80,27 +94,33 @@ def tokens_to_run(tree: Tree, windows: Sequence[int]) -> int:
     return needed_trunk(tree, windows)[0] + sum(map(len, tree.branches))
 
 
-def build_layout(trees: Sequence[Tree], windows: Sequence[int]) -> Layout:
+def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> Layout:
     """Lay out a batch.
 
     Args:
         windows: for each layer the w such that a query at t sees keys t-w .. t.
+        block: the most queries that attend together.
     """
-    lengths = np.array([len(tree.trunk) for tree in trees])
     needed = np.array([needed_trunk(tree, windows) for tree in trees]).T  # (L + 1, B)
-    sizes = np.zeros((len(trees), max(len(tree.branches) for tree in trees)), dtype=np.int64)
-    for b, tree in enumerate(trees):
-        sizes[b, : len(tree.branches)] = [len(branch) for branch in tree.branches]
-    starts = _offsets(sizes.ravel()).reshape(sizes.shape)
-    levels = tuple(_level(needed[i], needed[i + 1], sizes, starts) for i in range(len(windows)))
-    scored, source = _scored(trees, lengths - needed[-1], needed[-1], starts)
+    branched = np.array([sum(map(len, tree.branches)) for tree in trees])
+    deepest = max(len(tree.trunk) + max(map(len, tree.branches), default=0) for tree in trees)
+    levels: list[Level] = []
+    tokens = np.arange(int(needed[0].sum() + branched.sum()))
+    made: dict[tuple[int, bytes, bytes], Level] = {}
+    for i, window in enumerate(windows):
+        reach = min(window, deepest)
+        key = reach, needed[i].tobytes(), needed[i + 1].tobytes()
+        if key not in made:
+            made[key] = _level(needed[i], needed[i + 1], branched, tokens, reach, block)
+        levels.append(made[key])
+        tokens = made[key].outgoing
+    scored, source = _scored(trees, needed[-1], branched)
     options = _offsets(np.array([tree.num_options for tree in trees]))
     pair_option = [tree.option + first for tree, first in zip(trees, options, strict=True)]
     order = np.argsort(source, kind="stable")
     return Layout(
-        *_tokens(trees, lengths - needed[0]),
-        key_lengths=tuple(needed[:-1]),
-        levels=levels,
+        *_tokens(trees, needed[0]),
+        levels=tuple(levels),
         scored=scored,
         pair_source=source[order],
         pair_target=np.concatenate([tree.target for tree in trees]).astype(np.int64)[order],
@@ -108,80 +128,102 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int]) -> Layout:
     )
 
 
-def _tokens(trees: Sequence[Tree], first: Index) -> tuple[Index, Index, Index]:
-    """Return the first layer's tokens, those before them, and their positions."""
-    ids, previous, positions = [], [], []
+def _tokens(trees: Sequence[Tree], needed: Index) -> tuple[Index, Index, Index, Index, Index]:
+    """Return the first five fields of the layout."""
+    ids, previous, positions, owners, branches = [], [], [], [], []
     none = np.array([-1])
-    for tree, start in zip(trees, first, strict=True):
+    number = 0
+    for b, (tree, count) in enumerate(zip(trees, needed, strict=True)):
         trunk, length = tree.trunk, len(tree.trunk)
+        start = length - count
         ids.append(trunk[start:])
-        previous += [trunk[start - 1 : -1]] if start else [none[: len(trunk)], trunk[:-1]]
+        previous += [trunk[start - 1 : -1]] if start else [none[:count], trunk[:-1]]
         positions.append(np.arange(start, length))
-    for tree in trees:
+        branches.append(np.full(count, -1))
         for branch in tree.branches:
             ids.append(branch)
-            previous += [tree.trunk[-1:], branch[:-1]]
-            positions.append(np.arange(len(tree.trunk), len(tree.trunk) + len(branch)))
-    joined = [np.concatenate(part).astype(np.int64) for part in (ids, previous, positions)]
-    return joined[0], joined[1], joined[2]
+            previous += [trunk[-1:], branch[:-1]]
+            positions.append(np.arange(length, length + len(branch)))
+            branches.append(np.full(len(branch), number))
+            number += 1
+        owners.append(np.full(count + sum(map(len, tree.branches)), b))
+    joined = [
+        np.concatenate(part).astype(np.int64)
+        for part in (ids, previous, positions, owners, branches)
+    ]
+    return joined[0], joined[1], joined[2], joined[3], joined[4]
 
 
-def _level(incoming: Index, outgoing: Index, sizes: Index, starts: Index) -> Level:
+def _level(
+    incoming: Index, outgoing: Index, branched: Index, tokens: Index, window: int, block: int
+) -> Level:
     """Lay out one layer.
 
     Args:
         incoming: (B,) trunk tokens that come in; outgoing: that go out.
-        sizes: (B, O) tokens of each branch; starts: where each begins among all branches.
+        branched: (B,) tokens in branches.
     """
-    total, branch_tokens = int(incoming.sum()), int(sizes.sum())
     kept = None
     if (incoming != outgoing).any():
-        ends = np.cumsum(incoming)
-        kept = np.concatenate(
-            [_ranges(ends - outgoing, outgoing), np.arange(total, total + branch_tokens)]
-        )
-    longest = int(sizes.max(initial=0))
-    inside = np.arange(longest) < sizes[..., None]  # (B, O, S)
-    places = np.where(inside, starts[..., None] + np.arange(longest), 0)
-    rows, queries = len(incoming), int(outgoing.max())
-    in_rows = _ranges(np.arange(rows) * queries + queries - outgoing, outgoing)
-    in_branches = rows * queries + np.flatnonzero(inside.ravel())
-    return Level(
-        kept=kept,
-        trunk_keys=_aligned_at_end(incoming),
-        trunk_queries=_aligned_at_end(outgoing),
-        padded=bool((incoming != incoming.max()).any()),
-        branch_keys=np.where(inside, places + total, 0),
-        branch_queries=np.where(inside, places + int(outgoing.sum()), 0),
-        back=np.concatenate([in_rows, in_branches]),
-    )
+        ends = np.cumsum(incoming + branched)
+        kept = _ranges(ends - branched - outgoing, outgoing + branched)
+    blocks = tuple(_iter_blocks(incoming, outgoing, branched, window, block))
+    return Level(kept, tokens, tokens if kept is None else tokens[kept], window, blocks)
 
 
-def _aligned_at_end(counts: Index) -> Index:
-    """Return (B, max(counts)) indices of rows that lie one after the other."""
-    columns = np.arange(int(counts.max())) - int(counts.max())  # -L .. -1
-    indices = np.cumsum(counts)[:, None] + columns
-    return np.where(columns >= -counts[:, None], indices, 0)
+def _iter_blocks(
+    incoming: Index, outgoing: Index, branched: Index, window: int, block: int
+) -> Iterator[Block]:
+    """Yield a layer's blocks in the order of their queries.
+
+    Trees of few queries and keys go together: what they hide from each other costs less than
+    blocks of their own.
+    """
+    query = key = 0  # where the tree begins among those that go out and those that come in
+    pack: tuple[int, int] | None = None  # where the running block of small trees begins
+    for count, queries, branch in zip(
+        incoming.tolist(), outgoing.tolist(), branched.tolist(), strict=True
+    ):
+        next_query, next_key = query + queries + branch, key + count + branch
+        small = next_query - query <= block // 2 and next_key - key <= 2 * block
+        if pack and not (
+            small and next_query - pack[0] <= block and next_key - pack[1] <= 4 * block
+        ):
+            yield Block(pack[0], query, pack[1], key, False)
+            pack = None
+        if small:
+            pack = pack or (query, key)
+        else:
+            trunk_end = key + count
+            for start in range(0, queries, block):
+                stop = min(start + block, queries)
+                first = max(key, trunk_end - queries + start - window)
+                last = trunk_end - queries + stop
+                yield Block(query + start, query + stop, first, last, True)
+            first, start = max(key, trunk_end - window), query + queries
+            for step in range(0, branch, block):
+                stop = min(step + block, branch)
+                yield Block(start + step, start + stop, first, trunk_end + stop, False)
+        query, key = next_query, next_key
+    if pack:
+        yield Block(pack[0], query, pack[1], key, False)
 
 
-def _scored(
-    trees: Sequence[Tree], first: Index, outgoing: Index, starts: Index
-) -> tuple[Index, Index]:
+def _scored(trees: Sequence[Tree], outgoing: Index, branched: Index) -> tuple[Index, Index]:
     """Return the tokens that give logits, without repetition, and each target's place there.
 
     Args:
-        first: (B,) position of the first trunk token after the last layer; outgoing: how many.
-        starts: (B, O) where each branch begins among all branches.
+        outgoing: (B,) trunk tokens that go out of the last layer; branched: (B,) tokens in
+            branches.
     """
-    rows, total = _offsets(outgoing), int(outgoing.sum())
     places = []
-    for b, tree in enumerate(trees):
-        in_trunk = tree.offset - first[b] + rows[b]
-        if tree.branches:
-            in_branch = total + starts[b][tree.branch] + tree.offset
-            places.append(np.where(tree.branch < 0, in_trunk, in_branch))
-        else:
-            places.append(in_trunk)
+    for tree, start, count in zip(
+        trees, _offsets(outgoing + branched).tolist(), outgoing.tolist(), strict=True
+    ):
+        trunk_end = start + count
+        first = np.cumsum([0, *map(len, tree.branches)]) + trunk_end
+        in_trunk = trunk_end - len(tree.trunk) + tree.offset
+        places.append(np.where(tree.branch < 0, in_trunk, first[tree.branch] + tree.offset))
     unique, source = np.unique(np.concatenate(places), return_inverse=True)
     return unique, source.astype(np.int64)
 
