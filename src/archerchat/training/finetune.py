@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -42,7 +42,7 @@ from archerchat.training.finetune_setup import (
 )
 from archerchat.training.finetune_summary import announce, tell_conversations
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
-from archerchat.training.metrics import open_run
+from archerchat.training.metrics import TelemetryConfig, open_run
 from archerchat.training.mixtures import MixtureConfig, build_mixtures
 from archerchat.training.progress import ProgressLine
 from archerchat.training.resume import changed_circumstances, find_start
@@ -65,6 +65,7 @@ class FinetuneConfig:
     """Name of the fine-tuned model; by default the base model's."""
     run: str | None = None
     """Name of the run in the metrics; by default the fine-tuned model's, with -sft."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     device: Literal["cuda", "mps", "cpu"] | None = None
     """Where to train; by default the best there is."""
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
@@ -155,9 +156,10 @@ def _train(
     runtime, resumed = recipe.runtime, config.resume_from_step
     peak = peak_flops(runtime, home.cache_dir)
     torch.manual_seed(config.data.mixture_seed)  # what checkpoints hold of the generators
-    state, scaler = LoopState(), None
+    state, scaler, resumed_from = LoopState(), None, None
     if start is not None:
         state, scaler = recipe.restore(start, extend=False)
+        resumed_from = start.path
         console.print(f"going on from {start.path}")
         if changed := changed_circumstances(start.meta, recipe.meta):
             console.print(f"note: equal but not to the last bit from here: {'; '.join(changed)}")
@@ -175,9 +177,12 @@ def _train(
     runtime.reset_peak_memory()
     with (
         recipe.loader,
-        open_run(home, run, recipe.meta) as metrics,
+        open_run(
+            home, run, recipe.meta, config.telemetry, group=STAGE, resumed_from=resumed_from
+        ) as metrics,
         ProgressLine(console, recipe.steps_in_all(state.step), state.step) as progress,
     ):
+        metrics.push_tokenizer(home.tokenizer_dir(recipe.meta["tokenizer"]["name"]))
         recipe.progress = progress
         outcome = Loop(
             recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler

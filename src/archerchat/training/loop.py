@@ -15,16 +15,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from archerchat.errors import ArcherChatError
-from archerchat.optim.optimizer import Optimizer
+from archerchat.optim.optimizer import MuonGroup, Optimizer
 from archerchat.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.metrics import MetricsLog
+from archerchat.training.metrics import MetricsLog, Occasion
 from archerchat.training.progress import ProgressLine, StepReport
 from archerchat.training.stopping import StopRequest, explained_memory
 
@@ -53,9 +54,9 @@ class Cadence:
     """Steps in all; where the data decides, an estimate of them by the steps done, which is their
     number itself once the data is used up."""
     grad_accum_steps: int
-    tokens_per_step: int
-    """Over all ranks."""
-    flops_per_step: int
+    tokens_per_step: int | Callable[[], int]
+    """Over all ranks; where steps differ, those of the step that is done."""
+    flops_per_step: int | Callable[[], int]
     eval_every: int | None = None
     sample_every: int | None = None
     save_every: int | None = None
@@ -64,6 +65,11 @@ class Cadence:
         """Return how many steps the run has, as far as is known after `step` of them."""
         given = self.num_iterations
         return given(step) if callable(given) else given
+
+    def amounts(self) -> tuple[int, int]:
+        """Return the tokens and the operations of the step that is done."""
+        tokens, flops = self.tokens_per_step, self.flops_per_step
+        return tokens() if callable(tokens) else tokens, flops() if callable(flops) else flops
 
 
 @dataclass
@@ -78,6 +84,8 @@ class LoopState:
     """Bits per byte when it was first measured."""
     last_val: float = math.nan
     best_val: float = math.inf
+    best_saved_val: float = math.inf
+    """The best of those measured right after a checkpoint was saved."""
     tokens: int = 0
     """Trained on, over all ranks."""
     flops: int = 0
@@ -121,6 +129,9 @@ class Recipe(Protocol):
 
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None: ...
 
+    def checkpoint_path(self, step: int) -> Path | None:
+        """Return where the checkpoint of `step` is, if there is one."""
+
 
 class Loop:
     """Run a recipe from `state` to its last step.
@@ -155,8 +166,12 @@ class Loop:
             self.scaler.load_state_dict(dict(scaler_state))
         self._stop = StopRequest()
         self._saved_step = state.step
+        # One rate shows the schedule; the others are multiples of it, and in the config.
+        muon = [group.rate for group in optimizer.groups if isinstance(group, MuonGroup)]
+        self._rates = {"train/matrix_lr": muon[0]} if muon else {}
         self._step_seconds: list[float] = []
         self._wait_seconds = 0.0
+        self._tokens = self._flops = 0
 
     def run(self) -> Outcome:
         """Train until the last step is done or a signal asks to stop."""
@@ -174,6 +189,8 @@ class Loop:
                     self._sample(step)
                 if stop.asked:
                     self._save()
+                if stop.asked:
+                    self.metrics.finish("interrupted")
                 if stop.asked or finished:
                     return self._outcome(finished and not stop.asked)
                 self._train_step(step)
@@ -215,8 +232,11 @@ class Loop:
                 f"--embedding-lr), or use --dtype float32; the last checkpoint is intact"
             )
         self.state.step += 1
-        self.state.tokens += self.cadence.tokens_per_step
-        self.state.flops += self.cadence.flops_per_step
+        tokens, flops = self.cadence.amounts()
+        self.state.tokens += tokens
+        self.state.flops += flops
+        self._tokens += tokens
+        self._flops += flops
         self.state.training_seconds += seconds
         self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * mean
         self._step_seconds.append(seconds)
@@ -227,9 +247,10 @@ class Loop:
     def _report(
         self, step: int, loss: float, last: float, settings: StepSettings, seconds: float
     ) -> None:
-        rate = self.cadence.tokens_per_step / seconds
-        mfu = self._mfu(seconds)
-        smooth = self.state.smooth_loss / (1 - SMOOTHING**self.state.step)
+        tokens, flops = self.cadence.amounts()
+        rate = tokens / seconds
+        mfu = self._mfu(flops, seconds)
+        smooth = self._smooth()
         self.metrics.log(
             {
                 "train/loss": loss,
@@ -237,6 +258,7 @@ class Loop:
                 "train/smooth_loss": smooth,
                 "train/lr_multiplier": settings.lr_multiplier,
                 "train/muon_momentum": settings.muon_momentum,
+                "train/muon_weight_decay": settings.muon_weight_decay,
                 "train/tokens_per_second": rate,
                 "train/mfu": mfu,
                 "train/seconds": self.state.training_seconds,
@@ -244,6 +266,7 @@ class Loop:
                 "train/flops": self.state.flops,
                 "train/memory_bytes": self.runtime.peak_memory_bytes(),
             }
+            | {name: rate * settings.lr_multiplier for name, rate in self._rates.items()}
             | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
             | dict(self.recipe.step_metrics()),
             step,
@@ -279,6 +302,9 @@ class Loop:
         state = self.state
         state.first_val = bits if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = bits, min(state.best_val, bits)
+        if 0 < state.step == self._saved_step and bits < state.best_saved_val:
+            state.best_saved_val = bits
+            self._push("best", {"val/bpb": bits})
 
     def _sample(self, step: int) -> None:
         texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
@@ -295,23 +321,36 @@ class Loop:
         self._saved_step = self.state.step
         seconds = time.perf_counter() - started
         self.progress.note(f"step {self.state.step}: checkpoint saved ({seconds:.1f} s)")
+        self._push("last", {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()})
+
+    def _push(self, occasion: Occasion, metadata: Mapping[str, float]) -> None:
+        """Hand the checkpoint of this step over, if it is one to be pushed."""
+        step = self.state.step
+        path = self.recipe.checkpoint_path(step)
+        if path is not None:
+            problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
+            if problem:
+                self.progress.note(f"step {step}: the checkpoint is not pushed: {problem}")
+
+    def _smooth(self) -> float:
+        """Return the average loss, corrected for its start at 0."""
+        return self.state.smooth_loss / (1 - SMOOTHING**self.state.step)
 
     def _steady(self) -> list[float]:
         """Return the times of steps after the warm-up, the last 100 of them."""
         return self._step_seconds[WARMUP_STEPS:][-100:]
 
-    def _mfu(self, seconds: float) -> float:
-        peak = self.peak.flops_per_second * self.runtime.world_size
-        return self.cadence.flops_per_step / seconds / peak
+    def _mfu(self, flops: float, seconds: float) -> float:
+        return flops / seconds / (self.peak.flops_per_second * self.runtime.world_size)
 
     def _outcome(self, finished: bool) -> Outcome:
         seconds = self._step_seconds[WARMUP_STEPS:] or self._step_seconds
         typical = _median(seconds) if seconds else math.nan
-        spent = sum(self._step_seconds)
+        spent, steps = sum(self._step_seconds), max(1, len(self._step_seconds))
         return Outcome(
             finished,
-            self.cadence.tokens_per_step / typical,
-            self._mfu(typical),
+            self._tokens / steps / typical,
+            self._mfu(self._flops / steps, typical),
             self._wait_seconds / spent if spent else 0.0,
         )
 

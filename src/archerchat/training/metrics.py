@@ -1,30 +1,56 @@
-"""The metrics of a run: names, and the only door to Endlex.
+"""The metrics and checkpoints of a run, as Endlex keeps them: names, and the only door to it.
 
-Rank 0 writes them to a journal in the run's directory (`Home.run_dir`); on the other ranks every
-call does nothing. A run that is resumed goes on there, in a journal of its own. Names are grouped
-by prefix:
+Rank 0 writes a journal a session to the run's directory (`Home.run_dir`, in `journal/`); on the
+other ranks every call does nothing. A run that is resumed goes on there, with another session.
+Without a server (`ENDLEX_URL`) that is all: no process, no network. With one, a process of its own
+sends the journal and the checkpoints. Names are grouped by prefix:
 
     train/loss  train/last_micro_batch_loss  train/smooth_loss  train/lr_multiplier
-    train/muon_momentum  train/tokens_per_second  train/mfu  train/seconds  train/tokens
-    train/flops  train/memory_bytes  train/grad_scale (float16)
-    val/bpb  eval/seconds
+    train/matrix_lr  train/muon_momentum  train/muon_weight_decay  train/tokens_per_second
+    train/mfu  train/memory_bytes  train/grad_scale (float16)
+    train/tokens  train/flops  train/seconds: what charts can have as their x axis
+    val/bpb  eval/seconds, and what else a recipe evaluates
 
-and a text is a sample, under the name of its prompt.
+and a text is a sample, under the name of its prompt. A session's config is the resolved one, with
+the machine and the command line; its group is the recipe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
 import endlex
 from archerchat.artifacts import Home
-from archerchat.errors import UsageError
+from archerchat.errors import DataError, UsageError
+from archerchat.training.environment import describe_environment
+from endlex.client.journal import read_run
+from endlex.client.run_directory import given_run_id, read_run_file
+from endlex.client.staging import has_saved
+from endlex.protocol import METRICS, NON_FINITE
 
 PROJECT = "archerchat"
 Status = Literal["finished", "failed", "interrupted"]
+PushCheckpoints = Literal["auto", "all", "last", "best", "none"]
+Occasion = Literal["last", "best"]
+"""Of a push: the checkpoint was just saved, or just found to be the best."""
+TOKENIZER = "tokenizer"
+"""The name under which a run's tokenizer is pushed."""
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """What of a run goes to the Endlex server, and how it is found there."""
+
+    push_checkpoints: PushCheckpoints = "auto"
+    """Checkpoints to send in the background: `all`; `last` or `best` (lowest val/bpb), which take
+    the place of the one before; `none`. `auto` is `last` where `ENDLEX_URL` names a server, else
+    `none`. What is asked for without a server waits for `endlex sync`."""
+    tags: tuple[str, ...] = ()
+    """Words by which the dashboard finds the run."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,9 @@ class MetricsLog:
 
     run: endlex.Run | None
     """None on ranks that record nothing."""
+    push_checkpoints: PushCheckpoints = "none"
+    name_suffix: str = ""
+    """Of the checkpoints' names there: another machine may have saved the same step."""
 
     def log(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Record scalars of one step, non-finite ones too; tensors of one element are read."""
@@ -43,6 +72,52 @@ class MetricsLog:
         """Record a text of one step, such as a sample."""
         if self.run is not None:
             self.run.log_text(name, text, step=step)
+
+    def push_checkpoint(
+        self, path: Path, step: int, occasion: Occasion, metadata: Mapping[str, float]
+    ) -> str | None:
+        """Hand a saved checkpoint to Endlex if this is one that is wanted; it may go then.
+
+        Files are linked, not read: it takes a few system calls a file.
+
+        Args:
+            path: the checkpoint's directory, under its final name.
+            metadata: kept with it.
+
+        Returns:
+            Why it could not be, or None; training goes on in any case.
+        """
+        wanted = "last" if self.push_checkpoints == "all" else self.push_checkpoints
+        if self.run is None or wanted != occasion:
+            return None
+        return self._save(
+            path,
+            step=step,
+            name=path.name + self.name_suffix,
+            aliases=(occasion,),
+            metadata=metadata,
+            replaces=None if self.push_checkpoints == "all" else occasion,
+        )
+
+    def push_tokenizer(self, directory: Path) -> str | None:
+        """Hand the tokenizer to Endlex, once a run, where checkpoints are pushed at all.
+
+        Returns:
+            Why it could not be, or None.
+        """
+        if self.run is None or self.run.directory is None or self.push_checkpoints == "none":
+            return None
+        if has_saved(self.run.directory, TOKENIZER):
+            return None
+        return self._save(directory, step=0, name=TOKENIZER)
+
+    def _save(self, path: Path, **options: Any) -> str | None:
+        assert self.run is not None
+        try:
+            self.run.save(path, link=True, **options)  # renamed into place, never rewritten
+        except (endlex.EndlexError, OSError) as error:
+            return str(error)
+        return None
 
     def finish(self, status: Status = "finished") -> None:
         """Record how the run ended; a second call does nothing."""
@@ -62,11 +137,23 @@ class MetricsLog:
         self.finish("finished" if kind is None else "interrupted" if interrupted else "failed")
 
 
-def open_run(home: Home, tag: str, config: Mapping[str, Any], *, rank: int = 0) -> MetricsLog:
+def open_run(
+    home: Home,
+    tag: str,
+    config: Mapping[str, Any],
+    telemetry: TelemetryConfig | None = None,
+    *,
+    group: str | None = None,
+    resumed_from: Path | None = None,
+    rank: int = 0,
+) -> MetricsLog:
     """Start a journal of run `tag`, or go on with the run in another one.
 
     Args:
         config: the resolved one, kept with the session.
+        group: the recipe.
+        resumed_from: the checkpoint's directory. If `endlex pull` brought it here, and the run is
+            not on this machine yet, the session joins the run that the checkpoint is of.
         rank: only 0 records.
 
     Raises:
@@ -74,7 +161,50 @@ def open_run(home: Home, tag: str, config: Mapping[str, Any], *, rank: int = 0) 
     """
     if rank:
         return MetricsLog(None)
+    telemetry, directory = telemetry or TelemetryConfig(), home.run_dir(tag)
     try:
-        return MetricsLog(endlex.init(PROJECT, tag, config, directory=home.run_dir(tag)))
+        run = endlex.init(
+            PROJECT,
+            tag,
+            {**config, "environment": describe_environment()},
+            directory=directory,
+            id=_run_to_join(directory, tag, resumed_from),
+            tags=telemetry.tags,
+            group=group,
+        )
     except endlex.EndlexError as error:
         raise UsageError(f"{error}; or choose another name for the run") from error
+    push = telemetry.push_checkpoints
+    if push == "auto":
+        push = "last" if run.online else "none"
+    return MetricsLog(run, push, f"-{run.session[-6:]}" if resumed_from and run.session else "")
+
+
+def _run_to_join(directory: Path, tag: str, resumed_from: Path | None) -> str | None:
+    """Return the id of the run that a pulled checkpoint is of; None where a run is here already."""
+    if resumed_from is None or given_run_id(None) or read_run_file(directory) is not None:
+        return None
+    owner = read_run_file(resumed_from)
+    is_ours = owner is not None and (owner["project"], owner["name"]) == (PROJECT, tag)
+    return owner["run"] if owner is not None and is_ours else None
+
+
+def read_records(home: Home, tag: str) -> Iterator[dict[str, Any]]:
+    """Yield what run `tag` recorded, session after session, as `endlex.protocol` describes it.
+
+    Numbers that JSON cannot hold are numbers again. A run without journals yields nothing.
+
+    Raises:
+        DataError: a journal is damaged or cannot be read.
+    """
+    try:
+        for record in read_run(home.run_dir(tag)):
+            values = record.get("values")
+            if record["type"] == METRICS and isinstance(values, dict):
+                plain = {
+                    k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in values.items()
+                }
+                record = record | {"values": plain}
+            yield record
+    except (endlex.EndlexError, OSError) as error:
+        raise DataError(f"cannot read the run {tag!r}: {error}") from error

@@ -12,7 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from archerchat.checkpoint import Checkpoint, save_checkpoint
+from archerchat.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    save_checkpoint,
+)
 from archerchat.errors import CheckpointError
 from archerchat.model.compiling import compiled
 from archerchat.model.loss import chunk_loss_and_gradients, chunk_losses, mean_loss, token_losses
@@ -98,6 +103,11 @@ class ModelRecipe:
         save_checkpoint(
             self.directory, state.step, sections, self.meta | progress, keep_last=self.keep_last
         )
+
+    def checkpoint_path(self, step: int) -> Path | None:
+        """Return where the checkpoint of `step` is, if there is one."""
+        saved = step in list_checkpoints(self.directory)
+        return find_checkpoint(self.directory, step) if saved else None
 
     def restore(self, checkpoint: Checkpoint, extend: bool) -> tuple[LoopState, dict[str, Any]]:
         """Set everything to what `save` wrote; return the loop's and the scaler's state.

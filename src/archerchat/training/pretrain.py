@@ -11,7 +11,7 @@ refused unless `--extend` asks for it.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_proce
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
-from archerchat.training.metrics import open_run
+from archerchat.training.metrics import TelemetryConfig, open_run
 from archerchat.training.progress import ProgressLine
 from archerchat.training.resume import find_start
 from archerchat.training.stopping import explained_memory
@@ -63,6 +63,7 @@ class PretrainConfig:
     """Name of the model; by default d<depth>."""
     run: str | None = None
     """Name of the run in the metrics; by default the model's."""
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     device: Literal["cuda", "mps", "cpu"] | None = None
     """Where to train; by default the best there is."""
     dtype: Literal["bfloat16", "float32", "float16"] | None = None
@@ -144,9 +145,10 @@ def _train(
         recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
     torch.manual_seed(config.seed)  # what checkpoints hold of the generators follows from it
     announce(console, config.device_batch_size, hp, recipe, peak, accum)
-    state, scaler = LoopState(), None
+    state, scaler, resumed_from = LoopState(), None, None
     if start is not None:
         state, scaler = recipe.restore(start, config.extend)
+        resumed_from = start.path
         tell_resume(console, start, recipe.meta, schedule, hp, config.extend)
         start = None  # its tensors are copied: let them go
     cadence = Cadence(
@@ -161,11 +163,15 @@ def _train(
     run = config.run or config.model_tag or f"d{config.dial.depth}"
     (home.run_dir(run) / SUMMARY).unlink(missing_ok=True)
     runtime.reset_peak_memory()
+    telemetry = config.telemetry
     with (
         recipe.loader,
-        open_run(home, run, recipe.meta) as metrics,
+        open_run(
+            home, run, recipe.meta, telemetry, group="pretrain", resumed_from=resumed_from
+        ) as metrics,
         ProgressLine(console, hp.num_iterations, state.step) as progress,
     ):
+        metrics.push_tokenizer(home.tokenizer_dir(config.tokenizer))
         recipe.progress = progress
         outcome = Loop(
             recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from archerchat.optim.optimizer import AdamGroup, Optimizer
 from archerchat.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome, StepSettings
-from archerchat.training.metrics import MetricsLog, open_run
+from archerchat.training.metrics import MetricsLog, Occasion, open_run
 from archerchat.training.progress import ProgressLine
 
 CADENCE = Cadence(num_iterations=4, grad_accum_steps=2, tokens_per_step=16, flops_per_step=1000)
@@ -80,6 +80,9 @@ class StubRecipe:
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None:
         self.saved = replace(state), dict(scaler)
         self.note(f"save {state.step}")
+
+    def checkpoint_path(self, step: int) -> Path | None:
+        return Path(f"step_{step:06d}") if f"save {step}" in self.calls else None
 
     def events(self) -> list[str]:
         return [call for call in self.calls if not call.startswith("batch")]
@@ -330,6 +333,69 @@ def test_figures_are_recorded_and_never_zero_or_infinite(tmp_path: Path) -> None
     seconds = steps[-1]["train/seconds"]
     assert state.training_seconds == pytest.approx(seconds)
     check_speed(outcome, seconds)
+
+
+def statuses(home: Home) -> list[str]:
+    return [record["status"] for record in journal(home, "run") if record["type"] == "finish"]
+
+
+def test_an_interrupted_run_is_recorded_as_such(tmp_path: Path) -> None:
+    recipe, home = StubRecipe(), Home(tmp_path)
+    recipe.on_call["step 1"] = lambda: send(signal.SIGINT)
+    with restored_process(), open_run(home, "run", {}) as metrics:
+        build_loop(recipe, metrics=metrics).run()
+    assert statuses(home) == ["interrupted"]
+
+
+def test_a_run_that_no_signal_ends_is_finished(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    with open_run(home, "run", {}) as metrics:
+        build_loop(StubRecipe(), metrics=metrics).run()
+    assert statuses(home) == ["finished"]
+
+
+@dataclass(frozen=True)
+class Pushes(MetricsLog):
+    """Write down which checkpoints are offered."""
+
+    offered: list[tuple[str, int, dict[str, float]]] = field(default_factory=list)
+
+    def push_checkpoint(
+        self, path: Path, step: int, occasion: Occasion, metadata: Mapping[str, float]
+    ) -> str | None:
+        assert path == Path(f"step_{step:06d}")
+        self.offered.append((occasion, step, dict(metadata)))
+        return "the disk is full"
+
+
+def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -> None:
+    recipe, metrics = StubRecipe(), Pushes(None)
+    figures = {2: 2.0, 4: 1.5, 6: 1.8, 7: 1.2}  # and better ones where no checkpoint is
+    recipe.evaluate = lambda step: {"val/bpb": figures.get(step, 0.5)}  # type: ignore[method-assign]
+    cadence = replace(CADENCE, num_iterations=7, save_every=2, eval_every=1)
+    with restored_process():
+        build_loop(recipe, cadence, metrics=metrics).run()
+    assert [(occasion, step) for occasion, step, _ in metrics.offered] == [
+        *(("last", 2), ("best", 2)),
+        *(("last", 4), ("best", 4)),
+        ("last", 6),
+        *(("last", 7), ("best", 7)),
+    ]
+    assert metrics.offered[3][2] == {"val/bpb": 1.5}
+    assert metrics.offered[0][2]["train/tokens"] == 32
+    assert 0 < metrics.offered[0][2]["train/smooth_loss"] < math.inf
+
+
+def test_the_best_checkpoint_s_figure_survives_a_restart() -> None:
+    recipe, metrics = StubRecipe(), Pushes(None)
+    recipe.calls.append("save 2")  # by the process before
+    state = LoopState(step=2, best_saved_val=2.9)
+    cadence = replace(CADENCE, save_every=2, eval_every=2)
+    with restored_process():
+        build_loop(recipe, cadence, state, metrics=metrics).run()
+    # 3.0 at step 2 and 2.8 at step 4; what was saved before is not offered as the last again.
+    assert [(o, s) for o, s, _ in metrics.offered] == [("last", 4), ("best", 4)]
+    assert recipe.saved[0].best_saved_val == 2.9
 
 
 def check_speed(outcome: Outcome, seconds: float) -> None:

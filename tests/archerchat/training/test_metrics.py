@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from archerchat.artifacts import Home
 from archerchat.errors import UsageError
-from archerchat.training.metrics import open_run
+from archerchat.training.metrics import MetricsLog, PushCheckpoints, TelemetryConfig, open_run
 
 
 def recorded(home: Home) -> list[dict[str, Any]]:
@@ -29,7 +30,9 @@ def test_rank_0_writes_a_journal_that_a_resumed_run_continues(tmp_path: Path) ->
             metrics.log_text("sample", "def main():", step)
     records = recorded(home)
     assert [r["type"] for r in records] == ["session", "metrics", "text", "finish"] * 2
-    assert records[0]["config"] == {"depth": 4}
+    config = records[0]["config"]
+    assert config.pop("environment")["torch"] == torch.__version__
+    assert config == {"depth": 4}
     assert records[5]["values"] == {"train/loss": 2.5, "val/bpb": "Infinity"}
     assert records[0]["session"] != records[4]["session"]
     assert records[-1]["status"] == "finished"
@@ -68,3 +71,113 @@ def test_a_damaged_run_directory_is_reported(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(UsageError, match=r"does not say whose run.*another name for the run"):
         open_run(Home(tmp_path), "d4", {})
+
+
+def test_a_session_has_its_tags_its_recipe_and_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/archerchat", "pretrain", "--run", "two words"])
+    telemetry = TelemetryConfig(tags=("baseline", "muon"))
+    open_run(Home(tmp_path), "d4", {}, telemetry, group="pretrain").finish()
+    session = recorded(Home(tmp_path))[0]
+    assert (session["tags"], session["group"]) == (["baseline", "muon"], "pretrain")
+    assert session["config"]["environment"]["command"] == "archerchat pretrain --run 'two words'"
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ENDLEX_URL", "ENDLEX_MODE", "ENDLEX_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def checkpoint(home: Home, step: int) -> Path:
+    path = home.checkpoint_dir("base", "d4") / f"step_{step:06d}"
+    path.mkdir(parents=True)
+    (path / "meta.json").write_text(f"of step {step}")
+    return path
+
+
+def pushed(home: Home, push: PushCheckpoints) -> list[tuple[str, list[str], object]]:
+    """Save at two steps, the first the best; return name, aliases, what each replaces."""
+    telemetry = TelemetryConfig(push_checkpoints=push)
+    with open_run(home, "d4", {}, telemetry) as metrics:
+        for step in (10, 20):
+            path = checkpoint(home, step)
+            assert metrics.push_checkpoint(path, step, "last", {"train/tokens": step}) is None
+            if step == 10:
+                assert metrics.push_checkpoint(path, step, "best", {"val/bpb": 1.5}) is None
+            shutil.rmtree(path)  # what `--keep-last` does to it loses nothing
+    saved = [record for record in recorded(home) if record["type"] == "checkpoint"]
+    for record in saved:
+        staged = home.run_dir("d4") / "staged" / record["name"] / "meta.json"
+        assert staged.read_text() == f"of step {record['step']}"
+    return [(r["name"], r["aliases"], r["metadata"].get("replaces")) for r in saved]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("push", "expected"),
+    [
+        ("auto", []),  # no server
+        ("none", []),
+        ("all", [("step_000010", ["last"], None), ("step_000020", ["last"], None)]),
+        ("last", [("step_000010", ["last"], "last"), ("step_000020", ["last"], "last")]),
+        ("best", [("step_000010", ["best"], "best")]),
+    ],
+)
+def test_the_checkpoints_that_were_asked_for_are_kept_for_the_server(
+    tmp_path: Path, push: PushCheckpoints, expected: list[Any]
+) -> None:
+    assert pushed(Home(tmp_path), push) == expected
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_checkpoint_that_cannot_be_pushed_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    telemetry = TelemetryConfig(push_checkpoints="all")
+    with open_run(Home(tmp_path), "d4", {}, telemetry) as metrics:
+        problem = metrics.push_checkpoint(tmp_path / "step_000007", 7, "last", {})
+        assert problem is not None
+        assert "step_000007" in problem
+        metrics.log({"train/loss": 1.0}, 7)
+    assert recorded(Home(tmp_path))[-1]["status"] == "finished"
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_tokenizer_is_pushed_once_a_run_and_with_checkpoints_only(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    tokenizer = home.tokenizer_dir("default")
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "ranks.tiktoken").write_text("ranks")
+    pushes: list[PushCheckpoints] = ["none", "last", "last"]
+    for push in pushes:
+        with open_run(home, "d4", {}, TelemetryConfig(push_checkpoints=push)) as metrics:
+            assert metrics.push_tokenizer(tokenizer) is None
+    names = [record["name"] for record in recorded(home) if record["type"] == "checkpoint"]
+    assert names == ["tokenizer"]
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_pulled_checkpoint_is_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    old, new = Home(tmp_path / "old"), Home(tmp_path / "new")
+    open_run(old, "d4", {}).finish()
+    path = checkpoint(new, 20)
+    shutil.copy(old.run_dir("d4") / "run.json", path)  # as `endlex pull` leaves it there
+    telemetry = TelemetryConfig(push_checkpoints="all")
+    with open_run(new, "d4", {}, telemetry, resumed_from=path) as metrics:
+        metrics.push_checkpoint(checkpoint(new, 40), 40, "last", {})
+        session = metrics.run.session if metrics.run else ""
+    assert run_id(new, "d4") == run_id(old, "d4")
+    (record,) = [record for record in recorded(new) if record["type"] == "checkpoint"]
+    assert record["name"] == f"step_000040-{session[-6:]}"  # the old machine may have one of 40
+    open_run(new, "other", {}, resumed_from=path).finish()
+    assert run_id(new, "other") != run_id(old, "d4")
+
+
+def run_id(home: Home, tag: str) -> str:
+    return str(json.loads((home.run_dir(tag) / "run.json").read_text())["run"])
+
+
+def test_a_rank_that_records_nothing_pushes_nothing(tmp_path: Path) -> None:
+    metrics = MetricsLog(None, "all")
+    assert metrics.push_checkpoint(tmp_path, 1, "last", {}) is None
+    assert metrics.push_tokenizer(tmp_path) is None
