@@ -1,7 +1,9 @@
 """Runs that the program did not finish: recorded as it exits, with what ended it.
 
-`sys.excepthook` notes the exception that nobody caught, and `atexit` finishes the runs that are
-left. A process that is killed does neither; the shipper sees then that the writer is gone.
+`sys.excepthook` notes the exception that nobody caught, `sys.exit` its code, and `atexit` finishes
+the runs that are left. Python tells nobody of a `SystemExit` that is raised without `sys.exit`: a
+run that it ends counts as finished. A process that is killed does nothing of this; the shipper sees
+then that the writer is gone.
 """
 
 from __future__ import annotations
@@ -9,15 +11,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
-from functools import cache
+import threading
+from functools import cache, wraps
 from types import TracebackType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 from endlex.protocol import EndlexError, Status
 
 
 class Finishable(Protocol):
     """A run, as far as this module cares."""
+
+    @property
+    def recorded(self) -> int:
+        """How many records it has."""
 
     def finish(self, status: Status = ...) -> None:
         """Record the end."""
@@ -28,6 +35,8 @@ class _Ending:
 
     unfinished: ClassVar[list[Finishable]] = []
     status: ClassVar[Status] = "finished"
+    exits: ClassVar[list[tuple[Finishable, int, Status]]] = []
+    """The runs that `sys.exit` left, with what they had recorded by then."""
 
 
 def status_of(error: BaseException | None) -> Status:
@@ -61,11 +70,29 @@ def _watch_exit() -> None:
         return previous(kind, error, traceback)
 
     sys.excepthook = note_exception
+    plain_exit = sys.exit
+
+    @wraps(plain_exit)
+    def note_exit(status: Any = None, /) -> NoReturn:
+        if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
+            ended = status_of(SystemExit(status))
+            _Ending.exits = [(run, run.recorded, ended) for run in _Ending.unfinished]
+        plain_exit(status)
+
+    sys.exit = note_exit
+
+
+def _status(run: Finishable) -> Status:
+    for left, recorded, status in _Ending.exits:
+        # One that has recorded more since went on: something caught that exit.
+        if left is run and left.recorded == recorded and _Ending.status == "finished":
+            return status
+    return _Ending.status
 
 
 def _finish_all() -> None:
     for run in list(_Ending.unfinished):
         try:
-            run.finish(_Ending.status)
+            run.finish(_status(run))
         except (EndlexError, OSError) as error:
             print(f"endlex: the end of the run could not be recorded: {error}", file=sys.stderr)

@@ -81,6 +81,11 @@ class Journal:
         _watch_forks()
         OPENED.add(self)
 
+    @property
+    def count(self) -> int:
+        """How many records were appended."""
+        return self._seq
+
     def append(self, kind: str, content: Mapping[str, Any]) -> None:
         """Write one record; when this returns, killing the process does not lose it.
 

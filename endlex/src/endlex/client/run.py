@@ -71,6 +71,11 @@ class Run:
         return self._online
 
     @property
+    def recorded(self) -> int:
+        """How many records this session has."""
+        return self._journal.count if self._journal else 0
+
+    @property
     def session(self) -> str:
         """This session's id, unlike any other's; empty for a disabled run."""
         return self._journal.session if self._journal else ""
