@@ -171,6 +171,11 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 def _sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="run directories")
+    parser.add_argument(
+        "--drop-failed",
+        action="store_true",
+        help="give up checkpoints that can never be sent, such as those that were rewritten",
+    )
     _url(parser)
 
 

@@ -176,6 +176,25 @@ def test_finish_does_not_wait_for_a_server_that_does_not_answer(
     assert f"to send them later: endlex sync {directory}" in said
 
 
+def test_finish_says_what_can_never_be_sent_and_waits_for_no_more(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("endlex.client.staging._clone", lambda *arguments: False)
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 60.0)
+    run = endlex.init("p", "d4", directory=directory)
+    (tmp_path / "last.pt").write_bytes(b"first")
+    run.save(tmp_path / "last.pt", step=1, link=True)
+    (tmp_path / "last.pt").write_bytes(b"over the first")
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    run.go_online()
+    began = time.monotonic()
+    run.finish()
+    assert time.monotonic() - began < 30
+    said = capfd.readouterr().err
+    assert "endlex: checkpoint last.pt-1 cannot be sent: file" in said
+    assert "not on the server yet" not in said
+
+
 def test_a_refused_token_is_said_and_tried_again_rarely(
     stub: Any,
     directory: Path,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import endlex
+from endlex.client.shipping import read_state, unsent
 from endlex.commands import sync as syncing
 
 
@@ -66,10 +67,10 @@ def test_ctrl_c_names_the_command_that_goes_on(
     one, two = train("one"), train("two")
     send = syncing.sync_directory
 
-    def interrupt(directory: Path, *rest: Any) -> None:
+    def interrupt(directory: Path, *rest: Any, **options: Any) -> None:
         if directory == two:
             raise KeyboardInterrupt
-        send(directory, *rest)
+        send(directory, *rest, **options)
 
     monkeypatch.setattr(syncing, "sync_directory", interrupt)
     status, out, _ = cli("sync", one, two)
@@ -94,3 +95,13 @@ def test_a_real_interrupt_in_mid_upload_loses_nothing(cli: Any, online: str, pla
     assert cli("sync", run.directory)[0] == 0
     status, out, _ = cli("verify", run.directory, "--json")
     assert (status, json.loads(out)["safe"]) == (0, True)
+
+
+def test_what_a_sync_sent_counts_as_sent_afterwards(cli: Any, train: Any, online: str) -> None:
+    directory = train(save=b"weights")
+    before = unsent(directory)
+    assert before.records == 8  # a session, five steps, a checkpoint, an end
+    assert before.files == 1
+    assert cli("sync", directory)[0] == 0
+    assert not unsent(directory)
+    assert read_state(directory)["state"] == "done"

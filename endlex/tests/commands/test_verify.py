@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import endlex
+from endlex.client import staging
 from endlex.client.journal import session_files
 from endlex.client.run_directory import read_run_file
+from endlex.client.shipping import unsent
 
 
 def test_what_is_not_sent_is_not_safe_and_named(cli: Any, train: Any, online: str) -> None:
@@ -136,8 +140,7 @@ def test_what_a_rule_removed_on_the_server_is_named_and_no_loss(
     (verdict,) = json.loads(cli("verify", directory, "--json")[1])["runs"]
     assert [gone["reason"] for gone in verdict["let_go"]] == ["pruned by keep-last 1"]
     assert cli("doctor", directory)[1].count("all of it is on the server") == 1
-    status, _, err = cli("pull", f"{owner['run']}@step-5", "out")
-    assert status == 1  # it is in no list
+    assert cli("pull", f"{owner['run']}@step-5", "out")[0] == 1  # it is in no list
 
 
 def test_what_the_server_lost_is_missing(
@@ -172,3 +175,29 @@ def test_other_files_under_a_removed_name_are_no_copy(
     status, out, _ = cli("verify", directory)
     assert status == 1
     assert "the server's files differ" in out
+
+
+def test_a_checkpoint_that_can_never_be_sent_is_named_and_may_be_given_up(
+    cli: Any, train: Any, online: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    run = endlex.init("demo", "rewritten", mode="offline")
+    (place / "last.pt").write_bytes(b"first")
+    run.save("last.pt", step=1, name="first", link=True)
+    (place / "last.pt").write_bytes(b"second, over the first")
+    run.finish()
+    for _ in range(2):  # before it was tried, and after
+        status, out, _ = cli("verify", run.directory)
+        assert status == 1
+        assert "checkpoint first: it cannot be sent: " in out
+        assert f"endlex sync {run.directory} --drop-failed" in out
+        assert cli("sync", run.directory)[0] == 1
+    assert not unsent(run.directory)  # type: ignore[arg-type]
+    assert cli("sync", "--drop-failed", run.directory)[0] == 0
+    status, out, _ = cli("verify", run.directory)
+    assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
+    assert "given up here, since it could not be sent: first" in out
+    again = endlex.init("demo", directory=run.directory, mode="offline")
+    assert again.save("last.pt", step=1, name="first") == "first-2"  # nothing hides behind the name
+    again.finish()
+    assert cli("verify", run.directory)[0] == 1

@@ -14,8 +14,8 @@ from endlex.client.parts import PartSource, Progress, Upload
 from endlex.client.replacement import REPLACES, is_replaced
 from endlex.client.run_directory import read_run_file
 from endlex.client.session_sync import SessionSync
-from endlex.client.shipping import shipper_process
-from endlex.client.staging import Staged, files_of, staged_names
+from endlex.client.shipping import failed_checkpoints, shipper_process
+from endlex.client.staging import Staged, files_of, given_up, staged_names
 from endlex.client.sync import sync_directory
 from endlex.client.transport import Refused, Retry, Transport
 from endlex.protocol import (
@@ -50,6 +50,8 @@ class Missing:
     reason: str
     bytes: int = 0
     """Not on the server, as far as that is known."""
+    hopeless: bool = False
+    """Whether sending again does not help."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}: {self.reason}"
@@ -116,6 +118,8 @@ class Comparison:
 
     missing: list[Missing]
     let_go: list[LetGo]
+    given_up: list[str]
+    """Checkpoints that somebody decided to do without, since they could not be sent."""
 
 
 def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
@@ -144,17 +148,24 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
         for found in _verify_journal(owner["run"], path, transport, bool(shipper))
     ]
     staged = staged_names(directory)
-    missing += [Missing("checkpoint", name, "not sent yet, or not published") for name in staged]
+    failed, dropped = failed_checkpoints(directory), given_up(directory)
+    missing += [_waiting(name, failed.get(name)) for name in staged]
     let_go: list[LetGo] = []
     for name, saved in sorted(_saved(directory).items()):
-        if name not in staged:
+        if name not in staged and name not in dropped:
             found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
             let_go += [found] if isinstance(found, LetGo) else []
             missing += [found] if isinstance(found, Missing) else []
     if shipper is not None:
         reason = f"process {shipper[0]} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason))
-    return Comparison(missing, let_go)
+    return Comparison(missing, let_go, sorted(dropped))
+
+
+def _waiting(name: str, failure: str | None) -> Missing:
+    if failure is None:
+        return Missing("checkpoint", name, "not sent yet, or not published")
+    return Missing("checkpoint", name, f"it cannot be sent: {failure}", hopeless=True)
 
 
 def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:

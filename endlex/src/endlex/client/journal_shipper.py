@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from endlex.client.journal import (
     end_status,
@@ -129,6 +130,17 @@ class JournalShipper:
             gone = "interrupted" if session.kind == SYSTEM else CRASHED
             session.sync.report(end_status(session.sync.path) or gone, 0)
         session.done = True
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """By session: `acknowledged` bytes, whether it is `done`, and `error`."""
+        return {
+            name: {
+                "acknowledged": session.sync.acknowledged or 0,
+                "done": session.done,
+                "error": session.error,
+            }
+            for name, session in self.sessions.items()
+        }
 
     def has_live_trainer(self) -> bool:
         """Whether a process other than a shipper still writes here, as of the last tick."""

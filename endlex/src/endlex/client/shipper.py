@@ -13,24 +13,24 @@ waits for the lock: what begins before the lock is given up is sent by the old, 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from endlex.client.checkpoint_shipper import CheckpointShipper
 from endlex.client.journal_shipper import JournalShipper
-from endlex.client.run_directory import (
-    SHIPPER_STATE,
-    read_run_file,
-    server_token,
-    server_url,
-    write_whole,
+from endlex.client.run_directory import read_run_file, server_token, server_url
+from endlex.client.shipping import (
+    BACKGROUND,
+    DONE,
+    STOPPED,
+    read_state,
+    say,
+    take_lock,
+    write_state,
 )
-from endlex.client.shipping import BACKGROUND, STOPPED, read_state, say, take_lock
 from endlex.client.stopping import Stop
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
 from endlex.client.transport import Backoff, Retry, Transport
@@ -42,7 +42,7 @@ LOCK_SECONDS = 10.0
 NICENESS = 10
 """Added to the process's: the trainer comes first."""
 
-SHIPPING, WAITING, DONE, FAILED = "shipping", "waiting", "done", "failed"
+SHIPPING, WAITING, FAILED = "shipping", "waiting", "failed"
 
 
 class Shipper:
@@ -79,7 +79,7 @@ class Shipper:
         )
         self._system: SystemRecorder | None = None
         self._error: str | None = None
-        self._published: dict[str, Any] = {}
+        self._published: tuple[str, dict[str, Any]] = "", {}
 
     def run(self) -> None:
         """Ship, and return when everything is there, or when asked to stop."""
@@ -151,25 +151,14 @@ class Shipper:
 
     def _publish(self, state: str) -> None:
         content = {
-            "state": state,
-            "pid": os.getpid(),
             "url": self._transport.url,
             "error": self._error,
-            "sessions": {
-                name: {
-                    "acknowledged": session.sync.acknowledged or 0,
-                    "done": session.done,
-                    "error": session.error,
-                }
-                for name, session in self._journals.sessions.items()
-            },
+            "sessions": self._journals.states(),
             "checkpoints": self._checkpoints.states(),
         }
-        if content != self._published:
-            self._published = content
-            text = json.dumps({**content, "updated": time.time()})
-            with contextlib.suppress(OSError):  # a full disk stops no shipping
-                write_whole(self._directory / SHIPPER_STATE, text.encode(), durable=False)
+        if (state, content) != self._published:
+            self._published = state, content
+            write_state(self._directory, state, content)
 
 
 def _reported(directory: Path, url: str) -> list[str]:
@@ -199,8 +188,7 @@ def main(arguments: list[str]) -> int:
             Shipper(directory, Transport(url, server_token()), stop).run()
         except EndlexError as error:
             say(str(error))
-            state = {"state": FAILED, "pid": os.getpid(), "error": str(error)}
-            write_whole(directory / SHIPPER_STATE, json.dumps(state).encode(), durable=False)
+            write_state(directory, FAILED, {"error": str(error)})
             return 1
     return 0
 

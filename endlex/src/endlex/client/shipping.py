@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from endlex.client.journal import content_length, session_files
-from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
-from endlex.client.staging import read_note, staged_names
+from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE, write_whole
+from endlex.client.staging import read_note, staged_change, staged_names
 from endlex.protocol import EndlexError
 
 if sys.platform != "win32":
@@ -29,6 +29,8 @@ FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
 POLL_SECONDS = 0.02
 NAMING_POLLS = 10
+DONE = "done"
+"""State of one that ended because nothing was left to do."""
 STOPPED = "stopped"
 """State of a shipper that was told to end."""
 FOREGROUND = "foreground"
@@ -37,7 +39,7 @@ BACKGROUND = "background"
 
 @dataclass(frozen=True)
 class Unsent:
-    """What the server has not acknowledged."""
+    """What the server has not acknowledged, and may yet."""
 
     records: int
     bytes: int
@@ -117,6 +119,26 @@ def read_state(directory: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
+def write_state(directory: Path, state: str, content: dict[str, Any]) -> None:
+    """Publish how far the process is that sends this directory, for `read_state`."""
+    text = json.dumps({"state": state, "pid": os.getpid(), **content, "updated": time.time()})
+    with contextlib.suppress(OSError):  # a full disk stops no shipping
+        write_whole(directory / SHIPPER_STATE, text.encode(), durable=False)
+
+
+def failed_checkpoints(directory: Path) -> dict[str, str]:
+    """Staged checkpoints that can never be published as they are, with the reason of each."""
+    found: dict[str, str] = {}
+    states = read_state(directory).get("checkpoints", {})
+    for name in staged_names(directory):
+        state = states.get(name, {})
+        reason = state.get("error") if state.get("state") == "failed" else None
+        reason = reason or staged_change(directory, name)
+        if reason:
+            found[name] = str(reason)
+    return found
+
+
 def start_shipper(directory: Path, *, url: str | None = None) -> None:
     """Start a shipper that outlives this process; if there is one already, it ends soon.
 
@@ -188,7 +210,7 @@ def unsent(directory: Path) -> Unsent:
             size += end - acknowledged
             records += _count_lines(path, acknowledged, end)
     files = 0
-    for name in staged_names(directory):
+    for name in sorted(set(staged_names(directory)) - set(failed_checkpoints(directory))):
         try:
             files += len(read_note(directory, name)["files"])
         except EndlexError:  # the shipper names what is wrong with it
@@ -222,13 +244,15 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
     deadline = time.monotonic() + FINISH_SECONDS
     restart_shipper_if_killed(directory)
     end = content_length(journal)
-    while time.monotonic() < deadline:
-        state = read_state(directory)
-        session = state.get("sessions", {}).get(journal.stem, {})
-        if session.get("acknowledged", 0) >= end and not staged_names(directory):
-            return
-        time.sleep(POLL_SECONDS)
-    left = unsent(directory)
+    is_sent = False
+    while not is_sent and time.monotonic() < deadline:
+        session = read_state(directory).get("sessions", {}).get(journal.stem, {})
+        is_sent = session.get("acknowledged", 0) >= end and not _still_sending(directory)
+        if not is_sent:
+            time.sleep(POLL_SECONDS)
+    for name, reason in failed_checkpoints(directory).items():
+        print(f"endlex: checkpoint {name} cannot be sent: {reason}", file=sys.stderr)
+    left = None if is_sent else unsent(directory)
     if left:
         error = read_state(directory).get("error")
         print(
@@ -237,3 +261,8 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             f"on in the background; to send them later: {sync_command(directory)}",
             file=sys.stderr,
         )
+
+
+def _still_sending(directory: Path) -> bool:
+    staged = staged_names(directory)
+    return bool(staged) and not set(staged) <= set(failed_checkpoints(directory))

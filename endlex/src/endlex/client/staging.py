@@ -38,6 +38,9 @@ if sys.platform == "linux":
 FICLONE = 0x40049409
 """The request of linux/fs.h that makes one file's content another's, copied when written."""
 
+GIVEN_UP = ".given-up"
+"""End of the name of the note, beside the manifests, that a checkpoint was given up."""
+
 
 class StagedFile(TypedDict):
     """What a file was when it was saved; `changed` is its modification time in nanoseconds."""
@@ -132,9 +135,9 @@ def stage(
 
 
 def has_saved(directory: Path, name: str) -> bool:
-    """Whether a run's directory has a checkpoint of this name, waiting or sent."""
+    """Whether a run's directory has a checkpoint of this name: waiting, sent or given up."""
     staged, sent = directory / STAGED_DIR / name, directory / MANIFEST_DIR / f"{name}.json"
-    return staged.exists() or sent.exists()
+    return staged.exists() or sent.exists() or name in given_up(directory)
 
 
 def _unused(directory: Path, name: str) -> str:
@@ -221,6 +224,41 @@ def read_note(directory: Path, name: str) -> Staged:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EndlexError(f"{path} cannot be read ({error}): save the checkpoint again") from error
     return cast(Staged, note)
+
+
+def staged_change(directory: Path, name: str) -> str | None:
+    """What happened to a staged checkpoint's files since they were saved, or None."""
+    try:
+        note = read_note(directory, name)
+    except EndlexError as error:
+        return str(error)
+    for file in note["files"]:
+        try:
+            status = (directory / STAGED_DIR / name / file["path"]).stat()
+        except OSError as error:
+            return f"file {file['path']!r} cannot be read ({error}): save it again"
+        if (status.st_size, status.st_mtime_ns) != (file["bytes"], file["changed"]):
+            return (
+                f"file {file['path']!r} was rewritten in place after it was saved with link=True: "
+                "save it again, without that"
+            )
+    return None
+
+
+def give_up(directory: Path, name: str, reason: str) -> None:
+    """Drop a staged checkpoint that can never be sent, and note that this was decided."""
+    path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps({"reason": reason}).encode())
+    manifest = directory / MANIFEST_DIR / f"{name}.json"
+    manifest.unlink(missing_ok=True)
+    unstage(directory, name)
+
+
+def given_up(directory: Path) -> set[str]:
+    """Names of the checkpoints that `give_up` dropped here."""
+    found = (directory / MANIFEST_DIR).glob(f".*{GIVEN_UP}")
+    return {path.name[1:].removesuffix(GIVEN_UP) for path in found}
 
 
 def unstage(directory: Path, name: str) -> None:

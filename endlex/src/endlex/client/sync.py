@@ -14,10 +14,18 @@ from typing import IO
 from endlex.client.checkpoint_shipper import send_staged
 from endlex.client.journal import content_length, session_files, writer_is_alive
 from endlex.client.journal_shipper import JournalShipper, Session
+from endlex.client.manifests import CheckpointFailed
 from endlex.client.replacement import drop_replaced
 from endlex.client.run_directory import read_run_file
-from endlex.client.shipping import FOREGROUND, start_shipper, stop_shipper, take_lock
-from endlex.client.staging import staged_names
+from endlex.client.shipping import (
+    DONE,
+    FOREGROUND,
+    start_shipper,
+    stop_shipper,
+    take_lock,
+    write_state,
+)
+from endlex.client.staging import give_up, staged_names
 from endlex.client.transport import Backoff, Retry, Transport
 from endlex.protocol import EndlexError
 
@@ -34,11 +42,14 @@ def sync_directory(
     progress: SyncProgress = lambda what, done, total: None,
     *,
     patience: float = PATIENCE_SECONDS,
+    drop_failed: bool = False,
 ) -> None:
     """Send what is there now, and return when the server has acknowledged and published it.
 
     Args:
         patience: seconds without any progress after which a fault of the network is raised.
+        drop_failed: give up the checkpoints that can never be published, such as those whose files
+            were rewritten before they were sent.
 
     Raises:
         EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
@@ -51,16 +62,40 @@ def sync_directory(
     had_shipper, lock = _take_over(directory)
     journals = JournalShipper(directory, owner["run"], transport)
     patient = _Patience(patience)
+    failed: dict[str, str] = {}
     try:
         with lock:
-            _send_journals(directory, journals, progress, patient)
-            failed = _send_checkpoints(directory, owner["run"], transport, progress, patient)
+            try:
+                _send_journals(directory, journals, progress, patient)
+                failed = _send_checkpoints(
+                    directory, owner["run"], transport, progress, patient, drop_failed
+                )
+            finally:
+                _publish(directory, transport, journals, failed)
     finally:
         if had_shipper and journals.has_live_trainer():
             start_shipper(directory, url=transport.url)
-    errors = [s.error for s in journals.sessions.values() if s.error] + failed
+    errors = [s.error for s in journals.sessions.values() if s.error]
+    errors += [f"checkpoint {name}: {error}" for name, error in failed.items()]
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
+
+
+def _publish(
+    directory: Path, transport: Transport, journals: JournalShipper, failed: dict[str, str]
+) -> None:
+    """Leave behind how far this came, as a shipper does."""
+    checkpoints = {
+        name: {"state": "failed", "error": error, "done_bytes": 0, "total_bytes": 0}
+        for name, error in failed.items()
+    }
+    content = {
+        "url": transport.url,
+        "error": None,
+        "sessions": journals.states(),
+        "checkpoints": checkpoints,
+    }
+    write_state(directory, DONE, content)
 
 
 def _take_over(directory: Path) -> tuple[bool, IO[str]]:
@@ -120,17 +155,28 @@ def _is_sent(session: Session, target: int) -> bool:
 
 
 def _send_checkpoints(
-    directory: Path, run: str, transport: Transport, progress: SyncProgress, patient: _Patience
-) -> list[str]:
-    failed = []
+    directory: Path,
+    run: str,
+    transport: Transport,
+    progress: SyncProgress,
+    patient: _Patience,
+    drop_failed: bool,
+) -> dict[str, str]:
+    """Send what is staged; what cannot be sent, with the reason."""
+    failed = {}
     drop_replaced(directory)
     for name in staged_names(directory):
         try:
             _send_checkpoint(directory, run, name, transport, progress, patient)
         except Retry:
             raise
+        except CheckpointFailed as error:
+            if drop_failed:
+                give_up(directory, name, str(error))
+            else:
+                failed[name] = str(error)
         except (EndlexError, OSError) as error:
-            failed.append(f"checkpoint {name}: {error}")
+            failed[name] = str(error)
     return failed
 
 

@@ -14,7 +14,7 @@ from endlex.commands.targets import find_run_directories, is_run_directory, open
 from endlex.protocol import EndlexError
 
 
-def sync(directories: Sequence[Path], url: str | None) -> int:
+def sync(directories: Sequence[Path], drop_failed: bool, url: str | None) -> int:
     """Send every directory; one that cannot be sent does not keep the others back."""
     todo = [run for given in directories for run in _runs_at(given)]
     server = find_server(url)
@@ -29,7 +29,7 @@ def sync(directories: Sequence[Path], url: str | None) -> int:
             line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
 
         try:
-            sync_directory(directory, transport, show)
+            sync_directory(directory, transport, show, drop_failed=drop_failed)
         except KeyboardInterrupt:
             line.clear()
             again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])

@@ -48,6 +48,7 @@ class Verdict:
     bytes: int
     missing: list[Missing] = field(default_factory=list)
     let_go: list[LetGo] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
     lost: list[Missing] = field(default_factory=list)
     """Checkpoints among the missing that the server published, and knows nothing of."""
     error: str | None = None
@@ -69,6 +70,7 @@ class Verdict:
             "safe": self.is_safe,
             "missing": [vars(missing) for missing in self.missing],
             "let_go": [vars(let_go) for let_go in self.let_go],
+            "given_up": self.given_up,
             "error": self.error,
         }
 
@@ -136,6 +138,7 @@ def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verd
         try:
             found = compare_directory(directory, transport)
             verdict.missing, verdict.let_go = found.missing, found.let_go
+            verdict.given_up = found.given_up
             verdict.lost = [m for m in verdict.missing if _was_published(directory, m)]
         except Retry as error:
             verdict.error = str(explain(error))
@@ -166,6 +169,9 @@ def _print(verdict: Verdict, url: str) -> None:
             f"  no longer on the server, on purpose ({printable(reason)}, {when}): "
             f"{count(len(gone), 'checkpoint')}: {names}"
         )
+    if verdict.given_up:
+        names = ", ".join(map(printable, verdict.given_up))
+        print(f"  given up here, since it could not be sent: {names}")
     if verdict.is_safe:
         return
     if verdict.error is not None:
@@ -189,7 +195,9 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         verdict
         for verdict in unsafe
         if verdict.error is not None
-        or any(m.kind != "live" and m not in verdict.lost for m in verdict.missing)
+        or any(
+            m.kind != "live" and m not in verdict.lost and not m.hopeless for m in verdict.missing
+        )
     ]
     if any(missing.kind == "live" for verdict in unsafe for missing in verdict.missing):
         print("something is still at work: end it, or wait for it, and verify again")
@@ -197,6 +205,13 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         print(
             "the server has lost what it had: restore its data, or `endlex push` it again under "
             "the same name"
+        )
+    hopeless = [verdict for verdict in unsafe if any(m.hopeless for m in verdict.missing)]
+    if hopeless:
+        places = " ".join(shlex.quote(str(verdict.directory)) for verdict in hopeless)
+        print(
+            "what cannot be sent: save it again, then give up the old one with: "
+            f"endlex sync{address} {places} --drop-failed"
         )
     if sending:
         places = " ".join(shlex.quote(str(verdict.directory)) for verdict in sending)
