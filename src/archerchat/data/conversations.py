@@ -50,6 +50,21 @@ class ConversationBatch:
     """(B, T)"""
 
 
+def render_whole(
+    tokenizer: Tokenizer, mixture: TaskMixture | TaskSequence, index: int
+) -> tuple[list[int], list[int]]:
+    """Render a conversation of a mixture, however long it is.
+
+    Raises:
+        DataError: it is malformed; the message names its task and its place there.
+    """
+    try:
+        return render_conversation(tokenizer, mixture[index], sys.maxsize)
+    except DataError as error:
+        task, inner = mixture.origin(index)
+        raise DataError(f"{mixture.tasks[task].name}, conversation {inner}: {error}") from error
+
+
 def fit_conversation(
     ids: Sequence[int], mask: Sequence[int], row_length: int, end_id: int
 ) -> tuple[Document | None, bool]:
@@ -186,9 +201,14 @@ class ConversationLoader:
         return batch
 
     @property
+    def share(self) -> int:
+        """How many conversations a pass has for this rank."""
+        return self._plan.share
+
+    @property
     def progress(self) -> float:
-        """Share of the pass's conversations that are in rows so far; 1 or more after a pass."""
-        return self._state.consumed / self._plan.share
+        """Share of the pass's conversations that are used so far; 1 or more after a pass."""
+        return self._state.consumed / self.share
 
     def state(self) -> ConversationState:
         """Return the state after the last batch that `next` returned."""
@@ -283,11 +303,13 @@ class _RowSource:
             end = (passes if draining else passes + 1) * share
             whole, empty = rest == 0 and not draining, True
             while True:
-                while self._counts.read < end and self._packer.needs_documents():
-                    self._read()
+                self._fill(end)
                 more = len(self._packer) > 0
                 row = self._packer.place() if more else self._packer.finish()
                 if row is not None:
+                    # Now, so that conversations to be dropped at the end of the pass are read
+                    # with its last row, and the pass is then known to be over.
+                    self._fill(end)
                     empty = False
                     yield row
                 elif not more:
@@ -300,16 +322,16 @@ class _RowSource:
             if not self._plan.repeat:
                 return
 
+    def _fill(self, end: int) -> None:
+        """Fill the buffer up, but not beyond the pass that ends at `end`."""
+        while self._counts.read < end and self._packer.needs_documents():
+            self._read()
+
     def _read(self) -> None:
         """Put the next conversation in the buffer, or drop it."""
         plan, counts = self._plan, self._counts
         index = plan.rank + plan.world_size * (counts.read % plan.share)
-        try:
-            rendered = render_conversation(plan.tokenizer, plan.mixture[index], sys.maxsize)
-        except DataError as error:
-            task, inner = plan.mixture.origin(index)
-            name = plan.mixture.tasks[task].name
-            raise DataError(f"{name}, conversation {inner}: {error}") from error
+        rendered = render_whole(plan.tokenizer, plan.mixture, index)
         document, cut = fit_conversation(*rendered, plan.row_length, self._end_id)
         self._counts = replace(
             counts,

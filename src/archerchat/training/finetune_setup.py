@@ -8,7 +8,7 @@ from typing import Any
 
 from archerchat.artifacts import sha256_file
 from archerchat.checkpoint import load_checkpoint
-from archerchat.data.conversations import ConversationLoader
+from archerchat.data.conversations import ConversationLoader, render_whole
 from archerchat.dial import DialConfig, LearningRates, build_hyperparameters, grad_accum_steps
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.inference.loading import LoadedModel
@@ -19,7 +19,6 @@ from archerchat.optim.optimizer import AdamGroup, MuonGroup, Optimizer, build_gr
 from archerchat.runtime import Runtime
 from archerchat.tasks.base import TaskMixture
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.chat_format import render_conversation
 
 DEVICE_BATCH_SIZE = 32
 """Rows in a micro-batch where the base model does not say."""
@@ -189,6 +188,5 @@ def estimate_steps(
     """Return about how many steps a pass takes, from a few of its conversations."""
     size = len(mixture)
     indices = range(0, size, math.ceil(size / ESTIMATE_FROM))
-    limit = sequence_length + 1
-    lengths = [len(render_conversation(tokenizer, mixture[i], limit)[0]) for i in indices]
+    lengths = [min(len(render_whole(tokenizer, mixture, i)[0]), sequence_length) for i in indices]
     return max(1, math.ceil(sum(lengths) / len(lengths) * size / batch_tokens))

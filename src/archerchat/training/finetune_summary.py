@@ -48,10 +48,12 @@ def tell_conversations(console: Console, recipe: FinetuneRecipe) -> None:
     counts = state.counts
     if not counts.targets:
         return
-    share = min(1.0, recipe.loader.progress)
+    more = state.consumed - recipe.loader.share
+    used = f"{100 * recipe.loader.progress:.1f} % of the mixture"
+    if more >= 0:
+        used = "all of the mixture" + (f", and {more:,} again to fill the last step" * (more > 0))
     console.print(
-        f"conversations: {state.consumed:,} used ({100 * share:.1f} % of the mixture), "
-        f"{counts.cut:,} cut to a row, {counts.dropped:,} dropped; "
-        f"{100 * counts.padding_share:.1f} % of the positions are padding, "
-        f"{100 * counts.trained_share:.1f} % are learned from"
+        f"conversations: {state.consumed:,} used ({used}), {counts.cut:,} cut to a row, "
+        f"{counts.dropped:,} dropped; {100 * counts.padding_share:.1f} % of the positions are "
+        f"padding, {100 * counts.trained_share:.1f} % are learned from"
     )

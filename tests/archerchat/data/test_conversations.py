@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from archerchat.data.conversation_state import ConversationState
@@ -123,6 +123,9 @@ def test_a_conversation_of_a_token_to_learn_at_its_start_alone_is_dropped() -> N
     sequence_length=st.integers(2, 70),
     buffer_size=st.integers(1, 8),
 )
+@example(
+    lengths=[[1], [1, 1], [1]], sequence_length=5, buffer_size=1
+)  # nothing to learn comes last
 def test_every_row_of_any_mixture_has_something_to_learn(
     lengths: list[list[int]], sequence_length: int, buffer_size: int
 ) -> None:
