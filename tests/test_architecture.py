@@ -27,6 +27,7 @@ SOURCE_TREES = (ROOT / "src", ROOT / "endlex" / "src")
 LAYERS = (
     {"cli", "__main__"},
     {"commands"},
+    {"report"},
     {"training"},
     {"evals", "serving"},
     {"inference", "data"},

@@ -32,6 +32,7 @@ class Command:
     """Whether required fields are positional arguments instead of flags."""
 
 
+# A subcommand named "" is what its command does where no other follows.
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "data": {
         "download": Command(
@@ -69,6 +70,22 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "commands.eval_chat", "EvalChatConfig", "evaluate", "evaluate a model that converses"
         ),
     },
+    "report": {
+        "": Command(
+            "commands.report",
+            "ReportConfig",
+            "report",
+            "write a model's training report",
+            positional=True,
+        ),
+        "scaling": Command(
+            "commands.report_scaling",
+            "ScalingConfig",
+            "report_scaling",
+            "fit a scaling law to several runs",
+            positional=True,
+        ),
+    },
     "import": {
         "nanochat": Command(
             "commands.import_nanochat",
@@ -99,6 +116,9 @@ def parse(argv: Sequence[str]) -> Parsed:
     level: Command | dict[str, Command] | dict[str, Command | dict[str, Command]] = COMMANDS
     path = "archerchat"
     while isinstance(level, dict):
+        if "" in level and (not words or words[0] not in level):  # a command by itself
+            level = level[""]
+            continue
         name = words.pop(0) if words else "--help"
         if name == "--version" and path == "archerchat":
             print(f"archerchat {__version__}")
@@ -131,7 +151,7 @@ def _overview(
         if isinstance(entry, Command):
             lines.append(f"  {name:22} {entry.help}")
         else:
-            lines += [f"  {name + ' ' + sub:22} {command.help}" for sub, command in entry.items()]
+            lines += [f"  {f'{name} {sub}':22} {command.help}" for sub, command in entry.items()]
     return "\n".join(lines)
 
 
