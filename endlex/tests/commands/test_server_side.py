@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ import pytest
 
 import endlex
 from endlex.client.run_directory import read_run_file
+from endlex.client.system_stats import SystemRecorder
 from endlex.server.auth import list_tokens
 
 
@@ -95,6 +97,48 @@ def test_csv_of_a_directory_is_that_of_the_server(
     )
     assert here == there
     assert here[3]["train/loss"] == "NaN"
+
+
+def test_what_a_directory_is_exported_as_is_what_the_server_makes_of_it(
+    cli: Any, online: str, place: Path
+) -> None:
+    """Everything that a run may hold: sessions that overlap, the machine's own, samples, NaN."""
+    run = endlex.init(
+        "demo", "all", {"lr": 0.1, "bad": math.inf}, tags=["a"], group="g", mode="offline"
+    )
+    assert run.directory is not None
+    for step in (0, 2, 1):
+        run.log({"loss": 1.0 / (step + 1), "n": step}, step=step)
+        run.log_text("sample", f"first of {step}", step=step)
+    run.log_text("sample", "the later one", step=2)
+    run.log_table("scores", ["task", "score"], [["a", 0.5], ["b", math.nan]], step=1)
+    (place / "w.bin").write_bytes(b"weights")
+    run.save("w.bin", step=1, aliases=["best"], metadata={"loss": 0.5})
+    run.finish()
+    owner = read_run_file(run.directory)
+    assert owner is not None
+    for load in (1.0, 2.0):  # steps of the machine's sessions begin anew
+        machine = SystemRecorder(run.directory, owner, seconds=1000.0)
+        machine._journal.append("metrics", {"step": 1, "values": {"system/load": load}})
+        machine.finish()
+    again = endlex.init("demo", directory=run.directory, config={"lr": 0.2}, mode="offline")
+    again.log({"loss": math.nan, "late": 1e300}, step=1)
+    again.finish("failed")
+    assert cli("sync", run.directory)[0] == 0
+    for kind in ("json", "csv"):
+        assert cli("export", owner["run"], "-o", f"there.{kind}")[0] == 0
+        assert cli("export", run.directory, "-o", f"here.{kind}")[0] == 0
+    assert (place / "here.csv").read_text() == (place / "there.csv").read_text()
+    here, there = (json.loads((place / f"{side}.json").read_text()) for side in ("here", "there"))
+    assert here == there
+    assert here["series"]["system/load"] == {
+        "step": [1, 1],
+        "time": here["series"]["system/load"]["time"],
+        "value": [1.0, 2.0],
+    }
+    assert here["series"]["loss"]["value"] == [1.0, "NaN", 1.0 / 3]
+    assert [text["text"] for text in here["texts"]] == ["the later one", "first of 1", "first of 0"]
+    assert (here["status"], here["config"]["lr"]) == ("failed", 0.2)
 
 
 def test_json_of_a_directory_holds_everything(cli: Any, train: Any, place: Path) -> None:

@@ -59,19 +59,37 @@ def summarize(directory: Path) -> dict[str, Any]:
     }
     metrics: dict[str, dict[int, float]] = {}
     for path in session_files(directory):
-        kind = ""
+        begun: dict[str, Any] = {}
         for record in iter_session(path):
-            kind = record.get("kind", kind) if record["type"] == SESSION else kind
-            _add_record(summary, metrics, record, kind)
-        status = session_status(path)
-        if kind != SYSTEM:
-            summary["status"] = status
-        summary["sessions"].append(
-            {"session": path.stem, "kind": kind, "offset": content_length(path), "status": status}
-        )
+            begun = record if record["type"] == SESSION else begun
+            _add_record(summary, metrics, record, begun.get("kind", ""))
+        summary["sessions"].append(_describe_session(path, begun))
+    trainers = [session for session in summary["sessions"] if session["kind"] != SYSTEM]
+    # The newest trainer speaks for the run; of several ranks the first.
+    for session in [s for s in trainers if s["rank"] == 0][-1:] or trainers[-1:]:
+        summary["status"] = session["status"]
+    for session in summary["sessions"][:1]:
+        summary["created"] = session["started"] or summary["created"]
     summary["metrics"] = [_describe(name, series) for name, series in sorted(metrics.items())]
     summary["summary"] = {m["name"]: m["last"] for m in summary["metrics"]}
     return summary
+
+
+def _describe_session(path: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    end = content_length(path)
+    with path.open("rb") as file:
+        whole = (line for line in file if line.endswith(b"\n"))
+        damaged = sum(parse_record(line) is None for line in whole)
+    return {
+        "session": path.stem,
+        "kind": begun.get("kind", ""),
+        "rank": begun.get("rank", 0),
+        "host": begun.get("host"),
+        "started": begun.get("time"),
+        "offset": end,
+        "damaged_lines": damaged,
+        "status": session_status(path),
+    }
 
 
 def _add_record(
@@ -81,7 +99,7 @@ def _add_record(
     if record["type"] == SESSION and kind != SYSTEM:
         summary["config"] = summary["config"] | (record.get("config") or {})
         for key in ("tags", "group", "notes", "host"):
-            summary[key] = record.get(key) or summary[key]
+            summary[key] = summary[key] or record.get(key) or summary[key]
     elif record["type"] == METRICS:
         for name, value in values_of(record):
             metrics.setdefault(name, {})[record["step"]] = value

@@ -2,8 +2,8 @@
 
 All points are in it, none downsampled; of two at one step the later. CSV has a row a step and a
 column a metric (the machine's own, whose steps are seconds, in rows of their own, session by
-session).
-JSON has everything else too. Parquet has a row a point: metric, step, time, value.
+session). JSON has everything else too that the run's journals say. Parquet has a row a point:
+metric, step, time, value.
 
 CSV and JSON are made a stretch at a time, so a large run does not fill the memory.
 """
@@ -37,6 +37,9 @@ FORMATS = {
     "parquet": "application/vnd.apache.parquet",
     "html": "text/html; charset=utf-8",
 }
+RUN_KEYS = ("run", "project", "name", "status", "created", "tags", "group", "notes", "host")
+SESSION_KEYS = ("session", "kind", "rank", "host", "started", "offset", "damaged_lines", "status")
+CHECKPOINT_KEYS = ("name", "step", "bytes", "aliases", "metadata")
 ROWS_AT_ONCE = 20_000
 RECORDS_AT_ONCE = 200
 
@@ -129,23 +132,31 @@ def _stretches(connection: sqlite3.Connection, group: _Group) -> Iterator[StepRa
 
 
 def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
-    """Yield the pieces of one JSON object: what `GET /runs/{run}` says, series, texts, tables.
+    """Yield the pieces of one JSON object: the run, its series, texts and tables.
+
+    `endlex export` makes the same of the run's directory, so nothing is in it that only the server
+    knows, such as when it last heard of the run.
 
     Raises:
         ApiError: 404.
     """
     whole = show_run(connection, run)
     pk = find_run(connection, run)
-    yield orjson.dumps(whole)[:-1] + b',"series":{'
+    content = {key: whole[key] for key in (*RUN_KEYS, "config")}
+    content["sessions"] = [{key: s[key] for key in SESSION_KEYS} for s in whole["sessions"]]
+    content["checkpoints"] = [
+        {key: c[key] for key in CHECKPOINT_KEYS} for c in whole["checkpoints"]
+    ]
+    yield orjson.dumps(content)[:-1] + b',"series":{'
     for number, metric in enumerate(list_metrics(connection, pk)):
         points = read_all_points(connection, _key(connection, pk, metric["name"]))
-        content = {
+        series = {
             "step": points.steps.tolist(),
             "time": points.times.tolist(),
             "value": [encode_number(value) for value in points.numbers.tolist()],
         }
         comma = b"," if number else b""
-        yield comma + orjson.dumps(metric["name"]) + b":" + orjson.dumps(content)
+        yield comma + orjson.dumps(metric["name"]) + b":" + orjson.dumps(series)
     yield b'},"texts":['
     yield from _joined(_iter_records(connection, pk, list_texts))
     yield b'],"tables":['
