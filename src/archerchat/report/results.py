@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from archerchat.artifacts import Home
+from archerchat.evals.offline_tasks import PREFIX
 
 Kind = Literal["core", "offline", "chat", "bits"]
 
@@ -78,7 +79,7 @@ def read_result(path: Path, stage: str, tag: str) -> Result | None:
     tasks = _read_tasks(content.get("tasks"))
     bits = content.get("bits_per_byte")
     bits = {str(k): v for k, v in bits.items() if _is_number(v)} if isinstance(bits, dict) else {}
-    kind = _kind_of(content, path, bool(bits))
+    kind = _kind_of(content, tasks, bool(bits))
     if kind is None or not (tasks or bits):
         return None
     score = next((content[k] for k in ("chatcore", "core") if _is_number(content.get(k))), None)
@@ -105,12 +106,11 @@ def read_result(path: Path, stage: str, tag: str) -> Result | None:
     )
 
 
-def _kind_of(content: Mapping[str, Any], path: Path, has_bits: bool) -> Kind | None:
+def _kind_of(content: Mapping[str, Any], tasks: Sequence[TaskScore], has_bits: bool) -> Kind | None:
     """Tell what was evaluated."""
     if "chatcore" in content or "sampling" in content:
         return "chat"
-    offline = "offline" in str(content.get("bundle", "")) or "offline" in path.name
-    if offline and "tasks" in content:
+    if tasks and all(task.label.startswith(PREFIX) for task in tasks):
         return "offline"
     if "core" in content or "tasks" in content:
         return "core"
