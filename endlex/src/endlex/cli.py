@@ -28,7 +28,8 @@ RUN_HELP = "a run's directory here, or its id, name or project/name on the serve
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
-    options = vars(build_parser().parse_args(argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = vars(build_parser().parse_args(_join_sort(words)))
     module, function = options.pop("command_function").split(":")
     try:
         command = getattr(importlib.import_module(f"endlex.commands.{module}"), function)
@@ -45,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nendlex: interrupted", file=sys.stderr)
         return 130
+
+
+def _join_sort(words: list[str]) -> list[str]:
+    """Let `--sort -NAME` be understood: argparse takes a word with a dash for an option."""
+    if "--sort" in words[:-1] and words[words.index("--sort") + 1][:1] == "-":
+        at = words.index("--sort")
+        words[at : at + 2] = [f"--sort={words[at + 1]}"]
+    return words
 
 
 def build_parser() -> argparse.ArgumentParser:

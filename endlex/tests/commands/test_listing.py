@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import endlex
 from endlex.client.run_directory import read_run_file
 
@@ -31,6 +33,14 @@ def test_ls_finds_by_project_text_and_metric(cli: Any, train: Any, online: str) 
     assert (len(page["runs"]), page["total"]) == (1, 2)
     assert "1 of 2 runs: --limit shows more" in cli("ls", "--project", "listed", "--limit", 1)[1]
     assert cli("ls", "--project", "none-such")[1] == "no runs\n"
+
+
+@pytest.mark.parametrize("sort", [["--sort", "-val/bpb"], ["--sort=-val/bpb"]])
+def test_ls_sorts_downwards(cli: Any, train: Any, online: str, sort: list[str]) -> None:
+    low, high = train("low", 8, f"sorted{len(sort)}"), train("high", 1, f"sorted{len(sort)}")
+    assert cli("sync", low, high)[0] == 0
+    listed = json.loads(cli("ls", "--project", f"sorted{len(sort)}", *sort, "--json")[1])["runs"]
+    assert [run["name"] for run in listed] == ["high", "low"]
 
 
 def test_ls_local_needs_no_server(cli: Any, train: Any) -> None:

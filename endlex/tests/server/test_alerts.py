@@ -101,6 +101,19 @@ def test_a_crash_and_the_session_that_goes_on(box: Any, make_box: Any) -> None:
     assert kinds(box.client) == []
 
 
+def test_a_crash_that_is_told_after_the_run_was_resumed_is_no_alert(
+    box: Any, make_box: Any
+) -> None:
+    box.begin()
+    make_box(box.client, session="000002-resumed").begin()
+    other = make_box(box.client, session="000003-other-rank")
+    other.begin(rank=1)
+    for crashed, expected in ((box, []), (other, [("crashed", "")])):
+        url = f"/api/v1/runs/{box.run}/sessions/{crashed.session}/state"
+        assert box.client.post(url, json={"status": "crashed"}).status_code == 200
+        assert kinds(box.client) == expected
+
+
 def test_disks_that_fill_up(start: Callable[..., Any], make_box: Any) -> None:
     client = start(min_free_bytes=2**60)
     sweep(client)

@@ -105,6 +105,16 @@ def test_the_machine_s_sessions_do_not_overwrite_one_another(
     assert whole["series"]["system/cpu"]["value"] == [0, 5, 100, 105]
 
 
+def test_json_is_whole_however_it_is_cut(box: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("endlex.server.export.NUMBERS_AT_ONCE", 3)
+    box.begin()
+    box.send([box.metrics(s, {"loss": s / 8 if s else "NaN"}) for s in range(10)])
+    whole = box.client.get(f"/api/v1/runs/{RUN}/export?format=json").json()["series"]["loss"]
+    assert whole["value"] == ["NaN", *(s / 8 for s in range(1, 10))]
+    assert whole["step"] == list(range(10))
+    assert whole["time"] == [1_700_000_000.0 + s for s in range(10)]
+
+
 def test_numbers_that_are_not_finite_are_stored_and_shown(box: Any) -> None:
     box.begin()
     values = [1.0, "NaN", 2.0, "Infinity", "-Infinity", 3.0]

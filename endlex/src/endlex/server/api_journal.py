@@ -15,6 +15,7 @@ from endlex.protocol import (
     CRASHED,
     MAX_BATCH_BYTES,
     SESSION_STATES,
+    TRAINER,
     EndlexError,
     check_run_id,
     check_session_id,
@@ -138,11 +139,21 @@ def _state_job(
             return []
         run_status = update_run(connection, state.run)
         events = [("run", {"run": run, "updated": time.time(), "status": run_status})]
-        if status == CRASHED and state.kind == "trainer":
+        if status == CRASHED and state.kind == TRAINER and not _was_resumed(connection, state):
             events += server.watch.crashed(connection, state.run, run, session)
         return events
 
     return job
+
+
+def _was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
+    """Whether a later trainer has the session's place: one that is told of late is no news."""
+    query = (
+        "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
+        "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
+        "WHERE session.pk = ? LIMIT 1"
+    )
+    return connection.execute(query, (state.pk,)).fetchone() is not None
 
 
 def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:

@@ -41,6 +41,7 @@ RUN_KEYS = ("run", "project", "name", "status", "created", "tags", "group", "not
 SESSION_KEYS = ("session", "kind", "rank", "host", "started", "offset", "damaged_lines", "status")
 CHECKPOINT_KEYS = ("name", "step", "bytes", "aliases", "metadata")
 ROWS_AT_ONCE = 20_000
+NUMBERS_AT_ONCE = 20_000
 RECORDS_AT_ONCE = 200
 
 
@@ -150,18 +151,26 @@ def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
     yield orjson.dumps(content)[:-1] + b',"series":{'
     for number, metric in enumerate(list_metrics(connection, pk)):
         points = read_all_points(connection, _key(connection, pk, metric["name"]))
-        series = {
-            "step": points.steps.tolist(),
-            "time": points.times.tolist(),
-            "value": [encode_number(value) for value in points.numbers.tolist()],
-        }
-        comma = b"," if number else b""
-        yield comma + orjson.dumps(metric["name"]) + b":" + orjson.dumps(series)
+        yield (b"," if number else b"") + orjson.dumps(metric["name"]) + b":{"
+        yield from _iter_column(b'"step":', points.steps)
+        yield from _iter_column(b',"time":', points.times)
+        yield from _iter_column(b',"value":', points.numbers)
+        yield b"}"
     yield b'},"texts":['
     yield from _joined(_iter_records(connection, pk, list_texts))
     yield b'],"tables":['
     yield from _joined(_iter_records(connection, pk, list_tables))
     yield b"]}\n"
+
+
+def _iter_column(head: bytes, numbers: NDArray[Any]) -> Iterator[bytes]:
+    """Yield a JSON array in pieces: encoding a whole long one would keep every thread waiting."""
+    yield head + b"["
+    for start in range(0, len(numbers), NUMBERS_AT_ONCE):
+        piece = numbers[start : start + NUMBERS_AT_ONCE].tolist()
+        comma = b"," if start else b""
+        yield comma + orjson.dumps([encode_number(number) for number in piece])[1:-1]
+    yield b"]"
 
 
 def _key(connection: sqlite3.Connection, run: int, name: str) -> int:
