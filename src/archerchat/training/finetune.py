@@ -182,7 +182,8 @@ def _train(
         ) as metrics,
         ProgressLine(console, recipe.steps_in_all(state.step), state.step) as progress,
     ):
-        metrics.push_tokenizer(home.tokenizer_dir(recipe.meta["tokenizer"]["name"]))
+        if problem := metrics.push_tokenizer(home.tokenizer_dir(recipe.meta["tokenizer"]["name"])):
+            progress.note(f"the tokenizer is not pushed: {problem}")
         recipe.progress = progress
         outcome = Loop(
             recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler

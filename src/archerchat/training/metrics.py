@@ -17,6 +17,7 @@ the machine and the command line; its group is the recipe.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,10 @@ class MetricsLog:
             return None
         if has_saved(self.run.directory, TOKENIZER):
             return None
+        with contextlib.suppress(endlex.EndlexError):  # a run.json of something else
+            pulled = read_run_file(directory)
+            if pulled and pulled["run"] == self.run.id:
+                return None  # `endlex pull` brought it from there
         return self._save(directory, step=0, name=TOKENIZER)
 
     def _save(self, path: Path, **options: Any) -> str | None:

@@ -171,7 +171,8 @@ def _train(
         ) as metrics,
         ProgressLine(console, hp.num_iterations, state.step) as progress,
     ):
-        metrics.push_tokenizer(home.tokenizer_dir(config.tokenizer))
+        if problem := metrics.push_tokenizer(home.tokenizer_dir(config.tokenizer)):
+            progress.note(f"the tokenizer is not pushed: {problem}")
         recipe.progress = progress
         outcome = Loop(
             recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler

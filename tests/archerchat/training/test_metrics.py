@@ -173,6 +173,21 @@ def test_a_pulled_checkpoint_is_of_the_run_that_goes_on(tmp_path: Path) -> None:
     assert run_id(new, "other") != run_id(old, "d4")
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_tokenizer_that_the_server_gave_is_not_pushed_again(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    tokenizer = home.tokenizer_dir("default")
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "ranks.tiktoken").write_text("ranks")
+    with open_run(home, "d4", {}, TelemetryConfig(push_checkpoints="last")) as metrics:
+        shutil.copy(home.run_dir("d4") / "run.json", tokenizer)
+        assert metrics.push_tokenizer(tokenizer) is None
+        assert not [record for record in recorded(home) if record["type"] == "checkpoint"]
+        (tokenizer / "run.json").write_text("of something else")
+        assert metrics.push_tokenizer(tokenizer) is None
+    assert [r["name"] for r in recorded(home) if r["type"] == "checkpoint"] == ["tokenizer"]
+
+
 def run_id(home: Home, tag: str) -> str:
     return str(json.loads((home.run_dir(tag) / "run.json").read_text())["run"])
 
