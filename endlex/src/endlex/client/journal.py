@@ -275,22 +275,23 @@ def first_record(path: Path) -> dict[str, Any] | None:
     return parse_record(line) if line.endswith(b"\n") else None
 
 
-def last_records(path: Path, tail: int = 2**20) -> list[dict[str, Any]]:
-    """The records whose lines lie wholly in the last `tail` bytes of a journal's content."""
+def iter_last_records(path: Path, tail: int = 2**20) -> Iterator[dict[str, Any]]:
+    """Yield the records whose lines lie in the last `tail` bytes of a journal, newest first."""
     end = content_length(path)
     with path.open("rb") as file:
         start = file.seek(max(0, end - tail))
         lines = file.read(end - start).splitlines()
-    records = [parse_record(line) for line in (lines[1:] if start else lines)]
-    return [record for record in records if record is not None]
+    for line in reversed(lines[1:] if start else lines):
+        record = parse_record(line)
+        if record is not None:
+            yield record
 
 
 def end_status(path: Path) -> str | None:
     """How the session says that it ended, or None if it has not said."""
-    last = last_records(path, 4096)[-1:]
-    if last and last[0]["type"] == FINISH and last[0].get("status") in STATUSES:
-        return str(last[0]["status"])
-    return None
+    last = next(iter_last_records(path, 4096), {})
+    ended = last.get("type") == FINISH and last.get("status") in STATUSES
+    return str(last["status"]) if ended else None
 
 
 def writer_is_alive(path: Path) -> bool:
