@@ -60,6 +60,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "sft": Command(
         "training.finetune", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
     ),
+    "rl": Command(
+        "training.reinforce", "ReinforceConfig", "reinforce", "reinforce right answers of a model"
+    ),
     "chat": Command("commands.chat", "ChatConfig", "chat", "talk to a model in the terminal"),
     "sample": Command("commands.sample", "SampleConfig", "sample", "print samples of a model"),
     "eval": {

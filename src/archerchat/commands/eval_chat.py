@@ -41,7 +41,7 @@ class EvalChatConfig:
     step: int | None = None
     """Which of its checkpoints; by default the latest."""
     tasks: str | None = None
-    """Tasks, separated by commas, each with a limit if need be: GSM8K=200,MMLU; by default the
+    """Tasks, separated by commas, each with a limit if need be: GSM8K:200,MMLU; by default the
     six of ChatCORE."""
     max_problems: int | None = None
     """Problems of each task that has no limit of its own; by default all."""
@@ -101,7 +101,7 @@ def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, 
     """Return each task's limit by its name, None for all of it.
 
     Args:
-        text: `GSM8K=200,MMLU`; None stands for ChatCORE's tasks.
+        text: `GSM8K:200,MMLU`; None stands for ChatCORE's tasks.
         max_problems: the limit of tasks without one of their own.
 
     Raises:
@@ -114,7 +114,7 @@ def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, 
     known = {name.lower(): name for name in TASKS}
     limits: dict[str, int | None] = {}
     for word in text.split(","):
-        given, _, limit = (each.strip() for each in word.partition("="))
+        given, _, limit = (each.strip() for each in word.partition(":"))
         name = known.get(given.lower())
         if name is None:
             raise UsageError(
@@ -122,10 +122,10 @@ def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, 
             )
         if name in limits:
             raise UsageError(f"--tasks {text}: {name} is named twice")
-        if "=" in word and not (limit.isascii() and limit.isdigit() and int(limit) > 0):
+        if ":" in word and not (limit.isascii() and limit.isdigit() and int(limit) > 0):
             raise UsageError(
                 f"--tasks {text}: the limit {limit!r} of {name} must be a number of problems, as "
-                f"in {name}=200"
+                f"in {name}:200"
             )
         limits[name] = int(limit) if limit else max_problems
     return limits

@@ -58,7 +58,7 @@ def test_it_evaluates_and_keeps_the_figures(
     trained_home: Any, data_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     answers = tmp_path / "answers.jsonl"
-    words = ("--tasks", "arc-easy,GSM8K=3,SpellingBee=2", "--answers", str(answers))
+    words = ("--tasks", "arc-easy,GSM8K:3,SpellingBee:2", "--answers", str(answers))
     assert run(trained_home, data_dir, *words) == 0
     output = capsys.readouterr().out
     found = figures(trained_home)
@@ -88,14 +88,14 @@ def test_several_samples_give_pass_at_k(trained_home: Any, data_dir: Path) -> No
 
 def test_the_figures_can_go_elsewhere(trained_home: Any, data_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "figures.json"
-    assert run(trained_home, data_dir, "--tasks", "ARC-Easy=2", "--json", str(path)) == 0
+    assert run(trained_home, data_dir, "--tasks", "ARC-Easy:2", "--json", str(path)) == 0
     assert json.loads(path.read_text())["tasks"]["ARC-Easy"]["problems"] == 2
     assert not (trained_home.root / "evals").exists()
 
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds(trained_home: Any, data_dir: Path) -> None:
-    words = [*QUICK, "--data-dir", str(data_dir), "--tasks", "ARC-Easy,GSM8K,SpellingBee=7"]
+    words = [*QUICK, "--data-dir", str(data_dir), "--tasks", "ARC-Easy,GSM8K,SpellingBee:7"]
     words += ["--num-samples", "2", "--temperature", "1"]
     assert trained_home.run(*words) == 0
     alone = figures(trained_home)
@@ -122,7 +122,7 @@ def test_two_ranks_find_what_one_finds(trained_home: Any, data_dir: Path) -> Non
 def test_tasks_and_limits() -> None:
     assert parse_tasks(None) == dict.fromkeys(CHATCORE)
     assert parse_tasks(None, 7) == dict.fromkeys(CHATCORE, 7)
-    assert parse_tasks("gsm8k=200, mmlu", 50) == {"GSM8K": 200, "MMLU": 50}
+    assert parse_tasks("gsm8k:200, mmlu", 50) == {"GSM8K": 200, "MMLU": 50}
 
 
 @pytest.mark.parametrize(
@@ -130,9 +130,9 @@ def test_tasks_and_limits() -> None:
     [
         ("GSM9K", "there is no task 'GSM9K'; choose from ARC-Easy"),
         ("GSM8K,gsm8k", "GSM8K is named twice"),
-        ("GSM8K=", "the limit '' of GSM8K"),
-        ("GSM8K=many", "the limit 'many' of GSM8K"),
-        ("GSM8K=0", "the limit '0' of GSM8K"),
+        ("GSM8K:", "the limit '' of GSM8K"),
+        ("GSM8K:many", "the limit 'many' of GSM8K"),
+        ("GSM8K:0", "the limit '0' of GSM8K"),
         ("", "there is no task ''"),
     ],
 )
