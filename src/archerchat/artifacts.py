@@ -6,6 +6,7 @@ ArcherChat makes or downloads:
     data/<source>/shard_00000.parquet    text shards, the last one is validation
     tokenizers/<name>/                   ranks and JSON
     checkpoints/<stage>/<tag>/step_*/    stage is base, sft or rl
+    evals/<stage>/<tag>/                 figures of evaluations, by step
     cache/                               measured peak rates, downloaded vocabularies
     runs/<tag>/                          journals
 
@@ -62,6 +63,9 @@ class Home:
 
     def checkpoint_dir(self, stage: str, tag: str) -> Path:
         return self.stage_dir(stage) / check_name(tag, "model tag")
+
+    def eval_dir(self, stage: str, tag: str) -> Path:
+        return self.root / "evals" / check_name(stage, "stage") / check_name(tag, "model tag")
 
     def run_dir(self, tag: str) -> Path:
         return self.root / "runs" / check_name(tag, "run name")

@@ -1,10 +1,11 @@
 """Download files from the Hugging Face hub: parallel, resumable, retried, checked.
 
 `download_shards` fetches shards of text, `download_table` one Parquet file of another kind at a
-pinned revision. A file arrives in `.<name>.<version>.part`, which a later attempt, or a later
-process, goes on with. Only when its size and, where the hub states one, its SHA-256 are right and
-it opens as Parquet does it get its name; a file that has its name is therefore never looked at
-again, and a repeated command with everything there needs no network.
+pinned revision, `download_file` any file from any server. A file arrives in
+`.<name>.<version>.part`, which a later attempt, or a later process, goes on with. Only when its
+size and, where the hub states one, its SHA-256 are right and it opens as what it should be does it
+get its name; a file that has its name is therefore never looked at again, and a repeated command
+with everything there needs no network.
 
 The validation shard is the source's last, is fetched first and does not depend on how many
 shards were asked for, so that runs on more or less data are validated alike.
@@ -174,6 +175,48 @@ def download_table(
     ).run(retry or RetryPolicy())
 
 
+def download_file(
+    url: str,
+    path: Path,
+    check: Callable[[Path], None],
+    *,
+    without_network: str,
+    report: Report = lambda name, arrived, size: None,
+    notify: Notify = lambda message: None,
+    retry: RetryPolicy | None = None,
+) -> None:
+    """Fetch one file from any server to `path`, unless it is there; the hub's token stays here.
+
+    Args:
+        check: raises `DataError` when a complete file is not what it should be.
+        without_network: ends the message about a server out of reach.
+
+    Raises:
+        DataError: it cannot be had; what arrived is kept for the next attempt.
+    """
+    if path.exists():
+        return
+
+    def explained_check(path: Path) -> None:
+        try:
+            check(path)
+        except DataError as error:
+            raise _Damaged(str(error)) from error
+
+    with explained_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _Download(
+        path,
+        url,
+        report,
+        notify,
+        threading.Event(),
+        check=explained_check,
+        without_network=without_network,
+        token=False,
+    ).run(retry or RetryPolicy())
+
+
 def _check_shard(path: Path) -> None:
     try:
         Shard(path).close()
@@ -208,12 +251,14 @@ class _Download:
         stop: threading.Event,
         check: Callable[[Path], None] = _check_shard,
         without_network: str = "`archerchat data build stdlib` makes a corpus",
+        token: bool | None = None,
     ) -> None:
         """Prepare to fetch `url`.
 
         Args:
             check: raises `_Damaged` when a complete file is not what it should be.
             without_network: ends the message about a hub out of reach.
+            token: False keeps the user's token from the server; None leaves it to huggingface_hub.
         """
         self._path = path
         self._url = url
@@ -222,6 +267,7 @@ class _Download:
         self._stop = stop
         self._check = check
         self._without_network = without_network
+        self._token = token
         self._most_arrived = 0
 
     def run(self, retry: RetryPolicy) -> None:
@@ -257,7 +303,7 @@ class _Download:
             ) from error
 
     def _attempt(self) -> None:
-        metadata = get_hf_file_metadata(self._url, timeout=TIMEOUT_SECONDS)
+        metadata = get_hf_file_metadata(self._url, timeout=TIMEOUT_SECONDS, token=self._token)
         if metadata.size is None or not metadata.etag:
             raise DataError(f"{self._url} has no size or ETag: is --endpoint a Hugging Face hub?")
         part = self._part(metadata.etag)
@@ -286,7 +332,7 @@ class _Download:
         self._report(self._path.name, file.tell(), size)
         if file.tell() == size:
             return
-        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        headers = build_hf_headers(token=self._token) | {"Accept-Encoding": "identity"}
         if file.tell():
             headers["Range"] = f"bytes={file.tell()}-"
         with get_session().stream(

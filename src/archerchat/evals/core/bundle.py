@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
+import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from archerchat.artifacts import sha256_file
 from archerchat.errors import DataError

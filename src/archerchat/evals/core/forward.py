@@ -11,19 +11,33 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from archerchat.evals.core.layout import Block, Layout, Level
-from archerchat.model import transformer
+from archerchat.evals.core.layout import Layout, Level, QueryBlock
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
-from archerchat.model.transformer import MLP, NORM_EPSILON, QK_GAIN, Attention, Transformer
+from archerchat.model.loss import LOGIT_CAP
+from archerchat.model.transformer import (
+    MLP,
+    NORM_EPSILON,
+    QK_GAIN,
+    Attention,
+    Block,
+    Transformer,
+    rotary_tables,
+)
 
-LOGITS_BYTES = 32 * 2**20
+CPU_BLOCK = 128
+"""Queries that attend together on CPUs: small ones skip more of what windows hide."""
+BLOCK = 2048
+"""The same on accelerators, where a block should fill the device."""
+LOGITS_BYTES = 64 * 2**20
 """Bound on the float32 logits that exist at a time."""
+CPU_LOGITS_BYTES = 4 * 2**20
+"""The same on CPUs, where they should stay in the cache."""
 MLP_BYTES = 2**20
 """Bound on an MLP's inner activations at a time on CPUs: they should stay in a core's cache."""
 
@@ -38,30 +52,76 @@ class Scores:
     """(n,) the target's logit less the highest of the others, where it was asked for."""
 
 
-@torch.no_grad()
-def score(model: Transformer, layout: Layout, margins: bool) -> Scores:
-    """Score every target of a batch, the logits of a few hundred positions at a time.
+class Scorer:
+    """Score batches with one model.
 
     Args:
-        margins: whether to compare each target with the other tokens too.
+        model: best one for inference (`InferenceModel`); its weights are read at each batch, its
+            lambdas here.
+
+    Attributes:
+        windows: of the model's layers, for the layouts.
+        block: the most queries that should attend together.
     """
-    hidden = scored_hidden(model, layout)
-    sources, targets = (torch.from_numpy(x) for x in (layout.pair_source, layout.pair_target))
-    chunk = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
-    starts = range(0, hidden.size(0), chunk)
-    bounds = torch.searchsorted(sources, torch.tensor([*starts, hidden.size(0)])).tolist()
-    sources, targets = sources.to(hidden.device), targets.to(hidden.device)
-    losses, gaps = [], []
-    for start, (first, last) in zip(starts, itertools.pairwise(bounds), strict=True):
-        logits = model.logits(hidden[start : start + chunk])
-        rows, labels = sources[first:last] - start, targets[first:last]
-        chosen = logits[rows, labels]
-        losses.append(logits.logsumexp(dim=1)[rows] - chosen)
-        if margins:
-            values, tokens = logits.topk(2, dim=1)
-            rivals = torch.where(tokens[rows, 0] == labels, values[rows, 1], values[rows, 0])
-            gaps.append(chosen - rivals)
-    return Scores(torch.cat(losses), torch.cat(gaps) if margins else None)
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.windows = model, model.config.windows
+        self.block = CPU_BLOCK if model.device.type == "cpu" else BLOCK
+        self._residual = model.residual_lambdas.tolist()
+        self._inputs = model.input_lambdas.tolist()
+
+    @torch.no_grad()
+    def score(self, layout: Layout, margins: bool) -> Scores:
+        """Score every target of a batch, the logits of some positions at a time.
+
+        Args:
+            margins: whether to compare each target with the other tokens too.
+        """
+        model, hidden = self.model, self.scored_hidden(layout)
+        sources, targets = (torch.from_numpy(x) for x in (layout.pair_source, layout.pair_target))
+        budget = CPU_LOGITS_BYTES if hidden.device.type == "cpu" else LOGITS_BYTES
+        chunk = max(1, budget // (4 * model.config.padded_vocab_size))
+        starts = range(0, hidden.size(0), chunk)
+        bounds = torch.searchsorted(sources, torch.tensor([*starts, hidden.size(0)])).tolist()
+        sources, targets = sources.to(hidden.device), targets.to(hidden.device)
+        losses, gaps = [], []
+        for start, (first, last) in zip(starts, itertools.pairwise(bounds), strict=True):
+            raw = model.unembedding(hidden[start : start + chunk])[:, : model.config.vocab_size]
+            logits = raw.float().div_(LOGIT_CAP).tanh_().mul_(LOGIT_CAP)
+            rows, labels = sources[first:last] - start, targets[first:last]
+            chosen = logits[rows, labels]
+            if margins:
+                values, tokens = logits.topk(2, dim=1)
+                rivals = torch.where(tokens[rows, 0] == labels, values[rows, 1], values[rows, 0])
+                gaps.append(chosen - rivals)
+            # The cap bounds every logit by 15: their exponentials need no maximum taken off first.
+            losses.append(logits.exp_().sum(dim=1).log_()[rows] - chosen)
+        return Scores(torch.cat(losses), torch.cat(gaps) if margins else None)
+
+    @torch.no_grad()
+    def scored_hidden(self, layout: Layout) -> Tensor:
+        """Return the unembedding's input (n, C) at the layout's scored tokens."""
+        model, device, dtype = self.model, self.model.device, self.model.compute_dtype
+        stream, masks = _embed(model, layout), Masks(layout, device, dtype)
+        for i, block in enumerate(model.blocks):
+            assert isinstance(block, Block)
+            level = layout.levels[i]
+            kept = None if level.kept is None else torch.from_numpy(level.kept).to(device)
+            value = None
+            if model.config.has_value_embedding(i):
+                value = model.value_embeddings[str(i)](stream.token_ids).to(dtype)
+            x = stream.x.mul_(self._residual[i]).add_(stream.x0, alpha=self._inputs[i])
+            h = _norm(x, dtype)
+            stream.x = x if kept is None else x.index_select(0, kept)
+            stream.x.add_(_attention(block.attention, level, masks, h, kept, value, stream))
+            _add_mlp(block.mlp, stream.x, dtype)
+            stream.keep(kept)
+            if i == model.config.num_layers // 2:
+                stream.middle = stream.x.clone()
+        assert stream.middle is not None
+        scored = torch.from_numpy(layout.scored).to(device)
+        x, middle = stream.x.index_select(0, scored), stream.middle.index_select(0, scored)
+        return _norm(x - model.backout_lambda.float() * middle, dtype)
 
 
 @dataclass
@@ -89,37 +149,11 @@ class Stream:
             self.middle = self.middle.index_select(0, kept)
 
 
-@torch.no_grad()
-def scored_hidden(model: Transformer, layout: Layout) -> Tensor:
-    """Return the unembedding's input (n, C) at the layout's scored tokens."""
-    device, config, dtype = model.device, model.config, model.compute_dtype
-    stream, masks = _embed(model, layout), Masks(layout, device, dtype)
-    residual, inputs = model.residual_lambdas.tolist(), model.input_lambdas.tolist()
-    for i, block in enumerate(model.blocks):
-        level = layout.levels[i]
-        kept = None if level.kept is None else torch.from_numpy(level.kept).to(device)
-        value = None
-        if config.has_value_embedding(i):
-            value = model.value_embeddings[str(i)](stream.token_ids).to(dtype)
-        x = stream.x.mul_(residual[i]).add_(stream.x0, alpha=inputs[i])
-        h = _norm(x, dtype)
-        stream.x = x if kept is None else x.index_select(0, kept)
-        out = _attention(block.attention, level, masks, h, kept, value, stream)  # type: ignore[arg-type]
-        stream.x.add_(out)
-        _add_mlp(block.mlp, stream.x, dtype)  # type: ignore[arg-type]
-        stream.keep(kept)
-        if i == config.num_layers // 2:
-            stream.middle = stream.x.clone()
-    assert stream.middle is not None
-    scored = torch.from_numpy(layout.scored).to(device)
-    x, middle = stream.x.index_select(0, scored), stream.middle.index_select(0, scored)
-    return transformer.back_out(x, middle, model.backout_lambda).to(dtype)
-
-
 def _inverse_rms(x: Tensor) -> Tensor:
     """Return 1 / rms over the last dimension, (..., 1) float32."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return length.square_().div_(x.size(-1)).add_(NORM_EPSILON).rsqrt_()
+    scale: Tensor = length.square_().div_(x.size(-1)).add_(NORM_EPSILON).rsqrt_()
+    return scale
 
 
 def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -138,7 +172,7 @@ def _embed(model: Transformer, layout: Layout) -> Stream:
     gate = gate * model.smear_lambda.float() * (previous_ids >= 0)[:, None]
     x = x.addcmul_(gate, before)
     positions = torch.from_numpy(layout.positions).to(device)
-    cos, sin = transformer.rotary_tables(positions, model.config.head_dim, torch.float32)
+    cos, sin = rotary_tables(positions, model.config.head_dim, torch.float32)
     return Stream(x, x.clone(), None, token_ids, cos, sin)
 
 
@@ -192,46 +226,49 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _add_mlp(mlp: MLP, x: Tensor, dtype: torch.dtype) -> None:
     """Add the MLP of the normalised stream (n, C) to it."""
-    inner = mlp.up.weight.size(0) if mlp.up.weight.dim() else 4 * x.size(1)
     on_cpu = x.device.type == "cpu"
-    rows = max(64, MLP_BYTES // (inner * dtype.itemsize)) if on_cpu else x.size(0)
-    for part in x.split(rows):
+    rows = max(64, MLP_BYTES // (4 * x.size(1) * dtype.itemsize)) if on_cpu else x.size(0)
+    for start in range(0, x.size(0), rows):
+        part = x[start : start + rows]
         u = mlp.up(_norm(part, dtype)).relu_()
         part.add_(mlp.down(u.mul_(u)))
 
 
-@dataclass
 class Masks:
     """What each block adds to its scores, made once for layers that are alike."""
 
-    layout: Layout
-    device: torch.device
-    dtype: torch.dtype
-    made: dict[tuple[int, Block], Tensor] = field(default_factory=dict)
+    def __init__(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._tree, self._branch, self._position = (
+            torch.from_numpy(part).to(device)
+            for part in (layout.tree, layout.branch, layout.positions)
+        )
+        self._made: dict[tuple[int, QueryBlock], Tensor] = {}
 
-    def of(self, level: Level, block: Block) -> Tensor:
+    def of(self, level: Level, block: QueryBlock) -> Tensor:
         """Return (queries, keys): 0 where a query sees a key, else minus infinity."""
         queries = block.last_query - block.first_query
         keys = block.last_key - block.first_key
         if block.is_band:
             return _band(queries, keys, level.window, self.device, self.dtype)
         name = id(level), block
-        if name not in self.made:
-            self.made[name] = self._build(level, block)
-        return self.made[name]
+        if name not in self._made:
+            self._made[name] = self._build(level, block)
+        return self._made[name]
 
-    def _build(self, level: Level, block: Block) -> Tensor:
-        layout = self.layout
-        rows = level.outgoing[block.first_query : block.last_query][:, None]
-        columns = level.incoming[block.first_key : block.last_key][None, :]
-        branch = layout.branch[columns]
-        seen = (
-            (layout.tree[rows] == layout.tree[columns])
-            & ((branch < 0) | (branch == layout.branch[rows]))
-            & (columns <= rows)
-            & (layout.positions[columns] >= layout.positions[rows] - level.window)
+    def _build(self, level: Level, block: QueryBlock) -> Tensor:
+        rows, columns = (
+            torch.from_numpy(part).to(self.device)
+            for part in (
+                level.outgoing[block.first_query : block.last_query],
+                level.incoming[block.first_key : block.last_key],
+            )
         )
-        return _bias(torch.from_numpy(seen).to(self.device), self.dtype)
+        branch, tree, position = self._branch[columns], self._tree, self._position
+        seen = (tree[rows][:, None] == tree[columns]) & (columns <= rows[:, None])
+        seen &= (branch < 0) | (branch == self._branch[rows][:, None])
+        seen &= position[columns] >= (position[rows] - level.window)[:, None]
+        return _bias(seen, self.dtype)
 
 
 def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -240,9 +277,7 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _band(
-    queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
+def _band(queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return the mask of a block whose last query is its last key."""
     here = torch.arange(keys - queries, keys, device=device)[:, None]
     there = torch.arange(keys, device=device)[None, :]

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from archerchat.evals.core.prompts import Ids
 from archerchat.evals.core.trees import Tree
 
 Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Block:
+class QueryBlock:
     """Queries that attend together, and the keys that they attend to."""
 
     first_query: int
@@ -50,7 +51,7 @@ class Level:
     """Likewise those that go out."""
     window: int
     """No larger than makes a difference."""
-    blocks: tuple[Block, ...]
+    blocks: tuple[QueryBlock, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,9 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
 
 def _tokens(trees: Sequence[Tree], needed: Index) -> tuple[Index, Index, Index, Index, Index]:
     """Return the first five fields of the layout."""
-    ids, previous, positions, owners, branches = [], [], [], [], []
+    ids: list[Ids | Index] = []
+    previous: list[Ids | Index] = []
+    positions, owners, branches = [], [], []
     none = np.array([-1])
     number = 0
     for b, (tree, count) in enumerate(zip(trees, needed, strict=True)):
@@ -173,7 +176,7 @@ def _level(
 
 def _iter_blocks(
     incoming: Index, outgoing: Index, branched: Index, window: int, block: int
-) -> Iterator[Block]:
+) -> Iterator[QueryBlock]:
     """Yield a layer's blocks in the order of their queries.
 
     Trees of few queries and keys go together: what they hide from each other costs less than
@@ -189,7 +192,7 @@ def _iter_blocks(
         if pack and not (
             small and next_query - pack[0] <= block and next_key - pack[1] <= 4 * block
         ):
-            yield Block(pack[0], query, pack[1], key, False)
+            yield QueryBlock(pack[0], query, pack[1], key, False)
             pack = None
         if small:
             pack = pack or (query, key)
@@ -199,14 +202,14 @@ def _iter_blocks(
                 stop = min(start + block, queries)
                 first = max(key, trunk_end - queries + start - window)
                 last = trunk_end - queries + stop
-                yield Block(query + start, query + stop, first, last, True)
+                yield QueryBlock(query + start, query + stop, first, last, True)
             first, start = max(key, trunk_end - window), query + queries
             for step in range(0, branch, block):
                 stop = min(step + block, branch)
-                yield Block(start + step, start + stop, first, trunk_end + stop, False)
+                yield QueryBlock(start + step, start + stop, first, trunk_end + stop, False)
         query, key = next_query, next_key
     if pack:
-        yield Block(pack[0], query, pack[1], key, False)
+        yield QueryBlock(pack[0], query, pack[1], key, False)
 
 
 def _scored(trees: Sequence[Tree], outgoing: Index, branched: Index) -> tuple[Index, Index]:

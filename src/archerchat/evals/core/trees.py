@@ -61,5 +61,13 @@ def build_tree(index: int, prompts: Sequence[Prompt]) -> Tree:
         option.append(np.full(len(sources), number))
         if len(row) > length:
             branches.append(row[length:])
-    joined = (np.concatenate(part).astype(np.int32) for part in (branch, offset, target, option))
-    return Tree(index, inputs[0][:length], tuple(branches), *joined, len(prompts))
+    return Tree(
+        index,
+        trunk=inputs[0][:length],
+        branches=tuple(branches),
+        branch=np.concatenate(branch).astype(np.int32),
+        offset=np.concatenate(offset).astype(np.int32),
+        target=np.concatenate(target).astype(np.int32),
+        option=np.concatenate(option).astype(np.int32),
+        num_options=len(prompts),
+    )

@@ -1,0 +1,117 @@
+"""From trees to outcomes: batches by a token budget, one forward pass each.
+
+Trees of similar cost go together, the largest first: the first batch needs the most memory. The
+next batch is laid out and started before the last one's results are waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from archerchat.evals.core.bundle import TaskType
+from archerchat.evals.core.forward import Scorer, Scores
+from archerchat.evals.core.layout import Layout, build_layout, tokens_to_run
+from archerchat.evals.core.trees import Tree
+
+CPU_BATCH_TOKENS = 4096
+BATCH_TOKENS = 16_384
+"""Tokens in a batch on accelerators, unless a single tree has more."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the model made of one example."""
+
+    index: int
+    losses: tuple[float, ...]
+    """Each option's mean loss in nats; NaN for one with nothing to score."""
+    predicted: int | None
+    """The option with the lowest mean loss, the first of equals; None in language modelling, or
+    where no option has anything to score."""
+    all_predicted: bool
+    """In language modelling, whether every scored token is the most likely one."""
+    margin: float
+    """How far the outcome is from another: between the two lowest losses, or between the logits
+    of a target and of its best rival, at the token where that decides."""
+
+    def is_correct(self, gold: int) -> bool:
+        return self.all_predicted if self.predicted is None else self.predicted == gold
+
+
+def batch_tokens(scorer: Scorer) -> int:
+    """Return how many tokens to run at a time on the model's device."""
+    return CPU_BATCH_TOKENS if scorer.model.device.type == "cpu" else BATCH_TOKENS
+
+
+def iter_batches(
+    trees: Sequence[Tree], windows: Sequence[int], most_tokens: int
+) -> Iterator[list[Tree]]:
+    """Cut trees into batches of at most so many tokens to run, unless one tree alone has more."""
+    costs = [tokens_to_run(tree, windows) for tree in trees]
+    batch: list[Tree] = []
+    total = 0
+    for i in sorted(range(len(trees)), key=lambda i: -costs[i]):
+        if batch and total + costs[i] > most_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(trees[i])
+        total += costs[i]
+    if batch:
+        yield batch
+
+
+def iter_outcomes(
+    scorer: Scorer,
+    trees: Sequence[Tree],
+    task_type: TaskType,
+    most_tokens: int | None = None,
+) -> Iterator[tuple[list[Outcome], int]]:
+    """Yield the outcomes of a batch and the tokens it took, batch after batch.
+
+    Args:
+        most_tokens: in a batch; by default what fills the device.
+    """
+    most = most_tokens or batch_tokens(scorer)
+    compare = task_type == "language_modeling"
+    unscored = [tree for tree in trees if not len(tree.target)]
+    if unscored:  # options that are all the same text
+        yield [_outcome(tree, [np.nan] * tree.num_options, None) for tree in unscored], 0
+    running: tuple[list[Tree], Layout, Scores] | None = None
+    for batch in iter_batches([t for t in trees if len(t.target)], scorer.windows, most):
+        layout = build_layout(batch, scorer.windows, scorer.block)
+        started = batch, layout, scorer.score(layout, compare)
+        if running:
+            yield _outcomes(*running), len(running[1].token_ids)
+        running = started
+    if running:
+        yield _outcomes(*running), len(running[1].token_ids)
+
+
+def _outcomes(trees: Sequence[Tree], layout: Layout, scores: Scores) -> list[Outcome]:
+    """Sum up a batch's targets by option and options by tree."""
+    options = layout.pair_option
+    total = sum(tree.num_options for tree in trees)
+    sums, counts = np.zeros(total), np.bincount(options, minlength=total)
+    np.add.at(sums, options, scores.losses.double().cpu().numpy())
+    means = np.divide(sums, counts, out=np.full(total, np.nan), where=counts > 0).tolist()
+    worst = None
+    if scores.margins is not None:
+        worst = np.full(total, np.inf)
+        np.minimum.at(worst, options, scores.margins.double().cpu().numpy())
+    outcomes, first = [], 0
+    for tree in trees:
+        margin = None if worst is None else float(worst[first])
+        outcomes.append(_outcome(tree, means[first : first + tree.num_options], margin))
+        first += tree.num_options
+    return outcomes
+
+
+def _outcome(tree: Tree, losses: list[float], worst: float | None) -> Outcome:
+    if worst is not None:
+        return Outcome(tree.index, tuple(losses), None, worst > 0, abs(worst))
+    ranked = sorted((loss, i) for i, loss in enumerate(losses) if loss == loss)
+    margin = ranked[1][0] - ranked[0][0] if len(ranked) > 1 else float("inf")
+    return Outcome(tree.index, tuple(losses), ranked[0][1] if ranked else None, False, margin)
