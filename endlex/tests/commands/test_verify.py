@@ -12,7 +12,7 @@ import endlex
 from endlex.client import staging
 from endlex.client.journal import session_files
 from endlex.client.run_directory import read_run_file
-from endlex.client.shipping import unsent
+from endlex.client.shipping import shipper_process, unsent
 
 
 def test_what_is_not_sent_is_not_safe_and_named(cli: Any, train: Any, online: str) -> None:
@@ -123,6 +123,18 @@ def test_what_is_not_here_is_wrong_usage(cli: Any, place: Path, online: str) -> 
     assert "ENDLEX_DIR" in err
 
 
+def test_verify_right_after_the_trainer_waits_for_its_shipper_to_end(
+    cli: Any, online: str, place: Path
+) -> None:
+    with endlex.init("demo", "at-once") as run:
+        run.log({"loss": 1.0})
+        (place / "w.bin").write_bytes(b"weights")
+        run.save("w.bin")
+    status, out, _ = cli("verify", run.directory)
+    assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
+    assert shipper_process(run.directory) is None  # type: ignore[arg-type]
+
+
 def test_what_a_rule_removed_on_the_server_is_named_and_no_loss(
     cli: Any, train: Any, online: str, place: Path
 ) -> None:
@@ -154,7 +166,7 @@ def test_what_the_server_lost_is_missing(
     assert status == 1
     assert "checkpoint other: the server has no checkpoint 'other'" in out
     assert "though it was published there once" in out
-    assert "the server has lost what it had" in out
+    assert "does not have what was published once" in out
     assert "endlex sync" not in out  # which has nothing to send
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from endlex.client.downloads import Removed, fetch_manifest, pull_checkpoint
-from endlex.client.journal import parse_record, session_files, writer_is_alive
+from endlex.client.journal import parse_record, session_files, session_kind, writer_is_alive
 from endlex.client.manifests import build_manifest, load_manifest, manifest_path
 from endlex.client.parts import PartSource, Progress, Upload
 from endlex.client.replacement import REPLACES, is_replaced
@@ -20,6 +20,7 @@ from endlex.client.sync import sync_directory
 from endlex.client.transport import Refused, Retry, Transport
 from endlex.protocol import (
     MANIFEST_DIR,
+    SYSTEM,
     EndlexError,
     Manifest,
     check_checkpoint_name,
@@ -170,7 +171,7 @@ def _waiting(name: str, failure: str | None) -> Missing:
 
 def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
     found = []
-    is_shippers = has_shipper and '"kind":"system"' in _first_line(path)
+    is_shippers = has_shipper and session_kind(path) == SYSTEM
     if not is_shippers and writer_is_alive(path):
         found.append(Missing("live", path.stem, "a process still writes this session: end it"))
     try:
@@ -182,11 +183,6 @@ def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: boo
     if left:
         found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent", left))
     return found
-
-
-def _first_line(path: Path) -> str:
-    with path.open("rb") as file:
-        return file.readline(2**16).decode(errors="replace")
 
 
 @dataclass(frozen=True)

@@ -275,6 +275,11 @@ def first_record(path: Path) -> dict[str, Any] | None:
     return parse_record(line) if line.endswith(b"\n") else None
 
 
+def session_kind(path: Path) -> str:
+    """What wrote this journal, `TRAINER` or `SYSTEM`; empty while that is not written."""
+    return str((first_record(path) or {}).get("kind", ""))
+
+
 def iter_last_records(path: Path, tail: int = 2**20) -> Iterator[dict[str, Any]]:
     """Yield the records whose lines lie in the last `tail` bytes of a journal, newest first."""
     end = content_length(path)

@@ -15,8 +15,8 @@ from typing import Any
 
 from endlex.client.journal import (
     end_status,
-    first_record,
     session_files,
+    session_kind,
     writer_is_alive,
 )
 from endlex.client.session_sync import BATCH_BYTES, SessionSync
@@ -96,9 +96,8 @@ class JournalShipper:
     def _find(self) -> None:
         for path in session_files(self._directory):
             if path.stem not in self.sessions:
-                kind = str((first_record(path) or {}).get("kind", ""))
                 sync = SessionSync(self._run, path, self._transport)
-                self.sessions[path.stem] = Session(sync, kind)
+                self.sessions[path.stem] = Session(sync, session_kind(path))
 
     def _advance(self, session: Session) -> bool:
         sync = session.sync

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from endlex.client import exits
-from endlex.client.journal import Journal, first_record, iter_last_records, session_files
+from endlex.client.journal import Journal, iter_last_records, session_files, session_kind
 from endlex.client.values import MetricKeys, checked_step, encode_members, plain
 from endlex.protocol import (
     CHECKPOINT,
@@ -286,7 +286,7 @@ class Run:
         if self.directory is None:
             return -1
         for path in reversed(session_files(self.directory)):
-            if (first_record(path) or {}).get("kind") == SYSTEM:
+            if session_kind(path) == SYSTEM:
                 continue  # whose steps are seconds
             for record in iter_last_records(path):
                 if record["type"] == METRICS and isinstance(record.get("step"), int):

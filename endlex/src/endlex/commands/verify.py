@@ -10,14 +10,21 @@ and no loss; one that it published and knows nothing of any more is.
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from endlex.client.checkpoints import LetGo, Missing, compare_directory
-from endlex.client.journal import content_length, session_files
+from endlex.client.journal import (
+    content_length,
+    session_files,
+    session_kind,
+    writer_is_alive,
+)
 from endlex.client.manifests import manifest_path
+from endlex.client.shipping import BACKGROUND, read_state, shipper_process
 from endlex.client.staging import staged_names
 from endlex.client.transport import Retry, Transport, TransportError
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
@@ -29,10 +36,12 @@ from endlex.commands.targets import (
     runs_folder,
 )
 from endlex.commands.usage import UsageError
-from endlex.protocol import EndlexError
+from endlex.protocol import SYSTEM, EndlexError
 
 SAFE = "safe to tear down"
 NOT_SAFE = "NOT safe to tear down"
+SHIPPER_SECONDS = 10.0
+POLL_SECONDS = 0.1
 NAMED = 5
 """Checkpoints that went for one reason and are named; the others are counted."""
 
@@ -136,6 +145,7 @@ def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verd
     )
     if transport is not None:
         try:
+            _wait_for_shipper(directory)
             found = compare_directory(directory, transport)
             verdict.missing, verdict.let_go = found.missing, found.let_go
             verdict.given_up = found.given_up
@@ -145,6 +155,19 @@ def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verd
         except (TransportError, EndlexError, OSError) as error:
             verdict.error = str(error)
     return verdict
+
+
+def _wait_for_shipper(directory: Path) -> None:
+    """Give a shipper whose trainer is gone the moment that it needs to end by itself."""
+    deadline = time.monotonic() + SHIPPER_SECONDS
+    while time.monotonic() < deadline:
+        shipper = shipper_process(directory)
+        if shipper is None or shipper[1] != BACKGROUND or read_state(directory).get("error"):
+            return
+        trainers = [path for path in session_files(directory) if session_kind(path) != SYSTEM]
+        if any(writer_is_alive(path) for path in trainers):
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def _was_published(directory: Path, missing: Missing) -> bool:
@@ -203,8 +226,8 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         print("something is still at work: end it, or wait for it, and verify again")
     if any(verdict.lost for verdict in unsafe):
         print(
-            "the server has lost what it had: restore its data, or `endlex push` it again under "
-            "the same name"
+            "the server does not have what was published once: is it the right one? Otherwise "
+            "restore its data, or `endlex push` the files again under the same name"
         )
     hopeless = [verdict for verdict in unsafe if any(m.hopeless for m in verdict.missing)]
     if hopeless:
