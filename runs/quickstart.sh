@@ -6,6 +6,7 @@
 # and what is there stays; stop it, and the next run goes on where this one was.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
+. "$(dirname -- "${BASH_SOURCE[0]}")/dashboard.sh"
 
 TAG=quickstart
 VOCAB_SIZE=4096
@@ -18,11 +19,12 @@ TOTAL_BATCH_SIZE=4096
 ITERATIONS=1000
 EVAL_EVERY=250
 EVAL_TOKENS=131072
+BASE="${ARCHERCHAT_HOME:-$HOME/.cache/archerchat}"
 
 stage() { printf '\n== [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
 
 stage "Environment: Python, torch, ArcherChat"
-setup_environment
+setup_environment dashboard
 
 stage "Data: the standard library's text, as shards"
 archerchat data build stdlib
@@ -43,9 +45,12 @@ archerchat eval base --model-tag "$TAG" --eval bpb --split-tokens "$EVAL_TOKENS"
 stage "Samples: what it says"
 archerchat sample --model-tag "$TAG"
 
+stage "Dashboard: the run's curves, samples and settings"
+describe_dashboard "$BASE/runs/$TAG" "$BASE/endlex" "$BASE/checkpoints/base/$TAG/dashboard.html"
+
 stage "Done"
 cat <<END
-You have a tokenizer and a base model. What to do next, in this shell or any other:
+You have a tokenizer, a base model and its dashboard. What to do next, in this shell or any other:
     export PATH="$VENV/bin:\$PATH"
     archerchat sample --model-tag $TAG       # more samples; --help tells how to prompt it
     archerchat plan --depth 8                # what a larger model would take, and cost

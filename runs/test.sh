@@ -19,13 +19,18 @@ gate() {
     python -m "$@" || failed="$failed $name"
 }
 
-# The markers that cannot run on this machine, as a pytest expression.
+# The markers that can run on this machine, as a pytest expression; what is left out is said.
 runnable_markers() {
     local markers="not network"
-    has_nvidia_gpu || markers="$markers and not gpu"
+    has_nvidia_gpu || leave_out gpu "no NVIDIA GPU here"
     command -v chromium >/dev/null || command -v google-chrome >/dev/null ||
-        markers="$markers and not browser"
+        leave_out browser "no chromium or google-chrome on PATH"
     printf '%s\n' "$markers"
+}
+
+leave_out() {
+    markers="$markers and not $1"
+    say "left out: tests marked $1 ($2)" >&2
 }
 
 if [ "${1:-}" = --all ]; then

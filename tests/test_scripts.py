@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import endlex
+
 ROOT = Path(__file__).resolve().parents[1]
 CPU_BUILD = ["filelock", "sympy>=1.13.3", 'optree; extra == "optree"']
 CUDA_BUILD = ["filelock", 'nvidia-cudnn-cu13==9; platform_system == "Linux"', "triton~=3.9"]
@@ -50,13 +52,15 @@ class Sandbox:
         self.calls = root / "calls"
         self.bin = root / "bin"
         self.bin.mkdir()
-        shutil.copytree(ROOT / "runs", self.root / "runs")
+        for name in ("runs", ".ci"):
+            shutil.copytree(ROOT / name, self.root / name)
         for name in ("pyproject.toml", "endlex/pyproject.toml"):
             (self.root / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         write_script(self.root / ".venv/bin/python", PYTHON)
         self.tool("uname", "echo Linux")
         self.tool("nvidia-smi", "exit 9")
+        self.tool("apt-get", "exit 100")  # no test changes the machine
         self.report = root / "report.json"
         self.environment = {
             "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
@@ -231,3 +235,108 @@ def test_all_leaves_out_what_cannot_run_here(sandbox: Sandbox) -> None:
     sandbox.tool("chromium", "exit 0")
     sandbox.run("runs/test.sh", "--all")
     assert sandbox.calls.read_text().splitlines()[-1] == "-m pytest -m not network"
+    assert "== left out: tests marked" not in sandbox.run("runs/test.sh", "--all").stderr
+
+
+BARE = ("bash", "cat", "cksum", "dirname", "env", "mv", "python3")
+
+
+@pytest.fixture
+def bare(sandbox: Sandbox) -> Sandbox:
+    """A machine without a browser: PATH holds the stand-ins and little else."""
+    for name in BARE:
+        found = shutil.which(name)
+        assert found, name
+        (sandbox.bin / name).symlink_to(found)
+    sandbox.tool("id", "echo 0")
+    sandbox.environment |= {"PATH": str(sandbox.bin), "HAS_TORCH": "0"}
+    return sandbox
+
+
+def test_ci_installs_a_browser_where_it_can(bare: Sandbox) -> None:
+    bare.tool("apt-get", f'echo "$*" >>$APT; ln -sf {shutil.which("true")} {bare.bin}/chromium')
+    asked = bare.root / "apt"
+    (bare.bin / "ln").symlink_to(str(shutil.which("ln")))
+    result = bare.run(".ci/run", APT=str(asked))
+    assert result.returncode == 0, result.stderr
+    assert "install -y -qq --no-install-recommends chromium" in asked.read_text()
+    assert bare.calls.read_text().splitlines()[-1] == "-m pytest -m not network and not gpu"
+
+
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_ci_says_why_it_leaves_the_browser_s_tests_out(bare: Sandbox, user: str) -> None:
+    bare.tool("id", f"echo {user}")
+    bare.tool("apt-get", "echo asked >>$APT; exit 100")
+    asked = bare.root / "apt"
+    result = bare.run(".ci/run", APT=str(asked))
+    assert result.returncode == 0, result.stderr
+    assert asked.exists() == (user == "0")
+    assert "no Chromium here, and it cannot be installed" in result.stdout
+    assert "left out: tests marked browser (no chromium or google-chrome on PATH)" in result.stderr
+    called = bare.calls.read_text().splitlines()[-1]
+    assert called == "-m pytest -m not network and not gpu and not browser"
+
+
+class Dashboard:
+    """What `describe_dashboard` of `runs/dashboard.sh` does for one run, with the real `endlex`."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox, self.home = sandbox, sandbox.root / "a home"
+        self.run_directory, self.data = self.home / "runs" / "demo", self.home / "endlex"
+        self.page = self.home / "dashboard.html"
+        sandbox.tool("endlex", f'echo "$1" >>"$CALLS"; exec {sys.executable} -m endlex "$@"')
+        sandbox.environment["HOME"] = str(self.home)
+
+    def train(self, loss: float) -> None:
+        with endlex.init(
+            "demo", "demo", directory=self.run_directory, mode="offline", id="dashboard1"
+        ) as run:
+            run.log({"train/loss": loss}, step=0)
+
+    def describe(self, **environment: str) -> tuple[str, str, list[str]]:
+        script = (
+            ". runs/environment.sh; . runs/dashboard.sh; describe_dashboard "
+            f"'{self.run_directory}' '{self.data}' '{self.page}'"
+        )
+        result = self.sandbox.run("-euo", "pipefail", "-c", script, **environment)
+        assert result.returncode == 0, result.stderr
+        return result.stdout, result.stderr, self.sandbox.calls.read_text().split()
+
+
+@pytest.fixture
+def dashboard(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Dashboard:
+    pytest.importorskip("fastapi", reason="the server's packages are the extra endlex[server]")
+    for name in ("URL", "TOKEN", "DIR", "RUN_ID", "MODE", "HOME"):
+        monkeypatch.delenv(f"ENDLEX_{name}", raising=False)
+        sandbox.environment.pop(f"ENDLEX_{name}", None)
+    made = Dashboard(sandbox)
+    made.train(2.5)
+    return made
+
+
+def test_a_dashboard_is_left_once_and_again_when_the_run_went_on(dashboard: Dashboard) -> None:
+    said, errors, calls = dashboard.describe()
+    assert str(dashboard.page) in said, errors
+    assert f"endlex serve --data '{dashboard.data}'" in said
+    assert calls == ["serve", "sync", "export"]
+    assert "2.5" in dashboard.page.read_text()
+    before = {path: path.stat().st_mtime_ns for path in dashboard.home.rglob("*")}
+    assert dashboard.describe() == (said, "", [])
+    assert {path: path.stat().st_mtime_ns for path in dashboard.home.rglob("*")} == before
+    dashboard.train(1.25)
+    assert dashboard.describe()[2] == ["serve", "sync", "export"]
+    assert "1.25" in dashboard.page.read_text()
+
+
+def test_a_run_that_a_server_has_is_shown_there(dashboard: Dashboard) -> None:
+    said, _, calls = dashboard.describe(ENDLEX_URL="https://endlex.example.org")
+    assert said == "The run is on https://endlex.example.org\n"
+    assert calls == []
+
+
+def test_a_dashboard_that_cannot_be_made_is_no_failure(dashboard: Dashboard) -> None:
+    dashboard.sandbox.tool("endlex", "echo the server needs fastapi >&2; exit 1")
+    _, errors, _ = dashboard.describe()
+    assert "the server needs fastapi" in errors
+    assert f"the run itself is complete: {dashboard.run_directory}" in errors
+    assert not dashboard.page.exists()
