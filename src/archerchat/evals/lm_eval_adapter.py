@@ -120,7 +120,10 @@ class HarnessModel:
                 f"--model_args has {min(unknown)!r}; known are tag, stage, step, dtype, home and "
                 "batch_tokens"
             )
-        runtime = build_runtime(device, dtype)
+        kind = device.partition(":")[0] if device else None
+        if kind == "cuda" and not torch.cuda.is_available():
+            kind = None  # the harness asks for it whether it is there or not
+        runtime = build_runtime(kind, dtype)
         prepare_process(runtime)
         root = Home(Path(home)) if home else Home.from_environment()
         self._take(load_model(root, runtime, stage, tag, step), batch_tokens)

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from archerchat.artifacts import Home, new_directory
 from archerchat.evals.core.bundle import BASELINES, DATA, TASK_LIST, TaskType
 from archerchat.tasks.words import load_words
@@ -116,7 +114,8 @@ OFFLINE_TASKS = (
 
 def iter_examples(task: OfflineTask) -> Iterator[Row]:
     """Yield the task's examples, no two alike."""
-    rng, seen = random.Random(f"archerchat {task.label}"), set()
+    rng = random.Random(f"archerchat {task.label}")
+    seen: set[str] = set()
     while len(seen) < EXAMPLES:
         row = task.make(rng)
         line = json.dumps(row, sort_keys=True)
@@ -162,6 +161,6 @@ def _render() -> dict[str, str]:
                 "continuation_delimiter": task.delimiter,
             }
         )
-    files[TASK_LIST] = yaml.safe_dump({"icl_tasks": entries}, sort_keys=False)
+    files[TASK_LIST] = json.dumps({"icl_tasks": entries}, indent=2) + "\n"  # which is YAML
     files[BASELINES] = table.getvalue()
     return files

@@ -35,6 +35,8 @@ WITH_FLOOR = 4
 """Runs that a power law with a floor takes at least, likewise."""
 SAME_DIRECTION = 0.98
 """Correlation of two sizes from which on their effects cannot be told apart."""
+DISTINCT = 3
+"""Values of each size from which on its factor, its exponent and the floor can be told apart."""
 AHEAD = 10.0
 """How many times the compute of the largest run is looked at."""
 
@@ -114,7 +116,13 @@ def fit_runs(runs: Sequence[SizedRun]) -> Fit:
     logs, both, floor = np.log(sizes), False, True
     varied = bool((np.ptp(logs, axis=1) > 1e-9).all())
     together = abs(float(np.corrcoef(logs)[0, 1])) if varied else 1.0
-    if len(runs) >= BOTH_SIZES and together < SAME_DIRECTION:
+    distinct = min(len(set(np.round(row, 2))) for row in logs)
+    if len(runs) >= BOTH_SIZES and together < SAME_DIRECTION and distinct < DISTINCT:
+        reason = (
+            f"These runs have only {distinct} different numbers of parameters or of tokens, and a "
+            f"curve takes {DISTINCT}: the law is over compute."
+        )
+    elif len(runs) >= BOTH_SIZES and together < SAME_DIRECTION:
         both = True
         reason = f"{len(runs)} runs whose parameters and tokens vary apart."
     elif len(runs) >= BOTH_SIZES:
