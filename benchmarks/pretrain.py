@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -62,7 +62,7 @@ REFERENCE_RUNS = {"float32": "d4_dim128_fp32", "bfloat16": "d4_dim128_b16"}
 class Recorder(MetricsLog):
     """Keep in memory what a run would write to its journal."""
 
-    records: list[tuple[int, dict[str, float]]]
+    records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     def log(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         self.records.append((step, {name: float(value) for name, value in values.items()}))
@@ -156,7 +156,7 @@ def _run_golden(run: GoldenRun, oracle: Path, home: Home) -> dict[str, Any]:
         hp.num_iterations, accum, hp.total_batch_tokens, hp.flops_per_token * hp.total_batch_tokens,
         every,
     )  # fmt: skip
-    recorder = Recorder(None, [])
+    recorder = Recorder(None)
     peak = peak_flops(runtime, home.cache_dir)
     with recipe.loader, ProgressLine(Console(stderr=True), hp.num_iterations) as progress:
         outcome = Loop(

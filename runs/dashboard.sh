@@ -11,9 +11,9 @@ describe_dashboard() {
     if [ -n "${ENDLEX_URL:-}" ]; then
         echo "The run is on $ENDLEX_URL"
     elif is_shown "$run" "$data" "$page" || make_dashboard "$run" "$data" "$page"; then
-        echo "Open it in a browser, no server needed:  $page"
-        echo "Or with everything that you train later: $VENV/bin/endlex serve --data '$data'"
-        echo "and then http://127.0.0.1:8817"
+        echo "Open it in a browser, no server needed: $page"
+        echo "Or serve it, with later runs beside it: $VENV/bin/endlex serve --data '$data'"
+        echo "  on http://127.0.0.1:8817; ENDLEX_URL=http://127.0.0.1:8817 sends a training run there"
     else
         echo "warning: no dashboard could be made; the run itself is complete: $run" >&2
     fi
