@@ -1,4 +1,8 @@
-"""`archerchat eval base`: what a base model is worth, in bits per byte and in samples."""
+"""`archerchat eval base`: what a base model is worth, in CORE, in bits per byte and in samples.
+
+archerchat eval base --eval core,bpb,sample --max-per-task 500
+archerchat eval base --eval bpb --text war_and_peace.txt
+"""
 
 from __future__ import annotations
 
@@ -15,16 +19,20 @@ from rich.table import Table
 from torch import Tensor
 
 from archerchat.artifacts import Home, write_json
+from archerchat.commands.eval_core import evaluate_core
 from archerchat.commands.sample import SampleConfig, print_samples
 from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import data_directory, list_shards, split_shards
 from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
+from archerchat.evals.core.evaluate import CoreOptions
+from archerchat.evals.text_file import iter_text_batches
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.model.loss import token_losses
 from archerchat.runtime import Runtime, build_runtime, prepare_process
 
-EVALUATIONS = ("bpb", "sample")
+EVALUATIONS = ("core", "bpb", "sample")
+SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,22 @@ class EvalBaseConfig:
     step: int | None = None
     """Which of its checkpoints; by default the latest."""
     eval: str = "bpb,sample"
-    """What to do, separated by commas: bpb (bits per byte), sample."""
+    """What to do, separated by commas: core, bpb (bits per byte), sample."""
+    bundle: str | None = None
+    """CORE's bundle: a folder, or the address of an archive; by default the reference's, which is
+    downloaded once."""
+    max_per_task: int | None = None
+    """Examples of each CORE task at most; by default all of them."""
+    max_length: int | None = None
+    """Tokens of a CORE prompt at most; longer ones are cropped on the left. By default none is."""
     data: str | None = None
     """Data to measure bits per byte on; by default what the model was trained on."""
+    split: str | None = None
+    """Which of its splits, separated by commas: train, val; by default both, none with --text."""
     split_tokens: int = 524_288
     """Tokens of each split to measure it on."""
+    text: Path | None = None
+    """Measure bits per byte on all of this text file."""
     device_batch_size: int = 32
     """Rows in a batch."""
     json: Path | None = None
@@ -59,60 +78,99 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
         DataError: the data is missing or broken.
         CheckpointError, TokenizerError: what is there is damaged.
     """
-    asked = [name.strip() for name in config.eval.split(",")]
-    if unknown := [name for name in asked if name not in EVALUATIONS]:
-        raise UsageError(
-            f"--eval {config.eval}: {unknown[0]!r} is not one of {', '.join(EVALUATIONS)}"
-        )
+    asked = _names(config.eval, "--eval", EVALUATIONS)
     for name in ("split_tokens", "device_batch_size"):
         if (value := getattr(config, name)) < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    default = "" if config.text else ",".join(SPLITS)
+    splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []
+    if config.text and not config.text.is_file():
+        raise UsageError(f"--text {config.text}: there is no such file")
     console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, "base", config.model_tag, config.step)
     console.print(f"{loaded.path}", style="dim")
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
+    if "core" in asked:
+        options = CoreOptions(config.max_per_task, config.max_length)
+        summary = evaluate_core(loaded, runtime, home, console, config.bundle, options)
+        results["core"] = summary.result.to_json()
+    if not runtime.is_master:
+        return
     if "bpb" in asked:
-        results["bits_per_byte"] = _measure_splits(config, home, loaded, runtime, console)
+        results["bits_per_byte"] = _measure_splits(config, splits, home, loaded, runtime, console)
     if "sample" in asked:
         print_samples(loaded, SampleConfig(), console)
     if config.json is not None:
         write_json(config.json, results)
 
 
+def _names(given: str, flag: str, known: tuple[str, ...]) -> list[str]:
+    """Return the names in a list separated by commas."""
+    names = [name.strip() for name in given.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"{flag} {given}: {unknown[0]!r} is not one of {', '.join(known)}")
+    return names
+
+
 def _measure_splits(
-    config: EvalBaseConfig, home: Home, loaded: LoadedModel, runtime: Runtime, console: Console
+    config: EvalBaseConfig,
+    splits: list[str],
+    home: Home,
+    loaded: LoadedModel,
+    runtime: Runtime,
+    console: Console,
 ) -> dict[str, float]:
+    """Measure bits per byte on splits and on the text file, and print them as one table."""
     trained = loaded.meta.get("config") or {}
-    data = config.data or trained.get("data")
-    if data is None:
-        raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
-    train, val = split_shards(list_shards(data_directory(data, home)))
-    model, tokenizer = loaded.model, loaded.tokenizer
-    length = model.config.sequence_length
-    steps = max(1, config.split_tokens // (config.device_batch_size * length))
-    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(runtime.device)
-    table = Table(title=f"Bits per byte on {data}", title_justify="left")
-    for column in ("split", "bits per byte", "tokens", "tokens/s"):
-        table.add_column(column, justify="left" if column == "split" else "right")
-    results = {}
-    for split, shards in (("train", train), ("val", val)):
-        with TokenLoader(
-            shards,
-            tokenizer,
-            batch_size=config.device_batch_size,
-            sequence_length=length,
-            packing=trained.get("packing", "best-fit"),
-        ) as loader:
-            batches = _iter_batches(loader, runtime, steps, f"{split} bits per byte", console)
-            started = time.perf_counter()
-            results[split] = evaluate_bits_per_byte(_losses_of(loaded), batches, token_bytes)
-            tokens = steps * config.device_batch_size * length
-            rate = tokens / (time.perf_counter() - started)
-        table.add_row(split, f"{results[split]:.4f}", f"{tokens:,}", f"{rate:,.0f}")
+    table = Table(title="Bits per byte", title_justify="left")
+    for column in ("text", "bits per byte", "tokens", "tokens/s"):
+        table.add_column(column, justify="left" if column == "text" else "right")
+    results: dict[str, float] = {}
+    if splits:
+        data = config.data or trained.get("data")
+        if data is None:
+            raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
+        table.title = f"Bits per byte on {data}"
+        train, val = split_shards(list_shards(data_directory(data, home)))
+        length = loaded.model.config.sequence_length
+        steps = max(1, config.split_tokens // (config.device_batch_size * length))
+        for split in splits:
+            with TokenLoader(
+                train if split == "train" else val,
+                loaded.tokenizer,
+                batch_size=config.device_batch_size,
+                sequence_length=length,
+                packing=trained.get("packing", "best-fit"),
+            ) as loader:
+                batches = _iter_batches(loader, runtime, steps, f"{split} bits per byte", console)
+                results[split] = _measure(split, batches, loaded, table)
+    if config.text:
+        length, rows = loaded.model.config.sequence_length, config.device_batch_size
+        batches = iter_text_batches(config.text, loaded.tokenizer, rows, length, runtime.device)
+        results[str(config.text)] = _measure(config.text.name, batches, loaded, table)
     console.print(table)
     return results
+
+
+def _measure(
+    name: str, batches: Iterator[tuple[Tensor, Tensor]], loaded: LoadedModel, table: Table
+) -> float:
+    """Measure bits per byte on batches, and add a line to the table."""
+    started, tokens = time.perf_counter(), 0
+
+    def counted() -> Iterator[tuple[Tensor, Tensor]]:
+        nonlocal tokens
+        for inputs, targets in batches:
+            tokens += int((targets >= 0).sum())
+            yield inputs, targets
+
+    token_bytes = torch.from_numpy(loaded.tokenizer.token_bytes).to(loaded.model.device)
+    bits = evaluate_bits_per_byte(_losses_of(loaded), counted(), token_bytes)
+    rate = tokens / (time.perf_counter() - started)
+    table.add_row(name, f"{bits:.4f}", f"{tokens:,}", f"{rate:,.0f}")
+    return bits
 
 
 def _losses_of(loaded: LoadedModel) -> Callable[[Tensor, Tensor], Tensor]:

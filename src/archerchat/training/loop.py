@@ -60,6 +60,7 @@ class Cadence:
     eval_every: int | None = None
     sample_every: int | None = None
     save_every: int | None = None
+    core_every: int | None = None
 
     def steps_in_all(self, step: int) -> int:
         """Return how many steps the run has, as far as is known after `step` of them."""
@@ -107,6 +108,10 @@ class Outcome:
     """Share of the training time spent waiting for a batch."""
 
 
+Measure = Callable[[int], Mapping[str, float]]
+"""Returns a step's metrics by name."""
+
+
 class Recipe(Protocol):
     """What the loop asks of pretraining, fine-tuning and reinforcement learning."""
 
@@ -142,6 +147,7 @@ class Loop:
         state: continued in place.
         peak: of one device.
         scaler_state: of the float16 gradient scaler, from a checkpoint.
+        core: measures at `core_every` what takes long, after a checkpoint of its own.
     """
 
     def __init__(
@@ -155,7 +161,9 @@ class Loop:
         metrics: MetricsLog,
         progress: ProgressLine,
         scaler_state: Mapping[str, Any] | None = None,
+        core: Measure | None = None,
     ) -> None:
+        self.core = core
         self.recipe, self.optimizer, self.runtime = recipe, optimizer, runtime
         self.cadence, self.state, self.peak = cadence, state, peak
         self.metrics, self.progress = metrics, progress
@@ -183,7 +191,11 @@ class Loop:
                 if finished or _due(self.cadence.save_every, step):
                     self._save()
                 if not stop.asked and (finished or _due(self.cadence.eval_every, step)):
-                    self._evaluate(step)
+                    self._evaluate(step, self.recipe.evaluate, "eval/seconds")
+                core_due = step > 0 and _due(self.cadence.core_every, step)
+                if self.core and not stop.asked and (finished or core_due):
+                    self._save()
+                    self._evaluate(step, self.core, "core/seconds")
                 sample_due = step > 0 and _due(self.cadence.sample_every, step)
                 if not stop.asked and (finished or sample_due):
                     self._sample(step)
@@ -286,16 +298,20 @@ class Loop:
             )
         )
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, measure: Measure, seconds_name: str) -> None:
         started = time.perf_counter()
-        values = self._stop.interruptible(lambda: dict(self.recipe.evaluate(step)))
+        values = self._stop.interruptible(lambda: dict(measure(step)))
         if not values:
             return
         seconds = time.perf_counter() - started
-        self.metrics.log(values | {"eval/seconds": seconds}, step)
+        self.metrics.log(values | {seconds_name: seconds}, step)
         if "val/bpb" in values:
             self._note_validation(values["val/bpb"])
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = ", ".join(
+            f"{name} {value:.4f}"
+            for name, value in values.items()
+            if not name.startswith("core/task/")
+        )
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
 
     def _note_validation(self, bits: float) -> None:

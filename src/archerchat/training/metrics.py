@@ -10,6 +10,7 @@ sends the journal and the checkpoints. Names are grouped by prefix:
     train/mfu  train/memory_bytes  train/grad_scale (float16)
     train/tokens  train/flops  train/seconds: what charts can have as their x axis
     val/bpb  eval/seconds, and what else a recipe evaluates
+    core/score  core/low  core/high (its 95 % interval)  core/task/<label> (centred)  core/seconds
 
 and a text is a sample, under the name of its prompt. A session's config is the resolved one, with
 the machine and the command line; its group is the recipe.

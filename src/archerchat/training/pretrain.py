@@ -25,6 +25,8 @@ from archerchat.data.packing import Packing
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
+from archerchat.evals.core.bundle import load_bundle
+from archerchat.evals.core.download import find_bundle
 from archerchat.model.attention import choose_backend
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
@@ -33,6 +35,7 @@ from archerchat.peak_flops import peak_flops
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_recipe import BaseRecipe
+from archerchat.training.core_metric import CoreMetric
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
 from archerchat.training.metrics import TelemetryConfig, open_run
 from archerchat.training.progress import ProgressLine
@@ -80,6 +83,12 @@ class PretrainConfig:
     """Measure bits per byte on the validation shard every so many steps, and at the end."""
     eval_tokens: int = 41_943_040
     """Tokens to measure it on."""
+    core_metric_every: int | None = None
+    """Evaluate CORE on part of each task every so many steps, and at the end; by default never."""
+    core_metric_max_per_task: int = 500
+    """Examples of each task to evaluate it on."""
+    core_bundle: str | None = None
+    """CORE's bundle: a folder, or an archive's address; by default the reference's, downloaded."""
     sample_every: int | None = 2000
     """Print samples every so many steps, and at the end."""
     save_every: int | None = 1000
@@ -140,6 +149,10 @@ def _train(
     accum = grad_accum_steps(
         hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
     )
+    core = None
+    if config.core_metric_every is not None:
+        folder = find_bundle(config.core_bundle, home.cache_dir, notify=console.print)
+        core = CoreMetric(load_bundle(folder), tokenizer, config.core_metric_max_per_task)
     schedule, peak = build_schedule(config.dial, hp), peak_flops(runtime, home.cache_dir)
     with explained_memory():
         recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
@@ -159,6 +172,7 @@ def _train(
         config.eval_every,
         config.sample_every,
         config.save_every,
+        config.core_metric_every,
     )
     run = config.run or config.model_tag or f"d{config.dial.depth}"
     (home.run_dir(run) / SUMMARY).unlink(missing_ok=True)
@@ -174,8 +188,18 @@ def _train(
         if problem := metrics.push_tokenizer(home.tokenizer_dir(config.tokenizer)):
             progress.note(f"the tokenizer is not pushed: {problem}")
         recipe.progress = progress
+        measure = core.bind(recipe.model, progress) if core else None
         outcome = Loop(
-            recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler
+            recipe,
+            recipe.optimizer,
+            runtime,
+            cadence,
+            state,
+            peak,
+            metrics,
+            progress,
+            scaler,
+            core=measure,
         ).run()
     if outcome.finished:
         write_json(home.run_dir(run) / SUMMARY, summarize(outcome, state, runtime, peak))
@@ -288,7 +312,15 @@ def describe_run(
 def _check_numbers(config: PretrainConfig) -> None:
     if not 0 <= config.seed < 2**63:
         raise UsageError(f"--seed is {config.seed}; it must be from 0 to 2**63 - 1")
-    for name in ("eval_every", "sample_every", "save_every", "keep_last", "eval_tokens"):
+    for name in (
+        "eval_every",
+        "eval_tokens",
+        "core_metric_every",
+        "core_metric_max_per_task",
+        "sample_every",
+        "save_every",
+        "keep_last",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             flag = "--" + name.replace("_", "-")

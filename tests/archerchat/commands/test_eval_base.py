@@ -62,8 +62,8 @@ def test_other_data_can_be_measured(
 @pytest.mark.parametrize(
     ("words", "message", "code"),
     [
-        (("--eval", "core"), "--eval core: 'core' is not one of bpb, sample", 2),
-        (("--eval", "bpb,,"), "'' is not one of bpb, sample", 2),
+        (("--eval", "sat"), "--eval sat: 'sat' is not one of core, bpb, sample", 2),
+        (("--eval", "bpb,,"), "'' is not one of core, bpb, sample", 2),
         (("--split-tokens", "0"), "--split-tokens is 0; it must be at least 1", 2),
         (("--device-batch-size", "-4"), "--device-batch-size is -4", 2),
         (("--model-tag", "big"), "no base model 'big' under", 2),
