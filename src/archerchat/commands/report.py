@@ -19,7 +19,8 @@ from archerchat.report.training_report import build_training_report, gather
 class ReportConfig:
     """Write a model's training report, from its journals and results (HTML and Markdown).
 
-    `archerchat report scaling RUN...` fits a scaling law to several runs instead.
+    `archerchat report TAG` is about one model; `archerchat report scaling RUNS` fits a scaling law
+    to several runs instead.
     """
 
     tag: tuple[str, ...]

@@ -23,7 +23,10 @@ from archerchat.report.scaling_report import (
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Fit loss against parameters and tokens over several runs, and draw it (HTML and Markdown)."""
+    """Fit loss against parameters and tokens over several runs, and draw it (HTML and Markdown).
+
+    `archerchat report scaling RUNS` takes their names, as in `archerchat report scaling d6 d8 d10`.
+    """
 
     runs: tuple[str, ...]
     """Names of the runs."""

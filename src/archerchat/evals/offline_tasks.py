@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archerchat.artifacts import Home, new_directory
+from archerchat.artifacts import new_directory
 from archerchat.evals.core.bundle import BASELINES, DATA, TASK_LIST, TaskType
 from archerchat.tasks.words import load_words
 
@@ -124,15 +124,15 @@ def iter_examples(task: OfflineTask) -> Iterator[Row]:
             yield row
 
 
-def offline_bundle(home: Home) -> Path:
-    """Return the bundle's directory under the home's cache, written if it is not there yet.
+def offline_bundle(cache_dir: Path) -> Path:
+    """Return the bundle's directory in the cache, written if it is not there yet.
 
     Raises:
         OSError: it cannot be written.
     """
     files = _render()
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-    directory = home.cache_dir / f"{NAME}-tasks-{digest}"
+    directory = cache_dir / f"{NAME}-tasks-{digest}"
     if not directory.is_dir():
         with new_directory(directory) as new:
             for name, content in files.items():

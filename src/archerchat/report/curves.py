@@ -26,6 +26,8 @@ HIDDEN = frozenset(
     }
 )
 """Shown in a chart of their own, or not worth one."""
+OWN = ("data/", "core/")
+"""Prefixes of figures that are not drawn one by one."""
 MOST_OTHERS = 12
 
 
@@ -50,7 +52,13 @@ def run_charts(run: Run) -> list[LineChart]:
         charts.append(
             LineChart(title, "step", _series(run, name, ""), percent=is_share, from_zero=True)
         )
-    others = [name for name in run.metrics if name not in HIDDEN and not name.startswith("data/")]
+    core = _series(run, "core/score", "on a part of each task")
+    interval = (
+        *_series(run, "core/low", "95 % interval", "dashed"),
+        *_series(run, "core/high", "", "dashed"),
+    )
+    charts.append(LineChart("CORE while training", "step", (*core, *interval)))
+    others = [name for name in run.metrics if not name.startswith(OWN) and name not in HIDDEN]
     for name in others[:MOST_OTHERS]:
         charts.append(LineChart(name, "step", _series(run, name, name)))
     return [chart for chart in charts if any(len(each.points) > 1 for each in chart.series)]

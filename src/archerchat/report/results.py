@@ -84,12 +84,16 @@ def read_result(path: Path, stage: str, tag: str) -> Result | None:
         return None
     score = next((content[k] for k in ("chatcore", "core") if _is_number(content.get(k))), None)
     centred = [task.centred for task in tasks]
-    complete = content.get("complete", True) is True
+    # CORE's unfinished files hold what they belong to as `key`, and the tasks that are done.
+    partial = isinstance(content.get("key"), dict)
+    content = content["key"] | content if partial else content
+    complete = content.get("complete", True) is True and not partial
     if score is None and kind == "offline" and complete:
         known = [value for value in centred if value is not None]
         score = sum(known) / len(known) if known and len(known) == len(tasks) else None
     step = content.get("step")
-    caps = [content.get(name) for name in ("max_per_task", "cap", "max_problems")]
+    options = content.get("options")
+    cap = options.get("max_per_task") if isinstance(options, dict) else None
     return Result(
         kind=kind,
         stage=stage,
@@ -98,7 +102,7 @@ def read_result(path: Path, stage: str, tag: str) -> Result | None:
         score=score,
         tasks=tasks,
         complete=complete,
-        cap=next((cap for cap in caps if isinstance(cap, int)), None),
+        cap=cap if isinstance(cap, int) else None,
         bits_per_byte=bits,
         seconds=sum(task.seconds or 0.0 for task in tasks) or _positive(content.get("seconds")),
         time=time,
@@ -129,7 +133,7 @@ def _read_tasks(tasks: Any) -> tuple[TaskScore, ...]:
         if not isinstance(task, dict) or not _is_number(task.get("accuracy")):
             continue
         interval = _read_interval(task.get("interval_95"))
-        counts = [task.get(name) for name in ("examples", "problems", "count")]
+        counts = [task.get(name) for name in ("examples", "problems")]
         scores.append(
             TaskScore(
                 label=label,

@@ -146,7 +146,7 @@ def test_the_harness_agrees_with_core(
     from lm_eval import simple_evaluate  # type: ignore[import-untyped]
     from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 
-    bundle = load_bundle(offline_bundle(trained_home))
+    bundle = load_bundle(offline_bundle(tmp_path))
     task = next(task for task in bundle.tasks if task.label == "offline_closing_bracket")
     task = replace(task, num_fewshot=0)
     folder = tmp_path / "tasks"

@@ -19,7 +19,7 @@ def load(home: Home, **content: Any) -> Result | None:
 
 
 def test_core(home: Home) -> None:
-    result = load(home, core=0.25, tasks={"copa": TASK}, step=4, max_per_task=8)
+    result = load(home, core=0.25, tasks={"copa": TASK}, step=4, options={"max_per_task": 8})
     assert result is not None
     assert (result.kind, result.score, result.step, result.cap) == ("core", 0.25, 4, 8)
     assert (result.complete, result.seconds) == (True, 2.0)
@@ -41,6 +41,13 @@ def test_generated_tasks_are_not_core(home: Home) -> None:
     mixed = load(home, core=0.5, tasks={"offline_a": TASK, "copa": TASK})
     assert mixed is not None
     assert mixed.kind == "core"
+
+
+def test_an_unfinished_core(home: Home) -> None:
+    result = load(home, key={"step": 4, "options": {}}, tasks=[TASK | {"label": "copa"}])
+    assert result is not None
+    assert (result.kind, result.step, result.complete) == ("core", 4, False)
+    assert result.score is None
 
 
 def test_chat(home: Home) -> None:

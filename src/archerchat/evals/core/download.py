@@ -17,6 +17,7 @@ from archerchat.artifacts import exclusive, new_directory
 from archerchat.data.hub import Notify, Report, RetryPolicy, download_file
 from archerchat.data.shards import explained_writes
 from archerchat.errors import DataError, UsageError
+from archerchat.evals import offline_tasks
 from archerchat.evals.core.bundle import TASK_LIST, load_bundle
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -37,13 +38,17 @@ def find_bundle(
     """Return a bundle's folder.
 
     Args:
-        given: a folder, the address of an archive, or None for the reference's.
+        given: a folder, the address of an archive, `offline` for the tasks that are generated
+            here, or None for the reference's.
         cache_dir: holds what is downloaded, by address.
 
     Raises:
         UsageError: there is no such folder.
         DataError: the archive cannot be had, or is no bundle.
     """
+    if given == offline_tasks.NAME:
+        with explained_writes(cache_dir):
+            return offline_tasks.offline_bundle(cache_dir)
     if given is not None and not given.startswith(("http://", "https://")):
         folder = Path(given).expanduser()
         if not folder.is_dir():

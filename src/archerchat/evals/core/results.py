@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.artifacts import write_bytes, write_json
+from archerchat.evals.offline_tasks import PREFIX as OFFLINE
 
 NEAR_TIE = 1e-5
 """Mean losses, or logits, that differ by less may change places with any change of arithmetic."""
@@ -183,10 +184,20 @@ class PartialResults:
             self._path.unlink(missing_ok=True)
 
 
+def is_offline(tasks: Sequence[TaskResult]) -> bool:
+    """Say whether these are the tasks that are generated here, which are not CORE."""
+    return all(task.label.startswith(OFFLINE) for task in tasks)
+
+
 def describe(result: CoreResult) -> list[str]:
     """Return what a reader of the figures should know beside them."""
     notes = []
-    if len(result.tasks) != FULL_TASKS:
+    if is_offline(result.tasks):
+        notes.append(
+            "these tasks are generated here and are not CORE: their score can be compared with "
+            "nothing but itself"
+        )
+    elif len(result.tasks) != FULL_TASKS:
         notes.append(
             f"the mean of {len(result.tasks)} tasks is not the published CORE, which has "
             f"{FULL_TASKS}"
