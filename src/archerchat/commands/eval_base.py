@@ -47,7 +47,7 @@ class EvalBaseConfig:
     """What to do, separated by commas: core, bpb (bits per byte), sample."""
     bundle: str | None = None
     """CORE's bundle: a folder, or the address of an archive; by default the reference's, which is
-    downloaded once."""
+    downloaded once. `offline` stands for generated tasks, which are not CORE."""
     max_per_task: int | None = None
     """Examples of each CORE task at most; by default all of them."""
     max_length: int | None = None

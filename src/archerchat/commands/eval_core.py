@@ -30,6 +30,7 @@ from archerchat.evals.core.results import (
     PartialResults,
     TaskResult,
     describe,
+    is_offline,
     write_results,
 )
 from archerchat.inference.loading import LoadedModel
@@ -72,7 +73,7 @@ def evaluate_core(
         tasks = load_bundle(folder)
         evaluation = CoreEvaluation(tasks, loaded.tokenizer, options, share)
         about = describe_evaluation(loaded, runtime, tasks, options)
-        stem = results_stem(home, loaded, options)
+        stem = results_stem(home, loaded, tasks, options)
         partial = stem.with_name(stem.name + ".partial.json") if runtime.is_master else None
         kept = PartialResults(partial, about)
         result = _run(evaluation, loaded, kept, console)
@@ -83,8 +84,9 @@ def evaluate_core(
     for note in describe(result):
         console.print(f"note: {note}")
     low, high = result.core - result.half_width, result.core + result.half_width
+    name = "offline tasks (not CORE):" if is_offline(result.tasks) else "CORE"
     console.print(
-        f"CORE {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
+        f"{name} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
         f"{time_text(result.seconds)}; {paths[0]}"
     )
     return Summary(result, paths)
@@ -107,11 +109,15 @@ def describe_evaluation(
     }
 
 
-def results_stem(home: Home, loaded: LoadedModel, options: CoreOptions) -> Path:
-    """Return the results' path without its ending; a capped evaluation's says so."""
+def results_stem(home: Home, loaded: LoadedModel, bundle: Bundle, options: CoreOptions) -> Path:
+    """Return the results' path without its ending.
+
+    What is not CORE, or capped, says so, and takes the place of no figure that is.
+    """
     tag, stage = loaded.path.parent.name, loaded.path.parent.parent.name
     cap = "" if options.max_per_task is None else f"_max{options.max_per_task}"
-    return home.eval_dir(stage, tag) / f"core_{loaded.step:06d}{cap}"
+    name = "offline" if is_offline(bundle.tasks) else "core"
+    return home.eval_dir(stage, tag) / f"{name}_{loaded.step:06d}{cap}"
 
 
 @contextmanager

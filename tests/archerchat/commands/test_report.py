@@ -27,6 +27,25 @@ def test_a_trained_model_has_a_report(
     assert (folder / "report.md").read_text().count("](charts/") == len(charts)
 
 
+def test_offline_tasks_are_evaluated_and_reported_as_what_they_are(
+    trained_home: TinyHome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", "base", "--eval", "core", "--bundle", "offline", "--device", "cpu"]
+    assert trained_home.run(*words, "--dtype", "float32", "--max-per-task", "8") == 0
+    out = capsys.readouterr().out
+    assert "offline tasks (not CORE):" in out
+    assert "are not CORE" in out
+    folder = trained_home.root / "evals" / "base" / "tiny"
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["offline_000004_max8.csv", "offline_000004_max8.json"]
+    assert trained_home.run("report") == 0
+    page = (trained_home.root / "reports" / "tiny" / "report.html").read_text()
+    assert "They are not CORE" in page
+    assert "offline_next_number" in page
+    assert "At most 8 examples" in page
+    assert "CORE has not been measured" in page
+
+
 def test_it_is_replaced_and_the_same_again(trained_home: TinyHome, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert trained_home.run("report", "tiny", "--out", str(out)) == 0

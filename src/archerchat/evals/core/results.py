@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.artifacts import write_bytes, write_json
+from archerchat.evals.core.bundle import Task
 from archerchat.evals.offline_tasks import PREFIX as OFFLINE
 
 NEAR_TIE = 1e-5
@@ -184,7 +185,7 @@ class PartialResults:
             self._path.unlink(missing_ok=True)
 
 
-def is_offline(tasks: Sequence[TaskResult]) -> bool:
+def is_offline(tasks: Sequence[Task | TaskResult]) -> bool:
     """Say whether these are the tasks that are generated here, which are not CORE."""
     return all(task.label.startswith(OFFLINE) for task in tasks)
 
