@@ -33,6 +33,8 @@ WARMUP_STEPS = 5
 """Steps after a start that are left out of speed figures: they compile and fill caches."""
 SMOOTHING = 0.9
 GC_EVERY = 5000
+BEST_BY = {"val/bpb": 1, "val/pass_at_1": -1}
+"""Metrics by which a checkpoint is the best, and what makes less of them better."""
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
 
@@ -85,8 +87,8 @@ class LoopState:
     """Bits per byte when it was first measured."""
     last_val: float = math.nan
     best_val: float = math.inf
-    best_saved_val: float = math.inf
-    """The best of those measured right after a checkpoint was saved."""
+    best_saved: float = math.inf
+    """What the best checkpoint scored right after it was saved, as `BEST_BY` turns it."""
     tokens: int = 0
     """Trained on, over all ranks."""
     flops: int = 0
@@ -307,6 +309,7 @@ class Loop:
         self.metrics.log(values | {seconds_name: seconds}, step)
         if "val/bpb" in values:
             self._note_validation(values["val/bpb"])
+        self._push_best(values)
         shown = ", ".join(
             f"{name} {value:.4f}"
             for name, value in values.items()
@@ -318,9 +321,15 @@ class Loop:
         state = self.state
         state.first_val = bits if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = bits, min(state.best_val, bits)
-        if 0 < state.step == self._saved_step and bits < state.best_saved_val:
-            state.best_saved_val = bits
-            self._push("best", {"val/bpb": bits})
+
+    def _push_best(self, values: Mapping[str, float]) -> None:
+        """Push this step's checkpoint if there is one and none before it scored as well."""
+        state = self.state
+        for name in BEST_BY.keys() & values.keys():
+            score = values[name] * BEST_BY[name]
+            if 0 < state.step == self._saved_step and score < state.best_saved:
+                state.best_saved = score
+                self._push("best", {name: values[name]})
 
     def _sample(self, step: int) -> None:
         texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))

@@ -48,9 +48,9 @@ class TelemetryConfig:
     """What of a run goes to the Endlex server, and how it is found there."""
 
     push_checkpoints: PushCheckpoints = "auto"
-    """Checkpoints to send in the background: `all`; `last` or `best` (lowest val/bpb), which take
-    the place of the one before; `none`. `auto` is `last` where `ENDLEX_URL` names a server, else
-    `none`. What is asked for without a server waits for `endlex sync`."""
+    """Checkpoints to send in the background: `all`; `last` or `best` (lowest val/bpb, or highest
+    pass rate), which take the place of the one before; `none`. `auto` is `last` where `ENDLEX_URL`
+    names a server, else `none`. What is asked for without a server waits for `endlex sync`."""
     tags: tuple[str, ...] = ()
     """Words by which the dashboard finds the run."""
 

@@ -386,16 +386,26 @@ def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -
     assert 0 < metrics.offered[0][2]["train/smooth_loss"] < math.inf
 
 
+def test_more_right_answers_are_better_than_fewer() -> None:
+    recipe, metrics = StubRecipe(), Pushes(None)
+    rates = {1: 0.2, 2: 0.1, 3: 0.5, 4: 0.4}
+    recipe.evaluate = lambda step: {"val/pass_at_1": rates.get(step, 0.0)}  # type: ignore[method-assign]
+    with restored_process():
+        build_loop(recipe, replace(CADENCE, save_every=1, eval_every=1), metrics=metrics).run()
+    best = [(step, values) for occasion, step, values in metrics.offered if occasion == "best"]
+    assert best == [(1, {"val/pass_at_1": 0.2}), (3, {"val/pass_at_1": 0.5})]
+
+
 def test_the_best_checkpoint_s_figure_survives_a_restart() -> None:
     recipe, metrics = StubRecipe(), Pushes(None)
     recipe.calls.append("save 2")  # by the process before
-    state = LoopState(step=2, best_saved_val=2.9)
+    state = LoopState(step=2, best_saved=2.9)
     cadence = replace(CADENCE, save_every=2, eval_every=2)
     with restored_process():
         build_loop(recipe, cadence, state, metrics=metrics).run()
     # 3.0 at step 2 and 2.8 at step 4; what was saved before is not offered as the last again.
     assert [(o, s) for o, s, _ in metrics.offered] == [("last", 4), ("best", 4)]
-    assert recipe.saved[0].best_saved_val == 2.9
+    assert recipe.saved[0].best_saved == 2.9
 
 
 def check_speed(outcome: Outcome, seconds: float) -> None:
