@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import tyro
@@ -30,6 +30,8 @@ class Command:
     help: str
     positional: bool = False
     """Whether required fields are positional arguments instead of flags."""
+    short: Mapping[str, str] = field(default_factory=dict)
+    """Flags by the letters that stand for them."""
 
 
 # A subcommand named "" is what its command does where no other follows.
@@ -63,7 +65,13 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "rl": Command(
         "training.reinforce", "ReinforceConfig", "reinforce", "reinforce right answers of a model"
     ),
-    "chat": Command("commands.chat", "ChatConfig", "chat", "talk to a model in the terminal"),
+    "chat": Command(
+        "commands.chat",
+        "ChatConfig",
+        "chat",
+        "talk to a model in the terminal",
+        short={"-p": "--prompt"},
+    ),
     "sample": Command("commands.sample", "SampleConfig", "sample", "print samples of a model"),
     "eval": {
         "base": Command(
@@ -139,7 +147,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     config = tyro.cli(
         cast(type[Any], getattr(module, level.config)),
         prog=path,
-        args=words,
+        args=[level.short.get(word, word) for word in words],
         config=(tyro.conf.OmitArgPrefixes, *positional),
     )
     return Parsed(cast(Callable[[Any, Home], object], getattr(module, level.function)), config)

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from rich.console import Console
 
 from archerchat.artifacts import Home, write_bytes
@@ -44,8 +43,8 @@ HISTORY_LINES = 1000
 class ChatConfig:
     """Talk to a model in the terminal."""
 
-    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
-    """Answer this and leave; by default messages are read until there are no more."""
+    prompt: str | None = None
+    """Answer this and leave, -p for short; by default messages are read until there are none."""
     model_tag: str | None = None
     """The model's name; by default the one that was saved last."""
     source: Literal["sft", "rl", "base"] = "sft"
