@@ -131,7 +131,9 @@ def _draw_lines(chart: LineChart) -> str:
     xs = [x for _, points in series for x, _ in points]
     ys = [y for _, points in series for _, y in points]
     if chart.trim:
-        ys = [y for each, p in series if each.kind != "faint" for _, y in p[len(p) // 20 :]]
+        later = [(each.kind, [y for _, y in p[len(p) // 20 :]]) for each, p in series]
+        ys = [y for kind, values in later if kind != "faint" for y in values]
+        ys += [min(values) for _, values in later]  # a step's loss may spike, but not downwards
     if chart.from_zero:
         ys = [0.0, *ys]
     x = build_scale(xs, LEFT, WIDTH - RIGHT, log=chart.log_x, pad=0.03 * chart.log_x)

@@ -68,8 +68,8 @@ def comparison_table(runs: Sequence[Run], results: Sequence[Result]) -> Section:
     if latest(results, "core") is None:
         parts.append(
             Paragraph(
-                "CORE has not been measured: `archerchat eval base --eval core` does it, and GPT-2 "
-                f"XL's {GPT2_CORE} is the figure to beat."
+                "CORE has not been measured (archerchat eval base --eval core). GPT-2 XL's "
+                f"{GPT2_CORE} is the figure to beat."
             )
         )
     return Section("Results", parts)

@@ -11,7 +11,7 @@ ABSENT = "–"
 
 def shown(value: float | None, digits: int = 4) -> str:
     """Write a figure with so many decimals, or a dash."""
-    return ABSENT if value is None else f"{value:.{digits}f}"
+    return ABSENT if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0
 
 
 def percent(value: float | None, digits: int = 1) -> str:

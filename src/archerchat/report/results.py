@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from archerchat.artifacts import Home
+from archerchat.evals.estimates import wilson_interval
 from archerchat.evals.offline_tasks import PREFIX
 
 Kind = Literal["core", "offline", "chat", "bits"]
@@ -132,8 +133,8 @@ def _read_tasks(tasks: Any) -> tuple[TaskScore, ...]:
     for label, task in named:
         if not isinstance(task, dict) or not _is_number(task.get("accuracy")):
             continue
-        interval = _read_interval(task.get("interval_95"))
         counts = [task.get(name) for name in ("examples", "problems")]
+        interval = _read_interval(task.get("interval_95")) or _interval_of(task)
         scores.append(
             TaskScore(
                 label=label,
@@ -146,6 +147,14 @@ def _read_tasks(tasks: Any) -> tuple[TaskScore, ...]:
             )
         )
     return tuple(scores)
+
+
+def _interval_of(task: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the interval of a share of examples, where the task has their counts."""
+    correct, examples = task.get("correct"), task.get("examples")
+    if not isinstance(correct, int) or not isinstance(examples, int):
+        return None
+    return wilson_interval(correct, examples) if 0 <= correct <= examples > 0 else None
 
 
 def _read_interval(value: Any) -> tuple[float, float] | None:

@@ -267,11 +267,18 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     # Where a run of a stage has that very name, others of the same model are side tracks.
     named = {run.stage for run in chosen if run.tag == tag}
     chosen = [run for run in chosen if run.tag == tag or run.stage not in named]
-    made = {run.model_tag for run in chosen if run.stage == "base"}
-    ancestors = {run.base for run in chosen} - made - {None}
-    chosen += [run for run in known if run.stage == "base" and run.model_tag in ancestors]
+    while ancestors := [run for run in known if _is_ancestor(run, chosen)]:
+        chosen += ancestors
     loaded = [run for each in chosen if (run := load_run(home, each.tag)) is not None]
     return sorted(loaded, key=lambda run: (STAGES.index(run.stage), run.sessions[0].start))
+
+
+def _is_ancestor(run: Run, chosen: list[Run]) -> bool:
+    """Say whether one of the chosen runs started from what this one trained."""
+    if any((run.stage, run.model_tag) == (each.stage, each.model_tag) for each in chosen):
+        return False
+    later = STAGES[STAGES.index(run.stage) + 1 :]
+    return any(each.stage in later and each.base == run.model_tag for each in chosen)
 
 
 def _modified(folder: Path) -> float:

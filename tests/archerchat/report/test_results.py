@@ -43,6 +43,15 @@ def test_generated_tasks_are_not_core(home: Home) -> None:
     assert mixed.kind == "core"
 
 
+def test_counts_give_an_interval(home: Home) -> None:
+    result = load(home, core=0.1, tasks=[TASK | {"label": "copa", "correct": 30, "examples": 200}])
+    assert result is not None
+    assert result.tasks[0].interval == pytest.approx((0.1072, 0.2061), abs=1e-4)
+    broken = load(home, core=0.1, tasks=[TASK | {"label": "copa", "correct": 9, "examples": 8}])
+    assert broken is not None
+    assert broken.tasks[0].interval is None
+
+
 def test_an_unfinished_core(home: Home) -> None:
     result = load(home, key={"step": 4, "options": {}}, tasks=[TASK | {"label": "copa"}])
     assert result is not None

@@ -84,6 +84,9 @@ def test_a_family_goes_from_its_base_to_its_last_stage(
     assert [run.tag for run in load_family(home, "d8")] == ["d8", "d8-sft"]
     assert [run.tag for run in load_family(home, "mine")] == ["d8", "mine-sft"]
     assert [run.tag for run in load_family(home, "other")] == ["other"]
+    last = config(stage="rl", identity={"base": {"tag": "mine"}}, config={"output_tag": "best"})
+    session(home, "best-rl", range(2), config=last)
+    assert [run.tag for run in load_family(home, "best")] == ["d8", "mine-sft", "best-rl"]
 
 
 def test_the_run_of_that_name_goes_before_others_of_the_same_model(
