@@ -31,7 +31,7 @@ STYLE = """
 .chart .curve{fill:none;stroke-width:1.8;stroke-linejoin:round}
 .chart .dashed{stroke-dasharray:5 4}
 .chart .faint{stroke-width:1;opacity:.35}
-.chart .hover{opacity:0}
+.chart .hover{opacity:0;pointer-events:none}
 .chart g:hover>.hover{opacity:1}
 .chart .rule{stroke:var(--muted);stroke-width:1}
 .chart text.value{fill:var(--text);font-weight:600}
