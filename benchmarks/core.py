@@ -185,7 +185,7 @@ def total(run: dict[str, Any], name: str) -> float:
 def weighted(run: dict[str, Any]) -> float:
     """Return the seconds that all examples would take."""
     tasks = run["tasks"].values()
-    return sum(float(task["seconds"]) / task["examples"] * task["available"] for task in tasks)
+    return sum(float(t["seconds"] / t["examples"] * t["available"]) for t in tasks)
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def build_model(options: argparse.Namespace, runtime: Runtime) -> Transformer:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # the initial output projections are zero: give them something to do
             for parameter in model.parameters():
-                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
     return model.eval().requires_grad_(False)
 
 

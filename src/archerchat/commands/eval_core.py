@@ -6,15 +6,10 @@ interrupted goes on from the `.partial.json` beside them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -24,7 +19,7 @@ from archerchat.checkpoint import META
 from archerchat.evals.core.bundle import Bundle, load_bundle
 from archerchat.evals.core.download import find_bundle
 from archerchat.evals.core.estimate import Estimate, estimate
-from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions, Share
+from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.evals.core.results import (
     CoreResult,
     PartialResults,
@@ -33,12 +28,10 @@ from archerchat.evals.core.results import (
     is_offline,
     write_results,
 )
+from archerchat.evals.ranks import joined_ranks
 from archerchat.inference.loading import LoadedModel
 from archerchat.inference.weights import InferenceModel
 from archerchat.runtime import Runtime, dtype_name
-
-RANKS_TIMEOUT = timedelta(hours=12)
-"""How long a rank waits for one with longer examples, or for the bundle's download."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +57,12 @@ def evaluate_core(
         UsageError: an option makes no sense, or there is no such bundle.
         DataError: the bundle cannot be had or is broken.
     """
-    with ranks(runtime) as share:
-        if not runtime.is_master:
-            share.add(torch.zeros(1, dtype=torch.float64))  # until the master has the bundle
-        folder = find_bundle(bundle, home.cache_dir, notify=console.print)
-        if runtime.is_master:
-            share.add(torch.zeros(1, dtype=torch.float64))
+    with joined_ranks(runtime) as ranks:
+        folder = ranks.first_alone(
+            lambda: find_bundle(bundle, home.cache_dir, notify=console.print)
+        )
         tasks = load_bundle(folder)
-        evaluation = CoreEvaluation(tasks, loaded.tokenizer, options, share)
+        evaluation = CoreEvaluation(tasks, loaded.tokenizer, options, ranks)
         about = describe_evaluation(loaded, runtime, tasks, options)
         stem = results_stem(home, loaded, tasks, options)
         partial = stem.with_name(stem.name + ".partial.json") if runtime.is_master else None
@@ -120,29 +111,11 @@ def results_stem(home: Home, loaded: LoadedModel, bundle: Bundle, options: CoreO
     return home.eval_dir(stage, tag) / f"{name}_{loaded.step:06d}{cap}"
 
 
-@contextmanager
-def ranks(runtime: Runtime) -> Iterator[Share]:
-    """Yield this rank's share; several ranks add up over TCP, as torchrun's environment says."""
-    if runtime.world_size == 1:
-        yield Share()
-        return
-
-    def add(figures: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(figures)
-        return figures
-
-    dist.init_process_group("gloo", timeout=RANKS_TIMEOUT)
-    try:
-        yield Share(runtime.rank, runtime.world_size, add)
-    finally:
-        dist.destroy_process_group()
-
-
 def _run(
     evaluation: CoreEvaluation, loaded: LoadedModel, kept: PartialResults, console: Console
 ) -> CoreResult:
     """Evaluate with a bar, and a line a task."""
-    if evaluation.share.rank:
+    if evaluation.ranks.rank:
         return evaluation.run(InferenceModel(loaded.model).model, kept)
     model = InferenceModel(loaded.model).model
     if kept.tasks:

@@ -85,9 +85,9 @@ def estimate(
 
 
 def _probe(evaluation: CoreEvaluation, task: Task, scorer: Scorer) -> Probe:
-    options, share = evaluation.options, evaluation.share
+    options, ranks = evaluation.options, evaluation.ranks
     examples = choose_examples(read_examples(task), task, options.max_per_task)
-    own = share.indices(len(examples))
+    own = ranks.share(len(examples))
     chosen = own[:: max(1, len(own) // PROBES)][:PROBES] or range(1)
     prompter = Prompter(task, examples, evaluation.tokenizer, options.max_length)
     prompter.prompts(chosen[0])  # its few-shot examples are new, those of later ones mostly not

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from archerchat.errors import UsageError
 from archerchat.evals.core.bundle import Bundle, Task, read_examples
@@ -20,6 +19,7 @@ from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.evals.core.results import NEAR_TIE, CoreResult, PartialResults, TaskResult
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.evals.core.trees import Tree, build_tree
+from archerchat.evals.ranks import Ranks
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -34,20 +34,6 @@ class CoreOptions:
     """Tokens of a prompt at most; longer ones are cropped on the left. None keeps them whole."""
     batch_tokens: int | None = None
     """Tokens at a time; by default what fills the device."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """A rank's part of the work."""
-
-    rank: int = 0
-    world_size: int = 1
-    add: Callable[[Tensor], Tensor] = lambda figures: figures
-    """Returns the sum of all ranks' float64 tensors, on each of them."""
-
-    def indices(self, count: int) -> range:
-        """Return the examples that this rank takes."""
-        return range(self.rank, count, self.world_size)
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ Progress = Callable[[str, float], None]
 
 
 def prepare_task(
-    task: Task, tokenizer: Tokenizer, options: CoreOptions, share: Share, sequence_length: int
+    task: Task, tokenizer: Tokenizer, options: CoreOptions, ranks: Ranks, sequence_length: int
 ) -> PreparedTask:
     """Read, choose, render and tokenize a task's examples.
 
@@ -85,7 +71,7 @@ def prepare_task(
     examples = choose_examples(read_examples(task), task, options.max_per_task)
     prompter = Prompter(task, examples, tokenizer, options.max_length)
     trees, tokens, beyond, unscored = [], 0, 0, 0
-    for index in share.indices(len(examples)):
+    for index in ranks.share(len(examples)):
         prompts = prompter.prompts(index)
         lengths = [len(prompt.token_ids) for prompt in prompts]
         tokens += sum(lengths)
@@ -117,11 +103,11 @@ class CoreEvaluation:
         bundle: Bundle,
         tokenizer: Tokenizer,
         options: CoreOptions | None = None,
-        share: Share | None = None,
+        ranks: Ranks | None = None,
         keep_prompts: bool = False,
     ) -> None:
         self.bundle, self.tokenizer = bundle, tokenizer
-        self.options, self.share = options or CoreOptions(), share or Share()
+        self.options, self.ranks = options or CoreOptions(), ranks or Ranks()
         self._keeps = keep_prompts
         self._prepared: dict[str, PreparedTask] = {}
         for name, least in (("max_per_task", 1), ("max_length", 2), ("batch_tokens", 1)):
@@ -149,13 +135,13 @@ class CoreEvaluation:
         """
         kept = kept or PartialResults(None, {})
         tasks = self.bundle.tasks
-        flags = [self.share.rank == 0 and task.label in kept.tasks for task in tasks]
-        known = self.share.add(torch.tensor(flags, dtype=torch.float64))
+        flags = [self.ranks.rank == 0 and task.label in kept.tasks for task in tasks]
+        known = self.ranks.sum(torch.tensor(flags, dtype=torch.float64))
         scorer, results = Scorer(model), []
         for task, is_known in zip(tasks, known.tolist(), strict=True):
             if not is_known:
                 result = self._run_task(scorer, task, on_progress)
-                if self.share.rank == 0:
+                if self.ranks.rank == 0:
                     kept.add(result)
                 else:
                     kept.tasks[task.label] = result
@@ -177,10 +163,10 @@ class CoreEvaluation:
                 outcomes[outcome.index, 0] = outcome.is_correct(prepared.gold[outcome.index])
                 outcomes[outcome.index, 1] = outcome.margin < NEAR_TIE
             on_progress(task.label, done / len(prepared.trees))
-        outcomes = self.share.add(outcomes)
+        outcomes = self.ranks.sum(outcomes)
         counts = [tokens, prepared.prompt_tokens, prepared.cropped]
         counts += [prepared.beyond_sequence, prepared.unscored]
-        sums = self.share.add(torch.tensor(counts, dtype=torch.float64)).long().tolist()
+        sums = self.ranks.sum(torch.tensor(counts, dtype=torch.float64)).long().tolist()
         return TaskResult(
             label=task.label,
             task_type=task.task_type,
@@ -200,7 +186,7 @@ class CoreEvaluation:
     def _prepare(self, task: Task, sequence_length: int) -> PreparedTask:
         if task.label in self._prepared:
             return self._prepared[task.label]
-        prepared = prepare_task(task, self.tokenizer, self.options, self.share, sequence_length)
+        prepared = prepare_task(task, self.tokenizer, self.options, self.ranks, sequence_length)
         if self._keeps:
             self._prepared[task.label] = replace(prepared, seconds=0.0)
         return prepared
