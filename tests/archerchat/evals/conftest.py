@@ -55,7 +55,7 @@ def write_bundle(
             f"  num_fewshot: [{(shots or {}).get(kind, 0)}]",
             f"  icl_task_type: {kind}",
         ]
-        baselines.append(f"{kind},{ {'multiple_choice': 100 / 3, 'schema': 50}.get(kind, 0)}")
+        baselines.append(f"{kind},{ {'multiple_choice': 100 / 3, 'schema': 50}.get(kind, 0) }")
     (directory / "core.yaml").write_text("\n".join(listing) + "\n")
     (directory / "eval_meta_data.csv").write_text("\n".join(baselines) + "\n")
     return directory

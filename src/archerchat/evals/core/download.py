@@ -74,8 +74,10 @@ def find_bundle(
             notify=notify,
             retry=retry,
         )
-        unpack(archive, folder)
-        archive.unlink()
+        try:
+            unpack(archive, folder)
+        finally:  # one that holds no bundle is not kept either: the server may get a better one
+            archive.unlink()
     return folder
 
 

@@ -1,0 +1,275 @@
+"""Whole evaluations: figures, ranks, what is kept after an interruption, estimates, bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from archerchat.errors import DataError, UsageError
+from archerchat.evals.core.bundle import Bundle, load_bundle, read_examples
+from archerchat.evals.core.estimate import estimate
+from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
+from archerchat.evals.core.plain import score_plainly
+from archerchat.evals.core.prompts import Prompter, choose_examples
+from archerchat.evals.core.results import (
+    CoreResult,
+    PartialResults,
+    TaskResult,
+    describe,
+    write_results,
+)
+from archerchat.evals.ranks import Ranks
+from archerchat.model.transformer import Transformer
+from archerchat.tokenizer.bpe import Tokenizer
+
+Build = Callable[..., Transformer]
+
+
+def figures(result: CoreResult) -> dict[str, Any]:
+    """Return everything but times."""
+    return {
+        task.label: {k: v for k, v in task.to_json().items() if "second" not in k}
+        for task in result.tasks
+    }
+
+
+def test_figures_are_those_of_one_example_at_a_time(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build
+) -> None:
+    bundle, model = load_bundle(small_bundle), build_small_model()
+    result = CoreEvaluation(bundle, small_tokenizer).run(model)
+    assert [task.label for task in result.tasks] == [task.label for task in bundle.tasks]
+    centred = []
+    for task, found in zip(bundle.tasks, result.tasks, strict=True):
+        examples = choose_examples(read_examples(task), task, None)
+        prompter = Prompter(task, examples, small_tokenizer)
+        right = tokens = 0
+        for index, example in enumerate(examples):
+            prompts = prompter.prompts(index)
+            tokens += sum(len(prompt.token_ids) for prompt in prompts)
+            means, all_predicted = score_plainly(model, prompts)
+            is_text = task.task_type == "language_modeling"
+            right += all_predicted if is_text else means.index(min(means)) == example.gold
+        assert (found.examples, found.correct) == (12, right)
+        assert found.prompt_tokens == tokens
+        assert 0 < found.tokens_run < tokens
+        assert found.examples_per_second == pytest.approx(12 / found.seconds)
+        baseline = task.random_baseline
+        centred.append((right / 12 - baseline) / (1 - baseline))
+        assert found.centred == pytest.approx(centred[-1])
+    assert result.core == pytest.approx(sum(centred) / 3)
+
+
+def test_a_cap_and_a_length(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build
+) -> None:
+    options = CoreOptions(max_per_task=2, max_length=20)
+    result = CoreEvaluation(load_bundle(small_bundle), small_tokenizer, options).run(
+        build_small_model()
+    )
+    assert [task.examples for task in result.tasks] == [2, 2, 3]  # two shots and one to ask
+    assert sum(task.cropped for task in result.tasks) > 0
+    assert any("cropped on the left" in note for note in describe(result))
+
+
+@dataclass
+class Meeting:
+    """Adds up what threads bring."""
+
+    size: int
+    parts: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.barrier = threading.Barrier(self.size, timeout=30)
+
+    def sum(self, rank: int, tensor: Tensor) -> Tensor:
+        self.parts[rank] = tensor
+        self.barrier.wait()
+        total = torch.stack([self.parts[r] for r in range(self.size)]).sum(dim=0)
+        self.barrier.wait()
+        return total
+
+
+@dataclass(frozen=True)
+class ThreadRanks(Ranks):
+    """Ranks that are threads."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.group.sum(self.rank, tensor)
+        return total
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_ranks_find_together_what_one_finds(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build, size: int
+) -> None:
+    bundle, model = load_bundle(small_bundle), build_small_model()
+    expected = CoreEvaluation(bundle, small_tokenizer, CoreOptions(max_length=30)).run(model)
+    meeting = Meeting(size)
+
+    def run(rank: int) -> CoreResult:
+        ranks = ThreadRanks(rank, size, meeting)
+        evaluation = CoreEvaluation(bundle, small_tokenizer, CoreOptions(max_length=30), ranks)
+        return evaluation.run(model)
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(run, range(size)))
+    for result in results:
+        assert figures(result) == figures(expected)
+
+
+def test_ranks_skip_what_the_first_has_kept(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build, tmp_path: Path
+) -> None:
+    bundle, model, meeting = load_bundle(small_bundle), build_small_model(), Meeting(2)
+    expected = CoreEvaluation(bundle, small_tokenizer).run(model)
+    seen: list[list[str]] = [[], []]
+
+    def run(rank: int) -> CoreResult:
+        kept = PartialResults(tmp_path / "partial.json" if rank == 0 else None, {})
+        if rank == 0:
+            kept.add(expected.tasks[1])
+        evaluation = CoreEvaluation(bundle, small_tokenizer, ranks=ThreadRanks(rank, 2, meeting))
+        return evaluation.run(
+            model, kept, on_progress=lambda label, share: seen[rank].append(label)
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        first, _ = pool.map(run, range(2))
+    assert figures(first) == figures(expected)
+    assert bundle.tasks[1].label not in seen[0] + seen[1]
+
+
+def test_an_interrupted_evaluation_goes_on(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build, tmp_path: Path
+) -> None:
+    bundle, model, path = load_bundle(small_bundle), build_small_model(), tmp_path / "p.json"
+    expected = CoreEvaluation(bundle, small_tokenizer).run(model)
+
+    def interrupt(label: str, share: float) -> None:
+        if label == "schema" and share > 0:
+            raise KeyboardInterrupt
+
+    evaluation = CoreEvaluation(bundle, small_tokenizer)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.run(model, PartialResults(path, {"model": 1}), on_progress=interrupt)
+    kept = PartialResults(path, {"model": 1})
+    assert list(kept.tasks) == ["multiple_choice"]
+    assert list(PartialResults(path, {"model": 2}).tasks) == []
+    begun: list[str] = []
+    result = evaluation.run(model, kept, on_progress=lambda label, share: begun.append(label))
+    assert "multiple_choice" not in begun
+    assert figures(result) == figures(expected)
+    assert result.tasks[0] == kept.tasks["multiple_choice"]
+    kept.remove()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"key": {}, "tasks": [{"label": "x"}]}', '{"key":'])
+def test_a_broken_partial_file_is_started_over(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "partial.json"
+    path.write_text(content)
+    assert PartialResults(path, {}).tasks == {}
+
+
+def test_prompts_can_be_kept(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build
+) -> None:
+    evaluation = CoreEvaluation(load_bundle(small_bundle), small_tokenizer, keep_prompts=True)
+    first = evaluation.run(build_small_model())
+    for path in (small_bundle / "eval_data").iterdir():
+        path.unlink()
+    assert figures(evaluation.run(build_small_model())) == figures(first)
+    again = CoreEvaluation(evaluation.bundle, small_tokenizer)
+    with pytest.raises(DataError, match=r"there is no .*multiple_choice.jsonl"):
+        again.run(build_small_model())
+
+
+def test_a_broken_task_leaves_the_finished_ones(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build, tmp_path: Path
+) -> None:
+    path = tmp_path / "partial.json"
+    (small_bundle / "eval_data" / "language_modeling.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="task language_modeling: line 1 of"):
+        CoreEvaluation(load_bundle(small_bundle), small_tokenizer).run(
+            build_small_model(), PartialResults(path, {})
+        )
+    assert list(PartialResults(path, {}).tasks) == ["multiple_choice", "schema"]
+
+
+def test_an_estimate_counts_what_is_left(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build
+) -> None:
+    bundle, model = load_bundle(small_bundle), build_small_model()
+    evaluation = CoreEvaluation(bundle, small_tokenizer)
+    result, expected = evaluation.run(model), estimate(evaluation, model)
+    assert expected.examples == 36
+    assert set(expected.by_task) == {task.label for task in bundle.tasks}
+    assert expected.seconds == pytest.approx(sum(expected.by_task.values()))
+    assert expected.seconds > 0
+    prompt_tokens = sum(task.prompt_tokens for task in result.tasks)
+    assert expected.prompt_tokens == pytest.approx(prompt_tokens, rel=0.5)
+    left = estimate(evaluation, model, ["schema"])
+    assert left.examples == 24
+    assert "schema" not in left.by_task
+    assert estimate(evaluation, model, [t.label for t in bundle.tasks]).seconds == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (CoreOptions(max_per_task=0), "--max-per-task is 0; it must be at least 1"),
+        (CoreOptions(max_length=1), "--max-length is 1; it must be at least 2"),
+    ],
+)
+def test_senseless_options_are_refused(
+    small_tokenizer: Tokenizer, options: CoreOptions, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        CoreEvaluation(Bundle(Path(), ()), small_tokenizer, options)
+
+
+def task_result(label: str, correct: int, examples: int, baseline: float = 0.0) -> TaskResult:
+    return TaskResult(label, "schema", 0, examples, correct, baseline, 2.0, 100, 50)
+
+
+def test_the_interval_is_that_of_a_mean_of_shares() -> None:
+    result = CoreResult((task_result("a", 30, 100, 0.5), task_result("b", 0, 96)))
+    share, zero = 32 / 104, 2 / 100
+    variance = share * (1 - share) / 104 / 0.25 + zero * (1 - zero) / 100
+    assert result.core == pytest.approx((-0.4 + 0) / 2)
+    assert result.half_width == pytest.approx(1.96 * variance**0.5 / 2)
+
+
+def test_results_are_written_whole(tmp_path: Path) -> None:
+    tied = TaskResult("a", "schema", 1, 4, 3, 0.5, 2.0, 100, 50, near_ties=(1, 2), cropped=1)
+    result = CoreResult((tied, task_result("b", 1, 2)))
+    paths = write_results(tmp_path / "made" / "core_000010", result, {"step": 10})
+    content = json.loads(paths[0].read_text())
+    assert (content["step"], content["num_tasks"]) == (10, 2)
+    assert content["core"] == result.core == 0.5
+    assert content["interval"][0] < 0.5 < content["interval"][1]
+    assert TaskResult.from_json(content["tasks"][0]) == tied
+    rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
+    assert [row["task"] for row in rows] == ["a", "b", "CORE"]
+    assert float(rows[0]["accuracy"]) == 0.75
+    assert rows[0]["near_ties"] == "2"
+    assert float(rows[2]["centred"]) == 0.5
+    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
+        "core_000010.csv",
+        "core_000010.json",
+    ]
+    notes = describe(result)
+    assert any("near-ties (closer than 1e-05), by example: a 1, 2" in note for note in notes)
+    assert any("is not the published CORE" in note for note in notes)
