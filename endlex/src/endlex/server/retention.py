@@ -1,8 +1,9 @@
 """What may go: checkpoints that no rule keeps, runs that were deleted, parts that nothing uses.
 
 A checkpoint stays when any of the rules keeps it: the last N by step, the one where a metric was
-best, or every step that is a multiple of something. Only published ones are removed. Their manifests
-stay, with when and why they went, so that the machine that saved them can tell that from a loss.
+best, or every step that is a multiple of something. Only published ones are removed. Their
+manifests stay, with when and why they went, so that the machine that saved them can tell that from
+a loss.
 
 A part goes when no manifest uses it, in whatever state, and when it is older than a day by the
 clock of its file, which is set whenever a client asks whether the part is here. Both are looked at
