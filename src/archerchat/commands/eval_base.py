@@ -90,7 +90,8 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, "base", config.model_tag, config.step)
-    console.print(f"{loaded.path}", style="dim")
+    if runtime.is_master:
+        console.print(f"{loaded.path}", style="dim")
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
     if "core" in asked:
         options = CoreOptions(config.max_per_task, config.max_length)

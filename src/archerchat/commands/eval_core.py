@@ -34,6 +34,10 @@ from archerchat.inference.weights import InferenceModel
 from archerchat.runtime import Runtime, dtype_name
 
 
+TYPE_NAMES = {"multiple_choice": "choice", "schema": "schema", "language_modeling": "text"}
+"""Short enough for a table of 80 columns."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """One evaluation's result and where it was written."""
@@ -176,7 +180,7 @@ def time_text(seconds: float) -> str:
 
 def _table() -> Table:
     table = Table(title="CORE", title_justify="left")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for column in ("type", "shots", "examples", "accuracy", "centred", "examples/s"):
         table.add_column(column, justify="left" if column == "type" else "right")
     return table
@@ -185,7 +189,7 @@ def _table() -> Table:
 def _add_row(table: Table, task: TaskResult) -> None:
     table.add_row(
         task.label,
-        task.task_type.replace("_", " "),
+        TYPE_NAMES[task.task_type],
         str(task.num_fewshot),
         f"{task.examples:,}",
         f"{task.accuracy:.4f}",

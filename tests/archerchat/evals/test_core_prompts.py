@@ -106,16 +106,16 @@ PIECES = st.text(st.sampled_from("ab1 .,\n\t\r'é"), max_size=8)
     st.sampled_from([" ", "\nAnswer: ", "\n", ""]),
 )
 def test_pieces_give_the_tokens_of_the_whole_text(
-    small_tokenizer: Tokenizer, rows: list[tuple[str, str, str]], delimiter: str
+    merging_tokenizer: Tokenizer, rows: list[tuple[str, str, str]], delimiter: str
 ) -> None:
     examples = [Example((query,), (one, other), 0) for query, one, other in rows]
     task = make_task("multiple_choice", 2, delimiter)
-    prompts = Prompter(task, examples, small_tokenizer).prompts(0)
+    prompts = Prompter(task, examples, merging_tokenizer).prompts(0)
     shots = [examples[j] for j in fewshot_indices(0, len(examples), 2)]
     solved = [shot.questions[0] + delimiter + shot.answers[0] for shot in shots]
     for answer, prompt in zip(examples[0].answers, prompts, strict=True):
         text = "\n\n".join([*solved, examples[0].questions[0] + delimiter + answer])
-        whole = [small_tokenizer.bos_id, *small_tokenizer.encode(text)]
+        whole = [merging_tokenizer.bos_id, *merging_tokenizer.encode(text)]
         assert prompt.token_ids.tolist() == whole
 
 
@@ -125,7 +125,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(
     st.sampled_from([" ", "\nAnswer: "]),
 )
 def test_language_modelling_strips_as_the_whole_text_does(
-    small_tokenizer: Tokenizer, rows: list[tuple[str, str]], delimiter: str
+    merging_tokenizer: Tokenizer, rows: list[tuple[str, str]], delimiter: str
 ) -> None:
     examples = [Example((context,), (continuation,), 0) for context, continuation in rows]
     task = make_task("language_modeling", 2, delimiter)
@@ -133,10 +133,10 @@ def test_language_modelling_strips_as_the_whole_text_does(
     solved = [shot.questions[0].strip() + delimiter + shot.answers[0] for shot in shots]
     last = examples[0].questions[0].strip() + delimiter
     before = "\n\n".join([*solved, last])
-    bos = small_tokenizer.bos_id
-    without = [bos, *small_tokenizer.encode(before.strip())]
-    whole = [bos, *small_tokenizer.encode(before + examples[0].answers[0])]
-    prompter = Prompter(task, examples, small_tokenizer)
+    bos = merging_tokenizer.bos_id
+    without = [bos, *merging_tokenizer.encode(before.strip())]
+    whole = [bos, *merging_tokenizer.encode(before + examples[0].answers[0])]
+    prompter = Prompter(task, examples, merging_tokenizer)
     if whole[: len(without)] != without:
         with pytest.raises(DataError):
             prompter.prompts(0)

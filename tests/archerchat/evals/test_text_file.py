@@ -17,14 +17,14 @@ from archerchat.tokenizer.bpe import Tokenizer
 @settings(max_examples=150, deadline=None)
 @given(st.text(st.sampled_from("ab1 .\n\t\ré"), max_size=60), st.integers(1, 9))
 def test_parts_have_the_tokens_of_the_whole(
-    small_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, text: str, part: int
+    merging_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, text: str, part: int
 ) -> None:
     path = tmp_path_factory.mktemp("text") / "text"
     path.write_bytes(text.encode())
     parts = list(iter_text(path, part))
     assert "".join(parts) == text
-    ids = [i for each in parts for i in small_tokenizer.encode(each)]
-    assert ids == small_tokenizer.encode(text)
+    ids = [i for each in parts for i in merging_tokenizer.encode(each)]
+    assert ids == merging_tokenizer.encode(text)
 
 
 def test_every_token_is_a_target_once(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
