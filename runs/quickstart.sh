@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a language model that you trained: ten minutes on two CPU cores, no GPU, no data.
+# From nothing to a model that you trained and can talk to: ten minutes on two CPU cores, no GPU, no data.
 #
 # The text is what every Python installation carries: the standard library's sources and
-# documentation. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again
+# documentation; the conversations are generated. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again
 # and what is there stays; stop it, and the next run goes on where this one was.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
@@ -16,9 +16,10 @@ HEAD_DIM=64
 SEQUENCE_LENGTH=256
 DEVICE_BATCH_SIZE=16
 TOTAL_BATCH_SIZE=4096
-ITERATIONS=1000
+ITERATIONS=750
 EVAL_EVERY=250
 EVAL_TOKENS=131072
+CONVERSATIONS="identity*4,SimpleSpelling:4000,Arithmetic:12000"
 BASE="${ARCHERCHAT_HOME:-$HOME/.cache/archerchat}"
 
 stage() { printf '\n== [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
@@ -45,15 +46,34 @@ archerchat eval base --model-tag "$TAG" --eval bpb --split-tokens "$EVAL_TOKENS"
 stage "Samples: what it says"
 archerchat sample --model-tag "$TAG"
 
-stage "Dashboard: the run's curves, samples and settings"
+stage "Evaluation: tasks generated here, in CORE's formats (they are not CORE)"
+archerchat eval base --model-tag "$TAG" --eval core --bundle offline
+
+stage "Fine-tuning: generated conversations, one pass"
+archerchat sft --model-tag "$TAG" --mixture "$CONVERSATIONS" --eval-every 100 --eval-tokens 32768
+
+stage "Evaluation: arithmetic with the calculator, problems that it never saw"
+archerchat eval chat --model-tag "$TAG" --source sft --tasks Arithmetic:100
+
+stage "Chat: it answers"
+archerchat chat --model-tag "$TAG" -p "What is 12 + 30?"
+archerchat chat --model-tag "$TAG" -p "Who are you?"
+
+stage "Report: what ran, what came of it, what it took"
+archerchat report "$TAG"
+
+stage "Dashboard: the runs' curves, samples and settings"
 describe_dashboard "$BASE/runs/$TAG" "$BASE/endlex" "$BASE/checkpoints/base/$TAG/dashboard.html"
+describe_dashboard "$BASE/runs/$TAG-sft" "$BASE/endlex" "$BASE/checkpoints/sft/$TAG/dashboard.html"
 
 stage "Done"
 cat <<END
-You have a tokenizer, a base model and its dashboard. What to do next, in this shell or any other:
+You have a tokenizer, a base model, a model that answers, their report and dashboard. What to do next,
+in this shell or any other:
     export PATH="$VENV/bin:\$PATH"
-    archerchat sample --model-tag $TAG       # more samples; --help tells how to prompt it
+    archerchat chat --model-tag $TAG         # talk to it; it knows sums, spelling and its name
+    archerchat sample --model-tag $TAG       # what the base model says; --help tells how to prompt it
+    archerchat rl --model-tag $TAG --task Arithmetic    # go on by reinforcement
     archerchat plan --depth 8                # what a larger model would take, and cost
-    archerchat pretrain --help               # every setting of the run above
 docs/ARCHITECTURE.md shows how the parts fit together.
 END
