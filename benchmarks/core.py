@@ -174,6 +174,7 @@ def loss_moved(exact: dict[str, Any], fast: dict[str, Any]) -> float:
         for label, task in exact["tasks"].items()
         for ours, theirs in zip(task["losses"], fast["tasks"][label]["losses"], strict=True)
         for a, b in zip(ours, theirs, strict=True)
+        if a == a  # nothing to score
     ]
     return max(moved)
 

@@ -276,9 +276,18 @@ def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill_(~seen, -math.inf)
 
 
-@functools.lru_cache(maxsize=256)
 def _band(queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the mask of a block whose last query is its last key."""
+    """Return the mask of a block whose last query is its last key: a corner of a larger one."""
+    rows, columns = (1 << (size - 1).bit_length() for size in (queries, keys))
+    reach = min(window, columns)
+    corner = _large_band(rows, columns, reach, device, dtype)[-queries:, -keys:]
+    return corner if device.type == "cpu" else corner.contiguous()  # kernels ask for alignment
+
+
+@functools.lru_cache(maxsize=16)
+def _large_band(
+    queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
     here = torch.arange(keys - queries, keys, device=device)[:, None]
     there = torch.arange(keys, device=device)[None, :]
     return _bias((there <= here) & (there >= here - window), dtype)
