@@ -60,7 +60,9 @@ def test_a_command_that_is_written_somewhere_parses(words: tuple[str, ...]) -> N
     level: object = COMMANDS
     depth = 0
     while isinstance(level, dict) and depth < len(words):
-        assert words[depth] in level
+        if words[depth] not in level:
+            assert "" in level, words  # what the command does by itself
+            break
         level, depth = level[words[depth]], depth + 1
     if depth < len(words):  # more than a command's name
         parse(words)
