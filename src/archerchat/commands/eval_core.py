@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -32,10 +33,6 @@ from archerchat.evals.ranks import joined_ranks
 from archerchat.inference.loading import LoadedModel
 from archerchat.inference.weights import InferenceModel
 from archerchat.runtime import Runtime, dtype_name
-
-
-TYPE_NAMES = {"multiple_choice": "choice", "schema": "schema", "language_modeling": "text"}
-"""Short enough for a table of 80 columns."""
 
 
 @dataclass(frozen=True)
@@ -179,18 +176,16 @@ def time_text(seconds: float) -> str:
 
 
 def _table() -> Table:
-    table = Table(title="CORE", title_justify="left")
+    table = Table(title="CORE", title_justify="left", box=SIMPLE)  # fits in 80 columns
     table.add_column("task", no_wrap=True)
-    for column in ("type", "shots", "examples", "accuracy", "centred", "examples/s"):
-        table.add_column(column, justify="left" if column == "type" else "right")
+    for column in ("examples", "accuracy", "centred", "a second"):
+        table.add_column(column, justify="right")
     return table
 
 
 def _add_row(table: Table, task: TaskResult) -> None:
     table.add_row(
         task.label,
-        TYPE_NAMES[task.task_type],
-        str(task.num_fewshot),
         f"{task.examples:,}",
         f"{task.accuracy:.4f}",
         f"{task.centred:.4f}",

@@ -23,6 +23,8 @@ from archerchat.evals.offline_tasks import PREFIX as OFFLINE
 NEAR_TIE = 1e-5
 """Mean losses, or logits, that differ by less may change places with any change of arithmetic."""
 FULL_TASKS = 22
+MOST_NAMED = 4
+"""Tasks that a note lists."""
 CONFIDENCE = 1.96
 """Standard errors to each side of a 95 % interval."""
 
@@ -210,7 +212,9 @@ def describe(result: CoreResult) -> list[str]:
     ):
         counts: Sequence[tuple[str, int]] = [(t.label, getattr(t, names)) for t in result.tasks]
         if total := sum(count for _, count in counts):
-            where = ", ".join(f"{label} {count}" for label, count in counts if count)
+            affected = [f"{label} {count}" for label, count in counts if count]
+            many = f"in {len(affected)} tasks"
+            where = many if len(affected) > MOST_NAMED else ", ".join(affected)
             notes.append(f"{total} {what}: {where}")
     ties = [(task.label, task.near_ties) for task in result.tasks if task.near_ties]
     if ties:
