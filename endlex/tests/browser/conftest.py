@@ -123,7 +123,7 @@ def make_server(tmp_path: Path, contexts: list[Any]) -> Iterator[Callable[[Setti
         live.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
