@@ -69,15 +69,15 @@ def _plain_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunk_loss_and_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the chunk's summed loss and its gradients for `hidden` and `weight`.
 
     Args:
         hidden: (n, C); weight: (V, C), both in the compute dtype; targets: (n,).
 
     Returns:
-        The loss, (n, C), (V, C), and what is left of the weight's gradient: (n, C) rows, each to
-        be added at its target.
+        The loss, (n, C), (V, C), and what is left of the weight's gradient, if anything: (n, C)
+        float32 rows, each to be added at its target.
     """
     logits = F.linear(hidden, weight)  # (n, V)
     valid = targets != IGNORED
@@ -86,7 +86,7 @@ def chunk_loss_and_gradients(
         losses, grad = _plain_gradient(logits, labels)
         grad = (grad * valid[:, None]).to(hidden.dtype)
         losses = torch.where(valid, losses, 0.0)
-        return losses.sum(), grad @ weight, grad.T @ hidden, torch.zeros_like(hidden)
+        return losses.sum(), grad @ weight, grad.T @ hidden, None
     # One pass over the logits: what divides a row and what only its target gets come after the
     # products, over C columns instead of V.
     squashed, slope = _softcap(logits)
@@ -112,21 +112,23 @@ class _MeanLoss(torch.autograd.Function):
         unembedding: Tensor,
         targets: Tensor,
         vocab_size: int,
-        kernel: Callable[..., tuple[Tensor, ...]],
+        kernel: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
         weight = unembedding[:vocab_size].to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(unembedding)
         size = chunk_tokens(vocab_size, hidden.device)
-        rest = torch.empty(hidden.shape, device=hidden.device)
+        rows = []
         for start in range(0, hidden.size(0), size):
             span = slice(start, start + size)
             total, for_hidden, for_weight, at_target = kernel(hidden[span], weight, targets[span])
             loss += total
-            grad_hidden[span], rest[span] = for_hidden, at_target
+            grad_hidden[span] = for_hidden
             grad_weight[:vocab_size] += for_weight
-        if hidden.dtype == torch.bfloat16:
-            grad_weight.index_add_(0, targets.clamp(min=0), rest)
+            if at_target is not None:
+                rows.append(at_target)
+        if rows:
+            grad_weight.index_add_(0, targets.clamp(min=0), torch.cat(rows))
         scale = 1 / (targets != IGNORED).sum().clamp(min=1).float()
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
         return loss * scale
@@ -149,7 +151,7 @@ def mean_loss(
     unembedding: Tensor,
     targets: Tensor,
     vocab_size: int,
-    kernel: Callable[..., tuple[Tensor, ...]] = chunk_loss_and_gradients,
+    kernel: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = chunk_loss_and_gradients,
 ) -> Tensor:
     """Average the cross-entropy in nats over the positions whose target is not -1.
 

@@ -203,7 +203,6 @@ class Loop:
                     self._sample(step)
                 if stop.asked:
                     self._save()
-                if stop.asked:
                     self.metrics.finish("interrupted")
                 if stop.asked or finished:
                     return self._outcome(finished and not stop.asked)
