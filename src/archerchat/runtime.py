@@ -204,6 +204,22 @@ def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dty
     return torch.float32, f"{device.type}: bfloat16 only if forced"
 
 
+def require_one_rank(runtime: Runtime, what: str) -> None:
+    """Refuse several ranks.
+
+    Args:
+        what: begins the sentence, such as "pretraining".
+
+    Raises:
+        UsageError: there are several.
+    """
+    if runtime.world_size > 1:
+        raise UsageError(
+            f"WORLD_SIZE is {runtime.world_size}, but {what} runs on one device so far: "
+            "start it without torchrun"
+        )
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -26,7 +26,7 @@ from archerchat.errors import UsageError
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.model.flops import flops_per_token
 from archerchat.peak_flops import peak_flops
-from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
+from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process, require_one_rank
 from archerchat.tasks.base import TaskMixture
 from archerchat.training.finetune_recipe import RATE_SCALE, FinetuneRecipe
 from archerchat.training.finetune_setup import (
@@ -110,11 +110,7 @@ def finetune(config: FinetuneConfig, home: Home, console: Console | None = None)
     console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     _check_numbers(config)
     runtime = build_runtime(config.device, config.dtype)
-    if runtime.world_size > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {runtime.world_size}, but fine-tuning runs on one device so far: "
-            "start it without torchrun"
-        )
+    require_one_rank(runtime, "fine-tuning")
     prepare_process(runtime)
     base = load_model(home, runtime, "base", config.model_tag, config.model_step)
     tag = config.output_tag or base.path.parent.name

@@ -32,7 +32,7 @@ from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.peak_flops import peak_flops
-from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
+from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process, require_one_rank
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.core_metric import CoreMetric
@@ -110,11 +110,7 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
     """
     console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     runtime = build_runtime(config.device, config.dtype)
-    if runtime.world_size > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {runtime.world_size}, but pretraining runs on one device so far: "
-            "start it without torchrun"
-        )
+    require_one_rank(runtime, "pretraining")
     prepare_process(runtime)
     _check_numbers(config)
     tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))

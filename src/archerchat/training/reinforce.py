@@ -21,10 +21,9 @@ from rich.console import Console
 
 from archerchat.artifacts import Home, exclusive, write_json
 from archerchat.checkpoint import Checkpoint
-from archerchat.errors import UsageError
 from archerchat.inference.loading import load_model
 from archerchat.peak_flops import peak_flops
-from archerchat.runtime import build_runtime, dtype_name, prepare_process
+from archerchat.runtime import build_runtime, dtype_name, prepare_process, require_one_rank
 from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
 from archerchat.training.metrics import open_run
 from archerchat.training.progress import ProgressLine
@@ -52,11 +51,7 @@ def reinforce(config: ReinforceConfig, home: Home, console: Console | None = Non
     console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
     check_numbers(config)
     runtime = build_runtime(config.device, config.dtype)
-    if runtime.world_size > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {runtime.world_size}, but reinforcement runs on one device so far: "
-            "start it without torchrun"
-        )
+    require_one_rank(runtime, "reinforcement")
     prepare_process(runtime)
     base = load_model(home, runtime, config.source, config.model_tag, config.model_step)
     tag = config.output_tag or base.path.parent.name

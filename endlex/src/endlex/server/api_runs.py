@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
 import numpy as np
@@ -123,14 +123,7 @@ async def texts(
     before_step: Step = None,
     limit: Limit = 100,
 ) -> Response:
-    server = server_of(request)
-
-    def read() -> dict[str, Any]:
-        with server.database.snapshot() as connection:
-            pk = find_run(connection, run)
-            return {"texts": list_texts(connection, pk, name, before_step, limit)}
-
-    return json_response(await server.workers.read(read))
+    return await _listed(request, run, "texts", list_texts, name, before_step, limit)
 
 
 @router.get("/runs/{run}/tables", dependencies=READ)
@@ -141,12 +134,22 @@ async def tables(
     before_step: Step = None,
     limit: Limit = 100,
 ) -> Response:
+    return await _listed(request, run, "tables", list_tables, name, before_step, limit)
+
+
+async def _listed(
+    request: Request,
+    run: str,
+    what: str,
+    listing: Callable[..., list[dict[str, Any]]],
+    *given: object,
+) -> Response:
+    """Answer with what `listing` finds of a run, under the name `what`."""
     server = server_of(request)
 
     def read() -> dict[str, Any]:
         with server.database.snapshot() as connection:
-            pk = find_run(connection, run)
-            return {"tables": list_tables(connection, pk, name, before_step, limit)}
+            return {what: listing(connection, find_run(connection, run), *given)}
 
     return json_response(await server.workers.read(read))
 
