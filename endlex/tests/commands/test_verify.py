@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +125,20 @@ def test_what_is_not_here_is_wrong_usage(cli: Any, place: Path, online: str) -> 
 
 
 def test_verify_right_after_the_trainer_waits_for_its_shipper_to_end(
-    cli: Any, online: str, place: Path
+    cli: Any, online: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("endlex.commands.verify.SHIPPER_SECONDS", 120.0)  # a busy machine
     with endlex.init("demo", "at-once") as run:
         run.log({"loss": 1.0})
         (place / "w.bin").write_bytes(b"weights")
         run.save("w.bin")
     status, out, _ = cli("verify", run.directory)
     assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
-    assert shipper_process(run.directory) is None  # type: ignore[arg-type]
+    assert run.directory is not None
+    deadline = time.monotonic() + 60.0
+    while shipper_process(run.directory) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert shipper_process(run.directory) is None
 
 
 def test_what_a_rule_removed_on_the_server_is_named_and_no_loss(

@@ -57,6 +57,27 @@ def test_a_failing_job_is_undone_alone(database: Database) -> None:
     assert names(database) == ["first", "last"]
 
 
+def test_a_job_that_was_cancelled_stops_neither_the_writer_nor_its_neighbours(
+    database: Database,
+) -> None:
+    entered, go = threading.Event(), threading.Event()
+
+    def hold(connection: sqlite3.Connection) -> None:
+        entered.set()
+        go.wait(10)
+
+    waiting = database.write(hold)
+    assert entered.wait(10)
+    assert not waiting.cancel()  # it runs: too late
+    cut_off, kept = database.write(add("cut off")), database.write(add("kept"))
+    assert cut_off.cancel()
+    go.set()
+    waiting.result(10)
+    kept.result(10)
+    database.write(add("later")).result(10)  # the writer lives on
+    assert names(database) == ["kept", "later"]
+
+
 def test_jobs_that_wait_at_the_end_are_done(tmp_path: Path) -> None:
     database = Database(tmp_path / "x.sqlite3")
     futures = [database.write(add(str(i))) for i in range(100)]

@@ -186,7 +186,8 @@ class Database:
     def write(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
         """Run `job` in the writer's thread; the future resolves once its changes are on the disk.
 
-        What the job raises undoes its changes alone, and is the future's exception.
+        What the job raises undoes its changes alone, and is the future's exception. A job whose
+        future is cancelled before its turn does not run.
         """
         future: Future[T] = Future()
         with self._lock:
@@ -218,6 +219,9 @@ class Database:
 
     def _commit(self, jobs: list[Job]) -> None:
         done: list[tuple[Future[Any], Any]] = []
+        # A request that was cut off while it waited cancels its job. From here on none can be
+        # cancelled any more: a result that nobody takes must not end the only writer there is.
+        jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
         try:
             if jobs:
                 self._writer.execute("BEGIN IMMEDIATE")
