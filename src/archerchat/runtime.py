@@ -28,7 +28,7 @@ DTYPES = {
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for the two settings of `mallopt`."""
-KEPT_BYTES = 2**30
+KEPT_BYTES = 2**31 - 1
 """Blocks up to this size, and so much free memory at the heap's end, are kept."""
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 """Best first."""

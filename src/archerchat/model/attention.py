@@ -234,6 +234,24 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     )
 
 
+class _Scores(torch.autograd.Function):
+    """q @ k^T over the last two dimensions.
+
+    Autograd takes k's gradient as the transpose of q^T @ g, and what reads it next then steps
+    through memory a row at a time; g^T @ q has the layout of k at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        return q @ k.transpose(-2, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (q, k) = grad_outputs, ctx.saved_tensors
+        return grad @ k, grad.transpose(-2, -1) @ q
+
+
 def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """Materialise the scores: products in the compute dtype, softmax in float32.
 
@@ -244,7 +262,7 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = (q @ k.transpose(2, 3)).float() * (1 / math.sqrt(q.size(3)))
+    scores = _Scores.apply(q, k).float() * (1 / math.sqrt(q.size(3)))
     weights = (scores.clamp(-MAX_SCORE, MAX_SCORE) + bias).exp()
     total = weights.sum(dim=-1, keepdim=True)
     return ((weights.to(v.dtype) @ v).float() / total).to(v.dtype)

@@ -68,16 +68,17 @@ def _plain_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return the chunk's summed loss and its gradients for `hidden` and `weight`.
+    hidden: Tensor, weight: Tensor, targets: Tensor, grad_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the chunk's summed loss and its gradient for `hidden`; add that for `weight`.
 
     Args:
         hidden: (n, C); weight: (V, C), both in the compute dtype; targets: (n,).
+        grad_weight: (V, C) float32, which the chunk's gradient is added to.
 
     Returns:
-        The loss, (n, C), (V, C), and what is left of the weight's gradient, if anything: (n, C)
-        float32 rows, each to be added at its target.
+        The loss, (n, C), and what is still to be added to `grad_weight`, if anything: (n, C)
+        float32 rows, each at its target.
     """
     logits = F.linear(hidden, weight)  # (n, V)
     valid = targets != IGNORED
@@ -86,7 +87,8 @@ def chunk_loss_and_gradients(
         losses, grad = _plain_gradient(logits, labels)
         grad = (grad * valid[:, None]).to(hidden.dtype)
         losses = torch.where(valid, losses, 0.0)
-        return losses.sum(), grad @ weight, grad.T @ hidden, None
+        grad_weight += grad.T @ hidden
+        return losses.sum(), grad @ weight, None
     # One pass over the logits: what divides a row and what only its target gets come after the
     # products, over C columns instead of V.
     squashed, slope = _softcap(logits)
@@ -96,10 +98,9 @@ def chunk_loss_and_gradients(
     chosen, chosen_slope = _softcap(logits.gather(1, labels[:, None]))
     share, at_target = (valid / total)[:, None], -(valid[:, None] * chosen_slope)
     for_hidden = (numerator @ weight).float() * share + at_target * weight[labels].float()
-    for_weight = numerator.T @ (hidden.float() * share).to(hidden.dtype)
+    grad_weight += numerator.T @ (hidden.float() * share).to(hidden.dtype)
     losses = torch.where(valid, total.log() - chosen[:, 0] * LOGIT_CAP, 0.0)
-    rest = at_target * hidden.float()
-    return losses.sum(), for_hidden.to(hidden.dtype), for_weight, rest
+    return losses.sum(), for_hidden.to(hidden.dtype), at_target * hidden.float()
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -112,23 +113,21 @@ class _MeanLoss(torch.autograd.Function):
         unembedding: Tensor,
         targets: Tensor,
         vocab_size: int,
-        kernel: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]],
+        kernel: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
     ) -> Tensor:
         weight = unembedding[:vocab_size].to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(unembedding)
         size = chunk_tokens(vocab_size, hidden.device)
-        rows = []
         for start in range(0, hidden.size(0), size):
             span = slice(start, start + size)
-            total, for_hidden, for_weight, at_target = kernel(hidden[span], weight, targets[span])
+            total, for_hidden, at_target = kernel(
+                hidden[span], weight, targets[span], grad_weight[:vocab_size]
+            )
             loss += total
             grad_hidden[span] = for_hidden
-            grad_weight[:vocab_size] += for_weight
             if at_target is not None:
-                rows.append(at_target)
-        if rows:
-            grad_weight.index_add_(0, targets.clamp(min=0), torch.cat(rows))
+                grad_weight.index_add_(0, targets[span].clamp(min=0), at_target)
         scale = 1 / (targets != IGNORED).sum().clamp(min=1).float()
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
         return loss * scale
@@ -137,13 +136,11 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, scale = ctx.saved_tensors
         scale = scale * grad_outputs[0]
-        return (
-            (grad_hidden.float() * scale).to(grad_hidden.dtype),
-            grad_weight * scale,
-            None,
-            None,
-            None,
-        )
+        if scale.device.type == "cpu":  # a number multiplies in one pass, in float32 all the same
+            factor = scale.item()
+            return grad_hidden * factor, grad_weight * factor, None, None, None
+        scaled = (grad_hidden.float() * scale).to(grad_hidden.dtype)
+        return scaled, grad_weight * scale, None, None, None
 
 
 def mean_loss(
@@ -151,7 +148,7 @@ def mean_loss(
     unembedding: Tensor,
     targets: Tensor,
     vocab_size: int,
-    kernel: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = chunk_loss_and_gradients,
+    kernel: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = chunk_loss_and_gradients,
 ) -> Tensor:
     """Average the cross-entropy in nats over the positions whose target is not -1.
 
