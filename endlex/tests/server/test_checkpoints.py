@@ -338,6 +338,16 @@ def test_retention_rules_keep_what_they_say(run: Any) -> None:
         assert run.client.post("/api/v1/prune", json=wrong).status_code == 422
 
 
+def test_what_was_saved_to_be_kept_is_neither_removed_nor_counted(run: Any) -> None:
+    publish(run.client, "tokenizer", {"f": b"ranks"}, step=0, aliases=["keep"])
+    for step in (10, 20):
+        publish(run.client, f"s{step}", {"f": bytes([step])}, step)
+    publish(run.client, "config", {"f": b"late"}, step=30, aliases=["keep"])
+    plan = run.client.post("/api/v1/prune", json={"run": RUN, "keep_last": 1}).json()
+    assert [c["name"] for c in plan["removed"]] == ["s10"]
+    assert [c["name"] for c in plan["kept"]] == ["tokenizer", "s20", "config"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

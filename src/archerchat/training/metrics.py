@@ -115,7 +115,7 @@ class MetricsLog:
             pulled = read_run_file(directory)
             if pulled and pulled["run"] == self.run.id:
                 return None  # `endlex pull` brought it from there
-        return self._save(directory, step=0, name=TOKENIZER)
+        return self._save(directory, step=0, name=TOKENIZER, aliases=("keep",))
 
     def _save(self, path: Path, **options: Any) -> str | None:
         assert self.run is not None

@@ -176,7 +176,7 @@ class Run:
             step: the last logged one if not given.
             name: unlike that of another checkpoint of the run; made from the path and the step if
                 not given.
-            aliases: such as "best".
+            aliases: such as "best"; what is saved as "keep" is not removed by `endlex prune`.
             metadata: kept with it, such as the loss.
             replaces: a word such as "last": of the run's checkpoints saved with the same word only
                 the newest stays on the server, once it is published there.

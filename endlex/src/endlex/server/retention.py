@@ -28,6 +28,8 @@ from endlex.server.journals import JournalHashes
 from endlex.server.queries import find_run
 from endlex.server.series import delete_series, read_points
 
+KEEP = "keep"
+"""The alias of what no rule removes, such as a run's tokenizer."""
 UNDO_SECONDS = 7 * 86400.0
 """For how long a deleted run can be brought back."""
 SLICE = 200
@@ -68,6 +70,8 @@ class Saved:
     step: int
     bytes: int
     metadata: dict[str, Any]
+    is_apart: bool = False
+    """Saved with the alias `keep`: no rule counts it, and none removes it."""
 
     def shown(self) -> dict[str, Any]:
         return {"run": self.run, "name": self.name, "step": self.step, "bytes": self.bytes}
@@ -101,21 +105,22 @@ def plan_pruning(
         f"SELECT pk, id FROM run WHERE {where}", values
     ).fetchall():
         saved = _published(connection, pk, run_id)
-        keep = _kept(connection, pk, saved, rules)
+        keep = _kept(connection, pk, [c for c in saved if not c.is_apart], rules)
         for checkpoint in saved:
-            (kept if checkpoint.pk in keep else removed).append(checkpoint)
+            stays = checkpoint.is_apart or checkpoint.pk in keep
+            (kept if stays else removed).append(checkpoint)
     return Plan(removed, kept, freed_bytes(connection, [c.pk for c in removed]))
 
 
 def _published(connection: sqlite3.Connection, run: int, run_id: str) -> list[Saved]:
     rows = connection.execute(
-        "SELECT pk, name, step, bytes, metadata FROM checkpoint "
+        "SELECT pk, name, step, bytes, metadata, aliases FROM checkpoint "
         "WHERE run=? AND state='published' ORDER BY step, created, pk",
         (run,),
     )
     return [
-        Saved(pk, run_id, name, step, size, orjson.loads(metadata))
-        for pk, name, step, size, metadata in rows
+        Saved(pk, run_id, name, step, size, orjson.loads(metadata), KEEP in orjson.loads(aliases))
+        for pk, name, step, size, metadata, aliases in rows
     ]
 
 
