@@ -13,6 +13,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +39,8 @@ LOGITS_BYTES = 64 * 2**20
 """Bound on the float32 logits that exist at a time."""
 CPU_LOGITS_BYTES = 4 * 2**20
 """The same on CPUs, where they should stay in the cache."""
+ROWS = 64
+"""Rows come in multiples of this: on CPUs every new number of rows costs a product its plan."""
 MLP_BYTES = 2**20
 """Bound on an MLP's inner activations at a time on CPUs: they should stay in a core's cache."""
 
@@ -106,7 +109,7 @@ class Scorer:
         for i, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             level = layout.levels[i]
-            kept = None if level.kept is None else torch.from_numpy(level.kept).to(device)
+            kept = None if level.kept is None else _rounded(level.kept, device)
             value = None
             if model.config.has_value_embedding(i):
                 value = model.value_embeddings[str(i)](stream.token_ids).to(dtype)
@@ -119,7 +122,7 @@ class Scorer:
             if i == model.config.num_layers // 2:
                 stream.middle = stream.x.clone()
         assert stream.middle is not None
-        scored = torch.from_numpy(layout.scored).to(device)
+        scored = _rounded(layout.scored, device)
         x, middle = stream.x.index_select(0, scored), stream.middle.index_select(0, scored)
         return _norm(x - model.backout_lambda.float() * middle, dtype)
 
@@ -149,6 +152,12 @@ class Stream:
             self.middle = self.middle.index_select(0, kept)
 
 
+def _rounded(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Return `rows`, the last of them repeated up to a multiple of ROWS; nobody reads those."""
+    missing = -len(rows) % ROWS if len(rows) else 0
+    return torch.from_numpy(np.pad(rows, (0, missing), mode="edge")).to(device)
+
+
 def _inverse_rms(x: Tensor) -> Tensor:
     """Return 1 / rms over the last dimension, (..., 1) float32."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -162,8 +171,8 @@ def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _embed(model: Transformer, layout: Layout) -> Stream:
     device, dtype = model.device, model.compute_dtype
-    token_ids = torch.from_numpy(layout.token_ids).to(device)
-    previous_ids = torch.from_numpy(layout.previous_ids).to(device)
+    token_ids = _rounded(layout.token_ids, device)
+    previous_ids = _rounded(layout.previous_ids, device)
     x, before = (
         _norm(model.token_embedding(ids).float(), torch.float32)
         for ids in (token_ids, previous_ids.clamp(min=0))
@@ -171,7 +180,7 @@ def _embed(model: Transformer, layout: Layout) -> Stream:
     gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS].to(dtype)).float())
     gate = gate * model.smear_lambda.float() * (previous_ids >= 0)[:, None]
     x = x.addcmul_(gate, before)
-    positions = torch.from_numpy(layout.positions).to(device)
+    positions = _rounded(layout.positions, device)
     cos, sin = rotary_tables(positions, model.config.head_dim, torch.float32)
     return Stream(x, x.clone(), None, token_ids, cos, sin)
 
@@ -198,6 +207,7 @@ def _attention(
         h, cos, sin = (x.index_select(0, kept) for x in (h, cos, sin))
     q = _rotate(layer.query(h).view(-1, layer.num_heads, dim), cos, sin)
     y = torch.empty_like(q)
+    y[level.blocks[-1].last_query if level.blocks else 0 :] = 0
     for block in level.blocks:
         queries = slice(block.first_query, block.last_query)
         keys = slice(block.first_key, block.last_key)
@@ -227,7 +237,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _add_mlp(mlp: MLP, x: Tensor, dtype: torch.dtype) -> None:
     """Add the MLP of the normalised stream (n, C) to it."""
     on_cpu = x.device.type == "cpu"
-    rows = max(64, MLP_BYTES // (4 * x.size(1) * dtype.itemsize)) if on_cpu else x.size(0)
+    fitting = MLP_BYTES // (4 * x.size(1) * dtype.itemsize) // ROWS * ROWS
+    rows = max(ROWS, fitting) if on_cpu else x.size(0)
     for start in range(0, x.size(0), rows):
         part = x[start : start + rows]
         u = mlp.up(_norm(part, dtype)).relu_()
