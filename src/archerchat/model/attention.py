@@ -262,7 +262,8 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = _Scores.apply(q, k).float() * (1 / math.sqrt(q.size(3)))
+    products: Tensor = _Scores.apply(q, k)  # type: ignore[no-untyped-call]
+    scores = products.float() * (1 / math.sqrt(q.size(3)))
     weights = (scores.clamp(-MAX_SCORE, MAX_SCORE) + bias).exp()
     total = weights.sum(dim=-1, keepdim=True)
     return ((weights.to(v.dtype) @ v).float() / total).to(v.dtype)

@@ -64,7 +64,7 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         self._regions = Regions.compiled() if self.compile else Regions()
-        self._loss_kernel: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = (
+        self._loss_kernel: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = (
             chunk_loss_and_gradients
         )
         self._losses_kernel: Callable[..., Tensor] = chunk_losses
