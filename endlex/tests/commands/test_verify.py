@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import endlex
 from endlex.client import staging
 from endlex.client.journal import session_files
 from endlex.client.run_directory import read_run_file
-from endlex.client.shipping import shipper_process, unsent
+from endlex.client.shipping import read_state, shipper_process, unsent
 
 
 def test_what_is_not_sent_is_not_safe_and_named(cli: Any, train: Any, online: str) -> None:
@@ -135,10 +134,8 @@ def test_verify_right_after_the_trainer_waits_for_its_shipper_to_end(
     status, out, _ = cli("verify", run.directory)
     assert (status, out.splitlines()[-1]) == (0, "safe to tear down")
     assert run.directory is not None
-    deadline = time.monotonic() + 60.0
-    while shipper_process(run.directory) is not None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert shipper_process(run.directory) is None
+    ended = shipper_process(run.directory) is None
+    assert ended or read_state(run.directory).get("error")  # it is not waited for in an outage
 
 
 def test_what_a_rule_removed_on_the_server_is_named_and_no_loss(

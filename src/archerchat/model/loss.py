@@ -136,9 +136,6 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, scale = ctx.saved_tensors
         scale = scale * grad_outputs[0]
-        if scale.device.type == "cpu":  # a number multiplies in one pass, in float32 all the same
-            factor = scale.item()
-            return grad_hidden * factor, grad_weight * factor, None, None, None
         scaled = (grad_hidden.float() * scale).to(grad_hidden.dtype)
         return scaled, grad_weight * scale, None, None, None
 

@@ -219,8 +219,8 @@ class Database:
 
     def _commit(self, jobs: list[Job]) -> None:
         done: list[tuple[Future[Any], Any]] = []
-        # A request that was cut off while it waited cancels its job. From here on none can be
-        # cancelled any more: a result that nobody takes must not end the only writer there is.
+        # Whoever waits may be cancelled, as the sweep is at shutdown, and its job with it. From
+        # here on none can be: a result that nobody takes must not end the only writer there is.
         jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
         try:
             if jobs:
