@@ -104,11 +104,12 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     entries = parse_mixture(config.mixture)
     if not entries and not config.jsonl:
         raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
+    # First what is the user's own: a broken line is said before gigabytes are downloaded.
+    own: list[Task] = [JsonlTask(path) for path in config.jsonl]
+    judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl]
     train = [
         task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
     ]
-    own: list[Task] = [JsonlTask(path) for path in config.jsonl]
-    judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl]
     if not judges:
         judges = [_build(entry, "test", config, files) for entry in entries]
     if not judges:

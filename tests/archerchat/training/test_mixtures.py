@@ -143,3 +143,17 @@ def test_a_broken_line_is_named(nothing: TaskFiles, tmp_path: Path) -> None:
 
 def test_presets_can_be_read() -> None:
     assert all(parse_mixture(preset) or preset == "none" for preset in PRESETS)
+
+
+def test_a_broken_file_of_the_user_is_named_before_anything_is_downloaded(
+    nothing: TaskFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = write_talks(tmp_path / "own.jsonl", 2)
+    own.write_text(own.read_text() + "[\n")
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "archerchat.training.mixtures.build_task", lambda name, *rest: asked.append(name)
+    )
+    with pytest.raises(DataError, match=r"own\.jsonl:3"):
+        build_mixtures(MixtureConfig(mixture="SmolTalk", jsonl=(own,)), nothing)
+    assert asked == []
