@@ -27,7 +27,8 @@ setup_environment() {
         say "setting up $VENV (once; minutes, most of it torch's download)"
         "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || make_venv
         has_torch || install_torch
-        install_packages -e "$ROOT/endlex" -e "$ROOT${extra:+[$extra]}"
+        # The server's half comes from this checkout too, for whoever asks for an extra.
+        install_packages -e "$ROOT/endlex" ${extra:+-e "$ROOT/endlex/server"} -e "$ROOT${extra:+[$extra]}"
         "$VENV/bin/python" -c 'import archerchat, endlex, torch' ||
             die "the packages in $VENV do not import; remove that folder and run again"
         warn_of_unused_gpu
@@ -56,7 +57,7 @@ is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/n
 # What the installed packages depend on: the checkout, its requirements, the interpreter.
 fingerprint() {
     printf '%s\n' "$ROOT"
-    cat "$ROOT/pyproject.toml" "$ROOT/endlex/pyproject.toml" | cksum
+    cat "$ROOT/pyproject.toml" "$ROOT/endlex/pyproject.toml" "$ROOT/endlex/server/pyproject.toml" | cksum
     version_of "$VENV/bin/python"
 }
 

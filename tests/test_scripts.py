@@ -54,7 +54,7 @@ class Sandbox:
         self.bin.mkdir()
         for name in ("runs", ".ci"):
             shutil.copytree(ROOT / name, self.root / name)
-        for name in ("pyproject.toml", "endlex/pyproject.toml"):
+        for name in ("pyproject.toml", "endlex/pyproject.toml", "endlex/server/pyproject.toml"):
             (self.root / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         write_script(self.root / ".venv/bin/python", PYTHON)
@@ -115,13 +115,13 @@ def test_the_second_set_up_calls_no_installer(sandbox: Sandbox) -> None:
     sandbox.offer_wheel("2.13.0+cpu", CPU_BUILD)
     first = sandbox.set_up("dev")
     assert first.returncode == 0, first.stderr
-    assert sandbox.installs()[-1] == "-e ROOT/endlex -e ROOT[dev]"
+    assert sandbox.installs()[-1] == "-e ROOT/endlex -e ROOT/endlex/server -e ROOT[dev]"
     for extra in ("dev", ""):  # the plain set-up is part of any other
         second = sandbox.set_up(extra)
         assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
         assert sandbox.installs() == []
     assert sandbox.set_up("server").returncode == 0
-    assert sandbox.installs()[-1] == "-e ROOT/endlex -e ROOT[server]"
+    assert sandbox.installs()[-1] == "-e ROOT/endlex -e ROOT/endlex/server -e ROOT[server]"
 
 
 def test_changed_requirements_are_installed(sandbox: Sandbox) -> None:

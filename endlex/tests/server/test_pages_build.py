@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("hatchling")
-HOOK = Path(__file__).parents[2] / "hatch_build.py"
+HOOK = Path(__file__).parents[2] / "server/hatch_build.py"
 
 
 @pytest.fixture

@@ -80,6 +80,11 @@ def _libraries() -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "watch", "plotext is here")
+    if importlib.util.find_spec("endlex.server") is None:
+        yield Finding(
+            "note", "serve", "only the client is here; pip install 'endlex[server]' for the server"
+        )
+        return
     absent = [name for name in SERVER_LIBRARIES if importlib.util.find_spec(name) is None]
     if absent:
         yield Finding(

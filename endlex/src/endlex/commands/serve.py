@@ -1,4 +1,4 @@
-"""`endlex serve`: run the server; its packages are the extra `endlex[server]`."""
+"""`endlex serve`: run the server, which is the extra `endlex[server]`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ def import_server(module: str) -> Any:
     """Return a module of the server.
 
     Raises:
-        EndlexError: what it needs is not installed.
+        EndlexError: it, or what it needs, is not installed.
     """
     try:
         return importlib.import_module(f"endlex.server.{module}")
     except ModuleNotFoundError as error:
+        if error.name == "endlex.server":
+            raise EndlexError(
+                "only the client is installed here, and this is the server's: "
+                "pip install 'endlex[server]'"
+            ) from error
         if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
             raise
         raise EndlexError(

@@ -2,8 +2,8 @@
 
 A page holds no data and no secret. Its ES modules, served from here without a bundler, ask the API
 for everything and put it into the document as text; the content security policy lets nothing else
-run. The chart library is put here when the package is built (`hatch_build.py`); `missing_assets`
-names what a build could not get.
+run. The chart library is put here when the package is built (endlex/server/hatch_build.py);
+`missing_assets` names what a build could not get.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ The library is not kept in the repository. When a wheel, an editable install or 
 and the files are not there yet, npm fetches the pinned version, its known hash is checked, and the
 three files that the pages use go to `server/static/vendor/uplot`. Where there is no npm on PATH, a
 Node that installs from the Python index is a requirement of the build alone; who installs a built
-wheel needs neither. A build that cannot fetch it goes on with a warning, since the client draws
-nothing, unless ENDLEX_REQUIRE_ASSETS=1 (set it for a release).
+wheel needs neither. A build that cannot fetch it goes on with a warning, since all else of
+the server works, unless ENDLEX_REQUIRE_ASSETS=1 (set it for a release).
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
                 raise RuntimeError(f"{PACKAGE} is required and missing: {error}") from error
             self.app.display_warning(
                 f"endlex: the pages will draw no charts, for {PACKAGE} could not be fetched: "
-                f"{error}\nThe client is complete. To add the charts, install again with access "
-                "to an npm registry."
+                f"{error}\nTo add them, install again with access to an npm registry."
             )
 
 
