@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archerchat.data.packing import Document
-from archerchat.data.state import split_documents
+from archerchat.data.state import join_documents, split_documents
 from archerchat.errors import CheckpointError
 
 
@@ -61,9 +61,7 @@ class ConversationState:
     def to_parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
         """Return the state as a JSON value and named arrays; `from_parts` is the inverse."""
         value = {"identity": dict(self.identity), "counts": asdict(self.counts)}
-        lengths = np.array([len(document) for document in self.documents], np.int64)
-        tokens = np.concatenate(self.documents) if self.documents else np.empty(0, np.int32)
-        return value, {"tokens": tokens, "lengths": lengths}
+        return value, join_documents(self.documents, np.int32)
 
     @classmethod
     def from_parts(
@@ -75,8 +73,8 @@ class ConversationState:
             CheckpointError: a part is missing or does not fit the others.
         """
         try:
-            documents = split_documents(arrays["tokens"], arrays["lengths"].tolist())
-            return cls(dict(value["identity"]), Counts(**value["counts"]), documents)
+            counts = Counts(**value["counts"])
+            return cls(dict(value["identity"]), counts, split_documents(arrays))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the saved state of the conversations is broken ({error!r}): resume from an "

@@ -18,7 +18,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from archerchat.checkpoint import compare_configs
 from archerchat.data.conversation_state import ConversationState, Counts
 from archerchat.data.packing import Document, PaddingPacker, Row
-from archerchat.data.prefetch import Prefetcher
+from archerchat.data.prefetch import PrefetchingLoader, check_sizes
 from archerchat.errors import CheckpointError, DataError, UsageError
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import TaskMixture, TaskSequence
@@ -118,7 +117,7 @@ class _Plan:
         return len(range(self.rank, len(self.mixture), self.world_size))
 
 
-class ConversationLoader:
+class ConversationLoader(PrefetchingLoader[ConversationBatch, ConversationState]):
     """Iterate over batches of packed conversations.
 
     The thread starts at the first `next` and stops with `close`.
@@ -157,11 +156,7 @@ class ConversationLoader:
             "buffer size": buffer_size,
             "prefetch depth": prefetch,
         }
-        for name, size in sizes.items():
-            if size < 1:
-                raise UsageError(f"the loader's {name} is {size}: it must be at least 1")
-        if not 0 <= rank < world_size:
-            raise UsageError(f"rank {rank} is not one of {world_size} ranks")
+        check_sizes(sizes, rank, world_size)
         if len(mixture) < world_size:
             raise UsageError(
                 f"{len(mixture)} conversations cannot be shared by {world_size} ranks: use fewer "
@@ -176,6 +171,7 @@ class ConversationLoader:
             "rank": rank,
             "world_size": world_size,
         }
+        super().__init__(ConversationState(identity, Counts(), ()), prefetch)
         self._plan = _Plan(
             mixture,
             tokenizer,
@@ -187,18 +183,11 @@ class ConversationLoader:
             world_size,
             repeat,
         )
-        self._depth = prefetch
-        self._state = ConversationState(identity, Counts(), ())
-        self._prefetcher: Prefetcher[tuple[ConversationBatch, ConversationState]] | None = None
 
-    def __iter__(self) -> Iterator[ConversationBatch]:
-        return self
-
-    def __next__(self) -> ConversationBatch:
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(_iter_batches(self._plan, self._state), self._depth)
-        batch, self._state = next(self._prefetcher)
-        return batch
+    def _iter_after(
+        self, state: ConversationState
+    ) -> Iterator[tuple[ConversationBatch, ConversationState]]:
+        return _iter_batches(self._plan, state)
 
     @property
     def share(self) -> int:
@@ -209,10 +198,6 @@ class ConversationLoader:
     def progress(self) -> float:
         """Share of the pass's conversations that are used so far; 1 or more after a pass."""
         return self._state.consumed / self.share
-
-    def state(self) -> ConversationState:
-        """Return the state after the last batch that `next` returned."""
-        return self._state
 
     def restore(self, state: ConversationState, *, extend: bool = False) -> None:
         """Go on from `state`: the next batch is the one that followed it.
@@ -228,23 +213,6 @@ class ConversationLoader:
             )
         self.close()
         self._state = state
-
-    def close(self) -> None:
-        """Stop the background thread; a later `next` starts it again where it was."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-
-    def __enter__(self) -> ConversationLoader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def describe_mixture(mixture: TaskMixture | TaskSequence) -> dict[str, Any]:

@@ -15,17 +15,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from archerchat.data.packing import Packing, Row, build_packer
-from archerchat.data.prefetch import Prefetcher
+from archerchat.data.prefetch import PrefetchingLoader, check_sizes
 from archerchat.data.shards import MAKE_DATA, Shard
 from archerchat.data.state import LoaderIdentity, LoaderState, Position
-from archerchat.errors import CheckpointError, DataError, UsageError
+from archerchat.errors import CheckpointError, DataError
 
 __all__ = ["Batch", "DocumentTokenizer", "LoaderState", "Position", "TokenLoader"]
 
@@ -64,7 +63,7 @@ class _Plan:
     num_threads: int
 
 
-class TokenLoader:
+class TokenLoader(PrefetchingLoader[Batch, LoaderState]):
     """Iterate over batches of packed tokens, epoch after epoch, without end.
 
     Rank r of W reads row groups r, r + W, ... of each shard. An empty text is a document too:
@@ -109,11 +108,7 @@ class TokenLoader:
             "prefetch depth": prefetch,
             "thread count": num_threads,
         }
-        for name, size in sizes.items():
-            if size < 1:
-                raise UsageError(f"the loader's {name} is {size}: it must be at least 1")
-        if not 0 <= rank < world_size:
-            raise UsageError(f"rank {rank} is not one of {world_size} ranks")
+        check_sizes(sizes, rank, world_size)
         _check_ranks(shards, world_size)
         identity = LoaderIdentity(
             packing=packing,
@@ -126,30 +121,12 @@ class TokenLoader:
             tokenizer=tokenizer.fingerprint,
             shards=_names_and_sizes(shards),
         )
+        super().__init__(LoaderState(identity, Position(0, rank, 1), 0, ()), prefetch)
         self._given = _Plan(identity, tuple(shards), tokenizer, num_threads)
         self._plan = self._given
-        self._depth = prefetch
-        self._state = LoaderState(identity, Position(0, rank, 1), 0, ())
-        self._prefetcher: Prefetcher[tuple[Batch, LoaderState]] | None = None
-        self._waited = 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(_iter_batches(self._plan, self._state), self._depth)
-        batch, self._state = next(self._prefetcher)
-        return batch
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long `next` has waited for the background, in all."""
-        return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
-
-    def state(self) -> LoaderState:
-        """Return the state after the last batch that `next` returned."""
-        return self._state
+    def _iter_after(self, state: LoaderState) -> Iterator[tuple[Batch, LoaderState]]:
+        return _iter_batches(self._plan, state)
 
     def restore(self, state: LoaderState, *, extend: bool = False) -> None:
         """Go on from `state`: the next batch is the one that followed it.
@@ -178,24 +155,6 @@ class TokenLoader:
             )
         self.close()
         self._plan, self._state = plan, replace(state, identity=saved)
-
-    def close(self) -> None:
-        """Stop the background thread; a later `next` starts it again where it was."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._waited = self.wait_seconds
-            self._prefetcher = None
-
-    def __enter__(self) -> TokenLoader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _narrow(plan: _Plan, shards: tuple[tuple[str, int], ...]) -> _Plan:

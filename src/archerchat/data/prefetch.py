@@ -1,15 +1,25 @@
-"""Run an iterator ahead of its consumer, in a background thread with a bounded queue."""
+"""Run an iterator ahead of its consumer, in a background thread with a bounded queue.
+
+`Prefetcher` is the thread. `PrefetchingLoader` is what the loaders of text and of conversations
+share: batches that travel with the state after them, so that a checkpoint's state is that of the
+last batch which the caller got, however far the thread has run ahead.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
-from typing import Generic, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Generic, Self, TypeVar
+
+from archerchat.errors import UsageError
 
 T = TypeVar("T")
+BatchT = TypeVar("BatchT")
+StateT = TypeVar("StateT")
 
 _STOP_SECONDS = 5.0
 """How long to wait for a thread that is asked to stop; it is a daemon, so it cannot hold us."""
@@ -92,3 +102,73 @@ def _stop(queue: _Queue[T], thread: threading.Thread) -> None:
         queue.changed.notify_all()
     if thread is not threading.current_thread():
         thread.join(_STOP_SECONDS)
+
+
+class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
+    """Iterate over batches that a thread prepares, and tell the state after the last one.
+
+    The thread starts at the first `next` and stops with `close`.
+
+    Args:
+        state: before the first batch.
+        depth: batches prepared ahead.
+    """
+
+    def __init__(self, state: StateT, depth: int) -> None:
+        self._state, self._depth = state, depth
+        self._prefetcher: Prefetcher[tuple[BatchT, StateT]] | None = None
+        self._waited = 0.0
+
+    @abstractmethod
+    def _iter_after(self, state: StateT) -> Iterator[tuple[BatchT, StateT]]:
+        """Yield each batch after `state` with the state after it.
+
+        The iterator must not refer to the loader, or that is never collected.
+        """
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> BatchT:
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._iter_after(self._state), self._depth)
+        batch, self._state = next(self._prefetcher)
+        return batch
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long `next` has waited for the background, in all."""
+        return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
+
+    def state(self) -> StateT:
+        """Return the state after the last batch that `next` returned."""
+        return self._state
+
+    def close(self) -> None:
+        """Stop the background thread; a later `next` starts it again where it was."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._waited = self.wait_seconds
+            self._prefetcher = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def check_sizes(sizes: Mapping[str, int], rank: int, world_size: int) -> None:
+    """Refuse what no loader can be built with.
+
+    Args:
+        sizes: by what they are called in the message.
+
+    Raises:
+        UsageError: a size is not positive, or the rank is not one of `world_size`.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise UsageError(f"the loader's {name} is {size}: it must be at least 1")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank {rank} is not one of {world_size} ranks")

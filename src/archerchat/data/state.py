@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from archerchat.data.packing import Document, Packing
 from archerchat.errors import CheckpointError
@@ -92,9 +92,7 @@ class LoaderState:
             "position": asdict(self.position),
             "next_document": self.next_document,
         }
-        lengths = np.array([len(document) for document in self.documents], np.int64)
-        tokens = np.concatenate(self.documents) if self.documents else np.empty(0, np.uint16)
-        return value, {"tokens": tokens, "lengths": lengths}
+        return value, join_documents(self.documents, np.uint16)
 
     @classmethod
     def from_parts(
@@ -112,7 +110,7 @@ class LoaderState:
                 identity=LoaderIdentity(**saved),
                 position=Position(**value["position"]),
                 next_document=int(value["next_document"]),
-                documents=split_documents(arrays["tokens"], arrays["lengths"].tolist()),
+                documents=split_documents(arrays),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -121,12 +119,23 @@ class LoaderState:
             ) from error
 
 
-def split_documents(tokens: NDArray[Any], lengths: Sequence[int]) -> tuple[Document, ...]:
-    """Undo the concatenation of documents.
+def join_documents(
+    documents: Sequence[Document], dtype_if_none: DTypeLike
+) -> dict[str, NDArray[Any]]:
+    """Return documents end to end, `tokens`, and their `lengths` (int64)."""
+    lengths = np.array([len(document) for document in documents], np.int64)
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype_if_none)
+    return {"tokens": tokens, "lengths": lengths}
+
+
+def split_documents(arrays: Mapping[str, NDArray[Any]]) -> tuple[Document, ...]:
+    """Undo `join_documents`.
 
     Raises:
-        ValueError: the lengths are not those of documents that make up `tokens`.
+        KeyError: an array is missing.
+        ValueError: the lengths are not those of documents that make up the tokens.
     """
+    tokens, lengths = arrays["tokens"], arrays["lengths"].tolist()
     if tokens.ndim != 1 or min(lengths, default=1) < 1 or sum(lengths) != len(tokens):
         raise ValueError(f"{tokens.shape} tokens in documents of {sum(lengths)} tokens")
     ends = np.cumsum(lengths)
