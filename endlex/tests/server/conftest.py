@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from endlex.server.settings import Settings
 
 RUN = "testrun001"
 SESSION = "000001-abcdef012345"
+PART = 1000
+"""Bytes of a checkpoint's part here: small, so that small files have several."""
 
 
 class Box:
@@ -73,6 +77,55 @@ class Box:
         self.sent += body
         assert answer.json() == {"offset": len(self.sent)}
 
+    @staticmethod
+    def sha256_of(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    def put_part(self, content: bytes, offset: int = 0, sha256: str | None = None) -> Any:
+        url = f"/api/v1/parts/{sha256 or self.sha256_of(content)}"
+        return self.client.put(url, params={"offset": offset}, content=content[offset:])
+
+    def send_parts(self, files: Mapping[str, bytes]) -> None:
+        for content in files.values():
+            for part in _parts(content):
+                assert self.put_part(part).status_code in (200, 201)
+
+    @staticmethod
+    def manifest_of(
+        name: str, files: Mapping[str, bytes], step: int = 10, **changes: Any
+    ) -> dict[str, Any]:
+        listed = [
+            {"path": path, **_described(content), "parts": [*map(_described, _parts(content))]}
+            for path, content in files.items()
+        ]
+        head = {"protocol": PROTOCOL, "name": name, "step": step, "created": 1.7e9}
+        more = {"aliases": ["last"], "metadata": {"note": "x"}}
+        return {**head, **more, "files": listed, **changes}
+
+    def put_manifest(self, name: str, manifest: Mapping[str, Any]) -> Any:
+        """Put it until the server has verified it."""
+        url = f"/api/v1/runs/{self.run}/checkpoints/{name}"
+        answer = self.client.put(url, json=manifest)
+        deadline = time.monotonic() + 10
+        while answer.status_code == 202 and time.monotonic() < deadline:
+            answer = self.client.put(url, json=manifest)
+        return answer
+
+    def publish(
+        self, name: str, files: Mapping[str, bytes], step: int = 10, **changes: Any
+    ) -> None:
+        self.send_parts(files)
+        answer = self.put_manifest(name, self.manifest_of(name, files, step, **changes))
+        assert (answer.status_code, answer.json()["state"]) == (200, "published"), answer.text
+
+
+def _parts(content: bytes) -> list[bytes]:
+    return [content[i : i + PART] for i in range(0, len(content), PART)]
+
+
+def _described(content: bytes) -> dict[str, Any]:
+    return {"sha256": Box.sha256_of(content), "bytes": len(content)}
+
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
@@ -103,6 +156,13 @@ def client(start: Callable[..., TestClient]) -> TestClient:
 @pytest.fixture
 def box(client: TestClient) -> Box:
     return Box(client)
+
+
+@pytest.fixture
+def run(box: Box) -> Box:
+    """The sender of a run whose first session has begun."""
+    box.begin()
+    return box
 
 
 @pytest.fixture

@@ -1,72 +1,33 @@
-"""Checkpoints: manifests that are accepted, verified in the background, and then published.
+"""Checkpoints: manifests that are accepted, verified (`verification`), and then published.
 
 States: `announced` (only the journal speaks of it), `incomplete` (parts are missing), `verifying`,
 `published`, `failed`, `removed` (published once; its manifest says what it was, and why it went).
-Only a published one can be read. The state is in the database: what was
-being verified when the server ended is verified from the beginning when it starts again.
+Only a published one can be read.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import queue
 import sqlite3
-import threading
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
-from endlex.server.blobs import Blobs, open_part
+from endlex.server.blobs import Blobs
 from endlex.server.database import Database
 from endlex.server.errors import ApiError
-from endlex.server.events import Hub
 from endlex.server.queries import find_run
-
-logger = logging.getLogger("endlex")
+from endlex.server.verification import Verifier
 
 STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a verification found."""
-
-    state: str
-    error: str | None = None
-
-
-class _Stopped(Exception):
-    """The server is ending."""
-
-
 class Checkpoints:
-    """The checkpoints of one server, and the thread that verifies them."""
+    """The checkpoints of one server: what is accepted, and what can be had."""
 
-    def __init__(self, database: Database, blobs: Blobs, hub: Hub) -> None:
-        self._database, self._blobs, self._hub = database, blobs, hub
-        self._waiting: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        self._progress: dict[int, int] = {}
-        self._done: dict[int, Future[None]] = {}
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._work, name="endlex-verify", daemon=True)
-
-    def start(self) -> None:
-        """Begin to verify, with what was left over from the last time."""
-        rows = self._database.reader().execute("SELECT pk FROM checkpoint WHERE state='verifying'")
-        for (pk,) in rows.fetchall():
-            self._enqueue(pk)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread; what it was verifying stays `verifying`."""
-        self._stopping.set()
-        self._waiting.put(None)
-        self._thread.join()
+    def __init__(self, database: Database, blobs: Blobs, verifier: Verifier) -> None:
+        self._database, self._blobs, self._verifier = database, blobs, verifier
 
     def put(self, run: str, name: str, content: Any) -> Future[None] | None:
         """Accept a manifest; call it in a thread, and `describe` tells what became of it.
@@ -93,7 +54,7 @@ class Checkpoints:
         if state == "incomplete":
             message = f"{len(missing)} parts of {name!r} are not here: send them, then this again"
             raise ApiError(409, message, state="incomplete", missing=missing)
-        return self._enqueue(pk) if state == "verifying" else None
+        return self._verifier.enqueue(pk) if state == "verifying" else None
 
     def _look(self, sizes: dict[str, int]) -> tuple[list[str], str | None]:
         """Return the parts that are not here, and what is wrong with those that are."""
@@ -131,7 +92,7 @@ class Checkpoints:
         if error is not None:
             answer["error"] = error
         if state == "verifying":
-            answer |= {"done_bytes": self._progress.get(pk, 0), "total_bytes": total}
+            answer |= {"done_bytes": self._verifier.hashed_bytes(pk), "total_bytes": total}
         if not whole:
             return answer
         kept = {"aliases": orjson.loads(aliases), "metadata": orjson.loads(metadata)}
@@ -151,94 +112,6 @@ class Checkpoints:
                 found: ManifestFile = file
                 return found
         raise ApiError(404, f"checkpoint {name!r} has no file {path[:400]!r}")
-
-    def _enqueue(self, pk: int) -> Future[None]:
-        with self._lock:
-            if pk not in self._done:
-                self._done[pk] = Future()
-                self._waiting.put(pk)
-            return self._done[pk]
-
-    def _work(self) -> None:
-        while not self._stopping.is_set():
-            pk = self._waiting.get()
-            if pk is None:
-                return
-            try:
-                while not self._verify(pk):
-                    logger.info("checkpoint %d was replaced while it was verified", pk)
-            except _Stopped:
-                return
-            except (OSError, sqlite3.Error, EndlexError) as error:
-                logger.error("cannot verify checkpoint %d: %s; a new PUT tries again", pk, error)
-            finally:
-                with self._lock:
-                    self._progress.pop(pk, None)
-                    self._done.pop(pk).set_result(None)
-
-    def _verify(self, pk: int) -> bool:
-        """Verify a checkpoint and store the outcome; False when its manifest is another by then."""
-        row = (
-            self._database.reader()
-            .execute(
-                "SELECT manifest, run.id, checkpoint.name FROM checkpoint "
-                "JOIN run ON run.pk = checkpoint.run "
-                "WHERE checkpoint.pk=? AND state='verifying'",
-                (pk,),
-            )
-            .fetchone()
-        )
-        if row is None:  # deleted meanwhile, or done
-            return True
-        text, run, name = row
-        self._progress[pk] = 0
-        outcome = self._judge(pk, orjson.loads(text))
-
-        def finish(connection: sqlite3.Connection) -> bool:
-            changed = connection.execute(
-                "UPDATE checkpoint SET state=?, error=? WHERE pk=? AND state='verifying' "
-                "AND manifest=?",
-                (outcome.state, outcome.error, pk, text),
-            )
-            return changed.rowcount == 1
-
-        if not self._database.write(finish).result():
-            return False
-        self._hub.publish("checkpoint", {"run": run, "name": name, "state": outcome.state})
-        return True
-
-    def _judge(self, pk: int, manifest: Manifest) -> Outcome:
-        for file in manifest["files"]:
-            digest = hashlib.sha256()
-            for part in file["parts"]:
-                try:
-                    with open_part(self._blobs, part["sha256"]) as pieces:
-                        for piece in pieces:
-                            digest.update(piece)
-                            self._progress[pk] += len(piece)
-                            if self._stopping.is_set():
-                                raise _Stopped
-                except FileNotFoundError:
-                    return Outcome("incomplete", f"part {part['sha256']} is gone: send it again")
-            if digest.hexdigest() != file["sha256"]:
-                return self._blame(file, digest.hexdigest())
-        return Outcome("published")
-
-    def _blame(self, file: ManifestFile, found: str) -> Outcome:
-        """Find out whether the manifest is wrong, or a part that decayed on this disk."""
-        decayed = []
-        for part in file["parts"]:
-            with self._blobs.path(part["sha256"]).open("rb") as stored:
-                if hashlib.file_digest(stored, "sha256").hexdigest() != part["sha256"]:
-                    decayed.append(part["sha256"])
-        if decayed:
-            with self._blobs.lock:
-                for sha256 in decayed:
-                    self._blobs.delete(sha256)
-            message = f"{len(decayed)} parts were damaged on the server's disk: send them again"
-            return Outcome("incomplete", message)
-        message = f"{file['path']!r} has SHA-256 {found}, and the manifest says {file['sha256']}"
-        return Outcome("failed", message)
 
 
 def _accept(

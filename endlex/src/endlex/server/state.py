@@ -16,6 +16,7 @@ from endlex.server.ingest import Ingest
 from endlex.server.journals import JournalHashes
 from endlex.server.notify import Notifier
 from endlex.server.settings import DataDir, Settings
+from endlex.server.verification import Verifier
 from endlex.server.workers import Workers
 
 
@@ -33,13 +34,14 @@ class Server:
     hashes: JournalHashes
     auth: Auth
     blobs: Blobs
+    verifier: Verifier
     checkpoints: Checkpoints
     notifier: Notifier
 
     def close(self) -> None:
         """Finish what was begun; nothing is taken in any more."""
         self.hub.stop()
-        self.checkpoints.stop()
+        self.verifier.stop()
         self.notifier.stop()
         self.workers.close()
         self.database.close()
@@ -56,8 +58,8 @@ def open_server(data: DataDir, settings: Settings) -> Server:
     database = Database(data.database)
     workers, hub, watch = Workers(), Hub(), Watch(settings, data)
     blobs = Blobs(settings, data, workers)
-    checkpoints = Checkpoints(database, blobs, hub)
-    checkpoints.start()
+    verifier = Verifier(database, blobs, hub)
+    verifier.start()
     notifier = Notifier(settings, database)
     notifier.start()
     return Server(
@@ -71,7 +73,8 @@ def open_server(data: DataDir, settings: Settings) -> Server:
         hashes=JournalHashes(database),
         auth=Auth(settings, database, workers),
         blobs=blobs,
-        checkpoints=checkpoints,
+        verifier=verifier,
+        checkpoints=Checkpoints(database, blobs, verifier),
         notifier=notifier,
     )
 
