@@ -16,16 +16,15 @@ from endlex.protocol import (
     MAX_BATCH_BYTES,
     SESSION_STATES,
     TRAINER,
-    EndlexError,
     check_run_id,
     check_session_id,
 )
 from endlex.server.auth import require
 from endlex.server.bodies import json_response, read_body, read_json
 from endlex.server.errors import ApiError
-from endlex.server.ingest import SessionState, find_session, update_run
 from endlex.server.journals import iter_bytes
 from endlex.server.queries import find_run, list_sessions
+from endlex.server.sessions import SessionState, require_session, update_run
 from endlex.server.state import Server, server_of
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
@@ -154,20 +153,3 @@ def _was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
         "WHERE session.pk = ? LIMIT 1"
     )
     return connection.execute(query, (state.pk,)).fetchone() is not None
-
-
-def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
-    """Return a session that is there.
-
-    Raises:
-        ApiError: 404, nothing of it has arrived.
-    """
-    try:
-        check_run_id(run)
-        check_session_id(session)
-    except EndlexError as error:
-        raise ApiError(404, str(error)) from error
-    state = find_session(connection, run, session)
-    if state.pk == 0:
-        raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")
-    return state

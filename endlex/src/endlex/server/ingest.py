@@ -19,14 +19,21 @@ from typing import Any
 import numpy as np
 import orjson
 
-from endlex.protocol import MAX_BATCH_BYTES, SYSTEM, TRAINER, EndlexError, encode_number
+from endlex.protocol import MAX_BATCH_BYTES, encode_number
 from endlex.server.alerts import Watch
 from endlex.server.database import Database
 from endlex.server.errors import ApiError, disk_full, is_disk_full
 from endlex.server.events import Hub
 from endlex.server.journals import append_segment, compress
-from endlex.server.records import Batch, Points, Record, check_session, parse_batch
+from endlex.server.records import Batch, Points, Record, parse_batch
 from endlex.server.series import append_points
+from endlex.server.sessions import (
+    SessionState,
+    advance_session,
+    begin_session,
+    find_session,
+    update_run,
+)
 from endlex.server.settings import DataDir, Settings
 from endlex.server.workers import Workers
 
@@ -40,17 +47,6 @@ class Prepared:
     data: bytes
     """`body`, compressed."""
     batch: Batch
-
-
-@dataclass(frozen=True)
-class SessionState:
-    """What the writer needs to know of a session; `pk` is 0 for one that is not there yet."""
-
-    pk: int
-    run: int
-    kind: str
-    offset: int
-    status: str
 
 
 class Ingest:
@@ -115,11 +111,12 @@ class Ingest:
         if shutil.disk_usage(self._data.root).free < self._reserve + len(prepared.body):
             raise disk_full()
         if state.pk == 0:
-            state = _begin(connection, run, session, prepared)
+            first = prepared.body[: prepared.body.index(b"\n")]
+            state = begin_session(connection, run, session, first)
         reached = state.offset + len(prepared.body)
         append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
         _store_batch(connection, state, prepared.batch)
-        _advance(connection, state, reached, prepared.batch)
+        advance_session(connection, state, reached, prepared.batch)
         alerts = self._watch.observe(connection, state.run, run, state.kind, prepared.batch)
         status = update_run(connection, state.run)
         return reached, [*_news(run, status, prepared.batch), *alerts]
@@ -159,78 +156,6 @@ def _skip(prepared: Prepared, offset: int) -> Prepared:
             "journal was changed after it was sent; start a new session",
         )
     return Prepared(offset, body, compress(body), parse_batch(body))
-
-
-def find_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
-    """Return what is known of a session; an unknown one is at offset 0."""
-    row = connection.execute(
-        "SELECT session.pk, run, kind, offset, session.status FROM session "
-        "JOIN run ON run.pk = session.run WHERE run.id=? AND session.id=?",
-        (run, session),
-    ).fetchone()
-    return SessionState(*row) if row else SessionState(0, 0, TRAINER, 0, "running")
-
-
-def _begin(
-    connection: sqlite3.Connection, run: str, session: str, prepared: Prepared
-) -> SessionState:
-    """Make the rows of a session, and of its run where it is the first."""
-    first = prepared.body[: prepared.body.index(b"\n")]
-    try:
-        record = check_session(orjson.loads(first), run, session)
-    except (ValueError, KeyError, TypeError, EndlexError) as error:
-        raise ApiError(422, f"cannot begin session {session}: {error}") from error
-    now = time.time()
-    connection.execute(
-        "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
-        "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            run,
-            record["project"],
-            record["name"],
-            _text(record.get("group")),
-            _text(record.get("notes")),
-            orjson.dumps(_tags(record)).decode(),
-            _text(record.get("host")),
-            record["time"],
-            now,
-        ),
-    )
-    run_pk = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
-    return _insert_session(connection, run_pk, session, record, now)
-
-
-def _insert_session(
-    connection: sqlite3.Connection, run: int, session: str, record: Record, now: float
-) -> SessionState:
-    kind = record.get("kind", TRAINER)
-    rank, pid = record.get("rank"), record.get("pid")
-    pk = connection.execute(
-        "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            run,
-            session,
-            kind,
-            rank if type(rank) is int else 0,
-            _text(record.get("host")),
-            pid if type(pid) is int else None,
-            orjson.dumps(record.get("config") or {}).decode(),
-            record["time"],
-            now,
-        ),
-    ).lastrowid
-    assert pk is not None
-    return SessionState(pk, run, kind, 0, "running")
-
-
-def _text(value: Any) -> str | None:
-    return value[:10_000] if isinstance(value, str) else None
-
-
-def _tags(record: Record) -> list[str]:
-    tags = record.get("tags")
-    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
 def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Batch) -> None:
@@ -302,29 +227,6 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
         ),
     ).fetchone()[0]
     return pk
-
-
-def _advance(
-    connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
-) -> None:
-    # Bytes from a session that was taken for dead show that it is not.
-    status = batch.status or ("running" if state.status == "crashed" else state.status)
-    connection.execute(
-        "UPDATE session SET offset=?, damaged_lines=damaged_lines+?, last_seen=?, status=? "
-        "WHERE pk=?",
-        (reached, batch.damaged, time.time(), status, state.pk),
-    )
-
-
-def update_run(connection: sqlite3.Connection, run: int) -> str:
-    """Give a run the status of its newest trainer (the lowest rank of the newest), and the time."""
-    row = connection.execute(
-        "SELECT status FROM session WHERE run=? ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1",
-        (run, SYSTEM),
-    ).fetchone()
-    status: str = row[0] if row else "running"
-    connection.execute("UPDATE run SET updated=?, status=? WHERE pk=?", (time.time(), status, run))
-    return status
 
 
 def _news(run: str, status: str, batch: Batch) -> list[tuple[str, dict[str, Any]]]:
