@@ -1,4 +1,4 @@
-"""Lists, searches, changes, texts and tables of runs."""
+"""Lists, searches, changes and exports of runs."""
 
 from __future__ import annotations
 
@@ -149,31 +149,6 @@ def test_a_run_whole(box: Any, make_box: Any) -> None:
         ("step-3", "announced", 7)
     ]
     assert box.client.get(f"/api/v1/runs/{RUN}/checkpoints/step-3").status_code == 404
-
-
-def test_texts_and_tables_come_newest_first_in_whole_steps(box: Any) -> None:
-    box.begin()
-    for step in (1, 2, 3):
-        for name in ("a", "b"):
-            text = {
-                "type": "text",
-                "time": 1.0,
-                "step": step,
-                "name": name,
-                "text": f"{name}{step}",
-            }
-            rows = {"columns": ["x"], "rows": [[step]]}
-            box.send([text, {"type": "table", "time": 1.0, "step": step, "name": name, **rows}])
-    again = {"type": "text", "time": 2.0, "step": 3, "name": "a", "text": "replaced"}
-    box.send([again])
-    url = f"/api/v1/runs/{RUN}/texts"
-    texts = box.client.get(url, params={"limit": 1}).json()["texts"]
-    assert [t["text"] for t in texts] == ["replaced", "b3"]
-    older = box.client.get(url, params={"before_step": 3, "name": "a"}).json()["texts"]
-    assert [t["text"] for t in older] == ["a2", "a1"]
-    tables = box.client.get(f"/api/v1/runs/{RUN}/tables", params={"name": "b"}).json()["tables"]
-    assert [t["rows"] for t in tables] == [[[3]], [[2]], [[1]]]
-    assert tables[0]["columns"] == ["x"]
 
 
 def test_exports_hold_every_point(box: Any, make_box: Any, tmp_path: Any) -> None:

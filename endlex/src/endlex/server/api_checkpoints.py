@@ -92,12 +92,7 @@ async def put_manifest(request: Request, run: str, name: str) -> Response:
 @router.get("/runs/{run}/checkpoints", dependencies=FETCH)
 async def checkpoints(request: Request, run: str) -> Response:
     server = server_of(request)
-
-    def read() -> list[dict[str, Any]]:
-        with server.database.snapshot() as connection:
-            return list_checkpoints(connection, find_run(connection, run))
-
-    return json_response(await server.workers.read(read))
+    return json_response(await server.ask(lambda c: list_checkpoints(c, find_run(c, run))))
 
 
 @router.get("/runs/{run}/checkpoints/{name}", dependencies=FETCH)

@@ -18,14 +18,9 @@ from endlex.server.charts import ChartQuery, read_chart
 from endlex.server.database import connect
 from endlex.server.errors import ApiError
 from endlex.server.export import FORMATS, iter_csv, iter_json, temporary_file, write_parquet
-from endlex.server.queries import (
-    find_run,
-    list_alerts,
-    list_tables,
-    list_texts,
-    show_run,
-)
+from endlex.server.queries import find_run, list_alerts, show_run
 from endlex.server.state import Server, server_of
+from endlex.server.texts import Page, list_tables, list_texts
 
 router = APIRouter(prefix="/api/v1")
 
@@ -91,7 +86,7 @@ def _page(server: Server, run: str, found: dict[str, Any]) -> str:
         message = f"this installation lacks {', '.join(lacking)}: install endlex[server] anew"
         raise ApiError(501, message)
     with server.database.snapshot() as connection:
-        pk = find_run(connection, run)
+        pk, latest = find_run(connection, run), Page(limit=MOST_RECORDS)
 
         def read_series(
             metrics: Sequence[str], x: str, points: int
@@ -101,7 +96,7 @@ def _page(server: Server, run: str, found: dict[str, Any]) -> str:
         return html_export.render(
             found,
             read_series,
-            list_texts(connection, pk, None, None, MOST_RECORDS),
-            list_tables(connection, pk, None, None, MOST_RECORDS),
+            list_texts(connection, pk, latest),
+            list_tables(connection, pk, latest),
             list_alerts(connection, run, open_only=True),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import numpy as np
@@ -24,11 +24,10 @@ from endlex.server.queries import (
     find_run,
     list_alerts,
     list_runs,
-    list_tables,
-    list_texts,
     show_run,
 )
 from endlex.server.state import server_of
+from endlex.server.texts import Page, list_tables, list_texts
 
 router = APIRouter(prefix="/api/v1")
 READ = [Depends(require("read"))]
@@ -55,25 +54,13 @@ async def runs(
     limit: Limit = 100,
     offset: Annotated[int, Query(ge=0, lt=2**62)] = 0,
 ) -> Response:
-    server = server_of(request)
     query = RunQuery(q, project, group, sort, archived, deleted, limit, offset)
-
-    def read() -> dict[str, Any]:
-        with server.database.snapshot() as connection:
-            return list_runs(connection, query)
-
-    return json_response(await server.workers.read(read))
+    return json_response(await server_of(request).ask(lambda c: list_runs(c, query)))
 
 
 @router.get("/runs/{run}", dependencies=[Depends(require("read", "checkpoint"))])
 async def run_whole(request: Request, run: str) -> Response:
-    server = server_of(request)
-
-    def read() -> dict[str, Any]:
-        with server.database.snapshot() as connection:
-            return show_run(connection, run)
-
-    return json_response(await server.workers.read(read))
+    return json_response(await server_of(request).ask(lambda c: show_run(c, run)))
 
 
 @router.patch("/runs/{run}", dependencies=[Depends(require("write"))])
@@ -115,43 +102,23 @@ async def series(
     return answer
 
 
+async def page_of(name: str | None = None, before_step: Step = None, limit: Limit = 100) -> Page:
+    return Page(name, before_step, limit)
+
+
+AskedPage = Annotated[Page, Depends(page_of)]
+
+
 @router.get("/runs/{run}/texts", dependencies=READ)
-async def texts(
-    request: Request,
-    run: str,
-    name: str | None = None,
-    before_step: Step = None,
-    limit: Limit = 100,
-) -> Response:
-    return await _listed(request, run, "texts", list_texts, name, before_step, limit)
+async def texts(request: Request, run: str, page: AskedPage) -> Response:
+    found = await server_of(request).ask(lambda c: list_texts(c, find_run(c, run), page))
+    return json_response({"texts": found})
 
 
 @router.get("/runs/{run}/tables", dependencies=READ)
-async def tables(
-    request: Request,
-    run: str,
-    name: str | None = None,
-    before_step: Step = None,
-    limit: Limit = 100,
-) -> Response:
-    return await _listed(request, run, "tables", list_tables, name, before_step, limit)
-
-
-async def _listed(
-    request: Request,
-    run: str,
-    what: str,
-    listing: Callable[..., list[dict[str, Any]]],
-    *given: object,
-) -> Response:
-    """Answer with what `listing` finds of a run, under the name `what`."""
-    server = server_of(request)
-
-    def read() -> dict[str, Any]:
-        with server.database.snapshot() as connection:
-            return {what: listing(connection, find_run(connection, run), *given)}
-
-    return json_response(await server.workers.read(read))
+async def tables(request: Request, run: str, page: AskedPage) -> Response:
+    found = await server_of(request).ask(lambda c: list_tables(c, find_run(c, run), page))
+    return json_response({"tables": found})
 
 
 @router.get("/alerts", dependencies=READ)
@@ -160,13 +127,8 @@ async def alerts(
     run: str | None = None,
     only_open: Annotated[bool, Query(alias="open")] = False,
 ) -> Response:
-    server = server_of(request)
-
-    def read() -> dict[str, Any]:
-        with server.database.snapshot() as connection:
-            return {"alerts": list_alerts(connection, run, only_open)}
-
-    return json_response(await server.workers.read(read))
+    found = await server_of(request).ask(lambda c: list_alerts(c, run, only_open))
+    return json_response({"alerts": found})
 
 
 @router.post("/alerts/{alert}/dismiss", dependencies=[Depends(require("write"))])

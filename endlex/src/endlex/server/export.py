@@ -28,8 +28,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from endlex.protocol import encode_number
-from endlex.server.queries import find_run, list_metrics, list_tables, list_texts, show_run
+from endlex.server.queries import find_run, list_metrics, show_run
 from endlex.server.series import EMPTY, StepRange, machine_sessions, read_all_points, read_points
+from endlex.server.texts import Page, list_tables, list_texts
 
 FORMATS = {
     "csv": "text/csv; charset=utf-8",
@@ -181,7 +182,7 @@ def _key(connection: sqlite3.Connection, run: int, name: str) -> int:
 
 def _iter_records(connection: sqlite3.Connection, run: int, read: Any) -> Iterator[dict[str, Any]]:
     before: int | None = None
-    while records := read(connection, run, None, before, RECORDS_AT_ONCE):
+    while records := read(connection, run, Page(None, before, RECORDS_AT_ONCE)):
         yield from records
         before = records[-1]["step"]
 

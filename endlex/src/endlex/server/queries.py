@@ -1,4 +1,4 @@
-"""What the pages and commands ask about runs: lists, one run whole, texts, tables, alerts."""
+"""What the pages and commands ask about runs: lists, one run whole, its parts, alerts."""
 
 from __future__ import annotations
 
@@ -249,64 +249,6 @@ def _names(connection: sqlite3.Connection, table: str, run: int) -> list[str]:
         f"SELECT DISTINCT name FROM {table} WHERE run=? ORDER BY name", (run,)
     )
     return [name for (name,) in rows]
-
-
-def list_texts(
-    connection: sqlite3.Connection,
-    run: int,
-    name: str | None,
-    before_step: int | None,
-    limit: int,
-) -> list[dict[str, Any]]:
-    """Return texts, latest steps first; of two under one name and step the later one.
-
-    A step comes whole, though that be more than `limit`: the next page goes on below it.
-    """
-    rows = _latest(connection, "text", "text", run, name, before_step, limit)
-    return [{"name": n, "step": s, "time": t, "text": content} for n, s, t, content in rows]
-
-
-def list_tables(
-    connection: sqlite3.Connection,
-    run: int,
-    name: str | None,
-    before_step: int | None,
-    limit: int,
-) -> list[dict[str, Any]]:
-    """Return tables as `list_texts` does texts."""
-    rows = _latest(connection, "data_table", "content", run, name, before_step, limit)
-    return [{"name": n, "step": s, "time": t, **orjson.loads(content)} for n, s, t, content in rows]
-
-
-def _latest(
-    connection: sqlite3.Connection,
-    table: str,
-    column: str,
-    run: int,
-    name: str | None,
-    before_step: int | None,
-    limit: int,
-) -> list[tuple[Any, ...]]:
-    where, values = ["run = ?"], [run]
-    if name is not None:
-        where.append("name = ?")
-        values.append(name)  # type: ignore[arg-type]
-    if before_step is not None:
-        where.append("step < ?")
-        values.append(before_step)
-    chosen = f"SELECT max(pk) FROM {table} WHERE {' AND '.join(where)} GROUP BY name, step"
-    lowest = connection.execute(
-        f"SELECT min(step) FROM (SELECT step FROM {table} WHERE pk IN ({chosen}) "
-        "ORDER BY step DESC LIMIT ?)",
-        [*values, limit],
-    ).fetchone()[0]
-    if lowest is None:
-        return []
-    return connection.execute(
-        f"SELECT name, step, time, {column} FROM {table} WHERE pk IN ({chosen}) AND step >= ? "
-        "ORDER BY step DESC, name",
-        [*values, lowest],
-    ).fetchall()
 
 
 def list_alerts(

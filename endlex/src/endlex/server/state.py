@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fastapi import Request
 
@@ -18,6 +21,8 @@ from endlex.server.notify import Notifier
 from endlex.server.settings import DataDir, Settings
 from endlex.server.verification import Verifier
 from endlex.server.workers import Workers
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,15 @@ class Server:
     verifier: Verifier
     checkpoints: Checkpoints
     notifier: Notifier
+
+    async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
+        """Return the answer to a question about one state of the database, read in a thread."""
+
+        def read() -> T:
+            with self.database.snapshot() as connection:
+                return question(connection)
+
+        return await self.workers.read(read)
 
     def close(self) -> None:
         """Finish what was begun; nothing is taken in any more."""
