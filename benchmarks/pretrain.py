@@ -46,10 +46,11 @@ from archerchat.peak_flops import measure_peak, peak_flops
 from archerchat.runtime import build_runtime, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks
-from archerchat.training.loop import Cadence, Loop, LoopState
+from archerchat.training.loop import Loop
 from archerchat.training.metrics import MetricsLog
 from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
 from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import Cadence, LoopState
 
 RESTART_BOUND = 2e-5
 VALIDATION_BOUND = 0.03

@@ -11,8 +11,8 @@ from archerchat.data.loader import TokenLoader
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.inference.sampling import iter_tokens
 from archerchat.optim.schedule import Schedule
-from archerchat.training.loop import StepSettings
 from archerchat.training.model_recipe import ModelRecipe
+from archerchat.training.recipe import StepSettings
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
 SAMPLE_TOKENS = 24

@@ -41,10 +41,11 @@ from archerchat.training.finetune_setup import (
     warm_start,
 )
 from archerchat.training.finetune_summary import announce, tell_conversations
-from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
+from archerchat.training.loop import Loop, Outcome
 from archerchat.training.metrics import TelemetryConfig, open_run
 from archerchat.training.mixtures import MixtureConfig, build_mixtures
 from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import Cadence, LoopState
 from archerchat.training.resume import changed_circumstances, find_start
 from archerchat.training.stopping import explained_memory
 from archerchat.training.summary import SUMMARY, conclude, recall, summarize

@@ -13,8 +13,8 @@ from archerchat.data.conversations import ConversationLoader
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.inference.sampling import iter_tokens
 from archerchat.tokenizer.chat_format import render_for_completion
-from archerchat.training.loop import LoopState, StepSettings
 from archerchat.training.model_recipe import ModelRecipe
+from archerchat.training.recipe import LoopState, StepSettings
 
 RATE_SCALE = 0.8
 """On the base model's rates."""

@@ -12,14 +12,12 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from archerchat.errors import ArcherChatError
 from archerchat.optim.optimizer import MuonGroup, Optimizer
@@ -27,73 +25,16 @@ from archerchat.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
 from archerchat.training.metrics import MetricsLog, Occasion
 from archerchat.training.progress import ProgressLine, StepReport
+from archerchat.training.recipe import Cadence, LoopState, Measure, Recipe, StepSettings
 from archerchat.training.stopping import StopRequest, explained_memory
+from archerchat.training.throughput import Throughput
 
-WARMUP_STEPS = 5
-"""Steps after a start that are left out of speed figures: they compile and fill caches."""
 SMOOTHING = 0.9
 GC_EVERY = 5000
 BEST_BY = {"val/bpb": 1, "val/pass_at_1": -1}
 """Metrics by which a checkpoint is the best, and what makes less of them better."""
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """What the schedule gives one step."""
-
-    lr_multiplier: float
-    muon_momentum: float
-    muon_weight_decay: float
-
-
-@dataclass(frozen=True)
-class Cadence:
-    """When the loop does more than train; None is never, the end excepted."""
-
-    num_iterations: int | Callable[[int], int]
-    """Steps in all; where the data decides, an estimate of them by the steps done, which is their
-    number itself once the data is used up."""
-    grad_accum_steps: int
-    tokens_per_step: int | Callable[[], int]
-    """Over all ranks; where steps differ, those of the step that is done."""
-    flops_per_step: int | Callable[[], int]
-    eval_every: int | None = None
-    sample_every: int | None = None
-    save_every: int | None = None
-    core_every: int | None = None
-
-    def steps_in_all(self, step: int) -> int:
-        """Return how many steps the run has, as far as is known after `step` of them."""
-        given = self.num_iterations
-        return given(step) if callable(given) else given
-
-    def amounts(self) -> tuple[int, int]:
-        """Return the tokens and the operations of the step that is done."""
-        tokens, flops = self.tokens_per_step, self.flops_per_step
-        return tokens() if callable(tokens) else tokens, flops() if callable(flops) else flops
-
-
-@dataclass
-class LoopState:
-    """What a checkpoint holds of the loop itself."""
-
-    step: int = 0
-    """Updates done."""
-    smooth_loss: float = 0.0
-    """Exponential average of the training loss, not yet corrected for its start at 0."""
-    first_val: float = math.nan
-    """Bits per byte when it was first measured."""
-    last_val: float = math.nan
-    best_val: float = math.inf
-    best_saved: float = math.inf
-    """What the best checkpoint scored right after it was saved, as `BEST_BY` turns it."""
-    tokens: int = 0
-    """Trained on, over all ranks."""
-    flops: int = 0
-    training_seconds: float = 0.0
-    """Time in training steps, evaluations and saving excluded."""
 
 
 @dataclass(frozen=True)
@@ -108,36 +49,6 @@ class Outcome:
     """That rate's share of the peak."""
     data_wait_share: float
     """Share of the training time spent waiting for a batch."""
-
-
-Measure = Callable[[int], Mapping[str, float]]
-"""Returns a step's metrics by name."""
-
-
-class Recipe(Protocol):
-    """What the loop asks of pretraining, fine-tuning and reinforcement learning."""
-
-    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets (B, T) on the device."""
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the micro-batch's mean loss."""
-
-    def settings(self, step: int) -> StepSettings: ...
-
-    def step_metrics(self) -> Mapping[str, float]:
-        """Return what else to log of the step that is done, by name."""
-
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return metrics by name; `val/bpb` is the one whose best value is kept."""
-
-    def sample(self, step: int) -> Mapping[str, str]:
-        """Return texts by the name of their prompt."""
-
-    def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None: ...
-
-    def checkpoint_path(self, step: int) -> Path | None:
-        """Return where the checkpoint of `step` is, if there is one."""
 
 
 class Loop:
@@ -167,7 +78,7 @@ class Loop:
     ) -> None:
         self.core = core
         self.recipe, self.optimizer, self.runtime = recipe, optimizer, runtime
-        self.cadence, self.state, self.peak = cadence, state, peak
+        self.cadence, self.state = cadence, state
         self.metrics, self.progress = metrics, progress
         self.scaler = torch.amp.GradScaler(
             runtime.device.type, enabled=runtime.compute_dtype == torch.float16
@@ -179,9 +90,7 @@ class Loop:
         # One rate shows the schedule; the others are multiples of it, and in the config.
         muon = [group.rate for group in optimizer.groups if isinstance(group, MuonGroup)]
         self._rates = {"train/matrix_lr": muon[0]} if muon else {}
-        self._step_seconds: list[float] = []
-        self._wait_seconds = 0.0
-        self._tokens = self._flops = 0
+        self._throughput = Throughput(peak.flops_per_second * runtime.world_size)
 
     def run(self) -> Outcome:
         """Train until the last step is done or a signal asks to stop."""
@@ -205,7 +114,7 @@ class Loop:
                     self._save()
                     self.metrics.finish("interrupted")
                 if stop.asked or finished:
-                    return self._outcome(finished and not stop.asked)
+                    return Outcome(finished and not stop.asked, *self._throughput.figures())
                 self._train_step(step)
                 if step == first_step:
                     gc.collect()
@@ -213,12 +122,29 @@ class Loop:
 
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
-        settings, accum = self.recipe.settings(step), self.cadence.grad_accum_steps
+        settings = self.recipe.settings(step)
+        mean, last = self._update(settings)
+        seconds = time.perf_counter() - started
+        self._require_finite(step, mean)
+        state, (tokens, flops) = self.state, self.cadence.amounts()
+        state.step += 1
+        state.tokens += tokens
+        state.flops += flops
+        state.training_seconds += seconds
+        state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * mean
+        self._throughput.add(seconds, tokens, flops)
+        self._report(step, mean, last, settings, seconds)
+        if (step + 1) % GC_EVERY == 0:
+            gc.collect()
+
+    def _update(self, settings: StepSettings) -> tuple[float, float]:
+        """Step the optimizer; return the mean loss, and that of the last micro-batch."""
+        accum = self.cadence.grad_accum_steps
         total = torch.zeros((), device=self.runtime.device)
         for _ in range(accum):
             asked = time.perf_counter()
             inputs, targets = self.recipe.next_micro_batch()
-            self._wait_seconds += time.perf_counter() - asked
+            self._throughput.wait_seconds += time.perf_counter() - asked
             loss = self.recipe.loss(inputs, targets)
             self.scaler.scale(loss / accum).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -232,37 +158,27 @@ class Loop:
         )
         self.scaler.update()
         self.optimizer.zero_grad()
-        mean, last = (total / accum).item(), loss.item()  # waits for the device
-        seconds = time.perf_counter() - started
+        return (total / accum).item(), loss.item()  # waits for the device
+
+    def _require_finite(self, step: int, loss: float) -> None:
+        """Stop before a step that diverged gets into a checkpoint."""
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             raise ArcherChatError(
                 f"float16 gradients overflow at step {step} however far they are scaled down: use "
                 "--dtype float32 or bfloat16; the last checkpoint is intact"
             )
-        if not math.isfinite(mean):
+        if not math.isfinite(loss):
             raise ArcherChatError(
-                f"the loss of step {step} is {mean}: lower the learning rates (--matrix-lr, "
+                f"the loss of step {step} is {loss}: lower the learning rates (--matrix-lr, "
                 f"--embedding-lr), or use --dtype float32; the last checkpoint is intact"
             )
-        self.state.step += 1
-        tokens, flops = self.cadence.amounts()
-        self.state.tokens += tokens
-        self.state.flops += flops
-        self._tokens += tokens
-        self._flops += flops
-        self.state.training_seconds += seconds
-        self.state.smooth_loss = SMOOTHING * self.state.smooth_loss + (1 - SMOOTHING) * mean
-        self._step_seconds.append(seconds)
-        self._report(step, mean, last, settings, seconds)
-        if (step + 1) % GC_EVERY == 0:
-            gc.collect()
 
     def _report(
         self, step: int, loss: float, last: float, settings: StepSettings, seconds: float
     ) -> None:
         tokens, flops = self.cadence.amounts()
         rate = tokens / seconds
-        mfu = self._mfu(flops, seconds)
+        mfu = self._throughput.mfu(flops, seconds)
         smooth = self._smooth()
         self.metrics.log(
             {
@@ -285,8 +201,6 @@ class Loop:
             step,
         )
         steps = self.cadence.steps_in_all(self.state.step)
-        steady, steps_left = self._steady(), steps - self.state.step
-        known = bool(steady) or steps_left == 0
         self.progress.step(
             StepReport(
                 step=self.state.step,
@@ -295,7 +209,7 @@ class Loop:
                 lr_multiplier=settings.lr_multiplier,
                 tokens_per_second=rate,
                 mfu=mfu,
-                seconds_left=steps_left * _median(steady or [seconds]) if known else None,
+                seconds_left=self._throughput.seconds_left(steps - self.state.step),
             )
         )
 
@@ -360,24 +274,6 @@ class Loop:
         """Return the average loss, corrected for its start at 0."""
         return self.state.smooth_loss / (1 - SMOOTHING**self.state.step)
 
-    def _steady(self) -> list[float]:
-        """Return the times of steps after the warm-up, the last 100 of them."""
-        return self._step_seconds[WARMUP_STEPS:][-100:]
-
-    def _mfu(self, flops: float, seconds: float) -> float:
-        return flops / seconds / (self.peak.flops_per_second * self.runtime.world_size)
-
-    def _outcome(self, finished: bool) -> Outcome:
-        seconds = self._step_seconds[WARMUP_STEPS:] or self._step_seconds
-        typical = _median(seconds) if seconds else math.nan
-        spent, steps = sum(self._step_seconds), max(1, len(self._step_seconds))
-        return Outcome(
-            finished,
-            self._tokens / steps / typical,
-            self._mfu(self._flops / steps, typical),
-            self._wait_seconds / spent if spent else 0.0,
-        )
-
     @contextmanager
     def _without_gc(self) -> Iterator[None]:
         """Collect garbage only when the loop says so: a collection in a step is a stall."""
@@ -391,7 +287,3 @@ class Loop:
 
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -25,8 +25,8 @@ from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.loop import LoopState
 from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import LoopState
 from archerchat.training.resume import Loader, restore_loader, restore_rng, rng_tensors
 
 

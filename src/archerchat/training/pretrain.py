@@ -36,9 +36,10 @@ from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_proce
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.core_metric import CoreMetric
-from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
+from archerchat.training.loop import Loop, Outcome
 from archerchat.training.metrics import TelemetryConfig, open_run
 from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import Cadence, LoopState
 from archerchat.training.resume import find_start
 from archerchat.training.stopping import explained_memory
 from archerchat.training.summary import (

@@ -24,9 +24,10 @@ from archerchat.checkpoint import Checkpoint
 from archerchat.inference.loading import load_model
 from archerchat.peak_flops import peak_flops
 from archerchat.runtime import build_runtime, dtype_name, prepare_process, require_one_rank
-from archerchat.training.loop import Cadence, Loop, LoopState, Outcome
+from archerchat.training.loop import Loop, Outcome
 from archerchat.training.metrics import open_run
 from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import Cadence, LoopState
 from archerchat.training.reinforce_recipe import ReinforceRecipe
 from archerchat.training.reinforce_setup import (
     STAGE,

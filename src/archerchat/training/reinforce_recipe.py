@@ -13,9 +13,9 @@ from archerchat.evals.chat.generative import Sampling, answer_problems, render_q
 from archerchat.inference.answers import read_parts
 from archerchat.model.flops import flops_per_token
 from archerchat.tasks.base import Task
-from archerchat.training.loop import StepSettings
 from archerchat.training.model_recipe import ModelRecipe
 from archerchat.training.policy_loss import policy_loss
+from archerchat.training.recipe import StepSettings
 from archerchat.training.rollouts import RolloutBatch, RolloutLoader
 
 RATE_SCALE = 0.05

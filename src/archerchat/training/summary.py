@@ -17,7 +17,8 @@ from archerchat.optim.schedule import Schedule
 from archerchat.peak_flops import PeakFlops
 from archerchat.runtime import Runtime, dtype_name
 from archerchat.training.base_recipe import BaseRecipe
-from archerchat.training.loop import LoopState, Outcome
+from archerchat.training.loop import Outcome
+from archerchat.training.recipe import LoopState
 from archerchat.training.resume import changed_circumstances, describe_extension, set_aside_later
 
 SUMMARY = "summary.json"

@@ -25,10 +25,11 @@ from archerchat.runtime import build_runtime
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks
 from archerchat.training.base_recipe import BaseRecipe
-from archerchat.training.loop import Cadence, Loop, LoopState
+from archerchat.training.loop import Loop
 from archerchat.training.metrics import MetricsLog
 from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
 from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import Cadence, LoopState
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from archerchat.errors import ArcherChatError
 from archerchat.optim.optimizer import AdamGroup, Optimizer
 from archerchat.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.loop import Cadence, Loop, LoopState, Outcome, StepSettings
+from archerchat.training.loop import Loop, Outcome
 from archerchat.training.metrics import MetricsLog, Occasion, open_run
 from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import Cadence, LoopState, StepSettings
 
 CADENCE = Cadence(num_iterations=4, grad_accum_steps=2, tokens_per_step=16, flops_per_step=1000)
 

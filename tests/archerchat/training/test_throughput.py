@@ -1,0 +1,35 @@
+"""Speed figures: the median of the steps after the warm-up, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+
+from archerchat.training.throughput import RECENT_STEPS, WARMUP_STEPS, Throughput
+
+
+def timed(*seconds: float) -> Throughput:
+    """Steps of 100 tokens and 50 operations each, on a device that does 1000 a second."""
+    throughput = Throughput(1000)
+    for each in seconds:
+        throughput.add(each, 100, 50)
+    return throughput
+
+
+def test_the_rate_is_the_median_step_s_after_the_warm_up() -> None:
+    throughput = timed(*[9.0] * WARMUP_STEPS, 0.5, 7.0, 0.25)
+    throughput.wait_seconds = 5.275
+    assert throughput.figures() == (200.0, 0.1, 0.1)
+
+
+def test_a_call_without_a_steady_step_says_what_it_can() -> None:
+    assert timed(2.0, 0.5).figures() == (50.0, 0.025, 0.0)
+    tokens_per_second, mfu, waiting = timed().figures()
+    assert math.isnan(tokens_per_second)
+    assert math.isnan(mfu)
+    assert waiting == 0.0
+
+
+def test_the_time_left_is_told_from_recent_steady_steps() -> None:
+    assert timed(*[9.0] * WARMUP_STEPS).seconds_left(3) is None
+    assert timed(*[9.0] * WARMUP_STEPS).seconds_left(0) == 0.0
+    assert timed(*[9.0] * (WARMUP_STEPS + 200), *[0.5] * RECENT_STEPS).seconds_left(3) == 1.5
