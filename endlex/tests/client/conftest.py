@@ -20,8 +20,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from endlex.client.journal_writer import Journal
 from endlex.client.transport import Transport
-from endlex.protocol import check_manifest
+from endlex.protocol import METRICS, check_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,20 @@ def _no_shipper_left(tmp_path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if os.fsencode(f"{tmp_path}{os.sep}") in (process / "cmdline").read_bytes():
                 os.kill(int(process.name), signal.SIGKILL)
+
+
+@pytest.fixture
+def write_steps() -> Callable[[Path, range], Path]:
+    """Write a session of these steps to a run's directory; return its journal."""
+
+    def write(directory: Path, steps: range) -> Path:
+        opened = Journal(directory, {"name": "run"})
+        for step in steps:
+            opened.append(METRICS, {"step": step})
+        opened.close()
+        return opened.path
+
+    return write
 
 
 class StubServer:

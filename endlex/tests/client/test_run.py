@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import endlex
-from endlex.client.journal import Journal, read_run, session_files
+from endlex.client.journal import read_run, session_files
+from endlex.client.journal_writer import Journal
 from endlex.protocol import MAX_BATCH_BYTES, MAX_NAME_CHARS, MAX_TEXT_CHARS, decode_number
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from endlex.client import session_sync
-from endlex.client.journal import Journal
+from endlex.client.journal_writer import Journal
 from endlex.client.session_sync import SessionSync, read_batch
 from endlex.client.transport import Retry, Transport
 from endlex.protocol import MAX_BATCH_BYTES, METRICS, EndlexError

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.journal import Journal, read_run, session_files
+from endlex.client.journal import read_run, session_files
+from endlex.client.journal_writer import Journal
 from endlex.client.shipping import (
     BACKGROUND,
     read_state,

@@ -1,25 +1,18 @@
 """The journal: append-only files of JSON lines, the only truth about a run.
 
 Each process that records opens its own file, one session, and holds its lock (`flock`) while it
-lives, so that others see when it is gone. A record is one line and one `os.write` to a file opened
-with O_APPEND: a process may be killed at any moment, what was written stays, and at most the last
-line is torn. What follows the last line end is not content: it is neither read nor shipped. A
-file appears under its name with its lock held and its first record written. There is no thread,
-no queue and no network here.
+lives, so that others see when it is gone. `journal_writer` writes a record, one line, at once: a
+process may be killed at any moment, what was written stays, and at most the last line is torn. What
+follows the last line end is not content: it is neither read nor shipped. All that is here reads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import sys
-import threading
-import time
-import weakref
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,176 +20,15 @@ from endlex.protocol import (
     FINISH,
     JOURNAL_DIR,
     MAX_BATCH_BYTES,
-    SESSION,
+    METRICS,
     SESSION_ID,
     STATUSES,
+    SYSTEM,
     EndlexError,
-    encode_number,
 )
 
 if sys.platform != "win32":
     import fcntl
-
-LARGEST_BACKLOG = 16 * 2**20
-"""Bytes of records held in memory while the disk refuses them."""
-
-ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=str)
-OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
-"""Those of this process, for a fork to let go of; empty until one is opened."""
-
-
-class Journal:
-    """Append records to a new file of a run's directory, as one session.
-
-    A full disk does not stop the trainer at once: what could not be written is kept in memory,
-    with one warning, and goes out before the next record. In a forked child the journal is shut:
-    it belongs to the parent.
-
-    Args:
-        directory: the run's; made if missing.
-        start: of the first record, without `type`, `session`, `seq` and `time`.
-
-    Raises:
-        OSError: the file cannot be made.
-    """
-
-    def __init__(self, directory: Path, start: Mapping[str, Any]) -> None:
-        folder = directory / JOURNAL_DIR
-        folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((_number(path) for path in session_files(directory)), default=0)
-        self.session = f"{number:06d}-{os.urandom(6).hex()}"
-        self.path = folder / f"{self.session}.jsonl"
-        self.inherited = False
-        self._heads: dict[str, str] = {}
-        self._seq = 0
-        self._lock = threading.Lock()
-        self._backlog = b""
-        self._warned = False
-        hidden = folder / f".{self.session}.new"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
-        self._descriptor = os.open(hidden, flags, 0o644)
-        _lock(self._descriptor)
-        self.append(SESSION, start)
-        hidden.rename(self.path)
-        _watch_forks()
-        OPENED.add(self)
-
-    @property
-    def count(self) -> int:
-        """How many records were appended."""
-        return self._seq
-
-    def append(self, kind: str, content: Mapping[str, Any]) -> None:
-        """Write one record; when this returns, killing the process does not lose it.
-
-        Args:
-            kind: the record's type (`protocol.TEXT` and so on).
-            content: the rest of it; what JSON cannot hold is stored as its `str`, and non-finite
-                floats as `protocol` says.
-
-        Raises:
-            EndlexError: the record is too large to be sent. Nothing is written.
-            OSError: the disk has refused more than `LARGEST_BACKLOG` bytes.
-        """
-        self.append_members(kind, f",{to_json(content)[1:-1]}" if content else "")
-
-    def append_members(self, kind: str, members: str) -> None:
-        """Do what `append` does for content that is already JSON: `,"key":value` for each."""
-        head = self._heads.get(kind)
-        if head is None:
-            head = self._heads[kind] = f'{{"type":"{kind}","session":"{self.session}","seq":'
-        with self._lock:
-            line = f'{head}{self._seq},"time":{time.time()!r}{members}}}\n'
-            content = line.encode(errors="replace")
-            if len(content) > MAX_BATCH_BYTES:
-                raise EndlexError(
-                    f"a {kind} record of {len(content):,} bytes is larger than {MAX_BATCH_BYTES:,}"
-                    ": log less at once"
-                )
-            if self.inherited:
-                return
-            self._seq += 1
-            self._write(self._backlog + content if self._backlog else content)
-
-    def _write(self, content: bytes) -> None:
-        try:
-            written = os.write(self._descriptor, content)
-        except OSError as error:
-            self._backlog = content
-            self._warn(error)
-            if len(content) > LARGEST_BACKLOG:
-                raise
-        else:
-            self._backlog = content[written:]
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            print(
-                f"endlex: cannot write {self.path} ({error.strerror}); keeping records in memory "
-                "and trying again with each new one: free some space",
-                file=sys.stderr,
-            )
-
-    def close(self) -> None:
-        """Put everything on the disk and close the file; a second call does nothing.
-
-        Raises:
-            OSError: records that the disk refused are lost.
-        """
-        with self._lock:
-            if self._descriptor < 0:
-                return
-            descriptor, self._descriptor = self._descriptor, -1
-            try:
-                while self._backlog:
-                    self._backlog = self._backlog[os.write(descriptor, self._backlog) :]
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def abandon(self) -> None:
-        """Let go of the file in a forked child: the parent keeps it, and its lock."""
-        self._lock = threading.Lock()  # a thread that no longer exists may have held the old one
-        self.inherited = True
-        self._backlog = b""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-
-@cache
-def _watch_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_abandon_all)
-
-
-def _abandon_all() -> None:
-    for journal in list(OPENED):
-        journal.abandon()
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a new file; some network file systems cannot, and `writer_is_alive` copes."""
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def to_json(content: Mapping[str, Any]) -> str:
-    """Return `content` as JSON on one line, whatever it holds."""
-    try:
-        return ENCODER.encode(content)
-    except ValueError:  # rare, so only then is every value looked at
-        return ENCODER.encode(_finite(content))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return encode_number(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def session_files(directory: Path) -> list[Path]:
@@ -206,10 +38,11 @@ def session_files(directory: Path) -> list[Path]:
         for path in (directory / JOURNAL_DIR).glob("*.jsonl")
         if SESSION_ID.fullmatch(path.stem)
     ]
-    return sorted(found, key=lambda path: (_number(path), path.stem))
+    return sorted(found, key=lambda path: (session_number(path), path.stem))
 
 
-def _number(path: Path) -> int:
+def session_number(path: Path) -> int:
+    """The number that a session's id begins with; 0 if it has none."""
     number = path.stem.partition("-")[0]
     return int(number) if number.isdecimal() else 0
 
@@ -290,6 +123,17 @@ def iter_last_records(path: Path, tail: int = 2**20) -> Iterator[dict[str, Any]]
         record = parse_record(line)
         if record is not None:
             yield record
+
+
+def last_step(directory: Path) -> int:
+    """The last step that a run's trainers logged metrics of, or -1."""
+    for path in reversed(session_files(directory)):
+        if session_kind(path) == SYSTEM:
+            continue  # whose steps are seconds
+        for record in iter_last_records(path):
+            if record["type"] == METRICS and isinstance(record.get("step"), int):
+                return int(record["step"])
+    return -1
 
 
 def end_status(path: Path) -> str | None:

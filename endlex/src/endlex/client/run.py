@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from endlex.client import exits
-from endlex.client.journal import Journal, iter_last_records, session_files, session_kind
+from endlex.client.journal import last_step
+from endlex.client.journal_writer import Journal
 from endlex.client.values import MetricKeys, checked_step, encode_members, plain
 from endlex.protocol import (
     CHECKPOINT,
@@ -20,7 +20,6 @@ from endlex.protocol import (
     MAX_TEXT_CHARS,
     METRICS,
     STATUSES,
-    SYSTEM,
     TABLE,
     TEXT,
     EndlexError,
@@ -103,7 +102,7 @@ class Run:
                 members.append(keys[name] + repr(value))
             else:
                 members += encode_members(keys, name, value)
-        step = self._next_step() if step is None else checked_step(step)
+        step = self._latest_step() + 1 if step is None else checked_step(step)
         journal.append_members(METRICS, f',"step":{step},"values":{{{",".join(members)}}}')
         self._last_step = step
         if time.monotonic() > self._next_watch:
@@ -148,13 +147,8 @@ class Run:
                     f"row {number} of table {name!r} has {len(row)} values for {len(columns)} "
                     "columns"
                 )
-        content = {
-            "step": self._this_step(step),
-            "name": name,
-            "columns": columns,
-            "rows": kept,
-        }
-        self._append(TABLE, content)
+        content = {"name": name, "columns": columns, "rows": kept}
+        self._append(TABLE, {"step": self._this_step(step), **content})
 
     def save(
         self,
@@ -191,39 +185,27 @@ class Run:
             EndlexError: there is nothing to save, a name is not one, or the run is finished.
             OSError: the files cannot be linked or copied.
         """
-        source = Path(path)
         if self._journal is None or self._journal.inherited:
             return name or ""
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
         from endlex.client.replacement import REPLACES
-        from endlex.client.staging import stage
+        from endlex.client.staging import announcement, stage
 
-        step = self._this_step(step)
         if replaces is not None:
             metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
         note = stage(
             self.directory,
-            source,
-            name=name or _checkpoint_name(source, step),
-            step=step,
+            Path(path),
+            name=name,
+            step=self._this_step(step),
             created=time.time(),
             aliases=aliases,
             metadata=plain(metadata or {}),
             link=link,
         )
-        files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
-        self._append(
-            CHECKPOINT,
-            {
-                "step": step,
-                "name": note["name"],
-                "files": files,
-                "aliases": note["aliases"],
-                "metadata": note["metadata"],
-            },
-        )
+        self._append(CHECKPOINT, announcement(note))
         return note["name"]
 
     def finish(self, status: Status = "finished") -> None:
@@ -271,27 +253,14 @@ class Run:
         except (OSError, ValueError) as error:
             print(f"endlex: the shipper does not start ({error})", file=sys.stderr)
 
-    def _next_step(self) -> int:
-        last = self._recorded_step() if self._last_step is None else self._last_step
-        return last + 1
-
     def _this_step(self, step: int | None) -> int:
-        if step is not None:
-            return checked_step(step)
-        last = self._recorded_step() if self._last_step is None else self._last_step
-        return max(last, 0)
+        return max(self._latest_step(), 0) if step is None else checked_step(step)
 
-    def _recorded_step(self) -> int:
-        """The last step of the sessions before this one, or -1."""
-        if self.directory is None:
-            return -1
-        for path in reversed(session_files(self.directory)):
-            if session_kind(path) == SYSTEM:
-                continue  # whose steps are seconds
-            for record in iter_last_records(path):
-                if record["type"] == METRICS and isinstance(record.get("step"), int):
-                    return int(record["step"])
-        return -1
+    def _latest_step(self) -> int:
+        """The step logged last, here or in a session before this one, or -1."""
+        if self._last_step is not None:
+            return self._last_step
+        return last_step(self.directory) if self.directory is not None else -1
 
     def _append(self, kind: str, content: Mapping[str, Any]) -> None:
         if self._finished:
@@ -312,10 +281,3 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.finish(exits.status_of(error))
-
-
-def _checkpoint_name(source: Path, step: int) -> str:
-    """A name from the path, with the step unless it ends with that already."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.")[:100] or "checkpoint"
-    digits = stem[len(stem.rstrip("0123456789")) :]
-    return stem if digits and int(digits) == step else f"{stem}-{step}"

@@ -15,10 +15,11 @@ import json
 import os
 import re
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
-from endlex.protocol import RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
+from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 SHIPPER_LOCK = "shipper.lock"
@@ -34,6 +35,37 @@ class RunFile(TypedDict):
     project: str
     name: str
     created: float
+
+
+def session_start(
+    owner: RunFile,
+    kind: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    group: str | None = None,
+    notes: str | None = None,
+    rank: int = 0,
+) -> dict[str, Any]:
+    """What the first record of a session says when this process writes it.
+
+    Raises:
+        EndlexError: a tag is not one.
+    """
+    return {
+        "protocol": PROTOCOL,
+        "run": owner["run"],
+        "project": owner["project"],
+        "name": owner["name"],
+        "config": dict(config or {}),
+        "tags": [check_name(tag, "tag") for tag in tags],
+        "group": group,
+        "notes": notes,
+        "host": os.uname().nodename if hasattr(os, "uname") else "",
+        "pid": os.getpid(),
+        "rank": rank,
+        "kind": kind,
+    }
 
 
 def new_run_id() -> str:

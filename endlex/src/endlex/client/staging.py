@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -88,7 +89,7 @@ def stage(
     directory: Path,
     source: Path,
     *,
-    name: str,
+    name: str | None,
     step: int,
     created: float,
     aliases: Sequence[str],
@@ -100,13 +101,14 @@ def stage(
     A name that the directory has used already gets `-2`, `-3` and so on; the note has the result.
 
     Args:
+        name: made from the path and the step if not given.
         link: whether the files are never rewritten in place, so that links to them are enough.
 
     Raises:
         EndlexError: there is nothing to save, or a name or alias is not one.
         OSError: the directory cannot be written, or a file not read.
     """
-    check_checkpoint_name(name)
+    name = check_checkpoint_name(name or _name_of(source, step))
     found = list(files_of(source))
     if not 0 < len(found) <= MAX_FILES:
         raise EndlexError(
@@ -132,6 +134,20 @@ def stage(
         shutil.rmtree(building, ignore_errors=True)
         raise
     return note
+
+
+def announcement(note: Staged) -> dict[str, Any]:
+    """What the journal says of a checkpoint that was staged."""
+    files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
+    kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
+    return {"step": note["step"], "name": note["name"], "files": files, **kept}
+
+
+def _name_of(source: Path, step: int) -> str:
+    """A name from the path, with the step unless it ends with that already."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.")[:100] or "checkpoint"
+    digits = stem[len(stem.rstrip("0123456789")) :]
+    return stem if digits and int(digits) == step else f"{stem}-{step}"
 
 
 def has_saved(directory: Path, name: str) -> bool:

@@ -21,11 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endlex.client.journal import Journal
-from endlex.client.run_directory import RunFile
+from endlex.client.journal_writer import Journal
+from endlex.client.run_directory import RunFile, session_start
 from endlex.client.shipping import say
 from endlex.client.stopping import Stop
-from endlex.protocol import FINISH, METRICS, PROTOCOL, SYSTEM
+from endlex.protocol import FINISH, METRICS, SYSTEM
 
 SAMPLE_SECONDS = 10.0
 FIRST_SECONDS = 1.0
@@ -160,22 +160,8 @@ class SystemRecorder:
     """A thread that writes samples to a session of kind "system" until it is stopped."""
 
     def __init__(self, directory: Path, owner: RunFile, *, seconds: float = SAMPLE_SECONDS) -> None:
-        start = {
-            "protocol": PROTOCOL,
-            "run": owner["run"],
-            "project": owner["project"],
-            "name": owner["name"],
-            "config": {},
-            "tags": [],
-            "group": None,
-            "notes": None,
-            "host": os.uname().nodename if hasattr(os, "uname") else "",
-            "pid": os.getpid(),
-            "rank": 0,
-            "kind": SYSTEM,
-        }
         self._directory, self._seconds = directory, seconds
-        self._journal = Journal(directory, start)
+        self._journal = Journal(directory, session_start(owner, SYSTEM))
         self.path = self._journal.path
         self._stop = Stop()
         self._thread = threading.Thread(target=self._run, name="system stats", daemon=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from endlex.client import exits
-from endlex.client.journal import Journal
+from endlex.client.journal_writer import Journal
 from endlex.client.run import Run
 from endlex.client.run_directory import (
     RunFile,
@@ -23,8 +23,9 @@ from endlex.client.run_directory import (
     new_run_id,
     read_run_file,
     server_url,
+    session_start,
 )
-from endlex.protocol import PROTOCOL, TRAINER, EndlexError, Status, check_name
+from endlex.protocol import TRAINER, EndlexError, Status, check_name
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -77,20 +78,9 @@ def init(
     if all_ranks and directory is None and run_id is None and _rank(os.environ.get("WORLD_SIZE")):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = _claim(project, name, run_id, None if directory is None else Path(directory))
-    start = {
-        "protocol": PROTOCOL,
-        "run": owner["run"],
-        "project": project,
-        "name": owner["name"],
-        "config": dict(config or {}),
-        "tags": [check_name(tag, "tag") for tag in tags],
-        "group": group,
-        "notes": notes,
-        "host": os.uname().nodename if hasattr(os, "uname") else "",
-        "pid": os.getpid(),
-        "rank": rank,
-        "kind": TRAINER,
-    }
+    start = session_start(
+        owner, TRAINER, config=config, tags=tags, group=group, notes=notes, rank=rank
+    )
     run = Run(place, Journal(place, start), project, owner["name"], config, id=owner["run"])
     exits.finish_at_exit(run)
     if mode == "online":

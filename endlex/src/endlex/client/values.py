@@ -1,4 +1,4 @@
-"""Metric values as the text of JSON members, quickly: what `Run.log` does on every step."""
+"""What a trainer gives, as JSON: metric values quickly, on every step, and whatever else it has."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from endlex.client.journal import to_json
 from endlex.protocol import EndlexError, check_name, encode_number
 
 LARGEST_EXACT = 2**53
 """Whole numbers up to here are kept exactly; larger ones as floats, as every reader has them."""
+
+ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"), default=str)
 
 
 class MetricKeys(dict[str, str]):
@@ -73,3 +74,19 @@ def plain(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return `content` as JSON keeps it: non-finite floats and other objects as strings."""
     kept: dict[str, Any] = json.loads(to_json(content))
     return kept
+
+
+def to_json(content: Mapping[str, Any]) -> str:
+    """Return `content` as JSON on one line, whatever it holds."""
+    try:
+        return ENCODER.encode(content)
+    except ValueError:  # rare, so only then is every value looked at
+        return ENCODER.encode(_finite(content))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return encode_number(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,169 @@
+"""The journal's one writer: a record is a line, and a line is one `os.write`.
+
+The file is opened with O_APPEND, and appears under its name with its lock held and its first record
+written. There is no thread, no queue and no network here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from endlex.client.journal import session_files, session_number
+from endlex.client.values import to_json
+from endlex.protocol import JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, EndlexError
+
+if sys.platform != "win32":
+    import fcntl
+
+LARGEST_BACKLOG = 16 * 2**20
+"""Bytes of records held in memory while the disk refuses them."""
+
+OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
+"""Those of this process, for a fork to let go of; empty until one is opened."""
+
+
+class Journal:
+    """Append records to a new file of a run's directory, as one session.
+
+    A full disk does not stop the trainer at once: what could not be written is kept in memory,
+    with one warning, and goes out before the next record. In a forked child the journal is shut:
+    it belongs to the parent.
+
+    Args:
+        directory: the run's; made if missing.
+        start: of the first record, without `type`, `session`, `seq` and `time`.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, directory: Path, start: Mapping[str, Any]) -> None:
+        folder = directory / JOURNAL_DIR
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((session_number(path) for path in session_files(directory)), default=0)
+        self.session = f"{number:06d}-{os.urandom(6).hex()}"
+        self.path = folder / f"{self.session}.jsonl"
+        self.inherited = False
+        self._heads: dict[str, str] = {}
+        self._seq = 0
+        self._lock = threading.Lock()
+        self._backlog = b""
+        self._warned = False
+        hidden = folder / f".{self.session}.new"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        self._descriptor = os.open(hidden, flags, 0o644)
+        _lock(self._descriptor)
+        self.append(SESSION, start)
+        hidden.rename(self.path)
+        _watch_forks()
+        OPENED.add(self)
+
+    @property
+    def count(self) -> int:
+        """How many records were appended."""
+        return self._seq
+
+    def append(self, kind: str, content: Mapping[str, Any]) -> None:
+        """Write one record; when this returns, killing the process does not lose it.
+
+        Args:
+            kind: the record's type (`protocol.TEXT` and so on).
+            content: the rest of it; what JSON cannot hold is stored as its `str`, and non-finite
+                floats as `protocol` says.
+
+        Raises:
+            EndlexError: the record is too large to be sent. Nothing is written.
+            OSError: the disk has refused more than `LARGEST_BACKLOG` bytes.
+        """
+        self.append_members(kind, f",{to_json(content)[1:-1]}" if content else "")
+
+    def append_members(self, kind: str, members: str) -> None:
+        """Do what `append` does for content that is already JSON: `,"key":value` for each."""
+        head = self._heads.get(kind)
+        if head is None:
+            head = self._heads[kind] = f'{{"type":"{kind}","session":"{self.session}","seq":'
+        with self._lock:
+            line = f'{head}{self._seq},"time":{time.time()!r}{members}}}\n'
+            content = line.encode(errors="replace")
+            if len(content) > MAX_BATCH_BYTES:
+                raise EndlexError(
+                    f"a {kind} record of {len(content):,} bytes is larger than {MAX_BATCH_BYTES:,}"
+                    ": log less at once"
+                )
+            if self.inherited:
+                return
+            self._seq += 1
+            self._write(self._backlog + content if self._backlog else content)
+
+    def _write(self, content: bytes) -> None:
+        try:
+            written = os.write(self._descriptor, content)
+        except OSError as error:
+            self._backlog = content
+            self._warn(error)
+            if len(content) > LARGEST_BACKLOG:
+                raise
+        else:
+            self._backlog = content[written:]
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            print(
+                f"endlex: cannot write {self.path} ({error.strerror}); keeping records in memory "
+                "and trying again with each new one: free some space",
+                file=sys.stderr,
+            )
+
+    def close(self) -> None:
+        """Put everything on the disk and close the file; a second call does nothing.
+
+        Raises:
+            OSError: records that the disk refused are lost.
+        """
+        with self._lock:
+            if self._descriptor < 0:
+                return
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                while self._backlog:
+                    self._backlog = self._backlog[os.write(descriptor, self._backlog) :]
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Let go of the file in a forked child: the parent keeps it, and its lock."""
+        self._lock = threading.Lock()  # a thread that no longer exists may have held the old one
+        self.inherited = True
+        self._backlog = b""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_abandon_all)
+
+
+def _abandon_all() -> None:
+    for journal in list(OPENED):
+        journal.abandon()
+
+
+def _lock(descriptor: int) -> None:
+    """Lock a new file; some network file systems cannot, and `writer_is_alive` copes."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
