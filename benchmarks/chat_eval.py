@@ -16,36 +16,30 @@ made up. Run it alone: a second busy process slows two threads many times over.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from engine import GrowingLayer
+from generation import add_model_options, build_model, plain_tokens, report
+from measuring import timed
+from models import load_golden_tokenizer
 from rich.console import Console
-from safetensors.torch import load_file
 
-from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.errors import DataError
 from archerchat.evals.chat.evaluate import ChatEvaluator, limited
 from archerchat.evals.chat.generative import Answer, Sampling, build_request, render_question
 from archerchat.inference.answers import spoken_text
-from archerchat.inference.requests import Request
-from archerchat.model.attention import choose_backend
-from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Before, Transformer, norm
-from archerchat.nanochat_import import to_archerchat_names
-from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
+from archerchat.model.transformer import Transformer
+from archerchat.runtime import build_runtime, dtype_name, prepare_process
 from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import text_of
 from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
-from archerchat.tokenizer.ranks import load_ranks
 
 
 @dataclass(frozen=True)
@@ -54,35 +48,6 @@ class PlainAnswer:
 
     token_ids: list[int]
     right: bool
-
-
-@torch.no_grad()
-def plain_tokens(model: Transformer, request: Request, max_length: int) -> list[int]:
-    """Answer greedily by a cached loop, one row, one token at a time, with the calculator."""
-    layers = [GrowingLayer(model, window) for window in model.config.windows]
-    hook = request.hook() if request.hook else None
-    answer: list[int] = []
-    forced: list[int] = []
-    given, start = list(request.prompt), 0
-    previous = torch.zeros(1, model.config.model_dim, dtype=model.compute_dtype)
-    previous = previous.to(model.device)
-    most = min(request.max_new_tokens, max_length - len(request.prompt))
-    while len(answer) < most:
-        ids = torch.tensor([given], device=model.device)
-        positions = torch.arange(start, start + len(given), device=model.device)
-        hidden = model.hidden(ids, before=Before(positions, previous, layers))
-        token = int(model.logits(hidden[:, -1]).argmax())
-        if forced:
-            token = forced.pop(0)
-        elif token not in request.stop_tokens and hook is not None:
-            forced += hook(token)
-        if token in request.stop_tokens:
-            break
-        answer.append(token)
-        start += len(given)
-        last = model.token_embedding(ids[:, -1]).to(model.compute_dtype)
-        previous, given = norm(last), [token]
-    return answer
 
 
 def answer_plainly(
@@ -94,7 +59,7 @@ def answer_plainly(
         conversation = task[problem]
         prompt, _ = render_question(tokenizer, conversation, length)
         request = build_request(tokenizer, prompt, sampling, problem)
-        ids = plain_tokens(model, request, length)
+        ids = plain_tokens(model, request)
         right = task.evaluate(conversation, spoken_text(tokenizer, ids))
         answers.append(PlainAnswer(ids, right))
     return answers
@@ -110,9 +75,7 @@ def build_task(data_dir: Path, split: str) -> Task:
 def build_tokenizer(options: argparse.Namespace) -> Tokenizer:
     """Load the trained model's tokenizer, or learn one from questions and answers for training."""
     if options.oracle:
-        return Tokenizer.from_ranks(
-            load_ranks(options.oracle / "tokenizer" / "mergeable_ranks.tiktoken")
-        )
+        return load_golden_tokenizer(options.oracle)
     texts = []
     for conversation in build_task(options.data_dir, "train"):
         question, answer = conversation["messages"]
@@ -125,27 +88,6 @@ def build_tokenizer(options: argparse.Namespace) -> Tokenizer:
     raise SystemExit(f"{len(texts)} problems are too little text for a tokenizer")
 
 
-def build_model(options: argparse.Namespace, runtime: Runtime, vocab_size: int) -> Transformer:
-    """Load the reference's trained model, or draw one whose next tokens differ clearly."""
-    backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
-    if options.oracle:
-        config = ModelConfig(256, 4096, 4, 2, 2, 128)
-        model = Transformer(config, runtime.compute_dtype, backend)
-        weights = to_archerchat_names(load_file(options.oracle / "train_final.safetensors"))
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    else:
-        dial = DialConfig(depth=options.depth, max_seq_len=options.max_seq_len, num_iterations=1)
-        config = build_hyperparameters(dial, vocab_size).model
-        model = Transformer(config, runtime.compute_dtype, backend)
-        model.init_weights(0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = 0.02 * torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise.to(parameter.dtype))
-    return model.to(runtime.device).eval().requires_grad_(False)
-
-
 def same(ours: Sequence[Answer], plain: Sequence[PlainAnswer]) -> float:
     """Return the share of answers whose tokens and verdicts are equal."""
     pairs = list(zip(ours, plain, strict=True))
@@ -153,7 +95,7 @@ def same(ours: Sequence[Answer], plain: Sequence[PlainAnswer]) -> float:
     return sum(equal) / len(equal)
 
 
-def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run both paths and return the figures."""
     runtime = build_runtime(options.device, options.dtype)
     prepare_process(runtime)
@@ -165,17 +107,12 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
     console.print("warming up")
     evaluator.evaluate(task, 4)
     answer_plainly(model, tokenizer, task[:1], sampling)
-    runtime.synchronize()
-    started = time.perf_counter()
     answers: list[Answer] = []
-    evaluator.evaluate(task, on_answer=answers.append)
-    runtime.synchronize()
-    ours = time.perf_counter() - started
+    ours, _ = timed(runtime.synchronize, lambda: evaluator.evaluate(task, on_answer=answers.append))
     console.print(f"evals.chat: {ours:.1f} s; now the plain path")
-    started = time.perf_counter()
-    plain = answer_plainly(model, tokenizer, task, sampling)
-    runtime.synchronize()
-    seconds = time.perf_counter() - started
+    seconds, plain = timed(
+        runtime.synchronize, lambda: answer_plainly(model, tokenizer, task, sampling)
+    )
     share, tokens = same(answers, plain), sum(len(a.completion.token_ids) for a in answers)
     return {
         "ratio": round(seconds / ours, 2),
@@ -201,30 +138,18 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_model_options(parser)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--oracle", type=Path, help="folder of the goldens: its trained model")
-    parser.add_argument("--depth", type=int, default=6, help="of a model with random weights")
-    parser.add_argument("--max-seq-len", type=int, default=512)
-    parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=128, help="most in an answer")
     parser.add_argument("--device-batch-size", type=int, default=64)
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32", "float16"), default="float32",
-        help="float32 by default, where answers must be equal",
-    )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     return parser.parse_args()
 
 
 def main() -> int:
     options = parse_options()
     console = Console(stderr=True)
-    figures = measure(options, console)
-    for name, value in figures.items():
-        console.print(f"{name:28} {value}")
-    print(json.dumps(figures))
-    return 1 if options.dtype == "float32" and not figures["same_answers"] else 0
+    return report(measure(options, console), options, console)
 
 
 if __name__ == "__main__":

@@ -17,92 +17,24 @@ answers differ in float32. Run it alone: a second busy process slows two threads
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from generation import add_model_options, build_model, plain_tokens, report
+from measuring import timed
 from rich.console import Console
-from safetensors.torch import load_file
-from torch import Tensor
 
-from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.inference.engine import Engine
 from archerchat.inference.requests import Request
 from archerchat.inference.sampling import iter_tokens
-from archerchat.model.attention import attend, choose_backend
 from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Before, Transformer, norm
-from archerchat.nanochat_import import to_archerchat_names
-from archerchat.runtime import Runtime, build_runtime, prepare_process
+from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 
 T = TypeVar("T")
-
-
-class GrowingLayer:
-    """The simplest cache of a layer: a tensor that grows by what it is given."""
-
-    def __init__(self, model: Transformer, window: int) -> None:
-        self.window, self.backend = window, model.backend
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.keys is not None and self.values is not None:
-            k, v = torch.cat([self.keys, k], dim=1), torch.cat([self.values, v], dim=1)
-        self.keys, self.values = k[:, -self.window :], v[:, -self.window :]
-        return attend(q, k, v, self.window, self.backend)
-
-
-@torch.no_grad()
-def plain_answer(model: Transformer, request: Request) -> list[int]:
-    """Answer greedily by a cached loop, one row, one token at a time."""
-    layers = [GrowingLayer(model, window) for window in model.config.windows]
-    answer: list[int] = []
-    given, start = list(request.prompt), 0
-    previous = torch.zeros(1, model.config.model_dim, dtype=model.compute_dtype)
-    previous = previous.to(model.device)
-    while len(answer) < request.max_new_tokens:
-        ids = torch.tensor([given], device=model.device)
-        positions = torch.arange(start, start + len(given), device=model.device)
-        hidden = model.hidden(ids, before=Before(positions, previous, layers))
-        token = int(model.logits(hidden[:, -1]).argmax())
-        answer.append(token)
-        start += len(given)
-        last = model.token_embedding(ids[:, -1]).to(model.compute_dtype)
-        previous, given = norm(last), [token]
-    return answer
-
-
-def build_model(options: argparse.Namespace, runtime: Runtime) -> Transformer:
-    """Load the reference's trained model, or draw one whose next tokens differ clearly."""
-    backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
-    if options.oracle:
-        config = ModelConfig(256, 4096, 4, 2, 2, 128)
-        model = Transformer(config, runtime.compute_dtype, backend)
-        weights = to_archerchat_names(load_file(options.oracle / "train_final.safetensors"))
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    else:
-        dial = DialConfig(
-            depth=options.depth,
-            head_dim=options.head_dim,
-            max_seq_len=options.max_seq_len,
-            num_iterations=1,
-        )
-        config = build_hyperparameters(dial, options.vocab_size).model
-        model = Transformer(config, runtime.compute_dtype, backend)
-        model.init_weights(0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                noise = 0.02 * torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise.to(parameter.dtype))
-    return model.to(runtime.device).eval().requires_grad_(False)
 
 
 def build_requests(options: argparse.Namespace, config: ModelConfig) -> list[Request]:
@@ -116,29 +48,22 @@ def build_requests(options: argparse.Namespace, config: ModelConfig) -> list[Req
     return requests
 
 
-def timed(runtime: Runtime, work: Callable[[], T]) -> tuple[float, T]:
-    """Return how many seconds `work` took, and what it returned."""
-    runtime.synchronize()
-    start = time.perf_counter()
-    result = work()
-    runtime.synchronize()
-    return time.perf_counter() - start, result
-
-
 def compare(
     runtime: Runtime, plain: Callable[[], T], ours: Callable[[], T], rounds: int
 ) -> tuple[float, float, T, T]:
     """Time both in turn; return each one's median seconds and what they returned last."""
-    pairs = [(timed(runtime, plain), timed(runtime, ours)) for _ in range(rounds)]
+    pairs = [
+        (timed(runtime.synchronize, plain), timed(runtime.synchronize, ours)) for _ in range(rounds)
+    ]
     seconds = [statistics.median(pair[i][0] for pair in pairs) for i in range(2)]
     return seconds[0], seconds[1], pairs[-1][0][1], pairs[-1][1][1]
 
 
-def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
+def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Run everything and return the figures."""
     runtime = build_runtime(options.device, options.dtype)
     prepare_process(runtime)
-    model = build_model(options, runtime)
+    model = build_model(options, runtime, options.vocab_size, options.head_dim)
     requests = build_requests(options, model.config)
     engine = Engine(model, max_batch=options.requests, compile=options.compile)
 
@@ -146,7 +71,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
         return [samples[0].token_ids for samples in engine.generate(of)]
 
     def plain(of: Sequence[Request]) -> list[list[int]]:
-        return [plain_answer(model, request) for request in of]
+        return [plain_tokens(model, request) for request in of]
 
     single = [Request(requests[0].prompt, options.tokens, temperature=0)]
     console.print("warming up (compiles, where it does)")
@@ -161,7 +86,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
     )
     request = single[0]
     uncached, _ = timed(
-        runtime, lambda: list(iter_tokens(model, request.prompt, request.max_new_tokens, 0.0))
+        runtime.synchronize,
+        lambda: list(iter_tokens(model, request.prompt, request.max_new_tokens, 0.0)),
     )
     pairs = list(zip([*said_plain, *all_plain], [*said_ours, *all_ours], strict=True))
     tokens = sum(map(len, all_ours))
@@ -179,7 +105,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
         "tokens": tokens,
         "layers": model.config.num_layers,
         "model_dim": model.config.model_dim,
-        "dtype": str(runtime.compute_dtype).removeprefix("torch."),
+        "dtype": dtype_name(runtime.compute_dtype),
         "device": runtime.device_name,
         "threads": torch.get_num_threads(),
     }
@@ -187,20 +113,12 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, object]:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--oracle", type=Path, help="folder of the goldens: its trained model")
-    parser.add_argument("--depth", type=int, default=6, help="of a model with random weights")
+    add_model_options(parser)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--max-seq-len", type=int, default=512)
-    parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="most in an answer")
     parser.add_argument("--rounds", type=int, default=5, help="of the single stream")
     parser.add_argument("--batch-rounds", type=int, default=2)
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float32", "float16"), default="float32",
-        help="float32 by default, where answers must be equal",
-    )  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     return parser.parse_args()
 
@@ -208,11 +126,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     options = parse_options()
     console = Console(stderr=True)
-    figures = measure(options, console)
-    for name, value in figures.items():
-        console.print(f"{name:32} {value}")
-    print(json.dumps(figures))
-    return 1 if options.dtype == "float32" and not figures["same_answers"] else 0
+    return report(measure(options, console), options, console)
 
 
 if __name__ == "__main__":
