@@ -15,11 +15,12 @@ import pytest
 
 import endlex
 from endlex.client import manifests, parts, staging
+from endlex.client.backoff import Backoff
 from endlex.client.checkpoint_shipper import CheckpointShipper, send_staged
 from endlex.client.journal import read_run
 from endlex.client.manifests import CheckpointFailed, FileChanged, manifest_path
 from endlex.client.staging import read_note, staged_names
-from endlex.client.transport import Backoff, Refused, Retry, Transport
+from endlex.client.transport import Refused, Retry, Transport
 
 PART = 64 * 1024
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from endlex.client.transport import Backoff, Gap, Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import Gap, Refused, Retry, Transport, Unreachable, quoted
 from endlex.protocol import EndlexError
 
 TOKEN = "endlex_secret-0123"
@@ -138,12 +138,3 @@ def test_a_redirect_is_named_and_not_followed(stub: Any, transport: Transport) -
     with pytest.raises(Refused, match="set ENDLEX_URL to that"):
         transport.request("GET", PATH)
     assert len(stub.requests) == 1
-
-
-def test_waits_double_up_to_a_bound_and_heed_the_server() -> None:
-    backoff = Backoff()
-    waits = [backoff.wait() for _ in range(12)]
-    assert all(0.5 * min(0.2 * 2**i, 30) <= w <= min(0.2 * 2**i, 30) for i, w in enumerate(waits))
-    assert backoff.wait(Retry("busy", 77.0)) == 77.0
-    backoff.reset()
-    assert backoff.wait() <= 0.2

@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from endlex.client.backoff import Backoff
 from endlex.client.manifests import CheckpointFailed, staged_manifest
 from endlex.client.parts import PartSource, Upload
 from endlex.client.replacement import drop_replaced, remove_replaced
 from endlex.client.shipping import say
 from endlex.client.staging import read_note, staged_names, unstage
 from endlex.client.stopping import Stop
-from endlex.client.transport import Backoff, Refused, Retry, Transport
+from endlex.client.transport import Refused, Retry, Transport
 from endlex.protocol import STAGED_DIR, EndlexError, Manifest
 
 POLL_SECONDS = 0.5

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from endlex.client.backoff import Backoff
 from endlex.client.manifests import (
     CheckpointFailed,
     changed_error,
@@ -21,7 +22,7 @@ from endlex.client.manifests import (
     require_unchanged,
 )
 from endlex.client.staging import Staged
-from endlex.client.transport import Backoff, Gap, Refused, Retry, Transport, quoted
+from endlex.client.transport import Gap, Refused, Retry, Transport, quoted
 from endlex.protocol import MAX_PARTS_ASKED, Manifest
 
 CONNECTIONS = 2

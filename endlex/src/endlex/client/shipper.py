@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from endlex.client.backoff import Backoff
 from endlex.client.checkpoint_shipper import CheckpointShipper
 from endlex.client.journal_shipper import JournalShipper
 from endlex.client.run_directory import read_run_file, server_token, server_url
@@ -33,7 +34,7 @@ from endlex.client.shipping import (
 )
 from endlex.client.stopping import Stop
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
-from endlex.client.transport import Backoff, Retry, Transport
+from endlex.client.transport import Retry, Transport
 from endlex.protocol import EndlexError
 
 POLL_SECONDS = 0.5

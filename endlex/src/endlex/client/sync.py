@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from endlex.client.backoff import Backoff
 from endlex.client.checkpoint_shipper import send_staged
 from endlex.client.journal import content_length, session_files, writer_is_alive
 from endlex.client.journal_shipper import JournalShipper, Session
@@ -26,7 +27,7 @@ from endlex.client.shipping import (
     write_state,
 )
 from endlex.client.staging import give_up, staged_names
-from endlex.client.transport import Backoff, Retry, Transport
+from endlex.client.transport import Retry, Transport
 from endlex.protocol import EndlexError
 
 SyncProgress = Callable[[str, int, int], None]
