@@ -34,6 +34,7 @@ def main() -> int:
     options = parse_options()
     sys.path.insert(0, str(FAULTS))
     faults = importlib.import_module("fault_scenarios")
+    uploads = importlib.import_module("fault_uploads")
     seed, say = options.seed, options.report
     scenarios: dict[str, Callable[[Path], Any]] = {
         "kill -9": lambda folder: faults.run_kills(folder, options.kills, seed, say),
@@ -63,7 +64,7 @@ def main() -> int:
         )
     size = int(options.checkpoint_gb * GB)
     upload, seconds = timed(
-        options.folder, lambda folder: faults.run_checkpoint_cuts(folder, size, options.cuts, seed)
+        options.folder, lambda folder: uploads.run_checkpoint_cuts(folder, size, options.cuts, seed)
     )
     print(f"upload of {size:,} bytes, {upload.cuts} cuts: {seconds:.1f} s")
     print(json.dumps({**asdict(upload), "parts_resent": upload.parts_resent}, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -110,3 +111,28 @@ def logged_steps_in_journal(directory: Path, last_logged: int) -> int:
             if record["type"] == METRICS:
                 steps.add(record["step"])
     return sum(step not in steps for step in range(last_logged + 1))
+
+
+def download_digest(url: str, run: str, name: str) -> str:
+    """The SHA-256 of a checkpoint's `model.bin` as the server hands it out, or its refusal."""
+    digest = hashlib.sha256()
+    address = f"{url}/api/v1/runs/{run}/checkpoints/{name}/files/model.bin"
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            while block := answer.read(2**20):
+                digest.update(block)
+    except urllib.error.HTTPError as error:
+        return f"status {error.code}"
+    return digest.hexdigest()
+
+
+def write_random_file(path: Path, size: int) -> str:
+    """Write `size` random bytes; return their SHA-256."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        while size:
+            block = os.urandom(min(size, 2**22))
+            digest.update(block)
+            file.write(block)
+            size -= len(block)
+    return digest.hexdigest()

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from endlex.client.journal import session_files, writer_is_alive
+from endlex.client.run_directory import read_run_file
 from endlex.client.shipping import shipper_process
 
 TRAINER = Path(__file__).with_name("faulty_trainer.py")
 START_SECONDS = 60.0
+RECOVERY_SECONDS = 180.0
+"""The longest wait of a shipper between two tries is 30 s."""
 
 
 _started: list[ServerProcess | TrainerProcess] = []
@@ -52,14 +55,27 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """`endlex serve` on a port of its own, killed and started at will."""
+    """`endlex serve` on a port of its own, killed and started at will.
 
-    def __init__(self, data: Path, *options: str) -> None:
+    As a context manager it is started first and ended last.
+
+    Args:
+        log: where it says what it does; beside its data if not given.
+    """
+
+    def __init__(self, data: Path, *options: str, log: Path | None = None) -> None:
         self.data, self.port, self._options = data, free_port(), options
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
-        self.log = data.with_name(data.name + ".log")
+        self.log = log or data.with_name(data.name + ".log")
         _started.append(self)
+
+    def __enter__(self) -> ServerProcess:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def start(self, *, wait: bool = True) -> None:
         """Start it, and wait until it answers."""
@@ -121,6 +137,13 @@ class TrainerProcess:
                 stdout=log,
                 stderr=log,
             )
+
+    @property
+    def run_id(self) -> str:
+        """Of the run that it has begun."""
+        owner = read_run_file(self.directory)
+        assert owner is not None
+        return owner["run"]
 
     @property
     def steps_logged(self) -> int:

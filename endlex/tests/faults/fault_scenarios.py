@@ -6,31 +6,36 @@ the trainer starts. The tests run them short, `benchmarks/endlex_faults.py` long
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
-import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_checks import Difference, ask, compare, logged_steps_in_journal
-from fault_processes import ServerProcess, TrainerProcess, small_disk, wait_until
-from fault_proxy import FaultProxy, Seen, always_pass, part_cuts, random_faults
+from fault_checks import (
+    Difference,
+    ask,
+    compare,
+    download_digest,
+    logged_steps_in_journal,
+    write_random_file,
+)
+from fault_processes import (
+    RECOVERY_SECONDS,
+    ServerProcess,
+    TrainerProcess,
+    small_disk,
+    wait_until,
+)
+from fault_proxy import FaultProxy, Seen, always_pass, random_faults
+from fault_uploads import Upload
 
 from endlex.client.checkpoints import sync_directory, verify_directory
 from endlex.client.journal import session_files
-from endlex.client.run_directory import read_run_file
 from endlex.client.transport import Transport
-from endlex.protocol import PART_BYTES
 
 Report = Callable[[str], None]
-RECOVERY_SECONDS = 180.0
-"""The longest wait of a shipper between two tries is 30 s."""
 
 
 @dataclass
@@ -59,10 +64,8 @@ class Outcome:
 def run_kills(folder: Path, kills: int, seed: int = 0, report: Report = print) -> Outcome:
     """kill -9 of trainer, shipper and server, at random moments, each started again."""
     chance = random.Random(seed)
-    server = ServerProcess(folder / "data")
     outcome = Outcome(kills={"trainer": 0, "shipper": 0, "server": 0})
-    server.start()
-    with FaultProxy(server.port) as proxy:
+    with ServerProcess(folder / "data") as server, FaultProxy(server.port) as proxy:
         trainer = TrainerProcess(folder / "run", proxy.url, "--save-every", "300")
         trainer.start()
         trainer.wait_for_step(0)
@@ -84,7 +87,6 @@ def run_kills(folder: Path, kills: int, seed: int = 0, report: Report = print) -
             report(f"kill {sum(outcome.kills.values())} of {kills}: {victim}")
         wait_until("the server answers", server.answers)
         _finish(trainer, server, proxy, outcome)
-    server.stop()
     return outcome
 
 
@@ -114,32 +116,29 @@ def run_outages(folder: Path, outages: int, seed: int = 0, report: Report = prin
 
 def run_network_faults(folder: Path, seconds: float, share: float = 0.3, seed: int = 0) -> Outcome:
     """A share of all requests fails: dropped, 503, cut in the body, or the answer lost."""
-    server = ServerProcess(folder / "data")
-    server.start()
     outcome = Outcome()
-    with FaultProxy(server.port, random_faults(seed, share), seed) as proxy:
+    with (
+        ServerProcess(folder / "data") as server,
+        FaultProxy(server.port, random_faults(seed, share), seed) as proxy,
+    ):
         trainer = TrainerProcess(folder / "run", proxy.url, "--save-every", "1000")
         trainer.start()
         time.sleep(seconds)
         _finish(trainer, server, proxy, outcome)
-    server.stop()
     return outcome
 
 
 def run_clock_jumps(folder: Path, steps: int) -> Outcome:
     """A trainer whose clock jumps by up to an hour, in both directions, at every record."""
-    server = ServerProcess(folder / "data")
-    server.start()
     outcome = Outcome()
-    with FaultProxy(server.port) as proxy:
+    with ServerProcess(folder / "data") as server, FaultProxy(server.port) as proxy:
         trainer = TrainerProcess(folder / "run", proxy.url, "--jump-clock", "--pace", "0")
         trainer.start()
         trainer.wait_for_step(steps)
         _finish(trainer, server, proxy, outcome)
-        run = _run_id(trainer)
+        run = trainer.run_id
         by_time = ask(server.url, f"/runs/{run}/series", metric="train/metric_0", x="time")
         assert by_time["series"]["train/metric_0"]["count"] == outcome.difference.points // 10
-    server.stop()
     return outcome
 
 
@@ -147,34 +146,31 @@ def run_full_server(folder: Path, seed: int = 0) -> Outcome:
     """The server's disk fills up with a checkpoint, and has space again a while later."""
     outcome = Outcome()
     model = folder / "model.bin"
-    expected = _write_random_file(model, 40 * 2**20)
-    with small_disk(folder / "disk", 24) as resize:
-        server = ServerProcess(folder / "disk" / "data", "--min-free-gb", "0.002")
-        server.log = folder / "data.log"
-        server.start()
-        with FaultProxy(server.port, seed=seed) as proxy:
-            trainer = TrainerProcess(
-                folder / "run", proxy.url, "--save", str(model), "--name", "large"
-            )
-            trainer.start()
-            full = proxy.seen.server_statuses
-            wait_until("the server says that its disk is full", lambda: full[507] > 0)
-            trainer.wait_for_step(trainer.steps_logged + 200)
-            resize(200)
-            _finish(trainer, server, proxy, outcome)
-            digest = _download_digest(server.url, _run_id(trainer), "large")
-            assert digest == expected, digest
-        server.stop()
+    expected = write_random_file(model, 40 * 2**20)
+    data = folder / "disk" / "data"
+    with (
+        small_disk(folder / "disk", 24) as resize,
+        ServerProcess(data, "--min-free-gb", "0.002", log=folder / "data.log") as server,
+        FaultProxy(server.port, seed=seed) as proxy,
+    ):
+        trainer = TrainerProcess(folder / "run", proxy.url, "--save", str(model), "--name", "large")
+        trainer.start()
+        full = proxy.seen.server_statuses
+        wait_until("the server says that its disk is full", lambda: full[507] > 0)
+        trainer.wait_for_step(trainer.steps_logged + 200)
+        resize(200)
+        _finish(trainer, server, proxy, outcome)
+        digest = download_digest(server.url, trainer.run_id, "large")
+        assert digest == expected, digest
     return outcome
 
 
 def run_full_trainer(folder: Path) -> Outcome:
     """The trainer's disk fills up under its journal, and has space again a while later."""
-    server = ServerProcess(folder / "data")
-    server.start()
     outcome = Outcome()
     with (
         small_disk(folder / "disk", 1) as resize,
+        ServerProcess(folder / "data") as server,
         FaultProxy(server.port) as proxy,
     ):
         trainer = TrainerProcess(
@@ -188,16 +184,13 @@ def run_full_trainer(folder: Path) -> Outcome:
         resize(64)
         trainer.wait_for_step(trainer.steps_logged + 200)
         _finish(trainer, server, proxy, outcome)
-    server.stop()
     return outcome
 
 
 def run_truncations(folder: Path) -> Outcome:
     """The journal's last record cut after every byte of it, sent and compared each time."""
-    server = ServerProcess(folder / "data")
-    server.start()
     outcome = Outcome()
-    with FaultProxy(server.port) as proxy:
+    with ServerProcess(folder / "data") as server, FaultProxy(server.port) as proxy:
         trainer = TrainerProcess(folder / "run", None, "--steps", "20")
         trainer.start()
         trainer.wait_for_end()
@@ -212,7 +205,6 @@ def run_truncations(folder: Path) -> Outcome:
         transport.close()
         outcome.difference = compare(trainer.directory, server.url)
         outcome.seen = proxy.seen
-    server.stop()
     return outcome
 
 
@@ -234,137 +226,10 @@ def _finish(
     outcome.not_verified = [
         str(m) for m in verify_directory(trainer.directory, Transport(proxy.url))
     ]
-    outcome.checkpoints = len(ask(server.url, f"/runs/{_run_id(trainer)}/checkpoints"))
+    outcome.checkpoints = len(ask(server.url, f"/runs/{trainer.run_id}/checkpoints"))
     outcome.difference = compare(trainer.directory, server.url)
     outcome.lost_by_log = logged_steps_in_journal(trainer.directory, trainer.steps_logged)
     outcome.seen = proxy.seen
-
-
-def _run_id(trainer: TrainerProcess) -> str:
-    owner = read_run_file(trainer.directory)
-    assert owner is not None
-    return owner["run"]
-
-
-@dataclass
-class Upload:
-    """What an upload with cuts did."""
-
-    cuts: int
-    bytes: int
-    parts: int
-    bytes_resent: int
-    """Bytes that went on to the server beyond the file's own."""
-    second_upload_share: float
-    """Bytes that an identical second upload sent, of the file's."""
-    visible_too_early: int
-    """How often a file could be had before the checkpoint was published."""
-    hashes_equal: bool
-    server_errors: int
-
-    @property
-    def parts_resent(self) -> int:
-        """Parts' worth of bytes that were sent again, rounded up."""
-        return -(-self.bytes_resent // PART_BYTES)
-
-
-def run_checkpoint_cuts(folder: Path, size: int, cuts: int, seed: int = 0) -> Upload:
-    """Upload a checkpoint over a connection that is cut in mid-part, then the same again."""
-    model = folder / "model.bin"
-    expected = _write_random_file(model, size)
-    server = ServerProcess(folder / "data", "--min-free-gb", "0.001")
-    server.start()
-    parts = -(-size // PART_BYTES)
-    share = min(0.9, 2 * cuts / (parts + cuts))
-    with FaultProxy(server.port, part_cuts(seed, cuts, share), seed) as proxy:
-        trainer = TrainerProcess(
-            folder / "run", proxy.url, "--save", str(model), "--name", "first", "--steps", "2"
-        )
-        trainer.start()
-        trainer.wait_for_step(0)
-        watcher = _Watcher(server.url, _run_id(trainer), "first")
-        with watcher:
-            trainer.wait_for_end()
-            trainer.wait_for_shipper_s_end(RECOVERY_SECONDS + size / 2**21)
-        sent = sum(proxy.seen.part_bytes.values())
-        made = proxy.seen.faults["cut-body"]
-        again = TrainerProcess(
-            folder / "run", proxy.url, "--save", str(model), "--name", "second", "--steps", "4"
-        )
-        again.start()
-        again.wait_for_end()
-        again.wait_for_shipper_s_end(RECOVERY_SECONDS)
-        run = _run_id(trainer)
-        digests = {_download_digest(server.url, run, name) for name in ("first", "second")}
-        upload = Upload(
-            cuts=made,
-            bytes=size,
-            parts=parts,
-            bytes_resent=sent - size,
-            second_upload_share=(sum(proxy.seen.part_bytes.values()) - sent) / size,
-            visible_too_early=watcher.too_early,
-            hashes_equal=digests == {expected},
-            server_errors=proxy.seen.server_errors,
-        )
-    server.stop()
-    return upload
-
-
-class _Watcher:
-    """Ask all the time whether a file of a checkpoint can be had before all of it is there."""
-
-    def __init__(self, url: str, run: str, name: str) -> None:
-        self._url, self._run, self._name = url, run, name
-        self.too_early = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> _Watcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(10)
-
-    def _watch(self) -> None:
-        where = f"/runs/{self._run}/checkpoints/{self._name}"
-        while not self._stop.wait(0.05):
-            there = _first_byte_is_there(f"{self._url}/api/v1{where}/files/model.bin")
-            if there and ask(self._url, where)["state"] != "published":
-                self.too_early += 1
-
-
-def _first_byte_is_there(address: str) -> bool:
-    request = urllib.request.Request(address, headers={"Range": "bytes=0-0"})
-    try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return bool(answer.read())
-    except OSError:
-        return False
-
-
-def _download_digest(url: str, run: str, name: str) -> str:
-    digest = hashlib.sha256()
-    address = f"{url}/api/v1/runs/{run}/checkpoints/{name}/files/model.bin"
-    try:
-        with urllib.request.urlopen(address, timeout=60) as answer:
-            while block := answer.read(2**20):
-                digest.update(block)
-    except urllib.error.HTTPError as error:
-        return f"status {error.code}"
-    return digest.hexdigest()
-
-
-def _write_random_file(path: Path, size: int) -> str:
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-        while size:
-            block = os.urandom(min(size, 2**22))
-            digest.update(block)
-            file.write(block)
-            size -= len(block)
-    return digest.hexdigest()
 
 
 def as_figures(outcomes: list[Outcome], upload: Upload | None) -> dict[str, Any]:

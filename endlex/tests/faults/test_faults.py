@@ -12,6 +12,7 @@ import pytest
 from fault_checks import compare
 from fault_processes import ServerProcess, TrainerProcess
 from fault_proxy import FaultProxy
+from fault_uploads import run_checkpoint_cuts
 
 SEED = 1
 
@@ -100,7 +101,7 @@ def test_the_trainer_s_disk_is_full(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_an_upload_that_is_cut_resumes_and_is_never_seen_in_part(tmp_path: Path) -> None:
-    upload = faults.run_checkpoint_cuts(tmp_path, 6 * 2**24 + 12_345, 6, SEED)
+    upload = run_checkpoint_cuts(tmp_path, 6 * 2**24 + 12_345, 6, SEED)
     assert upload.cuts == 6
     assert upload.hashes_equal
     assert 0 <= upload.parts_resent <= upload.cuts
