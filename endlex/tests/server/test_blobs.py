@@ -66,7 +66,7 @@ def test_two_uploads_of_one_part_do_not_mix(run: Any, monkeypatch: pytest.Monkey
         await asyncio.wait_for(begun.wait(), 10)
         with pytest.raises(ApiError) as refused:  # the first is alive
             await receive(run, sha256, [content])
-        assert refused.value.status == 503
+        assert refused.value.status == 429
         monkeypatch.setattr(blobs, "QUIET_SECONDS", 0.0)
         while server.blobs.find_missing([sha256])[1] != {sha256: 2**20}:
             await asyncio.sleep(0.01)

@@ -86,14 +86,14 @@ class Blobs:
             length: of the body, where it was told.
 
         Raises:
-            ApiError: 400, 409, 413, 503 or 507, as the protocol says. What came stays.
+            ApiError: 400, 409, 413, 429 or 507, as the protocol says. What came stays.
         """
         if await self._workers.file(_touch, self.path(sha256)) is not None:
             return False
         running = self._uploads.get(sha256)
         if running is not None and not running.quiet:
             message = f"part {sha256} is being sent by another connection: ask again"
-            raise ApiError(503, message, {"Retry-After": "1"})
+            raise ApiError(429, message, {"Retry-After": "1"})
         mine = self._uploads[sha256] = _Upload()
         try:
             await self._append(sha256, offset, length, body, mine)
