@@ -23,7 +23,7 @@ from archerchat.commands.eval_core import evaluate_core
 from archerchat.commands.sample import SampleConfig, print_samples
 from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import data_directory, list_shards, split_shards
-from archerchat.errors import UsageError
+from archerchat.errors import UsageError, require_positive
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.evals.core.evaluate import CoreOptions
 from archerchat.evals.text_file import iter_text_batches
@@ -79,9 +79,7 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
         CheckpointError, TokenizerError: what is there is damaged.
     """
     asked = _names(config.eval, "--eval", EVALUATIONS)
-    for name in ("split_tokens", "device_batch_size"):
-        if (value := getattr(config, name)) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    require_positive(config, "split_tokens", "device_batch_size")
     default = "" if config.text else ",".join(SPLITS)
     splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []
     if config.text and not config.text.is_file():

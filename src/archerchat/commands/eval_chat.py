@@ -16,7 +16,7 @@ from rich.table import Table
 
 from archerchat.artifacts import Home, write_bytes, write_json
 from archerchat.data.task_files import task_files
-from archerchat.errors import UsageError
+from archerchat.errors import UsageError, require_positive, require_seed
 from archerchat.evals.chat.evaluate import ChatEvaluator, limited
 from archerchat.evals.chat.generative import Answer, Sampling
 from archerchat.evals.chat.results import TaskResult, chatcore
@@ -132,16 +132,12 @@ def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, 
 
 
 def _check(config: EvalChatConfig) -> None:
-    for name in ("num_samples", "max_new_tokens", "top_k", "device_batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    require_positive(config, "num_samples", "max_new_tokens", "top_k", "device_batch_size")
     if not (config.temperature == 0 or 0.001 <= config.temperature <= 100):
         raise UsageError(
             f"--temperature is {config.temperature}; it must be 0, or from 0.001 to 100"
         )
-    if not 0 <= config.seed < 2**63:
-        raise UsageError(f"--seed is {config.seed}; it must be from 0 to 2**63 - 1")
+    require_seed(config.seed)
 
 
 def _build_tasks(

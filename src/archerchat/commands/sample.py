@@ -10,7 +10,7 @@ from typing import Literal
 from rich.console import Console
 
 from archerchat.artifacts import Home
-from archerchat.errors import UsageError
+from archerchat.errors import UsageError, require_positive, require_seed
 from archerchat.inference.draws import row_seed
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
@@ -130,13 +130,9 @@ def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[int]]:
 
 
 def _check(config: SampleConfig) -> None:
-    for name in ("num_samples", "max_tokens", "top_k"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    require_positive(config, "num_samples", "max_tokens", "top_k")
     if config.temperature != 0 and not 0.001 <= config.temperature <= 10:
         raise UsageError(
             f"--temperature is {config.temperature}; it must be 0, or from 0.001 to 10"
         )
-    if not 0 <= config.seed < 2**63:
-        raise UsageError(f"--seed is {config.seed}; it must be from 0 to 2**63 - 1")
+    require_seed(config.seed)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from archerchat.artifacts import Home, new_directory, write_bytes, write_json
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
-from archerchat.errors import DataError, TokenizerError, UsageError
+from archerchat.errors import DataError, TokenizerError, UsageError, require_positive
 from archerchat.tokenizer.bpe import (
     SPECIAL_TOKENS,
     Phase,
@@ -84,9 +84,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         DataError: there are not two shards, one is broken, or their text is too short.
         TokenizerError: what is there under this name is broken, or the disk is full.
     """
-    for flag, value in (("--max-chars", config.max_chars), ("--doc-cap", config.doc_cap)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; it must be at least 1")
+    require_positive(config, "max_chars", "doc_cap")
     console = Console(soft_wrap=True)
     directory = home.tokenizer_dir(config.name)
     data = data_directory(config.data, home)

@@ -15,19 +15,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
-from archerchat.artifacts import Home, exclusive, write_json
+from archerchat.artifacts import Home, exclusive
 from archerchat.checkpoint import Checkpoint
 from archerchat.data.conversations import describe_mixture
 from archerchat.data.task_files import task_files
-from archerchat.errors import UsageError
+from archerchat.errors import UsageError, require_positive
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.model.flops import flops_per_token
 from archerchat.peak_flops import peak_flops
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process, require_one_rank
 from archerchat.tasks.base import TaskMixture
+from archerchat.training.environment import describe_hardware
 from archerchat.training.finetune_recipe import RATE_SCALE, FinetuneRecipe
 from archerchat.training.finetune_setup import (
     Inheritance,
@@ -41,14 +41,14 @@ from archerchat.training.finetune_setup import (
     warm_start,
 )
 from archerchat.training.finetune_summary import announce, tell_conversations
-from archerchat.training.loop import Loop, Outcome
-from archerchat.training.metrics import TelemetryConfig, open_run
+from archerchat.training.loop import Outcome
+from archerchat.training.metrics import TelemetryConfig
 from archerchat.training.mixtures import MixtureConfig, build_mixtures
-from archerchat.training.progress import ProgressLine
-from archerchat.training.recipe import Cadence, LoopState
-from archerchat.training.resume import changed_circumstances, find_start
+from archerchat.training.recipe import Cadence
+from archerchat.training.resume import find_start
+from archerchat.training.run import RunRequest, begin_run, run_recipe
 from archerchat.training.stopping import explained_memory
-from archerchat.training.summary import SUMMARY, conclude, recall, summarize
+from archerchat.training.summary import recall
 
 STAGE = "sft"
 
@@ -122,45 +122,33 @@ def finetune(config: FinetuneConfig, home: Home, console: Console | None = None)
     )
     meta = describe_run(config, base, inherited, train, val, runtime)
     directory, run = home.checkpoint_dir(STAGE, tag), config.run or f"{tag}-sft"
+    request = RunRequest(home, run, STAGE, config.telemetry, config.resume_from_step, console)
     with exclusive(directory):
         start = find_start(directory, meta["identity"], config.resume_from_step, False, ())
-        summary = home.run_dir(run) / SUMMARY
         if start is not None and start.meta.get("finished"):
-            result = recall(summary, start.step)
+            result = recall(request.summary, start.step)
             if result is not None:
                 console.print(
                     f"model {tag!r} is already fine-tuned: step {start.step} is in {directory}; "
                     f"{result}"
                 )
-                return Outcome(True, math.nan, math.nan, 0.0)
-        summary.unlink(missing_ok=True)
+                return Outcome(finished=True)
         with explained_memory():
             recipe = build_recipe(config, home, tag, base, inherited, (train, val), runtime, meta)
         announce(console, recipe, inherited, train, val)
-        return _train(config, home, run, recipe, inherited, start, console)
+        return _train(config, recipe, inherited, start, request)
 
 
 def _train(
     config: FinetuneConfig,
-    home: Home,
-    run: str,
     recipe: FinetuneRecipe,
     inherited: Inheritance,
     start: Checkpoint | None,
-    console: Console,
+    request: RunRequest,
 ) -> Outcome:
     """Train from `start`, or from the base model."""
-    runtime, resumed = recipe.runtime, config.resume_from_step
-    peak = peak_flops(runtime, home.cache_dir)
-    torch.manual_seed(config.data.mixture_seed)  # what checkpoints hold of the generators
-    state, scaler, resumed_from = LoopState(), None, None
-    if start is not None:
-        state, scaler = recipe.restore(start, extend=False)
-        resumed_from = start.path
-        console.print(f"going on from {start.path}")
-        if changed := changed_circumstances(start.meta, recipe.meta):
-            console.print(f"note: equal but not to the last bit from here: {'; '.join(changed)}")
-        start = None  # its tensors are copied: let them go
+    peak = peak_flops(recipe.runtime, request.home.cache_dir)
+    beginning = begin_run(recipe, start, config.data.mixture_seed, request.console)
     tokens = inherited.total_batch_tokens
     cadence = Cadence(
         recipe.steps_in_all,
@@ -171,26 +159,8 @@ def _train(
         config.sample_every,
         config.save_every,
     )
-    runtime.reset_peak_memory()
-    with (
-        recipe.loader,
-        open_run(
-            home, run, recipe.meta, config.telemetry, group=STAGE, resumed_from=resumed_from
-        ) as metrics,
-        ProgressLine(console, recipe.steps_in_all(state.step), state.step) as progress,
-    ):
-        if problem := metrics.push_tokenizer(home.tokenizer_dir(recipe.meta["tokenizer"]["name"])):
-            progress.note(f"the tokenizer is not pushed: {problem}")
-        recipe.progress = progress
-        outcome = Loop(
-            recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler
-        ).run()
-    if outcome.finished:
-        figures = summarize(outcome, state, runtime, peak) | dict(recipe.step_metrics())
-        write_json(home.run_dir(run) / SUMMARY, figures)
-    steps = recipe.steps_in_all(state.step)
-    conclude(console, outcome, state, steps, runtime, recipe.directory, resumed)
-    tell_conversations(console, recipe)
+    outcome = run_recipe(recipe, beginning, cadence, peak, request)
+    tell_conversations(request.console, recipe)
     return outcome
 
 
@@ -262,11 +232,7 @@ def describe_run(
         "config": given | {"data": _as_json(given["data"])},
         "compile": config.compile,
         "validation": describe_mixture(val),
-        "hardware": {
-            "device": runtime.device_name,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "hardware": describe_hardware(runtime),
     }
 
 
@@ -284,10 +250,10 @@ def _as_json(mixture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_numbers(config: FinetuneConfig) -> None:
-    names = ("eval_every", "sample_every", "save_every", "keep_last", "eval_tokens")
-    for name in (*names, "num_iterations", "device_batch_size", "total_batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    require_positive(
+        config,
+        *("eval_every", "sample_every", "save_every", "keep_last", "eval_tokens"),
+        *("num_iterations", "device_batch_size", "total_batch_size"),
+    )
     if not 0 <= config.lr_scale < math.inf:
         raise UsageError(f"--lr-scale is {config.lr_scale}; it must be finite and not negative")

@@ -43,11 +43,11 @@ class Outcome:
 
     finished: bool
     """False when a signal stopped it."""
-    tokens_per_second: float
+    tokens_per_second: float = math.nan
     """Median over the steps after the warm-up, or over all of fewer steps; NaN without any."""
-    mfu: float
+    mfu: float = math.nan
     """That rate's share of the peak."""
-    data_wait_share: float
+    data_wait_share: float = 0.0
     """Share of the training time spent waiting for a batch."""
 
 

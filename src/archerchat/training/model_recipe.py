@@ -26,7 +26,7 @@ from archerchat.optim.optimizer import Optimizer
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.progress import ProgressLine
-from archerchat.training.recipe import LoopState
+from archerchat.training.recipe import LoopState, Recipe
 from archerchat.training.resume import Loader, restore_loader, restore_rng, rng_tensors
 
 
@@ -46,7 +46,7 @@ class BatchLoader(Loader, Protocol):
 
 
 @dataclass(kw_only=True)
-class ModelRecipe:
+class ModelRecipe(Recipe):
     """Compute the loss of batches, save and restore what a checkpoint holds."""
 
     runtime: Runtime
@@ -86,6 +86,10 @@ class ModelRecipe:
     def step_metrics(self) -> Mapping[str, float]:
         """Return nothing: the loop's own figures say it all."""
         return {}
+
+    def final_metrics(self) -> Mapping[str, float]:
+        """Return what else a finished run's summary holds, by name."""
+        return self.step_metrics()
 
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None:
         """Write all that `restore` needs, and prune older checkpoints."""

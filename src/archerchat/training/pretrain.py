@@ -10,46 +10,38 @@ refused unless `--extend` asks for it.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
-from archerchat.artifacts import Home, exclusive, write_json
+from archerchat.artifacts import Home, exclusive
 from archerchat.checkpoint import Checkpoint
 from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
-from archerchat.errors import UsageError
+from archerchat.errors import UsageError, require_positive, require_seed
 from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.download import find_bundle
 from archerchat.model.attention import choose_backend
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
-from archerchat.peak_flops import peak_flops
+from archerchat.peak_flops import PeakFlops, peak_flops
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process, require_one_rank
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.core_metric import CoreMetric
-from archerchat.training.loop import Loop, Outcome
-from archerchat.training.metrics import TelemetryConfig, open_run
-from archerchat.training.progress import ProgressLine
-from archerchat.training.recipe import Cadence, LoopState
-from archerchat.training.resume import find_start
+from archerchat.training.environment import describe_hardware
+from archerchat.training.loop import Outcome
+from archerchat.training.metrics import TelemetryConfig
+from archerchat.training.recipe import Cadence
+from archerchat.training.resume import describe_extension, find_start, set_aside_later
+from archerchat.training.run import RunRequest, begin_run, run_recipe
 from archerchat.training.stopping import explained_memory
-from archerchat.training.summary import (
-    SUMMARY,
-    announce,
-    conclude,
-    recall,
-    summarize,
-    tell_resume,
-)
+from archerchat.training.summary import recall
 
 
 @dataclass(frozen=True)
@@ -117,19 +109,22 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
     tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
     hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
     tag = config.model_tag or f"d{config.dial.depth}"
-    directory, run = home.checkpoint_dir("base", tag), home.run_dir(config.run or tag)
+    directory, steps = home.checkpoint_dir("base", tag), hp.num_iterations
+    request = RunRequest(
+        home, config.run or tag, "pretrain", config.telemetry, config.resume_from_step, console
+    )
     with exclusive(directory):
         meta = describe_run(config, hp, runtime, tokenizer, home)
         start = find_start(directory, meta["identity"], config.resume_from_step, config.extend)
         # The summary comes last: without it the final evaluation is still to be done.
-        result = recall(run / SUMMARY, hp.num_iterations)
-        if start is not None and start.step == hp.num_iterations and result is not None:
+        result = recall(request.summary, steps)
+        if start is not None and start.step == steps and result is not None:
             console.print(
-                f"model {tag!r} is already trained: step {start.step} of {hp.num_iterations} is in "
+                f"model {tag!r} is already trained: step {start.step} of {steps} is in "
                 f"{directory}; {result}"
             )
-            return Outcome(True, math.nan, math.nan, 0.0)
-        return _train(config, hp, runtime, tokenizer, home, meta, start, console)
+            return Outcome(finished=True)
+        return _train(config, hp, runtime, tokenizer, meta, start, request)
 
 
 def _train(
@@ -137,12 +132,12 @@ def _train(
     hp: Hyperparameters,
     runtime: Runtime,
     tokenizer: Tokenizer,
-    home: Home,
     meta: dict[str, Any],
     start: Checkpoint | None,
-    console: Console,
+    request: RunRequest,
 ) -> Outcome:
     """Train from `start`, or from fresh weights."""
+    home, console = request.home, request.console
     accum = grad_accum_steps(
         hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
     )
@@ -153,14 +148,10 @@ def _train(
     schedule, peak = build_schedule(config.dial, hp), peak_flops(runtime, home.cache_dir)
     with explained_memory():
         recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
-    torch.manual_seed(config.seed)  # what checkpoints hold of the generators follows from it
-    announce(console, config.device_batch_size, hp, recipe, peak, accum)
-    state, scaler, resumed_from = LoopState(), None, None
-    if start is not None:
-        state, scaler = recipe.restore(start, config.extend)
-        resumed_from = start.path
-        tell_resume(console, start, recipe.meta, schedule, hp, config.extend)
-        start = None  # its tensors are copied: let them go
+    _announce(console, config.device_batch_size, hp, recipe, peak, accum)
+    beginning = begin_run(recipe, start, config.seed, console, extend=config.extend)
+    if start is not None and config.extend:
+        _tell_extension(console, start, schedule, hp)
     cadence = Cadence(
         hp.num_iterations,
         accum,
@@ -171,38 +162,41 @@ def _train(
         config.save_every,
         config.core_metric_every,
     )
-    run = config.run or config.model_tag or f"d{config.dial.depth}"
-    (home.run_dir(run) / SUMMARY).unlink(missing_ok=True)
-    runtime.reset_peak_memory()
-    telemetry = config.telemetry
-    with (
-        recipe.loader,
-        open_run(
-            home, run, recipe.meta, telemetry, group="pretrain", resumed_from=resumed_from
-        ) as metrics,
-        ProgressLine(console, hp.num_iterations, state.step) as progress,
+    return run_recipe(recipe, beginning, cadence, peak, request, core)
+
+
+def _announce(
+    console: Console,
+    device_batch_size: int,
+    hp: Hyperparameters,
+    recipe: BaseRecipe,
+    peak: PeakFlops,
+    accum: int,
+) -> None:
+    """Print what will run, and the choices that were made for the user."""
+    runtime = recipe.runtime
+    for line in (
+        f"model      depth {hp.model.num_layers}, width {hp.model.model_dim}, "
+        f"{hp.parameters.total:,} parameters ({hp.parameters.scaling:,} scaling)",
+        f"training   {hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens ({accum} x "
+        f"{device_batch_size} rows of {hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
+        f"device     {runtime.device_name}, {dtype_name(runtime.compute_dtype)} "
+        f"({runtime.dtype_reason})",
+        f"peak       {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})",
+        f"attention  {recipe.meta['attention']}",
     ):
-        if problem := metrics.push_tokenizer(home.tokenizer_dir(config.tokenizer)):
-            progress.note(f"the tokenizer is not pushed: {problem}")
-        recipe.progress = progress
-        measure = core.bind(recipe.model, progress) if core else None
-        outcome = Loop(
-            recipe,
-            recipe.optimizer,
-            runtime,
-            cadence,
-            state,
-            peak,
-            metrics,
-            progress,
-            scaler,
-            core=measure,
-        ).run()
-    if outcome.finished:
-        write_json(home.run_dir(run) / SUMMARY, summarize(outcome, state, runtime, peak))
-    steps, resumed = hp.num_iterations, config.resume_from_step
-    conclude(console, outcome, state, steps, runtime, recipe.directory, resumed)
-    return outcome
+        console.print(line)
+
+
+def _tell_extension(
+    console: Console, start: Checkpoint, schedule: Schedule, hp: Hyperparameters
+) -> None:
+    """Print what `--extend` changes, and move what the run as it was saved later out of its way."""
+    before, peaks = Schedule(**start.meta["schedule"]), start.meta["identity"]["learning_rates"]
+    new_peaks = asdict(hp.learning_rates)
+    console.print(describe_extension(before, schedule, start.step, peaks, new_peaks))
+    for path in set_aside_later(start.path):
+        console.print(f"moved {path.name}, of the run as it was, to {path.parent}")
 
 
 def build_recipe(
@@ -298,27 +292,14 @@ def describe_run(
         "config": asdict(config) | {"data": data},
         "compile": config.compile,
         "validation": [[path.name, path.stat().st_size] for path in val],
-        "hardware": {
-            "device": runtime.device_name,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "hardware": describe_hardware(runtime),
     }
 
 
 def _check_numbers(config: PretrainConfig) -> None:
-    if not 0 <= config.seed < 2**63:
-        raise UsageError(f"--seed is {config.seed}; it must be from 0 to 2**63 - 1")
-    for name in (
-        "eval_every",
-        "eval_tokens",
-        "core_metric_every",
-        "core_metric_max_per_task",
-        "sample_every",
-        "save_every",
-        "keep_last",
-    ):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} is {value}; it must be at least 1")
+    require_seed(config.seed)
+    require_positive(
+        config,
+        *("eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task"),
+        *("sample_every", "save_every", "keep_last"),
+    )

@@ -11,23 +11,18 @@ is, bit for bit, and one that would change the run is refused.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 
-from archerchat.artifacts import Home, exclusive, write_json
+from archerchat.artifacts import Home, exclusive
 from archerchat.checkpoint import Checkpoint
 from archerchat.inference.loading import load_model
 from archerchat.peak_flops import peak_flops
 from archerchat.runtime import build_runtime, dtype_name, prepare_process, require_one_rank
-from archerchat.training.loop import Loop, Outcome
-from archerchat.training.metrics import open_run
-from archerchat.training.progress import ProgressLine
-from archerchat.training.recipe import Cadence, LoopState
+from archerchat.training.loop import Outcome
+from archerchat.training.recipe import Cadence
 from archerchat.training.reinforce_recipe import ReinforceRecipe
 from archerchat.training.reinforce_setup import (
     STAGE,
@@ -37,9 +32,10 @@ from archerchat.training.reinforce_setup import (
     check_numbers,
     describe_run,
 )
-from archerchat.training.resume import changed_circumstances, find_start
+from archerchat.training.resume import find_start
+from archerchat.training.run import RunRequest, begin_run, run_recipe
 from archerchat.training.stopping import explained_memory
-from archerchat.training.summary import SUMMARY, conclude, summarize
+from archerchat.training.summary import recall
 
 
 def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> Outcome:
@@ -62,44 +58,30 @@ def reinforce(config: ReinforceConfig, home: Home, console: Console | None = Non
     )
     meta = describe_run(config, base, train, test, steps, runtime)
     directory, run = home.checkpoint_dir(STAGE, tag), config.run or f"{tag}-rl"
+    request = RunRequest(home, run, STAGE, config.telemetry, config.resume_from_step, console)
     with exclusive(directory):
         start = find_start(directory, meta["identity"], config.resume_from_step, False, ())
-        summary = home.run_dir(run) / SUMMARY
         # The summary comes last: without it the final evaluation is still to be done.
-        if start is not None and start.step == steps and (result := _recall(summary, steps)):
+        result = recall(request.summary, steps, _describe_result)
+        if start is not None and start.step == steps and result is not None:
             console.print(
                 f"model {tag!r} is already reinforced: step {steps} is in {directory}; {result}"
             )
-            return Outcome(True, math.nan, math.nan, 0.0)
-        summary.unlink(missing_ok=True)
+            return Outcome(finished=True)
         with explained_memory():
             recipe = build_recipe(config, home, tag, base, (train, test), steps, runtime, meta)
         _announce(console, config, recipe)
-        return _train(config, home, run, recipe, start, console)
+        return _train(config, recipe, start, request)
 
 
 def _train(
-    config: ReinforceConfig,
-    home: Home,
-    run: str,
-    recipe: ReinforceRecipe,
-    start: Checkpoint | None,
-    console: Console,
+    config: ReinforceConfig, recipe: ReinforceRecipe, start: Checkpoint | None, request: RunRequest
 ) -> Outcome:
     """Train from `start`, or from the first model."""
-    runtime, steps = recipe.runtime, recipe.num_iterations
-    peak = peak_flops(runtime, home.cache_dir)
-    state, scaler, resumed_from = LoopState(), None, None
-    torch.manual_seed(config.seed)  # what checkpoints hold of the generators
-    if start is not None:
-        state, scaler = recipe.restore(start, extend=False)
-        resumed_from = start.path
-        console.print(f"going on from {start.path}")
-        if changed := changed_circumstances(start.meta, recipe.meta):
-            console.print(f"note: equal but not to the last bit from here: {'; '.join(changed)}")
-        start = None  # its tensors are copied: let them go
+    peak = peak_flops(recipe.runtime, request.home.cache_dir)
+    beginning = begin_run(recipe, start, config.seed, request.console)
     cadence = Cadence(
-        steps,
+        recipe.num_iterations,
         recipe.loader.settings.batches,
         recipe.step_tokens,
         recipe.step_flops,
@@ -107,25 +89,9 @@ def _train(
         config.sample_every,
         config.save_every,
     )
-    runtime.reset_peak_memory()
-    with (
-        recipe.loader,
-        open_run(
-            home, run, recipe.meta, config.telemetry, group=STAGE, resumed_from=resumed_from
-        ) as metrics,
-        ProgressLine(console, steps, state.step) as progress,
-    ):
-        metrics.push_tokenizer(home.tokenizer_dir(recipe.meta["tokenizer"]["name"]))
-        recipe.progress = progress
-        outcome = Loop(
-            recipe, recipe.optimizer, runtime, cadence, state, peak, metrics, progress, scaler
-        ).run()
-    if outcome.finished:
-        figures = summarize(outcome, state, runtime, peak) | dict(recipe.step_metrics())
-        write_json(home.run_dir(run) / SUMMARY, figures | recipe.passed)
-    conclude(console, outcome, state, steps, runtime, recipe.directory, config.resume_from_step)
+    outcome = run_recipe(recipe, beginning, cadence, peak, request)
     if outcome.finished and recipe.passed:
-        console.print(_shown(recipe.passed))
+        request.console.print(_describe_result(recipe.passed))
     return outcome
 
 
@@ -146,16 +112,11 @@ def _announce(console: Console, config: ReinforceConfig, recipe: ReinforceRecipe
         console.print(line)
 
 
-def _shown(passed: Mapping[str, float]) -> str:
-    figures = (f"pass@{name.rsplit('_')[-1]} {value:.4f}" for name, value in passed.items())
-    return f"on the test: {', '.join(figures)}"
-
-
-def _recall(summary: Path, steps: int) -> str | None:
-    """Return what the summary says of the result; None unless a run of so many steps wrote it."""
-    try:
-        figures = json.loads(summary.read_text())
-        passed = {name: figures[name] for name in figures if name.startswith("val/pass_at_")}
-        return _shown(passed) if figures["steps"] == steps else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _describe_result(figures: Mapping[str, Any]) -> str:
+    """Say what a finished run's summary has of the test."""
+    passed = (
+        f"pass@{name.rsplit('_')[-1]} {value:.4f}"
+        for name, value in figures.items()
+        if name.startswith("val/pass_at_")
+    )
+    return f"on the test: {', '.join(passed)}"

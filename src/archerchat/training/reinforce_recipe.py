@@ -73,6 +73,10 @@ class ReinforceRecipe(ModelRecipe):
         """Return what the step's rollouts were worth."""
         return self.loader.metrics()
 
+    def final_metrics(self) -> Mapping[str, float]:
+        """Return the last step's figures and pass@k."""
+        return {**self.step_metrics(), **self.passed}
+
     def step_tokens(self) -> int:
         """Return the tokens of the step's rollouts, prompts included."""
         return self.loader.amounts()[0]

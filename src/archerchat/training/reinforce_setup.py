@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from archerchat.artifacts import Home
 from archerchat.data.task_files import task_files
 from archerchat.dial import LearningRates
-from archerchat.errors import DataError, UsageError
+from archerchat.errors import DataError, UsageError, require_positive, require_seed
 from archerchat.evals.chat.evaluate import limited
 from archerchat.evals.chat.generative import Sampling
 from archerchat.inference.engine import Engine
@@ -22,6 +21,7 @@ from archerchat.inference.loading import LoadedModel
 from archerchat.runtime import Runtime, dtype_name
 from archerchat.tasks.base import Task
 from archerchat.tasks.registry import build_task
+from archerchat.training.environment import describe_hardware
 from archerchat.training.finetune_setup import (
     build_model,
     build_optimizer,
@@ -105,15 +105,12 @@ def check_numbers(config: ReinforceConfig) -> None:
     Raises:
         UsageError: one does; the message names it.
     """
-    names = (
+    require_positive(
+        config,
         *("examples_per_step", "max_new_tokens", "top_k", "device_batch_size", "num_epochs"),
         *("rollout_batch_size", "num_iterations", "eval_every", "eval_examples"),
         *("eval_samples", "sample_every", "save_every", "keep_last"),
     )
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if config.num_samples < 2:
         raise UsageError(
             f"--num-samples is {config.num_samples}; an answer is compared with others to the same "
@@ -126,8 +123,7 @@ def check_numbers(config: ReinforceConfig) -> None:
         )
     if not 0 <= config.lr_scale < math.inf:
         raise UsageError(f"--lr-scale is {config.lr_scale}; it must be finite and not negative")
-    if not 0 <= config.seed < 2**63:
-        raise UsageError(f"--seed is {config.seed}; it must be from 0 to 2**63 - 1")
+    require_seed(config.seed)
 
 
 def build_tasks(config: ReinforceConfig, home: Home, console: Console) -> tuple[Task, Task]:
@@ -218,11 +214,7 @@ def describe_run(
         "config": given | {"data_dir": None if config.data_dir is None else str(config.data_dir)},
         "compile": config.compile,
         "validation": test.describe(),
-        "hardware": {
-            "device": runtime.device_name,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-        },
+        "hardware": describe_hardware(runtime),
     }
 
 

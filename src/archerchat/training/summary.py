@@ -1,52 +1,24 @@
-"""What a run says of itself: before it starts, when it goes on, and when it is over."""
+"""What a run of any recipe says of itself when it goes on, and when it is over."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint
-from archerchat.dial import Hyperparameters
-from archerchat.optim.schedule import Schedule
 from archerchat.peak_flops import PeakFlops
-from archerchat.runtime import Runtime, dtype_name
-from archerchat.training.base_recipe import BaseRecipe
+from archerchat.runtime import Runtime
 from archerchat.training.loop import Outcome
 from archerchat.training.recipe import LoopState
-from archerchat.training.resume import changed_circumstances, describe_extension, set_aside_later
+from archerchat.training.resume import changed_circumstances
 
 SUMMARY = "summary.json"
 """In the run's directory; it is there when the run is finished."""
-
-
-def announce(
-    console: Console,
-    device_batch_size: int,
-    hp: Hyperparameters,
-    recipe: BaseRecipe,
-    peak: PeakFlops,
-    accum: int,
-) -> None:
-    """Print what will run, and the choices that were made for the user."""
-    runtime = recipe.runtime
-    lines = (
-        f"model      depth {hp.model.num_layers}, width {hp.model.model_dim}, "
-        f"{hp.parameters.total:,} parameters ({hp.parameters.scaling:,} scaling)",
-        f"training   {hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens ({accum} x "
-        f"{device_batch_size} rows of {hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
-        f"device     {runtime.device_name}, {dtype_name(runtime.compute_dtype)} "
-        f"({runtime.dtype_reason})",
-        f"peak       {peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})",
-        f"attention  {recipe.meta['attention']}",
-    )
-    for line in lines:
-        console.print(line)
 
 
 def summarize(
@@ -68,32 +40,25 @@ def summarize(
     return {k: v if math.isfinite(v) else None for k, v in figures.items()}
 
 
-def tell_resume(
-    console: Console,
-    start: Checkpoint,
-    meta: Mapping[str, Any],
-    schedule: Schedule,
-    hp: Hyperparameters,
-    extend: bool,
-) -> None:
-    """Print where the run goes on, what `--extend` changes, and what keeps it from being exact."""
+def tell_resume(console: Console, start: Checkpoint, meta: Mapping[str, Any]) -> None:
+    """Print where the run goes on, and what keeps it from being exact."""
     console.print(f"going on from {start.path}")
-    if extend:
-        before, peaks = Schedule(**start.meta["schedule"]), start.meta["identity"]["learning_rates"]
-        new_peaks = asdict(hp.learning_rates)
-        console.print(describe_extension(before, schedule, start.step, peaks, new_peaks))
-        for path in set_aside_later(start.path):
-            console.print(f"moved {path.name}, of the run as it was, to {path.parent}")
     if changed := changed_circumstances(start.meta, meta):
         console.print(f"note: equal but not to the last bit from here: {'; '.join(changed)}")
 
 
-def recall(summary: Path, steps: int) -> str | None:
+def describe_gain(figures: Mapping[str, Any]) -> str:
+    """Say what a finished run's summary has of the validation loss."""
+    return f"val/bpb {figures['val_bpb_first']:.4f} -> {figures['val_bpb']:.4f}"
+
+
+def recall(
+    summary: Path, steps: int, describe: Callable[[Mapping[str, Any]], str] = describe_gain
+) -> str | None:
     """Return what the summary says of the result; None unless a run of so many steps wrote it."""
     try:
         figures = json.loads(summary.read_text())
-        result = f"val/bpb {figures['val_bpb_first']:.4f} -> {figures['val_bpb']:.4f}"
-        return result if figures["steps"] == steps else None
+        return describe(figures) if figures["steps"] == steps else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
