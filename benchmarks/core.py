@@ -25,43 +25,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from core_paths import PATHS, run_path
+from measuring import run_in_child
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file
 
-from archerchat.evals.core.bundle import Bundle, Task, load_bundle, read_examples
-from archerchat.evals.core.forward import Scorer
-from archerchat.evals.core.layout import needed_trunk
-from archerchat.evals.core.plain import score_plainly
-from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.evals.core.results import NEAR_TIE
-from archerchat.evals.core.scoring import iter_outcomes
-from archerchat.evals.core.trees import Tree, build_tree
-from archerchat.inference.weights import InferenceModel
-from archerchat.model.attention import choose_backend
-from archerchat.model.config import ModelConfig
-from archerchat.model.flops import count_parameters
-from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import to_archerchat_names
-from archerchat.peak_flops import measure_peak
-from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-VOCABULARY = 4096
 REQUIRED, REQUIRED_FLOAT32 = 10.0, 5.0
 MOST_MEMORY = 2 * 2**30
-PATHS = ("plain", "float32", "default")
-"""The plain path, ours in float32, ours as it is by default."""
 
 
 def main() -> int:
@@ -110,25 +89,20 @@ def compare(name: str, options: argparse.Namespace, console: Console) -> dict[st
         words = ["--bundle", options.bundle, "--oracle", options.oracle, "--model", name]
         words += ["--sequence-length", options.sequence_length, "--per-task", options.per_task]
         words += ["--tasks", options.tasks] if options.tasks else []
-        done = subprocess.run(
-            [sys.executable, __file__, *map(str, words), "--path", path],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        runs[path] = json.loads(done.stdout.splitlines()[-1])
-    plain, exact, fast = (runs[path] for path in PATHS)
-    rows, counts = {}, {"different_float32": 0, "different": 0, "near_ties": 0}
-    widest = 0.0
+        runs[path] = run_in_child(__file__, [*words, "--path", path])
+    figures = summarize(*(runs[path] for path in PATHS))
+    print_table(name, figures, console)
+    return figures
+
+
+def summarize(plain: dict[str, Any], exact: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
+    """Return one model's figures from its runs along the three paths."""
+    rows: dict[str, dict[str, Any]] = {}
+    differences = []
     for label, task in plain["tasks"].items():
         ours, ours_fast = exact["tasks"][label], fast["tasks"][label]
-        different = compare_outcomes(task, ours)
-        near = [i for i in different if ours["margins"][i] < NEAR_TIE]
-        changed = compare_outcomes(task, ours_fast)
-        counts["different_float32"] += len(different) - len(near)
-        counts["near_ties"] += len(near)
-        counts["different"] += len(changed)
-        widest = max([widest, *(ours["margins"][i] for i in changed)])
+        found = find_differences(task, ours, ours_fast)
+        differences.append(found)
         rows[label] = {
             "ratio": task["seconds"] / ours_fast["seconds"],
             "ratio_float32": task["seconds"] / ours["seconds"],
@@ -137,18 +111,21 @@ def compare(name: str, options: argparse.Namespace, console: Console) -> dict[st
             "plain_examples_per_second": task["examples"] / task["seconds"],
             "seconds_at_matrix_rate": ours["flops"] / exact["matrix_flops_per_second"],
             "seconds_float32": ours["seconds"],
-            "same_outcomes": len(different) == len(near),
-            "changed_by_dtype": len(changed),
+            "same_outcomes": found.in_float32 == 0,
+            "changed_by_dtype": found.by_default,
         }
-    figures = {
+    different = sum(found.in_float32 for found in differences)
+    return {
         "ratio": total(plain, "seconds") / total(fast, "seconds"),
         "ratio_float32": total(plain, "seconds") / total(exact, "seconds"),
         "ratio_full": weighted(plain) / weighted(fast),
         "ratio_full_float32": weighted(plain) / weighted(exact),
         "bound_float32": total(plain, "flops") / total(exact, "flops"),
-        "same_outcomes": counts["different_float32"] == 0,
-        **counts,
-        "widest_margin_changed": widest,
+        "same_outcomes": different == 0,
+        "different_float32": different,
+        "different": sum(found.by_default for found in differences),
+        "near_ties": sum(found.near_ties for found in differences),
+        "widest_margin_changed": max(found.widest_margin for found in differences),
         "loss_moved_by_dtype": loss_moved(exact, fast),
         "dtype": fast["dtype"],
         "parameters": plain["parameters"],
@@ -157,8 +134,29 @@ def compare(name: str, options: argparse.Namespace, console: Console) -> dict[st
         "matrix_flops_per_second": exact["matrix_flops_per_second"],
         "per_task": rows,
     }
-    print_table(name, figures, console)
-    return figures
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How many outcomes of a task are not the plain path's."""
+
+    in_float32: int
+    """Without near ties, which may fall either way."""
+    near_ties: int
+    by_default: int
+    """In our default dtype."""
+    widest_margin: float
+    """Between the options, in float32, where our default dtype chose another."""
+
+
+def find_differences(
+    plain: dict[str, Any], exact: dict[str, Any], fast: dict[str, Any]
+) -> Differences:
+    margins = exact["margins"]
+    different, changed = compare_outcomes(plain, exact), compare_outcomes(plain, fast)
+    near = sum(margins[i] < NEAR_TIE for i in different)
+    widest = max((margins[i] for i in changed), default=0.0)
+    return Differences(len(different) - near, near, len(changed), widest)
 
 
 def compare_outcomes(one: dict[str, Any], other: dict[str, Any]) -> list[int]:
@@ -187,151 +185,6 @@ def weighted(run: dict[str, Any]) -> float:
     """Return the seconds that all examples would take."""
     tasks = run["tasks"].values()
     return sum(float(t["seconds"] / t["examples"] * t["available"]) for t in tasks)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    scorer: Scorer
-    """Of our paths."""
-
-
-def run_path(options: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate the sample along one path and return its times and outcomes."""
-    runtime = build_runtime("cpu", None if options.path == "default" else "float32")
-    prepare_process(runtime)
-    rate = measure_peak(runtime).flops_per_second
-    tokenizer = Tokenizer.from_ranks(
-        load_ranks(options.oracle / "tokenizer" / "mergeable_ranks.tiktoken")
-    )
-    model = build_model(options, runtime)
-    subject = Subject(model, tokenizer, Scorer(InferenceModel(model).model))
-    evaluate = evaluate_plainly if options.path == "plain" else evaluate_task
-    bundle = load_bundle(options.bundle)
-    warm_up(subject, bundle, options)
-    tasks = {
-        task.label: evaluate(subject, task, options.per_task)
-        for task in chosen_tasks(bundle, options)
-    }
-    return {
-        "tasks": tasks,
-        "dtype": dtype_name(runtime.compute_dtype),
-        "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "sequence_length": subject.model.config.sequence_length,
-        "matrix_flops_per_second": rate,
-        "peak_memory_bytes": runtime.peak_memory_bytes(),
-    }
-
-
-def chosen_tasks(bundle: Bundle, options: argparse.Namespace) -> list[Task]:
-    asked = options.tasks.split(",") if options.tasks else [task.label for task in bundle.tasks]
-    return [task for task in bundle.tasks if task.label in asked]
-
-
-def warm_up(subject: Subject, bundle: Bundle, options: argparse.Namespace) -> None:
-    """Run what is not measured: kernels are chosen and memory is claimed at first use."""
-    evaluate = evaluate_plainly if options.path == "plain" else evaluate_task
-    for task in chosen_tasks(bundle, options)[:2]:
-        evaluate(subject, task, 2)
-
-
-def build_model(options: argparse.Namespace, runtime: Runtime) -> Transformer:
-    backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
-    if options.model == "golden":
-        config = ModelConfig(256, VOCABULARY, 4, 2, 2, 128)
-        model = Transformer(config, runtime.compute_dtype, backend)
-        stored = load_file(options.oracle / "train_final.safetensors")
-        model.load_state_dict(to_archerchat_names({k: v.float() for k, v in stored.items()}))
-    else:
-        config = ModelConfig(options.sequence_length, VOCABULARY, 6, 6, 6, 384)
-        model = Transformer(config, runtime.compute_dtype, backend)
-        model.init_weights(1)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():  # the initial output projections are zero: give them something to do
-            for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    return model.eval().requires_grad_(False)
-
-
-def evaluate_plainly(subject: Subject, task: Task, count: int) -> dict[str, Any]:
-    """Run a task's sample one example at a time."""
-    everything = choose_examples(read_examples(task), task, None)
-    config = subject.model.config
-    started = time.perf_counter()
-    prompter = Prompter(task, everything, subject.tokenizer)
-    outcomes: list[int] = []
-    losses: list[list[float]] = []
-    flops = 0
-    sample = range(min(count, len(everything)))
-    for index in sample:
-        prompts = prompter.prompts(index)
-        means, all_predicted = score_plainly(subject.model, prompts)
-        is_text = task.task_type == "language_modeling"
-        outcomes.append(int(all_predicted) if is_text else means.index(min(means)))
-        losses.append(means)
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        flops += plain_flops(config, lengths)
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "examples": len(sample),
-        "available": len(everything),
-        "outcomes": outcomes,
-        "losses": losses,
-        "flops": flops,
-    }
-
-
-def evaluate_task(subject: Subject, task: Task, count: int) -> dict[str, Any]:
-    """Run a task's sample as `archerchat eval base` does."""
-    everything = choose_examples(read_examples(task), task, None)
-    started = time.perf_counter()
-    scorer = subject.scorer
-    prompter = Prompter(task, everything, subject.tokenizer)
-    sample = range(min(count, len(everything)))
-    trees = [build_tree(index, prompter.prompts(index)) for index in sample]
-    found = [o for batch, _ in iter_outcomes(scorer, trees, task.task_type) for o in batch]
-    found.sort(key=lambda outcome: outcome.index)
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "examples": len(sample),
-        "available": len(everything),
-        "outcomes": [int(o.all_predicted) if o.predicted is None else o.predicted for o in found],
-        "losses": [outcome.losses for outcome in found],
-        "margins": [outcome.margin for outcome in found],
-        "flops": sum(tree_flops(subject.model.config, tree) for tree in trees),
-    }
-
-
-def plain_flops(config: ModelConfig, lengths: list[int]) -> int:
-    """Count the products of whole prompts, padded to one length, with every logit."""
-    tokens, longest = max(lengths) * len(lengths), max(lengths)
-    seen = sum(sum(min(window + 1, t + 1) for t in range(longest)) for window in config.windows)
-    return 2 * count_parameters(config).scaling * tokens + 4 * config.model_dim * seen * len(
-        lengths
-    )
-
-
-def tree_flops(config: ModelConfig, tree: Tree) -> int:
-    """Count the products of what is run of a tree."""
-    dim, kv = config.model_dim, config.kv_dim
-    needed, branches = needed_trunk(tree, config.windows), sum(map(len, tree.branches))
-    total = 0
-    for i, window in enumerate(config.windows):
-        incoming, outgoing = needed[i] + branches, needed[i + 1] + branches
-        total += 2 * (2 * dim * kv * incoming + 10 * dim * dim * outgoing)
-        first = len(tree.trunk) - needed[i + 1]
-        seen = sum(min(window + 1, t + 1) for t in range(first, len(tree.trunk)))
-        for branch in tree.branches:
-            end = len(tree.trunk) + len(branch)
-            seen += sum(min(window + 1, t + 1) for t in range(len(tree.trunk), end))
-        total += 4 * dim * seen
-    places = set(zip(tree.branch.tolist(), tree.offset.tolist(), strict=True))
-    return total + 2 * dim * config.padded_vocab_size * len(places)
 
 
 def print_table(name: str, figures: dict[str, Any], console: Console) -> None:
