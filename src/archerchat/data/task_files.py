@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from archerchat.artifacts import Home
-from archerchat.data.hub import Notify, RetryPolicy, download_table
+from archerchat.data.download import Notify, RetryPolicy
+from archerchat.data.hub import download_table
 from archerchat.tasks.hub import TaskFiles
 
 

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from archerchat.artifacts import Home
-from archerchat.data.hub import SOURCES, HubSource, RetryPolicy, download_shards, download_table
+from archerchat.data.download import RetryPolicy
+from archerchat.data.hub import SOURCES, HubSource, download_shards, download_table
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
@@ -247,7 +248,7 @@ def test_a_full_disk_is_named_at_once(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("archerchat.data.hub.os.fsync", full)
+    monkeypatch.setattr("archerchat.data.download.os.fsync", full)
     with pytest.raises(DataError, match=r"cannot write .*\(No space left on device\): free some"):
         fetch(hub, tmp_path / "data")
     assert len(hub.gets[VALIDATION]) == 1

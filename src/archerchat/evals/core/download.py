@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from archerchat.artifacts import exclusive, new_directory
-from archerchat.data.hub import Notify, Report, RetryPolicy, download_file
+from archerchat.data.download import Notify, Report, RetryPolicy, download_file
 from archerchat.data.shards import explained_writes
 from archerchat.errors import DataError, UsageError
 from archerchat.evals import offline_tasks
