@@ -23,7 +23,6 @@ from endlex.server.records import Points
 BLOCK = 50
 POINTS_PER_PEAK = BLOCK // 2
 COLUMNS = 3
-BYTES_PER_POINT = 8 * COLUMNS
 
 
 @dataclass(frozen=True)

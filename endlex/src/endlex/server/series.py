@@ -23,7 +23,6 @@ from endlex.server.records import Points
 
 CHUNK_POINTS = 1000
 CHUNKS_PER_SERIES = 2**20
-BYTES_PER_VALUE = 8
 
 EMPTY = Points(np.empty(0, np.int64), np.empty(0), np.empty(0))
 

@@ -128,7 +128,7 @@ function logTicks(range) {
 }
 
 // Powers of ten, with their doubles and halves where there are few; plain steps within one decade.
-export function logSplits(min, max) {
+function logSplits(min, max) {
   const decades = Math.log10(max / min);
   if (!(decades > 0)) return [min];
   if (decades < 0.7) {

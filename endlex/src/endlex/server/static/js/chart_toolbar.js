@@ -5,11 +5,11 @@ import { debounce, el } from "./dom.js";
 import { throttleFrames } from "./frames.js";
 
 // The slider's positions are finer towards 1, where the strength matters: 0, 0.5, ..., 0.999.
-export function strengthOf(position) {
+function strengthOf(position) {
   return position <= 0 ? 0 : Math.min(0.999, 1 - 10 ** ((-3 * position) / 100));
 }
 
-export function positionOf(strength) {
+function positionOf(strength) {
   return strength <= 0 ? 0 : Math.round((-100 * Math.log10(1 - strength)) / 3);
 }
 

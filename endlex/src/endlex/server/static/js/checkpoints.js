@@ -45,8 +45,7 @@ function card(source, run, checkpoint) {
 async function fill(box, source, run, checkpoint) {
   try {
     const known = source.live && checkpoint.state !== "announced";
-    const answer = known ? await source.checkpoint(run, checkpoint.name) : {};
-    const manifest = answer.manifest || answer;
+    const manifest = known ? await source.checkpoint(run, checkpoint.name) : {};
     const published = checkpoint.state === "published" && source.live;
     const rows = (manifest.files || []).map((file) =>
       el(

@@ -5,7 +5,7 @@ import { ChartBoard } from "./chart_board.js";
 import { swatch } from "./chart_readout.js";
 import { assignColors } from "./colors.js";
 import { configDiff, summaryTable } from "./compare_tables.js";
-import { clear, append, el, fail, replaceContent } from "./dom.js";
+import { el, fail, replaceContent } from "./dom.js";
 import { fillHeader } from "./page_header.js";
 import { statusPill } from "./status.js";
 import { tabList } from "./tabs.js";
@@ -67,11 +67,11 @@ class ComparePage {
 
   fillLegend() {
     const all = el("button", { type: "button", class: "link", onclick: () => this.toggleAll() }, "all / none");
-    clear(this.legend);
-    append(this.legend, [
+    replaceContent(
+      this.legend,
       el("div", { class: "legend-head" }, el("strong", {}, `${this.runs.length} runs`), all),
       el("ul", {}, this.runs.map((run) => this.legendItem(run))),
-    ]);
+    );
   }
 
   legendItem(run) {

@@ -9,7 +9,7 @@ function runHeads(runs, places) {
 }
 
 // [[key, [value of each run]]] of the keys whose values are not all equal.
-export function differingKeys(configs) {
+function differingKeys(configs) {
   const flat = configs.map((config) => new Map(flatten(config || {})));
   const keys = [...new Set(flat.flatMap((entries) => [...entries.keys()]))].sort(compareText);
   const rows = keys.map((key) => [key, flat.map((entries) => entries.get(key))]);

@@ -15,7 +15,7 @@ export function el(tag, properties = {}, ...children) {
   return element;
 }
 
-export function append(element, children) {
+function append(element, children) {
   for (const child of [children].flat(3)) {
     if (child !== null && child !== undefined && child !== false) element.append(child);
   }
@@ -25,10 +25,6 @@ export function append(element, children) {
 export function replaceContent(element, ...children) {
   element.replaceChildren();
   return append(element, children);
-}
-
-export function clear(element) {
-  element.replaceChildren();
 }
 
 // A message at the page's foot, with at most one action such as "Undo".

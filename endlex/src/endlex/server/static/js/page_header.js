@@ -1,13 +1,13 @@
 // The bar at the top of every page: the way back, light or dark, logging out.
 
 import { isDark } from "./colors.js";
-import { append, clear, el, recall, remember } from "./dom.js";
+import { el, recall, remember, replaceContent } from "./dom.js";
 
 export function fillHeader(crumbs = [], { offline = false } = {}) {
   const header = document.getElementById("top");
-  clear(header);
   const brand = [el("span", { class: "brand-mark", "aria-hidden": "true" }), "Endlex"];
-  append(header, [
+  replaceContent(
+    header,
     offline ? el("span", { class: "brand" }, brand) : el("a", { class: "brand", href: "/" }, brand),
     el(
       "nav",
@@ -21,7 +21,7 @@ export function fillHeader(crumbs = [], { offline = false } = {}) {
     !offline && el("span", { class: "stream", role: "img", "aria-label": "Live updates", title: "Live updates" }),
     themeButton(),
     !offline && recall("loggedIn", false) && logoutButton(),
-  ]);
+  );
 }
 
 function themeButton() {

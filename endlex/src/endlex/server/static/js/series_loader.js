@@ -78,7 +78,7 @@ export class SeriesLoader {
   }
 }
 
-export function toArrays(series) {
+function toArrays(series) {
   const { x = [], y = [], count = x.length, sampled = false, nonfinite = [] } = series || {};
   const values = new Float64Array(y.length);
   for (let i = 0; i < y.length; i++) values[i] = y[i] === null ? NaN : y[i];
