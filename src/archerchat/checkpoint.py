@@ -98,17 +98,13 @@ def save_checkpoint(
     assert step >= 0, step
     assert keep_last is None or keep_last >= 1, keep_last
     assert sections, "a checkpoint has at least one section"
-    encoded = json.loads(json.dumps(_encode(meta)))
+    encoded = json.loads(json.dumps(_encode(meta)))  # before anything is written
     path = directory / f"step_{step:06d}"
     needed = sum(tensor.nbytes for section in sections.values() for tensor in section.values())
     try:
         remove_leftovers(directory)
         with new_directory(path) as temporary:
-            files = {}
-            for section, tensors in sections.items():
-                file = temporary / (check_name(section, "section") + SUFFIX)
-                save_file(_storable(tensors), file)
-                files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+            files = _write_sections(temporary, sections)
             content = {"format": FORMAT, "step": step, "files": files, "meta": encoded}
             write_json(temporary / META, content | {"sha256": _digest(content)})
     except (OSError, SafetensorError) as error:
@@ -116,6 +112,18 @@ def save_checkpoint(
     if keep_last is not None:
         _prune(directory, step, keep_last, keep)
     return path
+
+
+def _write_sections(
+    directory: Path, sections: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, dict[str, Any]]:
+    """Write a file a section; return each file's size and checksum by its name."""
+    files = {}
+    for section, tensors in sections.items():
+        file = directory / (check_name(section, "section") + SUFFIX)
+        save_file(_storable(tensors), file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+    return files
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from archerchat.artifacts import Home, new_directory
+from archerchat.artifacts import Home
 from archerchat.checkpoint import list_checkpoints, save_checkpoint
 from archerchat.errors import TokenizerError, UsageError
 from archerchat.nanochat_import import TOKENIZER_FILE, ImportedModel, load_model, load_tokenizer
-from archerchat.tokenizer.bpe import Tokenizer
+from archerchat.tokenizer.bpe import Tokenizer, save_new_tokenizer
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,7 @@ def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: 
         if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
             raise UsageError(f"{directory} is another tokenizer: choose another --tag")
         return
-    try:
-        with new_directory(directory) as temporary:
-            tokenizer.save(temporary)
-    except OSError as error:
-        raise TokenizerError(
-            f"cannot write {directory} ({error.strerror}): free some space, or point "
-            "ARCHERCHAT_HOME at another disk"
-        ) from error
+    save_new_tokenizer(tokenizer, directory)
 
 
 def _report(

@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from archerchat.artifacts import Home, new_directory, write_bytes, write_json
+from archerchat.artifacts import Home, write_bytes, write_json
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
-from archerchat.errors import DataError, TokenizerError, UsageError, require_positive
+from archerchat.errors import DataError, UsageError, require_positive
 from archerchat.tokenizer.bpe import (
     SPECIAL_TOKENS,
     Phase,
     Tokenizer,
     find_tokenizer,
+    save_new_tokenizer,
     train_tokenizer,
 )
 from archerchat.tokenizer.compression import (
@@ -112,14 +113,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         "characters": progress.characters,
         "shards": [_identify(shard) for shard in shards_read],
     }
-    try:
-        with new_directory(directory) as temporary:
-            tokenizer.save(temporary)
-    except OSError as error:
-        raise TokenizerError(
-            f"cannot write {directory} ({error.strerror}): free some space, or point "
-            "ARCHERCHAT_HOME at another disk"
-        ) from error
+    save_new_tokenizer(tokenizer, directory)
     console.print(
         f"trained {tokenizer.vocab_size:,} tokens on {progress.characters:,} characters in "
         f"{time.monotonic() - started:.1f} s: {directory}",

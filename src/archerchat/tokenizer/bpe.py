@@ -21,7 +21,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from archerchat.artifacts import Home, write_bytes, write_json
+from archerchat.artifacts import Home, new_directory, write_bytes, write_json
 from archerchat.errors import DataError, TokenizerError, UsageError
 from archerchat.tokenizer.ranks import format_ranks, load_ranks
 from archerchat.tokenizer.safe_text import cut_long_whitespace, encode_text, replace_surrogates
@@ -250,6 +250,22 @@ def find_tokenizer(home: Home, name: str) -> Path:
         f"no tokenizer {name!r} under {directory.parent}{known}make one with "
         f"`archerchat tokenizer train`"
     )
+
+
+def save_new_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `directory` as a whole, or leave what is there as it is.
+
+    Raises:
+        TokenizerError: the disk is full or cannot be written.
+    """
+    try:
+        with new_directory(directory) as temporary:
+            tokenizer.save(temporary)
+    except OSError as error:
+        raise TokenizerError(
+            f"cannot write {directory} ({error.strerror}): free some space, or point "
+            "ARCHERCHAT_HOME at another disk"
+        ) from error
 
 
 def train_tokenizer(

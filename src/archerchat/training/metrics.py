@@ -22,7 +22,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, SupportsFloat
 
 import endlex
@@ -133,12 +132,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         self.finish("finished" if kind is None else "interrupted" if interrupted else "failed")
 

@@ -16,7 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from archerchat.errors import DataError, TokenizerError, UsageError
-from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer, train_tokenizer
+from archerchat.tokenizer.bpe import (
+    SPECIAL_TOKENS,
+    Tokenizer,
+    save_new_tokenizer,
+    train_tokenizer,
+)
 
 TEXT = "the cat sat on the mat with the other cat, and then it ran"
 
@@ -282,3 +287,15 @@ def test_an_error_in_the_text_source_is_passed_on() -> None:
 
     with pytest.raises(DataError, match="shard_00000"):
         train_tokenizer(texts(), 270)
+
+
+def test_a_tokenizer_s_directory_is_written_whole_or_not_at_all(
+    small_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    directory = tmp_path / "tokenizers" / "small"
+    save_new_tokenizer(small_tokenizer, directory)
+    assert Tokenizer.load(directory).fingerprint == small_tokenizer.fingerprint
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(TokenizerError, match=r"cannot write .*a file/small .*: free some space"):
+        save_new_tokenizer(small_tokenizer, tmp_path / "a file" / "small")
+    assert [path.name for path in (tmp_path / "tokenizers").iterdir()] == ["small"]

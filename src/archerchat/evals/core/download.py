@@ -58,13 +58,19 @@ def find_bundle(
             )
         return folder
     url = given or BUNDLE_URL
-    bundles = cache_dir / "eval_bundles"
-    folder = bundles / hashlib.sha256(url.encode()).hexdigest()[:16]
-    if folder.is_dir():
-        return folder
-    notify(f"fetching {url}")
+    folder = cache_dir / "eval_bundles" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        notify(f"fetching {url}")
+        _fetch(url, folder, report, notify, retry)
+    return folder
+
+
+def _fetch(
+    url: str, folder: Path, report: Report, notify: Notify, retry: RetryPolicy | None
+) -> None:
+    """Download an archive, and unpack its bundle to `folder`."""
     archive = folder.with_suffix(".zip")
-    with explained_writes(bundles), exclusive(bundles):
+    with explained_writes(folder.parent), exclusive(folder.parent):
         download_file(
             url,
             archive,
@@ -78,7 +84,6 @@ def find_bundle(
             unpack(archive, folder)
         finally:  # one that holds no bundle is not kept either: the server may get a better one
             archive.unlink()
-    return folder
 
 
 def check_archive(path: Path) -> None:
