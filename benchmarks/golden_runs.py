@@ -1,0 +1,240 @@
+"""The reference's training runs, done again: its curves, its figures, and our speed on them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+from models import load_golden_tokenizer, load_golden_weights
+from rich.console import Console
+from rich.table import Table
+
+from archerchat.artifacts import Home
+from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
+from archerchat.nanochat_import import to_archerchat_names
+from archerchat.optim.schedule import build_schedule
+from archerchat.peak_flops import peak_flops
+from archerchat.runtime import Runtime, build_runtime, prepare_process
+from archerchat.tokenizer.bpe import Tokenizer
+from archerchat.training.base_recipe import BaseRecipe
+from archerchat.training.loop import Loop
+from archerchat.training.metrics import MetricsLog
+from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
+from archerchat.training.progress import ProgressLine
+from archerchat.training.recipe import Cadence, LoopState
+
+RESTART_BOUND = 2e-5
+VALIDATION_BOUND = 0.03
+SPEED_BOUND = 21_500
+"""Tokens/s of `d4_dim256_default` on two idle cores; reported, not judged: CPUs differ."""
+REFERENCE_RUNS = {"float32": "d4_dim128_fp32", "bfloat16": "d4_dim128_b16"}
+
+
+@dataclass(frozen=True)
+class Recorder(MetricsLog):
+    """Keep in memory what a run would write to its journal."""
+
+    records: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    def log(self, values: Mapping[str, SupportsFloat], step: int) -> None:
+        self.records.append((step, {name: float(value) for name, value in values.items()}))
+
+    def series(self, name: str) -> dict[int, float]:
+        return {step: values[name] for step, values in self.records if name in values}
+
+
+@dataclass(frozen=True)
+class GoldenRun:
+    """One run on the golden corpus."""
+
+    golden: str
+    """Name in train_curve.json, whose arguments are taken."""
+    dtype: str | None
+    compile: bool
+    weights: str | None = None
+    """File of initial weights; drawn afresh without it."""
+    attention: str | None = None
+    num_iterations: int | None = None
+    """Stop the schedule's run early, for timing."""
+    validate: bool = True
+    device_batch_size: int | None = None
+    """Rows at a time; the golden's without it. The step's tokens are the golden's either way."""
+
+
+RUNS = {
+    "restart_float32": GoldenRun(
+        "d4_dim128_restart", "float32", compile=False, weights="train_final.safetensors"
+    ),
+    "d4_dim128_float32": GoldenRun(
+        "d4_dim128_fp32", "float32", compile=False, weights="train_init.safetensors",
+        attention="sdpa",
+    ),
+    "d4_dim128_float32_compiled": GoldenRun(
+        "d4_dim128_fp32", "float32", compile=True, weights="train_init.safetensors"
+    ),
+    "d4_dim128_bfloat16": GoldenRun(
+        "d4_dim128_b16", "bfloat16", compile=True, weights="train_init.safetensors"
+    ),
+    "d4_dim256_plain_float32": GoldenRun(
+        "d4_dim256_fp32", "float32", compile=True, attention="sdpa", num_iterations=30,
+        validate=False,
+    ),
+    "d4_dim256_default": GoldenRun(
+        "d4_dim256_fp32", None, compile=True, device_batch_size=PretrainConfig.device_batch_size
+    ),
+}  # fmt: skip
+
+
+def load_curves(oracle: Path) -> dict[str, Any]:
+    """Return what the reference recorded of each of its runs."""
+    curves: dict[str, Any] = json.loads((oracle / "train_curve.json").read_text())["runs"]
+    return curves
+
+
+def run_golden(name: str, oracle: Path) -> dict[str, Any]:
+    """Train one golden configuration and return its curves and speed."""
+    run = RUNS[name]
+    runtime = build_runtime(None, run.dtype)
+    prepare_process(runtime)
+    tokenizer = load_golden_tokenizer(oracle)
+    config = build_config(run, load_curves(oracle)[run.golden]["args"], oracle)
+    hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
+    accum = grad_accum_steps(
+        hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
+    )
+    step_flops = hp.flops_per_token * hp.total_batch_tokens
+    cadence = Cadence(
+        hp.num_iterations, accum, hp.total_batch_tokens, step_flops, config.eval_every
+    )
+    recorder = Recorder(None)
+    with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
+        home = Home(Path(directory))
+        recipe = build_golden_recipe(config, hp, runtime, tokenizer, home)
+        if run.weights:
+            recipe.model.load_state_dict(load_golden_weights(oracle / run.weights))
+        peak = peak_flops(runtime, home.cache_dir)
+        with recipe.loader, ProgressLine(Console(stderr=True), hp.num_iterations) as progress:
+            outcome = Loop(
+                recipe, recipe.optimizer, runtime, cadence, LoopState(), peak, recorder, progress
+            ).run()
+    return {
+        "losses": list(recorder.series("train/last_micro_batch_loss").values()),
+        "val_bpb": {str(step): bits for step, bits in recorder.series("val/bpb").items()},
+        "norms": {name: p.double().norm().item() for name, p in recipe.model.named_parameters()},
+        "tokens_per_second": outcome.tokens_per_second,
+        "mfu": outcome.mfu,
+        "peak_flops": peak.flops_per_second,
+        "peak_memory_bytes": runtime.peak_memory_bytes(),
+        "data_wait_share": outcome.data_wait_share,
+    }
+
+
+def build_config(run: GoldenRun, args: Mapping[str, Any], oracle: Path) -> PretrainConfig:
+    """Take over the reference's arguments, except where the run has its own."""
+    dial = DialConfig(
+        depth=args["depth"],
+        aspect_ratio=args["aspect_ratio"],
+        head_dim=args["head_dim"],
+        max_seq_len=args["max_seq_len"],
+        num_iterations=run.num_iterations or args["num_iterations"],
+        total_batch_size=args["total_batch_size"],
+    )
+    return PretrainConfig(
+        dial=dial,
+        data=str(oracle / "corpus"),
+        device_batch_size=run.device_batch_size or args["device_batch_size"],
+        eval_every=args["eval_every"] if run.validate else None,
+        eval_tokens=args["eval_tokens"],
+        compile=run.compile,
+        attention=run.attention,  # type: ignore[arg-type]
+    )
+
+
+def build_golden_recipe(
+    config: PretrainConfig,
+    hp: Hyperparameters,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    home: Home,
+) -> BaseRecipe:
+    """Build pretraining's recipe, which here only trains and, where asked for, evaluates."""
+    meta = describe_run(config, hp, runtime, tokenizer, home)
+    schedule = build_schedule(config.dial, hp)
+    recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
+    recipe.save = lambda state, scaler: None  # type: ignore[method-assign]
+    recipe.sample = lambda step: {}  # type: ignore[method-assign]
+    if config.eval_every is None:
+        recipe.evaluate = lambda step: {}  # type: ignore[method-assign]
+    return recipe
+
+
+def compare(
+    results: Mapping[str, dict[str, Any]], curves: Mapping[str, Any]
+) -> tuple[dict[str, Any], bool]:
+    """Return the figures of all runs, and whether they are within the goldens' tolerances."""
+    restart = restart_differences(results["restart_float32"], curves["d4_dim128_restart"])
+    finals = {
+        dtype: (last_bits(results[f"d4_dim128_{dtype}"]), curves[run]["val"][-1]["val_bpb"])
+        for dtype, run in REFERENCE_RUNS.items()
+    }
+    ours, theirs = max(finals.values(), key=lambda pair: abs(pair[0] - pair[1]))
+    best, plain = results["d4_dim256_default"], results["d4_dim256_plain_float32"]
+    passed = (
+        restart["max_restart_difference"] <= RESTART_BOUND
+        and restart["max_restart_bpb_difference"] <= 1e-5
+        and restart["max_restart_norm_difference"] <= 1e-4
+        and abs(ours - theirs) <= VALIDATION_BOUND
+    )
+    return {
+        "tokens_per_second": best["tokens_per_second"],
+        "mfu": best["mfu"],
+        "measured_peak_tflops": best["peak_flops"] / 1e12,
+        "peak_memory_bytes": best["peak_memory_bytes"],
+        "val_bpb": ours,
+        "val_bpb_reference": theirs,
+        "val_bpb_by_dtype": finals,
+        "val_bpb_float32_compiled": last_bits(results["d4_dim128_float32_compiled"]),
+        **restart,
+        "ratio_to_plain_float32": best["tokens_per_second"] / plain["tokens_per_second"],
+        "speed_bound_met": best["tokens_per_second"] >= SPEED_BOUND,
+        "data_wait_share": best["data_wait_share"],
+    }, passed
+
+
+def restart_differences(ours: Mapping[str, Any], golden: Mapping[str, Any]) -> dict[str, float]:
+    """Return how far the restart's losses, validation and final weights are off."""
+    losses = zip(ours["losses"], golden["loss"], strict=True)
+    bits = {str(point["step"]): point["val_bpb"] for point in golden["val"]}
+    norms = to_archerchat_names(golden["param_l2_after_n_steps"]["30"])
+    return {
+        "max_restart_difference": max(abs(a - b) for a, b in losses),
+        "max_restart_bpb_difference": max(abs(ours["val_bpb"][step] - bits[step]) for step in bits),
+        "max_restart_norm_difference": max(
+            abs(ours["norms"][name] - norm) / norm for name, norm in norms.items()
+        ),
+    }
+
+
+def last_bits(result: Mapping[str, Any]) -> float:
+    """Return a run's final bits per byte."""
+    return float(list(result["val_bpb"].values())[-1])
+
+
+def print_table(results: Mapping[str, dict[str, Any]], curves: Mapping[str, Any]) -> None:
+    table = Table("configuration", "tok/s", "MFU %", "val bpb", "reference", "memory MiB")
+    for name, result in results.items():
+        reference = curves[RUNS[name].golden]["val"]
+        validated = bool(result["val_bpb"])
+        table.add_row(
+            name,
+            f"{result['tokens_per_second']:,.0f}",
+            f"{100 * result['mfu']:.1f}",
+            f"{last_bits(result):.4f}" if validated else "",
+            f"{reference[-1]['val_bpb']:.4f}" if reference and validated else "",
+            f"{result['peak_memory_bytes'] / 2**20:,.0f}",
+        )
+    Console().print(table)
