@@ -21,11 +21,5 @@ def reference_tokenizer(oracle_dir: Path) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def small_tokenizer() -> Tokenizer:
-    """300 ids, learned from a few sentences."""
-    return train_tokenizer(["the cat sat on the mat with the other cat, and then it ran"] * 3, 290)
-
-
-@pytest.fixture(scope="session")
-def small() -> Tokenizer:
     """290 ids, learned from one sentence."""
     return train_tokenizer(["the cat sat on the mat with the other cat, and then it ran"] * 3, 290)

@@ -101,54 +101,56 @@ def test_training_reproduces_the_reference_ranks(
 
 
 @given(st.text())
-def test_any_text_comes_back_and_never_yields_a_special_token(small: Tokenizer, text: str) -> None:
-    ids = small.encode(text)
-    assert small.decode(ids) == text
-    assert all(i < small.vocab_size - len(SPECIAL_TOKENS) for i in ids)
-    assert sum(small.token_bytes[i] for i in ids) == len(text.encode())
+def test_any_text_comes_back_and_never_yields_a_special_token(
+    small_tokenizer: Tokenizer, text: str
+) -> None:
+    ids = small_tokenizer.encode(text)
+    assert small_tokenizer.decode(ids) == text
+    assert all(i < small_tokenizer.vocab_size - len(SPECIAL_TOKENS) for i in ids)
+    assert sum(small_tokenizer.token_bytes[i] for i in ids) == len(text.encode())
 
 
 @given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "the", " ", "<|", "|>"])).map("".join))
-def test_special_token_text_is_ordinary_text(small: Tokenizer, text: str) -> None:
-    ids = small.encode(text)
-    assert small.decode(ids) == text
-    assert all(i < small.bos_id for i in ids)
+def test_special_token_text_is_ordinary_text(small_tokenizer: Tokenizer, text: str) -> None:
+    ids = small_tokenizer.encode(text)
+    assert small_tokenizer.decode(ids) == text
+    assert all(i < small_tokenizer.bos_id for i in ids)
 
 
 @given(st.lists(st.text(max_size=20), max_size=8), st.booleans(), st.integers(1, 3))
 def test_a_batch_is_its_texts_one_by_one(
-    small: Tokenizer, texts: list[str], bos: bool, threads: int
+    small_tokenizer: Tokenizer, texts: list[str], bos: bool, threads: int
 ) -> None:
-    start = [small.bos_id] if bos else []
-    expected = [start + small.encode(text) for text in texts]
-    assert small.encode_batch(texts, prepend_bos=bos, num_threads=threads) == expected
+    start = [small_tokenizer.bos_id] if bos else []
+    expected = [start + small_tokenizer.encode(text) for text in texts]
+    assert small_tokenizer.encode_batch(texts, prepend_bos=bos, num_threads=threads) == expected
 
 
 @given(st.lists(st.integers(0, 289)))
-def test_any_ids_decode(small: Tokenizer, ids: list[int]) -> None:
-    assert isinstance(small.decode(ids), str)
+def test_any_ids_decode(small_tokenizer: Tokenizer, ids: list[int]) -> None:
+    assert isinstance(small_tokenizer.decode(ids), str)
 
 
 @pytest.mark.parametrize("unknown", [290, -1, 1 << 40])
-def test_an_unknown_id_is_named(small: Tokenizer, unknown: int) -> None:
+def test_an_unknown_id_is_named(small_tokenizer: Tokenizer, unknown: int) -> None:
     with pytest.raises(TokenizerError, match=f"{unknown} .*vocabulary of 290"):
-        small.decode([1, unknown])
+        small_tokenizer.decode([1, unknown])
 
 
-def test_an_unknown_special_token_is_named(small: Tokenizer) -> None:
+def test_an_unknown_special_token_is_named(small_tokenizer: Tokenizer) -> None:
     with pytest.raises(TokenizerError, match=r"<\|nope\|>"):
-        small.special_id("<|nope|>")
+        small_tokenizer.special_id("<|nope|>")
 
 
-def test_endless_whitespace_does_not_end_the_process(small: Tokenizer) -> None:
+def test_endless_whitespace_does_not_end_the_process(small_tokenizer: Tokenizer) -> None:
     for text in (" " * 1_200_000 + "x", "the cat\n" + " " * 2_500_000, "\n" * 1_200_000):
-        assert small.decode(small.encode(text)) == text
+        assert small_tokenizer.decode(small_tokenizer.encode(text)) == text
     tokenizer = train_tokenizer([" " * 1_200_000 + "x", TEXT], 270, document_chars=2_000_000)
     assert tokenizer.vocab_size == 270
 
 
-def test_lone_surrogates_become_replacement_characters(small: Tokenizer) -> None:
-    assert small.decode(small.encode("a\ud800b")) == "a�b"
+def test_lone_surrogates_become_replacement_characters(small_tokenizer: Tokenizer) -> None:
+    assert small_tokenizer.decode(small_tokenizer.encode("a\ud800b")) == "a�b"
     assert train_tokenizer(["a\ud800b" * 3, TEXT], 270).vocab_size == 270
 
 
@@ -166,14 +168,16 @@ def test_save_and_load_give_the_same_tokenizer(tmp_path: Path) -> None:
     assert loaded.encode(TEXT) == saved.encode(TEXT)
 
 
-def test_a_tokenizer_can_be_sent_to_another_process(small: Tokenizer) -> None:
-    copy: Tokenizer = pickle.loads(pickle.dumps(small))
-    assert copy.encode(TEXT) == small.encode(TEXT)
-    assert copy.fingerprint == small.fingerprint
+def test_a_tokenizer_can_be_sent_to_another_process(small_tokenizer: Tokenizer) -> None:
+    copy: Tokenizer = pickle.loads(pickle.dumps(small_tokenizer))
+    assert copy.encode(TEXT) == small_tokenizer.encode(TEXT)
+    assert copy.fingerprint == small_tokenizer.fingerprint
 
 
-def test_the_fingerprint_covers_ranks_pattern_and_special_tokens(small: Tokenizer) -> None:
-    ranks = small._ranks
+def test_the_fingerprint_covers_ranks_pattern_and_special_tokens(
+    small_tokenizer: Tokenizer,
+) -> None:
+    ranks = small_tokenizer._ranks
     swapped = dict(ranks)
     (first, a), (second, b) = list(ranks.items())[-2:]
     swapped[first], swapped[second] = b, a
@@ -184,7 +188,7 @@ def test_the_fingerprint_covers_ranks_pattern_and_special_tokens(small: Tokenize
         Tokenizer.from_ranks(ranks, special_tokens=SPECIAL_TOKENS[:-1]),
     ]
     assert len({tokenizer.fingerprint for tokenizer in variants}) == 4
-    assert variants[0].fingerprint == small.fingerprint
+    assert variants[0].fingerprint == small_tokenizer.fingerprint
 
 
 def _replace(path: Path, old: bytes, new: bytes) -> None:
@@ -209,9 +213,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_directory_is_refused_with_a_remedy(
-    small: Tokenizer, tmp_path: Path, damage: str
+    small_tokenizer: Tokenizer, tmp_path: Path, damage: str
 ) -> None:
-    small.save(tmp_path)
+    small_tokenizer.save(tmp_path)
     name, break_it = DAMAGE[damage]
     break_it(tmp_path / name)
     with pytest.raises(TokenizerError, match="archerchat tokenizer train") as caught:
@@ -220,7 +224,7 @@ def test_a_damaged_directory_is_refused_with_a_remedy(
     assert expected in str(caught.value)
 
 
-def test_ranks_that_cannot_encode_everything_are_refused(small: Tokenizer) -> None:
+def test_ranks_that_cannot_encode_everything_are_refused(small_tokenizer: Tokenizer) -> None:
     ranks = {bytes([value]): value for value in range(256)}
     with pytest.raises(TokenizerError, match="each once"):
         Tokenizer.from_ranks({**ranks, b"ab": 300})
@@ -228,7 +232,7 @@ def test_ranks_that_cannot_encode_everything_are_refused(small: Tokenizer) -> No
     with pytest.raises(TokenizerError, match="0xff"):
         Tokenizer.from_ranks({**ranks, b"ab": 255})
     with pytest.raises(TokenizerError, match="listed twice"):
-        Tokenizer.from_ranks(small._ranks, special_tokens=["<|bos|>", "<|bos|>"])
+        Tokenizer.from_ranks(small_tokenizer._ranks, special_tokens=["<|bos|>", "<|bos|>"])
 
 
 @pytest.mark.parametrize("size", [0, 256, 264])

@@ -88,18 +88,18 @@ PARTS = st.lists(
     limit=st.integers(1, 60),
 )
 def test_the_mask_lies_on_what_the_assistant_writes(
-    small: Tokenizer, contents: list[tuple[str, Any]], system: str | None, limit: int
+    small_tokenizer: Tokenizer, contents: list[tuple[str, Any]], system: str | None, limit: int
 ) -> None:
     conversation = chat(*[content for turn in contents for content in turn], system=system)
-    ids, mask = render_conversation(small, conversation, 1_000_000)
+    ids, mask = render_conversation(small_tokenizer, conversation, 1_000_000)
     assert len(ids) == len(mask)
-    assert ids.count(small.bos_id) == 1
+    assert ids.count(small_tokenizer.bos_id) == 1
 
-    learned = small.decode([i for i, trained in zip(ids, mask, strict=True) if trained])
+    learned = small_tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained])
     expected = "".join(written_by_assistant(answer) + "<|assistant_end|>" for _, answer in contents)
     assert learned == expected
 
-    cut_ids, cut_mask = render_conversation(small, conversation, limit)
+    cut_ids, cut_mask = render_conversation(small_tokenizer, conversation, limit)
     assert (cut_ids, cut_mask) == (ids[:limit], mask[:limit])
 
 
@@ -110,17 +110,20 @@ def written_by_assistant(answer: str | list[dict[str, str]]) -> str:
     return "".join(wrap[part["type"]].replace("{}", part["text"]) for part in answer)
 
 
-def test_the_system_message_joins_the_first_user_message_only(small: Tokenizer) -> None:
-    joined = render_conversation(small, chat("S\n\nhi", "a", "again", "b"))
-    assert render_conversation(small, chat("hi", "a", "again", "b", system="S")) == joined
+def test_the_system_message_joins_the_first_user_message_only(small_tokenizer: Tokenizer) -> None:
+    joined = render_conversation(small_tokenizer, chat("S\n\nhi", "a", "again", "b"))
+    assert render_conversation(small_tokenizer, chat("hi", "a", "again", "b", system="S")) == joined
 
 
-def test_a_completion_answers_a_last_message_of_the_user(small: Tokenizer) -> None:
-    start = small.special_id("<|assistant_start|>")
-    ids, _ = render_conversation(small, chat("hi", "a", "again"))
-    assert render_for_completion(small, chat("hi", "a", "again")) == [*ids, start]
-    assert render_for_completion(small, chat("hi", "a", "again", "ignored")) == [*ids, start]
-    assert render_for_completion(small, chat("hi", "a", "again"), 3) == [*ids[:3], start]
+def test_a_completion_answers_a_last_message_of_the_user(small_tokenizer: Tokenizer) -> None:
+    start = small_tokenizer.special_id("<|assistant_start|>")
+    ids, _ = render_conversation(small_tokenizer, chat("hi", "a", "again"))
+    assert render_for_completion(small_tokenizer, chat("hi", "a", "again")) == [*ids, start]
+    assert render_for_completion(small_tokenizer, chat("hi", "a", "again", "ignored")) == [
+        *ids,
+        start,
+    ]
+    assert render_for_completion(small_tokenizer, chat("hi", "a", "again"), 3) == [*ids[:3], start]
 
 
 BAD = [
@@ -146,15 +149,17 @@ BAD = [
 
 @pytest.mark.parametrize(("conversation", "message"), BAD)
 def test_bad_conversations_are_refused_by_place_and_fault(
-    small: Tokenizer, conversation: Any, message: str
+    small_tokenizer: Tokenizer, conversation: Any, message: str
 ) -> None:
     with pytest.raises(DataError, match=re.escape(message)):
-        render_conversation(small, conversation)
+        render_conversation(small_tokenizer, conversation)
 
 
 @pytest.mark.parametrize(
     "messages", [[], [{"role": "assistant", "content": "a"}], [{"role": "system", "content": "s"}]]
 )
-def test_a_completion_needs_something_to_answer(small: Tokenizer, messages: list[Any]) -> None:
+def test_a_completion_needs_something_to_answer(
+    small_tokenizer: Tokenizer, messages: list[Any]
+) -> None:
     with pytest.raises(DataError, match="message"):
-        render_for_completion(small, {"messages": messages})
+        render_for_completion(small_tokenizer, {"messages": messages})
