@@ -122,7 +122,7 @@ def _seconds(text: str) -> float:
     return number
 
 
-def _minutes(text: str) -> float:
+def _positive(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
@@ -249,10 +249,12 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alert-webhook", help="a URL that gets each alert as JSON")
     parser.add_argument("--ntfy", help="URL of an ntfy topic that gets each alert as text")
     parser.add_argument(
-        "--stall-minutes", type=_minutes, default=10.0, help="silence that is an alert (10)"
+        "--stall-minutes", type=_positive, default=10.0, help="silence that is an alert (10)"
     )
     parser.add_argument(
-        "--min-free-gb", type=_minutes, help="disk that uploads leave free (1, or 2 %% of the disk)"
+        "--min-free-gb",
+        type=_positive,
+        help="disk that uploads leave free (1, or 2 %% of the disk)",
     )
 
 

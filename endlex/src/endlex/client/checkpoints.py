@@ -12,7 +12,7 @@ from endlex.client.journal import parse_record, session_files, session_kind, wri
 from endlex.client.manifests import build_manifest, load_manifest, manifest_path
 from endlex.client.parts import PartSource, Progress, Upload
 from endlex.client.replacement import REPLACES, is_replaced
-from endlex.client.run_directory import read_run_file
+from endlex.client.run_directory import require_run_file
 from endlex.client.session_sync import SessionSync
 from endlex.client.shipping import failed_checkpoints, shipper_process
 from endlex.client.staging import Staged, files_of, given_up, staged_names
@@ -139,9 +139,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
         EndlexError: the directory is no run's.
         TransportError: the server cannot be asked.
     """
-    owner = read_run_file(directory)
-    if owner is None:
-        raise EndlexError(f"{directory} has no run.json: it is not the directory of a run")
+    owner = require_run_file(directory)
     shipper = shipper_process(directory)
     missing = [
         found

@@ -21,7 +21,6 @@ from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_
 
 CONNECTIONS = 4
 ATTEMPTS = 8
-READ_BYTES = 2**20
 
 Progress = Callable[[int, int], None]
 
@@ -134,11 +133,8 @@ def _is_there(directory: Path, file: ManifestFile) -> bool:
 
 
 def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:

@@ -151,7 +151,7 @@ class Upload:
             if state == "published":
                 return True
             if state != "verifying":
-                raise Retry(f"{self._transport.url} is no Endlex server, or an ill one")
+                raise self._transport.ill_answer()
             self._require_going()
             time.sleep(wait)
             wait = min(wait * 2, longest)
@@ -252,5 +252,5 @@ def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], di
         lacks = set(answer.content["missing"])
         partial = {str(k): int(v) for k, v in answer.content.get("partial", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Retry(f"{transport.url} is no Endlex server, or an ill one") from error
+        raise transport.ill_answer() from error
     return [part for part in parts if part in lacks], partial

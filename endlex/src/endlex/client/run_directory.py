@@ -118,6 +118,18 @@ def claim_directory(directory: Path, run: str, project: str, name: str) -> RunFi
     return read_run_file(directory) or content
 
 
+def require_run_file(directory: Path) -> RunFile:
+    """Whose directory this is.
+
+    Raises:
+        EndlexError: it is nobody's, or `run.json` is damaged.
+    """
+    owner = read_run_file(directory)
+    if owner is None:
+        raise EndlexError(f"{directory} has no {RUN_FILE}: it is not the directory of a run")
+    return owner
+
+
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Replace a file by a temporary name and a rename, so that readers never see a part."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")

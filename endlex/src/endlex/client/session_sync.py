@@ -48,7 +48,7 @@ class SessionSync:
                 raise
             self.acknowledged = 0
         except (KeyError, TypeError, ValueError) as error:
-            raise Retry(f"{self._transport.url} is no Endlex server, or an ill one") from error
+            raise self._transport.ill_answer() from error
         return self.acknowledged
 
     def ship(self) -> int:
@@ -74,7 +74,7 @@ class SessionSync:
                 raise Retry(str(error)) from error
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise Retry(f"{self._transport.url} is no Endlex server, or an ill one") from error
+            raise self._transport.ill_answer() from error
         if offset <= start:
             raise Retry(f"{self._transport.url} took nothing of session {self.session}")
         self.acknowledged = offset
@@ -121,7 +121,7 @@ class SessionSync:
                 return length
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise Retry(f"{self._transport.url} is no Endlex server, or an ill one") from error
+            raise self._transport.ill_answer() from error
         if _digest(self.path, held) != theirs:
             raise EndlexError(
                 f"the server's copy of session {self.session} differs from {self.path}: keep the "

@@ -22,7 +22,7 @@ from typing import Any
 from endlex.client.backoff import Backoff
 from endlex.client.checkpoint_shipper import CheckpointShipper
 from endlex.client.journal_shipper import JournalShipper
-from endlex.client.run_directory import read_run_file, server_token, server_url
+from endlex.client.run_directory import require_run_file, server_token, server_url
 from endlex.client.shipping import (
     BACKGROUND,
     DONE,
@@ -66,9 +66,7 @@ class Shipper:
         poll_seconds: float = POLL_SECONDS,
         system_seconds: float | None = SAMPLE_SECONDS,
     ) -> None:
-        owner = read_run_file(directory)
-        if owner is None:
-            raise EndlexError(f"{directory} has no run.json: it is not the directory of a run")
+        owner = require_run_file(directory)
         self._directory, self._owner = directory, owner
         self._transport, self._stop = transport, stop
         self._poll, self._system_seconds = poll_seconds, system_seconds

@@ -17,7 +17,7 @@ from endlex.client.journal import content_length, session_files, writer_is_alive
 from endlex.client.journal_shipper import JournalShipper, Session
 from endlex.client.manifests import CheckpointFailed
 from endlex.client.replacement import drop_replaced
-from endlex.client.run_directory import read_run_file
+from endlex.client.run_directory import require_run_file
 from endlex.client.shipping import (
     DONE,
     FOREGROUND,
@@ -57,9 +57,7 @@ def sync_directory(
             refuses something, or a checkpoint can never be published. The rest is sent first.
         Retry: the server could not be reached for too long.
     """
-    owner = read_run_file(directory)
-    if owner is None:
-        raise EndlexError(f"{directory} has no run.json: it is not the directory of a run")
+    owner = require_run_file(directory)
     had_shipper, lock = _take_over(directory)
     journals = JournalShipper(directory, owner["run"], transport)
     patient = _Patience(patience)

@@ -265,6 +265,10 @@ class Transport:
         reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
         return Unreachable(f"cannot reach {self.url}: {reason or type(error).__name__}")
 
+    def ill_answer(self) -> Retry:
+        """The error for an answer that went well and is not what an Endlex server says."""
+        return Retry(f"{self.url} is no Endlex server, or an ill one")
+
     def close(self) -> None:
         """Close the connection; the next request opens another one."""
         if self._connection is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
     checkpoint = choose_checkpoint(found["checkpoints"], which, word)
     size = format_bytes(checkpoint["bytes"])
     line = ProgressLine()
-
-    def show(done: int, total: int) -> None:
-        line.show(f"{checkpoint['name']}: {format_bytes(done)} of {format_bytes(total)}")
-
+    show = partial(line.show_bytes, checkpoint["name"])
     try:
         pull_checkpoint(found["run"], checkpoint["name"], directory, server.transport, show)
     except Retry as error:
@@ -133,7 +131,7 @@ def push(
         raise EndlexError(f"{explain(error)}; the same command goes on where it stopped") from error
     line.clear()
     published = server.get(run_path(identity, "checkpoints", checkpoint))
-    files = published.get("files") or published["manifest"]["files"]
+    files = published["files"]
     size = sum(file["bytes"] for file in files)
     print(
         f"checkpoint {checkpoint} of run {identity}: {count(len(files), 'file')}, "
@@ -160,10 +158,7 @@ def _push_to(
         identity = open_run_directory(Path(run))["run"]
     else:
         identity = str(find_server_run(server, run)["run"])
-
-    def show(done: int, total: int) -> None:
-        line.show(f"{name}: {format_bytes(done)} of {format_bytes(total)}")
-
+    show = partial(line.show_bytes, name)
     push_checkpoint(identity, path, name, server.transport, step=step, aliases=alias, progress=show)
     return identity
 
@@ -185,9 +180,5 @@ def _push_new(
         directory = started.directory
     if directory is None:  # RANK names another rank than 0
         raise UsageError("RANK is set, and only rank 0 records: give --run, or unset RANK")
-
-    def show(what: str, done: int, total: int) -> None:
-        line.show(f"{what}: {format_bytes(done)} of {format_bytes(total)}")
-
-    sync_directory(directory, server.transport, show)
+    sync_directory(directory, server.transport, line.show_bytes)
     return open_run_directory(directory)["run"]

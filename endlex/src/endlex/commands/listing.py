@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from endlex.commands.local_run import summarize
@@ -94,8 +95,6 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> str:
 
 def load_run(text: str, url: str | None) -> dict[str, Any]:
     """Return what there is to know of a run: from its directory here, else from the server."""
-    from pathlib import Path
-
     if is_run_directory(Path(text)):
         return summarize(Path(text))
     return find_server_run(find_server(url), text)
@@ -139,11 +138,7 @@ def _print_sections(found: dict[str, Any]) -> None:
         print("\n" + render_table(["CONFIG", ""], [[k, str(v)[:80]] for k, v in flat.items()]))
     names = [*found.get("texts", []), *found.get("tables", [])]
     if names:
-        print("\ntexts and tables: " + ", ".join(printable(_name(name)) for name in names))
-
-
-def _name(entry: Any) -> str:
-    return str(entry["name"] if isinstance(entry, dict) else entry)
+        print("\ntexts and tables: " + ", ".join(map(printable, names)))
 
 
 def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

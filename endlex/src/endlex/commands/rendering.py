@@ -111,6 +111,10 @@ class ProgressLine:
         else:
             print(text, file=sys.stderr, flush=True)
 
+    def show_bytes(self, what: str, done: int, total: int) -> None:
+        """Show how many bytes of something are done."""
+        self.show(f"{what}: {format_bytes(done)} of {format_bytes(total)}")
+
     def clear(self) -> None:
         """Remove the line, before something else is printed."""
         if self._terminal and self._width:
