@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archerchat.errors import UsageError
+from archerchat.errors import ArcherChatError, DataError, UsageError
 
 if sys.platform != "win32":
     import fcntl
@@ -202,6 +202,18 @@ def new_directory(path: Path) -> Iterator[Path]:
         raise
     fsync_dir(path.parent)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explained_writes(path: Path, kind: type[ArcherChatError] = DataError) -> Iterator[None]:
+    """Turn what the system says about writing `path` into an error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(
+            f"cannot write {path} ({error.strerror or error}): free some space, or point "
+            f"ARCHERCHAT_HOME at another disk"
+        ) from error
 
 
 def _fsync_tree(directory: Path) -> None:

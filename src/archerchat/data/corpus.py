@@ -23,8 +23,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from archerchat.artifacts import current, new_directory, remove_leftovers, write_json
-from archerchat.data.shards import TEXT_COLUMN, explained_writes, write_shards
+from archerchat.artifacts import (
+    current,
+    explained_writes,
+    new_directory,
+    remove_leftovers,
+    write_json,
+)
+from archerchat.data.shards import TEXT_COLUMN, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.tokenizer.safe_text import replace_surrogates
 

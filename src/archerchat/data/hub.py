@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_url
 
+from archerchat.artifacts import explained_writes
 from archerchat.data.download import Download, Notify, Report, RetryPolicy, download_file
-from archerchat.data.shards import Shard, explained_writes
+from archerchat.data.shards import Shard
 from archerchat.errors import DataError, UsageError
 
 

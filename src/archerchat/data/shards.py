@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from archerchat.artifacts import Home, write_bytes
+from archerchat.artifacts import Home, explained_writes, write_bytes
 from archerchat.errors import DataError, UsageError
 
 TEXT_COLUMN = "text"
@@ -195,15 +195,3 @@ def write_shards(
             write_bytes(path, buffer.getvalue())
         paths.append(path)
     return paths
-
-
-@contextlib.contextmanager
-def explained_writes(path: Path) -> Iterator[None]:
-    """Turn what the system says about writing `path` into a DataError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"cannot write {path} ({error.strerror or error}): free some space, or point "
-            f"ARCHERCHAT_HOME at another disk"
-        ) from error

@@ -21,7 +21,7 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from archerchat.artifacts import Home, new_directory, write_bytes, write_json
+from archerchat.artifacts import Home, explained_writes, new_directory, write_bytes, write_json
 from archerchat.errors import DataError, TokenizerError, UsageError
 from archerchat.tokenizer.ranks import format_ranks, load_ranks
 from archerchat.tokenizer.safe_text import cut_long_whitespace, encode_text, replace_surrogates
@@ -258,14 +258,8 @@ def save_new_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     Raises:
         TokenizerError: the disk is full or cannot be written.
     """
-    try:
-        with new_directory(directory) as temporary:
-            tokenizer.save(temporary)
-    except OSError as error:
-        raise TokenizerError(
-            f"cannot write {directory} ({error.strerror}): free some space, or point "
-            "ARCHERCHAT_HOME at another disk"
-        ) from error
+    with explained_writes(directory, TokenizerError), new_directory(directory) as temporary:
+        tokenizer.save(temporary)
 
 
 def train_tokenizer(

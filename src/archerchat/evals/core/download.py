@@ -13,9 +13,8 @@ import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from archerchat.artifacts import exclusive, new_directory
+from archerchat.artifacts import exclusive, explained_writes, new_directory
 from archerchat.data.download import Notify, Report, RetryPolicy, download_file
-from archerchat.data.shards import explained_writes
 from archerchat.errors import DataError, UsageError
 from archerchat.evals import offline_tasks
 from archerchat.evals.core.bundle import TASK_LIST, load_bundle
