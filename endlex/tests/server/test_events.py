@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -11,11 +12,19 @@ from endlex.server import events
 from endlex.server.events import Event, Hub
 
 
-async def collect(hub: Hub, run: str | None, count: int, publish: Any) -> list[Event]:
-    found: list[Event] = []
+async def begin_to_read(
+    hub: Hub, run: str | None
+) -> tuple[AsyncIterator[Event], asyncio.Future[Event]]:
+    """A reader, and the first news that it gets: it waits for that already."""
     reader = hub.read(run)
     first = asyncio.ensure_future(anext(reader))
     await asyncio.sleep(0)
+    return reader, first
+
+
+async def collect(hub: Hub, run: str | None, count: int, publish: Any) -> list[Event]:
+    found: list[Event] = []
+    reader, first = await begin_to_read(hub, run)
     publish()
     found.append(await asyncio.wait_for(first, 5))
     while len(found) < count:
@@ -51,9 +60,7 @@ def test_news_come_from_other_threads_and_in_order_of_merging() -> None:
     async def scenario() -> None:
         hub = Hub()
         hub.start(asyncio.get_running_loop())
-        reader = hub.read(None)
-        waiting = asyncio.ensure_future(anext(reader))
-        await asyncio.sleep(0)
+        reader, waiting = await begin_to_read(hub, None)
         await asyncio.to_thread(hub.publish, "run", {"run": "a", "status": "running"})
         assert await asyncio.wait_for(waiting, 5) == ("run", {"run": "a", "status": "running"})
         hub.stop()
@@ -67,9 +74,7 @@ def test_a_reader_that_stands_still_is_dropped_not_buffered() -> None:
     async def scenario() -> None:
         hub = Hub()
         hub.start(asyncio.get_running_loop())
-        reader = hub.read(None)
-        waiting = asyncio.ensure_future(anext(reader))
-        await asyncio.sleep(0)
+        reader, waiting = await begin_to_read(hub, None)
         hub.publish("run", {"run": "first"})
         await asyncio.wait_for(waiting, 5)
         for number in range(events.MOST_NEWS + 10):
