@@ -18,7 +18,7 @@ CLIENT_BYTES = 1_000_000
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The client's and the server's wheel, built without the network: no chart library if absent."""
+    """Wheels of client and server, built offline: no chart library where it is not here yet."""
     builders = pytest.importorskip("hatchling.builders.wheel")
     folder = tmp_path_factory.mktemp("wheels")
     if not (SOURCES / "server/static/vendor/uplot/uPlot.iife.min.js").is_file():
