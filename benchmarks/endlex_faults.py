@@ -50,7 +50,7 @@ def main() -> int:
     outcomes = []
     print(f"{'fault':28} {'seconds':>8} {'points':>10} {'missing':>8} {'twice':>6}  whole")
     for name, run in scenarios.items():
-        outcome, seconds = timed(options.folder, run)
+        outcome, seconds = timed(options.folder, run, lambda outcome: outcome.is_whole)
         if outcome is None:
             print(f"{name:28} {'skipped: a disk in memory cannot be mounted here':>8}", flush=True)
             continue
@@ -64,7 +64,9 @@ def main() -> int:
         )
     size = int(options.checkpoint_gb * GB)
     upload, seconds = timed(
-        options.folder, lambda folder: uploads.run_checkpoint_cuts(folder, size, options.cuts, seed)
+        options.folder,
+        lambda folder: uploads.run_checkpoint_cuts(folder, size, options.cuts, seed),
+        is_sound,
     )
     print(f"upload of {size:,} bytes, {upload.cuts} cuts: {seconds:.1f} s")
     print(json.dumps({**asdict(upload), "parts_resent": upload.parts_resent}, indent=1))
@@ -74,12 +76,18 @@ def main() -> int:
     figures["kills_by_process"] = outcomes[0].kills
     print(json.dumps(figures))
     whole = all(outcome.is_whole for outcome in outcomes)
-    sound = upload.hashes_equal and upload.parts_resent <= upload.cuts
-    sound = sound and upload.second_upload_share < 0.01 and not upload.visible_too_early
-    return 0 if whole and sound and not upload.server_errors else 1
+    return 0 if whole and is_sound(upload) else 1
 
 
-def timed(place: Path | None, run: Callable[[Path], Any]) -> tuple[Any, float]:
+def is_sound(upload: Any) -> bool:
+    """Whether an upload that was cut came whole, was seen only then, and sent little twice."""
+    whole = upload.hashes_equal and not upload.visible_too_early and not upload.server_errors
+    return whole and upload.parts_resent <= upload.cuts and upload.second_upload_share < 0.01
+
+
+def timed(
+    place: Path | None, run: Callable[[Path], Any], went_well: Callable[[Any], bool]
+) -> tuple[Any, float]:
     """Run a scenario in a folder of its own; None where this machine does not allow it.
 
     The folder is removed when the scenario went well, and kept, and named, when it did not.
@@ -96,7 +104,7 @@ def timed(place: Path | None, run: Callable[[Path], Any]) -> tuple[Any, float]:
         raise
     finally:
         importlib.import_module("fault_processes").stop_all()
-    if getattr(outcome, "is_whole", True):
+    if went_well(outcome):
         shutil.rmtree(folder)
     else:
         print(f"not whole; what was there is kept in {folder}", file=sys.stderr)

@@ -21,18 +21,17 @@ import os
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from endlex_serving import running_server
+from measuring import percentile
+
 SCALARS = 10
 PACE_SECONDS = 0.005
-START_SECONDS = 60.0
 MODES = ("on", "off", "black_hole")
 
 TRAINER = """
@@ -76,12 +75,10 @@ class Figures:
 
 
 def figures(seconds: list[float], finish: float) -> Figures:
-    ordered = sorted(seconds)
-    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     return Figures(
-        round(median(ordered) * 1e6, 1),
-        round(p99 * 1e6, 1),
-        round(ordered[-1] * 1e3, 3),
+        round(median(seconds) * 1e6, 1),
+        round(percentile(seconds, 0.99) * 1e6, 1),
+        round(max(seconds) * 1e3, 3),
         round(finish, 2),
     )
 
@@ -111,7 +108,7 @@ def train(mode: str, url: str | None, directory: Path, steps: int) -> Figures:
 def server(mode: str, directory: Path) -> Iterator[str]:
     """The URL of what a mode's trainer talks to."""
     if mode == "on":
-        with serve(directory / "server") as url:
+        with running_server(directory / "server") as url:
             yield url
         return
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listening:
@@ -119,33 +116,6 @@ def server(mode: str, directory: Path) -> Iterator[str]:
         if mode == "off":
             listening.close()
         yield url
-
-
-@contextlib.contextmanager
-def serve(data: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "endlex", "serve", "--port", str(port), "--data", str(data)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not is_healthy(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("`endlex serve` does not start: run it by hand to see why")
-            time.sleep(0.1)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def is_healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def main() -> None:

@@ -20,28 +20,21 @@ import math
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+from endlex_serving import running_server
+from measuring import percentile
 
 SESSION = "000001-abcdef012345"
 METRICS = ("train/loss", "train/mfu")
 BATCH_BYTES = 4 * 2**20
 PAN_PIXELS = 240
-
-SERVER = """
-import sys
-from pathlib import Path
-from endlex.server.app import serve
-from endlex.server.settings import Settings
-serve(Path(sys.argv[1]), Settings(port=0))
-"""
 
 RECORD_FRAMES = """
 () => {
@@ -60,21 +53,12 @@ RECORD_FRAMES = """
 
 def main() -> None:
     options = parse_arguments()
-    with tempfile.TemporaryDirectory() as directory:
-        server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, directory], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            assert server.stdout is not None
-            url = server.stdout.readline().split()[-1]
-            began = time.perf_counter()
-            runs = [load_run(url, number, options.points) for number in range(options.runs)]
-            seconds = time.perf_counter() - began
-            print(f"loaded {options.runs} runs of {options.points:,} points in {seconds:.0f} s")
-            result = measure(url, runs, options.seconds)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(30)
+    with tempfile.TemporaryDirectory() as directory, running_server(Path(directory)) as url:
+        began = time.perf_counter()
+        runs = [load_run(url, number, options.points) for number in range(options.runs)]
+        seconds = time.perf_counter() - began
+        print(f"loaded {options.runs} runs of {options.points:,} points in {seconds:.0f} s")
+        result = measure(url, runs, options.seconds)
     print(json.dumps({**result, "runs": options.runs, "points": options.points}))
 
 
@@ -205,16 +189,11 @@ def move_charts(page: Any, seconds: float) -> list[float]:
 
 
 def summarize(frames: list[float]) -> dict[str, float]:
-    ordered = sorted(frames)
-
-    def at(share: float) -> float:
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
     return {
-        "frames": len(ordered),
-        "median_ms": round(at(0.5), 2),
-        "p95_ms": round(at(0.95), 2),
-        "max_ms": round(ordered[-1], 2),
+        "frames": len(frames),
+        "median_ms": round(percentile(frames, 0.5), 2),
+        "p95_ms": round(percentile(frames, 0.95), 2),
+        "max_ms": round(max(frames), 2),
     }
 
 

@@ -18,34 +18,28 @@ import hashlib
 import http.client
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+
+from endlex_serving import running_server
+from measuring import percentile
 
 from endlex.protocol import METRICS, PART_BYTES, PROTOCOL, SESSION
 
 BATCH_BYTES = 2**20
 SCALARS = 10
-START_SECONDS = 30
 HEALTH_EVERY = 0.01
 METRIC = "metric/0"
-
-SERVER = (
-    "import sys; from pathlib import Path; from endlex.server.app import serve; "
-    "from endlex.server.settings import Settings; "
-    "serve(Path(sys.argv[1]), Settings(port=int(sys.argv[2]), min_free_bytes=0))"
-)
 
 
 @dataclass(frozen=True)
@@ -62,8 +56,8 @@ class Figures:
 class Client:
     """One connection to the server, kept alive."""
 
-    def __init__(self, port: int) -> None:
-        self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    def __init__(self, url: str) -> None:
+        self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, **query: Any
@@ -81,52 +75,22 @@ class Client:
 def main() -> int:
     options = parse_options()
     scratch = TemporaryDirectory(dir=options.directory)
-    with scratch as folder, running_server(Path(folder) / "server") as port:
-        figures, details = measure(port, options)
+    with scratch as folder, running_server(Path(folder) / "server") as url:
+        figures, details = measure(url, options)
     print_table(figures, details)
     print(json.dumps(asdict(figures)))
     return 0
 
 
-@contextmanager
-def running_server(data: Path) -> Iterator[int]:
-    """Run a server on a free port until the block ends."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [sys.executable, "-c", SERVER, str(data), str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        try:
-            wait_until_up(port, process)
-            yield port
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-
-
-def wait_until_up(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            Client(port).ask("GET", "/health")
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise SystemExit(f"the server did not start within {START_SECONDS} s")
-
-
-def measure(port: int, options: argparse.Namespace) -> tuple[Figures, dict[str, float]]:
-    rate = ingest(port, "benchmark1", options.points)
-    ingest(port, "benchmark2", 100_000 * SCALARS)
-    small_ms, small_bytes = read_series(port, "benchmark2", options.repeats)
-    large_ms, _ = read_series(port, "benchmark1", options.repeats)
-    idle = health_while(port, lambda: time.sleep(2))
-    reading = health_while(port, lambda: read_all(port, options.reads))
+def measure(url: str, options: argparse.Namespace) -> tuple[Figures, dict[str, float]]:
+    rate = ingest(url, "benchmark1", options.points)
+    ingest(url, "benchmark2", 100_000 * SCALARS)
+    small_ms, small_bytes = read_series(url, "benchmark2", options.repeats)
+    large_ms, _ = read_series(url, "benchmark1", options.repeats)
+    idle = health_while(url, lambda: time.sleep(2))
+    reading = health_while(url, lambda: read_all(url, options.reads))
     size = int(options.upload_gib * 2**30)
-    uploading = health_while(port, lambda: upload(port, "benchmark1", size))
+    uploading = health_while(url, lambda: upload(url, "benchmark1", size))
     figures = Figures(
         ingest_points_per_second=round(rate),
         series_100k_ms=round(small_ms, 2),
@@ -157,12 +121,12 @@ def batches(run: str, session: str, points: int) -> Iterator[bytes]:
     yield b"".join(lines)
 
 
-def ingest(port: int, run: str, points: int) -> float:
+def ingest(url: str, run: str, points: int) -> float:
     """Send a journal batch by batch, as a shipper does; return points a second."""
     session = "000001-benchmark"
     path = f"/api/v1/runs/{run}/sessions/{session}/journal"
     prepared = list(batches(run, session, points))
-    client = Client(port)
+    client = Client(url)
     offset = 0
     began = time.perf_counter()
     for body in prepared:
@@ -171,9 +135,9 @@ def ingest(port: int, run: str, points: int) -> float:
     return points / (time.perf_counter() - began)
 
 
-def read_series(port: int, run: str, repeats: int) -> tuple[float, int]:
+def read_series(url: str, run: str, repeats: int) -> tuple[float, int]:
     """Return the server's median time for one series, in ms, and the bytes of its answer."""
-    client = Client(port)
+    client = Client(url)
     times = []
     for _ in range(repeats):
         content, answer = client.ask(
@@ -183,11 +147,11 @@ def read_series(port: int, run: str, repeats: int) -> tuple[float, int]:
     return median(times), len(content)
 
 
-def read_all(port: int, reads: int) -> None:
+def read_all(url: str, reads: int) -> None:
     """Read what a page with many charts does, and the run list, over four connections."""
 
     def worker(number: int) -> None:
-        client = Client(port)
+        client = Client(url)
         for i in range(reads):
             metric = f"metric/{(number + i) % SCALARS}"
             x = "time" if i % 2 else "step"
@@ -202,7 +166,7 @@ def read_all(port: int, reads: int) -> None:
         thread.join()
 
 
-def upload(port: int, run: str, size: int) -> None:
+def upload(url: str, run: str, size: int) -> None:
     """Send a checkpoint of one file over two connections, part by part, and have it published."""
     block = os.urandom(PART_BYTES)
     count = max(1, size // PART_BYTES)
@@ -220,7 +184,7 @@ def upload(port: int, run: str, size: int) -> None:
         listed.append({"sha256": hashlib.sha256(part).hexdigest(), "bytes": len(part)})
 
     def worker() -> None:
-        client = Client(port)
+        client = Client(url)
         while True:
             with lock:
                 number = next(numbers, None)
@@ -243,7 +207,7 @@ def upload(port: int, run: str, size: int) -> None:
     }
     manifest = {"protocol": PROTOCOL, "name": "benchmark", "step": 1, "created": 1.7e9}
     body = json.dumps(manifest | {"aliases": [], "metadata": {}, "files": [file]}).encode()
-    client = Client(port)
+    client = Client(url)
     state = ""
     while state != "published":
         content, _ = client.ask("PUT", f"/api/v1/runs/{run}/checkpoints/benchmark", body)
@@ -251,23 +215,22 @@ def upload(port: int, run: str, size: int) -> None:
         time.sleep(0.1)
 
 
-def health_while(port: int, work: Callable[[], None]) -> float:
+def health_while(url: str, work: Callable[[], None]) -> float:
     """Return the 99th percentile of /health in ms while `work` runs.
 
     The asking process is another one: in this one the workers would hold it up, and their waits
     would be counted as the server's.
     """
-    command = [sys.executable, __file__, "--probe", str(port)]
+    command = [sys.executable, __file__, "--probe", url]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as prober:
         assert prober.stdout is not None
         prober.stdout.readline()  # it has begun
         work()
         answer, _ = prober.communicate(b"stop\n", timeout=30)
-    times = sorted(json.loads(answer))
-    return float(times[min(len(times) - 1, int(len(times) * 0.99))])
+    return percentile(json.loads(answer), 0.99)
 
 
-def probe(port: int) -> None:
+def probe(url: str) -> None:
     """Ask /health until a line comes in, then print the times in ms."""
     stop = threading.Event()
 
@@ -276,7 +239,7 @@ def probe(port: int) -> None:
         stop.set()
 
     threading.Thread(target=wait_for_end, daemon=True).start()
-    client = Client(port)
+    client = Client(url)
     client.ask("GET", "/health")
     print("begun", flush=True)
     times = []
@@ -307,7 +270,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9, help="reads of each series")
     parser.add_argument("--reads", type=int, default=40, help="rounds of reads by each connection")
     parser.add_argument("--directory", type=Path, default=None, help="where the data goes")
-    parser.add_argument("--probe", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--probe", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.points < 100 * SCALARS:
         parser.error(f"--points {options.points}: at least {100 * SCALARS}")
