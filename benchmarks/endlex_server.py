@@ -147,10 +147,19 @@ def read_series(url: str, run: str, repeats: int) -> tuple[float, int]:
     return median(times), len(content)
 
 
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run `work(0)` to `work(count - 1)` at the same time, and wait for all."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def read_all(url: str, reads: int) -> None:
     """Read what a page with many charts does, and the run list, over four connections."""
 
-    def worker(number: int) -> None:
+    def read(number: int) -> None:
         client = Client(url)
         for i in range(reads):
             metric = f"metric/{(number + i) % SCALARS}"
@@ -159,11 +168,7 @@ def read_all(url: str, reads: int) -> None:
             client.ask("GET", "/api/v1/runs", q="project:benchmark metric/0>1")
             client.ask("GET", "/api/v1/runs/benchmark1")
 
-    threads = [threading.Thread(target=worker, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(4, read)
 
 
 def upload(url: str, run: str, size: int) -> None:
@@ -172,8 +177,6 @@ def upload(url: str, run: str, size: int) -> None:
     count = max(1, size // PART_BYTES)
     whole = hashlib.sha256()
     listed: list[dict[str, Any]] = []
-    lock = threading.Lock()
-    numbers = iter(range(count))
 
     def part_of(number: int) -> bytes:
         return number.to_bytes(8, "little") + block[8:]
@@ -183,28 +186,19 @@ def upload(url: str, run: str, size: int) -> None:
         whole.update(part)
         listed.append({"sha256": hashlib.sha256(part).hexdigest(), "bytes": len(part)})
 
-    def worker() -> None:
+    def send(first: int) -> None:
         client = Client(url)
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            client.ask(
-                "PUT", f"/api/v1/parts/{listed[number]['sha256']}", part_of(number), offset=0
-            )
+        for number in range(first, count, 2):
+            path = f"/api/v1/parts/{listed[number]['sha256']}"
+            client.ask("PUT", path, part_of(number), offset=0)
 
-    threads = [threading.Thread(target=worker) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    file = {
-        "path": "model",
-        "bytes": count * PART_BYTES,
-        "sha256": whole.hexdigest(),
-        "parts": listed,
-    }
+    in_threads(2, send)
+    file = {"path": "model", "bytes": count * PART_BYTES, "sha256": whole.hexdigest()}
+    publish(url, run, file | {"parts": listed})
+
+
+def publish(url: str, run: str, file: dict[str, Any]) -> None:
+    """Send the manifest of a checkpoint that is one file, until the server has verified it."""
     manifest = {"protocol": PROTOCOL, "name": "benchmark", "step": 1, "created": 1.7e9}
     body = json.dumps(manifest | {"aliases": [], "metadata": {}, "files": [file]}).encode()
     client = Client(url)
