@@ -204,7 +204,7 @@ def _run(
 
 def default_path(home: Home, source: str, tag: str, step: int) -> Path:
     """Return where a checkpoint's figures are kept."""
-    return home.root / "evals" / source / tag / f"chat_step_{step:06d}.json"
+    return home.eval_dir(source, tag) / f"chat_step_{step:06d}.json"
 
 
 def _line(task: str, answer: Answer) -> str:

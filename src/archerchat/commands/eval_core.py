@@ -33,6 +33,7 @@ from archerchat.evals.ranks import joined_ranks
 from archerchat.inference.loading import LoadedModel
 from archerchat.inference.weights import InferenceModel
 from archerchat.runtime import Runtime, dtype_name
+from archerchat.training.progress import time_text
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,6 @@ def _describe_estimate(expected: Estimate) -> str:
         f"{expected.tokens / 1e6:,.1f} million tokens to run ({saved:.1f} times as many in the "
         f"prompts): about {time_text(expected.seconds)}"
     )
-
-
-def time_text(seconds: float) -> str:
-    """Return a duration for people."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _table() -> Table:

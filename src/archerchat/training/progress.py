@@ -54,10 +54,10 @@ class ProgressLine:
 
     def step(self, report: StepReport) -> None:
         """Show one step's figures."""
+        left = "?" if report.seconds_left is None else time_text(report.seconds_left)
         line = (
             f"loss {report.loss:.4f} | lr x{report.lr_multiplier:.3f} | "
-            f"{report.tokens_per_second:,.0f} tok/s | mfu {100 * report.mfu:.1f} % | "
-            f"{_duration(report.seconds_left)} left"
+            f"{report.tokens_per_second:,.0f} tok/s | mfu {100 * report.mfu:.1f} % | {left} left"
         )
         total = report.num_iterations  # may be an estimate that changes
         self._bar.update(self._task, completed=report.step, total=total, description=line)
@@ -82,11 +82,8 @@ class ProgressLine:
         self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
+def time_text(seconds: float) -> str:
+    """Return a duration for people."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
