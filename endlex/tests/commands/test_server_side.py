@@ -200,6 +200,21 @@ def test_serve_without_its_packages_says_what_to_install(
     assert "pip install 'endlex[server]'" in err
 
 
+@pytest.mark.parametrize("where", ["a-file", "a-file/below"])
+def test_a_data_directory_that_cannot_be_is_named(cli: Any, place: Path, where: str) -> None:
+    (place / "a-file").write_text("not a directory")
+    for command in (
+        ["serve", "--port", 0],
+        ["token", "create", "--name", "me", "--scope", "read"],
+    ):
+        status, out, err = cli(*command, "--data", where)
+        assert status == 1
+        assert f"cannot keep data in {where}" in err
+        assert "--data or ENDLEX_HOME" in err
+        assert "serving" not in out
+    assert (place / "a-file").read_text() == "not a directory"
+
+
 def test_serve_lets_nobody_in_by_mistake(cli: Any, place: Path) -> None:
     status, _, err = cli("serve", "--host", "0.0.0.0", "--port", 0, "--data", "data")
     assert status == 1

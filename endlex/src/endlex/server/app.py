@@ -117,10 +117,12 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; prints the address once it listens.
 
     Raises:
-        EndlexError: the settings would let strangers in, or the address is taken.
+        EndlexError: the settings would let strangers in, the address is taken, or the data
+            directory cannot be made.
     """
     data_dir = Path(data_dir)
     _require_closed_or_tokens(data_dir, settings)
+    DataDir(data_dir).create()
     listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host

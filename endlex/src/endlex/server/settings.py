@@ -12,6 +12,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from endlex.protocol import EndlexError
+
 GIB = 2**30
 DEFAULT_PORT = 8817
 
@@ -69,7 +71,17 @@ class DataDir:
         return self.root / "partial"
 
     def create(self) -> None:
-        """Make the directories, readable by their owner alone."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        for directory in (self.parts, self.partial):
-            directory.mkdir(exist_ok=True, mode=0o700)
+        """Make the directories, readable by their owner alone.
+
+        Raises:
+            EndlexError: they cannot be made there.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for directory in (self.parts, self.partial):
+                directory.mkdir(exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise EndlexError(
+                f"cannot keep data in {self.root}: {error.strerror} ({error.filename}); name a "
+                "directory that you may write, with --data or ENDLEX_HOME"
+            ) from error
