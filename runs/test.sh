@@ -40,9 +40,10 @@ fi
 setup_environment dev
 cd "$ROOT"
 # The tests' models are tiny: a second thread helps none, and waits many times over on a busy machine.
+# A process for each core shares them out, and takes over what another has not begun.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 gate format ruff format --check
 gate lint ruff check
 gate types mypy
-gate tests pytest "$@"
+gate tests pytest -n logical --maxprocesses 8 --dist worksteal "$@"
 [ -z "$failed" ] || die "failed:$failed"

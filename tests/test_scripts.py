@@ -19,6 +19,7 @@ import pytest
 import endlex
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTEST = "-m pytest -n logical --maxprocesses 8 --dist worksteal"
 CPU_BUILD = ["filelock", "sympy>=1.13.3", 'optree; extra == "optree"']
 CUDA_BUILD = ["filelock", 'nvidia-cudnn-cu13==9; platform_system == "Linux"', "triton~=3.9"]
 
@@ -223,18 +224,18 @@ def test_every_gate_runs_and_the_failed_are_named(sandbox: Sandbox) -> None:
     assert gates == ["ruff format", "ruff check", "mypy", "pytest"]
     passing = sandbox.run("runs/test.sh", "-k", "a b")
     assert (passing.returncode, passing.stderr) == (0, "")
-    assert sandbox.calls.read_text().endswith("-m pytest -k a b\n")
+    assert sandbox.calls.read_text().endswith(f"{PYTEST} -k a b\n")
 
 
 def test_all_leaves_out_what_cannot_run_here(sandbox: Sandbox) -> None:
     result = sandbox.run("runs/test.sh", "--all", "-x", HAS_TORCH="0")
     assert result.returncode == 0, result.stderr
     called = sandbox.calls.read_text().splitlines()[-1]
-    assert re.fullmatch(r"-m pytest -m not network and not gpu( and not browser)? -x", called)
+    assert re.fullmatch(rf"{PYTEST} -m not network and not gpu( and not browser)? -x", called)
     sandbox.tool("nvidia-smi", "echo 'GPU 0: NVIDIA H200'")
     sandbox.tool("chromium", "exit 0")
     sandbox.run("runs/test.sh", "--all")
-    assert sandbox.calls.read_text().splitlines()[-1] == "-m pytest -m not network"
+    assert sandbox.calls.read_text().splitlines()[-1] == f"{PYTEST} -m not network"
     assert "== left out: tests marked" not in sandbox.run("runs/test.sh", "--all").stderr
 
 
@@ -260,7 +261,7 @@ def test_ci_installs_a_browser_where_it_can(bare: Sandbox) -> None:
     result = bare.run(".ci/run", APT=str(asked))
     assert result.returncode == 0, result.stderr
     assert "install -y -qq --no-install-recommends chromium" in asked.read_text()
-    assert bare.calls.read_text().splitlines()[-1] == "-m pytest -m not network and not gpu"
+    assert bare.calls.read_text().splitlines()[-1] == f"{PYTEST} -m not network and not gpu"
 
 
 @pytest.mark.parametrize("user", ["0", "1000"])
@@ -274,7 +275,7 @@ def test_ci_says_why_it_leaves_the_browser_s_tests_out(bare: Sandbox, user: str)
     assert "no Chromium here, and it cannot be installed" in result.stdout
     assert "left out: tests marked browser (no chromium or google-chrome on PATH)" in result.stderr
     called = bare.calls.read_text().splitlines()[-1]
-    assert called == "-m pytest -m not network and not gpu and not browser"
+    assert called == f"{PYTEST} -m not network and not gpu and not browser"
 
 
 class Dashboard:
