@@ -7,8 +7,10 @@ For each of the three a trainer runs in a process of its own, with a shipper bes
 it logs 10 scalars every 5 ms, as a step of training would, and times each call. `on` is a real
 `endlex serve` on this machine, `off` a port where nobody listens, `black_hole` a server that
 accepts connections and never answers. `bare` is what the same lines cost without Endlex:
-`json.dumps` and one `os.write` to an append-only file. Nothing is left out of the figures, the
-first call included. The last line is one JSON object whose figures are the worst of the three.
+`json.dumps` and one `os.write` to an append-only file. `nothing` times an empty call, and so what
+the machine takes from any program: where its p99 comes near the others', they are those of a busy
+machine. No call is left out, the first included. The last line is one JSON object whose figures are
+the worst of the three.
 """
 
 from __future__ import annotations
@@ -33,11 +35,15 @@ from measuring import percentile
 SCALARS = 10
 PACE_SECONDS = 0.005
 MODES = ("on", "off", "black_hole")
+BASELINES = ("nothing", "bare")
 
 TRAINER = """
 import json, os, sys, time
 kind, directory, steps, pace, scalars = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
-if kind == "bare":
+if kind == "nothing":
+    def log(values, step):
+        pass
+elif kind == "bare":
     os.makedirs(directory)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     file = os.open(os.path.join(directory, "bare.jsonl"), flags)
@@ -57,7 +63,7 @@ for step in range(int(steps)):
     log(values, step)
     taken.append(time.perf_counter() - began)
 began = time.perf_counter()
-if kind != "bare":
+if kind not in ("nothing", "bare"):
     run.finish()
 print(json.dumps([taken, time.perf_counter() - began]))
 """
@@ -97,7 +103,7 @@ def train(mode: str, url: str | None, directory: Path, steps: int) -> Figures:
     )
     if done.returncode:
         raise RuntimeError(f"the trainer of mode {mode} failed:\n{done.stderr}")
-    if mode != "bare":
+    if mode not in BASELINES:
         from endlex.client.shipping import stop_shipper
 
         stop_shipper(directory / mode, seconds=1.0)
@@ -129,10 +135,10 @@ def main() -> None:
     found = {}
     print(f"{'server':12} {'median us':>10} {'p99 us':>10} {'max ms':>10} {'finish s':>10}")
     with TemporaryDirectory() as name:
-        for mode in ("bare", *modes):
+        for mode in (*BASELINES, *modes):
             with contextlib.ExitStack() as stack:
                 url = None
-                if mode != "bare":
+                if mode not in BASELINES:
                     url = stack.enter_context(server(mode, Path(name)))
                 found[mode] = f = train(mode, url, Path(name), steps)
             line = f"{mode:12} {f.median_us:10.1f} {f.p99_us:10.1f} {f.max_ms:10.3f}"
