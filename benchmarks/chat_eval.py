@@ -23,9 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generation import add_model_options, build_model, plain_tokens, report
-from measuring import timed
-from models import load_golden_tokenizer
 from rich.console import Console
 
 from archerchat.errors import DataError
@@ -40,6 +37,9 @@ from archerchat.tasks.conversation import text_of
 from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+from generation import add_model_options, build_model, plain_tokens, report
+from measuring import timed
+from models import load_golden_tokenizer
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from core_paths import PATHS, run_path
-from measuring import run_in_child
 from rich.console import Console
 from rich.table import Table
 
 from archerchat.evals.core.results import NEAR_TIE
+from core_paths import PATHS, run_path
+from measuring import run_in_child
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REQUIRED, REQUIRED_FLOAT32 = 10.0, 5.0

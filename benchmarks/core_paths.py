@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from models import GOLDEN_CONFIG, draw_model, load_golden_model, load_golden_tokenizer
-
 from archerchat.evals.core.bundle import Bundle, Task, load_bundle, read_examples
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.layout import needed_trunk
@@ -23,6 +21,7 @@ from archerchat.model.transformer import Transformer
 from archerchat.peak_flops import measure_peak
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
+from models import GOLDEN_CONFIG, draw_model, load_golden_model, load_golden_tokenizer
 
 PATHS = ("plain", "float32", "default")
 """The plain path, ours in float32, ours as it is by default."""

@@ -31,10 +31,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode, urlsplit
 
+from endlex.protocol import METRICS, PART_BYTES, PROTOCOL, SESSION
 from endlex_serving import running_server
 from measuring import percentile
-
-from endlex.protocol import METRICS, PART_BYTES, PROTOCOL, SESSION
 
 BATCH_BYTES = 2**20
 SCALARS = 10

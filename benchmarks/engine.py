@@ -24,8 +24,6 @@ from random import Random
 from typing import Any, TypeVar
 
 import torch
-from generation import add_model_options, build_model, plain_tokens, report
-from measuring import timed
 from rich.console import Console
 
 from archerchat.inference.engine import Engine
@@ -33,6 +31,8 @@ from archerchat.inference.requests import Request
 from archerchat.inference.sampling import iter_tokens
 from archerchat.model.config import ModelConfig
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
+from generation import add_model_options, build_model, plain_tokens, report
+from measuring import timed
 
 T = TypeVar("T")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import draw_model, load_golden_model
 from rich.console import Console
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from archerchat.inference.requests import Request
 from archerchat.model.attention import attend
 from archerchat.model.transformer import Before, Transformer, norm
 from archerchat.runtime import Runtime
+from models import draw_model, load_golden_model
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
 
-from models import load_golden_tokenizer, load_golden_weights
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +25,7 @@ from archerchat.training.metrics import MetricsLog
 from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
 from archerchat.training.progress import ProgressLine
 from archerchat.training.recipe import Cadence, LoopState
+from models import load_golden_tokenizer, load_golden_weights
 
 RESTART_BOUND = 2e-5
 VALIDATION_BOUND = 0.03

@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from golden_runs import RUNS, compare, load_curves, print_table, run_golden
-from measuring import run_in_child, timed
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +35,8 @@ from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.peak_flops import measure_peak
 from archerchat.runtime import Runtime, build_runtime, prepare_process
+from golden_runs import RUNS, compare, load_curves, print_table, run_golden
+from measuring import run_in_child, timed
 
 
 def run_all(oracle: Path) -> tuple[dict[str, Any], bool]:
