@@ -306,3 +306,14 @@ def test_what_is_not_finite_shows_in_long_series(store: Any) -> None:
     assert found["count"] == 20_000
     finite = points.numbers[np.isfinite(points.numbers)]
     assert max(y for y in found["y"] if y is not None) == pytest.approx(finite.max(), rel=1e-6)
+
+
+def test_a_series_that_is_not_sampled_holds_what_was_recorded(store: Any) -> None:
+    connection, add = store
+    numbers = np.array([100_000.0625, 1 / 3, 5_368_709_121.0, np.nan, -1e-300])
+    steps = np.arange(100_000, 100_005)
+    add(Points(steps, numbers, steps.astype(np.float64)))
+    found = read_chart(connection, 1, ChartQuery(("m",), points=100))["m"]
+    assert found["x"] == steps.tolist()
+    assert found["y"] == [100_000.0625, 1 / 3, 5_368_709_121.0, None, -1e-300]
+    assert not found["sampled"]

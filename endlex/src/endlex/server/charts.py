@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from endlex.protocol import encode_number
 from endlex.server.downsample import (
-    FULL_DIGITS,
     SAMPLED_DIGITS,
     choose_points,
+    finite_or_none,
     round_axis,
     round_significant,
 )
@@ -62,12 +62,11 @@ def _read_one(
     count = drawn.count if drawn else len(y)
     chosen = choose_points(y, query.points)
     sampled = len(chosen) < count
-    digits = SAMPLED_DIGITS if sampled else FULL_DIGITS
     strange = np.flatnonzero(~np.isfinite(y))[:MOST_NON_FINITE]
     shown_x = x[chosen]
     return {
         "x": shown_x.tolist() if query.x == STEP else round_axis(shown_x.astype(np.float64)),
-        "y": round_significant(y[chosen], digits),
+        "y": round_significant(y[chosen], SAMPLED_DIGITS) if sampled else finite_or_none(y),
         "count": count,
         "sampled": sampled,
         "nonfinite": [[x[i].item(), encode_number(y[i].item())] for i in strange],

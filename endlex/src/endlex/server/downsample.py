@@ -12,10 +12,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-FULL_DIGITS = 9
-"""Significant digits of a value when every point is there."""
 SAMPLED_DIGITS = 7
-"""The same of a sampled series, whose readers zoom in for more; keeps 2,000 points in 50 KB."""
+"""Significant digits of a sampled series, whose readers zoom in for more; keeps 2,000 points in 50 KB.
+Where every point is there, its value is the recorded one."""
 X_RESOLUTION = 20_000
 """Into how many steps an axis of times or of numbers is divided at least."""
 
@@ -45,6 +44,11 @@ def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
         if whole * width < total:
             found.append(np.array([whole * width + pick(usable[whole * width :])]))
     return np.unique(np.concatenate(found))
+
+
+def finite_or_none(values: NDArray[np.float64]) -> list[float | None]:
+    """Return values as they are; None where one is not finite."""
+    return [v if math.isfinite(v) else None for v in values.tolist()]
 
 
 def round_significant(values: NDArray[np.float64], digits: int) -> list[float | None]:
