@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SAMPLED_DIGITS = 7
-"""Significant digits of a sampled series, whose readers zoom in for more; keeps 2,000 points in 50 KB.
+"""Significant digits of a sampled series, whose readers zoom in for more: 2,000 points in 50 KB.
 Where every point is there, its value is the recorded one."""
 X_RESOLUTION = 20_000
 """Into how many steps an axis of times or of numbers is divided at least."""
