@@ -177,6 +177,40 @@ def test_finish_does_not_wait_for_a_server_that_does_not_answer(
     assert f"to send them later: endlex sync {directory}" in said
 
 
+def test_finish_starts_no_second_shipper_while_the_first_begins(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
+) -> None:
+    started: list[Path] = []
+    monkeypatch.setattr("endlex.client.shipping.start_shipper", started.append)
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 60.0)
+    monkeypatch.setattr("endlex.client.shipping.BEGIN_SECONDS", 60.0)
+    run = endlex.init("p", "d4", directory=directory)
+    run.log({"loss": 1.0})
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    start_shipper(directory)  # has no lock yet when `finish` looks
+    run.go_online()
+    assert started == [directory]
+    run.finish()
+    assert started == [directory]
+    until(lambda: is_mirrored(stub, directory))
+
+
+@pytest.mark.parametrize("finish_seconds", [0.1, 1.0])
+def test_finish_starts_a_shipper_that_was_killed(
+    stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until, finish_seconds: float
+) -> None:
+    monkeypatch.setenv("ENDLEX_URL", stub.url)
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", finish_seconds)
+    monkeypatch.setattr("endlex.client.shipping.BEGIN_SECONDS", 0.2)
+    run = endlex.init("p", "d4", directory=directory)
+    until(lambda: shipper_process(directory) is not None)
+    kill_shipper(directory, signal.SIGKILL)
+    until(lambda: shipper_process(directory) is None)
+    run.log({"loss": 1.0})
+    run.finish()
+    until(lambda: is_mirrored(stub, directory))
+
+
 def test_finish_says_what_can_never_be_sent_and_waits_for_no_more(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ from fault_checks import (
 )
 from fault_processes import (
     RECOVERY_SECONDS,
+    START_SECONDS,
     ServerProcess,
     TrainerProcess,
     small_disk,
@@ -223,13 +224,21 @@ def _finish(
         time.sleep(0.5)
         trainer.wait_for_shipper_s_end(RECOVERY_SECONDS)
     proxy.decide = always_pass
-    outcome.not_verified = [
-        str(m) for m in verify_directory(trainer.directory, Transport(proxy.url))
-    ]
+    outcome.not_verified = _verified(trainer.directory, proxy.url)
     outcome.checkpoints = len(ask(server.url, f"/runs/{trainer.run_id}/checkpoints"))
     outcome.difference = compare(trainer.directory, server.url)
     outcome.lost_by_log = logged_steps_in_journal(trainer.directory, trainer.steps_logged)
     outcome.seen = proxy.seen
+
+
+def _verified(directory: Path, url: str) -> list[str]:
+    """Why the machine cannot be torn down, once nothing is at work there."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        missing = verify_directory(directory, Transport(url))
+        if not any(m.kind == "live" for m in missing) or time.monotonic() > deadline:
+            return [str(m) for m in missing]
+        time.sleep(0.1)  # a shipper that was started as the one before it ended
 
 
 def as_figures(outcomes: list[Outcome], upload: Upload | None) -> dict[str, Any]:

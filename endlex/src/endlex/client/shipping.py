@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ if sys.platform != "win32":
 
 FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
+BEGIN_SECONDS = 1.0
+"""After so long at a run's end without a living shipper another one is started."""
 POLL_SECONDS = 0.02
 NAMING_POLLS = 10
 DONE = "done"
@@ -254,7 +257,8 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
         journal: of the session that just ended.
     """
     deadline = time.monotonic() + FINISH_SECONDS
-    restart_shipper_if_killed(directory)
+    # A short run's shipper may be about to begin: a second one would only follow it.
+    restart_at = min(time.monotonic() + BEGIN_SECONDS, deadline)
     end = content_length(journal)
     is_sent = False
     while not is_sent and time.monotonic() < deadline:
@@ -262,6 +266,9 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
         is_sent = session.get("acknowledged", 0) >= end and not _still_sending(directory)
         if not is_sent:
             time.sleep(POLL_SECONDS)
+        if not is_sent and time.monotonic() >= restart_at:
+            restart_at = math.inf
+            restart_shipper_if_killed(directory)
     for name, reason in failed_checkpoints(directory).items():
         print(f"endlex: checkpoint {name} cannot be sent: {reason}", file=sys.stderr)
     left = None if is_sent else unsent(directory)
