@@ -234,22 +234,33 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     )
 
 
-class _Scores(torch.autograd.Function):
-    """q @ k^T over the last two dimensions.
+class _SoftmaxMatmul(torch.autograd.Function):
+    """Attention by two products, the scores kept in the compute dtype for the backward pass.
 
-    Autograd takes k's gradient as the transpose of q^T @ g, and what reads it next then steps
-    through memory a row at a time; g^T @ q has the layout of k at once.
+    Autograd would take the exponentials a second time, and would give the keys' gradient as the
+    transpose of q^T @ g, which what reads it next steps through a row at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor) -> Tensor:
-        ctx.save_for_backward(q, k)
-        return q @ k.transpose(-2, -1)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        k, v = k.contiguous(), v.contiguous()  # or their transposes are copied, slowly
+        scores = (q @ k.mT).float() * (1 / math.sqrt(q.size(3)))
+        weights = (scores.clamp(-MAX_SCORE, MAX_SCORE) + bias).exp()
+        total = weights.sum(dim=-1, keepdim=True)
+        weights = weights.to(v.dtype)
+        out = ((weights @ v).float() / total).to(v.dtype)
+        ctx.save_for_backward(q, k, v, weights, total, out)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,), (q, k) = grad_outputs, ctx.saved_tensors
-        return grad @ k, grad.transpose(-2, -1) @ q
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, total, out = ctx.saved_tensors
+        grad = grad_outputs[0].float() / total
+        mean = (grad * out.float()).sum(dim=-1, keepdim=True)
+        grad = grad.to(v.dtype)
+        grad_weights = (grad @ v.mT).float() - mean
+        grad_scores = (grad_weights * weights.float() * (1 / math.sqrt(q.size(3)))).to(q.dtype)
+        return grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad, None
 
 
 def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -257,16 +268,13 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
     Exponentials are taken without subtracting the row's maximum, which saves two passes over
     the scores: normalised queries and keys bound them by 1.44 * sqrt(D). The clamp keeps
-    inputs that are not normalised finite.
+    inputs that are not normalised finite; gradients ignore it.
     """
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    products: Tensor = _Scores.apply(q, k)  # type: ignore[no-untyped-call]
-    scores = products.float() * (1 / math.sqrt(q.size(3)))
-    weights = (scores.clamp(-MAX_SCORE, MAX_SCORE) + bias).exp()
-    total = weights.sum(dim=-1, keepdim=True)
-    return ((weights.to(v.dtype) @ v).float() / total).to(v.dtype)
+    out: Tensor = _SoftmaxMatmul.apply(q, k, v, bias)  # type: ignore[no-untyped-call]
+    return out
 
 
 @functools.lru_cache(maxsize=64)

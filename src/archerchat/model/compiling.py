@@ -20,6 +20,10 @@ MOST_GRAPHS = 64
 """Kinds of layers x training and evaluation x batch shapes pass torch's own limit of 8."""
 
 
+OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"size_asserts": False}
+"""Compiled code would otherwise check its own buffers' shapes in Python, 2 % of a CPU's step."""
+
+
 class CompileWarning(UserWarning):
     """Say that a function runs uncompiled, and why."""
 
@@ -30,7 +34,7 @@ def compiled(function: Callable[P, R], *, whole: bool = True) -> Callable[P, R]:
     Args:
         whole: insist on one graph; without it, parts that cannot be compiled run as they are.
     """
-    fast = torch.compile(function, dynamic=False, fullgraph=whole)
+    fast = torch.compile(function, dynamic=False, fullgraph=whole, options=OPTIONS)
     broken = False
 
     @functools.wraps(function)
