@@ -29,8 +29,7 @@ from rich.table import Table
 
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.model.attention import choose_backend
-from archerchat.model.compiling import compiled
-from archerchat.model.loss import chunk_loss_and_gradients, mean_loss
+from archerchat.model.loss import LossKernels, mean_loss
 from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.peak_flops import measure_peak
@@ -89,7 +88,7 @@ def build_step(
 ) -> Callable[[], None]:
     """Return what takes one training step, each on the same random tokens."""
     regions = Regions.compiled() if options.compile else Regions()
-    kernel = compiled(chunk_loss_and_gradients) if options.compile else chunk_loss_and_gradients
+    kernels = LossKernels.compiled() if options.compile else LossKernels()
     shape = options.device_batch_size, options.max_seq_len + 1
     tokens = torch.randint(0, options.vocab_size, shape).to(model.device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -98,7 +97,7 @@ def build_step(
         for _ in range(options.accum):
             hidden = model.hidden(inputs, regions)
             weight = model.unembedding.weight
-            loss = mean_loss(hidden, weight, targets, options.vocab_size, kernel)
+            loss = mean_loss(hidden, weight, targets, options.vocab_size, kernels)
             (loss / options.accum).backward()
         optimizer.step(0.01, 0.95, 0.1)
         optimizer.zero_grad()

@@ -13,11 +13,14 @@ maximum in float32: V * exp(15) is far inside its range.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from archerchat.model.compiling import compiled
 
 LOGIT_CAP = 15.0
 IGNORED = -1
@@ -103,6 +106,29 @@ def chunk_loss_and_gradients(
     return losses.sum(), for_hidden.to(hidden.dtype), at_target * hidden.float()
 
 
+def scale_gradients(
+    grad_hidden: Tensor, grad_weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return both gradients times a float32 scalar, multiplied in float32."""
+    return (grad_hidden.float() * scale).to(grad_hidden.dtype), grad_weight * scale
+
+
+@dataclass(frozen=True)
+class LossKernels:
+    """The functions that the loss is made of, as they are or compiled."""
+
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = chunk_loss_and_gradients
+    scale: Callable[..., tuple[Tensor, Tensor]] = scale_gradients
+    losses: Callable[..., Tensor] = chunk_losses
+
+    @classmethod
+    def compiled(cls) -> LossKernels:
+        """Compile each for the fixed shapes of a training step."""
+        return cls(
+            compiled(chunk_loss_and_gradients), compiled(scale_gradients), compiled(chunk_losses)
+        )
+
+
 class _MeanLoss(torch.autograd.Function):
     """Gradients are those of the sum until `backward`: small factors would underflow float16."""
 
@@ -113,7 +139,7 @@ class _MeanLoss(torch.autograd.Function):
         unembedding: Tensor,
         targets: Tensor,
         vocab_size: int,
-        kernel: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
+        kernels: LossKernels,
     ) -> Tensor:
         weight = unembedding[:vocab_size].to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
@@ -121,7 +147,7 @@ class _MeanLoss(torch.autograd.Function):
         size = chunk_tokens(vocab_size, hidden.device)
         for start in range(0, hidden.size(0), size):
             span = slice(start, start + size)
-            total, for_hidden, at_target = kernel(
+            total, for_hidden, at_target = kernels.gradients(
                 hidden[span], weight, targets[span], grad_weight[:vocab_size]
             )
             loss += total
@@ -130,14 +156,14 @@ class _MeanLoss(torch.autograd.Function):
                 grad_weight.index_add_(0, targets[span].clamp(min=0), at_target)
         scale = 1 / (targets != IGNORED).sum().clamp(min=1).float()
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
+        ctx.scale_gradients = kernels.scale
         return loss * scale
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, scale = ctx.saved_tensors
-        scale = scale * grad_outputs[0]
-        scaled = (grad_hidden.float() * scale).to(grad_hidden.dtype)
-        return scaled, grad_weight * scale, None, None, None
+        scaled = ctx.scale_gradients(grad_hidden, grad_weight, scale * grad_outputs[0])
+        return *scaled, None, None, None
 
 
 def mean_loss(
@@ -145,7 +171,7 @@ def mean_loss(
     unembedding: Tensor,
     targets: Tensor,
     vocab_size: int,
-    kernel: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = chunk_loss_and_gradients,
+    kernels: LossKernels = LossKernels(),
 ) -> Tensor:
     """Average the cross-entropy in nats over the positions whose target is not -1.
 
@@ -153,7 +179,7 @@ def mean_loss(
         hidden: (B, T, C) in the compute dtype.
         unembedding: (V, C) float32 master weight; rows from `vocab_size` on are padding.
         targets: (B, T) int64.
-        kernel: `chunk_loss_and_gradients`, or that compiled.
+        kernels: plain or compiled.
 
     Returns:
         A float32 scalar that backpropagates into `hidden` and `unembedding`; 0 when every
@@ -161,7 +187,7 @@ def mean_loss(
     """
     flat = hidden.flatten(0, 1)
     loss: Tensor = _MeanLoss.apply(  # type: ignore[no-untyped-call]
-        flat, unembedding, targets.flatten(), vocab_size, kernel
+        flat, unembedding, targets.flatten(), vocab_size, kernels
     )
     return loss
 
@@ -172,13 +198,12 @@ def token_losses(
     unembedding: Tensor,
     targets: Tensor,
     vocab_size: int,
-    kernel: Callable[..., Tensor] = chunk_losses,
+    kernels: LossKernels = LossKernels(),
 ) -> Tensor:
     """Compute each position's cross-entropy in nats, 0 where the target is -1.
 
     Args:
         hidden: (B, T, C); the rest as in `mean_loss`.
-        kernel: `chunk_losses`, or that compiled.
 
     Returns:
         (B, T) float32; carries no gradient.
@@ -187,4 +212,6 @@ def token_losses(
     size = chunk_tokens(vocab_size, hidden.device)
     spans = [slice(start, start + size) for start in range(0, flat.size(0), size)]
     labels = targets.flatten()
-    return torch.cat([kernel(flat[span], weight, labels[span]) for span in spans]).view_as(targets)
+    return torch.cat([kernels.losses(flat[span], weight, labels[span]) for span in spans]).view_as(
+        targets
+    )

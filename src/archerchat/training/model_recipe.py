@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,8 +19,7 @@ from archerchat.checkpoint import (
     save_checkpoint,
 )
 from archerchat.errors import CheckpointError
-from archerchat.model.compiling import compiled
-from archerchat.model.loss import chunk_loss_and_gradients, chunk_losses, mean_loss, token_losses
+from archerchat.model.loss import LossKernels, mean_loss, token_losses
 from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer
 from archerchat.runtime import Runtime
@@ -64,13 +63,7 @@ class ModelRecipe(Recipe):
 
     def __post_init__(self) -> None:
         self._regions = Regions.compiled() if self.compile else Regions()
-        self._loss_kernel: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = (
-            chunk_loss_and_gradients
-        )
-        self._losses_kernel: Callable[..., Tensor] = chunk_losses
-        if self.compile:
-            self._loss_kernel = compiled(chunk_loss_and_gradients)
-            self._losses_kernel = compiled(chunk_losses)
+        self._kernels = LossKernels.compiled() if self.compile else LossKernels()
         self._token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(self.runtime.device)
 
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
@@ -81,7 +74,7 @@ class ModelRecipe(Recipe):
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of (B, T) targets."""
         weight, size = self.model.unembedding.weight, self.model.config.vocab_size
-        return mean_loss(self._hidden(inputs), weight, targets, size, self._loss_kernel)
+        return mean_loss(self._hidden(inputs), weight, targets, size, self._kernels)
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return nothing: the loop's own figures say it all."""
@@ -140,7 +133,7 @@ class ModelRecipe(Recipe):
         with torch.enable_grad():
             hidden = self._hidden(inputs).detach()
         weight, size = self.model.unembedding.weight, self.model.config.vocab_size
-        return token_losses(hidden, weight, targets, size, self._losses_kernel)
+        return token_losses(hidden, weight, targets, size, self._kernels)
 
     def _to_device(self, array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)

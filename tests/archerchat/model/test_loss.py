@@ -13,10 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from archerchat.model import loss as loss_module
-from archerchat.model.compiling import compiled
 from archerchat.model.loss import (
-    chunk_loss_and_gradients,
-    chunk_losses,
+    LossKernels,
     chunk_tokens,
     mean_loss,
     token_losses,
@@ -228,7 +226,8 @@ def test_all_logits_never_exist_at_once() -> None:
 @pytest.mark.slow
 def test_compiled_kernels_compute_what_the_plain_ones_do() -> None:
     torch.compiler.reset()
+    kernels = LossKernels.compiled()
     hidden, unembedding, targets = draw()
-    assert_is_plain(hidden, unembedding, targets, 1e-5, kernel=compiled(chunk_loss_and_gradients))
-    fast = token_losses(hidden, unembedding, targets, VOCAB, compiled(chunk_losses))
+    assert_is_plain(hidden, unembedding, targets, 1e-5, kernels=kernels)
+    fast = token_losses(hidden, unembedding, targets, VOCAB, kernels)
     torch.testing.assert_close(fast, token_losses(hidden, unembedding, targets, VOCAB))
