@@ -23,14 +23,14 @@ TINY = 1e-10
 VARIANCE_DECAY = 0.9
 
 
-def frobenius(x: Tensor) -> Tensor:
-    """Return each matrix's Frobenius norm, (n, 1, 1) float32, never below 1e-10."""
-    return x.float().square().sum(dim=(-2, -1), keepdim=True).sqrt().clamp(min=TINY)
+def root_sum(squares: Tensor) -> Tensor:
+    """Return the root of each matrix's sum, (n, 1, 1) float32, never below 1e-10."""
+    return squares.sum(dim=(-2, -1), keepdim=True).sqrt().clamp(min=TINY)
 
 
 def orthogonalize(g: Tensor) -> Tensor:
     """Return an approximation of each matrix's polar factor, (n, out, in) in g's dtype."""
-    x = (g.float() / (1.01 * frobenius(g) + 1e-6)).to(g.dtype)
+    x = (g.float() / (1.01 * root_sum(g.float().square()) + 1e-6)).to(g.dtype)
     tall = g.size(-2) > g.size(-1)
     for a, b, c in POLAR_EXPRESS:
         gram = x.mT @ x if tall else x @ x.mT
@@ -66,15 +66,17 @@ def muon_update(
     rows, columns = parameters.shape[-2:]
     momentum_buffer.lerp_(gradients, 1 - momentum)
     g = torch.lerp(gradients, momentum_buffer, momentum)
-    row_norms = g.square().sum(dim=-1, keepdim=True).sqrt().clamp(min=1e-6)
-    g = orthogonalize((g * (frobenius(g) / math.sqrt(rows) / row_norms)).to(dtype)).float()
-    g = g * (math.sqrt(min(rows, columns)) / frobenius(g))
+    squares = g.square().sum(dim=-1, keepdim=True)
+    row_norms = squares.sqrt().clamp(min=1e-6)
+    g = orthogonalize((g * (root_sum(squares) / math.sqrt(rows) / row_norms)).to(dtype)).float()
 
-    before = frobenius(g)
-    variance = g.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
-    variance_buffer.lerp_(variance, 1 - VARIANCE_DECAY)
-    g = g * variance_buffer.clamp(min=TINY).rsqrt()
-    g = g * (before / frobenius(g))
+    # SPEC normalises g to sqrt(min(out, in)) before and after the variance reduction; both norms
+    # follow from the mean squares of rows or columns, so that one pass over g is enough.
+    squares = g.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
+    total = squares.sum(dim=(-2, -1), keepdim=True).clamp(min=TINY**2)
+    variance_buffer.lerp_(squares / total, 1 - VARIANCE_DECAY)
+    adaptive = variance_buffer.clamp(min=TINY).rsqrt()
+    g = g * (adaptive / root_sum(squares * adaptive.square()))
 
     rate = rate * math.sqrt(max(1.0, rows / columns))
     agrees = (g * parameters >= 0).float()
