@@ -18,8 +18,6 @@ R = TypeVar("R")
 
 MOST_GRAPHS = 64
 """Kinds of layers x training and evaluation x batch shapes pass torch's own limit of 8."""
-
-
 OPTIONS: dict[str, str | int | bool | Callable[..., object]] = {"size_asserts": False}
 """Compiled code would otherwise check its own buffers' shapes in Python, 2 % of a CPU's step."""
 

@@ -212,6 +212,5 @@ def token_losses(
     size = chunk_tokens(vocab_size, hidden.device)
     spans = [slice(start, start + size) for start in range(0, flat.size(0), size)]
     labels = targets.flatten()
-    return torch.cat([kernels.losses(flat[span], weight, labels[span]) for span in spans]).view_as(
-        targets
-    )
+    losses = [kernels.losses(flat[span], weight, labels[span]) for span in spans]
+    return torch.cat(losses).view_as(targets)
