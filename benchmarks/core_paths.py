@@ -18,7 +18,7 @@ from archerchat.inference.weights import InferenceModel
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.transformer import Transformer
-from archerchat.peak_flops import measure_peak
+from archerchat.planning.peak_flops import measure_peak
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 from models import GOLDEN_CONFIG, draw_model, load_golden_model, load_golden_tokenizer

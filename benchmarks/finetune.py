@@ -20,10 +20,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from archerchat.artifacts import Home
 from archerchat.data.shards import write_shards
 from archerchat.data.task_files import task_files
 from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.home import Home
 from archerchat.inference.loading import load_model
 from archerchat.optim.schedule import build_schedule
 from archerchat.runtime import Runtime, build_runtime, prepare_process

@@ -12,19 +12,19 @@ from typing import Any, SupportsFloat
 from rich.console import Console
 from rich.table import Table
 
-from archerchat.artifacts import Home
+from archerchat.console import ProgressLine
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
-from archerchat.nanochat_import import to_archerchat_names
+from archerchat.exchange.nanochat import to_archerchat_names
+from archerchat.home import Home
 from archerchat.optim.schedule import build_schedule
-from archerchat.peak_flops import peak_flops
+from archerchat.planning.peak_flops import peak_flops
 from archerchat.runtime import Runtime, build_runtime, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Loop
-from archerchat.training.metrics import MetricsLog
 from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
-from archerchat.training.progress import ProgressLine
 from archerchat.training.recipe import Cadence, LoopState
+from archerchat.training.telemetry import MetricsLog
 from models import load_golden_tokenizer, load_golden_weights
 
 RESTART_BOUND = 2e-5

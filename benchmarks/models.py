@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.attention import choose_backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import to_archerchat_names
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks

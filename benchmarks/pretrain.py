@@ -32,7 +32,7 @@ from archerchat.model.attention import choose_backend
 from archerchat.model.loss import LossKernels, mean_loss
 from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
-from archerchat.peak_flops import measure_peak
+from archerchat.planning.peak_flops import measure_peak
 from archerchat.runtime import Runtime, build_runtime, prepare_process
 from golden_runs import RUNS, compare, load_curves, print_table, run_golden
 from measuring import run_in_child, timed

@@ -28,14 +28,14 @@ LAYERS = (
     {"cli", "__main__"},
     {"commands"},
     {"report"},
-    {"training"},
-    {"evals", "serving"},
+    {"training", "serving"},
+    {"evals"},
     {"inference", "data"},
-    {"planner", "nanochat_import"},
+    {"exchange", "planning"},
     {"optim", "tokenizer", "tasks", "checkpoint"},
-    {"peak_flops"},
-    {"dial", "runtime"},
-    {"gpus", "memory", "artifacts"},
+    {"dial", "distributed", "sandbox"},
+    {"runtime", "console"},
+    {"files", "home", "config"},
     {"model"},
     {"errors", "__init__"},
 )
@@ -141,7 +141,7 @@ def test_endlex_stands_alone() -> None:
 
 def test_one_module_talks_to_endlex() -> None:
     users = {name for name in importers("endlex") if name.startswith("archerchat")}
-    assert users <= {"archerchat.training.metrics"}
+    assert users <= {"archerchat.training.telemetry"}
 
 
 def test_one_module_a_distribution_parses_arguments() -> None:
@@ -150,7 +150,7 @@ def test_one_module_a_distribution_parses_arguments() -> None:
 
 def test_nothing_unpickles_but_the_import_of_nanochat() -> None:
     users = importers("pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib")
-    assert users <= {"archerchat.nanochat_import"}
+    assert users <= {"archerchat.exchange.nanochat"}
 
 
 def calls() -> Iterator[tuple[str, ast.Call]]:

@@ -29,10 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from archerchat.artifacts import (
+from archerchat.errors import CheckpointError, UsageError
+from archerchat.files import (
     STALE,
-    Home,
-    check_name,
     current,
     new_directory,
     remove_directory,
@@ -40,7 +39,7 @@ from archerchat.artifacts import (
     sha256_file,
     write_json,
 )
-from archerchat.errors import CheckpointError, UsageError
+from archerchat.home import Home, check_name
 
 FORMAT = 1
 META = "meta.json"

@@ -16,8 +16,8 @@ from typing import Any, cast
 import tyro
 
 from archerchat import __version__
-from archerchat.artifacts import Home
 from archerchat.errors import ArcherChatError
+from archerchat.home import Home
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from archerchat.errors import UsageError
-from archerchat.gpus import training_dtype
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -179,6 +178,11 @@ def choose_device(requested: str | None, local_rank: int = 0) -> torch.device:
     return torch.device(kind, index) if kind == "cuda" else torch.device(kind)
 
 
+def training_dtype(capability: tuple[int, int]) -> torch.dtype:
+    """Return what to train in: bfloat16 where tensor cores multiply it (sm80), else float32."""
+    return torch.bfloat16 if capability >= (8, 0) else torch.float32
+
+
 def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dtype, str]:
     """Return the compute dtype and the reason for it.
 
@@ -202,22 +206,6 @@ def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dty
                 return torch.bfloat16, f"CPU has {name}"
         return torch.float32, "CPU has neither AMX-BF16 nor AVX512-BF16"
     return torch.float32, f"{device.type}: bfloat16 only if forced"
-
-
-def require_one_rank(runtime: Runtime, what: str) -> None:
-    """Refuse several ranks.
-
-    Args:
-        what: begins the sentence, such as "pretraining".
-
-    Raises:
-        UsageError: there are several.
-    """
-    if runtime.world_size > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {runtime.world_size}, but {what} runs on one device so far: "
-            "start it without torchrun"
-        )
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -18,15 +18,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from archerchat.artifacts import Home, write_json
 from archerchat.checkpoint import list_checkpoints
 from archerchat.cli import main
 from archerchat.data.shards import write_shards
+from archerchat.exchange.nanochat import CONFIG_NAMES, to_archerchat_names
+from archerchat.files import write_json
+from archerchat.home import Home
 from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import CONFIG_NAMES, to_archerchat_names
-from archerchat.peak_flops import CACHE_FILE, cache_key
+from archerchat.planning.peak_flops import CACHE_FILE, cache_key
 from archerchat.runtime import DTYPES, build_runtime
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
 

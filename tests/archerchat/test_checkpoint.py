@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from archerchat import checkpoint
-from archerchat.artifacts import STALE, Home
 from archerchat.checkpoint import (
     compare_configs,
     find_checkpoint,
@@ -26,6 +25,8 @@ from archerchat.checkpoint import (
     save_checkpoint,
 )
 from archerchat.errors import CheckpointError, UsageError
+from archerchat.files import STALE
+from archerchat.home import Home
 
 
 def sections(value: float = 1.0) -> dict[str, dict[str, Tensor]]:

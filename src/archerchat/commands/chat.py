@@ -18,9 +18,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from archerchat.artifacts import Home, write_bytes
 from archerchat.commands.sample import CONTROLS
+from archerchat.console import build_console
 from archerchat.errors import UsageError
+from archerchat.files import write_bytes
+from archerchat.home import Home
 from archerchat.inference.answers import PartType, Piece
 from archerchat.inference.chat_session import ChatSession
 from archerchat.inference.engine import Engine
@@ -90,7 +92,7 @@ def chat(config: ChatConfig, home: Home) -> None:
         )
     except UsageError as error:
         raise UsageError(f"{error}: change the flag of that name") from error
-    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = build_console()
     if config.prompt is not None:
         show_answer(session, config.prompt, console)
         return

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from archerchat.artifacts import Home, remove_leftovers
+from archerchat.console import build_console
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import describe_files, iter_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
@@ -37,6 +37,8 @@ from archerchat.data.shards import (
 )
 from archerchat.data.stdlib import describe_stdlib, iter_stdlib, list_stdlib, stdlib_directory
 from archerchat.errors import DataError, UsageError
+from archerchat.files import remove_leftovers
+from archerchat.home import Home
 
 STDLIB = "stdlib"
 PLAIN_LINE_SECONDS = 10.0
@@ -95,7 +97,7 @@ def download(config: DataDownloadConfig, home: Home) -> None:
         UsageError: the source has no such number of shards.
         DataError: the hub cannot be reached, or the disk is full.
     """
-    console = Console(soft_wrap=True)
+    console = build_console()
     directory = home.data_dir(config.source)
     remove_leftovers(directory)
     with _DownloadProgress(console, config.num_shards + 1) as progress:
@@ -122,7 +124,7 @@ def build(config: DataBuildConfig, home: Home) -> None:
             without `force`, to data that was built otherwise.
         DataError: there is nothing to read, a file is broken, or the disk is full.
     """
-    console = Console(soft_wrap=True)
+    console = build_console()
     options = CorpusOptions(
         val_fraction=config.val_fraction,
         val_documents=config.val_documents,
@@ -171,7 +173,7 @@ def info(config: DataInfoConfig, home: Home) -> None:
         directories = list_sources(home)
         if not directories:
             raise DataError(f"no data in {home.root / 'data'}: {MAKE_DATA}")
-    console = Console(soft_wrap=True)
+    console = build_console()
     for directory in directories:
         console.print(_describe(directory, list_each=config.shards))
 

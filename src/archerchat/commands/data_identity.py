@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from archerchat.artifacts import Home, write_bytes
+from archerchat.console import build_console
 from archerchat.errors import DataError, UsageError
+from archerchat.files import write_bytes
+from archerchat.home import Home
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
 
 
@@ -40,7 +40,7 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
         UsageError: a value is empty or not positive, or the template's new file exists.
         DataError: the template cannot be read, or the output not written.
     """
-    console = Console(soft_wrap=True)
+    console = build_console()
     if config.save_template is not None:
         if config.save_template.exists():
             raise UsageError(f"{config.save_template} exists: name a new file for the template")

@@ -18,15 +18,17 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from archerchat.artifacts import Home, write_json
 from archerchat.commands.eval_core import evaluate_core
 from archerchat.commands.sample import SampleConfig, print_samples
+from archerchat.console import build_console
 from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import data_directory, list_shards, split_shards
 from archerchat.errors import UsageError, require_positive
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.evals.core.evaluate import CoreOptions
 from archerchat.evals.text_file import iter_text_batches
+from archerchat.files import write_json
+from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.model.loss import token_losses
 from archerchat.runtime import Runtime, build_runtime, prepare_process
@@ -84,7 +86,7 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
     splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []
     if config.text and not config.text.is_file():
         raise UsageError(f"--text {config.text}: there is no such file")
-    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = build_console()
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, "base", config.model_tag, config.step)

@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from archerchat.artifacts import Home, write_bytes, write_json
+from archerchat.console import build_console
 from archerchat.data.task_files import task_files
+from archerchat.distributed import Ranks, joined_ranks
 from archerchat.errors import UsageError, require_positive, require_seed
 from archerchat.evals.chat.evaluate import ChatEvaluator, limited
 from archerchat.evals.chat.generative import Answer, Sampling
 from archerchat.evals.chat.results import TaskResult, chatcore
-from archerchat.evals.ranks import Ranks, joined_ranks
+from archerchat.files import write_bytes, write_json
+from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tasks.base import Task
@@ -86,7 +88,7 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
     quiet = not runtime.is_master
-    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False, quiet=quiet)
+    console = build_console(quiet=quiet)
     loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
     console.print(f"{loaded.path}", style="dim")
     with joined_ranks(runtime) as ranks:

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from archerchat.artifacts import Home, sha256_file
 from archerchat.checkpoint import META
+from archerchat.console import duration_text
+from archerchat.distributed import joined_ranks
 from archerchat.evals.core.bundle import Bundle, load_bundle
 from archerchat.evals.core.download import find_bundle
 from archerchat.evals.core.estimate import Estimate, estimate
@@ -29,11 +30,11 @@ from archerchat.evals.core.results import (
     is_offline,
     write_results,
 )
-from archerchat.evals.ranks import joined_ranks
+from archerchat.files import sha256_file
+from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel
 from archerchat.inference.weights import InferenceModel
 from archerchat.runtime import Runtime, dtype_name
-from archerchat.training.progress import time_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def evaluate_core(
     name = "offline tasks (not CORE):" if is_offline(result.tasks) else "CORE"
     console.print(
         f"{name} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
-        f"{time_text(result.seconds)}; {paths[0]}"
+        f"{duration_text(result.seconds)}; {paths[0]}"
     )
     return Summary(result, paths)
 
@@ -165,7 +166,7 @@ def _describe_estimate(expected: Estimate) -> str:
     return (
         f"CORE: {expected.examples:,} examples in {len(expected.by_task)} tasks, about "
         f"{expected.tokens / 1e6:,.1f} million tokens to run ({saved:.1f} times as many in the "
-        f"prompts): about {time_text(expected.seconds)}"
+        f"prompts): about {duration_text(expected.seconds)}"
     )
 
 

@@ -8,10 +8,11 @@ from typing import Literal
 
 from rich.console import Console
 
-from archerchat.artifacts import Home
 from archerchat.checkpoint import list_checkpoints, save_checkpoint
+from archerchat.console import build_console
 from archerchat.errors import TokenizerError, UsageError
-from archerchat.nanochat_import import TOKENIZER_FILE, ImportedModel, load_model, load_tokenizer
+from archerchat.exchange.nanochat import TOKENIZER_FILE, ImportedModel, load_model, load_tokenizer
+from archerchat.home import Home
 from archerchat.tokenizer.bpe import Tokenizer, save_new_tokenizer
 
 
@@ -61,7 +62,7 @@ def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
         "nanochat_meta": model.meta,
     }
     path = save_checkpoint(target, model.step, {"model": model.tensors}, meta)
-    _report(Console(soft_wrap=True, highlight=False), model, tokenizer, path)
+    _report(build_console(), model, tokenizer, path)
 
 
 def _find_tokenizer(given: Path | None, source: Path) -> Tokenizer | None:

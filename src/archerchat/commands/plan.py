@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from archerchat.artifacts import Home
-from archerchat.memory import RESERVED_SHARE
-from archerchat.planner import Plan, PlanConfig, build_plan
+from archerchat.home import Home
+from archerchat.planning.memory import RESERVED_SHARE
+from archerchat.planning.plan import Plan, PlanConfig, build_plan
 
 Row = tuple[str, str, str]
 """Quantity, value, note."""

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
-from archerchat.artifacts import Home
+from archerchat.console import build_console
 from archerchat.errors import UsageError
+from archerchat.home import Home
 from archerchat.report.files import default_directory, write_report
 from archerchat.report.spending import Prices
 from archerchat.report.training_report import build_training_report, gather
@@ -54,7 +53,7 @@ def report(config: ReportConfig, home: Home) -> None:
     document = build_training_report(material, prices)
     directory = target_directory(config.out, home, material.title)
     files = write_report(document, directory)
-    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = build_console()
     console.print(f"report of {', '.join(run.tag for run in material.runs)}:")
     console.print(f"  {files.html}\n  {files.markdown}")
 

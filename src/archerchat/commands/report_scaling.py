@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
-from archerchat.artifacts import Home, write_json
 from archerchat.commands.report import target_directory
+from archerchat.console import build_console
 from archerchat.errors import UsageError
+from archerchat.files import write_json
+from archerchat.home import Home
 from archerchat.report.files import write_report
 from archerchat.report.scaling_report import (
     Parameters,
@@ -79,5 +79,5 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
             ],
         }
         write_json(config.json, figures)
-    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = build_console()
     console.print(f"{formula(fit)}\n{fit.reason}\n  {files.html}\n  {files.markdown}")

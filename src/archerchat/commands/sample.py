@@ -9,8 +9,9 @@ from typing import Literal
 
 from rich.console import Console
 
-from archerchat.artifacts import Home
+from archerchat.console import build_console
 from archerchat.errors import UsageError, require_positive, require_seed
+from archerchat.home import Home
 from archerchat.inference.draws import row_seed
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
@@ -69,7 +70,7 @@ def sample(config: SampleConfig, home: Home) -> None:
     runtime = build_runtime(config.device, config.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
-    console = Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = build_console()
     console.print(f"{loaded.path}", style="dim")
     print_samples(loaded, config, console)
 

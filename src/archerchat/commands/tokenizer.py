@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from archerchat.artifacts import Home, write_bytes, write_json
+from archerchat.console import build_console
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
 from archerchat.errors import DataError, UsageError, require_positive
+from archerchat.files import write_bytes, write_json
+from archerchat.home import Home
 from archerchat.tokenizer.bpe import (
     SPECIAL_TOKENS,
     Phase,
@@ -86,7 +88,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         TokenizerError: what is there under this name is broken, or the disk is full.
     """
     require_positive(config, "max_chars", "doc_cap")
-    console = Console(soft_wrap=True)
+    console = build_console()
     directory = home.tokenizer_dir(config.name)
     data = data_directory(config.data, home)
     shards, _ = split_shards(list_shards(data))
@@ -129,7 +131,7 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
         TokenizerError: the tokenizer or a ranks file is broken.
         DataError: the data that was asked for is broken.
     """
-    console = Console(soft_wrap=True)
+    console = build_console()
     tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
     size = int((tokenizer.token_bytes > 0).sum())
     vocabularies = [Vocabulary(OURS, size, tokenizer.encode)]

@@ -21,8 +21,8 @@ from huggingface_hub import get_hf_file_metadata, get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
-from archerchat.artifacts import explained_writes, fsync_dir, sha256_file
 from archerchat.errors import DataError
+from archerchat.files import explained_writes, fsync_dir, sha256_file
 
 TIMEOUT_SECONDS = 10.0
 MAX_DELAY_SECONDS = 30.0

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_url
 
-from archerchat.artifacts import explained_writes
 from archerchat.data.download import Download, Notify, Report, RetryPolicy, download_file
 from archerchat.data.shards import Shard
 from archerchat.errors import DataError, UsageError
+from archerchat.files import explained_writes
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from archerchat.artifacts import Home, explained_writes, write_bytes
 from archerchat.errors import DataError, UsageError
+from archerchat.files import explained_writes, write_bytes
+from archerchat.home import Home
 
 TEXT_COLUMN = "text"
 MAKE_DATA = "make some with `archerchat data download` or `archerchat data build stdlib`"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from archerchat.artifacts import Home
 from archerchat.data.download import Notify, RetryPolicy
 from archerchat.data.hub import download_table
+from archerchat.home import Home
 from archerchat.tasks.hub import TaskFiles
 
 

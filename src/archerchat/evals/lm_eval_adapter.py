@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import track
 
-from archerchat.artifacts import Home
+from archerchat.console import build_console
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.evals.core.prompts import common_prefix
+from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.inference.requests import Request, RowHook
@@ -190,7 +190,7 @@ class HarnessModel:
     def _score(self, spans: Sequence[Span]) -> list[tuple[float, bool]]:
         scores = [(0.0, True)] * len(spans)  # of an empty continuation
         filled = [i for i, span in enumerate(spans) if span.start < len(span.token_ids)]
-        console = Console(stderr=True)
+        console = build_console(stderr=True)
         for index, total, greedy in track(
             score_spans(self.model, [spans[i] for i in filled], self.batch_tokens),
             "log likelihoods",

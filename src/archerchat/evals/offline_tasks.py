@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archerchat.artifacts import new_directory
 from archerchat.evals.core.bundle import BASELINES, DATA, TASK_LIST, TaskType
+from archerchat.files import new_directory
 from archerchat.tasks.words import load_words
 
 NAME = "offline"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archerchat.artifacts import Home
 from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
+from archerchat.home import Home
 from archerchat.model.attention import choose_backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from archerchat.artifacts import Home, check_name, new_directory
+from archerchat.files import new_directory
+from archerchat.home import Home, check_name
 from archerchat.report.document import Document
 from archerchat.report.html import render_html
 from archerchat.report.markdown import render_markdown

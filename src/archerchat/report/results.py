@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.artifacts import Home
 from archerchat.evals.estimates import wilson_interval
 from archerchat.evals.offline_tasks import PREFIX
+from archerchat.home import Home
 
 Kind = Literal["core", "offline", "chat", "bits"]
 

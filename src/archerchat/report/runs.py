@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from archerchat.artifacts import Home
 from archerchat.errors import UsageError
-from archerchat.training.metrics import read_records
+from archerchat.home import Home
 from archerchat.training.summary import SUMMARY
+from archerchat.training.telemetry import read_records
 
 STAGES = ("base", "sft", "rl")
 STEP_METRIC = "train/loss"

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from archerchat import __version__
-from archerchat.artifacts import Home
 from archerchat.errors import UsageError
+from archerchat.home import Home
 from archerchat.model.flops import count_parameters
 from archerchat.report.charts import PALETTE, LineChart, Series
 from archerchat.report.document import (

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from archerchat.gpus import Gpu, find_gpu
-from archerchat.planner import DOLLARS_PER_H100_HOUR, H100_TFLOPS
+from archerchat.planning.gpus import Gpu, find_gpu
+from archerchat.planning.plan import DOLLARS_PER_H100_HOUR, H100_TFLOPS
 from archerchat.report.results import Result
 from archerchat.report.runs import Run, lookup
 

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from archerchat import __version__
-from archerchat.artifacts import Home
+from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.report.curves import run_charts

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 
+from archerchat.sandbox.executor import SandboxResult, run_sandboxed
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, assistant, user
 from archerchat.tasks.hub import HUMANEVAL, TaskFiles
-from archerchat.tasks.sandbox import SandboxResult, run_sandboxed
 
 _FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)

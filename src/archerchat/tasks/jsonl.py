@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from archerchat.artifacts import sha256_file
 from archerchat.errors import DataError
+from archerchat.files import sha256_file
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, check_conversation
 from archerchat.tasks.tables import iter_json_lines

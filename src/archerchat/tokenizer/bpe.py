@@ -21,8 +21,9 @@ import numpy as np
 import rustbpe
 import tiktoken
 
-from archerchat.artifacts import Home, explained_writes, new_directory, write_bytes, write_json
 from archerchat.errors import DataError, TokenizerError, UsageError
+from archerchat.files import explained_writes, new_directory, write_bytes, write_json
+from archerchat.home import Home
 from archerchat.tokenizer.ranks import format_ranks, load_ranks
 from archerchat.tokenizer.safe_text import cut_long_whitespace, encode_text, replace_surrogates
 

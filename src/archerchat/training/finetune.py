@@ -17,15 +17,18 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from archerchat.artifacts import Home, exclusive
 from archerchat.checkpoint import Checkpoint
+from archerchat.console import build_console
 from archerchat.data.conversations import describe_mixture
 from archerchat.data.task_files import task_files
+from archerchat.distributed import require_one_rank
 from archerchat.errors import UsageError, require_positive
+from archerchat.files import exclusive
+from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.model.flops import flops_per_token
-from archerchat.peak_flops import peak_flops
-from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process, require_one_rank
+from archerchat.planning.peak_flops import peak_flops
+from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tasks.base import TaskMixture
 from archerchat.training.environment import describe_hardware
 from archerchat.training.finetune_recipe import RATE_SCALE, FinetuneRecipe
@@ -42,13 +45,13 @@ from archerchat.training.finetune_setup import (
 )
 from archerchat.training.finetune_summary import announce, tell_conversations
 from archerchat.training.loop import Outcome
-from archerchat.training.metrics import TelemetryConfig
 from archerchat.training.mixtures import MixtureConfig, build_mixtures
 from archerchat.training.recipe import Cadence
 from archerchat.training.resume import find_start
 from archerchat.training.run import RunRequest, begin_run, run_recipe
 from archerchat.training.stopping import explained_memory
 from archerchat.training.summary import recall
+from archerchat.training.telemetry import TelemetryConfig
 
 STAGE = "sft"
 
@@ -108,7 +111,7 @@ def finetune(config: FinetuneConfig, home: Home, console: Console | None = None)
         UsageError: the settings contradict each other, the base model, or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
-    console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = console or build_console()
     _check_numbers(config)
     runtime = build_runtime(config.device, config.dtype)
     require_one_rank(runtime, "fine-tuning")

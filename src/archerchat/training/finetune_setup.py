@@ -6,11 +6,11 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from archerchat.artifacts import sha256_file
 from archerchat.checkpoint import load_checkpoint
 from archerchat.data.conversations import ConversationLoader, render_whole
 from archerchat.dial import DialConfig, LearningRates, build_hyperparameters, grad_accum_steps
 from archerchat.errors import CheckpointError, UsageError
+from archerchat.files import sha256_file
 from archerchat.inference.loading import LoadedModel
 from archerchat.model.attention import Backend, choose_backend
 from archerchat.model.config import ModelConfig

@@ -19,14 +19,14 @@ from typing import Any, cast
 
 import torch
 
+from archerchat.console import ProgressLine, StepReport
 from archerchat.errors import ArcherChatError
 from archerchat.optim.optimizer import MuonGroup, Optimizer
-from archerchat.peak_flops import PeakFlops
+from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.metrics import MetricsLog, Occasion
-from archerchat.training.progress import ProgressLine, StepReport
 from archerchat.training.recipe import Cadence, LoopState, Measure, Recipe, StepSettings
 from archerchat.training.stopping import StopRequest, explained_memory
+from archerchat.training.telemetry import MetricsLog, Occasion
 from archerchat.training.throughput import Throughput
 
 SMOOTHING = 0.9

@@ -18,13 +18,13 @@ from archerchat.checkpoint import (
     list_checkpoints,
     save_checkpoint,
 )
+from archerchat.console import ProgressLine
 from archerchat.errors import CheckpointError
 from archerchat.model.loss import LossKernels, mean_loss, token_losses
 from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.progress import ProgressLine
 from archerchat.training.recipe import LoopState, Recipe
 from archerchat.training.resume import Loader, restore_loader, restore_rng, rng_tensors
 

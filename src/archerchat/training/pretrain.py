@@ -16,32 +16,35 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from archerchat.artifacts import Home, exclusive
 from archerchat.checkpoint import Checkpoint
+from archerchat.console import build_console
 from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
+from archerchat.distributed import require_one_rank
 from archerchat.errors import UsageError, require_positive, require_seed
 from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.download import find_bundle
+from archerchat.files import exclusive
+from archerchat.home import Home
 from archerchat.model.attention import choose_backend
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
-from archerchat.peak_flops import PeakFlops, peak_flops
-from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process, require_one_rank
+from archerchat.planning.peak_flops import PeakFlops, peak_flops
+from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.core_metric import CoreMetric
 from archerchat.training.environment import describe_hardware
 from archerchat.training.loop import Outcome
-from archerchat.training.metrics import TelemetryConfig
 from archerchat.training.recipe import Cadence
 from archerchat.training.resume import describe_extension, find_start, set_aside_later
 from archerchat.training.run import RunRequest, begin_run, run_recipe
 from archerchat.training.stopping import explained_memory
 from archerchat.training.summary import recall
+from archerchat.training.telemetry import TelemetryConfig
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         UsageError: the settings contradict each other or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
-    console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = console or build_console()
     runtime = build_runtime(config.device, config.dtype)
     require_one_rank(runtime, "pretraining")
     prepare_process(runtime)

@@ -16,11 +16,14 @@ from typing import Any
 
 from rich.console import Console
 
-from archerchat.artifacts import Home, exclusive
 from archerchat.checkpoint import Checkpoint
+from archerchat.console import build_console
+from archerchat.distributed import require_one_rank
+from archerchat.files import exclusive
+from archerchat.home import Home
 from archerchat.inference.loading import load_model
-from archerchat.peak_flops import peak_flops
-from archerchat.runtime import build_runtime, dtype_name, prepare_process, require_one_rank
+from archerchat.planning.peak_flops import peak_flops
+from archerchat.runtime import build_runtime, dtype_name, prepare_process
 from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Cadence
 from archerchat.training.reinforce_recipe import ReinforceRecipe
@@ -45,7 +48,7 @@ def reinforce(config: ReinforceConfig, home: Home, console: Console | None = Non
         UsageError: the settings contradict each other, the model, or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
-    console = console or Console(soft_wrap=True, markup=False, emoji=False, highlight=False)
+    console = console or build_console()
     check_numbers(config)
     runtime = build_runtime(config.device, config.dtype)
     require_one_rank(runtime, "reinforcement")

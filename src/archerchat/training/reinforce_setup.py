@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from archerchat.artifacts import Home
 from archerchat.data.task_files import task_files
 from archerchat.dial import LearningRates
 from archerchat.errors import DataError, UsageError, require_positive, require_seed
 from archerchat.evals.chat.evaluate import limited
 from archerchat.evals.chat.generative import Sampling
+from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel
 from archerchat.runtime import Runtime, dtype_name
@@ -29,9 +29,9 @@ from archerchat.training.finetune_setup import (
     describe_base,
     inherit,
 )
-from archerchat.training.metrics import TelemetryConfig
 from archerchat.training.reinforce_recipe import RATE_SCALE, ReinforceRecipe
 from archerchat.training.rollouts import RolloutLoader, RolloutSettings
+from archerchat.training.telemetry import TelemetryConfig
 
 STAGE = "rl"
 

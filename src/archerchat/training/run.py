@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from archerchat.artifacts import Home, write_json
 from archerchat.checkpoint import Checkpoint
-from archerchat.peak_flops import PeakFlops
+from archerchat.console import ProgressLine
+from archerchat.files import write_json
+from archerchat.home import Home
+from archerchat.planning.peak_flops import PeakFlops
 from archerchat.training.core_metric import CoreMetric
 from archerchat.training.loop import Loop, Outcome
-from archerchat.training.metrics import TelemetryConfig, open_run
 from archerchat.training.model_recipe import ModelRecipe
-from archerchat.training.progress import ProgressLine
 from archerchat.training.recipe import Cadence, LoopState
 from archerchat.training.summary import SUMMARY, conclude, summarize, tell_resume
+from archerchat.training.telemetry import TelemetryConfig, open_run
 
 
 @dataclass(frozen=True)

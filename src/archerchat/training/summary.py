@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint
-from archerchat.peak_flops import PeakFlops
+from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
 from archerchat.training.loop import Outcome
 from archerchat.training.recipe import LoopState

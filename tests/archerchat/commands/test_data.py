@@ -12,7 +12,6 @@ import pytest
 import tyro
 from rich.console import Console
 
-from archerchat.artifacts import Home
 from archerchat.commands import data
 from archerchat.commands.data import (
     DataBuildConfig,
@@ -25,6 +24,7 @@ from archerchat.commands.data import (
 from archerchat.data.hub import SOURCES
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.errors import DataError, UsageError
+from archerchat.home import Home
 
 Config = TypeVar("Config")
 

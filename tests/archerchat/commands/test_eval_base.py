@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from archerchat.artifacts import Home
 from archerchat.checkpoint import save_checkpoint
 from archerchat.commands.eval_base import EvalBaseConfig, evaluate
 from archerchat.data.shards import write_shards
+from archerchat.exchange.nanochat import to_archerchat_names
+from archerchat.home import Home
 from archerchat.model.config import ModelConfig
-from archerchat.nanochat_import import to_archerchat_names
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks
 

@@ -12,13 +12,13 @@ import tiktoken
 import torch
 import tyro
 
-from archerchat.artifacts import Home
 from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
 from archerchat.commands.import_nanochat import ImportNanochatConfig, import_nanochat
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
+from archerchat.exchange.nanochat import to_nanochat_names
+from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import to_nanochat_names
 from archerchat.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 CONFIG = ModelConfig(

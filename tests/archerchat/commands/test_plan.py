@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from archerchat.artifacts import Home
 from archerchat.commands.plan import plan
 from archerchat.dial import DialConfig
-from archerchat.planner import PlanConfig
+from archerchat.home import Home
+from archerchat.planning.plan import PlanConfig
 
 
 def test_tables_name_every_figure_and_every_assumption(

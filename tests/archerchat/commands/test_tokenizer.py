@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from archerchat.artifacts import Home
 from archerchat.commands import tokenizer as command
 from archerchat.commands.tokenizer import (
     TokenizerEvalConfig,
@@ -21,6 +20,7 @@ from archerchat.commands.tokenizer import (
 )
 from archerchat.data.shards import write_shards
 from archerchat.errors import ArcherChatError, DataError, TokenizerError, UsageError
+from archerchat.home import Home
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.compression import GPT2, Vocabulary, measure_compression
 from archerchat.tokenizer.samples import SAMPLES

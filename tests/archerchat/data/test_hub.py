@@ -23,12 +23,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from archerchat.artifacts import Home
 from archerchat.data.download import RetryPolicy
 from archerchat.data.hub import SOURCES, HubSource, download_shards, download_table
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
+from archerchat.home import Home
 from archerchat.tasks.hub import ARC
 from archerchat.tasks.registry import build_task
 

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from archerchat.artifacts import Home
 from archerchat.data.shards import (
     Shard,
     data_directory,
@@ -20,6 +19,7 @@ from archerchat.data.shards import (
     write_shards,
 )
 from archerchat.errors import DataError, UsageError
+from archerchat.home import Home
 
 DOCUMENTS = [f"document {i} — ünïcode" for i in range(50)] + ["", "the end"]
 

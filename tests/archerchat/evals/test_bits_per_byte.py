@@ -18,10 +18,10 @@ from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import list_shards, split_shards
 from archerchat.errors import DataError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
+from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import token_losses
 from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import to_archerchat_names
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks
 

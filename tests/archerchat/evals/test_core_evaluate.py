@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from archerchat.distributed import Ranks
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.core.bundle import Bundle, load_bundle, read_examples
 from archerchat.evals.core.estimate import estimate
@@ -29,7 +30,6 @@ from archerchat.evals.core.results import (
     describe,
     write_results,
 )
-from archerchat.evals.ranks import Ranks
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from archerchat.distributed import Ranks
 from archerchat.evals.core.bundle import Task, load_bundle, read_examples
 from archerchat.evals.core.evaluate import CoreOptions, prepare_task
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import SHUFFLE_SEED, Prompter, fewshot_indices
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.evals.core.trees import build_tree
-from archerchat.evals.ranks import Ranks
+from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import to_archerchat_names
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from archerchat.artifacts import Home
 from archerchat.errors import UsageError
 from archerchat.evals.core.bundle import Example, Task, load_bundle, read_examples
 from archerchat.evals.core.plain import score_plainly
 from archerchat.evals.core.prompts import Prompt, Prompter
 from archerchat.evals.lm_eval_adapter import HarnessModel, Span, register, score_spans
 from archerchat.evals.offline_tasks import offline_bundle
+from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.inference.sampling import iter_tokens
 from archerchat.runtime import build_runtime

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from archerchat.errors import UsageError
+from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.inference.engine import Engine
 from archerchat.inference.requests import Completion, Event, Request
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import to_archerchat_names
 
 IsPlain = Callable[[Transformer, Request, Completion], bool]
 Prompt = Callable[[int], list[int]]

@@ -12,10 +12,10 @@ import torch
 from archerchat.inference.decode import forward_token
 from archerchat.inference.kv_cache import KVCache, RingLayer, RingPart, attend_ring, ring_mask
 from archerchat.inference.prefill import prefill
-from archerchat.memory import kv_cache_bytes
 from archerchat.model.attention import attend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
+from archerchat.planning.memory import kv_cache_bytes
 
 CPU = torch.device("cpu")
 Prompt = Callable[[int], list[int]]

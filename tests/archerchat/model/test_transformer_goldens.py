@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.loss import mean_loss, token_losses
 from archerchat.model.transformer import Block, Regions, Transformer
-from archerchat.nanochat_import import to_archerchat_names
 
 BACKENDS = ("sdpa", "matmul")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from archerchat.dial import LearningRates
+from archerchat.exchange.nanochat import CONFIG_NAMES, to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import mean_loss
 from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import CONFIG_NAMES, to_archerchat_names
 from archerchat.optim import optimizer as optimizer_module
 from archerchat.optim.optimizer import AdamGroup, MuonGroup, Optimizer, build_groups
 

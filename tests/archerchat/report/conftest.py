@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import endlex
-from archerchat.artifacts import Home
+from archerchat.home import Home
 from endlex.protocol import Status
 
 MODEL = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from archerchat.artifacts import Home
+from archerchat.home import Home
 from archerchat.report.files import write_report
 from archerchat.report.spending import Prices
 from archerchat.report.training_report import build_training_report, gather

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from archerchat.artifacts import Home, write_json
+from archerchat.files import write_json
+from archerchat.home import Home
 from archerchat.report.results import Result, latest, load_results
 
 TASK = {"accuracy": 0.5, "centred": 0.25, "random_baseline": 0.25, "examples": 8, "seconds": 2.0}

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from archerchat.artifacts import Home
 from archerchat.errors import DataError, UsageError
+from archerchat.home import Home
 from archerchat.report.runs import Point, build_run, load_family, load_run
 
 Write = Callable[..., None]

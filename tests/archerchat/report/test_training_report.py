@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from archerchat.artifacts import Home, write_json
+from archerchat.files import write_json
+from archerchat.home import Home
 from archerchat.report.document import printable
 from archerchat.report.html import render_html
 from archerchat.report.markdown import render_markdown

@@ -16,20 +16,20 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from archerchat.artifacts import Home
+from archerchat.console import ProgressLine
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
-from archerchat.nanochat_import import to_archerchat_names
+from archerchat.exchange.nanochat import to_archerchat_names
+from archerchat.home import Home
 from archerchat.optim.schedule import build_schedule
-from archerchat.peak_flops import PeakFlops
+from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import build_runtime
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.ranks import load_ranks
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Loop
-from archerchat.training.metrics import MetricsLog
 from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
-from archerchat.training.progress import ProgressLine
 from archerchat.training.recipe import Cadence, LoopState
+from archerchat.training.telemetry import MetricsLog
 
 
 @dataclass(frozen=True)

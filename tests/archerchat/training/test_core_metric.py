@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from archerchat.training.loop import Loop
-from archerchat.training.metrics import MetricsLog
+from archerchat.training.telemetry import MetricsLog
 
 
 def test_it_is_measured_after_a_checkpoint_and_logged_apart_from_training(

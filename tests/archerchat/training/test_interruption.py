@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.artifacts import Home
 from archerchat.checkpoint import compare_configs, find_checkpoint, load_checkpoint
+from archerchat.home import Home
 
 Launch = Callable[[list[str]], subprocess.Popen[str]]
 

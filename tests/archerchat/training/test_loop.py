@@ -20,15 +20,15 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from archerchat.artifacts import Home
+from archerchat.console import ProgressLine
 from archerchat.errors import ArcherChatError
+from archerchat.home import Home
 from archerchat.optim.optimizer import AdamGroup, Optimizer
-from archerchat.peak_flops import PeakFlops
+from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
 from archerchat.training.loop import Loop, Outcome
-from archerchat.training.metrics import MetricsLog, Occasion, open_run
-from archerchat.training.progress import ProgressLine
 from archerchat.training.recipe import Cadence, LoopState, StepSettings
+from archerchat.training.telemetry import MetricsLog, Occasion, open_run
 
 CADENCE = Cadence(num_iterations=4, grad_accum_steps=2, tokens_per_step=16, flops_per_step=1000)
 

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.artifacts import Home
 from archerchat.checkpoint import find_checkpoint, load_checkpoint
 from archerchat.data.shards import write_shards
+from archerchat.home import Home
 from archerchat.inference.loading import load_model
 from archerchat.runtime import build_runtime
 from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation
 from archerchat.tasks.spelling import SpellingBeeTask
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.metrics import read_records
 from archerchat.training.reinforce_recipe import lr_multiplier
+from archerchat.training.telemetry import read_records
 
 TINY = {
     "source": "base",

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.artifacts import Home
 from archerchat.checkpoint import (
     load_checkpoint,
     save_checkpoint,
@@ -18,6 +17,7 @@ from archerchat.checkpoint import (
 from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import list_shards, split_shards, write_shards
 from archerchat.errors import CheckpointError
+from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
 from archerchat.training.resume import (

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.artifacts import exclusive
 from archerchat.errors import ArcherChatError, UsageError
+from archerchat.files import exclusive
 from archerchat.training.stopping import explained_memory
 
 
@@ -36,7 +36,7 @@ def test_other_errors_pass_through() -> None:
 def test_a_directory_has_one_owner(tmp_path: Path) -> None:
     directory = tmp_path / "tag"
     script = (
-        "import sys; from pathlib import Path; from archerchat.artifacts import exclusive\n"
+        "import sys; from pathlib import Path; from archerchat.files import exclusive\n"
         "with exclusive(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -1,264 +1,199 @@
-"""Whole runs with a telemetry server and without: what each costs, and what outlives a machine."""
+"""Rank 0 keeps a journal under the run's directory; the other ranks keep nothing."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from archerchat.artifacts import Home
-from archerchat.checkpoint import find_checkpoint, load_checkpoint
-from endlex.client.shipping import stop_shipper
-
-Launch = Callable[[list[str]], subprocess.Popen[str]]
-
-WITNESS = """
-import json, sys
-
-seen = set()
-PROCESSES = ("subprocess.", "os.posix_spawn", "os.fork", "os.exec", "os.spawn", "os.system")
-
-def watch(event, arguments):
-    if event.startswith((*PROCESSES, "socket.")):
-        seen.add(event)
-
-sys.addaudithook(watch)
-from archerchat.cli import main
-
-status = main(json.loads(sys.argv[1]))
-print(json.dumps(sorted(seen)))
-sys.exit(status)
-"""
-"""Runs a command, and prints the system's events that telemetry must not cause without a server."""
+from archerchat.errors import UsageError
+from archerchat.home import Home
+from archerchat.training.telemetry import MetricsLog, PushCheckpoints, TelemetryConfig, open_run
 
 
-@pytest.fixture(autouse=True)
-def _no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("URL", "TOKEN", "DIR", "RUN_ID", "MODE", "HOME"):
-        monkeypatch.delenv(f"ENDLEX_{name}", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+def recorded(home: Home) -> list[dict[str, Any]]:
+    """All records of run `d4`, its sessions in order."""
+    files = sorted((home.run_dir("d4") / "journal").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def events_of(words: list[str], **environment: str) -> list[str]:
-    result = subprocess.run(
-        [sys.executable, "-c", WITNESS, json.dumps(words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    events: list[str] = json.loads(result.stdout.splitlines()[-1])
-    return events
-
-
-def records_of(home: Home, run: str) -> list[dict[str, Any]]:
-    files = sorted((home.run_dir(run) / "journal").glob("*.jsonl"))
-    lines = [line for file in files for line in file.read_text().splitlines(keepends=True)]
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def test_without_a_server_a_run_keeps_its_journal_and_starts_and_connects_to_nothing(
-    tiny_home: Any,
-) -> None:
-    assert events_of(tiny_home.pretrain_words()) == []
-    directory = tiny_home.run_dir("tiny")
-    # The lock and the rest of a shipper are not there either, nor links to any checkpoint.
-    assert sorted(path.name for path in directory.iterdir()) == [
-        *("journal", "run.json", "summary.json"),
-    ]
-    records = records_of(tiny_home, "tiny")
-    assert sum("train/loss" in r.get("values", {}) for r in records) == 4
+def test_rank_0_writes_a_journal_that_a_resumed_run_continues(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    for step in (0, 20):
+        with open_run(home, "d4", {"depth": 4}) as metrics:
+            metrics.log({"train/loss": torch.tensor(2.5), "val/bpb": math.inf}, step)
+            metrics.log_text("sample", "def main():", step)
+    records = recorded(home)
+    assert [r["type"] for r in records] == ["session", "metrics", "text", "finish"] * 2
+    config = records[0]["config"]
+    assert config.pop("environment")["torch"] == torch.__version__
+    assert config == {"depth": 4}
+    assert records[5]["values"] == {"train/loss": 2.5, "val/bpb": "Infinity"}
+    assert records[0]["session"] != records[4]["session"]
     assert records[-1]["status"] == "finished"
 
 
-@pytest.mark.slow
-def test_the_witness_sees_what_a_server_brings(tiny_home: Any) -> None:
-    """The test above would fail if training did what it does with a server."""
-    events = events_of(tiny_home.pretrain_words(), ENDLEX_URL="http://127.0.0.1:1")
-    assert "subprocess.Popen" in events
-    end_shipper(tiny_home.run_dir("tiny"))
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with open_run(Home(tmp_path), "d4", {}, rank=1) as metrics:
+        metrics.log({"train/loss": 2.5}, 0)
+        metrics.log_text("sample", "text", 0)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_session_tells_the_settings_the_recipe_and_the_samples(tiny_home: Any) -> None:
-    assert tiny_home.pretrain(tags="baseline") == 0
-    session, *records = records_of(tiny_home, "tiny")
-    assert (session["group"], session["tags"]) == ("pretrain", ["baseline"])
-    config = session["config"]
-    assert config["config"]["dial"]["depth"] == 2
-    assert config["identity"]["learning_rates"]["matrix"] > 0
-    assert config["hardware"]["device"]
-    assert {"git_commit", "command", "torch"} <= config["environment"].keys()
-    logged = {name for r in records for name in r.get("values", {})}
-    assert logged >= {
-        *("train/loss", "train/lr_multiplier", "train/matrix_lr", "train/muon_weight_decay"),
-        *("train/tokens_per_second", "train/mfu", "train/memory_bytes", "val/bpb"),
-        *("train/tokens", "train/flops", "train/seconds"),
-    }
-    steps = [r["values"] for r in records if "train/loss" in r.get("values", {})]
-    rates = config["identity"]["learning_rates"]
-    assert [values["train/matrix_lr"] for values in steps] == pytest.approx(
-        [rates["matrix"] * values["train/lr_multiplier"] for values in steps]
-    )
-    texts = {r["name"]: r["text"] for r in records if r["type"] == "text"}
-    assert texts["sample/def main("].startswith("def main(")
+def test_a_crash_is_recorded(tmp_path: Path) -> None:
+    def train() -> None:
+        with open_run(Home(tmp_path), "d4", {}):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train()
+    assert recorded(Home(tmp_path))[-1]["status"] == "failed"
+
+
+def test_ctrl_c_is_recorded_as_such(tmp_path: Path) -> None:
+    def train() -> None:
+        with open_run(Home(tmp_path), "d4", {}):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert recorded(Home(tmp_path))[-1]["status"] == "interrupted"
+
+
+def test_a_damaged_run_directory_is_reported(tmp_path: Path) -> None:
+    file = tmp_path / "runs" / "d4" / "run.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    with pytest.raises(UsageError, match=r"does not say whose run.*another name for the run"):
+        open_run(Home(tmp_path), "d4", {})
+
+
+def test_a_session_has_its_tags_its_recipe_and_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/archerchat", "pretrain", "--run", "two words"])
+    telemetry = TelemetryConfig(tags=("baseline", "muon"))
+    open_run(Home(tmp_path), "d4", {}, telemetry, group="pretrain").finish()
+    session = recorded(Home(tmp_path))[0]
+    assert (session["tags"], session["group"]) == (["baseline", "muon"], "pretrain")
+    assert session["config"]["environment"]["command"] == "archerchat pretrain --run 'two words'"
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A telemetry server in a process of its own; yields its address."""
-    pytest.importorskip("fastapi", reason="the server's packages are the extra endlex[server]")
-    log = tmp_path / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "endlex", "serve", "--port", "0", "--data", tmp_path / "data"],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        yield wait_for(lambda: address_in(log.read_text()), process)
-    finally:
-        process.terminate()
-        process.wait(30)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ENDLEX_URL", "ENDLEX_MODE", "ENDLEX_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
-def address_in(text: str) -> str | None:
-    words = [word for word in text.split() if word.startswith("http://127.0.0.1:")]
-    return words[0].rstrip("/") if words else None
+def checkpoint(home: Home, step: int) -> Path:
+    path = home.checkpoint_dir("base", "d4") / f"step_{step:06d}"
+    path.mkdir(parents=True)
+    (path / "meta.json").write_text(f"of step {step}")
+    return path
 
 
-def wait_for(find: Callable[[], Any], process: subprocess.Popen[Any]) -> Any:
-    """Wait until `find` finds something while a process lives."""
-    deadline = time.monotonic() + 120
-    while not (found := find()):
-        assert process.poll() is None, "the process ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return found
+def pushed(home: Home, push: PushCheckpoints) -> list[tuple[str, list[str], object]]:
+    """Save at two steps, the first the best; return name, aliases, what each replaces."""
+    telemetry = TelemetryConfig(push_checkpoints=push)
+    with open_run(home, "d4", {}, telemetry) as metrics:
+        for step in (10, 20):
+            path = checkpoint(home, step)
+            assert metrics.push_checkpoint(path, step, "last", {"train/tokens": step}) is None
+            if step == 10:
+                assert metrics.push_checkpoint(path, step, "best", {"val/bpb": 1.5}) is None
+            shutil.rmtree(path)  # what `--keep-last` does to it loses nothing
+    saved = [record for record in recorded(home) if record["type"] == "checkpoint"]
+    for record in saved:
+        staged = home.run_dir("d4") / "staged" / record["name"] / "meta.json"
+        assert staged.read_text() == f"of step {record['step']}"
+    return [(r["name"], r["aliases"], r["metadata"].get("replaces")) for r in saved]
 
 
-def endlex(*words: object) -> tuple[int, str]:
-    result = subprocess.run(
-        [sys.executable, "-m", "endlex", *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return result.returncode, result.stdout + result.stderr
-
-
-def end_shipper(directory: Path) -> None:
-    """End the process that would send for as long as it takes."""
-    assert stop_shipper(directory)
-
-
-def get(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=30) as answer:
-        return json.load(answer)
-
-
-def saved_names(home: Home, run: str) -> list[str]:
-    return [r["name"] for r in records_of(home, run) if r["type"] == "checkpoint"]
-
-
-@pytest.mark.slow
-def test_a_machine_that_dies_leaves_all_on_the_server_and_another_goes_on_bit_for_bit(
-    tiny_home: Any,
-    launch: Launch,
-    server: str,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("push", "expected"),
+    [
+        ("auto", []),  # no server
+        ("none", []),
+        ("all", [("step_000010", ["last"], None), ("step_000020", ["last"], None)]),
+        ("last", [("step_000010", ["last"], "last"), ("step_000020", ["last"], "last")]),
+        ("best", [("step_000010", ["best"], "best")]),
+    ],
+)
+def test_the_checkpoints_that_were_asked_for_are_kept_for_the_server(
+    tmp_path: Path, push: PushCheckpoints, expected: list[Any]
 ) -> None:
-    run = {"num_iterations": 40, "save_every": 10, "eval_every": 20, "sample_every": 20}
-    assert tiny_home.pretrain(**run, model_tag="whole") == 0
-    monkeypatch.setenv("ENDLEX_URL", server)
-    words = tiny_home.pretrain_words(**run, model_tag="killed", keep_last=1)
-    child = launch(words)
-    wait_for(lambda: "step_000020" in saved_names(tiny_home, "killed"), child)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    directory = tiny_home.run_dir("killed")
-    assert endlex("sync", directory)[0] == 0
-    status, said = endlex("verify", directory)
-    assert (status, said.splitlines()[-1]) == (0, "safe to tear down")
-
-    identity = json.loads((directory / "run.json").read_text())["run"]
-    listed = get(f"{server}/api/v1/runs/{identity}/checkpoints")
-    kept = {c["name"]: c for c in listed if c["state"] == "published"}
-    assert len(kept) == 2, "the tokenizer, and the last checkpoint in place of those before"
-    (last,) = kept.keys() - {"tokenizer"}
-    assert kept[last]["step"] >= 20
-
-    new = type(tiny_home)(tmp_path / "new machine")
-    for name in ("data", "cache"):  # what anybody can make again
-        shutil.copytree(tiny_home.root / name, new.root / name)
-    place = new.checkpoint_dir("base", "killed") / last
-    for what, where in (("last", place), ("tokenizer", new.tokenizer_dir("tiny"))):
-        status, said = endlex("pull", f"{identity}@{what}", where)
-        assert status == 0, said
-    monkeypatch.setenv("ARCHERCHAT_HOME", str(new.root))
-    assert launch(words).wait(timeout=120) == 0
-
-    assert_same_tensors(tiny_home.checkpoint_dir("base", "whole"), place.parent, 40)
-    status, said = endlex("sync", new.run_dir("killed"))
-    assert status == 0, said
-    for home in (tiny_home, new):  # the old machine's last checkpoint made room for the new one's
-        status, said = endlex("verify", home.run_dir("killed"))
-        assert (status, said.splitlines()[-1]) == (0, "safe to tear down"), said
-    found = get(f"{server}/api/v1/runs/{identity}")
-    trainers = [s["status"] for s in found["sessions"] if s["kind"] == "trainer"]
-    assert sorted(trainers) == ["crashed", "finished"]
-    losses = get(f"{server}/api/v1/runs/{identity}/series?metric=train/loss")["series"]
-    assert losses["train/loss"]["x"] == list(range(40))
-    whole = [r["values"]["train/loss"] for r in records_of(tiny_home, "whole") if is_step(r)]
-    assert losses["train/loss"]["y"] == pytest.approx(whole, rel=1e-8)
-    assert get(f"{server}/api/v1/runs")["total"] == 1
+    assert pushed(Home(tmp_path), push) == expected
 
 
-def is_step(record: dict[str, Any]) -> bool:
-    return "train/loss" in record.get("values", {})
+@pytest.mark.usefixtures("offline")
+def test_a_checkpoint_that_cannot_be_pushed_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    telemetry = TelemetryConfig(push_checkpoints="all")
+    with open_run(Home(tmp_path), "d4", {}, telemetry) as metrics:
+        problem = metrics.push_checkpoint(tmp_path / "step_000007", 7, "last", {})
+        assert problem is not None
+        assert "step_000007" in problem
+        metrics.log({"train/loss": 1.0}, 7)
+    assert recorded(Home(tmp_path))[-1]["status"] == "finished"
 
 
-def assert_same_tensors(left: Path, right: Path, step: int) -> None:
-    first, second = (load_checkpoint(find_checkpoint(place), None) for place in (left, right))
-    assert (first.step, second.step) == (step, step)
-    assert first.tensors.keys() == second.tensors.keys()
-    for section, tensors in first.tensors.items():
-        assert tensors.keys() == second.tensors[section].keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, second.tensors[section][name]), f"{section}: {name}"
+@pytest.mark.usefixtures("offline")
+def test_the_tokenizer_is_pushed_once_a_run_and_with_checkpoints_only(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    tokenizer = home.tokenizer_dir("default")
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "ranks.tiktoken").write_text("ranks")
+    pushes: list[PushCheckpoints] = ["none", "last", "last"]
+    for push in pushes:
+        with open_run(home, "d4", {}, TelemetryConfig(push_checkpoints=push)) as metrics:
+            assert metrics.push_tokenizer(tokenizer) is None
+    (pushed,) = [record for record in recorded(home) if record["type"] == "checkpoint"]
+    assert pushed["name"] == "tokenizer"
+    assert pushed["aliases"] == ["keep"]  # `endlex prune` spares it
 
 
-@pytest.mark.slow
-def test_ctrl_c_with_a_server_ends_as_interrupted_with_its_checkpoint_there(
-    tiny_home: Any, launch: Launch, server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ENDLEX_URL", server)
-    run = {"num_iterations": 4000, "save_every": None, "eval_every": None, "sample_every": None}
-    child = launch(tiny_home.pretrain_words(**run, push_checkpoints="all"))
-    wait_for(lambda: any(map(is_step, records_of(tiny_home, "tiny"))), child)
-    child.send_signal(signal.SIGINT)
-    output = child.communicate(timeout=60)[0]
-    assert child.returncode == 130, output
-    directory = tiny_home.run_dir("tiny")
-    assert endlex("sync", directory)[0] == 0
-    assert endlex("verify", directory)[0] == 0
-    identity = json.loads((directory / "run.json").read_text())["run"]
-    found = get(f"{server}/api/v1/runs/{identity}")
-    assert [s["status"] for s in found["sessions"] if s["kind"] == "trainer"] == ["interrupted"]
-    (step,) = tiny_home.steps()
-    names = {c["name"] for c in found["checkpoints"]}
-    assert names == {"tokenizer", f"step_{step:06d}"}
+@pytest.mark.usefixtures("offline")
+def test_a_pulled_checkpoint_is_of_the_run_that_goes_on(tmp_path: Path) -> None:
+    old, new = Home(tmp_path / "old"), Home(tmp_path / "new")
+    open_run(old, "d4", {}).finish()
+    path = checkpoint(new, 20)
+    shutil.copy(old.run_dir("d4") / "run.json", path)  # as `endlex pull` leaves it there
+    telemetry = TelemetryConfig(push_checkpoints="all")
+    with open_run(new, "d4", {}, telemetry, resumed_from=path) as metrics:
+        metrics.push_checkpoint(checkpoint(new, 40), 40, "last", {})
+        session = metrics.run.session if metrics.run else ""
+    assert run_id(new, "d4") == run_id(old, "d4")
+    (record,) = [record for record in recorded(new) if record["type"] == "checkpoint"]
+    assert record["name"] == f"step_000040-{session[-6:]}"  # the old machine may have one of 40
+    open_run(new, "other", {}, resumed_from=path).finish()
+    assert run_id(new, "other") != run_id(old, "d4")
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_tokenizer_that_the_server_gave_is_not_pushed_again(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    tokenizer = home.tokenizer_dir("default")
+    tokenizer.mkdir(parents=True)
+    (tokenizer / "ranks.tiktoken").write_text("ranks")
+    with open_run(home, "d4", {}, TelemetryConfig(push_checkpoints="last")) as metrics:
+        shutil.copy(home.run_dir("d4") / "run.json", tokenizer)
+        assert metrics.push_tokenizer(tokenizer) is None
+        assert not [record for record in recorded(home) if record["type"] == "checkpoint"]
+        (tokenizer / "run.json").write_text("of something else")
+        assert metrics.push_tokenizer(tokenizer) is None
+    assert [r["name"] for r in recorded(home) if r["type"] == "checkpoint"] == ["tokenizer"]
+
+
+def run_id(home: Home, tag: str) -> str:
+    return str(json.loads((home.run_dir(tag) / "run.json").read_text())["run"])
+
+
+def test_a_rank_that_records_nothing_pushes_nothing(tmp_path: Path) -> None:
+    metrics = MetricsLog(None, "all")
+    assert metrics.push_checkpoint(tmp_path, 1, "last", {}) is None
+    assert metrics.push_tokenizer(tmp_path) is None

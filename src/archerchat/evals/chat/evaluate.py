@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import torch
 
+from archerchat.distributed import Ranks
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.chat.categorical import choose_letters
 from archerchat.evals.chat.generative import Answer, Sampling, answer_problems, render_question
 from archerchat.evals.chat.results import TaskResult
-from archerchat.evals.ranks import Ranks
 from archerchat.inference.engine import Engine
 from archerchat.model.transformer import Transformer
 from archerchat.tasks.base import Task

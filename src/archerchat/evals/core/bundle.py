@@ -21,8 +21,8 @@ from typing import Any, Literal, get_args
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
-from archerchat.artifacts import sha256_file
 from archerchat.errors import DataError
+from archerchat.files import sha256_file
 
 TASK_LIST = "core.yaml"
 BASELINES = "eval_meta_data.csv"

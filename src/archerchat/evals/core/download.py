@@ -13,11 +13,11 @@ import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from archerchat.artifacts import exclusive, explained_writes, new_directory
 from archerchat.data.download import Notify, Report, RetryPolicy, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.evals import offline_tasks
 from archerchat.evals.core.bundle import TASK_LIST, load_bundle
+from archerchat.files import exclusive, explained_writes, new_directory
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """The archive that the reference evaluates on."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 from archerchat.evals.core.bundle import Bundle, Task, read_examples
 from archerchat.evals.core.forward import Scorer
@@ -19,7 +20,6 @@ from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.evals.core.results import NEAR_TIE, CoreResult, PartialResults, TaskResult
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.evals.core.trees import Tree, build_tree
-from archerchat.evals.ranks import Ranks
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 

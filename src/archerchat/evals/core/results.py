@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from archerchat.artifacts import write_bytes, write_json
 from archerchat.evals.core.bundle import Task
 from archerchat.evals.offline_tasks import PREFIX as OFFLINE
+from archerchat.files import write_bytes, write_json
 
 NEAR_TIE = 1e-5
 """Mean losses, or logits, that differ by less may change places with any change of arithmetic."""

@@ -15,17 +15,17 @@ import torch
 
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
-from archerchat.gpus import GPUS, Gpu, find_gpu, training_dtype
-from archerchat.memory import (
+from archerchat.optim.schedule import MOMENTUM_WARMUP_STEPS, Schedule, build_schedule
+from archerchat.planning.gpus import GPUS, Gpu, find_gpu
+from archerchat.planning.memory import (
     MemoryEstimate,
     estimate_memory,
     kv_bytes_per_token,
     kv_cache_bytes,
     max_device_batch_size,
 )
-from archerchat.optim.schedule import MOMENTUM_WARMUP_STEPS, Schedule, build_schedule
-from archerchat.peak_flops import peak_flops
-from archerchat.runtime import DTYPES, build_runtime, dtype_name
+from archerchat.planning.peak_flops import peak_flops
+from archerchat.runtime import DTYPES, build_runtime, dtype_name, training_dtype
 
 CHARACTERS_PER_SHARD = 250_000_000
 """Of the hub's shards, about 100 MB each compressed."""

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from archerchat.dial import LearningRates
-from archerchat.memory import (
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Transformer
+from archerchat.optim.optimizer import Optimizer, build_groups
+from archerchat.planning.memory import (
     RESERVED_SHARE,
     MemoryEstimate,
     estimate_memory,
@@ -18,9 +21,6 @@ from archerchat.memory import (
     kv_cache_bytes,
     max_device_batch_size,
 )
-from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Transformer
-from archerchat.optim.optimizer import Optimizer, build_groups
 
 CPU = torch.device("cpu")
 SMALL = ModelConfig(128, 500, 3, 4, 2, 128, "SL")

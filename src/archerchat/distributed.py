@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
+from archerchat.errors import UsageError
 from archerchat.runtime import Runtime
 
 T = TypeVar("T")
@@ -80,3 +81,19 @@ def joined_ranks(runtime: Runtime) -> Iterator[Ranks]:
     finally:
         if made:
             dist.destroy_process_group()
+
+
+def require_one_rank(runtime: Runtime, what: str) -> None:
+    """Refuse several ranks.
+
+    Args:
+        what: begins the sentence, such as "pretraining".
+
+    Raises:
+        UsageError: there are several.
+    """
+    if runtime.world_size > 1:
+        raise UsageError(
+            f"WORLD_SIZE is {runtime.world_size}, but {what} runs on one device so far: "
+            "start it without torchrun"
+        )

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from archerchat.artifacts import write_json
-from archerchat.gpus import find_gpu
+from archerchat.files import write_json
+from archerchat.planning.gpus import find_gpu
 from archerchat.runtime import Runtime, dtype_name
 
 CACHE_FILE = "peak_flops.json"

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from archerchat.training import progress
-from archerchat.training.progress import PLAIN_LINE_SECONDS, ProgressLine, StepReport
+from archerchat.console import PLAIN_LINE_SECONDS, ProgressLine, StepReport
 
 REPORT = StepReport(
     step=1,
@@ -32,7 +31,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr("archerchat.console.time", clock)
     return clock
 
 

@@ -34,7 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from archerchat.tasks import sandbox_guard, sandbox_linux
+from archerchat.sandbox import guard, namespaces
 
 LINUX = sys.platform.startswith("linux")
 START_SECONDS = 20.0
@@ -51,7 +51,7 @@ def main() -> None:
     os.set_inheritable(report, False)
     request = _read_request()
     if LINUX:
-        sandbox_linux.prctl(sandbox_linux.PR_SET_CHILD_SUBREAPER, 1)
+        namespaces.prctl(namespaces.PR_SET_CHILD_SUBREAPER, 1)
     news_in, news_out = os.pipe()
     verdict_in, verdict_out = os.pipe()
     keeper = os.fork()
@@ -125,7 +125,7 @@ def _kill_all(keeper: int, process: int | None) -> None:
         except ChildProcessError:
             return
         if not ended:
-            for child in sandbox_linux.children(os.getpid()) if LINUX else ():
+            for child in namespaces.children(os.getpid()) if LINUX else ():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             time.sleep(0.002)
@@ -153,7 +153,7 @@ def _never_return(run: Callable[[], None]) -> NoReturn:
 
 def _die_with_parent() -> None:
     if LINUX:
-        sandbox_linux.prctl(sandbox_linux.PR_SET_PDEATHSIG, signal.SIGKILL)
+        namespaces.prctl(namespaces.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _keep(request: Request, news: int, verdict: int) -> None:
@@ -163,7 +163,7 @@ def _keep(request: Request, news: int, verdict: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     root = os.geteuid() == 0
-    apart = LINUX and request["namespaces"] and sandbox_linux.enter_namespaces(root=root)
+    apart = LINUX and request["namespaces"] and namespaces.enter_namespaces(root=root)
     init = os.fork()
     if init == 0:
         _never_return(lambda: _be_init(request, news, verdict, root=root, apart=apart))
@@ -176,7 +176,7 @@ def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bo
     """Process 1: confine files, start the program, reap orphans, tell the program's end."""
     _die_with_parent()
     user = random.SystemRandom().choice(PRIVATE_USERS) if root else os.getuid()
-    confined = apart and sandbox_linux.confine_writes(
+    confined = apart and namespaces.confine_writes(
         request["directory"], request["disk_bytes"], user
     )
     if root:
@@ -203,7 +203,7 @@ def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bo
 def _make_python_readable(directory: str, *, confined: bool) -> None:
     """See to it that a user with no rights at all can import the standard library."""
     library = sysconfig.get_path("stdlib")
-    if sandbox_linux.readable_by_all(library):
+    if namespaces.readable_by_all(library):
         return
     if not confined:
         raise PermissionError(
@@ -211,7 +211,7 @@ def _make_python_readable(directory: str, *, confined: bool) -> None:
         )
     bound = f"{directory}/.python"
     Path(bound).mkdir(0o755)
-    sandbox_linux.bind(library, bound)
+    namespaces.bind(library, bound)
     sys.path[:] = [bound + entry.removeprefix(library) for entry in sys.path if library in entry]
     sys.path_importer_cache.clear()
 
@@ -225,7 +225,7 @@ def _be_program(request: Request, verdict: int, user: int | None, facts: dict[st
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     if LINUX:
-        sandbox_linux.drop_rights()
+        namespaces.drop_rights()
         _die_with_parent()
     processes = 0  # where others' count too, no number is right
     if user is not None:
@@ -236,7 +236,7 @@ def _be_program(request: Request, verdict: int, user: int | None, facts: dict[st
     os.environ.clear()
     os.environ.update(HOME=request["directory"], TMPDIR=request["directory"])
     if not facts["files"]:
-        sandbox_guard.install(request["directory"])
+        guard.install(request["directory"])
     _run(request["program"], verdict, request["nonce"])
 
 

@@ -45,7 +45,7 @@ GRACE_SECONDS = 25.0
 """How long the supervisor may take beyond the deadline; it needs milliseconds where it can run."""
 LAUNCH = (
     "import sys; sys.path.insert(0, sys.argv[2]); "
-    "from archerchat.tasks import sandbox_supervisor as supervisor; "
+    "from archerchat.sandbox import supervisor; "
     "del sys.path[0]; supervisor.main()"
 )
 
@@ -110,11 +110,9 @@ def run_sandboxed(
         namespaces: False does without the kernel's isolation, as on a system that lacks it.
 
     Raises:
-        UsageError: a limit is not positive, or this is Windows.
+        UsageError: a limit is not positive.
         SandboxError: the sandbox cannot be set up; the message says why.
     """
-    if sys.platform == "win32":
-        raise UsageError("the sandbox needs Linux or macOS: run this under WSL")
     for name, value in (("timeout_s", timeout_s), ("memory_bytes", memory_bytes)):
         if value <= 0:
             raise UsageError(f"{name} is {value}: it must be positive")

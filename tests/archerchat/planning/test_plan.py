@@ -11,8 +11,8 @@ import torch
 
 from archerchat.dial import DialConfig
 from archerchat.errors import UsageError
-from archerchat.peak_flops import Measurement, peak_flops
-from archerchat.planner import TRAIN_SHARDS, Plan, PlanConfig, build_plan
+from archerchat.planning.peak_flops import Measurement, peak_flops
+from archerchat.planning.plan import TRAIN_SHARDS, Plan, PlanConfig, build_plan
 from archerchat.runtime import Runtime, choose_dtype, dtype_name
 
 
@@ -133,9 +133,9 @@ def test_without_a_name_this_machine_is_planned_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runtime = Runtime(torch.device("cpu"), torch.float32, "Test CPU", "forced")
-    monkeypatch.setattr("archerchat.planner.build_runtime", lambda: runtime)
+    monkeypatch.setattr("archerchat.planning.plan.build_runtime", lambda: runtime)
     measured = Measurement(2e12, (512, 512, 512), "float32")
-    monkeypatch.setattr("archerchat.peak_flops.measure_peak", lambda runtime: measured)
+    monkeypatch.setattr("archerchat.planning.peak_flops.measure_peak", lambda runtime: measured)
     plan = _plan(tmp_path, 4, gpu=None)
     assert plan.machine.name == "Test CPU"
     assert plan.machine.flops_per_second == 2e12
@@ -152,7 +152,7 @@ def test_without_a_name_a_known_card_is_recognised(
     name = "NVIDIA GeForce RTX 3090"
     runtime = Runtime(torch.device("cuda", 0), torch.bfloat16, name, "forced")
     properties = type("Properties", (), {"total_memory": 24 * 2**30})()
-    monkeypatch.setattr("archerchat.planner.build_runtime", lambda: runtime)
+    monkeypatch.setattr("archerchat.planning.plan.build_runtime", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     machine = _plan(tmp_path, 4, gpu=None).machine
     named = _plan(tmp_path, 4, gpu="3090").machine

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from archerchat.dial import DialConfig, build_hyperparameters
-from archerchat.gpus import GPUS, find_gpu, training_dtype
+from archerchat.planning.gpus import GPUS, find_gpu
+from archerchat.runtime import training_dtype
 
 
 @pytest.mark.parametrize(

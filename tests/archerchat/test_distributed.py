@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from archerchat.evals.ranks import Ranks, joined_ranks, rank_share
+from archerchat.distributed import Ranks, joined_ranks, rank_share
 from archerchat.runtime import build_runtime
 
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
+from archerchat.runtime import training_dtype
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -46,11 +48,6 @@ class Gpu:
         if dtype in (torch.float16, training_dtype(self.capability)):
             return self.tflops * 1e12
         return None
-
-
-def training_dtype(capability: tuple[int, int]) -> torch.dtype:
-    """Return what to train in: bfloat16 where tensor cores multiply it (sm80), else float32."""
-    return torch.bfloat16 if capability >= (8, 0) else torch.float32
 
 
 GPUS = (

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
 import endlex
-from archerchat.artifacts import Home
 from archerchat.errors import DataError, UsageError
+from archerchat.home import Home
 from archerchat.training.environment import describe_environment
 from endlex.client.journal import read_run
 from endlex.client.run_directory import given_run_id, read_run_file

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from archerchat import artifacts
+from archerchat import files
 from archerchat.errors import UsageError
+from archerchat.home import Home
 
 
 def names(directory: Path) -> list[str]:
@@ -17,16 +18,16 @@ def names(directory: Path) -> list[str]:
 
 def test_home_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ARCHERCHAT_HOME", str(tmp_path))
-    home = artifacts.Home.from_environment()
+    home = Home.from_environment()
     assert home.checkpoint_dir("base", "d4") == tmp_path / "checkpoints" / "base" / "d4"
     monkeypatch.setenv("ARCHERCHAT_HOME", "")
-    assert artifacts.Home.from_environment().root == Path.home() / ".cache" / "archerchat"
+    assert Home.from_environment().root == Path.home() / ".cache" / "archerchat"
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["d4", "step_000100", "my-run.v2", "a..b", "7", "_x", "-"])
 def test_names_of_the_allowed_characters_are_taken(name: str, tmp_path: Path) -> None:
-    assert artifacts.Home(tmp_path).run_dir(name) == tmp_path / "runs" / name
+    assert Home(tmp_path).run_dir(name) == tmp_path / "runs" / name
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_names_of_the_allowed_characters_are_taken(name: str, tmp_path: Path) ->
     ],
 )
 def test_names_of_other_characters_are_refused(name: str, tmp_path: Path) -> None:
-    home = artifacts.Home(tmp_path)
+    home = Home(tmp_path)
     with pytest.raises(UsageError, match="cannot be a directory's name"):
         home.checkpoint_dir("base", name)
     with pytest.raises(UsageError, match="cannot be a directory's name"):
@@ -61,14 +62,14 @@ def test_names_of_other_characters_are_refused(name: str, tmp_path: Path) -> Non
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    artifacts.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
 
     def fail(descriptor: int) -> None:
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="gone"):
-        artifacts.write_json(path, {"a": 2})
+        files.write_json(path, {"a": 2})
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert names(tmp_path) == ["a.json"]
 
@@ -77,7 +78,7 @@ def test_a_failed_block_leaves_no_directory(tmp_path: Path) -> None:
     path = tmp_path / "made" / "new"
 
     def write_half() -> None:
-        with artifacts.new_directory(path) as temporary:
+        with files.new_directory(path) as temporary:
             (temporary / "part").write_text("half")
             raise KeyboardInterrupt
 
@@ -89,7 +90,7 @@ def test_a_failed_block_leaves_no_directory(tmp_path: Path) -> None:
 def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "d"
     for content in ("old", "new"):
-        with artifacts.new_directory(path) as temporary:
+        with files.new_directory(path) as temporary:
             (temporary / content).mkdir()
             (temporary / content / "file").write_text(content)
     assert names(path) == ["new"]
@@ -100,29 +101,29 @@ def test_an_interrupted_replacement_is_undone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, replace = tmp_path / "d", Path.replace
-    with artifacts.new_directory(path) as temporary:
+    with files.new_directory(path) as temporary:
         (temporary / "old").touch()
 
     def interrupt(self: Path, target: Path) -> Path:
-        if target == path and not self.name.endswith(artifacts.STALE):
+        if target == path and not self.name.endswith(files.STALE):
             raise KeyboardInterrupt
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt), artifacts.new_directory(path) as temporary:
+    with pytest.raises(KeyboardInterrupt), files.new_directory(path) as temporary:
         (temporary / "new").touch()
     assert names(tmp_path) == ["d"]
     assert names(path) == ["old"]
 
 
 def test_what_a_kill_between_two_renames_left_is_found_and_restored(tmp_path: Path) -> None:
-    path, stale = tmp_path / "d", tmp_path / f".d{artifacts.STALE}"
+    path, stale = tmp_path / "d", tmp_path / f".d{files.STALE}"
     stale.mkdir()
     (stale / "old").touch()
-    assert artifacts.current(path) == stale
-    artifacts.remove_leftovers(tmp_path)
+    assert files.current(path) == stale
+    files.remove_leftovers(tmp_path)
     assert names(tmp_path) == ["d"]
-    assert artifacts.current(path) == path
+    assert files.current(path) == path
 
 
 def test_leftovers_go_and_live_temporaries_stay(tmp_path: Path) -> None:
@@ -130,8 +131,8 @@ def test_leftovers_go_and_live_temporaries_stay(tmp_path: Path) -> None:
     (tmp_path / ".d.abc.tmp").mkdir()
     (tmp_path / ".d.abc.tmp" / "part").touch()
     (tmp_path / "kept").touch()
-    with artifacts.new_directory(tmp_path / "live") as temporary:
-        artifacts.remove_leftovers(tmp_path)
+    with files.new_directory(tmp_path / "live") as temporary:
+        files.remove_leftovers(tmp_path)
         assert names(tmp_path) == [temporary.name, "kept"]
     assert names(tmp_path) == ["kept", "live"]
 
@@ -141,6 +142,6 @@ def test_remove_directory_takes_the_name_away_first(
 ) -> None:
     path = tmp_path / "d"
     path.mkdir()
-    monkeypatch.setattr(artifacts.shutil, "rmtree", lambda *_, **__: None)  # as if killed there
-    artifacts.remove_directory(path)
+    monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed there
+    files.remove_directory(path)
     assert names(tmp_path) == [".d.removed.tmp"]

@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from archerchat import peak_flops as module
-from archerchat.peak_flops import CACHE_FILE, Measurement, cache_key, measure_peak, peak_flops
+from archerchat.planning import peak_flops as module
+from archerchat.planning.peak_flops import (
+    CACHE_FILE,
+    Measurement,
+    cache_key,
+    measure_peak,
+    peak_flops,
+)
 from archerchat.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "Test CPU", "forced")

@@ -1,99 +1,32 @@
-"""Where everything lives on disk, and how it gets there without ever being half-written.
+"""Durable files: writes that appear whole or not at all, locks, hashes.
 
-One base directory (`ARCHERCHAT_HOME`, default `~/.cache/archerchat`) holds all that
-ArcherChat makes or downloads:
-
-    data/<source>/shard_00000.parquet    text shards, the last one is validation
-    tokenizers/<name>/                   ranks and JSON
-    checkpoints/<stage>/<tag>/step_*/    stage is base, sft or rl
-    evals/<stage>/<tag>/                 figures of evaluations, by step
-    cache/                               measured peak rates, downloaded vocabularies
-    runs/<tag>/                          journals
-
-Files are written under a temporary name, fsynced and renamed, so that a reader sees the
-old content or the new one, never a part. A writer holds a lock on its temporary entry, which
-the system drops when the process dies: that is how a live one is told from a leftover.
+Files are written under a temporary name, fsynced and renamed, so a reader sees the old content
+or the new one, never a part. A writer holds a lock on its temporary entry. The system drops the
+lock when the process dies, which tells a live entry from a leftover.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from archerchat.errors import ArcherChatError, DataError, UsageError
-
-if sys.platform != "win32":
-    import fcntl
 
 TEMPORARY = ".tmp"
 STALE = ".stale" + TEMPORARY
 """Ends the name under which the old content waits while a directory is replaced."""
 
 
-@dataclass(frozen=True)
-class Home:
-    """Name every directory under one base directory; creates nothing."""
-
-    root: Path
-
-    @classmethod
-    def from_environment(cls) -> Home:
-        """Take `ARCHERCHAT_HOME`, or `~/.cache/archerchat` where it is unset or empty."""
-        given = os.environ.get("ARCHERCHAT_HOME")
-        return cls(Path(given).expanduser() if given else Path.home() / ".cache" / "archerchat")
-
-    def data_dir(self, source: str) -> Path:
-        return self.root / "data" / check_name(source, "data source")
-
-    def tokenizer_dir(self, name: str) -> Path:
-        return self.root / "tokenizers" / check_name(name, "tokenizer name")
-
-    def stage_dir(self, stage: str) -> Path:
-        return self.root / "checkpoints" / check_name(stage, "stage")
-
-    def checkpoint_dir(self, stage: str, tag: str) -> Path:
-        return self.stage_dir(stage) / check_name(tag, "model tag")
-
-    def eval_dir(self, stage: str, tag: str) -> Path:
-        return self.root / "evals" / check_name(stage, "stage") / check_name(tag, "model tag")
-
-    def run_dir(self, tag: str) -> Path:
-        return self.root / "runs" / check_name(tag, "run name")
-
-    @property
-    def cache_dir(self) -> Path:
-        return self.root / "cache"
-
-
-def check_name(name: str, what: str) -> str:
-    """Return `name` if it can be one directory's name.
-
-    Raises:
-        UsageError: it is empty, starts with a dot, or holds anything but ASCII letters, digits,
-            '-', '_' and '.'.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-        raise UsageError(
-            f"{what} {name!r} cannot be a directory's name: use letters, digits, '-', '_' and, "
-            "after the first, '.'"
-        )
-    return name
-
-
 def fsync_dir(path: Path) -> None:
-    """Make renames inside `path` durable; a no-op where directories cannot be opened."""
-    if os.name == "nt":
-        return
+    """Make renames inside `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -103,8 +36,6 @@ def fsync_dir(path: Path) -> None:
 
 def _lock(descriptor: int) -> bool:
     """Mark an open temporary entry as in use, until it is closed; False if it already is."""
-    if sys.platform == "win32":
-        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -137,9 +68,6 @@ def exclusive(directory: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(entry: Path) -> Iterator[bool]:
     """Lock `entry` for the block; yields False if another process has it."""
-    if sys.platform == "win32" and entry.is_dir():  # it cannot open directories
-        yield True
-        return
     descriptor = os.open(entry, os.O_RDONLY)
     try:
         yield _lock(descriptor)

@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from archerchat import nanochat_import
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
-from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Transformer
-from archerchat.nanochat_import import (
+from archerchat.exchange import nanochat
+from archerchat.exchange.nanochat import (
     load_model,
     load_tokenizer,
     to_archerchat_names,
     to_nanochat_names,
 )
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN
 
 CONFIG = ModelConfig(
@@ -306,7 +306,7 @@ def test_hostile_and_broken_pickles_run_nothing(tmp_path: Path, name: str) -> No
     with pytest.raises(TokenizerError, match=r"tokenizer\.pkl"):
         load_tokenizer(path)
     assert not marker.exists()
-    assert nanochat_import._EncodingState.state is None
+    assert nanochat._EncodingState.state is None
 
 
 @pytest.mark.parametrize("name", ["os.system", "old protocol", "inst", "eval"])
@@ -320,7 +320,7 @@ def test_the_unpickler_alone_refuses_foreign_names_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     every = {opcode.name for opcode in pickletools.opcodes}
-    monkeypatch.setattr(nanochat_import, "ALLOWED_OPCODES", every)
+    monkeypatch.setattr(nanochat, "ALLOWED_OPCODES", every)
     marker, path = tmp_path / "marker", tmp_path / "tokenizer.pkl"
     for name, content in hostile(str(marker)).items():
         if name.startswith("memo"):
@@ -367,6 +367,6 @@ def test_files_that_are_missing_or_huge_are_refused(
     with pytest.raises(TokenizerError, match="cannot read"):
         load_tokenizer(tmp_path / "tokenizer.pkl")
     path = write_pickle(tmp_path / "tokenizer.pkl", encoding())
-    monkeypatch.setattr(nanochat_import, "LARGEST_TOKENIZER", 1000)
+    monkeypatch.setattr(nanochat, "LARGEST_TOKENIZER", 1000)
     with pytest.raises(TokenizerError, match="larger than"):
         load_tokenizer(path)

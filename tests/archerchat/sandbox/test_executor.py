@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from archerchat.errors import UsageError
-from archerchat.tasks import sandbox_linux
-from archerchat.tasks.sandbox import Isolation, SandboxResult, run_sandboxed
+from archerchat.sandbox import namespaces as linux
+from archerchat.sandbox.executor import Isolation, SandboxResult, run_sandboxed
 
 LINUX = sys.platform.startswith("linux")
 
@@ -29,7 +29,7 @@ LINUX = sys.platform.startswith("linux")
 def namespaces(request: pytest.FixtureRequest) -> bool:
     """Both ways to run: as this system can, and as on one that allows no namespaces."""
     library, root = sysconfig.get_path("stdlib"), os.geteuid() == 0
-    if request.param == "fallback" and root and not sandbox_linux.readable_by_all(library):
+    if request.param == "fallback" and root and not linux.readable_by_all(library):
         pytest.skip(f"root cannot fall back on another user, who may not read {library}")
     return bool(request.param == "namespaces")
 
@@ -52,12 +52,12 @@ def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         made.append(make(*arguments, **named))
         return made[-1]
 
-    monkeypatch.setattr("archerchat.tasks.sandbox.tempfile.mkdtemp", record)
-    before = set(sandbox_linux.children(os.getpid())) if LINUX else set()
+    monkeypatch.setattr("archerchat.sandbox.executor.tempfile.mkdtemp", record)
+    before = set(linux.children(os.getpid())) if LINUX else set()
     yield
     assert not [path for path in made if "archerchat-sandbox-" in path and Path(path).exists()]
     if LINUX:
-        assert set(sandbox_linux.children(os.getpid())) <= before
+        assert set(linux.children(os.getpid())) <= before
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def test_nothing_survives_the_caller(public: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys; from archerchat.tasks.sandbox import run_sandboxed; "
+            "import sys; from archerchat.sandbox.executor import run_sandboxed; "
             "run_sandboxed(sys.argv[1], 600)",
             program,
         ],

@@ -1,4 +1,4 @@
-"""The line that says how training goes: live on a terminal, plain lines elsewhere."""
+"""What people see: consoles, the progress of training, durations and sizes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_LINE_SECONDS = 10.0
 """Time between plain lines; the first and the last step always get one."""
+
+
+def build_console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    """Build a console that prints text as it is: lines are neither wrapped nor marked up."""
+    return Console(
+        soft_wrap=True, markup=False, emoji=False, highlight=False, stderr=stderr, quiet=quiet
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class ProgressLine:
 
     def step(self, report: StepReport) -> None:
         """Show one step's figures."""
-        left = "?" if report.seconds_left is None else time_text(report.seconds_left)
+        left = "?" if report.seconds_left is None else duration_text(report.seconds_left)
         line = (
             f"loss {report.loss:.4f} | lr x{report.lr_multiplier:.3f} | "
             f"{report.tokens_per_second:,.0f} tok/s | mfu {100 * report.mfu:.1f} % | {left} left"
@@ -82,8 +89,15 @@ class ProgressLine:
         self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def time_text(seconds: float) -> str:
-    """Return a duration for people."""
+def duration_text(seconds: float) -> str:
+    """Return a duration for people, such as "12 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def bytes_text(size: float) -> str:
+    """Return a number of bytes for people, such as "1.50 GiB"."""
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB"
+    return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

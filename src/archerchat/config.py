@@ -1,0 +1,99 @@
+"""Configurations whose limits live in their types, and the flags that many commands share.
+
+    @dataclass(frozen=True)
+    class SampleConfig(Config):
+        num_samples: PositiveInt = 1
+
+A `Config` checks its fields when it is built, so a value out of range is refused in one way
+wherever it comes from: the command line, a saved run, or Python.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from archerchat.errors import UsageError
+
+DeviceName = Literal["cuda", "mps", "cpu"]
+DtypeName = Literal["bfloat16", "float32", "float16"]
+AttentionName = Literal["sdpa", "matmul", "flex", "flash"]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The values that a number may take, as part of its type: `Annotated[int, Limit(1)]`."""
+
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    exclusive: bool = False
+    """Whether `minimum` itself is refused."""
+
+    def accepts(self, value: float) -> bool:
+        """Whether `value` is finite and within the bounds."""
+        above = value > self.minimum if self.exclusive else value >= self.minimum
+        return math.isfinite(value) and above and value <= self.maximum
+
+    def __str__(self) -> str:
+        bounds = []
+        if math.isfinite(self.minimum):
+            bounds.append(f"{'above' if self.exclusive else 'at least'} {self.minimum:g}")
+        if math.isfinite(self.maximum):
+            largest = "2**63 - 1" if self.maximum == MAX_SEED else f"{self.maximum:g}"
+            bounds.append(f"at most {largest}")
+        return " and ".join(bounds) or "finite"
+
+
+MAX_SEED = 2**63 - 1
+PositiveInt = Annotated[int, Limit(1)]
+NonNegativeInt = Annotated[int, Limit(0)]
+Seed = Annotated[int, Limit(0, MAX_SEED)]
+PositiveFloat = Annotated[float, Limit(0, exclusive=True)]
+NonNegativeFloat = Annotated[float, Limit(0)]
+Share = Annotated[float, Limit(0, 1, exclusive=True)]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of a command's configuration or of a group of flags in it.
+
+    Raises:
+        UsageError: a field is outside its limit; the message names its flag.
+    """
+
+    def __post_init__(self) -> None:
+        limits = _limits(type(self))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for limit in limits.get(field.name, ()):
+                if isinstance(value, int | float) and not limit.accepts(value):
+                    flag = field.name.replace("_", "-")
+                    raise UsageError(f"--{flag} is {value}; it must be {limit}")
+
+
+@cache
+def _limits(kind: Any) -> dict[str, tuple[Limit, ...]]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {name: tuple(_iter_limits(hint)) for name, hint in hints.items()}
+
+
+def _iter_limits(hint: Any) -> Iterator[Limit]:
+    """Yield the limits of a type; those in a union such as `PositiveInt | None` too."""
+    for metadata in getattr(hint, "__metadata__", ()):
+        if isinstance(metadata, Limit):
+            yield metadata
+    for argument in get_args(hint):
+        yield from _iter_limits(argument)
+
+
+@dataclass(frozen=True)
+class DeviceConfig(Config):
+    """Device options."""
+
+    device: DeviceName | None = None
+    """Device to run on. Defaults to the best one of this machine."""
+    dtype: DtypeName | None = None
+    """Compute dtype. Defaults to the fastest one that the device multiplies well."""

@@ -1,0 +1,1 @@
+"""What a depth takes: memory, time, cost."""
