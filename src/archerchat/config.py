@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from archerchat.errors import UsageError
 
@@ -65,7 +65,7 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        limits = _limits(type(self))
+        limits = _limits(cast(Any, type(self)))
         for field in fields(self):
             value = getattr(self, field.name)
             for limit in limits.get(field.name, ()):
