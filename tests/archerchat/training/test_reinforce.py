@@ -10,14 +10,12 @@ import pytest
 import torch
 
 from archerchat.checkpoint import find_checkpoint, load_checkpoint
-from archerchat.data.shards import write_shards
 from archerchat.home import Home
 from archerchat.inference.loading import load_model
 from archerchat.runtime import build_runtime
 from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation
 from archerchat.tasks.spelling import SpellingBeeTask
-from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.reinforce_recipe import lr_multiplier
 from archerchat.training.telemetry import read_records
 
@@ -209,41 +207,47 @@ def test_tasks_that_cannot_be_rewarded(
     assert message in capsys.readouterr().err
 
 
-def short_of_sums(home: Any) -> None:
-    """Leave a model that copies a sum into the calculator right more often than not."""
-    Tokenizer.from_ranks({bytes([value]): value for value in range(256)}).save(
-        home.tokenizer_dir("bytes")
-    )
-    questions = (each["messages"][0]["content"] for each in ArithmeticTask("train", 600))
-    write_shards(questions, home.data_dir("sums"), documents_per_shard=400)
-    base = {
-        **{"depth": 4, "max_seq_len": 96, "data": "sums", "tokenizer": "bytes"},
-        **{"model_tag": "sums", "device_batch_size": 16, "total_batch_size": 1536},
-        **{"num_iterations": 2, "eval_tokens": 1536},
-    }
-    assert home.pretrain(**base) == 0
-    flags = ["--mixture", "Arithmetic:3600", "--lr-scale", "8", "--eval-every", "None"]
+def right_half_of_the_time(home: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a model that answers one sum, asked in eight ways, or says that it does not know.
+
+    It saw both endings equally often, so about half of its answers are right on any processor:
+    a longer fine-tuning would not change that, and reinforcement has something to choose from.
+    """
+    monkeypatch.setattr(ArithmeticTask, "_draw_problem", lambda self, random: (6, "*", 7))
+    conversations = list(ArithmeticTask("train", 1600))
+    for each in conversations[::2]:
+        each["messages"][-1]["content"] = "I do not know."
+    path = folder / "half.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in conversations))
+    flags = ["--mixture", "none", "--jsonl", str(path), "--lr-scale", "8", "--eval-every", "None"]
     where = ["--device", "cpu", "--dtype", "float32", "--no-compile"]
-    assert home.run("sft", "--model-tag", "sums", *flags, *where) == 0
+    assert home.run("sft", "--model-tag", "tiny", *flags, *where) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_mean_reward_rises(tiny_home: Any) -> None:
-    """Sums of up to two digits after a short fine-tuning; about a minute on one core."""
-    short_of_sums(tiny_home)
+def test_the_mean_reward_rises(
+    trained_home: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a minute on one core.
+
+    Over five seeds and every rounding that was tried, pass@1 rises by 0.3 or more. The standard
+    error of that difference is 0.02, and 0.03 for the rewards of five steps: what is asked is
+    many standard errors from no effect, and from the effect.
+    """
+    right_half_of_the_time(trained_home, tmp_path, monkeypatch)
     command = words(
-        **{"source": "sft", "task": "Arithmetic", "model_tag": "sums", "lr_scale": 0.7},
-        **{"examples_per_step": 32, "num_samples": 8, "max_new_tokens": 40},
-        **{"device_batch_size": 64, "rollout_batch_size": 128, "num_iterations": 30},
-        **{"eval_every": 1000, "eval_examples": 128, "eval_samples": 2, "save_every": 1000},
+        **{"source": "sft", "task": "Arithmetic", "lr_scale": 1.5},
+        **{"examples_per_step": 16, "num_samples": 8, "max_new_tokens": 40},
+        **{"device_batch_size": 64, "rollout_batch_size": 128, "num_iterations": 20},
+        **{"eval_every": 1000, "eval_examples": 256, "eval_samples": 4, "save_every": 1000},
     )
-    assert tiny_home.run(*command) == 0
-    found = rewards(tiny_home, "sums-rl")
-    assert len(found) == 30
-    first, last = sum(found[:10]) / 10, sum(found[-10:]) / 10
-    assert last > first + 0.03, f"{first} to {last}: {found}"
-    values = [each.get("values") or {} for each in read_records(tiny_home, "sums-rl")]
+    assert trained_home.run(*command) == 0
+    found = rewards(trained_home, "tiny-rl")
+    assert len(found) == 20
+    first, last = sum(found[:5]) / 5, sum(found[-5:]) / 5
+    assert last > first + 0.12, f"{first} to {last}: {found}"
+    values = [each.get("values") or {} for each in read_records(trained_home, "tiny-rl")]
     before, after = (float(v["val/pass_at_1"]) for v in values if "val/pass_at_1" in v)
-    assert 0.1 < before < 0.95
-    assert after > before + 0.04, f"{before} to {after}"
+    assert 0.3 < before < 0.7
+    assert after > before + 0.15, f"{before} to {after}"
