@@ -1,8 +1,8 @@
 """One optimizer for the whole model: AdamW groups and Muon stacks (SPEC section 3).
 
-`build_groups` sorts a model's parameters into the groups of the table; `Optimizer` steps them
-with the values that the schedule gives for the step. Learning rates in a group are the scaled
-base rates and never change; the multiplier comes with each step.
+`build_groups` sorts a model's parameters into the groups of the specification's table.
+`Optimizer` steps them with the settings that the schedule gives. The learning rates in a group are
+the scaled base rates and never change; the multiplier comes with each step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORTH_COMPILING = 2**14
 
 @dataclass(frozen=True)
 class AdamGroup:
-    """Parameters stepped by AdamW with one set of constants."""
+    """Parameters that AdamW steps with the same constants."""
 
     names: tuple[str, ...]
     rate: float
@@ -36,7 +36,7 @@ class AdamGroup:
 
 @dataclass(frozen=True)
 class MuonGroup:
-    """Equal-shaped matrices stepped by Muon as one stack; the decay comes with the step."""
+    """Equal-shaped matrices that Muon steps as one stack; the decay comes with the step."""
 
     names: tuple[str, ...]
     rate: float
@@ -117,9 +117,9 @@ class Optimizer:
         """Update every parameter from its `.grad`; a parameter without one counts as zero.
 
         Args:
-            rate_multiplier: the schedule's, for all rates.
-            momentum: Muon's at this step.
-            muon_weight_decay: Muon's at this step.
+            rate_multiplier: the schedule's factor on every group's rate.
+            momentum: Muon's momentum at this step.
+            muon_weight_decay: Muon's weight decay at this step.
         """
         self.steps_taken += 1
         for group in self.groups:
