@@ -9,19 +9,34 @@ fetches them is handed in, as this layer knows no network. A local folder given 
     arc/{ARC-Easy,ARC-Challenge}/{train,validation,test}   question, choices, answerKey
     humaneval/HumanEval                      prompt, canonical_solution, test, entry_point
     smoltalk/{train,test}                    messages
+
+A row is a dictionary. Parquet stays as it is in memory, and one row at a time becomes Python's;
+JSON lines are parsed when they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gzip
+import json
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from archerchat.errors import DataError, UsageError
-from archerchat.tasks.tables import SUFFIXES, Row, read_rows
+from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import Conversation
+
+Row = dict[str, Any]
 
 Fetch = Callable[[str, str, str, Path], None]
 """Downloads a repository's file at a revision to a path, unless it is there."""
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -32,9 +47,9 @@ class Table:
     revision: str
     columns: tuple[str, ...]
     splits: Mapping[str, tuple[str, ...]]
-    """By split, its files in the repository."""
+    """Files in the repository, by split."""
     local: str
-    """A split's file in a local folder, less the ending; `{split}` stands for its name."""
+    """A split's file in a local folder, without its suffix; `{split}` stands for its name."""
 
     def files(self, split: str) -> tuple[str, ...]:
         """Return the split's files in the repository.
@@ -106,7 +121,7 @@ class TaskFiles:
     fetch: Fetch | None = None
     """How to download; None where nothing may be."""
 
-    def rows(self, table: Table, split: str) -> Sequence[Row]:
+    def rows(self, table: Table, split: str) -> Rows:
         """Read the rows of a split.
 
         Raises:
@@ -140,3 +155,106 @@ class TaskFiles:
                 )
             self.fetch(table.repository, table.revision, name, path)
         return path
+
+
+class TableTask(Task):
+    """A task whose examples are the rows of a table's split."""
+
+    table: Table
+    rows: Rows
+
+    def __init__(self, files: TaskFiles, split: str = "test") -> None:
+        self.split, self.rows = split, files.rows(self.table, split)
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int) -> Conversation:
+        return self.render(self.rows[index])
+
+    @abstractmethod
+    def render(self, row: Row) -> Conversation:
+        """Return the conversation of a row."""
+
+
+class Rows(Protocol):
+    """Rows by their index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
+    """Read the rows of `paths`, one file after the other.
+
+    Raises:
+        DataError: a file is missing or broken, or lacks one of `columns`; the message names the
+            file and, for JSON lines, the line.
+    """
+    if all(path.suffix == ".parquet" for path in paths):
+        return _ParquetRows(pa.concat_tables([_read_parquet(path, columns) for path in paths]))
+    return [row for path in paths for row in _checked_lines(path, columns)]
+
+
+def iter_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each JSON value of a file of lines with its place, `name:number`; blank lines skipped.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON; the message says which.
+    """
+    where = str(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    yield where, json.loads(line)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path} ({reason}): check that the file is whole") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}): fix or remove that line") from error
+
+
+def _checked_lines(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    for where, row in iter_json_lines(path):
+        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise DataError(
+                f"{where}: the line has no {' and no '.join(map(repr, missing))}: each must be an "
+                f"object with {', '.join(columns)}"
+            )
+        yield row
+
+
+@dataclass(frozen=True)
+class _ParquetRows:
+    """The rows of Parquet files, held as Arrow does."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, index: int, /) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)} rows")
+        rows: list[Row] = self.table.slice(index, 1).to_pylist()
+        return rows[0]
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(
+                    f"{path} has no column {' and no '.join(map(repr, missing))} (it has "
+                    f"{', '.join(file.schema_arrow.names)}): it is another data set"
+                )
+            return file.read(columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"cannot read {path} as Parquet ({reason}): delete it and run the same command again"
+        ) from error

@@ -1,7 +1,7 @@
 """Conversations from files of JSON lines, for training only: one's own data, and identities.
 
 Each line is a conversation, `{"messages": [...]}` or the list of messages alone. All of them are
-checked when the file is read, so that a broken one is met before training and not in its midst.
+checked when the file is read, so a broken one is found before training begins.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from archerchat.errors import DataError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, check_conversation
-from archerchat.tasks.tables import iter_json_lines
+from archerchat.tasks.hub import iter_json_lines
 
 
 class JsonlTask(Task):

@@ -1,7 +1,14 @@
-"""What the sandbox asks of Linux and Python 3.11 has no function for: namespaces, mounts, rights.
+"""What keeps a program in: limits on resources, Linux's namespaces and rights, and a guard.
 
-Imported by the supervisor's process alone. Every function says by its result, or by an OSError,
-whether the system allowed it; what to do without is the caller's decision.
+Only the supervisor's process imports this. Python 3.11 has no function for namespaces, mounts and
+rights; each function here says by its result, or by an OSError, whether the system allowed it, and
+what to do without is the caller's decision.
+
+The guard is for systems that cannot confine a program. It is an audit hook within the interpreter,
+which cannot be removed again: what a program does through Python's own functions passes by it. Code
+that brings its own way to the system, native code above all, would get past; so it stops accidents,
+such as a generated program that cleans up too much, and no attacker. Where the kernel confines the
+program, it is not used.
 """
 
 from __future__ import annotations
@@ -9,9 +16,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import stat
+import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
@@ -23,6 +34,44 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_SETATTR = 442
 """The system call's number, the same on every architecture that Python is built for."""
 CAPABILITY_VERSION_3 = 0x20080522
+FORBIDDEN = (
+    "ctypes.",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.killpg",
+    "os.posix_spawn",
+    "os.putenv",
+    "os.spawn",
+    "os.system",
+    "pty.spawn",
+    "signal.pthread_kill",
+    "socket.",
+    "subprocess.Popen",
+    "syslog.",
+    "webbrowser.open",
+)
+"""Audit events that no exercise needs; a prefix where it ends in a dot."""
+CHANGES = {
+    "os.chflags": 1,
+    "os.chmod": 1,
+    "os.chown": 1,
+    "os.link": 2,
+    "os.mkdir": 1,
+    "os.remove": 1,
+    "os.rename": 2,
+    "os.removexattr": 1,
+    "os.rmdir": 1,
+    "os.setxattr": 1,
+    "os.symlink": 2,
+    "os.truncate": 1,
+    "os.utime": 1,
+    "shutil.rmtree": 1,
+    "sqlite3.connect": 1,
+}
+"""Audit events that change files, and how many of their first arguments are paths."""
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class _MountAttributes(ctypes.Structure):
@@ -148,3 +197,41 @@ def _parent(process: Path) -> int:
         return int((process / "stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
         return 0
+
+
+def set_limits(limits: Mapping[str, int]) -> None:
+    """Set resource limits by their names, such as RLIMIT_CPU, for good."""
+    for name, value in limits.items():
+        # Not every system has, or enforces, each of them.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def install_guard(directory: str) -> None:
+    """Refuse from now on what reaches outside `directory`, by a PermissionError."""
+    inside = os.path.realpath(directory)
+
+    def check_path(event: str, path: Any) -> None:
+        if isinstance(path, int):  # a file that is open already, and was checked then
+            return
+        real = os.path.realpath(os.fsdecode(path))
+        if real != inside and not real.startswith(inside + os.sep) and real != os.devnull:
+            raise PermissionError(f"the sandbox allows no {event} of {real}")
+
+    def guard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = (isinstance(mode, str) and any(sign in mode for sign in "wax+")) or (
+                isinstance(flags, int) and flags & WRITING
+            )
+            if writes and path is not None:
+                check_path("open for writing", path)
+        elif event in CHANGES:
+            for path in arguments[: CHANGES[event]]:
+                check_path(event, path)
+        elif any(
+            event.startswith(each) if each.endswith(".") else event == each for each in FORBIDDEN
+        ):
+            raise PermissionError(f"the sandbox allows no {event}")
+
+    sys.addaudithook(guard)
