@@ -119,7 +119,7 @@ def test_ranks_find_together_what_one_finds(
     meeting = Meeting(size)
 
     def run(rank: int) -> CoreResult:
-        ranks = ThreadRanks(rank, size, meeting)
+        ranks = ThreadRanks(rank=rank, world_size=size, group=meeting)
         evaluation = CoreEvaluation(bundle, small_tokenizer, CoreOptions(max_length=30), ranks)
         return evaluation.run(model)
 
@@ -140,7 +140,9 @@ def test_ranks_skip_what_the_first_has_kept(
         kept = PartialResults(tmp_path / "partial.json" if rank == 0 else None, {})
         if rank == 0:
             kept.add(expected.tasks[1])
-        evaluation = CoreEvaluation(bundle, small_tokenizer, ranks=ThreadRanks(rank, 2, meeting))
+        evaluation = CoreEvaluation(
+            bundle, small_tokenizer, ranks=ThreadRanks(rank=rank, world_size=2, group=meeting)
+        )
         return evaluation.run(
             model, kept, on_progress=lambda label, share: seen[rank].append(label)
         )
