@@ -6,10 +6,9 @@ interrupted resumes from the `.partial.json` beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -28,9 +27,8 @@ from archerchat.evals.core.results import (
     TaskResult,
     describe,
     is_offline,
-    write_results,
 )
-from archerchat.files import sha256_file
+from archerchat.files import sha256_file, write_json
 from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel
 from archerchat.inference.weights import InferenceModel
@@ -57,13 +55,23 @@ def evaluate_core(
         )
         tasks = load_bundle(folder)
         evaluation = CoreEvaluation(tasks, loaded.tokenizer, options, ranks)
-        about = describe_evaluation(loaded, runtime, tasks, options)
-        stem = results_stem(home, loaded, tasks, options)
         if not runtime.is_master:
             return evaluation.run(InferenceModel(loaded.model).model)
-        kept = PartialResults(stem.with_name(stem.name + ".partial.json"), about)
+        about = {
+            "checkpoint": str(loaded.path),
+            "step": loaded.step,
+            "checkpoint_sha256": sha256_file(loaded.path / META),
+            "tokenizer": loaded.tokenizer.fingerprint,
+            "bundle": str(tasks.directory),
+            "bundle_sha256": tasks.fingerprint(),
+            "dtype": dtype_name(runtime.compute_dtype),
+            "device": runtime.device_name,
+            "options": asdict(options),
+        }
+        path = results_path(home, loaded, tasks, options)
+        kept = PartialResults(path.with_suffix(".partial.json"), about)
         result = _run(evaluation, loaded, kept, console)
-    path = write_results(stem, result, about)
+    write_json(path, {**about, **result.to_json()})
     kept.remove()
     for note in describe(result):
         console.print(f"note: {note}")
@@ -76,32 +84,15 @@ def evaluate_core(
     return result
 
 
-def describe_evaluation(
-    loaded: LoadedModel, runtime: Runtime, bundle: Bundle, options: CoreOptions
-) -> dict[str, Any]:
-    """Return what the figures belong to and depend on."""
-    return {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "checkpoint_sha256": sha256_file(loaded.path / META),
-        "tokenizer": loaded.tokenizer.fingerprint,
-        "bundle": str(bundle.directory),
-        "bundle_sha256": bundle.fingerprint(),
-        "dtype": dtype_name(runtime.compute_dtype),
-        "device": runtime.device_name,
-        "options": asdict(options),
-    }
-
-
-def results_stem(home: Home, loaded: LoadedModel, bundle: Bundle, options: CoreOptions) -> Path:
-    """Return the results' path without its ending.
+def results_path(home: Home, loaded: LoadedModel, bundle: Bundle, options: CoreOptions) -> Path:
+    """Return where the results go.
 
     A score that is capped or is not CORE has a name of its own, so it never replaces CORE.
     """
     tag, stage = loaded.path.parent.name, loaded.path.parent.parent.name
     cap = "" if options.max_per_task is None else f"_max{options.max_per_task}"
     name = "offline" if is_offline(bundle.tasks) else "core"
-    return home.eval_dir(stage, tag) / f"{name}_{loaded.step:06d}{cap}"
+    return home.eval_dir(stage, tag) / f"{name}_{loaded.step:06d}{cap}.json"
 
 
 def _run(
@@ -112,7 +103,7 @@ def _run(
     if kept.tasks:
         console.print(f"resuming after {', '.join(kept.tasks)}")
     expected = evaluation.estimate(model, kept.tasks)
-    console.print(_describe_estimate(expected))
+    console.print(_describe_estimate(expected.values()))
     table = Table(title="CORE", title_justify="left", box=SIMPLE)  # fits in 80 columns
     table.add_column("task", no_wrap=True)
     for column in ("examples", "accuracy", "centred", "per second"):
@@ -127,7 +118,7 @@ def _run(
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        whole = bar.add_task("CORE", total=max(_seconds(expected), 1e-9))
+        whole = bar.add_task("CORE", total=sum(each.seconds for each in expected.values()))
         spent = 0.0
 
         def on_progress(label: str, share: float) -> None:
@@ -151,16 +142,11 @@ def _run(
     return result
 
 
-def _seconds(expected: Mapping[str, Estimate]) -> float:
-    return sum(each.seconds for each in expected.values())
-
-
-def _describe_estimate(expected: Mapping[str, Estimate]) -> str:
-    examples = sum(each.examples for each in expected.values())
-    tokens = sum(each.tokens for each in expected.values())
-    saved = sum(each.prompt_tokens for each in expected.values()) / max(tokens, 1.0)
+def _describe_estimate(expected: Collection[Estimate]) -> str:
+    tokens = sum(each.tokens for each in expected)
+    saved = sum(each.prompt_tokens for each in expected) / max(tokens, 1.0)
     return (
-        f"CORE: {examples:,} examples in {len(expected)} tasks, about {tokens / 1e6:,.1f} million "
-        f"tokens to run ({saved:.1f} times as many in the prompts): about "
-        f"{duration_text(_seconds(expected))}"
+        f"CORE: {sum(each.examples for each in expected):,} examples in {len(expected)} tasks, "
+        f"about {tokens / 1e6:,.1f} million tokens to run ({saved:.1f} times as many in the "
+        f"prompts): about {duration_text(sum(each.seconds for each in expected))}"
     )

@@ -113,17 +113,6 @@ class CoreResult:
         }
 
 
-def write_results(stem: Path, result: CoreResult, about: Mapping[str, Any]) -> Path:
-    """Write `<stem>.json`, whole or not at all, and return it.
-
-    Args:
-        about: what was evaluated and how; goes into the JSON.
-    """
-    path = stem.with_name(stem.name + ".json")
-    write_json(path, {**about, **result.to_json()})
-    return path
-
-
 class PartialResults:
     """The finished tasks of an evaluation that is still running.
 
