@@ -33,9 +33,9 @@ LAYERS = (
     {"inference", "data"},
     {"exchange", "planning"},
     {"optim", "tokenizer", "tasks", "checkpoint"},
-    {"dial", "distributed", "sandbox"},
+    {"dial", "sandbox"},
     {"runtime", "console"},
-    {"files", "home", "config"},
+    {"files", "home", "config", "distributed"},
     {"model"},
     {"errors", "__init__"},
 )

@@ -1,8 +1,7 @@
 """Where a run computes: device, compute dtype, and its place among the ranks.
 
 Built once at start-up by `build_runtime` and passed to whatever needs it; nothing else asks
-which device there is. Ranks come from torchrun's environment. Setting up the process group
-belongs in `build_runtime` too, after the device is known; one process needs none.
+which device there is. `distributed` reads the place among the ranks and builds process groups.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from archerchat.distributed import Place, read_place
 from archerchat.errors import UsageError
 
 DTYPES = {
@@ -34,7 +33,7 @@ DEVICE_TYPES = ("cuda", "mps", "cpu")
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(Place):
     """Describe one rank's device and what it computes in."""
 
     device: torch.device
@@ -42,14 +41,6 @@ class Runtime:
     device_name: str
     dtype_reason: str
     """Why this dtype, for the line that start-up prints."""
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_master(self) -> bool:
-        """Whether this rank prints, evaluates alone, and writes files."""
-        return self.rank == 0
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -94,17 +85,15 @@ def build_runtime(device: str | None = None, dtype: str | None = None) -> Runtim
     Raises:
         UsageError: the device or dtype is unknown or not here, or torchrun's variables are broken.
     """
-    rank, local_rank, world_size = read_ranks(os.environ)
-    chosen = choose_device(device, local_rank)
+    place = read_place(os.environ)
+    chosen = choose_device(device, place.local_rank)
     compute_dtype, reason = choose_dtype(chosen, dtype)
     return Runtime(
         device=chosen,
         compute_dtype=compute_dtype,
         device_name=_device_name(chosen),
         dtype_reason=reason,
-        rank=rank,
-        local_rank=local_rank,
-        world_size=world_size,
+        **asdict(place),
     )
 
 
@@ -124,29 +113,6 @@ def prepare_process(runtime: Runtime) -> None:
             return
         mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Return rank, local rank and world size as torchrun set them; 0, 0, 1 without it.
-
-    Raises:
-        UsageError: they are incomplete, not numbers, or contradict each other.
-    """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = {name: environment[name] for name in names if environment.get(name)}
-    if not given:
-        return 0, 0, 1
-    try:
-        rank, local_rank, world_size = (int(given[name]) for name in names)
-    except (KeyError, ValueError):
-        rank, local_rank, world_size = -1, -1, -1
-    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
-        found = ", ".join(f"{name}={environment.get(name, '')!r}" for name in names)
-        raise UsageError(
-            f"the environment has {found}, which torchrun does not set: start with torchrun, or "
-            "unset all three for one process"
-        )
-    return rank, local_rank, world_size
 
 
 def choose_device(requested: str | None, local_rank: int = 0) -> torch.device:

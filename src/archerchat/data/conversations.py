@@ -29,7 +29,7 @@ from archerchat.data.packing import Document, PaddingPacker, Row
 from archerchat.data.prefetch import PrefetchingLoader, check_sizes
 from archerchat.errors import CheckpointError, DataError, UsageError
 from archerchat.model.loss import IGNORED
-from archerchat.tasks.base import TaskMixture, TaskSequence
+from archerchat.tasks.base import TaskMixture
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_conversation
 
@@ -50,7 +50,7 @@ class ConversationBatch:
 
 
 def render_whole(
-    tokenizer: Tokenizer, mixture: TaskMixture | TaskSequence, index: int
+    tokenizer: Tokenizer, mixture: TaskMixture, index: int
 ) -> tuple[list[int], list[int]]:
     """Render a conversation of a mixture, however long it is.
 
@@ -101,7 +101,7 @@ def split_rows(rows: NDArray[np.int64], bos_id: int) -> ConversationBatch:
 class _Plan:
     """What the thread needs; it must not refer to the loader, or that is never collected."""
 
-    mixture: TaskMixture | TaskSequence
+    mixture: TaskMixture
     tokenizer: Tokenizer
     identity: Mapping[str, Any]
     batch_size: int
@@ -139,7 +139,7 @@ class ConversationLoader(PrefetchingLoader[ConversationBatch, ConversationState]
 
     def __init__(
         self,
-        mixture: TaskMixture | TaskSequence,
+        mixture: TaskMixture,
         tokenizer: Tokenizer,
         *,
         batch_size: int,
@@ -215,7 +215,7 @@ class ConversationLoader(PrefetchingLoader[ConversationBatch, ConversationState]
         self._state = state
 
 
-def describe_mixture(mixture: TaskMixture | TaskSequence) -> dict[str, Any]:
+def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
     """Return what decides a mixture's conversations, each task under its number."""
     described = mixture.describe()
     return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}

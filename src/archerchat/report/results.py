@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.evals.estimates import wilson_interval
 from archerchat.evals.offline_tasks import PREFIX
+from archerchat.evals.statistics import wilson_interval
 from archerchat.home import Home
 
 Kind = Literal["core", "offline", "chat", "bits"]

@@ -17,11 +17,11 @@ from typing import Any
 from archerchat.errors import UsageError
 from archerchat.tasks.base import Task, TaskMixture
 from archerchat.tasks.conversation import Conversation
+from archerchat.tasks.generated import check_split
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
 from archerchat.tasks.jsonl import JsonlTask
 from archerchat.tasks.registry import TASKS, build_task
-from archerchat.tasks.words import check_split
 
 PRESETS = {
     "reference": "SmolTalk,MMLU*3,GSM8K*4,identity*2,SimpleSpelling,SpellingBee",

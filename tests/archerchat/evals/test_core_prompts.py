@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archerchat.errors import DataError
-from archerchat.evals.core.bundle import Example, Task, TaskType
+from archerchat.evals.core.bundle import CoreTask, Example, TaskType
 from archerchat.evals.core.prompts import Prompter, choose_examples, common_prefix, fewshot_indices
 from archerchat.tokenizer.bpe import Tokenizer
 
 
-def make_task(kind: TaskType, shots: int = 0, delimiter: str = " ") -> Task:
-    return Task("trial", Path("trial.jsonl"), kind, shots, delimiter, 0.0)
+def make_task(kind: TaskType, shots: int = 0, delimiter: str = " ") -> CoreTask:
+    return CoreTask("trial", Path("trial.jsonl"), kind, shots, delimiter, 0.0)
 
 
 def texts_of(prompter: Prompter, index: int) -> list[tuple[str, str]]:

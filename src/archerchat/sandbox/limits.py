@@ -1,7 +1,14 @@
-"""What the sandbox asks of Linux and Python 3.11 has no function for: namespaces, mounts, rights.
+"""What keeps a program in: limits on resources, Linux's namespaces and rights, and a guard.
 
-Imported by the supervisor's process alone. Every function says by its result, or by an OSError,
-whether the system allowed it; what to do without is the caller's decision.
+Only the supervisor's process imports this. Python 3.11 has no function for namespaces, mounts and
+rights; each function here says by its result, or by an OSError, whether the system allowed it, and
+what to do without is the caller's decision.
+
+The guard is for systems that cannot confine a program. It is an audit hook within the interpreter,
+which cannot be removed again: what a program does through Python's own functions passes by it. Code
+that brings its own way to the system, native code above all, would get past; so it stops accidents,
+such as a generated program that cleans up too much, and no attacker. Where the kernel confines the
+program, it is not used.
 """
 
 from __future__ import annotations
@@ -9,9 +16,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
+import resource
 import stat
+import sys
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
@@ -23,6 +35,19 @@ AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 MOUNT_SETATTR = 442
 """The system call's number, the same on every architecture that Python is built for."""
 CAPABILITY_VERSION_3 = 0x20080522
+FORBIDDEN = re.compile(
+    r"os\.(exec|fork|forkpty|kill|killpg|posix_spawn|putenv|spawn|system)|pty\.spawn"
+    r"|signal\.pthread_kill|subprocess\.Popen|webbrowser\.open|(ctypes|socket|syslog)\..*"
+)
+"""Audit events that no exercise needs."""
+CHANGES = re.compile(
+    r"os\.(chflags|chmod|chown|mkdir|remove|removexattr|rmdir|setxattr|truncate|utime)"
+    r"|shutil\.rmtree|sqlite3\.connect"
+)
+"""Audit events that change the file that their first argument names."""
+MOVES = re.compile(r"os\.(link|rename|symlink)")
+"""Audit events that change the files that their first two arguments name."""
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 class _MountAttributes(ctypes.Structure):
@@ -148,3 +173,39 @@ def _parent(process: Path) -> int:
         return int((process / "stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
         return 0
+
+
+def set_limits(limits: Mapping[str, int]) -> None:
+    """Set resource limits by their names, such as RLIMIT_CPU, for good."""
+    for name, value in limits.items():
+        # Not every system has, or enforces, each of them.
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+
+def install_guard(directory: str) -> None:
+    """Refuse from now on what reaches outside `directory`, by a PermissionError."""
+    inside = os.path.realpath(directory)
+
+    def check_path(event: str, path: Any) -> None:
+        if isinstance(path, int):  # a file that is open already, and was checked then
+            return
+        real = os.path.realpath(os.fsdecode(path))
+        if real != inside and not real.startswith(inside + os.sep) and real != os.devnull:
+            raise PermissionError(f"the sandbox allows no {event} of {real}")
+
+    def guard(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            writes = (isinstance(mode, str) and any(sign in mode for sign in "wax+")) or (
+                isinstance(flags, int) and flags & WRITING
+            )
+            if writes and path is not None:
+                check_path("open for writing", path)
+        elif CHANGES.fullmatch(event) or MOVES.fullmatch(event):
+            for path in arguments[: 2 if MOVES.fullmatch(event) else 1]:
+                check_path(event, path)
+        elif FORBIDDEN.fullmatch(event):
+            raise PermissionError(f"the sandbox allows no {event}")
+
+    sys.addaudithook(guard)
