@@ -28,8 +28,7 @@ from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
 from archerchat.data.shards import iter_documents, list_shards, split_shards
 from archerchat.data.stdlib import iter_stdlib, list_stdlib, stdlib_directory
-from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def load_tokenizer(directory: Path | None, train: list[Path]) -> Tokenizer:
     reference_ranks = directory / "mergeable_ranks.tiktoken"
     if reference_ranks.exists():
         pattern = json.loads((directory / "tokenizer.json").read_text())["pattern"]
-        return Tokenizer.from_ranks(load_ranks(reference_ranks), pattern=pattern)
+        return Tokenizer(load_ranks(reference_ranks), pattern=pattern)
     return Tokenizer.load(directory)
 
 

@@ -30,12 +30,12 @@ from archerchat.tokenizer.bpe import (
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
+    SAMPLES,
     Compression,
     PublishedVocabulary,
     Vocabulary,
     measure_compression,
 )
-from archerchat.tokenizer.samples import SAMPLES
 
 OURS = "ArcherChat"
 PLAIN_LINE_SECONDS = 10.0

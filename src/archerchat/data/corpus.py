@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from archerchat.data.shards import TEXT_COLUMN, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import current, explained_writes, new_directory, remove_leftovers, write_json
-from archerchat.tokenizer.safe_text import replace_surrogates
+from archerchat.tokenizer.bpe import replace_surrogates
 
 MANIFEST = "corpus.json"
 FORMAT = 1

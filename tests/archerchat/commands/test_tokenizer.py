@@ -22,8 +22,7 @@ from archerchat.data.shards import write_shards
 from archerchat.errors import ArcherChatError, DataError, TokenizerError, UsageError
 from archerchat.home import Home
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.compression import GPT2, Vocabulary, measure_compression
-from archerchat.tokenizer.samples import SAMPLES
+from archerchat.tokenizer.compression import GPT2, SAMPLES, Vocabulary, measure_compression
 
 TRAIN_DOCUMENTS = [f"document {i} says that the cat sat on mat {i * 7}" for i in range(30)]
 CONFIG = TokenizerTrainConfig(data="toy", name="toy", vocab_size=300)

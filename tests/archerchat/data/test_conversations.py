@@ -26,7 +26,7 @@ from archerchat.tasks.jsonl import JsonlTask
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_conversation
 
-BYTES = Tokenizer.from_ranks({bytes([value]): value for value in range(256)})
+BYTES = Tokenizer({bytes([value]): value for value in range(256)})
 BOS = BYTES.bos_id
 END = BYTES.special_id("<|assistant_end|>")
 

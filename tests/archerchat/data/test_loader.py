@@ -132,7 +132,7 @@ def test_other_shards_or_another_tokenizer_are_refused_at_restore(
         with pytest.raises(CheckpointError, match=r"3 shards and are 2, without shard_00002"):
             fewer.restore(state, extend=extend)
     ranks = {bytes([value]): 255 - value for value in range(256)}
-    other = TokenLoader(corpus, Tokenizer.from_ranks(ranks), **SETTINGS)
+    other = TokenLoader(corpus, Tokenizer(ranks), **SETTINGS)
     with pytest.raises(CheckpointError, match=r"tokenizer was \w+ and is \w+"):
         other.restore(state)
 
@@ -325,7 +325,7 @@ def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -
         "from pathlib import Path\n"
         "from archerchat.data.loader import TokenLoader\n"
         "from archerchat.tokenizer.bpe import Tokenizer\n"
-        "tokenizer = Tokenizer.from_ranks({bytes([v]): v for v in range(256)})\n"
+        "tokenizer = Tokenizer({bytes([v]): v for v in range(256)})\n"
         f"loader = TokenLoader([Path({str(corpus[0])!r})], tokenizer, batch_size=2,\n"
         "    sequence_length=16, prefetch=10**9, num_threads=2)\n"
         "print(next(loader).inputs.shape)\n"

@@ -22,8 +22,7 @@ from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import token_losses
 from archerchat.model.transformer import Transformer
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -66,7 +65,7 @@ def test_no_gradient_is_kept() -> None:
 def measure(oracle_dir: Path) -> Callable[..., float]:
     """Measure a model on batches of the golden corpus, as `bpb_goldens.json` names them."""
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    tokenizer = Tokenizer.from_ranks(ranks)
+    tokenizer = Tokenizer(ranks)
     train, val = split_shards(list_shards(oracle_dir / "corpus"))
 
     def bits(model: Transformer, golden: str) -> float:

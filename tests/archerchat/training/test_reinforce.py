@@ -211,9 +211,7 @@ def test_tasks_that_cannot_be_rewarded(
 
 def short_of_sums(home: Any) -> None:
     """Leave a model that copies a sum into the calculator right more often than not."""
-    Tokenizer.from_ranks({bytes([value]): value for value in range(256)}).save(
-        home.tokenizer_dir("bytes")
-    )
+    Tokenizer({bytes([value]): value for value in range(256)}).save(home.tokenizer_dir("bytes"))
     questions = (each["messages"][0]["content"] for each in ArithmeticTask("train", 600))
     write_shards(questions, home.data_dir("sums"), documents_per_shard=400)
     base = {
