@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from archerchat.data.corpus import CorpusOptions, build_corpus
-from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
 from archerchat.data.shards import iter_documents, list_shards, split_shards
 from archerchat.data.stdlib import iter_stdlib, list_stdlib, stdlib_directory
+from archerchat.data.text_loader import TextLoader
 from archerchat.tokenizer.bpe import Tokenizer, load_ranks, train_tokenizer
 
 
@@ -102,7 +102,7 @@ def load_tokenizer(directory: Path | None, train: list[Path]) -> Tokenizer:
 def measure(
     packing: Packing, train: list[Path], tokenizer: Tokenizer, options: argparse.Namespace
 ) -> Measurement:
-    with TokenLoader(
+    with TextLoader(
         train,
         tokenizer,
         batch_size=options.batch_size,

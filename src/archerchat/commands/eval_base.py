@@ -21,8 +21,8 @@ from torch import Tensor
 from archerchat.commands.eval_core import evaluate_core
 from archerchat.commands.sample import SampleConfig, print_samples
 from archerchat.console import build_console
-from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import data_directory, list_shards, split_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.errors import UsageError, require_positive
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.evals.core.evaluate import CoreOptions
@@ -138,7 +138,7 @@ def _measure_splits(
         length = loaded.model.config.sequence_length
         steps = max(1, config.split_tokens // (config.device_batch_size * length))
         for split in splits:
-            with TokenLoader(
+            with TextLoader(
                 train if split == "train" else val,
                 loaded.tokenizer,
                 batch_size=config.device_batch_size,
@@ -185,7 +185,7 @@ def _losses_of(loaded: LoadedModel) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _iter_batches(
-    loader: TokenLoader, runtime: Runtime, steps: int, title: str, console: Console
+    loader: TextLoader, runtime: Runtime, steps: int, title: str, console: Console
 ) -> Iterator[tuple[Tensor, Tensor]]:
     quiet = not console.is_terminal
     for _ in track(range(steps), title, console=console, transient=True, disable=quiet):

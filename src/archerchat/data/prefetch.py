@@ -1,8 +1,8 @@
 """Run an iterator ahead of its consumer, in a background thread with a bounded queue.
 
 `Prefetcher` is the thread. `PrefetchingLoader` is what the loaders of text and of conversations
-share: batches that travel with the state after them, so that a checkpoint's state is that of the
-last batch which the caller got, however far the thread has run ahead.
+share: batches that travel with the state after them. A checkpoint's state is therefore that of the
+last batch that the caller got, however far the thread has run ahead.
 """
 
 from __future__ import annotations
@@ -13,16 +13,21 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Generic, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, Self, TypeVar
 
-from archerchat.errors import UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from archerchat.checkpoint import compare_configs
+from archerchat.errors import CheckpointError, UsageError
 
 T = TypeVar("T")
 BatchT = TypeVar("BatchT")
 StateT = TypeVar("StateT")
 
 _STOP_SECONDS = 5.0
-"""How long to wait for a thread that is asked to stop; it is a daemon, so it cannot hold us."""
+"""How long to wait for a thread that is asked to stop. It is a daemon: exiting does not wait."""
 
 
 class _Queue(Generic[T]):
@@ -104,8 +109,28 @@ def _stop(queue: _Queue[T], thread: threading.Thread) -> None:
         thread.join(_STOP_SECONDS)
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Hold B rows of T token ids and, below them, the ids to predict, -1 where there are none."""
+
+    stacked: NDArray[np.int64]
+    """(2, B, T): one contiguous array, so that one copy moves both halves to a device."""
+
+    @property
+    def inputs(self) -> NDArray[np.int64]:
+        """(B, T), contiguous; a view."""
+        inputs: NDArray[np.int64] = self.stacked[0]
+        return inputs
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """(B, T), contiguous; a view."""
+        targets: NDArray[np.int64] = self.stacked[1]
+        return targets
+
+
 class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
-    """Iterate over batches that a thread prepares, and tell the state after the last one.
+    """Iterate over batches that a thread prepares; a checkpoint holds the state after the last one.
 
     The thread starts at the first `next` and stops with `close`.
 
@@ -123,7 +148,45 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
     def _iter_after(self, state: StateT) -> Iterator[tuple[BatchT, StateT]]:
         """Yield each batch after `state` with the state after it.
 
-        The iterator must not refer to the loader, or that is never collected.
+        The iterator must not refer to the loader, or the loader is never collected.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides the batch after the last one returned: tensors and JSON values."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the batch after the saved one.
+
+        Raises:
+            CheckpointError: the state is broken, or this loader would not yield the same batches;
+                the message says what differs.
+        """
+        try:
+            identity, parsed = dict(state["identity"]), self._parse(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the saved state of the data loader is broken ({error!r}): resume from an "
+                "earlier checkpoint"
+            ) from error
+        self._accept(identity)
+        self.close()
+        self._state = parsed
+
+    @abstractmethod
+    def _parse(self, state: Mapping[str, Any]) -> StateT:
+        """Read what `state_dict` returned, except for the identity.
+
+        Raises:
+            KeyError, TypeError, ValueError: a part is missing or does not fit the others.
+        """
+
+    @abstractmethod
+    def _accept(self, identity: Mapping[str, Any]) -> None:
+        """Prepare to yield the batches of a saved identity.
+
+        Raises:
+            CheckpointError: this loader cannot.
         """
 
     def __iter__(self) -> Self:
@@ -140,10 +203,6 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
         """How long `next` has waited for the background, in all."""
         return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
 
-    def state(self) -> StateT:
-        """Return the state after the last batch that `next` returned."""
-        return self._state
-
     def close(self) -> None:
         """Stop the background thread; a later `next` starts it again where it was."""
         if self._prefetcher is not None:
@@ -158,17 +217,27 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
         self.close()
 
 
-def check_sizes(sizes: Mapping[str, int], rank: int, world_size: int) -> None:
+def check_sizes(rank: int, world_size: int, **sizes: int) -> None:
     """Refuse what no loader can be built with.
-
-    Args:
-        sizes: by what they are called in the message.
 
     Raises:
         UsageError: a size is not positive, or the rank is not one of `world_size`.
     """
     for name, size in sizes.items():
         if size < 1:
-            raise UsageError(f"the loader's {name} is {size}: it must be at least 1")
+            raise UsageError(f"the loader's {name.replace('_', ' ')} is {size}: give at least 1")
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} is not one of {world_size} ranks")
+
+
+def require_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare the identities of the loader that was saved and of this one.
+
+    Raises:
+        CheckpointError: they differ; the message has both values of what does.
+    """
+    if differences := compare_configs(saved, current):
+        raise CheckpointError(
+            f"the data loader cannot resume: {'; '.join(differences)}. Restore the old settings "
+            "or data, or start a new run"
+        )

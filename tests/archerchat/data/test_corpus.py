@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_old_corpus(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("archerchat.artifacts.os.fsync", full)
+    monkeypatch.setattr("archerchat.files.os.fsync", full)
     with pytest.raises(DataError, match=r"No space left on device\): free some space"):
         build_corpus(SINGLES, directory, {}, CorpusOptions(seed=5), force=True)
     assert snapshot(directory) == before

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import list_shards, split_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.errors import DataError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.exchange.nanochat import to_archerchat_names
@@ -70,7 +70,7 @@ def measure(oracle_dir: Path) -> Callable[..., float]:
 
     def bits(model: Transformer, golden: str) -> float:
         split, rows, length, steps, *masked = golden.split("_", 4)
-        loader = TokenLoader(
+        loader = TextLoader(
             val if split == "val" else train,
             tokenizer,
             batch_size=int(rows.removeprefix("B")),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import subprocess
 import sys
 import threading
@@ -15,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file, save_file
+import torch
+from torch import Tensor
 
-from archerchat.data.loader import LoaderState, Position, TokenLoader
+from archerchat.checkpoint import load_checkpoint, save_checkpoint
 from archerchat.data.packing import Packing
 from archerchat.data.shards import iter_documents, write_shards
+from archerchat.data.text_loader import Position, TextLoader
 from archerchat.errors import ArcherChatError, CheckpointError, DataError, UsageError
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -31,20 +32,34 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def take(loader: TokenLoader, count: int) -> list[tuple[Any, Any, Position]]:
+def take(loader: TextLoader, count: int) -> list[tuple[Any, Any, Position]]:
     batches = islice(loader, count)
     return [(batch.inputs.tolist(), batch.targets.tolist(), batch.position) for batch in batches]
 
 
-def through_disk(state: LoaderState, directory: Path) -> LoaderState:
-    value, arrays = state.to_parts()
-    save_file(arrays, directory / "state.safetensors")
-    stored = load_file(directory / "state.safetensors")
-    return LoaderState.from_parts(json.loads(json.dumps(value)), stored)
+State = dict[str, Any]
+
+
+def through_disk(state: State, directory: Path) -> State:
+    """Save and load a state as the loops do: tensors as a section, the rest as JSON."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in state.items() if name not in tensors}
+    path = save_checkpoint(directory / "saved", 0, {"loader": tensors}, {"loader": rest})
+    saved = load_checkpoint(path)
+    return {**saved.meta["loader"], **saved.tensors["loader"]}
+
+
+def same(left: State, right: State) -> bool:
+    return left.keys() == right.keys() and all(
+        value.tolist() == right[name].tolist()
+        if isinstance(value, Tensor)
+        else value == right[name]
+        for name, value in left.items()
+    )
 
 
 def test_batches_are_rows_shifted_by_one(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
         batch = next(loader)
     assert batch.inputs.shape == batch.targets.shape == (3, 20)
     assert batch.inputs.dtype == batch.targets.dtype == np.int64
@@ -67,38 +82,37 @@ def test_resume_yields_what_an_uninterrupted_run_does(
     tmp_path: Path,
 ) -> None:
     settings = SETTINGS | {"packing": packing, "rank": rank, "world_size": world_size}
-    with TokenLoader(corpus, byte_tokenizer, **settings) as loader:
+    with TextLoader(corpus, byte_tokenizer, **settings) as loader:
         take(loader, stop)
-        state = through_disk(loader.state(), tmp_path)
+        state = through_disk(loader.state_dict(), tmp_path)
         expected = take(loader, 60)
     if stop == 33:
-        assert state.position.epoch < expected[-1][2].epoch, "this case must cross an epoch"
-    with TokenLoader(corpus, byte_tokenizer, prefetch=1, **settings) as resumed:
-        resumed.restore(state)
+        assert state["position"]["epoch"] < expected[-1][2].epoch, "this case must cross an epoch"
+    with TextLoader(corpus, byte_tokenizer, prefetch=1, **settings) as resumed:
+        resumed.load_state_dict(state)
         assert take(resumed, 60) == expected
 
 
 def test_state_is_of_the_last_batch_returned_not_of_the_last_made(
     corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    with TokenLoader(corpus, byte_tokenizer, prefetch=50, **SETTINGS) as far_ahead:
+    with TextLoader(corpus, byte_tokenizer, prefetch=50, **SETTINGS) as far_ahead:
         take(far_ahead, 5)
-        state = far_ahead.state()
-    with TokenLoader(corpus, byte_tokenizer, prefetch=1, **SETTINGS) as barely_ahead:
+        state = far_ahead.state_dict()
+    with TextLoader(corpus, byte_tokenizer, prefetch=1, **SETTINGS) as barely_ahead:
         take(barely_ahead, 5)
-        expected = barely_ahead.state()
-    assert (state.position, state.next_document) == (expected.position, expected.next_document)
-    assert [d.tolist() for d in state.documents] == [d.tolist() for d in expected.documents]
+        expected = barely_ahead.state_dict()
+    assert same(state, expected)
 
 
 def test_a_loader_can_go_back_and_go_on_after_close(
     corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
         take(loader, 4)
-        state = loader.state()
+        state = loader.state_dict()
         expected = take(loader, 6)
-        loader.restore(state)
+        loader.load_state_dict(state)
         assert take(loader, 3) == expected[:3]
         loader.close()
         assert take(loader, 3) == expected[3:]
@@ -107,34 +121,35 @@ def test_a_loader_can_go_back_and_go_on_after_close(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sequence_length": 21}, "sequence_length was 20 and is 21"),
-        ({"batch_size": 4}, "batch_size was 3 and is 4"),
-        ({"packing": "concat"}, "packing was best-fit and is concat"),
-        ({"world_size": 2}, "world_size was 1 and is 2"),
-        ({"buffer_size": 11}, "buffer_size was 10 and is 11"),
+        ({"sequence_length": 21}, "sequence_length: 20 saved, 21 now"),
+        ({"batch_size": 4}, "batch_size: 3 saved, 4 now"),
+        ({"packing": "concat"}, "packing: 'best-fit' saved, 'concat' now"),
+        ({"world_size": 2}, "world_size: 1 saved, 2 now"),
+        ({"buffer_size": 11}, "buffer_size: 10 saved, 11 now"),
     ],
 )
 def test_a_changed_setting_is_refused_at_restore(
     change: dict[str, Any], message: str, corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    state = TokenLoader(corpus, byte_tokenizer, **SETTINGS).state()
-    loader = TokenLoader(corpus, byte_tokenizer, **SETTINGS | change)
+    state = TextLoader(corpus, byte_tokenizer, **SETTINGS).state_dict()
+    loader = TextLoader(corpus, byte_tokenizer, **SETTINGS | change)
     with pytest.raises(CheckpointError, match=f"cannot resume: {message}"):
-        loader.restore(state)
+        loader.load_state_dict(state)
 
 
 def test_other_shards_or_another_tokenizer_are_refused_at_restore(
     corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    state = TokenLoader(corpus, byte_tokenizer, **SETTINGS).state()
-    fewer = TokenLoader(corpus[:2], byte_tokenizer, **SETTINGS)
+    state = TextLoader(corpus, byte_tokenizer, **SETTINGS).state_dict()
     for extend in (False, True):
-        with pytest.raises(CheckpointError, match=r"3 shards and are 2, without shard_00002"):
-            fewer.restore(state, extend=extend)
+        fewer = TextLoader(corpus[:2], byte_tokenizer, extend=extend, **SETTINGS)
+        difference = r"first of 1 that differ: \['shard_00002.parquet', \d+\] saved, None now; "
+        with pytest.raises(CheckpointError, match=difference + "shards.number: 3 saved, 2 now"):
+            fewer.load_state_dict(state)
     ranks = {bytes([value]): 255 - value for value in range(256)}
-    other = TokenLoader(corpus, Tokenizer(ranks), **SETTINGS)
-    with pytest.raises(CheckpointError, match=r"tokenizer was \w+ and is \w+"):
-        other.restore(state)
+    other = TextLoader(corpus, Tokenizer(ranks), **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"tokenizer: '\w+' saved, '\w+' now"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize("stop", [0, 12, 33, 90])
@@ -142,45 +157,45 @@ def test_other_shards_or_another_tokenizer_are_refused_at_restore(
 def test_shards_that_came_meanwhile_change_nothing(
     stop: int, added: str, corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
         take(loader, stop)
-        state = through_disk(loader.state(), tmp_path)
+        state = through_disk(loader.state_dict(), tmp_path)
         expected = take(loader, 60)
     (new,) = write_shards(["new text"] * 40, tmp_path)
     more = sorted([*corpus, new.rename(tmp_path / added)], key=lambda path: path.name)
-    with TokenLoader(more, byte_tokenizer, **SETTINGS) as resumed:
-        resumed.restore(state)
+    with TextLoader(more, byte_tokenizer, **SETTINGS) as resumed:
+        resumed.load_state_dict(state)
         assert take(resumed, 60) == expected
-        assert resumed.state().identity == state.identity
+        assert resumed.state_dict()["identity"] == state["identity"]
 
 
 def test_an_extended_run_goes_on_into_the_shards_that_came_meanwhile(
     corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as uninterrupted:
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as uninterrupted:
         expected = take(uninterrupted, 60)
-    with TokenLoader(corpus[:2], byte_tokenizer, **SETTINGS) as loader:
+    with TextLoader(corpus[:2], byte_tokenizer, **SETTINGS) as loader:
         stop = sum(position.shard < 2 and position.epoch == 1 for *_, position in expected) - 2
         assert take(loader, stop) == expected[:stop]
-        state = through_disk(loader.state(), tmp_path)
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as extended:
-        extended.restore(state, extend=True)
+        state = through_disk(loader.state_dict(), tmp_path)
+    with TextLoader(corpus, byte_tokenizer, extend=True, **SETTINGS) as extended:
+        extended.load_state_dict(state)
         rest = take(extended, 60 - stop)
         assert rest == expected[stop:]
         assert {position.shard for *_, position in rest} == {0, 1, 2}
-        later = through_disk(extended.state(), tmp_path)
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as resumed:  # plainly, from now on
-        resumed.restore(later)
-        assert resumed.state().identity.shards == later.identity.shards
+        later = through_disk(extended.state_dict(), tmp_path)
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as resumed:  # plainly, from now on
+        resumed.load_state_dict(later)
+        assert resumed.state_dict()["identity"] == later["identity"]
 
 
 def test_an_extended_run_refuses_shards_before_the_saved_ones(
     corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    state = TokenLoader(corpus[1:], byte_tokenizer, **SETTINGS).state()
-    loader = TokenLoader(corpus, byte_tokenizer, **SETTINGS)
-    with pytest.raises(CheckpointError, match="there were 2 shards and are 3"):
-        loader.restore(state, extend=True)
+    state = TextLoader(corpus[1:], byte_tokenizer, **SETTINGS).state_dict()
+    loader = TextLoader(corpus, byte_tokenizer, extend=True, **SETTINGS)
+    with pytest.raises(CheckpointError, match=r"first of 3 that differ.*number: 2 saved, 3 now"):
+        loader.load_state_dict(state)
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "concat"])
@@ -188,27 +203,83 @@ def test_an_extended_run_may_have_another_batch_size(
     packing: Packing, corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     settings = SETTINGS | {"packing": packing}
-    with TokenLoader(corpus, byte_tokenizer, **settings) as loader:
+    with TextLoader(corpus, byte_tokenizer, **settings) as loader:
         take(loader, 5)
-        state = through_disk(loader.state(), tmp_path)
+        state = through_disk(loader.state_dict(), tmp_path)
         expected = [row for inputs, *_ in take(loader, 20) for row in inputs]
-    with TokenLoader(corpus, byte_tokenizer, **settings | {"batch_size": 5}) as extended:
-        extended.restore(state, extend=True)
-        assert extended.state().identity.batch_size == 5
+    settings |= {"batch_size": 5, "extend": True}
+    with TextLoader(corpus, byte_tokenizer, **settings) as extended:
+        extended.load_state_dict(state)
+        assert extended.state_dict()["identity"]["batch_size"] == 5
         assert [row for inputs, *_ in take(extended, 12) for row in inputs] == expected
 
 
 def test_a_restore_after_a_restore_chooses_from_all_shards(
     corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    narrow = TokenLoader(corpus[:2], byte_tokenizer, **SETTINGS).state()
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
-        whole = loader.state()
+    narrow = TextLoader(corpus[:2], byte_tokenizer, **SETTINGS).state_dict()
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+        whole = loader.state_dict()
         expected = take(loader, 60)
-        loader.restore(narrow)
+        loader.load_state_dict(narrow)
         assert take(loader, 60) != expected
-        loader.restore(whole)
+        loader.load_state_dict(whole)
         assert take(loader, 60) == expected
+
+
+def test_a_state_has_the_names_and_types_that_checkpoints_have(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    with TextLoader(corpus[:1], byte_tokenizer, **SETTINGS) as loader:
+        fresh = loader.state_dict()
+        take(loader, 2)
+        state = loader.state_dict()
+    for each in (fresh, state):
+        assert (each["tokens"].dtype, each["lengths"].dtype) == (torch.uint16, torch.int64)
+    assert state["tokens"].numel() == state["lengths"].sum() > 0
+    assert {name: value for name, value in fresh.items() if name not in ("tokens", "lengths")} == {
+        "identity": {
+            **SETTINGS,
+            "packing": "best-fit",
+            "rank": 0,
+            "world_size": 1,
+            "tokenizer": byte_tokenizer.fingerprint,
+            "shards": [["shard_00000.parquet", corpus[0].stat().st_size]],
+        },
+        "position": {"shard": 0, "row_group": 0, "epoch": 1},
+        "next_document": 0,
+    }
+
+
+def test_a_broken_state_is_refused(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+        take(loader, 2)
+        state = loader.state_dict()
+        for broken in (
+            {**state, "position": {"shard": 0}},
+            {"identity": state["identity"]},
+            {name: value for name, value in state.items() if name != "lengths"},
+            {**state, "tokens": state["tokens"][:-1]},
+            {**state, "lengths": torch.tensor([len(state["tokens"]), 0])},
+        ):
+            with pytest.raises(CheckpointError, match=r"data loader is broken .*earlier checkpo"):
+                loader.load_state_dict(broken)
+        assert same(loader.state_dict(), state)
+
+
+def test_differences_among_thousands_of_shards_are_one_line(
+    corpus: list[Path], byte_tokenizer: Tokenizer
+) -> None:
+    loader = TextLoader(corpus, byte_tokenizer, **SETTINGS)
+    state = loader.state_dict()
+    state["identity"]["shards"] = [[f"old_{i:05d}.parquet", i] for i in range(5000)]
+    with pytest.raises(CheckpointError) as caught:
+        loader.load_state_dict(state)
+    assert "first of 5000 that differ: ['old_00000.parquet', 0] saved, ['shard_00" in str(
+        caught.value
+    )
+    assert "number: 5000 saved, 3 now. Restore the old settings or data" in str(caught.value)
+    assert len(str(caught.value)) < 400
 
 
 def test_ranks_share_every_document_once(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
@@ -216,7 +287,7 @@ def test_ranks_share_every_document_once(corpus: list[Path], byte_tokenizer: Tok
     settings: dict[str, Any] = {"packing": "concat", "batch_size": 1, "sequence_length": 1}
     seen = ""
     for rank in range(3):
-        with TokenLoader(corpus, byte_tokenizer, rank=rank, world_size=3, **settings) as loader:
+        with TextLoader(corpus, byte_tokenizer, rank=rank, world_size=3, **settings) as loader:
             for batch in loader:
                 if batch.position.epoch > 1:
                     break
@@ -231,7 +302,7 @@ def test_empty_and_long_documents_are_packed(
 ) -> None:
     shards = write_shards(["", "a" * 30, "b"], tmp_path)
     settings = SETTINGS | {"packing": packing, "buffer_size": 1, "batch_size": 1}
-    with TokenLoader(shards, byte_tokenizer, **settings) as loader:
+    with TextLoader(shards, byte_tokenizer, **settings) as loader:
         rows = [[*batch.inputs[0], batch.targets[0, -1]] for batch in islice(loader, 2)]
     bos, a, b = byte_tokenizer.bos_id, ord("a"), ord("b")
     empty, long, short = [bos], [bos] + [a] * 30, [bos, b]
@@ -244,7 +315,7 @@ def test_empty_and_long_documents_are_packed(
 
 
 def test_a_corpus_of_empty_documents_is_all_bos(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
-    with TokenLoader(write_shards([""], tmp_path), byte_tokenizer, **SETTINGS) as loader:
+    with TextLoader(write_shards([""], tmp_path), byte_tokenizer, **SETTINGS) as loader:
         assert (next(loader).inputs == byte_tokenizer.bos_id).all()
 
 
@@ -252,7 +323,7 @@ def test_more_ranks_than_row_groups_is_refused(
     corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(DataError, match=r"9 ranks cannot share .* more than 8 row groups"):
-        TokenLoader(corpus, byte_tokenizer, rank=0, world_size=9, **SETTINGS)
+        TextLoader(corpus, byte_tokenizer, rank=0, world_size=9, **SETTINGS)
 
 
 def test_shards_without_documents_are_refused_not_read_for_ever(
@@ -262,12 +333,12 @@ def test_shards_without_documents_are_refused_not_read_for_ever(
     nothing = pa.table({"text": pa.array([], pa.string())})
     pq.ParquetWriter(path, nothing.schema).close()
     with pytest.raises(DataError, match=r"no documents in .*download"):
-        TokenLoader([path], byte_tokenizer, **SETTINGS)
+        TextLoader([path], byte_tokenizer, **SETTINGS)
     pq.write_table(nothing, path)  # a row group, but an empty one
     assert pq.ParquetFile(path).num_row_groups == 1
     with (
         pytest.raises(DataError, match=r"rank 0 of 1 finds no document"),
-        TokenLoader([path], byte_tokenizer, **SETTINGS) as loader,
+        TextLoader([path], byte_tokenizer, **SETTINGS) as loader,
     ):
         next(loader)
 
@@ -276,7 +347,7 @@ def test_a_shard_that_breaks_later_surfaces_in_next(
     corpus: list[Path], byte_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     shards = write_shards(iter_documents(corpus), tmp_path, documents_per_shard=60)
-    with TokenLoader(shards, byte_tokenizer, prefetch=1, **SETTINGS) as loader:
+    with TextLoader(shards, byte_tokenizer, prefetch=1, **SETTINGS) as loader:
         shards[2].write_bytes(shards[2].read_bytes()[:100])
         with pytest.raises(DataError, match=r"shard_00002\.parquet as Parquet"):
             take(loader, 100)
@@ -298,22 +369,22 @@ def test_impossible_settings_are_refused(
     byte_tokenizer: Tokenizer,
 ) -> None:
     with pytest.raises(kind, match=message):
-        TokenLoader(corpus, byte_tokenizer, **SETTINGS | change)
+        TextLoader(corpus, byte_tokenizer, **SETTINGS | change)
 
 
 def test_missing_shards_are_refused(tmp_path: Path, byte_tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="no shards"):
-        TokenLoader([], byte_tokenizer, **SETTINGS)
+        TextLoader([], byte_tokenizer, **SETTINGS)
     (here,) = write_shards(["a"], tmp_path)
     for shards in ([tmp_path / "gone.parquet"], [here, tmp_path / "gone.parquet"]):
         with pytest.raises(DataError, match=r"cannot read .*gone\.parquet"):
-            TokenLoader(shards, byte_tokenizer, **SETTINGS)
+            TextLoader(shards, byte_tokenizer, **SETTINGS)
 
 
 def test_a_forgotten_loader_takes_its_thread_along(
     corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    loader = TokenLoader(corpus, byte_tokenizer, **SETTINGS)
+    loader = TextLoader(corpus, byte_tokenizer, **SETTINGS)
     next(loader)
     del loader
     gc.collect()
@@ -323,10 +394,10 @@ def test_a_forgotten_loader_takes_its_thread_along(
 def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -> None:
     program = (
         "from pathlib import Path\n"
-        "from archerchat.data.loader import TokenLoader\n"
+        "from archerchat.data.text_loader import TextLoader\n"
         "from archerchat.tokenizer.bpe import Tokenizer\n"
         "tokenizer = Tokenizer({bytes([v]): v for v in range(256)})\n"
-        f"loader = TokenLoader([Path({str(corpus[0])!r})], tokenizer, batch_size=2,\n"
+        f"loader = TextLoader([Path({str(corpus[0])!r})], tokenizer, batch_size=2,\n"
         "    sequence_length=16, prefetch=10**9, num_threads=2)\n"
         "print(next(loader).inputs.shape)\n"
     )
@@ -337,7 +408,7 @@ def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -
 
 
 def test_waiting_is_counted_across_restarts(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
-    with TokenLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
+    with TextLoader(corpus, byte_tokenizer, **SETTINGS) as loader:
         assert loader.wait_seconds == 0
         next(loader)
         waited = loader.wait_seconds
