@@ -31,7 +31,7 @@ from archerchat.data.packing import (
     join_documents,
     split_documents,
 )
-from archerchat.data.prefetch import Batch, PrefetchingLoader, check_sizes, require_same
+from archerchat.data.prefetch import Batch, PrefetchingLoader, require_same
 from archerchat.errors import DataError, UsageError
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import TaskMixture, TaskSequence
@@ -153,8 +153,7 @@ class ConversationLoader(PrefetchingLoader[Batch, _State]):
             with rows of nothing but padding, and no other follows.
 
     Raises:
-        UsageError: a size is not positive, the rank is not one of `world_size`, or there are
-            fewer conversations than ranks.
+        UsageError: there are fewer conversations than ranks.
         DataError: a conversation is malformed (from `next`), or none has a token to learn.
     """
 
@@ -176,7 +175,8 @@ class ConversationLoader(PrefetchingLoader[Batch, _State]):
             "sequence_length": sequence_length,
             "buffer_size": buffer_size,
         }
-        check_sizes(rank, world_size, **sizes, prefetch=prefetch)
+        assert min(*sizes.values(), prefetch) >= 1
+        assert 0 <= rank < world_size
         if len(mixture) < world_size:
             raise UsageError(
                 f"{len(mixture)} conversations cannot be shared by {world_size} ranks: use fewer "

@@ -1,4 +1,4 @@
-"""Run an iterator ahead of its consumer, in a background thread with a bounded queue.
+"""Run an iterator ahead of its consumer in a background thread.
 
 `Prefetcher` is the thread. `PrefetchingLoader` is what the loaders of text and of conversations
 share: batches that travel with the state after them. A checkpoint's state is therefore that of the
@@ -7,12 +7,13 @@ last batch that the caller got, however far the thread has run ahead.
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Self, TypeVar
 
@@ -20,33 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archerchat.checkpoint import compare_configs
-from archerchat.errors import CheckpointError, UsageError
+from archerchat.errors import CheckpointError
 
 T = TypeVar("T")
 BatchT = TypeVar("BatchT")
 StateT = TypeVar("StateT")
 
-_STOP_SECONDS = 5.0
-"""How long to wait for a thread that is asked to stop. It is a daemon: exiting does not wait."""
-
-
-class _Queue(Generic[T]):
-    """What both threads share. The thread must not refer to `Prefetcher`, or it never dies."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self.items: deque[T] = deque()
-        self.changed = threading.Condition()
-        self.stopped = False
-        self.ended: BaseException | None = None
-
 
 class Prefetcher(Generic[T]):
-    """Iterate over `source`, whose next items a daemon thread prepares meanwhile.
+    """Iterate over `source`, whose next items a thread prepares meanwhile.
 
-    What `source` raises, `next` raises after the items before it. The thread ends with
-    `close`, when this object is collected, or before the interpreter exits (a daemon thread
-    inside compiled code could otherwise crash it then).
+    What `source` raises, `next` raises after the items before it. The thread ends with `close`,
+    when this object is collected, or before the interpreter exits.
 
     Attributes:
         wait_seconds: how long `next` has waited, in all.
@@ -54,59 +40,34 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
         self.wait_seconds = 0.0
-        self._queue: _Queue[T] = _Queue(depth)
-        thread = threading.Thread(
-            target=_produce, args=(source, self._queue), name="prefetch", daemon=True
-        )
-        self._finalizer = weakref.finalize(self, _stop, self._queue, thread)
-        thread.start()
+        self._source = source
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._finalizer = weakref.finalize(self, _stop, self._pool)
+        self._pending = deque(self._pool.submit(next, source) for _ in range(depth))
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        queue = self._queue
+        if not self._finalizer.alive:
+            raise StopIteration
         began = time.perf_counter()
-        with queue.changed:
-            queue.changed.wait_for(lambda: queue.items or queue.ended)
-            self.wait_seconds += time.perf_counter() - began
-            if not queue.items:
-                assert queue.ended is not None
-                raise queue.ended
-            item = queue.items.popleft()
-            queue.changed.notify_all()
-        return item
+        error = self._pending[0].exception()
+        self.wait_seconds += time.perf_counter() - began
+        if error is not None:  # stays first, to be raised again
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise error
+        self._pending.append(self._pool.submit(next, self._source))
+        return self._pending.popleft().result()
 
     def close(self) -> None:
         """Stop the thread; `next` then raises StopIteration. May be called again."""
         self._finalizer()
 
 
-def _produce(source: Iterator[T], queue: _Queue[T]) -> None:
-    ended: BaseException = StopIteration()
-    try:
-        for item in source:
-            with queue.changed:
-                queue.changed.wait_for(lambda: queue.stopped or len(queue.items) < queue.depth)
-                if queue.stopped:
-                    break
-                queue.items.append(item)
-                queue.changed.notify_all()
-    except BaseException as error:
-        ended = error
-    with queue.changed:
-        queue.ended = queue.ended or ended
-        queue.changed.notify_all()
-
-
-def _stop(queue: _Queue[T], thread: threading.Thread) -> None:
-    with queue.changed:
-        queue.stopped = True
-        queue.items.clear()
-        queue.ended = StopIteration()
-        queue.changed.notify_all()
-    if thread is not threading.current_thread():
-        thread.join(_STOP_SECONDS)
+def _stop(pool: ThreadPoolExecutor) -> None:
+    with contextlib.suppress(RuntimeError):  # collected by the thread, which cannot join itself
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,19 +176,6 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def check_sizes(rank: int, world_size: int, **sizes: int) -> None:
-    """Refuse what no loader can be built with.
-
-    Raises:
-        UsageError: a size is not positive, or the rank is not one of `world_size`.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise UsageError(f"the loader's {name.replace('_', ' ')} is {size}: give at least 1")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank} is not one of {world_size} ranks")
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

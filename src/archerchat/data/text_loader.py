@@ -16,9 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -30,21 +29,10 @@ from archerchat.data.packing import (
     join_documents,
     split_documents,
 )
-from archerchat.data.prefetch import Batch, PrefetchingLoader, check_sizes, require_same
+from archerchat.data.prefetch import Batch, PrefetchingLoader, require_same
 from archerchat.data.shards import MAKE_DATA, Shard
 from archerchat.errors import DataError
-
-
-class DocumentTokenizer(Protocol):
-    """What the loader needs of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def encode_batch(
-        self, texts: Sequence[str], *, prepend_bos: bool = ..., num_threads: int = ...
-    ) -> list[list[int]]: ...
+from archerchat.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -80,7 +68,7 @@ class _Plan:
     """What the thread needs; it must not refer to the loader, or the loader is never collected."""
 
     shards: tuple[Path, ...]
-    tokenizer: DocumentTokenizer
+    tokenizer: Tokenizer
     num_threads: int
     identity: Mapping[str, Any]
     """What decides which batches are yielded, as JSON; of each shard its name and size."""
@@ -107,7 +95,6 @@ class TextLoader(PrefetchingLoader[TextBatch, _State]):
             the same.
 
     Raises:
-        UsageError: a size is not positive, or the rank is not one of `world_size`.
         DataError: a shard is missing or broken (from the constructor or from `next`), or no
             shard has a row group for each rank.
     """
@@ -115,7 +102,7 @@ class TextLoader(PrefetchingLoader[TextBatch, _State]):
     def __init__(
         self,
         shards: Sequence[Path],
-        tokenizer: DocumentTokenizer,
+        tokenizer: Tokenizer,
         *,
         batch_size: int,
         sequence_length: int,
@@ -134,7 +121,8 @@ class TextLoader(PrefetchingLoader[TextBatch, _State]):
             "buffer_size": buffer_size,
             "tokenizer_batch": tokenizer_batch,
         }
-        check_sizes(rank, world_size, **sizes, prefetch=prefetch, num_threads=num_threads)
+        assert min(*sizes.values(), prefetch, num_threads) >= 1
+        assert 0 <= rank < world_size
         _check_ranks(shards, world_size)
         identity = sizes | {
             "packing": packing,
@@ -172,20 +160,11 @@ class TextLoader(PrefetchingLoader[TextBatch, _State]):
         elif paths.keys() >= set(map(tuple, known)):
             now = {**now, "shards": known}
             plan = replace(plan, shards=tuple(paths[name, size] for name, size in known))
-        saved["shards"], shards = _abridge(saved.get("shards", []), now["shards"])
-        require_same(saved, {**now, "shards": shards})
+        require_same(saved, now)
         self._plan = replace(plan, identity=now)
 
     def _iter_after(self, state: _State) -> Iterator[tuple[TextBatch, _State]]:
         return _iter_batches(self._plan, state)
-
-
-def _abridge(saved: Sequence[Any], current: Sequence[Any]) -> tuple[Any, Any]:
-    """Return what tells two lists of shards apart: their lengths and the first difference."""
-    pairs = [pair for pair in zip_longest(saved, current) if pair[0] != pair[1]]
-    name = f"first of {len(pairs)} that differ"
-    first, second = pairs[0] if pairs else (None, None)
-    return {"number": len(saved), name: first}, {"number": len(current), name: second}
 
 
 def _check_ranks(shards: Sequence[Path], world_size: int) -> None:

