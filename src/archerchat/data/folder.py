@@ -93,13 +93,13 @@ def _iter_jsonl(path: Path) -> Iterator[str]:
             try:
                 text = json.loads(line)[TEXT_COLUMN]
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}): mend that line") from error
+                raise DataError(f"{path}:{number}: not JSON ({error}): fix that line") from error
             except (KeyError, TypeError, IndexError):
                 text = None
             if not isinstance(text, str):
                 raise DataError(
                     f"{path}:{number}: each line must be an object with a string "
-                    f"{TEXT_COLUMN!r}: mend that line"
+                    f"{TEXT_COLUMN!r}: fix that line"
                 )
             yield text
 
