@@ -43,7 +43,7 @@ def test_the_overview_names_every_command(
         assert f"  {name:22} {command.help}\n" in output
 
 
-GROUPS = {"dial": "depth", "telemetry": "push_checkpoints", "options": "val_fraction"}
+GROUPS = {"dial": "depth", "telemetry": "push_checkpoints", "corpus": "val_fraction"}
 """A flag of each group of flags."""
 
 

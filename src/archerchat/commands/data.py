@@ -67,7 +67,7 @@ class DataBuildConfig(Config):
     .parquet, .jsonl (`text` in both), .txt or .md files."""
     name: str | None = None
     """Name of the data. Defaults to `stdlib` or the folder's name."""
-    options: CorpusOptions = field(default_factory=CorpusOptions)
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
     force: bool = False
     """Replace existing data of this name. Runs that read it can then not be resumed."""
 
@@ -143,7 +143,7 @@ def build(config: DataBuildConfig, home: Home) -> None:
             progress.track(groups, description=f"building {directory.name}"),
             directory,
             recipe,
-            config.options,
+            config.corpus,
             input_bytes=sum(file.stat().st_size for file in files),
             force=config.force,
         )

@@ -62,7 +62,7 @@ def test_flags_have_the_documented_names() -> None:
         DataDownloadConfig(source="fineweb-edu", num_shards=3)
     )
     assert parse(DataBuildConfig, "some/folder", "--val-documents", "7") == (
-        DataBuildConfig("some/folder", options=CorpusOptions(val_documents=7))
+        DataBuildConfig("some/folder", corpus=CorpusOptions(val_documents=7))
     )
     assert parse(DataInfoConfig, "--data", "climbmix", "--shards") == (
         DataInfoConfig(data="climbmix", shards=True)
@@ -72,7 +72,7 @@ def test_flags_have_the_documented_names() -> None:
 def test_build_makes_shards_under_the_folders_name_and_prints_them(
     home: Home, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build(DataBuildConfig(str(folder), options=QUARTER), home)
+    build(DataBuildConfig(str(folder), corpus=QUARTER), home)
     train, validation = split_shards(list_shards(home.data_dir("my.texts")))
     assert len(list(iter_documents(train))) == 30
     assert len(list(iter_documents(validation))) == 10
@@ -81,19 +81,19 @@ def test_build_makes_shards_under_the_folders_name_and_prints_them(
     assert cells(output, "validation")[:4] == ["validation", "1", "10", "10"]
 
     shards = {path: path.stat().st_mtime_ns for path in (*train, *validation)}
-    build(DataBuildConfig(str(folder), options=QUARTER), home)
+    build(DataBuildConfig(str(folder), corpus=QUARTER), home)
     assert "is built already: nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
 
 
 def test_build_replaces_other_data_only_when_forced(home: Home, folder: Path) -> None:
-    config = DataBuildConfig(str(folder), options=QUARTER)
+    config = DataBuildConfig(str(folder), corpus=QUARTER)
     build(config, home)
     (folder / "b.txt").write_text("one more")
     before = {path: path.stat().st_mtime_ns for path in home.data_dir("my.texts").iterdir()}
     for change, difference in (
         (config, r"files: \[\['a\.jsonl', \d+, \d+\]\] saved, .*\['b\.txt', 8, \d+\]\] now"),
-        (replace(config, options=replace(QUARTER, seed=1)), r"seed: 0 saved, 1 now"),
+        (replace(config, corpus=replace(QUARTER, seed=1)), r"seed: 0 saved, 1 now"),
     ):
         with pytest.raises(
             UsageError, match=rf"my\.texts was built from other text or .*{difference}"
@@ -137,7 +137,7 @@ def test_the_standard_librarys_corpus_outlives_an_update_of_python(
     )
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
     with pytest.raises(UsageError, match="seed: 0 saved, 1 now"):
-        build(DataBuildConfig("stdlib", options=CorpusOptions(seed=1)), home)
+        build(DataBuildConfig("stdlib", corpus=CorpusOptions(seed=1)), home)
     build(DataBuildConfig("stdlib", force=True), home)
     assert any("Module zero" in text for text in iter_documents(list_shards(directory)))
 
