@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 from archerchat.data.packing import (
+    BestFitPacker,
     Document,
-    PaddingPacker,
     Row,
     join_documents,
     split_documents,
 )
-from archerchat.data.prefetch import Batch, PrefetchingLoader, require_same
+from archerchat.data.prefetch import Batch, Plan, PrefetchingLoader
 from archerchat.errors import DataError, UsageError
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import TaskMixture, TaskSequence
@@ -119,13 +119,9 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What the thread needs; it must not refer to the loader, or the loader is never collected."""
-
+class _Plan(Plan):
     mixture: TaskMixture | TaskSequence
     tokenizer: Tokenizer
-    identity: Mapping[str, Any]
-    """What decides which batches are yielded, as JSON."""
     repeat: bool
 
     @property
@@ -138,7 +134,7 @@ class _Plan:
         return range(self.identity["rank"], len(self.mixture), self.identity["world_size"])
 
 
-class ConversationLoader(PrefetchingLoader[Batch, _State]):
+class ConversationLoader(PrefetchingLoader[_Plan, _State]):
     """Iterate over batches of packed conversations.
 
     The thread starts at the first `next` and stops with `close`.
@@ -188,8 +184,8 @@ class ConversationLoader(PrefetchingLoader[Batch, _State]):
             "rank": rank,
             "world_size": world_size,
         }
-        super().__init__(_State(Counts(), ()), prefetch)
-        self._plan = _Plan(mixture, tokenizer, identity, repeat)
+        plan = _Plan(identity, mixture, tokenizer, repeat)
+        super().__init__(plan, _State(Counts(), ()), prefetch)
 
     @property
     def counts(self) -> Counts:
@@ -220,9 +216,6 @@ class ConversationLoader(PrefetchingLoader[Batch, _State]):
     def _parse(self, state: Mapping[str, Any]) -> _State:
         return _State(Counts(**state["counts"]), split_documents(state))
 
-    def _accept(self, identity: Mapping[str, Any]) -> None:
-        require_same(identity, self._plan.identity)
-
     def _iter_after(self, state: _State) -> Iterator[tuple[Batch, _State]]:
         return _RowSource(self._plan, state).iter_batches()
 
@@ -238,7 +231,7 @@ class _RowSource:
 
     def __init__(self, plan: _Plan, state: _State) -> None:
         self._plan, self._counts = plan, state.counts
-        self._packer = PaddingPacker(plan.row_length, plan.identity["buffer_size"], PADDING)
+        self._packer = BestFitPacker(plan.row_length, plan.identity["buffer_size"], PADDING)
         for document in state.documents:
             self._packer.add(document)
         self._end_id = plan.tokenizer.special_id("<|assistant_end|>")

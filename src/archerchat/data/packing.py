@@ -75,24 +75,28 @@ class Packer(ABC):
 
 
 class BestFitPacker(Packer):
-    """Place the longest buffered document that fits; crop the shortest when none does.
+    """Place the longest buffered document that fits; when none does, fill the row.
 
-    Of documents of equal length the first to arrive is taken. What a crop cuts off is dropped,
-    so no row holds padding and every document in a row starts with BOS.
+    Of documents of equal length the first to arrive is taken. A row is filled by cropping the
+    shortest document (SPEC section 4): what a crop cuts off is dropped, so no row holds padding and
+    every document in a row starts with BOS. With `padding` nothing is cropped (SPEC section 7).
 
     Args:
         row_length: T + 1, since inputs and targets overlap by one token.
         buffer_size: how many documents to choose from, at least.
+        padding: what fills a row instead; every document must then fit an empty row.
     """
 
-    def __init__(self, row_length: int, buffer_size: int) -> None:
+    def __init__(self, row_length: int, buffer_size: int, padding: int | None = None) -> None:
         super().__init__(row_length)
-        self._buffer_size = buffer_size
+        self._buffer_size, self._padding = buffer_size, padding
         self._by_arrival: dict[int, Document] = {}
         self._keys: list[int] = []
         self._arrivals = 0
 
     def add(self, document: Document) -> None:
+        fits = self._padding is None or len(document) <= len(self._row)
+        assert fits, "no row would ever take it"
         insort(self._keys, len(document) << _ARRIVAL_BITS | self._arrivals)
         self._by_arrival[self._arrivals] = document
         self._arrivals += 1
@@ -101,10 +105,16 @@ class BestFitPacker(Packer):
         return len(self._keys) < self._buffer_size
 
     def place(self) -> Row | None:
-        index = self._longest_fitting()
-        if index is None:
-            return self._put(self._pop(0)[: self._space])
-        return self._put(self._pop(index))
+        fitting = bisect_right(self._keys, self._space << _ARRIVAL_BITS | _LAST_ARRIVAL)
+        if fitting > 0:
+            longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
+            return self._put(self._pop(bisect_left(self._keys, longest << _ARRIVAL_BITS)))
+        return self._put(self._pop(0)[: self._space]) if self._padding is None else self.finish()
+
+    def finish(self) -> Row | None:
+        """Pad the open row and return it; None if nothing is in it."""
+        assert self._padding is not None
+        return self._put(np.full(self._space, self._padding)) if self._used else None
 
     def documents(self) -> tuple[Document, ...]:
         assert not self._used
@@ -114,44 +124,8 @@ class BestFitPacker(Packer):
         """Return how many documents are buffered."""
         return len(self._keys)
 
-    def _longest_fitting(self) -> int | None:
-        """Return the place in `_keys` of the document to take; None when none fits."""
-        fitting = bisect_right(self._keys, self._space << _ARRIVAL_BITS | _LAST_ARRIVAL)
-        if fitting == 0:
-            return None
-        longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
-        return bisect_left(self._keys, longest << _ARRIVAL_BITS)
-
     def _pop(self, index: int) -> Document:
         return self._by_arrival.pop(self._keys.pop(index) & _LAST_ARRIVAL)
-
-
-class PaddingPacker(BestFitPacker):
-    """Place the longest buffered document that fits; pad the row when none does (SPEC section 7).
-
-    Nothing is cropped: every document must fit an empty row.
-
-    Args:
-        padding: what fills the rest of a row.
-    """
-
-    def __init__(self, row_length: int, buffer_size: int, padding: int) -> None:
-        super().__init__(row_length, buffer_size)
-        self._padding = padding
-
-    def add(self, document: Document) -> None:
-        assert len(document) <= len(self._row), "no row would ever take it"
-        super().add(document)
-
-    def place(self) -> Row | None:
-        index = self._longest_fitting()
-        return self.finish() if index is None else self._put(self._pop(index))
-
-    def finish(self) -> Row | None:
-        """Pad the open row and return it; None if nothing is in it."""
-        if not self._used:
-            return None
-        return self._put(np.full(self._space, self._padding))
 
 
 class ConcatPacker(Packer):

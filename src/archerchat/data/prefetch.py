@@ -24,7 +24,7 @@ from archerchat.checkpoint import compare_configs
 from archerchat.errors import CheckpointError
 
 T = TypeVar("T")
-BatchT = TypeVar("BatchT")
+PlanT = TypeVar("PlanT", bound="Plan")
 StateT = TypeVar("StateT")
 
 
@@ -90,7 +90,15 @@ class Batch:
         return targets
 
 
-class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
+@dataclass(frozen=True)
+class Plan:
+    """What the thread needs; it must not refer to the loader, or the loader is never collected."""
+
+    identity: Mapping[str, Any]
+    """What decides which batches are yielded, as JSON."""
+
+
+class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
     """Iterate over batches that a thread prepares; a checkpoint holds the state after the last one.
 
     The thread starts at the first `next` and stops with `close`.
@@ -100,21 +108,26 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
         depth: batches prepared ahead.
     """
 
-    def __init__(self, state: StateT, depth: int) -> None:
-        self._state, self._depth = state, depth
-        self._prefetcher: Prefetcher[tuple[BatchT, StateT]] | None = None
+    def __init__(self, plan: PlanT, state: StateT, depth: int) -> None:
+        self._plan, self._state, self._depth = plan, state, depth
+        self._prefetcher: Prefetcher[tuple[Batch, StateT]] | None = None
         self._waited = 0.0
 
     @abstractmethod
-    def _iter_after(self, state: StateT) -> Iterator[tuple[BatchT, StateT]]:
-        """Yield each batch after `state` with the state after it.
-
-        The iterator must not refer to the loader, or the loader is never collected.
-        """
+    def _iter_after(self, state: StateT) -> Iterator[tuple[Batch, StateT]]:
+        """Yield each batch after `state` with the state after it, without referring to `self`."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return what decides the batch after the last one returned: tensors and JSON values."""
+
+    @abstractmethod
+    def _parse(self, state: Mapping[str, Any]) -> StateT:
+        """Read what `state_dict` returned, except for the identity.
+
+        Raises:
+            KeyError, TypeError, ValueError: a part is missing or does not fit the others.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch after the saved one.
@@ -130,30 +143,23 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
                 f"the saved state of the data loader is broken ({error!r}): resume from an "
                 "earlier checkpoint"
             ) from error
-        self._accept(identity)
+        plan, saved = self._reconcile(identity)
+        if differences := compare_configs(saved, plan.identity):
+            raise CheckpointError(
+                f"the data loader cannot resume: {'; '.join(differences)}. Restore the old "
+                "settings or data, or start a new run"
+            )
         self.close()
-        self._state = parsed
+        self._plan, self._state = plan, parsed
 
-    @abstractmethod
-    def _parse(self, state: Mapping[str, Any]) -> StateT:
-        """Read what `state_dict` returned, except for the identity.
-
-        Raises:
-            KeyError, TypeError, ValueError: a part is missing or does not fit the others.
-        """
-
-    @abstractmethod
-    def _accept(self, identity: Mapping[str, Any]) -> None:
-        """Prepare to yield the batches of a saved identity.
-
-        Raises:
-            CheckpointError: this loader cannot.
-        """
+    def _reconcile(self, identity: Mapping[str, Any]) -> tuple[PlanT, Mapping[str, Any]]:
+        """Return the plan to continue with, and the saved identity less what may differ."""
+        return self._plan, identity
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> BatchT:
+    def __next__(self) -> Batch:
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self._iter_after(self._state), self._depth)
         batch, self._state = next(self._prefetcher)
@@ -176,16 +182,3 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def require_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compare the identities of the loader that was saved and of this one.
-
-    Raises:
-        CheckpointError: they differ; the message has both values of what does.
-    """
-    if differences := compare_configs(saved, current):
-        raise CheckpointError(
-            f"the data loader cannot resume: {'; '.join(differences)}. Restore the old settings "
-            "or data, or start a new run"
-        )

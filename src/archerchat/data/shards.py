@@ -98,16 +98,17 @@ class Shard:
         with self._explained():
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
-        if TEXT_COLUMN not in schema.names:
-            self.close()
-            raise DataError(
-                f"{path} has no column {TEXT_COLUMN!r} (it has {', '.join(schema.names) or 'none'})"
-                f": rename the column that holds the documents"
-            )
-        kind = schema.field(TEXT_COLUMN).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            self.close()
+        names = schema.names
+        kind = schema.field(TEXT_COLUMN).type if TEXT_COLUMN in names else None
+        if kind in (pa.string(), pa.large_string()):
+            return
+        self.close()
+        if kind is not None:
             raise DataError(f"{path}: column {TEXT_COLUMN!r} holds {kind}: it must hold strings")
+        raise DataError(
+            f"{path} has no column {TEXT_COLUMN!r} (it has {', '.join(names) or 'none'}): rename "
+            f"the column that holds the documents"
+        )
 
     @property
     def num_row_groups(self) -> int:

@@ -29,7 +29,7 @@ from archerchat.data.packing import (
     join_documents,
     split_documents,
 )
-from archerchat.data.prefetch import Batch, PrefetchingLoader, require_same
+from archerchat.data.prefetch import Batch, Plan, PrefetchingLoader
 from archerchat.data.shards import MAKE_DATA, Shard
 from archerchat.errors import DataError
 from archerchat.tokenizer.bpe import Tokenizer
@@ -48,13 +48,6 @@ class Position:
 
 
 @dataclass(frozen=True, eq=False)
-class TextBatch(Batch):
-    """Hold rows of text, and how far the loader had read when it made them."""
-
-    position: Position
-
-
-@dataclass(frozen=True, eq=False)
 class _State:
     position: Position
     next_document: int
@@ -64,17 +57,15 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What the thread needs; it must not refer to the loader, or the loader is never collected."""
+class _Plan(Plan):
+    """The identity has the name and size of each shard."""
 
     shards: tuple[Path, ...]
     tokenizer: Tokenizer
     num_threads: int
-    identity: Mapping[str, Any]
-    """What decides which batches are yielded, as JSON; of each shard its name and size."""
 
 
-class TextLoader(PrefetchingLoader[TextBatch, _State]):
+class TextLoader(PrefetchingLoader[_Plan, _State]):
     """Iterate over batches of packed tokens, epoch after epoch, without end.
 
     Rank r of W reads row groups r, r + W, ... of each shard. An empty text is a document too:
@@ -131,9 +122,9 @@ class TextLoader(PrefetchingLoader[TextBatch, _State]):
             "tokenizer": tokenizer.fingerprint,
             "shards": _names_and_sizes(shards),
         }
-        super().__init__(_State(Position(0, rank, 1), 0, ()), prefetch)
-        self._given = self._plan = _Plan(tuple(shards), tokenizer, num_threads, identity)
+        self._given = _Plan(identity, tuple(shards), tokenizer, num_threads)
         self._extend = extend
+        super().__init__(self._given, _State(Position(0, rank, 1), 0, ()), prefetch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return `identity`, `position` and `next_document`, as JSON, and the buffered documents:
@@ -149,7 +140,7 @@ class TextLoader(PrefetchingLoader[TextBatch, _State]):
         position, next_document = Position(**state["position"]), int(state["next_document"])
         return _State(position, next_document, split_documents(state))
 
-    def _accept(self, identity: Mapping[str, Any]) -> None:
+    def _reconcile(self, identity: Mapping[str, Any]) -> tuple[_Plan, Mapping[str, Any]]:
         plan, now = self._given, self._given.identity
         saved, known = dict(identity), identity.get("shards", [])
         paths = dict(zip(map(tuple, now["shards"]), plan.shards, strict=True))
@@ -158,12 +149,11 @@ class TextLoader(PrefetchingLoader[TextBatch, _State]):
             if known == now["shards"][: len(known)]:
                 saved["shards"] = now["shards"]
         elif paths.keys() >= set(map(tuple, known)):
-            now = {**now, "shards": known}
-            plan = replace(plan, shards=tuple(paths[name, size] for name, size in known))
-        require_same(saved, now)
-        self._plan = replace(plan, identity=now)
+            shards = tuple(paths[name, size] for name, size in known)
+            plan = replace(plan, identity={**now, "shards": known}, shards=shards)
+        return plan, saved
 
-    def _iter_after(self, state: _State) -> Iterator[tuple[TextBatch, _State]]:
+    def _iter_after(self, state: _State) -> Iterator[tuple[Batch, _State]]:
         return _iter_batches(self._plan, state)
 
 
@@ -194,7 +184,7 @@ def _names_and_sizes(shards: Sequence[Path]) -> list[list[Any]]:
         raise DataError(f"cannot read {error.filename}: {error.strerror}; {MAKE_DATA}") from error
 
 
-def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[TextBatch, _State]]:
+def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[Batch, _State]]:
     """Yield each batch after `state` with the state after it."""
     identity = plan.identity
     packer = build_packer(
@@ -218,7 +208,7 @@ def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[TextBatch, _Stat
         if len(rows) == identity["batch_size"]:
             tokens = np.stack(rows)  # (B, T + 1)
             rows = []
-            batch = TextBatch(np.stack((tokens[:, :-1], tokens[:, 1:])), position)
+            batch = Batch(np.stack((tokens[:, :-1], tokens[:, 1:])))
             yield batch, _State(position, next_document, packer.documents())
 
 

@@ -13,7 +13,6 @@ from archerchat.data.packing import (
     BestFitPacker,
     ConcatPacker,
     Packer,
-    PaddingPacker,
     join_documents,
     split_documents,
 )
@@ -174,7 +173,7 @@ def test_padding_equals_a_scan_over_the_buffer(
     lengths: list[int], row_length: int, buffer_size: int
 ) -> None:
     documents = build_documents(lengths)
-    packer = PaddingPacker(row_length, buffer_size, -7)
+    packer = BestFitPacker(row_length, buffer_size, -7)
     waiting, rows = list(documents), []
     while waiting or len(packer):
         while waiting and packer.needs_documents():
@@ -188,7 +187,7 @@ def test_padding_equals_a_scan_over_the_buffer(
 
 def test_a_document_that_fits_no_row_is_not_buffered() -> None:
     with pytest.raises(AssertionError, match="no row would ever take it"):
-        PaddingPacker(4, 10, -7).add(np.arange(5))
+        BestFitPacker(4, 10, -7).add(np.arange(5))
 
 
 @pytest.mark.parametrize("lengths", [(), (1,), (5, 1, 9)])

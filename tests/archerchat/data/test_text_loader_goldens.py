@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from archerchat.data.prefetch import Batch
 from archerchat.data.shards import iter_documents, list_shards, split_shards
-from archerchat.data.text_loader import Position, TextBatch, TextLoader
+from archerchat.data.text_loader import Position, TextLoader
 from archerchat.tokenizer.bpe import Tokenizer
 
 Goldens = dict[str, Any]
@@ -52,14 +53,19 @@ def tokenizer(golden_tokenizer: Tokenizer) -> CachedTokenizer:
     return CachedTokenizer(golden_tokenizer)
 
 
-def digest(batch: TextBatch) -> str:
+def digest(batch: Batch) -> str:
     return hashlib.sha256(
         batch.inputs.astype("<i8").tobytes() + batch.targets.astype("<i8").tobytes()
     ).hexdigest()
 
 
-def check(batch: TextBatch, golden: Goldens) -> None:
-    position = batch.position
+def position_of(loader: TextLoader) -> Position:
+    """Where the loader was after the last batch that it returned."""
+    return Position(**loader.state_dict()["position"])
+
+
+def check(loader: TextLoader, batch: Batch, golden: Goldens) -> None:
+    position = position_of(loader)
     assert {
         "pq_idx": position.shard,
         "rg_idx": position.row_group,
@@ -95,7 +101,7 @@ def test_every_batch_is_the_references(
     settings = {"batch_size": 4, "sequence_length": 256} | options
     with TextLoader(splits[split], tokenizer, **settings) as loader:  # type: ignore[arg-type]
         for golden in goldens[name]:
-            check(next(loader), golden)
+            check(loader, next(loader), golden)
 
 
 def test_a_long_run_goes_on_into_the_second_epoch(
@@ -107,8 +113,8 @@ def test_a_long_run_goes_on_into_the_second_epoch(
         for index in range(1100):
             batch = next(loader)
             if index in expected:
-                check(batch, expected.pop(index))
-            if first_of_second_epoch is None and batch.position.epoch == 2:
+                check(loader, batch, expected.pop(index))
+            if first_of_second_epoch is None and position_of(loader).epoch == 2:
                 first_of_second_epoch = index
     assert not expected
     golden_first = goldens["train_ws1_B8_long"]["first_batch_index_with_state_epoch_2"]
@@ -121,7 +127,7 @@ def test_resume_loses_nothing_where_the_reference_loses_1041_documents(
     lost = goldens["resume_after_batch_index_29"]["skipped"]
     with TextLoader(splits["train"], tokenizer, batch_size=4, sequence_length=256) as loader:
         for golden in goldens["train_ws1"][:30]:
-            check(next(loader), golden)
+            check(loader, next(loader), golden)
         state = loader.state_dict()
         # What the reference forgets at this point is exactly what our state carries.
         assert len(state["lengths"]) == lost["docs_in_buffer"] == 1041
@@ -129,7 +135,7 @@ def test_resume_loses_nothing_where_the_reference_loses_1041_documents(
     with TextLoader(splits["train"], tokenizer, batch_size=4, sequence_length=256) as resumed:
         resumed.load_state_dict(state)
         for golden in goldens["train_ws1"][30:]:
-            check(next(resumed), golden)
+            check(resumed, next(resumed), golden)
 
 
 @pytest.mark.parametrize("case", range(8))
@@ -146,7 +152,7 @@ def test_best_fit_drops_what_the_reference_drops(
         buffer_size=golden["buffer_size"],
     ) as loader:
         batches = 1
-        while next(loader).position.epoch == 1:
+        while next(loader) and position_of(loader).epoch == 1:
             batches += 1
         state = loader.state_dict()
     # The second epoch has begun with one chunk: all train documents and 128 more were tokenized.
