@@ -275,11 +275,10 @@ def _shard_texts(
 
 
 def _take(documents: Iterable[str], max_chars: int) -> list[str]:
-    taken = []
+    taken, remaining = list[str](), max_chars
     for document in documents:
-        taken.append(document[:max_chars])
-        max_chars -= len(document)
-        if max_chars <= 0:
+        taken.append(document[:remaining])
+        if (remaining := remaining - len(document)) <= 0:
             break
     return taken
 

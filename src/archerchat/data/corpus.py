@@ -120,20 +120,16 @@ def _load_manifest(directory: Path) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((current(directory) / MANIFEST).read_bytes())
         parts = (manifest["recipe"], manifest["options"], manifest["shards"])
-        usable = manifest["format"] == FORMAT and all(isinstance(part, dict) for part in parts)
+        if manifest["format"] == FORMAT and all(isinstance(part, dict) for part in parts):
+            return manifest
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if usable else None
+        pass
+    return None
 
 
 def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
-    try:
-        return all(
-            (current(directory) / name).stat().st_size == size
-            for name, size in manifest["shards"].items()
-        )
-    except OSError:
-        return False
+    files = {current(directory) / name: size for name, size in manifest["shards"].items()}
+    return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
 def _write_corpus(

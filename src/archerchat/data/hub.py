@@ -160,9 +160,8 @@ def download_file(
         return
     with explained_writes(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    stop = stop or threading.Event()
+    retry, stop, failures = retry or RetryPolicy(), stop or threading.Event(), 0
     download = _Download(url, path, check, token, report, stop)
-    retry, failures = retry or RetryPolicy(), 0
     while True:
         most_arrived = download.most_arrived
         try:
