@@ -21,6 +21,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ from archerchat.home import Home, check_name
 FORMAT = 1
 META = "meta.json"
 FLOAT = "$float"
+SHORT_LISTS = 4
+"""Entries of two lists that a message about their difference shows in full."""
 SUFFIX = ".safetensors"
 STEP_NAME = re.compile(rf"(?:step_(\d{{6,}})|\.step_(\d{{6,}}){re.escape(STALE)})")
 
@@ -296,14 +299,27 @@ def _remedy(path: Path) -> str:
 def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return one line for each value that differs, nested ones by their dotted names.
 
-    Both sides are compared as they look after a trip through JSON: a tuple equals a list.
+    Both sides are compared as they look after a trip through JSON: a tuple equals a list. Of long
+    lists, such as those of shards, only the first difference is shown.
     """
     before, now = (dict(_flatten(json.loads(json.dumps(_encode(c))))) for c in (saved, current))
     return [
-        f"{name}: {_shown(before, name)} saved, {_shown(now, name)} now"
+        _difference(name, before, now)
         for name in sorted(before.keys() | now.keys())
         if name not in before or name not in now or before[name] != now[name]
     ]
+
+
+def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    lists = [side[name] for side in (before, now) if isinstance(side.get(name), list)]
+    if len(lists) < 2 or sum(map(len, lists)) <= SHORT_LISTS:
+        return f"{name}: {_shown(before, name)} saved, {_shown(now, name)} now"
+    pairs = [pair for pair in zip_longest(*lists) if pair[0] != pair[1]]
+    first, second = ("none" if entry is None else repr(_decode(entry)) for entry in pairs[0])
+    return (
+        f"{name}: {len(lists[0])} entries saved, {len(lists[1])} now; {len(pairs)} differ, the "
+        f"first: {first} saved, {second} now"
+    )
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

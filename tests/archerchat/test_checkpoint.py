@@ -366,6 +366,20 @@ def test_find_model_takes_the_last_saved_or_names_the_tags(tmp_path: Path) -> No
             find_model(home, "base", tag)
 
 
+def test_compare_configs_shows_the_first_difference_of_long_lists() -> None:
+    shards = [[f"shard_{i:05d}.parquet", i] for i in range(5000)]
+    changed = [*shards[:4000], ["shard_04000.parquet", 1], *shards[4001:]]
+    assert compare_configs({"shards": shards}, {"shards": changed}) == [
+        "shards: 5000 entries saved, 5000 now; 1 differ, the first: ['shard_04000.parquet', 4000] "
+        "saved, ['shard_04000.parquet', 1] now"
+    ]
+    assert compare_configs({"shards": shards}, {"shards": shards[:3]}) == [
+        "shards: 5000 entries saved, 3 now; 4997 differ, the first: ['shard_00003.parquet', 3] "
+        "saved, none now"
+    ]
+    assert compare_configs({"shards": shards}, {"shards": list(shards)}) == []
+
+
 def test_compare_configs_names_each_difference() -> None:
     saved = {"total_batch_size": 524288, "model": {"depth": 4, "pattern": "SSSL"}, "gone": None}
     now = {"total_batch_size": 65536, "model": {"depth": 4, "pattern": "L"}, "horizon": math.inf}

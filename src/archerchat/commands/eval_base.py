@@ -22,8 +22,8 @@ from archerchat.commands.eval_core import evaluate_core
 from archerchat.commands.sample import SampleConfig, print_samples
 from archerchat.config import DeviceConfig, PositiveInt
 from archerchat.console import build_console
-from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import data_directory, list_shards, split_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text_batches
 from archerchat.evals.core.evaluate import CoreOptions
@@ -129,7 +129,7 @@ def _measure_splits(
         train, val = split_shards(list_shards(data_directory(data, home)))
         steps = max(1, config.split_tokens // (rows * length))
         for split in splits:
-            with TokenLoader(
+            with TextLoader(
                 train if split == "train" else val,
                 loaded.tokenizer,
                 batch_size=rows,
@@ -146,7 +146,7 @@ def _measure_splits(
 
 
 def _iter_batches(
-    loader: TokenLoader, runtime: Runtime, steps: int, title: str, console: Console
+    loader: TextLoader, runtime: Runtime, steps: int, title: str, console: Console
 ) -> Iterator[tuple[Tensor, Tensor]]:
     quiet = not console.is_terminal
     for _ in track(range(steps), title, console=console, transient=True, disable=quiet):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from archerchat.data.loader import TokenLoader
+from archerchat.data.text_loader import TextLoader
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.inference.sampling import iter_tokens
 from archerchat.optim.schedule import Schedule
@@ -22,9 +22,9 @@ SAMPLE_TOKENS = 24
 class BaseRecipe(ModelRecipe):
     """Feed the loop with text, and measure the model on other text."""
 
-    loader: TokenLoader
+    loader: TextLoader
     schedule: Schedule
-    open_validation: Callable[[], TokenLoader]
+    open_validation: Callable[[], TextLoader]
     """Start over on the validation shard."""
     eval_steps: int
     """Batches of an evaluation, unless the validation text ends before."""
@@ -56,7 +56,7 @@ class BaseRecipe(ModelRecipe):
             texts[prompt] = prompt + self.tokenizer.decode(list(ids))
         return texts
 
-    def _iter_batches(self, loader: TokenLoader, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _iter_batches(self, loader: TextLoader, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `count` batches, or as many as hold the validation text once."""
         sizes, seen = self.tokenizer.token_bytes, 0
         for index in range(count):

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint
 from archerchat.console import build_console
-from archerchat.data.conversations import describe_mixture
+from archerchat.data.conversation_loader import describe_mixture
 from archerchat.data.task_files import task_files
 from archerchat.distributed import require_one_rank
 from archerchat.errors import UsageError, require_positive

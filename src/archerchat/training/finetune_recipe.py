@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from archerchat.data.conversations import ConversationLoader
+from archerchat.data.conversation_loader import ConversationLoader
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
 from archerchat.inference.sampling import iter_tokens
 from archerchat.tokenizer.chat_format import render_for_completion
@@ -77,10 +77,9 @@ class FinetuneRecipe(ModelRecipe):
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return what became of the conversations so far."""
-        state = self.loader.state()
-        counts = state.counts
+        counts = self.loader.counts
         return {
-            "data/conversations": state.consumed,
+            "data/conversations": self.loader.consumed,
             "data/progress": self.loader.progress,
             "data/cut": counts.cut,
             "data/dropped": counts.dropped,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from archerchat.checkpoint import load_checkpoint
-from archerchat.data.conversations import ConversationLoader, render_whole
+from archerchat.data.conversation_loader import ConversationLoader, render_whole
 from archerchat.dial import DialConfig, LearningRates, build_hyperparameters, grad_accum_steps
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import sha256_file

@@ -44,16 +44,15 @@ def _names(mixture: TaskMixture) -> str:
 
 def tell_conversations(console: Console, recipe: FinetuneRecipe) -> None:
     """Print what became of the conversations."""
-    state = recipe.loader.state()
-    counts = state.counts
+    counts, consumed = recipe.loader.counts, recipe.loader.consumed
     if not counts.targets:
         return
-    more = state.consumed - recipe.loader.share
+    more = consumed - recipe.loader.share
     used = f"{100 * recipe.loader.progress:.1f} % of the mixture"
     if more >= 0:
         used = "all of the mixture" + (f", and {more:,} again to fill the last step" * (more > 0))
     console.print(
-        f"conversations: {state.consumed:,} used ({used}), {counts.cut:,} cut to a row, "
+        f"conversations: {consumed:,} used ({used}), {counts.cut:,} cut to a row, "
         f"{counts.dropped:,} dropped; {100 * counts.padding_share:.1f} % of the positions are "
         f"padding, {100 * counts.trained_share:.1f} % are learned from"
     )

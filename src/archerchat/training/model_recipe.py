@@ -86,17 +86,18 @@ class ModelRecipe(Recipe):
 
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None:
         """Write all that `restore` needs, and prune older checkpoints."""
-        loader_json, loader_arrays = self.loader.state().to_parts()
+        loader = self.loader.state_dict()
+        tensors = {name: value for name, value in loader.items() if isinstance(value, Tensor)}
         sections = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state,
-            "loader": {name: torch.from_numpy(a) for name, a in loader_arrays.items()},
+            "loader": tensors,
             "rng": rng_tensors(),
         }
         progress = {
             "loop": asdict(state),
             "optimizer_steps": self.optimizer.steps_taken,
-            "loader": loader_json,
+            "loader": {name: value for name, value in loader.items() if name not in tensors},
             "scaler": dict(scaler),
         }
         save_checkpoint(
@@ -118,7 +119,7 @@ class ModelRecipe(Recipe):
         try:
             self.model.load_state_dict(tensors["model"])
             self.optimizer.load_state(tensors["optimizer"], meta["optimizer_steps"])
-            restore_loader(self.loader, checkpoint, extend)
+            restore_loader(self.loader, checkpoint)
             restore_rng(tensors["rng"])
             return LoopState(**meta["loop"]), dict(meta["scaler"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:

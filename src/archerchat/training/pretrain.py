@@ -18,9 +18,9 @@ from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint
 from archerchat.console import build_console
-from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.distributed import require_one_rank
 from archerchat.errors import UsageError, require_positive, require_seed
@@ -223,13 +223,14 @@ def build_recipe(
     model.to(runtime.device)
     groups = build_groups(model, hp.learning_rates)
 
-    def open_loader(shards: list[Path]) -> TokenLoader:
-        return TokenLoader(
+    def open_loader(shards: list[Path]) -> TextLoader:
+        return TextLoader(
             shards,
             tokenizer,
             batch_size=config.device_batch_size,
             sequence_length=dial.max_seq_len,
             packing=config.packing,
+            extend=config.extend,
         )
 
     return BaseRecipe(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from archerchat.checkpoint import (
@@ -150,29 +149,21 @@ def changed_circumstances(saved: Mapping[str, Any], current: Mapping[str, Any]) 
     )
 
 
-class LoaderState(Protocol):
-    """Everything that decides a loader's next batch."""
-
-    def to_parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]: ...
-    def from_parts(self, value: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Any: ...
-
-
 class Loader(Protocol):
     """What a checkpoint needs of a loader."""
 
-    def state(self) -> LoaderState: ...
-    def restore(self, state: Any, *, extend: bool) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
-def restore_loader(loader: Loader, checkpoint: Checkpoint, extend: bool) -> None:
+def restore_loader(loader: Loader, checkpoint: Checkpoint) -> None:
     """Set the loader to the batch that follows the checkpoint.
 
     Raises:
         CheckpointError: the data or the packing are not those of the run.
     """
-    arrays = {name: tensor.numpy() for name, tensor in checkpoint.tensors["loader"].items()}
-    loader.restore(loader.state().from_parts(checkpoint.meta["loader"], arrays), extend=extend)
+    loader.load_state_dict({**checkpoint.meta["loader"], **checkpoint.tensors["loader"]})
 
 
 def rng_tensors() -> dict[str, Tensor]:

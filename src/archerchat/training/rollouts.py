@@ -20,6 +20,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from archerchat.errors import CheckpointError
@@ -160,33 +161,6 @@ def _pad(rows: Sequence[Rollout], padding: int, scale: float) -> RolloutBatch:
     return RolloutBatch(inputs, targets, advantages, scale)
 
 
-@dataclass(frozen=True)
-class RolloutState:
-    """All that decides a loader's next batch."""
-
-    steps: int
-    """Rolled out and used up."""
-    identity: Mapping[str, Any]
-
-    def to_parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return the state as JSON and arrays."""
-        return {"identity": dict(self.identity)}, {"steps": np.array([self.steps])}
-
-    @classmethod
-    def from_parts(
-        cls, value: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> RolloutState:
-        """Undo `to_parts`.
-
-        Raises:
-            CheckpointError: it is not what `to_parts` returns.
-        """
-        try:
-            return cls(int(arrays["steps"][0]), dict(value["identity"]))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the state of the rollouts cannot be read: {error!r}") from error
-
-
 class RolloutLoader:
     """Roll out with the engine's model as it is at the first batch of each step.
 
@@ -272,23 +246,27 @@ class RolloutLoader:
             "rollout/seconds": self._seconds,
         }
 
-    def state(self) -> RolloutState:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state between two steps."""
         assert not self._waiting, "a step's batches are used up together"
-        return RolloutState(self._steps, self._identity())
+        return {"identity": self._identity(), "steps": torch.tensor([self._steps])}
 
-    def restore(self, state: RolloutState, *, extend: bool) -> None:
-        """Go on after `state`.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after a saved state.
 
         Raises:
-            CheckpointError: other questions were asked, or otherwise.
+            CheckpointError: other questions were asked, or with other settings.
         """
-        if dict(state.identity) != self._identity():
+        try:
+            steps, identity = int(state["steps"][0]), dict(state["identity"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the state of the rollouts cannot be read: {error!r}") from error
+        if identity != self._identity():
             raise CheckpointError(
-                f"the checkpoint's rollouts are of {dict(state.identity)}, not of "
+                f"the checkpoint's rollouts are of {identity}, not of "
                 f"{self._identity()}: choose another --output-tag for a new run"
             )
-        self._steps = state.steps
+        self._steps = steps
         self._waiting.clear()
 
     def close(self) -> None:

@@ -129,7 +129,7 @@ class Pieces(io.StringIO):
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[str]]:
     """Print a sample of a model that says certain bytes; return what was written, in pieces."""
-    tokenizer = Tokenizer.from_ranks({bytes([value]): value for value in range(256)})
+    tokenizer = Tokenizer({bytes([value]): value for value in range(256)})
     loaded = LoadedModel(cast(Transformer, None), tokenizer, Path("step_000001"), 1, {})
 
     def write(said: bytes) -> list[str]:

@@ -76,7 +76,7 @@ def merging_tokenizer() -> Tokenizer:
     """One that joins whatever whitespace and punctuation stands together."""
     merged = (b"\n\n", b"\n\n\n", b" \n", b"  ", b".\n", b".\n\n", b" a", b"ab", b"\r\n", b"\t\n")
     ranks = {bytes([i]): i for i in range(256)}
-    return Tokenizer.from_ranks(ranks | {token: 256 + i for i, token in enumerate(merged)})
+    return Tokenizer(ranks | {token: 256 + i for i, token in enumerate(merged)})
 
 
 @pytest.fixture(scope="session")

@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import list_shards, split_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.errors import DataError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text, iter_text_batches
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import token_losses
 from archerchat.model.transformer import Transformer
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -68,12 +67,12 @@ def test_no_gradient_is_kept() -> None:
 def measure(oracle_dir: Path) -> Callable[..., float]:
     """Measure a model on batches of the golden corpus, as `bpb_goldens.json` names them."""
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    tokenizer = Tokenizer.from_ranks(ranks)
+    tokenizer = Tokenizer(ranks)
     train, val = split_shards(list_shards(oracle_dir / "corpus"))
 
     def bits(model: Transformer, golden: str) -> float:
         split, rows, length, steps, *masked = golden.split("_", 4)
-        loader = TokenLoader(
+        loader = TextLoader(
             val if split == "val" else train,
             tokenizer,
             batch_size=int(rows.removeprefix("B")),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from archerchat.data.download import RetryPolicy
+from archerchat.data.hub import RetryPolicy
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.download import check_archive, find_bundle

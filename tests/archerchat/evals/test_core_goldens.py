@@ -21,8 +21,7 @@ from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 TIE = 1e-5
 LABELS = (
@@ -46,7 +45,7 @@ def goldens(oracle_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer(oracle_dir: Path) -> Tokenizer:
-    return Tokenizer.from_ranks(load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken"))
+    return Tokenizer(load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken"))
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_language_modelling_strips_as_the_whole_text_does(
 
 def test_another_split_pattern_is_not_cut(small_tokenizer: Tokenizer) -> None:
     ranks = {bytes([i]): i for i in range(256)} | {b"\n\n": 256, b"\n\nn": 257}
-    whole = Tokenizer.from_ranks(ranks, pattern=r"[\s\S]+")
+    whole = Tokenizer(ranks, pattern=r"[\s\S]+")
     examples = [Example(("a",), ("b", "c"), 0), Example(("n",), ("x", "y"), 0)]
     prompter = Prompter(make_task("multiple_choice", 1), examples, whole)
     assert 257 in prompter.prompts(1)[0].token_ids.tolist()

@@ -16,7 +16,7 @@ from archerchat.tokenizer.bpe import Tokenizer
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_ranks({bytes([value]): value for value in range(256)})
+    return Tokenizer({bytes([value]): value for value in range(256)})
 
 
 Say = Callable[..., list[str]]

@@ -23,8 +23,7 @@ from archerchat.home import Home
 from archerchat.optim.schedule import build_schedule
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import build_runtime
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Loop
 from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
@@ -120,7 +119,7 @@ def test_the_reference_curve_from_trained_weights(
         recipe.sample = lambda step: {}  # type: ignore[method-assign]
 
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    recorder = run_loop(config, Tokenizer.from_ranks(ranks), Home(tmp_path), prepare)
+    recorder = run_loop(config, Tokenizer(ranks), Home(tmp_path), prepare)
     losses = [*recorder.series["train/last_micro_batch_loss"].values()]
     assert losses == pytest.approx(golden["loss"], abs=2e-5)
     expected = {entry["step"]: entry["val_bpb"] for entry in golden["val"]}

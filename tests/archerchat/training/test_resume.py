@@ -14,8 +14,8 @@ from archerchat.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import list_shards, split_shards, write_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.errors import CheckpointError
 from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
@@ -172,23 +172,23 @@ def test_rows_go_on_where_they_were_when_the_micro_batch_changes(tiny_home: Any)
     tokenizer = Tokenizer.load(tiny_home.tokenizer_dir("tiny"))
     shards, _ = split_shards(list_shards(tiny_home.data_dir("tiny")))
 
-    def open_loader(rows: int) -> TokenLoader:
-        return TokenLoader(shards, tokenizer, batch_size=rows, sequence_length=64)
+    def open_loader(rows: int, extend: bool = False) -> TextLoader:
+        return TextLoader(shards, tokenizer, batch_size=rows, sequence_length=64, extend=extend)
 
-    with open_loader(4) as loader, open_loader(2) as other:
+    with open_loader(4) as loader, open_loader(2) as other, open_loader(2, True) as extended:
         for _ in range(3):
             next(loader)
-        value, arrays = loader.state().to_parts()
+        state = loader.state_dict()
         path = save_checkpoint(
             tiny_home.root / "saved",
             3,
-            {"loader": {name: torch.from_numpy(array) for name, array in arrays.items()}},
-            {"loader": value},
+            {"loader": {name: state.pop(name) for name in ("tokens", "lengths")}},
+            {"loader": state},
         )
-        with pytest.raises(CheckpointError, match="batch_size was 4 and is 2"):
-            restore_loader(other, load_checkpoint(path), extend=False)
-        restore_loader(other, load_checkpoint(path), extend=True)
-        halves = [torch.from_numpy(next(other).inputs) for _ in range(2)]
+        with pytest.raises(CheckpointError, match="batch_size: 4 saved, 2 now"):
+            restore_loader(other, load_checkpoint(path))
+        restore_loader(extended, load_checkpoint(path))
+        halves = [torch.from_numpy(next(extended).inputs) for _ in range(2)]
         assert torch.equal(torch.cat(halves), torch.from_numpy(next(loader).inputs))
 
 

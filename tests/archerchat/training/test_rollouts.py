@@ -18,7 +18,6 @@ from archerchat.training.rollouts import (
     Rollout,
     RolloutLoader,
     RolloutSettings,
-    RolloutState,
     build_batches,
     build_rollout,
     group_advantages,
@@ -163,10 +162,10 @@ def test_batches_are_those_of_an_uninterrupted_loader(
     resumed = RolloutLoader(loader.engine, loader.tokenizer, loader.task, SETTINGS)
     for _ in range(size):
         next(resumed)
-    value, arrays = resumed.state().to_parts()
+    state = resumed.state_dict()
     resumed.close()
     fresh = RolloutLoader(loader.engine, loader.tokenizer, loader.task, SETTINGS)
-    fresh.restore(RolloutState.from_parts(value, arrays), extend=False)
+    fresh.load_state_dict(state)
     for expected in batches[size:]:
         found = next(fresh)
         assert np.array_equal(found.inputs, expected.inputs)
@@ -176,12 +175,12 @@ def test_batches_are_those_of_an_uninterrupted_loader(
 
 
 def test_rollouts_of_something_else_are_not_gone_on_with(loader: RolloutLoader) -> None:
-    state = loader.state()
+    state = loader.state_dict()
     other = RolloutLoader(loader.engine, loader.tokenizer, ArithmeticTask("train", 9), SETTINGS)
     with pytest.raises(CheckpointError, match="rollouts are of"):
-        other.restore(state, extend=False)
+        other.load_state_dict(state)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        RolloutState.from_parts({}, {})
+        other.load_state_dict({})
 
 
 def test_metrics_of_a_step(loader: RolloutLoader) -> None:

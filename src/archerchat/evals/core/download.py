@@ -13,7 +13,7 @@ import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from archerchat.data.download import Notify, RetryPolicy, download_file
+from archerchat.data.hub import Notify, RetryPolicy, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.evals import offline_tasks
 from archerchat.evals.core.bundle import TASK_LIST, load_bundle

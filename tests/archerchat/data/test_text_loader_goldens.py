@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from archerchat.data.loader import Batch, Position, TokenLoader
+from archerchat.data.prefetch import Batch
 from archerchat.data.shards import iter_documents, list_shards, split_shards
+from archerchat.data.text_loader import Position, TextLoader
 from archerchat.tokenizer.bpe import Tokenizer
 
 Goldens = dict[str, Any]
@@ -58,8 +59,13 @@ def digest(batch: Batch) -> str:
     ).hexdigest()
 
 
-def check(batch: Batch, golden: Goldens) -> None:
-    position = batch.position
+def position_of(loader: TextLoader) -> Position:
+    """Where the loader was after the last batch that it returned."""
+    return Position(**loader.state_dict()["position"])
+
+
+def check(loader: TextLoader, batch: Batch, golden: Goldens) -> None:
+    position = position_of(loader)
     assert {
         "pq_idx": position.shard,
         "rg_idx": position.row_group,
@@ -93,9 +99,9 @@ def test_every_batch_is_the_references(
     tokenizer: CachedTokenizer,
 ) -> None:
     settings = {"batch_size": 4, "sequence_length": 256} | options
-    with TokenLoader(splits[split], tokenizer, **settings) as loader:  # type: ignore[arg-type]
+    with TextLoader(splits[split], tokenizer, **settings) as loader:  # type: ignore[arg-type]
         for golden in goldens[name]:
-            check(next(loader), golden)
+            check(loader, next(loader), golden)
 
 
 def test_a_long_run_goes_on_into_the_second_epoch(
@@ -103,12 +109,12 @@ def test_a_long_run_goes_on_into_the_second_epoch(
 ) -> None:
     expected = {golden["index"]: golden for golden in goldens["train_ws1_B8_long"]["batches"]}
     first_of_second_epoch = None
-    with TokenLoader(splits["train"], tokenizer, batch_size=8, sequence_length=256) as loader:
+    with TextLoader(splits["train"], tokenizer, batch_size=8, sequence_length=256) as loader:
         for index in range(1100):
             batch = next(loader)
             if index in expected:
-                check(batch, expected.pop(index))
-            if first_of_second_epoch is None and batch.position.epoch == 2:
+                check(loader, batch, expected.pop(index))
+            if first_of_second_epoch is None and position_of(loader).epoch == 2:
                 first_of_second_epoch = index
     assert not expected
     golden_first = goldens["train_ws1_B8_long"]["first_batch_index_with_state_epoch_2"]
@@ -119,17 +125,17 @@ def test_resume_loses_nothing_where_the_reference_loses_1041_documents(
     goldens: Goldens, splits: dict[str, list[Path]], tokenizer: CachedTokenizer
 ) -> None:
     lost = goldens["resume_after_batch_index_29"]["skipped"]
-    with TokenLoader(splits["train"], tokenizer, batch_size=4, sequence_length=256) as loader:
+    with TextLoader(splits["train"], tokenizer, batch_size=4, sequence_length=256) as loader:
         for golden in goldens["train_ws1"][:30]:
-            check(next(loader), golden)
-        state = loader.state()
+            check(loader, next(loader), golden)
+        state = loader.state_dict()
         # What the reference forgets at this point is exactly what our state carries.
-        assert len(state.documents) == lost["docs_in_buffer"] == 1041
-        assert sum(map(len, state.documents)) == lost["tokens_in_buffer"]
-    with TokenLoader(splits["train"], tokenizer, batch_size=4, sequence_length=256) as resumed:
-        resumed.restore(state)
+        assert len(state["lengths"]) == lost["docs_in_buffer"] == 1041
+        assert len(state["tokens"]) == lost["tokens_in_buffer"]
+    with TextLoader(splits["train"], tokenizer, batch_size=4, sequence_length=256) as resumed:
+        resumed.load_state_dict(state)
         for golden in goldens["train_ws1"][30:]:
-            check(next(resumed), golden)
+            check(resumed, next(resumed), golden)
 
 
 @pytest.mark.parametrize("case", range(8))
@@ -138,7 +144,7 @@ def test_best_fit_drops_what_the_reference_drops(
 ) -> None:
     golden = goldens["cropping_waste"][case]
     batch_size, length = golden["B"], golden["T"]
-    with TokenLoader(
+    with TextLoader(
         splits["train"],
         tokenizer,
         batch_size=batch_size,
@@ -146,14 +152,14 @@ def test_best_fit_drops_what_the_reference_drops(
         buffer_size=golden["buffer_size"],
     ) as loader:
         batches = 1
-        while next(loader).position.epoch == 1:
+        while next(loader) and position_of(loader).epoch == 1:
             batches += 1
-        state = loader.state()
+        state = loader.state_dict()
     # The second epoch has begun with one chunk: all train documents and 128 more were tokenized.
-    assert (state.position, state.next_document) == (Position(0, 0, 2), 128)
+    assert (Position(**state["position"]), state["next_document"]) == (Position(0, 0, 2), 128)
     lengths = [len(tokenizer.encode(text)) for text in iter_documents(splits["train"])]
     tokenized = sum(lengths) + sum(lengths[:128])
-    buffered = sum(map(len, state.documents))
+    buffered = len(state["tokens"])
     rows = batches * batch_size * (length + 1)
     assert {
         "T": length,
@@ -162,7 +168,7 @@ def test_best_fit_drops_what_the_reference_drops(
         "batches_until_first_epoch_2": batches,
         "tokens_tokenized": tokenized,
         "tokens_left_in_buffer": buffered,
-        "docs_in_buffer": len(state.documents),
+        "docs_in_buffer": len(state["lengths"]),
         "tokens_in_rows": rows,
         "dropped_fraction": 1 - rows / (tokenized - buffered),
     } == golden
@@ -175,7 +181,7 @@ def test_concat_yields_every_token_of_an_epoch_in_order(
         token for text in iter_documents(splits["val"]) for token in tokenizer.encode(text)[1:]
     ]
     seen: list[int] = []
-    with TokenLoader(
+    with TextLoader(
         splits["val"], tokenizer, batch_size=4, sequence_length=256, packing="concat"
     ) as loader:
         for batch in loader:

@@ -1,9 +1,10 @@
 """Turn conversations into rows for fine-tuning, ahead of the step (SPEC section 7).
 
 A background thread renders the conversations of a mixture and packs them whole: the longest of
-100 that still fits, and padding when none does. One that is longer than a row is cut to it, at the
-end of an answer where one fits, so that none stays in the buffer for ever; one that leaves nothing
-to learn is dropped. Every row therefore begins with a conversation and has a token to learn.
+100 that still fits, and padding when none does. Conversations longer than a row are truncated,
+after a complete answer if one fits, so that none stays in the buffer for ever. Conversations
+without a token to learn are dropped. Every row therefore begins with a conversation and has a token
+to learn.
 
 While it is packed, a conversation is one int32 array: a token to learn is its id, any other is
 `~id`. Rank r of W takes conversations r, r + W, ... A pass ends with its last row, padded; what
@@ -15,19 +16,23 @@ follows is the next pass.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from archerchat.checkpoint import compare_configs
-from archerchat.data.conversation_state import ConversationState, Counts
-from archerchat.data.packing import Document, PaddingPacker, Row
-from archerchat.data.prefetch import PrefetchingLoader, check_sizes
-from archerchat.errors import CheckpointError, DataError, UsageError
+from archerchat.data.packing import (
+    BestFitPacker,
+    Document,
+    Row,
+    join_documents,
+    split_documents,
+)
+from archerchat.data.prefetch import Batch, Plan, PrefetchingLoader
+from archerchat.errors import DataError, UsageError
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import TaskMixture
 from archerchat.tokenizer.bpe import Tokenizer
@@ -39,14 +44,31 @@ BUFFER_SIZE = 100
 """Conversations to choose from."""
 
 
-@dataclass(frozen=True, eq=False)
-class ConversationBatch:
-    """Hold B rows of T tokens and what to predict, -1 where there is nothing to learn."""
+@dataclass(frozen=True)
+class Counts:
+    """What became of a rank's conversations, over all passes, up to a batch."""
 
-    inputs: NDArray[np.int64]
-    """(B, T)"""
-    targets: NDArray[np.int64]
-    """(B, T)"""
+    read: int = 0
+    cut: int = 0
+    """Conversations longer than a row, which were truncated."""
+    dropped: int = 0
+    """Conversations without a token to learn, or with none in what fits a row."""
+    targets: int = 0
+    """Positions in all rows, T per row."""
+    padding: int = 0
+    """Positions that only fill a row."""
+    trained: int = 0
+    """Positions that are learned from."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the positions that only fill rows; NaN before the first batch."""
+        return self.padding / self.targets if self.targets else math.nan
+
+    @property
+    def trained_share(self) -> float:
+        """Share of the positions that are learned from; NaN before the first batch."""
+        return self.trained / self.targets if self.targets else math.nan
 
 
 def render_whole(
@@ -67,15 +89,15 @@ def render_whole(
 def fit_conversation(
     ids: Sequence[int], mask: Sequence[int], row_length: int, end_id: int
 ) -> tuple[Document | None, bool]:
-    """Cut a rendered conversation to a row, and write it as the packer takes it.
+    """Truncate a rendered conversation to a row, and encode it for the packer.
 
     Args:
         ids, mask: from `render_conversation`.
         row_length: T + 1.
-        end_id: `<|assistant_end|>`, behind which to cut if one fits.
+        end_id: `<|assistant_end|>`, after which to truncate if one fits.
 
     Returns:
-        The document, None if it leaves nothing to learn; and whether it was cut.
+        The document, None if nothing to learn is left; and whether it was truncated.
     """
     tokens, learned = np.asarray(ids, np.int32), np.asarray(mask, bool)
     cut = len(tokens) > row_length
@@ -88,52 +110,46 @@ def fit_conversation(
     return np.where(learned, tokens, ~tokens), cut
 
 
-def split_rows(rows: NDArray[np.int64], bos_id: int) -> ConversationBatch:
-    """Turn rows (B, T + 1) as the packer makes them into inputs and targets."""
-    ids = np.where(rows >= 0, rows, np.where(rows == PADDING, bos_id, ~rows))
-    targets = np.where(rows >= 0, rows, IGNORED)
-    return ConversationBatch(
-        np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(targets[:, 1:])
-    )
+@dataclass(frozen=True, eq=False)
+class _State:
+    counts: Counts
+    """Those of the batches so far; `read` is also the position."""
+    documents: tuple[Document, ...]
+    """What the packer has buffered, in its order."""
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What the thread needs; it must not refer to the loader, or that is never collected."""
-
+class _Plan(Plan):
     mixture: TaskMixture
     tokenizer: Tokenizer
-    identity: Mapping[str, Any]
-    batch_size: int
-    row_length: int
-    buffer_size: int
-    rank: int
-    world_size: int
     repeat: bool
 
     @property
-    def share(self) -> int:
-        """Conversations of this rank in a pass."""
-        return len(range(self.rank, len(self.mixture), self.world_size))
+    def row_length(self) -> int:
+        return int(self.identity["sequence_length"]) + 1
+
+    @property
+    def indices(self) -> range:
+        """This rank's conversations of a pass."""
+        return range(self.identity["rank"], len(self.mixture), self.identity["world_size"])
 
 
-class ConversationLoader(PrefetchingLoader[ConversationBatch, ConversationState]):
+class ConversationLoader(PrefetchingLoader[_Plan, _State]):
     """Iterate over batches of packed conversations.
 
     The thread starts at the first `next` and stops with `close`.
 
     Args:
         mixture: what to read, in its order.
-        batch_size: rows in a batch, B.
-        sequence_length: tokens in a row, T.
+        batch_size: rows per batch, B.
+        sequence_length: tokens per row, T.
         buffer_size: conversations to choose from.
         prefetch: batches prepared ahead.
-        repeat: begin again after a pass, even inside a batch; otherwise the last batch is filled
+        repeat: begin again after a pass, even inside a batch. If false, the last batch is filled
             with rows of nothing but padding, and no other follows.
 
     Raises:
-        UsageError: a size is not positive, the rank is not one of `world_size`, or there are
-            fewer conversations than ranks.
+        UsageError: there are fewer conversations than ranks.
         DataError: a conversation is malformed (from `next`), or none has a token to learn.
     """
 
@@ -151,68 +167,57 @@ class ConversationLoader(PrefetchingLoader[ConversationBatch, ConversationState]
         repeat: bool = True,
     ) -> None:
         sizes = {
-            "batch size": batch_size,
-            "sequence length": sequence_length,
-            "buffer size": buffer_size,
-            "prefetch depth": prefetch,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "buffer_size": buffer_size,
         }
-        check_sizes(sizes, rank, world_size)
+        assert min(*sizes.values(), prefetch) >= 1
+        assert 0 <= rank < world_size
         if len(mixture) < world_size:
             raise UsageError(
                 f"{len(mixture)} conversations cannot be shared by {world_size} ranks: use fewer "
                 "ranks or more conversations"
             )
-        identity = {
+        identity = sizes | {
             "mixture": describe_mixture(mixture),
             "tokenizer": tokenizer.fingerprint,
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
-            "buffer_size": buffer_size,
             "rank": rank,
             "world_size": world_size,
         }
-        super().__init__(ConversationState(identity, Counts(), ()), prefetch)
-        self._plan = _Plan(
-            mixture,
-            tokenizer,
-            identity,
-            batch_size,
-            sequence_length + 1,
-            buffer_size,
-            rank,
-            world_size,
-            repeat,
-        )
+        plan = _Plan(identity, mixture, tokenizer, repeat)
+        super().__init__(plan, _State(Counts(), ()), prefetch)
 
-    def _iter_after(
-        self, state: ConversationState
-    ) -> Iterator[tuple[ConversationBatch, ConversationState]]:
-        return _iter_batches(self._plan, state)
+    @property
+    def counts(self) -> Counts:
+        """What became of the conversations up to the last batch returned."""
+        return self._state.counts
+
+    @property
+    def consumed(self) -> int:
+        """How many conversations are in the rows returned, or dropped."""
+        return self.counts.read - len(self._state.documents)
 
     @property
     def share(self) -> int:
         """How many conversations a pass has for this rank."""
-        return self._plan.share
+        return len(self._plan.indices)
 
     @property
     def progress(self) -> float:
         """Share of the pass's conversations that are used so far; 1 or more after a pass."""
-        return self._state.consumed / self.share
+        return self.consumed / self.share
 
-    def restore(self, state: ConversationState, *, extend: bool = False) -> None:
-        """Go on from `state`: the next batch is the one that followed it.
+    def state_dict(self) -> dict[str, Any]:
+        """Return `identity` and `counts`, as JSON, and the buffered conversations: `tokens`, end
+        to end (int32), and their `lengths` (int64)."""
+        documents = join_documents(self._state.documents, np.int32)
+        return {"identity": dict(self._plan.identity), "counts": asdict(self.counts), **documents}
 
-        Raises:
-            CheckpointError: this loader would not yield the same batches, and why.
-        """
-        assert not extend, "a pass over a mixture has nothing to extend"
-        if differences := compare_configs(state.identity, self._plan.identity):
-            raise CheckpointError(
-                f"the conversations cannot be resumed: {'; '.join(differences)}. Restore the old "
-                f"setting or data, or start a new run"
-            )
-        self.close()
-        self._state = state
+    def _parse(self, state: Mapping[str, Any]) -> _State:
+        return _State(Counts(**state["counts"]), split_documents(state))
+
+    def _iter_after(self, state: _State) -> Iterator[tuple[Batch, _State]]:
+        return _RowSource(self._plan, state).iter_batches()
 
 
 def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
@@ -221,50 +226,47 @@ def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
     return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}
 
 
-def _iter_batches(
-    plan: _Plan, state: ConversationState
-) -> Iterator[tuple[ConversationBatch, ConversationState]]:
-    """Yield each batch after `state` with the state after it."""
-    source = _RowSource(plan, state)
-    pending: list[Row] = []
-    for row in source.iter_rows():
-        pending.append(row)
-        if len(pending) == plan.batch_size:
-            yield source.batch(pending), source.state()
-            pending = []
-    if pending:
-        empty = np.full(plan.row_length, PADDING, np.int64)
-        yield source.batch(pending + [empty] * (plan.batch_size - len(pending))), source.state()
-
-
 class _RowSource:
     """Read, render and pack, counting what happens."""
 
-    def __init__(self, plan: _Plan, state: ConversationState) -> None:
+    def __init__(self, plan: _Plan, state: _State) -> None:
         self._plan, self._counts = plan, state.counts
-        self._packer = PaddingPacker(plan.row_length, plan.buffer_size, PADDING)
+        self._packer = BestFitPacker(plan.row_length, plan.identity["buffer_size"], PADDING)
         for document in state.documents:
             self._packer.add(document)
         self._end_id = plan.tokenizer.special_id("<|assistant_end|>")
 
-    def state(self) -> ConversationState:
-        return ConversationState(self._plan.identity, self._counts, self._packer.documents())
+    def iter_batches(self) -> Iterator[tuple[Batch, _State]]:
+        """Yield batches, each with the state after it."""
+        size, pending = self._plan.identity["batch_size"], list[Row]()
+        for row in self.iter_rows():
+            pending.append(row)
+            if len(pending) == size:
+                yield self._batch(pending), _State(self._counts, self._packer.documents())
+                pending = []
+        if pending:
+            empty = np.full(self._plan.row_length, PADDING, np.int64)
+            pending += [empty] * (size - len(pending))
+            yield self._batch(pending), _State(self._counts, self._packer.documents())
 
-    def batch(self, rows: list[Row]) -> ConversationBatch:
-        """Make a batch of rows and count its positions."""
-        stacked, counts = np.stack(rows), self._counts  # (B, T + 1)
-        targets = stacked[:, 1:]
+    def _batch(self, pending: list[Row]) -> Batch:
+        """Turn rows into inputs and targets, and count their positions."""
+        rows, counts = np.stack(pending), self._counts  # (B, T + 1)
+        ids = np.where(
+            rows >= 0, rows, np.where(rows == PADDING, self._plan.tokenizer.bos_id, ~rows)
+        )
+        targets = np.where(rows >= 0, rows, IGNORED)[:, 1:]
         self._counts = replace(
             counts,
             targets=counts.targets + targets.size,
-            padding=counts.padding + int((targets == PADDING).sum()),
+            padding=counts.padding + int((rows[:, 1:] == PADDING).sum()),
             trained=counts.trained + int((targets >= 0).sum()),
         )
-        return split_rows(stacked, self._plan.tokenizer.bos_id)
+        return Batch(np.stack((ids[:, :-1], targets)))
 
     def iter_rows(self) -> Iterator[Row]:
         """Yield the rows of this pass from where it is, and those of the passes that follow."""
-        share = self._plan.share
+        share = len(self._plan.indices)
         while True:
             passes, rest = divmod(self._counts.read, share)
             draining = rest == 0 and len(self._packer) > 0  # the pass is read, but not yet packed
@@ -275,8 +277,8 @@ class _RowSource:
                 more = len(self._packer) > 0
                 row = self._packer.place() if more else self._packer.finish()
                 if row is not None:
-                    # Now, so that conversations to be dropped at the end of the pass are read
-                    # with its last row, and the pass is then known to be over.
+                    # Fill now, so that conversations to be dropped at the end of the pass are
+                    # read with its last row, and the pass is then known to be over.
                     self._fill(end)
                     empty = False
                     yield row
@@ -298,7 +300,7 @@ class _RowSource:
     def _read(self) -> None:
         """Put the next conversation in the buffer, or drop it."""
         plan, counts = self._plan, self._counts
-        index = plan.rank + plan.world_size * (counts.read % plan.share)
+        index = plan.indices[counts.read % len(plan.indices)]
         rendered = render_whole(plan.tokenizer, plan.mixture, index)
         document, cut = fit_conversation(*rendered, plan.row_length, self._end_id)
         self._counts = replace(
