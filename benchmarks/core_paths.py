@@ -14,7 +14,7 @@ from archerchat.evals.core.plain import score_plainly
 from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.evals.core.trees import Tree, build_tree
-from archerchat.inference.weights import InferenceModel
+from archerchat.inference.loading import InferenceModel
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.transformer import Transformer

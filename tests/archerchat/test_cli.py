@@ -43,6 +43,15 @@ def test_the_overview_names_every_command(
         assert f"  {name:22} {command.help}\n" in output
 
 
+GROUPS = {
+    "dial": "depth",
+    "telemetry": "push_checkpoints",
+    "sampling": "temperature",
+    "runtime": "device",
+}
+"""One flag of each group of flags, by the name of its field."""
+
+
 @pytest.mark.parametrize("name", [name for name, _ in all_commands()])
 def test_every_flag_of_every_command_has_help(
     capsys: pytest.CaptureFixture[str], name: str
@@ -56,7 +65,7 @@ def test_every_flag_of_every_command_has_help(
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
     for field in dataclasses.fields(config):
-        shown = {"dial": "depth", "telemetry": "push_checkpoints"}.get(field.name, field.name)
+        shown = GROUPS.get(field.name, field.name)
         assert f"--{shown.replace('_', '-')}" in output or shown.upper() in output
 
 

@@ -26,7 +26,13 @@ from archerchat.optim.optimizer import Optimizer
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.recipe import LoopState, Recipe
-from archerchat.training.resume import Loader, restore_loader, restore_rng, rng_tensors
+from archerchat.training.resume import (
+    Loader,
+    loader_parts,
+    restore_loader,
+    restore_rng,
+    rng_tensors,
+)
 
 
 class Batch(Protocol):
@@ -86,11 +92,11 @@ class ModelRecipe(Recipe):
 
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None:
         """Write all that `restore` needs, and prune older checkpoints."""
-        loader_json, loader_arrays = self.loader.state().to_parts()
+        loader_json, loader_tensors = loader_parts(self.loader)
         sections = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state,
-            "loader": {name: torch.from_numpy(a) for name, a in loader_arrays.items()},
+            "loader": loader_tensors,
             "rng": rng_tensors(),
         }
         progress = {

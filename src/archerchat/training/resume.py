@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from archerchat.checkpoint import (
@@ -150,28 +149,33 @@ def changed_circumstances(saved: Mapping[str, Any], current: Mapping[str, Any]) 
     )
 
 
-class LoaderState(Protocol):
-    """Everything that decides a loader's next batch."""
-
-    def to_parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]: ...
-    def from_parts(self, value: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Any: ...
-
-
 class Loader(Protocol):
     """What a checkpoint needs of a loader."""
 
-    def state(self) -> LoaderState: ...
-    def restore(self, state: Any, *, extend: bool) -> None: ...
     def close(self) -> None: ...
 
 
-def restore_loader(loader: Loader, checkpoint: Checkpoint, extend: bool) -> None:
+def loader_parts(loader: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a loader's state as JSON and tensors."""
+    if hasattr(loader, "state_dict"):
+        state = loader.state_dict()
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in state.items() if name not in tensors}, tensors
+    value, arrays = loader.state().to_parts()
+    return value, {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def restore_loader(loader: Any, checkpoint: Checkpoint, extend: bool) -> None:
     """Set the loader to the batch that follows the checkpoint.
 
     Raises:
         CheckpointError: the data or the packing are not those of the run.
     """
-    arrays = {name: tensor.numpy() for name, tensor in checkpoint.tensors["loader"].items()}
+    tensors = checkpoint.tensors["loader"]
+    if hasattr(loader, "load_state_dict"):
+        loader.load_state_dict(checkpoint.meta["loader"] | tensors)
+        return
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     loader.restore(loader.state().from_parts(checkpoint.meta["loader"], arrays), extend=extend)
 
 

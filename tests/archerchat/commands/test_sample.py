@@ -15,7 +15,8 @@ from archerchat.cli import main
 from archerchat.commands import sample as command
 from archerchat.commands.sample import PROMPTS, SampleConfig, print_samples
 from archerchat.inference.loading import LoadedModel
-from archerchat.inference.requests import Event, Request
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Event, Request
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -88,13 +89,13 @@ def test_a_step_can_be_chosen(trained_home: Any, capsys: pytest.CaptureFixture[s
     [
         (["--model-tag", "big"], "no base model 'big' under"),
         (["--step", "3"], "it holds 2, 4"),
-        (["--max-tokens", "0"], "--max-tokens is 0; it must be at least 1"),
+        (["--max-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
         (["--num-samples", "-1"], "--num-samples is -1"),
         (["--top-k", "0"], "--top-k is 0"),
-        (["--temperature", "-1"], "--temperature is -1.0; it must be 0, or from 0.001 to 10"),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--temperature", "nan"], "--temperature is nan"),
         (["--temperature", "1e-40"], "--temperature is 1e-40"),
-        (["--seed", "-1"], "--seed is -1; it must be from 0"),
+        (["--seed", "-1"], "--seed is -1; it must be at least 0"),
         (["--seed", str(2**70)], "--seed is 118"),
     ],
 )
@@ -138,14 +139,16 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[str]]:
 
             def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
                 (request,) = requests
-                assert request.stop_tokens == (tokenizer.bos_id,)
+                assert request.params.stop_token_ids == (tokenizer.bos_id,)
                 yield from (Event(0, 0, value) for value in said)
                 yield Event(0, 0, None, finish_reason="stop")
 
         monkeypatch.setattr(command, "Engine", Scripted)
         file = Pieces()
         console = Console(file=file, markup=False, emoji=False, soft_wrap=True)
-        print_samples(loaded, SampleConfig(prompt="[b]?[/b] :a:", num_samples=1), console)
+        print_samples(
+            loaded, SampleConfig(prompt="[b]?[/b] :a:", sampling=SamplingParams()), console
+        )
         return file.written
 
     return write

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from archerchat.errors import UsageError
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Completion, Event, Request
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Completion, Event, Request
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 
@@ -24,8 +25,12 @@ Prompt = Callable[[int], list[int]]
 BOTH = pytest.mark.parametrize("overlap", [False, True])
 
 
-def greedy(prompt: Sequence[int], most: int, **more: Any) -> Request:
-    return Request(prompt, most, temperature=0, **more)
+def ask(prompt: Sequence[int], most: int, hook: Any = None, **more: Any) -> Request:
+    return Request(prompt, SamplingParams(most, **more), hook)
+
+
+def greedy(prompt: Sequence[int], most: int, hook: Any = None, **more: Any) -> Request:
+    return ask(prompt, most, hook, temperature=0, **more)
 
 
 def said(answers: list[list[Completion]]) -> list[list[int]]:
@@ -51,7 +56,7 @@ def test_stop_tokens_end_as_the_references_engine_does(model_golden: Any) -> Non
     ids = model_golden.facts["special_token_ids"]
     stops = [ids["<|bos|>"], ids["<|assistant_end|>"]]
     for case in model_golden.facts["generation"].values():
-        request = greedy(case["prompt"], len(case["naive_greedy"]), stop_tokens=stops)
+        request = greedy(case["prompt"], len(case["naive_greedy"]), stop_token_ids=tuple(stops))
         engine = Engine(model_golden.build(), max_length=300)
         assert said(engine.generate([request])) == [case["engine_greedy"]]
 
@@ -84,7 +89,7 @@ def random_requests(random: Random, count: int, vocab_size: int, context: int) -
             greedy(
                 prompt,
                 random.choice([1, 2, random.randint(1, context)]),
-                stop_tokens=ids(random.randint(0, 3)),
+                stop_token_ids=tuple(ids(random.randint(0, 3))),
                 num_samples=random.choice([1, 1, 1, 2]),
             )
         )
@@ -114,10 +119,10 @@ def test_greedy_answers_do_not_depend_on_the_batch(
             said_ids, room = completion.token_ids, context - len(request.prompt)
             assert is_plain(model, request, completion)
             assert completion.mask == [1] * len(said_ids)
-            by_tokens = len(said_ids) == request.max_new_tokens
+            by_tokens = len(said_ids) == request.params.max_new_tokens
             if completion.finish_reason == "stop":
-                assert completion.stop_token in request.stop_tokens
-                assert len(said_ids) < min(room, request.max_new_tokens)
+                assert completion.stop_token in request.params.stop_token_ids
+                assert len(said_ids) < min(room, request.params.max_new_tokens)
             else:
                 assert completion.finish_reason == ("max_tokens" if by_tokens else "length")
                 assert by_tokens or len(said_ids) == room
@@ -127,7 +132,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(
 def test_draws_depend_on_a_rows_seed_alone(model: Transformer, prompt: Prompt) -> None:
     random = Random(3)
     requests = [
-        Request(
+        ask(
             prompt(random.randint(1, 200)),
             random.randint(1, 40),
             temperature=random.choice([0, 0.8, 1.2]),
@@ -147,11 +152,11 @@ def test_draws_depend_on_a_rows_seed_alone(model: Transformer, prompt: Prompt) -
 
 def test_samples_and_seeds_differ_and_share_one_prefill(model: Transformer, prompt: Prompt) -> None:
     engine = Engine(model, 4)
-    asked = Request(prompt(50), 30, seed=1, num_samples=10)
+    asked = ask(prompt(50), 30, seed=1, num_samples=10)
     (samples,) = engine.generate([asked])
     assert len({tuple(sample.token_ids) for sample in samples}) == 10
     assert engine.prefilled_tokens == 50
-    (other,) = engine.generate([Request(asked.prompt, 30, seed=2)])
+    (other,) = engine.generate([ask(asked.prompt, 30, seed=2)])
     assert other[0] not in samples
 
 
@@ -318,7 +323,7 @@ def test_forced_tokens_are_said_masked_and_continued_from(
 
 @BOTH
 def test_a_forced_stop_token_ends_a_row(model: Transformer, prompt: Prompt, overlap: bool) -> None:
-    request = greedy(prompt(5), 50, hook=lambda: lambda token: [7, 8], stop_tokens=(8,))
+    request = greedy(prompt(5), 50, hook=lambda: lambda token: [7, 8], stop_token_ids=(8,))
     (completion,) = Engine(model, overlap=overlap).generate([request])[0]
     assert completion.token_ids[1:] == [7]
     assert (completion.mask, completion.finish_reason) == ([1, 0], "stop")
@@ -368,7 +373,8 @@ def test_captured_graphs_say_the_same_on_cuda(build: Any, is_plain: IsPlain) -> 
     for request, samples in zip(requests, engine.generate(requests), strict=True):
         assert all(is_plain(model, request, completion) for completion in samples)
     drawn = [
-        Request(r.prompt, r.max_new_tokens, 1.0, 5, 0.9, seed=n) for n, r in enumerate(requests)
+        ask(r.prompt, r.params.max_new_tokens, top_k=5, top_p=0.9, seed=n)
+        for n, r in enumerate(requests)
     ]
     assert engine.generate(drawn) == Engine(build(config).cuda(), max_batch=3).generate(drawn)
 
@@ -376,7 +382,7 @@ def test_captured_graphs_say_the_same_on_cuda(build: Any, is_plain: IsPlain) -> 
 @pytest.mark.gpu
 def test_decoding_on_cuda_never_waits_for_a_value(build: Any, prompt: Prompt) -> None:
     engine = Engine(build().cuda(), max_batch=4)
-    requests = [Request(prompt(5), 40, seed=n) for n in range(4)]
+    requests = [ask(prompt(5), 40, seed=n) for n in range(4)]
     engine.generate(requests)  # captures
     for number, request in enumerate(requests):
         engine.add(number, request)

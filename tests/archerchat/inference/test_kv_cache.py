@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.inference.decode import forward_token
 from archerchat.inference.kv_cache import KVCache, RingLayer, RingPart, attend_ring, ring_mask
+from archerchat.inference.model_runner import forward_token
 from archerchat.inference.prefill import prefill
 from archerchat.model.attention import attend
 from archerchat.model.config import ModelConfig

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archerchat.inference.prefill import LEAST_FILLED, iter_batches, prefill
+from archerchat.inference.prefill import MIN_FILLED, iter_batches, prefill
 from archerchat.model.transformer import Transformer
 
 Prompt = Callable[[int], list[int]]
@@ -84,4 +84,4 @@ def test_batches_hold_similar_lengths_within_the_budget(lengths: list[int], budg
     for batch in batches:
         longest = max(lengths[i] for i in batch)
         assert len(batch) == 1 or len(batch) * longest <= budget
-        assert min(lengths[i] for i in batch) >= LEAST_FILLED * longest
+        assert min(lengths[i] for i in batch) >= MIN_FILLED * longest

@@ -1,14 +1,14 @@
-"""One decoding step for a batch of rows: compiled for a single row, captured on CUDA.
+"""Run a model for the rows of a batch: prompts, and decoding steps, which CUDA replays as graphs.
 
-The step takes each row's last token from a tensor, runs it against the cache, draws the next
-one and leaves it in the same tensor; lengths grow there too. The host says how many rows there
-are and how far the longest reaches, and never waits for a value. What it says are shapes, so on
-CUDA each pair, rounded up to a power of two, has a graph of its own that is captured once and
-replayed; rows beyond those in use compute on what lies there, and nobody looks.
+A step takes each row's last token from a tensor, runs it against the cache, samples the next token
+and leaves it in the same tensor. Lengths grow on the device too. The host only says how many rows
+there are and how far the longest reaches, and never waits for a value. These two numbers are
+shapes, so on CUDA each pair, rounded up to powers of two, has a graph that is captured once and
+replayed. Rows beyond those in use compute on stale values that nobody reads.
 
 On CPUs a batch is bound by its matrix products and runs as it is. A single row is bound by the
-hundreds of small operations of a step: compiled as a whole it takes about half the time
-(docs/LOG.md), once the compiler is through, which takes seconds; so it is asked for, not assumed.
+hundreds of small operations of a step. Compiled as a whole it takes about half the time
+(docs/LOG.md), but compiling takes seconds, so it is an option.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archerchat.inference.draws import Drawing, DrawPlan, DrawRules
 from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, ring_mask
+from archerchat.inference.loading import InferenceModel
+from archerchat.inference.prefill import Prefilled, prefill
+from archerchat.inference.sampler import Sampler, SamplingPlan
+from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Transformer, norm
 
@@ -29,16 +32,17 @@ Forward = Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]
 
 Part = tuple[list[Tensor], list[Tensor]]
 """Each layer's keys and values of some rows, from `KVCache.views`."""
-Reach = tuple[int, int]
-"""How many rows, and more than any of them keeps."""
+RowSpan = tuple[int, int]
+"""A number of rows, and how many cache slots to read for them: more than any of them keeps."""
 
 PART_ROWS = 16
 """Rows that are read as far as the longest of them reaches, on CPUs."""
 SPAN = 32
-"""Keys are read in multiples of so many, on CPUs."""
+"""On CPUs the number of slots to read is a multiple of this."""
 COMPILED_SPAN = 1024
-"""By a compiled step in this number times a power of four: few shapes, as each takes seconds."""
-LEAST_CAPTURED_SPAN = 256
+"""A compiled step reads this number of slots times a power of four: each shape takes seconds to
+compile, so there are few."""
+MIN_CAPTURED_SPAN = 256
 
 
 def forward_token(
@@ -76,41 +80,78 @@ def forward_token(
     return model.logits(hidden[:, 0]), embedded, new_keys, new_values
 
 
-class Decoder:
-    """Rows in decoding: their cache, last tokens and rules, and the step that moves them on.
+class Fetch:
+    """Tokens on their way to the host; the buffer is reused from one step to the next."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        self._tokens = torch.empty(rows, dtype=torch.int64, pin_memory=on_cuda)
+        self._arrived = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        self._count = 0
+
+    def start(self, tokens: Tensor) -> None:
+        """Start copying tokens (n,)."""
+        self._count = tokens.size(0)
+        self._tokens[: self._count].copy_(tokens, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def wait(self) -> list[int]:
+        """Return the tokens."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        tokens: list[int] = self._tokens[: self._count].tolist()
+        return tokens
+
+
+class ModelRunner:
+    """Rows in decoding: their cache, last tokens and sampling parameters.
 
     Args:
-        model: for inference; its weights are read where they are.
-        rows: how many there can be.
-        max_length: tokens of a row.
-        compile: compile the step of a single row, on CPUs.
+        model: its weights as they are now; `refresh_weights` copies later ones.
+        rows: most rows at a time.
+        max_length: most tokens of a row.
+        compile: compile the step of a single row, on CPUs in float32.
+
+    Attributes:
+        model: the model, or a copy of it in the compute dtype.
     """
 
     def __init__(self, model: Transformer, rows: int, max_length: int, compile: bool) -> None:
         device = model.device
-        self.model, self.max_rows, self.max_length = model, rows, max_length
+        self._inference = InferenceModel(model)
+        self.model, self.max_rows = self._inference.model, rows
         self.cache = KVCache(model.config, rows, max_length, model.compute_dtype, device)
-        self.drawing = Drawing(rows, device)
+        self.sampler = Sampler(rows, device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows = torch.arange(rows, device=device)
-        on_cpu = device.type == "cpu"
-        self._single: Forward | None = compiled(forward_token) if compile and on_cpu else None
+        compiles = compile and device.type == "cpu" and not self._inference.packed
+        self._single: Forward | None = compiled(forward_token) if compiles else None
         self._captures = device.type == "cuda"
         self._pool: Any = None
-        self._graphs: dict[tuple[int, int, DrawPlan], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
+        self._fetches: list[Fetch] = []
+
+    def refresh_weights(self) -> None:
+        """Copy the model's weights after a training step changed them."""
+        self._inference.refresh()
+
+    def prefill(self, rows: Sequence[Sequence[int]], shared: Prefix | None = None) -> Prefilled:
+        """Run prompts after a shared prefix, or after nothing."""
+        return prefill(self.model, rows, shared)
 
     @torch.no_grad()
-    def step(self, lengths: Sequence[int], plan: DrawPlan) -> None:
-        """Draw the next token of the first rows into `tokens`.
+    def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
+        """Sample the next token of the first rows into `tokens`.
 
         Args:
             lengths: tokens that each of these rows keeps; at least one row.
-            plan: covers their rules.
+            plan: covers their parameters.
         """
         rows, longest = len(lengths), max(lengths)
         if self._captures:
             count = min(1 << (rows - 1).bit_length(), self.max_rows)
-            span = max(1 << longest.bit_length(), LEAST_CAPTURED_SPAN)
+            span = max(1 << longest.bit_length(), MIN_CAPTURED_SPAN)
             self._replay(count, min(span, max(self.cache.sizes)), plan)
         elif rows == 1 and self._single is not None:
             span = COMPILED_SPAN
@@ -118,30 +159,30 @@ class Decoder:
                 span *= 4
             self._run(self._single, [(1, span)], plan)
         else:
-            self._run(forward_token, list(_reaches(lengths)), plan)
+            self._run(forward_token, list(row_spans(lengths)), plan)
 
-    def _run(self, forward: Forward, reaches: Sequence[Reach], plan: DrawPlan) -> None:
+    def _run(self, forward: Forward, spans: Sequence[RowSpan], plan: SamplingPlan) -> None:
         parts, rows = [], 0
-        for count, span in reaches:
+        for count, span in spans:
             parts.append(self.cache.views(rows, rows + count, span))
             rows += count
         cache, tokens = self.cache, self.tokens[:rows]
         lengths, previous = cache.lengths[:rows], cache.previous[:rows]
         logits, embedded, keys, values = forward(self.model, tokens, lengths, previous, parts)
-        tokens.copy_(self.drawing.draw(logits, lengths + 1, plan))
+        tokens.copy_(self.sampler.sample(logits, lengths + 1, plan))
         cache.append(embedded, keys, values, self._rows[:rows])
 
-    def _replay(self, rows: int, span: int, plan: DrawPlan) -> None:
+    def _replay(self, rows: int, span: int, plan: SamplingPlan) -> None:
         graph = self._graphs.get((rows, span, plan))
         if graph is None:
             graph = self._graphs[rows, span, plan] = self._capture(rows, span, plan)
         graph.replay()
 
-    def _capture(self, rows: int, span: int, plan: DrawPlan) -> torch.cuda.CUDAGraph:
+    def _capture(self, rows: int, span: int, plan: SamplingPlan) -> torch.cuda.CUDAGraph:
         """Record a step, leaving the rows as they are.
 
-        The warm-up that a capture needs (libraries allocate on first use) moves the rows' tokens
-        and lengths on and writes to the ring; all of that is put back.
+        A capture needs a warm-up, because libraries allocate on first use. The warm-up changes
+        the rows' tokens, lengths and rings, which are put back.
         """
         kept = [self.tokens[:rows], *self.cache.state(rows)]
         saved = [tensor.clone() for tensor in kept]
@@ -161,32 +202,43 @@ class Decoder:
         return graph
 
     @torch.no_grad()
-    def begin(self, row: int, prompt: Prefix, rules: DrawRules) -> None:
-        """Give a row a prompt that has run and its rules; `draw_first` gives it its token."""
+    def start(self, row: int, prompt: Prefix, params: SamplingParams, seed: int) -> None:
+        """Give a row a prompt that has run; `sample_first` samples its first token."""
         self.cache.fill([row], prompt)
-        self.drawing.assign(row, rules)
+        self.sampler.assign(row, params, seed)
 
     @torch.no_grad()
-    def draw_first(self, first: int, logits: Tensor, plan: DrawPlan) -> None:
-        """Draw the tokens that follow the prompts of rows `first` on, from logits (n, vocab)."""
+    def sample_first(self, first: int, logits: Tensor, plan: SamplingPlan) -> None:
+        """Sample what follows the prompts of rows `first` on, from logits (n, vocab_size)."""
         rows = slice(first, first + logits.size(0))
-        self.tokens[rows] = self.drawing.draw(logits, self.cache.lengths[rows], plan, first)
+        self.tokens[rows] = self.sampler.sample(logits, self.cache.lengths[rows], plan, first)
 
     @torch.no_grad()
     def force(self, row: int, token: int) -> None:
-        """Put a token in the place of the one drawn last."""
+        """Replace the token that was sampled last."""
         self.tokens[row] = token
 
     @torch.no_grad()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row that keeps `length` tokens over another."""
         self.cache.move(source, target, length)
-        self.drawing.move(source, target)
+        self.sampler.move(source, target)
         self.tokens[target] = self.tokens[source]
 
+    def fetch(self, first: int, count: int) -> Fetch:
+        """Start copying the last tokens of some rows to the host."""
+        fetch = self._fetches.pop() if self._fetches else Fetch(self.max_rows, self.tokens.device)
+        fetch.start(self.tokens[first : first + count])
+        return fetch
 
-def _reaches(lengths: Sequence[int]) -> Iterator[Reach]:
-    """Cut rows into parts and say how far to read each; equal neighbours are one part."""
+    def read(self, fetch: Fetch) -> list[int]:
+        """Return what was fetched, and keep the buffer for a later fetch."""
+        self._fetches.append(fetch)
+        return fetch.wait()
+
+
+def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:
+    """Yield how far to read the rows, in parts of neighbouring rows with the same answer."""
     spans = [
         (max(lengths[i : i + PART_ROWS]) // SPAN + 1) * SPAN
         for i in range(0, len(lengths), PART_ROWS)

@@ -1,8 +1,8 @@
-"""Draw one token for each row of a batch, each by rules and a seed of its own.
+"""Sample one token for each row of a batch, each by its own parameters and seed.
 
 The uniform number behind a draw is a hash of the row's seed and of the position that the token
 takes, and of nothing else: neither the rows around it nor the order in which rows were served
-matter. Everything is tensors of fixed shapes, with no look at a value from the host.
+matter. Everything is tensors of fixed shapes, and the host never looks at a value.
 
 A row's filters become a number of tokens to keep, most likely first, lower ids first among equals.
 The draw then walks the distribution in the order of ids.
@@ -10,64 +10,40 @@ The draw then walks the distribution in the order of ids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from archerchat.inference.sampling_params import SamplingParams
+
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 @dataclass(frozen=True)
-class DrawRules:
-    """How one row's tokens are drawn."""
-
-    temperature: float
-    """0 takes the most likely token."""
-    top_k: int | None
-    top_p: float | None
-    seed: int
-    """From `row_seed`."""
-
-
-@dataclass(frozen=True)
-class DrawPlan:
-    """What some row of a batch asks for, so that the others' draws need not pay for it.
+class SamplingPlan:
+    """What some row of a batch asks for, so that batches without it do not pay for it.
 
     A row's token is the same under every plan that covers it.
     """
 
-    drawn: bool = False
+    random: bool = False
     """A temperature above 0."""
     top_k: int = 0
     """The largest, rounded up to a power of two; 0 for none."""
     top_p: bool = False
 
     @classmethod
-    def covering(cls, rules: Sequence[DrawRules]) -> DrawPlan:
-        """Return the least plan for these rows."""
-        drawn = [rule for rule in rules if rule.temperature > 0]
-        largest = max((rule.top_k or 0 for rule in drawn), default=0)
+    def covering(cls, params: Iterable[SamplingParams]) -> SamplingPlan:
+        """Return the least plan for rows with these parameters."""
+        drawn = [each for each in params if each.temperature > 0]
+        largest = max((each.top_k or 0 for each in drawn), default=0)
         return cls(
-            drawn=bool(drawn),
+            random=bool(drawn),
             top_k=1 << (largest - 1).bit_length() if largest else 0,
-            top_p=any(rule.top_p is not None for rule in drawn),
+            top_p=any(each.top_p is not None for each in drawn),
         )
-
-
-def row_seed(seed: int, sample: int) -> int:
-    """Return the seed, 0 .. 2^63 - 1, of a request's sample: unrelated for each pair."""
-    return _mix64(_mix64(seed & _MASK64) + sample) >> 1
-
-
-def _mix64(x: int) -> int:
-    """Finalise as in SplitMix64 (Steele, Lea and Flood 2014)."""
-    x = (x + 0x9E3779B97F4A7C15) & _MASK64
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK64
-    return x ^ x >> 31
 
 
 def _mix32(x: Tensor) -> Tensor:
@@ -84,7 +60,8 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     """Return one float32 in [0, 1), a multiple of 2^-24, for each seed and position.
 
     Args:
-        seeds: int64, from `row_seed`; positions: int64, below 2^32.
+        seeds: int64, from `derive_seed`.
+        positions: int64, below 2^32.
     """
     mixed = _mix32((seeds & _MASK32) ^ 0x5BD1E995)
     mixed = _mix32(mixed ^ (seeds >> 32))
@@ -92,11 +69,11 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     return (_mix32(mixed ^ 0x27D4EB2F) >> 8).float() * 2.0**-24
 
 
-class Drawing:
-    """The rules of a batch's rows as tensors.
+class Sampler:
+    """Keep the parameters of a batch's rows as tensors, and sample with them.
 
     Args:
-        rows: how many rows there can be.
+        rows: most rows of a batch.
     """
 
     def __init__(self, rows: int, device: torch.device) -> None:
@@ -105,35 +82,37 @@ class Drawing:
         self.top_p = torch.ones(rows, device=device)
         self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
 
-    def assign(self, row: int, rules: DrawRules) -> None:
-        """Give a row its rules."""
-        self.temperatures[row] = rules.temperature
-        self.top_k[row] = rules.top_k or 0
-        self.top_p[row] = 1.0 if rules.top_p is None else rules.top_p
-        self.seeds[row] = rules.seed
+    def assign(self, row: int, params: SamplingParams, seed: int) -> None:
+        """Give a row its parameters; `seed` is the sample's own."""
+        self.temperatures[row] = params.temperature
+        self.top_k[row] = params.top_k or 0
+        self.top_p[row] = 1.0 if params.top_p is None else params.top_p
+        self.seeds[row] = seed
 
     def move(self, source: int, target: int) -> None:
-        """Copy a row's rules to another row."""
+        """Copy a row's parameters to another row."""
         for tensor in (self.temperatures, self.top_k, self.top_p, self.seeds):
             tensor[target] = tensor[source]
 
-    def draw(self, logits: Tensor, positions: Tensor, plan: DrawPlan, first: int = 0) -> Tensor:
-        """Draw the tokens (B,) of rows `first` .. `first` + B - 1.
+    def sample(
+        self, logits: Tensor, positions: Tensor, plan: SamplingPlan, first: int = 0
+    ) -> Tensor:
+        """Sample the tokens (B,) of rows `first` .. `first` + B - 1.
 
         Args:
             logits: (B, vocab_size) float32.
             positions: (B,) that the tokens will take in their rows.
-            plan: covers these rows' rules.
+            plan: covers these rows' parameters.
         """
         best = logits.argmax(dim=-1)
-        if not plan.drawn:
+        if not plan.random:
             return best
         rows = slice(first, first + logits.size(0))
         temperatures = self.temperatures[rows]
         scaled = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
         weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
         if plan.top_k or plan.top_p:
-            weights = weights * _kept(scaled, weights, self.top_k[rows], self.top_p[rows], plan)
+            weights = weights * _kept(scaled, self.top_k[rows], self.top_p[rows], plan)
         cumulative = weights.cumsum(dim=-1)
         total = cumulative[:, -1]
         # Strictly below the total, whatever the rounding: some token's share always lies above.
@@ -144,7 +123,7 @@ class Drawing:
         return torch.where(temperatures > 0, token, best)
 
 
-def _kept(scaled: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor, plan: DrawPlan) -> Tensor:
+def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, plan: SamplingPlan) -> Tensor:
     """Return which tokens (B, V) pass their row's filters, top-k first, then top-p of the rest."""
     vocab_size = scaled.size(-1)
     most = vocab_size if plan.top_p else min(plan.top_k, vocab_size)

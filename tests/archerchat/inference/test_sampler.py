@@ -11,27 +11,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from archerchat.inference.draws import Drawing, DrawPlan, DrawRules, row_seed, uniforms
+from archerchat.inference.sampler import Sampler, SamplingPlan, uniforms
+from archerchat.inference.sampling_params import SamplingParams, derive_seed
 
 CPU = torch.device("cpu")
 LOGITS = torch.tensor([1.0, 3.0, 2.0, 3.0, -1.0, 0.5])
 
 
-def draw(logits: Tensor, rules: list[DrawRules], positions: Tensor | None = None,
-         plan: DrawPlan | None = None) -> list[int]:  # fmt: skip
-    drawing = Drawing(len(rules), CPU)
-    for row, rule in enumerate(rules):
-        drawing.assign(row, rule)
+def params(temperature: float, top_k: int | None = None, top_p: float | None = None,
+           seed: int = 0) -> SamplingParams:  # fmt: skip
+    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+
+def draw(logits: Tensor, rows: list[SamplingParams], positions: Tensor | None = None,
+         plan: SamplingPlan | None = None) -> list[int]:  # fmt: skip
+    sampler = Sampler(len(rows), CPU)
+    for row, each in enumerate(rows):
+        sampler.assign(row, each, each.seed)
     if positions is None:
-        positions = torch.zeros(len(rules), dtype=torch.int64)
-    tokens: list[int] = drawing.draw(logits, positions, plan or DrawPlan.covering(rules)).tolist()
+        positions = torch.zeros(len(rows), dtype=torch.int64)
+    plan = plan or SamplingPlan.covering(rows)
+    tokens: list[int] = sampler.sample(logits, positions, plan).tolist()
     return tokens
 
 
 def shares(temperature: float, top_k: int | None = None, top_p: float | None = None,
            logits: Tensor = LOGITS, count: int = 6000) -> Tensor:  # fmt: skip
-    rules = [DrawRules(temperature, top_k, top_p, row_seed(1, n)) for n in range(count)]
-    tokens = draw(logits.expand(count, -1), rules)
+    rows = [params(temperature, top_k, top_p, derive_seed(1, n)) for n in range(count)]
+    tokens = draw(logits.expand(count, -1), rows)
     return torch.bincount(torch.tensor(tokens), minlength=logits.numel()) / count
 
 
@@ -74,9 +81,9 @@ def test_top_p_is_of_what_top_k_left() -> None:
 
 
 def test_temperature_0_takes_the_most_likely_beside_rows_that_draw() -> None:
-    rules = [DrawRules(0, 5, 0.5, 1), DrawRules(1.0, None, None, 2), DrawRules(0, None, None, 3)]
+    rows = [params(0, 5, 0.5, 1), params(1.0, seed=2), params(0, seed=3)]
     for position in range(20):
-        tokens = draw(LOGITS.expand(3, -1), rules, torch.full((3,), position))
+        tokens = draw(LOGITS.expand(3, -1), rows, torch.full((3,), position))
         assert tokens[0] == tokens[2] == 1
 
 
@@ -84,12 +91,12 @@ def test_temperature_0_takes_the_most_likely_beside_rows_that_draw() -> None:
 @given(st.integers(0, 2**32), st.integers(1, 9))
 def test_a_draw_does_not_depend_on_the_rows_around_it(seed: int, count: int) -> None:
     random = Random(seed)
-    rules = [
-        DrawRules(
+    rows = [
+        params(
             random.choice([0, 0.7, 1.0, 2.0]),
             random.choice([None, 1, 3, 17, 50]),
             random.choice([None, 0.2, 0.9, 1.0]),
-            row_seed(seed, n),
+            derive_seed(seed, n),
         )
         for n in range(count)
     ]
@@ -98,29 +105,31 @@ def test_a_draw_does_not_depend_on_the_rows_around_it(seed: int, count: int) -> 
     if random.random() < 0.5:
         logits = logits.round()  # ties
     positions = torch.randint(0, 2048, (count,), generator=generator)
-    together = draw(logits, rules, positions)
+    together = draw(logits, rows, positions)
     alone = [
-        draw(logits[n : n + 1], rules[n : n + 1], positions[n : n + 1])[0] for n in range(count)
+        draw(logits[n : n + 1], rows[n : n + 1], positions[n : n + 1])[0] for n in range(count)
     ]
     assert together == alone
-    everything = DrawPlan(drawn=True, top_k=64, top_p=True)
-    assert draw(logits, rules, positions, everything) == together
+    everything = SamplingPlan(random=True, top_k=64, top_p=True)
+    assert draw(logits, rows, positions, everything) == together
 
 
 def test_a_plan_is_the_least_that_covers() -> None:
-    def rule(temperature: float = 1.0, k: int | None = None, p: float | None = None) -> DrawRules:
-        return DrawRules(temperature, k, p, 0)
+    def rule(
+        temperature: float = 1.0, k: int | None = None, p: float | None = None
+    ) -> SamplingParams:
+        return params(temperature, k, p)
 
-    assert DrawPlan.covering([]) == DrawPlan.covering([rule(0, 9, 0.5)]) == DrawPlan()
-    assert DrawPlan.covering([rule(), rule(0)]) == DrawPlan(drawn=True)
-    assert DrawPlan.covering([rule(k=50), rule(k=3)]) == DrawPlan(drawn=True, top_k=64)
-    assert DrawPlan.covering([rule(k=64)]).top_k == 64
-    assert DrawPlan.covering([rule(k=1)]).top_k == 1
-    assert DrawPlan.covering([rule(p=0.9)]) == DrawPlan(drawn=True, top_p=True)
+    assert SamplingPlan.covering([]) == SamplingPlan.covering([rule(0, 9, 0.5)]) == SamplingPlan()
+    assert SamplingPlan.covering([rule(), rule(0)]) == SamplingPlan(random=True)
+    assert SamplingPlan.covering([rule(k=50), rule(k=3)]) == SamplingPlan(random=True, top_k=64)
+    assert SamplingPlan.covering([rule(k=64)]).top_k == 64
+    assert SamplingPlan.covering([rule(k=1)]).top_k == 1
+    assert SamplingPlan.covering([rule(p=0.9)]) == SamplingPlan(random=True, top_p=True)
 
 
 def test_numbers_are_uniform_and_unrelated_in_seed_sample_and_position() -> None:
-    seeds = torch.tensor([row_seed(seed, sample) for seed in range(50) for sample in range(8)])
+    seeds = torch.tensor([derive_seed(seed, sample) for seed in range(50) for sample in range(8)])
     u = uniforms(seeds[:, None], torch.arange(64)[None, :])  # (400, 64)
     assert u.dtype == torch.float32
     assert ((u >= 0) & (u < 1)).all()
@@ -144,9 +153,9 @@ def mixed(x: int) -> int:
 
 def test_numbers_never_change() -> None:
     """A seed's answers stay the same from one version to the next, on every device."""
-    seeds, positions = [row_seed(0, 0), row_seed(42, 3), 2**63 - 1], [0, 5, 2**31]
-    assert row_seed(42, 3) != row_seed(42, 2)
-    assert all(0 <= row_seed(s, n) < 2**63 for s in (0, 1, 2**63 - 1) for n in range(3))
+    seeds, positions = [derive_seed(0, 0), derive_seed(42, 3), 2**63 - 1], [0, 5, 2**31]
+    assert derive_seed(42, 3) != derive_seed(42, 2)
+    assert all(0 <= derive_seed(s, n) < 2**63 for s in (0, 1, 2**63 - 1) for n in range(3))
     found = (uniforms(torch.tensor(seeds), torch.tensor(positions)) * 2**24).long().tolist()
     for seed, position, bits in zip(seeds, positions, found, strict=True):
         x = mixed((seed % 2**32) ^ 0x5BD1E995)
@@ -160,6 +169,6 @@ def test_the_rarest_tokens_can_be_reached_and_impossible_ones_cannot() -> None:
     logits = torch.zeros(1, 32768)
     logits[0, 20000:] = -math.inf
     for position in range(100):
-        rules = [DrawRules(1.0, None, None, position)]
-        (token,) = draw(logits, rules, torch.tensor([position]))
+        rows = [params(1.0, seed=position)]
+        (token,) = draw(logits, rows, torch.tensor([position]))
         assert 0 <= token < 20000
