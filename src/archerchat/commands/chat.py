@@ -70,7 +70,7 @@ def chat(config: ChatConfig, home: Home) -> None:
         UsageError: there is no such model, or a flag has no use here.
         CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
-    config.sampling.refuse_changes("num_samples")
+    config.sampling.refuse_changes("num_samples", "logprobs")
     runtime = build_runtime(config.runtime.device, config.runtime.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, config.source, config.model_tag, config.step)

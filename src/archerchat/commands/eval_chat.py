@@ -73,6 +73,7 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """
     limits = parse_tasks(config.tasks, config.max_problems)
     check_sampling(config.sampling)
+    config.sampling.refuse_changes("logprobs")
     runtime = build_runtime(config.runtime.device, config.runtime.dtype)
     prepare_process(runtime)
     quiet = not runtime.is_master

@@ -55,6 +55,7 @@ def sample(config: SampleConfig, home: Home) -> None:
         UsageError: there is no such model, or the prompt is too long.
         CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
+    config.sampling.refuse_changes("logprobs")
     runtime = build_runtime(config.runtime.device, config.runtime.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
@@ -78,43 +79,36 @@ def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -
                 seed=derive_seed(params.seed, number),
                 num_samples=1,
             ),
+            decode=tokenizer.decode,
         )
         for number, prompt in enumerate(prompts)
     ]
     engine = Engine(loaded.model, max_batch=min(len(requests), MAX_ROWS))
-    for prompt, tokens in zip(
-        prompts, _in_turn(engine.stream(requests), len(requests)), strict=True
-    ):
+    texts = _in_turn(engine.stream(requests), len(requests))
+    for prompt, pieces in zip(prompts, texts, strict=True):
         console.rule("prompted" if prompt else "no prompt", align="left")
         console.print(prompt, end="", style="bold")
-        ids: list[int] = []
-        shown = ""
-        for token in tokens:
-            ids.append(token)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # an unfinished character: wait for the rest
-                console.print(text[len(shown) :].translate(CONTROLS), end="")
-                shown = text
-        console.print(tokenizer.decode(ids)[len(shown) :].translate(CONTROLS))
+        for piece in pieces:
+            console.print(piece.translate(CONTROLS), end="")
+        console.print()
 
 
-def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[int]]:
-    """Yield each request's tokens in order, as they come; those of later ones wait.
+def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[str]]:
+    """Yield each request's text in order, as it comes; that of later ones waits.
 
     An iterator must be used up before the next one is taken.
     """
     waiting: list[deque[Event]] = [deque() for _ in range(count)]
 
-    def tokens(number: int) -> Iterator[int]:
+    def pieces(number: int) -> Iterator[str]:
         while True:
             while not waiting[number]:
                 event = next(events)
                 waiting[event.request].append(event)
             event = waiting[number].popleft()
-            if event.token is not None:
-                yield event.token
+            yield event.text
             if event.finish_reason is not None:
                 return
 
     for number in range(count):
-        yield tokens(number)
+        yield pieces(number)

@@ -35,7 +35,8 @@ def build_answer_request(
     """Ask for an answer: the assistant's end stops it, and it may use the calculator."""
     stop_token_ids = (*answer_stop_ids(tokenizer), *params.stop_token_ids)
     params = replace(params, stop_token_ids=stop_token_ids)
-    return Request(prompt, params, hook=ToolUse(tokenizer, calculate))
+    decode = tokenizer.decode if params.stop else None
+    return Request(prompt, params, ToolUse(tokenizer, calculate), decode)
 
 
 def generate_texts(
@@ -46,8 +47,8 @@ def generate_texts(
     Raises:
         UsageError: a prompt is too long or has unknown tokens.
     """
-    groups = engine.generate([Request(prompt, params) for prompt in prompts])
-    return [tokenizer.decode(each.token_ids) for group in groups for each in group]
+    requests = [Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
+    return [each.text for group in engine.generate(requests) for each in group]
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class ChatSession:
 
     def _stream(self, message: str, request: Request) -> Iterator[Piece]:
         self.completion = Completion()
-        reader = AnswerReader(self.tokenizer)
+        reader = AnswerReader(self.tokenizer, request.params.stop)
         try:
             with closing(self.engine.stream([request])) as events:  # type: ignore[type-var]
                 for event in events:
@@ -125,7 +126,7 @@ class ChatSession:
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
         for turn in self.turns:
-            parts = read_parts(self.tokenizer, turn.answer)
+            parts = read_parts(self.tokenizer, turn.answer, self.params.stop)
             if not parts:
                 continue
             plain = len(parts) == 1 and parts[0]["type"] == "text"

@@ -63,6 +63,7 @@ class Engine:
         self.model = self._runner.model
         self._scheduler = Scheduler(self._runner.prefill)
         self._running: list[Sequence] = []
+        self._plan: SamplingPlan | None = None  # of the running sequences; None after a change
         self._unread: deque[tuple[list[Sequence], Fetch]] = deque()
         self._events: list[Event] = []
         self.steps = 0
@@ -113,6 +114,7 @@ class Engine:
         """Drop every request without further events."""
         self._scheduler.clear()
         self._running.clear()
+        self._plan = None
         self._unread.clear()
         self._events.clear()
 
@@ -172,6 +174,7 @@ class Engine:
                 row += 1
                 continue
             last = self._running.pop()
+            self._plan = None
             if last is not sequence:
                 self._runner.move(len(self._running), row, last.num_cached)
                 self._running[row] = last
@@ -184,14 +187,15 @@ class Engine:
         # Rows of similar length side by side: a step reads them no further than they reach.
         for waiting, sample, prompt in sorted(started, key=lambda item: item[2].prefix.length):
             sequence = Sequence(waiting.number, sample, waiting.request, self.max_length)
-            params = waiting.request.params
-            self._runner.start(len(self._running), prompt.prefix, params, sequence.seed)
+            row = len(self._running)
+            self._runner.start(row, prompt.prefix, waiting.request, sequence.seed)
             self._running.append(sequence)
             logits.append(prompt.logits)
         if logits:
-            plan = self._plan(self._running[first:])
+            self._plan = None
+            plan = _covering(self._running[first:])
             self._runner.sample_first(first, torch.stack(logits), plan)
-            self._fetch(first)
+            self._fetch(first, plan)
 
     def _force(self) -> None:
         """Replace the tokens that hooks forced, before anything is computed from them."""
@@ -201,25 +205,26 @@ class Engine:
                 self._runner.force(row, token)
 
     def _launch(self) -> None:
-        plan = self._plan(self._running)
-        self._runner.step([sequence.num_cached for sequence in self._running], plan)
+        self._plan = self._plan or _covering(self._running)
+        self._runner.step([sequence.num_cached for sequence in self._running], self._plan)
         self.steps += 1
         for sequence in self._running:
             sequence.num_drawn += 1
-        self._fetch(0)
+        self._fetch(0, self._plan)
 
-    def _plan(self, sequences: abc.Sequence[Sequence]) -> SamplingPlan:
-        return SamplingPlan.covering([sequence.request.params for sequence in sequences])
-
-    def _fetch(self, first: int) -> None:
+    def _fetch(self, first: int, plan: SamplingPlan) -> None:
         """Start copying the new tokens of the rows from `first` on to the host."""
         sequences = self._running[first:]
-        self._unread.append((sequences, self._runner.fetch(first, len(sequences))))
+        self._unread.append((sequences, self._runner.fetch(first, len(sequences), plan)))
 
     def _read_all(self, but: int) -> None:
         """Read sampled tokens, oldest first, leaving `but` launches in flight."""
         while len(self._unread) > but:
             sequences, fetch = self._unread.popleft()
-            for sequence, token in zip(sequences, self._runner.read(fetch), strict=True):
+            for sequence, sampled in zip(sequences, self._runner.read(fetch), strict=True):
                 if not sequence.finished:
-                    self._events.append(sequence.read(token))
+                    self._events.append(sequence.read(*sampled))
+
+
+def _covering(sequences: abc.Sequence[Sequence]) -> SamplingPlan:
+    return SamplingPlan.covering(sequence.request.params for sequence in sequences)

@@ -198,8 +198,8 @@ class KVCache:
         self.previous[:count] = embedded
         lengths += 1
 
-    def fill(self, rows: Sequence[int], prefix: Prefix) -> None:
-        """Start each of these rows with a prefix, whatever they held."""
+    def fill(self, row: int, prefix: Prefix) -> None:
+        """Start a row with a prefix, whatever it held."""
         keys, values = self.views(0, self.lengths.size(0), max(self.sizes))
         parts = (*prefix.keys, *prefix.values)
         for ring, kept in zip((*keys, *values), parts, strict=True):
@@ -207,12 +207,10 @@ class KVCache:
             assert count <= size, f"{count} positions for {size} slots"
             first = (prefix.length - count) % size  # slot of the oldest position that is kept
             head = min(count, size - first)
-            for row in rows:
-                ring[row, :, first : first + head] = kept[:, :head]
-                ring[row, :, : count - head] = kept[:, head:]
-        for row in rows:
-            self.previous[row] = prefix.previous
-            self.lengths[row] = prefix.length
+            ring[row, :, first : first + head] = kept[:, :head]
+            ring[row, :, : count - head] = kept[:, head:]
+        self.previous[row] = prefix.previous
+        self.lengths[row] = prefix.length
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row of `length` tokens over another."""

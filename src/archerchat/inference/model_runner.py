@@ -24,7 +24,7 @@ from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, 
 from archerchat.inference.loading import InferenceModel
 from archerchat.inference.prefill import Prefilled, prefill
 from archerchat.inference.sampler import Sampler, SamplingPlan
-from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Transformer, norm
 
@@ -81,27 +81,43 @@ def forward_token(
 
 
 class Fetch:
-    """Tokens on their way to the host; the buffer is reused from one step to the next."""
+    """Sampled tokens on their way to the host, by pinned buffers that later fetches reuse."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        on_cuda = device.type == "cuda"
-        self._tokens = torch.empty(rows, dtype=torch.int64, pin_memory=on_cuda)
-        self._arrived = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
-        self._count = 0
+        self._rows, self._on_cuda, self._count = rows, device.type == "cuda", 0
+        self._tokens = torch.empty(rows, dtype=torch.int64, pin_memory=self._on_cuda)
+        self._records: Tensor | None = None
+        self._has_records = False
+        self._arrived: Any = torch.cuda.Event() if self._on_cuda else None  # type: ignore[no-untyped-call]
 
-    def start(self, tokens: Tensor) -> None:
-        """Start copying tokens (n,)."""
-        self._count = tokens.size(0)
+    def start(self, tokens: Tensor, records: Tensor | None) -> None:
+        """Start copying tokens (n,) and the sampler's records of them, if there are any."""
+        self._count, self._has_records = tokens.size(0), records is not None
         self._tokens[: self._count].copy_(tokens, non_blocking=True)
+        if records is not None:
+            if self._records is None:
+                self._records = torch.empty(self._rows, records.size(1), pin_memory=self._on_cuda)
+            self._records[: self._count].copy_(records, non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()
 
-    def wait(self) -> list[int]:
-        """Return the tokens."""
+    def wait(self) -> list[tuple[int, TokenLogprobs | None]]:
+        """Return each row's token and its log probabilities."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tokens: list[int] = self._tokens[: self._count].tolist()
-        return tokens
+        tokens = self._tokens[: self._count].tolist()
+        if not self._has_records or self._records is None:
+            return [(token, None) for token in tokens]
+        records = self._records[: self._count].tolist()
+        return [
+            (token, _read_record(record)) for token, record in zip(tokens, records, strict=True)
+        ]
+
+
+def _read_record(record: Sequence[float]) -> TokenLogprobs:
+    count = len(record) // 2
+    top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
+    return TokenLogprobs(record[0], tuple(top))
 
 
 class ModelRunner:
@@ -122,7 +138,7 @@ class ModelRunner:
         self._inference = InferenceModel(model)
         self.model, self.max_rows = self._inference.model, rows
         self.cache = KVCache(model.config, rows, max_length, model.compute_dtype, device)
-        self.sampler = Sampler(rows, device)
+        self.sampler = Sampler(rows, model.config.vocab_size, device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows = torch.arange(rows, device=device)
         compiles = compile and device.type == "cpu" and not self._inference.packed
@@ -169,7 +185,7 @@ class ModelRunner:
         cache, tokens = self.cache, self.tokens[:rows]
         lengths, previous = cache.lengths[:rows], cache.previous[:rows]
         logits, embedded, keys, values = forward(self.model, tokens, lengths, previous, parts)
-        tokens.copy_(self.sampler.sample(logits, lengths + 1, plan))
+        tokens.copy_(self.sampler.sample(logits, lengths + 1, plan, said=tokens))
         cache.append(embedded, keys, values, self._rows[:rows])
 
     def _replay(self, rows: int, span: int, plan: SamplingPlan) -> None:
@@ -184,7 +200,7 @@ class ModelRunner:
         A capture needs a warm-up, because libraries allocate on first use. The warm-up changes
         the rows' tokens, lengths and rings, which are put back.
         """
-        kept = [self.tokens[:rows], *self.cache.state(rows)]
+        kept = [self.tokens[:rows], *self.cache.state(rows), *self.sampler.state(rows)]
         saved = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
@@ -202,10 +218,10 @@ class ModelRunner:
         return graph
 
     @torch.no_grad()
-    def start(self, row: int, prompt: Prefix, params: SamplingParams, seed: int) -> None:
+    def start(self, row: int, prompt: Prefix, request: Request, seed: int) -> None:
         """Give a row a prompt that has run; `sample_first` samples its first token."""
-        self.cache.fill([row], prompt)
-        self.sampler.assign(row, params, seed)
+        self.cache.fill(row, prompt)
+        self.sampler.assign(row, request.params, seed, request.prompt)
 
     @torch.no_grad()
     def sample_first(self, first: int, logits: Tensor, plan: SamplingPlan) -> None:
@@ -225,13 +241,16 @@ class ModelRunner:
         self.sampler.move(source, target)
         self.tokens[target] = self.tokens[source]
 
-    def fetch(self, first: int, count: int) -> Fetch:
-        """Start copying the last tokens of some rows to the host."""
+    def fetch(self, first: int, count: int, plan: SamplingPlan) -> Fetch:
+        """Start copying what was sampled last for some rows to the host."""
         fetch = self._fetches.pop() if self._fetches else Fetch(self.max_rows, self.tokens.device)
-        fetch.start(self.tokens[first : first + count])
+        rows, records = slice(first, first + count), self.sampler.records
+        fetch.start(
+            self.tokens[rows], records[rows] if plan.logprobs and records is not None else None
+        )
         return fetch
 
-    def read(self, fetch: Fetch) -> list[int]:
+    def read(self, fetch: Fetch) -> list[tuple[int, TokenLogprobs | None]]:
         """Return what was fetched, and keep the buffer for a later fetch."""
         self._fetches.append(fetch)
         return fetch.wait()

@@ -10,7 +10,12 @@ from archerchat.errors import UsageError
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
 
 FinishReason = Literal["stop", "max_tokens", "length", "cancelled"]
-"""A stop token; the limit of new tokens; the end of the context; cancelled by the caller."""
+"""A stop token or text; the limit of new tokens; the end of the context; a call of `cancel`."""
+Decode = abc.Callable[[list[int]], str]
+"""From token ids to text; bytes that are no whole character become U+FFFD."""
+
+MAX_PENDING = 4
+"""Most tokens of an unfinished character, one byte each."""
 
 
 class SequenceHook(Protocol):
@@ -37,12 +42,25 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     hook: abc.Callable[[], SequenceHook] | None = None
     """Builds a hook for each sample."""
+    decode: Decode | None = None
+    """Given, events and completions have text. Stop texts need it."""
 
     def __post_init__(self) -> None:
+        assert not self.params.stop or self.decode is not None, "stop texts need `decode`"
         if len(self.prompt) == 0:
             raise UsageError(
                 "the prompt is empty; a model needs one token to continue, such as BOS"
             )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities of one position, as the model itself gives them."""
+
+    logprob: float
+    """That of the token that was sampled."""
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens and theirs, as many as `SamplingParams.logprobs` asks for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,12 @@ class Event:
     """Set in the last event of a sequence."""
     stop_token: int | None = None
     """The stop token that ended the sequence."""
+    stop_text: str | None = None
+    """The stop text that ended the sequence."""
+    text: str = ""
+    """The text that is certain since the last event; it may lag behind the tokens."""
+    logprobs: TokenLogprobs | None = None
+    """Those of the token, or of the stop token; None for forced tokens."""
 
     @property
     def mask(self) -> int:
@@ -77,13 +101,68 @@ class Completion:
     """1 for tokens that the model chose, 0 for forced ones."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
+    stop_text: str | None = None
+    text: str = ""
+    """Without the stop text, whose tokens `token_ids` has."""
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """One per token, None for forced ones; empty unless asked for."""
 
     def add(self, event: Event) -> None:
         """Append the sequence's next event."""
         if event.token is not None:
             self.token_ids.append(event.token)
             self.mask.append(event.mask)
-        self.finish_reason, self.stop_token = event.finish_reason, event.stop_token
+            if event.logprobs is not None or self.logprobs:
+                self.logprobs.append(event.logprobs)
+        self.text += event.text
+        self.finish_reason = event.finish_reason
+        self.stop_token, self.stop_text = event.stop_token, event.stop_text
+
+
+class Detokenizer:
+    """Turn tokens into text in whole characters, up to a stop text.
+
+    Text that may still become a stop text is held back. Of several stop texts, the one that is
+    complete first counts.
+
+    Attributes:
+        stop: the stop text that was found, or None.
+    """
+
+    def __init__(self, decode: Decode, stops: abc.Sequence[str] = ()) -> None:
+        self._decode, self._stops = decode, stops
+        self._pending: list[int] = []  # tokens of an unfinished character
+        self._held = ""
+        self.stop: str | None = None
+
+    def read(self, token: int) -> str:
+        """Take the next token; return the text that is certain now."""
+        if self.stop is not None:
+            return ""
+        self._pending.append(token)
+        text = self._decode(self._pending)
+        if text.endswith("\ufffd") and len(self._pending) < MAX_PENDING:
+            return ""
+        self._pending = []
+        return self._until_stop(self._held + text)
+
+    def finish(self) -> str:
+        """Return the text that was held back."""
+        pending, self._pending = self._pending, []
+        text, self._held = self._held + (self._decode(pending) if pending else ""), ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
+        found = [each for each in found if each[1] >= 0]
+        if found:
+            _, start, self.stop = min(found)
+            self._held = ""
+            return text[:start]
+        starts = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
+        certain = len(text) - max(starts, default=0)
+        self._held = text[certain:]
+        return text[:certain]
 
 
 class Sequence:
@@ -109,6 +188,7 @@ class Sequence:
         self.num_drawn = 1
         self.finished = False
         self._hook = request.hook() if request.hook else None
+        self._text = Detokenizer(request.decode, params.stop) if request.decode else None
         self._forced: dict[int, int] = {}  # tokens that replace drawn ones, by index
         self._max_tokens = min(params.max_new_tokens, room)
         within = params.max_new_tokens <= room
@@ -129,25 +209,39 @@ class Sequence:
         """The token that replaces the one drawn last, or None."""
         return self._forced.get(self.num_drawn - 1)
 
-    def read(self, drawn: int) -> Event:
-        """Take the next drawn token: what the sequence says, what must follow, whether it ends."""
-        index = len(self.token_ids)
+    def read(self, sampled: int, logprobs: TokenLogprobs | None = None) -> Event:
+        """Take the next sampled token; decide what the sequence says and whether it ends."""
+        index, params = len(self.token_ids), self.request.params
         forced = index in self._forced
-        token = self._forced.get(index, drawn)
-        if token in self.request.params.stop_token_ids:
-            self.finished = True
-            return Event(self.number, self.sample, None, forced, "stop", stop_token=token)
-        self.token_ids.append(token)
-        self.finished = index == self._max_tokens - 1
-        if self._hook is not None and not forced and not self.finished:
+        token = self._forced.get(index, sampled)
+        if params.logprobs is None or forced:
+            logprobs = None
+        elif logprobs is not None:
+            logprobs = TokenLogprobs(logprobs.logprob, logprobs.top[: params.logprobs])
+        text = ""
+        reason: FinishReason | None = None
+        stop_token = token if token in params.stop_token_ids else None
+        if stop_token is None:
+            self.token_ids.append(token)
+            text = self._text.read(token) if self._text else ""
+            reason = self._limit_reason if index == self._max_tokens - 1 else None
+        stop_text = self._text.stop if self._text else None
+        if stop_token is not None or stop_text is not None:
+            reason = "stop"
+        self.finished = reason is not None
+        if self.finished:
+            text += self._text.finish() if self._text else ""
+        elif self._hook is not None and not forced:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
-        reason = self._limit_reason if self.finished else None
-        return Event(self.number, self.sample, token, forced, reason)
+        said = token if stop_token is None else None
+        ends = (stop_token, stop_text)
+        return Event(self.number, self.sample, said, forced, reason, *ends, text, logprobs)
 
     def cancel(self) -> Event:
         """End it here."""
         self.finished = True
-        return Event(self.number, self.sample, None, finish_reason="cancelled")
+        text = self._text.finish() if self._text else ""
+        return Event(self.number, self.sample, None, finish_reason="cancelled", text=text)
 
 
 def check_request(request: Request, vocab_size: int, max_length: int) -> None:
@@ -162,7 +256,10 @@ def check_request(request: Request, vocab_size: int, max_length: int) -> None:
             f"the prompt has {len(request.prompt)} tokens and the context {max_length}: cut it to "
             f"{longest} or fewer, to leave room for an answer"
         )
-    low, high = min(request.prompt), max(request.prompt)
-    if low < 0 or high >= vocab_size:
-        wrong = low if low < 0 else high
-        raise UsageError(f"the prompt has token {wrong}; the model knows 0 to {vocab_size - 1}")
+    ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
+    for name, tokens in ids.items():
+        wrong = [
+            t for t in (min(tokens, default=0), max(tokens, default=0)) if not 0 <= t < vocab_size
+        ]
+        if wrong:
+            raise UsageError(f"{name} has token {wrong[0]}; the model knows 0 to {vocab_size - 1}")

@@ -23,14 +23,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from archerchat.inference.sequence import SequenceHook
+from archerchat.inference.sequence import Detokenizer, SequenceHook
 from archerchat.tokenizer.bpe import Tokenizer
 
 Evaluate = Callable[[str], str | None]
 """From an expression to its value as text, or None; must not raise, nor take long."""
 PartType = Literal["text", "python", "python_output"]
-MAX_PENDING = 4
-"""Most tokens of an unfinished character, one byte each."""
 
 
 def answer_stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
@@ -89,19 +87,21 @@ class AnswerReader:
     """Turn the tokens of one answer into text, split into parts.
 
     Special tokens that do not belong in an answer are read as text.
+
+    Args:
+        stops: texts that end the answer; nothing from there on is read.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         special = tokenizer.special_id
         self._begins: dict[int, PartType] = {
             special("<|python_start|>"): "python",
             special("<|output_start|>"): "python_output",
         }
         self._ends = {special("<|python_end|>"), special("<|output_end|>")}
+        self._text = Detokenizer(tokenizer.decode, stops)
         self._type: PartType = "text"
         self._starts = True
-        self._pending: list[int] = []
 
     def read(self, token: int) -> list[Piece]:
         """Take the next token; return what can be shown now."""
@@ -112,27 +112,24 @@ class AnswerReader:
             # Two expressions in a row are two parts; an end where nothing was open is none.
             self._starts = self._starts or self._type != before or token in self._begins
             return pieces
-        self._pending.append(token)
-        text = self._tokenizer.decode(self._pending)
-        if text.endswith("\ufffd") and len(self._pending) < MAX_PENDING:
-            return []
-        return self._piece(text)
+        return self._pieces(self._text.read(token))
 
     def finish(self) -> list[Piece]:
         """Return the text that was held back."""
-        return self._piece(self._tokenizer.decode(self._pending)) if self._pending else []
+        return self._pieces(self._text.finish())
 
-    def _piece(self, text: str) -> list[Piece]:
-        self._pending = []
+    def _pieces(self, text: str) -> list[Piece]:
         if not text:
             return []
         starts, self._starts = self._starts, False
         return [Piece(self._type, text, starts)]
 
 
-def read_parts(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[dict[str, str]]:
+def read_parts(
+    tokenizer: Tokenizer, token_ids: Iterable[int], stops: Sequence[str] = ()
+) -> list[dict[str, str]]:
     """Return the parts of a whole answer, each `{"type": ..., "text": ...}`."""
-    reader = AnswerReader(tokenizer)
+    reader = AnswerReader(tokenizer, stops)
     pieces = [piece for token in token_ids for piece in reader.read(token)] + reader.finish()
     parts: list[dict[str, str]] = []
     for piece in pieces:
@@ -143,7 +140,7 @@ def read_parts(tokenizer: Tokenizer, token_ids: Iterable[int]) -> list[dict[str,
     return parts
 
 
-def spoken_text(tokenizer: Tokenizer, token_ids: Iterable[int]) -> str:
+def spoken_text(tokenizer: Tokenizer, token_ids: Iterable[int], stops: Sequence[str] = ()) -> str:
     """Return an answer's text without expressions and results."""
-    parts = read_parts(tokenizer, token_ids)
+    parts = read_parts(tokenizer, token_ids, stops)
     return "".join(each["text"] for each in parts if each["type"] == "text")

@@ -221,7 +221,7 @@ class RolloutLoader:
         ]
         groups = self.engine.generate(requests)
         for conversation, prompt, group in zip(conversations, prompts, groups, strict=True):
-            texts = [spoken_text(self.tokenizer, sample.token_ids) for sample in group]
+            texts = [spoken_text(self.tokenizer, each.token_ids, params.stop) for each in group]
             rewards = [self.task.reward(conversation, text) for text in texts]
             for sample, reward, advantage in zip(
                 group, rewards, group_advantages(rewards), strict=True

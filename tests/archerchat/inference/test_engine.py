@@ -330,6 +330,87 @@ def test_a_forced_stop_token_ends_a_row(model: Transformer, prompt: Prompt, over
     assert completion.stop_token == 8
 
 
+@BOTH
+def test_penalties_count_what_was_said_and_bias_adds(
+    model: Transformer, prompt: Prompt, overlap: bool
+) -> None:
+    """Expected tokens by plain forward passes; forced tokens count as said."""
+    changes = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    changes["logit_bias"] = {7: 3.0, 9: -100.0}  # type: ignore[assignment]
+    prompts = [prompt(n) for n in (4, 25, 9, 130)]
+    requests = [greedy(p, 24, hook=lambda: ForceAfter(3), **changes) for p in prompts]
+    others = [greedy(prompt(6), 15), ask(prompt(3), 24, seed=5, num_samples=2)]
+    engine = Engine(model, max_batch=3, overlap=overlap)
+    answers = engine.generate([requests[0], *others, *requests[1:]])
+    assert answers[1:3] == Engine(model).generate(others)
+    for start, samples in zip(prompts, [answers[0], *answers[3:]], strict=True):
+        follow, answer = ForceAfter(3), []
+        while len(answer) < 24:
+            logits = model(torch.tensor([[*start, *answer]]))[0, -1]
+            for token in {*start, *answer}:
+                logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
+            for token in set(answer):
+                logits[token] -= 0.5 + 0.25 * answer.count(token)
+            logits[7] += 3
+            logits[9] -= 100
+            token = int(logits.argmax())
+            answer += [token, *follow(token)]
+        assert samples[0].token_ids == answer[:24]
+
+
+@BOTH
+def test_log_probabilities_are_those_of_plain_forward_passes(
+    model: Transformer, prompt: Prompt, overlap: bool
+) -> None:
+    requests = [
+        ask(prompt(5), 12, temperature=2.0, top_k=9, logprobs=4, hook=lambda: ForceAfter(3)),
+        ask(prompt(8), 20, seed=1),
+        greedy(prompt(30), 12, logprobs=0, num_samples=2),
+    ]
+    answers = Engine(model, max_batch=2, overlap=overlap).generate(requests)
+    assert answers[1][0].logprobs == []
+    for request, samples in zip(requests[::2], answers[::2], strict=True):
+        for sample in samples:
+            ids = torch.tensor([[*request.prompt, *sample.token_ids]])
+            plain = model(ids)[0, len(request.prompt) - 1 : -1].double().log_softmax(dim=-1)
+            assert len(sample.logprobs) == 12
+            for row, token, mask, found in zip(
+                plain, sample.token_ids, sample.mask, sample.logprobs, strict=True
+            ):
+                assert (found is None) == (mask == 0)
+                if found is not None:
+                    assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+                    best = row.topk(request.params.logprobs or 0)
+                    assert [token for token, _ in found.top] == best.indices.tolist()
+                    values = [value for _, value in found.top]
+                    assert values == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+@BOTH
+def test_a_stop_text_ends_a_row(model: Transformer, prompt: Prompt, overlap: bool) -> None:
+    """Also across tokens, and though later tokens were sampled already."""
+
+    def decode(ids: list[int]) -> str:
+        return "".join(f"{token:02d}" for token in ids)
+
+    start = prompt(12)
+    (whole,) = Engine(model).generate([ask(start, 20)])[0]
+    text = decode(whole.token_ids)
+    stop = text[9:14]  # from within the fifth token to the end of the seventh
+    assert text.find(stop) == 9
+    request = Request(start, SamplingParams(20, stop=("never", stop)), decode=decode)
+    engine = Engine(model, overlap=overlap)
+    events = list(engine.stream([request, ask(prompt(5), 20)]))
+    completion = Completion()
+    for event in events:
+        if event.request == 0:
+            completion.add(event)
+    assert completion.text == text[:9]
+    assert completion.token_ids == whole.token_ids[:7]
+    assert (completion.finish_reason, completion.stop_text) == ("stop", stop)
+    assert sum(event.token is not None for event in events if event.request == 1) == 20
+
+
 def test_new_weights_are_taken_over(build: Any, prompt: Prompt) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, other = build(seed=0, dtype=dtype), build(seed=5, dtype=dtype)
@@ -394,3 +475,17 @@ def test_decoding_on_cuda_never_waits_for_a_value(build: Any, prompt: Prompt) ->
     finally:
         torch.cuda.set_sync_debug_mode("default")
         engine.reset()
+
+
+@pytest.mark.gpu
+def test_all_parameters_on_cuda_say_what_they_say_on_a_cpu(build: Any, prompt: Prompt) -> None:
+    """In captured steps; float32, greedy, where both say the same."""
+    changes = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "logprobs": 2}
+    changes["logit_bias"] = {7: 3.0}  # type: ignore[assignment]
+    requests = [greedy(prompt(n), 30, **(changes if n % 2 else {})) for n in range(3, 12)]
+    expected = Engine(build(), max_batch=4).generate(requests)
+    for ours, plain in zip(
+        Engine(build().cuda(), max_batch=4).generate(requests), expected, strict=True
+    ):
+        assert ours[0].token_ids == plain[0].token_ids
+        assert len(ours[0].logprobs) == len(plain[0].logprobs)

@@ -21,6 +21,7 @@ from archerchat.inference.model_runner import (
 )
 from archerchat.inference.sampler import SamplingPlan
 from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request
 from archerchat.model.transformer import Transformer
 
 Prompt = Callable[[int], list[int]]
@@ -30,7 +31,7 @@ GREEDY = SamplingParams(temperature=0)
 def begin(runner: ModelRunner, row: int, prompt: list[int]) -> int:
     """Start a row; return its first token."""
     ran = runner.prefill([prompt])
-    runner.start(row, ran.prefix(0), GREEDY, seed=0)
+    runner.start(row, ran.prefix(0), Request(prompt, GREEDY), seed=0)
     runner.sample_first(row, ran.last_logits(), SamplingPlan())
     return int(runner.tokens[row])
 
@@ -96,8 +97,9 @@ def test_many_rows_in_parts_say_what_they_say_alone(
 def test_fetched_tokens_are_those_at_the_time_and_buffers_are_reused(model: Transformer) -> None:
     runner = ModelRunner(model, 4, 64, compile=False)
     runner.tokens.copy_(torch.tensor([5, 6, 7, 8]))
-    fetches = [runner.fetch(0, 4), runner.fetch(2, 1)]
+    fetches = [runner.fetch(0, 4, SamplingPlan()), runner.fetch(2, 1, SamplingPlan())]
     runner.tokens.zero_()
-    assert [runner.read(fetch) for fetch in fetches] == [[5, 6, 7, 8], [7]]
-    again: list[Fetch] = [runner.fetch(0, 1), runner.fetch(0, 1)]
+    read = [[token for token, _ in runner.read(fetch)] for fetch in fetches]
+    assert read == [[5, 6, 7, 8], [7]]
+    again: list[Fetch] = [runner.fetch(0, 1, SamplingPlan()) for _ in range(2)]
     assert {id(fetch) for fetch in again} == {id(fetch) for fetch in fetches}

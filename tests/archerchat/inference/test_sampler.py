@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +27,9 @@ def params(temperature: float, top_k: int | None = None, top_p: float | None = N
 
 def draw(logits: Tensor, rows: list[SamplingParams], positions: Tensor | None = None,
          plan: SamplingPlan | None = None) -> list[int]:  # fmt: skip
-    sampler = Sampler(len(rows), CPU)
+    sampler = Sampler(len(rows), logits.size(1), CPU)
     for row, each in enumerate(rows):
-        sampler.assign(row, each, each.seed)
+        sampler.assign(row, each, each.seed, [0])
     if positions is None:
         positions = torch.zeros(len(rows), dtype=torch.int64)
     plan = plan or SamplingPlan.covering(rows)
@@ -126,6 +128,11 @@ def test_a_plan_is_the_least_that_covers() -> None:
     assert SamplingPlan.covering([rule(k=64)]).top_k == 64
     assert SamplingPlan.covering([rule(k=1)]).top_k == 1
     assert SamplingPlan.covering([rule(p=0.9)]) == SamplingPlan(random=True, top_p=True)
+    greedy = SamplingParams(temperature=0, min_p=0.5, presence_penalty=1, logit_bias={3: 1.0})
+    assert SamplingPlan.covering([greedy]) == SamplingPlan(penalties=True, bias=True)
+    assert SamplingPlan.covering([SamplingParams(min_p=0.1, logprobs=0)]) == SamplingPlan(
+        random=True, min_p=True, logprobs=True
+    )
 
 
 def test_numbers_are_uniform_and_unrelated_in_seed_sample_and_position() -> None:
@@ -172,3 +179,139 @@ def test_the_rarest_tokens_can_be_reached_and_impossible_ones_cannot() -> None:
         rows = [params(1.0, seed=position)]
         (token,) = draw(logits, rows, torch.tensor([position]))
         assert 0 <= token < 20000
+
+
+def plain_probabilities(
+    logits: list[float], params: SamplingParams, prompt: list[int], said: list[int]
+) -> dict[int, float]:
+    """What a row samples from, in a few lines of float64, one parameter after the other."""
+    adjusted = {}
+    for token, logit in enumerate(logits):
+        if token in prompt or token in said:
+            penalty = params.repetition_penalty
+            logit = logit / penalty if logit > 0 else logit * penalty
+        logit -= params.frequency_penalty * said.count(token)
+        logit -= params.presence_penalty * (token in said)
+        adjusted[token] = logit + params.logit_bias.get(token, 0.0)
+    ranked = sorted(adjusted, key=lambda token: (-adjusted[token], token))
+    if params.temperature == 0:
+        return {ranked[0]: 1.0}
+    best = adjusted[ranked[0]]
+    weights = {t: math.exp((adjusted[t] - best) / params.temperature) for t in ranked}
+    kept = ranked[: params.top_k or len(ranked)]
+    if params.top_p is not None:
+        total, mass = sum(weights[t] for t in kept), 0.0
+        for place, token in enumerate(kept):
+            if mass >= params.top_p * total:
+                kept = kept[:place]
+                break
+            mass += weights[token]
+    kept = [token for token in kept if weights[token] >= params.min_p]
+    return {token: weights[token] for token in kept}
+
+
+def plain_token(weights: dict[int, float], seed: int, position: int) -> int:
+    u = float(uniforms(torch.tensor([seed]), torch.tensor([position])))
+    aim, mass = u * sum(weights.values()), 0.0
+    for token in sorted(weights):
+        mass += weights[token]
+        if mass > aim:
+            return token
+    return max(weights)
+
+
+PENALTIES: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.7},
+    {"repetition_penalty": 0.6},
+    {"presence_penalty": 1.5},
+    {"presence_penalty": -1.5},
+    {"frequency_penalty": 0.8},
+    {"frequency_penalty": -0.4},
+    {"logit_bias": {3: 2.5, 7: -100.0, 11: 4.0}},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+]
+TOGETHER = {
+    **{"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.3},
+    **{"logit_bias": {3: 2.5, 7: -100.0}, "min_p": 0.05, "top_k": 12, "top_p": 0.9},
+}
+
+
+@pytest.mark.parametrize("changes", [*PENALTIES, TOGETHER])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_each_parameter_does_what_its_plain_version_does(
+    changes: dict[str, Any], temperature: float
+) -> None:
+    """Over twelve steps, in a batch with rows that do not use it, and that sample as alone."""
+    size, random = 24, Random(5)
+    generator = torch.Generator().manual_seed(3)
+    with_it = SamplingParams(temperature=temperature, **changes)
+    others = [SamplingParams(), SamplingParams(temperature=0), SamplingParams(top_k=3, seed=9)]
+    rows = [replace(with_it, seed=n) for n in range(20)] + others
+    sampler, alone = Sampler(len(rows), size, CPU), Sampler(len(rows), size, CPU)
+    prompts = [[random.randrange(size) for _ in range(6)] for _ in rows]
+    for row, (each, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        sampler.assign(row, each, each.seed, prompt)
+        alone.assign(row, each, each.seed, prompt)
+    plan, plain_plan = SamplingPlan.covering(rows), SamplingPlan.covering(others)
+    said: list[list[int]] = [[] for _ in rows]
+    last: Tensor | None = None
+    for step in range(12):
+        logits = 2 * torch.randn(len(rows), size, generator=generator)
+        positions = torch.full((len(rows),), step)
+        before = logits.clone()
+        tokens = sampler.sample(logits, positions, plan, said=last)
+        assert torch.equal(logits, before)
+        expected = [
+            plain_token(
+                plain_probabilities(logits[row].tolist(), each, prompts[row], said[row]),
+                each.seed,
+                step,
+            )
+            for row, each in enumerate(rows)
+        ]
+        assert tokens.tolist() == expected
+        first = len(rows) - len(others)
+        plain = alone.sample(logits[first:], positions[first:], plain_plan, first)
+        assert plain.tolist() == expected[first:]
+        last = tokens
+        for row, token in enumerate(expected):
+            said[row].append(token)
+
+
+def test_a_row_counts_its_own_tokens_when_it_moves_and_when_its_place_is_taken() -> None:
+    params = SamplingParams(temperature=0, presence_penalty=2.0, logit_bias={5: -100.0})
+    sampler, plan = Sampler(2, 6, CPU), SamplingPlan.covering([params])
+    for row in range(2):
+        sampler.assign(row, params, 0, [0])
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.5, 0.0, 9.0]]).expand(2, -1)
+    at = torch.zeros(2, dtype=torch.int64)
+    assert sampler.sample(logits, at, plan).tolist() == [1, 1]
+    assert sampler.sample(logits, at, plan, said=torch.tensor([1, 2])).tolist() == [2, 1]
+    sampler.move(1, 0)
+    assert sampler.sample(logits, at, plan, said=torch.tensor([3, 3])).tolist() == [1, 1]
+    sampler.assign(1, params, 0, [0])
+    assert sampler.sample(logits[1:], at[1:], plan, first=1).tolist() == [1]
+    sampler.assign(1, SamplingParams(temperature=0), 0, [0])
+    assert sampler.sample(logits, at, plan, said=torch.tensor([0, 0])).tolist() == [1, 5]
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    changes = {"logit_bias": {2: 50.0}, "temperature": 0.3, "logprobs": 3}
+    rows = [SamplingParams(), SamplingParams(**changes), SamplingParams(logprobs=0)]
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)) * 3
+    sampler = Sampler(4, 50, CPU)
+    for row, each in enumerate(rows):
+        sampler.assign(row + 1, each, row, [0])
+    plan = SamplingPlan.covering(rows)
+    tokens = sampler.sample(logits, torch.zeros(3, dtype=torch.int64), plan, first=1)
+    assert tokens[1] == 2
+    assert sampler.records is not None
+    records, expected = sampler.records[1:], logits.double().log_softmax(dim=-1)
+    assert records.size(1) == 1 + 2 * 20
+    torch.testing.assert_close(
+        records[:, 0].double(), expected.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0
+    )
+    best = expected.topk(20)
+    torch.testing.assert_close(records[:, 1:21].double(), best.values, atol=1e-5, rtol=0)
+    assert torch.equal(records[:, 21:].long(), best.indices)

@@ -101,7 +101,7 @@ def answer_problems(
 
     def judge(number: int, sample: int) -> Answer:
         completion = completions[number][sample]
-        text = spoken_text(tokenizer, completion.token_ids)
+        text = spoken_text(tokenizer, completion.token_ids, params.stop)
         problem = problems[number]
         return Answer(problem, sample, completion, text, task.evaluate(task[problem], text))
 
