@@ -83,38 +83,28 @@ def load_model(
     return LoadedModel(model, tokenizer, checkpoint.path, checkpoint.step, checkpoint.meta)
 
 
-class FixedLinear(Linear):
-    """A linear layer whose weight is cast once."""
+class CastLinear(Linear):
+    """A linear layer whose weight is cast once, and packed on request."""
 
-    def __init__(self, source: Linear, dtype: torch.dtype) -> None:
+    def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
         nn.Module.__init__(self)
+        self.packed = packed
         self.register_buffer("weight", source.weight.detach().to(dtype), persistent=False)
+        self.load(source)
 
     def load(self, source: Linear) -> None:
-        """Copy the source's values in place: a captured graph reads them there."""
-        self.weight.copy_(source.weight.detach())
-
-
-class PackedLinear(Linear):
-    """A bfloat16 linear layer on a CPU, packed in the order of oneDNN's kernels."""
-
-    def __init__(self, source: Linear) -> None:
-        nn.Module.__init__(self)
-        self.register_buffer("weight", _pack(source), persistent=False)
-
-    def load(self, source: Linear) -> None:
-        """Copy the source's values."""
-        self.weight = _pack(source)
+        """Copy the source's values; in place unless packed, as captured graphs read them there."""
+        if self.packed:
+            weight = source.weight.detach().to(torch.bfloat16)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        else:
+            self.weight.copy_(source.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return super().forward(x)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
         return product
-
-
-def _pack(source: Linear) -> Tensor:
-    weight = source.weight.detach().to(torch.bfloat16)
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return packed
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
@@ -124,7 +114,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
     layer = Linear(64, 64)
     x = torch.arange(128, dtype=torch.bfloat16).view(2, 64) / 64
     try:
-        packed = PackedLinear(layer)(x)
+        packed = CastLinear(layer, dtype, packed=True)(x)
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
     return torch.allclose(packed, F.linear(x, layer.weight.to(x.dtype)), atol=0.05)
@@ -143,7 +133,7 @@ class InferenceModel:
 
     def __init__(self, source: Transformer) -> None:
         self._source, self.model = source, source
-        self._cast: list[tuple[FixedLinear | PackedLinear, Linear]] = []
+        self._cast: list[tuple[CastLinear, Linear]] = []
         self.packed = False
         if source.compute_dtype != torch.float32:
             self._build()
@@ -159,20 +149,16 @@ class InferenceModel:
             for name, child in list(module.named_children()):
                 linear = getattr(original, name)
                 if isinstance(child, Linear):
-                    fixed = self._fix(linear, source.compute_dtype)
-                    setattr(module, name, fixed)
-                    self._cast.append((fixed, linear))
+                    packed = self.packed and min(linear.weight.shape) >= MIN_PACKED
+                    cast = CastLinear(linear, source.compute_dtype, packed)
+                    setattr(module, name, cast)
+                    self._cast.append((cast, linear))
             for name, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, name, getattr(original, name))
         self.model = model.train(source.training)
 
-    def _fix(self, linear: Linear, dtype: torch.dtype) -> FixedLinear | PackedLinear:
-        if self.packed and min(linear.weight.shape) >= MIN_PACKED:
-            return PackedLinear(linear)
-        return FixedLinear(linear, dtype)
-
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the source's weights after they have changed."""
-        for fixed, linear in self._cast:
-            fixed.load(linear)
+        for cast, linear in self._cast:
+            cast.load(linear)

@@ -81,37 +81,30 @@ def forward_token(
 
 
 class Fetch:
-    """Sampled tokens on their way to the host, by pinned buffers that later fetches reuse."""
+    """Rows on their way to the host, by pinned buffers that later fetches reuse."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self._rows, self._on_cuda, self._count = rows, device.type == "cuda", 0
-        self._tokens = torch.empty(rows, dtype=torch.int64, pin_memory=self._on_cuda)
-        self._records: Tensor | None = None
-        self._has_records = False
-        self._arrived: Any = torch.cuda.Event() if self._on_cuda else None  # type: ignore[no-untyped-call]
+        self._rows, self._buffers, self._started = rows, list[Tensor](), list[Tensor]()
+        on_cuda = device.type == "cuda"
+        self._arrived: Any = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
 
-    def start(self, tokens: Tensor, records: Tensor | None) -> None:
-        """Start copying tokens (n,) and the sampler's records of them, if there are any."""
-        self._count, self._has_records = tokens.size(0), records is not None
-        self._tokens[: self._count].copy_(tokens, non_blocking=True)
-        if records is not None:
-            if self._records is None:
-                self._records = torch.empty(self._rows, records.size(1), pin_memory=self._on_cuda)
-            self._records[: self._count].copy_(records, non_blocking=True)
+    def start(self, *tensors: Tensor) -> None:
+        """Start copying tensors (n, ...); the first ones are of the same kind in every fetch."""
+        for tensor in tensors[len(self._buffers) :]:
+            shape, pinned = (self._rows, *tensor.shape[1:]), self._arrived is not None
+            self._buffers.append(torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned))
+        self._started = [
+            buffer[: len(tensor)].copy_(tensor, non_blocking=True)
+            for buffer, tensor in zip(self._buffers, tensors, strict=False)
+        ]
         if self._arrived is not None:
             self._arrived.record()
 
-    def wait(self) -> list[tuple[int, TokenLogprobs | None]]:
-        """Return each row's token and its log probabilities."""
+    def wait(self) -> list[list[Any]]:
+        """Return the rows of each tensor."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tokens = self._tokens[: self._count].tolist()
-        if not self._has_records or self._records is None:
-            return [(token, None) for token in tokens]
-        records = self._records[: self._count].tolist()
-        return [
-            (token, _read_record(record)) for token, record in zip(tokens, records, strict=True)
-        ]
+        return [tensor.tolist() for tensor in self._started]
 
 
 def _read_record(record: Sequence[float]) -> TokenLogprobs:
@@ -245,15 +238,16 @@ class ModelRunner:
         """Start copying what was sampled last for some rows to the host."""
         fetch = self._fetches.pop() if self._fetches else Fetch(self.max_rows, self.tokens.device)
         rows, records = slice(first, first + count), self.sampler.records
-        fetch.start(
-            self.tokens[rows], records[rows] if plan.logprobs and records is not None else None
-        )
+        asked = [records[rows]] if plan.logprobs and records is not None else []
+        fetch.start(self.tokens[rows], *asked)
         return fetch
 
     def read(self, fetch: Fetch) -> list[tuple[int, TokenLogprobs | None]]:
-        """Return what was fetched, and keep the buffer for a later fetch."""
+        """Return each row's token and log probabilities; keep the buffers for a later fetch."""
         self._fetches.append(fetch)
-        return fetch.wait()
+        tokens, *records = fetch.wait()
+        logprobs = map(_read_record, records[0]) if records else [None] * len(tokens)
+        return list(zip(tokens, logprobs, strict=True))
 
 
 def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:

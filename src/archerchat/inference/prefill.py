@@ -1,8 +1,7 @@
 """Run many prompts through a model at once, after a prefix that they share or after nothing.
 
     prefix = prefill(model, [shared_ids]).prefix(0)
-    scored = prefill(model, continuations, prefix)
-    scored.logits(row, positions)
+    following = prefill(model, continuations, prefix).last_logits()
 
 Rows of unequal length are padded on the right, where causal attention hides the padding from
 every real token. The prefix is computed once, whatever the number of continuations.
@@ -67,17 +66,6 @@ class Prefilled:
     ) -> None:
         self.model, self.lengths, self.hidden = model, tuple(lengths), hidden
         self._embedded, self._layers, self._shared = embedded, layers, shared
-
-    def logits(self, row: int, positions: Sequence[int] | slice) -> Tensor:
-        """Return capped float32 logits (n, vocab_size) at positions of a row.
-
-        Args:
-            positions: counted from the row's first token after the shared prefix.
-        """
-        if isinstance(positions, slice):
-            return self.model.logits(self.hidden[row, : self.lengths[row]][positions])
-        assert all(0 <= p < self.lengths[row] for p in positions), "a position of the padding"
-        return self.model.logits(self.hidden[row, list(positions)])
 
     def last_logits(self) -> Tensor:
         """Return the capped float32 logits (B, vocab_size) that follow each row."""

@@ -40,7 +40,7 @@ class SamplingParams(Config):
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Values, -100 to 100, to add to the logits of token ids."""
     stop: tuple[str, ...] = ()
-    """Texts that end a sample; they are not part of its text."""
+    """Strings that end a sample; they are not part of its text."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids of tokens that end a sample; they are not part of what it says."""
     logprobs: Annotated[int, Limit(0, MAX_LOGPROBS)] | None = None
@@ -61,7 +61,7 @@ class SamplingParams(Config):
             if not _BIAS.accepts(bias):
                 raise UsageError(f"--logit-bias of token {token} is {bias}; it must be {_BIAS}")
         if "" in self.stop:
-            raise UsageError("--stop has an empty text, which would end every sample at once")
+            raise UsageError("--stop has an empty string, which would end every sample at once")
 
     @property
     def penalises(self) -> bool:

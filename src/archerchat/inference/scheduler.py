@@ -37,13 +37,11 @@ class PrefilledPrompt:
 
 @dataclass
 class _SharedPrefix:
-    """A prefix that several waiting requests have in common."""
+    """A prefix that waiting requests have in common; they keep it until their prompts have run."""
 
     token_ids: list[int]
-    waiting: int
-    """Members that have not run."""
     prefix: Prefix | None = None
-    """Run with the first member, dropped with the last."""
+    """Run with the first of them."""
 
 
 @dataclass
@@ -85,7 +83,6 @@ class Scheduler:
         for waiting in self._queue:
             if waiting.number == number:
                 self._queue.remove(waiting)
-                _leave_shared(waiting)
                 return waiting
         return None
 
@@ -139,7 +136,7 @@ class Scheduler:
                 token_ids = list(members[0].request.prompt[: group.shared])
                 old = members[0].shared  # may have run this very prefix already
                 prefix = old.prefix if old is not None and old.token_ids == token_ids else None
-                shared = _SharedPrefix(token_ids, len(members), prefix)
+                shared = _SharedPrefix(token_ids, prefix)
             for waiting in members:
                 waiting.shared = shared
             self._queue.extend(members)
@@ -162,21 +159,13 @@ class Scheduler:
                 for place, i in enumerate(batch):
                     members[i].prompt = PrefilledPrompt(ran.prefix(place), logits[place])
             for waiting in members:
-                _leave_shared(waiting)
+                waiting.shared = None
 
     def _run_shared(self, shared: _SharedPrefix) -> Prefix:
         if shared.prefix is None:
             shared.prefix = self._prefill([shared.token_ids], None).prefix(0)
             self.prefilled_tokens += len(shared.token_ids)
         return shared.prefix
-
-
-def _leave_shared(waiting: WaitingRequest) -> None:
-    if waiting.shared is not None:
-        waiting.shared.waiting -= 1
-        if waiting.shared.waiting == 0:
-            waiting.shared.prefix = None
-        waiting.shared = None
 
 
 @dataclass(frozen=True)
@@ -210,13 +199,15 @@ def group_by_prefix(
         Groups in the order of their first member; every prompt is in one.
     """
     ordered = sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i))
-    clusters = [_Cluster(0, [PrefixGroup(0, (i,))]) for i in ordered]
-    place = list(range(len(ordered)))  # of each prompt's cluster: its leftmost prompt
+    # Of each cluster, at the place of its leftmost prompt: the groups, and the tokens they save.
+    groups = [[PrefixGroup(0, (i,))] for i in ordered]
+    saved = [0] * len(ordered)
+    leftmost = list(range(len(ordered)))
 
     def cluster_of(i: int) -> int:
-        while place[i] != i:
-            place[i] = place[place[i]]
-            i = place[i]
+        while leftmost[i] != i:
+            leftmost[i] = leftmost[leftmost[i]]
+            i = leftmost[i]
         return i
 
     def common(i: int) -> int:
@@ -229,25 +220,12 @@ def group_by_prefix(
         if shared < min_shared:
             break
         left, right = cluster_of(-index), cluster_of(-index + 1)
-        clusters[left] = clusters[left].joined(clusters[right], shared)
-        place[right] = left
-    found = [g for i, c in enumerate(clusters) if place[i] == i for g in c.groups]
-    return sorted(found, key=lambda group: group.members[0])
-
-
-@dataclass(frozen=True)
-class _Cluster:
-    """Prompts that begin alike, in one group or several."""
-
-    saved: int
-    """Tokens that its groups save."""
-    groups: list[PrefixGroup]
-
-    def joined(self, other: _Cluster, shared: int) -> _Cluster:
-        """Return both as one group with a common beginning, or as they are if that saves more."""
-        groups = self.groups + other.groups
-        members = tuple(sorted(i for group in groups for i in group.members))
+        leftmost[right] = left
+        groups[left] += groups[right]
+        saved[left] += saved[right]
+        members = tuple(sorted(i for group in groups[left] for i in group.members))
         together = (len(members) - 1) * shared
-        if together > self.saved + other.saved:
-            return _Cluster(together, [PrefixGroup(shared, members)])
-        return _Cluster(self.saved + other.saved, groups)
+        if together > saved[left]:
+            groups[left], saved[left] = [PrefixGroup(shared, members)], together
+    found = [group for i, place in enumerate(leftmost) if place == i for group in groups[i]]
+    return sorted(found, key=lambda group: group.members[0])

@@ -10,7 +10,7 @@ from archerchat.errors import UsageError
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
 
 FinishReason = Literal["stop", "max_tokens", "length", "cancelled"]
-"""A stop token or text; the limit of new tokens; the end of the context; a call of `cancel`."""
+"""A stop token or string; the limit of new tokens; the end of the context; a call of `cancel`."""
 Decode = abc.Callable[[list[int]], str]
 """From token ids to text; bytes that are no whole character become U+FFFD."""
 
@@ -43,10 +43,10 @@ class Request:
     hook: abc.Callable[[], SequenceHook] | None = None
     """Builds a hook for each sample."""
     decode: Decode | None = None
-    """Given, events and completions have text. Stop texts need it."""
+    """Given, events and completions have text. Stop strings need it."""
 
     def __post_init__(self) -> None:
-        assert not self.params.stop or self.decode is not None, "stop texts need `decode`"
+        assert not self.params.stop or self.decode is not None, "stop strings need `decode`"
         if len(self.prompt) == 0:
             raise UsageError(
                 "the prompt is empty; a model needs one token to continue, such as BOS"
@@ -78,8 +78,8 @@ class Event:
     """Set in the last event of a sequence."""
     stop_token: int | None = None
     """The stop token that ended the sequence."""
-    stop_text: str | None = None
-    """The stop text that ended the sequence."""
+    stop_string: str | None = None
+    """The stop string that ended the sequence."""
     text: str = ""
     """The text that is certain since the last event; it may lag behind the tokens."""
     logprobs: TokenLogprobs | None = None
@@ -101,9 +101,9 @@ class Completion:
     """1 for tokens that the model chose, 0 for forced ones."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
-    stop_text: str | None = None
+    stop_string: str | None = None
     text: str = ""
-    """Without the stop text, whose tokens `token_ids` has."""
+    """Without the stop string, whose tokens `token_ids` has."""
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """One per token, None for forced ones; empty unless asked for."""
 
@@ -116,17 +116,17 @@ class Completion:
                 self.logprobs.append(event.logprobs)
         self.text += event.text
         self.finish_reason = event.finish_reason
-        self.stop_token, self.stop_text = event.stop_token, event.stop_text
+        self.stop_token, self.stop_string = event.stop_token, event.stop_string
 
 
 class Detokenizer:
-    """Turn tokens into text in whole characters, up to a stop text.
+    """Turn tokens into text in whole characters, up to a stop string.
 
-    Text that may still become a stop text is held back. Of several stop texts, the one that is
+    Text that may still become a stop string is held back. Of several stop strings, the one that is
     complete first counts.
 
     Attributes:
-        stop: the stop text that was found, or None.
+        stop: the stop string that was found, or None.
     """
 
     def __init__(self, decode: Decode, stops: abc.Sequence[str] = ()) -> None:
@@ -225,8 +225,8 @@ class Sequence:
             self.token_ids.append(token)
             text = self._text.read(token) if self._text else ""
             reason = self._limit_reason if index == self._max_tokens - 1 else None
-        stop_text = self._text.stop if self._text else None
-        if stop_token is not None or stop_text is not None:
+        stop_string = self._text.stop if self._text else None
+        if stop_token is not None or stop_string is not None:
             reason = "stop"
         self.finished = reason is not None
         if self.finished:
@@ -234,7 +234,7 @@ class Sequence:
         elif self._hook is not None and not forced:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
         said = token if stop_token is None else None
-        ends = (stop_token, stop_text)
+        ends = (stop_token, stop_string)
         return Event(self.number, self.sample, said, forced, reason, *ends, text, logprobs)
 
     def cancel(self) -> Event:

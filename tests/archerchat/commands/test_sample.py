@@ -80,7 +80,7 @@ def test_a_prompt_longer_than_the_context_is_refused(
     assert "tokens and the context 64: cut it to 63 or fewer" in capsys.readouterr().err
 
 
-def test_a_stop_text_ends_a_sample(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_string_ends_a_sample(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["sample", "--prompt", "a b", "--max-tokens", "12", "--num-samples", "1"]
     assert trained_home.run(*words) == 0
     ((_, whole),) = samples(capsys.readouterr().out)

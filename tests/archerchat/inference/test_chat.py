@@ -119,10 +119,10 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_went(session: ChatSessio
     assert len(session.turns) == 2
 
 
-def test_a_stop_text_ends_an_answer_and_is_not_shown(session: ChatSession) -> None:
+def test_a_stop_string_ends_an_answer_and_is_not_shown(session: ChatSession) -> None:
     session.set_params(stop=("##4",))
     assert say(session, "6 times 7?")[-1] == ("text", "##")
-    assert session.completion.stop_text == "##4"
+    assert session.completion.stop_string == "##4"
     answer = session.to_conversation()["messages"][1]  # type: ignore[index]
     assert answer["content"][-1] == {"type": "text", "text": "##"}
 

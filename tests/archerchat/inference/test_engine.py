@@ -387,7 +387,7 @@ def test_log_probabilities_are_those_of_plain_forward_passes(
 
 
 @BOTH
-def test_a_stop_text_ends_a_row(model: Transformer, prompt: Prompt, overlap: bool) -> None:
+def test_a_stop_string_ends_a_row(model: Transformer, prompt: Prompt, overlap: bool) -> None:
     """Also across tokens, and though later tokens were sampled already."""
 
     def decode(ids: list[int]) -> str:
@@ -407,7 +407,7 @@ def test_a_stop_text_ends_a_row(model: Transformer, prompt: Prompt, overlap: boo
             completion.add(event)
     assert completion.text == text[:9]
     assert completion.token_ids == whole.token_ids[:7]
-    assert (completion.finish_reason, completion.stop_text) == ("stop", stop)
+    assert (completion.finish_reason, completion.stop_string) == ("stop", stop)
     assert sum(event.token is not None for event in events if event.request == 1) == 20
 
 

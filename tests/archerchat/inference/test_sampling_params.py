@@ -32,7 +32,7 @@ from archerchat.inference.sampling_params import SamplingParams
         ),
         ({"frequency_penalty": -3.0}, "--frequency-penalty is -3.0"),
         ({"logit_bias": {4: 101.0}}, "--logit-bias of token 4 is 101.0; it must be at least -100"),
-        ({"stop": ("a", "")}, "--stop has an empty text"),
+        ({"stop": ("a", "")}, "--stop has an empty string"),
         ({"logprobs": 21}, "--logprobs is 21; it must be at least 0 and at most 20"),
         ({"seed": -1}, "--seed is -1; it must be at least 0"),
         ({"seed": 2**63}, "--seed is 9223372036854775808"),

@@ -61,12 +61,12 @@ def decode(ids: list[int]) -> str:
 
 
 def read_all(data: bytes, *stops: str) -> tuple[list[str], str | None]:
-    """Return what a detokenizer says after each byte, the rest last, and the stop text."""
+    """Return what a detokenizer says after each byte, the rest last, and the stop string."""
     reader = Detokenizer(decode, stops)
     return [*(reader.read(value) for value in data), reader.finish()], reader.stop
 
 
-def test_text_that_may_become_a_stop_text_is_held_back() -> None:
+def test_text_that_may_become_a_stop_string_is_held_back() -> None:
     assert read_all(b"a\n\nQ: b", "\n\nQ:") == (["a", *[""] * 6, ""], "\n\nQ:")
     pieces = ["a", "", "", "\n\nb", "", "\nc", "", "", "\n\n"]
     assert read_all(b"a\n\nb\nc\n\n", "\n\nQ:") == (pieces, None)
@@ -82,7 +82,7 @@ def test_text_that_may_become_a_stop_text_is_held_back() -> None:
         (("zz",), "xabcdéy", None),
     ],
 )
-def test_the_stop_text_that_is_complete_first_counts(
+def test_the_stop_string_that_is_complete_first_counts(
     stops: tuple[str, ...], text: str, found: str | None
 ) -> None:
     data = "x" if found is None and text == "x" else "xabcdéy"
@@ -91,7 +91,7 @@ def test_the_stop_text_that_is_complete_first_counts(
 
 
 @given(st.text("ab\u20ac", max_size=30), st.lists(st.text("ab\u20ac", min_size=1, max_size=4)))
-def test_stop_texts_do_not_depend_on_how_the_text_is_cut(text: str, stops: list[str]) -> None:
+def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text: str, stops: list[str]) -> None:
     """One byte at a time, as from a tokenizer of bytes, or all at once."""
     pieces, stop = read_all(text.encode(), *stops)
     whole = Detokenizer(lambda ids: text, stops)
@@ -105,7 +105,7 @@ def test_stop_texts_do_not_depend_on_how_the_text_is_cut(text: str, stops: list[
         assert "".join(pieces) + stop == text[: min(ends)]
 
 
-def test_a_stop_text_ends_a_sequence_and_is_not_part_of_its_text() -> None:
+def test_a_stop_string_ends_a_sequence_and_is_not_part_of_its_text() -> None:
     params = SamplingParams(50, stop=("!?",))
     sequence = Sequence(3, 1, Request([0], params, decode=decode), 99)
     completion = Completion()
@@ -130,7 +130,7 @@ def test_held_text_is_released_where_a_sequence_ends_in_another_way() -> None:
             completion.add(sequence.read(value))
         assert completion.text == decode([value for value in values if value != 9])
         assert (completion.finish_reason, completion.stop_token) == (reason, stop_token)
-        assert completion.stop_text is None
+        assert completion.stop_string is None
     sequence = Sequence(0, 0, request, 99)
     assert sequence.read(ord("b")).text == ""
     assert sequence.cancel().text == "b"
@@ -150,6 +150,6 @@ def test_log_probabilities_are_cut_to_what_was_asked_and_none_for_forced_tokens(
     assert silent.read(8, found).logprobs is None
 
 
-def test_stop_texts_need_a_decoder() -> None:
+def test_stop_strings_need_a_decoder() -> None:
     with pytest.raises(AssertionError, match="decode"):
         Request([0], SamplingParams(stop=("x",)))

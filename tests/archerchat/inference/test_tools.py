@@ -92,13 +92,13 @@ def test_answers_out_of_order(speaker: Any, words: list[str], parts: list[tuple[
     assert [(each["type"], each["text"]) for each in found] == parts
 
 
-def test_a_stop_text_ends_the_reading(speaker: Any) -> None:
+def test_a_stop_string_ends_the_reading(speaker: Any) -> None:
     words = ["So ", "<|python_start|>", "6*7", "<|python_end|>", "it is\nUser: hi"]
     ids = speaker.ids(words)
     parts = read_parts(speaker.tokenizer, ids, ("\nUser:",))
     assert [part["text"] for part in parts] == ["So ", "6*7", "it is"]
     assert spoken_text(speaker.tokenizer, ids, ("6*7",)) == "So "
-    # What might have become a stop text is shown at the end of a part.
+    # What might have become a stop string is shown at the end of a part.
     assert spoken_text(speaker.tokenizer, ids, ("So long", "hippo")) == "So it is\nUser: hi"
 
 
