@@ -17,7 +17,7 @@ from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.layout import needed_trunk
 from archerchat.evals.core.prompts import Prompt, Prompter, Tree, choose_examples
 from archerchat.evals.core.scoring import iter_outcomes
-from archerchat.inference.weights import InferenceModel
+from archerchat.inference.loading import InferenceModel
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.transformer import Transformer

@@ -43,8 +43,14 @@ def test_the_overview_names_every_command(
         assert f"  {name:22} {command.help}\n" in output
 
 
-GROUPS = {"dial": "depth", "telemetry": "push_checkpoints", "corpus": "val_fraction"}
-"""A flag of each group of flags."""
+GROUPS = {
+    "dial": "depth",
+    "telemetry": "push_checkpoints",
+    "corpus": "val_fraction",
+    "sampling": "temperature",
+    "runtime": "device",
+}
+"""One flag of each group of flags, by the name of its field."""
 
 
 @pytest.mark.parametrize("name", [name for name, _ in all_commands()])

@@ -30,8 +30,7 @@ from archerchat.evals.core.results import (
 )
 from archerchat.files import sha256_file, write_json
 from archerchat.home import Home
-from archerchat.inference.loading import LoadedModel
-from archerchat.inference.weights import InferenceModel
+from archerchat.inference.loading import InferenceModel, LoadedModel
 from archerchat.runtime import Runtime, dtype_name
 
 

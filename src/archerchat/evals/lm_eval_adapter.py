@@ -29,7 +29,8 @@ from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
-from archerchat.inference.requests import Request, RowHook
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request, SequenceHook
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
@@ -167,10 +168,10 @@ class HarnessModel:
         if len(prompt) > room:  # the end of the context is what is asked
             prompt = prompt[-room:]
 
-        def hook() -> RowHook:
+        def hook() -> SequenceHook:
             return _StopAtText(self.tokenizer, stop_texts, bos)
 
-        return Request(prompt, new, temperature, stop_tokens={bos}, hook=hook)
+        return Request(prompt, SamplingParams(new, temperature, stop_token_ids=(bos,)), hook)
 
 
 class _StopAtText:

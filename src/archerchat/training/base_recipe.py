@@ -9,7 +9,9 @@ from torch import Tensor
 
 from archerchat.data.text_loader import TextLoader
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
-from archerchat.inference.sampling import iter_tokens
+from archerchat.inference.chat import generate_texts
+from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
 from archerchat.optim.schedule import Schedule
 from archerchat.training.model_recipe import ModelRecipe
 from archerchat.training.recipe import StepSettings
@@ -48,13 +50,12 @@ class BaseRecipe(ModelRecipe):
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Continue each prompt greedily."""
-        texts = {}
-        for prompt in SAMPLE_PROMPTS:
-            prompt_ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt)]
-            stop = (self.tokenizer.bos_id,)
-            ids = iter_tokens(self.model, prompt_ids, SAMPLE_TOKENS, 0.0, stop_ids=stop)
-            texts[prompt] = prompt + self.tokenizer.decode(list(ids))
-        return texts
+        bos, encode = self.tokenizer.bos_id, self.tokenizer.encode
+        prompts = [[bos, *encode(prompt)] for prompt in SAMPLE_PROMPTS]
+        engine = Engine(self.model, max_batch=len(prompts))
+        params = SamplingParams(SAMPLE_TOKENS, temperature=0, stop_token_ids=(bos,))
+        texts = generate_texts(engine, self.tokenizer, prompts, params)
+        return {prompt: prompt + text for prompt, text in zip(SAMPLE_PROMPTS, texts, strict=True)}
 
     def _iter_batches(self, loader: TextLoader, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `count` batches, or as many as hold the validation text once."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from archerchat.console import ProgressLine
 from archerchat.evals.core.bundle import Bundle
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
-from archerchat.inference.weights import InferenceModel
+from archerchat.inference.loading import InferenceModel
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from archerchat.data.conversation_loader import ConversationLoader
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
-from archerchat.inference.sampling import iter_tokens
+from archerchat.inference.chat import generate_texts
+from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.tools import answer_stop_ids
 from archerchat.tokenizer.chat_format import render_for_completion
 from archerchat.training.model_recipe import ModelRecipe
 from archerchat.training.recipe import LoopState, StepSettings
@@ -96,14 +99,13 @@ class FinetuneRecipe(ModelRecipe):
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Answer each question greedily, without tools."""
-        stop = (self.tokenizer.special_id("<|assistant_end|>"), self.tokenizer.bos_id)
-        texts = {}
-        for question in SAMPLE_QUESTIONS:
-            conversation = {"messages": [{"role": "user", "content": question}]}
-            prompt = render_for_completion(self.tokenizer, conversation)
-            ids = iter_tokens(self.model, prompt, SAMPLE_TOKENS, 0.0, stop_ids=stop)
-            texts[question] = f"{question} {self.tokenizer.decode(list(ids))}"
-        return texts
+        questions = [{"messages": [{"role": "user", "content": q}]} for q in SAMPLE_QUESTIONS]
+        prompts = [render_for_completion(self.tokenizer, question) for question in questions]
+        engine = Engine(self.model, max_batch=len(prompts))
+        stop_token_ids = answer_stop_ids(self.tokenizer)
+        params = SamplingParams(SAMPLE_TOKENS, temperature=0, stop_token_ids=stop_token_ids)
+        texts = generate_texts(engine, self.tokenizer, prompts, params)
+        return {q: f"{q} {text}" for q, text in zip(SAMPLE_QUESTIONS, texts, strict=True)}
 
     def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None:
         """Write all that `restore` needs, and whether the run is over."""

@@ -26,7 +26,12 @@ from archerchat.optim.optimizer import Optimizer
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.recipe import LoopState, Recipe
-from archerchat.training.resume import Loader, restore_loader, restore_rng, rng_tensors
+from archerchat.training.resume import (
+    Loader,
+    restore_loader,
+    restore_rng,
+    rng_tensors,
+)
 
 
 class Batch(Protocol):

@@ -106,7 +106,7 @@ def _announce(console: Console, config: ReinforceConfig, recipe: ReinforceRecipe
         f"model      {base['stage']} {base['tag']}, step {base['step']}",
         f"questions  {len(task):,} of {task.name}; {len(recipe.test):,} of its test to measure on",
         f"training   {recipe.num_iterations:,} steps of {settings.questions_per_step} questions, "
-        f"{settings.num_samples} answers each, of up to {settings.max_new_tokens} tokens",
+        f"{config.num_samples} answers each, of up to {config.max_new_tokens} tokens",
         f"rates      x{config.lr_scale:g} of pretraining's, falling to 0",
         f"device     {runtime.device_name}, {dtype_name(runtime.compute_dtype)} "
         f"({runtime.dtype_reason})",

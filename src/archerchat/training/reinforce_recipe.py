@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from archerchat.evals.chat.evaluate import ChatEvaluator
-from archerchat.evals.chat.generative import Sampling, answer_problems, render_question
-from archerchat.inference.answers import read_parts
+from archerchat.evals.chat.generative import answer_problems, render_question
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.tools import read_parts
 from archerchat.model.flops import flops_per_token
 from archerchat.tasks.base import Task
 from archerchat.training.model_recipe import ModelRecipe
@@ -39,7 +40,7 @@ class ReinforceRecipe(ModelRecipe):
     test: Task
     """What is measured on."""
     num_iterations: int
-    eval_sampling: Sampling
+    eval_sampling: SamplingParams
     _batch: RolloutBatch | None = field(default=None, init=False)
     """The micro-batch that `loss` is asked for."""
     passed: dict[str, float] = field(default_factory=dict, init=False)
@@ -107,7 +108,7 @@ class ReinforceRecipe(ModelRecipe):
         engine.refresh_weights()
         questions = [self.test[index] for index in chosen]
         prompts = [render_question(self.tokenizer, q, engine.max_length)[0] for q in questions]
-        sampling = Sampling(self.eval_sampling.max_new_tokens, 0.0)
+        sampling = SamplingParams(self.eval_sampling.max_new_tokens, temperature=0.0)
         answers = answer_problems(engine, self.tokenizer, self.test, chosen, prompts, sampling)
         texts = {}
         for question, answer in zip(questions, answers, strict=True):

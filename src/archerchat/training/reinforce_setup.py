@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ from archerchat.data.task_files import task_files
 from archerchat.dial import LearningRates
 from archerchat.errors import DataError, UsageError, require_positive, require_seed
 from archerchat.evals.chat.evaluate import limited
-from archerchat.evals.chat.generative import Sampling
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel
+from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import Runtime, dtype_name
 from archerchat.tasks.base import Task
 from archerchat.tasks.registry import build_task
@@ -171,13 +171,7 @@ def build_recipe(
         loader=RolloutLoader(engine, base.tokenizer, train, _rollout_settings(config)),
         test=test,
         num_iterations=steps,
-        eval_sampling=Sampling(
-            config.max_new_tokens,
-            config.temperature,
-            config.top_k,
-            config.eval_samples,
-            config.seed,
-        ),
+        eval_sampling=replace(_sampling(config), num_samples=config.eval_samples),
         tokenizer=base.tokenizer,
         compile=False,
         directory=home.checkpoint_dir(STAGE, tag),
@@ -205,7 +199,7 @@ def describe_run(
             "base": {"stage": config.source} | describe_base(base),
             "tokenizer": base.tokenizer.fingerprint,
             "task": train.describe(),
-            "rollouts": asdict(_rollout_settings(config)),
+            "rollouts": _rollout_settings(config).identity(),
             "rollout_batch_size": config.rollout_batch_size,
             "dtype": dtype_name(runtime.compute_dtype),
             "num_iterations": steps,
@@ -218,16 +212,18 @@ def describe_run(
     }
 
 
-def _rollout_settings(config: ReinforceConfig) -> RolloutSettings:
-    return RolloutSettings(
-        questions_per_step=config.examples_per_step,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        device_batch_size=config.device_batch_size,
+def _sampling(config: ReinforceConfig) -> SamplingParams:
+    return SamplingParams(
+        config.max_new_tokens,
+        config.temperature,
+        config.top_k,
         seed=config.seed,
+        num_samples=config.num_samples,
     )
+
+
+def _rollout_settings(config: ReinforceConfig) -> RolloutSettings:
+    return RolloutSettings(config.examples_per_step, _sampling(config), config.device_batch_size)
 
 
 def _rates(config: ReinforceConfig, base: LoadedModel, runtime: Runtime) -> LearningRates:

@@ -1,12 +1,12 @@
 """Rollouts as batches: questions in order, answers by the engine, rewards, advantages, rows.
 
-A step's rollouts follow from the weights, the seed and the step alone: the order of questions is a
-shuffle an epoch, and a row's draws come from seed, step, question and sample. A loader's whole
-state is therefore the number of steps that it rolled out, and a resumed run asks what the
-uninterrupted one would have asked.
+A step's rollouts follow from the weights, the seed and the step alone: questions are shuffled once
+per epoch, and an answer's tokens follow from seed, step, question and sample. The whole state of a
+loader is therefore the number of steps that it has rolled out, and a resumed run asks what the
+uninterrupted run would have asked.
 
     loader = RolloutLoader(engine, tokenizer, task, settings)
-    batch = next(loader)        # of a step's `settings.batches`, the first rolls out
+    batch = next(loader)        # the first of a step's `settings.batches` rolls out
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
@@ -23,54 +23,63 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from archerchat.checkpoint import compare_configs
+from archerchat.config import Config, PositiveInt
 from archerchat.errors import CheckpointError
-from archerchat.evals.chat.generative import Sampling, build_request, render_question
-from archerchat.inference.answers import spoken_text
-from archerchat.inference.draws import row_seed
+from archerchat.evals.chat.generative import build_request, render_question
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Completion
+from archerchat.inference.sampling_params import SamplingParams, derive_seed
+from archerchat.inference.sequence import Completion
+from archerchat.inference.tools import spoken_text
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import Task
 from archerchat.tokenizer.bpe import Tokenizer
 
+SAMPLING = SamplingParams(max_new_tokens=256, top_k=50, num_samples=16)
+IDENTITY_PARAMS = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+"""Sampling parameters that every saved identity has; others are in it unless they are defaults."""
+
 
 @dataclass(frozen=True)
-class RolloutSettings:
+class RolloutSettings(Config):
     """How a step's rollouts are made; all of it decides the weights."""
 
-    questions_per_step: int = 16
-    num_samples: int = 16
-    """Of each question: a group."""
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int | None = 50
-    device_batch_size: int = 8
-    """Rows in a micro-batch."""
-    seed: int = 42
+    questions_per_step: PositiveInt = 16
+    sampling: SamplingParams = SAMPLING
+    """How answers are sampled; the samples of one question form a group."""
+    device_batch_size: PositiveInt = 8
+    """Rows per micro-batch."""
 
     @property
     def rows(self) -> int:
-        """Rollouts in a step."""
-        return self.questions_per_step * self.num_samples
+        """Rollouts per step."""
+        return self.questions_per_step * self.sampling.num_samples
 
     @property
     def batches(self) -> int:
-        """Micro-batches in a step."""
+        """Micro-batches per step."""
         return -(-self.rows // self.device_batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as checkpoints hold them."""
+        given, default = asdict(self.sampling), asdict(SamplingParams())
+        kept = {k: v for k, v in given.items() if k in IDENTITY_PARAMS or v != default[k]}
+        counts = ("questions_per_step", "device_batch_size")
+        return {name: getattr(self, name) for name in counts} | kept
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sample of a question, with what it is worth."""
+    """One sample of a question, and its reward."""
 
     token_ids: tuple[int, ...]
-    """Prompt, answer and, where the model ended it, the token that did."""
+    """Prompt, answer and, if the model ended it, the token that did."""
     mask: tuple[int, ...]
     """1 for the tokens that the model chose; 0 for the prompt and the results of tools."""
     reward: float
     advantage: float
     cut: bool
-    """Whether the limit of tokens or the context ended it."""
+    """Whether the limit of tokens or of the context ended it."""
 
     @property
     def trained(self) -> int:
@@ -102,7 +111,7 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
 def question_indices(count: int, settings: RolloutSettings, step: int) -> list[int]:
     """Return the questions of a step; every epoch takes each of `count` once, in its own order.
 
-    A step that begins at an epoch's end goes on with the next one's beginning.
+    A step at the end of an epoch continues with the next epoch's first questions.
     """
     first = step * settings.questions_per_step
     orders: dict[int, array[int]] = {}
@@ -111,7 +120,7 @@ def question_indices(count: int, settings: RolloutSettings, step: int) -> list[i
         epoch, place = divmod(position, count)
         if epoch not in orders:
             orders[epoch] = array("Q", range(count))
-            Random(f"questions {settings.seed} {epoch}").shuffle(orders[epoch])
+            Random(f"questions {settings.sampling.seed} {epoch}").shuffle(orders[epoch])
         found.append(orders[epoch][place])
     return found
 
@@ -119,7 +128,7 @@ def question_indices(count: int, settings: RolloutSettings, step: int) -> list[i
 def build_rollout(
     prompt: Sequence[int], completion: Completion, reward: float, advantage: float
 ) -> Rollout:
-    """Put a row together; the token by which the model ended its answer is one that it chose."""
+    """Build a row; the token by which the model ended its answer is one that it chose."""
     ended = [completion.stop_token] if completion.stop_token is not None else []
     return Rollout(
         token_ids=(*prompt, *completion.token_ids, *ended),
@@ -165,7 +174,7 @@ class RolloutLoader:
     """Roll out with the engine's model as it is at the first batch of each step.
 
     Args:
-        task: what is asked; its `reward` judges.
+        task: asks the questions; its `reward` judges the answers.
     """
 
     def __init__(
@@ -197,13 +206,8 @@ class RolloutLoader:
         """Return a step's rollouts, question by question."""
         self.engine.refresh_weights()
         settings, rows = self.settings, []
-        sampling = Sampling(
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_k,
-            settings.num_samples,
-            row_seed(settings.seed, step),
-        )
+        params = settings.sampling
+        params = replace(params, seed=derive_seed(params.seed, step))
         conversations = [
             self.task[index] for index in question_indices(len(self.task), settings, step)
         ]
@@ -212,12 +216,12 @@ class RolloutLoader:
             for conversation in conversations
         ]
         requests = [
-            build_request(self.tokenizer, prompt, sampling, place)
+            build_request(self.tokenizer, prompt, params, place)
             for place, prompt in enumerate(prompts)
         ]
         groups = self.engine.generate(requests)
         for conversation, prompt, group in zip(conversations, prompts, groups, strict=True):
-            texts = [spoken_text(self.tokenizer, sample.token_ids) for sample in group]
+            texts = [spoken_text(self.tokenizer, each.token_ids, params.stop) for each in group]
             rewards = [self.task.reward(conversation, text) for text in texts]
             for sample, reward, advantage in zip(
                 group, rewards, group_advantages(rewards), strict=True
@@ -226,13 +230,13 @@ class RolloutLoader:
         return rows
 
     def amounts(self) -> tuple[int, int]:
-        """Return the tokens of the last step's rows, and of those of them that were trained on."""
+        """Return how many tokens the last step's rows have: all rows, and those trained on."""
         lengths = [(len(row.token_ids), row.advantage != 0) for row in self._rollouts]
         return sum(n for n, _ in lengths), sum(n for n, trained in lengths if trained)
 
     def metrics(self) -> dict[str, float]:
         """Return the figures of the last step's rollouts."""
-        rows, size = self._rollouts, self.settings.num_samples
+        rows, size = self._rollouts, self.settings.sampling.num_samples
         if not rows:
             return {}
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -247,30 +251,31 @@ class RolloutLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state between two steps."""
+        """Return the state between two steps: what is asked, and the steps rolled out."""
         assert not self._waiting, "a step's batches are used up together"
         return {"identity": self._identity(), "steps": torch.tensor([self._steps])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after a saved state.
+        """Continue after `state`.
 
         Raises:
-            CheckpointError: other questions were asked, or with other settings.
+            CheckpointError: it cannot be read, or other questions were asked, or in another way.
         """
         try:
-            steps, identity = int(state["steps"][0]), dict(state["identity"])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            differences = compare_configs(state["identity"], self._identity())
+            steps = int(state["steps"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the state of the rollouts cannot be read: {error!r}") from error
-        if identity != self._identity():
+        if differences:
             raise CheckpointError(
-                f"the checkpoint's rollouts are of {identity}, not of "
-                f"{self._identity()}: choose another --output-tag for a new run"
+                f"the checkpoint's rollouts differ: {'; '.join(differences)}. Choose another "
+                "--output-tag for a new run"
             )
         self._steps = steps
         self._waiting.clear()
 
     def close(self) -> None:
-        """Drop what waits."""
+        """Drop the waiting batches."""
         self._waiting.clear()
 
     def __enter__(self) -> RolloutLoader:
@@ -280,7 +285,7 @@ class RolloutLoader:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
-        return {"task": self.task.describe(), "settings": asdict(self.settings)}
+        return {"task": self.task.describe(), "settings": self.settings.identity()}
 
 
 def _share(flags: Any) -> float:

@@ -21,7 +21,6 @@ from archerchat.evals.lm_eval_adapter import HarnessModel, register, score_promp
 from archerchat.evals.offline_tasks import offline_bundle
 from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
-from archerchat.inference.sampling import iter_tokens
 from archerchat.runtime import build_runtime
 
 Score = Callable[..., tuple[list[float], bool]]
@@ -66,7 +65,9 @@ def test_log_likelihoods_equal_plain_ones(
 
 def test_what_is_greedy_is_told(loaded: LoadedModel) -> None:
     ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("abc")]
-    likely = list(iter_tokens(loaded.model, ids, 3, 0.0))
+    likely: list[int] = []
+    for _ in range(3):
+        likely.append(int(loaded.model(torch.tensor([ids + likely]))[0, -1].argmax()))
     unlikely = [*likely[:2], (likely[2] + 1) % 256]
     rows = [np.array(ids + said, dtype=np.int32) for said in (likely, unlikely)]
     scores = score_prompts(loaded.model, [Prompt(row, len(ids)) for row in rows])

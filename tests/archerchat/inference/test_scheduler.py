@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from archerchat.inference.scheduling import PrefixGroup, common_length, group_by_prefix
+from archerchat.inference.scheduler import PrefixGroup, common_length, group_by_prefix
 
 SHARED = list(range(100, 140))
 
@@ -34,7 +34,7 @@ def test_a_whole_prompt_is_never_shared() -> None:
 def test_short_beginnings_are_not_worth_a_pass() -> None:
     prompts = [[1, 2, 3, n] for n in range(5)]
     assert [group.shared for group in group_by_prefix(prompts)] == [0] * 5
-    assert group_by_prefix(prompts, least_shared=3) == [PrefixGroup(3, (0, 1, 2, 3, 4))]
+    assert group_by_prefix(prompts, min_shared=3) == [PrefixGroup(3, (0, 1, 2, 3, 4))]
 
 
 def test_a_long_beginning_is_not_given_up_for_a_short_one() -> None:
@@ -46,7 +46,7 @@ def test_a_long_beginning_is_not_given_up_for_a_short_one() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), max_size=15))
 def test_every_prompt_is_in_one_group_and_has_its_beginning(prompts: list[list[int]]) -> None:
-    groups = group_by_prefix(prompts, least_shared=2)
+    groups = group_by_prefix(prompts, min_shared=2)
     assert sorted(i for group in groups for i in group.members) == list(range(len(prompts)))
     assert [group.members[0] for group in groups] == sorted(group.members[0] for group in groups)
     for group in groups:

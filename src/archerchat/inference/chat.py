@@ -1,41 +1,54 @@
-"""A conversation with a model: what was said so far, and the next answer as it comes.
+"""Text from a model: single prompts, and conversations whose answers come piece by piece.
 
     session = ChatSession(engine, tokenizer)
     for piece in session.answer("What is 6 times 7?"): print(piece.text, end="")
 
-Answers are kept as the tokens that the model said, results of the calculator among them, so that
-the next prompt continues exactly what was. When the context is full the oldest turns are left out
-of the prompt; a system message stays.
+Answers are kept as the tokens that the model said, results of the calculator among them, so the
+next prompt continues exactly what was said. When the context is full, the oldest turns are left
+out of the prompt; a system message stays.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from archerchat.errors import UsageError
-from archerchat.inference.answers import AnswerReader, Piece, read_parts
 from archerchat.inference.calculator import evaluate as calculate
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Completion, Request
-from archerchat.inference.tool_use import ToolUse
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Completion, Request
+from archerchat.inference.tools import AnswerReader, Piece, ToolUse, answer_stop_ids, read_parts
 from archerchat.tokenizer.bpe import Tokenizer
 
-LEAST_ROOM = 4
-"""The share of a context that is kept for the answer is one over this, unless less is asked for."""
+CHAT_SAMPLING = SamplingParams(max_new_tokens=512, temperature=0.6, top_k=50)
+MIN_ROOM_SHARE = 4
+"""One over this share of the context is kept for the answer, unless less is asked for."""
 
 
-@dataclass(frozen=True)
-class ChatRules:
-    """How answers are drawn."""
+def build_answer_request(
+    tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams
+) -> Request:
+    """Ask for an answer: the assistant's end stops it, and it may use the calculator."""
+    stop_token_ids = (*answer_stop_ids(tokenizer), *params.stop_token_ids)
+    params = replace(params, stop_token_ids=stop_token_ids)
+    decode = tokenizer.decode if params.stop else None
+    return Request(prompt, params, ToolUse(tokenizer, calculate), decode)
 
-    temperature: float = 0.6
-    top_k: int | None = 50
-    max_tokens: int = 512
-    """Of one answer."""
-    seed: int = 42
+
+def generate_texts(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[str]:
+    """Return what the model says after each prompt: `params.num_samples` texts per prompt.
+
+    Raises:
+        UsageError: a prompt is too long or has unknown tokens.
+    """
+    requests = [Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
+    return [each.text for group in engine.generate(requests) for each in group]
 
 
 @dataclass(frozen=True)
@@ -48,39 +61,37 @@ class Turn:
 
 @dataclass
 class ChatSession:
-    """Hold a conversation; `answer` goes on with it."""
+    """Hold a conversation; `answer` continues it."""
 
     engine: Engine
     tokenizer: Tokenizer
-    rules: ChatRules = field(default_factory=ChatRules)
+    params: SamplingParams = CHAT_SAMPLING
     system: str | None = None
     """Joined to the first message that the model is shown."""
     turns: list[Turn] = field(default_factory=list)
-    """All of them, those that the context has no room for too."""
+    """All turns, including those that the context has no room for."""
     forgotten: int = 0
     """How many of the oldest turns the last prompt left out."""
     completion: Completion = field(default_factory=Completion)
     """The last answer, or as much of it as there is."""
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Start a new conversation."""
         self.turns.clear()
         self.forgotten, self.completion = 0, Completion()
 
-    def set_rules(self, **changes: float | int | None) -> None:
-        """Draw the next answers otherwise.
+    def set_params(self, **changes: Any) -> None:
+        """Change how the next answers are sampled.
 
         Raises:
-            UsageError: a number makes no sense; the rules then stay as they are.
+            UsageError: a value is outside its limit; nothing has changed then.
         """
-        rules = replace(self.rules, **changes)  # type: ignore[arg-type]
-        Request([0], rules.max_tokens, rules.temperature, rules.top_k, seed=rules.seed)
-        self.rules = rules
+        self.params = replace(self.params, **changes)
 
     def answer(self, message: str) -> Iterator[Piece]:
         """Yield the answer to `message` as it comes.
 
-        An iterator that is closed early ends the answer there; what was said is kept.
+        Closing the iterator ends the answer there; what was said is kept.
 
         Raises:
             UsageError: the message is empty, or does not fit into the context; the conversation
@@ -89,22 +100,16 @@ class ChatSession:
         if not message.strip():
             raise UsageError("there is nothing to answer: write a message")
         prompt, self.forgotten = self._build_prompt(message)
-        special = self.tokenizer.special_id
-        request = Request(
-            prompt,
-            self.rules.max_tokens,
-            self.rules.temperature,
-            self.rules.top_k,
-            seed=(self.rules.seed + len(self.turns)) % 2**63,
-            stop_tokens=(special("<|assistant_end|>"), self.tokenizer.bos_id),
-            hook=ToolUse(self.tokenizer, calculate),
+        seed = (self.params.seed + len(self.turns)) % 2**63
+        request = build_answer_request(
+            self.tokenizer, prompt, replace(self.params, seed=seed, num_samples=1)
         )
         self.engine.check(request)
         return self._stream(message, request)
 
     def _stream(self, message: str, request: Request) -> Iterator[Piece]:
         self.completion = Completion()
-        reader = AnswerReader(self.tokenizer)
+        reader = AnswerReader(self.tokenizer, request.params.stop)
         try:
             with closing(self.engine.stream([request])) as events:  # type: ignore[type-var]
                 for event in events:
@@ -121,7 +126,7 @@ class ChatSession:
         if self.system is not None:
             messages.append({"role": "system", "content": self.system})
         for turn in self.turns:
-            parts = read_parts(self.tokenizer, turn.answer)
+            parts = read_parts(self.tokenizer, turn.answer, self.params.stop)
             if not parts:
                 continue
             plain = len(parts) == 1 and parts[0]["type"] == "text"
@@ -137,7 +142,7 @@ class ChatSession:
     def _build_prompt(self, message: str) -> tuple[list[int], int]:
         """Return the prompt with as many turns as there is room for, and how many are left out."""
         limit = self.engine.max_length
-        room = min(self.rules.max_tokens, max(1, limit // LEAST_ROOM))
+        room = min(self.params.max_new_tokens, max(1, limit // MIN_ROOM_SHARE))
         for first in range(len(self.turns) + 1):
             prompt = self._render(first, message)
             if len(prompt) + room <= limit:

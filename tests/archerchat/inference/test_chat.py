@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from archerchat.errors import UsageError
-from archerchat.inference.answers import Piece
-from archerchat.inference.chat_session import ChatRules, ChatSession, Turn
+from archerchat.inference.chat import ChatSession, Turn, generate_texts
 from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.tools import Piece
 from archerchat.tasks.conversation import check_conversation
 from archerchat.tokenizer.chat_format import render_for_completion
 
@@ -26,8 +27,8 @@ SAID = "So [6*7 = 42]####42"
 @pytest.fixture
 def session(scripted: Callable[[Sequence[str]], Any]) -> ChatSession:
     speaker = scripted(SCRIPT)
-    rules = ChatRules(temperature=0.0, max_tokens=32)
-    return ChatSession(Engine(speaker.model, max_batch=1), speaker.tokenizer, rules)
+    params = SamplingParams(32, temperature=0.0)
+    return ChatSession(Engine(speaker.model, max_batch=1), speaker.tokenizer, params)
 
 
 def say(session: ChatSession, message: str) -> list[tuple[str, str]]:
@@ -118,19 +119,27 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_went(session: ChatSessio
     assert len(session.turns) == 2
 
 
-def test_rules_are_checked_before_they_are_taken(session: ChatSession) -> None:
-    session.set_rules(temperature=0.5, top_k=None)
-    assert (session.rules.temperature, session.rules.top_k) == (0.5, None)
-    with pytest.raises(UsageError, match="temperature is -1"):
-        session.set_rules(temperature=-1.0)
-    with pytest.raises(UsageError, match="top_k is 0"):
-        session.set_rules(top_k=0)
-    assert (session.rules.temperature, session.rules.top_k) == (0.5, None)
+def test_a_stop_string_ends_an_answer_and_is_not_shown(session: ChatSession) -> None:
+    session.set_params(stop=("##4",))
+    assert say(session, "6 times 7?")[-1] == ("text", "##")
+    assert session.completion.stop_string == "##4"
+    answer = session.to_conversation()["messages"][1]  # type: ignore[index]
+    assert answer["content"][-1] == {"type": "text", "text": "##"}
+
+
+def test_params_are_checked_before_they_are_taken(session: ChatSession) -> None:
+    session.set_params(temperature=0.5, top_k=None)
+    assert (session.params.temperature, session.params.top_k) == (0.5, None)
+    with pytest.raises(UsageError, match="--temperature is -1"):
+        session.set_params(temperature=-1.0)
+    with pytest.raises(UsageError, match="--top-k is 0"):
+        session.set_params(top_k=0)
+    assert (session.params.temperature, session.params.top_k) == (0.5, None)
 
 
 def test_the_same_seed_says_the_same_again_but_not_in_the_next_turn(session: ChatSession) -> None:
     session.engine.model.unembedding.weight.mul_(0.2)  # nothing is certain any more
-    session.set_rules(temperature=1.0, top_k=None, max_tokens=8)
+    session.set_params(temperature=1.0, top_k=None, max_new_tokens=8)
     answers = []
     for _ in range(2):
         session.clear()
@@ -153,3 +162,11 @@ def test_a_saved_conversation_can_be_learned_from(session: ChatSession) -> None:
         *("system", "user", "assistant")
     ]
     assert conversation["messages"][2]["content"][1] == {"type": "python", "text": "6*7"}
+
+
+def test_texts_of_prompts(session: ChatSession) -> None:
+    tokenizer = session.tokenizer
+    prompts = [tokenizer.encode("6"), tokenizer.encode("4")]
+    params = SamplingParams(2, temperature=0, num_samples=2)
+    texts = generate_texts(session.engine, tokenizer, prompts, params)
+    assert texts == ["*7", "*7", "2<|assistant_end|>", "2<|assistant_end|>"]
