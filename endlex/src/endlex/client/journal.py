@@ -21,6 +21,7 @@ from endlex.protocol import (
     JOURNAL_DIR,
     MAX_BATCH_BYTES,
     METRICS,
+    NON_FINITE,
     SESSION_ID,
     STATUSES,
     SYSTEM,
@@ -81,15 +82,23 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def read_run(directory: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of all sessions of a run's directory, in the order of `session_files`.
+def read_run(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """Yield a run's records as `endlex.protocol` describes them, session after session.
+
+    The values of metrics are numbers, NaN and infinities too. A directory without journals yields
+    nothing.
 
     Raises:
         EndlexError: as `read_journal`.
         OSError: a file cannot be read.
     """
-    for path in session_files(directory):
-        yield from read_journal(path)
+    for path in session_files(Path(directory)):
+        for record in read_journal(path):
+            values = record.get("values")
+            if record["type"] == METRICS and isinstance(values, dict):
+                for name in [name for name, value in values.items() if isinstance(value, str)]:
+                    values[name] = NON_FINITE.get(values[name], values[name])
+            yield record
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:

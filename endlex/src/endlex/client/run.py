@@ -208,6 +208,12 @@ class Run:
         self._append(CHECKPOINT, announcement(note))
         return note["name"]
 
+    def has_saved(self, name: str) -> bool:
+        """Whether this machine has saved a checkpoint `name` of the run, sent or not."""
+        from endlex.client.staging import has_saved
+
+        return self.directory is not None and has_saved(self.directory, name)
+
     def finish(self, status: Status = "finished") -> None:
         """Record the run's end; a second call does nothing.
 

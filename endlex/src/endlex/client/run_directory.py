@@ -73,13 +73,13 @@ def new_run_id() -> str:
     return "".join(ALPHABET[byte % len(ALPHABET)] for byte in os.urandom(10))
 
 
-def read_run_file(directory: Path) -> RunFile | None:
-    """Whose directory this is, or None if it is nobody's yet.
+def read_run_file(directory: Path | str) -> RunFile | None:
+    """Return the id, project and name of the run that a directory holds; None if it holds none.
 
     Raises:
         EndlexError: `run.json` is damaged.
     """
-    path = directory / RUN_FILE
+    path = Path(directory) / RUN_FILE
     try:
         content = json.loads(path.read_bytes())
         check_run_id(content["run"])
@@ -160,8 +160,8 @@ def _as_file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "run"
 
 
-def given_run_id(run: str | None) -> str | None:
-    """The id that was given, in the call or as `ENDLEX_RUN_ID`.
+def given_run_id(run: str | None = None) -> str | None:
+    """Return the run id given in the call, or else by `ENDLEX_RUN_ID`; None if there is none.
 
     Raises:
         EndlexError: it is no run id.
