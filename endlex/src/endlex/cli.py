@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from endlex.protocol import EndlexError
+from endlex.protocol import SCOPES, EndlexError
 
 Add = Callable[[argparse.ArgumentParser], None]
 STDOUT = 1
 FORMATS = ("csv", "json", "parquet", "html")
-SCOPES = ("write", "checkpoint", "read")
 RUN_HELP = "a run's directory here, or its id, name or project/name on the server"
 
 
@@ -285,8 +284,18 @@ def _token_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scope",
         required=True,
-        help="comma-separated: write (journals), checkpoint (files), read (everything)",
+        help="comma-separated: "
+        + "; ".join(f"{scope}: {allowed}" for scope, allowed in SCOPES.items()),
     )
+    parser.add_argument(
+        "--run", action="append", default=[], help="id of a run to make its own; may be repeated"
+    )
+    _data(parser)
+
+
+def _token_grant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("token", help="the token's name or id, as `endlex token list` prints them")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="id of a run")
     _data(parser)
 
 
@@ -320,6 +329,12 @@ IMPORTS: tuple[tuple[str, str, str, Add], ...] = (
 )
 TOKENS: tuple[tuple[str, str, str, Add], ...] = (
     ("create", "tokens:create", "make a token and print it, once", _token_create),
+    (
+        "grant",
+        "tokens:grant",
+        "make runs a token's own, such as those of another box",
+        _token_grant,
+    ),
     ("list", "tokens:list_all", "list the tokens, without their secrets", _token_list),
     ("revoke", "tokens:revoke", "make a token worthless", _token_revoke),
 )

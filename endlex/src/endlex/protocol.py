@@ -48,6 +48,18 @@ CRASHED = "crashed"
 """What is said of a session whose writer is gone without a word."""
 SESSION_STATES = ("running", *STATUSES, CRASHED)
 
+Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]
+SCOPES: dict[Scope, str] = {
+    "write": "send the journals of its own runs",
+    "checkpoint": "send and fetch the checkpoints of its own runs",
+    "read": "see every run",
+    "annotate": "name, tag, note and archive runs, and dismiss alerts",
+    "manage": "delete runs and checkpoints, and write to any run",
+}
+"""What a token can be allowed. A run is a token's own if the token created it or was given it."""
+
+REPLACES = "replaces"
+"""Key in a checkpoint's metadata: once published, it replaces the older ones with the same word."""
 REMOVED = "removed"
 """State of a checkpoint that was published and that a rule or a person let go of since."""
 

@@ -11,7 +11,7 @@ from endlex.client.downloads import Removed, fetch_manifest, pull_checkpoint
 from endlex.client.journal import parse_record, session_files, session_kind, writer_is_alive
 from endlex.client.manifests import build_manifest, load_manifest, manifest_path
 from endlex.client.parts import PartSource, Progress, Upload
-from endlex.client.replacement import REPLACES, is_replaced
+from endlex.client.replacement import is_replaced
 from endlex.client.run_directory import require_run_file
 from endlex.client.session_sync import SessionSync
 from endlex.client.shipping import failed_checkpoints, shipper_process
@@ -20,6 +20,7 @@ from endlex.client.sync import sync_directory
 from endlex.client.transport import Refused, Retry, Transport
 from endlex.protocol import (
     MANIFEST_DIR,
+    REPLACES,
     SYSTEM,
     EndlexError,
     Manifest,

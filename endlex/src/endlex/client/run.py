@@ -19,6 +19,7 @@ from endlex.protocol import (
     FINISH,
     MAX_TEXT_CHARS,
     METRICS,
+    REPLACES,
     STATUSES,
     TABLE,
     TEXT,
@@ -190,7 +191,6 @@ class Run:
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
-        from endlex.client.replacement import REPLACES
         from endlex.client.staging import announcement, stage
 
         if replaces is not None:

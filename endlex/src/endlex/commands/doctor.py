@@ -171,6 +171,8 @@ def _scopes(server: Server) -> Iterator[Finding]:
         "write": ("GET", f"/runs/{nobody}/sessions/0/journal?upto=0", None),
         "checkpoint": ("POST", "/parts/missing", {"parts": []}),
         "read": ("GET", "/runs?limit=1", None),
+        "annotate": ("PATCH", f"/runs/{nobody}", {"archived": False}),
+        "manage": ("POST", "/prune", {"run": nobody, "keep_last": 1, "dry_run": True}),
     }
     allowed = []
     for scope, (method, path, body) in questions.items():

@@ -34,7 +34,7 @@ MOST_BATCHES_AT_ONCE = 64
 PIECE = 2**20
 
 
-@router.post("/sessions/{session}/journal", dependencies=[Depends(require("write"))])
+@router.post("/sessions/{session}/journal", dependencies=[Depends(require("write", creates=True))])
 async def append(
     request: Request,
     run: str,

@@ -63,14 +63,16 @@ async def run_whole(request: Request, run: str) -> Response:
     return json_response(await server_of(request).ask(lambda c: show_run(c, run)))
 
 
-@router.patch("/runs/{run}", dependencies=[Depends(require("write"))])
+@router.patch("/runs/{run}", dependencies=[Depends(require("annotate", "manage"))])
 async def change(request: Request, run: str) -> Response:
     server = server_of(request)
     columns = check_changes(await read_json(request))
+    if "deleted" in columns:
+        await require("manage")(request)
     future = server.database.write(lambda connection: change_run(connection, run, columns))
     status = await asyncio.wrap_future(future)
     server.hub.publish("run", {"run": run, "updated": time.time(), "status": status})
-    return await run_whole(request, run)
+    return json_response(await server.ask(lambda c: show_run(c, run)))
 
 
 @router.get("/runs/{run}/series", dependencies=READ)
@@ -131,7 +133,7 @@ async def alerts(
     return json_response({"alerts": found})
 
 
-@router.post("/alerts/{alert}/dismiss", dependencies=[Depends(require("write"))])
+@router.post("/alerts/{alert}/dismiss", dependencies=[Depends(require("annotate", "manage"))])
 async def dismiss(request: Request, alert: int) -> Response:
     server = server_of(request)
     run = await asyncio.wrap_future(server.database.write(lambda c: dismiss_alert(c, alert)))

@@ -22,7 +22,7 @@ from endlex.protocol import EndlexError
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MOST_JOBS_IN_A_COMMIT = 32
 
 SCHEMA = """
@@ -92,8 +92,11 @@ CREATE TABLE alert (
 CREATE INDEX alert_by_run ON alert (run, kind, metric);
 CREATE TABLE token (
     pk INTEGER PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, scopes TEXT NOT NULL,
-    created REAL NOT NULL, last_used REAL, revoked REAL
+    created REAL NOT NULL, last_used REAL, revoked REAL, runs_before INTEGER NOT NULL DEFAULT 0
 );
+CREATE TABLE token_run (
+    token INTEGER NOT NULL, run TEXT NOT NULL, PRIMARY KEY (run, token)
+) WITHOUT ROWID;
 CREATE TABLE login (
     hash TEXT PRIMARY KEY, token INTEGER NOT NULL, created REAL NOT NULL, expires REAL NOT NULL
 );
@@ -102,6 +105,11 @@ CREATE TABLE login (
 UPGRADES = {
     2: "ALTER TABLE checkpoint ADD COLUMN removed REAL;"
     "ALTER TABLE checkpoint ADD COLUMN reason TEXT;",
+    3: "ALTER TABLE token ADD COLUMN runs_before INTEGER NOT NULL DEFAULT 0;"
+    "CREATE TABLE token_run (token INTEGER NOT NULL, run TEXT NOT NULL, "
+    "PRIMARY KEY (run, token)) WITHOUT ROWID;"
+    # Boxes that are at work keep sending: nobody knows which token sent which of these runs.
+    "UPDATE token SET runs_before = (SELECT coalesce(max(pk), -1) FROM run);",
 }
 """What makes a database of the version before into one of this."""
 
