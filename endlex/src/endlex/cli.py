@@ -178,7 +178,13 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _sync(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="run directories")
+    parser.add_argument(
+        "directories",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="run directories (default: every run on this machine)",
+    )
     parser.add_argument(
         "--drop-failed",
         action="store_true",
@@ -192,7 +198,7 @@ def _verify(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="run directories, or ids or names of runs in ENDLEX_DIR (default: every run there)",
+        help="run directories, or ids or names of runs here (default: every run on this machine)",
     )
     _url(parser)
     _json(parser)

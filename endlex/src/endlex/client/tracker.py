@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from endlex.client import exits
 from endlex.client.journal_writer import Journal
+from endlex.client.registry import register
 from endlex.client.run import Run
 from endlex.client.run_directory import (
     RunFile,
@@ -78,6 +79,7 @@ def init(
     if all_ranks and directory is None and run_id is None and _rank(os.environ.get("WORLD_SIZE")):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = _claim(project, name, run_id, None if directory is None else Path(directory))
+    register(place)
     start = session_start(
         owner, TRAINER, config=config, tags=tags, group=group, notes=notes, rank=rank
     )

@@ -24,7 +24,7 @@ from endlex.client.shipping import read_state, shipper_process, sync_command
 from endlex.client.transport import TransportError
 from endlex.commands.rendering import count, format_bytes, print_json, printable
 from endlex.commands.server_api import Refused, Server, find_server, find_transport
-from endlex.commands.targets import find_run_directories, open_run_directory, runs_folder
+from endlex.commands.targets import local_runs, open_run_directory, runs_folder
 from endlex.protocol import PROTOCOL, EndlexError
 
 LITTLE_SPACE = 2 * 2**30
@@ -223,16 +223,16 @@ def _disk() -> Iterator[Finding]:
 
 
 def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]:
-    found = list(directories) or find_run_directories(runs_folder())
-    if not found:
-        yield Finding("ok", "journals", f"no runs in {runs_folder()}")
-    for directory in found:
+    known = local_runs()
+    for directory in directories or known.found:
         try:
             open_run_directory(directory)
             yield from _damage(directory)
             yield _sending(directory, url)
         except (EndlexError, OSError) as error:
             yield Finding("fault", "journals", str(error))
+    state: Literal["ok", "fault"] = "fault" if known.unreadable else "ok"
+    yield Finding(state, "journals", "; ".join(str(known).splitlines()))
 
 
 def _damage(directory: Path) -> Iterator[Finding]:

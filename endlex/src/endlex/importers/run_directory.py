@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from endlex.client.registry import register
 from endlex.protocol import (
     FINISH,
     JOURNAL_DIR,
@@ -246,6 +247,7 @@ class RunWriter:
             self._resources.close()
         if kind is None:
             self._building.rename(self.imported.directory)
+            register(self.imported.directory)
         else:
             shutil.rmtree(self._building, ignore_errors=True)
 
