@@ -190,6 +190,11 @@ def _sync(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="give up checkpoints that can never be sent, such as those that were rewritten",
     )
+    parser.add_argument(
+        "--resend",
+        action="store_true",
+        help="send journals that differ from the server's copies as new sessions, so both are kept",
+    )
     _url(parser)
 
 

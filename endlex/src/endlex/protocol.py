@@ -5,6 +5,7 @@ file of JSON lines. Each record is one object with `type`, `session`, `seq` (0, 
 the session) and `time` (Unix seconds); the other keys depend on the type:
 
     session     protocol, run, project, name, config, tags, group, notes, host, pid, rank, kind
+    config      config: keys that were set or changed since, with their values
     metrics     step, values {name: number}
     text        step, name, text
     table       step, name, columns, rows
@@ -31,6 +32,7 @@ from typing import Any, Literal, TypedDict
 PROTOCOL = 2
 
 SESSION = "session"
+CONFIG = "config"
 METRICS = "metrics"
 TEXT = "text"
 TABLE = "table"

@@ -129,6 +129,20 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
     return compare_directory(directory, transport).missing
 
 
+def require_all_sent(directory: Path, transport: Transport) -> None:
+    """Make sure that the server has what was here: what a live trainer adds meanwhile is no fault.
+
+    Raises:
+        EndlexError: `verify_directory` finds something missing.
+        TransportError: the server cannot be asked.
+    """
+    missing = verify_directory(directory, transport)
+    if any(found.kind == "live" for found in missing):
+        missing = [found for found in missing if found.kind == "journal" and not found.bytes]
+    if missing:
+        raise EndlexError("; ".join(map(str, missing)))
+
+
 def compare_directory(directory: Path, transport: Transport) -> Comparison:
     """Compare a run's directory with the server by hash.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.protocol import (
+    CRASHED,
     FINISH,
     JOURNAL_DIR,
     MAX_BATCH_BYTES,
@@ -150,6 +151,18 @@ def end_status(path: Path) -> str | None:
     last = next(iter_last_records(path, 4096), {})
     ended = last.get("type") == FINISH and last.get("status") in STATUSES
     return str(last["status"]) if ended else None
+
+
+def gone_status(path: Path) -> str:
+    """What to say of a session whose writer is gone without having said how it ended.
+
+    An import's first record says it in `ended`. A shipper that was killed is no fault of the run's.
+    """
+    begun = first_record(path) or {}
+    ended = begun.get("ended")
+    if ended in STATUSES:
+        return str(ended)
+    return "interrupted" if begun.get("kind") == SYSTEM else CRASHED
 
 
 def writer_is_alive(path: Path) -> bool:

@@ -37,11 +37,13 @@ def drop_replaced(directory: Path) -> list[str]:
 
 def is_replaced(run: str, word: object, saved: float, transport: Transport) -> bool:
     """Whether the server has a checkpoint that replaced one saved at a moment (Unix seconds)."""
+    if not isinstance(word, str):
+        return False
     try:
         listed = transport.request("GET", quoted("runs", run, "checkpoints")).content
     except Refused:
         return False
-    return isinstance(word, str) and any(
+    return any(
         other["state"] == "published"
         and other["created"] > saved
         and (other.get("metadata") or {}).get(REPLACES) == word

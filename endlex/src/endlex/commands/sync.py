@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from endlex.client.checkpoints import require_all_sent
 from endlex.client.sync import sync_directory
 from endlex.client.transport import Retry
 from endlex.commands.rendering import ProgressLine, format_bytes
@@ -19,7 +20,7 @@ from endlex.commands.targets import (
 from endlex.protocol import EndlexError
 
 
-def sync(directories: Sequence[Path], drop_failed: bool, url: str | None) -> int:
+def sync(directories: Sequence[Path], drop_failed: bool, resend: bool, url: str | None) -> int:
     """Send every directory, by default every run of this machine.
 
     One that cannot be sent does not keep the others back.
@@ -42,7 +43,8 @@ def sync(directories: Sequence[Path], drop_failed: bool, url: str | None) -> int
             line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
 
         try:
-            sync_directory(directory, transport, show, drop_failed=drop_failed)
+            sync_directory(directory, transport, show, drop_failed=drop_failed, resend=resend)
+            require_all_sent(directory, transport)
         except KeyboardInterrupt:
             line.clear()
             again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])

@@ -244,4 +244,6 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         )
     if sending:
         places = " ".join(shlex.quote(str(verdict.directory)) for verdict in sending)
-        print(f"send what is missing with: endlex sync{address} {places}")
+        differ = any(m.kind == "journal" and not m.bytes for v in sending for m in v.missing)
+        resend = " --resend" if differ else ""
+        print(f"send what is missing with: endlex sync{address}{resend} {places}")

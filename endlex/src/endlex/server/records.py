@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from endlex.protocol import (
     CHECKPOINT,
+    CONFIG,
     FINISH,
     MAX_TEXT_CHARS,
     METRICS,
@@ -56,6 +57,7 @@ class Batch:
     damaged: int = 0
     points: dict[str, Points] = field(default_factory=dict)
     sessions: list[Record] = field(default_factory=list)
+    configs: list[Record] = field(default_factory=list)
     texts: list[Record] = field(default_factory=list)
     tables: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
@@ -130,7 +132,7 @@ def _gather(records: list[Any], batch: Batch) -> None:
 def _place(record: Record, batch: Batch) -> None:
     kind = record["type"]
     places = {SESSION: batch.sessions, TEXT: batch.texts, TABLE: batch.tables}
-    places[CHECKPOINT] = batch.checkpoints
+    places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs}
     if kind == FINISH:
         batch.status = record["status"]
     elif kind in places:
@@ -205,6 +207,8 @@ def _check_other(record: Record) -> None:
         raise EndlexError("not a table")
     if kind == CHECKPOINT and not all(type(f["bytes"]) is int for f in record["files"]):
         raise EndlexError("not a checkpoint")
+    if kind == CONFIG and not isinstance(record["config"], dict):
+        raise EndlexError("not a configuration")
     if kind == FINISH and record["status"] not in STATUSES:
         raise EndlexError("not a status")
 

@@ -124,6 +124,11 @@ def advance_session(
     connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
 ) -> None:
     """Note that a session is here up to `reached`, with what the new lines say of it."""
+    for record in batch.configs:
+        query = "SELECT config FROM session WHERE pk=?"
+        known = orjson.loads(connection.execute(query, (state.pk,)).fetchone()[0])
+        merged = orjson.dumps(known | record["config"]).decode()
+        connection.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
     # Bytes from a session that was taken for dead show that it is not.
     status = batch.status or ("running" if state.status == CRASHED else state.status)
     connection.execute(
