@@ -72,6 +72,7 @@ MANIFEST_DIR = "manifests"
 
 MAX_NAME_CHARS = 200
 """Of a project's, run's or metric's name."""
+MAX_STEP = 2**62
 MAX_TEXT_CHARS = 1_000_000
 """Of one logged text."""
 MAX_BATCH_BYTES = 8 * 2**20

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
+
+from endlex.client.warning import warn
 
 
 def registry() -> Path:
@@ -36,10 +37,9 @@ def register(directory: Path) -> None:
         finally:
             os.close(descriptor)
     except (OSError, RuntimeError) as error:
-        print(
-            f"endlex: cannot note {directory} in the list of this machine's runs ({error}): "
-            "`endlex verify` finds it there only if you name it",
-            file=sys.stderr,
+        warn(
+            f"cannot note {directory} in the list of this machine's runs ({error}): "
+            "`endlex verify` finds it there only if you name it"
         )
 
 

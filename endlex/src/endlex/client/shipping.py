@@ -21,6 +21,7 @@ from typing import IO, Any
 from endlex.client.journal import content_length, session_files
 from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE, write_whole
 from endlex.client.staging import read_note, staged_change, staged_names
+from endlex.client.warning import warn
 from endlex.protocol import EndlexError
 
 if sys.platform != "win32":
@@ -270,15 +271,14 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             restart_at = math.inf
             restart_shipper_if_killed(directory)
     for name, reason in failed_checkpoints(directory).items():
-        print(f"endlex: checkpoint {name} cannot be sent: {reason}", file=sys.stderr)
+        warn(f"checkpoint {name} cannot be sent: {reason}")
     left = None if is_sent else unsent(directory)
     if left:
         error = read_state(directory).get("error")
-        print(
-            f"endlex: {left.records:,} records ({left.bytes:,} bytes) and {left.files:,} checkpoint"
+        warn(
+            f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} checkpoint"
             f" files are not on the server yet{f' ({error})' if error else ''}. The shipper goes "
-            f"on in the background; to send them later: {sync_command(directory)}",
-            file=sys.stderr,
+            f"on in the background; to send them later: {sync_command(directory)}"
         )
 
 

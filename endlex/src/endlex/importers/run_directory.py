@@ -30,6 +30,7 @@ from endlex.protocol import (
     FINISH,
     JOURNAL_DIR,
     MAX_NAME_CHARS,
+    MAX_STEP,
     MAX_TEXT_CHARS,
     METRICS,
     PROTOCOL,
@@ -44,7 +45,7 @@ from endlex.protocol import (
     encode_number,
 )
 
-LARGEST_STEP = 2**53
+LARGEST_EXACT = 2**53
 
 
 @dataclass(frozen=True)
@@ -233,9 +234,9 @@ class RunWriter:
         self.imported.skipped[reason] += 1
 
     def _is_step(self, step: int) -> bool:
-        if 0 <= step <= LARGEST_STEP:
+        if 0 <= step <= MAX_STEP:
             return True
-        self.skip("step below 0 or above 2**53")
+        self.skip("step below 0 or above 2**62")
         return False
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
@@ -282,7 +283,7 @@ class RunWriter:
 def _number(value: float) -> float:
     """Make a truth value 0 or 1, and an integer beyond every float an infinity."""
     try:
-        return float(value) if isinstance(value, bool) or abs(value) > LARGEST_STEP else value
+        return float(value) if isinstance(value, bool) or abs(value) > LARGEST_EXACT else value
     except OverflowError:
         return math.inf if value > 0 else -math.inf
 

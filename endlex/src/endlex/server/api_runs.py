@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from sse_starlette.sse import EventSourceResponse
 
+from endlex.protocol import MAX_STEP
 from endlex.server.auth import require
 from endlex.server.bodies import json_response, read_json
 from endlex.server.changes import change_run, check_changes, dismiss_alert
@@ -38,7 +39,7 @@ PING_SECONDS = 15
 SLOW_READER_SECONDS = 10
 """How long one event may take to send before its reader is dropped."""
 
-Step = Annotated[int | None, Query(ge=0, lt=2**62)]
+Step = Annotated[int | None, Query(ge=0, le=MAX_STEP + 1)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 

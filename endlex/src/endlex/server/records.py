@@ -21,6 +21,7 @@ from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
     FINISH,
+    MAX_STEP,
     MAX_TEXT_CHARS,
     METRICS,
     PROTOCOL,
@@ -37,7 +38,6 @@ from endlex.protocol import (
 )
 
 Record = dict[str, Any]
-LARGEST_STEP = 2**62
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Block:
         steps = np.frombuffer(array("q", self.steps), np.int64)
         times = np.frombuffer(array("d", self.times), np.float64)
         values = np.frombuffer(array("d", self.values), np.float64)
-        if len(steps) and (steps.min() < 0 or steps.max() > LARGEST_STEP):
+        if len(steps) and (steps.min() < 0 or steps.max() > MAX_STEP):
             raise OverflowError("a step is out of range")
         if not np.isfinite(times).all():
             raise OverflowError("a time is out of range")
@@ -168,7 +168,7 @@ def _careful(line: bytes, batch: Batch) -> Record | None:
         _check_moment(record)
         if record["type"] == METRICS:
             values = record["values"]
-            if type(record["step"]) is not int or not 0 <= record["step"] <= LARGEST_STEP:
+            if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
                 raise EndlexError("not a step")
             for name, value in values.items():
                 check_name(name, "metric name")
@@ -191,7 +191,7 @@ def _check_other(record: Record) -> None:
     _check_moment(record)
     kind = record["type"]
     if kind in (TEXT, TABLE, CHECKPOINT):
-        if type(record["step"]) is not int or not 0 <= record["step"] <= LARGEST_STEP:
+        if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
             raise EndlexError("not a step")
         name = record["name"]
         check_checkpoint_name(name) if kind == CHECKPOINT else check_name(name, "name")
