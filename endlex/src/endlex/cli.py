@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +28,9 @@ RUN_HELP = "a run's directory here, or its id, name or project/name on the serve
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is replaced
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if argv is None else argv)
     options = vars(build_parser().parse_args(_join_sort(words)))
     module, function = options.pop("command_function").split(":")

@@ -48,6 +48,8 @@ Status = Literal["finished", "failed", "interrupted"]
 STATUSES: tuple[Status, ...] = ("finished", "failed", "interrupted")
 CRASHED = "crashed"
 """What is said of a session whose writer is gone without a word."""
+LOST = "lost"
+"""What a server says of a session of whose machine it heard nothing for a while; it may return."""
 SESSION_STATES = ("running", *STATUSES, CRASHED)
 
 Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]

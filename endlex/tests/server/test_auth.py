@@ -177,6 +177,7 @@ def test_tokens_of_before_keep_their_boxes_at_work_and_lose_the_rest(
     with connect(DataDir(data_dir).database) as connection:
         connection.execute("DROP TABLE token_run")
         connection.execute("ALTER TABLE token DROP COLUMN runs_before")
+        connection.execute("ALTER TABLE session DROP COLUMN heard")
         connection.execute("PRAGMA user_version=2")
     client = start(public=True)
     box.client = _Signed(client, old)

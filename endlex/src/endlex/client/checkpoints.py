@@ -11,6 +11,7 @@ from endlex.client.downloads import Removed, fetch_manifest, pull_checkpoint
 from endlex.client.journal import parse_record, session_files, session_kind, writer_is_alive
 from endlex.client.manifests import build_manifest, load_manifest, manifest_path
 from endlex.client.parts import PartSource, Progress, Upload
+from endlex.client.process import describe
 from endlex.client.replacement import is_replaced
 from endlex.client.run_directory import require_run_file
 from endlex.client.session_sync import SessionSync
@@ -171,7 +172,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
             let_go += [found] if isinstance(found, LetGo) else []
             missing += [found] if isinstance(found, Missing) else []
     if shipper is not None:
-        reason = f"process {shipper[0]} is still at work: wait for it"
+        reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason))
     return Comparison(missing, let_go, sorted(dropped))
 

@@ -8,14 +8,14 @@ follows the last line end is not content: it is neither read nor shipped. All th
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from endlex.client.disk import try_lock
+from endlex.client.process import is_running
 from endlex.protocol import (
     CRASHED,
     FINISH,
@@ -28,9 +28,6 @@ from endlex.protocol import (
     SYSTEM,
     EndlexError,
 )
-
-if sys.platform != "win32":
-    import fcntl
 
 
 def session_files(directory: Path) -> list[Path]:
@@ -167,25 +164,8 @@ def gone_status(path: Path) -> str:
 
 def writer_is_alive(path: Path) -> bool:
     """Whether the process that writes this journal still runs on this machine."""
-    if sys.platform == "win32":
-        return False
     with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return True
-        else:
-            return False
-    start = first_record(path) or {}  # no locks here: ask for the process instead
-    return start.get("host") == os.uname().nodename and _is_process(start.get("pid"))
-
-
-def _is_process(pid: Any) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM
-    return True
+        locked = try_lock(file, shared=True)
+    if locked is None:  # no locks here: ask for the process instead
+        return is_running((first_record(path) or {}).get("process"))
+    return not locked

@@ -6,11 +6,8 @@ written. There is no thread, no queue and no network here.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
 import os
-import sys
 import threading
 import time
 import weakref
@@ -19,15 +16,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from endlex.client.disk import FULL, fsync, try_lock
 from endlex.client.journal import session_files, session_number
 from endlex.client.values import to_json
 from endlex.client.warning import warn, warn_once
 from endlex.protocol import FINISH, JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, EndlexError
 
-if sys.platform != "win32":
-    import fcntl
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
 LARGEST_BACKLOG = 16 * 2**20
 """Bytes of records held in memory while the disk refuses them."""
 
@@ -68,7 +62,7 @@ class Journal:
         hidden = folder / f".{self.session}.new"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(hidden, flags, 0o644)
-        _lock(self._descriptor)
+        try_lock(self._descriptor)
         self.append(SESSION, start)
         hidden.rename(self.path)
         _watch_forks()
@@ -148,7 +142,7 @@ class Journal:
             try:
                 while self._backlog:
                     self._backlog = self._backlog[os.write(descriptor, self._backlog) :]
-                os.fsync(descriptor)
+                fsync(descriptor)
             finally:
                 os.close(descriptor)
 
@@ -171,10 +165,3 @@ def _watch_forks() -> None:
 def _abandon_all() -> None:
     for journal in list(OPENED):
         journal.abandon()
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a new file; some network file systems cannot, and `writer_is_alive` copes."""
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

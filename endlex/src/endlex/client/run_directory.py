@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from endlex.client.disk import fsync
+from endlex.client.process import process_name
 from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -63,6 +65,7 @@ def session_start(
         "notes": notes,
         "host": os.uname().nodename if hasattr(os, "uname") else "",
         "pid": os.getpid(),
+        "process": process_name(),
         "rank": rank,
         "kind": kind,
     }
@@ -103,7 +106,7 @@ def claim_directory(directory: Path, run: str, project: str, name: str) -> RunFi
     """
     directory.mkdir(parents=True, exist_ok=True)
     content: RunFile = {"run": run, "project": project, "name": name, "created": time.time()}
-    temporary = directory / f".{RUN_FILE}.{os.getpid()}.tmp"
+    temporary = directory / f".{RUN_FILE}.{os.urandom(4).hex()}.tmp"
     try:
         write_whole(temporary, json.dumps(content).encode())
         try:
@@ -132,13 +135,13 @@ def require_run_file(directory: Path) -> RunFile:
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Replace a file by a temporary name and a rename, so that readers never see a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

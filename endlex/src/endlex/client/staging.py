@@ -136,7 +136,7 @@ def stage(
     folder = directory / STAGED_DIR
     folder.mkdir(parents=True, exist_ok=True)
     name = _unused(directory, name)
-    building = folder / f".{name}.{os.getpid()}.building"
+    building = folder / f".{name}.{os.urandom(4).hex()}.building"
     try:
         files = [_keep(path, inside, building / inside, link) for inside, path in found]
         note: Staged = {

@@ -22,6 +22,7 @@ from endlex.client.session_sync import SessionDiffers, SessionSync, renew_sessio
 from endlex.client.shipping import (
     DONE,
     FOREGROUND,
+    holding,
     start_shipper,
     stop_shipper,
     take_lock,
@@ -66,7 +67,7 @@ def sync_directory(
     patient = _Patience(patience)
     failed: dict[str, str] = {}
     try:
-        with lock:
+        with holding(lock):
             try:
                 if resend:
                     _renew_differing(directory, owner["run"], transport)

@@ -19,6 +19,7 @@ from urllib.request import ProxyHandler, build_opener
 
 from endlex.client.checkpoints import verify_directory
 from endlex.client.journal import content_length, parse_record, session_files
+from endlex.client.process import describe
 from endlex.client.run_directory import server_token, server_url
 from endlex.client.shipping import read_state, shipper_process, sync_command
 from endlex.client.transport import TransportError
@@ -252,7 +253,7 @@ def _sending(directory: Path, url: str | None) -> Finding:
         return Finding("fault", "journals", f"{directory}: its shipper says: {error}")
     if shipper is not None:
         return Finding(
-            "ok", "journals", f"{directory}: its shipper, process {shipper[0]}, sends it"
+            "ok", "journals", f"{directory}: its shipper, {describe(shipper.name)}, sends it"
         )
     try:
         missing = verify_directory(directory, find_transport(url))

@@ -168,7 +168,7 @@ def _wait_for_shipper(directory: Path) -> None:
     deadline = time.monotonic() + SHIPPER_SECONDS
     while time.monotonic() < deadline:
         shipper = shipper_process(directory)
-        if shipper is None or shipper[1] != BACKGROUND or read_state(directory).get("error"):
+        if shipper is None or shipper.kind != BACKGROUND or read_state(directory).get("error"):
             return
         trainers = [path for path in session_files(directory) if session_kind(path) != SYSTEM]
         if any(writer_is_alive(path) for path in trainers):

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from endlex.client.disk import fsync
 from endlex.client.journal import session_files
 from endlex.client.registry import register
 from endlex.client.session_sync import renew_session
@@ -122,7 +123,7 @@ class RunWriter:
         folder = root / project.strip(".")[:80]
         final = next(folder.glob(f"*-{identity}"), folder / f"{name.strip('.')[:80]}-{identity}")
         self.imported = Imported(final, identity)
-        self._building = final.with_name(f".{final.name}.importing-{os.getpid()}")
+        self._building = final.with_name(f".{final.name}.importing-{os.urandom(4).hex()}")
         self._files: dict[str, BinaryIO] = {}
         self._sessions: dict[str, str] = {}
         self._seq: Counter[str] = Counter()
@@ -243,7 +244,7 @@ class RunWriter:
         with (self._building / name).open("w", encoding="utf-8") as file:
             json.dump(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
 
     def __exit__(
         self,
@@ -256,7 +257,7 @@ class RunWriter:
                 self._begin(TRAINER, {})
             for file in self._files.values():
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(file.fileno())
         finally:
             self._resources.close()
         if kind is None:

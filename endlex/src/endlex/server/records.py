@@ -63,8 +63,8 @@ class Batch:
     checkpoints: list[Record] = field(default_factory=list)
     status: str | None = None
     """How the session ended, when a finish record is among the lines."""
-    last_time: float | None = None
-    """Of the last metrics record; the writer's clock."""
+    ended: float | None = None
+    """When it did; the writer's clock."""
 
 
 class _Block:
@@ -122,7 +122,6 @@ def _gather(records: list[Any], batch: Batch) -> None:
             block.steps.append(record["step"])
             block.times.append(record["time"])
             block.values.extend(values.values())
-            batch.last_time = record["time"]
         else:
             _check_other(record)
             _place(record, batch)
@@ -134,7 +133,7 @@ def _place(record: Record, batch: Batch) -> None:
     places = {SESSION: batch.sessions, TEXT: batch.texts, TABLE: batch.tables}
     places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs}
     if kind == FINISH:
-        batch.status = record["status"]
+        batch.status, batch.ended = record["status"], record["time"]
     elif kind in places:
         places[kind].append(record)
 
