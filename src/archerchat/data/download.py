@@ -9,7 +9,6 @@ repeated command with everything there needs no network.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
 from archerchat.errors import DataError
-from archerchat.files import explained_writes, fsync_dir, sha256_file
+from archerchat.files import explained_writes, fsync, fsync_dir, sha256_file
 
 TIMEOUT_SECONDS = 10.0
 MAX_DELAY_SECONDS = 30.0
@@ -141,7 +140,7 @@ class Download:
             if file.tell() > metadata.size:
                 _empty(file)
             self._receive(file, metadata.size)
-            os.fsync(file.fileno())
+            fsync(file.fileno())
         self._verify(part, metadata.size, metadata.etag)
         with explained_writes(self.path):
             part.replace(self.path)
