@@ -140,8 +140,22 @@ def test_endlex_stands_alone() -> None:
 
 
 def test_one_module_talks_to_endlex() -> None:
+    """And uses only what `endlex.__all__` offers: its modules may move."""
+    door = "archerchat.training.telemetry"
     users = {name for name in importers("endlex") if name.startswith("archerchat")}
-    assert users <= {"archerchat.training.telemetry"}
+    assert users == {door}
+    assert {i for i in imports(door) if i.split(".")[0] == "endlex"} == {"endlex"}
+    used = {
+        node.attr
+        for node in ast.walk(syntax_tree(door))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "endlex"
+    }
+    public = next(
+        ast.literal_eval(node.value)
+        for node in syntax_tree("endlex").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    assert used <= set(public), f"not public names of endlex: {used - set(public)}"
 
 
 def test_one_module_a_distribution_parses_arguments() -> None:

@@ -2,19 +2,24 @@
 
 Files are written under a temporary name, fsynced and renamed, so a reader sees the old content
 or the new one, never a part. A writer holds a lock on its temporary entry. The system drops the
-lock when the process dies, which tells a live entry from a leftover.
+lock when the process dies, which tells a live entry from a leftover. What a file system does not
+offer (locks on Lustre, fsync of directories on CIFS, permissions on exFAT) is skipped, with one
+warning.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +28,38 @@ from archerchat.errors import ArcherChatError, DataError, UsageError
 TEMPORARY = ".tmp"
 STALE = ".stale" + TEMPORARY
 """Ends the name under which the old content waits while a directory is replaced."""
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""What `flock` answers if another process has the lock; anything else means that there is none."""
+NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
+"""What a file system answers to a request that it does not know."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@cache
+def _warn_once(what: str, reason: str) -> None:
+    print(f"this file system cannot {what} ({reason}); going on without that", file=sys.stderr)
+
+
+def _if_offered(what: str, request: Callable[[], None]) -> None:
+    """Ask the file system for something, and go on if it does not offer it."""
+    try:
+        request()
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+        _warn_once(what, str(error.strerror))
+
+
+def fsync(descriptor: int) -> None:
+    """Put an open file or directory on the disk, where the file system can."""
+    _if_offered("write to the disk on request", lambda: os.fsync(descriptor))
 
 
 def fsync_dir(path: Path) -> None:
     """Make renames inside `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -38,8 +68,10 @@ def _lock(descriptor: int) -> bool:
     """Mark an open temporary entry as in use, until it is closed; False if it already is."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        _warn_once("lock files", str(error.strerror))
     return True
 
 
@@ -89,8 +121,8 @@ def write_bytes(path: Path, content: bytes) -> None:
             _lock(file.fileno())
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
+            fsync(file.fileno())
+        _if_offered("set permissions", lambda: temporary.chmod(0o644))
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -116,7 +148,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     stale = path.with_name(f".{path.name}{STALE}")
     try:
         with _locked(temporary):
-            temporary.chmod(0o755)
+            _if_offered("set permissions", lambda: temporary.chmod(0o755))
             yield temporary
             _fsync_tree(temporary)
             if path.exists():
@@ -138,9 +170,10 @@ def explained_writes(path: Path, kind: type[ArcherChatError] = DataError) -> Ite
     try:
         yield
     except OSError as error:
+        remedy = "free some space, or point" if error.errno in FULL else "point"
         raise kind(
-            f"cannot write {path} ({error.strerror or error}): free some space, or point "
-            f"ARCHERCHAT_HOME at another disk"
+            f"cannot write {path} ({error.strerror or error}): {remedy} ARCHERCHAT_HOME at another "
+            "disk"
         ) from error
 
 
@@ -150,7 +183,7 @@ def _fsync_tree(directory: Path) -> None:
             fsync_dir(entry)
         else:
             with entry.open("rb+") as file:
-                os.fsync(file.fileno())
+                fsync(file.fileno())
     fsync_dir(directory)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from archerchat import files
-from archerchat.errors import UsageError
+from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
 
 
@@ -145,3 +148,57 @@ def test_remove_directory_takes_the_name_away_first(
     monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed there
     files.remove_directory(path)
     assert names(tmp_path) == [".d.removed.tmp"]
+
+
+def answering(number: int) -> Callable[..., None]:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_files_cannot_be_locked_work_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    files._warn_once.cache_clear()
+    monkeypatch.setattr(fcntl, "flock", answering(number))
+    for _ in range(2):
+        with files.exclusive(tmp_path / "run"):
+            files.write_json(tmp_path / "run" / "x", 1)
+    assert capsys.readouterr().err.count("this file system cannot lock files") == 1
+    monkeypatch.setattr(fcntl, "flock", answering(errno.EWOULDBLOCK))
+    with pytest.raises(UsageError, match="another process works in"):
+        files.exclusive(tmp_path / "run").__enter__()
+
+
+def test_what_a_file_system_does_not_offer_is_skipped_and_a_failing_disk_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files._warn_once.cache_clear()
+    monkeypatch.setattr(os, "fsync", answering(errno.EINVAL))
+    monkeypatch.setattr(Path, "chmod", answering(errno.EPERM))
+    for name in ("a", "b"):
+        with files.new_directory(tmp_path / name) as made:
+            files.write_json(made / "x", 1)
+    assert (tmp_path / "b" / "x").read_text() == "1\n"
+    said = capsys.readouterr().err
+    assert said.count("write to the disk on request") == said.count("set permissions") == 1
+    monkeypatch.setattr(os, "fsync", answering(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        files.write_json(tmp_path / "y", 1)
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "is_full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)]
+)
+def test_space_is_advised_only_where_it_is_missing(
+    tmp_path: Path, number: int, is_full: bool
+) -> None:
+    with pytest.raises(DataError) as refused, files.explained_writes(tmp_path / "x"):
+        raise OSError(number, os.strerror(number))
+    assert ("free some space" in str(refused.value)) == is_full

@@ -7,12 +7,16 @@
     run.save("checkpoints/step_100", step=100)
     run.finish()
 
-`endlex.run` is the run that `init` returned last, and `endlex.log` and so on act on it.
+`endlex.run` is the run that `init` returned last, and `endlex.log` and so on act on it. What is
+on the disk can be read back: `read_run` yields a run's records, and `read_run_file` returns the id
+and names of the run in a directory.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from endlex.client.journal import read_run
 from endlex.client.run import Run
+from endlex.client.run_directory import given_run_id, read_run_file
 from endlex.client.tracker import (
     current_run,
     finish,
@@ -32,10 +36,13 @@ __all__ = [
     "EndlexError",
     "Run",
     "finish",
+    "given_run_id",
     "init",
     "log",
     "log_table",
     "log_text",
+    "read_run",
+    "read_run_file",
     "run",
     "save",
 ]

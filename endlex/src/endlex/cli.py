@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from endlex.protocol import EndlexError
+from endlex.protocol import SCOPES, EndlexError
 
 Add = Callable[[argparse.ArgumentParser], None]
 STDOUT = 1
 FORMATS = ("csv", "json", "parquet", "html")
-SCOPES = ("write", "checkpoint", "read")
 RUN_HELP = "a run's directory here, or its id, name or project/name on the server"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is replaced
+            stream.reconfigure(errors="replace")
     words = list(sys.argv[1:] if argv is None else argv)
     options = vars(build_parser().parse_args(_join_sort(words)))
     module, function = options.pop("command_function").split(":")
@@ -179,11 +182,22 @@ def _compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _sync(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="run directories")
+    parser.add_argument(
+        "directories",
+        nargs="*",
+        type=Path,
+        metavar="DIR",
+        help="run directories (default: every run on this machine)",
+    )
     parser.add_argument(
         "--drop-failed",
         action="store_true",
         help="give up checkpoints that can never be sent, such as those that were rewritten",
+    )
+    parser.add_argument(
+        "--resend",
+        action="store_true",
+        help="send journals that differ from the server's copies as new sessions, so both are kept",
     )
     _url(parser)
 
@@ -193,7 +207,7 @@ def _verify(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="*",
         metavar="RUN",
-        help="run directories, or ids or names of runs in ENDLEX_DIR (default: every run there)",
+        help="run directories, or ids or names of runs here (default: every run on this machine)",
     )
     _url(parser)
     _json(parser)
@@ -285,8 +299,18 @@ def _token_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scope",
         required=True,
-        help="comma-separated: write (journals), checkpoint (files), read (everything)",
+        help="comma-separated: "
+        + "; ".join(f"{scope}: {allowed}" for scope, allowed in SCOPES.items()),
     )
+    parser.add_argument(
+        "--run", action="append", default=[], help="id of a run to make its own; may be repeated"
+    )
+    _data(parser)
+
+
+def _token_grant(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("token", help="the token's name or id, as `endlex token list` prints them")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="id of a run")
     _data(parser)
 
 
@@ -320,6 +344,12 @@ IMPORTS: tuple[tuple[str, str, str, Add], ...] = (
 )
 TOKENS: tuple[tuple[str, str, str, Add], ...] = (
     ("create", "tokens:create", "make a token and print it, once", _token_create),
+    (
+        "grant",
+        "tokens:grant",
+        "make runs a token's own, such as those of another box",
+        _token_grant,
+    ),
     ("list", "tokens:list_all", "list the tokens, without their secrets", _token_list),
     ("revoke", "tokens:revoke", "make a token worthless", _token_revoke),
 )

@@ -5,6 +5,7 @@ file of JSON lines. Each record is one object with `type`, `session`, `seq` (0, 
 the session) and `time` (Unix seconds); the other keys depend on the type:
 
     session     protocol, run, project, name, config, tags, group, notes, host, pid, rank, kind
+    config      config: keys that were set or changed since, with their values
     metrics     step, values {name: number}
     text        step, name, text
     table       step, name, columns, rows
@@ -31,6 +32,7 @@ from typing import Any, Literal, TypedDict
 PROTOCOL = 2
 
 SESSION = "session"
+CONFIG = "config"
 METRICS = "metrics"
 TEXT = "text"
 TABLE = "table"
@@ -46,8 +48,22 @@ Status = Literal["finished", "failed", "interrupted"]
 STATUSES: tuple[Status, ...] = ("finished", "failed", "interrupted")
 CRASHED = "crashed"
 """What is said of a session whose writer is gone without a word."""
+LOST = "lost"
+"""What a server says of a session of whose machine it heard nothing for a while; it may return."""
 SESSION_STATES = ("running", *STATUSES, CRASHED)
 
+Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]
+SCOPES: dict[Scope, str] = {
+    "write": "send the journals of its own runs",
+    "checkpoint": "send and fetch the checkpoints of its own runs",
+    "read": "see every run",
+    "annotate": "name, tag, note and archive runs, and dismiss alerts",
+    "manage": "delete runs and checkpoints, and write to any run",
+}
+"""What a token can be allowed. A run is a token's own if the token created it or was given it."""
+
+REPLACES = "replaces"
+"""Key in a checkpoint's metadata: once published, it replaces the older ones with the same word."""
 REMOVED = "removed"
 """State of a checkpoint that was published and that a rule or a person let go of since."""
 
@@ -58,6 +74,7 @@ MANIFEST_DIR = "manifests"
 
 MAX_NAME_CHARS = 200
 """Of a project's, run's or metric's name."""
+MAX_STEP = 2**62
 MAX_TEXT_CHARS = 1_000_000
 """Of one logged text."""
 MAX_BATCH_BYTES = 8 * 2**20

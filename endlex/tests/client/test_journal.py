@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from endlex.client import journal
 from endlex.client.journal import (
     content_length,
     end_status,
@@ -21,6 +21,7 @@ from endlex.client.journal import (
     writer_is_alive,
 )
 from endlex.client.journal_writer import Journal
+from endlex.client.process import process_name
 from endlex.protocol import FINISH, METRICS, EndlexError
 
 WriteSteps = Callable[[Path, range], Path]
@@ -94,12 +95,12 @@ def test_without_locks_the_process_is_asked_for(
     def no_locks(*arguments: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(journal.fcntl, "flock", no_locks)
-    host = os.uname().nodename
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    name = process_name()
     for start, alive in (
-        ({"host": host, "pid": os.getpid()}, True),
-        ({"host": host, "pid": 2**22 + 1}, False),
-        ({"host": "elsewhere", "pid": os.getpid()}, False),
+        ({"process": name}, True),
+        ({"process": name.replace(str(os.getpid()), str(2**22 + 1), 1)}, False),
+        ({"process": name.replace(os.uname().nodename, "elsewhere")}, False),
         ({}, False),
     ):
         opened = Journal(tmp_path, start)

@@ -108,13 +108,13 @@ def test_a_session_appears_with_its_lock_held_and_its_first_record(
 
 def test_a_forked_child_leaves_the_journal_to_its_parent(tmp_path: Path) -> None:
     opened = Journal(tmp_path, {})
-    opened._lock.acquire()  # as another thread would while it writes
+    opened.lock.acquire()  # as another thread would while it writes
     child = os.fork()
     if not child:
         opened.append(METRICS, {"step": 99})
         opened.close()
         os._exit(0)
-    opened._lock.release()
+    opened.lock.release()
     assert os.waitpid(child, 0)[1] == 0
     assert writer_is_alive(opened.path)
     opened.append(METRICS, {"step": 0})
@@ -147,7 +147,7 @@ def test_a_full_disk_delays_records_and_loses_none(
     assert capsys.readouterr().err.count("No space left on device") == 1
 
 
-def test_a_backlog_that_grows_too_large_stops_the_trainer(
+def test_a_backlog_that_grows_too_large_loses_what_comes_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = Journal(tmp_path, {})

@@ -11,6 +11,7 @@ import pytest
 
 import endlex
 from endlex.client.journal import read_run, session_files
+from endlex.client.registry import register, registered, registry
 from endlex.client.run_directory import read_run_file
 from endlex.protocol import MAX_NAME_CHARS
 
@@ -203,3 +204,21 @@ def test_the_client_needs_only_the_standard_library_and_little_of_it() -> None:
     loaded = set(done.stdout.split())
     assert loaded - sys.stdlib_module_names == {"endlex"}
     assert not loaded & {"http", "ssl", "socket", "subprocess", "asyncio", "email", "hashlib"}
+
+
+def test_a_run_is_recorded_where_the_list_of_runs_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    endlex.init("p", "r", directory=tmp_path / "run").finish()
+    assert "`endlex verify` finds it there only if you name it" in capsys.readouterr().err
+
+
+def test_the_list_of_runs_survives_a_torn_line(tmp_path: Path) -> None:
+    for name in ("a", "b", "a"):
+        register(tmp_path / name)
+    with registry().open("ab") as file:
+        file.write(b'"/torn')
+    register(tmp_path / "c")
+    assert registered() == [tmp_path / name for name in "abc"]

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from endlex.importers.run_directory import Imported, RunWriter, Source
+
 FIXTURES = Path(__file__).parents[1] / "importers" / "fixtures"
 
 
@@ -32,10 +36,36 @@ def test_tensorboard_to_the_server(cli: Any, online: str, place: Path) -> None:
 
 def test_one_that_fails_does_not_keep_the_others_back(cli: Any, place: Path) -> None:
     assert cli("import", "wandb", FIXTURES / "wandb", "--to", "runs")[0] == 0
-    status, out, _ = cli("import", "wandb", FIXTURES / "wandb", "--to", "runs")
-    assert status == 1
-    assert "is there already" in out
+    (place / "b.wandb").write_bytes((FIXTURES / "wandb" / "run-abcdefgh.wandb").read_bytes())
+    (place / "a.wandb").write_bytes(b":W&B")
+    status, out, _ = cli("import", "wandb", place, "--to", "runs")
+    assert (status, out.count("not imported"), out.count(" -> ")) == (1, 1, 1)
     assert cli("import", "wandb", "nowhere")[0] == 2
     status, _, err = cli("import", "tensorboard", place)
     assert status == 1
     assert "no event files" in err
+
+
+def test_several_files_of_one_run_are_sessions_of_it(
+    cli: Any, online: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three offline folders of a run that was resumed twice: 20 steps in each."""
+
+    def import_part(file: Path, root: Path, project: str | None) -> Imported:
+        source = Source("wandb", "p/resumed01", "p", "r", 1.7e9 + int(file.stem), run="resumed001")
+        with RunWriter(root, source) as writer:
+            for step in range(int(file.stem) * 20, int(file.stem) * 20 + 20):
+                writer.metrics(step, 1.7e9 + step, {"loss": 1.0})
+        return writer.imported
+
+    monkeypatch.setattr("endlex.importers.wandb.import_wandb", import_part)
+    for part in range(3):
+        (place / "wandb" / f"{part}").mkdir(parents=True)
+        (place / "wandb" / f"{part}" / f"{part}.wandb").touch()
+        # On machines of their own, or one after the other: the run is the same.
+        assert cli("import", "wandb", f"wandb/{part}", "--to", f"machine{part}")[0] == 0
+        assert cli("import", "wandb", f"wandb/{part}", "--to", "together")[0] == 0
+    assert cli("sync", *(f"machine{part}" for part in range(3)))[0] == 0
+    shown = json.loads(cli("show", "resumed001", "--json")[1])
+    assert [(m["count"], m["last_step"]) for m in shown["metrics"]] == [(60, 59)]
+    assert cli("verify", "machine0", "machine1", "machine2", "together")[0] == 0

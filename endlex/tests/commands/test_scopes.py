@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import endlex
 from endlex.client.run_directory import read_run_file
 
 
@@ -34,6 +35,22 @@ def test_a_box_syncs_verifies_pushes_and_pulls_by_id(
     assert status == 0
     assert f"ENDLEX_RUN_ID={owner['run']}" in out
     assert (place / "out" / "d12.bin").read_bytes() == b"weights"
+
+
+def test_a_box_replaces_its_last_checkpoint_without_a_right_to_delete(
+    cli: Any, box: str, place: Path
+) -> None:
+    run = endlex.init("demo", "d12", mode="offline")
+    for step in (1, 2):
+        (place / "model").write_bytes(b"weights %d" % step)
+        run.save(place / "model", step=step, name=f"step_{step}", replaces="last")
+        assert cli("sync", run.directory)[0] == 0
+    run.finish()
+    assert cli("sync", run.directory)[0] == 0
+    assert cli("verify", run.directory)[0] == 0
+    assert cli("pull", f"{run.id}@step_2", "out")[0] == 0
+    assert cli("pull", f"{run.id}@step_1", "out")[0] == 1
+    assert cli("prune", "--run", run.id, "--keep-last", "1", "--yes")[0] == 1
 
 
 def test_a_box_reads_nothing_else(cli: Any, box: str, train: Any) -> None:

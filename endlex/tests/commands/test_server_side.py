@@ -162,6 +162,12 @@ def test_a_token_is_printed_once_and_stored_hashed(cli: Any, place: Path) -> Non
     assert all(secret.encode() not in p.read_bytes() for p in data.rglob("*") if p.is_file())
     (listed,) = json.loads(cli("token", "list", "--json")[1])
     assert (listed["name"], sorted(listed["scopes"])) == ("box", ["checkpoint", "write"])
+    assert cli("token", "grant", "box", "abcdefgh01", "abcdefgh02")[0] == 0
+    assert json.loads(cli("token", "list", "--json")[1])[0]["runs"] == ["abcdefgh01", "abcdefgh02"]
+    assert cli("token", "grant", "nobody", "abcdefgh01")[0] == 1
+    create = ("token", "create", "--scope", "write", "--name")
+    assert cli(*create, "next", "--run", "abcdefgh01")[0] == 0
+    assert cli(*create, "none", "--run", "no id")[0] == 1
     assert cli("token", "revoke", "box")[0] == 0
     status, _, err = cli("token", "revoke", "box")
     assert status == 1

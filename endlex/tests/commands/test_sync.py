@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import endlex
+from endlex.client.journal import session_files
 from endlex.client.shipping import read_state, unsent
 from endlex.commands import sync as syncing
 
@@ -105,3 +106,29 @@ def test_what_a_sync_sent_counts_as_sent_afterwards(cli: Any, train: Any, online
     assert cli("sync", directory)[0] == 0
     assert not unsent(directory)
     assert read_state(directory)["state"] == "done"
+
+
+@pytest.mark.parametrize("change", ["edited", "grown after an edit", "shorter"])
+def test_a_journal_that_differs_is_not_called_sent_and_there_is_a_way_out(
+    cli: Any, train: Any, online: str, change: str
+) -> None:
+    directory = train()
+    assert cli("sync", directory)[0] == 0
+    (path,) = session_files(directory)
+    edited = path.read_bytes().replace(b'"step":1,', b'"step":9,')
+    if change == "grown after an edit":
+        edited += edited.splitlines(keepends=True)[1]
+    elif change == "shorter":
+        edited = b"".join(edited.splitlines(keepends=True)[:3])
+    path.write_bytes(edited)
+    status, out, _ = cli("sync", directory)
+    assert status == 1
+    assert "differs from" in out
+    assert "all on" not in out
+    status, out, _ = cli("verify", directory)
+    assert (status, f"endlex sync --resend {directory}" in out) == (1, True)
+    assert cli("sync", directory, "--resend")[0] == 0
+    assert cli("verify", directory)[0] == 0
+    (renewed,) = session_files(directory)
+    assert renewed.stem != path.stem
+    assert renewed.read_bytes().replace(renewed.stem.encode(), path.stem.encode()) == edited

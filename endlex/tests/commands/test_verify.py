@@ -215,3 +215,38 @@ def test_a_checkpoint_that_can_never_be_sent_is_named_and_may_be_given_up(
     assert again.save("last.pt", step=1, name="first") == "first-2"  # nothing hides behind the name
     again.finish()
     assert cli("verify", run.directory)[0] == 1
+
+
+def test_without_arguments_every_run_of_the_machine_counts(
+    cli: Any, train: Any, online: str, place: Path
+) -> None:
+    assert cli("sync", train("sent"))[0] == 0
+    elsewhere = train("unsent", directory=place.parent / "elsewhere" / "run")
+    status, out, _ = cli("verify")
+    assert status == 1
+    assert "looked at 2 runs" in out
+    assert f"send what is missing with: endlex sync {elsewhere}" in out
+    assert len(json.loads(cli("ls", "--local", "--json")[1])) == 2
+    assert str(elsewhere) in cli("doctor")[1]
+    assert cli("sync")[0] == 0
+    assert cli("verify")[0] == 0
+    assert cli("verify", "unsent")[0] == 0  # found by its name
+
+
+def test_what_is_gone_is_named_and_what_cannot_be_read_is_not_safe(
+    cli: Any, train: Any, online: str, place: Path
+) -> None:
+    here, gone, broken = (train(name, directory=place / name) for name in ("a", "b", "c"))
+    assert cli("sync")[0] == 0
+    gone.rename(place / "moved")
+    status, out, _ = cli("verify")
+    assert (status, f"1 gone (deleted, or not mounted): {gone}" in out) == (0, True)
+    (broken / "run.json").write_text("{")
+    status, out, _ = cli("verify")
+    assert status == 1
+    assert f"cannot read {broken}" in out
+    found = json.loads(cli("verify", "--json")[1])
+    assert (found["safe"], found["gone"]) == (False, [str(gone)])
+    assert list(found["unreadable"]) == [str(broken)]
+    assert [run["directory"] for run in found["runs"]] == [str(here)]
+    assert cli("sync")[0] == 1

@@ -114,6 +114,52 @@ def test_a_crash_that_is_told_after_the_run_was_resumed_is_no_alert(
         assert kinds(box.client) == expected
 
 
+def test_a_trainer_that_ends_by_an_error_is_an_alert(box: Any, make_box: Any) -> None:
+    def finish(status: str, **changes: Any) -> dict[str, Any]:
+        return {"type": "finish", "time": time.time(), "status": status, **changes}
+
+    box.send([box.session_record(), finish("failed")])
+    assert kinds(box.client) == [("crashed", "")]
+    again = make_box(box.client, session="000002-resumed")
+    again.send([again.session_record(), finish("interrupted")])
+    assert kinds(box.client) == []
+    old = make_box(box.client, session="000003-imported")
+    old.send([old.session_record(), finish("failed", time=1.6e9)])
+    assert kinds(box.client) == []
+
+
+@pytest.mark.parametrize("sign", ["bytes", "heartbeat"])
+def test_a_machine_that_vanishes_is_lost_and_may_return(
+    box: Any, monkeypatch: pytest.MonkeyPatch, sign: str
+) -> None:
+    box.begin()
+    url = f"/api/v1/runs/{RUN}/sessions/{box.session}/state"
+
+    def status() -> tuple[str, str]:
+        run = box.client.get(f"/api/v1/runs/{RUN}").json()
+        return run["status"], run["sessions"][0]["status"]
+
+    now = time.time()
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + 14 * 60)
+        assert box.client.post(url, json={"status": "running"}).status_code == 200
+        later.setattr(time, "time", lambda: now + 28 * 60)
+        sweep(box.client)
+        assert status() == ("running", "running")  # though nothing was logged for long
+        later.setattr(time, "time", lambda: now + 30 * 60)
+        sweep(box.client)
+    assert status() == ("lost", "lost")
+    assert kinds(box.client) == [("lost", "")]
+    listed = box.client.get("/api/v1/runs", params={"q": "status:lost"}).json()
+    assert listed["total"] == 1
+    if sign == "bytes":
+        box.send([box.metrics(0, {"loss": 1.0})])
+    else:
+        box.client.post(url, json={"status": "running"})
+    assert status() == ("running", "running")
+    assert kinds(box.client) == []
+
+
 def test_disks_that_fill_up(start: Callable[..., Any], make_box: Any) -> None:
     client = start(min_free_bytes=2**60)
     sweep(client)

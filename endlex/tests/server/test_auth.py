@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 
-from endlex.protocol import EndlexError
+from endlex.protocol import SCOPES, EndlexError
 from endlex.server.app import serve
-from endlex.server.auth import create_token, list_tokens, revoke_token
-from endlex.server.settings import Settings
+from endlex.server.auth import create_token, grant_runs, list_tokens, revoke_token
+from endlex.server.database import connect
+from endlex.server.settings import DataDir, Settings
 
 RUN = "testrun001"
 HASH = "0" * 64
 ROUTES = [
     ("GET", "/api/v1/runs", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}", {"read", "checkpoint"}),
-    ("PATCH", f"/api/v1/runs/{RUN}", {"write"}),
+    ("PATCH", f"/api/v1/runs/{RUN}", {"annotate", "manage"}),
     ("GET", f"/api/v1/runs/{RUN}/series?metric=a", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/texts", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/tables", {"read"}),
@@ -35,10 +36,10 @@ ROUTES = [
     ("GET", f"/api/v1/runs/{RUN}/checkpoints", {"read", "checkpoint"}),
     ("GET", f"/api/v1/runs/{RUN}/checkpoints/c", {"read", "checkpoint"}),
     ("GET", f"/api/v1/runs/{RUN}/checkpoints/c/files/f", {"read", "checkpoint"}),
-    ("DELETE", f"/api/v1/runs/{RUN}/checkpoints/c", {"checkpoint"}),
-    ("POST", "/api/v1/prune", {"checkpoint"}),
+    ("DELETE", f"/api/v1/runs/{RUN}/checkpoints/c", {"manage"}),
+    ("POST", "/api/v1/prune", {"manage"}),
     ("GET", "/api/v1/alerts", {"read"}),
-    ("POST", "/api/v1/alerts/1/dismiss", {"write"}),
+    ("POST", "/api/v1/alerts/1/dismiss", {"annotate", "manage"}),
 ]
 
 
@@ -71,7 +72,7 @@ def _paths(routes: Any) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("scope", ["read", "write", "checkpoint"])
+@pytest.mark.parametrize("scope", list(SCOPES))
 def test_a_token_opens_its_scope_and_no_other(
     start: Callable[..., Any], data_dir: Path, scope: str
 ) -> None:
@@ -84,6 +85,112 @@ def test_a_token_opens_its_scope_and_no_other(
         else:
             assert answer.status_code == 403, (method, path, answer.text)
             assert scope in answer.json()["error"]
+
+
+@pytest.fixture
+def two_boxes(
+    start: Callable[..., Any], data_dir: Path, make_box: Callable[..., Any]
+) -> tuple[Any, Any, Any]:
+    """A client, and two boxes with a token and a run each; the first has published a checkpoint."""
+    client = start(public=True)
+    boxes = []
+    for run in ("runofbox0001", "runofbox0002"):
+        token = create_token(data_dir, run, ["write", "checkpoint"])
+        box = make_box(_Signed(client, token), run=run)
+        box.begin()
+        boxes.append(box)
+    boxes[0].publish("c", {"f": b"weights"})
+    return client, *boxes
+
+
+class _Signed:
+    """A client that sends one token."""
+
+    def __init__(self, client: Any, token: str) -> None:
+        self._client, self.headers = client, bearer(token)
+
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        def ask(*arguments: Any, headers: Any = None, **options: Any) -> Any:
+            headers = {**(headers or {}), **self.headers}
+            return getattr(self._client, method)(*arguments, headers=headers, **options)
+
+        return ask
+
+
+def test_a_box_adds_to_its_own_runs_and_learns_nothing_of_others(
+    two_boxes: tuple[Any, Any, Any], data_dir: Path
+) -> None:
+    _, mine, other = two_boxes
+    theirs = f"/api/v1/runs/{mine.run}"
+    assert mine.client.get(theirs).status_code == 200
+    tries = [
+        other.client.get(theirs),
+        other.client.get(f"{theirs}/sessions"),
+        other.client.get(f"{theirs}/checkpoints/c/files/f"),
+        other.client.get(mine.url),
+        other.client.post(mine.url, params={"offset": 0, "crc": "00000000"}, content=b""),
+        other.client.post(f"{theirs}/sessions/{mine.session}/state", json={"status": "failed"}),
+        other.client.put(f"{theirs}/checkpoints/d", json={}),
+    ]
+    assert [answer.status_code for answer in tries] == [403] * len(tries)
+    assert all("endlex token grant" in answer.json()["error"] for answer in tries)
+    assert not any("tests" in answer.text for answer in tries)  # the project's name
+    grant_runs(data_dir, other.run, [mine.run])
+    assert other.client.get(theirs).status_code == 200
+    assert list_tokens(data_dir)[1].runs == (mine.run, other.run)
+
+
+def test_a_box_destroys_nothing_not_even_its_own(two_boxes: tuple[Any, Any, Any]) -> None:
+    _, box, _ = two_boxes
+    own = f"/api/v1/runs/{box.run}"
+    for answer in (
+        box.client.delete(f"{own}/checkpoints/c"),
+        box.client.patch(own, json={"deleted": True}),
+        box.client.post("/api/v1/prune", json={"keep_last": 1, "dry_run": True}),
+        box.client.post("/api/v1/prune", json={"deleted": True}),
+    ):
+        assert answer.status_code == 403, answer.text
+    # Nor by saying afterwards that a newer one replaces it.
+    later = box.manifest_of("c", {"f": b"weights"}, metadata={"replaces": "last"})
+    assert box.put_manifest("c", later).status_code == 200
+    box.publish("d", {"f": b"more"}, created=2e9, metadata={"replaces": "last"})
+    states = {c["name"]: c["state"] for c in box.client.get(f"{own}/checkpoints").json()}
+    assert states == {"c": "published", "d": "published"}
+
+
+def test_who_annotates_does_not_delete(two_boxes: tuple[Any, Any, Any], data_dir: Path) -> None:
+    client, box, _ = two_boxes
+    own = f"/api/v1/runs/{box.run}"
+    person = bearer(create_token(data_dir, "me", ["read", "annotate"]))
+    assert client.patch(own, json={"tags": ["good"], "archived": True}, headers=person).json()
+    assert client.patch(own, json={"deleted": True}, headers=person).status_code == 403
+    owner = bearer(create_token(data_dir, "owner", ["manage"]))
+    assert client.patch(own, json={"deleted": True}, headers=owner).status_code == 200
+
+
+def test_tokens_of_before_keep_their_boxes_at_work_and_lose_the_rest(
+    start: Callable[..., Any], data_dir: Path, make_box: Callable[..., Any]
+) -> None:
+    box = make_box(start())
+    box.begin()
+    old = create_token(data_dir, "old", ["write", "checkpoint", "read"])
+    with connect(DataDir(data_dir).database) as connection:
+        connection.execute("DROP TABLE token_run")
+        connection.execute("ALTER TABLE token DROP COLUMN runs_before")
+        connection.execute("ALTER TABLE session DROP COLUMN heard")
+        connection.execute("PRAGMA user_version=2")
+    client = start(public=True)
+    box.client = _Signed(client, old)
+    box.send([box.metrics(1, {"a": 1.0})])
+    assert box.client.delete(f"/api/v1/runs/{RUN}/checkpoints/c").status_code == 403
+    assert box.client.patch(f"/api/v1/runs/{RUN}", json={"archived": True}).status_code == 403
+    new = make_box(client, run="runofanother")
+    new.client = _Signed(client, create_token(data_dir, "new", ["write"]))
+    new.begin()
+    foreign = make_box(box.client, run=new.run, session="other")
+    refused = foreign.post(foreign.lines([foreign.session_record()]), 0)
+    assert refused.status_code == 403
+    assert [token.older_runs for token in list_tokens(data_dir)] == [True, False]
 
 
 def test_without_a_token_there_is_nothing_but_health(
@@ -197,7 +304,7 @@ def test_other_sites_cannot_write_here_nor_rebind_names(client: Any) -> None:
 def test_a_proxy_s_name_counts_only_when_the_proxy_is_trusted(
     start: Callable[..., Any], data_dir: Path
 ) -> None:
-    token = create_token(data_dir, "box", ["checkpoint"])
+    token = create_token(data_dir, "box", ["manage"])
     headers = bearer(token) | {"Origin": "https://runs.example", "X-Forwarded-Host": "runs.example"}
     for proxy, status in ((None, 403), ("127.0.0.1", 200)):
         client = start(public=True, trusted_proxy=proxy)

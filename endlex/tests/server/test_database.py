@@ -107,6 +107,9 @@ def test_an_earlier_version_s_database_is_brought_up_to_date(tmp_path: Path) -> 
     new = connection.execute("SELECT sql FROM sqlite_master WHERE name='checkpoint'").fetchone()[0]
     for column in ("removed", "reason"):
         connection.execute(f"ALTER TABLE checkpoint DROP COLUMN {column}")
+    connection.execute("DROP TABLE token_run")
+    connection.execute("ALTER TABLE token DROP COLUMN runs_before")
+    connection.execute("ALTER TABLE session DROP COLUMN heard")
     connection.execute("PRAGMA user_version=1")
     connection.execute("INSERT INTO token (name, hash, scopes, created) VALUES ('a','h','read',1)")
     connection.close()

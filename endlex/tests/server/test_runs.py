@@ -176,3 +176,11 @@ def test_exports_hold_every_point(box: Any, make_box: Any, tmp_path: Any) -> Non
     assert table["value"][:4] == [0, 1 / 3, 2 / 3, 1]
     assert not list((box.client.app.state.data.partial).iterdir())
     assert box.client.get("/api/v1/runs/unknown000/export").status_code == 404
+
+
+def test_a_configuration_that_changes_is_shown_as_it_is_now(run: Any) -> None:
+    head = {"type": "config", "session": run.session, "seq": 1, "time": 1.7e9}
+    run.send([head | {"config": {"lr": 0.2, "depth": 4}}, head | {"config": "none"}])
+    shown = run.client.get(f"/api/v1/runs/{run.run}").json()
+    assert shown["config"] == {"lr": 0.2, "depth": 4}
+    assert shown["sessions"][0]["damaged_lines"] == 1

@@ -28,10 +28,6 @@ import endlex
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
 from archerchat.training.environment import describe_environment
-from endlex.client.journal import read_run
-from endlex.client.run_directory import given_run_id, read_run_file
-from endlex.client.staging import has_saved
-from endlex.protocol import METRICS, NON_FINITE
 
 PROJECT = "archerchat"
 Status = Literal["finished", "failed", "interrupted"]
@@ -106,12 +102,10 @@ class MetricsLog:
         Returns:
             Why it could not be, or None.
         """
-        if self.run is None or self.run.directory is None or self.push_checkpoints == "none":
-            return None
-        if has_saved(self.run.directory, TOKENIZER):
+        if self.run is None or self.push_checkpoints == "none" or self.run.has_saved(TOKENIZER):
             return None
         with contextlib.suppress(endlex.EndlexError):  # a run.json of something else
-            pulled = read_run_file(directory)
+            pulled = endlex.read_run_file(directory)
             if pulled and pulled["run"] == self.run.id:
                 return None  # `endlex pull` brought it from there
         return self._save(directory, step=0, name=TOKENIZER, aliases=("keep",))
@@ -182,29 +176,20 @@ def open_run(
 
 def _run_to_join(directory: Path, tag: str, resumed_from: Path | None) -> str | None:
     """Return the id of the run that a pulled checkpoint is of; None where a run is here already."""
-    if resumed_from is None or given_run_id(None) or read_run_file(directory) is not None:
+    if resumed_from is None or endlex.given_run_id() or endlex.read_run_file(directory):
         return None
-    owner = read_run_file(resumed_from)
+    owner = endlex.read_run_file(resumed_from)
     is_ours = owner is not None and (owner["project"], owner["name"]) == (PROJECT, tag)
     return owner["run"] if owner is not None and is_ours else None
 
 
 def read_records(home: Home, tag: str) -> Iterator[dict[str, Any]]:
-    """Yield what run `tag` recorded, session after session, as `endlex.protocol` describes it.
-
-    Numbers that JSON cannot hold are numbers again. A run without journals yields nothing.
+    """Yield what run `tag` recorded, session after session, as `endlex.read_run` reads it.
 
     Raises:
         DataError: a journal is damaged or cannot be read.
     """
     try:
-        for record in read_run(home.run_dir(tag)):
-            values = record.get("values")
-            if record["type"] == METRICS and isinstance(values, dict):
-                plain = {
-                    k: NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in values.items()
-                }
-                record = record | {"values": plain}
-            yield record
+        yield from endlex.read_run(home.run_dir(tag))
     except (endlex.EndlexError, OSError) as error:
         raise DataError(f"cannot read the run {tag!r}: {error}") from error

@@ -331,6 +331,6 @@ def test_a_tokenizer_s_directory_is_written_whole_or_not_at_all(
     small_tokenizer.save(directory)
     assert Tokenizer.load(directory).fingerprint == small_tokenizer.fingerprint
     (tmp_path / "a file").write_text("")
-    with pytest.raises(TokenizerError, match=r"cannot write .*a file/small .*: free some space"):
+    with pytest.raises(TokenizerError, match=r"cannot write .*a file/small .*: point ARCHERCHAT"):
         small_tokenizer.save(tmp_path / "a file" / "small")
     assert [path.name for path in (tmp_path / "tokenizers").iterdir()] == ["small"]

@@ -14,7 +14,7 @@ from typing import Any
 from endlex.client.backoff import Backoff
 from endlex.client.manifests import CheckpointFailed, staged_manifest
 from endlex.client.parts import PartSource, Upload
-from endlex.client.replacement import drop_replaced, remove_replaced
+from endlex.client.replacement import drop_replaced
 from endlex.client.shipping import say
 from endlex.client.staging import read_note, staged_names, unstage
 from endlex.client.stopping import Stop
@@ -36,8 +36,6 @@ def send_staged(
 ) -> Manifest:
     """Hash a staged checkpoint, send it, and drop its links once it is published.
 
-    The older ones that it replaces are removed from the server then.
-
     Raises:
         CheckpointFailed: it never will be.
         TransportError: not now.
@@ -48,7 +46,6 @@ def send_staged(
     source = PartSource(directory / STAGED_DIR / name, manifest, note)
     upload = Upload(run, manifest, source, transport, progress=progress, stopped=stopped)
     upload.run()
-    remove_replaced(run, manifest, transport)
     unstage(directory, name)
     return manifest
 

@@ -11,7 +11,8 @@ from endlex.client.downloads import Removed, fetch_manifest, pull_checkpoint
 from endlex.client.journal import parse_record, session_files, session_kind, writer_is_alive
 from endlex.client.manifests import build_manifest, load_manifest, manifest_path
 from endlex.client.parts import PartSource, Progress, Upload
-from endlex.client.replacement import REPLACES, is_replaced
+from endlex.client.process import describe
+from endlex.client.replacement import is_replaced
 from endlex.client.run_directory import require_run_file
 from endlex.client.session_sync import SessionSync
 from endlex.client.shipping import failed_checkpoints, shipper_process
@@ -20,6 +21,7 @@ from endlex.client.sync import sync_directory
 from endlex.client.transport import Refused, Retry, Transport
 from endlex.protocol import (
     MANIFEST_DIR,
+    REPLACES,
     SYSTEM,
     EndlexError,
     Manifest,
@@ -128,6 +130,20 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
     return compare_directory(directory, transport).missing
 
 
+def require_all_sent(directory: Path, transport: Transport) -> None:
+    """Make sure that the server has what was here: what a live trainer adds meanwhile is no fault.
+
+    Raises:
+        EndlexError: `verify_directory` finds something missing.
+        TransportError: the server cannot be asked.
+    """
+    missing = verify_directory(directory, transport)
+    if any(found.kind == "live" for found in missing):
+        missing = [found for found in missing if found.kind == "journal" and not found.bytes]
+    if missing:
+        raise EndlexError("; ".join(map(str, missing)))
+
+
 def compare_directory(directory: Path, transport: Transport) -> Comparison:
     """Compare a run's directory with the server by hash.
 
@@ -156,7 +172,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
             let_go += [found] if isinstance(found, LetGo) else []
             missing += [found] if isinstance(found, Missing) else []
     if shipper is not None:
-        reason = f"process {shipper[0]} is still at work: wait for it"
+        reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason))
     return Comparison(missing, let_go, sorted(dropped))
 

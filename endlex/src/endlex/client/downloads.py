@@ -7,7 +7,6 @@ that was cut, is hashed part by part, and only the rest is asked for.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from endlex.client.backoff import Backoff
+from endlex.client.disk import fsync
 from endlex.client.transport import Refused, Retry, Transport, quoted
 from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
 
@@ -188,6 +188,6 @@ def _publish(building: Path, directory: Path, file: ManifestFile) -> None:
     if _hash(source) != file["sha256"]:
         raise EndlexError(f"{file['path']!r} came with the wrong hash: pull it again")
     with source.open("rb") as content:
-        os.fsync(content.fileno())
+        fsync(content.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
     source.replace(target)

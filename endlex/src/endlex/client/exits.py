@@ -16,6 +16,7 @@ from functools import cache, wraps
 from types import TracebackType
 from typing import Any, ClassVar, NoReturn, Protocol
 
+from endlex.client.warning import warn
 from endlex.protocol import EndlexError, Status
 
 
@@ -95,4 +96,4 @@ def _finish_all() -> None:
         try:
             run.finish(_status(run))
         except (EndlexError, OSError) as error:
-            print(f"endlex: the end of the run could not be recorded: {error}", file=sys.stderr)
+            warn(f"the end of the run could not be recorded: {error}")

@@ -8,27 +8,26 @@ follows the last line end is not content: it is neither read nor shipped. All th
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from endlex.client.disk import try_lock
+from endlex.client.process import is_running
 from endlex.protocol import (
+    CRASHED,
     FINISH,
     JOURNAL_DIR,
     MAX_BATCH_BYTES,
     METRICS,
+    NON_FINITE,
     SESSION_ID,
     STATUSES,
     SYSTEM,
     EndlexError,
 )
-
-if sys.platform != "win32":
-    import fcntl
 
 
 def session_files(directory: Path) -> list[Path]:
@@ -81,15 +80,23 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
-def read_run(directory: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of all sessions of a run's directory, in the order of `session_files`.
+def read_run(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """Yield a run's records as `endlex.protocol` describes them, session after session.
+
+    The values of metrics are numbers, NaN and infinities too. A directory without journals yields
+    nothing.
 
     Raises:
         EndlexError: as `read_journal`.
         OSError: a file cannot be read.
     """
-    for path in session_files(directory):
-        yield from read_journal(path)
+    for path in session_files(Path(directory)):
+        for record in read_journal(path):
+            values = record.get("values")
+            if record["type"] == METRICS and isinstance(values, dict):
+                for name in [name for name, value in values.items() if isinstance(value, str)]:
+                    values[name] = NON_FINITE.get(values[name], values[name])
+            yield record
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
@@ -143,27 +150,22 @@ def end_status(path: Path) -> str | None:
     return str(last["status"]) if ended else None
 
 
+def gone_status(path: Path) -> str:
+    """What to say of a session whose writer is gone without having said how it ended.
+
+    An import's first record says it in `ended`. A shipper that was killed is no fault of the run's.
+    """
+    begun = first_record(path) or {}
+    ended = begun.get("ended")
+    if ended in STATUSES:
+        return str(ended)
+    return "interrupted" if begun.get("kind") == SYSTEM else CRASHED
+
+
 def writer_is_alive(path: Path) -> bool:
     """Whether the process that writes this journal still runs on this machine."""
-    if sys.platform == "win32":
-        return False
     with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return True
-        else:
-            return False
-    start = first_record(path) or {}  # no locks here: ask for the process instead
-    return start.get("host") == os.uname().nodename and _is_process(start.get("pid"))
-
-
-def _is_process(pid: Any) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM
-    return True
+        locked = try_lock(file, shared=True)
+    if locked is None:  # no locks here: ask for the process instead
+        return is_running((first_record(path) or {}).get("process"))
+    return not locked

@@ -15,13 +15,14 @@ from typing import Any
 
 from endlex.client.journal import (
     end_status,
+    gone_status,
     session_files,
     session_kind,
     writer_is_alive,
 )
 from endlex.client.session_sync import BATCH_BYTES, SessionSync
 from endlex.client.transport import Refused, Retry, Transport, Unreachable
-from endlex.protocol import CRASHED, SYSTEM, EndlexError
+from endlex.protocol import SYSTEM, EndlexError
 
 HEARTBEAT_SECONDS = 20.0
 REFUSED_SECONDS = 30.0
@@ -125,9 +126,8 @@ class JournalShipper:
 
     def _say_how_it_ended(self, session: Session) -> None:
         if session.sync.acknowledged and session.sync.session not in self._reported:
-            # A shipper that was killed is no fault of the run's: nobody is called for that.
-            gone = "interrupted" if session.kind == SYSTEM else CRASHED
-            session.sync.report(end_status(session.sync.path) or gone, 0)
+            path = session.sync.path
+            session.sync.report(end_status(path) or gone_status(path), 0)
         session.done = True
 
     def states(self) -> dict[str, dict[str, Any]]:

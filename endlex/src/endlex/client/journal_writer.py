@@ -6,9 +6,8 @@ written. There is no thread, no queue and no network here.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import os
-import sys
 import threading
 import time
 import weakref
@@ -17,12 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from endlex.client.disk import FULL, fsync, try_lock
 from endlex.client.journal import session_files, session_number
 from endlex.client.values import to_json
-from endlex.protocol import JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, EndlexError
-
-if sys.platform != "win32":
-    import fcntl
+from endlex.client.warning import warn, warn_once
+from endlex.protocol import FINISH, JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, EndlexError
 
 LARGEST_BACKLOG = 16 * 2**20
 """Bytes of records held in memory while the disk refuses them."""
@@ -54,23 +52,21 @@ class Journal:
         self.path = folder / f"{self.session}.jsonl"
         self.inherited = False
         self._heads: dict[str, str] = {}
-        self._seq = 0
-        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self.lock = threading.RLock()
+        """Held while a record is written. A signal handler may log in the middle of that."""
+        self.count = 0
+        """How many records were appended."""
         self._backlog = b""
         self._warned = False
         hidden = folder / f".{self.session}.new"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(hidden, flags, 0o644)
-        _lock(self._descriptor)
+        try_lock(self._descriptor)
         self.append(SESSION, start)
         hidden.rename(self.path)
         _watch_forks()
         OPENED.add(self)
-
-    @property
-    def count(self) -> int:
-        """How many records were appended."""
-        return self._seq
 
     def append(self, kind: str, content: Mapping[str, Any]) -> None:
         """Write one record; when this returns, killing the process does not lose it.
@@ -82,7 +78,7 @@ class Journal:
 
         Raises:
             EndlexError: the record is too large to be sent. Nothing is written.
-            OSError: the disk has refused more than `LARGEST_BACKLOG` bytes.
+            OSError: the disk has refused more than `LARGEST_BACKLOG` bytes; this record is lost.
         """
         self.append_members(kind, f",{to_json(content)[1:-1]}" if content else "")
 
@@ -91,37 +87,46 @@ class Journal:
         head = self._heads.get(kind)
         if head is None:
             head = self._heads[kind] = f'{{"type":"{kind}","session":"{self.session}","seq":'
-        with self._lock:
-            line = f'{head}{self._seq},"time":{time.time()!r}{members}}}\n'
-            content = line.encode(errors="replace")
-            if len(content) > MAX_BATCH_BYTES:
+        if len(members) > MAX_BATCH_BYTES // 4:  # else it is short enough however it is encoded
+            size = len(members.encode(errors="replace")) + len(head) + 100
+            if size > MAX_BATCH_BYTES:
                 raise EndlexError(
-                    f"a {kind} record of {len(content):,} bytes is larger than {MAX_BATCH_BYTES:,}"
-                    ": log less at once"
+                    f"a {kind} record of {size:,} bytes is larger than {MAX_BATCH_BYTES:,}: log "
+                    "less at once"
                 )
-            if self.inherited:
-                return
-            self._seq += 1
-            self._write(self._backlog + content if self._backlog else content)
+        if self.inherited:
+            if kind != FINISH:
+                warn_once("this process was forked from the one that records: it records nothing")
+            return
+        with self.lock:
+            number = next(self._numbers)
+            line = f'{head}{number},"time":{time.time()!r}{members}}}\n'
+            self._write(line.encode(errors="replace"))
+            self.count = max(self.count, number + 1)
 
-    def _write(self, content: bytes) -> None:
+    def _write(self, record: bytes) -> None:
+        if self._descriptor < 0:
+            return  # a signal handler finished the run in the middle of this
+        waiting, self._backlog = self._backlog, b""
+        content = waiting + record if waiting else record
         try:
             written = os.write(self._descriptor, content)
         except OSError as error:
-            self._backlog = content
+            is_lost = len(content) > LARGEST_BACKLOG
+            self._backlog = (waiting if is_lost else content) + self._backlog
             self._warn(error)
-            if len(content) > LARGEST_BACKLOG:
+            if is_lost:
                 raise
         else:
-            self._backlog = content[written:]
+            self._backlog = content[written:] + self._backlog
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
             self._warned = True
-            print(
-                f"endlex: cannot write {self.path} ({error.strerror}); keeping records in memory "
-                "and trying again with each new one: free some space",
-                file=sys.stderr,
+            remedy = ": free some space" if error.errno in FULL else ""
+            warn(
+                f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
+                f"trying again with each new one{remedy}"
             )
 
     def close(self) -> None:
@@ -130,20 +135,20 @@ class Journal:
         Raises:
             OSError: records that the disk refused are lost.
         """
-        with self._lock:
+        with self.lock:
             if self._descriptor < 0:
                 return
             descriptor, self._descriptor = self._descriptor, -1
             try:
                 while self._backlog:
                     self._backlog = self._backlog[os.write(descriptor, self._backlog) :]
-                os.fsync(descriptor)
+                fsync(descriptor)
             finally:
                 os.close(descriptor)
 
     def abandon(self) -> None:
         """Let go of the file in a forked child: the parent keeps it, and its lock."""
-        self._lock = threading.Lock()  # a thread that no longer exists may have held the old one
+        self.lock = threading.RLock()  # a thread that no longer exists may have held the old one
         self.inherited = True
         self._backlog = b""
         if self._descriptor >= 0:
@@ -160,10 +165,3 @@ def _watch_forks() -> None:
 def _abandon_all() -> None:
     for journal in list(OPENED):
         journal.abandon()
-
-
-def _lock(descriptor: int) -> None:
-    """Lock a new file; some network file systems cannot, and `writer_is_alive` copes."""
-    if sys.platform != "win32":
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,19 +13,31 @@ from typing import Any
 from endlex.client import exits
 from endlex.client.journal import last_step
 from endlex.client.journal_writer import Journal
-from endlex.client.values import MetricKeys, checked_step, encode_members, plain
+from endlex.client.values import (
+    MetricKeys,
+    RunConfig,
+    as_config,
+    as_list,
+    checked_step,
+    encode_members,
+    plain,
+    tidy_name,
+)
+from endlex.client.warning import warn
 from endlex.protocol import (
     CHECKPOINT,
+    CONFIG,
     FINISH,
+    MAX_STEP,
     MAX_TEXT_CHARS,
     METRICS,
+    REPLACES,
     STATUSES,
     TABLE,
     TEXT,
     EndlexError,
     Status,
     check_checkpoint_name,
-    check_name,
 )
 
 WATCH_SECONDS = 60.0
@@ -34,6 +46,9 @@ WATCH_SECONDS = 60.0
 
 class Run:
     """One session of a run; `init` makes it. One that is disabled takes every call, does nothing.
+
+    Nothing that is logged stops the trainer: what cannot be recorded is left out, with one warning
+    per name, and counted in `refused`. With `strict=True` it raises an `EndlexError` instead.
 
     As a context manager it finishes the run: as failed when an exception leaves the block, as
     interrupted when that is Ctrl-C.
@@ -45,15 +60,21 @@ class Run:
         journal: Journal | None,
         project: str,
         name: str,
-        config: Mapping[str, Any] | None = None,
+        config: Any = None,
         *,
         id: str = "",
+        strict: bool = False,
     ) -> None:
         self.directory, self.project, self.name, self.id = directory, project, name, id
-        self.config: dict[str, Any] = dict(config or {})
-        """As given to `init`; what is changed here later is not recorded."""
+        self.config = RunConfig(as_config(config), self._record_config)
+        """As given to `init`. What is changed here is recorded: at once for its own keys, at the
+        next `save` or `finish` for what is inside their values."""
+        self.refused: Counter[str] = Counter()
+        """How often something could not be recorded as it was, by name."""
+        self._strict = strict
+        self._recorded_config = plain(self.config)
         self._journal = journal
-        self._keys = MetricKeys()
+        self._keys = MetricKeys(self._refuse)
         self._last_step: int | None = None
         self._finished = False
         self._online = False
@@ -79,47 +100,49 @@ class Run:
         """This session's id, unlike any other's; empty for a disabled run."""
         return self._journal.session if self._journal else ""
 
-    def log(self, values: Mapping[str, Any], *, step: int | None = None) -> None:
+    def log(
+        self, values: Mapping[str, Any], *, step: int | None = None, commit: bool = True
+    ) -> None:
         """Record metrics of one step; a later value of the same metric and step replaces it.
 
         Args:
-            values: by metric name, such as "train/loss"; anything that `float` takes (a tensor
-                of one element too), NaN and infinities included, but not text. A mapping in place
-                of a value is a prefix: `{"train": {"loss": 1.0}}` is "train/loss".
+            values: by metric name, such as "train/loss"; anything that `float` takes (an array of
+                one element too), NaN and infinities included, but not text. A mapping in place of
+                a value is a prefix: `{"train": {"loss": 1.0}}` is "train/loss".
             step: counts from 0; one more than the last one if not given.
-
-        Raises:
-            EndlexError: a name or value is not one, or the run is finished. Nothing is recorded.
+            commit: False leaves the step open: the next call without a step is of the same one.
         """
         journal, keys = self._journal, self._keys
-        if journal is None:
+        if journal is None or self._is_over():
             return
-        if self._finished:
-            raise self._is_finished()
         members = []
-        for name, value in values.items():
-            if type(value) is float and -math.inf < value < math.inf:
-                members.append(keys[name] + repr(value))
-            else:
-                members += encode_members(keys, name, value)
-        step = self._latest_step() + 1 if step is None else checked_step(step)
-        journal.append_members(METRICS, f',"step":{step},"values":{{{",".join(members)}}}')
-        self._last_step = step
+        try:
+            for name, value in values.items():
+                if type(value) is float and -math.inf < value < math.inf:
+                    members.append(keys[name] + repr(value))
+                else:
+                    members += encode_members(keys, name, value)
+            with journal.lock:
+                number = self._number(step)
+                self._last_step = number if commit else number - 1
+                journal.append_members(
+                    METRICS, f',"step":{number},"values":{{{",".join(members)}}}'
+                )
+        except (AttributeError, EndlexError, OSError) as error:
+            self._refuse("log", error)  # no mapping, too much at once, or a disk that stays full
         if time.monotonic() > self._next_watch:
             self._watch_shipper()
 
     def log_text(self, name: str, text: str, *, step: int | None = None) -> None:
         """Record a text of one step, such as a sample.
 
-        Raises:
-            EndlexError: the name is not one, the text is too long, or the run is finished.
+        Text that is too long is cut.
         """
-        check_name(name, "text name")
+        text = str(text)
         if len(text) > MAX_TEXT_CHARS:
-            raise EndlexError(
-                f"text {name!r} has {len(text):,} characters; at most {MAX_TEXT_CHARS:,} are kept"
-            )
-        self._append(TEXT, {"step": self._this_step(step), "name": name, "text": text})
+            message = f"text {name!r} has {len(text):,} characters: the first {MAX_TEXT_CHARS:,}"
+            self._refuse(name, EndlexError(f"{message} are kept"))
+        self._record(TEXT, "text name", name, step, {"text": text[:MAX_TEXT_CHARS]})
 
     def log_table(
         self,
@@ -132,23 +155,29 @@ class Run:
         """Record a table of one step, such as scores by task.
 
         Args:
-            rows: one value a column; what JSON cannot hold is kept as its `str`.
-
-        Raises:
-            EndlexError: a row is longer or shorter than the columns, the table is too large, or
-                the run is finished.
+            rows: one value per column; what JSON cannot hold is kept as its `str`. Rows of another
+                length are left out.
         """
-        check_name(name, "table name")
-        columns = [str(column) for column in columns]
-        kept = [list(row) for row in rows]
-        for number, row in enumerate(kept):
-            if len(row) != len(columns):
-                raise EndlexError(
-                    f"row {number} of table {name!r} has {len(row)} values for {len(columns)} "
-                    "columns"
-                )
-        content = {"name": name, "columns": columns, "rows": kept}
-        self._append(TABLE, {"step": self._this_step(step), **content})
+        columns, kept = [str(column) for column in as_list(columns)], []
+        for number, row in enumerate(map(list, rows)):
+            if len(row) == len(columns):
+                kept.append(row)
+                continue
+            has = f"has {len(row)} values for {len(columns)} columns"
+            self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
+        self._record(TABLE, "table name", name, step, {"columns": columns, "rows": kept})
+
+    def _record(
+        self, kind: str, what: str, name: str, step: int | None, content: Mapping[str, Any]
+    ) -> None:
+        """Record a text or a table."""
+        if self._journal is None or self._is_over():
+            return
+        head = {"step": self._number(step, after=0), "name": tidy_name(name, what, self._refuse)}
+        try:
+            self._journal.append(kind, head | dict(content))
+        except (EndlexError, OSError) as error:
+            self._refuse(name, error)
 
     def save(
         self,
@@ -156,7 +185,7 @@ class Run:
         *,
         step: int | None = None,
         name: str | None = None,
-        aliases: Sequence[str] = (),
+        aliases: str | Sequence[str] = (),
         metadata: Mapping[str, Any] | None = None,
         replaces: str | None = None,
         link: bool = False,
@@ -180,9 +209,10 @@ class Run:
 
         Returns:
             The checkpoint's name: `name`, with a number after it if the directory has one already.
+            Empty if a directory holds no files: nothing is saved then, with a warning.
 
         Raises:
-            EndlexError: there is nothing to save, a name is not one, or the run is finished.
+            EndlexError: the path does not exist, a name is not one, or the run is finished.
             OSError: the files cannot be linked or copied.
         """
         if self._journal is None or self._journal.inherited:
@@ -190,23 +220,33 @@ class Run:
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
-        from endlex.client.replacement import REPLACES
-        from endlex.client.staging import announcement, stage
+        from endlex.client.staging import NothingToSave, announcement, stage
 
         if replaces is not None:
             metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
-        note = stage(
-            self.directory,
-            Path(path),
-            name=name,
-            step=self._this_step(step),
-            created=time.time(),
-            aliases=aliases,
-            metadata=plain(metadata or {}),
-            link=link,
-        )
-        self._append(CHECKPOINT, announcement(note))
+        self._record_config()
+        try:
+            note = stage(
+                self.directory,
+                Path(path),
+                name=name,
+                step=self._number(step, after=0),
+                created=time.time(),
+                aliases=as_list(aliases),
+                metadata=plain(metadata or {}),
+                link=link,
+            )
+        except NothingToSave as error:
+            self._refuse(str(path), error)
+            return ""
+        self._journal.append(CHECKPOINT, announcement(note))
         return note["name"]
+
+    def has_saved(self, name: str) -> bool:
+        """Whether this machine has saved a checkpoint `name` of the run, sent or not."""
+        from endlex.client.staging import has_saved
+
+        return self.directory is not None and has_saved(self.directory, name)
 
     def finish(self, status: Status = "finished") -> None:
         """Record the run's end; a second call does nothing.
@@ -222,8 +262,14 @@ class Run:
         if self._finished or self._journal is None:
             self._finished = True
             return
-        self._append(FINISH, {"status": status})
+        self._record_config()
         self._finished = True
+        self._journal.append(FINISH, {"status": status})
+        if self.refused:
+            names = ", ".join(
+                f"{name[:40]!r} ({count:,})" for name, count in self.refused.most_common(5)
+            )
+            warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
         self._journal.close()
         exits.forget(self)
         if self._online and not self._journal.inherited and self.directory is not None:
@@ -251,10 +297,18 @@ class Run:
         try:
             act(self.directory)
         except (OSError, ValueError) as error:
-            print(f"endlex: the shipper does not start ({error})", file=sys.stderr)
+            warn(f"the shipper does not start ({error})")
 
-    def _this_step(self, step: int | None) -> int:
-        return max(self._latest_step(), 0) if step is None else checked_step(step)
+    def _number(self, step: Any, after: int = 1) -> int:
+        """Return the step as a number; without a good one, that many `after` the last one."""
+        if type(step) is int and 0 <= step <= MAX_STEP:
+            return step
+        following = min(max(self._latest_step() + after, 0), MAX_STEP)
+        try:
+            return following if step is None else checked_step(step)
+        except EndlexError as error:
+            self._refuse("step", EndlexError(f"{error}; recorded as step {following}"))
+            return following
 
     def _latest_step(self) -> int:
         """The step logged last, here or in a session before this one, or -1."""
@@ -262,11 +316,32 @@ class Run:
             return self._last_step
         return last_step(self.directory) if self.directory is not None else -1
 
-    def _append(self, kind: str, content: Mapping[str, Any]) -> None:
+    def _record_config(self) -> None:
+        """Record which keys of the configuration have changed."""
+        if self._journal is None or self._finished:
+            return
+        now, before = plain(self.config), self._recorded_config
+        changed = {k: v for k, v in now.items() if k not in before or before[k] != v}
+        if changed:
+            self._recorded_config = now
+            try:
+                self._journal.append(CONFIG, {"config": changed})
+            except (EndlexError, OSError) as error:
+                self._refuse("config", error)
+
+    def _refuse(self, name: str, error: Exception) -> None:
+        """Count what cannot be recorded as it is, and say so once per name, or raise if strict."""
+        if self._strict:
+            raise error
+        self.refused[name] += 1
+        if self.refused[name] == 1:
+            warn(str(error))
+
+    def _is_over(self) -> bool:
+        """Whether the run is finished, which counts as a fault of who logs."""
         if self._finished:
-            raise self._is_finished()
-        if self._journal is not None:
-            self._journal.append(kind, content)
+            self._refuse("log", self._is_finished())
+        return self._finished
 
     def _is_finished(self) -> EndlexError:
         return EndlexError(f"run {self.name!r} is finished: call endlex.init again to go on")

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
+from endlex.client.disk import fsync
+from endlex.client.process import process_name
 from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -63,6 +65,7 @@ def session_start(
         "notes": notes,
         "host": os.uname().nodename if hasattr(os, "uname") else "",
         "pid": os.getpid(),
+        "process": process_name(),
         "rank": rank,
         "kind": kind,
     }
@@ -73,13 +76,13 @@ def new_run_id() -> str:
     return "".join(ALPHABET[byte % len(ALPHABET)] for byte in os.urandom(10))
 
 
-def read_run_file(directory: Path) -> RunFile | None:
-    """Whose directory this is, or None if it is nobody's yet.
+def read_run_file(directory: Path | str) -> RunFile | None:
+    """Return the id, project and name of the run that a directory holds; None if it holds none.
 
     Raises:
         EndlexError: `run.json` is damaged.
     """
-    path = directory / RUN_FILE
+    path = Path(directory) / RUN_FILE
     try:
         content = json.loads(path.read_bytes())
         check_run_id(content["run"])
@@ -103,7 +106,7 @@ def claim_directory(directory: Path, run: str, project: str, name: str) -> RunFi
     """
     directory.mkdir(parents=True, exist_ok=True)
     content: RunFile = {"run": run, "project": project, "name": name, "created": time.time()}
-    temporary = directory / f".{RUN_FILE}.{os.getpid()}.tmp"
+    temporary = directory / f".{RUN_FILE}.{os.urandom(4).hex()}.tmp"
     try:
         write_whole(temporary, json.dumps(content).encode())
         try:
@@ -132,13 +135,13 @@ def require_run_file(directory: Path) -> RunFile:
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Replace a file by a temporary name and a rename, so that readers never see a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -160,8 +163,8 @@ def _as_file_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "run"
 
 
-def given_run_id(run: str | None) -> str | None:
-    """The id that was given, in the call or as `ENDLEX_RUN_ID`.
+def given_run_id(run: str | None = None) -> str | None:
+    """Return the run id given in the call, or else by `ENDLEX_RUN_ID`; None if there is none.
 
     Raises:
         EndlexError: it is no run id.

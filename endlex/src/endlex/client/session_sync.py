@@ -1,8 +1,9 @@
 """One session's journal on its way: from the offset that the server has acknowledged, in batches.
 
-The server is asked once how much it has. Then each batch is whole lines from that offset on, with
-a checksum; the answer is the next offset. A batch sent twice does no harm, so after any fault the
-same is simply done again.
+The server is asked once how much it has, with the hash of it: nothing is added to another content
+under the same id. Then each batch is whole lines from that offset on, with a checksum; the answer
+is the next offset. A batch sent twice does no harm, so after any fault the same is simply done
+again.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import zlib
 from pathlib import Path
 
 from endlex.client.journal import content_length
+from endlex.client.run_directory import write_whole
 from endlex.client.transport import Answer, Refused, Retry, Transport, quoted
 from endlex.protocol import MAX_BATCH_BYTES, EndlexError
 
 BATCH_BYTES = 2**20
 DEFLATE_LEVEL = 6
+
+
+class SessionDiffers(EndlexError):
+    """The server has another content under the session's id."""
 
 
 class SessionSync:
@@ -34,22 +40,30 @@ class SessionSync:
         """Bytes that the server has; None until it was asked."""
 
     def ask(self) -> int:
-        """Ask the server how much it has.
+        """Ask the server how much it has, and compare that with the journal by hash.
 
         Raises:
+            SessionDiffers: what both have is not the same.
             TransportError: it does not say.
         """
+        length = content_length(self.path)
         try:
-            query = {"upto": 0}
+            query = {"upto": length}
             answer = self._transport.request("GET", f"{self._where}/journal", query=query)
-            self.acknowledged = int(answer.content["offset"])
+            offset, theirs = int(answer.content["offset"]), answer.content["sha256"]
         except Refused as error:
             if error.status != 404:
                 raise
-            self.acknowledged = 0
+            offset, theirs = 0, None
         except (KeyError, TypeError, ValueError) as error:
             raise self._transport.ill_answer() from error
-        return self.acknowledged
+        if offset and _digest(self.path, min(offset, length)) != theirs:
+            raise SessionDiffers(
+                f"the server's copy of session {self.session} differs from {self.path}: to keep "
+                "both, send the file as a new session with `endlex sync --resend DIR`"
+            )
+        self.acknowledged = offset
+        return offset
 
     def ship(self) -> int:
         """Send the next batch, and return its bytes: 0 if there is nothing to send.
@@ -106,28 +120,24 @@ class SessionSync:
         missing as long as the rest is equal.
 
         Raises:
-            EndlexError: the two differ.
+            SessionDiffers: the two differ.
             TransportError: the server does not say.
         """
-        length = content_length(self.path)
-        if not length:
-            return 0
-        try:
-            query = {"upto": length}
-            answer = self._transport.request("GET", f"{self._where}/journal", query=query)
-            held, theirs = min(int(answer.content["offset"]), length), answer.content["sha256"]
-        except Refused as error:
-            if error.status == 404:
-                return length
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._transport.ill_answer() from error
-        if _digest(self.path, held) != theirs:
-            raise EndlexError(
-                f"the server's copy of session {self.session} differs from {self.path}: keep the "
-                "file, and have the server's one deleted"
-            )
-        return length - held
+        return max(content_length(self.path) - self.ask(), 0)
+
+
+def renew_session(path: Path) -> Path:
+    """Give a journal that nobody writes another session id, made from its content.
+
+    What a server has under the old id stays there.
+    """
+    content = path.read_bytes()
+    number = path.stem.partition("-")[0]
+    session = f"{number}-{hashlib.sha256(content).hexdigest()[:12]}"
+    renewed = path.with_name(f"{session}.jsonl")
+    write_whole(renewed, content.replace(path.stem.encode(), session.encode()))
+    path.unlink()
+    return renewed
 
 
 def read_batch(path: Path, start: int, size: int) -> bytes:

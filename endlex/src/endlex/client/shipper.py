@@ -27,6 +27,7 @@ from endlex.client.shipping import (
     BACKGROUND,
     DONE,
     STOPPED,
+    holding,
     read_state,
     say,
     take_lock,
@@ -182,7 +183,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
-    with lock:
+    with holding(lock):
         try:
             Shipper(directory, Transport(url, server_token()), stop).run()
         except EndlexError as error:

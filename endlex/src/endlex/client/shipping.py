@@ -1,7 +1,7 @@
 """The shipper as others see it: start it, ask how far it is, wait for it.
 
-One shipper serves a run's directory, and holds the lock of `shipper.lock`, in which its process id
-stands. It publishes how far it is in `shipper.json`. Everything that it needs is on the disk, so
+One shipper serves a run's directory, and holds the lock of `shipper.lock`, in which its process is
+named. It publishes how far it is in `shipper.json`. Everything that it needs is on the disk, so
 it may be killed and started again at any moment.
 """
 
@@ -14,17 +14,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
+from endlex.client.disk import try_lock
 from endlex.client.journal import content_length, session_files
+from endlex.client.process import describe, is_running, process_name
 from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE, write_whole
 from endlex.client.staging import read_note, staged_change, staged_names
+from endlex.client.warning import warn
 from endlex.protocol import EndlexError
-
-if sys.platform != "win32":
-    import fcntl
 
 FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
@@ -65,44 +66,63 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
     """
     lock = (directory / SHIPPER_LOCK).open("a+")
     deadline = time.monotonic() + seconds
-    while not _try_lock(lock):
+    while _holder(lock) is not None:
         if time.monotonic() >= deadline:
             lock.close()
             return None
         time.sleep(POLL_SECONDS)
     with contextlib.suppress(OSError):  # a full disk: then nobody knows the process, no more
         os.ftruncate(lock.fileno(), 0)
-        os.write(lock.fileno(), f"{os.getpid()} {kind}\n".encode())
+        pid, _, name = process_name().partition(" ")
+        os.write(lock.fileno(), f"{pid} {kind} {name}\n".encode())
     return lock
 
 
-def _try_lock(lock: IO[str]) -> bool:
-    if sys.platform == "win32":
-        return True
+@contextlib.contextmanager
+def holding(lock: IO[str]) -> Iterator[None]:
+    """Give up what `take_lock` returned after the block, and take the process's name out of it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.ftruncate(lock.fileno(), 0)
+        lock.close()
 
 
-def shipper_process(directory: Path) -> tuple[int, str] | None:
-    """Process id and kind of the directory's living shipper, or None.
+class Holder(NamedTuple):
+    """The process that has a directory's lock."""
 
-    The id is 0 if it could not be written.
-    """
+    pid: int
+    """0 if it could not be written."""
+    kind: str
+    name: str
+    """As `process_name` has it."""
+
+
+def _holder(lock: IO[str]) -> Holder | None:
+    """Lock the open file, and return None; or who has it."""
+    locked = try_lock(lock)
+    if locked:
+        return None
+    lock.seek(0)
+    pid, kind, *rest = [*lock.read(1000).split(), "", ""]
+    holder = Holder(int(pid) if pid.isdecimal() else 0, kind, " ".join([pid, *rest]).strip())
+    # Where files cannot be locked, the process that is named there counts for as long as it runs.
+    return holder if locked is False or is_running(holder.name) else None
+
+
+def shipper_process(directory: Path) -> Holder | None:
+    """The directory's living shipper, or None."""
     for _attempt in range(NAMING_POLLS):
         try:
             with (directory / SHIPPER_LOCK).open("r+") as lock:
-                if _try_lock(lock):
-                    return None
-                pid, _, kind = lock.read(100).partition(" ")
+                holder = _holder(lock)
         except FileNotFoundError:
             return None
-        if pid.isdecimal():
-            return int(pid), kind.strip()
+        if holder is None or holder.pid:
+            return holder
         time.sleep(POLL_SECONDS)  # it has the lock, and is about to write its name
-    return 0, ""
+    return holder
 
 
 def say(message: str) -> None:
@@ -186,7 +206,7 @@ def restart_shipper_if_killed(directory: Path) -> None:
 def _is_locked(directory: Path) -> bool:
     try:
         with (directory / SHIPPER_LOCK).open("r+") as lock:
-            return not _try_lock(lock)
+            return _holder(lock) is not None
     except FileNotFoundError:
         return False
 
@@ -195,17 +215,23 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
     """End the directory's background shipper, and return whether there was one.
 
     Raises:
-        EndlexError: a foreground one (`endlex sync`) is at work.
+        EndlexError: a foreground one (`endlex sync`) is at work, or one on another machine or in
+            another container, where its process id means nothing here.
     """
     had_one, told = False, 0
     deadline = time.monotonic() + seconds
     while (found := shipper_process(directory)) is not None:
-        had_one, (pid, kind) = True, found
+        had_one, (pid, kind, name) = True, found
+        who = describe(name)
         if kind == FOREGROUND:
-            raise EndlexError(f"process {pid} sends {directory} already: wait for it, or end it")
+            raise EndlexError(f"{who} sends {directory} already: wait for it, or end it")
+        if pid and not is_running(name):
+            if shipper_process(directory) == found:  # else it has just ended
+                raise EndlexError(f"{who} sends {directory}: wait for it, or end it there")
+            continue
         late = time.monotonic() - deadline
         if late > seconds:
-            raise EndlexError(f"process {pid}, which sends {directory}, does not end: end it")
+            raise EndlexError(f"{who}, which sends {directory}, does not end: end it")
         if pid and (pid != told or late > 0):  # the next may have waited for the one before
             told = pid
             with contextlib.suppress(ProcessLookupError):  # nothing is lost by a kill
@@ -270,15 +296,14 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             restart_at = math.inf
             restart_shipper_if_killed(directory)
     for name, reason in failed_checkpoints(directory).items():
-        print(f"endlex: checkpoint {name} cannot be sent: {reason}", file=sys.stderr)
+        warn(f"checkpoint {name} cannot be sent: {reason}")
     left = None if is_sent else unsent(directory)
     if left:
         error = read_state(directory).get("error")
-        print(
-            f"endlex: {left.records:,} records ({left.bytes:,} bytes) and {left.files:,} checkpoint"
+        warn(
+            f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} checkpoint"
             f" files are not on the server yet{f' ({error})' if error else ''}. The shipper goes "
-            f"on in the background; to send them later: {sync_command(directory)}",
-            file=sys.stderr,
+            f"on in the background; to send them later: {sync_command(directory)}"
         )
 
 

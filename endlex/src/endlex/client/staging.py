@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from endlex.client.run_directory import write_whole
+from endlex.client.warning import warn
 from endlex.protocol import (
     CHECKPOINT_NAME,
     MANIFEST_DIR,
@@ -41,6 +42,10 @@ FICLONE = 0x40049409
 
 GIVEN_UP = ".given-up"
 """End of the name of the note, beside the manifests, that a checkpoint was given up."""
+
+
+class NothingToSave(EndlexError):
+    """A directory holds no files."""
 
 
 class StagedFile(TypedDict):
@@ -65,24 +70,35 @@ class Staged(TypedDict):
 def files_of(source: Path) -> Iterator[tuple[str, Path]]:
     """Yield the path inside the checkpoint, and the place, of each file that `source` names.
 
-    A file goes by its own name; a directory's files by their paths in it.
+    A file goes by its own name, a directory's files by their paths in it. Links are followed, but
+    not to a directory that is in `source` anyway, or around it. Links to nothing, sockets and pipes
+    are left out with a warning.
 
     Raises:
-        EndlexError: there is nothing there, or something that is no file, or a link to a directory.
+        EndlexError: there is nothing at `source`.
     """
     if source.is_file():
         yield check_checkpoint_path(source.name), source
         return
     if not source.is_dir():
         raise EndlexError(f"{str(source)!r} is neither a file nor a directory: nothing to save")
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source).as_posix()
-        if path.is_symlink() and not path.is_file():
-            raise EndlexError(f"{str(path)!r} links to no file: copy what it stands for")
+    yield from _files_in(source, "", (source.resolve(),))
+
+
+def _files_in(folder: Path, prefix: str, roots: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.iterdir()):
+        inside = f"{prefix}{path.name}"
         if path.is_file():
             yield check_checkpoint_path(inside), path
         elif not path.is_dir():
-            raise EndlexError(f"{str(path)!r} is neither a file nor a directory: remove it")
+            kind = "links to nothing" if path.is_symlink() else "is neither a file nor a directory"
+            warn(f"{str(path)!r} {kind}: it is left out of the checkpoint")
+        elif not path.is_symlink():
+            yield from _files_in(path, f"{inside}/", roots)
+        else:
+            place = path.resolve()
+            if not any(place.is_relative_to(r) or r.is_relative_to(place) for r in roots):
+                yield from _files_in(path, f"{inside}/", (*roots, place))
 
 
 def stage(
@@ -105,19 +121,22 @@ def stage(
         link: whether the files are never rewritten in place, so that links to them are enough.
 
     Raises:
-        EndlexError: there is nothing to save, or a name or alias is not one.
+        NothingToSave: a directory holds no files.
+        EndlexError: the path does not exist, or a name or alias is not one.
         OSError: the directory cannot be written, or a file not read.
     """
     name = check_checkpoint_name(name or _name_of(source, step))
     found = list(files_of(source))
-    if not 0 < len(found) <= MAX_FILES:
+    if not found:
+        raise NothingToSave(f"{str(source)!r} holds no files: nothing to save")
+    if len(found) > MAX_FILES:
         raise EndlexError(
-            f"{str(source)!r} has {len(found):,} files; a checkpoint has 1 to {MAX_FILES:,}"
+            f"{str(source)!r} has {len(found):,} files; a checkpoint has at most {MAX_FILES:,}"
         )
     folder = directory / STAGED_DIR
     folder.mkdir(parents=True, exist_ok=True)
     name = _unused(directory, name)
-    building = folder / f".{name}.{os.getpid()}.building"
+    building = folder / f".{name}.{os.urandom(4).hex()}.building"
     try:
         files = [_keep(path, inside, building / inside, link) for inside, path in found]
         note: Staged = {

@@ -18,9 +18,11 @@ from endlex.client.journal_shipper import JournalShipper, Session
 from endlex.client.manifests import CheckpointFailed
 from endlex.client.replacement import drop_replaced
 from endlex.client.run_directory import require_run_file
+from endlex.client.session_sync import SessionDiffers, SessionSync, renew_session
 from endlex.client.shipping import (
     DONE,
     FOREGROUND,
+    holding,
     start_shipper,
     stop_shipper,
     take_lock,
@@ -44,6 +46,7 @@ def sync_directory(
     *,
     patience: float = PATIENCE_SECONDS,
     drop_failed: bool = False,
+    resend: bool = False,
 ) -> None:
     """Send what is there now, and return when the server has acknowledged and published it.
 
@@ -51,6 +54,7 @@ def sync_directory(
         patience: seconds without any progress after which a fault of the network is raised.
         drop_failed: give up the checkpoints that can never be published, such as those whose files
             were rewritten before they were sent.
+        resend: send journals that differ from the server's copies as new sessions.
 
     Raises:
         EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
@@ -63,8 +67,10 @@ def sync_directory(
     patient = _Patience(patience)
     failed: dict[str, str] = {}
     try:
-        with lock:
+        with holding(lock):
             try:
+                if resend:
+                    _renew_differing(directory, owner["run"], transport)
                 _send_journals(directory, journals, progress, patient)
                 failed = _send_checkpoints(
                     directory, owner["run"], transport, progress, patient, drop_failed
@@ -78,6 +84,15 @@ def sync_directory(
     errors += [f"checkpoint {name}: {error}" for name, error in failed.items()]
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
+
+
+def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
+    for path in session_files(directory):
+        try:
+            SessionSync(run, path, transport).ask()
+        except SessionDiffers:
+            if not writer_is_alive(path):
+                renew_session(path)
 
 
 def _publish(

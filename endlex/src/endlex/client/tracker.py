@@ -8,12 +8,14 @@ has a process of its own, the shipper, which sends what the journal holds.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from endlex.client import exits
 from endlex.client.journal_writer import Journal
+from endlex.client.registry import register
 from endlex.client.run import Run
 from endlex.client.run_directory import (
     RunFile,
@@ -25,30 +27,35 @@ from endlex.client.run_directory import (
     server_url,
     session_start,
 )
-from endlex.protocol import TRAINER, EndlexError, Status, check_name
+from endlex.client.values import as_config, as_list
+from endlex.protocol import TRAINER, EndlexError, check_name
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Mode = Literal["online", "offline", "disabled"]
 
 
 def init(
     project: str,
     name: str | None = None,
-    config: Mapping[str, Any] | None = None,
+    config: Any = None,
     *,
     directory: Path | str | None = None,
     id: str | None = None,
-    tags: Sequence[str] = (),
+    tags: str | Sequence[str] = (),
     group: str | None = None,
     notes: str | None = None,
     all_ranks: bool = False,
     mode: Mode | None = None,
+    strict: bool = False,
 ) -> Run:
     """Start a run, or go on with it: the same directory is the same run, with a new session.
 
     Args:
         project: groups runs.
         name: the run's; that of the directory's run, or one made from its id, if not given.
-        config: kept with the session; what JSON cannot hold is kept as its `str`.
+        config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
+            is kept as its `str`.
         directory: the run's own, made if missing; otherwise one under `$ENDLEX_DIR` or
             `./endlex-runs`.
         id: of the run to go on with, when its directory is on another machine; also taken from
@@ -61,6 +68,7 @@ def init(
         mode: `online` sends to the server of `ENDLEX_URL` in the background, `offline` leaves
             that for `endlex sync`, `disabled` records nothing. Not given: `ENDLEX_MODE`, then
             online when there is a URL.
+        strict: raise an `EndlexError` for what cannot be recorded as it is, instead of a warning.
 
     Raises:
         EndlexError: a name or id is not one, the directory is another run's, or several ranks
@@ -73,15 +81,23 @@ def init(
         check_name(name, "run name")
     rank = _rank()
     if mode == "disabled" or (rank and not all_ranks):
-        return _remember(Run(None, None, project, name or "", config))
+        return _remember(Run(None, None, project, name or "", config, strict=strict))
     run_id = given_run_id(id)
     if all_ranks and directory is None and run_id is None and _rank(os.environ.get("WORLD_SIZE")):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = _claim(project, name, run_id, None if directory is None else Path(directory))
+    register(place)
     start = session_start(
-        owner, TRAINER, config=config, tags=tags, group=group, notes=notes, rank=rank
+        owner,
+        TRAINER,
+        config=as_config(config),
+        tags=as_list(tags),
+        group=group,
+        notes=notes,
+        rank=rank,
     )
-    run = Run(place, Journal(place, start), project, owner["name"], config, id=owner["run"])
+    journal = Journal(place, start)
+    run = Run(place, journal, project, owner["name"], config, id=owner["run"], strict=strict)
     exits.finish_at_exit(run)
     if mode == "online":
         run.go_online()
@@ -142,51 +158,20 @@ def current_run() -> Run | None:
     return _Current.run
 
 
-def _current() -> Run:
-    if _Current.run is None:
-        raise EndlexError("there is no run yet: call endlex.init first")
-    return _Current.run
+def _of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
+    """Return a function that calls a method of the current run."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _Current.run is None:
+            raise EndlexError("there is no run yet: call endlex.init first")
+        return method(_Current.run, *args, **kwargs)
+
+    return call
 
 
-def log(values: Mapping[str, Any], *, step: int | None = None) -> None:
-    """Do `Run.log` on the current run."""
-    _current().log(values, step=step)
-
-
-def log_text(name: str, text: str, *, step: int | None = None) -> None:
-    """Do `Run.log_text` on the current run."""
-    _current().log_text(name, text, step=step)
-
-
-def log_table(
-    name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, step: int | None = None
-) -> None:
-    """Do `Run.log_table` on the current run."""
-    _current().log_table(name, columns, rows, step=step)
-
-
-def save(
-    path: Path | str,
-    *,
-    step: int | None = None,
-    name: str | None = None,
-    aliases: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-    replaces: str | None = None,
-    link: bool = False,
-) -> str:
-    """Do `Run.save` on the current run."""
-    return _current().save(
-        path,
-        step=step,
-        name=name,
-        aliases=aliases,
-        metadata=metadata,
-        replaces=replaces,
-        link=link,
-    )
-
-
-def finish(status: Status = "finished") -> None:
-    """Do `Run.finish` on the current run."""
-    _current().finish(status)
+log = _of_current(Run.log)
+log_text = _of_current(Run.log_text)
+log_table = _of_current(Run.log_table)
+save = _of_current(Run.save)
+finish = _of_current(Run.finish)

@@ -19,12 +19,13 @@ from urllib.request import ProxyHandler, build_opener
 
 from endlex.client.checkpoints import verify_directory
 from endlex.client.journal import content_length, parse_record, session_files
+from endlex.client.process import describe
 from endlex.client.run_directory import server_token, server_url
 from endlex.client.shipping import read_state, shipper_process, sync_command
 from endlex.client.transport import TransportError
 from endlex.commands.rendering import count, format_bytes, print_json, printable
 from endlex.commands.server_api import Refused, Server, find_server, find_transport
-from endlex.commands.targets import find_run_directories, open_run_directory, runs_folder
+from endlex.commands.targets import local_runs, open_run_directory, runs_folder
 from endlex.protocol import PROTOCOL, EndlexError
 
 LITTLE_SPACE = 2 * 2**30
@@ -171,6 +172,8 @@ def _scopes(server: Server) -> Iterator[Finding]:
         "write": ("GET", f"/runs/{nobody}/sessions/0/journal?upto=0", None),
         "checkpoint": ("POST", "/parts/missing", {"parts": []}),
         "read": ("GET", "/runs?limit=1", None),
+        "annotate": ("PATCH", f"/runs/{nobody}", {"archived": False}),
+        "manage": ("POST", "/prune", {"run": nobody, "keep_last": 1, "dry_run": True}),
     }
     allowed = []
     for scope, (method, path, body) in questions.items():
@@ -221,16 +224,16 @@ def _disk() -> Iterator[Finding]:
 
 
 def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]:
-    found = list(directories) or find_run_directories(runs_folder())
-    if not found:
-        yield Finding("ok", "journals", f"no runs in {runs_folder()}")
-    for directory in found:
+    known = local_runs()
+    for directory in directories or known.found:
         try:
             open_run_directory(directory)
             yield from _damage(directory)
             yield _sending(directory, url)
         except (EndlexError, OSError) as error:
             yield Finding("fault", "journals", str(error))
+    state: Literal["ok", "fault"] = "fault" if known.unreadable else "ok"
+    yield Finding(state, "journals", "; ".join(str(known).splitlines()))
 
 
 def _damage(directory: Path) -> Iterator[Finding]:
@@ -250,7 +253,7 @@ def _sending(directory: Path, url: str | None) -> Finding:
         return Finding("fault", "journals", f"{directory}: its shipper says: {error}")
     if shipper is not None:
         return Finding(
-            "ok", "journals", f"{directory}: its shipper, process {shipper[0]}, sends it"
+            "ok", "journals", f"{directory}: its shipper, {describe(shipper.name)}, sends it"
         )
     try:
         missing = verify_directory(directory, find_transport(url))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from endlex.client.disk import fsync
 from endlex.commands.local_export import write_local_csv, write_local_json
 from endlex.commands.rendering import format_bytes
 from endlex.commands.server_api import find_server, run_path
@@ -51,12 +52,12 @@ def _write(output: Path | None, kind: str, write: Callable[[IO[bytes]], Any]) ->
         return
     if output.is_dir():
         raise UsageError(f"{output} is a directory: give a file's name")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    temporary = output.with_name(f".{output.name}.{os.urandom(4).hex()}.part")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)

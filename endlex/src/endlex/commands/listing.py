@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ from endlex.commands.rendering import (
 )
 from endlex.commands.server_api import find_server
 from endlex.commands.targets import (
-    find_run_directories,
     find_server_run,
     is_run_directory,
-    runs_folder,
+    local_runs,
 )
 from endlex.commands.usage import UsageError
 
@@ -64,9 +64,8 @@ def ls(
 
 
 def _ls_local(project: str | None, group: str | None, limit: int, as_json: bool) -> int:
-    folder = runs_folder()
-    runs = []
-    for directory in find_run_directories(folder):
+    known, runs = local_runs(), []
+    for directory in known.found:
         run = summarize(directory) | {"directory": str(directory)}
         if project in (None, run["project"]) and group in (None, run["group"]):
             runs.append(run)
@@ -75,8 +74,8 @@ def _ls_local(project: str | None, group: str | None, limit: int, as_json: bool)
         print_json(runs[:limit])
     elif runs:
         print(_run_table(runs[:limit]))
-    else:
-        print(f"no runs in {folder}")
+    if known.gone or known.unreadable or not runs:
+        print(known, file=sys.stderr)
     return 0
 
 

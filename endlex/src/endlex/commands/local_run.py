@@ -10,6 +10,7 @@ from typing import Any
 from endlex.client.journal import (
     content_length,
     end_status,
+    gone_status,
     parse_record,
     session_files,
     writer_is_alive,
@@ -17,7 +18,7 @@ from endlex.client.journal import (
 from endlex.commands.targets import open_run_directory
 from endlex.protocol import (
     CHECKPOINT,
-    CRASHED,
+    CONFIG,
     METRICS,
     SESSION,
     SYSTEM,
@@ -39,8 +40,8 @@ def iter_session(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def session_status(path: Path) -> str:
-    """Return how a session stands: its own word, else running or crashed."""
-    return end_status(path) or ("running" if writer_is_alive(path) else CRASHED)
+    """Return how a session stands: its own word, else running, or how it broke off."""
+    return end_status(path) or ("running" if writer_is_alive(path) else gone_status(path))
 
 
 def summarize(directory: Path) -> dict[str, Any]:
@@ -100,6 +101,8 @@ def _add_record(
         summary["config"] = summary["config"] | (record.get("config") or {})
         for key in ("tags", "group", "notes", "host"):
             summary[key] = summary[key] or record.get(key) or summary[key]
+    elif record["type"] == CONFIG:
+        summary["config"] = summary["config"] | (record.get("config") or {})
     elif record["type"] == METRICS:
         for name, value in values_of(record):
             metrics.setdefault(name, {})[record["step"]] = value

@@ -21,6 +21,7 @@ HINTS = {
     "WRONG_VERSION_NUMBER": "it does not speak TLS: is the address http:// instead of https://?",
     "Name or service not known": "is the name right, and is there a network?",
 }
+NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
 TOKEN_HINT = "set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
 
 
@@ -105,12 +106,8 @@ def explain(error: Retry) -> EndlexError:
 def _with_hint(error: Refused) -> Refused:
     if error.status not in (401, 403):
         return error
-    hint = (
-        TOKEN_HINT
-        if error.status == 401
-        else "names are looked up with the scope read: give a run's id, or another token"
-    )
-    return Refused(f"{error}; {hint}", error.status, error.content)
+    hint = TOKEN_HINT if error.status == 401 else NAME_HINT if "scope read" in str(error) else ""
+    return Refused(f"{error}{hint and '; '}{hint}", error.status, error.content)
 
 
 def run_path(run: str, *rest: str) -> str:

@@ -6,17 +6,31 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from endlex.client.checkpoints import require_all_sent
 from endlex.client.sync import sync_directory
 from endlex.client.transport import Retry
 from endlex.commands.rendering import ProgressLine, format_bytes
 from endlex.commands.server_api import explain, find_server
-from endlex.commands.targets import find_run_directories, is_run_directory, open_run_directory
+from endlex.commands.targets import (
+    find_run_directories,
+    is_run_directory,
+    local_runs,
+    open_run_directory,
+)
 from endlex.protocol import EndlexError
 
 
-def sync(directories: Sequence[Path], drop_failed: bool, url: str | None) -> int:
-    """Send every directory; one that cannot be sent does not keep the others back."""
+def sync(directories: Sequence[Path], drop_failed: bool, resend: bool, url: str | None) -> int:
+    """Send every directory, by default every run of this machine.
+
+    One that cannot be sent does not keep the others back.
+    """
     todo = [run for given in directories for run in _runs_at(given)]
+    unreadable = False
+    if not directories:
+        known = local_runs()
+        todo, unreadable = list(known.found), bool(known.unreadable)
+        print(known)
     server = find_server(url)
     server.get("/health")  # a wrong address is told at once; later faults are waited out
     transport = server.transport
@@ -29,7 +43,8 @@ def sync(directories: Sequence[Path], drop_failed: bool, url: str | None) -> int
             line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
 
         try:
-            sync_directory(directory, transport, show, drop_failed=drop_failed)
+            sync_directory(directory, transport, show, drop_failed=drop_failed, resend=resend)
+            require_all_sent(directory, transport)
         except KeyboardInterrupt:
             line.clear()
             again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
@@ -43,7 +58,7 @@ def sync(directories: Sequence[Path], drop_failed: bool, url: str | None) -> int
         else:
             line.clear()
             print(f"{place}: all on {transport.url}")
-    return 1 if failed else 0
+    return 1 if failed or unreadable else 0
 
 
 def _runs_at(given: Path) -> list[Path]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from endlex.client.journal import session_files
+from endlex.client.registry import registered
 from endlex.client.run_directory import RunFile, read_run_file
+from endlex.commands.rendering import count
 from endlex.commands.server_api import Refused, Server, run_path
 from endlex.commands.usage import UsageError
 from endlex.protocol import RUN_FILE, RUN_ID, EndlexError
@@ -49,26 +52,67 @@ def find_run_directories(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+@dataclass(frozen=True)
+class LocalRuns:
+    """The run directories that are known on this machine."""
+
+    found: dict[Path, RunFile] = field(default_factory=dict)
+    gone: list[Path] = field(default_factory=list)
+    """Directories in which a run was recorded, and where there is none now."""
+    unreadable: dict[Path, str] = field(default_factory=dict)
+    """Directories that cannot be read, with the reason."""
+
+    def __str__(self) -> str:
+        said = [f"looked at {count(len(self.found), 'run')} on this machine"]
+        if self.gone:
+            places = ", ".join(map(str, self.gone[:5])) + (", ..." if self.gone[5:] else "")
+            said.append(f"{len(self.gone):,} gone (deleted, or not mounted): {places}")
+        said += [f"cannot read {place}: {reason}" for place, reason in self.unreadable.items()]
+        return "\n".join(said)
+
+
+def local_runs() -> LocalRuns:
+    """Look at the run directories in `runs_folder()`, and wherever else `endlex.init` made some.
+
+    Raises:
+        OSError: the list of them cannot be read.
+    """
+    runs = LocalRuns()
+    places = [*find_run_directories(runs_folder()), *registered()]
+    for directory in {place.resolve(): place for place in reversed(places)}.values():
+        try:
+            owner = read_run_file(directory)
+            if owner is not None:
+                runs.found[directory] = owner
+            elif session_files(directory):
+                runs.unreadable[directory] = f"it has journals and no {RUN_FILE}"
+            else:
+                runs.gone.append(directory)
+        except (OSError, EndlexError) as error:
+            runs.unreadable[directory] = str(error)
+    return LocalRuns(dict(sorted(runs.found.items())), sorted(runs.gone), runs.unreadable)
+
+
 def find_local_run(text: str) -> Path | None:
     """Return the directory on this machine that a word means; None when there is none.
 
     Args:
-        text: a path, or the id, name or project/name of a run in `runs_folder()`.
+        text: a path, or the id, name or project/name of one of `local_runs()`.
 
     Raises:
         EndlexError: several runs there have that name.
     """
     if is_run_directory(Path(text)):
         return Path(text)
-    found = []
-    for directory in find_run_directories(runs_folder()):
-        owner = read_run_file(directory)
-        if owner and text in (owner["run"], owner["name"], f"{owner['project']}/{owner['name']}"):
-            found.append((directory, owner["run"]))
+    found = [
+        directory
+        for directory, owner in local_runs().found.items()
+        if text in (owner["run"], owner["name"], f"{owner['project']}/{owner['name']}")
+    ]
     if len(found) > 1:
-        listed = ", ".join(str(directory) for directory, _ in found)
+        listed = ", ".join(map(str, found))
         raise EndlexError(f"{text!r} is the name of {len(found)} runs here: give one of {listed}")
-    return found[0][0] if found else None
+    return found[0] if found else None
 
 
 def find_server_run(server: Server, text: str) -> dict[str, Any]:

@@ -30,8 +30,10 @@ from endlex.client.transport import Retry, Transport, TransportError
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
 from endlex.commands.server_api import explain, find_transport
 from endlex.commands.targets import (
+    LocalRuns,
     find_local_run,
     find_run_directories,
+    local_runs,
     open_run_directory,
     runs_folder,
 )
@@ -86,7 +88,8 @@ class Verdict:
 
 def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     """Print the verdict; 0 only when everything that was asked about is safe."""
-    directories = _directories(runs)
+    known = None if runs else local_runs()
+    directories = _directories(runs) if known is None else _all_of(known)
     transport: Transport | None = None
     no_server = ""
     try:
@@ -94,28 +97,35 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     except EndlexError as error:
         no_server = str(error)
     verdicts = [_judge(directory, transport, no_server) for directory in directories]
-    safe = all(verdict.is_safe for verdict in verdicts)
+    safe = all(verdict.is_safe for verdict in verdicts) and not (known and known.unreadable)
     if as_json:
-        print_json({"safe": safe, "runs": [verdict.as_json() for verdict in verdicts]})
+        answer = {"safe": safe, "runs": [verdict.as_json() for verdict in verdicts]}
+        if known is not None:
+            answer["gone"] = list(map(str, known.gone))
+            answer["unreadable"] = {str(place): why for place, why in known.unreadable.items()}
+        print_json(answer)
         return 0 if safe else 1
     for verdict in verdicts:
         _print(verdict, transport.url if transport else "")
+    if known is not None:
+        print(known)
     print(SAFE if safe else NOT_SAFE)
     if not safe:
         _print_remedy([verdict for verdict in verdicts if not verdict.is_safe], url)
     return 0 if safe else 1
 
 
+def _all_of(known: LocalRuns) -> list[Path]:
+    if not known.found and not known.unreadable:
+        raise UsageError(
+            f"{known}: none in {runs_folder()} (ENDLEX_DIR), and none in the list that endlex.init "
+            "keeps; give a run's directory"
+        )
+    return list(known.found)
+
+
 def _directories(runs: Sequence[str]) -> list[Path]:
-    """Return the run directories on this machine that the words mean, all of them for none."""
-    if not runs:
-        found = find_run_directories(runs_folder())
-        if not found:
-            raise UsageError(
-                f"no runs in {runs_folder()}: give a run's directory, or set ENDLEX_DIR to where "
-                "they are"
-            )
-        return found
+    """Return the run directories on this machine that the words mean."""
     directories = []
     for text in runs:
         directory = find_local_run(text)
@@ -136,15 +146,11 @@ def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verd
     owner = open_run_directory(directory)
     paths = session_files(directory)
     verdict = Verdict(
-        directory,
-        owner["project"],
-        owner["name"],
-        len(paths),
-        sum(content_length(path) for path in paths),
-        error=no_server or None,
+        directory, owner["project"], owner["name"], len(paths), 0, error=no_server or None
     )
     if transport is not None:
         try:
+            verdict.bytes = sum(content_length(path) for path in paths)
             _wait_for_shipper(directory)
             found = compare_directory(directory, transport)
             verdict.missing, verdict.let_go = found.missing, found.let_go
@@ -162,7 +168,7 @@ def _wait_for_shipper(directory: Path) -> None:
     deadline = time.monotonic() + SHIPPER_SECONDS
     while time.monotonic() < deadline:
         shipper = shipper_process(directory)
-        if shipper is None or shipper[1] != BACKGROUND or read_state(directory).get("error"):
+        if shipper is None or shipper.kind != BACKGROUND or read_state(directory).get("error"):
             return
         trainers = [path for path in session_files(directory) if session_kind(path) != SYSTEM]
         if any(writer_is_alive(path) for path in trainers):
@@ -238,4 +244,6 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         )
     if sending:
         places = " ".join(shlex.quote(str(verdict.directory)) for verdict in sending)
-        print(f"send what is missing with: endlex sync{address} {places}")
+        differ = any(m.kind == "journal" and not m.bytes for v in sending for m in v.missing)
+        resend = " --resend" if differ else ""
+        print(f"send what is missing with: endlex sync{address}{resend} {places}")

@@ -1,8 +1,9 @@
 """Write what an importer reads as a run directory: run.json and one session file a process.
 
 The records keep the times of the tool that made them. A directory is built under a temporary name
-and renamed when it is whole. Run and session ids come from the source, so that importing the same
-run again joins the same run on the server instead of doubling it.
+and renamed when it is whole. A run's id comes from the source, and a session's from its first
+records: a source that has grown since goes on in the same session, and several sources of one run
+are several sessions of it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from endlex.client.disk import fsync
+from endlex.client.journal import session_files
+from endlex.client.registry import register
+from endlex.client.session_sync import renew_session
 from endlex.protocol import (
+    CONFIG,
     FINISH,
     JOURNAL_DIR,
     MAX_NAME_CHARS,
+    MAX_STEP,
     MAX_TEXT_CHARS,
     METRICS,
     PROTOCOL,
@@ -35,12 +42,11 @@ from endlex.protocol import (
     TABLE,
     TEXT,
     TRAINER,
-    EndlexError,
     Status,
     encode_number,
 )
 
-LARGEST_STEP = 2**53
+LARGEST_EXACT = 2**53
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,8 @@ class Source:
     host: str = ""
     run: str | None = None
     """The tool's own id, used when it may be one here too."""
+    ended: Status = "finished"
+    """How it ended if it does not say: it may grow, so this is no record at its end."""
 
 
 @dataclass
@@ -102,25 +110,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class RunWriter:
     """Build one run directory; as a context manager it appears whole, or not at all.
 
+    If the run is there already, its new sessions, and what grown ones have more, join it.
+
     Args:
         root: where it goes, as `root/<project>/<name>-<run id>`.
-
-    Raises:
-        EndlexError: the run is there already.
     """
 
     def __init__(self, root: Path, source: Source) -> None:
         self.source = source
         identity = run_id(source)
         project, name = (re.sub(r"[^\w.-]+", "_", part) for part in (source.project, source.name))
-        final = root / project.strip(".")[:80] / f"{name.strip('.')[:80]}-{identity}"
-        if final.exists():
-            raise EndlexError(
-                f"{final} is there already: ship it with `endlex sync {final}`, or remove it to "
-                "import the run again"
-            )
+        folder = root / project.strip(".")[:80]
+        final = next(folder.glob(f"*-{identity}"), folder / f"{name.strip('.')[:80]}-{identity}")
         self.imported = Imported(final, identity)
-        self._building = final.with_name(f".{final.name}.importing-{os.getpid()}")
+        self._building = final.with_name(f".{final.name}.importing-{os.urandom(4).hex()}")
         self._files: dict[str, BinaryIO] = {}
         self._sessions: dict[str, str] = {}
         self._seq: Counter[str] = Counter()
@@ -138,19 +141,24 @@ class RunWriter:
                 "created": source.created,
             },
         )
-        self._begin(TRAINER)
         return self
 
-    def _begin(self, kind: str) -> None:
-        """Open a session file with its session record."""
-        number = len(self._files) + 1
-        digest = hashlib.sha256(f"{self.imported.run}\0{kind}".encode()).hexdigest()[:12]
-        session = f"{number:06d}-{digest}"
+    def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
+        """Open a session file with its session record; `first` is the record after that."""
+        if kind != TRAINER and TRAINER not in self._files:
+            self._begin(TRAINER, {})
+        content = self._session_content(kind)
+        digest = hashlib.sha256(json.dumps([content, first], default=str).encode()).hexdigest()
+        # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
+        session = f"{max(int(self.source.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
         path = self._building / JOURNAL_DIR / f"{session}.jsonl"
         self._sessions[kind] = session
         self._files[kind] = self._resources.enter_context(path.open("wb"))
+        self._append(kind, SESSION, self.source.created, content)
+
+    def _session_content(self, kind: str) -> dict[str, Any]:
         source = self.source
-        content = {
+        return {
             "protocol": PROTOCOL,
             "run": self.imported.run,
             "project": source.project,
@@ -163,12 +171,12 @@ class RunWriter:
             "pid": 0,
             "rank": 0,
             "kind": kind,
+            "ended": source.ended,
         }
-        self._append(kind, SESSION, source.created, content)
 
     def _append(self, kind: str, record: str, time: float, content: Mapping[str, Any]) -> None:
         if kind not in self._files:
-            self._begin(kind)
+            self._begin(kind, {"time": time, **content})
         head = {
             "type": record,
             "session": self._sessions[kind],
@@ -179,6 +187,10 @@ class RunWriter:
         self._files[kind].write(line.encode("utf-8", "replace") + b"\n")
         self._seq[kind] += 1
         self.imported.counts[record] += 1
+
+    def config(self, time: float, changed: Mapping[str, Any]) -> None:
+        """Record what was added to the configuration after the first record."""
+        self._append(TRAINER, CONFIG, time, {"config": _jsonable(changed)})
 
     def metrics(
         self, step: int, time: float, values: Mapping[str, float], *, system: bool = False
@@ -212,7 +224,9 @@ class RunWriter:
             self._append(TRAINER, TABLE, time, content)
 
     def finish(self, time: float, status: Status) -> None:
-        """Record the end of the run, in every session that it has."""
+        """Record the end of the run, in every session that it has: nothing may follow."""
+        if TRAINER not in self._files:
+            self._begin(TRAINER, {})
         for kind in list(self._files):
             self._append(kind, FINISH, time, {"status": status})
 
@@ -221,16 +235,16 @@ class RunWriter:
         self.imported.skipped[reason] += 1
 
     def _is_step(self, step: int) -> bool:
-        if 0 <= step <= LARGEST_STEP:
+        if 0 <= step <= MAX_STEP:
             return True
-        self.skip("step below 0 or above 2**53")
+        self.skip("step below 0 or above 2**62")
         return False
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
         with (self._building / name).open("w", encoding="utf-8") as file:
             json.dump(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            fsync(file.fileno())
 
     def __exit__(
         self,
@@ -239,21 +253,38 @@ class RunWriter:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            if kind is None and TRAINER not in self._files:
+                self._begin(TRAINER, {})
             for file in self._files.values():
                 file.flush()
-                os.fsync(file.fileno())
+                fsync(file.fileno())
         finally:
             self._resources.close()
         if kind is None:
-            self._building.rename(self.imported.directory)
-        else:
-            shutil.rmtree(self._building, ignore_errors=True)
+            self._publish()
+            register(self.imported.directory)
+        shutil.rmtree(self._building, ignore_errors=True)
+
+    def _publish(self) -> None:
+        final = self.imported.directory
+        if not final.exists():
+            self._building.rename(final)
+            return
+        for path in session_files(self._building):
+            there = final / JOURNAL_DIR / path.name
+            old, new = there.read_bytes() if there.exists() else b"", path.read_bytes()
+            if old.startswith(new):
+                continue  # the same, or a shorter copy of the source
+            if not new.startswith(old):  # not grown but changed: what was sent of it stays there
+                there.unlink()
+                path = renew_session(path)
+            path.replace(final / JOURNAL_DIR / path.name)
 
 
 def _number(value: float) -> float:
     """Make a truth value 0 or 1, and an integer beyond every float an infinity."""
     try:
-        return float(value) if isinstance(value, bool) or abs(value) > LARGEST_STEP else value
+        return float(value) if isinstance(value, bool) or abs(value) > LARGEST_EXACT else value
     except OverflowError:
         return math.inf if value > 0 else -math.inf
 

@@ -119,7 +119,7 @@ def import_tensorboard(
         name: the run's; the directory's without it.
 
     Raises:
-        EndlexError: a file is damaged, or the run was imported before.
+        EndlexError: a file is damaged.
     """
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
     contents = _read_contents(files)
@@ -137,7 +137,8 @@ def import_tensorboard(
     with RunWriter(root, source) as writer:
         for file in files:
             _write_file(file, writer)
-        writer.finish(contents.ended, "failed" if contents.failed else "finished")
+        if contents.failed:
+            writer.finish(contents.ended, "failed")
     return writer.imported
 
 

@@ -88,6 +88,7 @@ class _Head:
     config: dict[str, Any] = field(default_factory=dict)
     run: Message | None = None
     exit_code: int | None = None
+    began: float = 0.0
     ended: float = 0.0
 
 
@@ -100,14 +101,14 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported
         project: instead of the run's own.
 
     Raises:
-        EndlexError: the file is damaged or holds no run, or the run was imported before.
+        EndlexError: the file is damaged or holds no run.
     """
     head = _read_head(path)
     if head.run is None:
         raise EndlexError(f"{path} names no run: it was cut off in its first records")
     run = head.run
     identity = run.string(1)
-    created = _timestamp(run.message(17)) or path.stat().st_mtime
+    created = _timestamp(run.message(17)) or head.began or path.stat().st_mtime
     source = Source(
         tool="wandb",
         identity=f"{run.string(3)}/{identity}",
@@ -120,12 +121,11 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported
         notes=run.string(9) or None,
         host=run.string(13),
         run=identity,
+        ended="interrupted",
     )
     with RunWriter(root, source) as writer:
-        _write_records(path, writer, created)
-        if head.exit_code is None:  # the process was killed; the journal says nothing more
-            writer.finish(max(head.ended, created), "interrupted")
-        else:
+        _write_records(path, writer, created, head.config)
+        if head.exit_code is not None:  # else it was killed, or is still written
             writer.finish(max(head.ended, created), "failed" if head.exit_code else "finished")
     return writer.imported
 
@@ -137,13 +137,14 @@ def _read_head(path: Path) -> _Head:
         if RUN in record:
             head.run = record.message(RUN)
             _update_config(head.config, head.run.message(4))
-        elif CONFIG in record:
+        elif CONFIG in record and not head.began:
             _update_config(head.config, record.message(CONFIG))
         elif EXIT in record:
             head.exit_code = record.message(EXIT).integer(1)
         elif HISTORY in record:
             values = _items(record.message(HISTORY).messages(1))
-            head.ended = max(head.ended, float(values.get("_timestamp", 0)))
+            time = float(values.get("_timestamp", 0))
+            head.began, head.ended = head.began or time, max(head.ended, time)
     head.config.pop("_wandb", None)
     return head
 
@@ -160,8 +161,8 @@ def _update_config(config: dict[str, Any], update: Message) -> None:
         config.pop(key, None)
 
 
-def _write_records(path: Path, writer: RunWriter, created: float) -> None:
-    last_step = -1
+def _write_records(path: Path, writer: RunWriter, created: float, config: dict[str, Any]) -> None:
+    last_step, time = -1, created
     for content in iter_records(path):
         record = Message(content)
         if HISTORY in record:
@@ -172,12 +173,17 @@ def _write_records(path: Path, writer: RunWriter, created: float) -> None:
             time = float(values.get("_timestamp", created))
             shown = {k: v for k, v in values.items() if k not in INTERNAL}
             _write_row(path, writer, last_step, time, shown)
+        elif CONFIG in record and last_step >= 0:
+            _update_config(config, record.message(CONFIG))
+            keys = _items(record.message(CONFIG).messages(1)).keys() - {"_wandb"}
+            if keys:
+                writer.config(time, {key: config[key] for key in sorted(keys)})
         elif STATS in record:
             stats = record.message(STATS)
-            time = _timestamp(stats.message(2)) or created
+            moment = _timestamp(stats.message(2)) or created
             names = _items(stats.messages(3))
             numbers = {f"system/{k}": v for k, v in flatten(names).items() if _is_number(v)}
-            writer.metrics(max(0, round(time - created)), time, numbers, system=True)
+            writer.metrics(max(0, round(moment - created)), moment, numbers, system=True)
         elif ARTIFACT in record:
             writer.skip("artifact")
         elif OUTPUT in record or OUTPUT_RAW in record:

@@ -11,7 +11,10 @@ The rules, each for one run (and metric):
   that speak of accuracy, score, reward or the like are left out. It resolves itself when the
   metric falls.
 - `stall`: a running run's trainer has logged nothing for longer than the limit; resolved by data.
-- `crashed`: the shipper says that the trainer is gone without a word; resolved by a new session.
+- `crashed`: a trainer ended by an error, or the shipper says that it is gone without a word;
+  resolved by a new session.
+- `lost`: nothing was heard from a running session's machine for a quarter of an hour, not even the
+  shipper's heartbeat. The session's status is `lost` until something is heard, which resolves it.
 - `disk`: a disk nearly full, on the training box or the server's own (an alert without a run).
 
 For each (run, kind, metric) there is one alert at a time: while it is unresolved, dismissed or not,
@@ -32,8 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from endlex.protocol import SYSTEM, TRAINER
+from endlex.protocol import LOST, SYSTEM, TRAINER
 from endlex.server.records import Batch, Points
+from endlex.server.sessions import SessionState, update_run, was_resumed
 from endlex.server.settings import DataDir, Settings
 
 Event = tuple[str, dict[str, Any]]
@@ -50,6 +54,8 @@ DISK_FULL_PERCENT = 95.0
 DISK_FINE_PERCENT = 92.0
 DISK_FREE = re.compile(r"(?:disk|home).*free.*(bytes|gib|gb)")
 DISK_FREE_BYTES = 2 * 2**30
+LOST_SECONDS = 900.0
+"""Without a heartbeat, which comes every 20 seconds, before a session counts as lost."""
 LOSSES_WATCHED = 10_000
 QUIET_AFTER = 7 * 86400.0
 """Seconds after which a run that fell silent is history, not news."""
@@ -92,35 +98,45 @@ class Watch:
         self._unresolved = None
 
     def observe(
-        self, connection: sqlite3.Connection, run: int, run_id: str, kind: str, batch: Batch
+        self, connection: sqlite3.Connection, state: SessionState, run_id: str, batch: Batch
     ) -> list[Event]:
-        """Open and resolve alerts for one batch of a run; return what readers should hear."""
-        book = _Book(connection, self._known(connection), run, run_id)
-        if kind == SYSTEM:
+        """Open and resolve alerts for one batch of a session; return what readers should hear."""
+        book = _Book(connection, self._known(connection), state.run, run_id)
+        if state.kind == SYSTEM:
             for name, points in batch.points.items():
                 self._watch_disk(book, name, points)
             return book.events
         book.resolve("stall")
+        book.resolve("lost")
         if batch.sessions:
             book.resolve("crashed")
             book.resolve_all("nan")
         for name, points in batch.points.items():
             if len(points.steps):
-                self._watch_metric(book, run, name, points)
+                self._watch_metric(book, state.run, name, points)
+        if batch.status == "failed" and time.time() - (batch.ended or 0) < QUIET_AFTER:
+            book.events += self.crashed(connection, state, run_id, "ended by an error")
         return book.events
 
     def crashed(
-        self, connection: sqlite3.Connection, run: int, run_id: str, session: str
+        self, connection: sqlite3.Connection, state: SessionState, run_id: str, how: str
     ) -> list[Event]:
-        """Open the alert of a trainer that is gone without a word."""
+        """Open the alert of a trainer that is gone, unless a later one has its place by now."""
+        book = _Book(connection, self._known(connection), state.run, run_id)
+        if state.kind == TRAINER and not was_resumed(connection, state):
+            book.open("crashed", "", f"the trainer {how}")
+        return book.events
+
+    def returned(self, connection: sqlite3.Connection, run: int, run_id: str) -> list[Event]:
+        """Resolve the alert of a machine that is heard of again."""
         book = _Book(connection, self._known(connection), run, run_id)
-        book.open("crashed", "", f"the trainer of session {session} ended without a word")
+        book.resolve("lost")
         return book.events
 
     def sweep(self, connection: sqlite3.Connection) -> list[Event]:
         """Look for what shows in no data: silence, and the server's own disk."""
         now = time.time()
-        events = self._own_disk(connection)
+        events = self._own_disk(connection) + self._lost(connection, now)
         rows = connection.execute(
             "SELECT run.pk, run.id, max(session.last_seen) FROM run JOIN session "
             "ON session.run = run.pk WHERE run.status='running' AND run.archived=0 "
@@ -132,6 +148,29 @@ class Watch:
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
                 book = _Book(connection, self._known(connection), run, run_id)
                 book.open("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
+                events += book.events
+        return events
+
+    def _lost(self, connection: sqlite3.Connection, now: float) -> list[Event]:
+        """Give up running sessions of which nothing was heard; the server itself was there."""
+        events: list[Event] = []
+        rows = connection.execute(
+            "SELECT session.pk, run.pk, run.id, session.kind, coalesce(heard, last_seen), updated "
+            "FROM session JOIN run ON run.pk = session.run WHERE session.status='running' "
+            "AND coalesce(heard, last_seen) < ?",
+            (now - LOST_SECONDS,),
+        ).fetchall()
+        for session, run, run_id, kind, heard, updated in rows:
+            if now - self._started < LOST_SECONDS:
+                break
+            connection.execute("UPDATE session SET status=? WHERE pk=?", (LOST, session))
+            status = update_run(connection, run, updated)
+            events.append(("run", {"run": run_id, "updated": updated, "status": status}))
+            if kind == TRAINER and now - heard < QUIET_AFTER:
+                book = _Book(connection, self._known(connection), run, run_id)
+                book.resolve("stall")
+                silent = f"{(now - heard) / 60:.0f} minutes"
+                book.open("lost", "", f"nothing was heard of the training box for {silent}")
                 events += book.events
         return events
 

@@ -40,6 +40,7 @@ from endlex.server.state import Server, server_of
 router = APIRouter(prefix="/api/v1")
 SEND = [Depends(require("checkpoint"))]
 FETCH = [Depends(require("checkpoint", "read"))]
+DESTROY = [Depends(require("manage"))]
 
 MOST_MANIFEST_BYTES = 64 * 2**20
 PIECE = 2**20
@@ -101,7 +102,7 @@ async def describe(request: Request, run: str, name: str) -> Response:
     return json_response(await server.workers.read(server.checkpoints.describe, run, name))
 
 
-@router.delete("/runs/{run}/checkpoints/{name}", dependencies=SEND)
+@router.delete("/runs/{run}/checkpoints/{name}", dependencies=DESTROY)
 async def delete(
     request: Request,
     run: str,
@@ -174,13 +175,11 @@ def _read(server: Server, sha256: str, start: int, size: int) -> bytes:
     return content
 
 
-@router.post("/prune", dependencies=SEND)
+@router.post("/prune", dependencies=DESTROY)
 async def prune(request: Request) -> Response:
     server = server_of(request)
     asked = await read_json(request)
     rules, run, project = _check_rules(asked)
-    if asked.get("deleted") is True:
-        await require("write")(request)  # journals go, too
     answer = await server.workers.file(
         _prune,
         server,

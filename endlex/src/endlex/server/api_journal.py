@@ -13,9 +13,9 @@ from fastapi.responses import Response, StreamingResponse
 
 from endlex.protocol import (
     CRASHED,
+    LOST,
     MAX_BATCH_BYTES,
     SESSION_STATES,
-    TRAINER,
     check_run_id,
     check_session_id,
 )
@@ -34,7 +34,7 @@ MOST_BATCHES_AT_ONCE = 64
 PIECE = 2**20
 
 
-@router.post("/sessions/{session}/journal", dependencies=[Depends(require("write"))])
+@router.post("/sessions/{session}/journal", dependencies=[Depends(require("write", creates=True))])
 async def append(
     request: Request,
     run: str,
@@ -129,27 +129,22 @@ def _state_job(
     def job(connection: sqlite3.Connection) -> list[tuple[str, dict[str, Any]]]:
         state = require_session(connection, run, session)
         # A heartbeat does not take back an end that the journal or the shipper told.
-        keep = status in ("running", CRASHED) and state.status not in ("running", CRASHED)
+        open_ended = ("running", CRASHED, LOST)
+        keep = status in open_ended and state.status not in open_ended
         connection.execute(
-            "UPDATE session SET status=?, unsent_bytes=coalesce(?, unsent_bytes) WHERE pk=?",
-            (state.status if keep else status, unsent, state.pk),
+            "UPDATE session SET status=?, unsent_bytes=coalesce(?, unsent_bytes), heard=? "
+            "WHERE pk=?",
+            (state.status if keep else status, unsent, time.time(), state.pk),
         )
         if keep or state.status == status:
             return []
         run_status = update_run(connection, state.run)
         events = [("run", {"run": run, "updated": time.time(), "status": run_status})]
-        if status == CRASHED and state.kind == TRAINER and not _was_resumed(connection, state):
-            events += server.watch.crashed(connection, state.run, run, session)
+        if state.status == LOST:
+            events += server.watch.returned(connection, state.run, run)
+        if status == CRASHED:
+            how = f"of session {session} ended without a word"
+            events += server.watch.crashed(connection, state, run, how)
         return events
 
     return job
-
-
-def _was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
-    """Whether a later trainer has the session's place: one that is told of late is no news."""
-    query = (
-        "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
-        "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
-        "WHERE session.pk = ? LIMIT 1"
-    )
-    return connection.execute(query, (state.pk,)).fetchone() is not None

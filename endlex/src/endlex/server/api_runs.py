@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
 from sse_starlette.sse import EventSourceResponse
 
+from endlex.protocol import MAX_STEP
 from endlex.server.auth import require
 from endlex.server.bodies import json_response, read_json
 from endlex.server.changes import change_run, check_changes, dismiss_alert
@@ -38,7 +39,7 @@ PING_SECONDS = 15
 SLOW_READER_SECONDS = 10
 """How long one event may take to send before its reader is dropped."""
 
-Step = Annotated[int | None, Query(ge=0, lt=2**62)]
+Step = Annotated[int | None, Query(ge=0, le=MAX_STEP + 1)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
@@ -63,14 +64,16 @@ async def run_whole(request: Request, run: str) -> Response:
     return json_response(await server_of(request).ask(lambda c: show_run(c, run)))
 
 
-@router.patch("/runs/{run}", dependencies=[Depends(require("write"))])
+@router.patch("/runs/{run}", dependencies=[Depends(require("annotate", "manage"))])
 async def change(request: Request, run: str) -> Response:
     server = server_of(request)
     columns = check_changes(await read_json(request))
+    if "deleted" in columns:
+        await require("manage")(request)
     future = server.database.write(lambda connection: change_run(connection, run, columns))
     status = await asyncio.wrap_future(future)
     server.hub.publish("run", {"run": run, "updated": time.time(), "status": status})
-    return await run_whole(request, run)
+    return json_response(await server.ask(lambda c: show_run(c, run)))
 
 
 @router.get("/runs/{run}/series", dependencies=READ)
@@ -131,7 +134,7 @@ async def alerts(
     return json_response({"alerts": found})
 
 
-@router.post("/alerts/{alert}/dismiss", dependencies=[Depends(require("write"))])
+@router.post("/alerts/{alert}/dismiss", dependencies=[Depends(require("annotate", "manage"))])
 async def dismiss(request: Request, alert: int) -> Response:
     server = server_of(request)
     run = await asyncio.wrap_future(server.database.write(lambda c: dismiss_alert(c, alert)))

@@ -1,5 +1,8 @@
 """Who may do what: tokens with scopes, kept as hashes, and browsers' logins.
 
+With `write` and `checkpoint` a token adds to its own runs, those that it created or was given, and
+learns nothing of others: this is what a rented box gets. `protocol.SCOPES` has the other scopes.
+
 A token is `endlex_` and 32 random bytes; only its SHA-256 is stored. A browser sends a token once
 and gets a cookie with a random session id, stored hashed too, that dies with the token. On loopback
 with no token ever made, nothing is asked. Tokens are read from the database anew after a second, so
@@ -17,19 +20,18 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from fastapi import Request
 
-from endlex.protocol import EndlexError, check_name
+from endlex.protocol import SCOPES, EndlexError, Scope, check_name, check_run_id
 from endlex.server.database import Database, connect
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
 from endlex.server.workers import Workers
 
-Scope = Literal["write", "checkpoint", "read"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
-
+BOX_SCOPES = frozenset({"write", "checkpoint"})
+"""Scopes that open a token's own runs only."""
 PREFIX = "endlex_"
 COOKIE = "endlex_session"
 LOGIN_SECONDS = 30 * 86400
@@ -50,23 +52,34 @@ class TokenInfo:
     created: float
     last_used: float | None
     revoked: float | None
+    older_runs: bool
+    """Whether its own runs include all that were there before runs had owners."""
+    runs: tuple[str, ...]
+    """Its own runs otherwise, by id."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def create_token(data_dir: Path, name: str, scopes: tuple[str, ...] | list[str]) -> str:
+def create_token(
+    data_dir: Path,
+    name: str,
+    scopes: tuple[str, ...] | list[str],
+    runs: tuple[str, ...] | list[str] = (),
+) -> str:
     """Make a token and return it; this is the only time that it is seen.
 
     Args:
         data_dir: the server's; made if missing. The server may be running.
         name: for people, such as the box that it is for.
         scopes: of `SCOPES`.
+        runs: ids of runs that become its own, as if it had created them.
 
     Raises:
-        EndlexError: the name or a scope is not one.
+        EndlexError: the name, a scope or an id is not one.
     """
     check_name(name, "token name")
+    runs = [check_run_id(run) for run in runs]
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         given = ", ".join(map(repr, unknown)) or "no scope"
@@ -74,20 +87,55 @@ def create_token(data_dir: Path, name: str, scopes: tuple[str, ...] | list[str])
     token = PREFIX + secrets.token_urlsafe(32)
     kept = ",".join(scope for scope in SCOPES if scope in scopes)
     with _database(data_dir) as connection:
-        connection.execute(
+        pk = connection.execute(
             "INSERT INTO token (name, hash, scopes, created) VALUES (?, ?, ?, ?)",
             (name, hash_secret(token), kept, time.time()),
-        )
+        ).lastrowid
+        connection.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, r) for r in {*runs}])
     return token
+
+
+def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
+    """Make runs a token's own, by the token's id or name and the runs' ids.
+
+    Raises:
+        EndlexError: no token of that id or name is in use, or an id is not one.
+    """
+    column = "pk" if isinstance(token, int) else "name"
+    with _database(data_dir) as connection:
+        found = connection.execute(
+            f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL", (token,)
+        ).fetchall()
+        if not found:
+            raise _unknown_token(token)
+        pairs = [(pk, check_run_id(run)) for (pk,) in found for run in runs]
+        connection.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
+
+
+def _unknown_token(token: int | str) -> EndlexError:
+    return EndlexError(f"no token {token!r} is in use: `endlex token list` shows them")
 
 
 def list_tokens(data_dir: Path) -> list[TokenInfo]:
     """Return every token that was made, the revoked ones too, oldest first."""
     with _database(data_dir) as connection:
         rows = connection.execute(
-            "SELECT pk, name, scopes, created, last_used, revoked FROM token ORDER BY pk"
+            "SELECT pk, name, scopes, created, last_used, revoked, runs_before != 0, "
+            "(SELECT group_concat(run, ' ') FROM token_run WHERE token=pk) FROM token ORDER BY pk"
         ).fetchall()
-    return [TokenInfo(pk, name, tuple(s.split(",")), *rest) for pk, name, s, *rest in rows]
+    return [
+        TokenInfo(
+            pk,
+            name,
+            tuple(s.split(",")),
+            made,
+            used,
+            gone,
+            bool(older),
+            tuple((runs or "").split()),
+        )
+        for pk, name, s, made, used, gone, older, runs in rows
+    ]
 
 
 def revoke_token(data_dir: Path, token: int | str) -> int:
@@ -103,7 +151,7 @@ def revoke_token(data_dir: Path, token: int | str) -> int:
             (time.time(), token),
         ).rowcount
     if not changed:
-        raise EndlexError(f"no token {token!r} is in use: `endlex token list` shows them")
+        raise _unknown_token(token)
     return changed
 
 
@@ -161,13 +209,19 @@ class Auth:
         self._settings, self._database, self._workers = settings, database, workers
         self._known = _Known(0, True, (), ())
         self._used: dict[int, float] = {}
+        self._own: set[tuple[int, str]] = set()
+        """Tokens with runs that were found to be theirs: this never changes back."""
         self._failures = Failures()
 
-    async def check(self, request: Request, scopes: tuple[str, ...]) -> None:
-        """Let a request pass that has one of `scopes`.
+    async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
+        """Let a request pass that has one of `scopes`, for the run that its path names.
+
+        Args:
+            creates: whether the request may create that run, which is then the token's own.
 
         Raises:
-            ApiError: 401 without a token that counts, 403 with one of other scopes, 429.
+            ApiError: 401 without a token that counts, 403 with one of other scopes or for a run
+                that is not its own, 429.
         """
         known = await self._read()
         if not self._settings.public and not known.any_made:
@@ -180,9 +234,33 @@ class Auth:
             raise self._refusal(request, secret)
         token, granted = found
         self._note_use(token)
-        if not granted.intersection(scopes):
-            wanted = " or ".join(scopes)
-            raise ApiError(403, f"this token has no scope {wanted}: it has {', '.join(granted)}")
+        usable = granted.intersection(scopes)
+        if not usable:
+            wanted, has = (
+                " or ".join(scopes),
+                ", ".join(scope for scope in SCOPES if scope in granted),
+            )
+            raise ApiError(403, f"this token has no scope {wanted}: it has {has}")
+        run = request.path_params.get("run")
+        if run is not None and usable <= BOX_SCOPES and "manage" not in granted:
+            await self._check_run(token, run, creates)
+
+    async def _check_run(self, token: int, run: str, creates: bool) -> None:
+        if (token, run) in self._own:
+            return
+        own: bool | None
+        if creates:
+            own = await asyncio.wrap_future(self._database.write(lambda c: _claim(c, token, run)))
+        else:
+            own = await self._workers.quick(lambda: _owns(self._database.reader(), token, run))
+        if own:
+            self._own.add((token, run))
+        elif own is False:
+            raise ApiError(
+                403,
+                f"run {run[:40]!r} is not one of this token's own: `endlex token grant TOKEN RUN` "
+                "on the server's machine makes it one",
+            )
 
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token.
@@ -242,6 +320,29 @@ class Auth:
             )
 
 
+def _owns(connection: sqlite3.Connection, token: int, run: str) -> bool | None:
+    """Whether a run is a token's own; None if there is no such run, and it is nobody's."""
+    claims = connection.execute(
+        "SELECT token FROM token_run JOIN token ON pk = token WHERE run=? AND revoked IS NULL",
+        (run,),
+    ).fetchall()
+    row = connection.execute(
+        "SELECT run.pk <= token.runs_before FROM run, token WHERE run.id=? AND token.pk=?",
+        (run, token),
+    ).fetchone()
+    if (token,) in claims or (row and row[0]):
+        return True
+    return False if row or claims else None
+
+
+def _claim(connection: sqlite3.Connection, token: int, run: str) -> bool:
+    """Make a run that a token is about to create its own; False if it is another's."""
+    if _owns(connection, token, run) is False:
+        return False
+    connection.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
+    return True
+
+
 def _read_known(database: Database) -> _Known:
     read = time.monotonic()
     with database.snapshot() as connection:
@@ -281,10 +382,10 @@ def _bearer(request: Request) -> str | None:
     return secret.strip() if kind.lower() == "bearer" and secret.strip() else None
 
 
-def require(*scopes: Scope) -> Callable[[Request], Awaitable[None]]:
-    """Return the dependency of a route that any one of `scopes` opens."""
+def require(*scopes: Scope, creates: bool = False) -> Callable[[Request], Awaitable[None]]:
+    """Return the dependency of a route that any one of `scopes` opens (`Auth.check`)."""
 
     async def check(request: Request) -> None:
-        await request.app.state.server.auth.check(request, scopes)
+        await request.app.state.server.auth.check(request, scopes, creates)
 
     return check

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from endlex.client.disk import fsync
 from endlex.protocol import MAX_PART_BYTES
 from endlex.server.errors import ApiError, disk_full, is_disk_full
 from endlex.server.settings import DataDir, Settings
@@ -153,7 +154,7 @@ class Blobs:
                 raise ApiError(
                     400, f"the bytes have SHA-256 {found}, not {sha256}: send them all again"
                 )
-            os.fsync(file.fileno())
+            fsync(file.fileno())
         place = self.path(sha256)
         place.parent.mkdir(exist_ok=True, mode=0o700)
         partial.replace(place)
@@ -241,6 +242,6 @@ def _touch(path: Path) -> int | None:
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
+from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFile, check_manifest
 from endlex.server.blobs import Blobs
 from endlex.server.database import Database
 from endlex.server.errors import ApiError
@@ -135,7 +135,7 @@ def _accept(
             message = f"another checkpoint {name!r} is published: save under another name"
             raise ApiError(409, message, state="published")
         if same and row[1] in ("published", "verifying", "failed"):
-            _describe_anew(connection, row[0], manifest)
+            _describe_anew(connection, row[0], manifest, known)
             return row[0], row[1]
     state = "failed" if error else "incomplete" if missing else "verifying"
     pk: int = connection.execute(
@@ -166,12 +166,17 @@ def _accept(
     return pk, state
 
 
-def _describe_anew(connection: sqlite3.Connection, pk: int, manifest: Manifest) -> None:
+def _describe_anew(
+    connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
+) -> None:
+    """Take other aliases and metadata, but leave what it replaces, and what replaces it."""
+    metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
+    metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
     connection.execute(
         "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
         (
             orjson.dumps(manifest["aliases"]).decode(),
-            orjson.dumps(manifest["metadata"]).decode(),
+            orjson.dumps(metadata).decode(),
             pk,
         ),
     )

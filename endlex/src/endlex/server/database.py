@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from endlex.client.warning import warn_once
 from endlex.protocol import EndlexError
 
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MOST_JOBS_IN_A_COMMIT = 32
 
 SCHEMA = """
@@ -38,7 +39,8 @@ CREATE TABLE session (
     id TEXT NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL DEFAULT 0, host TEXT, pid INTEGER,
     config TEXT NOT NULL DEFAULT '{}', started REAL NOT NULL, last_seen REAL NOT NULL,
     status TEXT NOT NULL DEFAULT 'running', offset INTEGER NOT NULL DEFAULT 0,
-    damaged_lines INTEGER NOT NULL DEFAULT 0, unsent_bytes INTEGER, UNIQUE (run, id)
+    damaged_lines INTEGER NOT NULL DEFAULT 0, unsent_bytes INTEGER, heard REAL,
+    UNIQUE (run, id)
 );
 CREATE TABLE segment (
     session INTEGER NOT NULL, start INTEGER NOT NULL, size INTEGER NOT NULL, data BLOB NOT NULL,
@@ -92,8 +94,11 @@ CREATE TABLE alert (
 CREATE INDEX alert_by_run ON alert (run, kind, metric);
 CREATE TABLE token (
     pk INTEGER PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, scopes TEXT NOT NULL,
-    created REAL NOT NULL, last_used REAL, revoked REAL
+    created REAL NOT NULL, last_used REAL, revoked REAL, runs_before INTEGER NOT NULL DEFAULT 0
 );
+CREATE TABLE token_run (
+    token INTEGER NOT NULL, run TEXT NOT NULL, PRIMARY KEY (run, token)
+) WITHOUT ROWID;
 CREATE TABLE login (
     hash TEXT PRIMARY KEY, token INTEGER NOT NULL, created REAL NOT NULL, expires REAL NOT NULL
 );
@@ -102,6 +107,12 @@ CREATE TABLE login (
 UPGRADES = {
     2: "ALTER TABLE checkpoint ADD COLUMN removed REAL;"
     "ALTER TABLE checkpoint ADD COLUMN reason TEXT;",
+    3: "ALTER TABLE token ADD COLUMN runs_before INTEGER NOT NULL DEFAULT 0;"
+    "CREATE TABLE token_run (token INTEGER NOT NULL, run TEXT NOT NULL, "
+    "PRIMARY KEY (run, token)) WITHOUT ROWID;"
+    "ALTER TABLE session ADD COLUMN heard REAL;"
+    # Boxes that are at work keep sending: nobody knows which token sent which of these runs.
+    "UPDATE token SET runs_before = (SELECT coalesce(max(pk), -1) FROM run);",
 }
 """What makes a database of the version before into one of this."""
 
@@ -117,7 +128,10 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     if read_only:
         connection.execute("PRAGMA query_only=ON")
         return connection
-    path.chmod(0o600)
+    try:
+        path.chmod(0o600)
+    except PermissionError:  # exFAT and the like have no owners
+        warn_once(f"{path} cannot be made private: its file system has no permissions")
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.execute("PRAGMA journal_size_limit=67108864")

@@ -117,7 +117,7 @@ class Ingest:
         append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
         _store_batch(connection, state, prepared.batch)
         advance_session(connection, state, reached, prepared.batch)
-        alerts = self._watch.observe(connection, state.run, run, state.kind, prepared.batch)
+        alerts = self._watch.observe(connection, state, run, prepared.batch)
         status = update_run(connection, state.run)
         return reached, [*_news(run, status, prepared.batch), *alerts]
 

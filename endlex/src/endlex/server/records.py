@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 from endlex.protocol import (
     CHECKPOINT,
+    CONFIG,
     FINISH,
+    MAX_STEP,
     MAX_TEXT_CHARS,
     METRICS,
     PROTOCOL,
@@ -36,7 +38,6 @@ from endlex.protocol import (
 )
 
 Record = dict[str, Any]
-LARGEST_STEP = 2**62
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ class Batch:
     damaged: int = 0
     points: dict[str, Points] = field(default_factory=dict)
     sessions: list[Record] = field(default_factory=list)
+    configs: list[Record] = field(default_factory=list)
     texts: list[Record] = field(default_factory=list)
     tables: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
     status: str | None = None
     """How the session ended, when a finish record is among the lines."""
-    last_time: float | None = None
-    """Of the last metrics record; the writer's clock."""
+    ended: float | None = None
+    """When it did; the writer's clock."""
 
 
 class _Block:
@@ -86,7 +88,7 @@ class _Block:
         steps = np.frombuffer(array("q", self.steps), np.int64)
         times = np.frombuffer(array("d", self.times), np.float64)
         values = np.frombuffer(array("d", self.values), np.float64)
-        if len(steps) and (steps.min() < 0 or steps.max() > LARGEST_STEP):
+        if len(steps) and (steps.min() < 0 or steps.max() > MAX_STEP):
             raise OverflowError("a step is out of range")
         if not np.isfinite(times).all():
             raise OverflowError("a time is out of range")
@@ -120,7 +122,6 @@ def _gather(records: list[Any], batch: Batch) -> None:
             block.steps.append(record["step"])
             block.times.append(record["time"])
             block.values.extend(values.values())
-            batch.last_time = record["time"]
         else:
             _check_other(record)
             _place(record, batch)
@@ -130,9 +131,9 @@ def _gather(records: list[Any], batch: Batch) -> None:
 def _place(record: Record, batch: Batch) -> None:
     kind = record["type"]
     places = {SESSION: batch.sessions, TEXT: batch.texts, TABLE: batch.tables}
-    places[CHECKPOINT] = batch.checkpoints
+    places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs}
     if kind == FINISH:
-        batch.status = record["status"]
+        batch.status, batch.ended = record["status"], record["time"]
     elif kind in places:
         places[kind].append(record)
 
@@ -166,7 +167,7 @@ def _careful(line: bytes, batch: Batch) -> Record | None:
         _check_moment(record)
         if record["type"] == METRICS:
             values = record["values"]
-            if type(record["step"]) is not int or not 0 <= record["step"] <= LARGEST_STEP:
+            if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
                 raise EndlexError("not a step")
             for name, value in values.items():
                 check_name(name, "metric name")
@@ -189,7 +190,7 @@ def _check_other(record: Record) -> None:
     _check_moment(record)
     kind = record["type"]
     if kind in (TEXT, TABLE, CHECKPOINT):
-        if type(record["step"]) is not int or not 0 <= record["step"] <= LARGEST_STEP:
+        if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
             raise EndlexError("not a step")
         name = record["name"]
         check_checkpoint_name(name) if kind == CHECKPOINT else check_name(name, "name")
@@ -205,6 +206,8 @@ def _check_other(record: Record) -> None:
         raise EndlexError("not a table")
     if kind == CHECKPOINT and not all(type(f["bytes"]) is int for f in record["files"]):
         raise EndlexError("not a checkpoint")
+    if kind == CONFIG and not isinstance(record["config"], dict):
+        raise EndlexError("not a configuration")
     if kind == FINISH and record["status"] not in STATUSES:
         raise EndlexError("not a status")
 

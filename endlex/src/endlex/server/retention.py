@@ -5,6 +5,9 @@ best, or every step that is a multiple of something. Only published ones are rem
 manifests stay, with when and why they went, so that the machine that saved them can tell that from
 a loss.
 
+A checkpoint saved with a word such as "last" (`protocol.REPLACES`) replaces the run's older ones
+with the same word when it is published. This is the only way in which a box removes anything.
+
 A part goes when no manifest uses it, in whatever state, and when it is older than a day by the
 clock of its file, which is set whenever a client asks whether the part is here. Both are looked at
 while `Blobs.lock` is held, as is the deletion.
@@ -20,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from endlex.protocol import REMOVED
+from endlex.protocol import REMOVED, REPLACES
 from endlex.server.blobs import Blobs
 from endlex.server.charts import find_metric
 from endlex.server.database import Database
@@ -179,6 +182,25 @@ def remove_checkpoints(connection: sqlite3.Connection, checkpoints: list[int], r
     connection.executemany(
         "DELETE FROM checkpoint_part WHERE checkpoint=?", [(pk,) for pk in checkpoints]
     )
+
+
+def remove_replaced(connection: sqlite3.Connection, pk: int) -> list[str]:
+    """Let go of the checkpoints that a newly published one replaces, and return their names."""
+    run, created, metadata = connection.execute(
+        "SELECT run, created, metadata FROM checkpoint WHERE pk=?", (pk,)
+    ).fetchone()
+    word = orjson.loads(metadata).get(REPLACES)
+    if not isinstance(word, str):
+        return []
+    older = connection.execute(
+        "SELECT pk, name, state FROM checkpoint WHERE run=? AND created<? AND pk!=? AND state!=? "
+        f"AND json_extract(metadata, '$.{REPLACES}')=?",
+        (run, created, pk, REMOVED, word),
+    ).fetchall()
+    published = [other for other, _, state in older if state == "published"]
+    remove_checkpoints(connection, published, f"replaced by a newer {word}")
+    delete_checkpoints(connection, [other for other, _, _ in older if other not in published])
+    return [name for _, name, _ in older]
 
 
 def delete_checkpoints(connection: sqlite3.Connection, checkpoints: list[int]) -> None:

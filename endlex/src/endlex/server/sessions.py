@@ -9,7 +9,15 @@ from typing import Any
 
 import orjson
 
-from endlex.protocol import CRASHED, SYSTEM, TRAINER, EndlexError, check_run_id, check_session_id
+from endlex.protocol import (
+    CRASHED,
+    LOST,
+    SYSTEM,
+    TRAINER,
+    EndlexError,
+    check_run_id,
+    check_session_id,
+)
 from endlex.server.errors import ApiError
 from endlex.server.records import Batch, Record, check_session
 
@@ -124,21 +132,42 @@ def advance_session(
     connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
 ) -> None:
     """Note that a session is here up to `reached`, with what the new lines say of it."""
+    for record in batch.configs:
+        query = "SELECT config FROM session WHERE pk=?"
+        known = orjson.loads(connection.execute(query, (state.pk,)).fetchone()[0])
+        merged = orjson.dumps(known | record["config"]).decode()
+        connection.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
     # Bytes from a session that was taken for dead show that it is not.
-    status = batch.status or ("running" if state.status == CRASHED else state.status)
+    status = batch.status or ("running" if state.status in (CRASHED, LOST) else state.status)
+    now = time.time()
     connection.execute(
-        "UPDATE session SET offset=?, damaged_lines=damaged_lines+?, last_seen=?, status=? "
-        "WHERE pk=?",
-        (reached, batch.damaged, time.time(), status, state.pk),
+        "UPDATE session SET offset=?, damaged_lines=damaged_lines+?, last_seen=?, heard=?, "
+        "status=? WHERE pk=?",
+        (reached, batch.damaged, now, now, status, state.pk),
     )
 
 
-def update_run(connection: sqlite3.Connection, run: int) -> str:
-    """Give a run the status of its newest trainer (the lowest rank of the newest), and the time."""
+def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
+    """Whether a later trainer has the session's place: one that is told of late is no news."""
+    query = (
+        "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
+        "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
+        "WHERE session.pk = ? LIMIT 1"
+    )
+    return connection.execute(query, (state.pk,)).fetchone() is not None
+
+
+def update_run(connection: sqlite3.Connection, run: int, now: float | None = None) -> str:
+    """Give a run the status of its newest trainer (the lowest rank of the newest), and the time.
+
+    Args:
+        now: the time, if it is another one.
+    """
     row = connection.execute(
         "SELECT status FROM session WHERE run=? ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1",
         (run, SYSTEM),
     ).fetchone()
     status: str = row[0] if row else "running"
-    connection.execute("UPDATE run SET updated=?, status=? WHERE pk=?", (time.time(), status, run))
+    values = (time.time() if now is None else now, status, run)
+    connection.execute("UPDATE run SET updated=?, status=? WHERE pk=?", values)
     return status

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import orjson
 
-from endlex.protocol import EndlexError, Manifest, ManifestFile
+from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile
 from endlex.server.blobs import Blobs, open_part
 from endlex.server.database import Database
 from endlex.server.events import Hub
+from endlex.server.retention import remove_replaced
 
 logger = logging.getLogger("endlex")
 
@@ -108,17 +109,21 @@ class Verifier:
         self._progress[pk] = 0
         outcome = self._judge(pk, orjson.loads(text))
 
-        def finish(connection: sqlite3.Connection) -> bool:
+        def finish(connection: sqlite3.Connection) -> list[str] | None:
             changed = connection.execute(
                 "UPDATE checkpoint SET state=?, error=? WHERE pk=? AND state='verifying' "
                 "AND manifest=?",
                 (outcome.state, outcome.error, pk, text),
             )
-            return changed.rowcount == 1
+            if changed.rowcount != 1:
+                return None
+            return remove_replaced(connection, pk) if outcome.state == "published" else []
 
-        if not self._database.write(finish).result():
+        replaced = self._database.write(finish).result()
+        if replaced is None:
             return False
-        self._hub.publish("checkpoint", {"run": run, "name": name, "state": outcome.state})
+        for other, state in [(name, outcome.state), *((gone, REMOVED) for gone in replaced)]:
+            self._hub.publish("checkpoint", {"run": run, "name": other, "state": state})
         return True
 
     def _judge(self, pk: int, manifest: Manifest) -> Outcome:

@@ -2,7 +2,7 @@
 
 import { el } from "./dom.js";
 
-const STATES = new Set(["running", "finished", "failed", "interrupted", "crashed"]);
+const STATES = new Set(["running", "finished", "failed", "interrupted", "crashed", "lost"]);
 
 export function statusPill(status) {
   const known = STATES.has(status) ? status : "unknown";
