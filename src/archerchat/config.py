@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from archerchat.errors import UsageError
@@ -97,3 +98,12 @@ class DeviceConfig(Config):
     """Device to run on. Defaults to the best one of this machine."""
     dtype: DtypeName | None = None
     """Compute dtype. Defaults to the fastest one that the device multiplies well."""
+
+
+def as_json(value: Any) -> Any:
+    """Return a configuration, or a value in one, as JSON can hold it: paths as text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -18,7 +18,7 @@ from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation
 from archerchat.tasks.spelling import SpellingBeeTask
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.reinforce_recipe import lr_multiplier
+from archerchat.training.rl import lr_multiplier
 from archerchat.training.telemetry import read_records
 
 TINY = {
@@ -58,8 +58,9 @@ def paid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weights(home: Any, step: int) -> dict[str, torch.Tensor]:
     path = find_checkpoint(home.checkpoint_dir("rl", "tiny"), step)
-    sections = load_checkpoint(path).tensors
-    return sections["model"] | {f"optimizer {n}": t for n, t in sections["optimizer"].items()}
+    sections = load_checkpoint(path).state
+    moments = {n: t for n, t in sections["optimizer"].items() if n != "steps_taken"}
+    return sections["model"] | {f"optimizer {name}": tensor for name, tensor in moments.items()}
 
 
 def rewards(home: Home, run: str) -> list[float]:
