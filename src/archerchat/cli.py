@@ -60,10 +60,10 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "plan": Command("commands.plan", "PlanConfig", "plan", "print what a depth will take"),
     "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
     "sft": Command(
-        "training.finetune", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
+        "training.sft", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
     ),
     "rl": Command(
-        "training.reinforce", "ReinforceConfig", "reinforce", "reinforce right answers of a model"
+        "training.rl", "ReinforceConfig", "reinforce", "reinforce right answers of a model"
     ),
     "chat": Command(
         "commands.chat",

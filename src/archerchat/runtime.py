@@ -1,7 +1,7 @@
-"""Where a run computes: device, compute dtype, and its place among the ranks.
+"""Where a run computes: device, compute dtype, its place among the ranks; and what may stop it.
 
-Built once at start-up by `build_runtime` and passed to whatever needs it; nothing else asks
-which device there is. `distributed` reads the place among the ranks and builds process groups.
+A `Runtime` is built once at start-up and passed to whatever needs it; nothing else asks which
+device there is. `distributed` reads the place among the ranks and builds process groups.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ import ctypes
 import os
 import platform
 import re
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
+from typing import TypeVar
 
 import torch
 
 from archerchat.distributed import Place, read_place
-from archerchat.errors import UsageError
+from archerchat.errors import ArcherChatError, UsageError
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -28,6 +34,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for the two settings of `mallopt`."""
 KEPT_BYTES = 2**31 - 1
 """Blocks up to this size, and so much free memory at the heap's end, are kept."""
+STOPPING = b"\nstopping after this step with a checkpoint; once more ends at once, without\n"
+T = TypeVar("T")
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 """Best first."""
 
@@ -174,6 +182,15 @@ def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dty
     return torch.float32, f"{device.type}: bfloat16 only if forced"
 
 
+def describe_hardware(runtime: Runtime) -> dict[str, str | int]:
+    """Return what may change a run's last bits from one machine to the next."""
+    return {
+        "device": runtime.device_name,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
@@ -205,3 +222,66 @@ def _peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Stopped(BaseException):
+    """Leave interruptible work; a base exception, so that no handler on the way takes it."""
+
+
+class StopRequest:
+    """Whether the user, or the system, asked the loop to end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._interruptible = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        with suppress(OSError):  # not `print`: the signal may have come in the middle of one
+            os.write(sys.stderr.fileno(), STOPPING)
+        if self._interruptible:
+            raise _Stopped
+
+    def interruptible(self, work: Callable[[], T]) -> T | None:
+        """Do long work that changes nothing, or leave it at the first request: then None."""
+        try:  # no context manager: its own calls would be places for the signal to arrive
+            self._interruptible = True
+            return work()
+        except _Stopped:
+            return None
+        finally:
+            self._interruptible = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as requests; outside the main thread there are none to take."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._ask) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Turn running out of memory into advice.
+
+    Raises:
+        ArcherChatError: instead of torch's error, on accelerators and on CPUs.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # OutOfMemoryError is one; CPUs raise nothing more special
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        raise ArcherChatError(
+            "out of memory: lower --device-batch-size (`archerchat plan` estimates what fits; a "
+            "run that has begun takes another one with --extend). Checkpoints are intact"
+        ) from error

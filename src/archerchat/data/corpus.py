@@ -86,7 +86,7 @@ def build_corpus(
     made_from = json.loads(json.dumps({"recipe": recipe, "options": asdict(options)}))
     if not force and (manifest := _load_manifest(directory)) is not None:
         if any(manifest[part] != made_from[part] for part in made_from):
-            from archerchat.checkpoint import compare_configs  # imports torch, which takes seconds
+            from archerchat.config import compare_configs  # imports torch, which takes seconds
 
             saved, asked = ({**m["recipe"], **m["options"]} for m in (manifest, made_from))
             raise UsageError(

@@ -9,7 +9,6 @@ therefore never checked again, and a repeated command with everything there need
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,
 
 from archerchat.data.shards import Shard
 from archerchat.errors import DataError, UsageError
-from archerchat.files import explained_writes, fsync_dir, sha256_file
+from archerchat.files import explained_writes, fsync, fsync_dir, sha256_file
 
 TIMEOUT_SECONDS = 10.0
 MAX_DELAY_SECONDS = 30.0
@@ -220,7 +219,7 @@ class _Download:
                 file.seek(0)
                 file.truncate()
             self._receive(file, metadata.size)
-            os.fsync(file.fileno())
+            fsync(file.fileno())
         self._verify(part, metadata.size, metadata.etag)
         with explained_writes(self.path):
             part.replace(self.path)

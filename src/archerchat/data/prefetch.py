@@ -20,7 +20,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from archerchat.checkpoint import compare_configs
+from archerchat.config import compare_configs
 from archerchat.errors import CheckpointError
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
+from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.home import Home
 from archerchat.model.attention import choose_backend
@@ -60,14 +60,38 @@ def load_model(
     """
     directory = find_model(home, stage, tag)
     checkpoint = load_checkpoint(find_checkpoint(directory, step), sections=("model",))
+    config = read_model_config(checkpoint)
+    backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
+    model = Transformer(config, runtime.compute_dtype, backend)
     try:
-        config = ModelConfig(**checkpoint.meta["model_config"])
-        named = checkpoint.meta["tokenizer"]
-        backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
-        model = Transformer(config, runtime.compute_dtype, backend)
-        model.load_state_dict(checkpoint.tensors["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        model.load_state_dict(checkpoint.state["model"])
+    except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.path} does not hold a model: {error!r}") from error
+    tokenizer = find_model_tokenizer(home, checkpoint)
+    model.to(runtime.device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, checkpoint.path, checkpoint.step, checkpoint.meta)
+
+
+def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Return the shape of a checkpoint's model.
+
+    Raises:
+        CheckpointError: the checkpoint does not say it.
+    """
+    try:
+        return ModelConfig(**checkpoint.meta["model_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not hold a model: {error!r}") from error
+
+
+def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:
+    """Load the tokenizer that a checkpoint's model was trained with.
+
+    Raises:
+        UsageError: the model was imported without one.
+        TokenizerError: it is missing, or was replaced since.
+    """
+    named = checkpoint.meta.get("tokenizer")
     if named is None:
         raise UsageError(
             f"{checkpoint.path} was imported without its tokenizer: import it again with "
@@ -79,8 +103,7 @@ def load_model(
             f"tokenizer {named['name']!r} is not the one that {checkpoint.path} was trained with: "
             "it was replaced since; restore the old one, or train the model again"
         )
-    model.to(runtime.device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, checkpoint.path, checkpoint.step, checkpoint.meta)
+    return tokenizer
 
 
 class CastLinear(Linear):

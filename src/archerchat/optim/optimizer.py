@@ -174,24 +174,29 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def load_state(self, state: Mapping[str, Tensor], steps_taken: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buffers by name, not copied, and `steps_taken`."""
+        return {"steps_taken": self.steps_taken, **self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from saved buffers.
 
         Raises:
             ValueError: a buffer is missing, unknown, or of another shape.
         """
-        if state.keys() != self.state.keys():
-            odd = sorted(state.keys() ^ self.state.keys())
+        buffers = {name: value for name, value in state.items() if name != "steps_taken"}
+        if buffers.keys() != self.state.keys() or "steps_taken" not in state:
+            odd = sorted((self.state.keys() | {"steps_taken"}) ^ state.keys())
             raise ValueError(f"optimizer state does not fit this model; differing: {odd[:4]}")
         for name, buffer in self.state.items():
-            if buffer.shape != state[name].shape:
+            if buffer.shape != buffers[name].shape:
                 raise ValueError(
-                    f"optimizer buffer {name} is {tuple(state[name].shape)} in the checkpoint, "
+                    f"optimizer buffer {name} is {tuple(buffers[name].shape)} in the checkpoint, "
                     f"{tuple(buffer.shape)} in this model"
                 )
         for name, buffer in self.state.items():
-            buffer.copy_(state[name])
-        self.steps_taken = steps_taken
+            buffer.copy_(buffers[name])
+        self.steps_taken = int(state["steps_taken"])
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 from archerchat.errors import UsageError
 from archerchat.home import Home
-from archerchat.training.summary import SUMMARY
+from archerchat.training.stage import SUMMARY
 from archerchat.training.telemetry import read_records
 
 STAGES = ("base", "sft", "rl")

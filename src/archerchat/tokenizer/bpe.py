@@ -126,8 +126,11 @@ class Tokenizer:
                     f"{len(tokenizer._ranks)} and up, which follow the ranks"
                 )
         except (OSError, TokenizerError) as error:
+            reason: object = error
+            if isinstance(error, OSError):
+                reason = f"cannot read {error.filename}: {error.strerror}"
             raise TokenizerError(
-                f"{error}. Copy the tokenizer's directory again, or make one with "
+                f"{reason}. Copy the tokenizer's directory again, or make one with "
                 f"`archerchat tokenizer train` (--force replaces a broken one)"
             ) from error
         return tokenizer

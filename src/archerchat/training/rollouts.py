@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from archerchat.checkpoint import compare_configs
-from archerchat.config import Config, PositiveInt
+from archerchat.config import Config, PositiveInt, compare_configs
+from archerchat.data.prefetch import Batch
 from archerchat.errors import CheckpointError
 from archerchat.evals.chat.generative import build_request, render_question
 from archerchat.inference.engine import Engine
@@ -88,13 +88,9 @@ class Rollout:
 
 
 @dataclass(frozen=True, eq=False)
-class RolloutBatch:
+class RolloutBatch(Batch):
     """Rows padded on the right."""
 
-    inputs: NDArray[np.int64]
-    """(B, T)"""
-    targets: NDArray[np.int64]
-    """(B, T); -1 where nothing is trained."""
     advantages: NDArray[np.float32]
     """(B,)"""
     scale: float
@@ -160,14 +156,15 @@ def build_batches(
 
 def _pad(rows: Sequence[Rollout], padding: int, scale: float) -> RolloutBatch:
     width = max(len(row.token_ids) for row in rows) - 1
-    inputs = np.full((len(rows), width), padding, dtype=np.int64)
-    targets = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    stacked = np.full((2, len(rows), width), padding, dtype=np.int64)
+    inputs, targets = stacked
+    targets.fill(IGNORED)
     for number, row in enumerate(rows):
         ids, mask = np.array(row.token_ids, dtype=np.int64), np.array(row.mask[1:], dtype=bool)
         inputs[number, : len(ids) - 1] = ids[:-1]
         targets[number, : len(ids) - 1] = np.where(mask, ids[1:], IGNORED)
     advantages = np.array([row.advantage for row in rows], dtype=np.float32)
-    return RolloutBatch(inputs, targets, advantages, scale)
+    return RolloutBatch(stacked, advantages, scale)
 
 
 class RolloutLoader:

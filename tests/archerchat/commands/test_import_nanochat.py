@@ -94,7 +94,7 @@ def test_a_model_and_its_tokenizer_arrive(
     assert checkpoint.meta["nanochat_meta"]["val_bpb"] == 1.5
     torch.manual_seed(0)
     for name, tensor in Transformer(CONFIG).state_dict().items():
-        assert torch.equal(checkpoint.tensors["model"][name], tensor)
+        assert torch.equal(checkpoint.state["model"][name], tensor)
     assert "imported step 50: 2 layers, width 32" in capsys.readouterr().out
 
 

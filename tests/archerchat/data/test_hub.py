@@ -247,7 +247,7 @@ def test_a_full_disk_is_named_at_once(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("archerchat.data.hub.os.fsync", full)
+    monkeypatch.setattr("archerchat.files.os.fsync", full)
     with pytest.raises(DataError, match=r"cannot write .*\(No space left on device\): free some"):
         fetch(hub, tmp_path / "data")
     assert len(hub.gets[VALIDATION]) == 1

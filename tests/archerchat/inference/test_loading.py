@@ -34,7 +34,7 @@ def test_a_model_is_loaded_for_inference(
     assert loaded.tokenizer.vocab_size == loaded.model.config.vocab_size == 360
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    saved = load_checkpoint(loaded.path, ["model"]).tensors["model"]
+    saved = load_checkpoint(loaded.path, ["model"]).state["model"]
     state = loaded.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
     assert load_model(trained_home, runtime, "base", None, step).path == loaded.path
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     saved = load_checkpoint(find_checkpoint(directory))
     if changes.get("model_config") == {"num_heads": 0}:
         changes = {"model_config": saved.meta["model_config"] | changes["model_config"]}
-    save_checkpoint(directory, 5, saved.tensors, saved.meta | changes)
+    save_checkpoint(directory, 5, saved.state, saved.meta | changes)
     with pytest.raises(error, match=f"step_000005 .*{message}"):
         load_model(trained_home, runtime, "base", "tiny")
 
@@ -95,8 +95,8 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_weights_of_another_shape_are_refused(trained_home: Any, runtime: Runtime) -> None:
     directory = trained_home.checkpoint_dir("base", "tiny")
     saved = load_checkpoint(find_checkpoint(directory))
-    del saved.tensors["model"]["smear_lambda"]
-    save_checkpoint(directory, 5, saved.tensors, saved.meta)
+    del saved.state["model"]["smear_lambda"]
+    save_checkpoint(directory, 5, saved.state, saved.meta)
     with pytest.raises(CheckpointError, match=r"does not hold a model: .*smear_lambda"):
         load_model(trained_home, runtime, "base", "tiny")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from archerchat.exchange.nanochat import to_archerchat_names
-from archerchat.model.loss import mean_loss, token_losses
+from archerchat.model.loss import token_losses, weighted_loss
 from archerchat.model.transformer import Block, Regions, Transformer
 
 BACKENDS = ("sdpa", "matmul")
@@ -55,7 +55,7 @@ def test_losses_equal_the_goldens(golden_run: tuple[Any, Transformer]) -> None:
     hidden, targets = model.hidden(golden.io["ids"]), golden.io["targets"]
     losses = token_losses(hidden, model.unembedding.weight, targets, golden.config.vocab_size)
     torch.testing.assert_close(losses, golden.io["per_position_loss"], atol=1e-5, rtol=1e-5)
-    mean = mean_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size)
+    mean = weighted_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size)
     assert mean.item() == pytest.approx(golden.facts["mean_loss"], rel=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_gradients_equal_the_goldens(golden_run: tuple[Any, Transformer]) -> Non
     golden, model = golden_run
     model.zero_grad()
     hidden, targets = model.hidden(golden.io["ids"]), golden.io["targets"]
-    mean_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size).backward()
+    weighted_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size).backward()
     stats = to_archerchat_names(golden.facts["grad_stats"])
     samples = to_archerchat_names(
         {name.partition(".")[2]: t for name, t in golden.io.items() if name.startswith("grad")}
@@ -125,7 +125,7 @@ def test_bfloat16_is_as_close_as_the_reference(model_golden: Any, backend: Any) 
     hidden = model.hidden(golden.io["ids"])
     assert hidden.dtype == torch.bfloat16
     vocab_size, expected = golden.config.vocab_size, golden.facts["bfloat16_compute"]
-    loss = mean_loss(hidden, model.unembedding.weight, golden.io["targets"], vocab_size)
+    loss = weighted_loss(hidden, model.unembedding.weight, golden.io["targets"], vocab_size)
     assert loss.item() == pytest.approx(expected["mean_loss"], abs=2e-3)
     logits = model(golden.io["ids"])[0, 255, :16]
     assert logits.dtype == torch.float32

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from archerchat.checkpoint import find_checkpoint, load_checkpoint
 from archerchat.home import Home
 from endlex.client.shipping import stop_shipper
 
@@ -181,6 +179,7 @@ def test_a_machine_that_dies_leaves_all_on_the_server_and_another_goes_on_bit_fo
     server: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    assert_same_run: Callable[..., None],
 ) -> None:
     run = {"num_iterations": 40, "save_every": 10, "eval_every": 20, "sample_every": 20}
     assert tiny_home.pretrain(**run, model_tag="whole") == 0
@@ -212,7 +211,7 @@ def test_a_machine_that_dies_leaves_all_on_the_server_and_another_goes_on_bit_fo
     monkeypatch.setenv("ARCHERCHAT_HOME", str(new.root))
     assert launch(words).wait(timeout=120) == 0
 
-    assert_same_tensors(tiny_home.checkpoint_dir("base", "whole"), place.parent, 40)
+    assert_same_run(tiny_home.checkpoint_dir("base", "whole"), place.parent, 40)
     status, said = endlex("sync", new.run_dir("killed"))
     assert status == 0, said
     for home in (tiny_home, new):  # the old machine's last checkpoint made room for the new one's
@@ -230,16 +229,6 @@ def test_a_machine_that_dies_leaves_all_on_the_server_and_another_goes_on_bit_fo
 
 def is_step(record: dict[str, Any]) -> bool:
     return "train/loss" in record.get("values", {})
-
-
-def assert_same_tensors(left: Path, right: Path, step: int) -> None:
-    first, second = (load_checkpoint(find_checkpoint(place), None) for place in (left, right))
-    assert (first.step, second.step) == (step, step)
-    assert first.tensors.keys() == second.tensors.keys()
-    for section, tensors in first.tensors.items():
-        assert tensors.keys() == second.tensors[section].keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, second.tensors[section][name]), f"{section}: {name}"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.hub import TaskFiles
-from archerchat.training.mixtures import PRESETS, MixtureConfig, build_mixtures, parse_mixture
+from archerchat.tasks.mixtures import PRESETS, MixtureConfig, build_mixtures, parse_mixture
 
 
 def write_talks(path: Path, count: int) -> Path:

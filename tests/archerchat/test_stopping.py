@@ -13,7 +13,7 @@ import torch
 
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.files import exclusive
-from archerchat.training.stopping import explained_memory
+from archerchat.runtime import explained_memory
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_extending_from_an_earlier_step_sets_the_later_ones_aside(
     capsys.readouterr()
     longer = run | {"num_iterations": 8, "extend": True}
     assert tiny_home.pretrain(**longer, resume_from_step=2) == 0
-    assert "moved step_000006, of the run as it was, to" in capsys.readouterr().out
+    assert "moved step_000006 of the earlier run to" in capsys.readouterr().out
     assert tiny_home.steps() == [2, 4, 6, 8]
     assert tiny_home.steps("tiny.before-step-2") == [4, 6]
 

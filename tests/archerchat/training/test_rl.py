@@ -16,7 +16,7 @@ from archerchat.runtime import build_runtime
 from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation
 from archerchat.tasks.spelling import SpellingBeeTask
-from archerchat.training.reinforce_recipe import lr_multiplier
+from archerchat.training.rl import lr_multiplier
 from archerchat.training.telemetry import read_records
 
 TINY = {
@@ -56,8 +56,9 @@ def paid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def weights(home: Any, step: int) -> dict[str, torch.Tensor]:
     path = find_checkpoint(home.checkpoint_dir("rl", "tiny"), step)
-    sections = load_checkpoint(path).tensors
-    return sections["model"] | {f"optimizer {n}": t for n, t in sections["optimizer"].items()}
+    sections = load_checkpoint(path).state
+    moments = {n: t for n, t in sections["optimizer"].items() if n != "steps_taken"}
+    return sections["model"] | {f"optimizer {name}": tensor for name, tensor in moments.items()}
 
 
 def rewards(home: Home, run: str) -> list[float]:
@@ -159,8 +160,8 @@ def test_rates_are_the_base_models_whatever_fine_tuning_made_of_them(trained_hom
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_samples": 1}, "--num-samples is 1; an answer is compared with others"),
-        ({"temperature": 0}, "--temperature is 0.0; it must be from 0.001"),
+        ({"num_samples": 1}, "--num-samples is 1; it must be at least 2"),
+        ({"temperature": 0}, "--temperature is 0; it must be above 0"),
         ({"temperature": "nan"}, "--temperature is nan"),
         ({"lr_scale": -1}, "--lr-scale is -1.0"),
         ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
@@ -185,7 +186,7 @@ def test_bad_input(
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("MMLU", "letters that are compared"), ("SmolTalk", "for training only")],
+    [("MMLU", "choosing a letter"), ("SmolTalk", "for training only")],
 )
 def test_tasks_that_cannot_be_rewarded(
     trained_home: Any,

@@ -16,17 +16,12 @@ import pytest
 import torch
 
 from archerchat.checkpoint import (
-    compare_configs,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
 )
-from archerchat.data.task_files import task_files
-from archerchat.inference.loading import load_model
-from archerchat.runtime import build_runtime
-from archerchat.training.finetune import FinetuneConfig, build_recipe, describe_run
-from archerchat.training.finetune_setup import inherit
-from archerchat.training.mixtures import MixtureConfig, build_mixtures
+from archerchat.tasks.mixtures import MixtureConfig
+from archerchat.training.sft import FinetuneConfig, Finetuning
 
 Launch = Callable[[list[str]], subprocess.Popen[str]]
 
@@ -79,7 +74,7 @@ def test_a_run_learns_and_says_what_it_does(
         r"^step \d+: 'Who are you\? ",
         r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
         r"^conversations: 4\d\d used \(all of the mixture(, and \d+ again to fill the last step)?"
-        r"\), \d+ cut to a row, \d+ dropped; [\d.]+ % of the positions are padding, [\d.]+ % are ",
+        r"\), \d+ truncated to a row, \d+ dropped; [\d.]+ % of the positions are padding, ",
     ):
         assert re.search(pattern, output, re.M), pattern
     figures = summary(trained_home)
@@ -87,9 +82,9 @@ def test_a_run_learns_and_says_what_it_does(
     assert figures["tokens"] == figures["steps"] * 512
     assert figures["data/progress"] >= 1
     assert 0 < figures["data/padding_share"] < 0.5
-    meta = load_checkpoint(find_checkpoint(trained_home.checkpoint_dir("sft", "tiny")), ()).meta
-    assert (meta["stage"], meta["finished"]) == ("sft", True)
-    assert meta["loop"]["step"] == steps(trained_home)[-1] == figures["steps"]
+    saved = load_checkpoint(find_checkpoint(trained_home.checkpoint_dir("sft", "tiny")), ("loop",))
+    assert (saved.meta["stage"], saved.meta["finished"]) == ("sft", True)
+    assert saved.state["loop"]["step"] == steps(trained_home)[-1] == figures["steps"]
 
 
 def test_what_became_of_the_conversations_is_a_metric(trained_home: Any) -> None:
@@ -149,25 +144,22 @@ def build(home: Any, **changes: Any) -> Any:
         data=MixtureConfig(mixture="Arithmetic:60"),
         device="cpu", dtype="float32", compile=False, **changes,
     )  # fmt: skip
-    runtime = build_runtime("cpu", "float32")
-    base = load_model(home, runtime, "base", "tiny")
-    mixtures = build_mixtures(config.data, task_files(home))
-    inherited = inherit(base, runtime, config.lr_scale, None, None)
-    meta = describe_run(config, base, inherited, *mixtures, runtime)
-    return build_recipe(config, home, "tiny", base, inherited, mixtures, runtime, meta)
+    stage = Finetuning(config, home)
+    return stage.build_recipe(None)
 
 
 def test_moments_go_on_and_rates_are_fresh(trained_home: Any) -> None:
     saved = load_checkpoint(find_checkpoint(trained_home.checkpoint_dir("base", "tiny")))
     warm, cold = build(trained_home), build(trained_home, warm_start=False)
     assert warm.optimizer.steps_taken == 4
-    for name, tensor in saved.tensors["optimizer"].items():
+    for name in warm.optimizer.state:
+        tensor = saved.state["optimizer"][name]
         assert torch.equal(warm.optimizer.state[name], tensor)
         assert not cold.optimizer.state[name].any()
     base_rates = saved.meta["identity"]["learning_rates"]
     rates = {group.names[0]: group.rate for group in warm.optimizer.groups if group.names}
     assert rates["unembedding.weight"] == pytest.approx(0.8 * base_rates["unembedding"])
-    for name, tensor in saved.tensors["model"].items():
+    for name, tensor in saved.state["model"].items():
         assert torch.equal(warm.model.state_dict()[name], tensor)
 
 
@@ -180,9 +172,9 @@ def test_masked_conversations_of_a_row_do_not_touch_each_other(trained_home: Any
             other.copy_(mine)
     bos = plain.tokenizer.bos_id
     row = torch.tensor([[bos, 5, 6, 7, bos, 8, 9, 10, bos, bos, bos]])
-    alone = plain._hidden(row[:, 4:8])
-    torch.testing.assert_close(masked._hidden(row)[:, 4:8], alone, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(plain._hidden(row)[:, 4:8], alone, atol=1e-3)
+    alone = plain.hidden(row[:, 4:8])
+    torch.testing.assert_close(masked.hidden(row)[:, 4:8], alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain.hidden(row)[:, 4:8], alone, atol=1e-3)
 
 
 def test_a_masked_run_learns(trained_home: Any) -> None:
@@ -194,25 +186,13 @@ def test_a_masked_run_learns(trained_home: Any) -> None:
 # Interruption
 
 
-def assert_same_run(home: Any, left: str, right: str) -> None:
-    """Compare all that two models' last checkpoints hold, times excepted."""
-    first, second = (
-        load_checkpoint(find_checkpoint(home.checkpoint_dir("sft", tag))) for tag in (left, right)
-    )
-    assert first.step == second.step
-    assert first.tensors.keys() == {"model", "optimizer", "loader", "rng"}
-    for section, tensors in first.tensors.items():
-        assert second.tensors[section].keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(second.tensors[section][name], tensor), f"{section}: {name}"
-    for meta in (first.meta, second.meta):
-        del meta["config"], meta["loop"]["training_seconds"]
-    assert compare_configs(first.meta, second.meta) == []
-
-
 @pytest.mark.parametrize("mixture", [RUN["mixture"], "identity:60*2,SpellingBee:20"])
 def test_a_killed_run_resumes_bit_for_bit(
-    trained_home: Any, launch: Launch, monkeypatch: pytest.MonkeyPatch, mixture: str
+    trained_home: Any,
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
+    mixture: str,
+    assert_same_run: Callable[..., None],
 ) -> None:
     monkeypatch.setenv("ARCHERCHAT_HOME", str(trained_home.root))
     run = {"mixture": mixture, "save_every": 4}
@@ -229,15 +209,17 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert child.wait() in (-signal.SIGKILL, 0)
     assert steps(trained_home, "killed")[-1] <= last
     assert trained_home.run(*words(**run, output_tag="killed")) == 0
-    assert_same_run(trained_home, "whole", "killed")
+    assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "killed")))
 
 
-def test_a_run_can_go_back_to_an_older_checkpoint(trained_home: Any) -> None:
+def test_a_run_can_go_back_to_an_older_checkpoint(
+    trained_home: Any, assert_same_run: Callable[..., None]
+) -> None:
     run = {"save_every": 5, "keep_last": 9, "num_iterations": 12}
     assert trained_home.run(*words(**run, output_tag="whole")) == 0
     assert trained_home.run(*words(**run, output_tag="again")) == 0
     assert trained_home.run(*words(**run, output_tag="again"), "--resume-from-step", "5") == 0
-    assert_same_run(trained_home, "whole", "again")
+    assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "again")))
 
 
 def test_a_changed_run_is_refused(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,4 +268,6 @@ def test_several_ranks_are_refused(
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     assert trained_home.run(*words()) == 2
-    assert "WORLD_SIZE is 2, but fine-tuning runs on one device so far" in capsys.readouterr().err
+    assert (
+        "WORLD_SIZE is 2, but archerchat sft runs on one device so far" in capsys.readouterr().err
+    )

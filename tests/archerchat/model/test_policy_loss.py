@@ -9,14 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from archerchat.model import loss as module
 from archerchat.model.config import ModelConfig
-from archerchat.model.loss import LOGIT_CAP
+from archerchat.model.loss import LOGIT_CAP, weighted_loss
 from archerchat.model.transformer import Transformer
-from archerchat.training import policy_loss as module
-from archerchat.training.policy_loss import policy_loss
 
 CONFIG = ModelConfig(64, 100, 4, 2, 1, 32)
 """Its vocabulary is padded."""
+
+
+def policy_loss(
+    hidden: Tensor, unembedding: Tensor, targets: Tensor, advantages: Tensor, scale: float
+) -> Tensor:
+    """Weight each trained token by its row's advantage (B,)."""
+    weights = advantages[:, None].expand_as(targets)
+    return weighted_loss(hidden, unembedding, targets, CONFIG.vocab_size, weights, scale)
 
 
 def build(dtype: torch.dtype) -> Transformer:
@@ -68,9 +75,7 @@ def test_the_gradient_is_naive_reinforces(
     expected, gradients = naive_gradients(inputs, targets, advantages)
     model = build(torch.float32)
     scale = 1 / int((targets != -1).sum())
-    loss = policy_loss(
-        model.hidden(inputs), model.unembedding.weight, targets, advantages, 100, scale
-    )
+    loss = policy_loss(model.hidden(inputs), model.unembedding.weight, targets, advantages, scale)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -90,9 +95,7 @@ def test_micro_batches_add_up_to_the_whole(batch: tuple[Tensor, Tensor, Tensor])
     scale = len(parts) / int((targets != -1).sum())
     for part in parts:
         hidden = model.hidden(inputs[part])
-        loss = policy_loss(
-            hidden, model.unembedding.weight, targets[part], advantages[part], 100, scale
-        )
+        loss = policy_loss(hidden, model.unembedding.weight, targets[part], advantages[part], scale)
         (loss / len(parts)).backward()
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
@@ -104,7 +107,7 @@ def test_without_targets_there_is_neither_loss_nor_gradient() -> None:
     model = build(torch.float32)
     inputs, nothing = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -1)
     hidden = model.hidden(inputs)
-    loss = policy_loss(hidden, model.unembedding.weight, nothing, torch.ones(1), 100, 1.0)
+    loss = policy_loss(hidden, model.unembedding.weight, nothing, torch.ones(1), 1.0)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == 0
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
@@ -115,11 +118,11 @@ def test_small_scales_do_not_lose_float16_gradients() -> None:
     weight = torch.randn(100, 16, generator=torch.manual_seed(1)).requires_grad_()
     targets: Any = torch.from_numpy(np.arange(8)[None])
     scale, grown = 2.0**-24, 2.0**16  # what the gradient scaler multiplies by
-    loss = policy_loss(hidden, weight, targets, torch.ones(1), 100, scale)
+    loss = policy_loss(hidden, weight, targets, torch.ones(1), scale)
     (loss * grown).backward()  # type: ignore[no-untyped-call]
     plain = hidden.detach().float().requires_grad_()
     other = weight.detach().half().float()
-    loss = policy_loss(plain, other, targets, torch.ones(1), 100, scale)
+    loss = policy_loss(plain, other, targets, torch.ones(1), scale)
     (loss * grown).backward()  # type: ignore[no-untyped-call]
     assert hidden.grad is not None
     assert plain.grad is not None

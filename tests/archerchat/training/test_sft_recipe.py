@@ -12,27 +12,28 @@ import torch
 
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.errors import UsageError
-from archerchat.inference.loading import LoadedModel
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import AdamGroup
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.finetune_recipe import FinetuneRecipe, lr_multiplier, muon_momentum
-from archerchat.training.finetune_setup import (
+from archerchat.training.base_model import (
+    BaseModel,
     build_optimizer,
-    choose_attention,
+    describe_moments,
     inherit,
-    warm_start,
+    load_moments,
 )
+from archerchat.training.sft import FinetuneRecipe, lr_multiplier, muon_momentum
+from archerchat.training.stage import choose_attention
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
 DIAL = DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=512)
 HP = build_hyperparameters(DIAL, 360)
 
 
-def base_model(meta: dict[str, Any]) -> LoadedModel:
-    model = Transformer(HP.model)
-    return LoadedModel(model, cast(Tokenizer, None), Path("base/step_000004"), 4, meta)
+def base_model(meta: dict[str, Any]) -> BaseModel:
+    path = Path("base/step_000004")
+    return BaseModel(path, 4, meta, HP.model, cast(Tokenizer, None), "hash")
 
 
 TRAINED = base_model(
@@ -84,7 +85,7 @@ def recipe(progress: float, num_iterations: int | None) -> FinetuneRecipe:
 def test_the_end_is_estimated_until_the_data_is_used_up(
     step: int, progress: float, num_iterations: int | None, expected: int
 ) -> None:
-    assert recipe(progress, num_iterations).steps_in_all(step) == expected
+    assert recipe(progress, num_iterations).total_steps(step) == expected
 
 
 @pytest.mark.parametrize(
@@ -140,25 +141,26 @@ def test_nothing_decays() -> None:
 
 def test_without_moments_training_starts_from_zero() -> None:
     optimizer = build_optimizer(Transformer(HP.model), HP.learning_rates, CPU, compile=False)
-    assert "from zero: the base checkpoint has no optimizer" in warm_start(optimizer, TRAINED)
+    load_moments(optimizer, TRAINED)
+    assert "from zero: the base checkpoint has no optimizer" in describe_moments(TRAINED, True)
     assert optimizer.steps_taken == 0
 
 
 def test_attention_that_cannot_mask_documents_gives_way() -> None:
     cuda = Runtime(torch.device("cuda"), torch.bfloat16, "a GPU", "forced")
-    assert choose_attention(CPU, None, True, True)[0] == "matmul"
-    assert choose_attention(cuda, "flex", True, True)[0] == "flex"
-    backend, reason = choose_attention(cuda, "flex", True, False)
+    assert choose_attention(CPU, None, document_masking=True, compile=True)[0] == "matmul"
+    assert choose_attention(cuda, "flex", document_masking=True, compile=True)[0] == "flex"
+    backend, reason = choose_attention(cuda, "flex", document_masking=True, compile=False)
     assert (backend, "flex needs --compile" in reason) == ("sdpa", True)
     with pytest.raises(UsageError, match="'flahs' is not one of"):
-        choose_attention(CPU, "flahs", False, True)
+        choose_attention(CPU, "flahs", document_masking=False, compile=True)
 
 
 def test_flash_is_replaced_where_documents_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Runtime(torch.device("cuda"), torch.bfloat16, "a GPU", "forced")
     module = "archerchat.model.attention.flash_module"
     monkeypatch.setattr(module, lambda device, dtype: "flash_attn")
-    assert choose_attention(cuda, None, False, True)[0] == "flash"
-    assert choose_attention(cuda, None, True, True)[0] == "flex"
+    assert choose_attention(cuda, None, document_masking=False, compile=True)[0] == "flash"
+    assert choose_attention(cuda, None, document_masking=True, compile=True)[0] == "flex"
     with pytest.raises(UsageError, match="--attention flash cannot keep the conversations"):
-        choose_attention(cuda, "flash", True, True)
+        choose_attention(cuda, "flash", document_masking=True, compile=True)

@@ -17,17 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from archerchat.console import ProgressLine
-from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
+from archerchat.dial import DialConfig
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.home import Home
-from archerchat.optim.schedule import build_schedule
 from archerchat.planning.peak_flops import PeakFlops
-from archerchat.runtime import build_runtime
 from archerchat.tokenizer.bpe import Tokenizer, load_ranks
-from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Loop
-from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
-from archerchat.training.recipe import Cadence, LoopState
+from archerchat.training.pretrain import PretrainConfig, Pretraining
+from archerchat.training.recipe import Recipe
 from archerchat.training.telemetry import MetricsLog
 
 
@@ -42,38 +39,34 @@ class Recorder(MetricsLog):
             self.series.setdefault(name, {})[step] = float(value)
 
 
+class Saves:
+    """Take the place of what writes checkpoints."""
+
+    def __init__(self, save: Callable[[int], None] = lambda step: None) -> None:
+        self._save = save
+
+    def save(self, step: int, state: Any, finished: bool) -> None:
+        self._save(step)
+
+    def find(self, step: int) -> None:
+        return None
+
+
 def run_loop(
     config: PretrainConfig,
     tokenizer: Tokenizer,
     home: Home,
-    prepare: Callable[[BaseRecipe], None] = lambda recipe: None,
+    prepare: Callable[[Recipe], Saves] = lambda recipe: Saves(),
 ) -> Recorder:
     """Train as `pretrain` does, but into memory."""
-    runtime = build_runtime("cpu", config.dtype)
-    hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
-    schedule = build_schedule(config.dial, hp)
-    meta = describe_run(config, hp, runtime, tokenizer, home)
-    recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
-    prepare(recipe)
-    accum = grad_accum_steps(
-        hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
-    )
-    flops = hp.flops_per_token * hp.total_batch_tokens
-    cadence = Cadence(
-        hp.num_iterations,
-        accum,
-        hp.total_batch_tokens,
-        flops,
-        config.eval_every,
-        config.sample_every,
-        config.save_every,
-    )
+    recipe = Pretraining(config, home, tokenizer=tokenizer).build_recipe(None)
+    saves: Any = prepare(recipe)
+    recipe.sample = lambda step: {}  # type: ignore[method-assign]
     recorder = Recorder(None)
-    progress = ProgressLine(Console(file=io.StringIO()), hp.num_iterations)
+    progress = ProgressLine(Console(file=io.StringIO()), recipe.total_steps(0))
     with recipe.loader:
-        peak = PeakFlops(1e11, "table")
-        state = LoopState()
-        Loop(recipe, recipe.optimizer, runtime, cadence, state, peak, recorder, progress).run()
+        loop = Loop(recipe, PeakFlops(1e11, "table"), config.save_every, config.sample_every)
+        loop.run(saves, recorder, progress)
     return recorder
 
 
@@ -95,6 +88,7 @@ def test_the_reference_curve_from_trained_weights(
             total_batch_size=args["total_batch_size"],
         ),
         data=str(oracle_dir / "corpus"),
+        device="cpu",
         dtype="float32",
         attention=attention,
         compile=False,
@@ -106,17 +100,14 @@ def test_the_reference_curve_from_trained_weights(
     stored = to_archerchat_names(load_file(oracle_dir / "train_final.safetensors"))
     norms: dict[int, dict[str, float]] = {}
 
-    def prepare(recipe: BaseRecipe) -> None:
+    def prepare(recipe: Recipe) -> Saves:
         recipe.model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
         parameters = dict(recipe.model.named_parameters())
 
-        def save(state: LoopState, scaler: Mapping[str, Any]) -> None:
-            norms[state.step] = {
-                n: p.detach().double().norm().item() for n, p in parameters.items()
-            }
+        def save(step: int) -> None:
+            norms[step] = {n: p.detach().double().norm().item() for n, p in parameters.items()}
 
-        recipe.save = save  # type: ignore[method-assign]
-        recipe.sample = lambda step: {}  # type: ignore[method-assign]
+        return Saves(save)
 
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
     recorder = run_loop(config, Tokenizer(ranks), Home(tmp_path), prepare)
@@ -137,7 +128,7 @@ def test_the_reference_curve_from_trained_weights(
 def test_four_micro_batches_of_two_rows_are_one_of_eight(tiny_home: Any) -> None:
     gradients: list[dict[str, Tensor]] = []
 
-    def prepare(recipe: BaseRecipe) -> None:
+    def prepare(recipe: Recipe) -> Saves:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # the initial values hide half of the model
             for parameter in recipe.model.parameters():
@@ -148,14 +139,14 @@ def test_four_micro_batches_of_two_rows_are_one_of_eight(tiny_home: Any) -> None
             gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
         recipe.optimizer.step = step  # type: ignore[method-assign]
-        recipe.sample = lambda step: {}  # type: ignore[method-assign]
-        recipe.save = lambda state, scaler: None  # type: ignore[method-assign]
+        return Saves()
 
     tokenizer = Tokenizer.load(tiny_home.tokenizer_dir("tiny"))
     config = functools.partial(
         PretrainConfig,
         dial=DialConfig(2, 16, 16, max_seq_len=64, num_iterations=1, total_batch_size=8 * 64),
         data="tiny",
+        device="cpu",
         dtype="float32",
         compile=False,
         eval_every=None,
