@@ -199,7 +199,7 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert trained_home.run(*words(**run, output_tag="whole")) == 0
     (last,) = steps(trained_home, "whole")[-1:]
     child = launch(words(**run, output_tag="killed"))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not any(step >= 8 for step in steps(trained_home, "killed")):
         assert child.poll() is None, child.communicate()[0]
         assert time.monotonic() < deadline

@@ -54,7 +54,7 @@ def events_of(words: list[str], **environment: str) -> list[str]:
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -139,7 +139,7 @@ def address_in(text: str) -> str | None:
 
 def wait_for(find: Callable[[], Any], process: subprocess.Popen[Any]) -> Any:
     """Wait until `find` finds something while a process lives."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (found := find()):
         assert process.poll() is None, "the process ended"
         assert time.monotonic() < deadline
@@ -152,7 +152,7 @@ def endlex(*words: object) -> tuple[int, str]:
         [sys.executable, "-m", "endlex", *map(str, words)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return result.returncode, result.stdout + result.stderr
@@ -209,7 +209,7 @@ def test_a_machine_that_dies_leaves_all_on_the_server_and_another_goes_on_bit_fo
         status, said = endlex("pull", f"{identity}@{what}", where)
         assert status == 0, said
     monkeypatch.setenv("ARCHERCHAT_HOME", str(new.root))
-    assert launch(words).wait(timeout=120) == 0
+    assert launch(words).wait(timeout=600) == 0
 
     assert_same_run(tiny_home.checkpoint_dir("base", "whole"), place.parent, 40)
     status, said = endlex("sync", new.run_dir("killed"))
@@ -240,7 +240,7 @@ def test_ctrl_c_with_a_server_ends_as_interrupted_with_its_checkpoint_there(
     child = launch(tiny_home.pretrain_words(**run, push_checkpoints="all"))
     wait_for(lambda: any(map(is_step, records_of(tiny_home, "tiny"))), child)
     child.send_signal(signal.SIGINT)
-    output = child.communicate(timeout=60)[0]
+    output = child.communicate(timeout=600)[0]
     assert child.returncode == 130, output
     directory = tiny_home.run_dir("tiny")
     assert endlex("sync", directory)[0] == 0
