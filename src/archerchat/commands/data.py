@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -123,10 +123,12 @@ def build(config: DataBuildConfig, home: Home) -> None:
         root = stdlib_directory()
         files = list_stdlib(root)
         recipe, groups = describe_stdlib(root, files), iter_stdlib(root, files)
-        other = None if config.force else _find_other_stdlib(directory, recipe)
-        if other is not None:
-            recipe = other
-            unchanged = f"stays as {' '.join(other['python'])} built it: --force builds it again"
+        # An update of Python changes the sources a little; that is no reason to break the runs that
+        # read what an earlier one built.
+        there = None if config.force else find_recipe(directory)
+        if there is not None and "python" in there and there != recipe:
+            recipe = there
+            unchanged = f"stays as {' '.join(there['python'])} built it: --force builds it again"
     else:
         root = Path(config.source).expanduser()
         files = list_files(root)
@@ -163,16 +165,6 @@ def info(config: DataInfoConfig, home: Home) -> None:
     console = build_console()
     for directory in directories:
         console.print(_describe(directory, list_each=config.shards))
-
-
-def _find_other_stdlib(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the recipe of the standard library's corpus there if another Python built it.
-
-    An update of Python changes the sources a little; that is no reason to break the runs that
-    read what an earlier one built.
-    """
-    there = find_recipe(directory)
-    return there if there is not None and "python" in there and there != recipe else None
 
 
 def _default_name(source: str) -> str:

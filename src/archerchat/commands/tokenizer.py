@@ -136,11 +136,9 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
         (GPT2, config.gpt2_ranks, "--gpt2-ranks"),
         (GPT4, config.gpt4_ranks, "--gpt4-ranks"),
     ):
-        path = _find_ranks(published, given, flag, home.cache_dir, console)
-        if path is not None:
-            vocabularies[published.title] = published.load(path)
-            if path == given:
-                _keep(path, home.cache_dir / published.file_name)
+        vocabulary = _find_published(published, given, flag, home.cache_dir, console)
+        if vocabulary is not None:
+            vocabularies[published.title] = vocabulary
     sizes = {title: int((found.token_bytes > 0).sum()) for title, found in vocabularies.items()}
     encoders = {title: found.encode for title, found in vocabularies.items()}
     texts = _shard_texts(config, tokenizer, home, console)
@@ -230,28 +228,24 @@ def _reads_same_text(recorded: Mapping[str, Any], shards: Sequence[Path]) -> boo
     return bool(before == [_identify(shard) for shard in shards[: len(before)]])
 
 
-def _find_ranks(
+def _find_published(
     published: PublishedVocabulary, given: Path | None, flag: str, cache_dir: Path, console: Console
-) -> Path | None:
-    """Return the ranks file that is given or in the cache; say so if there is neither."""
-    if given is not None:
-        if not given.is_file():
-            raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
-        return given
-    if (cached := cache_dir / published.file_name).is_file():
-        return cached
-    console.print(
-        f"no {published.title} vocabulary to compare with: give {published.file_name} with {flag}, "
-        f"or put it in {cache_dir}"
-    )
-    return None
-
-
-def _keep(path: Path, cached: Path) -> None:
-    """Copy a verified ranks file to the cache, where it can be written."""
-    if not cached.exists():
+) -> Tokenizer | None:
+    """Load a vocabulary from the given file, which is then cached, or from the cache."""
+    cached = cache_dir / published.file_name
+    if given is not None and not given.is_file():
+        raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
+    if given is None and not cached.is_file():
+        console.print(
+            f"no {published.title} vocabulary to compare with: give {published.file_name} with "
+            f"{flag}, or put it in {cache_dir}"
+        )
+        return None
+    vocabulary = published.load(given or cached)
+    if given is not None and not cached.exists():
         with contextlib.suppress(OSError):
-            write_bytes(cached, path.read_bytes())
+            write_bytes(cached, given.read_bytes())
+    return vocabulary
 
 
 def _shard_texts(

@@ -11,7 +11,6 @@ is the order itself.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -31,32 +30,13 @@ _ARRIVAL_BITS = 40
 _LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
 
 
-class Packer(ABC):
-    """Collect documents and place them in rows, one choice at a time."""
+class _OpenRow:
+    """Fill rows of one length."""
 
     def __init__(self, row_length: int) -> None:
         assert row_length >= 2, row_length
         self._row: Row = np.empty(row_length, np.int64)
         self._used = 0
-
-    @abstractmethod
-    def add(self, document: Document) -> None:
-        """Buffer a document of at least one token."""
-
-    @abstractmethod
-    def needs_documents(self) -> bool:
-        """Tell whether the buffer must be filled up before the next choice."""
-
-    @abstractmethod
-    def place(self) -> Row | None:
-        """Put the next document in the open row; return the row once it is full.
-
-        The buffer must not be empty.
-        """
-
-    @abstractmethod
-    def documents(self) -> tuple[Document, ...]:
-        """Return what is buffered, in the order in which to add it again; only between rows."""
 
     @property
     def _space(self) -> int:
@@ -74,7 +54,7 @@ class Packer(ABC):
         return full
 
 
-class BestFitPacker(Packer):
+class BestFitPacker(_OpenRow):
     """Place the longest buffered document that fits; when none does, fill the row.
 
     Of documents of equal length the first to arrive is taken. A row is filled by cropping the
@@ -95,6 +75,7 @@ class BestFitPacker(Packer):
         self._arrivals = 0
 
     def add(self, document: Document) -> None:
+        """Buffer a document of at least one token."""
         fits = self._padding is None or len(document) <= len(self._row)
         assert fits, "no row would ever take it"
         insort(self._keys, len(document) << _ARRIVAL_BITS | self._arrivals)
@@ -102,9 +83,11 @@ class BestFitPacker(Packer):
         self._arrivals += 1
 
     def needs_documents(self) -> bool:
+        """Tell whether the buffer must be filled up before the next choice."""
         return len(self._keys) < self._buffer_size
 
     def place(self) -> Row | None:
+        """Put a document of the buffer in the open row; return the row once it is full."""
         fitting = bisect_right(self._keys, self._space << _ARRIVAL_BITS | _LAST_ARRIVAL)
         if fitting > 0:
             longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
@@ -117,6 +100,7 @@ class BestFitPacker(Packer):
         return self._put(np.full(self._space, self._padding)) if self._used else None
 
     def documents(self) -> tuple[Document, ...]:
+        """Return what is buffered, in the order in which to add it again; only between rows."""
         assert not self._used
         return tuple(self._by_arrival.values())
 
@@ -128,12 +112,12 @@ class BestFitPacker(Packer):
         return self._by_arrival.pop(self._keys.pop(index) & _LAST_ARRIVAL)
 
 
-class ConcatPacker(Packer):
+class ConcatPacker(_OpenRow):
     """Place documents in order; what does not fit continues in the next row, after a BOS.
 
     A document `BOS a b c` that meets two free tokens leaves `BOS a` at the end of this row and
     starts the next with `BOS b c`. Nothing is dropped: every token after a document's BOS is a
-    target exactly once, and every row starts with BOS.
+    target exactly once, and every row starts with BOS. The methods are those of `BestFitPacker`.
     """
 
     def __init__(self, row_length: int) -> None:
@@ -157,6 +141,9 @@ class ConcatPacker(Packer):
     def documents(self) -> tuple[Document, ...]:
         assert not self._used
         return tuple(self._queue)
+
+
+Packer = BestFitPacker | ConcatPacker
 
 
 def build_packer(packing: Packing, row_length: int, buffer_size: int) -> Packer:

@@ -293,8 +293,7 @@ def find_tokenizer(home: Home, name: str) -> Path:
     directory = home.tokenizer_dir(name)
     if directory.is_dir():
         return directory
-    found = directory.parent.glob("*/") if directory.parent.is_dir() else ()
-    names = sorted(path.name for path in found if (path / METADATA_FILE).is_file())
+    names = sorted(path.parent.name for path in directory.parent.glob(f"*/{METADATA_FILE}"))
     known = f"; there is {', '.join(names)}. Choose one of them, or " if names else ": "
     raise UsageError(
         f"no tokenizer {name!r} under {directory.parent}{known}make one with "
