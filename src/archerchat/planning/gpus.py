@@ -21,7 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
+from archerchat.config import Config, NonNegativeFloat
 from archerchat.runtime import training_dtype
+
+DOLLARS_PER_H100_HOUR = 3.0
+"""Eight of them for two hours at $48."""
+H100_TFLOPS = 989.4
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,11 @@ class Gpu:
         if dtype in (torch.float16, training_dtype(self.capability)):
             return self.tflops * 1e12
         return None
+
+    @property
+    def price_per_hour(self) -> float | None:
+        """Usual rent in dollars, by the rate against an H100's; None for cards that people own."""
+        return DOLLARS_PER_H100_HOUR * self.tflops / H100_TFLOPS if self.rented else None
 
 
 GPUS = (
@@ -133,3 +143,24 @@ def find_gpu(device_name: str, gpus: Iterable[Gpu] = GPUS) -> Gpu | None:
 
 def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+@dataclass(frozen=True)
+class Prices(Config):
+    """What computing costs."""
+
+    price_per_hour: NonNegativeFloat | None = None
+    """Dollars per hour and device. Defaults to an estimate for cards that are usually rented."""
+    price_per_kwh: NonNegativeFloat = 0.30
+    """Dollars per kilowatt-hour, for a card that you own."""
+
+    def per_hour(self, gpu: Gpu | None) -> tuple[float | None, str]:
+        """Return the dollars per hour of one device, None if unknown, and what they are."""
+        if self.price_per_hour is not None:
+            return self.price_per_hour, f"${self.price_per_hour:,.2f} per hour and device"
+        if gpu is None:
+            return None, "no price is known for this device; set --price-per-hour"
+        if (rent := gpu.price_per_hour) is not None:
+            return rent, f"${rent:,.2f} per hour and device, assumed; --price-per-hour sets it"
+        source = f"{gpu.board_watts} W at ${self.price_per_kwh:.2f} per kWh"
+        return gpu.board_watts / 1000 * self.price_per_kwh, f"electricity of the card, {source}"

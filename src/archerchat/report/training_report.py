@@ -1,4 +1,4 @@
-"""Tell how a model was trained and what it is worth: base, SFT and RL in one document."""
+"""Report how a model was trained and what it is worth: base, SFT and RL in one document."""
 
 from __future__ import annotations
 
@@ -6,46 +6,49 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from archerchat import __version__
 from archerchat.home import Home
-from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
-from archerchat.report.curves import run_charts
-from archerchat.report.document import (
-    Charts,
-    Details,
-    Document,
-    Fact,
-    Facts,
-    Paragraph,
-    Part,
-    Sample,
-    Section,
-    Table,
-)
-from archerchat.report.evaluations import comparison_table, evaluation_sections
-from archerchat.report.numbers import count, dollars, duration, moment, percent, shown
-from archerchat.report.results import Result, latest, load_results
-from archerchat.report.runs import Run, load_family, lookup
-from archerchat.report.spending import (
-    Prices,
-    Spending,
-    describe_prices,
-    device_count,
-    device_name,
-    result_spending,
-    run_spending,
-)
+from archerchat.planning.gpus import Prices, find_gpu
+from archerchat.report.charts import compact
+from archerchat.report.curves import result_chart, run_charts
+from archerchat.report.document import ABSENT, Document
+from archerchat.report.results import SCORES, Result, latest, load_results
+from archerchat.report.runs import STAGES, Run, load_family
 
-STAGE_TITLES = {
+GPT2_CORE = 0.256525
+"""CORE of GPT-2 XL (1.5B parameters), SPEC section 9."""
+TITLES = {
     "base": "Pretraining",
     "sft": "Supervised fine-tuning",
     "rl": "Reinforcement learning",
+    "core": "CORE, task by task",
+    "offline": "Offline tasks (not CORE)",
+    "chat": "Chat tasks",
 }
+"""By a run's stage, and by an evaluation's kind."""
 WARMUP_POINTS = 5
 """Steps after a start that are left out of typical speeds."""
+BITS_OF_TEXT, BITS_OF_ANSWERS = "val bits per byte, text", "val bits per byte, answers"
+
+
+REFERENCES: dict[int, tuple[str, dict[str, float]]] = {
+    8: (
+        "503M tokens, RTX 5060 Ti 16 GiB",
+        {BITS_OF_TEXT: 0.938, BITS_OF_ANSWERS: 0.4185, "CORE": 0.0976, "ChatCORE": 0.2173},
+    ),
+    12: (
+        "1.32B tokens, RTX 5060 Ti 16 GiB; CORE on 200 examples per task",
+        {BITS_OF_TEXT: 0.842, BITS_OF_ANSWERS: 0.356, "CORE": 0.1542, "ChatCORE": 0.2578},
+    ),
+    24: (
+        "ratio 8, fp8, eight H100; CORE is the mean of 5 runs",
+        {BITS_OF_TEXT: 0.718, "CORE": 0.2626},
+    ),
+}
+"""What the reference implementation reached, by depth: how, and its scores (SPEC section 11)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,19 @@ class Material:
         return self.runs[-1].model_tag
 
 
+class Spending(NamedTuple):
+    """What one stage took: training steps, evaluations, and the rest of its sessions."""
+
+    name: str
+    training_seconds: float
+    eval_seconds: float
+    other_seconds: float
+    cost: float | None
+    """Dollars; None where no price is known."""
+
+
 def gather(home: Home, tag: str | None) -> Material:
-    """Read the runs of a model and what its stages were evaluated to.
+    """Read the runs of a model and the results of its stages.
 
     Raises:
         UsageError: there is no such run.
@@ -70,193 +84,129 @@ def gather(home: Home, tag: str | None) -> Material:
     runs = load_family(home, tag)
     places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
     # An evaluation may be there without the journal of the run, as after a part of a pull.
-    places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGE_TITLES)
+    places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGES)
     return Material(runs, [r for stage, tag in places for r in load_results(home, stage, tag)])
 
 
 def build_training_report(material: Material, prices: Prices) -> Document:
     """Return the document."""
-    runs = material.runs
-    stages = " → ".join(dict.fromkeys(run.stage for run in runs))
-    document = Document(
-        f"Training report: {material.title}",
-        f"ArcherChat {__version__} · {stages} · last record "
-        f"{moment(max(session.end for run in runs for session in run.sessions))}",
+    runs, results = material.runs, material.results
+    model, depth = runs[0].model, runs[0].depth
+    evaluations = [latest(results, kind, stage) for kind in SCORES for stage in STAGES]
+    return Document(
+        "training.md",
+        version=__version__,
+        title=material.title,
+        stages=list(dict.fromkeys(run.stage for run in runs)),
+        end=max(session.end for run in runs for session in run.sessions),
+        runs=runs,
+        counts=count_parameters(model) if model else None,
+        tokens={run.tag: n for run in runs if (n := run.last("train/tokens"))},
+        core=latest(results, "core", "base"),
+        chat=latest(results, "chat"),
+        evaluations=[result for result in evaluations if result and result.tasks],
+        comparison=_comparison(material),
+        reference=REFERENCES.get(depth or 0),
+        depths=list(REFERENCES),
+        gpt2=GPT2_CORE,
+        titles=TITLES,
+        typical=_typical,
+        samples=[sample for run in runs for sample in _samples(run)],
+        spent=_spendings(material, prices),
+        prices=prices.per_hour(find_gpu(runs[0].device))[1],
+        environment=_environment(runs),
+        configuration=lambda run: json.dumps(
+            run.setting(), indent=2, ensure_ascii=False, default=str
+        ),
+        run_charts=run_charts,
+        bars=result_chart,
     )
-    spendings = [run_spending(run, prices) for run in runs]
-    spendings += [
-        result_spending(result, _run_of(result, runs), prices)
-        for result in material.results
-        if result.seconds
-    ]
-    document.sections.append(Section("Overview", _overview(material, spendings)))
-    document.sections.append(comparison_table(runs, material.results))
+
+
+def _typical(run: Run, metric: str) -> float | None:
+    values = run.values(metric)[WARMUP_POINTS:]
+    return median(values) if values else None
+
+
+def _samples(run: Run) -> list[tuple[str, str]]:
+    """Return the last text of each prompt, with a title."""
+    last = [(name.removeprefix("sample/"), max(texts.items())) for name, texts in run.texts.items()]
+    return [(f"{run.stage}, step {step:,} · {name}", text) for name, (step, text) in last]
+
+
+def _comparison(material: Material) -> tuple[list[str], list[list[str]]]:
+    """Return the table of stages, with the reference's scores at the same depth and GPT-2's."""
+    runs, results, depth = material.runs, material.results, material.runs[0].depth
+    _, reference = REFERENCES.get(depth or 0, ("", {}))
+    present = {run.stage for run in runs} | {result.stage for result in results}
+    stages = [stage for stage in STAGES if stage in present]
+    rows: list[list[str]] = []
+
+    def row(name: str, own: Mapping[str, str], gpt2: str = ABSENT) -> None:
+        if own:
+            theirs = [str(reference.get(name, ABSENT))] if reference else []
+            rows.append([name, *(own.get(stage, ABSENT) for stage in stages), *theirs, gpt2])
+
+    bits = {run.stage: f"{b:.4f}" for run in runs if (b := run.last("val/bpb")) is not None}
+    row(BITS_OF_TEXT, {stage: value for stage, value in bits.items() if stage == "base"})
+    row(BITS_OF_ANSWERS, {stage: value for stage, value in bits.items() if stage != "base"})
+    for kind, name in SCORES.items():
+        found = {s: result for s in stages if (result := latest(results, kind, s)) is not None}
+        full = kind == "core" and not any(result.cap for result in found.values())
+        row(name, {s: _score(r) for s, r in found.items()}, str(GPT2_CORE) if full else ABSENT)
+        tasks = [(s, task) for s, r in found.items() for task in r.tasks if kind == "chat"]
+        for label in dict.fromkeys(task.label for _, task in tasks):
+            row(f"· {label}", {s: f"{t.accuracy:.1%}" for s, t in tasks if t.label == label})
+    row("tokens", {run.stage: compact(n) for run in runs if (n := run.last("train/tokens"))})
+    theirs = [f"reference d{depth}"] if reference else []
+    return ["", *stages, *theirs, "GPT-2 XL"], rows
+
+
+def _score(result: Result) -> str:
+    if result.score is None:
+        return "some tasks" if result.complete else "unfinished"
+    return f"{result.score:z.4f}" + (f" ({result.cap} per task)" if result.cap else "")
+
+
+def _spendings(material: Material, prices: Prices) -> list[Spending]:
+    """Return what each run and each evaluation took; time between sessions does not count."""
+
+    def spending(name: str, run: Run, *seconds: *tuple[float, float, float]) -> Spending:
+        devices = run.setting("hardware", "world_size") or 1
+        price, _ = prices.per_hour(find_gpu(run.device))
+        cost = None if price is None else sum(seconds) / 3600 * devices * price
+        return Spending(name, *seconds, cost)
+
+    rows = []
+    for run in material.runs:
+        training = sum(session.training_seconds for session in run.sessions)
+        evaluating = sum(session.eval_seconds for session in run.sessions)
+        # A session's first record is written after its model is built.
+        wall = sum(session.end - session.start for session in run.sessions)
+        other = max(0.0, wall - training - evaluating)
+        rows.append(spending(run.tag, run, training, evaluating, other))
+    for result in material.results:
+        own = [r for r in material.runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
+        name = f"{SCORES[result.kind]} of {result.stage}, step {result.step}"
+        rows.append(spending(name, (own or material.runs)[-1], 0.0, result.seconds, 0.0))
+    return rows
+
+
+def _environment(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return a table of what is known of where and how each run ran."""
+    columns: list[dict[str, Any]] = []
     for run in runs:
-        document.sections.append(_run_section(run))
-    document.sections += evaluation_sections(material.results)
-    samples: list[Part] = [sample for run in runs for sample in _samples(run)]
-    if samples:
-        document.sections.append(Section("Samples", samples))
-    document.sections.append(_spending_section(spendings, runs, prices))
-    document.sections.append(_environment_section(runs))
-    return document
+        facts = {"host": run.sessions[-1].host}
+        for group in ("environment", "hardware"):
+            facts |= run.setting(group) or {}
+        facts |= {name: run.setting(name) for name in ("attention", "compile")}
+        facts["tokenizer"] = run.setting("tokenizer", "name") or run.setting("tokenizer")
+        facts["precision"] = run.setting("identity", "dtype")
+        columns.append(facts)
+    names = dict.fromkeys(name for facts in columns for name in facts)
+    rows = [[name, *(_known(facts.get(name)) for facts in columns)] for name in names]
+    return ["", *(run.tag for run in runs)], rows
 
 
-def _run_of(result: Result, runs: Sequence[Run]) -> Run:
-    mine = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
-    return (mine or runs)[-1]
-
-
-def _overview(material: Material, spendings: Sequence[Spending]) -> list[Part]:
-    run, results = material.runs[0], material.results
-    facts = []
-    if (model := model_of(run)) is not None:
-        counts = count_parameters(model)
-        note = f"depth {model.num_layers}, width {model.model_dim}, {count(counts.scaling)} scaling"
-        facts.append(Fact("Parameters", count(counts.total), note))
-    tokens = [(r, value) for r in material.runs if (value := r.last("train/tokens")) is not None]
-    if tokens:
-        shares = ", ".join(f"{r.stage} {r.steps:,}" for r, _ in tokens)
-        facts.append(Fact("Tokens", count(sum(value for _, value in tokens)), f"steps: {shares}"))
-    if (bits := run.last("val/bpb")) is not None:
-        note = f"of {run.stage}; best {shown(run.best('val/bpb'))}"
-        facts.append(Fact("Bits per byte", shown(bits), note))
-    core = latest([r for r in results if r.stage == "base"], "core")
-    if core is not None and core.score is not None:
-        facts.append(Fact("CORE", shown(core.score), "GPT-2 XL: 0.2565"))
-    chat = latest(results, "chat")
-    if chat is not None and chat.score is not None:
-        facts.append(Fact("ChatCORE", shown(chat.score), f"after {chat.stage}"))
-    total = sum(spending.seconds for spending in spendings)
-    costs = [spending.cost for spending in spendings if spending.cost is not None]
-    device = f"{device_count(run)} x {device_name(run)}"
-    cost = f"{dollars(sum(costs))} · {device}" if costs else device
-    facts.append(Fact("Time in all", duration(total), cost))
-    parts: list[Part] = [Facts(tuple(facts))]
-    for each in material.runs:
-        if each.status != "finished":
-            parts.append(
-                Paragraph(
-                    f"The run {each.tag!r} is {each.status}: its figures are those of step "
-                    f"{each.steps:,}.",
-                    notice=True,
-                )
-            )
-    return parts
-
-
-def model_of(run: Run) -> ModelConfig | None:
-    """Return the shape of the run's model, if the journal has one."""
-    config = run.config.get("model_config")
-    try:
-        return ModelConfig(**config) if isinstance(config, Mapping) else None
-    except (TypeError, ValueError, ArithmeticError, AssertionError):
-        return None
-
-
-def _run_section(run: Run) -> Section:
-    title = STAGE_TITLES[run.stage]
-    section = Section(title if run.tag == run.model_tag else f"{title}: {run.tag}")
-    section.parts.append(Paragraph(_describe(run)))
-    charts = run_charts(run)
-    if charts:
-        section.parts.append(Charts(tuple(charts)))
-    return section
-
-
-def _describe(run: Run) -> str:
-    """Say in a sentence or two what ran."""
-    batch = lookup(run.config, "identity", "total_batch_size")
-    text = f"{run.steps:,} steps"
-    if isinstance(batch, int):
-        text += f" of {batch:,} tokens"
-    rates = [p.value for p in run.metrics.get("train/tokens_per_second", ())][WARMUP_POINTS:]
-    shares = [p.value for p in run.metrics.get("train/mfu", ())][WARMUP_POINTS:]
-    if rates:
-        text += f"; in the median {median(rates):,.0f} tokens/s"
-    if shares:
-        text += f" at {percent(median(shares))} of the device's peak (MFU)"
-    if (memory := run.last("train/memory_bytes")) is not None:
-        text += f"; peak memory {memory / 2**30:.2f} GiB"
-    sessions = len(run.sessions)
-    text += f". {run.status.capitalize()}"
-    if sessions > 1:
-        text += f", in {sessions} sessions"
-    data = lookup(run.config, "config", "data")
-    if isinstance(data, str):
-        text += f"; data: {data}"
-    return text + "."
-
-
-def _samples(run: Run) -> list[Sample]:
-    return [
-        Sample(f"{run.stage}, step {step:,} · {name.removeprefix('sample/')}", text)
-        for name, passages in run.texts.items()
-        for step, text in passages[-1:]
-    ]
-
-
-def _spending_section(
-    spendings: Sequence[Spending], runs: Sequence[Run], prices: Prices
-) -> Section:
-    rows: list[tuple[str, ...]] = [
-        (
-            each.name,
-            duration(each.training_seconds),
-            duration(each.eval_seconds),
-            duration(each.other_seconds),
-            duration(each.seconds),
-            dollars(each.cost),
-        )
-        for each in spendings
-    ]
-    costs = [each.cost for each in spendings if each.cost is not None]
-    totals = [
-        sum(values)
-        for values in zip(
-            *((s.training_seconds, s.eval_seconds, s.other_seconds, s.seconds) for s in spendings),
-            strict=True,
-        )
-    ]
-    cost = dollars(sum(costs)) if costs else dollars(None)
-    rows.append(("Sum", *map(duration, totals), cost))
-    columns = ("", "training", "evaluation", "the rest", "in all", "cost")
-    note = (
-        "The rest is compiling, sampling, saving and waiting for data, within the sessions. Cost: "
-        f"{describe_prices(runs[0], prices)}."
-    )
-    return Section("Time and cost", [Table(columns, tuple(rows)), Paragraph(note)])
-
-
-def _environment_section(runs: Sequence[Run]) -> Section:
-    rows: dict[str, list[str]] = {}
-    for number, run in enumerate(runs):
-        for name, value in _environment(run).items():
-            rows.setdefault(name, [""] * len(runs))[number] = value
-    columns = ("", *(run.tag for run in runs))
-    table = Table(columns, tuple((name, *values) for name, values in rows.items()), figures=False)
-    parts: list[Part] = [table]
-    for run in runs:
-        shown_config = json.dumps(run.config, indent=2, ensure_ascii=False, default=str)
-        parts.append(Details(f"Configuration of {run.tag}", shown_config))
-    return Section("Environment and configuration", parts)
-
-
-def _environment(run: Run) -> dict[str, str]:
-    """Return what is known of where and how a run ran, by name."""
-    found: dict[str, Any] = {
-        "commit": lookup(run.config, "environment", "git_commit"),
-        "command": lookup(run.config, "environment", "command"),
-        "host": run.sessions[-1].host,
-        "began": moment(run.sessions[0].start),
-    }
-    for group in ("hardware", "environment"):
-        facts = run.config.get(group)
-        if isinstance(facts, Mapping):
-            found |= {str(k): v for k, v in facts.items() if k not in ("git_commit", "command")}
-    for name in ("attention", "compile", "tokenizer"):
-        found[name] = run.config.get(name)
-    found["precision"] = lookup(run.config, "identity", "dtype")
-    if isinstance(found["tokenizer"], Mapping):
-        found["tokenizer"] = found["tokenizer"].get("name")
-    return {k: "not recorded" if v in (None, "") else str(v) for k, v in found.items()}
+def _known(value: Any) -> str:
+    return "not recorded" if value in (None, "") else str(value)
