@@ -43,11 +43,11 @@ def report(config: ReportConfig, home: Home) -> None:
             f"a report is about one model, not {len(config.tag)}; for a law over several runs use "
             f"`archerchat report scaling {' '.join(config.tag)}`"
         )
-    material = gather(home, config.tag[0] if config.tag else None)
-    directory = target_directory(config.out, home, material.title)
-    paths = build_training_report(material, config.prices).write(directory)
+    runs, results = gather(home, config.tag[0] if config.tag else None)
+    directory = target_directory(config.out, home, runs[-1].model_tag)
+    paths = build_training_report(runs, results, config.prices).write(directory)
     console = build_console()
-    console.print(f"report of {', '.join(run.tag for run in material.runs)}:")
+    console.print(f"report of {', '.join(run.tag for run in runs)}:")
     for path in paths:
         console.print(f"  {path}")
 

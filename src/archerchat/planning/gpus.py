@@ -34,17 +34,17 @@ class Gpu:
     """One card's published figures."""
 
     name: str
-    """What tells it apart in the name that the driver reports."""
+    """The words by which the name that the driver reports is recognised."""
     tflops: float
     """Dense 16-bit tensor-core TFLOP/s, float32 accumulate."""
     memory_gib: int
     board_watts: int
     rented: bool = False
-    """Whether people rent it rather than own it."""
+    """Whether people usually rent it."""
     capability: tuple[int, int] = (8, 0)
-    """Compute capability; of later cards only that they have at least this one."""
+    """Compute capability; later cards have at least this one."""
     float32_tflops: float | None = None
-    """Float32 TFLOP/s, given where training runs in it."""
+    """Float32 TFLOP/s, for cards on which training runs in it."""
 
     def flops_per_second(self, dtype: torch.dtype) -> float | None:
         """Return the peak rate in `dtype`, or None where this table has none."""

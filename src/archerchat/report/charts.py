@@ -29,8 +29,8 @@ LOOKS: dict[str, dict[str, Any]] = {
     "faint": {"lw": 0.8, "alpha": 0.4},
     "dashed": {"lw": 1.5, "ls": (0, (4, 3))},
     "dots": {"ls": "", "marker": "o", "ms": 6, "mew": 0},
+    "values": {"ls": "", "marker": "o", "ms": 8, "mew": 0},
 }
-VALUE = {"ls": "", "marker": "o", "ms": 8, "mew": 0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ Chart = Lines | Bars
 
 def compact(value: float, digits: int = 3) -> str:
     """Write a number in a few characters: 1.5k, 0.012, 2.5M."""
-    for unit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if 1e15 > abs(value) >= unit * (1 - 0.5 * 10.0**-digits):
             return f"{value / unit:.{digits}g}{suffix}"
     return f"{value:.{digits}g}"
@@ -96,7 +96,7 @@ def draw(chart: Chart) -> str:
     with matplotlib.rc_context(fname=STYLE):
         figure = Figure(figsize=(width / 72, height / 72))
         axes = figure.add_subplot()
-        axes.set_title(_plain(chart.title))
+        axes.set_title(chart.title)
         values = _draw_bars(axes, chart) if isinstance(chart, Bars) else _draw_lines(axes, chart)
         file = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -121,11 +121,6 @@ def draw(chart: Chart) -> str:
     )
 
 
-def _plain(text: str) -> str:
-    """Keep matplotlib from reading mathematics into a name."""
-    return text.replace("$", r"\$")
-
-
 def _draw_lines(axes: Any, chart: Lines) -> list[str]:
     """Draw curves; return the texts of the points that show their value."""
     from matplotlib import ticker
@@ -145,12 +140,12 @@ def _draw_lines(axes: Any, chart: Lines) -> list[str]:
         side, color = sides[series.on_right], f"C{series.color % 6}"
         points = [point for point in series.points if all(map(math.isfinite, point))]
         xs, ys = [x for x, _ in points], [y for _, y in points]
-        lines += side.plot(xs, ys, color=color, label=_plain(series.label), **LOOKS[series.kind])
+        lines += side.plot(xs, ys, color=color, label=series.label, **LOOKS[series.kind])
         if series.band:
             side.fill_between(*zip(*series.band, strict=True), color=color, alpha=0.18, lw=0)
         if series.kind in ("curve", "dots"):
             every = slice(None, None, math.ceil(len(points) / MAX_VALUES) or 1)
-            side.plot(xs[every], ys[every], color=color, gid=f"values{i}", **VALUE)
+            side.plot(xs[every], ys[every], color=color, gid=f"values{i}", **LOOKS["values"])
             name = f"{series.label}: " if series.label else ""
             values += [f"{name}{compact(y, 4)} at {compact(x, 6)}" for x, y in points[every]]
     if chart.from_zero:
@@ -177,9 +172,9 @@ def _draw_bars(axes: Any, chart: Bars) -> list[str]:
     for row, (_, value, interval, shown) in enumerate(chart.bars):
         axes.plot(interval, (row, row), color="#1d2025", lw=1.1, marker="|", ms=5)
         place = (max(0.0, value, interval[1]), row)
-        axes.annotate(_plain(shown), place, xytext=(5, 0), textcoords="offset points", va="center")
+        axes.annotate(shown, place, xytext=(5, 0), textcoords="offset points", va="center")
     axes.axvline(0, color="#5f6672", lw=1)
-    axes.set_yticks(range(len(values)), [_plain(label) for label in labels], color="#1d2025")
+    axes.set_yticks(range(len(values)), list(labels), color="#1d2025")
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.grid(True, axis="x")
     return []

@@ -39,11 +39,6 @@ class TaskScore:
         """Accuracy on a scale where guessing is 0 and perfection 1."""
         return centred(self.accuracy, self.baseline)
 
-    @property
-    def centred_interval(self) -> tuple[float, float]:
-        low, high = self.interval
-        return centred(low, self.baseline), centred(high, self.baseline)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -59,10 +54,6 @@ class Result:
     complete: bool
     cap: int | None
     """Most examples per task; None where all were used."""
-
-    @property
-    def seconds(self) -> float:
-        return sum(task.seconds for task in self.tasks)
 
 
 def load_results(home: Home, stage: str, tag: str) -> list[Result]:

@@ -46,7 +46,7 @@ class SizedRun:
 
 @dataclass(frozen=True)
 class Fit:
-    """The law that the runs allow, and why it is that one."""
+    """The law that a series of runs allows, and why it is that one."""
 
     law: Law
     reason: str

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
 from archerchat import __version__
+from archerchat.evals.estimates import centred
 from archerchat.home import Home
 from archerchat.model.flops import count_parameters
 from archerchat.planning.gpus import Prices, find_gpu
-from archerchat.report.charts import compact
-from archerchat.report.curves import result_chart, run_charts
+from archerchat.report.charts import Bars, Lines, Series, compact
 from archerchat.report.document import ABSENT, Document
 from archerchat.report.results import SCORES, Result, latest, load_results
 from archerchat.report.runs import STAGES, Run, load_family
@@ -31,6 +30,22 @@ TITLES = {
 """By a run's stage, and by an evaluation's kind."""
 WARMUP_POINTS = 5
 """Steps after a start that are left out of typical speeds."""
+GROUPS = (
+    ("Rollouts", "share", {
+        "rollout/reward": "mean reward",
+        "rollout/solved_share": "solved",
+        "rollout/learning_share": "informative",
+        "rollout/cut_share": "truncated",
+    }),
+    ("Tokens of a step", "", {"rollout/tokens": "generated", "rollout/trained_tokens": "trained"}),
+    ("Pass rate on the test", "", {f"val/pass_at_{k}": f"pass@{k}" for k in (1, 2, 4, 8, 16)}),
+)  # fmt: skip
+"""Metrics that share a chart: title, label of the axis, and labels by metric."""
+NOT_DRAWN = ("train/", "data/", "core/", "eval/", "val/bpb")
+"""Beginnings of metrics that have a chart of their own, or are not worth one."""
+MAX_OTHERS = 12
+MAX_LABEL = 32
+"""Characters of a task's name beside its bar."""
 BITS_OF_TEXT, BITS_OF_ANSWERS = "val bits per byte, text", "val bits per byte, answers"
 
 
@@ -51,18 +66,6 @@ REFERENCES: dict[int, tuple[str, dict[str, float]]] = {
 """What the reference implementation reached, by depth: how, and its scores (SPEC section 11)."""
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a report is drawn from."""
-
-    runs: list[Run]
-    results: list[Result]
-
-    @property
-    def title(self) -> str:
-        return self.runs[-1].model_tag
-
-
 class Spending(NamedTuple):
     """What one stage took: training steps, evaluations, and the rest of its sessions."""
 
@@ -74,7 +77,7 @@ class Spending(NamedTuple):
     """Dollars; None where no price is known."""
 
 
-def gather(home: Home, tag: str | None) -> Material:
+def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
     """Read the runs of a model and the results of its stages.
 
     Raises:
@@ -85,18 +88,19 @@ def gather(home: Home, tag: str | None) -> Material:
     places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
     # An evaluation may be there without the journal of the run, as after a part of a pull.
     places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGES)
-    return Material(runs, [r for stage, tag in places for r in load_results(home, stage, tag)])
+    return runs, [r for stage, tag in places for r in load_results(home, stage, tag)]
 
 
-def build_training_report(material: Material, prices: Prices) -> Document:
+def build_training_report(
+    runs: Sequence[Run], results: Sequence[Result], prices: Prices
+) -> Document:
     """Return the document."""
-    runs, results = material.runs, material.results
     model, depth = runs[0].model, runs[0].depth
     evaluations = [latest(results, kind, stage) for kind in SCORES for stage in STAGES]
     return Document(
         "training.md",
         version=__version__,
-        title=material.title,
+        title=runs[-1].model_tag,
         stages=list(dict.fromkeys(run.stage for run in runs)),
         end=max(session.end for run in runs for session in run.sessions),
         runs=runs,
@@ -105,14 +109,14 @@ def build_training_report(material: Material, prices: Prices) -> Document:
         core=latest(results, "core", "base"),
         chat=latest(results, "chat"),
         evaluations=[result for result in evaluations if result and result.tasks],
-        comparison=_comparison(material),
+        comparison=_comparison(runs, results),
         reference=REFERENCES.get(depth or 0),
         depths=list(REFERENCES),
         gpt2=GPT2_CORE,
         titles=TITLES,
         typical=_typical,
         samples=[sample for run in runs for sample in _samples(run)],
-        spent=_spendings(material, prices),
+        spent=_spendings(runs, results, prices),
         prices=prices.per_hour(find_gpu(runs[0].device))[1],
         environment=_environment(runs),
         configuration=lambda run: json.dumps(
@@ -134,9 +138,11 @@ def _samples(run: Run) -> list[tuple[str, str]]:
     return [(f"{run.stage}, step {step:,} · {name}", text) for name, (step, text) in last]
 
 
-def _comparison(material: Material) -> tuple[list[str], list[list[str]]]:
+def _comparison(
+    runs: Sequence[Run], results: Sequence[Result]
+) -> tuple[list[str], list[list[str]]]:
     """Return the table of stages, with the reference's scores at the same depth and GPT-2's."""
-    runs, results, depth = material.runs, material.results, material.runs[0].depth
+    depth = runs[0].depth
     _, reference = REFERENCES.get(depth or 0, ("", {}))
     present = {run.stage for run in runs} | {result.stage for result in results}
     stages = [stage for stage in STAGES if stage in present]
@@ -168,7 +174,7 @@ def _score(result: Result) -> str:
     return f"{result.score:z.4f}" + (f" ({result.cap} per task)" if result.cap else "")
 
 
-def _spendings(material: Material, prices: Prices) -> list[Spending]:
+def _spendings(runs: Sequence[Run], results: Sequence[Result], prices: Prices) -> list[Spending]:
     """Return what each run and each evaluation took; time between sessions does not count."""
 
     def spending(name: str, run: Run, *seconds: *tuple[float, float, float]) -> Spending:
@@ -178,17 +184,18 @@ def _spendings(material: Material, prices: Prices) -> list[Spending]:
         return Spending(name, *seconds, cost)
 
     rows = []
-    for run in material.runs:
+    for run in runs:
         training = sum(session.training_seconds for session in run.sessions)
         evaluating = sum(session.eval_seconds for session in run.sessions)
         # A session's first record is written after its model is built.
         wall = sum(session.end - session.start for session in run.sessions)
         other = max(0.0, wall - training - evaluating)
         rows.append(spending(run.tag, run, training, evaluating, other))
-    for result in material.results:
-        own = [r for r in material.runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
+    for result in results:
+        own = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
+        seconds = sum(task.seconds for task in result.tasks)
         name = f"{SCORES[result.kind]} of {result.stage}, step {result.step}"
-        rows.append(spending(name, (own or material.runs)[-1], 0.0, result.seconds, 0.0))
+        rows.append(spending(name, (own or runs)[-1], 0.0, seconds, 0.0))
     return rows
 
 
@@ -210,3 +217,70 @@ def _environment(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 def _known(value: Any) -> str:
     return "not recorded" if value in (None, "") else str(value)
+
+
+def run_charts(run: Run) -> list[Lines]:
+    """Return the charts of what a run logged."""
+    rate = "train/matrix_lr" if "train/matrix_lr" in run.metrics else "train/lr_multiplier"
+    of_peak = "" if rate == "train/matrix_lr" else "share of the peak"
+    low, high = (run.metrics.get(f"core/{end}", {}) for end in ("low", "high"))
+    core = _series(run, "core/score", band=[(x, low[x], high[x]) for x in low if x in high])
+    charts = [
+        _loss_chart(run),
+        _throughput_chart(run),
+        Lines("Learning rate of the matrices", "step", (_series(run, rate),), of_peak),
+        Lines("CORE while training, 95% interval", "step", (core,)),
+    ]
+    for title, y_label, labels in GROUPS:
+        named = enumerate(name for name in labels if name in run.metrics)
+        curves = (_series(run, name, labels[name], color=i) for i, name in named)
+        charts.append(Lines(title, "step", tuple(curves), y_label))
+    grouped = {name for _, _, labels in GROUPS for name in labels}
+    others = [n for n in run.metrics if n not in grouped and not n.startswith(NOT_DRAWN)]
+    charts += [Lines(name, "step", (_series(run, name),)) for name in others[:MAX_OTHERS]]
+    return [chart for chart in charts if any(len(each.points) > 1 for each in chart.series)]
+
+
+def _series(run: Run, metric: str, label: str = "", **looks: Any) -> Series:
+    return Series(label, tuple(run.metrics.get(metric, {}).items()), **looks)
+
+
+def _loss_chart(run: Run) -> Lines:
+    """Return training and validation loss.
+
+    A policy's loss has no unit, and its validation is the pass rate.
+    """
+    raw = _series(run, "train/loss", kind="faint")
+    smooth = _series(run, "train/smooth_loss", "training")
+    validation = _series(run, "val/bpb", "validation", color=1, on_right=True)
+    if run.stage == "rl":
+        return Lines("Policy loss", "step", (raw, smooth))
+    curves = (raw, smooth, validation) if validation.points else (raw, smooth)
+    positive = all(value > 0 for series in curves for _, value in series.points)
+    right = "bits per byte" if validation.points else ""
+    return Lines("Loss", "step", curves, "nats per token", right, log_y=positive)
+
+
+def _throughput_chart(run: Run) -> Lines:
+    """Return tokens per second, with MFU on the right where it is proportional to them."""
+    rates, shares = (run.metrics.get(f"train/{n}", {}) for n in ("tokens_per_second", "mfu"))
+    ratios = [shares[step] / rate for step, rate in rates.items() if step in shares and rate > 0]
+    scale = 100 * median(ratios) if ratios and max(ratios) <= 1.01 * min(ratios) else None
+    curve = _series(run, "train/tokens_per_second")
+    label = "MFU in %" if scale else ""
+    return Lines("Throughput", "step", (curve,), "tokens/s", label, scale, from_zero=True)
+
+
+def result_chart(result: Result) -> Bars:
+    """Return the centred accuracies of an evaluation's tasks, the highest first."""
+    ranked = sorted(result.tasks, key=lambda task: task.centred, reverse=True)
+    bars = [
+        (
+            task.label[:MAX_LABEL],
+            task.centred,
+            (centred(task.interval[0], task.baseline), centred(task.interval[1], task.baseline)),
+            f"{task.accuracy:.1%}",
+        )
+        for task in ranked
+    ]
+    return Bars("Centred accuracy", bars)

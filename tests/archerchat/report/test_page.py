@@ -43,7 +43,7 @@ def page_file(home: Home, session: Callable[..., None], tmp_path: Path) -> Path:
     write_json(
         home.eval_dir("base", "d8") / "core_4.json", {"core": 0.1, "tasks": tasks, "step": 4}
     )
-    page, _ = build_training_report(gather(home, "d8"), Prices()).write(tmp_path / "report")
+    page, _ = build_training_report(*gather(home, "d8"), Prices()).write(tmp_path / "report")
     return page
 
 

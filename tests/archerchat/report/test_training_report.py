@@ -14,11 +14,15 @@ from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.planning.gpus import Prices
 from archerchat.report.charts import Chart
-from archerchat.report.curves import result_chart, run_charts
 from archerchat.report.document import Document, printable
 from archerchat.report.results import load_results
 from archerchat.report.runs import load_run
-from archerchat.report.training_report import build_training_report, gather
+from archerchat.report.training_report import (
+    build_training_report,
+    gather,
+    result_chart,
+    run_charts,
+)
 
 HOSTILE = (
     "</pre><script>alert(1)</script> | `` ```` \x00 [x](javascript:1) <img src=x onerror=y>\ud800"
@@ -50,7 +54,7 @@ class Tags(HTMLParser):
 
 
 def render(home: Home, tag: str | None = None, **prices: Any) -> Document:
-    return build_training_report(gather(home, tag), Prices(**prices))
+    return build_training_report(*gather(home, tag), Prices(**prices))
 
 
 @pytest.fixture
