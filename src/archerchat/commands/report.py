@@ -11,7 +11,7 @@ from archerchat.errors import UsageError
 from archerchat.home import Home, check_name
 from archerchat.planning.gpus import Prices
 from archerchat.report.document import CHARTS, HTML, MARKDOWN
-from archerchat.report.training_report import build_training_report, gather
+from archerchat.report.report import build_training_report, gather
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,8 @@ def _draw_lines(axes: Any, chart: Lines) -> list[str]:
         axis.set_major_formatter(lambda value, _: compact(value))
     axes.set_xlabel(chart.x_label)
     axes.grid(True, axis="y")
-    if len(named := [line for line in lines if line.get_label()]) > 1:
+    named = [line for line in lines if not line.get_label().startswith("_")]  # of no label
+    if len(named) > 1:
         axes.legend(handles=named)
     return values
 

@@ -26,34 +26,30 @@ CLOCK = "train/seconds"
 
 
 @dataclass
-class Session:
-    """One process that wrote to the run."""
-
-    start: float
-    """Unix seconds, as `end`."""
-    end: float
-    host: str
-    config: Mapping[str, Any]
-    status: str = "not finished"
-    training_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    steps: int = 0
-
-
-@dataclass
 class Run:
-    """Everything a report needs of a run."""
+    """Everything a report needs of a run; each of its sessions is a process that wrote to it."""
 
     tag: str
-    sessions: list[Session] = field(default_factory=list)
+    num_sessions: int = 0
+    start: float = math.inf
+    """Unix seconds, as `end`."""
+    end: float = 0.0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the last session ran with; likewise `host` and `status`."""
+    host: str = ""
+    status: str = ""
+    wall_seconds: float = 0.0
+    """Time within sessions; what was between them does not count."""
+    training_seconds: float = 0.0
+    eval_seconds: float = 0.0
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
     """Values by name, then by step in ascending order."""
     texts: dict[str, dict[int, str]] = field(default_factory=dict)
     """Samples by name, then by step in ascending order."""
 
     def setting(self, *path: str) -> Any:
-        """Return what the last session's configuration has at `path`, or None."""
-        value: Any = self.sessions[-1].config
+        """Return what the configuration has at `path`, or None."""
+        value: Any = self.config
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
         return value
@@ -91,10 +87,6 @@ class Run:
     @property
     def device(self) -> str:
         return str(self.setting("hardware", "device") or "not recorded")
-
-    @property
-    def status(self) -> str:
-        return self.sessions[-1].status
 
     @property
     def steps(self) -> int:
@@ -137,41 +129,40 @@ def _no_such_run(home: Home, tag: str) -> UsageError:
 def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
     """Put records together, session after session; None without a trainer's session."""
     run = Run(tag)
-    session: Session | None = None
+    is_trainer, has_trained, last = False, False, 0.0
     for record in records:
         kind, time = record.get("type"), float(record.get("time", 0.0))
-        if kind == "session":
-            session = None
-            if record.get("kind", "trainer") == "trainer":
-                config = record.get("config")
-                config = config if isinstance(config, Mapping) else {}
-                session = Session(time, time, str(record.get("host") or ""), config)
-                run.sessions.append(session)
-        if session is None:
+        if kind == "session" and (is_trainer := record.get("kind", "trainer") == "trainer"):
+            config = record.get("config")
+            run.config = config if isinstance(config, Mapping) else {}
+            run.host, run.status = str(record.get("host") or ""), "not finished"
+            run.num_sessions += 1
+            run.start, last, has_trained = min(run.start, time), time, False
+        if not is_trainer:
             continue
-        session.end = max(session.end, time)
+        run.wall_seconds += max(0.0, time - last)
+        run.end, last = max(run.end, time), max(last, time)
         step, logged = record.get("step"), record.get("values")
         if kind == "metrics" and isinstance(step, int) and isinstance(logged, Mapping):
-            _take_metrics(run, session, step, logged)
+            if STEP_METRIC in logged and not has_trained:
+                _forget_after(run, step)
+                has_trained = True
+            _take_metrics(run, step, logged)
         elif kind == "text" and isinstance(step, int):
             run.texts.setdefault(str(record.get("name")), {})[step] = str(record.get("text"))
         elif kind == "finish":
-            session.status = str(record.get("status"))
+            run.status = str(record.get("status"))
     run.metrics = {name: dict(sorted(v.items())) for name, v in run.metrics.items() if v}
     run.texts = {name: dict(sorted(t.items())) for name, t in run.texts.items() if t}
-    return run if run.sessions else None
+    return run if run.num_sessions else None
 
 
-def _take_metrics(run: Run, session: Session, step: int, logged: Mapping[str, Any]) -> None:
+def _take_metrics(run: Run, step: int, logged: Mapping[str, Any]) -> None:
     values = {n: float(v) for n, v in logged.items() if type(v) in (int, float)}
-    if STEP_METRIC in values:
-        if session.steps == 0:
-            _forget_after(run, step)
-        session.steps += 1
-        clock = values.get(CLOCK, 0.0)
-        before = run.metrics.get(CLOCK, {}).get(step - 1, clock if step else 0.0)
-        session.training_seconds += clock - before
-    session.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
+    if CLOCK in values:
+        start = values[CLOCK] if step else 0.0  # where the step before is not known
+        run.training_seconds += values[CLOCK] - run.metrics.get(CLOCK, {}).get(step - 1, start)
+    run.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
     for name, value in values.items():
         run.metrics.setdefault(name, {})[step] = value
 
@@ -211,7 +202,7 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     while ancestors := [run for run in known if _is_ancestor(run, chosen)]:
         chosen += ancestors
     loaded = [load_run(home, run.tag) for run in chosen]
-    return sorted(loaded, key=lambda run: (STAGES.index(run.stage), run.sessions[0].start))
+    return sorted(loaded, key=lambda run: (STAGES.index(run.stage), run.start))
 
 
 def _is_ancestor(run: Run, chosen: list[Run]) -> bool:

@@ -82,6 +82,15 @@ def test_a_curve_with_an_axis_of_its_own() -> None:
     assert y0 < y1
 
 
+def test_the_legend_names_what_has_a_name() -> None:
+    points: list[tuple[float, float]] = [(0, 1), (1, 2)]
+    text = draw(Lines("t", "", [Series("", points), Series("a", points), Series("b", points)]))
+    assert ">a<" in text
+    assert ">b<" in text
+    assert "_child" not in text
+    assert ">a<" not in draw(Lines("t", "", [Series("", points), Series("a", points)]))
+
+
 def test_a_second_scale_of_the_same_curve() -> None:
     chart = Lines("t", "step", [Series("", [(0, 100), (1, 200)])], "", "%", 0.5, from_zero=True)
     assert {">200<", ">100<", ">%<"} <= set(re.findall(r">[^<>\s]+<", draw(chart)))

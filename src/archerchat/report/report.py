@@ -101,8 +101,7 @@ def build_training_report(
         "training.md",
         version=__version__,
         title=runs[-1].model_tag,
-        stages=list(dict.fromkeys(run.stage for run in runs)),
-        end=max(session.end for run in runs for session in run.sessions),
+        end=max(run.end for run in runs),
         runs=runs,
         counts=count_parameters(model) if model else None,
         tokens={run.tag: n for run in runs if (n := run.last("train/tokens"))},
@@ -119,9 +118,7 @@ def build_training_report(
         spent=_spendings(runs, results, prices),
         prices=prices.per_hour(find_gpu(runs[0].device))[1],
         environment=_environment(runs),
-        configuration=lambda run: json.dumps(
-            run.setting(), indent=2, ensure_ascii=False, default=str
-        ),
+        configuration=lambda run: json.dumps(run.config, indent=2, default=str),
         run_charts=run_charts,
         bars=result_chart,
     )
@@ -185,12 +182,9 @@ def _spendings(runs: Sequence[Run], results: Sequence[Result], prices: Prices) -
 
     rows = []
     for run in runs:
-        training = sum(session.training_seconds for session in run.sessions)
-        evaluating = sum(session.eval_seconds for session in run.sessions)
         # A session's first record is written after its model is built.
-        wall = sum(session.end - session.start for session in run.sessions)
-        other = max(0.0, wall - training - evaluating)
-        rows.append(spending(run.tag, run, training, evaluating, other))
+        other = max(0.0, run.wall_seconds - run.training_seconds - run.eval_seconds)
+        rows.append(spending(run.tag, run, run.training_seconds, run.eval_seconds, other))
     for result in results:
         own = [r for r in runs if (r.stage, r.model_tag) == (result.stage, result.tag)]
         seconds = sum(task.seconds for task in result.tasks)
@@ -203,7 +197,7 @@ def _environment(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Return a table of what is known of where and how each run ran."""
     columns: list[dict[str, Any]] = []
     for run in runs:
-        facts = {"host": run.sessions[-1].host}
+        facts = {"host": run.host}
         for group in ("environment", "hardware"):
             facts |= run.setting(group) or {}
         facts |= {name: run.setting(name) for name in ("attention", "compile")}

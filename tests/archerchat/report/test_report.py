@@ -15,14 +15,14 @@ from archerchat.home import Home
 from archerchat.planning.gpus import Prices
 from archerchat.report.charts import Chart
 from archerchat.report.document import Document, printable
-from archerchat.report.results import load_results
-from archerchat.report.runs import load_run
-from archerchat.report.training_report import (
+from archerchat.report.report import (
     build_training_report,
     gather,
     result_chart,
     run_charts,
 )
+from archerchat.report.results import load_results
+from archerchat.report.runs import load_run
 
 HOSTILE = (
     "</pre><script>alert(1)</script> | `` ```` \x00 [x](javascript:1) <img src=x onerror=y>\ud800"
