@@ -56,7 +56,9 @@ def test_every_flag_of_every_command_has_help(
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
     for field in dataclasses.fields(config):
-        shown = {"dial": "depth", "telemetry": "push_checkpoints"}.get(field.name, field.name)
+        shown = {"dial": "depth", "telemetry": "push_checkpoints", "prices": "price_per_kwh"}.get(
+            field.name, field.name
+        )
         assert f"--{shown.replace('_', '-')}" in output or shown.upper() in output
 
 
