@@ -90,9 +90,10 @@ class Document:
         ):
             body = re.sub(pattern, replacement, body, flags=re.DOTALL)
         links = (f'<a href="#{_anchor(unescape(title))}">{title}</a>' for title in titles)
+        body = body.replace("</p>", f"</p>\n<nav>{' '.join(links)}</nav>", 1)  # under the title
         title = escape(printable(unescape(re.findall(r"<h1>(.*?)</h1>", body)[0])))
         page = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
-        return page.substitute(title=title, links="\n".join(links), body=body)
+        return page.substitute(title=title, body=body)
 
     def write(self, directory: Path) -> tuple[Path, Path]:
         """Replace `directory` by the report; return the page and the Markdown."""

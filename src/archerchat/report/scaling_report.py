@@ -189,9 +189,11 @@ def _charts(runs: Sequence[SizedRun], fit: Fit, metric: str) -> list[Lines]:
         mine = [(run.tokens, run.loss) for run in runs if run.parameters == size]
         series.append(Series("", curve, "dashed", color))
         series.append(Series(compact(size), mine, "dots", color))
-    best = [(c, float(fit.law.predict(*optimal_split(fit.law, c)))) for c in flops]
-    frontier = Series("best split", best, "dashed", color=1)
+    over_compute = [dots]
+    if min(fit.law.exponents) > 0:
+        best = [(c, float(fit.law.predict(*optimal_split(fit.law, c)))) for c in flops]
+        over_compute.insert(0, Series("best split", best, "dashed", color=1))
     return [
         chart("by parameters", "tokens", *series),
-        chart("against compute", "FLOPs", frontier, dots),
+        chart("against compute", "FLOPs", *over_compute),
     ]

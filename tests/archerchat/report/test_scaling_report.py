@@ -70,3 +70,14 @@ def test_losses_that_rise_are_said_to() -> None:
     runs = [replace(sized(10**7 * 3**i, 1e9), loss=1.0 + i) for i in range(3)]
     text = build_scaling_report(runs, fit_runs(runs), "val/bpb").markdown
     assert "do not show loss falling" in text
+
+
+def test_a_law_that_rises_with_one_size_has_no_best_split() -> None:
+    sizes = [(n, d) for n in (10**7, 10**8, 10**9) for d in (1e9, 4e9, 2e10)]
+    runs = [replace(sized(n, d), loss=1 + n**0.1 + 400 / d**0.28) for n, d in sizes]
+    fit = fit_runs(runs)
+    assert fit.both
+    assert fit.law.exponents[0] < 0
+    text = build_scaling_report(runs, fit, "val/bpb").markdown
+    assert "do not show loss falling" in text
+    assert "has no best split" in text
