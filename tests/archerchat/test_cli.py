@@ -49,6 +49,7 @@ GROUPS = {
     "corpus": "val_fraction",
     "sampling": "temperature",
     "runtime": "device",
+    "prices": "price_per_kwh",
 }
 """One flag of each group of flags, by the name of its field."""
 
