@@ -16,12 +16,12 @@ from endlex.client.journal_writer import Journal
 from endlex.client.values import (
     MetricKeys,
     RunConfig,
+    accepted_name,
     as_config,
     as_list,
     checked_step,
     encode_members,
     plain,
-    tidy_name,
 )
 from endlex.client.warning import warn
 from endlex.protocol import (
@@ -173,7 +173,10 @@ class Run:
         """Record a text or a table."""
         if self._journal is None or self._is_over():
             return
-        head = {"step": self._number(step, after=0), "name": tidy_name(name, what, self._refuse)}
+        head = {
+            "step": self._number(step, after=0),
+            "name": accepted_name(name, what, self._refuse),
+        }
         try:
             self._journal.append(kind, head | dict(content))
         except (EndlexError, OSError) as error:

@@ -27,18 +27,23 @@ class MetricKeys(dict[str, str]):
         self.refuse = refuse
 
     def __missing__(self, name: str) -> str:
-        good = tidy_name(name, "metric name", self.refuse)
+        good = accepted_name(name, "metric name", self.refuse)
         self[name] = key = json.dumps(good, ensure_ascii=False) + ":"
         return key
 
 
-def tidy_name(name: Any, what: str, refuse: Refuse) -> str:
+def tidy_name(name: Any, default: str) -> str:
+    """Make a name printable and short enough, as `protocol.check_name` wants it."""
+    text = "".join(c if c.isprintable() else "_" for c in str(name))
+    return text.strip()[:MAX_NAME_CHARS] or default
+
+
+def accepted_name(name: Any, what: str, refuse: Refuse) -> str:
     """Return `name`, or the nearest good name after telling `refuse` what is wrong with it."""
     try:
         return check_name(name, what)
     except EndlexError as error:
-        good = "".join(c if c.isprintable() else "_" for c in str(name)).strip()[:MAX_NAME_CHARS]
-        good = good or "unnamed"
+        good = tidy_name(name, "unnamed")
         refuse(str(name), EndlexError(f"{error}; it is recorded as {good!r}"))
         return good
 
@@ -106,6 +111,9 @@ class RunConfig(dict[str, Any]):
     def __ior__(self, other: Any) -> RunConfig:  # type: ignore[override, misc]
         self.update(other)
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # a copy is another one's
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Do what `dict.setdefault` does."""
