@@ -256,13 +256,13 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ntfy", help="URL of an ntfy topic that gets each alert as text")
     parser.add_argument(
         "--stall-minutes",
-        type=_number(float, 0.01, 1e9),
+        type=_number(float, 1e-9),
         default=10.0,
         help="silence that is an alert (10)",
     )
     parser.add_argument(
         "--min-free-gb",
-        type=_number(float, 0.01, 1e9),
+        type=_number(float, 1e-9),
         help="disk that uploads leave free (1, or 2 %% of the disk)",
     )
 
