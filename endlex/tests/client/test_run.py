@@ -264,6 +264,7 @@ def test_texts_and_tables_have_limits(run: endlex.Run, capsys: pytest.CaptureFix
     assert "row 1 of table 't' has 1 values for 2 columns" in capsys.readouterr().err
     run.log_table("large", ["a"], [["x" * MAX_BATCH_BYTES]])
     assert "log less at once" in capsys.readouterr().err
+    run.log_table("no rows", ["a"], 3)  # type: ignore[arg-type]
     run.log_table("u", "a", [[math.inf], (Path("x"),)], step=2)
     tables = of_type(run, "table")
     assert [table["rows"] for table in tables] == [[[1, 2]], [["Infinity"], ["x"]]]

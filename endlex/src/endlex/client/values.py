@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
@@ -134,8 +133,9 @@ def _members(value: Any) -> dict[Any, Any] | None:
     """What an object with named members holds: a mapping, a dataclass, a namespace; else None."""
     if isinstance(value, Mapping):
         return dict(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    fields = getattr(type(value), "__dataclass_fields__", None)  # importing dataclasses takes long
+    if fields is not None:
+        return {name: getattr(value, name) for name in fields}
     if type(value).__name__ in ("Namespace", "SimpleNamespace"):
         return dict(vars(value))
     return None
