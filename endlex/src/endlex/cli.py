@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
+from endlex.client.warning import replace_unencodable
 from endlex.protocol import SCOPES, EndlexError
 
 Add = Callable[[argparse.ArgumentParser], None]
@@ -28,9 +29,7 @@ RUN_HELP = "a run's directory here, or its id, name or project/name on the serve
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal cannot show is replaced
-            stream.reconfigure(errors="replace")
+    replace_unencodable()
     words = list(sys.argv[1:] if argv is None else argv)
     options = vars(build_parser().parse_args(_join_sort(words)))
     module, function = options.pop("command_function").split(":")
@@ -100,36 +99,22 @@ def _add_group(
         _add_command(group, *member)
 
 
-def _at_least(smallest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        number = int(text)
-        if number < smallest:
-            raise argparse.ArgumentTypeError(f"{text} is below {smallest}")
+def _number(
+    kind: Callable[[str], Any], smallest: float, largest: float = inf
+) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        number = kind(text)
+        if not smallest <= number <= largest:
+            bounds = f"from {smallest:g}" + (f" to {largest:g}" if largest < inf else "")
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
         return number
 
-    parse.__name__ = "whole number"
+    parse.__name__ = "number"
     return parse
 
 
-def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
-    return number
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0.1 <= number <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 86400")
-    return number
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return number
+def _at_least(smallest: int) -> Callable[[str], Any]:
+    return _number(int, smallest)
 
 
 def _url(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +154,9 @@ def _watch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric", action="append", default=[], help="plot this one; may be repeated"
     )
-    parser.add_argument("--every", type=_seconds, default=2.0, help="seconds between looks (2)")
+    parser.add_argument(
+        "--every", type=_number(float, 0.1, 86_400), default=2.0, help="seconds between looks (2)"
+    )
     parser.add_argument("--once", action="store_true", help="look once and end")
     _url(parser)
 
@@ -254,7 +241,12 @@ def _export(parser: argparse.ArgumentParser) -> None:
 
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=_port, default=None, help="default 8817; 0 takes a free one")
+    parser.add_argument(
+        "--port",
+        type=_number(int, 0, 65_535),
+        default=None,
+        help="default 8817; 0 takes a free one",
+    )
     _data(parser)
     parser.add_argument(
         "--public", action="store_true", help="ask everyone for a token; needed beyond loopback"
@@ -263,11 +255,14 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alert-webhook", help="a URL that gets each alert as JSON")
     parser.add_argument("--ntfy", help="URL of an ntfy topic that gets each alert as text")
     parser.add_argument(
-        "--stall-minutes", type=_positive, default=10.0, help="silence that is an alert (10)"
+        "--stall-minutes",
+        type=_number(float, 1e-9),
+        default=10.0,
+        help="silence that is an alert (10)",
     )
     parser.add_argument(
         "--min-free-gb",
-        type=_positive,
+        type=_number(float, 1e-9),
         help="disk that uploads leave free (1, or 2 %% of the disk)",
     )
 

@@ -4,7 +4,8 @@ A run's directory holds one journal file a session (a process that writes), and 
 file of JSON lines. Each record is one object with `type`, `session`, `seq` (0, 1, 2, ... within
 the session) and `time` (Unix seconds); the other keys depend on the type:
 
-    session     protocol, run, project, name, config, tags, group, notes, host, pid, rank, kind
+    session     protocol, run, project, name, config, tags, group, notes, host, pid,
+                process, rank, kind
     config      config: keys that were set or changed since, with their values
     metrics     step, values {name: number}
     text        step, name, text

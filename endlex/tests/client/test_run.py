@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import math
 import os
@@ -191,6 +192,7 @@ def test_what_changes_in_the_configuration_is_recorded(tmp_path: Path) -> None:
     run.config["depth"] = 4
     run.config.update({"lr": 0.2, "depth": 4}, allow_val_change=True)
     run.config |= {"seed": 1}
+    copy.deepcopy(run.config)["depth"] = 5
     run.config["optim"]["betas"][0] = 0.8
     run.finish()
     assert [record["config"] for record in of_type(run, "config")] == [
@@ -262,6 +264,7 @@ def test_texts_and_tables_have_limits(run: endlex.Run, capsys: pytest.CaptureFix
     assert "row 1 of table 't' has 1 values for 2 columns" in capsys.readouterr().err
     run.log_table("large", ["a"], [["x" * MAX_BATCH_BYTES]])
     assert "log less at once" in capsys.readouterr().err
+    run.log_table("no rows", ["a"], 3)  # type: ignore[arg-type]
     run.log_table("u", "a", [[math.inf], (Path("x"),)], step=2)
     tables = of_type(run, "table")
     assert [table["rows"] for table in tables] == [[[1, 2]], [["Infinity"], ["x"]]]

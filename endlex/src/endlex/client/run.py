@@ -16,12 +16,12 @@ from endlex.client.journal_writer import Journal
 from endlex.client.values import (
     MetricKeys,
     RunConfig,
+    accepted_name,
     as_config,
     as_list,
     checked_step,
     encode_members,
     plain,
-    tidy_name,
 )
 from endlex.client.warning import warn
 from endlex.protocol import (
@@ -101,7 +101,7 @@ class Run:
         return self._journal.session if self._journal else ""
 
     def log(
-        self, values: Mapping[str, Any], *, step: int | None = None, commit: bool = True
+        self, values: Mapping[str, Any], *, step: int | None = None, commit: bool | None = None
     ) -> None:
         """Record metrics of one step; a later value of the same metric and step replaces it.
 
@@ -124,7 +124,7 @@ class Run:
                     members += encode_members(keys, name, value)
             with journal.lock:
                 number = self._number(step)
-                self._last_step = number if commit else number - 1
+                self._last_step = number - 1 if commit is False else number
                 journal.append_members(
                     METRICS, f',"step":{number},"values":{{{",".join(members)}}}'
                 )
@@ -158,13 +158,18 @@ class Run:
             rows: one value per column; what JSON cannot hold is kept as its `str`. Rows of another
                 length are left out.
         """
-        columns, kept = [str(column) for column in as_list(columns)], []
-        for number, row in enumerate(map(list, rows)):
-            if len(row) == len(columns):
-                kept.append(row)
-                continue
-            has = f"has {len(row)} values for {len(columns)} columns"
-            self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
+        kept = []
+        try:
+            columns = [str(column) for column in as_list(columns)]
+            for number, row in enumerate(map(list, rows)):
+                if len(row) == len(columns):
+                    kept.append(row)
+                    continue
+                has = f"has {len(row)} values for {len(columns)} columns"
+                self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
+        except TypeError as error:
+            self._refuse(name, error)
+            return
         self._record(TABLE, "table name", name, step, {"columns": columns, "rows": kept})
 
     def _record(
@@ -173,7 +178,10 @@ class Run:
         """Record a text or a table."""
         if self._journal is None or self._is_over():
             return
-        head = {"step": self._number(step, after=0), "name": tidy_name(name, what, self._refuse)}
+        head = {
+            "step": self._number(step, after=0),
+            "name": accepted_name(name, what, self._refuse),
+        }
         try:
             self._journal.append(kind, head | dict(content))
         except (EndlexError, OSError) as error:
@@ -264,13 +272,16 @@ class Run:
             return
         self._record_config()
         self._finished = True
-        self._journal.append(FINISH, {"status": status})
+        try:
+            self._journal.append(FINISH, {"status": status})
+            self._journal.close()
+        except (EndlexError, OSError) as error:
+            self._refuse("finish", error)
         if self.refused:
             names = ", ".join(
                 f"{name[:40]!r} ({count:,})" for name, count in self.refused.most_common(5)
             )
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
-        self._journal.close()
         exits.forget(self)
         if self._online and not self._journal.inherited and self.directory is not None:
             from endlex.client.shipping import wait_until_shipped

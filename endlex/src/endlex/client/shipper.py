@@ -36,6 +36,7 @@ from endlex.client.shipping import (
 from endlex.client.stopping import Stop
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
 from endlex.client.transport import Retry, Transport
+from endlex.client.warning import replace_unencodable
 from endlex.protocol import EndlexError
 
 POLL_SECONDS = 0.5
@@ -171,6 +172,7 @@ def _reported(directory: Path, url: str) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Ship the directory that is named; the exit status is 1 if that cannot begin."""
+    replace_unencodable()  # in the log
     directory = Path(arguments[0])
     url = server_url()
     if url is None:

@@ -61,55 +61,25 @@ def sync_directory(
             refuses something, or a checkpoint can never be published. The rest is sent first.
         Retry: the server could not be reached for too long.
     """
-    owner = require_run_file(directory)
+    run = require_run_file(directory)["run"]
     had_shipper, lock = _take_over(directory)
-    journals = JournalShipper(directory, owner["run"], transport)
-    patient = _Patience(patience)
-    failed: dict[str, str] = {}
+    sync = _Sync(directory, run, transport, progress, patience)
     try:
         with holding(lock):
             try:
                 if resend:
-                    _renew_differing(directory, owner["run"], transport)
-                _send_journals(directory, journals, progress, patient)
-                failed = _send_checkpoints(
-                    directory, owner["run"], transport, progress, patient, drop_failed
-                )
+                    sync.renew_differing()
+                sync.send_journals()
+                sync.send_checkpoints(drop_failed)
             finally:
-                _publish(directory, transport, journals, failed)
+                sync.publish()
     finally:
-        if had_shipper and journals.has_live_trainer():
+        if had_shipper and sync.journals.has_live_trainer():
             start_shipper(directory, url=transport.url)
-    errors = [s.error for s in journals.sessions.values() if s.error]
-    errors += [f"checkpoint {name}: {error}" for name, error in failed.items()]
+    errors = [s.error for s in sync.journals.sessions.values() if s.error]
+    errors += [f"checkpoint {name}: {error}" for name, error in sync.failed.items()]
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
-
-
-def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
-    for path in session_files(directory):
-        try:
-            SessionSync(run, path, transport).ask()
-        except SessionDiffers:
-            if not writer_is_alive(path):
-                renew_session(path)
-
-
-def _publish(
-    directory: Path, transport: Transport, journals: JournalShipper, failed: dict[str, str]
-) -> None:
-    """Leave behind how far this came, as a shipper does."""
-    checkpoints = {
-        name: {"state": "failed", "error": error, "done_bytes": 0, "total_bytes": 0}
-        for name, error in failed.items()
-    }
-    content = {
-        "url": transport.url,
-        "error": None,
-        "sessions": journals.states(),
-        "checkpoints": checkpoints,
-    }
-    write_state(directory, DONE, content)
 
 
 def _take_over(directory: Path) -> tuple[bool, IO[str]]:
@@ -123,92 +93,101 @@ def _take_over(directory: Path) -> tuple[bool, IO[str]]:
     raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
 
 
-class _Patience:
-    """Waits after faults, until there was no progress for too long."""
+class _Sync:
+    """One directory on its way."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._backoff = seconds, Backoff(longest=5.0)
-        self.progressed()
+    def __init__(
+        self,
+        directory: Path,
+        run: str,
+        transport: Transport,
+        progress: SyncProgress,
+        patience: float,
+    ) -> None:
+        self._directory, self._run, self._transport = directory, run, transport
+        self._progress, self._patience = progress, patience
+        self.journals = JournalShipper(directory, run, transport)
+        self.failed: dict[str, str] = {}
+        """Checkpoints that cannot be sent, with the reason."""
+        self._backoff = Backoff(longest=5.0)
+        self._progressed()
 
-    def progressed(self) -> None:
+    def _progressed(self) -> None:
         self._backoff.reset()
-        self._deadline = time.monotonic() + self._seconds
+        self._deadline = time.monotonic() + self._patience
 
-    def wait(self, error: Retry) -> None:
+    def _wait(self, error: Retry) -> None:
+        """Wait after a fault, or raise it when there was no progress for too long."""
         seconds = self._backoff.wait(error)
         if time.monotonic() + seconds > self._deadline:
             raise error
         time.sleep(seconds)
 
+    def renew_differing(self) -> None:
+        """Give journals that differ from the server's copies another session id."""
+        for path in session_files(self._directory):
+            try:
+                SessionSync(self._run, path, self._transport).ask()
+            except SessionDiffers:
+                if not writer_is_alive(path):
+                    renew_session(path)
 
-def _send_journals(
-    directory: Path, journals: JournalShipper, progress: SyncProgress, patient: _Patience
-) -> None:
-    targets = {path.stem: content_length(path) for path in session_files(directory)}
-    before = -1
-    while True:
-        try:
-            journals.tick()
-        except Retry as error:
-            patient.wait(error)
-            continue
-        sessions = journals.sessions.values()
-        done = sum(s.sync.acknowledged or 0 for s in sessions)
-        if done != before:
-            before = done
-            patient.progressed()
-        progress("journal", done, max(done, sum(targets.values())))
-        if all(s.error or _is_sent(s, targets.get(s.sync.session, 0)) for s in sessions):
-            return
+    def send_journals(self) -> None:
+        """Send every journal up to where it ends now."""
+        targets = {path.stem: content_length(path) for path in session_files(self._directory)}
+        before = -1
+        while True:
+            try:
+                self.journals.tick()
+            except Retry as error:
+                self._wait(error)
+                continue
+            sessions = self.journals.sessions.values()
+            done = sum(s.sync.acknowledged or 0 for s in sessions)
+            if done != before:
+                before = done
+                self._progressed()
+            self._progress("journal", done, max(done, sum(targets.values())))
+            if all(s.error or _is_sent(s, targets.get(s.sync.session, 0)) for s in sessions):
+                return
+
+    def send_checkpoints(self, drop_failed: bool) -> None:
+        """Send what is staged."""
+        drop_replaced(self._directory)
+        for name in staged_names(self._directory):
+            try:
+                self._send_checkpoint(name)
+            except Retry:
+                raise
+            except (EndlexError, OSError) as error:
+                if drop_failed and isinstance(error, CheckpointFailed):
+                    give_up(self._directory, name, str(error))
+                else:
+                    self.failed[name] = str(error)
+
+    def _send_checkpoint(self, name: str) -> None:
+        def report(done: int, total: int) -> None:
+            self._progressed()
+            self._progress(name, done, total)
+
+        while True:
+            try:
+                send_staged(self._directory, self._run, name, self._transport, progress=report)
+                return
+            except Retry as error:
+                self._wait(error)
+
+    def publish(self) -> None:
+        """Leave behind how far this came, as a shipper does."""
+        checkpoints = {
+            name: {"state": "failed", "error": error, "done_bytes": 0, "total_bytes": 0}
+            for name, error in self.failed.items()
+        }
+        content = {"url": self._transport.url, "error": None, "checkpoints": checkpoints}
+        write_state(self._directory, DONE, content | {"sessions": self.journals.states()})
 
 
 def _is_sent(session: Session, target: int) -> bool:
     """Whether the server has what was there, and of a session that is over how it ended."""
     has_all = (session.sync.acknowledged or 0) >= target
     return session.done or (has_all and writer_is_alive(session.sync.path))
-
-
-def _send_checkpoints(
-    directory: Path,
-    run: str,
-    transport: Transport,
-    progress: SyncProgress,
-    patient: _Patience,
-    drop_failed: bool,
-) -> dict[str, str]:
-    """Send what is staged; what cannot be sent, with the reason."""
-    failed = {}
-    drop_replaced(directory)
-    for name in staged_names(directory):
-        try:
-            _send_checkpoint(directory, run, name, transport, progress, patient)
-        except Retry:
-            raise
-        except CheckpointFailed as error:
-            if drop_failed:
-                give_up(directory, name, str(error))
-            else:
-                failed[name] = str(error)
-        except (EndlexError, OSError) as error:
-            failed[name] = str(error)
-    return failed
-
-
-def _send_checkpoint(
-    directory: Path,
-    run: str,
-    name: str,
-    transport: Transport,
-    progress: SyncProgress,
-    patient: _Patience,
-) -> None:
-    def report(done: int, total: int) -> None:
-        patient.progressed()
-        progress(name, done, total)
-
-    while True:
-        try:
-            send_staged(directory, run, name, transport, progress=report)
-            return
-        except Retry as error:
-            patient.wait(error)

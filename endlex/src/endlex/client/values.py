@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
@@ -27,18 +26,23 @@ class MetricKeys(dict[str, str]):
         self.refuse = refuse
 
     def __missing__(self, name: str) -> str:
-        good = tidy_name(name, "metric name", self.refuse)
+        good = accepted_name(name, "metric name", self.refuse)
         self[name] = key = json.dumps(good, ensure_ascii=False) + ":"
         return key
 
 
-def tidy_name(name: Any, what: str, refuse: Refuse) -> str:
+def tidy_name(name: Any, default: str) -> str:
+    """Make a name printable and short enough, as `protocol.check_name` wants it."""
+    text = "".join(c if c.isprintable() else "_" for c in str(name))
+    return text.strip()[:MAX_NAME_CHARS] or default
+
+
+def accepted_name(name: Any, what: str, refuse: Refuse) -> str:
     """Return `name`, or the nearest good name after telling `refuse` what is wrong with it."""
     try:
         return check_name(name, what)
     except EndlexError as error:
-        good = "".join(c if c.isprintable() else "_" for c in str(name)).strip()[:MAX_NAME_CHARS]
-        good = good or "unnamed"
+        good = tidy_name(name, "unnamed")
         refuse(str(name), EndlexError(f"{error}; it is recorded as {good!r}"))
         return good
 
@@ -107,6 +111,9 @@ class RunConfig(dict[str, Any]):
         self.update(other)
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # a copy is another one's
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Do what `dict.setdefault` does."""
         if key not in self:
@@ -126,8 +133,9 @@ def _members(value: Any) -> dict[Any, Any] | None:
     """What an object with named members holds: a mapping, a dataclass, a namespace; else None."""
     if isinstance(value, Mapping):
         return dict(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    fields = getattr(type(value), "__dataclass_fields__", None)  # importing dataclasses takes long
+    if fields is not None:
+        return {name: getattr(value, name) for name in fields}
     if type(value).__name__ in ("Namespace", "SimpleNamespace"):
         return dict(vars(value))
     return None

@@ -1,8 +1,9 @@
-"""What the client says in the trainer's process: a line on stderr, which never raises."""
+"""What is said on stderr and stdout, so that saying it never stops anything."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from functools import cache
 
@@ -17,3 +18,10 @@ def warn(message: str) -> None:
 def warn_once(message: str) -> None:
     """Print a line, once per process."""
     warn(message)
+
+
+def replace_unencodable() -> None:
+    """Let stdout and stderr show another character for one that they cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

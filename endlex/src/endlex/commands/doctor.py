@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,9 @@ class Finding:
     message: str
 
 
+ok, note, fault = (partial(Finding, state) for state in ("ok", "note", "fault"))
+
+
 def doctor(directories: Sequence[Path], url: str | None, as_json: bool) -> int:
     """Run every check; 1 when one of them found a fault."""
     findings = [*_versions(), *_libraries(), *_server(url), *_disk(), *_journals(directories, url)]
@@ -60,7 +64,7 @@ def _versions() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         version = "not installed as a package"
     python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    yield Finding("ok", "version", f"endlex {version}, protocol {PROTOCOL}; {python}")
+    yield ok("version", f"endlex {version}, protocol {PROTOCOL}; {python}")
 
 
 def _libraries() -> Iterator[Finding]:
@@ -68,28 +72,21 @@ def _libraries() -> Iterator[Finding]:
     if missing:
         names = ", ".join(SYSTEM_LIBRARIES[name] for name in missing)
         what = "GPU figures" if missing == ["pynvml"] else "some system figures"
-        yield Finding(
-            "note", "system", f"no {names}: {what} are not recorded; pip install 'endlex[system]'"
-        )
+        yield note("system", f"no {names}: {what} are not recorded; pip install 'endlex[system]'")
     else:
-        yield Finding("ok", "system", "psutil and nvidia-ml-py are here")
+        yield ok("system", "psutil and nvidia-ml-py are here")
     if importlib.util.find_spec("plotext") is None:
-        yield Finding(
-            "note",
-            "watch",
-            "no plotext: `endlex watch` prints lines only; pip install 'endlex[watch]'",
+        yield note(
+            "watch", "no plotext: `endlex watch` prints lines only; pip install 'endlex[watch]'"
         )
     else:
-        yield Finding("ok", "watch", "plotext is here")
+        yield ok("watch", "plotext is here")
     if importlib.util.find_spec("endlex.server") is None:
-        yield Finding(
-            "note", "serve", "only the client is here; pip install 'endlex[server]' for the server"
-        )
+        yield note("serve", "only the client is here; pip install 'endlex[server]' for the server")
         return
     absent = [name for name in SERVER_LIBRARIES if importlib.util.find_spec(name) is None]
     if absent:
-        yield Finding(
-            "note",
+        yield note(
             "serve",
             f"no {', '.join(absent)}: this machine cannot be the "
             "server; pip install 'endlex[server]' if it should",
@@ -98,22 +95,19 @@ def _libraries() -> Iterator[Finding]:
     pages = importlib.import_module("endlex.server.pages")
     assets = pages.missing_assets()
     if assets:
-        yield Finding(
-            "fault",
+        yield fault(
             "serve",
             f"the dashboard's charts lack {', '.join(assets)}: install "
             "endlex again where the build can reach npm's registry, or from a wheel",
         )
     else:
-        yield Finding("ok", "serve", "the server's packages and the chart library are here")
+        yield ok("serve", "the server's packages and the chart library are here")
 
 
 def _server(url: str | None) -> Iterator[Finding]:
     if not (url or server_url()):
-        yield Finding(
-            "note",
-            "server",
-            "none is set (ENDLEX_URL): runs stay on this machine until `endlex sync`",
+        yield note(
+            "server", "none is set (ENDLEX_URL): runs stay on this machine until `endlex sync`"
         )
         return
     try:
@@ -121,24 +115,25 @@ def _server(url: str | None) -> Iterator[Finding]:
         health = server.get("/health")
         theirs = health["protocol"]
     except EndlexError as error:
-        yield Finding("fault", "server", str(error))
+        yield fault("server", str(error))
         return
     except (KeyError, TypeError):
-        yield Finding("fault", "server", f"{server.url} answers, but not as an Endlex server")
+        yield fault("server", f"{server.url} answers, but not as an Endlex server")
         return
     if theirs != PROTOCOL:
-        yield Finding(
-            "fault",
+        yield fault(
             "server",
             f"{server.url} speaks protocol {theirs}, and this side "
             f"{PROTOCOL}: upgrade the older side",
         )
         return
-    yield Finding("ok", "server", f"{server.url}, endlex {health.get('version')}")
+    yield ok("server", f"{server.url}, endlex {health.get('version')}")
     free = int(health.get("disk_free_bytes", 0))
-    state: Literal["ok", "fault"] = "ok" if free > LITTLE_SPACE else "fault"
-    remedy = "" if state == "ok" else ": free some, or `endlex prune`"
-    yield Finding(state, "server", f"{format_bytes(free)} free on the server's disk{remedy}")
+    said = f"{format_bytes(free)} free on the server's disk"
+    enough = free > LITTLE_SPACE
+    yield (
+        ok("server", said) if enough else fault("server", f"{said}: free some with `endlex prune`")
+    )
     yield from _clock(server)
     yield from _scopes(server)
 
@@ -151,18 +146,17 @@ def _clock(server: Server) -> Iterator[Finding]:
             said = parsedate_to_datetime(answer.headers["Date"]).timestamp()
         after = time.time()
     except (OSError, TypeError, ValueError):
-        yield Finding("note", "clock", "the server's answer has no date to compare with")
+        yield note("clock", "the server's answer has no date to compare with")
         return
     apart = max(0.0, said - after, before - said - 1)
     if apart > CLOCK_SECONDS:
-        yield Finding(
-            "note",
+        yield note(
             "clock",
             f"this machine's and the server's are {apart:,.0f} s apart: "
             "times on charts are this machine's; nothing else depends on them",
         )
     else:
-        yield Finding("ok", "clock", "equal to the server's")
+        yield ok("clock", "equal to the server's")
 
 
 def _scopes(server: Server) -> Iterator[Finding]:
@@ -183,13 +177,12 @@ def _scopes(server: Server) -> Iterator[Finding]:
             if error.status in (401, 403):
                 continue
         except EndlexError as error:
-            yield Finding("fault", "token", str(error))
+            yield fault("token", str(error))
             return
         allowed.append(scope)
     given = "the token" if server_token() else "no token is set, and without one this machine"
     if not allowed:
-        yield Finding(
-            "fault",
+        yield fault(
             "token",
             f"{given} may do nothing there: set ENDLEX_TOKEN or "
             "~/.config/endlex/token to one from `endlex token create`",
@@ -197,14 +190,13 @@ def _scopes(server: Server) -> Iterator[Finding]:
         return
     lacking = [scope for scope in ("write", "checkpoint") if scope not in allowed]
     if lacking:
-        yield Finding(
-            "note",
+        yield note(
             "token",
             f"{given} may {', '.join(allowed)}, not {', '.join(lacking)}: "
             "a box that trains needs write and checkpoint",
         )
     else:
-        yield Finding("ok", "token", f"{given} may {', '.join(allowed)}")
+        yield ok("token", f"{given} may {', '.join(allowed)}")
 
 
 def _disk() -> Iterator[Finding]:
@@ -213,14 +205,13 @@ def _disk() -> Iterator[Finding]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < LITTLE_SPACE:
-        yield Finding(
-            "fault",
+        yield fault(
             "disk",
             f"{format_bytes(free)} free in {folder}: journals and "
             "checkpoints need more; free some, or set ENDLEX_DIR",
         )
     else:
-        yield Finding("ok", "disk", f"{format_bytes(free)} free in {folder}")
+        yield ok("disk", f"{format_bytes(free)} free in {folder}")
 
 
 def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]:
@@ -231,9 +222,8 @@ def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]
             yield from _damage(directory)
             yield _sending(directory, url)
         except (EndlexError, OSError) as error:
-            yield Finding("fault", "journals", str(error))
-    state: Literal["ok", "fault"] = "fault" if known.unreadable else "ok"
-    yield Finding(state, "journals", "; ".join(str(known).splitlines()))
+            yield fault("journals", str(error))
+    yield (fault if known.unreadable else ok)("journals", "; ".join(str(known).splitlines()))
 
 
 def _damage(directory: Path) -> Iterator[Finding]:
@@ -242,7 +232,7 @@ def _damage(directory: Path) -> Iterator[Finding]:
         if lines:
             what = f"{path} has {count(lines, 'damaged line')}"
             remedy = "the disk may be failing; the rest is sent all the same"
-            yield Finding("fault", "journals", f"{what}: {remedy}")
+            yield fault("journals", f"{what}: {remedy}")
 
 
 def _sending(directory: Path, url: str | None) -> Finding:
@@ -250,22 +240,20 @@ def _sending(directory: Path, url: str | None) -> Finding:
     shipper = shipper_process(directory)
     error = read_state(directory).get("error")
     if shipper is not None and error:
-        return Finding("fault", "journals", f"{directory}: its shipper says: {error}")
+        return fault("journals", f"{directory}: its shipper says: {error}")
     if shipper is not None:
-        return Finding(
-            "ok", "journals", f"{directory}: its shipper, {describe(shipper.name)}, sends it"
-        )
+        return ok("journals", f"{directory}: its shipper, {describe(shipper.name)}, sends it")
     try:
         missing = verify_directory(directory, find_transport(url))
     except TransportError:
-        return Finding("note", "journals", f"{directory}: cannot be compared with the server now")
+        return note("journals", f"{directory}: cannot be compared with the server now")
     except EndlexError as reason:
-        return Finding("note", "journals", f"{directory}: not compared with a server: {reason}")
+        return note("journals", f"{directory}: not compared with a server: {reason}")
     if missing:
         remedy = sync_command(directory)
         what = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        return Finding("note", "journals", f"{directory}: {what}: {remedy}")
-    return Finding("ok", "journals", f"{directory}: all of it is on the server")
+        return note("journals", f"{directory}: {what}: {remedy}")
+    return ok("journals", f"{directory}: all of it is on the server")
 
 
 def _damaged_lines(path: Path) -> int:

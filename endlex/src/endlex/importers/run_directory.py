@@ -26,11 +26,11 @@ from endlex.client.disk import fsync
 from endlex.client.journal import session_files
 from endlex.client.registry import register
 from endlex.client.session_sync import renew_session
+from endlex.client.values import tidy_name, to_json
 from endlex.protocol import (
     CONFIG,
     FINISH,
     JOURNAL_DIR,
-    MAX_NAME_CHARS,
     MAX_STEP,
     MAX_TEXT_CHARS,
     METRICS,
@@ -91,11 +91,6 @@ def run_id(source: Source) -> str:
     return hashlib.sha256(f"{source.tool}\0{source.identity}".encode()).hexdigest()[:10]
 
 
-def tidy_name(name: str, default: str) -> str:
-    """Make a name printable and short enough, as `protocol.check_name` wants it."""
-    return "".join(c if c.isprintable() else "_" for c in name).strip()[:MAX_NAME_CHARS] or default
-
-
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Join the keys of nested mappings with "/"."""
     flat: dict[str, Any] = {}
@@ -148,7 +143,7 @@ class RunWriter:
         if kind != TRAINER and TRAINER not in self._files:
             self._begin(TRAINER, {})
         content = self._session_content(kind)
-        digest = hashlib.sha256(json.dumps([content, first], default=str).encode()).hexdigest()
+        digest = hashlib.sha256(to_json({"session": content, "first": first}).encode()).hexdigest()
         # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
         session = f"{max(int(self.source.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
         path = self._building / JOURNAL_DIR / f"{session}.jsonl"
@@ -163,7 +158,7 @@ class RunWriter:
             "run": self.imported.run,
             "project": source.project,
             "name": source.name,
-            "config": _jsonable(source.config) if kind == TRAINER else {},
+            "config": source.config if kind == TRAINER else {},
             "tags": sorted({*source.tags, f"imported:{source.tool}"}),
             "group": source.group,
             "notes": source.notes,
@@ -183,14 +178,14 @@ class RunWriter:
             "seq": self._seq[kind],
             "time": time,
         }
-        line = json.dumps(head | dict(content), ensure_ascii=False, allow_nan=False)
+        line = to_json(head | dict(content))
         self._files[kind].write(line.encode("utf-8", "replace") + b"\n")
         self._seq[kind] += 1
         self.imported.counts[record] += 1
 
     def config(self, time: float, changed: Mapping[str, Any]) -> None:
         """Record what was added to the configuration after the first record."""
-        self._append(TRAINER, CONFIG, time, {"config": _jsonable(changed)})
+        self._append(TRAINER, CONFIG, time, {"config": changed})
 
     def metrics(
         self, step: int, time: float, values: Mapping[str, float], *, system: bool = False
@@ -219,7 +214,7 @@ class RunWriter:
                 "step": step,
                 "name": tidy_name(name, "table"),
                 "columns": columns,
-                "rows": _jsonable(rows),
+                "rows": rows,
             }
             self._append(TRAINER, TABLE, time, content)
 
@@ -287,12 +282,3 @@ def _number(value: float) -> float:
         return float(value) if isinstance(value, bool) or abs(value) > LARGEST_EXACT else value
     except OverflowError:
         return math.inf if value > 0 else -math.inf
-
-
-def _jsonable(value: Any) -> Any:
-    """Replace non-finite floats by their strings, at any depth."""
-    if isinstance(value, float):
-        return encode_number(value)
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    return [_jsonable(item) for item in value] if isinstance(value, list | tuple) else value

@@ -21,8 +21,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from endlex.client.values import tidy_name
 from endlex.importers.protobuf import Message
-from endlex.importers.run_directory import Imported, RunWriter, Source, tidy_name
+from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
 
 LARGEST_EVENT = 2**30

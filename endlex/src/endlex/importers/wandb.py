@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from endlex.client.values import tidy_name
 from endlex.importers.protobuf import Message
-from endlex.importers.run_directory import Imported, RunWriter, Source, flatten, tidy_name
+from endlex.importers.run_directory import Imported, RunWriter, Source, flatten
 from endlex.protocol import EndlexError
 
 MAGIC = b":W&B"
