@@ -57,6 +57,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "commands.tokenizer", "TokenizerEvalConfig", "evaluate", "compare its compression"
         ),
     },
+    "doctor": Command(
+        "commands.doctor", "DoctorConfig", "doctor", "describe this machine and what it lacks"
+    ),
     "plan": Command("commands.plan", "PlanConfig", "plan", "print what a depth will take"),
     "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
     "sft": Command(

@@ -113,6 +113,7 @@ def prepare_process(runtime: Runtime) -> None:
     training step (docs/LOG.md, 2026-11-20).
     """
     if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)  # streams, events and graphs are the current one's
         torch.set_float32_matmul_precision("high")
     elif runtime.device.type == "cpu" and sys.platform == "linux":
         try:
