@@ -25,7 +25,7 @@ mkdir -p "$bundle/shared/oracle/tokenizer"
     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
     --platform manylinux2014_x86_64 --target "$bundle/python$version" \
     tyro docstring-parser typeguard rustbpe rich markdown-it-py mdurl pygments \
-    hypothesis sortedcontainers pytest-timeout
+    hypothesis sortedcontainers pytest-timeout pytest-xdist execnet
 
 for file in model_a.json model_a.safetensors model_a_io.safetensors \
     model_b_gqa.json model_b_gqa.safetensors model_b_gqa_io.safetensors \

@@ -7,6 +7,7 @@ one runs. `benchmarks/gpu.sh` starts this.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -27,6 +28,8 @@ from gpu_common import BUNDLE, CRASHED, DRY_RUN, LENGTH, Rows
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LAST_LINES = 30
+WORKERS = 6
+"""Processes that share the card in the tests."""
 SCALE = 3 if DRY_RUN else 1
 """A rehearsal shares two cores with others."""
 Figures = Mapping[str, Mapping[str, Any]]
@@ -60,7 +63,11 @@ def pytest_words() -> list[str]:
         for path in (ROOT / "tests").rglob("test_*.py")
         if "mark.gpu" in path.read_text(encoding="utf-8") and path.name != "test_gpu_check.py"
     )
-    chosen = ["-m", "not slow and not gpu", "-k", "cpu"] if DRY_RUN else ["-m", "gpu"]
+    chosen = ["-m", "gpu"]
+    if DRY_RUN:
+        chosen = ["-m", "not slow and not gpu", "-k", "cpu and float32"]
+    elif importlib.util.find_spec("xdist") is not None:
+        chosen += ["-n", str(WORKERS), "--dist", "worksteal"]  # each compiles much
     return ["-m", "pytest", "-rfE", "--tb=short", "--color=no", *chosen, *files]
 
 

@@ -55,7 +55,7 @@ class Rows:
         if time.time() > self.until:
             self._add(name, {"error": "no time left"})
             return
-        self._add(name, {"error": "the process died here"})
+        self._add(name, {"error": "the process died here"}, quietly=True)
         started = time.perf_counter()
         try:
             figures = work()
@@ -65,8 +65,9 @@ class Rows:
             sys.exit(CRASHED)
         self._add(name, {**figures, "seconds": round(time.perf_counter() - started, 1)})
 
-    def _add(self, name: str, figures: dict[str, Any]) -> None:
-        print(name, json.dumps(figures), flush=True)
+    def _add(self, name: str, figures: dict[str, Any], quietly: bool = False) -> None:
+        if not quietly:
+            print(name, json.dumps(figures), flush=True)
         with self.path.open("a") as file:
             file.write(json.dumps({"name": name, **figures}) + "\n")
 
@@ -81,9 +82,9 @@ def open_rows() -> tuple[Rows, argparse.Namespace]:
     return Rows(options.rows, options.until), options
 
 
-def start() -> Runtime:
-    """Prepare this process for bfloat16 on the device."""
-    runtime = build_runtime(DEVICE, "bfloat16")
+def start(dtype: str = "bfloat16") -> Runtime:
+    """Prepare this process for the device."""
+    runtime = build_runtime(DEVICE, dtype)
     prepare_process(runtime)
     return runtime
 

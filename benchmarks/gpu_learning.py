@@ -42,6 +42,8 @@ PACKED = BUNDLE / "learning.npz"
 ROWS, LENGTH, ACCUM, STEPS, VALIDATION = 8, 256, 4, 200, 16
 """The golden run's micro-batches, steps and batches of validation."""
 RUN_STEPS, VALIDATED = (2, 1) if DRY_RUN else (STEPS, VALIDATION)
+DTYPE = "float32" if DRY_RUN else "bfloat16"
+"""CPUs without bfloat16 take minutes for a step in it."""
 
 
 def pack(oracle: Path, target: Path) -> None:
@@ -181,7 +183,7 @@ def main() -> None:
         pack(Path(sys.argv[2]), Path(sys.argv[3]))
         return
     rows, _ = open_rows()
-    rows.measure("d4 golden", lambda: learn(start()))
+    rows.measure("d4 golden", lambda: learn(start(DTYPE)))
 
 
 if __name__ == "__main__":

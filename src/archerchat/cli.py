@@ -57,9 +57,6 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "commands.tokenizer", "TokenizerEvalConfig", "evaluate", "compare its compression"
         ),
     },
-    "doctor": Command(
-        "commands.doctor", "DoctorConfig", "doctor", "describe this machine and what it lacks"
-    ),
     "plan": Command("commands.plan", "PlanConfig", "plan", "print what a depth will take"),
     "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
     "sft": Command(
@@ -115,6 +112,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             positional=True,
         ),
     },
+    "doctor": Command(
+        "commands.doctor", "DoctorConfig", "doctor", "describe this machine and what it lacks"
+    ),
 }
 
 

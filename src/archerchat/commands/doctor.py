@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +40,7 @@ class DoctorConfig(DeviceConfig):
 
 
 def doctor(config: DoctorConfig, home: Home) -> None:
-    """Print what `examine` finds.
-
-    Raises:
-        UsageError: the device or dtype is not here.
-    """
+    """Print what `examine` finds; a device or dtype that is not here raises UsageError."""
     report = examine(config, home)
     if config.json:
         print(json.dumps(report))
@@ -66,8 +61,7 @@ def doctor(config: DoctorConfig, home: Home) -> None:
 
 def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:
     """Return each section's facts by name, and under `missing` pairs of a lack and its remedy."""
-    runtime = build_runtime(config.device, config.dtype)
-    environment = describe_environment()
+    runtime, environment = build_runtime(config.device, config.dtype), describe_environment()
     del environment["command"]
     report: dict[str, Any] = {
         "machine": environment | {"driver": _driver(), "compiler": _compiler()},
@@ -77,37 +71,32 @@ def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:
         "packages": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
         "home": _describe_home(home),
     }
-    return report | {"missing": list(_missing(report, runtime))}
+    return report | {"missing": _missing(report, runtime)}
 
 
 def _describe_device(runtime: Runtime) -> dict[str, Any]:
-    device = runtime.device
-    facts: dict[str, Any] = {"name": runtime.device_name, "type": device.type}
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
+    facts: dict[str, Any] = {"name": runtime.device_name, "type": runtime.device.type}
+    if runtime.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(runtime.device)
         gpu = find_gpu(runtime.device_name)
-        published = gpu.flops_per_second(runtime.compute_dtype) if gpu else None
+        published = gpu and gpu.flops_per_second(runtime.compute_dtype)
         facts["capability"] = f"sm{major}{minor}"
         facts["published"] = f"{published / 1e12:.0f} TFLOP/s" if published else None
-        facts["free_bytes"] = torch.cuda.mem_get_info(device)[0]
+        facts["free_bytes"] = torch.cuda.mem_get_info(runtime.device)[0]
     elif "SC_AVPHYS_PAGES" in os.sysconf_names:
         facts["free_bytes"] = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    rate = measure_peak(runtime)
-    product = f"{rate.flops_per_second / 1e12:.3g} TFLOP/s, {'x'.join(map(str, rate.shape))}"
-    return facts | {
-        "memory_bytes": runtime.total_memory_bytes(),
-        "measured_product": f"{product}, {rate.dtype}",
-    }
+    facts["memory_bytes"], rate = runtime.total_memory_bytes(), measure_peak(runtime)
+    product = f"{'x'.join(map(str, rate.shape))} {rate.dtype}"
+    return facts | {"measured": f"{rate.flops_per_second / 1e12:.3g} TFLOP/s, {product}"}
 
 
 def _describe_choices(runtime: Runtime) -> dict[str, str]:
     device, dtype = runtime.device, runtime.compute_dtype
-    backend, reason = choose_backend(device, dtype)
     works = _compiler() and (device.type != "cuda" or _version("triton"))
     plain = "packed bfloat16 matrices" if can_pack(device, dtype) else "plain steps"
     return {
         "dtype": f"{dtype_name(dtype)}: {runtime.dtype_reason}",
-        "attention": f"{backend}: {reason}",
+        "attention": ": ".join(choose_backend(device, dtype)),
         "training": "compiled" if works else "uncompiled: no working compiler",
         "decoding": "CUDA graphs, read one step late" if device.type == "cuda" else plain,
     }
@@ -118,30 +107,27 @@ def _describe_home(home: Home) -> dict[str, Any]:
     facts = {"path": str(home.root), "free_bytes": shutil.disk_usage(existing).free}
     kept = {"data": "*/*.parquet", "tokenizers": "*/tokenizer.json", "checkpoints": "*/*/step_*"}
     for folder, pattern in kept.items():
-        parent = home.root / folder
-        names = {str(path.parent.relative_to(parent)) for path in parent.glob(pattern)}
+        paths = (home.root / folder).glob(pattern)
+        names = {path.parent.relative_to(home.root / folder).as_posix() for path in paths}
         facts[folder] = ", ".join(sorted(names)) or None
     return facts
 
 
-def _missing(report: dict[str, Any], runtime: Runtime) -> Iterator[tuple[str, str]]:
+def _missing(report: dict[str, Any], runtime: Runtime) -> list[tuple[str, str]]:
     machine, packages, home = report["machine"], report["packages"], report["home"]
-    lacks = {name: (f"package {name}", f"pip install {name}") for name in REQUIRED}
-    yield from (lack for name, lack in lacks.items() if packages[name] is None)
-    if machine["driver"] and runtime.device.type == "cpu":
-        yield "a torch that uses the GPU", "bash runs/quickstart.sh, without the present .venv"
-    if machine["compiler"] is None:
-        yield "a C++ compiler, for compiled training", "apt-get install g++"
-    if runtime.device.type == "cuda" and packages["triton"] is None:
-        yield "Triton, for compiled training and fast windows", "pip install triton"
-    if home["free_bytes"] < LEAST_FREE_BYTES:
-        yield "free disk space", f"export ARCHERCHAT_HOME=DIR; it is {home['path']} now"
-    if home["data"] is None:
-        yield "text", "archerchat data build stdlib"
-    if home["tokenizers"] is None:
-        yield "a tokenizer", "archerchat tokenizer train"
-    if home["checkpoints"] is None:
-        yield "a model", "archerchat pretrain --depth 4"
+    blind = machine["driver"] is not None and not torch.cuda.is_available()
+    without_triton = runtime.device.type == "cuda" and packages["triton"] is None
+    checks = [(packages[n] is None, f"package {n}", f"pip install {n}") for n in REQUIRED]
+    checks += [
+        (blind, "a torch that uses the GPU", "bash runs/quickstart.sh, without this .venv"),
+        (machine["compiler"] is None, "a C++ compiler, to compile steps", "apt-get install g++"),
+        (without_triton, "Triton, to compile steps", "pip install triton"),
+        (home["free_bytes"] < LEAST_FREE_BYTES, "free disk space", "export ARCHERCHAT_HOME=DIR"),
+        (home["data"] is None, "text", "archerchat data build stdlib"),
+        (home["tokenizers"] is None, "a tokenizer", "archerchat tokenizer train"),
+        (home["checkpoints"] is None, "a model", "archerchat pretrain --depth 4"),
+    ]
+    return [(what, remedy) for lacking, what, remedy in checks if lacking]
 
 
 def _state(runtime: Runtime, backend: str) -> str:
@@ -163,12 +149,11 @@ def _version(name: str) -> str | None:
 def _driver() -> str | None:
     """Return the version of NVIDIA's driver."""
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    if shutil.which(words[0]) is None:
+    try:
+        return subprocess.check_output(words, text=True, timeout=60).split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
         return None
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    return done.stdout.split("\n")[0] if done.returncode == 0 else None
 
 
 def _compiler() -> str | None:
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return next((name for name in names if name and shutil.which(name)), None)
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")

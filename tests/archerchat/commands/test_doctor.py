@@ -66,7 +66,7 @@ def test_what_is_missing_comes_with_its_command(
     report = examine(ON_CPU, Home(tmp_path))
     remedies = dict(report["missing"])
     assert remedies["package tyro"] == "pip install tyro"
-    assert remedies["a C++ compiler, for compiled training"] == "apt-get install g++"
+    assert remedies["a C++ compiler, to compile steps"] == "apt-get install g++"
     assert "a torch that uses the GPU" in remedies
     assert "ARCHERCHAT_HOME" in remedies["free disk space"]
     assert report["choices"]["training"] == "uncompiled: no working compiler"
