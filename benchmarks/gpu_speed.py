@@ -251,7 +251,7 @@ def split_step(training: Training, runtime: Runtime) -> dict[str, Any]:
     )
     spent["not linked"] = max(0.0, on_device - linked)
     parts = {name: round(ms, 2) for name, ms in sorted(spent.items(), key=lambda x: -x[1])}
-    return {"step_ms": whole, **parts, "gaps": round(whole - max(linked, on_device), 2)}
+    return {"step_ms": whole, **parts, "gaps": round(max(0.0, whole - max(linked, on_device)), 2)}
 
 
 def main() -> None:
