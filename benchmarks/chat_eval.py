@@ -32,9 +32,9 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.tools import spoken_text
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, dtype_name, prepare_process
-from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import text_of
+from archerchat.tasks.generated import ArithmeticTask
 from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer

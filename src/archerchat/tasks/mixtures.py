@@ -8,33 +8,23 @@ taken once; of files, one conversation in twenty is kept back where there is no 
 
 from __future__ import annotations
 
-import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from archerchat.errors import UsageError
 from archerchat.tasks.base import Task, TaskMixture
-from archerchat.tasks.conversation import Conversation
-from archerchat.tasks.generated import check_split
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.identity import default_template, draw_identity, parse_template
+from archerchat.tasks.identity import IdentityTask
 from archerchat.tasks.jsonl import JsonlTask
-from archerchat.tasks.registry import TASKS, build_task
+from archerchat.tasks.registry import TASKS, TaskChoice, build_task, parse_choices
 
 PRESETS = {
     "reference": "SmolTalk,MMLU*3,GSM8K*4,identity*2,SimpleSpelling,SpellingBee",
     "generated": "identity*2,SimpleSpelling,SpellingBee,Arithmetic",
     "none": "",
 }
-IDENTITY = "identity"
-IDENTITY_SIZE = 1000
-IDENTITY_TEST_SIZE = 64
-IDENTITY_VALUES = {"name": "Archer", "creator": "the person who runs me"}
 HELD_BACK = 20
-"""One in so many conversations of files is for validation, where nothing else is."""
-_ENTRY = re.compile(r"([\w-]+)(?::(\d+))?(?:\*(\d+))?")
+"""One conversation in twenty of files is for validation, if nothing else is."""
 
 
 @dataclass(frozen=True)
@@ -54,44 +44,7 @@ class MixtureConfig:
     data_dir: Path | None = None
     """A folder of local files that stands in for the hub's."""
     mixture_seed: int = 42
-    """Of the order of the conversations."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One task of a mixture."""
-
-    name: str
-    size: int | None
-    times: int
-
-
-class IdentityTask(Task):
-    """Conversations drawn from the package's template; the test's are other draws of it.
-
-    Raises:
-        UsageError: the split is neither `train` nor `test`.
-    """
-
-    name = IDENTITY
-
-    def __init__(self, split: str) -> None:
-        check_split(split)
-        self.split = split
-        self._text = default_template()
-        template = parse_template(self._text, IDENTITY_VALUES, "the template")
-        size, seed = (IDENTITY_SIZE, 0) if split == "train" else (IDENTITY_TEST_SIZE, 1)
-        self._conversations = draw_identity(template, size, seed)
-
-    def num_examples(self) -> int:
-        return len(self._conversations)
-
-    def example(self, index: int) -> Conversation:
-        return self._conversations[index]
-
-    def describe(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self._text.encode()).hexdigest()
-        return super().describe() | {"template": digest}
+    """Random seed for the order of the conversations."""
 
 
 def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture, TaskMixture]:
@@ -104,7 +57,7 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     entries = parse_mixture(config.mixture)
     if not entries and not config.jsonl:
         raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
-    # First what is the user's own: a broken line is said before gigabytes are downloaded.
+    # The user's own files first: a broken line is reported before gigabytes are downloaded.
     own: list[Task] = [JsonlTask(path) for path in config.jsonl]
     judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl]
     train = [
@@ -122,35 +75,20 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     )
 
 
-def parse_mixture(text: str) -> list[_Entry]:
+def parse_mixture(text: str) -> list[TaskChoice]:
     """Read a preset's name or a list of tasks.
 
     Raises:
         UsageError: an entry cannot be read, or there is no such task.
     """
-    names = {name.lower(): name for name in (*TASKS, IDENTITY)}
-    entries = []
-    for word in filter(None, PRESETS.get(text, text).replace(" ", "").split(",")):
-        match = _ENTRY.fullmatch(word)
-        size = int(match[2]) if match and match[2] else None
-        times = int(match[3]) if match and match[3] else 1
-        if match is None or size == 0 or times == 0:
-            raise UsageError(
-                f"--mixture: {word!r} cannot be read: write a task's name, then :N for its first "
-                "N examples and *N to count them N times, such as SpellingBee:5000*2"
-            )
-        if match[1].lower() not in names:
-            raise UsageError(
-                f"--mixture: there is no task {match[1]!r}: give {', '.join(PRESETS)}, or a list "
-                f"of {', '.join(names.values())}"
-            )
-        entries.append(_Entry(names[match[1].lower()], size, times))
-    return entries
+    text = PRESETS.get(text, text)
+    flag = f"--mixture, which is {', '.join(PRESETS)}, or a list of tasks"
+    return parse_choices(text, flag, (*TASKS, IdentityTask.name)) if text else []
 
 
-def _build(entry: _Entry, split: str, config: MixtureConfig, files: TaskFiles) -> Task:
+def _build(entry: TaskChoice, split: str, config: MixtureConfig, files: TaskFiles) -> Task:
     train = split == "train"
-    if entry.name != IDENTITY:
+    if entry.name != IdentityTask.name:
         task = build_task(entry.name, split, files)
     elif train and config.identity is not None:
         task = JsonlTask(config.identity)

@@ -118,7 +118,7 @@ def test_the_identity_can_be_one_s_own(nothing: TaskFiles, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ("Arithmetics", "there is no task 'Arithmetics': give reference, generated, none, or a"),
+        ("Arithmetics", "reference, generated, none, or a list of tasks: there is no task 'Arithmetics': choose from"),
         ("Arithmetic:0", "'Arithmetic:0' cannot be read: write a task's name"),
         ("Arithmetic*0", r"'Arithmetic\*0' cannot be read"),
         ("Arithmetic*two", r"'Arithmetic\*two' cannot be read"),
@@ -152,7 +152,7 @@ def test_a_broken_file_of_the_user_is_named_before_anything_is_downloaded(
     own.write_text(own.read_text() + "[\n")
     asked: list[str] = []
     monkeypatch.setattr(
-        "archerchat.training.mixtures.build_task", lambda name, *rest: asked.append(name)
+        "archerchat.tasks.mixtures.build_task", lambda name, *rest: asked.append(name)
     )
     with pytest.raises(DataError, match=r"own\.jsonl:3"):
         build_mixtures(MixtureConfig(mixture="SmolTalk", jsonl=(own,)), nothing)

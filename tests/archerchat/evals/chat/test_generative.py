@@ -23,9 +23,9 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Request
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, assistant, user
+from archerchat.tasks.generated import ArithmeticTask
 
 SCRIPT = (
     "<|assistant_start|>",
