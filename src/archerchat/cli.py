@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         ),
         "info": Command("commands.data", "DataInfoConfig", "info", "print what data is there"),
         "identity": Command(
-            "commands.data_identity",
+            "commands.data",
             "DataIdentityConfig",
             "identity",
             "write conversations in which the assistant says who it is",

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt
-from archerchat.console import PLAIN_LINE_SECONDS, build_console
+from archerchat.console import LiveLine, build_console
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes, write_json
@@ -97,8 +96,8 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
 
     shards_read: list[Path] = []
     started = time.monotonic()
-    progress = _TrainingProgress(console, config.vocab_size - 256 - len(SPECIAL_TOKENS))
-    with progress.bar:
+    with LiveLine(console, "reading") as line:
+        progress = _TrainingProgress(line, config.vocab_size - 256 - len(SPECIAL_TOKENS))
         tokenizer = train_tokenizer(
             _iter_recorded(shards, shards_read),
             config.vocab_size,
@@ -156,29 +155,19 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
 
 
 class _TrainingProgress:
-    """Show how far training is: a live line on a terminal, a plain one now and then elsewhere."""
+    """Say how far training is, and count what it reads."""
 
-    def __init__(self, console: Console, num_merges: int) -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.characters, self._num_merges = 0, num_merges
-        self._task = self.bar.add_task("reading")
-        self._started = self._shown = time.monotonic()
-        self._interval = PLAIN_LINE_SECONDS if self.bar.disable else 0.2
+    def __init__(self, line: LiveLine, num_merges: int) -> None:
+        self.characters, self._line, self._num_merges = 0, line, num_merges
+        self._started = time.monotonic()
 
     def report(self, phase: Phase, characters: int) -> None:
         self.characters = characters
-        now = time.monotonic()
-        if phase == "read" and now - self._shown < self._interval:
-            return
-        self._shown = now
-        rate = characters / max(now - self._started, 1e-9)
-        line = f"read {characters / 1e6:,.1f} M characters at {rate / 1e6:,.2f} M/s"
+        rate = characters / max(time.monotonic() - self._started, 1e-9)
+        text = f"read {characters / 1e6:,.1f} M characters at {rate / 1e6:,.2f} M/s"
         if phase == "merge":
-            line += f", learning {self._num_merges:,} merges"
-        self.bar.update(self._task, description=line)
-        if self.bar.disable:
-            self.bar.console.print(line)
+            text += f", learning {self._num_merges:,} merges"
+        self._line.show(text, always=phase == "merge")
 
 
 def _iter_recorded(shards: Iterable[Path], shards_read: list[Path]) -> Iterator[str]:

@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
+from archerchat.config import DeviceConfig
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.home import Home
 from archerchat.model.attention import choose_backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Linear, Transformer
-from archerchat.runtime import Runtime
+from archerchat.runtime import Runtime, build_runtime, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 
 MIN_PACKED = 64
@@ -42,6 +43,27 @@ class LoadedModel:
     """The checkpoint."""
     step: int
     meta: dict[str, Any]
+
+    @property
+    def tag(self) -> str:
+        """The model's name."""
+        return self.path.parent.name
+
+
+@dataclass(frozen=True)
+class ModelOptions(DeviceConfig):
+    """Options of commands that load a model."""
+
+    model_tag: str | None = None
+    """Name of the model. Defaults to the one saved last."""
+    step: int | None = None
+    """Step of the checkpoint to load. Defaults to the latest."""
+
+    def load(self, home: Home, stage: str) -> tuple[LoadedModel, Runtime]:
+        """Prepare this process and load the model; raises as `load_model` does."""
+        runtime = build_runtime(self.device, self.dtype)
+        prepare_process(runtime)
+        return load_model(home, runtime, stage, self.model_tag, self.step), runtime
 
 
 def load_model(

@@ -1,7 +1,7 @@
 """Tasks by the names that commands and reports use.
 
-    task = build_task("ARC-Easy", "test", files)[:200]
-    parse_choices("GSM8K*4,MMLU:500", "--mixture", TASKS)
+task = build_task("ARC-Easy", "test", files)[:200]
+parse_choices("GSM8K*4,MMLU:500", "--mixture", TASKS)
 """
 
 from __future__ import annotations

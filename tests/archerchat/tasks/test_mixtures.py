@@ -118,7 +118,10 @@ def test_the_identity_can_be_one_s_own(nothing: TaskFiles, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("mixture", "message"),
     [
-        ("Arithmetics", "reference, generated, none, or a list of tasks: there is no task 'Arithmetics': choose from"),
+        (
+            "Arithmetics",
+            "or a list of tasks: there is no task 'Arithmetics': choose from ARC-Easy",
+        ),
         ("Arithmetic:0", "'Arithmetic:0' cannot be read: write a task's name"),
         ("Arithmetic*0", r"'Arithmetic\*0' cannot be read"),
         ("Arithmetic*two", r"'Arithmetic\*two' cannot be read"),
