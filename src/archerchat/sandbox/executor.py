@@ -28,7 +28,6 @@ import secrets
 import selectors
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -154,11 +153,10 @@ def _exchange(request: dict[str, Any], max_output: int, deadline: float) -> _Sai
         raise
     finally:
         os.close(report_out)
-    content = json.dumps(request).encode()
     try:
         assert supervisor.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            supervisor.stdin.write(struct.pack("!Q", len(content)) + content)
+            supervisor.stdin.write(json.dumps(request).encode() + b"\n")
             supervisor.stdin.flush()
         return _collect(supervisor, report_in, max_output, deadline)
     finally:

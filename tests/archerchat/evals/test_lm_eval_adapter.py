@@ -108,7 +108,7 @@ def test_generation_stops_at_a_text(harness_model: HarnessModel) -> None:
 def test_a_long_context_keeps_its_end(harness_model: HarnessModel) -> None:
     room = harness_model.model.config.sequence_length
     options = {"until": ["\n"], "max_gen_toks": 8}
-    request = harness_model._request("abc def " * 200, options, ["\n"], room)
+    request = harness_model._request("abc def " * 200, options, room)
     assert len(request.prompt) == room - 8
     assert request.prompt[-4:] == harness_model.tokenizer.encode("abc def " * 200)[-4:]
 
