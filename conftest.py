@@ -1,3 +1,10 @@
-"""Import endlex before pytest calls its tests `endlex.tests`, which would hide the package."""
+"""What all tests share: the package `endlex`, and properties that no machine is too slow for."""
 
-import endlex  # noqa: F401
+from hypothesis import HealthCheck, settings
+
+import endlex  # noqa: F401  (before pytest calls its tests `endlex.tests`, which would hide it)
+
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")

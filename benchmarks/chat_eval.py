@@ -27,8 +27,9 @@ from rich.console import Console
 
 from archerchat.errors import DataError
 from archerchat.evals.chat.evaluate import ChatEvaluator, limited
-from archerchat.evals.chat.generative import Answer, Sampling, build_request, render_question
-from archerchat.inference.answers import spoken_text
+from archerchat.evals.chat.generative import Answer, build_request, render_question
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.tools import spoken_text
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, dtype_name, prepare_process
 from archerchat.tasks.arithmetic import ArithmeticTask
@@ -51,14 +52,14 @@ class PlainAnswer:
 
 
 def answer_plainly(
-    model: Transformer, tokenizer: Tokenizer, task: Task, sampling: Sampling
+    model: Transformer, tokenizer: Tokenizer, task: Task, params: SamplingParams
 ) -> list[PlainAnswer]:
     """Answer and judge a task's problems one after the other."""
     answers, length = [], model.config.sequence_length
     for problem in range(len(task)):
         conversation = task[problem]
         prompt, _ = render_question(tokenizer, conversation, length)
-        request = build_request(tokenizer, prompt, sampling, problem)
+        request = build_request(tokenizer, prompt, params, problem)
         ids = plain_tokens(model, request)
         right = task.evaluate(conversation, spoken_text(tokenizer, ids))
         answers.append(PlainAnswer(ids, right))
@@ -102,16 +103,16 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     task = limited(build_task(options.data_dir, "test"), options.problems)
     tokenizer = build_tokenizer(options)
     model = build_model(options, runtime, tokenizer.vocab_size)
-    sampling = Sampling(options.tokens, temperature=0.0)
-    evaluator = ChatEvaluator(model, tokenizer, sampling, options.device_batch_size)
+    params = SamplingParams(options.tokens, temperature=0.0)
+    evaluator = ChatEvaluator(model, tokenizer, params, options.device_batch_size)
     console.print("warming up")
     evaluator.evaluate(task, 4)
-    answer_plainly(model, tokenizer, task[:1], sampling)
+    answer_plainly(model, tokenizer, task[:1], params)
     answers: list[Answer] = []
     ours, _ = timed(runtime.synchronize, lambda: evaluator.evaluate(task, on_answer=answers.append))
     console.print(f"evals.chat: {ours:.1f} s; now the plain path")
     seconds, plain = timed(
-        runtime.synchronize, lambda: answer_plainly(model, tokenizer, task, sampling)
+        runtime.synchronize, lambda: answer_plainly(model, tokenizer, task, params)
     )
     share, tokens = same(answers, plain), sum(len(a.completion.token_ids) for a in answers)
     return {

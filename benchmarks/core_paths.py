@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from archerchat.evals.core.bundle import Bundle, Task, load_bundle, read_examples
+import torch
+import torch.nn.functional as F
+
+from archerchat.evals.core.bundle import Bundle, CoreTask, load_bundle, read_examples
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.layout import needed_trunk
-from archerchat.evals.core.plain import score_plainly
-from archerchat.evals.core.prompts import Prompter, choose_examples
+from archerchat.evals.core.prompts import Prompt, Prompter, Tree, choose_examples
 from archerchat.evals.core.scoring import iter_outcomes
-from archerchat.evals.core.trees import Tree, build_tree
-from archerchat.inference.weights import InferenceModel
+from archerchat.inference.loading import InferenceModel
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.transformer import Transformer
@@ -59,7 +62,7 @@ def run_path(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def chosen_tasks(bundle: Bundle, labels: str | None) -> list[Task]:
+def chosen_tasks(bundle: Bundle, labels: str | None) -> list[CoreTask]:
     asked = labels.split(",") if labels else [task.label for task in bundle.tasks]
     return [task for task in bundle.tasks if task.label in asked]
 
@@ -71,7 +74,26 @@ def build_model(options: argparse.Namespace, runtime: Runtime) -> Transformer:
     return draw_model(config, runtime, seed=1, noise_seed=0)
 
 
-def evaluate_plainly(subject: Subject, task: Task, count: int) -> dict[str, Any]:
+@torch.no_grad()
+def score_plainly(model: Transformer, prompts: Sequence[Prompt]) -> tuple[list[float], bool]:
+    """Return each option's mean loss, and whether every token of the first's span is predicted.
+
+    Whole prompts run as one batch through the whole model, as the tests' oracle does.
+    """
+    width = max(len(prompt.token_ids) for prompt in prompts)
+    rows = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt.token_ids)] = torch.from_numpy(prompt.token_ids)
+    logits = model(rows)[:, :-1]  # (O, T - 1, V)
+    losses = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    predicted = logits.argmax(dim=-1) == rows[:, 1:]
+    spans = [slice(p.start - 1, len(p.token_ids) - 1) for p in prompts]
+    parts = [losses[i, span] for i, span in enumerate(spans)]
+    means = [part.mean().item() if part.numel() else math.nan for part in parts]
+    return means, bool(predicted[0, spans[0]].all())
+
+
+def evaluate_plainly(subject: Subject, task: CoreTask, count: int) -> dict[str, Any]:
     """Run a task's sample one example at a time."""
     everything = choose_examples(read_examples(task), task, None)
     config = subject.model.config
@@ -100,14 +122,14 @@ def evaluate_plainly(subject: Subject, task: Task, count: int) -> dict[str, Any]
     }
 
 
-def evaluate_task(subject: Subject, task: Task, count: int) -> dict[str, Any]:
+def evaluate_task(subject: Subject, task: CoreTask, count: int) -> dict[str, Any]:
     """Run a task's sample as `archerchat eval base` does."""
     everything = choose_examples(read_examples(task), task, None)
     started = time.perf_counter()
     scorer = subject.scorer
     prompter = Prompter(task, everything, subject.tokenizer)
     sample = range(min(count, len(everything)))
-    trees = [build_tree(index, prompter.prompts(index)) for index in sample]
+    trees = [prompter.tree(index) for index in sample]
     found = [o for batch, _ in iter_outcomes(scorer, trees, task.task_type) for o in batch]
     found.sort(key=lambda outcome: outcome.index)
     seconds = time.perf_counter() - started

@@ -27,11 +27,11 @@ import torch
 from rich.console import Console
 
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Request
-from archerchat.inference.sampling import iter_tokens
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request
 from archerchat.model.config import ModelConfig
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
-from generation import add_model_options, build_model, plain_tokens, report
+from generation import add_model_options, build_model, plain_tokens, report, uncached_tokens
 from measuring import timed
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ def build_requests(options: argparse.Namespace, config: ModelConfig) -> list[Req
     for _ in range(options.requests):
         prompt = [random.randrange(config.vocab_size) for _ in range(random.randint(8, 64))]
         most = random.randint(max(1, options.tokens // 2), options.tokens)
-        requests.append(Request(prompt, most, temperature=0))
+        requests.append(Request(prompt, SamplingParams(most, temperature=0)))
     return requests
 
 
@@ -73,7 +73,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     def plain(of: Sequence[Request]) -> list[list[int]]:
         return [plain_tokens(model, request) for request in of]
 
-    single = [Request(requests[0].prompt, options.tokens, temperature=0)]
+    single = [Request(requests[0].prompt, SamplingParams(options.tokens, temperature=0))]
     console.print("warming up (compiles, where it does)")
     for of in (single, requests[: options.requests]):
         answers(of)
@@ -84,11 +84,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     many_plain, many_ours, all_plain, all_ours = compare(
         runtime, lambda: plain(requests), lambda: answers(requests), options.batch_rounds
     )
-    request = single[0]
-    uncached, _ = timed(
-        runtime.synchronize,
-        lambda: list(iter_tokens(model, request.prompt, request.max_new_tokens, 0.0)),
-    )
+    uncached, _ = timed(runtime.synchronize, lambda: uncached_tokens(model, single[0]))
     pairs = list(zip([*said_plain, *all_plain], [*said_ours, *all_ours], strict=True))
     tokens = sum(map(len, all_ours))
     return {

@@ -21,26 +21,19 @@ from pathlib import Path
 from rich.console import Console
 
 from archerchat.data.shards import write_shards
-from archerchat.data.task_files import task_files
-from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.dial import DialConfig
 from archerchat.home import Home
-from archerchat.inference.loading import load_model
-from archerchat.optim.schedule import build_schedule
 from archerchat.runtime import Runtime, build_runtime, prepare_process
 from archerchat.tasks.conversation import text_of
+from archerchat.tasks.mixtures import MixtureConfig
 from archerchat.tasks.spelling import SpellingBeeTask
-from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
-from archerchat.training import finetune, pretrain
-from archerchat.training.finetune import FinetuneConfig
-from archerchat.training.finetune_setup import inherit
-from archerchat.training.mixtures import MixtureConfig, build_mixtures
-from archerchat.training.model_recipe import ModelRecipe
-from archerchat.training.pretrain import PretrainConfig
+from archerchat.tokenizer.bpe import train_tokenizer
+from archerchat.training.pretrain import PretrainConfig, Pretraining, pretrain
+from archerchat.training.recipe import Recipe
+from archerchat.training.sft import FinetuneConfig, Finetuning
 
 
-def build_recipes(
-    home: Home, runtime: Runtime, dial: DialConfig, rows: int, compile: bool
-) -> tuple[ModelRecipe, ModelRecipe]:
+def build_recipes(home: Home, dial: DialConfig, rows: int, compile: bool) -> tuple[Recipe, Recipe]:
     """Return pretraining's and fine-tuning's recipe at one shape."""
     task = SpellingBeeTask("train", 4000)
     texts = [text_of(conversation["messages"][-1]["content"]) for conversation in task]
@@ -48,26 +41,17 @@ def build_recipes(
     write_shards(texts, directory, documents_per_row_group=500, documents_per_shard=2000)
     train_tokenizer(texts, 1024).save(home.tokenizer_dir("default"))
     config = PretrainConfig(
-        dial, data="text", device_batch_size=rows, compile=compile, eval_tokens=1, model_tag="base"
-    )
+        dial=dial, data="text", device_batch_size=rows, compile=compile, eval_tokens=1,
+        model_tag="base",
+    )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
-        pretrain.pretrain(config, home, Console(file=io.StringIO()))
-    tokenizer = Tokenizer.load(home.tokenizer_dir("default"))
-    hp = build_hyperparameters(dial, tokenizer.vocab_size)
-    meta = pretrain.describe_run(config, hp, runtime, tokenizer, home)
-    schedule = build_schedule(dial, hp)
-    base = pretrain.build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
-    tuning = FinetuneConfig(MixtureConfig("generated"), compile=compile)
-    loaded = load_model(home, runtime, "base", "base")
-    mixtures = build_mixtures(tuning.data, task_files(home))
-    inherited = inherit(loaded, runtime, tuning.lr_scale, None, None)
-    about = finetune.describe_run(tuning, loaded, inherited, *mixtures, runtime)
-    return base, finetune.build_recipe(
-        tuning, home, "base", loaded, inherited, mixtures, runtime, about
-    )
+        pretrain(config, home, Console(file=io.StringIO()))
+    base = Pretraining(config, home).build_recipe(None)
+    tuning = FinetuneConfig(data=MixtureConfig("generated"), compile=compile)
+    return base, Finetuning(tuning, home).build_recipe(None)
 
 
-def take_step(recipe: ModelRecipe, runtime: Runtime) -> float:
+def take_step(recipe: Recipe, runtime: Runtime) -> float:
     """Return the seconds that a step of one micro-batch takes."""
     runtime.synchronize()
     started = time.perf_counter()
@@ -100,7 +84,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
         home = Home(Path(directory))
-        recipes = build_recipes(home, runtime, dial, given.rows, not given.no_compile)
+        recipes = build_recipes(home, dial, given.rows, not given.no_compile)
         seconds: list[list[float]] = [[], []]
         for step in range(given.warmup + given.steps):
             for recipe, times in zip(recipes, seconds, strict=True):

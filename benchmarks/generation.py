@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from archerchat.dial import DialConfig, build_hyperparameters
-from archerchat.inference.requests import Request
+from archerchat.inference.sequence import Request
 from archerchat.model.attention import attend
 from archerchat.model.transformer import Before, Transformer, norm
 from archerchat.runtime import Runtime
@@ -77,7 +77,8 @@ def plain_tokens(model: Transformer, request: Request) -> list[int]:
     given, start = list(request.prompt), 0
     previous = torch.zeros(1, model.config.model_dim, dtype=model.compute_dtype)
     previous = previous.to(model.device)
-    most = min(request.max_new_tokens, model.config.sequence_length - len(request.prompt))
+    params = request.params
+    most = min(params.max_new_tokens, model.config.sequence_length - len(request.prompt))
     while len(answer) < most:
         ids = torch.tensor([given], device=model.device)
         positions = torch.arange(start, start + len(given), device=model.device)
@@ -85,15 +86,25 @@ def plain_tokens(model: Transformer, request: Request) -> list[int]:
         token = int(model.logits(hidden[:, -1]).argmax())
         if forced:
             token = forced.pop(0)
-        elif token not in request.stop_tokens and hook is not None:
+        elif token not in params.stop_token_ids and hook is not None:
             forced += hook(token)
-        if token in request.stop_tokens:
+        if token in params.stop_token_ids:
             break
         answer.append(token)
         start += len(given)
         last = model.token_embedding(ids[:, -1]).to(model.compute_dtype)
         previous, given = norm(last), [token]
     return answer
+
+
+@torch.no_grad()
+def uncached_tokens(model: Transformer, request: Request) -> list[int]:
+    """Answer greedily with no cache: the whole row again for each token."""
+    ids = list(request.prompt)
+    for _ in range(request.params.max_new_tokens):
+        hidden = model.hidden(torch.tensor([ids], device=model.device))
+        ids.append(int(model.logits(hidden[0, -1]).argmax()))
+    return ids[len(request.prompt) :]
 
 
 def report(figures: dict[str, Any], options: argparse.Namespace, console: Console) -> int:

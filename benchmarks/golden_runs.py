@@ -13,17 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from archerchat.console import ProgressLine
-from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
+from archerchat.dial import DialConfig
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.home import Home
-from archerchat.optim.schedule import build_schedule
 from archerchat.planning.peak_flops import peak_flops
-from archerchat.runtime import Runtime, build_runtime, prepare_process
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.base_recipe import BaseRecipe
 from archerchat.training.loop import Loop
-from archerchat.training.pretrain import PretrainConfig, build_recipe, describe_run
-from archerchat.training.recipe import Cadence, LoopState
+from archerchat.training.pretrain import PretrainConfig, Pretraining
+from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog
 from models import load_golden_tokenizer, load_golden_weights
 
@@ -45,6 +41,13 @@ class Recorder(MetricsLog):
 
     def series(self, name: str) -> dict[int, float]:
         return {step: values[name] for step, values in self.records if name in values}
+
+
+class NoCheckpoints(CheckpointWriter):
+    """Save nothing: only the curves count."""
+
+    def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -98,29 +101,22 @@ def load_curves(oracle: Path) -> dict[str, Any]:
 def run_golden(name: str, oracle: Path) -> dict[str, Any]:
     """Train one golden configuration and return its curves and speed."""
     run = RUNS[name]
-    runtime = build_runtime(None, run.dtype)
-    prepare_process(runtime)
     tokenizer = load_golden_tokenizer(oracle)
     config = build_config(run, load_curves(oracle)[run.golden]["args"], oracle)
-    hp = build_hyperparameters(config.dial, tokenizer.vocab_size)
-    accum = grad_accum_steps(
-        hp.total_batch_tokens, config.device_batch_size, config.dial.max_seq_len, 1
-    )
-    step_flops = hp.flops_per_token * hp.total_batch_tokens
-    cadence = Cadence(
-        hp.num_iterations, accum, hp.total_batch_tokens, step_flops, config.eval_every
-    )
     recorder = Recorder(None)
     with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
         home = Home(Path(directory))
-        recipe = build_golden_recipe(config, hp, runtime, tokenizer, home)
+        stage = Pretraining(config, home, tokenizer=tokenizer)
+        recipe, runtime = stage.build_recipe(None), stage.runtime
+        recipe.sample = lambda step: {}  # type: ignore[method-assign]
+        if config.eval_every is None:
+            recipe.evaluations = []
         if run.weights:
             recipe.model.load_state_dict(load_golden_weights(oracle / run.weights))
         peak = peak_flops(runtime, home.cache_dir)
-        with recipe.loader, ProgressLine(Console(stderr=True), hp.num_iterations) as progress:
-            outcome = Loop(
-                recipe, recipe.optimizer, runtime, cadence, LoopState(), peak, recorder, progress
-            ).run()
+        loop = Loop(recipe, peak)
+        with recipe.loader, ProgressLine(Console(stderr=True), recipe.total_steps(0)) as progress:
+            outcome = loop.run(NoCheckpoints(home.root, {}, 1), recorder, progress)
     return {
         "losses": list(recorder.series("train/last_micro_batch_loss").values()),
         "val_bpb": {str(step): bits for step, bits in recorder.series("val/bpb").items()},
@@ -150,26 +146,9 @@ def build_config(run: GoldenRun, args: Mapping[str, Any], oracle: Path) -> Pretr
         eval_every=args["eval_every"] if run.validate else None,
         eval_tokens=args["eval_tokens"],
         compile=run.compile,
+        dtype=run.dtype,  # type: ignore[arg-type]
         attention=run.attention,  # type: ignore[arg-type]
     )
-
-
-def build_golden_recipe(
-    config: PretrainConfig,
-    hp: Hyperparameters,
-    runtime: Runtime,
-    tokenizer: Tokenizer,
-    home: Home,
-) -> BaseRecipe:
-    """Build pretraining's recipe, which here only trains and, where asked for, evaluates."""
-    meta = describe_run(config, hp, runtime, tokenizer, home)
-    schedule = build_schedule(config.dial, hp)
-    recipe = build_recipe(config, hp, schedule, runtime, tokenizer, home, meta)
-    recipe.save = lambda state, scaler: None  # type: ignore[method-assign]
-    recipe.sample = lambda step: {}  # type: ignore[method-assign]
-    if config.eval_every is None:
-        recipe.evaluate = lambda step: {}  # type: ignore[method-assign]
-    return recipe
 
 
 def compare(

@@ -24,12 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from archerchat.data.corpus import CorpusOptions, build_corpus
-from archerchat.data.loader import TokenLoader
 from archerchat.data.packing import Packing
 from archerchat.data.shards import iter_documents, list_shards, split_shards
 from archerchat.data.stdlib import iter_stdlib, list_stdlib, stdlib_directory
-from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.data.text_loader import TextLoader
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks, train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -96,14 +95,14 @@ def load_tokenizer(directory: Path | None, train: list[Path]) -> Tokenizer:
     reference_ranks = directory / "mergeable_ranks.tiktoken"
     if reference_ranks.exists():
         pattern = json.loads((directory / "tokenizer.json").read_text())["pattern"]
-        return Tokenizer.from_ranks(load_ranks(reference_ranks), pattern=pattern)
+        return Tokenizer(load_ranks(reference_ranks), pattern=pattern)
     return Tokenizer.load(directory)
 
 
 def measure(
     packing: Packing, train: list[Path], tokenizer: Tokenizer, options: argparse.Namespace
 ) -> Measurement:
-    with TokenLoader(
+    with TextLoader(
         train,
         tokenizer,
         batch_size=options.batch_size,

@@ -13,8 +13,7 @@ from archerchat.model.attention import choose_backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import Runtime
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 GOLDEN_CONFIG = ModelConfig(256, 4096, 4, 2, 2, 128)
 """Shape of the oracle's trained model."""
@@ -22,7 +21,7 @@ NOISE = 0.02
 
 
 def load_golden_tokenizer(oracle: Path) -> Tokenizer:
-    return Tokenizer.from_ranks(load_ranks(oracle / "tokenizer" / "mergeable_ranks.tiktoken"))
+    return Tokenizer(load_ranks(oracle / "tokenizer" / "mergeable_ranks.tiktoken"))
 
 
 def load_golden_weights(file: Path) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.model.attention import choose_backend
-from archerchat.model.loss import LossKernels, mean_loss
+from archerchat.model.loss import LossKernels, weighted_loss
 from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.planning.peak_flops import measure_peak
@@ -97,7 +97,7 @@ def build_step(
         for _ in range(options.accum):
             hidden = model.hidden(inputs, regions)
             weight = model.unembedding.weight
-            loss = mean_loss(hidden, weight, targets, options.vocab_size, kernels)
+            loss = weighted_loss(hidden, weight, targets, options.vocab_size, kernels=kernels)
             (loss / options.accum).backward()
         optimizer.step(0.01, 0.95, 0.1)
         optimizer.zero_grad()

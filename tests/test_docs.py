@@ -155,3 +155,30 @@ def test_links_resolve(document: Path) -> None:
         assert destination.exists(), f"{document.name} links to {target}, which does not exist"
         if anchor and destination.suffix == ".md":
             assert anchor in anchors(destination), f"{document.name}: no heading for {target}"
+
+
+SPEC = ROOT / "docs" / "SPEC.md"
+CITATION = re.compile(r"\bSPEC(?:'s)?\s+(?:section\s+)?(\d+)")
+
+
+def test_cited_sections_exist() -> None:
+    """Code cites the specification as `SPEC section 4` or `SPEC 4`."""
+    sections = set(re.findall(r"^## (\d+)\. ", SPEC.read_text(encoding="utf-8"), re.MULTILINE))
+    cited = set()
+    for folder in ("src", "tests", "docs", "benchmarks"):
+        for path in [*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.md")]:
+            found = set(CITATION.findall(path.read_text(encoding="utf-8")))
+            assert found <= sections, f"{path.relative_to(ROOT)} cites SPEC {found - sections}"
+            cited |= found
+    assert len(cited) > 5
+
+
+def test_paths_in_the_specification_exist() -> None:
+    """A path is a code span that ends on .py, .md or /, from the package or the repository."""
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", SPEC.read_text(encoding="utf-8"))
+    paths = [span for span in spans if re.fullmatch(r"[\w./-]+(\.py|\.md|/)", span)]
+    for path in paths:
+        places = [ROOT / path, ROOT / "src" / "archerchat" / path]
+        if path != "eval_data/":  # a folder of CORE's bundle
+            assert any(place.exists() for place in places), f"docs/SPEC.md: no {path}"
+    assert len(paths) > 30

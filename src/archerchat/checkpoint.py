@@ -2,8 +2,11 @@
 
     <directory>/step_000020/
         model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors ...
-        meta.json          format, step, the caller's meta, every file's size and SHA-256,
-                           and its own SHA-256
+        meta.json          format, step, the caller's meta, the state that is not tensors,
+                           every file's size and SHA-256, and its own SHA-256
+
+What a checkpoint holds speaks one protocol, `Stateful`. Each section is the `state_dict` of one
+object: its tensors go into the section's file, its other values into `meta.json`.
 
 A step appears under its name only after everything in it is on the disk, so a process may be
 killed at any moment and the latest checkpoint still loads. Nothing is pickled. In `meta.json`
@@ -16,19 +19,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from archerchat.config import decode_json, encode_json
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import (
     STALE,
@@ -41,9 +44,8 @@ from archerchat.files import (
 )
 from archerchat.home import Home, check_name
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
-FLOAT = "$float"
 SUFFIX = ".safetensors"
 STEP_NAME = re.compile(rf"(?:step_(\d{{6,}})|\.step_(\d{{6,}}){re.escape(STALE)})")
 
@@ -52,21 +54,37 @@ class _Damaged(Exception):
     """Say what is wrong with a checkpoint, before a remedy has been looked for."""
 
 
+class Stateful(Protocol):
+    """Anything a checkpoint holds: loaders, the optimizer, rollouts, the loop."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that decides what comes next: tensors and JSON values by name."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            CheckpointError, KeyError, ValueError: it does not fit this object.
+        """
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What `load_checkpoint` read."""
 
     step: int
     path: Path
-    tensors: dict[str, dict[str, Tensor]]
-    """By section, then by name."""
+    state: dict[str, dict[str, Any]]
+    """Each section's state dict: tensors and JSON values."""
     meta: dict[str, Any]
+    hashes: dict[str, str]
+    """SHA-256 of each section's file, as it was when it was saved."""
 
 
 def save_checkpoint(
     directory: Path,
     step: int,
-    sections: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Mapping[str, Any]],
     meta: Mapping[str, Any],
     *,
     keep_last: int | None = None,
@@ -81,7 +99,7 @@ def save_checkpoint(
     Args:
         directory: holds one directory a step; made if missing.
         step: replaced if it is already there.
-        sections: one file each: "model", "optimizer.rank0", ...
+        state: each section's state dict: "model", "optimizer", "loader", ...
         meta: anything JSON can hold, non-finite floats included; tuples become lists.
         keep_last: delete complete checkpoints of earlier steps beyond this many, the new one
             counted; None deletes nothing.
@@ -96,15 +114,17 @@ def save_checkpoint(
     """
     assert step >= 0, step
     assert keep_last is None or keep_last >= 1, keep_last
-    assert sections, "a checkpoint has at least one section"
-    encoded = json.loads(json.dumps(_encode(meta)))  # before anything is written
+    assert state, "a checkpoint has at least one section"
+    tensors, values = _split(state)
+    content: dict[str, Any] = {"format": FORMAT, "step": step}
+    # Encoded before anything is written.
+    content |= json.loads(json.dumps(encode_json({"state": values, "meta": meta})))
     path = directory / f"step_{step:06d}"
-    needed = sum(tensor.nbytes for section in sections.values() for tensor in section.values())
+    needed = sum(tensor.nbytes for section in tensors.values() for tensor in section.values())
     try:
         remove_leftovers(directory)
         with new_directory(path) as temporary:
-            files = _write_sections(temporary, sections)
-            content = {"format": FORMAT, "step": step, "files": files, "meta": encoded}
+            content["files"] = _write_sections(temporary, tensors)
             write_json(temporary / META, content | {"sha256": _digest(content)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(_explain_failed_save(error, path, needed)) from error
@@ -113,10 +133,23 @@ def save_checkpoint(
     return path
 
 
+def _split(
+    state: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """Return the tensors of each section that has any, and the other values of every section."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for section, entries in state.items():
+        values[section] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        if found := {k: v for k, v in entries.items() if isinstance(v, Tensor)}:
+            tensors[section] = found
+    return tensors, values
+
+
 def _write_sections(
     directory: Path, sections: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Any]]:
-    """Write a file a section; return each file's size and checksum by its name."""
+    """Write one file per section; return each file's size and checksum by its name."""
     files = {}
     for section, tensors in sections.items():
         file = directory / (check_name(section, "section") + SUFFIX)
@@ -239,22 +272,29 @@ def load_checkpoint(
     """
     try:
         content = _read_meta(path)
-        files = content["files"]
-        tensors = {}
-        for name in [file.removesuffix(SUFFIX) for file in files] if sections is None else sections:
-            file = path / (name + SUFFIX)
-            if file.name not in files:
-                has = ", ".join(sorted(entry.removesuffix(SUFFIX) for entry in files))
+        files = {name.removesuffix(SUFFIX): entry for name, entry in content["files"].items()}
+        values, meta = decode_json(content["state"]), decode_json(content["meta"])
+        state = {}
+        for name in sorted(files.keys() | values.keys()) if sections is None else sections:
+            if name not in files and name not in values:
+                has = ", ".join(sorted(files.keys() | values.keys()))
                 raise CheckpointError(f"{path} has no section {name!r}; it holds {has}")
-            _check_file(file, files[file.name], verify)
-            tensors[name] = load_file(file, device=str(device))
+            state[name] = dict(values.get(name, {}))
+            if name in files:
+                file = path / (name + SUFFIX)
+                _check_file(file, files[name], verify)
+                state[name] |= load_file(file, device=str(device))
     except (_Damaged, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; {_remedy(path)}") from error
-    return Checkpoint(content["step"], path, tensors, _decode(content["meta"]))
+    hashes = {name: entry["sha256"] for name, entry in files.items()}
+    return Checkpoint(content["step"], path, state, meta, hashes)
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """Return meta.json's content without its own checksum, after comparing it."""
+    """Return meta.json's content without its own checksum, after comparing it.
+
+    The content of format 1 is returned as format 2 has it.
+    """
     file = path / META
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
@@ -263,14 +303,23 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise _Damaged(f"{file} is missing") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise _Damaged(f"{file} is not a checkpoint's JSON ({error})") from error
-    if format_version != FORMAT:
+    if format_version not in (1, FORMAT):
         raise CheckpointError(
-            f"{file} has format {format_version!r}, this version of archerchat reads {FORMAT}: "
-            "read it with the version that wrote it"
+            f"{file} has format {format_version!r}, this version of archerchat reads 1 to "
+            f"{FORMAT}: read it with the version that wrote it"
         )
     if digest != _digest(content):
         raise _Damaged(f"{file} does not match its checksum")
-    return content
+    return _upgrade(content) if format_version == 1 else content
+
+
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Move the state that format 1 kept among the caller's meta to its sections."""
+    meta = dict(content["meta"])
+    state = {name: meta.pop(name) for name in ("loop", "loader", "scaler") if name in meta}
+    if "optimizer_steps" in meta:
+        state["optimizer"] = {"steps_taken": meta.pop("optimizer_steps")}
+    return content | {"state": state, "meta": meta}
 
 
 def _check_file(file: Path, entry: Mapping[str, Any], verify: bool) -> None:
@@ -291,47 +340,3 @@ def _remedy(path: Path) -> str:
         if earlier and _intact(find_checkpoint(path.parent, step), verify=True):
             return f"step {step} in the same directory is intact: use that one"
     return "no earlier step in the same directory is intact: restore it from a copy"
-
-
-def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return one line for each value that differs, nested ones by their dotted names.
-
-    Both sides are compared as they look after a trip through JSON: a tuple equals a list.
-    """
-    before, now = (dict(_flatten(json.loads(json.dumps(_encode(c))))) for c in (saved, current))
-    return [
-        f"{name}: {_shown(before, name)} saved, {_shown(now, name)} now"
-        for name in sorted(before.keys() | now.keys())
-        if name not in before or name not in now or before[name] != now[name]
-    ]
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in config.items():
-        if isinstance(value, dict) and value and FLOAT not in value:
-            yield from _flatten(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _shown(config: Mapping[str, Any], name: str) -> str:
-    return repr(_decode(config[name])) if name in config else "absent"
-
-
-def _encode(value: Any) -> Any:
-    """Return `value` with every non-finite float as the object that stands for it in JSON."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {FLOAT: str(float(value))}
-    if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    return value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {FLOAT}:
-            return float(value[FLOAT])
-        return {key: _decode(item) for key, item in value.items()}
-    return [_decode(item) for item in value] if isinstance(value, list) else value

@@ -31,7 +31,7 @@ class Command:
     positional: bool = False
     """Whether required fields are positional arguments instead of flags."""
     short: Mapping[str, str] = field(default_factory=dict)
-    """Flags by the letters that stand for them."""
+    """Flags by other names for them."""
 
 
 # A subcommand named "" is what its command does where no other follows.
@@ -60,19 +60,25 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "plan": Command("commands.plan", "PlanConfig", "plan", "print what a depth will take"),
     "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
     "sft": Command(
-        "training.finetune", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
+        "training.sft", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
     ),
     "rl": Command(
-        "training.reinforce", "ReinforceConfig", "reinforce", "reinforce right answers of a model"
+        "training.rl", "ReinforceConfig", "reinforce", "reinforce right answers of a model"
     ),
     "chat": Command(
         "commands.chat",
         "ChatConfig",
         "chat",
         "talk to a model in the terminal",
-        short={"-p": "--prompt"},
+        short={"-p": "--prompt", "--max-tokens": "--max-new-tokens"},
     ),
-    "sample": Command("commands.sample", "SampleConfig", "sample", "print samples of a model"),
+    "sample": Command(
+        "commands.sample",
+        "SampleConfig",
+        "sample",
+        "print samples of a model",
+        short={"--max-tokens": "--max-new-tokens"},
+    ),
     "eval": {
         "base": Command(
             "commands.eval_base", "EvalBaseConfig", "evaluate", "evaluate a base model"
@@ -147,10 +153,16 @@ def parse(argv: Sequence[str]) -> Parsed:
     config = tyro.cli(
         cast(type[Any], getattr(module, level.config)),
         prog=path,
-        args=[level.short.get(word, word) for word in words],
+        args=[_renamed(word, level.short) for word in words],
         config=(tyro.conf.OmitArgPrefixes, *positional),
     )
     return Parsed(cast(Callable[[Any, Home], object], getattr(module, level.function)), config)
+
+
+def _renamed(word: str, names: Mapping[str, str]) -> str:
+    """Return a word of a command line with the usual name of its flag, as in `--flag=value`."""
+    flag, equals, value = word.partition("=")
+    return f"{names.get(flag, flag)}{equals}{value}"
 
 
 def _overview(

@@ -10,10 +10,13 @@ wherever it comes from: the command line, a saved run, or Python.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from itertools import zip_longest
+from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
 from archerchat.errors import UsageError
@@ -47,6 +50,10 @@ class Limit:
         return " and ".join(bounds) or "finite"
 
 
+FLOAT = "$float"
+"""The key of the object that stands for a non-finite float."""
+SHORT_LISTS = 4
+"""Entries of two lists that a message about their difference shows in full."""
 MAX_SEED = 2**63 - 1
 PositiveInt = Annotated[int, Limit(1)]
 NonNegativeInt = Annotated[int, Limit(0)]
@@ -97,3 +104,70 @@ class DeviceConfig(Config):
     """Device to run on. Defaults to the best one of this machine."""
     dtype: DtypeName | None = None
     """Compute dtype. Defaults to the fastest one that the device multiplies well."""
+
+
+def as_json(value: Any) -> Any:
+    """Return a configuration, or a value in one, as JSON can hold it: paths as text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return one line for each value that differs, nested ones by their dotted names.
+
+    Both sides are compared as they look after a trip through JSON: a tuple equals a list. Of long
+    lists, such as those of shards, only the first difference is shown.
+    """
+    before, now = (dict(_flatten(json.loads(json.dumps(encode_json(c))))) for c in (saved, current))
+    return [
+        _difference(name, before, now)
+        for name in sorted(before.keys() | now.keys())
+        if name not in before or name not in now or before[name] != now[name]
+    ]
+
+
+def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    lists = [side[name] for side in (before, now) if isinstance(side.get(name), list)]
+    if len(lists) < 2 or sum(map(len, lists)) <= SHORT_LISTS:
+        return f"{name}: {_shown(before, name)} saved, {_shown(now, name)} now"
+    pairs = [pair for pair in zip_longest(*lists) if pair[0] != pair[1]]
+    first, second = ("none" if entry is None else repr(decode_json(entry)) for entry in pairs[0])
+    return (
+        f"{name}: {len(lists[0])} entries saved, {len(lists[1])} now; {len(pairs)} differ, the "
+        f"first: {first} saved, {second} now"
+    )
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value and FLOAT not in value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _shown(config: Mapping[str, Any], name: str) -> str:
+    return repr(decode_json(config[name])) if name in config else "absent"
+
+
+def encode_json(value: Any) -> Any:
+    """Return `value` with each non-finite float as an object that JSON can hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {FLOAT: str(float(value))}
+    if isinstance(value, Mapping):
+        return {key: encode_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [encode_json(item) for item in value]
+    return value
+
+
+def decode_json(value: Any) -> Any:
+    """Undo `encode_json`."""
+    if isinstance(value, dict):
+        if set(value) == {FLOAT}:
+            return float(value[FLOAT])
+        return {key: decode_json(item) for key, item in value.items()}
+    return [decode_json(item) for item in value] if isinstance(value, list) else value

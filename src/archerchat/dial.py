@@ -1,12 +1,16 @@
-"""The depth dial: one number decides every other hyper-parameter (SPEC section 1).
+"""The depth dial: one number decides every other hyperparameter (SPEC section 1).
 
-Width, heads, horizon, batch, learning rates, weight decay and iterations all follow from
-the depth; each can be overridden, and whatever depends on it follows. Pure functions from
-a `DialConfig` and a vocabulary size to frozen results: nothing here looks at a device.
+Width, heads, horizon, batch, learning rates, weight decay and iterations follow from the depth.
+Each can be overridden, and what depends on it follows. These are pure functions from a
+`DialConfig` and a vocabulary size to frozen results: nothing here looks at a device.
 
-The scales are anchored at depth 12, where rates were tuned. The batch grows with the
-horizon as D^0.383; rates grow with the square root of the batch; the decay of the weights
-keeps its time scale, measured in batches over the horizon, constant.
+The rates were tuned at depth 12; other depths scale them:
+
+- The horizon is a multiple of the parameters, as in Chinchilla (https://arxiv.org/abs/2203.15556).
+- The batch grows with the horizon (Power Lines, https://arxiv.org/abs/2505.13738).
+- Rates grow with the square root of the batch (https://arxiv.org/abs/2205.10287).
+- Weight decay keeps B / (rate * decay * horizon), AdamW's time scale as a share of the run,
+  constant (https://arxiv.org/abs/2405.13698).
 """
 
 from __future__ import annotations
@@ -20,9 +24,11 @@ from archerchat.model.config import ModelConfig
 from archerchat.model.flops import ParameterCounts, count_parameters, flops_per_token
 
 REFERENCE_DEPTH = 12
+"""Depth at which the base rates were tuned, with the next two."""
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_MODEL_DIM = 768
 BATCH_EXPONENT = 0.383
+"""The best batch grows as tokens^0.383: Power Lines, https://arxiv.org/abs/2505.13738."""
 RESIDUAL_RATE_RATIO = 0.01
 SMEAR_RATE = 0.2
 
@@ -140,7 +146,7 @@ class Hyperparameters:
 
 
 def build_hyperparameters(config: DialConfig, vocab_size: int) -> Hyperparameters:
-    """Derive a run's hyper-parameters from its depth.
+    """Derive a run's hyperparameters from its depth.
 
     Args:
         config: the depth and the overrides.
@@ -161,6 +167,7 @@ def build_hyperparameters(config: DialConfig, vocab_size: int) -> Hyperparameter
         predicted = REFERENCE_BATCH_TOKENS * (target_tokens / reference_tokens) ** BATCH_EXPONENT
         batch = 2 ** max(0, round(math.log2(predicted)))
     batch_scale = math.sqrt(batch / REFERENCE_BATCH_TOKENS)
+    # Tuned. muP (https://arxiv.org/abs/2203.03466) has 1 / width, for the unembedding alone.
     width_scale = (model.model_dim / REFERENCE_MODEL_DIM) ** -0.5
     return Hyperparameters(
         model=model,

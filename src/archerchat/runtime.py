@@ -1,8 +1,7 @@
-"""Where a run computes: device, compute dtype, and its place among the ranks.
+"""Where a run computes: device, compute dtype, its place among the ranks; and what may stop it.
 
-Built once at start-up by `build_runtime` and passed to whatever needs it; nothing else asks
-which device there is. Ranks come from torchrun's environment. Setting up the process group
-belongs in `build_runtime` too, after the device is known; one process needs none.
+A `Runtime` is built once at start-up and passed to whatever needs it; nothing else asks which
+device there is. `distributed` reads the place among the ranks and builds process groups.
 """
 
 from __future__ import annotations
@@ -11,14 +10,20 @@ import ctypes
 import os
 import platform
 import re
+import signal
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
+from typing import TypeVar
 
 import torch
 
-from archerchat.errors import UsageError
+from archerchat.distributed import Place, read_place
+from archerchat.errors import ArcherChatError, UsageError
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -29,12 +34,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for the two settings of `mallopt`."""
 KEPT_BYTES = 2**31 - 1
 """Blocks up to this size, and so much free memory at the heap's end, are kept."""
+STOPPING = b"\nstopping after this step with a checkpoint; once more ends at once, without\n"
+T = TypeVar("T")
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 """Best first."""
 
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(Place):
     """Describe one rank's device and what it computes in."""
 
     device: torch.device
@@ -42,14 +49,6 @@ class Runtime:
     device_name: str
     dtype_reason: str
     """Why this dtype, for the line that start-up prints."""
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_master(self) -> bool:
-        """Whether this rank prints, evaluates alone, and writes files."""
-        return self.rank == 0
 
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
@@ -94,17 +93,15 @@ def build_runtime(device: str | None = None, dtype: str | None = None) -> Runtim
     Raises:
         UsageError: the device or dtype is unknown or not here, or torchrun's variables are broken.
     """
-    rank, local_rank, world_size = read_ranks(os.environ)
-    chosen = choose_device(device, local_rank)
+    place = read_place(os.environ)
+    chosen = choose_device(device, place.local_rank)
     compute_dtype, reason = choose_dtype(chosen, dtype)
     return Runtime(
         device=chosen,
         compute_dtype=compute_dtype,
         device_name=_device_name(chosen),
         dtype_reason=reason,
-        rank=rank,
-        local_rank=local_rank,
-        world_size=world_size,
+        **asdict(place),
     )
 
 
@@ -124,29 +121,6 @@ def prepare_process(runtime: Runtime) -> None:
             return
         mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """Return rank, local rank and world size as torchrun set them; 0, 0, 1 without it.
-
-    Raises:
-        UsageError: they are incomplete, not numbers, or contradict each other.
-    """
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    given = {name: environment[name] for name in names if environment.get(name)}
-    if not given:
-        return 0, 0, 1
-    try:
-        rank, local_rank, world_size = (int(given[name]) for name in names)
-    except (KeyError, ValueError):
-        rank, local_rank, world_size = -1, -1, -1
-    if not (0 <= rank < world_size and 0 <= local_rank < world_size):
-        found = ", ".join(f"{name}={environment.get(name, '')!r}" for name in names)
-        raise UsageError(
-            f"the environment has {found}, which torchrun does not set: start with torchrun, or "
-            "unset all three for one process"
-        )
-    return rank, local_rank, world_size
 
 
 def choose_device(requested: str | None, local_rank: int = 0) -> torch.device:
@@ -208,6 +182,15 @@ def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dty
     return torch.float32, f"{device.type}: bfloat16 only if forced"
 
 
+def describe_hardware(runtime: Runtime) -> dict[str, str | int]:
+    """Return what may change a run's last bits from one machine to the next."""
+    return {
+        "device": runtime.device_name,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return "bfloat16" for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
@@ -239,3 +222,66 @@ def _peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class _Stopped(BaseException):
+    """Leave interruptible work; a base exception, so that no handler on the way takes it."""
+
+
+class StopRequest:
+    """Whether the user, or the system, asked the loop to end."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._interruptible = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        with suppress(OSError):  # not `print`: the signal may have come in the middle of one
+            os.write(sys.stderr.fileno(), STOPPING)
+        if self._interruptible:
+            raise _Stopped
+
+    def interruptible(self, work: Callable[[], T]) -> T | None:
+        """Do long work that changes nothing, or leave it at the first request: then None."""
+        try:  # no context manager: its own calls would be places for the signal to arrive
+            self._interruptible = True
+            return work()
+        except _Stopped:
+            return None
+        finally:
+            self._interruptible = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM as requests; outside the main thread there are none to take."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._ask) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def explained_memory() -> Iterator[None]:
+    """Turn running out of memory into advice.
+
+    Raises:
+        ArcherChatError: instead of torch's error, on accelerators and on CPUs.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # OutOfMemoryError is one; CPUs raise nothing more special
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        raise ArcherChatError(
+            "out of memory: lower --device-batch-size (`archerchat plan` estimates what fits; a "
+            "run that has begun takes another one with --extend). Checkpoints are intact"
+        ) from error

@@ -211,7 +211,7 @@ def scripted() -> Callable[[Sequence[str]], Scripted]:
     Its blocks add nothing, so that only the last token counts; `####` is one token.
     """
     ranks = {bytes([value]): value for value in range(256)} | {b"##": 256, b"####": 257}
-    tokenizer = Tokenizer.from_ranks(ranks)
+    tokenizer = Tokenizer(ranks)
 
     def build(words: Sequence[str]) -> Scripted:
         model = Transformer(ModelConfig(128, tokenizer.vocab_size, 2, 2, 2, 128), backend="matmul")

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from archerchat import checkpoint
 from archerchat.checkpoint import (
-    compare_configs,
     find_checkpoint,
     find_model,
     list_checkpoints,
     load_checkpoint,
     save_checkpoint,
 )
+from archerchat.config import compare_configs
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import STALE
 from archerchat.home import Home
@@ -69,19 +69,19 @@ def test_every_kind_of_tensor_returns_bit_for_bit(tmp_path: Path) -> None:
     }
     path = save_checkpoint(tmp_path, 20, {"model": stored, "empty": {}}, {})
     assert path == tmp_path / "step_000020"
-    assert names(path) == ["empty.safetensors", "meta.json", "model.safetensors"]
+    assert names(path) == ["meta.json", "model.safetensors"]
     loaded = load_checkpoint(path)
-    assert (loaded.step, loaded.path, loaded.tensors["empty"]) == (20, path, {})
-    assert loaded.tensors["model"].keys() == stored.keys()
+    assert (loaded.step, loaded.path, loaded.state["empty"]) == (20, path, {})
+    assert loaded.state["model"].keys() == stored.keys()
     for name, tensor in stored.items():
-        assert_same(tensor, loaded.tensors["model"][name])
+        assert_same(tensor, loaded.state["model"][name])
 
 
 @pytest.mark.gpu
 def test_tensors_on_a_gpu_are_saved_and_can_be_loaded_there(tmp_path: Path) -> None:
     weight = torch.randn(64, 3, device="cuda").t()
     path = save_checkpoint(tmp_path, 0, {"model": {"weight": weight}}, {})
-    loaded = load_checkpoint(path, device="cuda").tensors["model"]["weight"]
+    loaded = load_checkpoint(path, device="cuda").state["model"]["weight"]
     assert loaded.is_cuda
     assert torch.equal(loaded, weight)
 
@@ -112,7 +112,7 @@ def test_meta_that_json_cannot_hold_fails_before_anything_is_written(tmp_path: P
 def test_only_the_sections_asked_for_are_read(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 0, sections(), {})
     (path / "optimizer.rank0.safetensors").write_bytes(b"broken")
-    assert list(load_checkpoint(path, ["model"]).tensors) == ["model"]
+    assert list(load_checkpoint(path, ["model"]).state) == ["model"]
     with pytest.raises(
         CheckpointError, match=r"no section 'rng'; it holds model, optimizer\.rank0"
     ):
@@ -166,7 +166,7 @@ def test_a_full_disk_is_explained_and_leaves_no_trace(
     assert "still intact: step 10;" in str(e.value)
     assert names(tmp_path) == ["step_000010"]
     loaded = load_checkpoint(find_checkpoint(tmp_path))
-    assert_same(loaded.tensors["model"]["weight"], torch.ones(4, 3))
+    assert_same(loaded.state["model"]["weight"], torch.ones(4, 3))
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_ctrl_c_in_the_middle_leaves_no_trace(
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 10, {"model": {"w": torch.zeros(1)}, "old": {}}, {})
     path = save_checkpoint(tmp_path, 10, sections(2.0), {})
-    assert load_checkpoint(path).tensors.keys() == {"model", "optimizer.rank0"}
+    assert load_checkpoint(path).state.keys() == {"model", "optimizer.rank0"}
 
 
 def test_a_kill_while_a_step_is_replaced_loses_nothing(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ for seed in range(12):
     os.waitpid(child, 0)
     loaded = load_checkpoint(find_checkpoint(directory))
     assert loaded.step > last, (loaded.step, last)
-    assert (loaded.tensors["model"]["w"] == loaded.step).all(), loaded.step
+    assert (loaded.state["model"]["w"] == loaded.step).all(), loaded.step
     for step in list_checkpoints(directory):
         load_checkpoint(find_checkpoint(directory, step))
     last = loaded.step
@@ -330,7 +330,7 @@ def test_an_unknown_format_asks_for_the_version_that_wrote_it(tmp_path: Path) ->
     path = save_checkpoint(tmp_path, 10, sections(), {})
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version of archerchat reads 1"):
+    with pytest.raises(CheckpointError, match="format 99, this version of archerchat reads 1 to 2"):
         load_checkpoint(path)
     later = save_checkpoint(tmp_path, 20, sections(), {})
     (later / "model.safetensors").unlink()
@@ -364,6 +364,20 @@ def test_find_model_takes_the_last_saved_or_names_the_tags(tmp_path: Path) -> No
     for tag in ("d5", "empty", "../base/d4"):
         with pytest.raises(UsageError, match="; there is d12, d4, d8"):
             find_model(home, "base", tag)
+
+
+def test_compare_configs_shows_the_first_difference_of_long_lists() -> None:
+    shards = [[f"shard_{i:05d}.parquet", i] for i in range(5000)]
+    changed = [*shards[:4000], ["shard_04000.parquet", 1], *shards[4001:]]
+    assert compare_configs({"shards": shards}, {"shards": changed}) == [
+        "shards: 5000 entries saved, 5000 now; 1 differ, the first: ['shard_04000.parquet', 4000] "
+        "saved, ['shard_04000.parquet', 1] now"
+    ]
+    assert compare_configs({"shards": shards}, {"shards": shards[:3]}) == [
+        "shards: 5000 entries saved, 3 now; 4997 differ, the first: ['shard_00003.parquet', 3] "
+        "saved, none now"
+    ]
+    assert compare_configs({"shards": shards}, {"shards": list(shards)}) == []
 
 
 def test_compare_configs_names_each_difference() -> None:

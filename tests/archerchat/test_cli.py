@@ -43,6 +43,17 @@ def test_the_overview_names_every_command(
         assert f"  {name:22} {command.help}\n" in output
 
 
+GROUPS = {
+    "dial": "depth",
+    "telemetry": "push_checkpoints",
+    "corpus": "val_fraction",
+    "sampling": "temperature",
+    "runtime": "device",
+    "prices": "price_per_kwh",
+}
+"""One flag of each group of flags, by the name of its field."""
+
+
 @pytest.mark.parametrize("name", [name for name, _ in all_commands()])
 def test_every_flag_of_every_command_has_help(
     capsys: pytest.CaptureFixture[str], name: str
@@ -56,7 +67,7 @@ def test_every_flag_of_every_command_has_help(
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
     for field in dataclasses.fields(config):
-        shown = {"dial": "depth", "telemetry": "push_checkpoints"}.get(field.name, field.name)
+        shown = GROUPS.get(field.name, field.name)
         assert f"--{shown.replace('_', '-')}" in output or shown.upper() in output
 
 
@@ -153,7 +164,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_seq_len": 0}, "--max-seq-len is 0"),
         ({"window_pattern": "SXL"}, "'SXL' may hold only the letters S and L"),
         ({"total_batch_size": 0}, "--total-batch-size is 0"),
-        ({"device_batch_size": 0}, "device batch size is 0"),
+        ({"device_batch_size": 0}, "--device-batch-size is 0"),
         ({"device_batch_size": 3}, "use --total-batch-size 576 or --device-batch-size 2"),
         ({"matrix_lr": "nan"}, "--matrix-lr is nan"),
         ({"matrix_lr": -0.1}, "--matrix-lr is -0.1"),
@@ -164,7 +175,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"save_every": -1}, "--save-every is -1"),
         ({"sample_every": 0}, "--sample-every is 0"),
         ({"keep_last": 0}, "--keep-last is 0"),
-        ({"seed": -1}, "--seed is -1; it must be from 0 to 2**63 - 1"),
+        ({"seed": -1}, "--seed is -1; it must be at least 0 and at most 2**63 - 1"),
         ({"seed": 2**70}, "--seed is 118"),
         ({"model_tag": "../elsewhere"}, "model tag '../elsewhere' cannot be a directory's name"),
         ({"run": "a/b"}, "run name 'a/b' cannot be"),

@@ -1,18 +1,20 @@
-"""Sharing examples out over ranks and adding up what they found."""
+"""A process's place among the ranks, its share of the examples, and sums over the ranks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from archerchat.distributed import Ranks, joined_ranks, rank_share
+from archerchat.distributed import Place, Ranks, joined_ranks, read_place
+from archerchat.errors import UsageError
 from archerchat.runtime import build_runtime
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 16, 1319])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_every_example_has_one_rank(count: int, world_size: int) -> None:
-    shares = [rank_share(count, rank, world_size) for rank in range(world_size)]
+    places = [Place(rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [place.share(count) for place in places]
     assert sorted(index for share in shares for index in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -25,3 +27,24 @@ def test_one_process_needs_no_group() -> None:
         assert ranks.sum(counts) is counts
         assert ranks.first_alone(lambda: "done") == "done"
     assert not torch.distributed.is_initialized()
+
+
+def test_ranks_come_from_torchrun() -> None:
+    assert read_place({}) == Place(rank=0, local_rank=0, world_size=1)
+    place = read_place({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"})
+    assert place == Place(rank=5, local_rank=1, world_size=8)
+    assert not place.is_master
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "0"},
+        {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "8"},
+        {"RANK": "one", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "0", "LOCAL_RANK": "-1", "WORLD_SIZE": "2"},
+    ],
+)
+def test_broken_ranks_are_named(environment: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match=f"RANK='{environment['RANK']}'.*torchrun"):
+        read_place(environment)

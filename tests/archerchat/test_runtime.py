@@ -1,4 +1,4 @@
-"""Choosing device, dtype and rank, with hardware that this machine need not have."""
+"""Choosing device and dtype, with hardware that this machine need not have."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from archerchat.runtime import (
     choose_device,
     choose_dtype,
     cpu_name,
-    read_ranks,
 )
 
 CUDA = torch.device("cuda", 0)
@@ -126,25 +125,6 @@ def test_a_forced_dtype_wins(pretend: Callable[..., None]) -> None:
     assert choose_dtype(CPU, "float16") == (torch.float16, "forced")
     with pytest.raises(UsageError, match="'int8' is not one of: bfloat16, float32, float16"):
         choose_dtype(CPU, "int8")
-
-
-def test_ranks_come_from_torchrun() -> None:
-    assert read_ranks({}) == (0, 0, 1)
-    assert read_ranks({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}) == (5, 1, 8)
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"RANK": "0"},
-        {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "8"},
-        {"RANK": "one", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-        {"RANK": "0", "LOCAL_RANK": "-1", "WORLD_SIZE": "2"},
-    ],
-)
-def test_broken_ranks_are_named(environment: dict[str, str]) -> None:
-    with pytest.raises(UsageError, match=f"RANK='{environment['RANK']}'.*torchrun"):
-        read_ranks(environment)
 
 
 def test_build_runtime_puts_it_together(

@@ -36,9 +36,9 @@ class LiveServer:
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not self._server.started:
-            assert time.monotonic() < deadline, "the server did not start within 20 s"
+            assert time.monotonic() < deadline, "the server did not start within 120 s"
             time.sleep(0.01)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
@@ -149,7 +149,7 @@ def new_page(chromium: Any, contexts: list[Any]) -> Iterator[Callable[..., Any]]
         context = chromium.new_context(**options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: _note(problems, message))
         page.on("dialog", lambda dialog: (problems.append("a dialog opened"), dialog.dismiss()))

@@ -1,6 +1,6 @@
 """`archerchat chat`: talk to a model in the terminal.
 
-archerchat chat                          # /help tells the commands
+archerchat chat                          # /help lists the commands
 archerchat chat -p "What is 6 times 7?"  # one answer
 """
 
@@ -11,99 +11,83 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
 from archerchat.commands.sample import CONTROLS
+from archerchat.config import Config, DeviceConfig
 from archerchat.console import build_console
 from archerchat.errors import UsageError
 from archerchat.files import write_bytes
 from archerchat.home import Home
-from archerchat.inference.answers import PartType, Piece
-from archerchat.inference.chat_session import ChatSession
+from archerchat.inference.chat import CHAT_SAMPLING, ChatSession
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import load_model
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.tools import PartType, Piece
 from archerchat.runtime import build_runtime, prepare_process
 
 HELP = """\
-/clear            begin a new conversation
-/temperature X    0 takes the most likely token, larger values draw more freely
-/top_k N          draw from so many of the most likely tokens; `none` draws from all
-/max_tokens N     of an answer
-/save FILE        write the conversation, as a line of JSON that training reads
-/help             this
-/quit             leave; so does Ctrl-D
-Ctrl-C stops an answer. A message that begins with a slash is written with two."""
+/clear            start a new conversation
+/temperature X    0 always takes the most likely token, larger values vary more
+/top_k N          sample from this many of the most likely tokens; `none` samples from all
+/max_tokens N     most tokens of an answer
+/save FILE        write the conversation as a line of JSON, which training reads
+/help             this list
+/quit             leave (or Ctrl-D)
+Ctrl-C stops an answer. To send a message that starts with a slash, type two slashes."""
 HISTORY_LINES = 1000
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Config):
     """Talk to a model in the terminal."""
 
     prompt: str | None = None
-    """Answer this and leave, -p for short; by default messages are read until there are none."""
+    """Answer this one message and exit (-p). By default, chat interactively."""
     model_tag: str | None = None
-    """The model's name; by default the one that was saved last."""
+    """Name of the model. Defaults to the one saved last."""
     source: Literal["sft", "rl", "base"] = "sft"
-    """Which stage of it."""
+    """Stage to load: base, sft or rl."""
     step: int | None = None
-    """Which of its checkpoints; by default the latest."""
+    """Step of the checkpoint to load. Defaults to the latest."""
     system: str | None = None
-    """What the model is told before the first message."""
-    temperature: float = 0.6
-    """0 takes the most likely token each time, larger values draw more freely."""
-    top_k: int | None = 50
-    """Draw from so many of the most likely tokens; None draws from all."""
-    max_tokens: int = 512
-    """Tokens of an answer at most."""
-    seed: int = 42
-    """Of the draws."""
+    """System message, which the model reads before the first message."""
+    sampling: SamplingParams = CHAT_SAMPLING
     compile: bool = False
     """Compile the model on CPUs: faster answers, after some seconds."""
-    device: Literal["cuda", "mps", "cpu"] | None = None
-    """Where to run; by default the best there is."""
-    dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    """What to compute in; by default what the device is good at."""
+    runtime: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def chat(config: ChatConfig, home: Home) -> None:
     """Load a model and answer.
 
     Raises:
-        UsageError: there is no such model, or a number makes no sense.
-        CheckpointError, TokenizerError: what is there is damaged.
+        UsageError: there is no such model, or a flag has no use here.
+        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
-    runtime = build_runtime(config.device, config.dtype)
+    config.sampling.refuse_changes("num_samples", "logprobs")
+    runtime = build_runtime(config.runtime.device, config.runtime.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
     engine = Engine(loaded.model, max_batch=1, compile=config.compile)
-    session = ChatSession(engine, loaded.tokenizer, system=config.system)
-    try:
-        session.set_rules(
-            temperature=config.temperature,
-            top_k=config.top_k,
-            max_tokens=config.max_tokens,
-            seed=config.seed,
-        )
-    except UsageError as error:
-        raise UsageError(f"{error}: change the flag of that name") from error
+    session = ChatSession(engine, loaded.tokenizer, config.sampling, config.system)
     console = build_console()
     if config.prompt is not None:
         show_answer(session, config.prompt, console)
         return
     if sys.stdin.isatty():
-        console.print(f"{loaded.path}\n/help tells the commands", style="dim")
+        console.print(f"{loaded.path}\n/help lists the commands", style="dim")
     with _line_history(home.root / "chat_history"):
         Dialogue(session, console).run()
 
 
 class Dialogue:
-    """Read messages and commands, one a line, until there are no more."""
+    """Read messages and commands, one per line, until there are no more."""
 
     def __init__(self, session: ChatSession, console: Console) -> None:
         self.session, self.console = session, console
@@ -111,13 +95,13 @@ class Dialogue:
             "/clear": self._clear,
             "/temperature": lambda text: self._set("temperature", float, text),
             "/top_k": lambda text: self._set("top_k", _count_or_none, text),
-            "/max_tokens": lambda text: self._set("max_tokens", int, text),
+            "/max_tokens": lambda text: self._set("max_new_tokens", int, text),
             "/save": self._save,
             "/help": lambda text: self.console.print(HELP),
         }
 
     def run(self) -> None:
-        """Go on until /quit or the end of the input."""
+        """Read until /quit or the end of the input."""
         prompt = "> " if sys.stdin.isatty() else ""
         while True:
             try:
@@ -135,10 +119,10 @@ class Dialogue:
                 self.console.print(f"error: {error}", style="red")
 
     def take(self, line: str) -> None:
-        """Answer a message or carry out a command.
+        """Answer a message or run a command.
 
         Raises:
-            UsageError: it cannot be; the conversation is as it was.
+            UsageError: the line makes no sense; the conversation is unchanged.
         """
         word, _, rest = line.strip().partition(" ")
         if not word:
@@ -150,28 +134,29 @@ class Dialogue:
         elif word in self._commands:
             self._commands[word](rest.strip())
         else:
-            raise UsageError(f"there is no {word}: /help tells the commands")
+            raise UsageError(f"there is no {word}: /help lists the commands")
 
     def _clear(self, text: str) -> None:
         self.session.clear()
         self.console.print("a new conversation", style="dim")
 
-    def _set(self, name: str, read: Callable[[str], float | int | None], text: str) -> None:
+    def _set(self, name: str, parse: Callable[[str], Any], text: str) -> None:
+        command = name.replace("_new", "")
         if text:
             try:
-                self.session.set_rules(**{name: read(text)})
+                self.session.set_params(**{name: parse(text)})
             except ValueError as error:
-                raise UsageError(f"/{name} takes a number, not {text!r}") from error
-        self.console.print(f"{name} is {getattr(self.session.rules, name)}", style="dim")
+                raise UsageError(f"/{command} takes a number, not {text!r}") from error
+        self.console.print(f"{command} is {getattr(self.session.params, name)}", style="dim")
 
     def _save(self, text: str) -> None:
         if not text:
             raise UsageError("/save takes the name of a file")
         if not self.session.turns:
-            raise UsageError("nothing was said yet: there is nothing to save")
+            raise UsageError("there is nothing to save yet")
         path = Path(text).expanduser()
         if path.exists():
-            raise UsageError(f"{path} is there already: choose another name")
+            raise UsageError(f"{path} exists: choose another name")
         try:
             write_bytes(path, self.session.to_json_line().encode())
         except OSError as error:
@@ -187,7 +172,7 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
     """Print the answer as it comes; Ctrl-C stops it, a second one the program.
 
     Raises:
-        UsageError: there is nothing to answer, or no room to.
+        UsageError: there is nothing to answer, or no room for an answer.
     """
     pieces = session.answer(message)
     if session.forgotten:
@@ -218,7 +203,7 @@ class _AnswerPrinter:
         self._open: PartType = "text"
 
     def show(self, piece: Piece) -> None:
-        """Print a piece, and what stands between it and the part before."""
+        """Print a piece, and the bracket or sign between it and the part before."""
         if piece.starts:
             if piece.type == "python_output" and self._open == "python":
                 self._write(" = ")
@@ -247,7 +232,7 @@ class _AnswerPrinter:
 
 @contextlib.contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """Take the first Ctrl-C as a request; outside the main thread there is none to take."""
+    """Turn the first Ctrl-C into a request; does nothing outside the main thread."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -267,7 +252,7 @@ def _stop_request() -> Iterator[threading.Event]:
 
 @contextlib.contextmanager
 def _line_history(path: Path) -> Iterator[None]:
-    """Let arrow keys bring back earlier lines, those of earlier sessions too."""
+    """Let arrow keys recall lines, also those of earlier sessions."""
     if not sys.stdin.isatty():
         yield
         return

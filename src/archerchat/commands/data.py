@@ -1,13 +1,13 @@
-"""`archerchat data download|build|info`: get text as shards, and see what is there."""
+"""`archerchat data download|build|info`: get text as shards, and print what is there."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -15,7 +15,6 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -23,7 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from archerchat.console import build_console
+from archerchat.config import Config, PositiveInt
+from archerchat.console import PLAIN_LINE_SECONDS, build_console, duration_text
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import describe_files, iter_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
@@ -41,66 +41,59 @@ from archerchat.files import remove_leftovers
 from archerchat.home import Home
 
 STDLIB = "stdlib"
-PLAIN_LINE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class DataDownloadConfig:
-    """Download shards from the Hugging Face hub; what is there already is not fetched again."""
+class DataDownloadConfig(Config):
+    """Download shards from the Hugging Face hub. Existing shards are not fetched again."""
 
     source: Literal["climbmix", "fineweb-edu"] = "climbmix"
-    """Which data set; its shards are kept under this name."""
-    num_shards: int = 8
-    """How many train shards, of 6542 (climbmix) or 1821 (fineweb-edu); the validation shard
-    always comes too. `archerchat plan` says how many a model needs."""
-    workers: int = 4
-    """How many files to download at a time."""
+    """Data set to download; its shards are kept under this name."""
+    num_shards: PositiveInt = 8
+    """Number of train shards, of 6542 (climbmix) or 1821 (fineweb-edu). The validation shard is
+    always downloaded too. `archerchat plan` says how many a model needs."""
+    workers: PositiveInt = 4
+    """Files to download at a time."""
     endpoint: str | None = None
-    """Address of another hub or mirror; by default HF_ENDPOINT, or the hub itself."""
+    """Address of another hub or mirror. Defaults to HF_ENDPOINT, or the hub itself."""
 
 
 @dataclass(frozen=True)
-class DataBuildConfig:
-    """Turn text into shards; building the same again does nothing, and what is there stays."""
+class DataBuildConfig(Config):
+    """Convert text files to Parquet shards. Existing identical shards are kept."""
 
     source: str
     """SOURCE: `stdlib` (this Python's own sources and documentation), or a file or folder of
     .parquet, .jsonl (`text` in both), .txt or .md files."""
     name: str | None = None
-    """What to call the data; by default `stdlib` or the folder's name."""
-    val_fraction: float = 0.05
-    """Share of the documents that becomes the validation shard, at most 8192 documents."""
-    val_documents: int | None = None
-    """How many documents become the validation shard, instead of a share."""
-    documents_per_row_group: int | None = None
-    """Documents read at a time; by default 256, or fewer so that 8 ranks can share a split."""
-    seed: int = 0
-    """Another seed shuffles and splits the documents otherwise."""
+    """Name of the data. Defaults to `stdlib` or the folder's name."""
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
     force: bool = False
-    """Build again and replace the data of this name; runs that read it cannot be resumed then."""
+    """Replace existing data of this name. Runs that read it can then not be resumed."""
 
 
 @dataclass(frozen=True)
-class DataInfoConfig:
-    """Print what is in a data source, or in all of them."""
+class DataInfoConfig(Config):
+    """Print what a data source holds, or all of them."""
 
     data: str | None = None
-    """Data source, or a directory of shards; by default all sources under ARCHERCHAT_HOME."""
+    """Data source, or a directory of shards. Defaults to all sources under ARCHERCHAT_HOME."""
     shards: bool = False
-    """Print a line for each shard, too."""
+    """Also print one line per shard."""
 
 
 def download(config: DataDownloadConfig, home: Home) -> None:
     """Download the shards that are not there yet.
 
     Raises:
-        UsageError: the source has no such number of shards.
+        UsageError: the source does not have that many shards.
         DataError: the hub cannot be reached, or the disk is full.
     """
     console = build_console()
     directory = home.data_dir(config.source)
     remove_leftovers(directory)
-    with _DownloadProgress(console, config.num_shards + 1) as progress:
+    progress = _DownloadProgress(console, config.num_shards + 1)
+    with progress.bar:
         fetched = download_shards(
             SOURCES[config.source],
             config.num_shards,
@@ -108,29 +101,21 @@ def download(config: DataDownloadConfig, home: Home) -> None:
             workers=config.workers,
             endpoint=config.endpoint,
             report=progress.report,
-            notify=lambda message: console.print(message, highlight=False, markup=False),
+            notify=console.print,
         )
     there = config.num_shards + 1 - len(fetched)
-    console.print(
-        f"fetched {len(fetched)} shards, {there} were there: {directory}", highlight=False
-    )
+    console.print(f"fetched {len(fetched)} shards, {there} were there: {directory}")
 
 
 def build(config: DataBuildConfig, home: Home) -> None:
     """Build shards from the standard library or from a folder of text.
 
     Raises:
-        UsageError: an option is out of range, or the name belongs to data from elsewhere or,
-            without `force`, to data that was built otherwise.
+        UsageError: the name belongs to data from elsewhere or, without `force`, to data that was
+            built from other text or with other settings.
         DataError: there is nothing to read, a file is broken, or the disk is full.
     """
     console = build_console()
-    options = CorpusOptions(
-        val_fraction=config.val_fraction,
-        val_documents=config.val_documents,
-        documents_per_row_group=config.documents_per_row_group,
-        seed=config.seed,
-    )
     directory = home.data_dir(config.name or _default_name(config.source))
     unchanged = "is built already: nothing to do"
     groups: Iterable[Group]
@@ -138,27 +123,33 @@ def build(config: DataBuildConfig, home: Home) -> None:
         root = stdlib_directory()
         files = list_stdlib(root)
         recipe, groups = describe_stdlib(root, files), iter_stdlib(root, files)
-        other = None if config.force else _find_other_stdlib(directory, recipe)
-        if other is not None:
-            recipe = other
-            unchanged = f"stays as {' '.join(other['python'])} built it: --force builds it anew"
+        # An update of Python changes the sources a little; that is no reason to break the runs that
+        # read what an earlier one built.
+        there = None if config.force else find_recipe(directory)
+        if there is not None and "python" in there and there != recipe:
+            recipe = there
+            unchanged = f"stays as {' '.join(there['python'])} built it: --force builds it again"
     else:
         root = Path(config.source).expanduser()
         files = list_files(root)
         recipe, groups = describe_files(root, files), ([text] for text in iter_files(files))
-    with _build_progress(console) as progress:
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}: {task.completed:,} read"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
         written = build_corpus(
             progress.track(groups, description=f"building {directory.name}"),
             directory,
             recipe,
-            options,
+            config.corpus,
             input_bytes=sum(file.stat().st_size for file in files),
             force=config.force,
         )
-    if not written:
-        console.print(f"{directory} {unchanged}", highlight=False)
-        return
-    console.print(_describe(directory, list_each=False))
+    console.print(_describe(directory) if written else f"{directory} {unchanged}")
 
 
 def info(config: DataInfoConfig, home: Home) -> None:
@@ -169,23 +160,11 @@ def info(config: DataInfoConfig, home: Home) -> None:
     """
     if config.data is not None:
         directories = [data_directory(config.data, home)]
-    else:
-        directories = list_sources(home)
-        if not directories:
-            raise DataError(f"no data in {home.root / 'data'}: {MAKE_DATA}")
+    elif not (directories := list_sources(home)):
+        raise DataError(f"no data in {home.root / 'data'}: {MAKE_DATA}")
     console = build_console()
     for directory in directories:
         console.print(_describe(directory, list_each=config.shards))
-
-
-def _find_other_stdlib(directory: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the recipe of the standard library's corpus there if another Python built it.
-
-    An update of Python changes the sources a little; that is no reason to break the runs that
-    read what an earlier one built.
-    """
-    there = find_recipe(directory)
-    return there if there is not None and "python" in there and there != recipe else None
 
 
 def _default_name(source: str) -> str:
@@ -200,7 +179,7 @@ def _default_name(source: str) -> str:
     return name
 
 
-def _describe(directory: Path, *, list_each: bool) -> Table:
+def _describe(directory: Path, *, list_each: bool = False) -> Table:
     table = Table("split", title=str(directory), title_justify="left")
     for column in ("shards", "row groups", "documents", "text MB", "file MB"):
         table.add_column(column, justify="right")
@@ -217,28 +196,13 @@ def _describe(directory: Path, *, list_each: bool) -> Table:
 
 def _measure(path: Path) -> list[int]:
     with Shard(path) as shard:
-        return [
-            shard.num_row_groups,
-            shard.num_documents,
-            shard.text_bytes,
-            path.stat().st_size,
-        ]
+        counts = [shard.num_row_groups, shard.num_documents, shard.text_bytes]
+        return [*counts, path.stat().st_size]
 
 
 def _format(figures: Sequence[int]) -> list[str]:
     row_groups, documents, text, size = figures
     return [f"{row_groups:,}", f"{documents:,}", f"{text / 1e6:,.1f}", f"{size / 1e6:,.1f}"]
-
-
-def _build_progress(console: Console) -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}: {task.completed:,} read"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 class _DownloadProgress:
@@ -248,7 +212,7 @@ class _DownloadProgress:
     """
 
     def __init__(self, console: Console, num_files: int) -> None:
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(),
@@ -257,42 +221,31 @@ class _DownloadProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._num_files = num_files
-        self._task: TaskID | None = None
-        self._lock = threading.Lock()
-        self._starts: dict[str, int] = {}
-        self._arrived: dict[str, int] = {}
-        self._sizes: dict[str, int] = {}
+        self._num_files, self._lock = num_files, threading.Lock()
+        self._task = self.bar.add_task(f"0 of {num_files} shards")
+        self._files: dict[str, tuple[int, int, int]] = {}
+        """By name: bytes that had arrived at first, that have arrived now, and size."""
         self._printed = self._began = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
 
     def report(self, name: str, arrived: int, size: int) -> None:
         with self._lock:
-            self._starts.setdefault(name, arrived)
-            self._arrived[name], self._sizes[name] = arrived, size
-            finished = sum(self._arrived[name] == size for name, size in self._sizes.items())
+            first, *_ = self._files.get(name, (arrived,))
+            self._files[name] = (first, arrived, size)
+            files = self._files.values()
+            starts, arrivals, sizes = (sum(column) for column in zip(*files, strict=True))
+            finished = sum(done == size for _, done, size in files)
             # What an earlier command had fetched is not part of this one's rate.
-            completed = sum(self._arrived.values()) - sum(self._starts.values())
-            known = sum(self._sizes.values())
-            total = known * self._num_files / len(self._sizes) - sum(self._starts.values())
+            completed = arrivals - starts
+            total = sizes * self._num_files / len(self._files) - starts
             self._show(f"{finished} of {self._num_files} shards", completed, total)
 
     def _show(self, files: str, completed: int, total: float) -> None:
-        if self._task is None:
-            self._task = self._bar.add_task(files)
-        self._bar.update(self._task, description=files, completed=completed, total=total)
+        self.bar.update(self._task, description=files, completed=completed, total=total)
         now = time.monotonic()
-        if self._bar.disable and now - self._printed >= PLAIN_LINE_SECONDS:
+        if self.bar.disable and now - self._printed >= PLAIN_LINE_SECONDS:
             self._printed = now
             rate = max(completed, 1) / (now - self._began)
-            self._bar.console.print(
+            self.bar.console.print(
                 f"{files}, {completed / 1e6:,.0f} of {total / 1e6:,.0f} MB at "
-                f"{rate / 1e6:,.1f} MB/s, {(total - completed) / rate / 60:,.0f} min left",
-                highlight=False,
+                f"{rate / 1e6:,.1f} MB/s, {duration_text((total - completed) / rate)} left"
             )

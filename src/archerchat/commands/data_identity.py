@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from archerchat.config import Config, PositiveInt, Seed
 from archerchat.console import build_console
 from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes
@@ -14,30 +15,30 @@ from archerchat.tasks.identity import default_template, draw_identity, parse_tem
 
 
 @dataclass(frozen=True)
-class DataIdentityConfig:
+class DataIdentityConfig(Config):
     """Write conversations in which the assistant says who it is, to mix into fine-tuning."""
 
     name: str = "Archer"
-    """What the assistant is called."""
+    """Name of the assistant."""
     creator: str = "the person who runs me"
-    """Who trained it, as it would say that."""
+    """Who trained the assistant, in its own words."""
     output: Path = Path("identity.jsonl")
-    """The file of JSON lines to write; one that is there is replaced."""
-    num_conversations: int = 1000
-    """How many conversations to write."""
+    """File of JSON lines to write; an existing one is replaced."""
+    num_conversations: PositiveInt = 1000
+    """Number of conversations to write."""
     template: Path | None = None
-    """A template of one's own (TOML); by default the package's."""
+    """Your own template (TOML). Defaults to the package's."""
     save_template: Path | None = None
-    """Write the package's template to this new file, to be edited, and nothing else."""
-    seed: int = 0
-    """Another seed draws other conversations."""
+    """Write the package's template to this new file, for editing, and nothing else."""
+    seed: Seed = 0
+    """Random seed for drawing the conversations."""
 
 
 def identity(config: DataIdentityConfig, home: Home) -> None:
-    """Draw the conversations and write them, a JSON line each.
+    """Draw the conversations and write them, one JSON line each.
 
     Raises:
-        UsageError: a value is empty or not positive, or the template's new file exists.
+        UsageError: a value is empty, or the template's new file exists.
         DataError: the template cannot be read, or the output not written.
     """
     console = build_console()
@@ -45,16 +46,12 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
         if config.save_template.exists():
             raise UsageError(f"{config.save_template} exists: name a new file for the template")
         _write(config.save_template, default_template())
-        console.print(f"wrote the template to {config.save_template}", highlight=False)
+        console.print(f"wrote the template to {config.save_template}")
         return
     values = {"name": config.name.strip(), "creator": config.creator.strip()}
     for flag, value in values.items():
         if not value:
             raise UsageError(f"--{flag} is empty: give the assistant's {flag}")
-    if config.num_conversations < 1:
-        raise UsageError(
-            f"{config.num_conversations} conversations cannot be written: give at least 1"
-        )
     text = default_template() if config.template is None else _read(config.template)
     where = "the template" if config.template is None else str(config.template)
     template = parse_template(text, values, where)
@@ -62,9 +59,7 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
     lines = [json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations]
     _write(config.output, "".join(lines))
     console.print(
-        f"wrote {len(conversations)} conversations of {values['name']} to {config.output}",
-        highlight=False,
-        markup=False,
+        f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
     )
 
 

@@ -1,4 +1,4 @@
-"""`archerchat eval chat`: what a model that converses answers rightly; ChatCORE."""
+"""`archerchat eval chat`: evaluate a chat model on ChatCORE's tasks or others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,78 +14,67 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from archerchat.config import Config, DeviceConfig, PositiveInt
 from archerchat.console import build_console
 from archerchat.data.task_files import task_files
 from archerchat.distributed import Ranks, joined_ranks
-from archerchat.errors import UsageError, require_positive, require_seed
+from archerchat.errors import UsageError
 from archerchat.evals.chat.evaluate import ChatEvaluator, limited
-from archerchat.evals.chat.generative import Answer, Sampling
+from archerchat.evals.chat.generative import Answer, check_sampling
 from archerchat.evals.chat.results import TaskResult, chatcore
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
+from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import Runtime, build_runtime, dtype_name, prepare_process
 from archerchat.tasks.base import Task
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task
 
+SAMPLING = SamplingParams(max_new_tokens=512, temperature=0.0, top_k=50)
 PLAIN_LINE_SECONDS = 10.0
-"""Between two lines of progress where there is no terminal."""
+"""Time between lines of progress if there is no terminal."""
 
 
 @dataclass(frozen=True)
-class EvalChatConfig:
-    """Evaluate a model that converses, on ChatCORE's tasks or others."""
+class EvalChatConfig(Config):
+    """Evaluate a chat model on ChatCORE's tasks or others."""
 
     model_tag: str | None = None
-    """The model's name; by default the one that was saved last."""
+    """Name of the model. Defaults to the one saved last."""
     source: Literal["sft", "rl", "base"] = "sft"
-    """Which stage of it."""
+    """Stage to load: base, sft or rl."""
     step: int | None = None
-    """Which of its checkpoints; by default the latest."""
+    """Step of the checkpoint to load. Defaults to the latest."""
     tasks: str | None = None
-    """Tasks, separated by commas, each with a limit if need be: GSM8K:200,MMLU; by default the
+    """Tasks, separated by commas, each with a limit if need be: GSM8K:200,MMLU. Defaults to the
     six of ChatCORE."""
-    max_problems: int | None = None
-    """Problems of each task that has no limit of its own; by default all."""
-    num_samples: int = 1
-    """Answers to each generative problem; with several, pass@k is told too."""
-    temperature: float = 0.0
-    """0 takes the most likely token each time."""
-    top_k: int | None = 50
-    """Draw from so many of the most likely tokens; None draws from all."""
-    max_new_tokens: int = 512
-    """Tokens of an answer at most."""
-    device_batch_size: int = 64
-    """Answers that are generated at a time."""
-    seed: int = 42
-    """Of the draws."""
+    max_problems: PositiveInt | None = None
+    """Number of problems of each task that has no limit of its own. Defaults to all."""
+    sampling: SamplingParams = SAMPLING
+    device_batch_size: PositiveInt = 64
+    """Most answers to generate at a time."""
     data_dir: Path | None = None
-    """Folder with the tasks' files; by default they are downloaded once."""
+    """Folder with the tasks' files. By default they are downloaded once."""
     json: Path | None = None
-    """Write the figures to this file; by default under the home's `evals`."""
+    """File for the figures. Defaults to one under the home's `evals`."""
     answers: Path | None = None
-    """Also write every generated answer to this file, one JSON object a line."""
-    device: Literal["cuda", "mps", "cpu"] | None = None
-    """Where to run; by default the best there is."""
-    dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    """What to compute in; by default what the device is good at."""
+    """File for every generated answer, one JSON object per line."""
+    runtime: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """Evaluate the tasks one by one, keeping the results so far on disk; return them.
 
     Raises:
-        UsageError: there is no such model or task, or a number makes no sense.
+        UsageError: there is no such model or task, or the samples would all be the same.
         DataError: a task's files are missing or broken.
         SandboxError: HumanEval is asked for and there is no sandbox on this machine.
-        CheckpointError, TokenizerError: what is there is damaged.
+        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
     limits = parse_tasks(config.tasks, config.max_problems)
-    sampling = Sampling(
-        config.max_new_tokens, config.temperature, config.top_k, config.num_samples, config.seed
-    )
-    _check(config)
-    runtime = build_runtime(config.device, config.dtype)
+    check_sampling(config.sampling)
+    config.sampling.refuse_changes("logprobs")
+    runtime = build_runtime(config.runtime.device, config.runtime.dtype)
     prepare_process(runtime)
     quiet = not runtime.is_master
     console = build_console(quiet=quiet)
@@ -94,23 +83,21 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     with joined_ranks(runtime) as ranks:
         tasks = _build_tasks(config, home, limits, ranks, console)
         evaluator = ChatEvaluator(
-            loaded.model, loaded.tokenizer, sampling, config.device_batch_size, ranks
+            loaded.model, loaded.tokenizer, config.sampling, config.device_batch_size, ranks
         )
         return _run(config, home, loaded, runtime, evaluator, tasks, console)
 
 
 def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, int | None]:
-    """Return each task's limit by its name, None for all of it.
+    """Return each task's limit by its name; None stands for all of it.
 
     Args:
         text: `GSM8K:200,MMLU`; None stands for ChatCORE's tasks.
-        max_problems: the limit of tasks without one of their own.
+        max_problems: limit of tasks without one of their own.
 
     Raises:
         UsageError: a task is unknown or named twice, or a limit is no positive number.
     """
-    if max_problems is not None and max_problems < 1:
-        raise UsageError(f"--max-problems is {max_problems}; it must be at least 1")
     if text is None:
         return dict.fromkeys(CHATCORE, max_problems)
     known = {name.lower(): name for name in TASKS}
@@ -133,15 +120,6 @@ def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, 
     return limits
 
 
-def _check(config: EvalChatConfig) -> None:
-    require_positive(config, "num_samples", "max_new_tokens", "top_k", "device_batch_size")
-    if not (config.temperature == 0 or 0.001 <= config.temperature <= 100):
-        raise UsageError(
-            f"--temperature is {config.temperature}; it must be 0, or from 0.001 to 100"
-        )
-    require_seed(config.seed)
-
-
 def _build_tasks(
     config: EvalChatConfig,
     home: Home,
@@ -149,7 +127,7 @@ def _build_tasks(
     ranks: Ranks,
     console: Console,
 ) -> list[Task]:
-    """Read every task's files before the first is evaluated; one rank downloads what is missing."""
+    """Read the files of all tasks before evaluating any; one rank downloads what is missing."""
 
     def build() -> list[Task]:
         files = task_files(home, config.data_dir, notify=console.print)
@@ -187,7 +165,7 @@ def _run(
             "dtype": dtype_name(runtime.compute_dtype),
             "device": runtime.device_name,
             "ranks": runtime.world_size,
-            "sampling": asdict(evaluator.sampling),
+            "sampling": asdict(evaluator.params),
             "complete": len(results) == len(tasks),
             "tasks": {each.name: each.to_json() for each in results},
         }
@@ -223,7 +201,7 @@ def _line(task: str, answer: Answer) -> str:
 
 
 class _ProgressShown:
-    """A bar with rate and time left on a terminal, a line now and then elsewhere."""
+    """Show a bar with rate and time left on a terminal, and a line now and then elsewhere."""
 
     def __init__(self, title: str, unit: str, bar: Progress | None, console: Console) -> None:
         self._title, self._unit, self._bar, self._console = title, unit, bar, console
@@ -231,7 +209,7 @@ class _ProgressShown:
         self._started = self._shown = time.monotonic()
 
     def update(self, done: int, total: int) -> None:
-        """Take note of how much is done."""
+        """Show how much is done."""
         now = time.monotonic()
         rate = done / max(now - self._started, 1e-9)
         shown = f"{rate:,.1f} {self._unit}/s"
@@ -261,7 +239,7 @@ def _shown(task: Task, console: Console) -> Iterator[_ProgressShown]:
 
 
 def _sentence(result: TaskResult) -> str:
-    """Say how a task went, in a line."""
+    """Summarise a task in one line."""
     low, high = result.interval
     text = (
         f"{result.name}: {100 * result.accuracy:.2f} % of {len(result.right):,} "
@@ -271,9 +249,9 @@ def _sentence(result: TaskResult) -> str:
         rates = (f"pass@{k} {100 * value:.2f} %" for k, value in result.pass_at.items())
         text += f"; {', '.join(rates)}"
     if result.cut_prompts:
-        text += f"; {result.cut_prompts:,} prompts were cut to the context"
+        text += f"; {result.cut_prompts:,} prompts were truncated to the context"
     if result.cut_answers:
-        text += f"; {result.cut_answers:,} answers were cut"
+        text += f"; {result.cut_answers:,} answers were truncated"
     return text
 
 

@@ -13,7 +13,7 @@ from archerchat.console import build_console
 from archerchat.errors import TokenizerError, UsageError
 from archerchat.exchange.nanochat import TOKENIZER_FILE, ImportedModel, load_model, load_tokenizer
 from archerchat.home import Home
-from archerchat.tokenizer.bpe import Tokenizer, save_new_tokenizer
+from archerchat.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: 
         if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
             raise UsageError(f"{directory} is another tokenizer: choose another --tag")
         return
-    save_new_tokenizer(tokenizer, directory)
+    tokenizer.save(directory)
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""`archerchat plan --depth N [--gpu NAME]`: say what a depth will take, before it is trained."""
+"""`archerchat plan --depth N [--gpu NAME]`: what training takes, before it is started."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from archerchat.console import bytes_text, duration_text
 from archerchat.home import Home
 from archerchat.planning.memory import RESERVED_SHARE
 from archerchat.planning.plan import Plan, PlanConfig, build_plan
@@ -18,10 +19,10 @@ Row = tuple[str, str, str]
 
 
 def plan(config: PlanConfig, home: Home) -> None:
-    """Print what the run that `config` describes will take.
+    """Print what the run that `config` describes takes.
 
     Raises:
-        UsageError: the run is impossible, the card is unknown, or a number makes no sense.
+        UsageError: the run is impossible, or the card is unknown.
     """
     result = build_plan(config, home.cache_dir)
     if config.json:
@@ -34,7 +35,7 @@ def plan(config: PlanConfig, home: Home) -> None:
         ("Schedule", _schedule_rows(result)),
         ("Data", _data_rows(result)),
         ("Memory of one card (estimate)", _memory_rows(result)),
-        ("Time and cost", _time_rows(result, config)),
+        ("Time and cost", _time_rows(result, config.mfu is None)),
     ):
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
         table.add_column(style="cyan", min_width=20)
@@ -48,18 +49,11 @@ def plan(config: PlanConfig, home: Home) -> None:
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """Return every number of the plan, derived ones included, as JSON's types."""
     content = dataclasses.asdict(plan)
-    hp, estimate = plan.hyperparameters, plan.memory.estimate
-    content["hyperparameters"].update(
-        total_tokens=hp.total_tokens,
-        total_flops=hp.total_flops,
-        head_dim=hp.model.head_dim,
-        windows=hp.model.windows,
-        padded_vocab_size=hp.model.padded_vocab_size,
-    )
-    content["hyperparameters"]["parameters"].update(
-        total=hp.parameters.total, scaling=hp.parameters.scaling
-    )
-    content["memory"]["estimate"]["fixed"] = estimate.fixed
+    hp, model, counts = plan.hyperparameters, plan.hyperparameters.model, content["hyperparameters"]
+    counts |= {name: getattr(hp, name) for name in ("total_tokens", "total_flops")}
+    counts |= {n: getattr(model, n) for n in ("head_dim", "windows", "padded_vocab_size")}
+    counts["parameters"] |= {n: getattr(hp.parameters, n) for n in ("total", "scaling")}
+    content["memory"]["estimate"]["fixed"] = plan.memory.estimate.fixed
     return content
 
 
@@ -91,7 +85,7 @@ def _run_rows(plan: Plan) -> list[Row]:
     rates = hp.learning_rates
     ratio = hp.total_tokens / hp.parameters.scaling
     return [
-        ("batch", f"{hp.total_batch_tokens:,}", "tokens in one step"),
+        ("batch", f"{hp.total_batch_tokens:,}", "tokens per step"),
         ("iterations", f"{hp.num_iterations:,}", ""),
         ("tokens", _short(hp.total_tokens), f"{ratio:.2f} per scaling parameter"),
         ("FLOPs per token", _short(hp.flops_per_token), "forward and backward"),
@@ -117,83 +111,58 @@ def _schedule_rows(plan: Plan) -> list[Row]:
 
 def _data_rows(plan: Plan) -> list[Row]:
     data = plan.data
-    epochs = f"; {data.epochs:.1f} epochs, the source has no more" if data.epochs > 1 else ""
+    note = f"training and validation, about {data.download_bytes / 1e9:.1f} GB"
+    if data.epochs > 1:
+        note += f"; {data.epochs:.1f} epochs, because the source has no more"
+    per_shard = _short(data.tokens_per_shard)
     return [
-        (
-            "shards to download",
-            f"{data.train_shards} + 1",
-            f"train and validation, about {_gigabytes(data.download_bytes)}{epochs}",
-        ),
-        (
-            "tokens per shard",
-            _short(data.tokens_per_shard),
-            "after packing; --tokens-per-shard sets it",
-        ),
+        ("shards to download", f"{data.train_shards} + 1", note),
+        ("tokens per shard", per_shard, "after packing; --tokens-per-shard sets it"),
     ]
 
 
 def _memory_rows(plan: Plan) -> list[Row]:
-    memory, hp = plan.memory, plan.hyperparameters
-    estimate = memory.estimate
-    size = memory.device_batch_size
-    batch: Row = (
-        "device batch size",
-        str(size) if size else "does not fit",
-        f"{memory.grad_accum_steps} micro-batches a step; the largest power of two that fits"
-        if size
-        else "not even one row: a smaller --depth or --max-seq-len, or a larger card",
-    )
+    memory, estimate = plan.memory, plan.memory.estimate
+    size, row_tokens = memory.device_batch_size, plan.hyperparameters.model.sequence_length
+    remedy = "not even one row: use a smaller --depth or --max-seq-len, or a larger card"
+    batch = f"{memory.grad_accum_steps} micro-batches per step; the largest power of two that fits"
+    free = f"of {bytes_text(memory.device_bytes)}; {RESERVED_SHARE:.0%} is left free"
+    cache = f"{bytes_text(memory.kv_cache_bytes)} per full row, since windowed layers keep less"
     return [
-        ("weights", _gib(estimate.weights), "float32 masters; tables in the compute dtype"),
-        ("gradients", _gib(estimate.gradients), ""),
-        ("optimizer state", _gib(estimate.optimizer_state), f"shared by {plan.num_gpus} card(s)"),
-        ("weight copies", _gib(estimate.weight_casts), f"in {plan.machine.compute_dtype}"),
-        ("workspace", _gib(estimate.workspace), "loss chunks, Muon's products"),
+        ("weights", bytes_text(estimate.weights), "float32 masters; tables in the compute dtype"),
+        ("gradients", bytes_text(estimate.gradients), ""),
+        (
+            "optimizer state",
+            bytes_text(estimate.optimizer_state),
+            f"shared by {plan.num_gpus} card(s)",
+        ),
+        ("weight copies", bytes_text(estimate.weight_casts), f"in {plan.machine.compute_dtype}"),
+        ("workspace", bytes_text(estimate.workspace), "loss chunks, Muon's products"),
         (
             "activations",
-            _gib(estimate.activations_per_row),
-            f"each row of {hp.model.sequence_length} tokens; fused attention, no recomputation",
+            bytes_text(estimate.activations_per_row),
+            f"per row of {row_tokens} tokens; fused attention, no recomputation",
         ),
-        batch,
-        (
-            "peak",
-            _gib(memory.peak_bytes),
-            f"of {_gib(memory.device_bytes)}; {RESERVED_SHARE:.0%} is left free",
-        ),
-        (
-            "KV cache",
-            f"{memory.kv_bytes_per_token / 1024:.1f} KiB",
-            f"a generated token; {memory.kv_cache_bytes / 2**20:.1f} MiB a full row, where "
-            "windowed layers keep only their window",
-        ),
+        ("device batch size", str(size or "does not fit"), batch if size else remedy),
+        ("peak", bytes_text(memory.peak_bytes), free),
+        ("KV cache", bytes_text(memory.kv_bytes_per_token), f"per generated token; {cache}"),
     ]
 
 
-def _time_rows(plan: Plan, config: PlanConfig) -> list[Row]:
+def _time_rows(plan: Plan, mfu_is_assumed: bool) -> list[Row]:
     machine, time = plan.machine, plan.time
+    mfu_note = "assumed for this kind of device; --mfu sets it" if mfu_is_assumed else "given"
     rows: list[Row] = [
         ("device", f"{plan.num_gpus} x {machine.name}", machine.compute_dtype),
         ("peak", f"{machine.flops_per_second / 1e12:.4g} TFLOP/s", machine.flops_source),
-        (
-            "MFU",
-            f"{time.mfu:.0%}",
-            "assumed for this kind of device; --mfu sets it" if time.mfu_is_assumed else "given",
-        ),
+        ("MFU", f"{time.mfu:.0%}", mfu_note),
         ("tokens per second", f"{time.tokens_per_second:,.0f}", ""),
-        ("training", _duration(time.hours), "evaluation and checkpoints come on top"),
+        ("training", _days(time.hours), "evaluation and checkpoints are extra"),
+        ("cost", "unknown" if time.cost is None else f"${time.cost:,.2f}", time.price_note),
     ]
-    if time.rent is not None:
-        origin = "assumed; --price-per-hour sets it" if time.price_is_assumed else "given"
-        note = f"${time.price_per_hour:.2f} a card and hour, {origin}"
-        rows.append(("rent", f"${time.rent:,.2f}", note))
     if time.kwh is not None and machine.gpu is not None:
-        note = f"at {machine.gpu.board_watts} W a card; the rest of the machine not counted"
+        note = f"at {machine.gpu.board_watts} W per card; the rest of the machine is not counted"
         rows.append(("energy", f"{time.kwh:.1f} kWh", note))
-    if time.energy_cost is not None:
-        note = f"${config.price_per_kwh:.2f} a kWh, assumed unless --price-per-kwh is given"
-        rows.append(("electricity", f"${time.energy_cost:,.2f}", note))
-    if time.rent is None and time.energy_cost is None:
-        rows.append(("cost", "unknown", "--price-per-hour sets it"))
     return rows
 
 
@@ -205,15 +174,5 @@ def _short(count: int) -> str:
     return str(count)
 
 
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
-
-
-def _duration(hours: float) -> str:
-    if hours < 1:
-        return f"{hours * 60:.1f} min"
-    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"
+def _days(hours: float) -> str:
+    return duration_text(3600 * hours) if hours < 72 else f"{hours / 24:.1f} days"

@@ -1,81 +1,68 @@
-"""`archerchat report`: what a run did, as one HTML page and as Markdown; laws over several runs."""
+"""`archerchat report`: a model's training report, as Markdown and as one HTML page."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from archerchat.config import Config
 from archerchat.console import build_console
 from archerchat.errors import UsageError
-from archerchat.home import Home
-from archerchat.report.files import default_directory, write_report
-from archerchat.report.spending import Prices
-from archerchat.report.training_report import build_training_report, gather
+from archerchat.home import Home, check_name
+from archerchat.planning.gpus import Prices
+from archerchat.report.document import CHARTS, HTML, MARKDOWN
+from archerchat.report.report import build_training_report, gather
 
 
 @dataclass(frozen=True)
-class ReportConfig:
-    """Write a model's training report, from its journals and results (HTML and Markdown).
+class ReportConfig(Config):
+    """Write a model's training report from its journals and results (Markdown and HTML).
 
     `archerchat report TAG` is about one model; `archerchat report scaling RUNS` fits a scaling law
     to several runs instead.
     """
 
     tag: tuple[str, ...]
-    """Name of a model or a run; by default that of the latest run."""
+    """Name of a model or a run. Defaults to the latest run."""
     out: Path | None = None
-    """Directory to write to, replaced if it is there; by default under the home's `reports`."""
-    price_per_hour: float | None = None
-    """Dollars for one device for an hour; assumed for cards that are usually rented."""
-    price_per_kwh: float = 0.30
-    """Dollars for a kilowatt-hour, for a card of your own."""
+    """Directory to write to; an earlier report in it is replaced. Defaults to `reports/TAG` in
+    ArcherChat's home."""
+    prices: Prices = field(default_factory=Prices)
+    """Prices for the table of costs."""
 
 
 def report(config: ReportConfig, home: Home) -> None:
-    """Write the report and say where it is.
+    """Write the report and print where it is.
 
     Raises:
-        UsageError: there is no such run, or a number makes no sense.
+        UsageError: there is no such run, or --out holds something else.
         DataError: a journal is damaged.
     """
     if len(config.tag) > 1:
         raise UsageError(
-            f"a report is about one model, not {len(config.tag)}: for a law over several runs use "
+            f"a report is about one model, not {len(config.tag)}; for a law over several runs use "
             f"`archerchat report scaling {' '.join(config.tag)}`"
         )
-    for name in ("price_per_hour", "price_per_kwh"):
-        price = getattr(config, name)
-        if price is not None and not 0 <= price < math.inf:
-            raise UsageError(f"--{name.replace('_', '-')} is {price}; it must be 0 or more")
-    material = gather(home, config.tag[0] if config.tag else None)
-    prices = Prices(config.price_per_hour, config.price_per_kwh)
-    document = build_training_report(material, prices)
-    directory = target_directory(config.out, home, material.title)
-    files = write_report(document, directory)
+    runs, results = gather(home, config.tag[0] if config.tag else None)
+    directory = target_directory(config.out, home, runs[-1].model_tag)
+    paths = build_training_report(runs, results, config.prices).write(directory)
     console = build_console()
-    console.print(f"report of {', '.join(run.tag for run in material.runs)}:")
-    console.print(f"  {files.html}\n  {files.markdown}")
+    console.print(f"report of {', '.join(run.tag for run in runs)}:")
+    for path in paths:
+        console.print(f"  {path}")
 
 
 def target_directory(out: Path | None, home: Home, name: str) -> Path:
-    """Return where to write; refuses a directory that holds anything but a report.
+    """Return where to write: `out`, or the home's directory for a report of this name.
 
     Raises:
-        UsageError: it does.
+        UsageError: `out` holds anything but a report.
     """
     if out is None:
-        return default_directory(home, name)
+        return home.root / "reports" / check_name(name, "report name")
     out = out.expanduser()
-    foreign = out.exists() and not (out.is_dir() and _is_replaceable(out))
-    if foreign:
-        raise UsageError(f"--out {out} is there and is no report: name a new directory")
+    if out.exists():
+        content = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+        if content and not (HTML in content and content <= {HTML, MARKDOWN, CHARTS}):
+            raise UsageError(f"--out {out} exists and is no report; choose another directory")
     return out
-
-
-def _is_replaceable(directory: Path) -> bool:
-    content = {path.name for path in directory.iterdir()}
-    return not content or ("report.html" in content and content <= {*_OURS})
-
-
-_OURS = ("report.html", "report.md", "charts")

@@ -11,12 +11,10 @@ from archerchat.console import build_console
 from archerchat.errors import UsageError
 from archerchat.files import write_json
 from archerchat.home import Home
-from archerchat.report.files import write_report
 from archerchat.report.scaling_report import (
     Parameters,
     build_scaling_report,
     fit_runs,
-    formula,
     gather_sizes,
 )
 
@@ -57,8 +55,8 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
         raise UsageError(f"run {twice[0]!r} is named twice: name each once")
     runs = gather_sizes(home, tags, config.metric, config.parameters)
     fit = fit_runs(runs)
-    document = build_scaling_report(runs, fit, config.metric)
-    files = write_report(document, target_directory(config.out, home, "scaling"))
+    directory = target_directory(config.out, home, "scaling")
+    paths = build_scaling_report(runs, fit, config.metric).write(directory)
     if config.json is not None:
         figures: dict[str, Any] = {
             "metric": config.metric,
@@ -79,5 +77,4 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
             ],
         }
         write_json(config.json, figures)
-    console = build_console()
-    console.print(f"{formula(fit)}\n{fit.reason}\n  {files.html}\n  {files.markdown}")
+    build_console().print("\n  ".join([f"{fit.formula}\n{fit.reason}", *map(str, paths)]))

@@ -1,73 +1,62 @@
-"""`archerchat sample`: what a model says, with a prompt and without one."""
+"""`archerchat sample`: print what a model says, with a prompt and without one."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rich.console import Console
 
+from archerchat.config import Config, DeviceConfig
 from archerchat.console import build_console
-from archerchat.errors import UsageError, require_positive, require_seed
 from archerchat.home import Home
-from archerchat.inference.draws import row_seed
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
-from archerchat.inference.requests import Event, Request
+from archerchat.inference.sampling_params import SamplingParams, derive_seed
+from archerchat.inference.sequence import Event, Request
 from archerchat.runtime import build_runtime, prepare_process
 
+SAMPLING = SamplingParams(max_new_tokens=96, temperature=0.7, top_k=50, num_samples=3)
 PROMPTS = (
     "The capital of France is",
     "If yesterday was Friday, then tomorrow will be",
     "def __init__(self",
     "Return a list of",
 )
-MOST_ROWS = 16
-"""Samples at a time."""
+MAX_ROWS = 16
+"""Most samples to generate at a time."""
 
 CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
-"""A model says any byte; those that a terminal obeys are shown as unprintable instead."""
+"""A model may say any byte; those that a terminal obeys are shown as unprintable."""
 
 
 @dataclass(frozen=True)
-class SampleConfig:
-    """Print conditioned and unconditioned samples of a model."""
+class SampleConfig(Config):
+    """Print samples of a model, with prompts and without one."""
 
     source: Literal["base", "sft", "rl"] = "base"
-    """Which stage of the model: pretrained, fine-tuned, or after reinforcement learning."""
+    """Stage to load: base, sft or rl."""
     model_tag: str | None = None
-    """The model's name; by default the one that was saved last."""
+    """Name of the model. Defaults to the one saved last."""
     step: int | None = None
-    """Which of its checkpoints; by default the latest."""
+    """Step of the checkpoint to load. Defaults to the latest."""
     prompt: str | None = None
-    """Continue this text only; by default a few prompts, then nothing but BOS."""
-    num_samples: int = 3
-    """Unconditioned samples, or samples of the prompt that is given."""
-    max_tokens: int = 96
-    """Tokens in a sample at most."""
-    temperature: float = 0.7
-    """0 takes the most likely token each time, larger values draw more freely."""
-    top_k: int | None = 50
-    """Draw from so many of the most likely tokens; None draws from all."""
-    seed: int = 42
-    """Of the draws."""
-    device: Literal["cuda", "mps", "cpu"] | None = None
-    """Where to run; by default the best there is."""
-    dtype: Literal["bfloat16", "float32", "float16"] | None = None
-    """What to compute in; by default what the device is good at."""
+    """Text to continue. By default, a few built-in prompts, then samples without a prompt."""
+    sampling: SamplingParams = SAMPLING
+    runtime: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def sample(config: SampleConfig, home: Home) -> None:
     """Load a model and print samples, each token as it comes.
 
     Raises:
-        UsageError: there is no such model, or a number makes no sense.
-        CheckpointError, TokenizerError: what is there is damaged.
+        UsageError: there is no such model, or the prompt is too long.
+        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
-    _check(config)
-    runtime = build_runtime(config.device, config.dtype)
+    config.sampling.refuse_changes("logprobs")
+    runtime = build_runtime(config.runtime.device, config.runtime.dtype)
     prepare_process(runtime)
     loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
     console = build_console()
@@ -76,64 +65,50 @@ def sample(config: SampleConfig, home: Home) -> None:
 
 
 def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -> None:
-    """Print what `config` asks for."""
+    """Print the samples that `config` asks for."""
+    params, tokenizer = config.sampling, loaded.tokenizer
     prompts = [] if config.prompt is not None else list(PROMPTS)
-    prompts += [config.prompt or ""] * config.num_samples
-    tokenizer = loaded.tokenizer
+    prompts += [config.prompt or ""] * params.num_samples
+    stop_token_ids = (tokenizer.bos_id, *params.stop_token_ids)
     requests = [
         Request(
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
-            config.max_tokens,
-            config.temperature,
-            config.top_k,
-            seed=row_seed(config.seed, number),
-            stop_tokens=(tokenizer.bos_id,),
+            replace(
+                params,
+                stop_token_ids=stop_token_ids,
+                seed=derive_seed(params.seed, number),
+                num_samples=1,
+            ),
+            decode=tokenizer.decode,
         )
         for number, prompt in enumerate(prompts)
     ]
-    engine = Engine(loaded.model, max_batch=min(len(requests), MOST_ROWS))
-    for prompt, tokens in zip(
-        prompts, _in_turn(engine.stream(requests), len(requests)), strict=True
-    ):
+    engine = Engine(loaded.model, max_batch=min(len(requests), MAX_ROWS))
+    texts = _in_turn(engine.stream(requests), len(requests))
+    for prompt, pieces in zip(prompts, texts, strict=True):
         console.rule("prompted" if prompt else "no prompt", align="left")
         console.print(prompt, end="", style="bold")
-        ids: list[int] = []
-        shown = ""
-        for token in tokens:
-            ids.append(token)
-            text = tokenizer.decode(ids)
-            if not text.endswith("\ufffd"):  # an unfinished character: wait for the rest
-                console.print(text[len(shown) :].translate(CONTROLS), end="")
-                shown = text
-        console.print(tokenizer.decode(ids)[len(shown) :].translate(CONTROLS))
+        for piece in pieces:
+            console.print(piece.translate(CONTROLS), end="")
+        console.print()
 
 
-def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[int]]:
-    """Yield each request's tokens in order, as they come; those of later ones wait.
+def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[str]]:
+    """Yield each request's text in order, as it comes; that of later ones waits.
 
     An iterator must be used up before the next one is taken.
     """
     waiting: list[deque[Event]] = [deque() for _ in range(count)]
 
-    def tokens(number: int) -> Iterator[int]:
+    def pieces(number: int) -> Iterator[str]:
         while True:
             while not waiting[number]:
                 event = next(events)
                 waiting[event.request].append(event)
             event = waiting[number].popleft()
-            if event.token is not None:
-                yield event.token
+            yield event.text
             if event.finish_reason is not None:
                 return
 
     for number in range(count):
-        yield tokens(number)
-
-
-def _check(config: SampleConfig) -> None:
-    require_positive(config, "num_samples", "max_tokens", "top_k")
-    if config.temperature != 0 and not 0.001 <= config.temperature <= 10:
-        raise UsageError(
-            f"--temperature is {config.temperature}; it must be 0, or from 0.001 to 10"
-        )
-    require_seed(config.seed)
+        yield pieces(number)

@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from archerchat.console import build_console
+from archerchat.config import Config, PositiveInt
+from archerchat.console import PLAIN_LINE_SECONDS, build_console
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
-from archerchat.errors import DataError, UsageError, require_positive
+from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
 from archerchat.tokenizer.bpe import (
@@ -24,56 +25,54 @@ from archerchat.tokenizer.bpe import (
     Phase,
     Tokenizer,
     find_tokenizer,
-    save_new_tokenizer,
     train_tokenizer,
 )
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
+    SAMPLES,
     Compression,
     PublishedVocabulary,
-    Vocabulary,
     measure_compression,
 )
-from archerchat.tokenizer.samples import SAMPLES
 
 OURS = "ArcherChat"
-PLAIN_LINE_SECONDS = 10.0
 END_BYTES = 65_536
 
 
 @dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """Learn a tokenizer from the train shards of a data source."""
+class TokenizerTrainConfig(Config):
+    """Train a tokenizer on the train shards of a data source."""
 
     data: str = "climbmix"
-    """Data source, or a directory of Parquet shards; the last shard is validation, not read."""
+    """Data source, or a directory of Parquet shards. The last shard is validation and not read."""
     name: str = "default"
-    """What to call the tokenizer; it is saved under this name."""
+    """Name to save the tokenizer under."""
     vocab_size: int = 32768
-    """Number of token ids, the nine special tokens included."""
-    max_chars: int = 2_000_000_000
-    """Stop reading after so many characters."""
-    doc_cap: int = 10_000
-    """Read only so many characters of each document."""
+    """Number of token ids, including the nine special tokens."""
+    max_chars: PositiveInt = 2_000_000_000
+    """Stop reading after this many characters."""
+    doc_cap: PositiveInt = 10_000
+    """Characters to read per document; the rest of a longer one is ignored."""
     force: bool = False
-    """Train again and replace the tokenizer of this name, if there is one."""
+    """Train again and replace an existing tokenizer of this name."""
 
 
 @dataclass(frozen=True)
-class TokenizerEvalConfig:
+class TokenizerEvalConfig(Config):
     """Compare a tokenizer's compression with GPT-2's and GPT-4's."""
 
     name: str = "default"
-    """The tokenizer's name."""
+    """Name of the tokenizer."""
     data: str | None = None
-    """Data source or directory of shards to compress; by default what it was trained on."""
+    """Data source or directory of shards to compress. Defaults to the tokenizer's training data."""
     gpt2_ranks: Path | None = None
-    """tiktoken's r50k_base.tiktoken; checked, then kept in the cache for the next time."""
+    """File r50k_base.tiktoken of tiktoken. It is verified and kept in the cache for later runs."""
     gpt4_ranks: Path | None = None
-    """tiktoken's cl100k_base.tiktoken; checked, then kept in the cache for the next time."""
-    max_chars: int = 2_000_000
-    """Measure on so many characters of train text and of validation text."""
+    """File cl100k_base.tiktoken of tiktoken. It is verified and kept in the cache for later
+    runs."""
+    max_chars: PositiveInt = 2_000_000
+    """Characters to measure of the train text, and as many of the validation text."""
     json: Path | None = None
     """Also write the figures to this file."""
 
@@ -82,24 +81,24 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
     """Train a tokenizer and save it under its name; does nothing if that was already done.
 
     Raises:
-        UsageError: a number is too small, there is no such data, or another tokenizer has the
-            name and `force` is off.
+        UsageError: the vocabulary is too small, there is no such data, or another tokenizer has
+            the name and `force` is off.
         DataError: there are not two shards, one is broken, or their text is too short.
-        TokenizerError: what is there under this name is broken, or the disk is full.
+        TokenizerError: the existing tokenizer is broken, or the disk is full.
     """
-    require_positive(config, "max_chars", "doc_cap")
     console = build_console()
     directory = home.tokenizer_dir(config.name)
     data = data_directory(config.data, home)
     shards, _ = split_shards(list_shards(data))
     if directory.exists() and not config.force:
         _require_same(Tokenizer.load(directory), config, shards)
-        console.print(f"tokenizer {config.name!r} is there already: nothing to do", highlight=False)
+        console.print(f"tokenizer {config.name!r} is there already: nothing to do")
         return
 
     shards_read: list[Path] = []
     started = time.monotonic()
-    with _progress(console, config.vocab_size - 256 - len(SPECIAL_TOKENS)) as progress:
+    progress = _TrainingProgress(console, config.vocab_size - 256 - len(SPECIAL_TOKENS))
+    with progress.bar:
         tokenizer = train_tokenizer(
             _iter_recorded(shards, shards_read),
             config.vocab_size,
@@ -115,11 +114,10 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         "characters": progress.characters,
         "shards": [_identify(shard) for shard in shards_read],
     }
-    save_new_tokenizer(tokenizer, directory)
+    tokenizer.save(directory)
     console.print(
         f"trained {tokenizer.vocab_size:,} tokens on {progress.characters:,} characters in "
-        f"{time.monotonic() - started:.1f} s: {directory}",
-        highlight=False,
+        f"{time.monotonic() - started:.1f} s: {directory}"
     )
 
 
@@ -133,33 +131,40 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
     """
     console = build_console()
     tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
-    size = int((tokenizer.token_bytes > 0).sum())
-    vocabularies = [Vocabulary(OURS, size, tokenizer.encode)]
+    vocabularies = {OURS: tokenizer}
     for published, given, flag in (
         (GPT2, config.gpt2_ranks, "--gpt2-ranks"),
         (GPT4, config.gpt4_ranks, "--gpt4-ranks"),
     ):
         vocabulary = _find_published(published, given, flag, home.cache_dir, console)
         if vocabulary is not None:
-            vocabularies.append(vocabulary)
+            vocabularies[published.title] = vocabulary
+    sizes = {title: int((found.token_bytes > 0).sum()) for title, found in vocabularies.items()}
+    encoders = {title: found.encode for title, found in vocabularies.items()}
     texts = _shard_texts(config, tokenizer, home, console)
     texts |= {name: [text] for name, text in SAMPLES.items()}
-    rows = [measure_compression(name, text, vocabularies) for name, text in texts.items()]
-    console.print(_table(rows, vocabularies))
+    rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
+    console.print(_table(rows, sizes))
     if config.json is not None:
-        write_json(config.json, _as_json(config.name, tokenizer, rows, vocabularies))
+        figures = {
+            "tokenizer": config.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocabulary_sizes": sizes,
+            "texts": {row.text: _as_json(row) for row in rows},
+        }
+        write_json(config.json, figures)
 
 
 class _TrainingProgress:
-    """Say how far training is: a live line on a terminal, a plain one now and then elsewhere."""
+    """Show how far training is: a live line on a terminal, a plain one now and then elsewhere."""
 
-    def __init__(self, bar: Progress, num_merges: int) -> None:
-        self.characters = 0
-        self._bar = bar
-        self._task = bar.add_task("reading")
-        self._num_merges = num_merges
+    def __init__(self, console: Console, num_merges: int) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self.characters, self._num_merges = 0, num_merges
+        self._task = self.bar.add_task("reading")
         self._started = self._shown = time.monotonic()
-        self._interval = PLAIN_LINE_SECONDS if bar.disable else 0.2
+        self._interval = PLAIN_LINE_SECONDS if self.bar.disable else 0.2
 
     def report(self, phase: Phase, characters: int) -> None:
         self.characters = characters
@@ -171,16 +176,9 @@ class _TrainingProgress:
         line = f"read {characters / 1e6:,.1f} M characters at {rate / 1e6:,.2f} M/s"
         if phase == "merge":
             line += f", learning {self._num_merges:,} merges"
-        self._bar.update(self._task, description=line)
-        if self._bar.disable:
-            self._bar.console.print(line, highlight=False)
-
-
-@contextlib.contextmanager
-def _progress(console: Console, num_merges: int) -> Iterator[_TrainingProgress]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield _TrainingProgress(bar, num_merges)
+        self.bar.update(self._task, description=line)
+        if self.bar.disable:
+            self.bar.console.print(line)
 
 
 def _iter_recorded(shards: Iterable[Path], shards_read: list[Path]) -> Iterator[str]:
@@ -191,7 +189,7 @@ def _iter_recorded(shards: Iterable[Path], shards_read: list[Path]) -> Iterator[
 
 
 def _identify(shard: Path) -> dict[str, Any]:
-    """Tell a shard from others without reading it all: name, size, hash of its two ends.
+    """Identify a shard without reading it all: by name, size, and a hash of its two ends.
 
     The end of a Parquet file holds the size and place of everything in it.
     """
@@ -223,7 +221,7 @@ def _require_same(
 
 
 def _reads_same_text(recorded: Mapping[str, Any], shards: Sequence[Path]) -> bool:
-    """Whether training would read the recorded shards: later ones are free to appear meanwhile."""
+    """Whether training would read the recorded shards; later ones may have been added."""
     before = recorded["shards"]
     if len(before) != len(shards) and recorded["characters"] < recorded["max_chars"]:
         return False
@@ -232,25 +230,22 @@ def _reads_same_text(recorded: Mapping[str, Any], shards: Sequence[Path]) -> boo
 
 def _find_published(
     published: PublishedVocabulary, given: Path | None, flag: str, cache_dir: Path, console: Console
-) -> Vocabulary | None:
-    """Load a vocabulary from the file given (and cache it) or the cache; say so if neither is."""
+) -> Tokenizer | None:
+    """Load a vocabulary from the given file, which is then cached, or from the cache."""
     cached = cache_dir / published.file_name
-    if given is not None:
-        if not given.is_file():
-            raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
-        vocabulary = published.load(given)
-        if not cached.exists():
-            with contextlib.suppress(OSError):
-                write_bytes(cached, given.read_bytes())
-        return vocabulary
-    if cached.is_file():
-        return published.load(cached)
-    console.print(
-        f"no {published.title} vocabulary to compare with: give {published.file_name} with {flag}, "
-        f"or put it in {cache_dir}",
-        highlight=False,
-    )
-    return None
+    if given is not None and not given.is_file():
+        raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
+    if given is None and not cached.is_file():
+        console.print(
+            f"no {published.title} vocabulary to compare with: give {published.file_name} with "
+            f"{flag}, or put it in {cache_dir}"
+        )
+        return None
+    vocabulary = published.load(given or cached)
+    if given is not None and not cached.exists():
+        with contextlib.suppress(OSError):
+            write_bytes(cached, given.read_bytes())
+    return vocabulary
 
 
 def _shard_texts(
@@ -265,7 +260,7 @@ def _shard_texts(
     except (DataError, UsageError) as error:
         if config.data is not None:
             raise
-        console.print(f"built-in samples only: {error}", highlight=False)
+        console.print(f"built-in samples only: {error}")
         return {}
     return {
         "train": _take(iter_documents(train), config.max_chars),
@@ -274,50 +269,31 @@ def _shard_texts(
 
 
 def _take(documents: Iterable[str], max_chars: int) -> list[str]:
-    taken = []
+    taken, remaining = list[str](), max_chars
     for document in documents:
-        taken.append(document[:max_chars])
-        max_chars -= len(document)
-        if max_chars <= 0:
+        taken.append(document[:remaining])
+        if (remaining := remaining - len(document)) <= 0:
             break
     return taken
 
 
-def _table(rows: Sequence[Compression], vocabularies: Sequence[Vocabulary]) -> Table:
-    table = Table(
-        title="Bytes per token (in brackets: ours divided by theirs)", title_justify="left"
-    )
-    table.add_column("text")
-    table.add_column("bytes", justify="right")
-    for vocabulary in vocabularies:
-        table.add_column(f"{vocabulary.title}\n{vocabulary.size:,} tokens", justify="right")
+def _table(rows: Sequence[Compression], sizes: Mapping[str, int]) -> Table:
+    table = Table("text", title="Bytes per token (in brackets: ours divided by theirs)")
+    table.title_justify = "left"
+    for column in ("bytes", *(f"{title}\n{size:,} tokens" for title, size in sizes.items())):
+        table.add_column(column, justify="right")
     for row in rows:
         cells = [f"{row.bytes_per_token(OURS):.2f}"]
-        for other in vocabularies[1:]:
-            ratio = row.ratio(OURS, other.title)
-            cells.append(f"{row.bytes_per_token(other.title):.2f} ({ratio:.2f}x)")
+        for title in list(sizes)[1:]:
+            cells.append(f"{row.bytes_per_token(title):.2f} ({row.ratio(OURS, title):.2f}x)")
         table.add_row(row.text, f"{row.num_bytes:,}", *cells)
     return table
 
 
-def _as_json(
-    name: str,
-    tokenizer: Tokenizer,
-    rows: Sequence[Compression],
-    vocabularies: Sequence[Vocabulary],
-) -> dict[str, Any]:
-    titles = [vocabulary.title for vocabulary in vocabularies]
+def _as_json(row: Compression) -> dict[str, Any]:
     return {
-        "tokenizer": name,
-        "fingerprint": tokenizer.fingerprint,
-        "vocabulary_sizes": {vocabulary.title: vocabulary.size for vocabulary in vocabularies},
-        "texts": {
-            row.text: {
-                "bytes": row.num_bytes,
-                "tokens": dict(row.tokens),
-                "bytes_per_token": {title: row.bytes_per_token(title) for title in titles},
-                "ratio": {title: row.ratio(OURS, title) for title in titles[1:]},
-            }
-            for row in rows
-        },
+        "bytes": row.num_bytes,
+        "tokens": dict(row.tokens),
+        "bytes_per_token": {title: row.bytes_per_token(title) for title in row.tokens},
+        "ratio": {title: row.ratio(OURS, title) for title in row.tokens if title != OURS},
     }

@@ -18,15 +18,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from archerchat.config import Config, Limit, PositiveInt, Seed
 from archerchat.data.shards import TEXT_COLUMN, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import current, explained_writes, new_directory, remove_leftovers, write_json
-from archerchat.tokenizer.safe_text import replace_surrogates
+from archerchat.tokenizer.bpe import replace_surrogates
 
 MANIFEST = "corpus.json"
 FORMAT = 1
@@ -41,24 +42,19 @@ Group = Sequence[str]
 
 
 @dataclass(frozen=True)
-class CorpusOptions:
-    """Say how documents become shards."""
+class CorpusOptions(Config):
+    """How documents become shards."""
 
-    val_fraction: float = 0.05
-    """share of the documents for validation, at most 8,192 of them"""
-    val_documents: int | None = None
-    """how many documents for validation, instead of a share"""
-    documents_per_row_group: int | None = None
-    """None: 256, or fewer so that a split has 8 row groups to share among ranks"""
-    documents_per_shard: int = 8192
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise UsageError(f"val_fraction is {self.val_fraction}: it must be between 0 and 1")
-        for name in ("val_documents", "documents_per_row_group", "documents_per_shard"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UsageError(f"{name} is {value}: it must be at least 1")
+    val_fraction: Annotated[float, Limit(0, 0.99, exclusive=True)] = 0.05
+    """Share of the documents that becomes the validation shard, at most 8192 documents."""
+    val_documents: PositiveInt | None = None
+    """Number of documents in the validation shard, instead of a share."""
+    documents_per_row_group: PositiveInt | None = None
+    """Documents read at a time. Defaults to 256, or fewer so that 8 ranks can share a split."""
+    documents_per_shard: PositiveInt = 8192
+    """Documents per train shard."""
+    seed: Seed = 0
+    """Seed for the shuffle and the train/validation split."""
 
 
 def build_corpus(
@@ -89,12 +85,14 @@ def build_corpus(
     remove_leftovers(directory.parent)
     made_from = json.loads(json.dumps({"recipe": recipe, "options": asdict(options)}))
     if not force and (manifest := _load_manifest(directory)) is not None:
-        differences = _differences(manifest["recipe"], made_from["recipe"])
-        differences += _differences(manifest["options"], made_from["options"])
-        if differences:
+        if any(manifest[part] != made_from[part] for part in made_from):
+            from archerchat.config import compare_configs  # imports torch, which takes seconds
+
+            saved, asked = ({**m["recipe"], **m["options"]} for m in (manifest, made_from))
             raise UsageError(
-                f"{directory} was built otherwise: {'; '.join(differences)}. Give another --name, "
-                f"or replace it with --force (runs that read it can then not be resumed)"
+                f"{directory} was built from other text or with other settings: "
+                f"{'; '.join(compare_configs(saved, asked))}. Give another --name, or replace it "
+                "with --force (runs that read it can then not be resumed)"
             )
         if _is_whole(directory, manifest):
             return False
@@ -120,37 +118,18 @@ def find_recipe(directory: Path) -> dict[str, Any] | None:
 def _load_manifest(directory: Path) -> dict[str, Any] | None:
     """Read what `build_corpus` wrote; None where it is missing or damaged."""
     try:
-        manifest = json.loads((current(directory) / MANIFEST).read_bytes())
-        parts = [manifest[name] for name in ("recipe", "options", "shards")]
-        usable = manifest["format"] == FORMAT and all(isinstance(part, dict) for part in parts)
+        manifest: dict[str, Any] = json.loads((current(directory) / MANIFEST).read_bytes())
+        parts = (manifest["recipe"], manifest["options"], manifest["shards"])
+        if manifest["format"] == FORMAT and all(isinstance(part, dict) for part in parts):
+            return manifest
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return manifest if usable else None
+        pass
+    return None
 
 
 def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
-    try:
-        return all(
-            (current(directory) / name).stat().st_size == size
-            for name, size in manifest["shards"].items()
-        )
-    except OSError:
-        return False
-
-
-def _differences(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """Describe in words each entry of a recipe, or option, that is another now."""
-    found = []
-    for key in dict.fromkeys([*saved, *asked]):
-        before, now = saved.get(key), asked.get(key)
-        if key == "files":  # [name, size, ...] each
-            files = [{name: rest for name, *rest in listed or ()} for listed in (before, now)]
-            names = sorted(n for n in {*files[0], *files[1]} if files[0].get(n) != files[1].get(n))
-            if names:
-                found.append(f"files differ ({len(names)}, the first is {names[0]})")
-        elif before != now:
-            found.append(f"{key} was {before} and is {now}")
-    return found
+    files = {current(directory) / name: size for name, size in manifest["shards"].items()}
+    return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
 def _write_corpus(
@@ -166,36 +145,31 @@ def _write_corpus(
     sizes = _spill(groups, buckets, generator)
     if len(sizes) < 2:
         raise DataError(
-            f"{sum(sizes)} documents are too few to train on some and validate on others: "
-            f"give more text"
+            "at least two documents are needed, one of them for validation; found "
+            f"{sum(sizes)}: give more text"
         )
     validation = _choose_validation(sizes, options, generator)
     held_out: list[str] = []
     num_validation = sum(sizes[group] for group in validation)
     train = _iter_train(buckets, validation, held_out, generator)
-    shards = write_shards(
-        train,
-        directory,
-        documents_per_row_group=_row_group_size(sum(sizes) - num_validation, options),
-        documents_per_shard=options.documents_per_shard,
-    )
+
+    def write(documents: Iterable[str], count: int, per_shard: int, first: int) -> list[Path]:
+        group = options.documents_per_row_group or min(256, max(1, count // 8))
+        return write_shards(
+            documents,
+            directory,
+            documents_per_row_group=group,
+            documents_per_shard=per_shard,
+            first_index=first,
+        )
+
+    shards = write(train, sum(sizes) - num_validation, options.documents_per_shard, 0)
     generator.shuffle(held_out)
-    return shards + write_shards(
-        held_out,
-        directory,
-        documents_per_row_group=_row_group_size(num_validation, options),
-        documents_per_shard=num_validation,
-        first_index=len(shards),
-    )
-
-
-def _row_group_size(num_documents: int, options: CorpusOptions) -> int:
-    default = min(256, max(1, num_documents // 8))
-    return options.documents_per_row_group or default
+    return shards + write(held_out, num_validation, num_validation, len(shards))
 
 
 def _spill(groups: Iterable[Group], buckets: Sequence[Path], generator: random.Random) -> list[int]:
-    """Throw each group into one of the buckets; return the sizes of the groups, none empty."""
+    """Put each group into a random bucket; return the sizes of the groups, none empty."""
     sizes: list[int] = []
     pending: list[tuple[list[int], list[str]]] = [([], []) for _ in buckets]
     with contextlib.ExitStack() as stack:

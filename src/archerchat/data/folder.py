@@ -43,14 +43,11 @@ def list_files(source: Path) -> list[Path]:
 
 def describe_files(source: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Return a JSON value that changes when a file is added, removed or written to."""
-    details = {path: path.stat() for path in files}
-    return {
-        "folder": str(source.resolve()),
-        "files": [
-            [path.relative_to(source).as_posix(), stat.st_size, stat.st_mtime_ns]
-            for path, stat in details.items()
-        ],
-    }
+    described = [
+        [path.relative_to(source).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
+        for path in files
+    ]
+    return {"folder": str(source.resolve()), "files": described}
 
 
 def iter_files(files: Sequence[Path]) -> Iterator[str]:
@@ -91,17 +88,15 @@ def _iter_jsonl(path: Path) -> Iterator[str]:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[TEXT_COLUMN]
+                row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}): mend that line") from error
-            except (KeyError, TypeError, IndexError):
-                text = None
-            if not isinstance(text, str):
+                raise DataError(f"{path}:{number}: not JSON ({error}): fix that line") from error
+            if not isinstance(row, dict) or not isinstance(row.get(TEXT_COLUMN), str):
                 raise DataError(
                     f"{path}:{number}: each line must be an object with a string "
-                    f"{TEXT_COLUMN!r}: mend that line"
+                    f"{TEXT_COLUMN!r}: fix that line"
                 )
-            yield text
+            yield row[TEXT_COLUMN]
 
 
 def _iter_text(path: Path) -> Iterator[str]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-
-from archerchat.errors import DataError
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
 
 Packing = Literal["best-fit", "concat"]
 Document = NDArray[Any]
@@ -30,41 +30,20 @@ _ARRIVAL_BITS = 40
 _LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
 
 
-class Packer(Protocol):
-    """Collect documents and place them in rows, one choice at a time."""
-
-    def add(self, document: Document) -> None:
-        """Buffer a document of at least one token."""
-
-    def needs_documents(self) -> bool:
-        """Tell whether the buffer must be filled up before the next choice."""
-
-    def place(self) -> Row | None:
-        """Put the next document in the open row; return the row once it is full.
-
-        The buffer must not be empty.
-        """
-
-    def documents(self) -> tuple[Document, ...]:
-        """Return what is buffered, in the order in which to add it again; only between rows."""
-
-
 class _OpenRow:
     """Fill rows of one length."""
 
-    def __init__(self, length: int) -> None:
-        self._row: Row = np.empty(length, np.int64)
+    def __init__(self, row_length: int) -> None:
+        assert row_length >= 2, row_length
+        self._row: Row = np.empty(row_length, np.int64)
         self._used = 0
 
     @property
-    def space(self) -> int:
+    def _space(self) -> int:
+        """Free tokens in the open row."""
         return len(self._row) - self._used
 
-    @property
-    def is_empty(self) -> bool:
-        return self._used == 0
-
-    def put(self, tokens: Document) -> Row | None:
+    def _put(self, tokens: Document) -> Row | None:
         """Append `tokens`, which must fit; return the row if that filled it."""
         end = self._used + len(tokens)
         self._row[self._used : end] = tokens
@@ -75,97 +54,74 @@ class _OpenRow:
         return full
 
 
-class BestFitPacker:
-    """Place the longest buffered document that fits; crop the shortest when none does.
+class BestFitPacker(_OpenRow):
+    """Place the longest buffered document that fits; when none does, fill the row.
 
-    Of documents of equal length the first to arrive is taken. What a crop cuts off is dropped,
-    so no row holds padding and every document in a row starts with BOS.
+    Of documents of equal length the first to arrive is taken. A row is filled by cropping the
+    shortest document (SPEC section 4): what a crop cuts off is dropped, so no row holds padding and
+    every document in a row starts with BOS. With `padding` nothing is cropped (SPEC section 7).
 
     Args:
         row_length: T + 1, since inputs and targets overlap by one token.
         buffer_size: how many documents to choose from, at least.
+        padding: what fills a row instead; every document must then fit an empty row.
     """
 
-    def __init__(self, row_length: int, buffer_size: int) -> None:
-        self._open = _OpenRow(row_length)
-        self._buffer_size = buffer_size
+    def __init__(self, row_length: int, buffer_size: int, padding: int | None = None) -> None:
+        super().__init__(row_length)
+        self._buffer_size, self._padding = buffer_size, padding
         self._by_arrival: dict[int, Document] = {}
         self._keys: list[int] = []
         self._arrivals = 0
 
     def add(self, document: Document) -> None:
+        """Buffer a document of at least one token."""
+        fits = self._padding is None or len(document) <= len(self._row)
+        assert fits, "no row would ever take it"
         insort(self._keys, len(document) << _ARRIVAL_BITS | self._arrivals)
         self._by_arrival[self._arrivals] = document
         self._arrivals += 1
 
     def needs_documents(self) -> bool:
+        """Tell whether the buffer must be filled up before the next choice."""
         return len(self._keys) < self._buffer_size
 
     def place(self) -> Row | None:
-        index = self._longest_fitting()
-        if index is None:
-            return self._open.put(self._pop(0)[: self._open.space])
-        return self._open.put(self._pop(index))
+        """Put a document of the buffer in the open row; return the row once it is full."""
+        fitting = bisect_right(self._keys, self._space << _ARRIVAL_BITS | _LAST_ARRIVAL)
+        if fitting > 0:
+            longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
+            return self._put(self._pop(bisect_left(self._keys, longest << _ARRIVAL_BITS)))
+        return self._put(self._pop(0)[: self._space]) if self._padding is None else self.finish()
+
+    def finish(self) -> Row | None:
+        """Pad the open row and return it; None if nothing is in it."""
+        assert self._padding is not None
+        return self._put(np.full(self._space, self._padding)) if self._used else None
 
     def documents(self) -> tuple[Document, ...]:
-        assert self._open.is_empty
+        """Return what is buffered, in the order in which to add it again; only between rows."""
+        assert not self._used
         return tuple(self._by_arrival.values())
 
     def __len__(self) -> int:
         """Return how many documents are buffered."""
         return len(self._keys)
 
-    def _longest_fitting(self) -> int | None:
-        """Return the place in `_keys` of the document to take; None when none fits."""
-        fitting = bisect_right(self._keys, self._open.space << _ARRIVAL_BITS | _LAST_ARRIVAL)
-        if fitting == 0:
-            return None
-        longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
-        return bisect_left(self._keys, longest << _ARRIVAL_BITS)
-
     def _pop(self, index: int) -> Document:
         return self._by_arrival.pop(self._keys.pop(index) & _LAST_ARRIVAL)
 
 
-class PaddingPacker(BestFitPacker):
-    """Place the longest buffered document that fits; pad the row when none does (SPEC section 7).
-
-    Nothing is cropped: every document must fit an empty row.
-
-    Args:
-        padding: what fills the rest of a row.
-    """
-
-    def __init__(self, row_length: int, buffer_size: int, padding: int) -> None:
-        super().__init__(row_length, buffer_size)
-        self._row_length, self._padding = row_length, padding
-
-    def add(self, document: Document) -> None:
-        assert len(document) <= self._row_length, "no row would ever take it"
-        super().add(document)
-
-    def place(self) -> Row | None:
-        index = self._longest_fitting()
-        return self.finish() if index is None else self._open.put(self._pop(index))
-
-    def finish(self) -> Row | None:
-        """Pad the open row and return it; None if nothing is in it."""
-        if self._open.is_empty:
-            return None
-        return self._open.put(np.full(self._open.space, self._padding))
-
-
-class ConcatPacker:
-    """Place documents in order; what does not fit goes on in the next row, after a BOS.
+class ConcatPacker(_OpenRow):
+    """Place documents in order; what does not fit continues in the next row, after a BOS.
 
     A document `BOS a b c` that meets two free tokens leaves `BOS a` at the end of this row and
     starts the next with `BOS b c`. Nothing is dropped: every token after a document's BOS is a
-    target exactly once, and every row starts with BOS.
+    target exactly once, and every row starts with BOS. The methods are those of `BestFitPacker`.
     """
 
     def __init__(self, row_length: int) -> None:
-        assert row_length >= 2, row_length
-        self._open = _OpenRow(row_length)
+        super().__init__(row_length)
         self._queue: deque[Document] = deque()
 
     def add(self, document: Document) -> None:
@@ -176,15 +132,18 @@ class ConcatPacker:
 
     def place(self) -> Row | None:
         document = self._queue.popleft()
-        space = self._open.space
+        space = self._space
         if len(document) > space:
             # The remainder with its BOS is a document like any other: no further state.
             self._queue.appendleft(np.concatenate((document[:1], document[space:])))
-        return self._open.put(document[:space])
+        return self._put(document[:space])
 
     def documents(self) -> tuple[Document, ...]:
-        assert self._open.is_empty
+        assert not self._used
         return tuple(self._queue)
+
+
+Packer = BestFitPacker | ConcatPacker
 
 
 def build_packer(packing: Packing, row_length: int, buffer_size: int) -> Packer:
@@ -194,30 +153,22 @@ def build_packer(packing: Packing, row_length: int, buffer_size: int) -> Packer:
     return ConcatPacker(row_length)
 
 
-def pack_best_fit(documents: Sequence[list[int]], row_length: int) -> list[list[int]]:
-    """Pack documents into rows of exactly `row_length` tokens.
+def join_documents(documents: Sequence[Document], dtype_if_none: DTypeLike) -> dict[str, Tensor]:
+    """Return documents end to end, `tokens`, and their `lengths` (int64)."""
+    lengths = np.array([len(document) for document in documents], np.int64)
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype_if_none)
+    return {"tokens": torch.from_numpy(tokens), "lengths": torch.from_numpy(lengths)}
 
-    Each row takes the longest document that still fits; when none fits, the shortest
-    is cropped to fill the gap, so no row holds padding (SPEC section 4). A last row that the
-    documents cannot fill is left out.
 
-    Args:
-        documents: token ids, each starting with BOS; not modified.
-        row_length: T + 1, since inputs and targets overlap by one token.
+def split_documents(state: Mapping[str, Any]) -> tuple[Document, ...]:
+    """Undo `join_documents`.
 
     Raises:
-        DataError: the documents cannot fill one row.
+        KeyError: a tensor is missing.
+        ValueError: the lengths are not those of documents that make up the tokens.
     """
-    packer = BestFitPacker(row_length, buffer_size=1)
-    for document in documents:
-        packer.add(np.asarray(document))
-    rows: list[list[int]] = []
-    while not packer.needs_documents():
-        if (row := packer.place()) is not None:
-            rows.append(row.tolist())
-    if not rows:
-        raise DataError(
-            f"{len(documents)} documents with {sum(map(len, documents))} tokens cannot fill one "
-            f"row of {row_length}: give more text or a shorter row"
-        )
-    return rows
+    tokens, lengths = state["tokens"].numpy(), state["lengths"].tolist()
+    if tokens.ndim != 1 or min(lengths, default=1) < 1 or sum(lengths) != len(tokens):
+        raise ValueError(f"{tokens.shape} tokens in documents of {sum(lengths)} tokens")
+    ends = np.cumsum(lengths)
+    return tuple(tokens[end - length : end] for end, length in zip(ends, lengths, strict=True))

@@ -1,47 +1,38 @@
-"""Run an iterator ahead of its consumer, in a background thread with a bounded queue.
+"""Run an iterator ahead of its consumer in a background thread.
 
 `Prefetcher` is the thread. `PrefetchingLoader` is what the loaders of text and of conversations
-share: batches that travel with the state after them, so that a checkpoint's state is that of the
-last batch which the caller got, however far the thread has run ahead.
+share: batches that travel with the state after them. A checkpoint's state is therefore that of the
+last batch that the caller got, however far the thread has run ahead.
 """
 
 from __future__ import annotations
 
-import threading
+import contextlib
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Generic, Self, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, Self, TypeVar
 
-from archerchat.errors import UsageError
+import numpy as np
+from numpy.typing import NDArray
+
+from archerchat.config import compare_configs
+from archerchat.errors import CheckpointError
 
 T = TypeVar("T")
-BatchT = TypeVar("BatchT")
+PlanT = TypeVar("PlanT", bound="Plan")
 StateT = TypeVar("StateT")
-
-_STOP_SECONDS = 5.0
-"""How long to wait for a thread that is asked to stop; it is a daemon, so it cannot hold us."""
-
-
-class _Queue(Generic[T]):
-    """What both threads share. The thread must not refer to `Prefetcher`, or it never dies."""
-
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
-        self.items: deque[T] = deque()
-        self.changed = threading.Condition()
-        self.stopped = False
-        self.ended: BaseException | None = None
 
 
 class Prefetcher(Generic[T]):
-    """Iterate over `source`, whose next items a daemon thread prepares meanwhile.
+    """Iterate over `source`, whose next items a thread prepares meanwhile.
 
-    What `source` raises, `next` raises after the items before it. The thread ends with
-    `close`, when this object is collected, or before the interpreter exits (a daemon thread
-    inside compiled code could otherwise crash it then).
+    What `source` raises, `next` raises after the items before it. The thread ends with `close`,
+    when this object is collected, or before the interpreter exits.
 
     Attributes:
         wait_seconds: how long `next` has waited, in all.
@@ -49,63 +40,66 @@ class Prefetcher(Generic[T]):
 
     def __init__(self, source: Iterator[T], depth: int) -> None:
         self.wait_seconds = 0.0
-        self._queue: _Queue[T] = _Queue(depth)
-        thread = threading.Thread(
-            target=_produce, args=(source, self._queue), name="prefetch", daemon=True
-        )
-        self._finalizer = weakref.finalize(self, _stop, self._queue, thread)
-        thread.start()
+        self._source = source
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._finalizer = weakref.finalize(self, _stop, self._pool)
+        self._pending = deque(self._pool.submit(next, source) for _ in range(depth))
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        queue = self._queue
+        if not self._finalizer.alive:
+            raise StopIteration
         began = time.perf_counter()
-        with queue.changed:
-            queue.changed.wait_for(lambda: queue.items or queue.ended)
-            self.wait_seconds += time.perf_counter() - began
-            if not queue.items:
-                assert queue.ended is not None
-                raise queue.ended
-            item = queue.items.popleft()
-            queue.changed.notify_all()
-        return item
+        error = self._pending[0].exception()
+        self.wait_seconds += time.perf_counter() - began
+        if error is not None:  # stays first, to be raised again
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise error
+        self._pending.append(self._pool.submit(next, self._source))
+        return self._pending.popleft().result()
 
     def close(self) -> None:
         """Stop the thread; `next` then raises StopIteration. May be called again."""
         self._finalizer()
 
 
-def _produce(source: Iterator[T], queue: _Queue[T]) -> None:
-    ended: BaseException = StopIteration()
-    try:
-        for item in source:
-            with queue.changed:
-                queue.changed.wait_for(lambda: queue.stopped or len(queue.items) < queue.depth)
-                if queue.stopped:
-                    break
-                queue.items.append(item)
-                queue.changed.notify_all()
-    except BaseException as error:
-        ended = error
-    with queue.changed:
-        queue.ended = queue.ended or ended
-        queue.changed.notify_all()
+def _stop(pool: ThreadPoolExecutor) -> None:
+    with contextlib.suppress(RuntimeError):  # collected by the thread, which cannot join itself
+        pool.shutdown(cancel_futures=True)
 
 
-def _stop(queue: _Queue[T], thread: threading.Thread) -> None:
-    with queue.changed:
-        queue.stopped = True
-        queue.items.clear()
-        queue.ended = StopIteration()
-        queue.changed.notify_all()
-    if thread is not threading.current_thread():
-        thread.join(_STOP_SECONDS)
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Hold B rows of T token ids and, below them, the ids to predict, -1 where there are none."""
+
+    stacked: NDArray[np.int64]
+    """(2, B, T): one contiguous array, so that one copy moves both halves to a device."""
+
+    @property
+    def inputs(self) -> NDArray[np.int64]:
+        """(B, T), contiguous; a view."""
+        inputs: NDArray[np.int64] = self.stacked[0]
+        return inputs
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """(B, T), contiguous; a view."""
+        targets: NDArray[np.int64] = self.stacked[1]
+        return targets
 
 
-class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
-    """Iterate over batches that a thread prepares, and tell the state after the last one.
+@dataclass(frozen=True)
+class Plan:
+    """What the thread needs; it must not refer to the loader, or the loader is never collected."""
+
+    identity: Mapping[str, Any]
+    """What decides which batches are yielded, as JSON."""
+
+
+class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
+    """Iterate over batches that a thread prepares; a checkpoint holds the state after the last one.
 
     The thread starts at the first `next` and stops with `close`.
 
@@ -114,22 +108,58 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
         depth: batches prepared ahead.
     """
 
-    def __init__(self, state: StateT, depth: int) -> None:
-        self._state, self._depth = state, depth
-        self._prefetcher: Prefetcher[tuple[BatchT, StateT]] | None = None
+    def __init__(self, plan: PlanT, state: StateT, depth: int) -> None:
+        self._plan, self._state, self._depth = plan, state, depth
+        self._prefetcher: Prefetcher[tuple[Batch, StateT]] | None = None
         self._waited = 0.0
 
     @abstractmethod
-    def _iter_after(self, state: StateT) -> Iterator[tuple[BatchT, StateT]]:
-        """Yield each batch after `state` with the state after it.
+    def _iter_after(self, state: StateT) -> Iterator[tuple[Batch, StateT]]:
+        """Yield each batch after `state` with the state after it, without referring to `self`."""
 
-        The iterator must not refer to the loader, or that is never collected.
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return what decides the batch after the last one returned: tensors and JSON values."""
+
+    @abstractmethod
+    def _parse(self, state: Mapping[str, Any]) -> StateT:
+        """Read what `state_dict` returned, except for the identity.
+
+        Raises:
+            KeyError, TypeError, ValueError: a part is missing or does not fit the others.
         """
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the batch after the saved one.
+
+        Raises:
+            CheckpointError: the state is broken, or this loader would not yield the same batches;
+                the message says what differs.
+        """
+        try:
+            identity, parsed = dict(state["identity"]), self._parse(state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the saved state of the data loader is broken ({error!r}): resume from an "
+                "earlier checkpoint"
+            ) from error
+        plan, saved = self._reconcile(identity)
+        if differences := compare_configs(saved, plan.identity):
+            raise CheckpointError(
+                f"the data loader cannot resume: {'; '.join(differences)}. Restore the old "
+                "settings or data, or start a new run"
+            )
+        self.close()
+        self._plan, self._state = plan, parsed
+
+    def _reconcile(self, identity: Mapping[str, Any]) -> tuple[PlanT, Mapping[str, Any]]:
+        """Return the plan to continue with, and the saved identity less what may differ."""
+        return self._plan, identity
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> BatchT:
+    def __next__(self) -> Batch:
         if self._prefetcher is None:
             self._prefetcher = Prefetcher(self._iter_after(self._state), self._depth)
         batch, self._state = next(self._prefetcher)
@@ -139,10 +169,6 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
     def wait_seconds(self) -> float:
         """How long `next` has waited for the background, in all."""
         return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
-
-    def state(self) -> StateT:
-        """Return the state after the last batch that `next` returned."""
-        return self._state
 
     def close(self) -> None:
         """Stop the background thread; a later `next` starts it again where it was."""
@@ -156,19 +182,3 @@ class PrefetchingLoader(ABC, Generic[BatchT, StateT]):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def check_sizes(sizes: Mapping[str, int], rank: int, world_size: int) -> None:
-    """Refuse what no loader can be built with.
-
-    Args:
-        sizes: by what they are called in the message.
-
-    Raises:
-        UsageError: a size is not positive, or the rank is not one of `world_size`.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise UsageError(f"the loader's {name} is {size}: it must be at least 1")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"rank {rank} is not one of {world_size} ranks")

@@ -34,7 +34,7 @@ def data_directory(data: str, home: Home) -> Path:
         UsageError: there is no such directory; the message lists the names there are.
     """
     if "/" in data or os.sep in data or data.startswith((".", "~")):
-        with contextlib.suppress(RuntimeError):  # ~ and a user who is not there
+        with contextlib.suppress(RuntimeError):  # ~ and a user that does not exist
             if (path := Path(data).expanduser()).is_dir():
                 return path
         raise UsageError(f"{data} is not a directory: give one that holds shards, or a name")
@@ -98,16 +98,17 @@ class Shard:
         with self._explained():
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
-        if TEXT_COLUMN not in schema.names:
-            self.close()
-            raise DataError(
-                f"{path} has no column {TEXT_COLUMN!r} (it has {', '.join(schema.names) or 'none'})"
-                f": rename the column that holds the documents"
-            )
-        kind = schema.field(TEXT_COLUMN).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            self.close()
+        names = schema.names
+        kind = schema.field(TEXT_COLUMN).type if TEXT_COLUMN in names else None
+        if kind in (pa.string(), pa.large_string()):
+            return
+        self.close()
+        if kind is not None:
             raise DataError(f"{path}: column {TEXT_COLUMN!r} holds {kind}: it must hold strings")
+        raise DataError(
+            f"{path} has no column {TEXT_COLUMN!r} (it has {', '.join(names) or 'none'}): rename "
+            f"the column that holds the documents"
+        )
 
     @property
     def num_row_groups(self) -> int:
@@ -120,9 +121,9 @@ class Shard:
     @property
     def text_bytes(self) -> int:
         """About how many bytes the text takes uncompressed, lengths and headers counted too."""
-        column = self._file.schema_arrow.names.index(TEXT_COLUMN)
-        groups = map(self._file.metadata.row_group, range(self.num_row_groups))
-        return sum(int(group.column(column).total_uncompressed_size) for group in groups)
+        metadata, column = self._file.metadata, self._file.schema_arrow.names.index(TEXT_COLUMN)
+        columns = (metadata.row_group(i).column(column) for i in range(self.num_row_groups))
+        return sum(int(column.total_uncompressed_size) for column in columns)
 
     def read_row_group(self, index: int) -> list[str]:
         """Return the documents of one row group; a null is an empty document."""

@@ -28,14 +28,8 @@ from archerchat.errors import DataError
 MIN_CHARACTERS = 100
 MAX_CHARACTERS = 8_000
 _EXCLUDED_DIRECTORIES = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "lib-dynload",
-    "__pycache__",
-    "__phello__",
+    *("site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload"),
+    *("__pycache__", "__phello__"),
 }
 _TOPICS = Path("pydoc_data", "topics.py")
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

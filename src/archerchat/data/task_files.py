@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from archerchat.data.download import Notify, RetryPolicy
-from archerchat.data.hub import download_table
+import pyarrow.parquet as pq
+from huggingface_hub import hf_hub_url
+
+from archerchat.data.hub import Notify, RetryPolicy, download_file
 from archerchat.home import Home
 from archerchat.tasks.hub import TaskFiles
 
@@ -24,7 +26,7 @@ def task_files(
 ) -> TaskFiles:
     """Return where tasks find their rows.
 
-    Downloads go under `home.cache_dir`. Of several ranks one should fetch before the others read.
+    Downloads are kept in `home.cache_dir`. With several ranks, let one fetch before others read.
 
     Args:
         data_dir: a folder whose files stand in for the hub's; nothing is downloaded then.
@@ -34,8 +36,14 @@ def task_files(
     def fetch(repository: str, revision: str, name: str, path: Path) -> None:
         if not path.exists():
             notify(f"fetching {name} of {repository}")
-        download_table(
-            repository, revision, name, path, endpoint=endpoint, notify=notify, retry=retry
+        download_file(
+            hf_hub_url(repository, name, repo_type="dataset", revision=revision, endpoint=endpoint),
+            path,
+            lambda path: pq.ParquetFile(path).close(),
+            without_network="--data-dir names a folder with local files instead",
+            token=None,
+            notify=notify,
+            retry=retry,
         )
 
     return TaskFiles(cache=home.cache_dir / "tasks", local=data_dir, fetch=fetch)

@@ -1,14 +1,25 @@
-"""Bits per byte: a loss that does not depend on the tokenizer (SPEC section 5)."""
+"""Bits per byte: a loss that does not depend on the tokenizer (SPEC section 5).
+
+Of any text file every byte is predicted exactly once. A row is BOS and T - 1 tokens as inputs and
+T tokens as targets, so that the model sees what rows look like in training; the last row is filled
+up with targets that do not count. The file is read and tokenized in parts, cut before lines that
+begin with something visible: there the split pattern starts afresh.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from archerchat.errors import DataError
+from archerchat.model.loss import IGNORED
+from archerchat.tokenizer.bpe import Tokenizer
+
+PART_CHARACTERS = 2**20
 
 
 @torch.no_grad()
@@ -36,3 +47,56 @@ def evaluate_bits_per_byte(
     if total_bytes == 0:
         raise DataError("there is no text to evaluate on: the data holds only empty documents")
     return nats / (math.log(2) * total_bytes)
+
+
+def iter_text_batches(
+    path: Path, tokenizer: Tokenizer, batch_size: int, sequence_length: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets (B, T) that hold each of a text file's tokens once as a target.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    size = batch_size * sequence_length
+    ids: list[int] = []
+    for text in iter_text(path):
+        ids += tokenizer.encode(text)
+        while len(ids) >= size:
+            yield _rows(ids[:size], tokenizer.bos_id, sequence_length, device)
+            ids = ids[size:]
+    if ids:
+        yield _rows(ids, tokenizer.bos_id, sequence_length, device)
+
+
+def _rows(ids: list[int], bos_id: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = -(-len(ids) // length)
+    targets = torch.full((rows * length,), IGNORED)
+    targets[: len(ids)] = torch.tensor(ids)
+    targets = targets.view(rows, length)
+    inputs = torch.full_like(targets, bos_id)
+    inputs[:, 1:] = targets[:, :-1].clamp(min=0)
+    return inputs.to(device), targets.to(device)
+
+
+def iter_text(path: Path, part: int = PART_CHARACTERS) -> Iterator[str]:
+    """Yield a file's text in parts of about `part` characters that can be tokenized apart.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    lines: list[str] = []
+    size = 0
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            for line in file:
+                if size >= part and not line[0].isspace():
+                    yield "".join(lines)
+                    lines, size = [], 0
+                lines.append(line)
+                size += len(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason}): convert it first") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    if lines:
+        yield "".join(lines)

@@ -3,10 +3,10 @@
     python -m archerchat.evals.lm_eval_adapter run --model archerchat \\
         --model_args tag=d12,stage=base --tasks arc_easy,hellaswag
 
-is the harness's own command with one more model; in a script `register()` adds it. Everything that
-the harness asks for is in `HarnessModel`, which knows nothing of the harness and can be tested
+This is the harness's own command with one more model; in a script `register()` adds it. Everything
+that the harness asks for is in `HarnessModel`, which knows nothing of the harness and can be tested
 without it. As in CORE every prompt starts with BOS and is not cut, and what the tokens of context
-and continuation do not share with those of the context alone is scored.
+and continuation do not share with those of the context alone is scored, by CORE's code.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,70 +23,38 @@ from rich.progress import track
 
 from archerchat.console import build_console
 from archerchat.errors import ArcherChatError, UsageError
-from archerchat.evals.core.prompts import common_prefix
+from archerchat.evals.core.forward import Scorer
+from archerchat.evals.core.prompts import Prompt, build_tree, common_prefix
+from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
-from archerchat.inference.requests import Request, RowHook
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request, SequenceHook
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 
 NAME = "archerchat"
-"""Of the model in the harness."""
-BATCH_TOKENS = 8192
-"""Of one forward pass, padding included."""
-LOGITS_ROWS = 512
-"""Positions whose logits exist at a time."""
+"""The model's name in the harness."""
 MAX_NEW_TOKENS = 256
-"""Of an answer, where a task does not say."""
+"""Length of an answer where a task does not say."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """Token ids of which those from `start` on are scored; at least one stands before."""
-
-    token_ids: list[int]
-    start: int
-
-
-@torch.no_grad()
-def score_spans(
-    model: Transformer, spans: Sequence[Span], batch_tokens: int = BATCH_TOKENS
+def score_prompts(
+    model: Transformer, prompts: Sequence[Prompt], batch_tokens: int | None = None
 ) -> Iterator[tuple[int, float, bool]]:
-    """Yield each span's index, its log probability, and whether all its tokens are the likeliest.
+    """Yield each prompt's index, its log probability, and whether all its tokens are the likeliest.
 
-    Rows of similar length run together, padded on the right, where a causal model does not look.
+    Args:
+        batch_tokens: tokens in a forward pass; by default as many as CORE takes.
     """
-    by_length = sorted(range(len(spans)), key=lambda i: len(spans[i].token_ids), reverse=True)
-    while by_length:
-        width = max(1, len(spans[by_length[0]].token_ids) - 1)
-        count = max(1, batch_tokens // width)
-        batch, by_length = by_length[:count], by_length[count:]
-        rows = torch.zeros(len(batch), width, dtype=torch.int64)
-        sources, targets = [], []
-        for row, index in enumerate(batch):
-            span = spans[index]
-            inputs = torch.tensor(span.token_ids[:-1])
-            rows[row, : len(inputs)] = inputs
-            sources += [row * width + i for i in range(span.start - 1, len(inputs))]
-            targets += span.token_ids[span.start :]
-        hidden = model.hidden(rows.to(model.device)).flatten(0, 1)
-        chosen = torch.tensor(sources, device=model.device)
-        wanted = torch.tensor(targets, device=model.device)
-        log_probs, hits = [], []
-        for first in range(0, len(chosen), LOGITS_ROWS):
-            part = slice(first, first + LOGITS_ROWS)
-            logits, labels = model.logits(hidden[chosen[part]]).float(), wanted[part]
-            log_probs.append(logits.log_softmax(dim=1).gather(1, labels[:, None])[:, 0])
-            hits.append(logits.argmax(dim=1) == labels)
-        # Sums in float64: a text has thousands of tokens.
-        sizes = [len(spans[i].token_ids) - spans[i].start for i in batch]
-        ends = np.cumsum(sizes)[:-1]
-        sums = np.split(torch.cat(log_probs).double().cpu().numpy(), ends)
-        greedy = np.split(torch.cat(hits).cpu().numpy(), ends)
-        for index, values, right in zip(batch, sums, greedy, strict=True):
-            yield index, float(values.sum()), bool(right.all())
+    trees = [build_tree(index, [prompt]) for index, prompt in enumerate(prompts)]
+    for outcomes, _ in iter_outcomes(Scorer(model), trees, "language_modeling", batch_tokens):
+        for outcome in outcomes:
+            scored = len(trees[outcome.index].target)
+            total = -outcome.losses[0] * scored if scored else 0.0
+            yield outcome.index, total, outcome.all_predicted
 
 
 class HarnessModel:
@@ -98,7 +65,8 @@ class HarnessModel:
         tag, stage, step: which checkpoint, as in `archerchat eval`.
         device, dtype: what to run on and in; by default the best there is. On the harness's command
             line the device has a flag of its own, `--device`.
-        batch_tokens: of one forward pass.
+        batch_tokens: tokens in a forward pass; by default as many as CORE takes.
+        loaded: a model in memory, instead of all the above.
         ignored: what the harness hands to every model.
     """
 
@@ -110,49 +78,37 @@ class HarnessModel:
         device: str | None = None,
         dtype: str | None = None,
         home: str | Path | None = None,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
+        loaded: LoadedModel | None = None,
         **ignored: Any,
     ) -> None:
         super().__init__()
-        unknown = ignored.keys() - {"batch_size", "max_batch_size"}
-        if unknown:
+        if unknown := ignored.keys() - {"batch_size", "max_batch_size"}:
             raise UsageError(
                 f"--model_args has {min(unknown)!r}; known are tag, stage, step, dtype, home and "
                 "batch_tokens"
             )
-        kind = device.partition(":")[0] if device else None
-        if kind == "cuda" and not torch.cuda.is_available():
-            kind = None  # the harness asks for it whether it is there or not
-        runtime = build_runtime(kind, dtype)
-        prepare_process(runtime)
-        root = Home(Path(home)) if home else Home.from_environment()
-        self._take(load_model(root, runtime, stage, tag, step), batch_tokens)
-
-    def _take(self, loaded: LoadedModel, batch_tokens: int) -> None:
-        self.model: Transformer = loaded.model
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        self.path = loaded.path
+        if loaded is None:
+            kind = device.partition(":")[0] if device else None
+            if kind == "cuda" and not torch.cuda.is_available():
+                kind = None  # the harness asks for it whether it is there or not
+            runtime = build_runtime(kind, dtype)
+            prepare_process(runtime)
+            root = Home(Path(home)) if home else Home.from_environment()
+            loaded = load_model(root, runtime, stage, tag, step)
+        self.model, self.tokenizer, self.path = loaded.model, loaded.tokenizer, loaded.path
         self.batch_tokens = batch_tokens
         self._engine: Engine | None = None
 
-    @classmethod
-    def of(cls, loaded: LoadedModel, batch_tokens: int = BATCH_TOKENS) -> HarnessModel:
-        """Wrap a model that is loaded already."""
-        self = cls.__new__(cls)
-        super(HarnessModel, self).__init__()
-        self._take(loaded, batch_tokens)
-        return self
-
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return for each (context, continuation) its log probability and whether it is greedy."""
-        spans = [self.span(*request.args) for request in requests]
-        return [(total, greedy) for total, greedy in self._score(spans)]
+        return self._score([self.prompt(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return for each text its log probability, in stretches of the model's context."""
         pieces = [self.windows(request.args[0]) for request in requests]
-        scores = iter(self._score([span for spans in pieces for span in spans]))
-        return [sum(next(scores)[0] for _ in spans) for spans in pieces]
+        scores = iter(self._score([prompt for prompts in pieces for prompt in prompts]))
+        return [sum(next(scores)[0] for _ in prompts) for prompts in pieces]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Continue each context until one of its stop texts, which is left out."""
@@ -169,38 +125,35 @@ class HarnessModel:
             answers.append(text[: min(ends)] if ends else text)
         return answers
 
-    def span(self, context: str, continuation: str) -> Span:
+    def prompt(self, context: str, continuation: str) -> Prompt:
         """Tokenize context and continuation together; what the continuation changes is scored."""
-        bos = [self.tokenizer.bos_id]
-        before = bos + self.tokenizer.encode(context)
-        whole = bos + self.tokenizer.encode(context + continuation)
-        start = common_prefix([np.array(before), np.array(whole)])
-        return Span(whole, start)
+        before, whole = self._encode(context), self._encode(context + continuation)
+        return Prompt(whole, common_prefix([before, whole]))
 
-    def windows(self, text: str) -> list[Span]:
+    def windows(self, text: str) -> list[Prompt]:
         """Cut a text so that each token is scored once, after as much text as there is room for."""
-        ids = [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
-        room, spans = self.model.config.sequence_length, []
+        ids = self._encode(text)
+        room, prompts = self.model.config.sequence_length, []
         for first in range(1, len(ids), room):
             end = min(first + room, len(ids))
             begin = max(0, end - room - 1)
-            spans.append(Span(ids[begin:end], first - begin))
-        return spans
+            prompts.append(Prompt(ids[begin:end], first - begin))
+        return prompts
 
-    def _score(self, spans: Sequence[Span]) -> list[tuple[float, bool]]:
-        scores = [(0.0, True)] * len(spans)  # of an empty continuation
-        filled = [i for i, span in enumerate(spans) if span.start < len(span.token_ids)]
+    def _encode(self, text: str) -> np.ndarray[Any, np.dtype[np.int32]]:
+        return np.array([self.tokenizer.bos_id, *self.tokenizer.encode(text)], dtype=np.int32)
+
+    def _score(self, prompts: Sequence[Prompt]) -> list[tuple[float, bool]]:
         console = build_console(stderr=True)
-        for index, total, greedy in track(
-            score_spans(self.model, [spans[i] for i in filled], self.batch_tokens),
+        scores = track(
+            score_prompts(self.model, prompts, self.batch_tokens),
             "log likelihoods",
-            total=len(filled),
+            total=len(prompts),
             console=console,
             transient=True,
             disable=not console.is_terminal,
-        ):
-            scores[filled[index]] = total, greedy
-        return scores
+        )
+        return [(total, greedy) for _, total, greedy in sorted(scores)]
 
     def _request(
         self, context: str, options: Mapping[str, Any], stop_texts: Sequence[str], length: int
@@ -215,10 +168,10 @@ class HarnessModel:
         if len(prompt) > room:  # the end of the context is what is asked
             prompt = prompt[-room:]
 
-        def hook() -> RowHook:
+        def hook() -> SequenceHook:
             return _StopAtText(self.tokenizer, stop_texts, bos)
 
-        return Request(prompt, new, temperature, stop_tokens={bos}, hook=hook)
+        return Request(prompt, SamplingParams(new, temperature, stop_token_ids=(bos,)), hook)
 
 
 class _StopAtText:

@@ -5,15 +5,13 @@
 They are not CORE, and their score can be compared with nothing but itself: they exist so that the
 whole path of an evaluation can be tried, and seen to rise in training, on a machine without a
 network. They ask what a small model that has read Python and its documentation may learn: to
-repeat what stood before, to close the bracket that is open, to count on. Every label begins with
-`offline_`. The examples are the same on every machine and with every Python.
+repeat what stood before, to close the bracket that is open, to count on. The examples are the
+same on every machine and with every Python.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -23,20 +21,21 @@ from typing import Any
 
 from archerchat.evals.core.bundle import BASELINES, DATA, TASK_LIST, TaskType
 from archerchat.files import new_directory
-from archerchat.tasks.words import load_words
+from archerchat.tasks.generated import load_words
 
 NAME = "offline"
 """What `--bundle` calls them."""
 PREFIX = "offline_"
+"""Begins every label."""
 EXAMPLES = 48
-"""Of each task."""
+"""Examples per task."""
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 Row = dict[str, Any]
 
 
 def _words(rng: random.Random, count: int) -> list[str]:
-    """Draw different words, none too long to be a few tokens."""
+    """Draw different words, none longer than a few tokens."""
     return rng.sample([word for word in load_words("train") if 4 <= len(word) <= 8], count)
 
 
@@ -130,28 +129,11 @@ def offline_bundle(cache_dir: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    files = _render()
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
-    directory = cache_dir / f"{NAME}-tasks-{digest}"
-    if not directory.is_dir():
-        with new_directory(directory) as new:
-            for name, content in files.items():
-                path = new / name
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(content, encoding="utf-8", newline="\n")
-    return directory
-
-
-def _render() -> dict[str, str]:
-    """Return the content of every file of the bundle by its path."""
-    entries, files = [], {}
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["Eval Task", "Random baseline"])
+    files, entries, baselines = {}, [], ["Eval Task,Random baseline\n"]
     for task in OFFLINE_TASKS:
         uri = f"{task.label}.jsonl"
         files[f"{DATA}/{uri}"] = "".join(json.dumps(row) + "\n" for row in iter_examples(task))
-        writer.writerow([task.label, task.baseline_percent])
+        baselines.append(f"{task.label},{task.baseline_percent}\n")
         entries.append(
             {
                 "label": task.label,
@@ -162,5 +144,12 @@ def _render() -> dict[str, str]:
             }
         )
     files[TASK_LIST] = json.dumps({"icl_tasks": entries}, indent=2) + "\n"  # which is YAML
-    files[BASELINES] = table.getvalue()
-    return files
+    files[BASELINES] = "".join(baselines)
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:12]
+    directory = cache_dir / f"{NAME}-tasks-{digest}"
+    if not directory.is_dir():
+        with new_directory(directory) as new:
+            for name, content in files.items():
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_text(content, encoding="utf-8", newline="\n")
+    return directory

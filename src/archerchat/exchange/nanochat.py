@@ -263,7 +263,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
     Raises:
         TokenizerError: the file is missing, too large, holds anything but a tiktoken encoding,
-            or one that is not ours to run (`Tokenizer.from_ranks`).
+            or one that is not ours to run (see `Tokenizer`).
     """
     state = _load_encoding(path)
     ranks, specials = state["mergeable_ranks"], state["special_tokens"]
@@ -273,7 +273,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if sorted(specials.values()) != list(range(len(ranks), len(ranks) + len(specials))):
         raise TokenizerError(f"{path}: the special tokens' ids do not follow the ranks")
     try:
-        return Tokenizer.from_ranks(
+        return Tokenizer(
             ranks,
             pattern=state["pat_str"],
             special_tokens=sorted(specials, key=specials.__getitem__),

@@ -6,8 +6,8 @@ however long the row gets. A row also keeps its last token's normalised embeddin
 of the next one adds, and its length; lengths are a tensor, so that a decoding step needs nothing
 from the host and can be captured in a CUDA graph.
 
-A `Prefix` is the same for a prompt that is in no row yet: position-ordered, shared by the samples
-and by the prompts that begin with it.
+A `Prefix` holds the same for a prompt that is in no row yet: in order of position, shared by the
+samples and by the prompts that begin with it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Prefix:
     length: int
     """Tokens so far."""
     keys: tuple[Tensor, ...]
-    """A layer: (K, n, D), the last n = min(window, length) positions in order."""
+    """Per layer (K, n, D): the last n = min(window, length) positions in order."""
     values: tuple[Tensor, ...]
     previous: Tensor
     """(C,), the last token's normalised embedding."""
@@ -48,7 +48,7 @@ def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class RingPart:
-    """What a layer keeps of some rows that stand side by side."""
+    """What a layer keeps of some neighbouring rows."""
 
     keys: Tensor
     """(b, K, S, D), the slots of the rings that these rows have written, or more."""
@@ -73,8 +73,8 @@ class RingLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (B, 1, H, D) to the ring and to the token itself.
 
-        Writing it into the ring is `KVCache.append`'s: compiled code would copy the ring for
-        that, and a window of w still needs the token whose slot it takes.
+        `KVCache.append` writes it into the ring: compiled code would copy the ring for that, and
+        a window of w still needs the token whose slot it takes.
         """
         batch, _, heads, dim = q.shape
         kv_heads = k.size(2)
@@ -101,10 +101,10 @@ class RingLayer:
 
 
 def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Attend from a query a head to written slots.
+    """Attend from one query per head to the filled cache slots.
 
-    On CPUs by the fused kernel: it reads 16-bit keys several times faster than a product of one
-    row does (docs/LOG.md).
+    CPUs use the fused kernel, which reads 16-bit keys several times faster than a product of one
+    row (docs/LOG.md).
 
     Args:
         q: (B, K, H/K, D); keys, values: (B, K, S, D); mask: (B, 1, 1, S).
@@ -185,7 +185,7 @@ class KVCache:
 
         Args:
             embedded: (B, C), its normalised embedding.
-            keys: a layer: (B, K, D); values likewise.
+            keys, values: (B, K, D) per layer.
             rows: 0 .. B-1 on the device.
         """
         count = embedded.size(0)
@@ -198,8 +198,8 @@ class KVCache:
         self.previous[:count] = embedded
         lengths += 1
 
-    def fill(self, rows: Sequence[int], prefix: Prefix) -> None:
-        """Begin each of these rows with a prefix, whatever they held."""
+    def fill(self, row: int, prefix: Prefix) -> None:
+        """Start a row with a prefix, whatever it held."""
         keys, values = self.views(0, self.lengths.size(0), max(self.sizes))
         parts = (*prefix.keys, *prefix.values)
         for ring, kept in zip((*keys, *values), parts, strict=True):
@@ -207,12 +207,10 @@ class KVCache:
             assert count <= size, f"{count} positions for {size} slots"
             first = (prefix.length - count) % size  # slot of the oldest position that is kept
             head = min(count, size - first)
-            for row in rows:
-                ring[row, :, first : first + head] = kept[:, :head]
-                ring[row, :, : count - head] = kept[:, head:]
-        for row in rows:
-            self.previous[row] = prefix.previous
-            self.lengths[row] = prefix.length
+            ring[row, :, first : first + head] = kept[:, :head]
+            ring[row, :, : count - head] = kept[:, head:]
+        self.previous[row] = prefix.previous
+        self.lengths[row] = prefix.length
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row of `length` tokens over another."""

@@ -1,4 +1,13 @@
-"""From a model's name to the model and its tokenizer, ready to run."""
+"""Load a model with its tokenizer, and put its weights in the form that inference wants.
+
+    loaded = load_model(home, runtime, "sft", "d12")
+    fast = InferenceModel(loaded.model).model
+
+In training a linear layer keeps float32 masters and casts them at each use. A decoding step uses
+each weight once, for a few rows, so the cast would cost more than the product. `InferenceModel`
+casts the matrices once. On CPUs it also packs bfloat16 matrices in the order that oneDNN's kernels
+read, where this torch can (docs/LOG.md has figures). In float32 the model itself serves.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +15,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.home import Home
 from archerchat.model.attention import choose_backend
 from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Transformer
+from archerchat.model.transformer import Linear, Transformer
 from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
+
+MIN_PACKED = 64
+"""Fewest rows and columns of a packed matrix. Gates are smaller, and read the smear's by name."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model for inference with what belongs to it."""
+    """A model ready for inference, its tokenizer, and where they come from."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -31,7 +47,11 @@ class LoadedModel:
 def load_model(
     home: Home, runtime: Runtime, stage: str, tag: str | None, step: int | None = None
 ) -> LoadedModel:
-    """Load model `tag` of a stage, or the one saved last, and the tokenizer that it names.
+    """Load a model and the tokenizer that it was trained with.
+
+    Args:
+        tag: the model's name; by default the one saved last.
+        step: a checkpoint; by default the latest.
 
     Raises:
         UsageError: there is no such model or step.
@@ -40,14 +60,38 @@ def load_model(
     """
     directory = find_model(home, stage, tag)
     checkpoint = load_checkpoint(find_checkpoint(directory, step), sections=("model",))
+    config = read_model_config(checkpoint)
+    backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
+    model = Transformer(config, runtime.compute_dtype, backend)
     try:
-        config = ModelConfig(**checkpoint.meta["model_config"])
-        named = checkpoint.meta["tokenizer"]
-        backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
-        model = Transformer(config, runtime.compute_dtype, backend)
-        model.load_state_dict(checkpoint.tensors["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        model.load_state_dict(checkpoint.state["model"])
+    except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.path} does not hold a model: {error!r}") from error
+    tokenizer = find_model_tokenizer(home, checkpoint)
+    model.to(runtime.device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, checkpoint.path, checkpoint.step, checkpoint.meta)
+
+
+def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Return the shape of a checkpoint's model.
+
+    Raises:
+        CheckpointError: the checkpoint does not say it.
+    """
+    try:
+        return ModelConfig(**checkpoint.meta["model_config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path} does not hold a model: {error!r}") from error
+
+
+def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:
+    """Load the tokenizer that a checkpoint's model was trained with.
+
+    Raises:
+        UsageError: the model was imported without one.
+        TokenizerError: it is missing, or was replaced since.
+    """
+    named = checkpoint.meta.get("tokenizer")
     if named is None:
         raise UsageError(
             f"{checkpoint.path} was imported without its tokenizer: import it again with "
@@ -59,5 +103,85 @@ def load_model(
             f"tokenizer {named['name']!r} is not the one that {checkpoint.path} was trained with: "
             "it was replaced since; restore the old one, or train the model again"
         )
-    model.to(runtime.device).eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, checkpoint.path, checkpoint.step, checkpoint.meta)
+    return tokenizer
+
+
+class CastLinear(Linear):
+    """A linear layer whose weight is cast once, and packed on request."""
+
+    def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
+        nn.Module.__init__(self)
+        self.packed = packed
+        self.register_buffer("weight", source.weight.detach().to(dtype), persistent=False)
+        self.load(source)
+
+    def load(self, source: Linear) -> None:
+        """Copy the source's values; in place unless packed, as captured graphs read them there."""
+        if self.packed:
+            weight = source.weight.detach().to(torch.bfloat16)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        else:
+            self.weight.copy_(source.weight.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.packed:
+            return super().forward(x)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+        return product
+
+
+def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch packs such matrices and computes the same with them."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    layer = Linear(64, 64)
+    x = torch.arange(128, dtype=torch.bfloat16).view(2, 64) / 64
+    try:
+        packed = CastLinear(layer, dtype, packed=True)(x)
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+    return torch.allclose(packed, F.linear(x, layer.weight.to(x.dtype)), atol=0.05)
+
+
+class InferenceModel:
+    """A model in the form that computes fastest without gradients.
+
+    Args:
+        source: the model; embeddings and scalars stay shared with it.
+
+    Attributes:
+        model: the model to run; the source itself in float32.
+        packed: whether its matrices are packed, which the compiler cannot handle.
+    """
+
+    def __init__(self, source: Transformer) -> None:
+        self._source, self.model = source, source
+        self._cast: list[tuple[CastLinear, Linear]] = []
+        self.packed = False
+        if source.compute_dtype != torch.float32:
+            self._build()
+
+    def _build(self) -> None:
+        source = self._source
+        self.packed = can_pack(source.device, source.compute_dtype)
+        with torch.device("meta"):
+            model = Transformer(source.config, source.compute_dtype, source.backend)
+        originals = dict(source.named_modules())
+        for path, module in list(model.named_modules()):
+            original = originals[path]
+            for name, child in list(module.named_children()):
+                linear = getattr(original, name)
+                if isinstance(child, Linear):
+                    packed = self.packed and min(linear.weight.shape) >= MIN_PACKED
+                    cast = CastLinear(linear, source.compute_dtype, packed)
+                    setattr(module, name, cast)
+                    self._cast.append((cast, linear))
+            for name, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, name, getattr(original, name))
+        self.model = model.train(source.training)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the source's weights after they have changed."""
+        for cast, linear in self._cast:
+            cast.load(linear)

@@ -1,11 +1,10 @@
-"""Run prompts through a model many at a time, after a prefix that they share or none.
+"""Run many prompts through a model at once, after a prefix that they share or after nothing.
 
     prefix = prefill(model, [shared_ids]).prefix(0)
-    scored = prefill(model, continuations, prefix)
-    scored.logits(row, positions)
+    following = prefill(model, continuations, prefix).last_logits()
 
 Rows of unequal length are padded on the right, where causal attention hides the padding from
-every token that counts. The prefix is computed once, whatever the number of continuations.
+every real token. The prefix is computed once, whatever the number of continuations.
 `iter_batches` cuts many prompts into batches of similar lengths.
 """
 
@@ -21,10 +20,10 @@ from archerchat.model.attention import Backend, attend
 from archerchat.model.transformer import Before, Transformer, norm
 
 PREFILL_TOKENS = 4096
-"""Tokens in a batch, padding included, unless one prompt is longer: enough to fill a CPU's cores,
-little enough that activations stay small."""
-LEAST_FILLED = 0.75
-"""A shorter prompt than this share of a batch's longest starts a batch of its own."""
+"""Most tokens in a batch of several prompts, padding included: enough to fill a CPU's cores, few
+enough that activations stay small."""
+MIN_FILLED = 0.75
+"""A prompt shorter than this share of the longest in a batch starts a new batch."""
 
 
 class PromptLayer:
@@ -67,17 +66,6 @@ class Prefilled:
     ) -> None:
         self.model, self.lengths, self.hidden = model, tuple(lengths), hidden
         self._embedded, self._layers, self._shared = embedded, layers, shared
-
-    def logits(self, row: int, positions: Sequence[int] | slice) -> Tensor:
-        """Return capped float32 logits (n, vocab_size) at positions of a row.
-
-        Args:
-            positions: counted from the row's first token after the shared prefix.
-        """
-        if isinstance(positions, slice):
-            return self.model.logits(self.hidden[row, : self.lengths[row]][positions])
-        assert all(0 <= p < self.lengths[row] for p in positions), "a position of the padding"
-        return self.model.logits(self.hidden[row, list(positions)])
 
     def last_logits(self) -> Tensor:
         """Return the capped float32 logits (B, vocab_size) that follow each row."""
@@ -132,16 +120,16 @@ def prefill(
     return Prefilled(model, lengths, hidden, embedded, layers, shared)
 
 
-def iter_batches(lengths: Sequence[int], most_tokens: int = PREFILL_TOKENS) -> Iterator[list[int]]:
+def iter_batches(lengths: Sequence[int], max_tokens: int = PREFILL_TOKENS) -> Iterator[list[int]]:
     """Cut rows of these lengths into batches of similar length; yield their indices.
 
-    No batch has more than `most_tokens` with its padding unless it is a single row.
+    A batch of several rows has at most `max_tokens` tokens, padding included.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[batch[0]] if batch else 0
         if batch and (
-            (len(batch) + 1) * longest > most_tokens or lengths[index] < LEAST_FILLED * longest
+            (len(batch) + 1) * longest > max_tokens or lengths[index] < MIN_FILLED * longest
         ):
             yield batch
             batch = []

@@ -6,10 +6,14 @@ Four backends compute the same thing:
             the keys they can reach, so they never cost more than a full layer. Runs everywhere.
 - `matmul`  two matrix products around a softmax, in the same blocks. On CPUs it beats the fused
             kernel at short lengths, where scores fit in the cache (docs/LOG.md has figures).
-- `flex`    FlexAttention with a block mask: skips what the window hides. CUDA with a compiler.
-- `flash`   the `flash_attn` packages (versions 3 and 2), where installed.
+- `flex`    FlexAttention (https://arxiv.org/abs/2412.05496) with a block mask, which skips what
+            the window hides. Needs CUDA and a compiler.
+- `flash`   FlashAttention (https://arxiv.org/abs/2205.14135) from the `flash_attn` packages,
+            versions 3 and 2, where installed.
 
-`choose_backend` decides once, at start-up; nothing is decided inside the step.
+Sliding windows are those of Longformer (https://arxiv.org/abs/2004.05150), and several query heads
+may share a key/value head (grouped queries, https://arxiv.org/abs/2305.13245). `choose_backend`
+decides once, at start-up; nothing is decided inside the step.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ MAX_SCORE = 60.0
 
 
 class Past(Protocol):
-    """What one layer keeps of the tokens before those that it is given: a KV cache."""
+    """One layer's KV cache: what it keeps of the tokens before those that it is given."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from new tokens to what is kept and to themselves, and keep them too.
@@ -101,8 +105,8 @@ def prepare_mask(length: int, window: int, device: torch.device, backend: Backen
 
 
 def prepare_document_mask(segments: Tensor, window: int, backend: Backend) -> Any:
-    """Return what `attend` needs beside `segments` (B, T): a block mask for `flex`, made anew for
-    each batch, None for the others. Call it outside of compiled code."""
+    """Return what `attend` needs beside `segments` (B, T): a block mask for `flex`, made for each
+    batch, None for the others. Call it outside of compiled code."""
     return _flex_document_mask(segments, window) if backend == "flex" else None
 
 
@@ -125,9 +129,10 @@ def attend(
         v: (B, S, K, D).
         window: how far back a query sees; T-1 or more means everything before it.
         mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `sdpa` does:
-            it is made to be compiled, once for each length, and holds every score otherwise.
+            it has to be compiled, once for each length, or it holds every score.
         segments: (B, T) numbers of the documents that are packed in a row; a query sees its own
-            document only. `mask` is then from `prepare_document_mask`, and T = S; `flash` cannot.
+            document only. `mask` is then from `prepare_document_mask`, and T = S. `flash` cannot
+            do this.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -319,7 +324,7 @@ def flash_module(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Run the package's kernels; compiled code ends before them and goes on after."""
+    """Run the package's kernels, between two pieces of compiled code."""
     name = flash_module(q.device, q.dtype)
     assert name is not None, "choose_backend lets 'flash' through only where it runs"
     out = importlib.import_module(name).flash_attn_func(

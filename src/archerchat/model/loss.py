@@ -1,10 +1,13 @@
-"""Next-token loss that never holds every logit at once.
+"""The loss of every stage: a weighted cross-entropy that never holds all logits at once.
+
+Pretraining and fine-tuning weight each trained token by 1 and take the mean; reinforcement
+weights it by its advantage (REINFORCE, SPEC section 8).
 
 The logits of B*T tokens over V entries in float32 would be the largest tensor of a step by far.
-Here they are formed a chunk of tokens at a time; the chunk's gradient with respect to the
-hidden states and to the unembedding is taken on the spot, so the backward pass only scales.
-That is three matrix products in all, as many as the plain computation, and no recomputation.
-In bfloat16 the logits are read once; float32 rounds as a plain cross-entropy does.
+They are formed one chunk of tokens at a time. The chunk's gradients for the hidden states and for
+the unembedding are taken on the spot, so the backward pass only scales them. That is three matrix
+products, as many as the plain computation takes, and no recomputation. In bfloat16 the logits are
+read once; float32 rounds as a plain cross-entropy does.
 
 The soft cap (SPEC section 2) bounds every logit by 15, so the exponentials need no running
 maximum in float32: V * exp(15) is far inside its range.
@@ -71,12 +74,13 @@ def _plain_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chunk_loss_and_gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, grad_weight: Tensor
+    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, grad_weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the chunk's summed loss and its gradient for `hidden`; add that for `weight`.
+    """Return the chunk's weighted loss and its gradient for `hidden`; add that for `weight`.
 
     Args:
         hidden: (n, C); weight: (V, C), both in the compute dtype; targets: (n,).
+        factors: (n,) float32, each position's weight; 0 where the target is -1.
         grad_weight: (V, C) float32, which the chunk's gradient is added to.
 
     Returns:
@@ -84,14 +88,12 @@ def chunk_loss_and_gradients(
         float32 rows, each at its target.
     """
     logits = F.linear(hidden, weight)  # (n, V)
-    valid = targets != IGNORED
     labels = targets.clamp(min=0)
     if hidden.dtype != torch.bfloat16:
         losses, grad = _plain_gradient(logits, labels)
-        grad = (grad * valid[:, None]).to(hidden.dtype)
-        losses = torch.where(valid, losses, 0.0)
+        grad = (grad * factors[:, None]).to(hidden.dtype)
         grad_weight += grad.T @ hidden
-        return losses.sum(), grad @ weight, None
+        return (losses * factors).sum(), grad @ weight, None
     # One pass over the logits: what divides a row and what only its target gets come after the
     # products, over C columns instead of V.
     squashed, slope = _softcap(logits)
@@ -99,10 +101,10 @@ def chunk_loss_and_gradients(
     total = exponential.sum(dim=1)
     numerator = (exponential * slope).to(hidden.dtype)
     chosen, chosen_slope = _softcap(logits.gather(1, labels[:, None]))
-    share, at_target = (valid / total)[:, None], -(valid[:, None] * chosen_slope)
+    share, at_target = (factors / total)[:, None], -(factors[:, None] * chosen_slope)
     for_hidden = (numerator @ weight).float() * share + at_target * weight[labels].float()
     grad_weight += numerator.T @ (hidden.float() * share).to(hidden.dtype)
-    losses = torch.where(valid, total.log() - chosen[:, 0] * LOGIT_CAP, 0.0)
+    losses = (total.log() - chosen[:, 0] * LOGIT_CAP) * factors
     return losses.sum(), for_hidden.to(hidden.dtype), at_target * hidden.float()
 
 
@@ -129,7 +131,7 @@ class LossKernels:
         )
 
 
-class _MeanLoss(torch.autograd.Function):
+class _WeightedLoss(torch.autograd.Function):
     """Gradients are those of the sum until `backward`: small factors would underflow float16."""
 
     @staticmethod
@@ -138,6 +140,8 @@ class _MeanLoss(torch.autograd.Function):
         hidden: Tensor,
         unembedding: Tensor,
         targets: Tensor,
+        factors: Tensor,
+        scale: Tensor,
         vocab_size: int,
         kernels: LossKernels,
     ) -> Tensor:
@@ -148,13 +152,12 @@ class _MeanLoss(torch.autograd.Function):
         for start in range(0, hidden.size(0), size):
             span = slice(start, start + size)
             total, for_hidden, at_target = kernels.gradients(
-                hidden[span], weight, targets[span], grad_weight[:vocab_size]
+                hidden[span], weight, targets[span], factors[span], grad_weight[:vocab_size]
             )
             loss += total
             grad_hidden[span] = for_hidden
             if at_target is not None:
                 grad_weight.index_add_(0, targets[span].clamp(min=0), at_target)
-        scale = 1 / (targets != IGNORED).sum().clamp(min=1).float()
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
         ctx.scale_gradients = kernels.scale
         return loss * scale
@@ -163,31 +166,42 @@ class _MeanLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, scale = ctx.saved_tensors
         scaled = ctx.scale_gradients(grad_hidden, grad_weight, scale * grad_outputs[0])
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None, None
 
 
-def mean_loss(
+def weighted_loss(
     hidden: Tensor,
     unembedding: Tensor,
     targets: Tensor,
     vocab_size: int,
+    weights: Tensor | None = None,
+    scale: float | None = None,
     kernels: LossKernels = LossKernels(),
 ) -> Tensor:
-    """Average the cross-entropy in nats over the positions whose target is not -1.
+    """Return `scale` times the sum of weight times cross-entropy over the trained positions.
 
     Args:
-        hidden: (B, T, C) in the compute dtype.
+        hidden: (..., C) in the compute dtype.
         unembedding: (V, C) float32 master weight; rows from `vocab_size` on are padding.
-        targets: (B, T) int64.
+        targets: (...) int64; a position whose target is -1 is not trained.
+        weights: (...) float32; 1 for each position by default.
+        scale: by default 1 / the number of trained positions, which gives the mean in nats.
         kernels: plain or compiled.
 
     Returns:
         A float32 scalar that backpropagates into `hidden` and `unembedding`; 0 when every
         target is -1.
     """
-    flat = hidden.flatten(0, 1)
-    loss: Tensor = _MeanLoss.apply(  # type: ignore[no-untyped-call]
-        flat, unembedding, targets.flatten(), vocab_size, kernels
+    flat = targets.flatten()
+    factors = (flat != IGNORED).float()
+    if scale is None:
+        factor = 1 / factors.sum().clamp(min=1)
+    else:
+        factor = torch.tensor(scale, device=hidden.device)
+    if weights is not None:
+        factors = factors * weights.flatten()
+    loss: Tensor = _WeightedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden.flatten(0, -2), unembedding, flat, factors, factor, vocab_size, kernels
     )
     return loss
 
@@ -203,7 +217,7 @@ def token_losses(
     """Compute each position's cross-entropy in nats, 0 where the target is -1.
 
     Args:
-        hidden: (B, T, C); the rest as in `mean_loss`.
+        hidden: (B, T, C); the rest as in `weighted_loss`.
 
     Returns:
         (B, T) float32; carries no gradient.

@@ -4,6 +4,11 @@ Master weights are float32 and cast to the compute dtype inside each linear laye
 kinds of embedding tables, which only gather, are stored in bfloat16 when that is the compute
 dtype. `Transformer.hidden` stops before the unembedding, so that training can form the logits
 a few tokens at a time (`model/loss.py`); `forward` returns logits.
+
+Where the parts come from: RMSNorm (https://arxiv.org/abs/1910.07467), rotary positions
+(https://arxiv.org/abs/2104.09864), normalised queries and keys (https://arxiv.org/abs/2302.05442),
+value embeddings after value residuals (https://arxiv.org/abs/2410.17897), relu squared
+(https://arxiv.org/abs/2109.08668), capped logits (https://arxiv.org/abs/2408.00118).
 """
 
 from __future__ import annotations
@@ -191,10 +196,10 @@ def back_out(x: Tensor, middle: Tensor, backout_lambda: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Before:
-    """What a forward pass needs of the tokens before those that it is given."""
+    """The past of the tokens that a forward pass is given."""
 
     positions: Tensor
-    """(T,) or (B, T): of the tokens that are given."""
+    """(T,) or (B, T): positions of the given tokens."""
     previous: Tensor
     """(B, C): normalised embedding of the token before them, zeros where there is none."""
     layers: Sequence[Past]
@@ -307,11 +312,11 @@ class Transformer(nn.Module):
 
         Args:
             regions: compiled pieces to run instead of the plain ones.
-            before: a cache of what came before these tokens; without it they begin their rows.
+            before: a cache of the tokens before these; without it they begin their rows.
             segments: (B, T) numbers of the documents that are packed in a row, to keep them from
                 seeing each other; without it they do.
         """
-        assert before is None or segments is None, "a cache holds one document a row"
+        assert before is None or segments is None, "a cache holds one document per row"
         # Left out where there are none, so that what is compiled stays the same.
         documents = {} if segments is None else {"segments": segments}
         run, dtype = regions or Regions(), self.compute_dtype
@@ -339,7 +344,7 @@ class Transformer(nn.Module):
         return run.back_out(x, middle, self.backout_lambda)
 
     def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:
-        """Return one prepared mask a layer, for compiled regions."""
+        """Return one prepared mask per layer, for compiled regions."""
         length, device, windows = token_ids.size(1), token_ids.device, self.config.windows
         if segments is not None:
             made = {w: prepare_document_mask(segments, w, self.backend) for w in set(windows)}

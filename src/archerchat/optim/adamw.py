@@ -1,4 +1,7 @@
-"""AdamW for embeddings, the unembedding and scalars (SPEC section 3)."""
+"""AdamW for embeddings, the unembedding and scalars (SPEC section 3).
+
+The decay is decoupled from the gradient and scaled by the rate: https://arxiv.org/abs/1711.05101.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Muon on stacks of equal-shaped matrices (SPEC section 3).
 
-Momentum, then orthogonalisation by five Polar Express steps (arXiv 2505.16932), a normalised
-variance reduction (NorMuon, arXiv 2510.05491), and a decoupled decay that acts only where it
-agrees with the update.
+- Momentum, then orthogonalisation: Muon, https://kellerjordan.github.io/posts/muon/, shown to scale
+  with weight decay in https://arxiv.org/abs/2502.16982.
+- Five steps of Polar Express approximate the polar factor: https://arxiv.org/abs/2505.16932.
+- A variance per row or column evens out the update: NorMuon, https://arxiv.org/abs/2510.05491.
+- Decay acts only where it agrees with the update: https://arxiv.org/abs/2510.12402.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+"""(a, b, c) of each step, computed by the paper's method: x <- a x + (b A + c A A) x."""
 TINY = 1e-10
 VARIANCE_DECAY = 0.9
 
@@ -61,7 +64,7 @@ def muon_update(
         parameters, gradients, momentum_buffer: (n, out, in) float32.
         variance_buffer: `variance_shape` of that, float32, starting from zero.
         rate, weight_decay, momentum: 0-dim float32 tensors.
-        dtype: in which to orthogonalise; the compute dtype.
+        dtype: what to orthogonalise in, the compute dtype.
     """
     rows, columns = parameters.shape[-2:]
     momentum_buffer.lerp_(gradients, 1 - momentum)
@@ -70,14 +73,14 @@ def muon_update(
     row_norms = squares.sqrt().clamp(min=1e-6)
     g = orthogonalize((g * (root_sum(squares) / math.sqrt(rows) / row_norms)).to(dtype)).float()
 
-    # SPEC normalises g to sqrt(min(out, in)) before and after the variance reduction; both norms
-    # follow from the mean squares of rows or columns, so that one pass over g is enough.
+    # g has the norm sqrt(min(out, in)) before and after the variance reduction. Both norms follow
+    # from the mean squares of rows or columns, so one pass over g is enough.
     squares = g.square().mean(dim=-1 if rows >= columns else -2, keepdim=True)
     total = squares.sum(dim=(-2, -1), keepdim=True).clamp(min=TINY**2)
     variance_buffer.lerp_(squares / total, 1 - VARIANCE_DECAY)
     adaptive = variance_buffer.clamp(min=TINY).rsqrt()
     g = g * (adaptive / root_sum(squares * adaptive.square()))
 
-    rate = rate * math.sqrt(max(1.0, rows / columns))
+    rate = rate * math.sqrt(max(1.0, rows / columns))  # as https://github.com/KellerJordan/Muon
     agrees = (g * parameters >= 0).float()
     return parameters - rate * g - rate * weight_decay * parameters * agrees

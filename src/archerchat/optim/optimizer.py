@@ -1,8 +1,8 @@
 """One optimizer for the whole model: AdamW groups and Muon stacks (SPEC section 3).
 
-`build_groups` sorts a model's parameters into the groups of the table; `Optimizer` steps them
-with the values that the schedule gives for the step. Learning rates in a group are the scaled
-base rates and never change; the multiplier comes with each step.
+`build_groups` sorts a model's parameters into the groups of the specification's table.
+`Optimizer` steps them with the settings that the schedule gives. The learning rates in a group are
+the scaled base rates and never change; the multiplier comes with each step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORTH_COMPILING = 2**14
 
 @dataclass(frozen=True)
 class AdamGroup:
-    """Parameters stepped by AdamW with one set of constants."""
+    """Parameters that AdamW steps with the same constants."""
 
     names: tuple[str, ...]
     rate: float
@@ -36,7 +36,7 @@ class AdamGroup:
 
 @dataclass(frozen=True)
 class MuonGroup:
-    """Equal-shaped matrices stepped by Muon as one stack; the decay comes with the step."""
+    """Equal-shaped matrices that Muon steps as one stack; the decay comes with the step."""
 
     names: tuple[str, ...]
     rate: float
@@ -117,9 +117,9 @@ class Optimizer:
         """Update every parameter from its `.grad`; a parameter without one counts as zero.
 
         Args:
-            rate_multiplier: the schedule's, for all rates.
-            momentum: Muon's at this step.
-            muon_weight_decay: Muon's at this step.
+            rate_multiplier: the schedule's factor on every group's rate.
+            momentum: Muon's momentum at this step.
+            muon_weight_decay: Muon's weight decay at this step.
         """
         self.steps_taken += 1
         for group in self.groups:
@@ -174,24 +174,29 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None
 
-    def load_state(self, state: Mapping[str, Tensor], steps_taken: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Return the buffers by name, not copied, and `steps_taken`."""
+        return {"steps_taken": self.steps_taken, **self.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from saved buffers.
 
         Raises:
             ValueError: a buffer is missing, unknown, or of another shape.
         """
-        if state.keys() != self.state.keys():
-            odd = sorted(state.keys() ^ self.state.keys())
+        buffers = {name: value for name, value in state.items() if name != "steps_taken"}
+        if buffers.keys() != self.state.keys() or "steps_taken" not in state:
+            odd = sorted((self.state.keys() | {"steps_taken"}) ^ state.keys())
             raise ValueError(f"optimizer state does not fit this model; differing: {odd[:4]}")
         for name, buffer in self.state.items():
-            if buffer.shape != state[name].shape:
+            if buffer.shape != buffers[name].shape:
                 raise ValueError(
-                    f"optimizer buffer {name} is {tuple(state[name].shape)} in the checkpoint, "
+                    f"optimizer buffer {name} is {tuple(buffers[name].shape)} in the checkpoint, "
                     f"{tuple(buffer.shape)} in this model"
                 )
         for name, buffer in self.state.items():
-            buffer.copy_(state[name])
-        self.steps_taken = steps_taken
+            buffer.copy_(buffers[name])
+        self.steps_taken = int(state["steps_taken"])
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -1,7 +1,7 @@
 """Learning rate, Muon momentum and weight decay at each iteration (SPEC section 3).
 
 The rate rises linearly, holds, and falls linearly to a small rest. Momentum rises over the
-first steps, while gradients still turn quickly, and eases off as the rate falls. Weight decay
+first steps, while gradients still turn quickly, and falls again with the rate. Weight decay
 follows half a cosine to zero. All three are pure functions of the iteration, so a resumed run
 needs no state for them.
 """
@@ -21,15 +21,15 @@ MOMENTUM_WARMUP_STEPS = 400
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tell what the optimizer uses at iteration `it`, 0 <= it <= num_iterations.
+    """Give the optimizer's settings at iteration `it`, 0 <= it <= num_iterations.
 
-    `it` = num_iterations is where the ramps end: the step after the last one.
+    The ramps end at `it` = num_iterations, one step after the last.
     """
 
     num_iterations: int
     """Optimizer steps of the whole run, N."""
     weight_decay: float
-    """Muon's at the first step, scaled by the dial."""
+    """Muon's weight decay at the first step, scaled by the dial."""
     warmup_steps: int = 40
     """Steps over which the learning rate rises; wins over the warm-down."""
     warmdown_ratio: float = 0.65

@@ -1,1 +1,1 @@
-"""What a depth takes: memory, time, cost."""
+"""Estimates of the memory, time and cost that training a depth takes."""

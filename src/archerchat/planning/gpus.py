@@ -21,7 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
+from archerchat.config import Config, NonNegativeFloat
 from archerchat.runtime import training_dtype
+
+DOLLARS_PER_H100_HOUR = 3.0
+"""Eight of them for two hours at $48."""
+H100_TFLOPS = 989.4
 
 
 @dataclass(frozen=True)
@@ -29,17 +34,17 @@ class Gpu:
     """One card's published figures."""
 
     name: str
-    """What tells it apart in the name that the driver reports."""
+    """The words by which the name that the driver reports is recognised."""
     tflops: float
     """Dense 16-bit tensor-core TFLOP/s, float32 accumulate."""
     memory_gib: int
     board_watts: int
     rented: bool = False
-    """Whether people rent it rather than own it."""
+    """Whether people usually rent it."""
     capability: tuple[int, int] = (8, 0)
-    """Compute capability; of later cards only that they have at least this one."""
+    """Compute capability; later cards have at least this one."""
     float32_tflops: float | None = None
-    """Float32 TFLOP/s, given where training runs in it."""
+    """Float32 TFLOP/s, for cards on which training runs in it."""
 
     def flops_per_second(self, dtype: torch.dtype) -> float | None:
         """Return the peak rate in `dtype`, or None where this table has none."""
@@ -48,6 +53,11 @@ class Gpu:
         if dtype in (torch.float16, training_dtype(self.capability)):
             return self.tflops * 1e12
         return None
+
+    @property
+    def price_per_hour(self) -> float | None:
+        """Usual rent in dollars, by the rate against an H100's; None for cards that people own."""
+        return DOLLARS_PER_H100_HOUR * self.tflops / H100_TFLOPS if self.rented else None
 
 
 GPUS = (
@@ -133,3 +143,24 @@ def find_gpu(device_name: str, gpus: Iterable[Gpu] = GPUS) -> Gpu | None:
 
 def _words(name: str) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+@dataclass(frozen=True)
+class Prices(Config):
+    """What computing costs."""
+
+    price_per_hour: NonNegativeFloat | None = None
+    """Dollars per hour and device. Defaults to an estimate for cards that are usually rented."""
+    price_per_kwh: NonNegativeFloat = 0.30
+    """Dollars per kilowatt-hour, for a card that you own."""
+
+    def per_hour(self, gpu: Gpu | None) -> tuple[float | None, str]:
+        """Return the dollars per hour of one device, None if unknown, and what they are."""
+        if self.price_per_hour is not None:
+            return self.price_per_hour, f"${self.price_per_hour:,.2f} per hour and device"
+        if gpu is None:
+            return None, "no price is known for this device; set --price-per-hour"
+        if (rent := gpu.price_per_hour) is not None:
+            return rent, f"${rent:,.2f} per hour and device, assumed; --price-per-hour sets it"
+        source = f"{gpu.board_watts} W at ${self.price_per_kwh:.2f} per kWh"
+        return gpu.board_watts / 1000 * self.price_per_kwh, f"electricity of the card, {source}"

@@ -1,13 +1,13 @@
 """Estimate what one rank needs to train a shape, without building it.
 
-Three parts: what stays for the whole run (weights, gradients, optimizer state), what one row of
-a micro-batch adds while it waits for its backward pass, and workspace that comes and goes.
+Three parts add up: what stays for the whole run (weights, gradients, optimizer state), what one
+row of a micro-batch adds until its backward pass, and temporary workspace.
 
 The activations follow what a compiled forward pass of `model/transformer.py` saves: counted
 with saved-tensor hooks behind torch's min-cut partitioner, it is within a few per cent of the
 formula here (a test counts again). Fused attention is assumed, so no scores; no recomputation;
 the loss in chunks, so no logits. The total is an estimate: allocators round up, fragment, and
-keep what they once had, for which `RESERVED_SHARE` of the device is left out of the reckoning.
+keep what they once had, so `RESERVED_SHARE` of the device is not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from archerchat.model.flops import count_parameters
 from archerchat.model.loss import chunk_tokens
 
 RESERVED_SHARE = 0.10
-"""Of the device's memory: its context, fragmentation, a desktop."""
+"""Share of the device's memory left for its context, fragmentation and a desktop."""
 LOSS_CHUNK_TENSORS = 4
 """float32 tensors of a chunk's logits alive at once."""
 MUON_STACK_BYTES = 20
@@ -30,7 +30,7 @@ MUON_STACK_BYTES = 20
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank."""
+    """Bytes needed on one rank."""
 
     weights: int
     gradients: int
@@ -40,21 +40,16 @@ class MemoryEstimate:
     workspace: int
     """The larger of the loss's chunk and the optimizer's temporaries."""
     activations_per_row: int
-    """Saved for the backward pass by each row of a micro-batch."""
+    """Bytes that each row of a micro-batch saves for the backward pass."""
 
     @property
     def fixed(self) -> int:
         """Bytes that do not depend on the micro-batch."""
-        return (
-            self.weights
-            + self.gradients
-            + self.optimizer_state
-            + self.weight_casts
-            + self.workspace
-        )
+        kept = self.weights + self.gradients + self.optimizer_state
+        return kept + self.weight_casts + self.workspace
 
     def total(self, device_batch_size: int) -> int:
-        """Return the peak with this many rows in a micro-batch."""
+        """Return the peak with this many rows per micro-batch."""
         return self.fixed + device_batch_size * self.activations_per_row
 
 
@@ -65,7 +60,7 @@ def estimate_memory(
 
     Args:
         config: the shape.
-        compute_dtype: of activations; embeddings are stored in it when it is bfloat16.
+        compute_dtype: dtype of activations; embeddings are stored in it when it is bfloat16.
         device: its kind decides how many logits the loss forms at a time.
         world_size: ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
     """
@@ -102,12 +97,12 @@ def activation_elements_per_token(config: ModelConfig) -> int:
 
 
 def max_device_batch_size(estimate: MemoryEstimate, memory_bytes: int, rows: int) -> int | None:
-    """Return the largest power of two of rows that fits, or None where not even one does.
+    """Return the largest power of two of rows that fits, or None if not even one does.
 
     Args:
-        estimate: of one rank.
-        memory_bytes: of its device.
-        rows: rows of one rank in a whole optimizer step; the result divides it.
+        estimate: the needs of one rank.
+        memory_bytes: memory of its device.
+        rows: rows of one rank per optimizer step; the result divides it.
     """
     usable = memory_bytes * (1 - RESERVED_SHARE)
     if estimate.total(1) > usable:
@@ -124,7 +119,7 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 
 
 def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
-    """Return the cache of one row after `tokens`, where each layer keeps only its window."""
+    """Return the bytes of one row's cache after `tokens`; each layer keeps only its window."""
     kept = sum(min(window, tokens) for window in config.windows)
     return 2 * config.kv_dim * dtype.itemsize * kept
 

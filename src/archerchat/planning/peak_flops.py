@@ -1,9 +1,9 @@
 """How fast one device can multiply matrices: the denominator of MFU.
 
-Published figures where `gpus.py` has the card and the dtype. Anything else, CPUs included, is
-measured: the best rate of several products, square ones and a training step's, gone through
-repeatedly so that a busy moment spoils none of them; under two seconds in all, cached on disk, so
-that every run on a machine divides by the same number.
+The figure is the published one if `gpus.py` has the card and the dtype. Anything else, CPUs
+included, is measured: the best rate of several products, square ones and a training step's, each
+tried repeatedly so that a busy moment spoils none. That takes under two seconds and is cached on
+disk, so every run on a machine divides by the same number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,18 +24,11 @@ CACHE_FILE = "peak_flops.json"
 Shape = tuple[int, int, int]
 """Rows, inputs and outputs of a linear layer."""
 CPU_SHAPES: tuple[Shape, ...] = (
-    (512, 512, 512),
-    (2048, 256, 1024),
-    (2048, 1024, 256),
-    (1024, 1024, 1024),
-    (2048, 2048, 2048),
-)
+    (512, 512, 512), (2048, 256, 1024), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 2048),
+)  # fmt: skip
 ACCELERATOR_SHAPES: tuple[Shape, ...] = (
-    (2048, 2048, 2048),
-    (8192, 1024, 4096),
-    (4096, 4096, 4096),
-    (8192, 8192, 8192),
-)
+    (2048, 2048, 2048), (8192, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192),
+)  # fmt: skip
 ROUNDS = 3
 MEASURE_SECONDS = 1.5
 ABSURD_RATE = 1e20
@@ -45,7 +37,7 @@ ABSURD_RATE = 1e20
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """Give one device's peak rate, and where the figure comes from."""
+    """One device's peak rate, and where the figure comes from."""
 
     flops_per_second: float
     """Finite and positive; of one device, not of all ranks."""
@@ -159,18 +151,13 @@ def _load_entries(path: Path) -> dict[str, Measurement]:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    if not isinstance(content, dict):
-        return {}
-    parsed = {key: _parse_entry(entry) for key, entry in content.items()}
-    return {key: entry for key, entry in parsed.items() if entry is not None}
-
-
-def _parse_entry(entry: Any) -> Measurement | None:
-    match entry:
-        case {
-            "flops_per_second": float(rate),
-            "shape": [int(rows), int(inputs), int(outputs)],
-            "dtype": str(dtype),
-        } if 0 < rate < ABSURD_RATE:
-            return Measurement(rate, (rows, inputs, outputs), dtype)
-    return None
+    entries = {}
+    for key, entry in content.items() if isinstance(content, dict) else ():
+        match entry:
+            case {
+                "flops_per_second": float(rate),
+                "shape": [int(rows), int(inputs), int(outputs)],
+                "dtype": str(dtype),
+            } if 0 < rate < ABSURD_RATE:
+                entries[key] = Measurement(rate, (rows, inputs, outputs), dtype)
+    return entries

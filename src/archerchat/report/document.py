@@ -1,82 +1,132 @@
-"""What a report is made of, whichever way it is written down: sections of text, tables, charts."""
+"""Write a report as Markdown from a template, with its charts, and make the HTML page from that.
+
+Text that comes from a run cannot become markup: in Markdown every character that could is escaped,
+and passages stand in fences longer than any of their own. The page needs no script and no network.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape, unescape
+from pathlib import Path
+from string import Template
+from typing import Any
 
-from archerchat.report.charts import Chart
+from jinja2 import Environment, StrictUndefined
+from markdown_it import MarkdownIt
 
+from archerchat.console import bytes_text, duration_text
+from archerchat.files import new_directory
+from archerchat.report.charts import Chart, compact, draw
 
-@dataclass(frozen=True)
-class Paragraph:
-    text: str
-    notice: bool = False
-    """Whether it must not be overlooked."""
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A figure to be seen first."""
-
-    label: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Figures side by side."""
-
-    facts: tuple[Fact, ...]
+ABSENT = "–"
+HTML, MARKDOWN, CHARTS = "report.html", "report.md", "charts"
+"""What a report's directory holds."""
+FOLDER = Path(__file__).parent
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows under a heading; all but the first column are aligned to the right."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    figures: bool = True
-    """Whether the other columns hold figures; text is aligned to the left."""
+class Markup(str):
+    """Markdown that is meant as such: all else that a template shows is escaped."""
 
 
-@dataclass(frozen=True)
-class Charts:
-    """Charts side by side."""
-
-    charts: tuple[Chart, ...]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A text that a model wrote."""
-
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Details:
-    """A long text that is folded away where that can be done."""
-
-    title: str
-    text: str
-
-
-Part = Paragraph | Facts | Table | Charts | Sample | Details
-
-
-@dataclass
-class Section:
-    title: str
-    parts: list[Part] = field(default_factory=list)
-
-
-@dataclass
 class Document:
-    title: str
-    subtitle: str
-    sections: list[Section] = field(default_factory=list)
+    """A report: Markdown, and the charts that it shows.
+
+    Args:
+        template: file beside this module.
+        values: what the template shows, by name.
+    """
+
+    def __init__(self, template: str, **values: Any) -> None:
+        self.charts: dict[str, str] = {}
+        """SVG by its path beside the Markdown."""
+        environment = Environment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=StrictUndefined,
+            finalize=lambda value: value if isinstance(value, Markup) else escaped(str(value)),
+        )
+        environment.filters |= {
+            "bytes": bytes_text,
+            "compact": compact,
+            "dollars": lambda v: ABSENT if v is None else f"${v:,.{2 if v >= 0.1 else 3}f}",
+            "duration": duration_text,
+            "moment": lambda v: datetime.fromtimestamp(v, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            "percent": lambda v, digits=1: f"{v:z.{digits}%}",
+            "score": lambda v: ABSENT if v is None else f"{v:z.4f}",
+        }
+        environment.globals |= {"draw": self._draw, "passage": _passage, "table": _table}
+        source = (FOLDER / template).read_text(encoding="utf-8")
+        text = environment.from_string(source).render(**values)
+        self.markdown = re.sub(r"\n{3,}(?=[^\n`])", "\n\n", text)
+
+    def _draw(self, charts: Sequence[Chart]) -> Markup:
+        """Draw charts side by side."""
+        images = []
+        for chart in charts:
+            name = f"{CHARTS}/{len(self.charts) + 1:02d}-{_anchor(chart.title)[:60]}.svg"
+            self.charts[name] = draw(chart)
+            images.append(f"![{escaped(chart.title)}]({name})")
+        return Markup("\n".join(images))
+
+    @property
+    def html(self) -> str:
+        """The page, its charts in it."""
+        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(self.markdown)
+        # Only the renderer writes the tags that follow: text of a run has its own escaped.
+        titles = re.findall(r"<h2>(.*?)</h2>", body)
+        for pattern, replacement in (
+            (r"<h2>(.*?)</h2>", lambda m: f'<h2 id="{_anchor(unescape(m[1]))}">{m[1]}</h2>'),
+            (r"<p>((?:<img [^>]*>\s*)+)</p>", r'<div class="charts">\1</div>'),
+            (r'<img src="([^"]*)"[^>]*>', lambda m: self.charts[m[1]]),
+            (r"<table>.*?</table>", r'<div class="scroll">\g<0></div>'),
+            (
+                r'<pre><code class="language-json">.*?</pre>',
+                r"<details><summary>Show</summary>\g<0></details>",
+            ),
+        ):
+            body = re.sub(pattern, replacement, body, flags=re.DOTALL)
+        links = (f'<a href="#{_anchor(unescape(title))}">{title}</a>' for title in titles)
+        body = body.replace("</p>", f"</p>\n<nav>{' '.join(links)}</nav>", 1)  # under the title
+        title = escape(printable(unescape(re.findall(r"<h1>(.*?)</h1>", body)[0])))
+        page = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
+        return page.substitute(title=title, body=body)
+
+    def write(self, directory: Path) -> tuple[Path, Path]:
+        """Replace `directory` by the report; return the page and the Markdown."""
+        with new_directory(directory) as new:
+            (new / CHARTS).mkdir()
+            for name, text in {HTML: self.html, MARKDOWN: self.markdown, **self.charts}.items():
+                (new / name).write_text(text, encoding="utf-8")
+        return directory / HTML, directory / MARKDOWN
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = True) -> Markup:
+    """Write a table; where all columns but the first hold figures, these are aligned right."""
+    rule = ["---", *["---:" if figures else "---"] * (len(columns) - 1)]
+    cells = [[escaped(cell) for cell in row] for row in (columns, *rows)]
+    lines = (f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
+    return Markup("\n".join(lines))
+
+
+def _passage(title: str, text: str, language: str = "text") -> Markup:
+    """Write a text as it is; the page folds JSON away."""
+    text = printable(text)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Markup(f"**{escaped(title)}**\n\n{fence}{language}\n{text}\n{fence}")
+
+
+def _anchor(title: str) -> str:
+    """Return a heading's anchor, made as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.lower(), flags=re.ASCII).replace(" ", "-")
+
+
+def escaped(text: str) -> str:
+    """Escape text for Markdown and put it on one line."""
+    return _SPECIAL.sub(r"\\\1", " ".join(printable(text).split()))
 
 
 def printable(text: str) -> str:
@@ -84,10 +134,6 @@ def printable(text: str) -> str:
 
     Lone surrogates, which no file can hold, become U+FFFD.
     """
-    shown = (
-        chr(0x2400 + ord(c)) if c < " " and c not in "\n\t" else "\u2421" if c == "\x7f" else c
-        for c in text.replace("\r\n", "\n")
-    )
-    return "".join(
-        "\ufffd" if "\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" else c for c in shown
-    )
+    pictures = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
+    text = text.replace("\r\n", "\n").translate(pictures)
+    return re.sub(r"[\ud800-\udfff\x80-\x9f]", "\ufffd", text)

@@ -1,23 +1,24 @@
-"""Read what evaluations left under the home's `evals/<stage>/<tag>`: CORE, ChatCORE, bits per byte.
+"""Read what evaluations left under `evals/<stage>/<tag>`: CORE, the offline tasks, ChatCORE.
 
-Files are told apart by what they hold, not by their names, and what a file lacks is None: an
-evaluation that was interrupted, or made by another version, still has its place in the report.
+A file's name begins with its kind: `core_000960.json`, `offline_000960_max8.json`,
+`chat_step_000420.json`. While CORE runs, `core_000960.partial.json` has the tasks that are done,
+and under `key` what they belong to.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.evals.estimates import wilson_interval
-from archerchat.evals.offline_tasks import PREFIX
+from archerchat.evals.statistics import centred, wilson_interval
 from archerchat.home import Home
 
-Kind = Literal["core", "offline", "chat", "bits"]
+Kind = Literal["core", "chat", "offline"]
+SCORES: dict[Kind, str] = {"core": "CORE", "chat": "ChatCORE", "offline": "offline tasks"}
+"""What an evaluation's score is called. Offline tasks are generated, and are not CORE."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,17 @@ class TaskScore:
 
     label: str
     accuracy: float
-    centred: float | None
-    """Where guessing is 0 and perfection 1."""
-    baseline: float | None
-    examples: int | None
-    interval: tuple[float, float] | None
-    """95 % confidence of the accuracy."""
-    seconds: float | None
+    baseline: float
+    """Accuracy of guessing."""
+    examples: int
+    interval: tuple[float, float]
+    """95 % confidence interval of the accuracy."""
+    seconds: float
+
+    @property
+    def centred(self) -> float:
+        """Accuracy on a scale where guessing is 0 and perfection 1."""
+        return centred(self.accuracy, self.baseline)
 
 
 @dataclass(frozen=True)
@@ -42,141 +47,55 @@ class Result:
     kind: Kind
     stage: str
     tag: str
-    step: int | None
+    step: int
     score: float | None
-    """CORE, ChatCORE, or the mean centred accuracy of the offline tasks."""
+    """CORE, ChatCORE or the offline tasks' mean centred accuracy; None if tasks are missing."""
     tasks: tuple[TaskScore, ...]
     complete: bool
     cap: int | None
-    """Examples a task at most; None where all were asked, or the file does not say."""
-    bits_per_byte: Mapping[str, float]
-    """By split."""
-    seconds: float
-    """Over all tasks."""
-    time: float
-    """When the file was written, in Unix seconds."""
-    path: Path
+    """Most examples per task; None where all were used."""
 
 
 def load_results(home: Home, stage: str, tag: str) -> list[Result]:
-    """Return the evaluations of a model at a stage, the oldest first."""
-    found = []
-    for path in (home.root / "evals" / stage / tag).glob("**/*.json"):
-        result = read_result(path, stage, tag)
-        if result is not None:
-            found.append(result)
-    return sorted(found, key=lambda result: (result.step or 0, result.time))
+    """Return the evaluations of a model at a stage by step, the largest of a step last.
+
+    Files that are damaged, or no evaluation, are skipped.
+    """
+    results = []
+    for kind in SCORES:
+        for path in (home.root / "evals" / stage / tag).glob(f"{kind}_*.json"):
+            try:
+                results.append(_read_result(path, kind, stage, tag))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+                continue
+    return sorted(results, key=lambda result: (result.step, result.cap is None, result.cap))
 
 
-def read_result(path: Path, stage: str, tag: str) -> Result | None:
-    """Read one file; None if it is no evaluation."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        time = path.stat().st_mtime
-    except (OSError, ValueError):
-        return None
-    if not isinstance(content, dict):
-        return None
-    tasks = _read_tasks(content.get("tasks"))
-    bits = content.get("bits_per_byte")
-    bits = {str(k): v for k, v in bits.items() if _is_number(v)} if isinstance(bits, dict) else {}
-    kind = _kind_of(content, tasks, bool(bits))
-    if kind is None or not (tasks or bits):
-        return None
-    score = next((content[k] for k in ("chatcore", "core") if _is_number(content.get(k))), None)
-    centred = [task.centred for task in tasks]
-    # CORE's unfinished files hold what they belong to as `key`, and the tasks that are done.
-    partial = isinstance(content.get("key"), dict)
-    content = content["key"] | content if partial else content
-    complete = content.get("complete", True) is True and not partial
-    if score is None and kind == "offline" and complete:
-        known = [value for value in centred if value is not None]
-        score = sum(known) / len(known) if known and len(known) == len(tasks) else None
-    step = content.get("step")
-    options = content.get("options")
-    cap = options.get("max_per_task") if isinstance(options, dict) else None
+def _read_result(path: Path, kind: Kind, stage: str, tag: str) -> Result:
+    content = json.loads(path.read_bytes())
+    about, tasks = content.get("key", content), content["tasks"]
+    by_label = tasks if isinstance(tasks, dict) else {task["label"]: task for task in tasks}
+    complete = about is content and content.get("complete", True)
     return Result(
-        kind=kind,
-        stage=stage,
-        tag=tag,
-        step=step if isinstance(step, int) else None,
-        score=score,
-        tasks=tasks,
-        complete=complete,
-        cap=cap if isinstance(cap, int) else None,
-        bits_per_byte=bits,
-        seconds=sum(task.seconds or 0.0 for task in tasks) or _positive(content.get("seconds")),
-        time=time,
-        path=path,
+        kind,
+        stage,
+        tag,
+        int(about["step"]),
+        content.get("chatcore" if kind == "chat" else "core") if complete else None,
+        tuple(_read_task(label, task) for label, task in by_label.items()),
+        complete,
+        about.get("options", {}).get("max_per_task"),
     )
 
 
-def _kind_of(content: Mapping[str, Any], tasks: Sequence[TaskScore], has_bits: bool) -> Kind | None:
-    """Tell what was evaluated."""
-    if "chatcore" in content or "sampling" in content:
-        return "chat"
-    if tasks and all(task.label.startswith(PREFIX) for task in tasks):
-        return "offline"
-    if "core" in content or "tasks" in content:
-        return "core"
-    return "bits" if has_bits else None
+def _read_task(label: str, task: Mapping[str, Any]) -> TaskScore:
+    examples = task["problems"] if "problems" in task else task["examples"]
+    low, high = task.get("interval_95") or wilson_interval(task["correct"], examples)
+    baseline, seconds = task["random_baseline"], task["seconds"]
+    return TaskScore(label, task["accuracy"], baseline, examples, (low, high), seconds)
 
 
-def _read_tasks(tasks: Any) -> tuple[TaskScore, ...]:
-    if isinstance(tasks, dict):
-        named = [(str(label), task) for label, task in tasks.items()]
-    elif isinstance(tasks, list):
-        named = [(str(task.get("label")), task) for task in tasks if isinstance(task, dict)]
-    else:
-        return ()
-    scores = []
-    for label, task in named:
-        if not isinstance(task, dict) or not _is_number(task.get("accuracy")):
-            continue
-        counts = [task.get(name) for name in ("examples", "problems")]
-        interval = _read_interval(task.get("interval_95")) or _interval_of(task)
-        scores.append(
-            TaskScore(
-                label=label,
-                accuracy=task["accuracy"],
-                centred=_first_number(task, "centred", "centered"),
-                baseline=_first_number(task, "random_baseline", "baseline"),
-                examples=next((count for count in counts if isinstance(count, int)), None),
-                interval=interval,
-                seconds=_first_number(task, "seconds"),
-            )
-        )
-    return tuple(scores)
-
-
-def _interval_of(task: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the interval of a share of examples, where the task has their counts."""
-    correct, examples = task.get("correct"), task.get("examples")
-    if not isinstance(correct, int) or not isinstance(examples, int):
-        return None
-    return wilson_interval(correct, examples) if 0 <= correct <= examples > 0 else None
-
-
-def _read_interval(value: Any) -> tuple[float, float] | None:
-    two = isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
-    return (value[0], value[1]) if two else None
-
-
-def _first_number(task: Mapping[str, Any], *names: str) -> float | None:
-    return next((task[name] for name in names if _is_number(task.get(name))), None)
-
-
-def _positive(value: Any) -> float:
-    return max(0.0, value) if _is_number(value) else 0.0
-
-
-def _is_number(value: Any) -> bool:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return usable and math.isfinite(value)
-
-
-def latest(results: Sequence[Result], kind: Kind) -> Result | None:
-    """Return the last evaluation of a kind; a complete one where there is any."""
-    chosen = [result for result in results if result.kind == kind]
-    whole = [result for result in chosen if result.complete]
-    return (whole or chosen)[-1] if chosen else None
+def latest(results: Sequence[Result], kind: Kind, *stages: str) -> Result | None:
+    """Return the last evaluation of a kind, a complete one if any is; of any stage by default."""
+    chosen = [r for r in results if r.kind == kind and (not stages or r.stage in stages)]
+    return next(reversed([result for result in chosen if result.complete] or chosen), None)

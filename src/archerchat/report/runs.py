@@ -1,124 +1,105 @@
-"""Read what runs left: their journals, put together over interruptions, and their summaries.
+"""Read what runs left: their journals, put together over interruptions.
 
-A run that goes on from a checkpoint repeats the steps after it. `load_run` keeps, of every metric,
-what the last session says of a step, and drops what an earlier one says of later steps: the curve
-of the weights that are there now.
+A run that resumes from a checkpoint repeats the steps after it. `build_run` keeps, for every
+metric, what the last session says of a step, and drops what earlier ones say of later steps: the
+curve of the weights that are there now.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from archerchat.errors import UsageError
 from archerchat.home import Home
-from archerchat.training.summary import SUMMARY
+from archerchat.model.config import ModelConfig
 from archerchat.training.telemetry import read_records
 
 STAGES = ("base", "sft", "rl")
 STEP_METRIC = "train/loss"
-"""What a session logs with every step that it trains."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """A metric's value at a step."""
-
-    step: int
-    value: float
-
-
-@dataclass
-class Session:
-    """One process that wrote to the run."""
-
-    start: float
-    """Unix seconds, as `end`."""
-    end: float
-    host: str
-    config: Mapping[str, Any]
-    status: str | None = None
-    """How it said that it ended; None if it did not, or has not yet."""
-    training_seconds: float = 0.0
-    """In training steps of this session."""
-    eval_seconds: float = 0.0
-    steps: int = 0
+"""Logged with every step of training."""
+CLOCK = "train/seconds"
+"""Time spent in training steps; it continues from the checkpoint that a session resumes from."""
 
 
 @dataclass
 class Run:
-    """Everything a report needs of a run."""
+    """Everything a report needs of a run; each of its sessions is a process that wrote to it."""
 
     tag: str
-    sessions: list[Session] = field(default_factory=list)
-    metrics: dict[str, list[Point]] = field(default_factory=dict)
-    """By name, in the order of steps."""
-    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
-    summary: Mapping[str, Any] = field(default_factory=dict)
+    num_sessions: int = 0
+    start: float = math.inf
+    """Unix seconds, as `end`."""
+    end: float = 0.0
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the last session ran with; likewise `host` and `status`."""
+    host: str = ""
+    status: str = ""
+    wall_seconds: float = 0.0
+    """Time within sessions; what was between them does not count."""
+    training_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    metrics: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Values by name, then by step in ascending order."""
+    texts: dict[str, dict[int, str]] = field(default_factory=dict)
+    """Samples by name, then by step in ascending order."""
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        """What the last session ran with: the resolved configuration and what it decided."""
-        return self.sessions[-1].config
+    def setting(self, *path: str) -> Any:
+        """Return what the configuration has at `path`, or None."""
+        value: Any = self.config
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
 
     @property
     def stage(self) -> str:
-        stage = self.config.get("stage")
+        stage = self.setting("stage")
         return stage if stage in STAGES else "base"
-
-    @property
-    def model_tag(self) -> str:
-        """The name of the model that the run trained."""
-        given = lookup(self.config, "config", "output_tag" if self.base else "model_tag")
-        if isinstance(given, str):
-            return given
-        depth = self.depth
-        return (self.base or self.tag) if self.base or depth is None else f"d{depth}"
 
     @property
     def base(self) -> str | None:
         """The name of the model that the run started from."""
-        tag = lookup(self.config, "identity", "base", "tag")
-        return tag if isinstance(tag, str) else None
+        tag = self.setting("identity", "base", "tag")
+        return str(tag) if tag else None
 
     @property
     def depth(self) -> int | None:
-        depth = lookup(self.config, "model_config", "num_layers")
+        depth = self.setting("model_config", "num_layers")
         return depth if isinstance(depth, int) else None
 
-    def last(self, metric: str) -> float | None:
-        """Return the last finite value of a metric."""
-        points = self.metrics.get(metric, ())
-        return next((p.value for p in reversed(points) if math.isfinite(p.value)), None)
+    @property
+    def model_tag(self) -> str:
+        """The name of the model that the run trained."""
+        given = self.setting("config", "output_tag" if self.base else "model_tag")
+        return str(given or self.base or (f"d{self.depth}" if self.depth else self.tag))
 
-    def best(self, metric: str) -> float | None:
-        """Return the lowest finite value of a metric."""
-        values = [p.value for p in self.metrics.get(metric, ()) if math.isfinite(p.value)]
-        return min(values, default=None)
+    @property
+    def model(self) -> ModelConfig | None:
+        """The shape of the model, if the journal has one."""
+        try:
+            return ModelConfig(**self.setting("model_config"))
+        except (TypeError, ValueError, ArithmeticError, AssertionError):
+            return None
+
+    @property
+    def device(self) -> str:
+        return str(self.setting("hardware", "device") or "not recorded")
 
     @property
     def steps(self) -> int:
-        """Steps trained, those that were done twice counted once."""
-        points = self.metrics.get(STEP_METRIC)
-        return points[-1].step + 1 if points else 0
+        """Steps trained; one that was repeated counts once."""
+        return max(self.metrics.get(STEP_METRIC, {}), default=-1) + 1
 
-    @property
-    def status(self) -> str:
-        return self.sessions[-1].status or "not finished"
+    def values(self, metric: str) -> list[float]:
+        """Return the finite values of a metric, by step."""
+        return [value for value in self.metrics.get(metric, {}).values() if math.isfinite(value)]
 
-
-def lookup(value: Any, *path: str) -> Any:
-    """Return what stands at `path` in nested mappings, or None where there is no such place."""
-    for name in path:
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(name)
-    return value
+    def last(self, metric: str) -> float | None:
+        """Return the last finite value of a metric."""
+        return next(reversed(self.values(metric)), None)
 
 
 def run_tags(home: Home) -> list[str]:
@@ -127,121 +108,72 @@ def run_tags(home: Home) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("*/journal") if path.is_dir())
 
 
-def load_run(home: Home, tag: str) -> Run | None:
-    """Read run `tag`; None if nothing was recorded.
+def load_run(home: Home, tag: str) -> Run:
+    """Read run `tag`.
 
     Raises:
         DataError: a journal is damaged.
-        UsageError: `tag` cannot be a run's name.
+        UsageError: there is no such run, or `tag` cannot be a run's name.
     """
     run = build_run(tag, read_records(home, tag))
-    if run is not None:
-        run.summary = _read_summary(home.run_dir(tag) / SUMMARY)
+    if run is None:
+        raise _no_such_run(home, tag)
     return run
 
 
+def _no_such_run(home: Home, tag: str) -> UsageError:
+    names = ", ".join(run_tags(home)) or "none: train one, or pull it with endlex"
+    return UsageError(f"there is no run {tag!r} in {home.root / 'runs'}; there is {names}")
+
+
 def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
-    """Put records together, session after session; those that are no trainer's are passed over."""
+    """Put records together, session after session; None without a trainer's session."""
     run = Run(tag)
-    session: Session | None = None
-    values: dict[str, dict[int, float]] = {}
-    texts: dict[str, dict[int, str]] = {}
+    is_trainer, has_trained, last = False, False, 0.0
     for record in records:
-        kind, time = record.get("type"), _number(record.get("time"), 0.0)
-        if kind == "session":
-            trainer = record.get("kind", "trainer") == "trainer"
+        kind, time = record.get("type"), float(record.get("time", 0.0))
+        if kind == "session" and (is_trainer := record.get("kind", "trainer") == "trainer"):
             config = record.get("config")
-            session = None
-            if trainer:
-                config = config if isinstance(config, Mapping) else {}
-                session = Session(time, time, str(record.get("host") or ""), config)
-                run.sessions.append(session)
+            run.config = config if isinstance(config, Mapping) else {}
+            run.host, run.status = str(record.get("host") or ""), "not finished"
+            run.num_sessions += 1
+            run.start, last, has_trained = min(run.start, time), time, False
+        if not is_trainer:
             continue
-        if session is None:
-            continue
-        session.end = max(session.end, time)
-        step, name = record.get("step"), record.get("name")
-        if kind == "metrics" and isinstance(step, int):
-            _take_metrics(session, values, texts, step, record.get("values"))
-        elif kind == "text" and isinstance(step, int) and isinstance(name, str):
-            texts.setdefault(name, {})[step] = str(record.get("text"))
+        run.wall_seconds += max(0.0, time - last)
+        run.end, last = max(run.end, time), max(last, time)
+        step, logged = record.get("step"), record.get("values")
+        if kind == "metrics" and isinstance(step, int) and isinstance(logged, Mapping):
+            if STEP_METRIC in logged and not has_trained:
+                _forget_after(run, step)
+                has_trained = True
+            _take_metrics(run, step, logged)
+        elif kind == "text" and isinstance(step, int):
+            run.texts.setdefault(str(record.get("name")), {})[step] = str(record.get("text"))
         elif kind == "finish":
-            session.status = str(record.get("status"))
-    run.metrics = {
-        name: [Point(step, value) for step, value in sorted(points.items())]
-        for name, points in values.items()
-        if points
-    }
-    run.texts = {name: sorted(points.items()) for name, points in texts.items() if points}
-    return run if run.sessions else None
+            run.status = str(record.get("status"))
+    run.metrics = {name: dict(sorted(v.items())) for name, v in run.metrics.items() if v}
+    run.texts = {name: dict(sorted(t.items())) for name, t in run.texts.items() if t}
+    return run if run.num_sessions else None
 
 
-def _take_metrics(
-    session: Session,
-    values: dict[str, dict[int, float]],
-    texts: dict[str, dict[int, str]],
-    step: int,
-    logged: Any,
-) -> None:
-    if not isinstance(logged, Mapping):
-        return
-    if STEP_METRIC in logged:
-        if session.steps == 0:
-            _forget_after(values, texts, step)
-        session.steps += 1
-        rate = _number(logged.get("train/tokens_per_second"), math.nan)
-        before = _previous(values.get("train/seconds", {}))
-        now = _number(logged.get("train/seconds"), math.nan)
-        if math.isfinite(now):
-            # `train/seconds` goes on from the checkpoint, whose own value the journal may lack.
-            spent = now - before if session.steps > 1 else _step_seconds(values, rate, step, logged)
-            session.training_seconds += max(0.0, spent)
-    session.eval_seconds += max(0.0, _number(logged.get("eval/seconds"), 0.0))
-    for name, value in logged.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            points = values.setdefault(str(name), {})
-            points.pop(step, None)  # to stand last
-            points[step] = float(value)
+def _take_metrics(run: Run, step: int, logged: Mapping[str, Any]) -> None:
+    values = {n: float(v) for n, v in logged.items() if type(v) in (int, float)}
+    if CLOCK in values:
+        start = values[CLOCK] if step else 0.0  # where the step before is not known
+        run.training_seconds += values[CLOCK] - run.metrics.get(CLOCK, {}).get(step - 1, start)
+    run.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
+    for name, value in values.items():
+        run.metrics.setdefault(name, {})[step] = value
 
 
-def _forget_after(
-    values: dict[str, dict[int, float]], texts: dict[str, dict[int, str]], step: int
-) -> None:
+def _forget_after(run: Run, step: int) -> None:
     """Drop what was said of training from `step` on, and of weights after it."""
-    for name, points in values.items():
+    kept: list[tuple[str, dict[int, Any]]] = [*run.metrics.items(), *run.texts.items()]
+    for name, points in kept:
         later = step if name.startswith("train/") else step + 1
         for old in [s for s in points if s >= later]:
-            del points[old]
-    for passages in texts.values():
-        for old in [s for s in passages if s > step]:
-            del passages[old]
-
-
-def _previous(points: dict[int, float]) -> float:
-    return points[next(reversed(points))] if points else math.nan
-
-
-def _step_seconds(
-    values: Mapping[str, Mapping[int, float]], rate: float, step: int, logged: Mapping[str, Any]
-) -> float:
-    """Return how long a session's first step took: its tokens over its rate."""
-    tokens = _number(logged.get("train/tokens"), math.nan)
-    earlier = values.get("train/tokens", {}).get(step - 1, 0.0 if step == 0 else math.nan)
-    seconds = (tokens - earlier) / rate if rate else math.nan
-    return seconds if math.isfinite(seconds) else 0.0
-
-
-def _number(value: Any, default: float) -> float:
-    usable = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if usable and math.isfinite(value) else default
-
-
-def _read_summary(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+            points.pop(old)
 
 
 def load_family(home: Home, tag: str | None) -> list[Run]:
@@ -256,21 +188,21 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     """
     tags = run_tags(home)
     if tag is None and tags:
-        tag = max(tags, key=lambda name: _modified(home.run_dir(name) / "journal"))
+        # A session adds a file to the run's journals.
+        tag = max(tags, key=lambda name: (home.run_dir(name) / "journal").stat().st_mtime_ns)
     # The first record says whose run it is; the rest is read of those that are chosen.
-    outlines = [build_run(name, islice(read_records(home, name), 1)) for name in tags]
+    outlines = (build_run(name, islice(read_records(home, name), 1)) for name in tags)
     known = [run for run in outlines if run is not None]
     chosen = [run for run in known if tag in (run.tag, run.model_tag)]
     if not chosen:
-        names = ", ".join(run.tag for run in known) or "none: train one, or pull it with endlex"
-        raise UsageError(f"there is no run {tag or ''!r} in {home.root / 'runs'}; there is {names}")
+        raise _no_such_run(home, tag or "")
     # Where a run of a stage has that very name, others of the same model are side tracks.
     named = {run.stage for run in chosen if run.tag == tag}
     chosen = [run for run in chosen if run.tag == tag or run.stage not in named]
     while ancestors := [run for run in known if _is_ancestor(run, chosen)]:
         chosen += ancestors
-    loaded = [run for each in chosen if (run := load_run(home, each.tag)) is not None]
-    return sorted(loaded, key=lambda run: (STAGES.index(run.stage), run.sessions[0].start))
+    loaded = [load_run(home, run.tag) for run in chosen]
+    return sorted(loaded, key=lambda run: (STAGES.index(run.stage), run.start))
 
 
 def _is_ancestor(run: Run, chosen: list[Run]) -> bool:
@@ -279,7 +211,3 @@ def _is_ancestor(run: Run, chosen: list[Run]) -> bool:
         return False
     later = STAGES[STAGES.index(run.stage) + 1 :]
     return any(each.stage in later and each.base == run.model_tag for each in chosen)
-
-
-def _modified(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)

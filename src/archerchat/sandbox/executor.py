@@ -39,7 +39,7 @@ from typing import Any, Literal
 
 from archerchat.errors import ArcherChatError, UsageError
 
-Outcome = Literal["completed", "exited", "failed", "timeout", "memory", "output", "killed"]
+Ending = Literal["completed", "exited", "failed", "timeout", "memory", "output", "killed"]
 
 GRACE_SECONDS = 25.0
 """How long the supervisor may take beyond the deadline; it needs milliseconds where it can run."""
@@ -48,6 +48,10 @@ LAUNCH = (
     "from archerchat.sandbox import supervisor; "
     "del sys.path[0]; supervisor.main()"
 )
+PACKAGE_ROOT = str(Path(__file__).parents[2])
+
+_Said = tuple[dict[str, Any], bytes, bytes, bool]
+"""The supervisor's report (empty without one), stdout, stderr, and whether these were too long."""
 
 
 class SandboxError(ArcherChatError):
@@ -70,7 +74,7 @@ class Isolation:
 class SandboxResult:
     """How a program ended, and what it said."""
 
-    outcome: Outcome
+    outcome: Ending
     """`completed`: it ran to its end. `exited`: it ended itself before. `failed`: an exception.
     `timeout`, `memory`, `output`: it reached that limit. `killed`: a signal ended it."""
     exit_code: int | None
@@ -81,10 +85,6 @@ class SandboxResult:
     isolation: Isolation
     seconds: float
     """From the call to the result."""
-
-    @property
-    def network_isolated(self) -> bool:
-        return self.isolation.network
 
 
 def run_sandboxed(
@@ -129,78 +129,71 @@ def run_sandboxed(
             "namespaces": namespaces,
             "nonce": secrets.token_hex(16),
         }
-        ended = _Exchange(request, max_output_bytes).run(start + timeout_s + GRACE_SECONDS)
+        ended = _exchange(request, max_output_bytes, start + timeout_s + GRACE_SECONDS)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return _judge(*ended, seconds=time.monotonic() - start)
+    return _judge(ended, time.monotonic() - start)
 
 
-class _Exchange:
-    """Talk to one supervisor: hand it the request, collect output and its report."""
-
-    def __init__(self, request: dict[str, Any], max_output_bytes: int) -> None:
-        self._request = json.dumps(request).encode()
-        self._directory = request["directory"]
-        self._limit = max_output_bytes
-        self._flooded = False
-
-    def run(self, deadline: float) -> tuple[dict[str, Any], bytes, bytes, bool]:
-        """Return the report (empty if there is none), stdout, stderr, and whether that was much."""
-        report_in, report_out = os.pipe()
-        try:
-            supervisor = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", LAUNCH, str(report_out), _package_root()],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=(report_out,),
-                env={},
-                cwd=self._directory,
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(report_in)
-            raise
-        finally:
-            os.close(report_out)
-        try:
-            return self._collect(supervisor, report_in, deadline)
-        finally:
-            os.close(report_in)
-            _end(supervisor)
-
-    def _collect(
-        self, supervisor: subprocess.Popen[bytes], report: int, deadline: float
-    ) -> tuple[dict[str, Any], bytes, bytes, bool]:
+def _exchange(request: dict[str, Any], max_output: int, deadline: float) -> _Said:
+    """Start a supervisor, hand it the request, and collect output and its report."""
+    report_in, report_out = os.pipe()
+    try:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", LAUNCH, str(report_out), PACKAGE_ROOT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=(report_out,),
+            env={},
+            cwd=request["directory"],
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(report_in)
+        raise
+    finally:
+        os.close(report_out)
+    content = json.dumps(request).encode()
+    try:
         assert supervisor.stdin is not None
-        assert supervisor.stdout is not None
-        assert supervisor.stderr is not None
-        received = {
-            supervisor.stdout.fileno(): bytearray(),
-            supervisor.stderr.fileno(): bytearray(),
-            report: bytearray(),
-        }
         with contextlib.suppress(BrokenPipeError):
-            supervisor.stdin.write(struct.pack("!Q", len(self._request)) + self._request)
+            supervisor.stdin.write(struct.pack("!Q", len(content)) + content)
             supervisor.stdin.flush()
-        with selectors.DefaultSelector() as selector:
-            for descriptor in received:
-                selector.register(descriptor, selectors.EVENT_READ)
-            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
-                for key, _ in selector.select(left):
-                    content = received[key.fd]
-                    piece = os.read(key.fd, 1 << 16)
-                    if not piece:
-                        selector.unregister(key.fd)
-                    elif key.fd == report or len(content) < self._limit:
-                        content += piece
-                    if key.fd != report and len(content) > self._limit:
-                        del content[self._limit :]
-                        self._flooded = True
-                        with contextlib.suppress(BrokenPipeError):
-                            supervisor.stdin.close()  # which ends the program
-        stdout, stderr, told = (bytes(content) for content in received.values())
-        return json.loads(told) if told else {}, stdout, stderr, self._flooded
+        return _collect(supervisor, report_in, max_output, deadline)
+    finally:
+        os.close(report_in)
+        _end(supervisor)
+
+
+def _collect(
+    supervisor: subprocess.Popen[bytes], report: int, max_output: int, deadline: float
+) -> _Said:
+    """Read what comes until all of it is there, and end a program that writes too much."""
+    assert supervisor.stdin is not None
+    assert supervisor.stdout is not None
+    assert supervisor.stderr is not None
+    sources = supervisor.stdout.fileno(), supervisor.stderr.fileno(), report
+    received = {source: bytearray() for source in sources}
+    flooded = False
+    with selectors.DefaultSelector() as selector:
+        for source in sources:
+            selector.register(source, selectors.EVENT_READ)
+        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                content = received[key.fd]
+                piece = os.read(key.fd, 1 << 16)
+                if not piece:
+                    selector.unregister(key.fd)
+                elif key.fd == report or len(content) < max_output:
+                    content += piece
+                if key.fd != report and len(content) > max_output:
+                    del content[max_output:]
+                    flooded = True
+                    with contextlib.suppress(BrokenPipeError):
+                        supervisor.stdin.close()  # which ends the program
+    stdout, stderr, told = (bytes(content) for content in received.values())
+    return json.loads(told) if told else {}, stdout, stderr, flooded
 
 
 def _end(supervisor: subprocess.Popen[bytes]) -> None:
@@ -217,14 +210,9 @@ def _end(supervisor: subprocess.Popen[bytes]) -> None:
         supervisor.wait()
 
 
-def _package_root() -> str:
-    return str(Path(__file__).parents[2])
-
-
-def _judge(
-    report: dict[str, Any], stdout: bytes, stderr: bytes, flooded: bool, *, seconds: float
-) -> SandboxResult:
+def _judge(ended: _Said, seconds: float) -> SandboxResult:
     """Turn what was reported into a result."""
+    report, stdout, stderr, flooded = ended
     said = stdout.decode(errors="replace"), stderr.decode(errors="replace")
     if "isolation" not in report:
         lines = said[1].strip().splitlines() or ["it ended without a word"]
@@ -232,7 +220,7 @@ def _judge(
     verdict = report.get("verdict") or {}
     status = report.get("status")
     code = os.waitstatus_to_exitcode(status) if status is not None else None
-    outcome: Outcome = "exited"
+    outcome: Ending = "exited"
     if flooded:
         outcome = "output"
     elif report["end"] == "timeout" or code == -signal.SIGXCPU:

@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 import random
-import resource
 import runpy
 import select
 import shutil
@@ -34,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from archerchat.sandbox import guard, namespaces
+from archerchat.sandbox import limits
 
 LINUX = sys.platform.startswith("linux")
 START_SECONDS = 20.0
@@ -51,7 +50,7 @@ def main() -> None:
     os.set_inheritable(report, False)
     request = _read_request()
     if LINUX:
-        namespaces.prctl(namespaces.PR_SET_CHILD_SUBREAPER, 1)
+        limits.prctl(limits.PR_SET_CHILD_SUBREAPER, 1)
     news_in, news_out = os.pipe()
     verdict_in, verdict_out = os.pipe()
     keeper = os.fork()
@@ -125,7 +124,7 @@ def _kill_all(keeper: int, process: int | None) -> None:
         except ChildProcessError:
             return
         if not ended:
-            for child in namespaces.children(os.getpid()) if LINUX else ():
+            for child in limits.children(os.getpid()) if LINUX else ():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             time.sleep(0.002)
@@ -153,7 +152,7 @@ def _never_return(run: Callable[[], None]) -> NoReturn:
 
 def _die_with_parent() -> None:
     if LINUX:
-        namespaces.prctl(namespaces.PR_SET_PDEATHSIG, signal.SIGKILL)
+        limits.prctl(limits.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _keep(request: Request, news: int, verdict: int) -> None:
@@ -163,7 +162,7 @@ def _keep(request: Request, news: int, verdict: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     root = os.geteuid() == 0
-    apart = LINUX and request["namespaces"] and namespaces.enter_namespaces(root=root)
+    apart = LINUX and request["namespaces"] and limits.enter_namespaces(root=root)
     init = os.fork()
     if init == 0:
         _never_return(lambda: _be_init(request, news, verdict, root=root, apart=apart))
@@ -176,9 +175,7 @@ def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bo
     """Process 1: confine files, start the program, reap orphans, tell the program's end."""
     _die_with_parent()
     user = random.SystemRandom().choice(PRIVATE_USERS) if root else os.getuid()
-    confined = apart and namespaces.confine_writes(
-        request["directory"], request["disk_bytes"], user
-    )
+    confined = apart and limits.confine_writes(request["directory"], request["disk_bytes"], user)
     if root:
         _make_python_readable(request["directory"], confined=confined)
         if not confined:
@@ -203,7 +200,7 @@ def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bo
 def _make_python_readable(directory: str, *, confined: bool) -> None:
     """See to it that a user with no rights at all can import the standard library."""
     library = sysconfig.get_path("stdlib")
-    if namespaces.readable_by_all(library):
+    if limits.readable_by_all(library):
         return
     if not confined:
         raise PermissionError(
@@ -211,7 +208,7 @@ def _make_python_readable(directory: str, *, confined: bool) -> None:
         )
     bound = f"{directory}/.python"
     Path(bound).mkdir(0o755)
-    namespaces.bind(library, bound)
+    limits.bind(library, bound)
     sys.path[:] = [bound + entry.removeprefix(library) for entry in sys.path if library in entry]
     sys.path_importer_cache.clear()
 
@@ -225,35 +222,28 @@ def _be_program(request: Request, verdict: int, user: int | None, facts: dict[st
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
     if LINUX:
-        namespaces.drop_rights()
+        limits.drop_rights()
         _die_with_parent()
     processes = 0  # where others' count too, no number is right
     if user is not None:
         processes = request["max_processes"]
     elif facts["processes"]:
         processes = request["max_processes"] + 2  # with the keeper and process 1
-    _set_limits(request, processes)
+    limits.set_limits(
+        {
+            "RLIMIT_CPU": int(request["timeout_s"]) + 2,
+            "RLIMIT_AS": request["memory_bytes"],
+            "RLIMIT_NPROC": processes,
+            "RLIMIT_FSIZE": request["disk_bytes"],
+            "RLIMIT_NOFILE": 64,
+            "RLIMIT_CORE": 0,
+        }
+    )
     os.environ.clear()
     os.environ.update(HOME=request["directory"], TMPDIR=request["directory"])
     if not facts["files"]:
-        guard.install(request["directory"])
+        limits.install_guard(request["directory"])
     _run(request["program"], verdict, request["nonce"])
-
-
-def _set_limits(request: Request, processes: int) -> None:
-    seconds = int(request["timeout_s"]) + 2
-    limits = {
-        "RLIMIT_CPU": seconds,
-        "RLIMIT_AS": request["memory_bytes"],
-        "RLIMIT_NPROC": processes,
-        "RLIMIT_FSIZE": request["disk_bytes"],
-        "RLIMIT_NOFILE": 64,
-        "RLIMIT_CORE": 0,
-    }
-    for name, value in limits.items():
-        # Not every system has, or enforces, each of them.
-        with contextlib.suppress(AttributeError, ValueError, OSError):
-            resource.setrlimit(getattr(resource, name), (value, value))
 
 
 def _run(program: str, verdict: int, nonce: str) -> NoReturn:

@@ -1,6 +1,6 @@
 """Arithmetic with whole numbers, done by the calculator.
 
-The smallest case of tool use: to copy a problem into the calculator, and its result out of it.
+The smallest case of tool use: copy a problem into the calculator, and its result out of it.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from random import Random
 from typing import Any
 
 from archerchat.errors import UsageError
-from archerchat.tasks.answers import same_number
-from archerchat.tasks.conversation import Conversation, assistant, part, text_of, user
-from archerchat.tasks.generated import GeneratedTask
-from archerchat.tasks.words import split_of
+from archerchat.tasks.base import NumberTask
+from archerchat.tasks.conversation import Conversation, assistant, part, user
+from archerchat.tasks.generated import GeneratedTask, split_of
 
 QUESTIONS = (
     "What is {problem}?",
@@ -27,14 +26,14 @@ QUESTIONS = (
 MAX_DRAWS = 10_000
 
 
-class ArithmeticTask(GeneratedTask):
+class ArithmeticTask(NumberTask, GeneratedTask):
     """Sums, differences and products of two numbers; the answer ends on `#### result`.
 
     Args:
-        digits: how many digits the numbers have at most.
+        digits: most digits of a number.
 
     Raises:
-        UsageError: as a `GeneratedTask`, or there are no digits.
+        UsageError: as a `GeneratedTask`, or `digits` is out of range.
     """
 
     name = "Arithmetic"
@@ -62,9 +61,6 @@ class ArithmeticTask(GeneratedTask):
         ]
         question = random.choice(QUESTIONS).format(problem=shown)
         return {"messages": [user(question), assistant(parts)]}
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return same_number(text_of(conversation["messages"][-1]["content"]), completion)
 
     def _draw_problem(self, random: Random) -> tuple[int, str, int]:
         """Draw until a problem belongs to this split."""

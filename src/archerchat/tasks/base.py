@@ -1,7 +1,7 @@
 """Tasks: sequences of conversations, some of which can judge an answer; and their mixtures.
 
-A task makes its examples when they are asked for, so that a mixture of a million costs nothing
-before it is read. `task[:100]` and `task.shuffled(seed)` are tasks again.
+A task makes its examples when they are asked for, so a mixture of a million costs nothing before
+it is read. `task[:100]` and `task.shuffled(seed)` are tasks again.
 
     mixture = TaskMixture([smoltalk, gsm8k, gsm8k])     # GSM8K counts twice
     mixture[0]["messages"]
@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
+from decimal import Decimal
 from itertools import accumulate
 from random import Random
 from typing import Any, Literal, Self, overload
 
 from archerchat.errors import DataError, UsageError
-from archerchat.tasks.conversation import Conversation
+from archerchat.tasks.conversation import Conversation, text_of
 
 Kind = Literal["categorical", "generative"]
 
@@ -32,14 +34,16 @@ class Task(Sequence[Conversation], ABC):
         name: what commands and reports call it.
         kind: `categorical` when the answer is one of the conversation's `letters`, and the model's
             is the one with the greatest logit; `generative` when the model writes it.
-        split: which part of its data it is, None where there is but one.
+        split: which part of its data it is, None where there is only one.
         random_baseline: the share of right answers that guessing gives (SPEC section 9).
+        is_lenient: whether there is a lenient rule beside the reference's.
     """
 
     name: str
     split: str | None = None
     kind: Kind = "generative"
     random_baseline: float = 0.0
+    is_lenient: bool = False
     _picked: Sequence[int] | None = None
 
     @abstractmethod
@@ -51,7 +55,9 @@ class Task(Sequence[Conversation], ABC):
         """Return the example at 0 <= `index` < `num_examples()`."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Say whether `completion` answers `conversation` rightly.
+        """Say whether `completion` answers `conversation` rightly, by the reference's rule.
+
+        Its share of right answers is the figure that can be compared with the reference's.
 
         Args:
             completion: the text that the model wrote, or for a categorical task the letter.
@@ -60,6 +66,10 @@ class Task(Sequence[Conversation], ABC):
             UsageError: this task is for training only.
         """
         raise UsageError(f"{self.name} has no answers to check: it is for training only")
+
+    def evaluate_leniently(self, conversation: Conversation, completion: str) -> bool:
+        """Say whether a completion that `evaluate` refuses is right but for its form."""
+        return False
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """Return what reinforcement learning pays for `completion`: 1 if right, else 0."""
@@ -120,58 +130,51 @@ class CategoricalTask(Task):
         return bool(completion == conversation["messages"][-1]["content"])
 
 
-class _Joined(Sequence[Conversation]):
-    """Several sequences of conversations under one index."""
+class NumberTask(Task):
+    """A task whose answers end on `#### 42`, as GSM8K writes them (SPEC section 9).
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        if not tasks:
-            raise UsageError("a mixture needs at least one task")
-        self.tasks = tuple(tasks)
-        self._ends = list(accumulate(map(len, tasks)))
-        if not self._ends[-1]:
-            names = ", ".join(task.name for task in tasks)
-            raise DataError(f"there is no conversation in {names}: nothing to learn from")
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def origin(self, index: int) -> tuple[int, int]:
-        """Return which of `tasks` a conversation comes from, and its index there."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"{index} of {len(self)} conversations")
-        place = self._place(index % len(self))
-        task = bisect_right(self._ends, place)
-        return task, place - (self._ends[task - 1] if task else 0)
-
-    def describe(self) -> dict[str, Any]:
-        """Return a JSON value that tells this mixture from others."""
-        return {"tasks": [task.describe() for task in self.tasks]}
-
-    def _place(self, index: int) -> int:
-        """Return which conversation of `tasks`, one after the other, stands at `index`."""
-        return index
-
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        task, inner = self.origin(index)
-        return self.tasks[task][inner]
-
-
-class TaskSequence(_Joined):
-    """Tasks one after the other, for a curriculum.
-
-    Raises:
-        UsageError: there is no task.
-        DataError: the tasks are empty.
+    The strict rule compares the characters after `####`. The lenient one compares numbers, so
+    29.00, $29 and **29** are 29 and "- 3" is -3, and takes a text's last number without `####`.
     """
 
+    is_lenient = True
 
-class TaskMixture(_Joined):
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        number = find_number(_right_answer(conversation))
+        return number is not None and number == find_number(completion)
+
+    def evaluate_leniently(self, conversation: Conversation, completion: str) -> bool:
+        number = find_number_leniently(_right_answer(conversation))
+        return number is not None and number == find_number_leniently(completion)
+
+
+_NUMBER = re.compile(r"#### *(-?\.?[0-9][0-9.,]*)")
+# A minus after a digit or a parenthesis takes away; anywhere else it is the number's sign.
+_LENIENT = re.compile(r"(?:(?<![\d)])(?<![\d)] )([-−])[ *$€£]*)?(\.?\d[\d,]*(?:\.\d+)?)")
+
+
+def _right_answer(conversation: Conversation) -> str:
+    return text_of(conversation["messages"][-1]["content"])
+
+
+def find_number(text: str) -> str | None:
+    """Return the number after the first `####` that has one, commas removed; None without one."""
+    match = _NUMBER.search(text)
+    return match[1].replace(",", "").rstrip(".") if match else None
+
+
+def find_number_leniently(text: str) -> Decimal | None:
+    """Return the first number after the first `####`, else the last of the text; None without."""
+    _, _, after = text.partition("####")
+    found = _LENIENT.findall(after)[:1] or _LENIENT.findall(text)[-1:]
+    if not found:
+        return None
+    sign, digits = found[0]
+    value = Decimal(digits.replace(",", ""))
+    return -value if sign else value
+
+
+class TaskMixture(Sequence[Conversation]):
     """Tasks shuffled together; listing one several times oversamples it.
 
     The order depends on the tasks' lengths and `seed` alone.
@@ -182,13 +185,37 @@ class TaskMixture(_Joined):
     """
 
     def __init__(self, tasks: Sequence[Task], seed: int = 42) -> None:
-        super().__init__(tasks)
-        self._seed = seed
+        if not tasks:
+            raise UsageError("a mixture needs at least one task")
+        self.tasks, self._seed = tuple(tasks), seed
+        self._ends = list(accumulate(map(len, tasks)))
+        if not self._ends[-1]:
+            names = ", ".join(task.name for task in tasks)
+            raise DataError(f"there is no conversation in {names}: nothing to learn from")
         self._shuffled = array("Q", range(len(self)))
         Random(seed).shuffle(self._shuffled)
 
-    def describe(self) -> dict[str, Any]:
-        return super().describe() | {"seed": self._seed}
+    def __len__(self) -> int:
+        return self._ends[-1]
 
-    def _place(self, index: int) -> int:
-        return self._shuffled[index]
+    def origin(self, index: int) -> tuple[int, int]:
+        """Return which of `tasks` a conversation comes from, and its index there."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{index} of {len(self)} conversations")
+        place = self._shuffled[index]
+        task = bisect_right(self._ends, place)
+        return task, place - (self._ends[task - 1] if task else 0)
+
+    def describe(self) -> dict[str, Any]:
+        """Return a JSON value that tells this mixture from others."""
+        return {"tasks": [task.describe() for task in self.tasks], "seed": self._seed}
+
+    @overload
+    def __getitem__(self, index: int) -> Conversation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Conversation]: ...
+    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        task, inner = self.origin(index)
+        return self.tasks[task][inner]

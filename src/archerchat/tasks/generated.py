@@ -1,19 +1,29 @@
 """Tasks that are computed instead of collected: any number of examples, no download.
 
 Example `index` of a split follows from the seed, the split and the index alone, on every machine.
-Nothing that training asks about is asked in the test: words and problems are told apart by a hash.
+Words and problems are assigned to a split by their hash, so no test question is also a training
+question.
+
+`words.txt`, which spelling is about, holds the lower-case words of 3 to 15 letters, one of them a
+vowel, that stand free in at least three documents of the prose in Python's standard library. It is
+a file so that every machine and every Python asks the same questions.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
+from functools import cache
+from importlib.resources import files
 from random import Random
 from typing import Any
 
 from archerchat.errors import UsageError
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation
-from archerchat.tasks.words import check_split
+
+TEST_SHARE = 10
+"""One word or problem in ten belongs to the test."""
 
 
 class GeneratedTask(Task):
@@ -28,8 +38,7 @@ class GeneratedTask(Task):
         if size < 1:
             raise UsageError(f"{self.name} cannot have {size} examples: give at least 1")
         self.split = split
-        self._size = size
-        self._seed = seed
+        self._size, self._seed = size, seed
 
     def num_examples(self) -> int:
         return self._size
@@ -43,3 +52,27 @@ class GeneratedTask(Task):
     @abstractmethod
     def draw(self, random: Random) -> Conversation:
         """Return a conversation that depends on `random` and the task's settings alone."""
+
+
+@cache
+def load_words(split: str) -> tuple[str, ...]:
+    """Return the words of `train` or `test`, in alphabetical order.
+
+    Raises:
+        UsageError: there is no such split.
+    """
+    check_split(split)
+    text = files("archerchat.tasks").joinpath("words.txt").read_text(encoding="ascii")
+    return tuple(word for word in text.split() if split_of(word) == split)
+
+
+def check_split(split: str) -> None:
+    """Raise UsageError unless generated tasks have this split."""
+    if split not in ("train", "test"):
+        raise UsageError(f"there is no split {split!r} of a generated task: use train or test")
+
+
+def split_of(text: str) -> str:
+    """Return the split that a word or a problem belongs to."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return "test" if int.from_bytes(digest[:8]) % TEST_SHARE == 0 else "train"

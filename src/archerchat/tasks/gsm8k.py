@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 
-from archerchat.tasks.answers import same_number
-from archerchat.tasks.base import Task
-from archerchat.tasks.conversation import Conversation, assistant, part, text_of, user
-from archerchat.tasks.hub import GSM8K, TaskFiles
+from archerchat.tasks.base import NumberTask
+from archerchat.tasks.conversation import Conversation, assistant, part, user
+from archerchat.tasks.hub import GSM8K, Row, TableTask
 
 _MARK = re.compile(r"<<([^<>]*)>>")
 
@@ -20,33 +19,19 @@ def parse_answer(answer: str) -> list[dict[str, str]]:
     """Return the parts of an answer with `<<expression=result>>` marks."""
     parts = []
     for number, piece in enumerate(_MARK.split(answer)):
-        if number % 2 == 0:
-            if piece:
-                parts.append(part("text", piece))
-            continue
         expression, _, result = piece.rpartition("=")
-        if expression:
+        if number % 2 and expression:
             parts += [part("python", expression), part("python_output", result)]
-        elif piece:  # a mark without a result says nothing to run
+        elif piece:  # text, or a mark without a result, which has nothing to run
             parts.append(part("text", piece))
     return parts
 
 
-class GSM8KTask(Task):
+class GSM8KTask(NumberTask, TableTask):
     """Word problems whose answers end on `#### number`."""
 
     name = "GSM8K"
+    table = GSM8K
 
-    def __init__(self, files: TaskFiles, split: str = "test") -> None:
-        self.split = split
-        self._rows = files.rows(GSM8K, split)
-
-    def num_examples(self) -> int:
-        return len(self._rows)
-
-    def example(self, index: int) -> Conversation:
-        row = self._rows[index]
+    def render(self, row: Row) -> Conversation:
         return {"messages": [user(row["question"]), assistant(parse_answer(row["answer"]))]}
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return same_number(text_of(conversation["messages"][-1]["content"]), completion)

@@ -9,19 +9,34 @@ fetches them is handed in, as this layer knows no network. A local folder given 
     arc/{ARC-Easy,ARC-Challenge}/{train,validation,test}   question, choices, answerKey
     humaneval/HumanEval                      prompt, canonical_solution, test, entry_point
     smoltalk/{train,test}                    messages
+
+A row is a dictionary. Parquet stays as it is in memory, and one row at a time becomes Python's;
+JSON lines are parsed when they are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gzip
+import json
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from archerchat.errors import DataError, UsageError
-from archerchat.tasks.tables import SUFFIXES, Row, read_rows
+from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import Conversation
+
+Row = dict[str, Any]
 
 Fetch = Callable[[str, str, str, Path], None]
 """Downloads a repository's file at a revision to a path, unless it is there."""
+SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
 
 @dataclass(frozen=True)
@@ -30,11 +45,13 @@ class Table:
 
     repository: str
     revision: str
+    folder: str
+    """Folder of the files in the repository."""
+    splits: Mapping[str, int]
+    """Number of files per split."""
     columns: tuple[str, ...]
-    splits: Mapping[str, tuple[str, ...]]
-    """By split, its files in the repository."""
     local: str
-    """A split's file in a local folder, less the ending; `{split}` stands for its name."""
+    """A split's file in a local folder, without its suffix; `{split}` stands for its name."""
 
     def files(self, split: str) -> tuple[str, ...]:
         """Return the split's files in the repository.
@@ -46,42 +63,42 @@ class Table:
             raise UsageError(
                 f"{self.repository} has no split {split!r}: choose from {', '.join(self.splits)}"
             )
-        return self.splits[split]
-
-
-def _single(pattern: str, *splits: str) -> dict[str, tuple[str, ...]]:
-    """Map each split to its one file."""
-    return {split: (pattern.format(split=f"{split}-00000-of-00001"),) for split in splits}
+        count = self.splits[split]
+        names = (f"{split}-{i:05d}-of-{count:05d}.parquet" for i in range(count))
+        return tuple(f"{self.folder}/{name}" for name in names)
 
 
 SMOLTALK = Table(
     "HuggingFaceTB/smol-smoltalk",
     "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+    "data",
+    {"test": 1, "train": 4},
     ("messages",),
-    _single("data/{split}.parquet", "test")
-    | {"train": tuple(f"data/train-{number:05d}-of-00004.parquet" for number in range(4))},
     "smoltalk/{split}",
 )
 MMLU = Table(
     "cais/mmlu",
     "c30699e8356da336a370243923dbaf21066bb9fe",
+    "all",
+    {"auxiliary_train": 1, "dev": 1, "validation": 1, "test": 1},
     ("question", "choices", "answer", "subject"),
-    _single("all/{split}.parquet", "auxiliary_train", "dev", "validation", "test"),
     "mmlu/{split}",
 )
 GSM8K = Table(
     "openai/gsm8k",
     "e53f048856ff4f594e959d75785d2c2d37b678ee",
+    "main",
+    {"train": 1, "test": 1},
     ("question", "answer"),
-    _single("main/{split}.parquet", "train", "test"),
     "gsm8k/{split}",
 )
 ARC = {
     name: Table(
         "allenai/ai2_arc",
         "210d026faf9955653af8916fad021475a3f00453",
+        name,
+        {"train": 1, "validation": 1, "test": 1},
         ("question", "choices", "answerKey"),
-        _single(f"{name}/{{split}}.parquet", "train", "validation", "test"),
         f"arc/{name}/{{split}}",
     )
     for name in ("ARC-Easy", "ARC-Challenge")
@@ -89,8 +106,9 @@ ARC = {
 HUMANEVAL = Table(
     "openai/openai_humaneval",
     "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+    "openai_humaneval",
+    {"test": 1},
     ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
-    _single("openai_humaneval/{split}.parquet", "test"),
     "humaneval/HumanEval",
 )
 
@@ -100,13 +118,13 @@ class TaskFiles:
     """Find a table's files, fetching what is missing."""
 
     cache: Path
-    """Where downloads are kept."""
+    """Folder for downloads."""
     local: Path | None = None
-    """A folder that stands in for the hub."""
+    """Folder that stands in for the hub."""
     fetch: Fetch | None = None
-    """How to download; None where nothing may be."""
+    """How to download; None forbids it."""
 
-    def rows(self, table: Table, split: str) -> Sequence[Row]:
+    def rows(self, table: Table, split: str) -> Rows:
         """Read the rows of a split.
 
         Raises:
@@ -115,20 +133,10 @@ class TaskFiles:
         """
         names = table.files(split)
         if self.local is not None:
-            return read_rows([self._find_local(self.local, table, split)], table.columns)
-        return read_rows([self._fetch(table, name) for name in names], table.columns)
-
-    def _find_local(self, folder: Path, table: Table, split: str) -> Path:
-        stem = table.local.format(split=split)
-        for suffix in SUFFIXES:
-            if (path := folder / f"{stem}{suffix}").is_file():
-                return path
-        parent = (folder / stem).parent
-        there = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
-        raise DataError(
-            f"{folder} has no {stem} with one of {', '.join(SUFFIXES)} (in {parent} there is "
-            f"{', '.join(there) or 'nothing'}): add it, or leave --data-dir out to download it"
-        )
+            paths = [_find_local(self.local, table.local.format(split=split))]
+        else:
+            paths = [self._fetch(table, name) for name in names]
+        return read_rows(paths, table.columns)
 
     def _fetch(self, table: Table, name: str) -> Path:
         path = self.cache / table.repository.replace("/", "--") / table.revision[:12] / name
@@ -140,3 +148,116 @@ class TaskFiles:
                 )
             self.fetch(table.repository, table.revision, name, path)
         return path
+
+
+def _find_local(folder: Path, stem: str) -> Path:
+    for suffix in SUFFIXES:
+        if (path := folder / f"{stem}{suffix}").is_file():
+            return path
+    parent = (folder / stem).parent
+    there = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
+    raise DataError(
+        f"{folder} has no {stem} with one of {', '.join(SUFFIXES)} (in {parent} there is "
+        f"{', '.join(there) or 'nothing'}): add it, or leave --data-dir out to download it"
+    )
+
+
+class TableTask(Task):
+    """A task whose examples are the rows of a table's split."""
+
+    table: Table
+    rows: Rows
+
+    def __init__(self, files: TaskFiles, split: str = "test") -> None:
+        self.split, self.rows = split, files.rows(self.table, split)
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def example(self, index: int) -> Conversation:
+        return self.render(self.rows[index])
+
+    @abstractmethod
+    def render(self, row: Row) -> Conversation:
+        """Return the conversation of a row."""
+
+
+class Rows(Protocol):
+    """Rows by their index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
+    """Read the rows of `paths`, one file after the other.
+
+    Raises:
+        DataError: a file is missing or broken, or lacks one of `columns`; the message names the
+            file and, for JSON lines, the line.
+    """
+    if all(path.suffix == ".parquet" for path in paths):
+        return _ParquetRows(pa.concat_tables([_read_parquet(path, columns) for path in paths]))
+    rows = []
+    for where, row in (line for path in paths for line in iter_json_lines(path)):
+        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise DataError(
+                f"{where}: the line has no {' and no '.join(map(repr, missing))}: each must be an "
+                f"object with {', '.join(columns)}"
+            )
+        rows.append(row)
+    return rows
+
+
+def iter_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each JSON value of a file of lines with its place, `name:number`; blank lines skipped.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not JSON; the message says which.
+    """
+    where = str(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path}:{number}"
+                if line.strip():
+                    yield where, json.loads(line)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot read {path} ({reason}): check that the file is whole") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}): fix or remove that line") from error
+
+
+@dataclass(frozen=True)
+class _ParquetRows:
+    """The rows of Parquet files, held as Arrow does."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, index: int, /) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{index} of {len(self)} rows")
+        rows: list[Row] = self.table.slice(index, 1).to_pylist()
+        return rows[0]
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            missing = [name for name in columns if name not in file.schema_arrow.names]
+            if missing:
+                raise DataError(
+                    f"{path} has no column {' and no '.join(map(repr, missing))} (it has "
+                    f"{', '.join(file.schema_arrow.names)}): it is another data set"
+                )
+            return file.read(columns=list(columns))
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"cannot read {path} as Parquet ({reason}): delete it and run the same command again"
+        ) from error

@@ -1,8 +1,10 @@
 """HumanEval: write a Python function that passes its tests, which run in the sandbox.
 
-The program that decides is the imports of the prompt, the code of the answer (its first fenced
-block, or all of it), and the problem's tests (SPEC section 9). It must run to its end: an answer
-that leaves early, by `sys.exit()` say, has passed no test.
+The program that decides is the imports of the prompt, the code of the answer, and the problem's
+tests (SPEC section 9). It must run to its end: an answer that leaves early, by `sys.exit()` say,
+has passed no test. The reference's rule takes the first fenced block without a language or in
+Python for the code, or all of the answer. The lenient rule pairs fences by lines, whatever their
+language, lets the last one be open, and takes the block that defines the function.
 """
 
 from __future__ import annotations
@@ -10,18 +12,35 @@ from __future__ import annotations
 import re
 
 from archerchat.sandbox.executor import SandboxResult, run_sandboxed
-from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.hub import HUMANEVAL, TaskFiles
+from archerchat.tasks.hub import HUMANEVAL, Row, TableTask, TaskFiles
 
-_FENCE = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"\s*```[`\s]*(\w*)")
 _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
 
 
 def extract_code(completion: str) -> str:
     """Return the first fenced block of `completion`, or all of it where there is none."""
-    block = _FENCE.search(completion)
+    block = _BLOCK.search(completion)
     return (block[1] if block else completion).strip("\n")
+
+
+def extract_code_leniently(completion: str, entry_point: str) -> str:
+    """Return the fenced block that defines `entry_point`, else the first, else all."""
+    blocks: list[list[str]] = []
+    is_open = False
+    for line in completion.split("\n"):
+        fence = _FENCE.match(line)
+        if fence is None and is_open:
+            blocks[-1].append(line)
+        elif fence:
+            is_open = not is_open or bool(fence[1])  # a fence that names a language begins a block
+            if is_open:
+                blocks.append([])
+    codes = ["\n".join(lines) for lines in blocks] or [completion]
+    definition = re.compile(rf"^(?:async )?(?:def|class)\s+{entry_point}\b", re.MULTILINE)
+    return next(filter(definition.search, codes), codes[0]).strip("\n")
 
 
 def extract_imports(prompt: str) -> str:
@@ -30,7 +49,7 @@ def extract_imports(prompt: str) -> str:
     return "\n".join(_IMPORT.findall(head))
 
 
-class HumanEvalTask(Task):
+class HumanEvalTask(TableTask):
     """164 functions to complete.
 
     Args:
@@ -38,17 +57,14 @@ class HumanEvalTask(Task):
     """
 
     name = "HumanEval"
+    table = HUMANEVAL
+    is_lenient = True
 
     def __init__(self, files: TaskFiles, split: str = "test", timeout_s: float = 5.0) -> None:
-        self.split = split
+        super().__init__(files, split)
         self._timeout_s = timeout_s
-        self._rows = files.rows(HUMANEVAL, split)
 
-    def num_examples(self) -> int:
-        return len(self._rows)
-
-    def example(self, index: int) -> Conversation:
-        row = self._rows[index]
+    def render(self, row: Row) -> Conversation:
         solution = f"```python\n{row['prompt']}{row['canonical_solution']}\n```"
         return {
             "messages": [user(row["prompt"]), assistant(solution)],
@@ -57,23 +73,20 @@ class HumanEvalTask(Task):
         }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return self.run(conversation, completion).outcome == "completed"
+        return self.run(conversation, extract_code(completion)).outcome == "completed"
 
-    def run(self, conversation: Conversation, completion: str) -> SandboxResult:
-        """Run the tests on `completion` and return how that went.
+    def evaluate_leniently(self, conversation: Conversation, completion: str) -> bool:
+        code = extract_code_leniently(completion, conversation["entry_point"])
+        tried = code == extract_code(completion)  # and failed, by `evaluate`
+        return not tried and self.run(conversation, code).outcome == "completed"
+
+    def run(self, conversation: Conversation, code: str) -> SandboxResult:
+        """Run the tests on `code` and return how that went.
 
         Raises:
             SandboxError: there is no sandbox on this machine.
         """
-        return run_sandboxed(self.build_program(conversation, completion), self._timeout_s)
-
-    def build_program(self, conversation: Conversation, completion: str) -> str:
-        """Return the program that ends normally if `completion` passes the tests."""
-        return "\n\n".join(
-            [
-                extract_imports(conversation["messages"][0]["content"]),
-                extract_code(completion),
-                conversation["test"],
-                f"check({conversation['entry_point']})\n",
-            ]
-        )
+        imports = extract_imports(conversation["messages"][0]["content"])
+        check = f"check({conversation['entry_point']})\n"
+        program = "\n\n".join([imports, code, conversation["test"], check])
+        return run_sandboxed(program, self._timeout_s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files
 from random import Random
 from typing import Any
@@ -20,25 +20,19 @@ from archerchat.tasks.conversation import Conversation, assistant, user
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 MAX_TOPICS = 3
+LISTS = ("greetings", "greeting_answers", "farewells", "farewell_answers")
 
-
-@dataclass(frozen=True)
-class Topic:
-    """A question and its answer, each in several wordings."""
-
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
+Exchange = tuple[tuple[str, ...], tuple[str, ...]]
+"""A question and its answer, each in several wordings."""
 
 
 @dataclass(frozen=True)
 class IdentityTemplate:
-    """What the assistant may be asked about itself, and what it answers."""
+    """Questions that the assistant may be asked about itself, and its answers."""
 
-    greetings: tuple[str, ...]
-    greeting_answers: tuple[str, ...]
-    farewells: tuple[str, ...]
-    farewell_answers: tuple[str, ...]
-    topics: tuple[Topic, ...]
+    greeting: Exchange
+    farewell: Exchange
+    topics: tuple[Exchange, ...]
 
 
 def default_template() -> str:
@@ -58,23 +52,24 @@ def parse_template(text: str, values: Mapping[str, str], where: str) -> Identity
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise DataError(f"{where} is not TOML ({error}): mend it") from error
+        raise DataError(f"{where} is not TOML ({error}): fix it") from error
     topics = content.pop("topic", None)
     if not isinstance(topics, list) or not topics:
         raise DataError(f"{where} has no [[topic]]: add one with questions and answers")
-    names = [field.name for field in fields(IdentityTemplate) if field.name != "topics"]
-    if unknown := set(content) - set(names):
+    if unknown := set(content) - set(LISTS):
         raise DataError(
             f"{where} has unknown {', '.join(sorted(unknown))}: beside topics there are "
-            f"{', '.join(names)}"
+            f"{', '.join(LISTS)}"
         )
+
+    def exchange(source: Any, questions: str, answers: str, where: str) -> Exchange:
+        return _texts(source, questions, values, where), _texts(source, answers, values, where)
+
     return IdentityTemplate(
-        **{name: _texts(content, name, values, where) for name in names},
-        topics=tuple(
-            Topic(
-                _texts(topic, "questions", values, f"{where}, topic {number}"),
-                _texts(topic, "answers", values, f"{where}, topic {number}"),
-            )
+        exchange(content, "greetings", "greeting_answers", where),
+        exchange(content, "farewells", "farewell_answers", where),
+        tuple(
+            exchange(topic, "questions", "answers", f"{where}, topic {number}")
             for number, topic in enumerate(topics, start=1)
         ),
     )
@@ -106,16 +101,13 @@ def _texts(content: Any, name: str, values: Mapping[str, str], where: str) -> tu
 
 
 def _draw(template: IdentityTemplate, random: Random) -> Conversation:
-    pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-    if random.random() < 0.25:
-        pairs.append((template.greetings, template.greeting_answers))
+    exchanges = [template.greeting] if random.random() < 0.25 else []
     number = min(random.choice(range(1, MAX_TOPICS + 1)), len(template.topics))
-    topics = random.sample(template.topics, number)
-    pairs += [(topic.questions, topic.answers) for topic in topics]
+    exchanges += random.sample(template.topics, number)
     if random.random() < 0.25:
-        pairs.append((template.farewells, template.farewell_answers))
+        exchanges.append(template.farewell)
     messages = []
-    for questions, answers in pairs:
+    for questions, answers in exchanges:
         question = random.choice(questions)
         if random.random() < 0.25:
             question = question.lower()

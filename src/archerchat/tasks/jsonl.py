@@ -1,7 +1,7 @@
-"""Conversations from files of JSON lines, for training only: one's own data, and identities.
+"""Conversations for training only: one's own, as JSON lines, and SmolTalk.
 
-Each line is a conversation, `{"messages": [...]}` or the list of messages alone. All of them are
-checked when the file is read, so that a broken one is met before training and not in its midst.
+Each line of a file is a conversation, `{"messages": [...]}` or the list of messages alone. All of
+them are checked when the file is read, so a broken one is found before training begins.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from archerchat.errors import DataError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, check_conversation
-from archerchat.tasks.tables import iter_json_lines
+from archerchat.tasks.hub import SMOLTALK, Row, TableTask, TaskFiles, iter_json_lines
+
+TEST_SHARE = 20
+"""One conversation in twenty of a local folder belongs to the test."""
 
 
 class JsonlTask(Task):
@@ -45,3 +48,30 @@ class JsonlTask(Task):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"sha256": self._digests}
+
+
+class SmolTalkTask(TableTask):
+    """General conversations of `smol-smoltalk`: 460 thousand for training.
+
+    Among local files a folder `chat/` of JSON lines stands in for it where there is no `smoltalk/`.
+    """
+
+    name = "SmolTalk"
+    table = SMOLTALK
+
+    def __init__(self, files: TaskFiles, split: str = "train") -> None:
+        self.table.files(split)  # refuses an unknown split
+        local = files.local
+        if local is None or (local / "smoltalk").exists() or not (local / "chat").is_dir():
+            super().__init__(files, split)
+            return
+        self.split = split
+        self.rows = [
+            conversation
+            for number, conversation in enumerate(JsonlTask(local / "chat"))
+            if (number % TEST_SHARE == 0) == (split == "test")
+        ]
+
+    def render(self, row: Row) -> Conversation:
+        messages = row["messages"]
+        return {"messages": [{"role": m["role"], "content": m["content"]} for m in messages]}

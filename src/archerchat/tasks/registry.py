@@ -13,8 +13,8 @@ from archerchat.tasks.base import Task
 from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.humaneval import HumanEvalTask
+from archerchat.tasks.jsonl import SmolTalkTask
 from archerchat.tasks.multiple_choice import ARCTask, MMLUTask
-from archerchat.tasks.smoltalk import SmolTalkTask
 from archerchat.tasks.spelling import SimpleSpellingTask, SpellingBeeTask
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")

@@ -10,10 +10,9 @@ from __future__ import annotations
 import string
 from random import Random
 
-from archerchat.tasks.answers import same_number
-from archerchat.tasks.conversation import Conversation, assistant, part, text_of, user
-from archerchat.tasks.generated import GeneratedTask
-from archerchat.tasks.words import load_words
+from archerchat.tasks.base import NumberTask
+from archerchat.tasks.conversation import Conversation, assistant, part, user
+from archerchat.tasks.generated import GeneratedTask, load_words
 
 COUNT_QUESTIONS = (
     # English
@@ -78,7 +77,7 @@ QUOTES = ("", "", "'", '"')
 """What may stand around a word or a letter; most people write nothing."""
 
 
-class SpellingBeeTask(GeneratedTask):
+class SpellingBeeTask(NumberTask, GeneratedTask):
     """Count a letter in a word: by hand, then with Python; the answer ends on `#### count`."""
 
     name = "SpellingBee"
@@ -100,9 +99,6 @@ class SpellingBeeTask(GeneratedTask):
             ),
         ]
         return {"messages": [user(_as_typed(question, random)), assistant(parts)]}
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return same_number(text_of(conversation["messages"][-1]["content"]), completion)
 
 
 class SimpleSpellingTask(GeneratedTask):

@@ -4,14 +4,17 @@ A vocabulary is a table of ranks (byte string -> merge order, which is also the 
 pattern that cuts text into the pieces merges stay inside. The special tokens follow the learned
 ones and are never produced by encoding text: only code places them, so no user can.
 
-On disk a tokenizer is a directory of two files: `ranks.tiktoken` (a line each: base64 of the
-bytes, a space, the rank) and `tokenizer.json` (everything else, with the checksum of the ranks).
+On disk a tokenizer is a directory of two files: `ranks.tiktoken` (in tiktoken's format, one line
+per token: base64 of the bytes, a space, the rank) and `tokenizer.json` (everything else, with the
+checksum of the ranks).
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +27,6 @@ import tiktoken
 from archerchat.errors import DataError, TokenizerError, UsageError
 from archerchat.files import explained_writes, new_directory, write_bytes, write_json
 from archerchat.home import Home
-from archerchat.tokenizer.ranks import format_ranks, load_ranks
-from archerchat.tokenizer.safe_text import cut_long_whitespace, encode_text, replace_surrogates
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -45,12 +46,10 @@ SPECIAL_TOKENS = (
 RANKS_FILE = "ranks.tiktoken"
 METADATA_FILE = "tokenizer.json"
 FORMAT = 1
-_METADATA_TYPES = {
-    "pattern": str,
-    "special_tokens": dict,
-    "ranks_sha256": str,
-    "provenance": dict,
-}
+WHITESPACE_LIMIT = 400_000
+"""The regex engine of tiktoken and rustbpe keeps one stack entry per character of a run of
+whitespace and panics at 999,774 spaces. The panic is a `BaseException`, so one such document would
+end a training run. Longer runs are therefore cut (`cut_long_whitespace`)."""
 
 Phase = Literal["read", "merge"]
 
@@ -58,8 +57,8 @@ Phase = Literal["read", "merge"]
 class Tokenizer:
     """Turn text into token ids and back.
 
-    Build one with `train_tokenizer`, `Tokenizer.load` or `Tokenizer.from_ranks`. It can be
-    shared by threads and pickled to worker processes.
+    Build one from its ranks, with `train_tokenizer` or with `Tokenizer.load`. It can be shared by
+    threads and pickled to worker processes.
 
     Attributes:
         vocab_size: number of ids, special tokens included; ids are 0 .. vocab_size - 1.
@@ -67,58 +66,44 @@ class Tokenizer:
         fingerprint: hexadecimal SHA-256 over ranks, pattern and special tokens; two tokenizers
             with the same fingerprint encode every text alike.
         provenance: what the tokenizer was trained on, for information only.
+
+    Raises:
+        TokenizerError: the ranks are not 0, 1, 2, ..., lack one of the 256 single bytes (then
+            some text could not be encoded), or the pattern is not a regular expression.
     """
 
     def __init__(
         self,
         ranks: Mapping[bytes, int],
-        pattern: str,
-        special_tokens: Sequence[str],
-        provenance: Mapping[str, Any],
-    ) -> None:
-        self._ranks = dict(ranks)
-        self._special_ids = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
-        self._encoding = tiktoken.Encoding(
-            "archerchat",
-            pat_str=pattern,
-            mergeable_ranks=self._ranks,
-            special_tokens=self._special_ids,
-        )
-        self.pattern = pattern
-        self.provenance = dict(provenance)
-        self.vocab_size = len(self._ranks) + len(self._special_ids)
-        self.bos_id = self.special_id("<|bos|>")
-        settings = json.dumps([pattern, list(special_tokens)]).encode()
-        self.fingerprint = hashlib.sha256(settings + b"\n" + format_ranks(self._ranks)).hexdigest()
-
-    @classmethod
-    def from_ranks(
-        cls,
-        ranks: Mapping[bytes, int],
         *,
         pattern: str = SPLIT_PATTERN,
         special_tokens: Sequence[str] = SPECIAL_TOKENS,
         provenance: Mapping[str, Any] | None = None,
-    ) -> Tokenizer:
-        """Build a tokenizer from ranks that were learned elsewhere.
-
-        Raises:
-            TokenizerError: the ranks are not 0, 1, 2, ..., lack one of the 256 single bytes (then
-                some text could not be encoded), or the pattern is not a regular expression.
-        """
+    ) -> None:
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise TokenizerError(f"the {len(ranks)} ranks are not 0 .. {len(ranks) - 1}, each once")
-        missing = [value for value in range(256) if bytes([value]) not in ranks]
-        if missing:
+        if missing := [value for value in range(256) if bytes([value]) not in ranks]:
             raise TokenizerError(f"the ranks lack the single byte 0x{missing[0]:02x}")
         if len(set(special_tokens)) != len(special_tokens):
             raise TokenizerError(f"a special token is listed twice: {list(special_tokens)}")
+        self._ranks = dict(ranks)
+        self._special_ids = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         try:
-            return cls(ranks, pattern, special_tokens, provenance or {})
+            self._encoding = tiktoken.Encoding(
+                "archerchat",
+                pat_str=pattern,
+                mergeable_ranks=self._ranks,
+                special_tokens=self._special_ids,
+            )
         except ValueError as error:
             raise TokenizerError(
                 f"the split pattern {pattern!r} does not compile: {error}"
             ) from error
+        self.pattern, self.provenance = pattern, dict(provenance or {})
+        self.vocab_size = len(self._ranks) + len(self._special_ids)
+        self.bos_id = self.special_id("<|bos|>")
+        settings = json.dumps([pattern, list(special_tokens)]).encode()
+        self.fingerprint = hashlib.sha256(settings + b"\n" + format_ranks(self._ranks)).hexdigest()
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -129,7 +114,7 @@ class Tokenizer:
         """
         try:
             metadata = _load_metadata(directory / METADATA_FILE)
-            tokenizer = cls.from_ranks(
+            tokenizer = cls(
                 load_ranks(directory / RANKS_FILE, metadata["ranks_sha256"]),
                 pattern=metadata["pattern"],
                 special_tokens=list(metadata["special_tokens"]),
@@ -140,17 +125,23 @@ class Tokenizer:
                     f"{directory / METADATA_FILE} gives the special tokens other ids than "
                     f"{len(tokenizer._ranks)} and up, which follow the ranks"
                 )
-        except TokenizerError as error:
+        except (OSError, TokenizerError) as error:
+            reason: object = error
+            if isinstance(error, OSError):
+                reason = f"cannot read {error.filename}: {error.strerror}"
             raise TokenizerError(
-                f"{error}. Copy the tokenizer's directory anew, or make one with "
+                f"{reason}. Copy the tokenizer's directory again, or make one with "
                 f"`archerchat tokenizer train` (--force replaces a broken one)"
             ) from error
         return tokenizer
 
     def save(self, directory: Path) -> None:
-        """Write both files into `directory`, which is made if needed; each replaced atomically."""
+        """Write `directory` as a whole, or leave what is there as it is.
+
+        Raises:
+            TokenizerError: the disk is full or cannot be written.
+        """
         content = format_ranks(self._ranks)
-        write_bytes(directory / RANKS_FILE, content)
         metadata = {
             "format": FORMAT,
             "vocab_size": self.vocab_size,
@@ -160,7 +151,9 @@ class Tokenizer:
             "fingerprint": self.fingerprint,
             "provenance": self.provenance,
         }
-        write_json(directory / METADATA_FILE, metadata)
+        with explained_writes(directory, TokenizerError), new_directory(directory) as temporary:
+            write_bytes(temporary / RANKS_FILE, content)
+            write_json(temporary / METADATA_FILE, metadata)
 
     def special_id(self, name: str) -> int:
         """Return the id of a special token such as `<|user_start|>`.
@@ -177,14 +170,17 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Encode `text`; the text of a special token is ordinary text.
 
-        Lone surrogates, which no UTF-8 can hold, are encoded as U+FFFD.
+        Lone surrogates, which UTF-8 cannot hold, are encoded as U+FFFD.
         """
-        return encode_text(self._encoding, text)
+        if len(text) < WHITESPACE_LIMIT:
+            return self._encoding.encode_ordinary(text)
+        pieces = cut_long_whitespace(text)
+        return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
     def encode_batch(
         self, texts: Sequence[str], *, prepend_bos: bool = False, num_threads: int = 4
     ) -> list[list[int]]:
-        """Encode many texts in parallel, in order, each starting with BOS if so asked."""
+        """Encode many texts in parallel, in order, each starting with BOS if `prepend_bos`."""
         if num_threads <= 1 or len(texts) <= 1:
             rows = [self.encode(text) for text in texts]
         else:
@@ -220,19 +216,72 @@ class Tokenizer:
         return lengths
 
 
+def format_ranks(ranks: Mapping[bytes, int]) -> bytes:
+    """Return the content of a ranks file."""
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ordered)
+
+
+def load_ranks(path: Path, sha256: str | None = None) -> dict[bytes, int]:
+    """Read a ranks file, and compare its hexadecimal SHA-256 if one is given.
+
+    Raises:
+        OSError: the file cannot be read.
+        TokenizerError: it has another checksum, or holds a line that is not a token and its rank.
+    """
+    content = path.read_bytes()
+    actual = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and actual != sha256:
+        raise TokenizerError(
+            f"{path} is damaged or another file: its SHA-256 is {actual}, expected {sha256}"
+        )
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            encoded, rank = line.split(b" ")
+            token = base64.b64decode(encoded, validate=True)
+            if token in ranks:
+                raise ValueError("this token comes twice")
+            ranks[token] = int(rank)
+        except ValueError as error:
+            raise TokenizerError(
+                f"{path}, line {number}: {line[:60]!r} is not 'base64 rank' ({error})"
+            ) from error
+    return ranks
+
+
 def _load_metadata(path: Path) -> dict[str, Any]:
+    kinds = {"pattern": str, "special_tokens": dict, "ranks_sha256": str, "provenance": dict}
     try:
-        metadata = json.loads(path.read_bytes())
-    except OSError as error:
-        raise TokenizerError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from error
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise TokenizerError(f"{path} is not a tokenizer of format {FORMAT}")
-    for key, kind in _METADATA_TYPES.items():
-        if not isinstance(metadata.get(key), kind):
-            raise TokenizerError(f"{path} has no {key!r} that is a {kind.__name__}")
-    return metadata
+        metadata: dict[str, Any] = json.loads(path.read_bytes())
+        complete = all(isinstance(metadata[key], kind) for key, kind in kinds.items())
+        if complete and metadata["format"] == FORMAT:
+            return metadata
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise TokenizerError(f"{path} does not describe a tokenizer of format {FORMAT}")
+
+
+def cut_long_whitespace(text: str, limit: int = WHITESPACE_LIMIT) -> Iterator[str]:
+    """Yield `text` in pieces, cut after every `limit` characters of a run of whitespace.
+
+    A search at each character of a run would take quadratic time, hence the lookbehind.
+    """
+    start = 0
+    for run in re.finditer(rf"(?<!\s)\s{{{limit},}}", text):
+        for end in range(run.start() + limit, run.end() + 1, limit):
+            yield text[start:end]
+            start = end
+    yield text[start:]
+
+
+def replace_surrogates(text: str) -> str:
+    """Return `text` with lone surrogates as U+FFFD, so that it has a UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def find_tokenizer(home: Home, name: str) -> Path:
@@ -244,23 +293,12 @@ def find_tokenizer(home: Home, name: str) -> Path:
     directory = home.tokenizer_dir(name)
     if directory.is_dir():
         return directory
-    found = directory.parent.glob("*/") if directory.parent.is_dir() else ()
-    names = sorted(path.name for path in found if (path / METADATA_FILE).is_file())
+    names = sorted(path.parent.name for path in directory.parent.glob(f"*/{METADATA_FILE}"))
     known = f"; there is {', '.join(names)}. Choose one of them, or " if names else ": "
     raise UsageError(
         f"no tokenizer {name!r} under {directory.parent}{known}make one with "
         f"`archerchat tokenizer train`"
     )
-
-
-def save_new_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Write `directory` as a whole, or leave what is there as it is.
-
-    Raises:
-        TokenizerError: the disk is full or cannot be written.
-    """
-    with explained_writes(directory, TokenizerError), new_directory(directory) as temporary:
-        tokenizer.save(temporary)
 
 
 def train_tokenizer(
@@ -269,15 +307,15 @@ def train_tokenizer(
     *,
     max_chars: int = 2_000_000_000,
     document_chars: int = 10_000,
-    on_progress: Callable[[Phase, int], None] | None = None,
+    on_progress: Callable[[Phase, int], None] = lambda phase, characters: None,
 ) -> Tokenizer:
     """Learn a vocabulary from `texts`, deterministically and whatever their order.
 
     Args:
         texts: documents; they are taken one by one until `max_chars` is reached.
         vocab_size: number of ids, the nine special tokens included.
-        max_chars: stop reading after the document that reaches so many characters.
-        document_chars: only so many characters of each document count.
+        max_chars: stop reading after the document that reaches this many characters.
+        document_chars: longer documents are cropped to this many characters.
         on_progress: called with "read" and the characters so far after each document, and once
             with "merge" when reading is over (that phase takes a while and reports nothing).
 
@@ -292,10 +330,9 @@ def train_tokenizer(
             f"vocabulary size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens need at least {smallest}"
         )
-    report = on_progress or (lambda phase, characters: None)
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(
-        _iter_training_text(texts, max_chars, document_chars, report),
+        _iter_training_text(texts, max_chars, document_chars, on_progress),
         vocab_size - len(SPECIAL_TOKENS),
         pattern=SPLIT_PATTERN,
     )
@@ -306,21 +343,21 @@ def train_tokenizer(
             f"the text is too short for a vocabulary of {vocab_size}: it yields only {possible} "
             f"tokens. Train on more text, or ask for at most {possible}"
         )
-    return Tokenizer.from_ranks(ranks)
+    return Tokenizer(ranks)
 
 
 def _iter_training_text(
     texts: Iterable[str],
     max_chars: int,
     document_chars: int,
-    report: Callable[[Phase, int], None],
+    on_progress: Callable[[Phase, int], None],
 ) -> Iterator[str]:
     characters = 0
     for text in texts:
         cropped = replace_surrogates(text[:document_chars])
         characters += len(cropped)
-        report("read", characters)
+        on_progress("read", characters)
         yield from cut_long_whitespace(cropped)
         if characters >= max_chars:
             break
-    report("merge", characters)
+    on_progress("merge", characters)

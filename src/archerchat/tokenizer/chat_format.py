@@ -18,7 +18,7 @@ from archerchat.errors import DataError
 from archerchat.tokenizer.bpe import Tokenizer
 
 Segment = tuple[list[int], bool]
-"""Token ids in a row, and whether to train on them."""
+"""Consecutive token ids, and whether to train on them."""
 
 
 def render_conversation(
@@ -33,9 +33,8 @@ def render_conversation(
     Raises:
         DataError: the conversation is malformed; the message says where and how.
     """
-    ids = [tokenizer.bos_id]
-    mask = [0]
-    for segment, trained in _iter_segments(tokenizer, _checked_messages(conversation)):
+    ids, mask = [tokenizer.bos_id], [0]
+    for segment, trained in _iter_segments(tokenizer, _message_list(conversation)):
         ids += segment
         mask += [int(trained)] * len(segment)
     return ids[:max_tokens], mask[:max_tokens]
@@ -66,40 +65,32 @@ def _message_list(conversation: Mapping[str, Any]) -> list[Any]:
     return list(messages)
 
 
-def _checked_messages(conversation: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
-    """Yield each message's index in the conversation, role and content, the system's joined in."""
-    messages = _message_list(conversation)
-    system, first = "", 0
-    if _role(messages, 0) == "system":
-        system, first = _text(messages[0].get("content"), "message 0") + "\n\n", 1
+def _iter_segments(tokenizer: Tokenizer, messages: list[Any]) -> Iterator[Segment]:
+    """Render the messages one by one; the system's is joined to the user's first."""
+    special, system = tokenizer.special_id, ""
+    first = int(_role(messages, 0) == "system")
+    if first:
+        system = _text(messages[0].get("content"), "message 0") + "\n\n"
         if len(messages) == 1:
             raise DataError("message 0 is the system's and no user message follows it")
     for index in range(first, len(messages)):
         expected = ("user", "assistant")[(index - first) % 2]
-        role = _role(messages, index)
+        role, content = _role(messages, index), messages[index].get("content")
+        where = f"message {index} ({role})"
         if role != expected:
             raise DataError(
-                f"message {index} has the role {role!r} where {expected!r} is due: after an "
+                f"message {index} has the role {role!r}, but must have {expected!r}: after an "
                 "optional system message, user and assistant take turns"
             )
-        content = messages[index].get("content")
         if role == "user":
-            content = _text(content, f"message {index} (user)")
-        yield index, role, system + content if index == first else content
-
-
-def _iter_segments(
-    tokenizer: Tokenizer, messages: Iterator[tuple[int, str, Any]]
-) -> Iterator[Segment]:
-    special = tokenizer.special_id
-    for index, role, content in messages:
-        if role == "user":
-            yield [special("<|user_start|>")], False
-            yield tokenizer.encode(content), False
-            yield [special("<|user_end|>")], False
+            text, system = system + _text(content, where), ""
+            yield (
+                [special("<|user_start|>"), *tokenizer.encode(text), special("<|user_end|>")],
+                False,
+            )
         else:
             yield [special("<|assistant_start|>")], False
-            yield from _iter_answer(tokenizer, content, f"message {index} (assistant)")
+            yield from _iter_answer(tokenizer, content, where)
             yield [special("<|assistant_end|>")], True
 
 

@@ -1,6 +1,6 @@
-"""How many bytes a token holds on average, ours against GPT-2's and GPT-4's.
+"""How many bytes a token holds on average, compared with GPT-2's and GPT-4's tokens.
 
-More bytes to a token means fewer tokens for the same text: cheaper training and a longer view
+More bytes per token means fewer tokens for the same text: cheaper training and a longer view
 back. A larger vocabulary compresses better and costs more to predict, so sizes are part of the
 comparison. The published vocabularies are read from the ranks files that tiktoken downloads.
 """
@@ -11,35 +11,26 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiktoken
-
 from archerchat.errors import DataError
-from archerchat.tokenizer.ranks import load_ranks
-from archerchat.tokenizer.safe_text import encode_text
-
-Encode = Callable[[str], Sequence[int]]
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 
 @dataclass(frozen=True)
 class PublishedVocabulary:
-    """Name a vocabulary that others published, and what its ranks file must be."""
+    """A vocabulary that others published, and what identifies its ranks file."""
 
     title: str
     file_name: str
     sha256: str
     pattern: str
 
-    def load(self, path: Path) -> Vocabulary:
+    def load(self, path: Path) -> Tokenizer:
         """Read the vocabulary from its ranks file.
 
         Raises:
             TokenizerError: the file cannot be read or is not this vocabulary's.
         """
-        ranks = load_ranks(path, self.sha256)
-        encoding = tiktoken.Encoding(
-            self.title, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-        return Vocabulary(self.title, len(ranks), lambda text: encode_text(encoding, text))
+        return Tokenizer(load_ranks(path, self.sha256), pattern=self.pattern)
 
 
 GPT2 = PublishedVocabulary(
@@ -60,15 +51,6 @@ GPT4 = PublishedVocabulary(
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """A title, the number of ordinary tokens, and the function that encodes."""
-
-    title: str
-    size: int
-    encode: Encode
-
-
-@dataclass(frozen=True)
 class Compression:
     """What each vocabulary made of one text."""
 
@@ -82,14 +64,17 @@ class Compression:
         return self.num_bytes / self.tokens[title]
 
     def ratio(self, title: str, other: str) -> float:
-        """Return how many times as many bytes `title` packs in a token as `other` does."""
+        """Return the bytes per token of `title` divided by those of `other`."""
         return self.tokens[other] / self.tokens[title]
 
 
 def measure_compression(
-    name: str, documents: Sequence[str], vocabularies: Sequence[Vocabulary]
+    name: str, documents: Sequence[str], encoders: Mapping[str, Callable[[str], Sequence[int]]]
 ) -> Compression:
     """Encode `documents` one by one with each vocabulary and count.
+
+    Args:
+        encoders: functions that encode a text, by the vocabulary's title.
 
     Raises:
         DataError: there is no text in the documents.
@@ -97,8 +82,48 @@ def measure_compression(
     num_bytes = sum(len(document.encode()) for document in documents)
     if not num_bytes:
         raise DataError(f"the {name} text is empty: there is nothing to measure compression on")
-    tokens = {
-        vocabulary.title: sum(len(vocabulary.encode(document)) for document in documents)
-        for vocabulary in vocabularies
-    }
+    tokens = {title: sum(map(len, map(encode, documents))) for title, encode in encoders.items()}
     return Compression(name, num_bytes, tokens)
+
+
+NEWS = """\
+The harbour authority said on Tuesday that repairs to the northern breakwater would take until \
+late October, three months longer than planned, after divers found that storms last winter had \
+washed out much of the stone beneath it. Ferries will keep running from the southern pier, but \
+the 7:15 morning service to the islands is cancelled for the summer.
+
+"We would rather close one berth now than lose two in January," said Ines Halloran, who manages \
+the port's engineering works. The extra cost, put at about 4.6 million, will be shared between \
+the region and the shipping lines.
+"""
+CODE = '''\
+class MovingAverage:
+    """Average the last `size` values."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"size is {size}, it must be at least 1")
+        self.values: deque[float] = deque(maxlen=size)
+
+    def add(self, value: float) -> float:
+        self.values.append(value)
+        return sum(self.values) / len(self.values)
+'''
+MATHS = r"""\begin{theorem}
+Let $f : [a, b] \to \mathbb{R}$ be continuous and let $F(x) = \int_a^x f(t)\,dt$. Then $F$ is
+differentiable on $(a, b)$ and $F'(x) = f(x)$.
+\end{theorem}
+Fix $x$ and $\varepsilon > 0$. Choose $\delta$ with $|f(t) - f(x)| < \varepsilon$ whenever
+$|t - x| < \delta$. For $0 < |h| < \delta$,
+\[
+  \left| \frac{F(x+h) - F(x)}{h} - f(x) \right|
+  = \left| \frac{1}{h} \int_x^{x+h} \bigl( f(t) - f(x) \bigr)\,dt \right| \le \varepsilon .
+\]
+"""
+KOREAN = """\
+어제 저녁에는 비가 많이 내려서 산책을 나가지 못했습니다. 대신 집에서 오래된 사진첩을 꺼내 \
+보았는데, 할머니와 함께 바닷가에서 찍은 사진이 눈에 띄었습니다. 그때 나는 여섯 살이었고, \
+모래성을 쌓느라 해가 지는 줄도 몰랐습니다.
+"""
+SAMPLES = {"news": NEWS, "code": CODE, "maths": MATHS, "korean": KOREAN}
+"""Short texts of different kinds, on which vocabularies differ most."""

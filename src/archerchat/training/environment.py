@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 
 from archerchat import __version__
-from archerchat.runtime import Runtime
 
 COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 
 
 def describe_environment() -> dict[str, str | int | None]:
-    """Return facts by name; the device itself is in `describe_hardware`."""
+    """Return facts by name; the device itself is in `runtime.describe_hardware`."""
     return {
         "archerchat": __version__,
         "python": platform.python_version(),
@@ -31,15 +30,6 @@ def describe_environment() -> dict[str, str | int | None]:
         "cpus": os.cpu_count(),
         "git_commit": find_commit(Path(__file__)),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def describe_hardware(runtime: Runtime) -> dict[str, str | int]:
-    """Return what may change a run's last bits from one machine to the next."""
-    return {
-        "device": runtime.device_name,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
     }
 
 

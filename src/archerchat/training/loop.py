@@ -1,10 +1,10 @@
 """THE step loop: accumulation, timing, cadence, checkpoints, resume.
 
-A recipe brings a source of micro-batches, a loss, the settings of each step and what to do at
-evaluation, sampling and saving; it never loops itself. Before step i the loop saves, evaluates
-and samples where that is due, in this order: a long evaluation that dies costs no training. The
-same is done once more after the last update. Ctrl-C and SIGTERM end the loop with a checkpoint,
-after the running step or in the middle of an evaluation; a second one ends the process at once.
+A recipe brings micro-batches, a loss, the settings of each step, and what to measure and sample.
+Before step i the loop saves, evaluates and samples where that is due, in this order: a long
+evaluation that dies costs no training. The same is done once more after the last update. Ctrl-C
+and SIGTERM end the loop with a checkpoint, after the running step or in the middle of an
+evaluation; a second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -14,27 +14,51 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import torch
 
+from archerchat.checkpoint import Stateful
 from archerchat.console import ProgressLine, StepReport
-from archerchat.errors import ArcherChatError
-from archerchat.optim.optimizer import MuonGroup, Optimizer
+from archerchat.errors import ArcherChatError, CheckpointError
+from archerchat.optim.optimizer import MuonGroup
 from archerchat.planning.peak_flops import PeakFlops
-from archerchat.runtime import Runtime
-from archerchat.training.recipe import Cadence, LoopState, Measure, Recipe, StepSettings
-from archerchat.training.stopping import StopRequest, explained_memory
+from archerchat.runtime import StopRequest, explained_memory
+from archerchat.training.recipe import Evaluation, Recipe, StepSettings
+from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog, Occasion
-from archerchat.training.throughput import Throughput
 
 SMOOTHING = 0.9
 GC_EVERY = 5000
-BEST_BY = {"val/bpb": 1, "val/pass_at_1": -1}
-"""Metrics by which a checkpoint is the best, and what makes less of them better."""
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
+WARMUP_STEPS = 5
+"""Steps after a start that are left out of speed figures: they compile and fill caches."""
+RECENT_STEPS = 100
+"""Steps that the time left is estimated from."""
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint holds of the loop itself."""
+
+    step: int = 0
+    """Updates done."""
+    smooth_loss: float = 0.0
+    """Exponential average of the training loss, not yet corrected for its start at 0."""
+    first_val: float = math.nan
+    """The recipe's metric when it was first measured."""
+    last_val: float = math.nan
+    best_val: float = math.inf
+    """Its best value as `Metric.score` turns it: lower is better."""
+    best_saved: float = math.inf
+    """The score of the best checkpoint, measured right after it was saved."""
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+    flops: int = 0
+    training_seconds: float = 0.0
+    """Time in training steps, without evaluations and saving."""
 
 
 @dataclass(frozen=True)
@@ -51,70 +75,122 @@ class Outcome:
     """Share of the training time spent waiting for a batch."""
 
 
-class Loop:
-    """Run a recipe from `state` to its last step.
+@dataclass
+class Throughput:
+    """Collect the times of a call's steps."""
+
+    peak: float
+    """Floating-point operations per second of all devices together."""
+    wait_seconds: float = 0.0
+    """The part of the steps' time spent waiting for a batch."""
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    flops: int = 0
+
+    def add(self, seconds: float, tokens: int, flops: int) -> None:
+        """Count a step that is done."""
+        self.seconds.append(seconds)
+        self.tokens += tokens
+        self.flops += flops
+
+    def mfu(self, flops: float, seconds: float) -> float:
+        """Return the share of the peak at which `flops` operations took `seconds`."""
+        return flops / seconds / self.peak
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Estimate how long `steps` more take; None while there is nothing to estimate from."""
+        steady = self.seconds[WARMUP_STEPS:][-RECENT_STEPS:]
+        if not steady:
+            return None if steps else 0.0
+        return steps * _median(steady)
+
+    def outcome(self, finished: bool) -> Outcome:
+        """Return the rate of the median step after the warm-up, and its share of the peak."""
+        steps, spent = max(1, len(self.seconds)), sum(self.seconds)
+        measured = self.seconds[WARMUP_STEPS:] or self.seconds
+        typical = _median(measured) if measured else math.nan
+        return Outcome(
+            finished,
+            self.tokens / steps / typical,
+            self.mfu(self.flops / steps, typical),
+            self.wait_seconds / spent if spent else 0.0,
+        )
+
+
+class Loop(Stateful):
+    """Train a recipe to its last step.
 
     Args:
-        recipe: what to train on and how.
-        optimizer: steps the model's parameters.
-        state: continued in place.
         peak: of one device.
-        scaler_state: of the float16 gradient scaler, from a checkpoint.
-        core: measures at `core_every` what takes long, after a checkpoint of its own.
+        save_every, sample_every: steps from one to the next; None only does it at the end.
     """
 
     def __init__(
         self,
         recipe: Recipe,
-        optimizer: Optimizer,
-        runtime: Runtime,
-        cadence: Cadence,
-        state: LoopState,
         peak: PeakFlops,
-        metrics: MetricsLog,
-        progress: ProgressLine,
-        scaler_state: Mapping[str, Any] | None = None,
-        core: Measure | None = None,
+        save_every: int | None = None,
+        sample_every: int | None = None,
     ) -> None:
-        self.core = core
-        self.recipe, self.optimizer, self.runtime = recipe, optimizer, runtime
-        self.cadence, self.state = cadence, state
-        self.metrics, self.progress = metrics, progress
+        self.recipe, self.optimizer, self.runtime = recipe, recipe.optimizer, recipe.runtime
+        self.save_every, self.sample_every = save_every, sample_every
+        self.state = LoopState()
         self.scaler = torch.amp.GradScaler(
-            runtime.device.type, enabled=runtime.compute_dtype == torch.float16
+            self.runtime.device.type, enabled=self.runtime.compute_dtype == torch.float16
         )
-        if scaler_state:
-            self.scaler.load_state_dict(dict(scaler_state))
         self._stop = StopRequest()
-        self._saved_step = state.step
         # One rate shows the schedule; the others are multiples of it, and in the config.
-        muon = [group.rate for group in optimizer.groups if isinstance(group, MuonGroup)]
+        muon = [group.rate for group in self.optimizer.groups if isinstance(group, MuonGroup)]
         self._rates = {"train/matrix_lr": muon[0]} if muon else {}
-        self._throughput = Throughput(peak.flops_per_second * runtime.world_size)
+        self._throughput = Throughput(peak.flops_per_second * self.runtime.world_size)
 
-    def run(self) -> Outcome:
+    def state_dict(self) -> dict[str, Any]:
+        """Return a checkpoint's sections: the recipe's and the loop's own."""
+        own = {"loop": asdict(self.state), "scaler": dict(self.scaler.state_dict())}
+        return {**self.recipe.state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            CheckpointError: it does not fit this run.
+        """
+        try:
+            self.recipe.load_state_dict(state)
+            self.state = LoopState(**state["loop"])
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(dict(state["scaler"]))
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"the checkpoint does not fit this run: {error!r}") from error
+
+    def run(
+        self, checkpoints: CheckpointWriter, metrics: MetricsLog, progress: ProgressLine
+    ) -> Outcome:
         """Train until the last step is done or a signal asks to stop."""
+        self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
+        self.recipe.progress = progress
         stop, first_step = self._stop, self.state.step
-        with stop.listening(), self._without_gc(), explained_memory():
+        self._saved_step = first_step
+        with stop.listening(), _without_gc(), explained_memory():
             while True:
                 step = self.state.step
-                finished = step == self.cadence.steps_in_all(step)
-                if finished or _due(self.cadence.save_every, step):
-                    self._save()
-                if not stop.asked and (finished or _due(self.cadence.eval_every, step)):
-                    self._evaluate(step, self.recipe.evaluate, "eval/seconds")
-                core_due = step > 0 and _due(self.cadence.core_every, step)
-                if self.core and not stop.asked and (finished or core_due):
-                    self._save()
-                    self._evaluate(step, self.core, "core/seconds")
-                sample_due = step > 0 and _due(self.cadence.sample_every, step)
+                finished = step == self.recipe.total_steps(step)
+                if finished or _due(self.save_every, step):
+                    self._save(finished)
+                for evaluation in self.recipe.evaluations:
+                    due = _due(evaluation.every, step) and (step > 0 or evaluation.at_start)
+                    if not stop.asked and (finished or due):
+                        if evaluation.saves_first:
+                            self._save(finished)
+                        self._evaluate(step, evaluation)
+                sample_due = step > 0 and _due(self.sample_every, step)
                 if not stop.asked and (finished or sample_due):
                     self._sample(step)
                 if stop.asked:
-                    self._save()
-                    self.metrics.finish("interrupted")
+                    self._save(finished)
+                    metrics.finish("interrupted")
                 if stop.asked or finished:
-                    return Outcome(finished and not stop.asked, *self._throughput.figures())
+                    return self._throughput.outcome(finished and not stop.asked)
                 self._train_step(step)
                 if step == first_step:
                     gc.collect()
@@ -126,20 +202,20 @@ class Loop:
         mean, last = self._update(settings)
         seconds = time.perf_counter() - started
         self._require_finite(step, mean)
-        state, (tokens, flops) = self.state, self.cadence.amounts()
+        state, tokens, flops = self.state, self.recipe.step_tokens(), self.recipe.step_flops()
         state.step += 1
         state.tokens += tokens
         state.flops += flops
         state.training_seconds += seconds
         state.smooth_loss = SMOOTHING * state.smooth_loss + (1 - SMOOTHING) * mean
         self._throughput.add(seconds, tokens, flops)
-        self._report(step, mean, last, settings, seconds)
+        self._report(step, mean, last, settings)
         if (step + 1) % GC_EVERY == 0:
             gc.collect()
 
     def _update(self, settings: StepSettings) -> tuple[float, float]:
         """Step the optimizer; return the mean loss, and that of the last micro-batch."""
-        accum = self.cadence.grad_accum_steps
+        accum = self.recipe.grad_accum_steps
         total = torch.zeros((), device=self.runtime.device)
         for _ in range(accum):
             asked = time.perf_counter()
@@ -158,7 +234,8 @@ class Loop:
         )
         self.scaler.update()
         self.optimizer.zero_grad()
-        return (total / accum).item(), loss.item()  # waits for the device
+        mean, last = torch.stack((total / accum, loss.detach())).tolist()  # waits for the device
+        return mean, last
 
     def _require_finite(self, step: int, loss: float) -> None:
         """Stop before a step that diverged gets into a checkpoint."""
@@ -173,13 +250,10 @@ class Loop:
                 f"--embedding-lr), or use --dtype float32; the last checkpoint is intact"
             )
 
-    def _report(
-        self, step: int, loss: float, last: float, settings: StepSettings, seconds: float
-    ) -> None:
-        tokens, flops = self.cadence.amounts()
-        rate = tokens / seconds
-        mfu = self._throughput.mfu(flops, seconds)
-        smooth = self._smooth()
+    def _report(self, step: int, loss: float, last: float, settings: StepSettings) -> None:
+        seconds, tokens = self._throughput.seconds[-1], self.recipe.step_tokens()
+        rate, smooth = tokens / seconds, self._smooth()
+        mfu = self._throughput.mfu(self.recipe.step_flops(), seconds)
         self.metrics.log(
             {
                 "train/loss": loss,
@@ -200,7 +274,7 @@ class Loop:
             | dict(self.recipe.step_metrics()),
             step,
         )
-        steps = self.cadence.steps_in_all(self.state.step)
+        steps = self.recipe.total_steps(self.state.step)
         self.progress.step(
             StepReport(
                 step=self.state.step,
@@ -213,36 +287,29 @@ class Loop:
             )
         )
 
-    def _evaluate(self, step: int, measure: Measure, seconds_name: str) -> None:
+    def _evaluate(self, step: int, evaluation: Evaluation) -> None:
         started = time.perf_counter()
-        values = self._stop.interruptible(lambda: dict(measure(step)))
+        values = self._stop.interruptible(lambda: dict(evaluation.measure(step)))
         if not values:
             return
         seconds = time.perf_counter() - started
-        self.metrics.log(values | {seconds_name: seconds}, step)
-        if "val/bpb" in values:
-            self._note_validation(values["val/bpb"])
-        self._push_best(values)
+        self.metrics.log(values | {evaluation.seconds_name: seconds}, step)
+        if self.recipe.metric.name in values:
+            self._note_metric(values[self.recipe.metric.name])
         shown = ", ".join(
-            f"{name} {value:.4f}"
-            for name, value in values.items()
-            if not name.startswith("core/task/")
+            f"{name} {value:.4f}" for name, value in values.items() if name.count("/") == 1
         )
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
 
-    def _note_validation(self, bits: float) -> None:
-        state = self.state
-        state.first_val = bits if math.isnan(state.first_val) else state.first_val
-        state.last_val, state.best_val = bits, min(state.best_val, bits)
-
-    def _push_best(self, values: Mapping[str, float]) -> None:
-        """Push this step's checkpoint if there is one and none before it scored as well."""
-        state = self.state
-        for name in BEST_BY.keys() & values.keys():
-            score = values[name] * BEST_BY[name]
-            if 0 < state.step == self._saved_step and score < state.best_saved:
-                state.best_saved = score
-                self._push("best", {name: values[name]})
+    def _note_metric(self, value: float) -> None:
+        """Remember the value, and push this step's checkpoint if none before scored as well."""
+        state, metric = self.state, self.recipe.metric
+        score = metric.score(value)
+        state.first_val = value if math.isnan(state.first_val) else state.first_val
+        state.last_val, state.best_val = value, min(state.best_val, score)
+        if 0 < state.step == self._saved_step and score < state.best_saved:
+            state.best_saved = score
+            self._push("best", {metric.name: value})
 
     def _sample(self, step: int) -> None:
         texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
@@ -250,21 +317,22 @@ class Loop:
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")
 
-    def _save(self) -> None:
+    def _save(self, finished: bool) -> None:
         """Save the state of this step, once."""
-        if self._saved_step == self.state.step:
+        step = self.state.step
+        if self._saved_step == step:
             return
         started = time.perf_counter()
-        self.recipe.save(self.state, self.scaler.state_dict())
-        self._saved_step = self.state.step
+        self.checkpoints.save(step, self.state_dict(), finished)
+        self._saved_step = step
         seconds = time.perf_counter() - started
-        self.progress.note(f"step {self.state.step}: checkpoint saved ({seconds:.1f} s)")
+        self.progress.note(f"step {step}: checkpoint saved ({seconds:.1f} s)")
         self._push("last", {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()})
 
     def _push(self, occasion: Occasion, metadata: Mapping[str, float]) -> None:
         """Hand the checkpoint of this step over, if it is one to be pushed."""
         step = self.state.step
-        path = self.recipe.checkpoint_path(step)
+        path = self.checkpoints.find(step)
         if path is not None:
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
             if problem:
@@ -274,16 +342,21 @@ class Loop:
         """Return the average loss, corrected for its start at 0."""
         return self.state.smooth_loss / (1 - SMOOTHING**self.state.step)
 
-    @contextmanager
-    def _without_gc(self) -> Iterator[None]:
-        """Collect garbage only when the loop says so: a collection in a step is a stall."""
-        gc.disable()
-        try:
-            yield
-        finally:
-            gc.unfreeze()
-            gc.enable()
+
+@contextmanager
+def _without_gc() -> Iterator[None]:
+    """Collect garbage only when the loop says so: a collection in a step is a stall."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 def _due(every: int | None, step: int) -> bool:
     return every is not None and step % every == 0
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]

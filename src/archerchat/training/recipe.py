@@ -1,18 +1,35 @@
-"""What the loop and a recipe tell each other: a step's settings, when to do what, how far it is.
+"""What a stage trains: its model, its batches, its loss, its schedule.
 
-A recipe brings the batches, the loss and the schedules (`Recipe`); its command says when the loop
-does more than train (`Cadence`); a checkpoint holds both the recipe's state and `LoopState`.
+The loop asks a `Recipe` for micro-batches, losses and settings, and never looks inside. Each
+stage derives one: `pretrain.py`, `sft.py`, `rl.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
+
+from archerchat.checkpoint import Stateful
+from archerchat.console import ProgressLine
+from archerchat.data.prefetch import Batch
+from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
+from archerchat.evals.chat.generative import render_question
+from archerchat.inference.chat import build_answer_request
+from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.tools import read_parts
+from archerchat.model.flops import flops_per_token
+from archerchat.model.loss import LossKernels, token_losses, weighted_loss
+from archerchat.model.transformer import Regions, Transformer
+from archerchat.optim.optimizer import Optimizer
+from archerchat.runtime import Runtime
+from archerchat.tasks.conversation import Conversation
+from archerchat.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,82 +38,198 @@ class StepSettings:
 
     lr_multiplier: float
     muon_momentum: float
-    muon_weight_decay: float
+    muon_weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
-class Cadence:
-    """When the loop does more than train; None is never, the end excepted."""
+class Metric:
+    """The figure by which a stage's checkpoints are compared."""
 
-    num_iterations: int | Callable[[int], int]
-    """Steps in all; where the data decides, an estimate of them by the steps done, which is their
-    number itself once the data is used up."""
+    name: str
+    """Its name among the logged metrics, such as "val/bpb"."""
+    label: str
+    """Its name for people."""
+    higher_is_better: bool = False
+
+    def score(self, value: float) -> float:
+        """Return a number that is lower for better values."""
+        return -value if self.higher_is_better else value
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A measurement that the loop makes between steps, and once at the end."""
+
+    measure: Callable[[int], Mapping[str, float]]
+    """Returns metrics by name, given the step. Names with two slashes are logged, not printed."""
+    every: int | None
+    """Steps from one measurement to the next; None measures only at the end."""
+    seconds_name: str = "eval/seconds"
+    """The metric that holds how long it took."""
+    at_start: bool = True
+    """Whether step 0 is measured too."""
+    saves_first: bool = False
+    """Whether a checkpoint is saved before it, because it takes long."""
+
+
+class BatchLoader(Stateful, Protocol):
+    """An endless source of batches whose position a checkpoint holds."""
+
+    def __next__(self) -> Batch: ...
+    def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Recipe(ABC):
+    """Compute the loss of batches; hold everything that a checkpoint has to restore."""
+
+    metric: ClassVar[Metric] = Metric("val/bpb", "validation bits per byte")
+
+    runtime: Runtime
+    model: Transformer
+    optimizer: Optimizer
+    loader: BatchLoader
+    tokenizer: Tokenizer
     grad_accum_steps: int
-    tokens_per_step: int | Callable[[], int]
-    """Over all ranks; where steps differ, those of the step that is done."""
-    flops_per_step: int | Callable[[], int]
-    eval_every: int | None = None
-    sample_every: int | None = None
-    save_every: int | None = None
-    core_every: int | None = None
+    compile: bool = False
+    evaluations: Sequence[Evaluation] = ()
+    """What the loop measures, in this order."""
+    progress: ProgressLine | None = None
+    """Shows how far an evaluation is."""
 
-    def steps_in_all(self, step: int) -> int:
-        """Return how many steps the run has, as far as is known after `step` of them."""
-        given = self.num_iterations
-        return given(step) if callable(given) else given
+    def __post_init__(self) -> None:
+        self._regions = Regions.compiled() if self.compile else Regions()
+        self._kernels = LossKernels.compiled() if self.compile else LossKernels()
+        self._token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(self.runtime.device)
 
-    def amounts(self) -> tuple[int, int]:
-        """Return the tokens and the operations of the step that is done."""
-        tokens, flops = self.tokens_per_step, self.flops_per_step
-        return tokens() if callable(tokens) else tokens, flops() if callable(flops) else flops
+    @abstractmethod
+    def total_steps(self, step: int) -> int:
+        """Return the length of the run as far as it is known after `step` steps."""
 
+    @abstractmethod
+    def settings(self, step: int) -> StepSettings:
+        """Read the schedules at `step`."""
 
-@dataclass
-class LoopState:
-    """What a checkpoint holds of the loop itself."""
+    @abstractmethod
+    def step_tokens(self) -> int:
+        """Return the tokens of the step that is done, over all ranks."""
 
-    step: int = 0
-    """Updates done."""
-    smooth_loss: float = 0.0
-    """Exponential average of the training loss, not yet corrected for its start at 0."""
-    first_val: float = math.nan
-    """Bits per byte when it was first measured."""
-    last_val: float = math.nan
-    best_val: float = math.inf
-    best_saved: float = math.inf
-    """What the best checkpoint scored right after it was saved, as `BEST_BY` turns it."""
-    tokens: int = 0
-    """Trained on, over all ranks."""
-    flops: int = 0
-    training_seconds: float = 0.0
-    """Time in training steps, evaluations and saving excluded."""
+    @abstractmethod
+    def sample(self, step: int) -> Mapping[str, str]:
+        """Return texts that the model writes, by the name of their prompt."""
 
-
-Measure = Callable[[int], Mapping[str, float]]
-"""Returns a step's metrics by name."""
-
-
-class Recipe(Protocol):
-    """What the loop asks of pretraining, fine-tuning and reinforcement learning."""
-
-    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets (B, T) on the device."""
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the micro-batch's mean loss."""
-
-    def settings(self, step: int) -> StepSettings: ...
+    def step_flops(self) -> int:
+        """Return the floating-point operations of the step that is done, over all ranks."""
+        return flops_per_token(self.model.config) * self.step_tokens()
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return what else to log of the step that is done, by name."""
+        """Return the stage's own metrics of the step that is done, by name."""
+        return {}
 
-    def evaluate(self, step: int) -> Mapping[str, float]:
-        """Return metrics by name; `val/bpb` is the one whose best value is kept."""
+    def final_metrics(self) -> Mapping[str, float]:
+        """Return the stage's own figures for a finished run's summary, by name."""
+        return self.step_metrics()
 
-    def sample(self, step: int) -> Mapping[str, str]:
-        """Return texts by the name of their prompt."""
+    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the loader's next inputs and targets (B, T) on the device."""
+        return self.to_device(next(self.loader))
 
-    def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None: ...
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of the trained targets (B, T)."""
+        return weighted_loss(
+            self.hidden(inputs),
+            self.model.unembedding.weight,
+            targets,
+            self.model.config.vocab_size,
+            kernels=self._kernels,
+        )
 
-    def checkpoint_path(self, step: int) -> Path | None:
-        """Return where the checkpoint of `step` is, if there is one."""
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Return the unembedding's input (B, T, C)."""
+        return self.model.hidden(inputs, self._regions)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return each section of a checkpoint."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loader": self.loader.state_dict(),
+            "rng": rng_state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            CheckpointError, RuntimeError, ValueError, KeyError: a section does not fit this run.
+        """
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loader.load_state_dict(state["loader"])
+        load_rng_state_dict(state["rng"])
+
+    def bits_per_byte(self, batches: Iterable[Batch]) -> float:
+        """Measure bits per byte of the targets in `batches`."""
+        pairs = (self.to_device(batch) for batch in batches)
+        return evaluate_bits_per_byte(self._token_losses, pairs, self._token_bytes)
+
+    def show_progress(self, what: str, share: float | None = None) -> None:
+        """Say on the progress line what takes long, and how much of it is done."""
+        if self.progress is not None:
+            self.progress.busy(what if share is None else f"{what}: {min(1.0, share):.0%}")
+
+    def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Copy inputs and targets (B, T) in one transfer; on CUDA it does not wait."""
+        pair = torch.from_numpy(batch.stacked)
+        if self.runtime.device.type == "cuda":
+            pair = pair.pin_memory().to(self.runtime.device, non_blocking=True)
+        inputs, targets = pair.to(self.runtime.device).unbind()
+        return inputs, targets
+
+    def _token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Run the graph of training, gradients and all: another would be compiled without them."""
+        with torch.enable_grad():
+            hidden = self.hidden(inputs).detach()
+        weight, size = self.model.unembedding.weight, self.model.config.vocab_size
+        return token_losses(hidden, weight, targets, size, self._kernels)
+
+
+def rng_state_dict() -> dict[str, Tensor]:
+    """Return the state of torch's random generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def load_rng_state_dict(states: Mapping[str, Tensor]) -> None:
+    """Set the generators whose state was saved and that exist here."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def answer_questions(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+) -> dict[str, str]:
+    """Answer each conversation's question greedily, with the calculator.
+
+    Returns:
+        Question and answer by the question's first 60 characters; what the model gave to the
+        calculator and what came back are in brackets.
+    """
+    params = SamplingParams(max_new_tokens, temperature=0)
+    prompts = [render_question(tokenizer, c, engine.max_length)[0] for c in conversations]
+    requests = [build_answer_request(tokenizer, prompt, params) for prompt in prompts]
+    texts = {}
+    for conversation, samples in zip(conversations, engine.generate(requests), strict=True):
+        parts = read_parts(tokenizer, samples[0].token_ids)
+        answer = "".join(
+            part["text"] if part["type"] == "text" else f"[{part['text']}]" for part in parts
+        )
+        question = conversation["messages"][0]["content"]
+        texts[question[:60]] = f"{question} {answer}"
+    return texts

@@ -1,26 +1,24 @@
-"""Whether a run may go on from a checkpoint, and with what state.
+"""A run's checkpoints: which one it may resume from, and how it writes the next.
 
-A run's identity is all that decides its weights. Some of it (`EXTENDABLE`) may be changed on
-purpose with `--extend`; the shape of the model, the tokenizer, the data and the packing may not.
+A run's identity is everything that decides its weights. `--extend` allows part of it
+(`EXTENDABLE`) to change; the shape of the model, the tokenizer and the packing stay.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from typing import Any
 
 from archerchat.checkpoint import (
     Checkpoint,
-    compare_configs,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    save_checkpoint,
 )
+from archerchat.config import compare_configs
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.optim.schedule import Schedule
 
@@ -36,20 +34,41 @@ EXTENDABLE = (
 )
 
 
+@dataclass(frozen=True)
+class CheckpointWriter:
+    """Write a run's checkpoints and prune older ones."""
+
+    directory: Path
+    meta: Mapping[str, Any]
+    """Kept with each of them; `identity` in it decides who may resume."""
+    keep_last: int
+
+    def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
+        """Save a step's state.
+
+        Raises:
+            CheckpointError: it cannot be written; older checkpoints are untouched.
+        """
+        meta = {**self.meta, "finished": finished}
+        save_checkpoint(self.directory, step, state, meta, keep_last=self.keep_last)
+
+    def find(self, step: int) -> Path | None:
+        """Return the path of a step's checkpoint, if there is one."""
+        saved = step in list_checkpoints(self.directory)
+        return find_checkpoint(self.directory, step) if saved else None
+
+
 def find_start(
-    directory: Path,
-    identity: Mapping[str, Any],
-    step: int | None,
-    extend: bool,
-    extendable: tuple[str, ...] = EXTENDABLE,
+    directory: Path, identity: Mapping[str, Any], step: int | None, extend: bool = False
 ) -> Checkpoint | None:
-    """Load the checkpoint to go on from, or return None where there is none yet.
+    """Load the checkpoint to resume from, or return None if the model has none yet.
 
     Args:
-        directory: of the model's checkpoints.
-        identity: of the run that is asked for; `num_iterations` is None where its data ends it.
-        step: a certain checkpoint; None takes the latest.
-        extend: allow the differences that `extendable` names.
+        directory: the model's checkpoints.
+        identity: identity of the run that is asked for; its `num_iterations` is None where the
+            data decides the end.
+        step: the checkpoint to take; None takes the latest.
+        extend: allow differences in what `EXTENDABLE` names.
 
     Raises:
         UsageError: the run there is another one, and how; or there is no such step; or it is past
@@ -66,17 +85,19 @@ def find_start(
     meta = load_checkpoint(path, sections=()).meta
     if "identity" not in meta:
         raise CheckpointError(
-            f"{path} has weights but no training state to go on with ({meta.get('source', '?')}): "
+            f"{path} has weights but no training state to resume ({meta.get('source', '?')}): "
             "choose another --model-tag for a new run"
         )
     differences = compare_configs(meta["identity"], identity)
-    refused = [d for d in differences if not (extend and d.startswith(extendable))]
+    refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
     if refused:
-        allowed = all(d.startswith(extendable) for d in refused)
-        remedy = "go on with the new settings by --extend, or " if allowed and not extend else ""
+        base = meta.get("stage", "base") == "base"  # the only stage that has --extend
+        allowed = base and not extend and all(d.startswith(EXTENDABLE) for d in refused)
+        remedy = "continue with the new settings by --extend, or " if allowed else ""
+        tag = "--model-tag" if base else "--output-tag"
         raise UsageError(
             f"{path} belongs to a different run: {'; '.join(refused)}. Use the saved settings to "
-            f"resume it exactly, {remedy}choose another --model-tag for a new run"
+            f"resume it exactly, {remedy}choose another {tag} for a new run"
         )
     start = load_checkpoint(path)
     horizon = identity["num_iterations"]
@@ -98,8 +119,8 @@ def describe_extension(
     """Say what `--extend` does to the learning rate at `step` and after it.
 
     Args:
-        old_peaks: each group's rate at multiplier 1, which the batch scales too.
-        new_peaks: the same groups' from now on.
+        old_peaks: the saved run's learning rate of each group at multiplier 1.
+        new_peaks: the new rates of the same groups.
     """
     old = before.lr_multiplier(min(step, before.num_iterations - 1))
     new = after.lr_multiplier(step)
@@ -123,10 +144,10 @@ def describe_extension(
 
 
 def set_aside_later(path: Path) -> list[Path]:
-    """Move the checkpoints after `path`, of the run as it was, where they cannot be resumed from.
+    """Move later checkpoints than `path` out of the run's way, so that none is resumed from.
 
     Returns:
-        Where they are now, in `<tag>.before-step-<step>` beside the model's directory.
+        Their new places, in `<tag>.before-step-<step>` beside the model's directory.
     """
     directory, step = path.parent, int(path.name.removeprefix("step_"))
     later = [find_checkpoint(directory, other) for other in list_checkpoints(directory)]
@@ -143,48 +164,8 @@ def set_aside_later(path: Path) -> list[Path]:
 
 
 def changed_circumstances(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return what differs without being part of the identity: results agree, but not to the bit."""
+    """Return differences after which results match closely, but not bit for bit."""
     names = ("hardware", "attention", "compile", "validation")
     return compare_configs(
         {name: saved.get(name) for name in names}, {name: current.get(name) for name in names}
     )
-
-
-class LoaderState(Protocol):
-    """Everything that decides a loader's next batch."""
-
-    def to_parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]: ...
-    def from_parts(self, value: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Any: ...
-
-
-class Loader(Protocol):
-    """What a checkpoint needs of a loader."""
-
-    def state(self) -> LoaderState: ...
-    def restore(self, state: Any, *, extend: bool) -> None: ...
-    def close(self) -> None: ...
-
-
-def restore_loader(loader: Loader, checkpoint: Checkpoint, extend: bool) -> None:
-    """Set the loader to the batch that follows the checkpoint.
-
-    Raises:
-        CheckpointError: the data or the packing are not those of the run.
-    """
-    arrays = {name: tensor.numpy() for name, tensor in checkpoint.tensors["loader"].items()}
-    loader.restore(loader.state().from_parts(checkpoint.meta["loader"], arrays), extend=extend)
-
-
-def rng_tensors() -> dict[str, Tensor]:
-    """Return the state of torch's random generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def restore_rng(states: Mapping[str, Tensor]) -> None:
-    """Set the generators whose state was saved and that exist here."""
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])

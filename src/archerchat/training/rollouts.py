@@ -1,12 +1,12 @@
 """Rollouts as batches: questions in order, answers by the engine, rewards, advantages, rows.
 
-A step's rollouts follow from the weights, the seed and the step alone: the order of questions is a
-shuffle an epoch, and a row's draws come from seed, step, question and sample. A loader's whole
-state is therefore the number of steps that it rolled out, and a resumed run asks what the
-uninterrupted one would have asked.
+A step's rollouts follow from the weights, the seed and the step alone: questions are shuffled once
+per epoch, and an answer's tokens follow from seed, step, question and sample. The whole state of a
+loader is therefore the number of steps that it has rolled out, and a resumed run asks what the
+uninterrupted run would have asked.
 
     loader = RolloutLoader(engine, tokenizer, task, settings)
-    batch = next(loader)        # of a step's `settings.batches`, the first rolls out
+    batch = next(loader)        # the first of a step's `settings.batches` rolls out
 """
 
 from __future__ import annotations
@@ -15,61 +15,71 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from archerchat.config import Config, PositiveInt, compare_configs
+from archerchat.data.prefetch import Batch
 from archerchat.errors import CheckpointError
-from archerchat.evals.chat.generative import Sampling, build_request, render_question
-from archerchat.inference.answers import spoken_text
-from archerchat.inference.draws import row_seed
+from archerchat.evals.chat.generative import build_request, render_question
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Completion
+from archerchat.inference.sampling_params import SamplingParams, derive_seed
+from archerchat.inference.sequence import Completion
+from archerchat.inference.tools import spoken_text
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import Task
 from archerchat.tokenizer.bpe import Tokenizer
 
+SAMPLING = SamplingParams(max_new_tokens=256, top_k=50, num_samples=16)
+IDENTITY_PARAMS = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+"""Sampling parameters that every saved identity has; others are in it unless they are defaults."""
+
 
 @dataclass(frozen=True)
-class RolloutSettings:
+class RolloutSettings(Config):
     """How a step's rollouts are made; all of it decides the weights."""
 
-    questions_per_step: int = 16
-    num_samples: int = 16
-    """Of each question: a group."""
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int | None = 50
-    device_batch_size: int = 8
-    """Rows in a micro-batch."""
-    seed: int = 42
+    questions_per_step: PositiveInt = 16
+    sampling: SamplingParams = SAMPLING
+    """How answers are sampled; the samples of one question form a group."""
+    device_batch_size: PositiveInt = 8
+    """Rows per micro-batch."""
 
     @property
     def rows(self) -> int:
-        """Rollouts in a step."""
-        return self.questions_per_step * self.num_samples
+        """Rollouts per step."""
+        return self.questions_per_step * self.sampling.num_samples
 
     @property
     def batches(self) -> int:
-        """Micro-batches in a step."""
+        """Micro-batches per step."""
         return -(-self.rows // self.device_batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings as checkpoints hold them."""
+        given, default = asdict(self.sampling), asdict(SamplingParams())
+        kept = {k: v for k, v in given.items() if k in IDENTITY_PARAMS or v != default[k]}
+        counts = ("questions_per_step", "device_batch_size")
+        return {name: getattr(self, name) for name in counts} | kept
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sample of a question, with what it is worth."""
+    """One sample of a question, and its reward."""
 
     token_ids: tuple[int, ...]
-    """Prompt, answer and, where the model ended it, the token that did."""
+    """Prompt, answer and, if the model ended it, the token that did."""
     mask: tuple[int, ...]
     """1 for the tokens that the model chose; 0 for the prompt and the results of tools."""
     reward: float
     advantage: float
     cut: bool
-    """Whether the limit of tokens or the context ended it."""
+    """Whether the limit of tokens or of the context ended it."""
 
     @property
     def trained(self) -> int:
@@ -78,13 +88,9 @@ class Rollout:
 
 
 @dataclass(frozen=True, eq=False)
-class RolloutBatch:
+class RolloutBatch(Batch):
     """Rows padded on the right."""
 
-    inputs: NDArray[np.int64]
-    """(B, T)"""
-    targets: NDArray[np.int64]
-    """(B, T); -1 where nothing is trained."""
     advantages: NDArray[np.float32]
     """(B,)"""
     scale: float
@@ -101,7 +107,7 @@ def group_advantages(rewards: Sequence[float]) -> list[float]:
 def question_indices(count: int, settings: RolloutSettings, step: int) -> list[int]:
     """Return the questions of a step; every epoch takes each of `count` once, in its own order.
 
-    A step that begins at an epoch's end goes on with the next one's beginning.
+    A step at the end of an epoch continues with the next epoch's first questions.
     """
     first = step * settings.questions_per_step
     orders: dict[int, array[int]] = {}
@@ -110,7 +116,7 @@ def question_indices(count: int, settings: RolloutSettings, step: int) -> list[i
         epoch, place = divmod(position, count)
         if epoch not in orders:
             orders[epoch] = array("Q", range(count))
-            Random(f"questions {settings.seed} {epoch}").shuffle(orders[epoch])
+            Random(f"questions {settings.sampling.seed} {epoch}").shuffle(orders[epoch])
         found.append(orders[epoch][place])
     return found
 
@@ -118,7 +124,7 @@ def question_indices(count: int, settings: RolloutSettings, step: int) -> list[i
 def build_rollout(
     prompt: Sequence[int], completion: Completion, reward: float, advantage: float
 ) -> Rollout:
-    """Put a row together; the token by which the model ended its answer is one that it chose."""
+    """Build a row; the token by which the model ended its answer is one that it chose."""
     ended = [completion.stop_token] if completion.stop_token is not None else []
     return Rollout(
         token_ids=(*prompt, *completion.token_ids, *ended),
@@ -150,48 +156,22 @@ def build_batches(
 
 def _pad(rows: Sequence[Rollout], padding: int, scale: float) -> RolloutBatch:
     width = max(len(row.token_ids) for row in rows) - 1
-    inputs = np.full((len(rows), width), padding, dtype=np.int64)
-    targets = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    stacked = np.full((2, len(rows), width), padding, dtype=np.int64)
+    inputs, targets = stacked
+    targets.fill(IGNORED)
     for number, row in enumerate(rows):
         ids, mask = np.array(row.token_ids, dtype=np.int64), np.array(row.mask[1:], dtype=bool)
         inputs[number, : len(ids) - 1] = ids[:-1]
         targets[number, : len(ids) - 1] = np.where(mask, ids[1:], IGNORED)
     advantages = np.array([row.advantage for row in rows], dtype=np.float32)
-    return RolloutBatch(inputs, targets, advantages, scale)
-
-
-@dataclass(frozen=True)
-class RolloutState:
-    """All that decides a loader's next batch."""
-
-    steps: int
-    """Rolled out and used up."""
-    identity: Mapping[str, Any]
-
-    def to_parts(self) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-        """Return the state as JSON and arrays."""
-        return {"identity": dict(self.identity)}, {"steps": np.array([self.steps])}
-
-    @classmethod
-    def from_parts(
-        cls, value: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-    ) -> RolloutState:
-        """Undo `to_parts`.
-
-        Raises:
-            CheckpointError: it is not what `to_parts` returns.
-        """
-        try:
-            return cls(int(arrays["steps"][0]), dict(value["identity"]))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise CheckpointError(f"the state of the rollouts cannot be read: {error!r}") from error
+    return RolloutBatch(stacked, advantages, scale)
 
 
 class RolloutLoader:
     """Roll out with the engine's model as it is at the first batch of each step.
 
     Args:
-        task: what is asked; its `reward` judges.
+        task: asks the questions; its `reward` judges the answers.
     """
 
     def __init__(
@@ -223,13 +203,8 @@ class RolloutLoader:
         """Return a step's rollouts, question by question."""
         self.engine.refresh_weights()
         settings, rows = self.settings, []
-        sampling = Sampling(
-            settings.max_new_tokens,
-            settings.temperature,
-            settings.top_k,
-            settings.num_samples,
-            row_seed(settings.seed, step),
-        )
+        params = settings.sampling
+        params = replace(params, seed=derive_seed(params.seed, step))
         conversations = [
             self.task[index] for index in question_indices(len(self.task), settings, step)
         ]
@@ -238,12 +213,12 @@ class RolloutLoader:
             for conversation in conversations
         ]
         requests = [
-            build_request(self.tokenizer, prompt, sampling, place)
+            build_request(self.tokenizer, prompt, params, place)
             for place, prompt in enumerate(prompts)
         ]
         groups = self.engine.generate(requests)
         for conversation, prompt, group in zip(conversations, prompts, groups, strict=True):
-            texts = [spoken_text(self.tokenizer, sample.token_ids) for sample in group]
+            texts = [spoken_text(self.tokenizer, each.token_ids, params.stop) for each in group]
             rewards = [self.task.reward(conversation, text) for text in texts]
             for sample, reward, advantage in zip(
                 group, rewards, group_advantages(rewards), strict=True
@@ -252,13 +227,13 @@ class RolloutLoader:
         return rows
 
     def amounts(self) -> tuple[int, int]:
-        """Return the tokens of the last step's rows, and of those of them that were trained on."""
+        """Return how many tokens the last step's rows have: all rows, and those trained on."""
         lengths = [(len(row.token_ids), row.advantage != 0) for row in self._rollouts]
         return sum(n for n, _ in lengths), sum(n for n, trained in lengths if trained)
 
     def metrics(self) -> dict[str, float]:
         """Return the figures of the last step's rollouts."""
-        rows, size = self._rollouts, self.settings.num_samples
+        rows, size = self._rollouts, self.settings.sampling.num_samples
         if not rows:
             return {}
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -272,27 +247,32 @@ class RolloutLoader:
             "rollout/seconds": self._seconds,
         }
 
-    def state(self) -> RolloutState:
-        """Return the state between two steps."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state between two steps: what is asked, and the steps rolled out."""
         assert not self._waiting, "a step's batches are used up together"
-        return RolloutState(self._steps, self._identity())
+        return {"identity": self._identity(), "steps": torch.tensor([self._steps])}
 
-    def restore(self, state: RolloutState, *, extend: bool) -> None:
-        """Go on after `state`.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after `state`.
 
         Raises:
-            CheckpointError: other questions were asked, or otherwise.
+            CheckpointError: it cannot be read, or other questions were asked, or in another way.
         """
-        if dict(state.identity) != self._identity():
+        try:
+            differences = compare_configs(state["identity"], self._identity())
+            steps = int(state["steps"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"the state of the rollouts cannot be read: {error!r}") from error
+        if differences:
             raise CheckpointError(
-                f"the checkpoint's rollouts are of {dict(state.identity)}, not of "
-                f"{self._identity()}: choose another --output-tag for a new run"
+                f"the checkpoint's rollouts differ: {'; '.join(differences)}. Choose another "
+                "--output-tag for a new run"
             )
-        self._steps = state.steps
+        self._steps = steps
         self._waiting.clear()
 
     def close(self) -> None:
-        """Drop what waits."""
+        """Drop the waiting batches."""
         self._waiting.clear()
 
     def __enter__(self) -> RolloutLoader:
@@ -302,7 +282,7 @@ class RolloutLoader:
         self.close()
 
     def _identity(self) -> dict[str, Any]:
-        return {"task": self.task.describe(), "settings": asdict(self.settings)}
+        return {"task": self.task.describe(), "settings": self.settings.identity()}
 
 
 def _share(flags: Any) -> float:

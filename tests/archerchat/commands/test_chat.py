@@ -16,8 +16,9 @@ from rich.console import Console
 from archerchat.commands import chat
 from archerchat.commands.chat import Dialogue, show_answer
 from archerchat.errors import UsageError
-from archerchat.inference.chat_session import ChatRules, ChatSession
+from archerchat.inference.chat import ChatSession
 from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
 
 SCRIPT = (
     "<|assistant_start|>",
@@ -30,8 +31,8 @@ SAID = "So [6*7 = 42]####42\n"
 @pytest.fixture
 def session(scripted: Callable[[Sequence[str]], Any]) -> ChatSession:
     speaker = scripted(SCRIPT)
-    rules = ChatRules(temperature=0.0, max_tokens=32)
-    return ChatSession(Engine(speaker.model, max_batch=1), speaker.tokenizer, rules)
+    params = SamplingParams(32, temperature=0.0)
+    return ChatSession(Engine(speaker.model, max_batch=1), speaker.tokenizer, params)
 
 
 @pytest.fixture
@@ -65,9 +66,7 @@ def test_a_dialogue_from_standard_input(
     assert said.startswith(
         f"{SAID}temperature is 0.5\ntop_k is None\ntop_k is None\na new conversation\n"
     )
-    assert said.endswith(
-        f"2 turn(s) in {saved}\nerror: {saved} is there already: choose another name\n"
-    )
+    assert said.endswith(f"2 turn(s) in {saved}\nerror: {saved} exists: choose another name\n")
     assert [turn.message for turn in session.turns] == ["/slash?", "again"]
     messages = json.loads(saved.read_text())["messages"]
     assert [message["content"] for message in messages[::2]] == ["/slash?", "again"]
@@ -76,22 +75,22 @@ def test_a_dialogue_from_standard_input(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/tempreature 1", "there is no /tempreature: /help tells the commands"),
+        ("/tempreature 1", "there is no /tempreature: /help lists the commands"),
         ("/temperature warm", "/temperature takes a number, not 'warm'"),
-        ("/temperature -1", "temperature is -1.0; it must be 0, or"),
-        ("/temperature nan", "temperature is nan; it must be 0, or"),
+        ("/temperature -1", "--temperature is -1.0; it must be at least 0"),
+        ("/temperature nan", "--temperature is nan; it must be"),
         ("/top_k 1.5", "/top_k takes a number, not '1.5'"),
-        ("/max_tokens 0", "max_new_tokens is 0; it must be at least 1"),
+        ("/max_tokens 0", "--max-new-tokens is 0; it must be at least 1"),
         ("/save", "/save takes the name of a file"),
-        ("/save talk.jsonl", "nothing was said yet"),
+        ("/save talk.jsonl", "there is nothing to save yet"),
         ("long " * 100, r"takes \d+ tokens and the context has 128"),
     ],
 )
 def test_bad_lines(session: ChatSession, console: Console, line: str, message: str) -> None:
-    rules = session.rules
+    params = session.params
     with pytest.raises(UsageError, match=message):
         Dialogue(session, console).take(line)
-    assert session.rules == rules
+    assert session.params == params
     assert session.turns == []
 
 
@@ -102,7 +101,7 @@ def test_an_error_does_not_end_the_dialogue(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     Dialogue(session, console).run()
     said = output_of(console)
-    assert said.startswith(f"error: there is no /nothing: /help tells the commands\n{SAID}error: ")
+    assert said.startswith(f"error: there is no /nothing: /help lists the commands\n{SAID}error: ")
     assert "cannot write" in said
 
 
@@ -154,7 +153,7 @@ def test_it_says_that_turns_were_left_out_and_answers_cut(
         show_answer(session, "a message", console)
     assert "the context is full: the oldest 1 turn(s) are left out\n" in output_of(console)
     session.clear()
-    session.set_rules(max_tokens=2)
+    session.set_params(max_new_tokens=2)
     show_answer(session, "a message", console)
     assert output_of(console) == "So\ncut at /max_tokens\n"
 
@@ -163,8 +162,8 @@ def test_what_a_terminal_would_obey_is_not_printed(
     scripted: Callable[[Sequence[str]], Any], console: Console
 ) -> None:
     speaker = scripted(["<|assistant_start|>", "a\x1b[2J\x07b", "<|assistant_end|>"])
-    rules = ChatRules(temperature=0.0, max_tokens=32)
-    show_answer(ChatSession(Engine(speaker.model), speaker.tokenizer, rules), "hi", console)
+    params = SamplingParams(32, temperature=0.0)
+    show_answer(ChatSession(Engine(speaker.model), speaker.tokenizer, params), "hi", console)
     assert output_of(console) == "a\ufffd[2J\ufffdb\n"
 
 
@@ -184,9 +183,11 @@ def test_one_answer_from_the_command_line(
     ("words", "message"),
     [
         (("--source", "sft"), "no sft model under"),
-        (("--source", "base", "--temperature", "-1"), "temperature is -1.0"),
-        (("--source", "base", "--max-tokens", "0"), "max_new_tokens is 0"),
-        (("--source", "base", "--seed", "-1"), "seed is -1"),
+        (("--source", "base", "--temperature", "-1"), "--temperature is -1.0"),
+        (("--source", "base", "--max-tokens", "0"), "--max-new-tokens is 0"),
+        (("--source", "base", "--max-tokens=0"), "--max-new-tokens is 0"),
+        (("--source", "base", "--num-samples", "2"), "--num-samples 2 has no use here"),
+        (("--source", "base", "--seed", "-1"), "--seed is -1"),
         (("--source", "base", "--model-tag", "x"), "no base model 'x'"),
         (("--source", "base", "-p", " "), "nothing to answer"),
     ],

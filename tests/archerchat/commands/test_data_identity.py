@@ -51,7 +51,7 @@ def test_the_template_is_saved_edited_and_used(capsys: pytest.CaptureFixture[str
     [
         (("--name", " "), 2, "--name is empty"),
         (("--creator", ""), 2, "--creator is empty"),
-        (("--num-conversations", "0"), 2, "0 conversations cannot be written"),
+        (("--num-conversations", "0"), 2, "--num-conversations is 0; it must be at least 1"),
         (("--template", "none.toml"), 1, "cannot read the template none.toml"),
         (("--output", "home-file/x.jsonl"), 1, "cannot write home-file/x.jsonl"),
     ],

@@ -17,8 +17,7 @@ from archerchat.data.shards import write_shards
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 QUICK = ("eval", "base", "--split-tokens", "512", "--device-batch-size", "4", "--device", "cpu")
 
@@ -108,7 +107,7 @@ def save_imported(
 
 def test_the_references_figures(oracle_dir: Path, tmp_path: Path) -> None:
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    home, tokenizer = Home(tmp_path), Tokenizer.from_ranks(ranks)
+    home, tokenizer = Home(tmp_path), Tokenizer(ranks)
     tokenizer.save(home.tokenizer_dir("golden"))
     stored = load_file(oracle_dir / "train_final.safetensors")
     weights = to_archerchat_names({name: tensor.float() for name, tensor in stored.items()})

@@ -29,7 +29,7 @@ def test_figures_are_printed_and_written(
     assert trained_home.run(*CAPPED, "--json", str(tmp_path / "all.json")) == 0
     output = capsys.readouterr().out
     files = sorted(path.name for path in trained_home.eval_dir("base", "tiny").iterdir())
-    assert files == ["offline_000004_max7.csv", "offline_000004_max7.json"]
+    assert files == ["offline_000004_max7.json"]
     results = results_of(trained_home, "offline_000004_max7.json")
     assert results["step"] == 4
     assert results["dtype"] == "float32"
@@ -61,7 +61,7 @@ def test_an_interruption_keeps_what_is_done(
     monkeypatch.setattr(CoreEvaluation, "_run_task", whole)
     capsys.readouterr()
     assert trained_home.run(*CAPPED) == 0
-    assert f"going on after {', '.join(ran)}\n" in capsys.readouterr().out
+    assert f"resuming after {', '.join(ran)}\n" in capsys.readouterr().out
     first = results_of(trained_home, "offline_000004_max7.json")
     assert not (directory / "offline_000004_max7.partial.json").exists()
     assert trained_home.run(*CAPPED) == 0
@@ -84,7 +84,7 @@ def test_another_checkpoint_starts_over(
     monkeypatch.setattr(CoreEvaluation, "_run_task", whole)
     capsys.readouterr()
     assert trained_home.run(*CAPPED, "--max-length", "40") == 0
-    assert "going on after" not in capsys.readouterr().out
+    assert "resuming after" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

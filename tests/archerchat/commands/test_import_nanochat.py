@@ -94,7 +94,7 @@ def test_a_model_and_its_tokenizer_arrive(
     assert checkpoint.meta["nanochat_meta"]["val_bpb"] == 1.5
     torch.manual_seed(0)
     for name, tensor in Transformer(CONFIG).state_dict().items():
-        assert torch.equal(checkpoint.tensors["model"][name], tensor)
+        assert torch.equal(checkpoint.state["model"][name], tensor)
     assert "imported step 50: 2 layers, width 32" in capsys.readouterr().out
 
 
@@ -119,9 +119,7 @@ def test_a_taken_tag_is_refused(home: Home, source: Path) -> None:
     import_nanochat(ImportNanochatConfig(source), home)
     with pytest.raises(UsageError, match="base model 'd2' is there already"):
         import_nanochat(ImportNanochatConfig(source), home)
-    Tokenizer.from_ranks({bytes([i]): i for i in range(256)}, pattern=r"\w+").save(
-        home.tokenizer_dir("new")
-    )
+    Tokenizer({bytes([i]): i for i in range(256)}, pattern=r"\w+").save(home.tokenizer_dir("new"))
     with pytest.raises(UsageError, match="is another tokenizer: choose another --tag"):
         import_nanochat(ImportNanochatConfig(source, tag="new"), home)
 

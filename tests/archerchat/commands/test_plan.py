@@ -29,7 +29,7 @@ def test_tables_name_every_figure_and_every_assumption(
         "device batch size",
         "165.2 TFLOP/s",
         "assumed for this kind of device; --mfu sets it",
-        "at 450 W a card; the rest of the machine not counted",
+        "at 450 W per card; the rest of the machine is not counted",
         "KV cache",
     ):
         assert text in out, text
@@ -45,7 +45,7 @@ def test_json_is_one_object_on_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert content["hyperparameters"]["learning_rates"]["matrix"] == 0.02
     assert content["memory"]["estimate"]["fixed"] < content["memory"]["peak_bytes"]
     assert content["machine"]["gpu"]["name"] == "H100"
-    assert content["time"]["rent"] > 0
+    assert content["time"]["cost"] > 0
     assert len(content["schedule_points"]) == 5
 
 

@@ -15,7 +15,9 @@ from archerchat.cli import main
 from archerchat.commands import sample as command
 from archerchat.commands.sample import PROMPTS, SampleConfig, print_samples
 from archerchat.inference.loading import LoadedModel
-from archerchat.inference.requests import Event, Request
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Event, Request
+from archerchat.inference.sequence import Sequence as Row
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -78,6 +80,17 @@ def test_a_prompt_longer_than_the_context_is_refused(
     assert "tokens and the context 64: cut it to 63 or fewer" in capsys.readouterr().err
 
 
+def test_a_stop_string_ends_a_sample(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sample", "--prompt", "a b", "--max-tokens", "12", "--num-samples", "1"]
+    assert trained_home.run(*words) == 0
+    ((_, whole),) = samples(capsys.readouterr().out)
+    text = whole.rstrip("\n").removeprefix("a b")
+    stop = text[4:7]
+    assert trained_home.run(*words, "--stop", "never", stop) == 0
+    ((_, cut),) = samples(capsys.readouterr().out)
+    assert cut == f"a b{text[: text.index(stop)]}\n"
+
+
 def test_a_step_can_be_chosen(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert trained_home.run("sample", "--step", "2", "--max-tokens", "1", "--top-k", "None") == 0
     assert "step_000002\n" in capsys.readouterr().out
@@ -88,13 +101,17 @@ def test_a_step_can_be_chosen(trained_home: Any, capsys: pytest.CaptureFixture[s
     [
         (["--model-tag", "big"], "no base model 'big' under"),
         (["--step", "3"], "it holds 2, 4"),
-        (["--max-tokens", "0"], "--max-tokens is 0; it must be at least 1"),
+        (["--max-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
         (["--num-samples", "-1"], "--num-samples is -1"),
         (["--top-k", "0"], "--top-k is 0"),
-        (["--temperature", "-1"], "--temperature is -1.0; it must be 0, or from 0.001 to 10"),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be at least 0"),
         (["--temperature", "nan"], "--temperature is nan"),
         (["--temperature", "1e-40"], "--temperature is 1e-40"),
-        (["--seed", "-1"], "--seed is -1; it must be from 0"),
+        (["--min-p", "2"], "--min-p is 2.0; it must be at least 0 and at most 1"),
+        (["--logit-bias", "5", "200"], "--logit-bias of token 5 is 200.0"),
+        (["--logit-bias", "4000", "2"], "--logit-bias has token 4000; the model knows 0 to 359"),
+        (["--logprobs", "2"], "--logprobs 2 has no use here"),
+        (["--seed", "-1"], "--seed is -1; it must be at least 0"),
         (["--seed", str(2**70)], "--seed is 118"),
     ],
 )
@@ -129,7 +146,7 @@ class Pieces(io.StringIO):
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[str]]:
     """Print a sample of a model that says certain bytes; return what was written, in pieces."""
-    tokenizer = Tokenizer.from_ranks({bytes([value]): value for value in range(256)})
+    tokenizer = Tokenizer({bytes([value]): value for value in range(256)})
     loaded = LoadedModel(cast(Transformer, None), tokenizer, Path("step_000001"), 1, {})
 
     def write(said: bytes) -> list[str]:
@@ -138,14 +155,16 @@ def say(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], list[str]]:
 
             def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
                 (request,) = requests
-                assert request.stop_tokens == (tokenizer.bos_id,)
-                yield from (Event(0, 0, value) for value in said)
-                yield Event(0, 0, None, finish_reason="stop")
+                assert request.params.stop_token_ids == (tokenizer.bos_id,)
+                sequence = Row(0, 0, request, 1000)
+                yield from (sequence.read(value) for value in (*said, tokenizer.bos_id))
 
         monkeypatch.setattr(command, "Engine", Scripted)
         file = Pieces()
         console = Console(file=file, markup=False, emoji=False, soft_wrap=True)
-        print_samples(loaded, SampleConfig(prompt="[b]?[/b] :a:", num_samples=1), console)
+        print_samples(
+            loaded, SampleConfig(prompt="[b]?[/b] :a:", sampling=SamplingParams()), console
+        )
         return file.written
 
     return write

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from archerchat.data.shards import write_shards
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 
 @pytest.fixture(scope="session")
 def byte_tokenizer() -> Tokenizer:
     """One token a byte, so that token counts can be read off the text; BOS is 256."""
-    return Tokenizer.from_ranks({bytes([value]): value for value in range(256)})
+    return Tokenizer({bytes([value]): value for value in range(256)})
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +22,7 @@ def golden_tokenizer(oracle_dir: Path) -> Tokenizer:
     """The tokenizer of the reference's goldens."""
     settings = json.loads((oracle_dir / "tokenizer" / "tokenizer.json").read_text())
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    return Tokenizer.from_ranks(ranks, pattern=settings["pattern"])
+    return Tokenizer(ranks, pattern=settings["pattern"])
 
 
 @pytest.fixture(scope="session")

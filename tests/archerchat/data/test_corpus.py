@@ -99,9 +99,13 @@ def test_building_again_does_nothing_until_something_changes(tmp_path: Path) -> 
     assert not build_corpus(never(), directory, recipe, CorpusOptions())
     assert snapshot(directory) == before
     for other, options, message in (
-        ({**recipe, "files": [["a.txt", 4], ["b.txt", 1]]}, CorpusOptions(), "2, the first is a.t"),
-        ({**recipe, "tuple": None}, CorpusOptions(), r"tuple was \[1, 2\] and is None"),
-        (recipe, CorpusOptions(seed=3), r"seed was 0 and is 3.*--name, or .*--force"),
+        (
+            {**recipe, "files": [["a.txt", 4]] * 5},
+            CorpusOptions(),
+            "5 differ, the first: ..a.txt', 3. saved",
+        ),
+        ({**recipe, "tuple": None}, CorpusOptions(), r"tuple: \[1, 2\] saved, None now"),
+        (recipe, CorpusOptions(seed=3), r"seed: 0 saved, 3 now.*--name, or .*--force"),
     ):
         with pytest.raises(UsageError, match=message):
             build_corpus(never(), directory, other, options)
@@ -135,7 +139,7 @@ def test_a_damaged_corpus_of_another_recipe_is_not_replaced(tmp_path: Path) -> N
     build(SINGLES, directory)
     list_shards(directory)[0].unlink()
     assert find_recipe(directory) is None
-    with pytest.raises(UsageError, match="seed was 0 and is 1"):
+    with pytest.raises(UsageError, match="seed: 0 saved, 1 now"):
         build(SINGLES, directory, seed=1)
 
 
@@ -152,7 +156,7 @@ def test_data_from_elsewhere_is_not_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("groups", [[], [["one"]], [["one", "two"]], [["one"], [""], ["\n"]]])
 def test_too_little_to_split_is_refused(tmp_path: Path, groups: list[list[str]]) -> None:
-    with pytest.raises(DataError, match=r"too few to train .* give more text"):
+    with pytest.raises(DataError, match=r"at least two documents are needed, .*: give more text"):
         build(groups, tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 
@@ -174,7 +178,7 @@ def test_two_documents_are_enough(tmp_path: Path) -> None:
 )
 def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
-    with pytest.raises(UsageError, match=f"{name} is"):
+    with pytest.raises(UsageError, match=f"--{name.replace('_', '-')} is"):
         CorpusOptions(**options)
 
 
@@ -191,7 +195,7 @@ def test_a_full_disk_leaves_the_old_corpus(tmp_path: Path, monkeypatch: pytest.M
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("archerchat.artifacts.os.fsync", full)
+    monkeypatch.setattr("archerchat.files.os.fsync", full)
     with pytest.raises(DataError, match=r"No space left on device\): free some space"):
         build_corpus(SINGLES, directory, {}, CorpusOptions(seed=5), force=True)
     assert snapshot(directory) == before

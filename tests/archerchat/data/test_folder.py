@@ -33,7 +33,7 @@ def test_every_kind_of_file_is_read_in_name_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "cut', r"b\.jsonl:3: not JSON .*mend that line"),
+        (b'{"text": "cut', r"b\.jsonl:3: not JSON .*fix that line"),
         (b'{"text": "\xff"}', r"b\.jsonl:3: not JSON"),
         (b'{"content": "other"}', r"b\.jsonl:3: each line must be an object with a string 'text'"),
         (b'{"text": 5}', r"b\.jsonl:3: each line"),

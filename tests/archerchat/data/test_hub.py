@@ -23,8 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from archerchat.data.download import RetryPolicy
-from archerchat.data.hub import SOURCES, HubSource, download_shards, download_table
+from archerchat.data.hub import SOURCES, HubSource, RetryPolicy, download_shards
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
@@ -225,7 +224,7 @@ def test_wrong_content_never_gets_the_name(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_shard_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.files[FIRST] = b"<html>not found</html>" * 100
-    with pytest.raises(DataError, match=r"it is no text shard"):
+    with pytest.raises(DataError, match=r"what arrived is unusable: cannot read \S+ as Parquet"):
         fetch(hub, tmp_path / "data")
     assert names(tmp_path / "data") == [VALIDATION]
 
@@ -248,7 +247,7 @@ def test_a_full_disk_is_named_at_once(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("archerchat.data.download.os.fsync", full)
+    monkeypatch.setattr("archerchat.files.os.fsync", full)
     with pytest.raises(DataError, match=r"cannot write .*\(No space left on device\): free some"):
         fetch(hub, tmp_path / "data")
     assert len(hub.gets[VALIDATION]) == 1
@@ -272,9 +271,11 @@ def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> Non
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert [path.name for path in list_shards(directory)] == [VALIDATION]
+    (part,) = directory.glob(f".{FIRST}.*.part")
+    arrived = part.stat().st_size
     fetch(hub, directory)
     assert names(directory) == [FIRST, VALIDATION]
-    assert hub.gets[FIRST][1] == f"bytes={len(hub.files[FIRST]) // 2}-"
+    assert hub.gets[FIRST][1] == f"bytes={arrived}-"
     assert list(iter_documents([directory / FIRST]))[1].startswith("document 1: ")
 
 
@@ -327,8 +328,10 @@ def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path
 def test_a_table_that_is_no_parquet_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.files[TABLE] = b"not found" * 1000
     path = tmp_path / "tables" / TABLE
-    with pytest.raises(DataError, match=r"it is no Parquet file.*--data-dir names a folder"):
-        download_table(SOURCE.repository, "main", TABLE, path, endpoint=hub.endpoint, retry=QUICK)
+    fetch = task_files(Home(tmp_path), endpoint=hub.endpoint, retry=QUICK).fetch
+    assert fetch is not None
+    with pytest.raises(DataError, match=r"what arrived is unusable.*--data-dir names a folder"):
+        fetch(SOURCE.repository, "main", TABLE, path)
     assert names(path.parent) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from archerchat.evals.core.prompts import Prompt
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
@@ -72,7 +76,7 @@ def merging_tokenizer() -> Tokenizer:
     """One that joins whatever whitespace and punctuation stands together."""
     merged = (b"\n\n", b"\n\n\n", b" \n", b"  ", b".\n", b".\n\n", b" a", b"ab", b"\r\n", b"\t\n")
     ranks = {bytes([i]): i for i in range(256)}
-    return Tokenizer.from_ranks(ranks | {token: 256 + i for i, token in enumerate(merged)})
+    return Tokenizer(ranks | {token: 256 + i for i, token in enumerate(merged)})
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +96,29 @@ def build_small_model() -> Callable[..., Transformer]:
         return model.eval().requires_grad_(False)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def score_plainly() -> Callable[[Transformer, Sequence[Prompt]], tuple[list[float], bool]]:
+    """The oracle of CORE's fast path: one example at a time, whole prompts, every logit."""
+
+    @torch.no_grad()
+    def score(model: Transformer, prompts: Sequence[Prompt]) -> tuple[list[float], bool]:
+        """Return each option's mean loss, NaN for one with nothing to score, and whether every
+        token of the first's span is predicted."""
+        width = max(len(prompt.token_ids) for prompt in prompts)
+        rows = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for row, prompt in zip(rows, prompts, strict=True):
+            row[: len(prompt.token_ids)] = torch.from_numpy(prompt.token_ids)
+        logits = model(rows)[:, :-1]  # (O, T - 1, V)
+        losses = F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+        predicted: Tensor = logits.argmax(dim=-1) == rows[:, 1:]
+        spans = [slice(p.start - 1, len(p.token_ids) - 1) for p in prompts]
+        parts = [losses[i, span] for i, span in enumerate(spans)]
+        means = [part.mean().item() if part.numel() else math.nan for part in parts]
+        return means, bool(predicted[0, spans[0]].all())
+
+    return score
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Bits per byte by hand, and the reference's figures."""
+"""Bits per byte by hand, the reference's figures, and any text file in batches."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import list_shards, split_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.errors import DataError
-from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
+from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text, iter_text_batches
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import token_losses
 from archerchat.model.transformer import Transformer
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
@@ -66,12 +67,12 @@ def test_no_gradient_is_kept() -> None:
 def measure(oracle_dir: Path) -> Callable[..., float]:
     """Measure a model on batches of the golden corpus, as `bpb_goldens.json` names them."""
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    tokenizer = Tokenizer.from_ranks(ranks)
+    tokenizer = Tokenizer(ranks)
     train, val = split_shards(list_shards(oracle_dir / "corpus"))
 
     def bits(model: Transformer, golden: str) -> float:
         split, rows, length, steps, *masked = golden.split("_", 4)
-        loader = TokenLoader(
+        loader = TextLoader(
             val if split == "val" else train,
             tokenizer,
             batch_size=int(rows.removeprefix("B")),
@@ -132,3 +133,40 @@ def test_the_random_models_figures(
     expected = json.loads((oracle_dir / "bpb_goldens.json").read_text())["model_a"][golden]
     model = load_model_golden("model_a").build()
     assert measure(model, golden) == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(st.sampled_from("ab1 .\n\t\ré"), max_size=60), st.integers(1, 9))
+def test_parts_have_the_tokens_of_the_whole(
+    merging_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, text: str, part: int
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "text"
+    path.write_bytes(text.encode())
+    parts = list(iter_text(path, part))
+    assert "".join(parts) == text
+    ids = [i for each in parts for i in merging_tokenizer.encode(each)]
+    assert ids == merging_tokenizer.encode(text)
+
+
+def test_every_token_is_a_target_once(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    text = "apple river.\nstone green winter\n\nhouse music " * 9
+    path = tmp_path / "text"
+    path.write_text(text)
+    batches = list(iter_text_batches(path, small_tokenizer, 2, 8, torch.device("cpu")))
+    targets = torch.cat([targets.flatten() for _, targets in batches])
+    ids = small_tokenizer.encode(text)
+    assert targets[targets >= 0].tolist() == ids
+    assert {targets.shape for _, targets in batches[:-1]} == {(2, 8)}
+    for inputs, targets in batches:
+        assert (inputs[:, 0] == small_tokenizer.bos_id).all()
+        kept = targets[:, :-1] >= 0
+        assert torch.equal(inputs[:, 1:][kept], targets[:, :-1][kept])
+
+
+def test_what_cannot_be_read_is_named(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="is not UTF-8"):
+        list(iter_text(path))
+    with pytest.raises(DataError, match="cannot read"):
+        list(iter_text(tmp_path / "none"))

@@ -23,9 +23,7 @@ def test_tasks_and_examples(small_bundle: Path) -> None:
     assert (choice.num_fewshot, schema.num_fewshot, text.num_fewshot) == (0, 1, 2)
     assert choice.delimiter == " "
     assert choice.random_baseline == pytest.approx(1 / 3)
-    assert choice.centred(1.0) == pytest.approx(1.0)
-    assert schema.centred(0.75) == pytest.approx(0.5)
-    assert text.centred(0.25) == 0.25
+    assert (schema.random_baseline, text.random_baseline) == (0.5, 0.0)
     assert len(read_examples(schema)) == 12
     assert all(len(example.questions) == 2 for example in read_examples(schema))
     assert all(len(example.answers) == 3 for example in read_examples(choice))
@@ -89,8 +87,12 @@ def test_a_missing_list_is_named(small_bundle: Path, name: str) -> None:
         ("schema", '{"continuation": "x", "gold": 0}', "it lacks 'context_options'"),
         ("schema", '{"context_options": ["a"], "continuation": "x", "gold": 0}', "at least two"),
         ("multiple_choice", '{"query": "a", "choices": ["b", "c"], "gold": 2}', "gold is 2"),
-        ("multiple_choice", '{"query": "a", "choices": ["b", 3], "gold": 0}', "choices is 3"),
-        ("language_modeling", '{"context": 1, "continuation": "x"}', "context is 1"),
+        (
+            "multiple_choice",
+            '{"query": "a", "choices": ["b", 3], "gold": 0}',
+            "choices has 3, which is no text",
+        ),
+        ("language_modeling", '{"context": 1, "continuation": "x"}', "context has 1, which"),
         ("language_modeling", "[]", "list indices"),
     ],
 )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,16 @@ from torch import Tensor
 
 from archerchat.distributed import Ranks
 from archerchat.errors import DataError, UsageError
-from archerchat.evals.core.bundle import Bundle, load_bundle, read_examples
-from archerchat.evals.core.estimate import estimate
+from archerchat.evals.core.bundle import load_bundle, read_examples
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
-from archerchat.evals.core.plain import score_plainly
 from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.evals.core.results import (
     CoreResult,
     PartialResults,
     TaskResult,
     describe,
-    write_results,
 )
+from archerchat.evals.statistics import Z_95
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -45,7 +41,10 @@ def figures(result: CoreResult) -> dict[str, Any]:
 
 
 def test_figures_are_those_of_one_example_at_a_time(
-    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build
+    small_bundle: Path,
+    small_tokenizer: Tokenizer,
+    build_small_model: Build,
+    score_plainly: Callable[..., tuple[list[float], bool]],
 ) -> None:
     bundle, model = load_bundle(small_bundle), build_small_model()
     result = CoreEvaluation(bundle, small_tokenizer).run(model)
@@ -119,7 +118,7 @@ def test_ranks_find_together_what_one_finds(
     meeting = Meeting(size)
 
     def run(rank: int) -> CoreResult:
-        ranks = ThreadRanks(rank, size, meeting)
+        ranks = ThreadRanks(rank=rank, world_size=size, group=meeting)
         evaluation = CoreEvaluation(bundle, small_tokenizer, CoreOptions(max_length=30), ranks)
         return evaluation.run(model)
 
@@ -140,7 +139,9 @@ def test_ranks_skip_what_the_first_has_kept(
         kept = PartialResults(tmp_path / "partial.json" if rank == 0 else None, {})
         if rank == 0:
             kept.add(expected.tasks[1])
-        evaluation = CoreEvaluation(bundle, small_tokenizer, ranks=ThreadRanks(rank, 2, meeting))
+        evaluation = CoreEvaluation(
+            bundle, small_tokenizer, ranks=ThreadRanks(rank=rank, world_size=2, group=meeting)
+        )
         return evaluation.run(
             model, kept, on_progress=lambda label, share: seen[rank].append(label)
         )
@@ -213,31 +214,27 @@ def test_an_estimate_counts_what_is_left(
 ) -> None:
     bundle, model = load_bundle(small_bundle), build_small_model()
     evaluation = CoreEvaluation(bundle, small_tokenizer)
-    result, expected = evaluation.run(model), estimate(evaluation, model)
-    assert expected.examples == 36
-    assert set(expected.by_task) == {task.label for task in bundle.tasks}
-    assert expected.seconds == pytest.approx(sum(expected.by_task.values()))
-    assert expected.seconds > 0
-    prompt_tokens = sum(task.prompt_tokens for task in result.tasks)
-    assert expected.prompt_tokens == pytest.approx(prompt_tokens, rel=0.5)
-    left = estimate(evaluation, model, ["schema"])
-    assert left.examples == 24
-    assert "schema" not in left.by_task
-    assert estimate(evaluation, model, [t.label for t in bundle.tasks]).seconds == 0
+    result, expected = evaluation.run(model), evaluation.estimate(model)
+    assert list(expected) == [task.label for task in bundle.tasks]
+    for task in result.tasks:
+        assert expected[task.label].examples == task.examples
+        assert expected[task.label].seconds > 0
+        assert expected[task.label].prompt_tokens == pytest.approx(task.prompt_tokens, rel=0.5)
+        assert expected[task.label].tokens == pytest.approx(task.tokens_run, rel=0.5)
+    assert list(evaluation.estimate(model, ["schema"])) == ["multiple_choice", "language_modeling"]
+    assert evaluation.estimate(model, [task.label for task in bundle.tasks]) == {}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (CoreOptions(max_per_task=0), "--max-per-task is 0; it must be at least 1"),
-        (CoreOptions(max_length=1), "--max-length is 1; it must be at least 2"),
+        ({"max_per_task": 0}, "--max-per-task is 0; it must be at least 1"),
+        ({"max_length": 1}, "--max-length is 1; it must be at least 2"),
     ],
 )
-def test_senseless_options_are_refused(
-    small_tokenizer: Tokenizer, options: CoreOptions, message: str
-) -> None:
+def test_senseless_options_are_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        CoreEvaluation(Bundle(Path(), ()), small_tokenizer, options)
+        CoreOptions(**options)
 
 
 def task_result(label: str, correct: int, examples: int, baseline: float = 0.0) -> TaskResult:
@@ -249,27 +246,24 @@ def test_the_interval_is_that_of_a_mean_of_shares() -> None:
     share, zero = 32 / 104, 2 / 100
     variance = share * (1 - share) / 104 / 0.25 + zero * (1 - zero) / 100
     assert result.core == pytest.approx((-0.4 + 0) / 2)
-    assert result.half_width == pytest.approx(1.96 * variance**0.5 / 2)
+    assert result.half_width == pytest.approx(Z_95 * variance**0.5 / 2)
 
 
-def test_results_are_written_whole(tmp_path: Path) -> None:
+def test_results_as_json_and_in_notes() -> None:
     tied = TaskResult("a", "schema", 1, 4, 3, 0.5, 2.0, 100, 50, near_ties=(1, 2), cropped=1)
     result = CoreResult((tied, task_result("b", 1, 2)))
-    paths = write_results(tmp_path / "made" / "core_000010", result, {"step": 10})
-    content = json.loads(paths[0].read_text())
-    assert (content["step"], content["num_tasks"]) == (10, 2)
+    content = json.loads(json.dumps(result.to_json()))
+    assert content["num_tasks"] == 2
     assert content["core"] == result.core == 0.5
     assert content["interval"][0] < 0.5 < content["interval"][1]
     assert TaskResult.from_json(content["tasks"][0]) == tied
-    rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
-    assert [row["task"] for row in rows] == ["a", "b", "CORE"]
-    assert float(rows[0]["accuracy"]) == 0.75
-    assert rows[0]["near_ties"] == "2"
-    assert float(rows[2]["centred"]) == 0.5
-    assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
-        "core_000010.csv",
-        "core_000010.json",
-    ]
     notes = describe(result)
     assert any("near-ties (closer than 1e-05), by example: a 1, 2" in note for note in notes)
     assert any("is not the published CORE" in note for note in notes)
+
+
+def test_notes_name_the_tasks_or_count_them() -> None:
+    results = [replace(task_result(label, 1, 2), unscored=3) for label in "abcde"]
+    said = "examples have an option with nothing to score, which wins only if it stands first"
+    assert f"6 {said}: a 3, b 3" in describe(CoreResult(tuple(results[:2])))
+    assert f"15 {said}: in 5 tasks" in describe(CoreResult(tuple(results)))

@@ -13,18 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from archerchat.distributed import Ranks
-from archerchat.evals.core.bundle import Task, load_bundle, read_examples
-from archerchat.evals.core.evaluate import CoreOptions, prepare_task
+from archerchat.evals.core.bundle import CoreTask, load_bundle, read_examples
+from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import SHUFFLE_SEED, Prompter, fewshot_indices
 from archerchat.evals.core.scoring import iter_outcomes
-from archerchat.evals.core.trees import build_tree
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 TIE = 1e-5
 LABELS = (
@@ -48,7 +45,7 @@ def goldens(oracle_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer(oracle_dir: Path) -> Tokenizer:
-    return Tokenizer.from_ranks(load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken"))
+    return Tokenizer(load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken"))
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +56,9 @@ def model(oracle_dir: Path) -> Transformer:
     return model.eval().requires_grad_(False)
 
 
-def task_of(golden: dict[str, Any], oracle_dir: Path) -> Task:
+def task_of(golden: dict[str, Any], oracle_dir: Path) -> CoreTask:
     meta = golden["meta"]
-    return Task(
+    return CoreTask(
         golden["label"],
         oracle_dir / golden["file"],
         meta["task_type"],
@@ -106,7 +103,7 @@ def test_losses_and_outcomes(
     task = task_of(golden, oracle_dir)
     examples = read_examples(task)[: golden["n"]]
     prompter = Prompter(task, examples, tokenizer)
-    trees = [build_tree(index, prompter.prompts(index)) for index in range(len(examples))]
+    trees = [prompter.tree(index) for index in range(len(examples))]
     found = [o for batch, _ in iter_outcomes(Scorer(model), trees, task.task_type) for o in batch]
     assert len(found) == golden["n"]
     for outcome in found:
@@ -131,13 +128,10 @@ def test_draws(goldens: dict[str, Any]) -> None:
     assert [fewshot_indices(index, 200, 10) for index in (0, 1, 199)] == expected
 
 
-def test_all_real_tasks_can_be_prepared(
-    shared_data_dir: Path, tokenizer: Tokenizer, model: Transformer
-) -> None:
-    bundle = load_bundle(shared_data_dir / "core")
-    assert len(bundle.tasks) == 21
-    length = model.config.sequence_length
-    for task in bundle.tasks:
-        prepared = prepare_task(task, tokenizer, CoreOptions(3), Ranks(), length)
-        assert prepared.examples == max(3, task.num_fewshot + 1)
-        assert prepared.unscored == 0
+def test_all_real_tasks_can_be_prepared(shared_data_dir: Path, tokenizer: Tokenizer) -> None:
+    evaluation = CoreEvaluation(load_bundle(shared_data_dir / "core"), tokenizer, CoreOptions(3))
+    assert len(evaluation.bundle.tasks) == 21
+    for task in evaluation.bundle.tasks:
+        prepared = evaluation.prepare(task)
+        assert len(prepared.gold) == len(prepared.trees) == max(3, task.num_fewshot + 1)
+        assert not any(tree.has_unscored for tree in prepared.trees)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archerchat.errors import DataError
-from archerchat.evals.core.bundle import Example, Task, TaskType
+from archerchat.evals.core.bundle import CoreTask, Example, TaskType
 from archerchat.evals.core.prompts import Prompter, choose_examples, common_prefix, fewshot_indices
 from archerchat.tokenizer.bpe import Tokenizer
 
 
-def make_task(kind: TaskType, shots: int = 0, delimiter: str = " ") -> Task:
-    return Task("trial", Path("trial.jsonl"), kind, shots, delimiter, 0.0)
+def make_task(kind: TaskType, shots: int = 0, delimiter: str = " ") -> CoreTask:
+    return CoreTask("trial", Path("trial.jsonl"), kind, shots, delimiter, 0.0)
 
 
 def texts_of(prompter: Prompter, index: int) -> list[tuple[str, str]]:
@@ -147,7 +147,7 @@ def test_language_modelling_strips_as_the_whole_text_does(
 
 def test_another_split_pattern_is_not_cut(small_tokenizer: Tokenizer) -> None:
     ranks = {bytes([i]): i for i in range(256)} | {b"\n\n": 256, b"\n\nn": 257}
-    whole = Tokenizer.from_ranks(ranks, pattern=r"[\s\S]+")
+    whole = Tokenizer(ranks, pattern=r"[\s\S]+")
     examples = [Example(("a",), ("b", "c"), 0), Example(("n",), ("x", "y"), 0)]
     prompter = Prompter(make_task("multiple_choice", 1), examples, whole)
     assert 257 in prompter.prompts(1)[0].token_ids.tolist()

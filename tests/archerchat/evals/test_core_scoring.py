@@ -12,10 +12,8 @@ import torch
 
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.layout import build_layout, needed_trunk, tokens_to_run
-from archerchat.evals.core.plain import score_plainly
-from archerchat.evals.core.prompts import Prompt
+from archerchat.evals.core.prompts import Prompt, Tree, build_tree
 from archerchat.evals.core.scoring import Outcome, iter_batches, iter_outcomes
-from archerchat.evals.core.trees import Tree, build_tree
 from archerchat.model.transformer import Transformer
 
 
@@ -62,6 +60,7 @@ def test_trees_score_as_whole_prompts_do(
     shape: dict[str, int],
     block: int,
     kind: str,
+    score_plainly: Callable[..., tuple[list[float], bool]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("archerchat.evals.core.forward.CPU_BLOCK", block)
@@ -137,7 +136,7 @@ def test_the_last_token_of_an_option_is_not_run() -> None:
     assert tree.trunk.tolist() == [299, 4]
     assert [branch.tolist() for branch in tree.branches] == [[7]]
     assert tree.branch.tolist() == [-1, 0, -1]
-    assert tree.tokens == 3
+    assert tree.lengths == (4, 3)
 
 
 def test_only_what_windows_reach_is_run() -> None:
@@ -164,25 +163,34 @@ def test_the_largest_trees_come_first_and_batches_keep_the_budget() -> None:
     assert batches == [[1], [3, 2], [0]]
 
 
-def test_identical_options_have_nothing_to_score(
+def test_an_option_with_nothing_to_score_wins_where_it_stands_first(
     build_small_model: Callable[..., Transformer],
+    score_plainly: Callable[..., tuple[list[float], bool]],
 ) -> None:
-    same = [Prompt(ids(299, 4, 5), 3)] * 2
-    other = [Prompt(ids(299, 4, 5), 2), Prompt(ids(299, 4, 6), 2)]
-    unscored, scored = outcomes_of(build_small_model(), [same, other], "multiple_choice")
-    assert unscored.predicted is None
-    assert all(math.isnan(loss) for loss in unscored.losses)
-    assert not unscored.is_correct(0)
-    assert scored.predicted is not None
+    """The reference's `min` keeps NaN where it comes first: nothing compares as less than it."""
+    short, long = Prompt(ids(299, 4, 5), 3), Prompt(ids(299, 4, 5, 6), 3)
+    other = Prompt(ids(299, 4, 5, 7), 3)
+    examples = [[short, long], [long, short], [long, short, other], [short, short]]
+    model = build_small_model()
+    outcomes = outcomes_of(model, examples, "multiple_choice")
+    assert [outcome.predicted for outcome in outcomes][:2] == [0, 0]
+    assert outcomes[2].predicted in (0, 2)
+    assert outcomes[3].predicted == 0
+    for prompts, outcome in zip(examples, outcomes, strict=True):
+        means, _ = score_plainly(model, prompts)
+        assert outcome.losses == pytest.approx(means, abs=1e-5, nan_ok=True)
+        assert outcome.predicted == means.index(min(means))
+        assert build_tree(0, prompts).has_unscored
+    assert [outcome.margin == math.inf for outcome in outcomes] == [True, True, False, True]
+    assert not build_tree(0, [long, other]).has_unscored
 
 
-def test_an_option_that_another_begins_with_cannot_win(
+def test_a_continuation_of_no_token_is_predicted(
     build_small_model: Callable[..., Transformer],
 ) -> None:
-    prompts = [Prompt(ids(299, 4, 5), 3), Prompt(ids(299, 4, 5, 6), 3)]
-    (outcome,) = outcomes_of(build_small_model(), [prompts], "multiple_choice")
+    (outcome,) = outcomes_of(build_small_model(), [[Prompt(ids(299, 4), 2)]], "language_modeling")
+    assert outcome.is_correct(0)
     assert math.isnan(outcome.losses[0])
-    assert outcome.predicted == 1
 
 
 def test_the_first_of_equals_wins(build_small_model: Callable[..., Transformer]) -> None:

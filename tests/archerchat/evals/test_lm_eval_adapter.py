@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +15,15 @@ import pytest
 import torch
 
 from archerchat.errors import UsageError
-from archerchat.evals.core.bundle import Example, Task, load_bundle, read_examples
-from archerchat.evals.core.plain import score_plainly
+from archerchat.evals.core.bundle import CoreTask, Example, load_bundle, read_examples
 from archerchat.evals.core.prompts import Prompt, Prompter
-from archerchat.evals.lm_eval_adapter import HarnessModel, Span, register, score_spans
+from archerchat.evals.lm_eval_adapter import HarnessModel, register, score_prompts
 from archerchat.evals.offline_tasks import offline_bundle
 from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
-from archerchat.inference.sampling import iter_tokens
 from archerchat.runtime import build_runtime
 
+Score = Callable[..., tuple[list[float], bool]]
 HARNESS = importlib.util.find_spec("lm_eval") is not None
 
 
@@ -35,14 +34,16 @@ def loaded(trained_home: Home) -> LoadedModel:
 
 @pytest.fixture
 def harness_model(loaded: LoadedModel) -> HarnessModel:
-    return HarnessModel.of(loaded, batch_tokens=120)
+    return HarnessModel(loaded=loaded, batch_tokens=120)
 
 
 def requests(*args: Any) -> list[SimpleNamespace]:
     return [SimpleNamespace(args=each) for each in args]
 
 
-def test_log_likelihoods_equal_plain_ones(harness_model: HarnessModel) -> None:
+def test_log_likelihoods_equal_plain_ones(
+    harness_model: HarnessModel, score_plainly: Score
+) -> None:
     """In batches of any shape, and in the order of the requests."""
     pairs = [
         ("abc", " def"),
@@ -53,26 +54,29 @@ def test_log_likelihoods_equal_plain_ones(harness_model: HarnessModel) -> None:
     ]
     got = harness_model.loglikelihood(requests(*pairs))
     for (context, continuation), (total, greedy) in zip(pairs, got, strict=True):
-        span = harness_model.span(context, continuation)
+        prompt = harness_model.prompt(context, continuation)
         if not continuation:
             assert (total, greedy) == (0.0, True)
             continue
-        prompt = Prompt(np.array(span.token_ids, dtype=np.int32), span.start)
         means, plain_greedy = score_plainly(harness_model.model, [prompt])
-        assert total == pytest.approx(-means[0] * (len(span.token_ids) - span.start), abs=1e-4)
+        assert total == pytest.approx(-means[0] * (len(prompt.token_ids) - prompt.start), abs=1e-4)
         assert greedy == plain_greedy
 
 
 def test_what_is_greedy_is_told(loaded: LoadedModel) -> None:
     ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("abc")]
-    likely = list(iter_tokens(loaded.model, ids, 3, 0.0))
+    likely: list[int] = []
+    for _ in range(3):
+        likely.append(int(loaded.model(torch.tensor([ids + likely]))[0, -1].argmax()))
     unlikely = [*likely[:2], (likely[2] + 1) % 256]
-    spans = [Span(ids + likely, len(ids)), Span(ids + unlikely, len(ids))]
-    assert {i: greedy for i, _, greedy in score_spans(loaded.model, spans)} == {0: True, 1: False}
+    rows = [np.array(ids + said, dtype=np.int32) for said in (likely, unlikely)]
+    scores = score_prompts(loaded.model, [Prompt(row, len(ids)) for row in rows])
+    assert {i: greedy for i, _, greedy in scores} == {0: True, 1: False}
 
 
 def test_a_context_s_last_space_belongs_to_the_continuation(harness_model: HarnessModel) -> None:
-    assert harness_model.span("ab ", "cd") == harness_model.span("ab", " cd")
+    one, other = harness_model.prompt("ab ", "cd"), harness_model.prompt("ab", " cd")
+    assert (one.token_ids.tolist(), one.start) == (other.token_ids.tolist(), other.start)
 
 
 def test_rolling_scores_every_token_once(harness_model: HarnessModel) -> None:
@@ -85,7 +89,7 @@ def test_rolling_scores_every_token_once(harness_model: HarnessModel) -> None:
     assert all(len(w.token_ids) <= room + 1 for w in windows)
     assert all(len(w.token_ids) == room + 1 for w in windows)  # the last has all the room, too
     (total,) = harness_model.loglikelihood_rolling(requests((text,)))
-    parts = [total for _, total, _ in score_spans(harness_model.model, windows)]
+    parts = [total for _, total, _ in score_prompts(harness_model.model, windows)]
     assert total == pytest.approx(sum(parts), abs=1e-3)
     assert harness_model.loglikelihood_rolling(requests(("",))) == [0.0]
 
@@ -120,7 +124,9 @@ def test_without_the_harness_the_remedy_is_said() -> None:
         register()
 
 
-def option_losses(loaded: LoadedModel, task: Task) -> Iterator[tuple[Example, list[float]]]:
+def option_losses(
+    loaded: LoadedModel, task: CoreTask, score_plainly: Score
+) -> Iterator[tuple[Example, list[float]]]:
     """Yield each example with its options' mean losses, the way CORE's oracle has them.
 
     The harness compares sums instead: the options must be of one length for both to agree.
@@ -137,7 +143,10 @@ def option_losses(loaded: LoadedModel, task: Task) -> Iterator[tuple[Example, li
 @pytest.mark.slow
 @pytest.mark.skipif(not HARNESS, reason="lm-evaluation-harness is not installed (extra lm-eval)")
 def test_the_harness_agrees_with_core(
-    loaded: LoadedModel, trained_home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel,
+    score_plainly: Score,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A local task file, no network: each option's score, and the accuracy by CORE's rule."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
@@ -164,7 +173,7 @@ def test_the_harness_agrees_with_core(
         "metric_list": [{"metric": "acc"}],
     }
     (folder / "closing_bracket.yaml").write_text(json.dumps(configuration))
-    model = register().of(loaded)  # type: ignore[attr-defined]
+    model = register()(loaded=loaded)
     with torch.no_grad():
         results = simple_evaluate(
             model=model,
@@ -172,7 +181,7 @@ def test_the_harness_agrees_with_core(
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),
             bootstrap_iters=0,
         )
-    ours = list(option_losses(loaded, task))
+    ours = list(option_losses(loaded, task, score_plainly))
     theirs = results["samples"]["closing_bracket"]
     by_question = {sample["doc"]["query"]: sample for sample in theirs}
     for example, losses in ours:

@@ -1,4 +1,4 @@
-"""Small models whose next tokens differ clearly, and what the plain path says."""
+"""Small models whose next tokens differ clearly, and the plain path that checks the engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from archerchat.inference.requests import Completion, Request
+from archerchat.inference.sequence import Completion, Request
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 
@@ -42,7 +42,7 @@ def is_plain_greedy(model: Transformer, request: Request, completion: Completion
         answer.append(completion.stop_token)
     hidden = model.hidden(torch.tensor([[*request.prompt, *answer]]))
     best = model.logits(hidden[0, len(request.prompt) - 1 : -1]).argmax(dim=-1).tolist()
-    return best == answer and not set(completion.token_ids) & set(request.stop_tokens)
+    return best == answer and not set(completion.token_ids) & set(request.params.stop_token_ids)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from archerchat.errors import UsageError
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Completion, Event, Request
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Completion, Event, Request
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 
@@ -24,8 +25,12 @@ Prompt = Callable[[int], list[int]]
 BOTH = pytest.mark.parametrize("overlap", [False, True])
 
 
-def greedy(prompt: Sequence[int], most: int, **more: Any) -> Request:
-    return Request(prompt, most, temperature=0, **more)
+def ask(prompt: Sequence[int], most: int, hook: Any = None, **more: Any) -> Request:
+    return Request(prompt, SamplingParams(most, **more), hook)
+
+
+def greedy(prompt: Sequence[int], most: int, hook: Any = None, **more: Any) -> Request:
+    return ask(prompt, most, hook, temperature=0, **more)
 
 
 def said(answers: list[list[Completion]]) -> list[list[int]]:
@@ -51,7 +56,7 @@ def test_stop_tokens_end_as_the_references_engine_does(model_golden: Any) -> Non
     ids = model_golden.facts["special_token_ids"]
     stops = [ids["<|bos|>"], ids["<|assistant_end|>"]]
     for case in model_golden.facts["generation"].values():
-        request = greedy(case["prompt"], len(case["naive_greedy"]), stop_tokens=stops)
+        request = greedy(case["prompt"], len(case["naive_greedy"]), stop_token_ids=tuple(stops))
         engine = Engine(model_golden.build(), max_length=300)
         assert said(engine.generate([request])) == [case["engine_greedy"]]
 
@@ -84,7 +89,7 @@ def random_requests(random: Random, count: int, vocab_size: int, context: int) -
             greedy(
                 prompt,
                 random.choice([1, 2, random.randint(1, context)]),
-                stop_tokens=ids(random.randint(0, 3)),
+                stop_token_ids=tuple(ids(random.randint(0, 3))),
                 num_samples=random.choice([1, 1, 1, 2]),
             )
         )
@@ -114,10 +119,10 @@ def test_greedy_answers_do_not_depend_on_the_batch(
             said_ids, room = completion.token_ids, context - len(request.prompt)
             assert is_plain(model, request, completion)
             assert completion.mask == [1] * len(said_ids)
-            by_tokens = len(said_ids) == request.max_new_tokens
+            by_tokens = len(said_ids) == request.params.max_new_tokens
             if completion.finish_reason == "stop":
-                assert completion.stop_token in request.stop_tokens
-                assert len(said_ids) < min(room, request.max_new_tokens)
+                assert completion.stop_token in request.params.stop_token_ids
+                assert len(said_ids) < min(room, request.params.max_new_tokens)
             else:
                 assert completion.finish_reason == ("max_tokens" if by_tokens else "length")
                 assert by_tokens or len(said_ids) == room
@@ -127,7 +132,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(
 def test_draws_depend_on_a_rows_seed_alone(model: Transformer, prompt: Prompt) -> None:
     random = Random(3)
     requests = [
-        Request(
+        ask(
             prompt(random.randint(1, 200)),
             random.randint(1, 40),
             temperature=random.choice([0, 0.8, 1.2]),
@@ -147,11 +152,11 @@ def test_draws_depend_on_a_rows_seed_alone(model: Transformer, prompt: Prompt) -
 
 def test_samples_and_seeds_differ_and_share_one_prefill(model: Transformer, prompt: Prompt) -> None:
     engine = Engine(model, 4)
-    asked = Request(prompt(50), 30, seed=1, num_samples=10)
+    asked = ask(prompt(50), 30, seed=1, num_samples=10)
     (samples,) = engine.generate([asked])
     assert len({tuple(sample.token_ids) for sample in samples}) == 10
     assert engine.prefilled_tokens == 50
-    (other,) = engine.generate([Request(asked.prompt, 30, seed=2)])
+    (other,) = engine.generate([ask(asked.prompt, 30, seed=2)])
     assert other[0] not in samples
 
 
@@ -318,11 +323,92 @@ def test_forced_tokens_are_said_masked_and_continued_from(
 
 @BOTH
 def test_a_forced_stop_token_ends_a_row(model: Transformer, prompt: Prompt, overlap: bool) -> None:
-    request = greedy(prompt(5), 50, hook=lambda: lambda token: [7, 8], stop_tokens=(8,))
+    request = greedy(prompt(5), 50, hook=lambda: lambda token: [7, 8], stop_token_ids=(8,))
     (completion,) = Engine(model, overlap=overlap).generate([request])[0]
     assert completion.token_ids[1:] == [7]
     assert (completion.mask, completion.finish_reason) == ([1, 0], "stop")
     assert completion.stop_token == 8
+
+
+@BOTH
+def test_penalties_count_what_was_said_and_bias_adds(
+    model: Transformer, prompt: Prompt, overlap: bool
+) -> None:
+    """Expected tokens by plain forward passes; forced tokens count as said."""
+    changes = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    changes["logit_bias"] = {7: 3.0, 9: -100.0}  # type: ignore[assignment]
+    prompts = [prompt(n) for n in (4, 25, 9, 130)]
+    requests = [greedy(p, 24, hook=lambda: ForceAfter(3), **changes) for p in prompts]
+    others = [greedy(prompt(6), 15), ask(prompt(3), 24, seed=5, num_samples=2)]
+    engine = Engine(model, max_batch=3, overlap=overlap)
+    answers = engine.generate([requests[0], *others, *requests[1:]])
+    assert answers[1:3] == Engine(model).generate(others)
+    for start, samples in zip(prompts, [answers[0], *answers[3:]], strict=True):
+        follow, answer = ForceAfter(3), []
+        while len(answer) < 24:
+            logits = model(torch.tensor([[*start, *answer]]))[0, -1]
+            for token in {*start, *answer}:
+                logits[token] = logits[token] / 1.4 if logits[token] > 0 else logits[token] * 1.4
+            for token in set(answer):
+                logits[token] -= 0.5 + 0.25 * answer.count(token)
+            logits[7] += 3
+            logits[9] -= 100
+            token = int(logits.argmax())
+            answer += [token, *follow(token)]
+        assert samples[0].token_ids == answer[:24]
+
+
+@BOTH
+def test_log_probabilities_are_those_of_plain_forward_passes(
+    model: Transformer, prompt: Prompt, overlap: bool
+) -> None:
+    requests = [
+        ask(prompt(5), 12, temperature=2.0, top_k=9, logprobs=4, hook=lambda: ForceAfter(3)),
+        ask(prompt(8), 20, seed=1),
+        greedy(prompt(30), 12, logprobs=0, num_samples=2),
+    ]
+    answers = Engine(model, max_batch=2, overlap=overlap).generate(requests)
+    assert answers[1][0].logprobs == []
+    for request, samples in zip(requests[::2], answers[::2], strict=True):
+        for sample in samples:
+            ids = torch.tensor([[*request.prompt, *sample.token_ids]])
+            plain = model(ids)[0, len(request.prompt) - 1 : -1].double().log_softmax(dim=-1)
+            assert len(sample.logprobs) == 12
+            for row, token, mask, found in zip(
+                plain, sample.token_ids, sample.mask, sample.logprobs, strict=True
+            ):
+                assert (found is None) == (mask == 0)
+                if found is not None:
+                    assert found.logprob == pytest.approx(float(row[token]), abs=1e-4)
+                    best = row.topk(request.params.logprobs or 0)
+                    assert [token for token, _ in found.top] == best.indices.tolist()
+                    values = [value for _, value in found.top]
+                    assert values == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
+@BOTH
+def test_a_stop_string_ends_a_row(model: Transformer, prompt: Prompt, overlap: bool) -> None:
+    """Also across tokens, and though later tokens were sampled already."""
+
+    def decode(ids: list[int]) -> str:
+        return "".join(f"{token:02d}" for token in ids)
+
+    start = prompt(12)
+    (whole,) = Engine(model).generate([ask(start, 20)])[0]
+    text = decode(whole.token_ids)
+    stop = text[9:14]  # from within the fifth token to the end of the seventh
+    assert text.find(stop) == 9
+    request = Request(start, SamplingParams(20, stop=("never", stop)), decode=decode)
+    engine = Engine(model, overlap=overlap)
+    events = list(engine.stream([request, ask(prompt(5), 20)]))
+    completion = Completion()
+    for event in events:
+        if event.request == 0:
+            completion.add(event)
+    assert completion.text == text[:9]
+    assert completion.token_ids == whole.token_ids[:7]
+    assert (completion.finish_reason, completion.stop_string) == ("stop", stop)
+    assert sum(event.token is not None for event in events if event.request == 1) == 20
 
 
 def test_new_weights_are_taken_over(build: Any, prompt: Prompt) -> None:
@@ -368,7 +454,8 @@ def test_captured_graphs_say_the_same_on_cuda(build: Any, is_plain: IsPlain) -> 
     for request, samples in zip(requests, engine.generate(requests), strict=True):
         assert all(is_plain(model, request, completion) for completion in samples)
     drawn = [
-        Request(r.prompt, r.max_new_tokens, 1.0, 5, 0.9, seed=n) for n, r in enumerate(requests)
+        ask(r.prompt, r.params.max_new_tokens, top_k=5, top_p=0.9, seed=n)
+        for n, r in enumerate(requests)
     ]
     assert engine.generate(drawn) == Engine(build(config).cuda(), max_batch=3).generate(drawn)
 
@@ -376,7 +463,7 @@ def test_captured_graphs_say_the_same_on_cuda(build: Any, is_plain: IsPlain) -> 
 @pytest.mark.gpu
 def test_decoding_on_cuda_never_waits_for_a_value(build: Any, prompt: Prompt) -> None:
     engine = Engine(build().cuda(), max_batch=4)
-    requests = [Request(prompt(5), 40, seed=n) for n in range(4)]
+    requests = [ask(prompt(5), 40, seed=n) for n in range(4)]
     engine.generate(requests)  # captures
     for number, request in enumerate(requests):
         engine.add(number, request)
@@ -388,3 +475,17 @@ def test_decoding_on_cuda_never_waits_for_a_value(build: Any, prompt: Prompt) ->
     finally:
         torch.cuda.set_sync_debug_mode("default")
         engine.reset()
+
+
+@pytest.mark.gpu
+def test_all_parameters_on_cuda_say_what_they_say_on_a_cpu(build: Any, prompt: Prompt) -> None:
+    """In captured steps; float32, greedy, where both say the same."""
+    changes = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "logprobs": 2}
+    changes["logit_bias"] = {7: 3.0}  # type: ignore[assignment]
+    requests = [greedy(prompt(n), 30, **(changes if n % 2 else {})) for n in range(3, 12)]
+    expected = Engine(build(), max_batch=4).generate(requests)
+    for ours, plain in zip(
+        Engine(build().cuda(), max_batch=4).generate(requests), expected, strict=True
+    ):
+        assert ours[0].token_ids == plain[0].token_ids
+        assert len(ours[0].logprobs) == len(plain[0].logprobs)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.inference.decode import forward_token
 from archerchat.inference.kv_cache import KVCache, RingLayer, RingPart, attend_ring, ring_mask
+from archerchat.inference.model_runner import forward_token
 from archerchat.inference.prefill import prefill
 from archerchat.model.attention import attend
 from archerchat.model.config import ModelConfig
@@ -48,7 +48,7 @@ def test_steps_give_the_plain_logits_at_every_age(
     cache = KVCache(model.config, len(starts), 300, torch.float32, CPU)
     ran = prefill(model, [ids[i, :start].tolist() for i, start in enumerate(starts)])
     for i in range(len(starts)):
-        cache.fill([i], ran.prefix(i))
+        cache.fill(i, ran.prefix(i))
     rows = torch.arange(len(starts))
     ends = list(itertools.accumulate(cuts))
     for step in range(40):
@@ -101,8 +101,8 @@ def test_a_row_is_filled_and_moved_without_its_neighbours(
 ) -> None:
     cache = KVCache(model.config, 3, 200, torch.float32, CPU)
     ran = prefill(model, [prompt(150), prompt(40)])
-    cache.fill([0, 2], ran.prefix(0))
-    cache.fill([1], ran.prefix(1))
+    for row, prefix in ((0, ran.prefix(0)), (1, ran.prefix(1)), (2, ran.prefix(0))):
+        cache.fill(row, prefix)
     before = [tensor.clone() for tensor in cache.state(3)]
     cache.move(2, 0, 150)
     assert all(torch.equal(a, b) for a, b in zip(before, cache.state(3), strict=True))

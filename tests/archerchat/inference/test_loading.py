@@ -1,4 +1,4 @@
-"""A model is found by its name, with the tokenizer it was trained with."""
+"""Models are found by name with their tokenizer; weights cast once compute the same."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from archerchat.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
-from archerchat.inference.loading import load_model
+from archerchat.inference import loading
+from archerchat.inference.loading import InferenceModel, can_pack, load_model
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Linear
 from archerchat.runtime import Runtime, build_runtime
 from archerchat.tokenizer.bpe import train_tokenizer
 
@@ -30,7 +34,7 @@ def test_a_model_is_loaded_for_inference(
     assert loaded.tokenizer.vocab_size == loaded.model.config.vocab_size == 360
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    saved = load_checkpoint(loaded.path, ["model"]).tensors["model"]
+    saved = load_checkpoint(loaded.path, ["model"]).state["model"]
     state = loaded.model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
     assert load_model(trained_home, runtime, "base", None, step).path == loaded.path
@@ -83,7 +87,7 @@ def test_a_checkpoint_of_something_else_is_refused(
     saved = load_checkpoint(find_checkpoint(directory))
     if changes.get("model_config") == {"num_heads": 0}:
         changes = {"model_config": saved.meta["model_config"] | changes["model_config"]}
-    save_checkpoint(directory, 5, saved.tensors, saved.meta | changes)
+    save_checkpoint(directory, 5, saved.state, saved.meta | changes)
     with pytest.raises(error, match=f"step_000005 .*{message}"):
         load_model(trained_home, runtime, "base", "tiny")
 
@@ -91,7 +95,71 @@ def test_a_checkpoint_of_something_else_is_refused(
 def test_weights_of_another_shape_are_refused(trained_home: Any, runtime: Runtime) -> None:
     directory = trained_home.checkpoint_dir("base", "tiny")
     saved = load_checkpoint(find_checkpoint(directory))
-    del saved.tensors["model"]["smear_lambda"]
-    save_checkpoint(directory, 5, saved.tensors, saved.meta)
+    del saved.state["model"]["smear_lambda"]
+    save_checkpoint(directory, 5, saved.state, saved.meta)
     with pytest.raises(CheckpointError, match=r"does not hold a model: .*smear_lambda"):
         load_model(trained_home, runtime, "base", "tiny")
+
+
+SHAPE = ModelConfig(64, 100, 2, 2, 2, 64)
+IDS = torch.arange(60)[None] % 100
+
+
+def test_in_float32_the_model_serves_itself(build: Any) -> None:
+    model = build(SHAPE)
+    assert InferenceModel(model).model is model
+
+
+def cast_bytes(model: nn.Module) -> set[torch.dtype]:
+    return {m.weight.dtype for m in model.modules() if isinstance(m, Linear)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_plainly_cast_weights_give_the_same_bits(
+    build: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(loading, "can_pack", lambda *_: False)
+    model = build(SHAPE, dtype=dtype)
+    model.backend = "sdpa"
+    for block in model.blocks:
+        block.attention.backend = "sdpa"  # float16 has no room for `matmul`
+    fixed = InferenceModel(model)
+    assert not fixed.packed
+    assert cast_bytes(fixed.model) == {dtype}
+    assert cast_bytes(model) == {torch.float32}
+    assert torch.equal(fixed.model(IDS), model(IDS))
+    assert fixed.model.token_embedding.weight is model.token_embedding.weight
+    assert fixed.model.device == model.device
+
+
+@pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.bfloat16), reason="this torch does not pack bfloat16"
+)
+def test_packed_weights_give_the_same_within_rounding(build: Any) -> None:
+    model = build(SHAPE, dtype=torch.bfloat16)
+    fixed = InferenceModel(model)
+    assert fixed.packed
+    assert sum(getattr(module, "packed", False) for module in fixed.model.modules()) == 6 * 2 + 1
+    torch.testing.assert_close(fixed.model(IDS), model(IDS), atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_refresh_takes_new_weights_over(
+    build: Any, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    if not packed:
+        monkeypatch.setattr(loading, "can_pack", lambda *_: False)
+    model, other = build(SHAPE, 0, torch.bfloat16), build(SHAPE, 3, torch.bfloat16)
+    fixed = InferenceModel(model)
+    before = fixed.model(IDS)
+    model.load_state_dict(other.state_dict())
+    fixed.refresh()
+    assert torch.equal(fixed.model(IDS), InferenceModel(other).model(IDS))
+    assert not torch.equal(fixed.model(IDS), before)
+
+
+def test_nothing_else_is_packed() -> None:
+    cpu = torch.device("cpu")
+    assert not can_pack(cpu, torch.float32)
+    assert not can_pack(cpu, torch.float16)
+    assert not can_pack(torch.device("cuda"), torch.bfloat16)

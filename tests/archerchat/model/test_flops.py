@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import SMEAR_CHANNELS, count_parameters, flops_per_token
-from archerchat.model.loss import mean_loss
+from archerchat.model.loss import weighted_loss
 from archerchat.model.transformer import Transformer
 
 CONFIGS = [
@@ -46,7 +46,7 @@ def test_flops_are_those_of_a_forward_and_a_backward_pass(config: ModelConfig) -
     with FlopCounterMode(display=False) as counter:
         hidden = model.hidden(token_ids)
         vocab_size = config.padded_vocab_size
-        mean_loss(hidden, model.unembedding.weight, token_ids, vocab_size).backward()
+        weighted_loss(hidden, model.unembedding.weight, token_ids, vocab_size).backward()
     smear_of_first_token = 6 * SMEAR_CHANNELS  # it has none before it
     expected = length * flops_per_token(config) - smear_of_first_token
     assert counter.get_total_flops() == expected

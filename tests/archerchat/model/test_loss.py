@@ -16,8 +16,8 @@ from archerchat.model import loss as loss_module
 from archerchat.model.loss import (
     LossKernels,
     chunk_tokens,
-    mean_loss,
     token_losses,
+    weighted_loss,
 )
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def assert_is_plain(
     hidden: Tensor, unembedding: Tensor, targets: Tensor, tolerance: float, **options: Any
 ) -> None:
     """Compare the loss and both gradients with the plain ones."""
-    loss = mean_loss(hidden, unembedding, targets, VOCAB, **options)
+    loss = weighted_loss(hidden, unembedding, targets, VOCAB, **options)
     expected = plain(hidden, unembedding, targets)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
@@ -75,7 +75,7 @@ def test_float32_gradients_are_those_of_a_plain_cross_entropy_bit_for_bit() -> N
     targets = torch.randint(VOCAB, (64,), generator=generator)
     logits = 15 * torch.tanh(F.linear(hidden, unembedding) / 15)
     wanted = torch.autograd.grad(F.cross_entropy(logits, targets), (hidden, unembedding))
-    loss = mean_loss(hidden[None], unembedding, targets[None], VOCAB)
+    loss = weighted_loss(hidden[None], unembedding, targets[None], VOCAB)
     actual = torch.autograd.grad(loss, (hidden, unembedding))
     assert torch.equal(actual[0], wanted[0])
     assert torch.allclose(actual[1], wanted[1], rtol=1e-6, atol=0)
@@ -107,7 +107,7 @@ def test_narrow_hidden_states_on_a_gpu(length: int) -> None:
     hidden, unembedding, targets = draw(length=length, dtype=torch.bfloat16, device="cuda")
     assert_is_plain(hidden, unembedding, targets, 0.02)
     # The mean's factor must not be rounded to bfloat16: that would scale all of a gradient alike.
-    loss = mean_loss(hidden, unembedding, targets, VOCAB)
+    loss = weighted_loss(hidden, unembedding, targets, VOCAB)
     (gradient,) = torch.autograd.grad(loss, hidden)
     wide = hidden.detach().double().requires_grad_()
     (exact,) = torch.autograd.grad(plain(wide, unembedding, targets), wide)
@@ -124,7 +124,7 @@ def test_chunks_stay_within_their_budget() -> None:
 
 def test_the_unscaled_upstream_gradient_is_applied_once() -> None:
     hidden, unembedding, targets = draw()
-    loss = mean_loss(hidden, unembedding, targets, VOCAB)
+    loss = weighted_loss(hidden, unembedding, targets, VOCAB)
     once = torch.autograd.grad(loss, (hidden, unembedding), retain_graph=True)
     half = torch.autograd.grad(loss / 2, (hidden, unembedding))
     for whole, part in zip(once, half, strict=True):
@@ -133,19 +133,19 @@ def test_the_unscaled_upstream_gradient_is_applied_once() -> None:
 
 def test_padding_rows_get_no_gradient_and_give_no_probability() -> None:
     hidden, unembedding, targets = draw()
-    loss = mean_loss(hidden, unembedding, targets, VOCAB)
+    loss = weighted_loss(hidden, unembedding, targets, VOCAB)
     (gradient,) = torch.autograd.grad(loss, unembedding)
     assert gradient.shape == unembedding.shape
     assert not gradient[VOCAB:].any()
     assert gradient[:VOCAB].any(dim=1).all()
     with torch.no_grad():
         unembedding[VOCAB:] = 100.0
-    assert mean_loss(hidden, unembedding, targets, VOCAB).item() == loss.item()
+    assert weighted_loss(hidden, unembedding, targets, VOCAB).item() == loss.item()
 
 
 def test_nothing_to_predict_is_a_loss_of_zero() -> None:
     hidden, unembedding, targets = draw()
-    loss = mean_loss(hidden, unembedding, torch.full_like(targets, -1), VOCAB)
+    loss = weighted_loss(hidden, unembedding, torch.full_like(targets, -1), VOCAB)
     assert loss.item() == 0
     for gradient in torch.autograd.grad(loss, (hidden, unembedding)):
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -154,7 +154,7 @@ def test_nothing_to_predict_is_a_loss_of_zero() -> None:
 
 def test_ignored_positions_get_no_gradient() -> None:
     hidden, unembedding, targets = draw()
-    (gradient,) = torch.autograd.grad(mean_loss(hidden, unembedding, targets, VOCAB), hidden)
+    (gradient,) = torch.autograd.grad(weighted_loss(hidden, unembedding, targets, VOCAB), hidden)
     assert not gradient[targets == -1].any()
     assert gradient[targets != -1].any(dim=1).all()
 
@@ -170,7 +170,7 @@ def test_extreme_logits_are_capped(size: float) -> None:
     right = math.log1p((VOCAB - 1) * math.exp(-30))
     assert losses[0, 0].item() == pytest.approx(right, abs=2e-6)
     assert losses[0, 1].item() == pytest.approx(30 + right, abs=1e-5)
-    loss = mean_loss(hidden, unembedding, targets, VOCAB)
+    loss = weighted_loss(hidden, unembedding, targets, VOCAB)
     assert loss.item() == pytest.approx(15 + right, abs=1e-5)
     for gradient in torch.autograd.grad(loss, (hidden, unembedding)):
         assert not gradient.any(), "the cap is flat there"
@@ -184,7 +184,7 @@ def test_float16_gradients_survive_when_the_loss_is_scaled() -> None:
     exact = torch.autograd.grad(plain(*wide, targets), wide)
     assert relative_error(exact[0].half(), exact[0]) > 0.05, "unscaled, float16 would lose them"
     scale = 2.0**16
-    loss = mean_loss(hidden, unembedding, targets, VOCAB)
+    loss = weighted_loss(hidden, unembedding, targets, VOCAB)
     for gradient, wanted in zip(
         torch.autograd.grad(loss * scale, (hidden, unembedding)), exact, strict=True
     ):
@@ -217,7 +217,7 @@ def test_all_logits_never_exist_at_once() -> None:
     chunk = chunk_tokens(vocab_size, CPU) * vocab_size
     assert chunk <= rows * length * vocab_size // 4
     with LargestTensor() as training:
-        mean_loss(hidden, unembedding, targets, vocab_size).backward()
+        weighted_loss(hidden, unembedding, targets, vocab_size).backward()
     with LargestTensor() as evaluation:
         token_losses(hidden, unembedding, targets, vocab_size)
     assert training.elements == evaluation.elements == chunk

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
-from archerchat.model.loss import mean_loss
+from archerchat.model.loss import weighted_loss
 from archerchat.model.transformer import (
     Regions,
     Transformer,
@@ -164,7 +164,7 @@ def test_a_fresh_model_knows_nothing() -> None:
     model.init_weights(0)
     token_ids = torch.arange(64)[None]
     hidden = model.hidden(token_ids)
-    loss = mean_loss(hidden, model.unembedding.weight, token_ids + 1, SMALL.vocab_size)
+    loss = weighted_loss(hidden, model.unembedding.weight, token_ids + 1, SMALL.vocab_size)
     assert loss.item() == pytest.approx(math.log(500), abs=0.01)
 
 
@@ -213,7 +213,7 @@ def test_compiled_regions_compute_what_the_plain_ones_do(dtype: torch.dtype) -> 
     for regions in (Regions(), Regions.compiled()):
         model.zero_grad()
         hidden = model.hidden(token_ids, regions)
-        mean_loss(hidden, model.unembedding.weight, token_ids, 500).backward()
+        weighted_loss(hidden, model.unembedding.weight, token_ids, 500).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()} | {"out": hidden})
     plain, fast = gradients
     # In bfloat16 fused kernels round less often; single scalars, sums of all, then differ most.
@@ -260,7 +260,7 @@ def test_compiled_regions_keep_documents_apart_too() -> None:
     for regions in (Regions(), Regions.compiled()):
         model.zero_grad()
         hidden = model.hidden(token_ids, regions, segments=segments)
-        mean_loss(hidden, model.unembedding.weight, token_ids, 500).backward()
+        weighted_loss(hidden, model.unembedding.weight, token_ids, 500).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()} | {"out": hidden})
     for name, expected in gradients[0].items():
         assert relative_error(gradients[1][name], expected) < 1e-5, name

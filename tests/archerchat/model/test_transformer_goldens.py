@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from archerchat.exchange.nanochat import to_archerchat_names
-from archerchat.model.loss import mean_loss, token_losses
+from archerchat.model.loss import token_losses, weighted_loss
 from archerchat.model.transformer import Block, Regions, Transformer
 
 BACKENDS = ("sdpa", "matmul")
@@ -55,7 +55,7 @@ def test_losses_equal_the_goldens(golden_run: tuple[Any, Transformer]) -> None:
     hidden, targets = model.hidden(golden.io["ids"]), golden.io["targets"]
     losses = token_losses(hidden, model.unembedding.weight, targets, golden.config.vocab_size)
     torch.testing.assert_close(losses, golden.io["per_position_loss"], atol=1e-5, rtol=1e-5)
-    mean = mean_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size)
+    mean = weighted_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size)
     assert mean.item() == pytest.approx(golden.facts["mean_loss"], rel=1e-5)
 
 
@@ -90,7 +90,7 @@ def test_gradients_equal_the_goldens(golden_run: tuple[Any, Transformer]) -> Non
     golden, model = golden_run
     model.zero_grad()
     hidden, targets = model.hidden(golden.io["ids"]), golden.io["targets"]
-    mean_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size).backward()
+    weighted_loss(hidden, model.unembedding.weight, targets, golden.config.vocab_size).backward()
     stats = to_archerchat_names(golden.facts["grad_stats"])
     samples = to_archerchat_names(
         {name.partition(".")[2]: t for name, t in golden.io.items() if name.startswith("grad")}
@@ -121,13 +121,25 @@ def test_greedy_continuations_equal_the_goldens(model_golden: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_is_as_close_as_the_reference(model_golden: Any, backend: Any) -> None:
+    """Both are compared with float32: two bfloat16 results differ by the rounding of both.
+
+    The rounding of the golden's 416 targets leaves a standard error of 0.001 in their mean loss.
+    Sixteen draws of targets bring it well below the bound of 0.002.
+    """
     golden, model = model_golden, model_golden.build(torch.bfloat16, backend)
-    hidden = model.hidden(golden.io["ids"])
-    assert hidden.dtype == torch.bfloat16
-    vocab_size, expected = golden.config.vocab_size, golden.facts["bfloat16_compute"]
-    loss = mean_loss(hidden, model.unembedding.weight, golden.io["targets"], vocab_size)
-    assert loss.item() == pytest.approx(expected["mean_loss"], abs=2e-3)
-    logits = model(golden.io["ids"])[0, 255, :16]
+    exact, ids, vocab_size = golden.build(), golden.io["ids"], golden.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(vocab_size, (16 * len(ids), ids.size(1)), generator=generator)
+    losses = []
+    for each in (model, exact):
+        hidden = each.hidden(ids)
+        assert hidden.dtype == each.compute_dtype
+        hidden = hidden.repeat(16, 1, 1)
+        losses.append(token_losses(hidden, each.unembedding.weight, targets, vocab_size).mean())
+    assert losses[0].item() == pytest.approx(losses[1].item(), abs=2e-3)
+    positions, wanted = golden.io["logits_positions"], golden.io["logits_row0"]
+    logits = model(ids[:1])[0, positions]
     assert logits.dtype == torch.float32
-    wanted = torch.tensor(expected["logits_row0_pos255_first16"])
-    torch.testing.assert_close(logits, wanted, atol=0.15, rtol=0)
+    reference = torch.tensor(golden.facts["bfloat16_compute"]["logits_row0_pos255_first16"])
+    reference_error = reference - wanted[positions == 255, :16]
+    assert (logits - wanted).square().mean() < reference_error.square().mean()

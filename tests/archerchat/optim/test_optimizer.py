@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from archerchat.dial import LearningRates
 from archerchat.exchange.nanochat import CONFIG_NAMES, to_archerchat_names
 from archerchat.model.config import ModelConfig
-from archerchat.model.loss import mean_loss
+from archerchat.model.loss import weighted_loss
 from archerchat.model.transformer import Transformer
 from archerchat.optim import optimizer as optimizer_module
 from archerchat.optim.optimizer import AdamGroup, MuonGroup, Optimizer, build_groups
@@ -58,7 +58,7 @@ def backward(
     token_ids = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(seed))
     hidden = model.hidden(token_ids[:, :-1].to(model.device))
     targets = token_ids[:, 1:].to(model.device)
-    scale(mean_loss(hidden, model.unembedding.weight, targets, 128)).backward()
+    scale(weighted_loss(hidden, model.unembedding.weight, targets, 128)).backward()
 
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,12 +188,13 @@ def train(model: Transformer, optimizer: Optimizer, steps: range) -> None:
 def test_saved_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
     model, optimizer = build(dtype)
     train(model, optimizer, range(2))
-    weights, state = snapshot(model.state_dict()), snapshot(optimizer.state)
-    assert optimizer.steps_taken == 2
+    weights = snapshot(model.state_dict())
+    state = {"steps_taken": 2, **snapshot(optimizer.state)}
+    assert optimizer.state_dict()["steps_taken"] == 2
     train(model, optimizer, range(2, 3))
     resumed, other = build(dtype)
     resumed.load_state_dict(weights)
-    other.load_state(state, steps_taken=2)
+    other.load_state_dict(state)
     train(resumed, other, range(2, 3))
     assert_equal(resumed.state_dict(), model.state_dict())
     assert_equal(other.state, optimizer.state)
@@ -203,7 +204,7 @@ def test_saved_state_continues_bit_for_bit(dtype: torch.dtype) -> None:
 def test_loaded_state_is_a_copy() -> None:
     _, optimizer = build()
     saved = {name: torch.ones_like(buffer) for name, buffer in optimizer.state.items()}
-    optimizer.load_state(saved, 1)
+    optimizer.load_state_dict({"steps_taken": 1, **saved})
     saved["mean.smear_lambda"] += 1
     assert optimizer.state["mean.smear_lambda"].item() == 1
 
@@ -211,14 +212,15 @@ def test_loaded_state_is_a_copy() -> None:
 def test_state_of_another_model_is_refused_and_changes_nothing() -> None:
     _, optimizer = build()
     before = snapshot(optimizer.state)
-    state = {name: torch.ones_like(buffer) for name, buffer in before.items()}
+    state: dict[str, Any] = {name: torch.ones_like(buffer) for name, buffer in before.items()}
+    state["steps_taken"] = 1
     missing = {name: buffer for name, buffer in state.items() if name != "mean.smear_lambda"}
     with pytest.raises(ValueError, match=r"does not fit this model; differing: .*smear_lambda"):
-        optimizer.load_state(missing, 1)
+        optimizer.load_state_dict(missing)
     with pytest.raises(ValueError, match=r"differing: \['mean\.other'\]"):
-        optimizer.load_state(state | {"mean.other": torch.ones(1)}, 1)
+        optimizer.load_state_dict(state | {"mean.other": torch.ones(1)})
     with pytest.raises(ValueError, match=r"mean\.smear_lambda is \(2,\) in the checkpoint, \(1,\)"):
-        optimizer.load_state(state | {"mean.smear_lambda": torch.ones(2)}, 1)
+        optimizer.load_state_dict(state | {"mean.smear_lambda": torch.ones(2)})
     assert optimizer.steps_taken == 0
     assert_equal(optimizer.state, before)
 

@@ -11,6 +11,7 @@ import torch
 
 from archerchat.dial import DialConfig
 from archerchat.errors import UsageError
+from archerchat.planning.gpus import Prices
 from archerchat.planning.peak_flops import Measurement, peak_flops
 from archerchat.planning.plan import TRAIN_SHARDS, Plan, PlanConfig, build_plan
 from archerchat.runtime import Runtime, choose_dtype, dtype_name
@@ -20,6 +21,8 @@ def _plan(
     tmp_path: Path, depth: int = 12, dial: dict[str, Any] | None = None, **fields: Any
 ) -> Plan:
     fields.setdefault("gpu", "RTX 5060 Ti")
+    prices = {name: fields.pop(name) for name in [*fields] if name.startswith("price_")}
+    fields["prices"] = Prices(**prices)
     return build_plan(PlanConfig(DialConfig(depth, **(dial or {})), **fields), tmp_path)
 
 
@@ -29,17 +32,15 @@ def test_times_on_the_5060_ti_are_near_the_measured_ones(
 ) -> None:
     plan = _plan(tmp_path, depth)
     assert plan.time.hours * 60 == pytest.approx(minutes, rel=0.15)
-    assert plan.time.mfu_is_assumed
 
 
 def test_the_gpt2_run_costs_what_was_reported(tmp_path: Path) -> None:
     """The seeds report $48 to $73 for d24 at ratio 8 on eight H100s, with fp8 and without."""
     plan = _plan(tmp_path, 24, {"target_param_data_ratio": 8}, gpu="H100", num_gpus=8)
-    assert plan.time.rent is not None
-    assert 40 < plan.time.rent < 80
+    assert plan.time.cost is not None
+    assert 40 < plan.time.cost < 80
     assert plan.time.price_per_hour == pytest.approx(3.0)
-    assert plan.time.price_is_assumed
-    assert plan.time.energy_cost is None
+    assert "assumed" in plan.time.price_note
     assert plan.memory.grad_accum_steps is not None
     size = plan.memory.device_batch_size
     assert size is not None
@@ -50,10 +51,9 @@ def test_hours_follow_flops_rate_and_mfu(tmp_path: Path) -> None:
     plan = _plan(tmp_path, mfu=0.5, num_gpus=2, gpu="A100 80GB", price_per_hour=2.0)
     hours = plan.hyperparameters.total_flops / (2 * 312e12 * 0.5) / 3600
     assert plan.time.hours == pytest.approx(hours)
-    assert plan.time.rent == pytest.approx(2 * 2.0 * hours)
+    assert plan.time.cost == pytest.approx(2 * 2.0 * hours)
     assert plan.time.kwh == pytest.approx(2 * 0.4 * hours)
-    assert not plan.time.price_is_assumed
-    assert not plan.time.mfu_is_assumed
+    assert plan.time.price_note == "$2.00 per hour and device"
     assert plan.time.tokens_per_second * hours * 3600 == pytest.approx(
         plan.hyperparameters.total_tokens
     )
@@ -61,9 +61,9 @@ def test_hours_follow_flops_rate_and_mfu(tmp_path: Path) -> None:
 
 def test_electricity_at_home(tmp_path: Path) -> None:
     plan = _plan(tmp_path, price_per_kwh=0.5)
-    assert plan.time.rent is None
     assert plan.time.kwh == pytest.approx(0.18 * plan.time.hours)
-    assert plan.time.energy_cost == pytest.approx(0.5 * 0.18 * plan.time.hours)
+    assert plan.time.cost == pytest.approx(0.5 * 0.18 * plan.time.hours)
+    assert "180 W at $0.50 per kWh" in plan.time.price_note
 
 
 def test_shards_cover_the_tokens(tmp_path: Path) -> None:
@@ -141,9 +141,9 @@ def test_without_a_name_this_machine_is_planned_for(
     assert plan.machine.flops_per_second == 2e12
     assert plan.machine.flops_source.startswith("measured")
     assert plan.machine.memory_bytes == runtime.total_memory_bytes()
-    assert plan.time.rent is None
+    assert plan.time.cost is None
     assert plan.time.kwh is None
-    assert plan.time.energy_cost is None
+    assert "--price-per-hour" in plan.time.price_note
 
 
 def test_without_a_name_a_known_card_is_recognised(
@@ -179,7 +179,7 @@ def test_an_unknown_card_lists_the_known(tmp_path: Path) -> None:
         ({"price_per_hour": -1.0}, "--price-per-hour is -1.0"),
         ({"price_per_kwh": float("nan")}, "--price-per-kwh is nan"),
         ({"tokens_per_shard": 0}, "--tokens-per-shard is 0"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 0}, "--vocab-size is 0"),
     ],
 )
 def test_numbers_that_make_no_sense_are_named(

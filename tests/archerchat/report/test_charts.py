@@ -1,4 +1,4 @@
-"""Charts as SVG: well-formed, escaped, to scale."""
+"""Charts as SVG: well-formed, escaped, to scale, the same each time."""
 
 from __future__ import annotations
 
@@ -8,76 +8,123 @@ from xml.etree import ElementTree
 
 import pytest
 
-from archerchat.report.charts import Bar, BarChart, LineChart, Series, draw, standalone
-from archerchat.report.scales import build_scale, compact, linear_ticks, log_ticks
+from archerchat.report.charts import Bars, Chart, Lines, Series, compact, draw
 
-HOSTILE = '</title><script>alert("x")</script>&'
-
-
-def numbers(path: str) -> list[tuple[float, float]]:
-    return [(float(a), float(b)) for a, b in re.findall(r"([\d.]+) ([\d.]+)", path)]
+HOSTILE = "</title><script>&$x_1$"
+SVG = "{http://www.w3.org/2000/svg}"
 
 
-def curve(chart: LineChart) -> list[tuple[float, float]]:
+def curve(chart: Lines) -> list[tuple[float, float]]:
+    """Return the places of the first curve's points."""
     root = ElementTree.fromstring(draw(chart))
-    return next(numbers(e.get("d", "")) for e in root.iter() if "curve" in e.get("class", ""))
+    paths = (e for e in root.iter(f"{SVG}path") if "stroke-width: 1.8" in e.get("style", ""))
+    places = re.findall(r"[ML] ([\d.]+) ([\d.]+)", next(paths).get("d", ""))
+    return [(float(x), float(y)) for x, y in places]
+
+
+def titles(chart: Chart) -> list[str]:
+    root = ElementTree.fromstring(draw(chart))
+    return [element.text or "" for element in root.iter(f"{SVG}title")]
 
 
 def test_a_curve_is_drawn_to_scale() -> None:
-    places = curve(LineChart("t", "step", (Series("a", [(0, 1), (10, 3), (20, 2)]),)))
-    (x0, y0), (x1, y1), (x2, y2) = places
-    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-    assert (y0 - y2) == pytest.approx((y0 - y1) / 2, abs=0.2)  # downwards is smaller
+    (x0, y0), (x1, y1), (x2, y2) = curve(
+        Lines("t", "step", [Series("a", [(0, 1), (10, 3), (20, 2)])])
+    )
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.01)
+    assert (y0 - y2) == pytest.approx((y0 - y1) / 2, abs=0.01)  # downwards is smaller
     assert y1 < y2 < y0
 
 
-def test_long_curves_keep_their_extremes() -> None:
-    points = [(float(i), math.sin(i / 900)) for i in range(20_000)]
-    points[7_777] = (7_777.0, 9.0)
-    places = curve(LineChart("t", "step", (Series("a", points),)))
-    assert len(places) < 400
+def test_a_logarithmic_axis() -> None:
+    points: list[tuple[float, float]] = [(1, 1), (10, 10), (100, 100)]
+    chart = Lines("t", "step", [Series("a", points)], log_x=True, log_y=True)
+    (x0, y0), (x1, y1), (x2, y2) = curve(chart)
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.01)
+    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.01)
+
+
+def test_long_curves_are_thinned_and_keep_their_extremes() -> None:
+    points = [(float(i), math.sin(i) + math.sin(i / 900)) for i in range(20_000)]
+    points[7_777] = (7_777.0, 30.0)
+    chart = Lines("t", "step", [Series("a", points)])
+    places = curve(chart)
+    assert len(places) < 2_500
     assert min(y for _, y in places) < sorted(y for _, y in places)[1] - 20
+    assert len(draw(chart)) < 80_000
 
 
-def test_what_cannot_be_drawn_is_left_out() -> None:
-    points = [(0.0, math.nan), (1.0, 2.0), (2.0, math.inf), (3.0, 1.0), (-1.0, 0.5)]
-    assert len(curve(LineChart("t", "x", (Series("a", points),), log_x=True))) == 2
-    ElementTree.fromstring(draw(LineChart("t", "x", (Series("a", [(0, math.nan)]),))))
-    ElementTree.fromstring(draw(LineChart("t", "x", (Series("a", [(5, 5)]),))))
+def test_what_is_not_finite_is_left_out() -> None:
+    points = [(0.0, math.nan), (1.0, 2.0), (2.0, math.inf), (3.0, 1.0)]
+    assert len(curve(Lines("t", "x", [Series("a", points)]))) == 2
+    ElementTree.fromstring(draw(Lines("t", "x", [Series("a", [(0, math.nan)])])))
+    ElementTree.fromstring(draw(Lines("t", "x", [Series("a", [(5, 5)])])))
+    ElementTree.fromstring(draw(Lines("t", "x", [])))
 
 
-@pytest.mark.parametrize("as_file", [False, True])
-def test_texts_cannot_become_markup(as_file: bool) -> None:
-    lines = LineChart(HOSTILE, HOSTILE, (Series(HOSTILE, [(0, 1), (1, 2)]), Series("b", [(0, 1)])))
-    bars = BarChart(HOSTILE, (Bar(HOSTILE, 0.5, HOSTILE, HOSTILE), Bar("b", -0.1, "", "")))
-    for chart in (lines, bars):
-        text = standalone(chart) if as_file else draw(chart)
-        assert "<script" not in text
-        root = ElementTree.fromstring(text)
+def test_values_show_under_the_pointer() -> None:
+    chart = Lines("t", "step", [Series("a", [(0, 1), (10, 3500)]), Series("b", [(5, 2)], "dots")])
+    assert titles(chart) == ["a: 1 at 0", "a: 3.5k at 10", "b: 2 at 5"]
+    behind = Series("c", [(0, 1), (1, 2)], "faint")
+    assert titles(Lines("t", "step", [behind])) == []
+    long = Lines("t", "step", [Series("", [(i, i) for i in range(1000)])])
+    assert len(titles(long)) <= 48
+
+
+def test_a_curve_with_an_axis_of_its_own() -> None:
+    """One chart holds losses in nats and in bits, each with its axis."""
+    loss, bits = Series("a", [(0, 9), (1, 3)]), Series("b", [(0, 2), (1, 1)], on_right=True)
+    text = draw(Lines("t", "step", [loss, bits], "nats per token", "bits per byte", log_y=True))
+    for label in ("nats per token", "bits per byte", ">a<", ">b<"):
+        assert label in text
+    (x0, y0), (x1, y1) = curve(Lines("t", "step", [bits, loss], "", "right"))
+    assert x0 < x1
+    assert y0 < y1
+
+
+def test_the_legend_names_what_has_a_name() -> None:
+    points: list[tuple[float, float]] = [(0, 1), (1, 2)]
+    text = draw(Lines("t", "", [Series("", points), Series("a", points), Series("b", points)]))
+    assert ">a<" in text
+    assert ">b<" in text
+    assert "_child" not in text
+    assert ">a<" not in draw(Lines("t", "", [Series("", points), Series("a", points)]))
+
+
+def test_a_second_scale_of_the_same_curve() -> None:
+    chart = Lines("t", "step", [Series("", [(0, 100), (1, 200)])], "", "%", 0.5, from_zero=True)
+    assert {">200<", ">100<", ">%<"} <= set(re.findall(r">[^<>\s]+<", draw(chart)))
+
+
+def test_a_chart_is_the_same_each_time() -> None:
+    band = [(0.0, 0.5, 1.5), (1.0, 1.0, 3.0)]
+    chart = Lines("t", "step", [Series("a", [(0, 1), (1, 2)], band=band)])
+    assert draw(chart) == draw(chart)
+
+
+def test_texts_cannot_become_markup() -> None:
+    series = [Series(HOSTILE, [(0, 1), (1, 2)]), Series("b", [(0, 1)])]
+    for chart in (
+        Lines(HOSTILE, HOSTILE, series, HOSTILE),
+        Bars(HOSTILE, [(HOSTILE, 0.5, (0.4, 0.6), HOSTILE)]),
+    ):
+        root = ElementTree.fromstring(draw(chart))
+        assert not list(root.iter(f"{SVG}script"))
         assert root.get("aria-label") == HOSTILE
+        assert any(element.text == HOSTILE for element in root.iter(f"{SVG}text"))
 
 
 def test_bars_start_at_zero_and_go_both_ways() -> None:
-    root = ElementTree.fromstring(
-        draw(BarChart("t", (Bar("a", 0.5, "", ""), Bar("b", -0.25, "", ""))))
-    )
-    first, second = (e for e in root.iter() if e.tag.endswith("rect"))
-    zero = float(first.get("x", ""))
-    assert float(second.get("x", "")) + float(second.get("width", "")) == pytest.approx(zero, abs=1)
-    ratio = float(first.get("width", "")) / float(second.get("width", ""))
-    assert ratio == pytest.approx(2, abs=0.05)
-
-
-def test_scales() -> None:
-    assert linear_ticks(0, 10) == (0, 2, 4, 6, 8, 10)
-    assert linear_ticks(0.93, 1.07) == pytest.approx((0.95, 1.0, 1.05))
-    assert log_ticks(1, 1e5) == (1, 10, 100, 1e3, 1e4, 1e5)
-    assert log_ticks(1, 10) == (1, 2, 5, 10)
-    scale = build_scale([1, 100], 0, 10, log=True)
-    assert scale.place(10) == pytest.approx(5)
-    flat = build_scale([3.0, 3.0], 0, 10)
-    assert flat.place(3.0) == pytest.approx(5)
-    assert build_scale([0.0], 0, 10).place(0.0) == pytest.approx(5)
+    bars = [("a", 0.5, (0.4, 0.6), "50%"), ("b", -0.25, (-0.3, -0.2), "")]
+    root = ElementTree.fromstring(draw(Bars("t", bars)))
+    paths = [e for e in root.iter(f"{SVG}path") if "fill: #" in e.get("style", "")]
+    spans = []
+    for path in paths:
+        xs = [float(x) for x in re.findall(r"[ML] ([\d.]+)", path.get("d", ""))]
+        spans.append((min(xs), max(xs)))
+    (zero, right), (left, end) = spans
+    assert end == pytest.approx(zero, abs=0.01)
+    assert right - zero == pytest.approx(2 * (end - left), abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +134,7 @@ def test_scales() -> None:
         (1234, "1.23k"),
         (999_960, "1M"),
         (0.00012, "0.00012"),
-        (-2.5e9, "-2.5G"),
+        (-2.5e9, "-2.5B"),
         (12, "12"),
     ],
 )

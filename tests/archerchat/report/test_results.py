@@ -1,4 +1,4 @@
-"""Results of evaluations, whatever wrote them and whatever they lack."""
+"""Results of evaluations: the kinds, what is unfinished or capped, what is damaged."""
 
 from __future__ import annotations
 
@@ -6,91 +6,93 @@ from typing import Any
 
 import pytest
 
+from archerchat.evals.chat.results import TaskResult as ChatTask
+from archerchat.evals.core.results import CoreResult, PartialResults, TaskResult, write_results
 from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.report.results import Result, latest, load_results
 
-TASK = {"accuracy": 0.5, "centred": 0.25, "random_baseline": 0.25, "examples": 8, "seconds": 2.0}
+TASK = {"accuracy": 0.5, "random_baseline": 0.25, "examples": 8, "correct": 4, "seconds": 2.0}
 
 
-def load(home: Home, **content: Any) -> Result | None:
-    write_json(home.root / "evals" / "base" / "d8" / "one.json", content)
+def load(home: Home, name: str, **content: Any) -> Result | None:
+    write_json(home.eval_dir("base", "d8") / name, content)
     found = load_results(home, "base", "d8")
     return found[0] if found else None
 
 
 def test_core(home: Home) -> None:
-    result = load(home, core=0.25, tasks={"copa": TASK}, step=4, options={"max_per_task": 8})
+    tasks = {"copa": TASK}
+    result = load(home, "core_4.json", core=0.25, tasks=tasks, step=4, options={"max_per_task": 8})
     assert result is not None
     assert (result.kind, result.score, result.step, result.cap) == ("core", 0.25, 4, 8)
-    assert (result.complete, result.seconds) == (True, 2.0)
+    assert result.complete
     (task,) = result.tasks
-    assert (task.label, task.accuracy, task.centred, task.examples) == ("copa", 0.5, 0.25, 8)
+    assert (task.label, task.accuracy, task.examples, task.seconds) == ("copa", 0.5, 8, 2.0)
+    assert task.centred == pytest.approx(1 / 3)
 
 
-def test_tasks_may_be_a_list(home: Home) -> None:
-    result = load(home, core=0.1, tasks=[TASK | {"label": "copa", "centered": 0.2}, "?"])
-    assert result is not None
-    assert [task.label for task in result.tasks] == ["copa"]
-
-
-def test_generated_tasks_are_not_core(home: Home) -> None:
-    tasks = {"offline_a": TASK, "offline_b": TASK | {"centred": 0.75}}
-    result = load(home, core=0.5, tasks=tasks)
-    assert result is not None
-    assert (result.kind, result.score) == ("offline", 0.5)
-    mixed = load(home, core=0.5, tasks={"offline_a": TASK, "copa": TASK})
-    assert mixed is not None
-    assert mixed.kind == "core"
-
-
-def test_counts_give_an_interval(home: Home) -> None:
-    result = load(home, core=0.1, tasks=[TASK | {"label": "copa", "correct": 30, "examples": 200}])
-    assert result is not None
-    assert result.tasks[0].interval == pytest.approx((0.1072, 0.2061), abs=1e-4)
-    broken = load(home, core=0.1, tasks=[TASK | {"label": "copa", "correct": 9, "examples": 8}])
-    assert broken is not None
-    assert broken.tasks[0].interval is None
-
-
-def test_an_unfinished_core(home: Home) -> None:
-    result = load(home, key={"step": 4, "options": {}}, tasks=[TASK | {"label": "copa"}])
-    assert result is not None
-    assert (result.kind, result.step, result.complete) == ("core", 4, False)
-    assert result.score is None
+def test_what_an_evaluation_writes_is_read(home: Home) -> None:
+    """Through the evaluations' own code: CORE, the offline tasks, and one that is unfinished."""
+    folder = home.eval_dir("base", "d8")
+    folder.mkdir(parents=True)
+    task = TaskResult("copa", "multiple_choice", 0, 200, 30, 0.5, 3.0, 10, 10)
+    about = {"step": 6, "options": {"max_per_task": None}}
+    write_results(folder / "core_000006", CoreResult((task,)), about)
+    write_results(folder / "offline_000006", CoreResult((task, task)), about)
+    PartialResults(folder / "core_000007.partial.json", about | {"step": 7}).add(task)
+    core, offline, partial = load_results(home, "base", "d8")
+    assert (core.kind, core.step, core.cap) == ("core", 6, None)
+    assert core.score == pytest.approx(task.centred)
+    assert core.tasks[0].interval == pytest.approx((0.1072, 0.2061), abs=1e-4)
+    assert core.tasks[0].centred == pytest.approx(task.centred)
+    assert (offline.kind, len(offline.tasks)) == ("offline", 1)
+    assert (partial.step, partial.complete, partial.score) == (7, False, None)
 
 
 def test_chat(home: Home) -> None:
-    tasks = {"MMLU": {"accuracy": 0.5, "problems": 4, "interval_95": [0.2, 0.8]}}
-    result = load(home, sampling={}, tasks=tasks, complete=False)
+    task = ChatTask("MMLU", "categorical", 0.25, (1, 0, 1, 1), 1, seconds=2.0).to_json()
+    folder = "chat_step_000004.json"
+    result = load(home, folder, sampling={}, step=4, tasks={"MMLU": task}, complete=False)
     assert result is not None
     assert (result.kind, result.score, result.complete) == ("chat", None, False)
-    assert result.tasks[0].interval == (0.2, 0.8)
-    assert result.tasks[0].centred is None
+    assert result.tasks[0].interval == pytest.approx(tuple(task["interval_95"]))
+    assert result.tasks[0].centred == pytest.approx(2 / 3)
+    assert result.tasks[0].seconds == 2.0
 
 
-def test_bits_alone(home: Home) -> None:
-    result = load(home, bits_per_byte={"train": 1.0, "val": 1.1})
-    assert result is not None
-    assert (result.kind, result.bits_per_byte) == ("bits", {"train": 1.0, "val": 1.1})
-
-
-@pytest.mark.parametrize("content", ["[1]", "{", '{"tasks": 3}', '{"tasks": {"a": 1}}', "\xff"])
-def test_other_files_are_passed_over(home: Home, content: str) -> None:
-    path = home.root / "evals" / "base" / "d8" / "x.json"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content.encode("latin-1"))
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "{",
+        '{"step": 1, "tasks": 3}',
+        '{"step": 1, "tasks": {"a": 1}}',
+        '{"core": 1}',
+        "\xff",
+    ],
+)
+def test_damaged_files_are_skipped(home: Home, content: str) -> None:
+    folder = home.eval_dir("base", "d8")
+    folder.mkdir(parents=True)
+    (folder / "core_1.json").write_bytes(content.encode("latin-1"))
+    (folder / "notes.json").write_text('{"core": 1, "step": 1, "tasks": {}}')
     assert load_results(home, "base", "d8") == []
 
 
 def test_the_latest_is_the_last_that_is_whole(home: Home) -> None:
-    folder = home.root / "evals" / "base" / "d8"
+    folder = home.eval_dir("base", "d8")
+    figures = {"core": 0.1, "tasks": {"copa": TASK}}
     for step, complete in ((2, True), (4, True), (6, False)):
-        figures = {"core": 0.1, "tasks": {"copa": TASK}, "step": step, "complete": complete}
-        write_json(folder / f"core_{step}.json", figures)
+        write_json(folder / f"core_{step}.json", figures | {"step": step, "complete": complete})
+    for cap in (8, 16):  # of the same step: the full one counts
+        options = {"max_per_task": cap}
+        write_json(folder / f"core_4_max{cap}.json", figures | {"step": 4, "options": options})
     results = load_results(home, "base", "d8")
-    assert [result.step for result in results] == [2, 4, 6]
+    assert [(r.step, r.cap) for r in results] == [(2, None), (4, 8), (4, 16), (4, None), (6, None)]
     chosen = latest(results, "core")
     assert chosen is not None
-    assert chosen.step == 4
+    assert (chosen.step, chosen.cap) == (4, None)
+    assert latest(results, "core", "base") == chosen
+    assert latest(results, "core", "sft") is None
     assert latest(results, "chat") is None

@@ -9,7 +9,7 @@ import pytest
 
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
-from archerchat.report.runs import Point, build_run, load_family, load_run
+from archerchat.report.runs import build_run, load_family, load_run
 
 Write = Callable[..., None]
 
@@ -17,13 +17,12 @@ Write = Callable[..., None]
 def test_a_run_is_what_it_logged(home: Home, session: Write) -> None:
     session(home, "d8", range(4), last_bits=0.9)
     run = load_run(home, "d8")
-    assert run is not None
-    assert run.metrics["train/tokens"] == [Point(i, 512.0 * (i + 1)) for i in range(4)]
+    assert run.metrics["train/tokens"] == {i: 512.0 * (i + 1) for i in range(4)}
     assert (run.steps, run.status, run.stage, run.depth) == (4, "finished", "base", 8)
     assert run.last("val/bpb") == 0.9
-    assert run.texts == {"sample/The capital": [(4, "of France is")]}
-    assert run.sessions[0].training_seconds == pytest.approx(8.0)
-    assert run.sessions[0].eval_seconds == 3.0
+    assert run.texts == {"sample/The capital": {4: "of France is"}}
+    assert run.training_seconds == pytest.approx(8.0)
+    assert run.eval_seconds == 3.0
 
 
 def test_resuming_replaces_the_steps_that_were_lost(home: Home, session: Write) -> None:
@@ -31,21 +30,33 @@ def test_resuming_replaces_the_steps_that_were_lost(home: Home, session: Write) 
     session(home, "d8", range(5), last_bits=0.8, status="failed", text="lost")
     session(home, "d8", range(2, 4), last_bits=0.7, text="kept")
     run = load_run(home, "d8")
+    assert list(run.metrics["train/loss"]) == [0, 1, 2, 3]
+    assert run.metrics["val/bpb"] == {4: 0.7}
+    assert run.texts == {"sample/The capital": {4: "kept"}}
+    assert (run.num_sessions, run.status) == (2, "finished")
+    # Both sessions took time: five steps of two seconds, then two.
+    assert run.training_seconds == pytest.approx(10.0 + 4.0)
+    assert run.eval_seconds == 6.0
+
+
+def test_time_between_sessions_does_not_count() -> None:
+    records: list[dict[str, Any]] = [
+        {"type": "session", "time": 10.0},
+        {"type": "metrics", "time": 12.0, "step": 0, "values": {"a": 1}},
+        {"type": "finish", "time": 13.0, "status": "interrupted"},
+        {"type": "session", "time": 100.0},
+        {"type": "finish", "time": 104.0, "status": "finished"},
+    ]
+    run = build_run("t", records)
     assert run is not None
-    assert [p.step for p in run.metrics["train/loss"]] == [0, 1, 2, 3]
-    assert run.metrics["val/bpb"] == [Point(4, 0.7)]
-    assert run.texts == {"sample/The capital": [(4, "kept")]}
-    assert [s.status for s in run.sessions] == ["failed", "finished"]
-    # Both sessions took time, the second for two steps of two seconds.
-    assert [s.training_seconds for s in run.sessions] == pytest.approx([10.0, 4.0])
+    assert (run.start, run.end, run.wall_seconds) == (10.0, 104.0, 7.0)
 
 
 def test_an_evaluation_at_the_resumed_step_stays(home: Home, session: Write) -> None:
     session(home, "d8", range(3), last_bits=0.8, status="interrupted")
     session(home, "d8", range(3, 5), last_bits=0.7)
     run = load_run(home, "d8")
-    assert run is not None
-    assert run.metrics["val/bpb"] == [Point(3, 0.8), Point(5, 0.7)]
+    assert run.metrics["val/bpb"] == {3: 0.8, 5: 0.7}
 
 
 def test_values_that_are_no_figures_are_passed_over() -> None:
@@ -60,15 +71,14 @@ def test_values_that_are_no_figures_are_passed_over() -> None:
     ]
     run = build_run("t", records)
     assert run is not None
-    assert run.metrics == {"a": [Point(0, 1.0)]}
-    assert run.sessions[0].end == 5.0
+    assert run.metrics == {"a": {0: 1.0}}
+    assert run.end == 5.0
     assert run.last("a") == 1.0
 
 
 def test_non_finite_values_are_no_result(home: Home, session: Write) -> None:
     session(home, "d8", range(2), last_bits=float("nan"))
     run = load_run(home, "d8")
-    assert run is not None
     assert run.last("val/bpb") is None
 
 

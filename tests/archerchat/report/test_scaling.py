@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from archerchat.errors import UsageError
-from archerchat.report.scaling import Law, fit_law, leave_one_out, optimal_split
+from archerchat.report.scaling import Law, fit_law, optimal_split
 
 CHINCHILLA = Law(1.69, (406.4, 410.7), (0.34, 0.28))
 """Hoffmann et al. 2022, equation 10."""
@@ -48,10 +48,14 @@ def test_fewer_terms() -> None:
 def test_leaving_one_out_shows_what_rests_on_it() -> None:
     compute = [1e16, 1e17, 1e18, 1e19, 1e20]
     losses = [0.6 + 30 / c**0.1 for c in compute]
-    laws = leave_one_out(losses, [compute])
+    laws = fit_law(losses, [compute]).without_one
     assert len(laws) == 5
     assert [law.floor for law in laws] == pytest.approx([0.6] * 5, rel=1e-4)
-    assert leave_one_out(losses[:3], [compute[:3]]) == []
+    losses[4] *= 1.05
+    floors = [law.floor for law in fit_law(losses, [compute]).without_one]
+    assert floors[4] == pytest.approx(0.6, rel=1e-4)
+    assert floors[0] != pytest.approx(0.6, rel=1e-2)
+    assert fit_law(losses[:3], [compute[:3]]).without_one == ()
 
 
 def test_the_best_split_is_the_least_loss() -> None:

@@ -7,13 +7,10 @@ from dataclasses import replace
 import pytest
 
 from archerchat.errors import UsageError
-from archerchat.report.document import Paragraph
-from archerchat.report.html import render_html
 from archerchat.report.scaling_report import (
     SizedRun,
     build_scaling_report,
     fit_runs,
-    formula,
 )
 
 
@@ -29,7 +26,7 @@ def test_runs_that_vary_apart_give_both_terms() -> None:
     assert fit.both
     assert fit.law.exponents == pytest.approx((0.34, 0.28), rel=1e-4)
     assert all(fit.predict(run) == pytest.approx(run.loss) for run in runs)
-    assert formula(fit).startswith("L(N, D) = 1.7000 + 400 / N^0.3400 + 400 / D^0.2800")
+    assert fit.formula.startswith("L(N, D) = 1.7000 + 400 / N^0.3400 + 400 / D^0.2800")
 
 
 def test_a_miniseries_at_one_ratio_is_fitted_over_compute() -> None:
@@ -63,14 +60,24 @@ def test_the_document(count: int) -> None:
     sizes = [(10**7 * 3 ** (i // 3), 1e9 * 5 ** (i % 3)) for i in range(count)]
     runs = [sized(n, d, finished=i > 0) for i, (n, d) in enumerate(sizes)]
     document = build_scaling_report(runs, fit_runs(runs), "val/bpb")
-    notices = [p.text for p in document.sections[0].parts if isinstance(p, Paragraph) and p.notice]
-    assert any(runs[0].tag in text for text in notices)
-    page = render_html(document)
-    assert all(run.tag in page for run in runs)
-    assert page.count("<svg class") == (2 if count == 9 else 1)
+    notices = [line for line in document.markdown.splitlines() if line.startswith("> ")]
+    assert any(runs[0].tag in line for line in notices)
+    assert all(run.tag in document.html for run in runs)
+    assert len(document.charts) == (2 if count == 9 else 1)
 
 
 def test_losses_that_rise_are_said_to() -> None:
     runs = [replace(sized(10**7 * 3**i, 1e9), loss=1.0 + i) for i in range(3)]
-    text = render_html(build_scaling_report(runs, fit_runs(runs), "val/bpb"))
+    text = build_scaling_report(runs, fit_runs(runs), "val/bpb").markdown
     assert "do not show loss falling" in text
+
+
+def test_a_law_that_rises_with_one_size_has_no_best_split() -> None:
+    sizes = [(n, d) for n in (10**7, 10**8, 10**9) for d in (1e9, 4e9, 2e10)]
+    runs = [replace(sized(n, d), loss=1 + n**0.1 + 400 / d**0.28) for n, d in sizes]
+    fit = fit_runs(runs)
+    assert fit.both
+    assert fit.law.exponents[0] < 0
+    text = build_scaling_report(runs, fit, "val/bpb").markdown
+    assert "do not show loss falling" in text
+    assert "has no best split" in text

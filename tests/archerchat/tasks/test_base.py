@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from archerchat.errors import DataError, UsageError
-from archerchat.tasks.base import CategoricalTask, Task, TaskMixture, TaskSequence
+from archerchat.tasks.base import CategoricalTask, Task, TaskMixture
 from archerchat.tasks.conversation import Conversation, assistant, user
 from archerchat.tasks.multiple_choice import build_question
 
@@ -35,7 +35,7 @@ class Exam(CategoricalTask, Numbers):
 
 
 def said(conversations: object) -> list[tuple[str, int]]:
-    assert isinstance(conversations, Task | TaskSequence | TaskMixture | list)
+    assert isinstance(conversations, Task | TaskMixture | list)
     return [
         (each["messages"][0]["content"], int(each["messages"][1]["content"]))
         for each in conversations
@@ -83,7 +83,7 @@ def test_an_index_counts_from_either_end_and_ends() -> None:
         with pytest.raises(IndexError):
             task[index]
         with pytest.raises(IndexError):
-            TaskSequence([task])[index]
+            TaskMixture([task])[index]
 
 
 def test_a_training_task_judges_nothing() -> None:
@@ -101,15 +101,6 @@ def test_a_categorical_task_judges_letters() -> None:
         task.evaluate(task[0], "C")
 
 
-def test_a_sequence_is_one_after_the_other() -> None:
-    sequence = TaskSequence([Numbers("a", 2), Numbers("empty", 0), Numbers("b", 3)])
-    assert len(sequence) == 5
-    assert said(sequence) == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)]
-    assert said(sequence[1:3]) == [("a", 1), ("b", 0)]
-    assert sequence[-1] == sequence[4]
-    assert [sequence.origin(i) for i in (0, 2, -1)] == [(0, 0), (2, 0), (2, 2)]
-
-
 def test_a_mixture_holds_everything_once_in_a_fixed_order() -> None:
     tasks = [Numbers("a", 30), Numbers("b", 50), Numbers("a", 30)]
     mixture = TaskMixture(tasks, seed=3)
@@ -119,6 +110,9 @@ def test_a_mixture_holds_everything_once_in_a_fixed_order() -> None:
     names = [name for name, _ in said(mixture)]
     assert {"a", "b"} == set(names[:20])
     assert [mixture.tasks[task][i] for task, i in map(mixture.origin, range(110))] == list(mixture)
+    assert mixture[-1] == mixture[109]
+    assert mixture.origin(-1) == mixture.origin(109)
+    assert mixture[3:5] == [mixture[3], mixture[4]]
 
 
 def test_the_order_of_a_mixture_stays_what_it_was() -> None:

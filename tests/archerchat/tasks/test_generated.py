@@ -14,9 +14,8 @@ from archerchat.errors import UsageError
 from archerchat.inference.calculator import evaluate
 from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation, check_conversation, text_of
-from archerchat.tasks.generated import GeneratedTask
+from archerchat.tasks.generated import GeneratedTask, load_words, split_of
 from archerchat.tasks.spelling import COUNT_QUESTIONS, SimpleSpellingTask, SpellingBeeTask
-from archerchat.tasks.words import collect_words, load_words, split_of
 
 TASKS: list[type[GeneratedTask]] = [SpellingBeeTask, SimpleSpellingTask, ArithmeticTask]
 every_task = pytest.mark.parametrize("make", TASKS)
@@ -148,12 +147,6 @@ def test_words_are_kept_in_order_and_plain() -> None:
     assert len(set(words)) == len(words)
     assert all(re.fullmatch(r"[a-z]{3,15}", word) for word in words)
     assert {split_of(word) for word in load_words("test")} == {"test"}
-
-
-def test_words_are_collected_from_prose() -> None:
-    texts = ["The cat (and a mouse), sat. foo_bar x.cat Cats\nqrst", "the cat, sat; and.", "a cat"]
-    assert collect_words(texts, min_documents=2) == ["and", "cat", "sat"]
-    assert collect_words(texts, min_documents=1) == ["and", "cat", "mouse", "sat"]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from archerchat.tasks.answers import find_number
+from archerchat.tasks.base import find_number, find_number_leniently
 from archerchat.tasks.conversation import part
 from archerchat.tasks.gsm8k import GSM8KTask, parse_answer
 from archerchat.tasks.hub import TaskFiles
@@ -72,6 +73,43 @@ def test_the_number_decides(local_files: TaskFiles) -> None:
     assert not task.evaluate(task[0], "10")
     assert task.reward(task[2], "#### 3.5") == 1.0
     assert task.reward(task[2], "#### 3") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 29.00", "29"),
+        ("#### - 3", "-3"),
+        ("#### \u22123", "-3"),
+        ("#### **29**", "29"),
+        ("#### $1,029.50.", "1029.5"),
+        ("#### -$.5", "-0.5"),
+        ("####\n29 apples, 3 each", "29"),
+        ("5 - 3 = **2**", "2"),
+        ("It is 10 - 3", "3"),
+        ("It is 10-3", "3"),
+        ("It is 2 (or -2)", "-2"),
+        ("7 are left. #### none", "7"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_the_lenient_number(text: str, number: str | None) -> None:
+    assert find_number_leniently(text) == (None if number is None else Decimal(number))
+
+
+@pytest.mark.parametrize("form", ["10.00", "**10**", "$10", " 10 nuts"])
+def test_the_lenient_rule_forgives_the_form_and_no_other_number(
+    local_files: TaskFiles, form: str
+) -> None:
+    task = GSM8KTask(local_files, "train")
+    assert task.is_lenient
+    assert task.evaluate_leniently(task[0], f"12 - 2 is it.\n#### {form}")
+    assert task.evaluate_leniently(task[0], f"She keeps {form}")
+    assert not task.evaluate(task[0], f"She keeps {form}")
+    assert not task.evaluate_leniently(task[1], f"#### {form}")
+    assert not task.evaluate_leniently(task[0], f"#### 1{form.strip()}1")
+    assert not task.evaluate_leniently(task[0], f"#### -{form.strip()}")
 
 
 def test_the_real_answers_pass_their_own_test(shared_data_dir: Path, tmp_path: Path) -> None:

@@ -8,21 +8,17 @@ import pytest
 
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.multiple_choice import (
-    ARCTask,
-    MMLUTask,
-    build_question,
-    render_multiple_choice,
-)
+from archerchat.tasks.multiple_choice import ARCTask, MMLUTask, build_question
 
 
 def test_multiple_choice_lists_each_choice_before_its_letter() -> None:
-    assert render_multiple_choice("Which is red?", ["A", "B"], ["grass", "blood"]) == (
+    question = build_question("Which is red?", ["A", "B"], ["grass", "blood"], "B")
+    assert question["messages"][0]["content"] == (
         "Multiple Choice question: Which is red?\n- grass=A\n- blood=B\n"
         "\nRespond only with the letter of the correct answer."
     )
     with pytest.raises(DataError, match="1 letters for 2 choices"):
-        render_multiple_choice("Which is red?", ["A"], ["grass", "blood"])
+        build_question("Which is red?", ["A"], ["grass", "blood"], "A")
     with pytest.raises(DataError, match="answer 'C' is none of A, B in the question 'Which"):
         build_question("Which is red?", ["A", "B"], ["grass", "blood"], "C")
 
@@ -61,7 +57,7 @@ def test_an_answer_beyond_the_choices_is_named(local_dir: Path, tmp_path: Path) 
     row = '{"question": "?", "choices": ["a"], "answer": 1, "subject": "s"}\n'
     (local_dir / "mmlu" / "test.jsonl").write_text(row)
     task = MMLUTask(TaskFiles(tmp_path, local_dir))
-    with pytest.raises(DataError, match="MMLU test 0: the answer 1 is no index of 1 choices"):
+    with pytest.raises(DataError, match="the answer '1' is none of A in the question '\\?'"):
         task[0]
 
 

@@ -64,7 +64,7 @@ def test_a_folder_of_chats_stands_in_for_smoltalk(local_files: TaskFiles, local_
 
 @pytest.fixture(scope="module")
 def byte_tokenizer() -> Tokenizer:
-    return Tokenizer.from_ranks({bytes([value]): value for value in range(256)})
+    return Tokenizer({bytes([value]): value for value in range(256)})
 
 
 def specials(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

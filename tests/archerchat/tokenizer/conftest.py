@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
-from archerchat.tokenizer.ranks import load_ranks
+from archerchat.tokenizer.bpe import Tokenizer, load_ranks, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +15,7 @@ def reference_tokenizer(oracle_dir: Path) -> Tokenizer:
     """The reference's tokenizer, from its own ranks and pattern."""
     settings = json.loads((oracle_dir / "tokenizer" / "tokenizer.json").read_text())
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    return Tokenizer.from_ranks(ranks, pattern=settings["pattern"])
+    return Tokenizer(ranks, pattern=settings["pattern"])
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from hypothesis import strategies as st
 from archerchat.errors import DataError, TokenizerError, UsageError
 from archerchat.tokenizer.bpe import (
     SPECIAL_TOKENS,
+    WHITESPACE_LIMIT,
     Tokenizer,
-    save_new_tokenizer,
+    cut_long_whitespace,
     train_tokenizer,
 )
 
@@ -94,9 +98,9 @@ def test_training_reproduces_the_reference_ranks(
     shards = sorted((oracle_dir / "corpus").glob("*.parquet"))[:-1]
     texts = [text for shard in shards for text in shard_texts(shard)]
     trained = train_tokenizer(texts, 4096)
-    trained.save(tmp_path)
+    trained.save(tmp_path / "trained")
     expected = (oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken").read_bytes()
-    assert (tmp_path / "ranks.tiktoken").read_bytes() == expected
+    assert (tmp_path / "trained" / "ranks.tiktoken").read_bytes() == expected
     assert trained.fingerprint == reference_tokenizer.fingerprint
 
 
@@ -149,13 +153,39 @@ def test_endless_whitespace_does_not_end_the_process(small_tokenizer: Tokenizer)
     assert tokenizer.vocab_size == 270
 
 
+def test_whitespace_below_the_limit_is_encoded_as_if_unguarded(small_tokenizer: Tokenizer) -> None:
+    text = "start" + " " * 20_000 + "end " + "word " * 80_000  # long enough to be looked at
+    assert len(text) > WHITESPACE_LIMIT
+    assert small_tokenizer.encode(text) == small_tokenizer._encoding.encode_ordinary(text)
+
+
+@given(st.lists(st.sampled_from(["a", "bc", " ", "\n", " " * 5, "\t" * 12])).map("".join))
+def test_runs_of_whitespace_are_cut_after_each_multiple_of_the_limit(text: str) -> None:
+    limit = 5
+    plain = [match.end() for match in re.finditer(rf"\s{{{limit}}}", text)]  # quadratic, but clear
+    pieces = list(cut_long_whitespace(text, limit))
+    assert list(itertools.accumulate(map(len, pieces)))[:-1] == plain
+    assert "".join(pieces) == text
+
+
+def test_looking_for_long_whitespace_takes_linear_time() -> None:
+    def seconds(spaces: int) -> float:
+        text = "start" + " " * spaces + "end"
+        started = time.perf_counter()
+        assert list(cut_long_whitespace(text)) == [text]
+        return time.perf_counter() - started
+
+    short, long = (min(seconds(spaces) for _ in range(5)) for spaces in (10_000, 100_000))
+    assert long < 40 * short  # 10 times as much text; a search at every space takes 100 times
+
+
 def test_lone_surrogates_become_replacement_characters(small_tokenizer: Tokenizer) -> None:
     assert small_tokenizer.decode(small_tokenizer.encode("a\ud800b")) == "a�b"
     assert train_tokenizer(["a\ud800b" * 3, TEXT], 270).vocab_size == 270
 
 
 def test_save_and_load_give_the_same_tokenizer(tmp_path: Path) -> None:
-    saved = Tokenizer.from_ranks(train_tokenizer([TEXT], 280)._ranks, provenance={"from": "test"})
+    saved = Tokenizer(train_tokenizer([TEXT], 280)._ranks, provenance={"from": "test"})
     saved.save(tmp_path / "tok")
     loaded = Tokenizer.load(tmp_path / "tok")
     assert sorted(path.name for path in (tmp_path / "tok").iterdir()) == [
@@ -182,10 +212,10 @@ def test_the_fingerprint_covers_ranks_pattern_and_special_tokens(
     (first, a), (second, b) = list(ranks.items())[-2:]
     swapped[first], swapped[second] = b, a
     variants = [
-        Tokenizer.from_ranks(ranks),
-        Tokenizer.from_ranks(swapped),
-        Tokenizer.from_ranks(ranks, pattern=r"\s+|\S+"),
-        Tokenizer.from_ranks(ranks, special_tokens=SPECIAL_TOKENS[:-1]),
+        Tokenizer(ranks),
+        Tokenizer(swapped),
+        Tokenizer(ranks, pattern=r"\s+|\S+"),
+        Tokenizer(ranks, special_tokens=SPECIAL_TOKENS[:-1]),
     ]
     assert len({tokenizer.fingerprint for tokenizer in variants}) == 4
     assert variants[0].fingerprint == small_tokenizer.fingerprint
@@ -215,24 +245,25 @@ DAMAGE = {
 def test_a_damaged_directory_is_refused_with_a_remedy(
     small_tokenizer: Tokenizer, tmp_path: Path, damage: str
 ) -> None:
-    small_tokenizer.save(tmp_path)
+    directory = tmp_path / "tok"
+    small_tokenizer.save(directory)
     name, break_it = DAMAGE[damage]
-    break_it(tmp_path / name)
+    break_it(directory / name)
     with pytest.raises(TokenizerError, match="archerchat tokenizer train") as caught:
-        Tokenizer.load(tmp_path)
-    expected = "does not compile" if damage == "bad pattern" else str(tmp_path / name)
+        Tokenizer.load(directory)
+    expected = "does not compile" if damage == "bad pattern" else str(directory / name)
     assert expected in str(caught.value)
 
 
 def test_ranks_that_cannot_encode_everything_are_refused(small_tokenizer: Tokenizer) -> None:
     ranks = {bytes([value]): value for value in range(256)}
     with pytest.raises(TokenizerError, match="each once"):
-        Tokenizer.from_ranks({**ranks, b"ab": 300})
+        Tokenizer({**ranks, b"ab": 300})
     del ranks[b"\xff"]
     with pytest.raises(TokenizerError, match="0xff"):
-        Tokenizer.from_ranks({**ranks, b"ab": 255})
+        Tokenizer({**ranks, b"ab": 255})
     with pytest.raises(TokenizerError, match="listed twice"):
-        Tokenizer.from_ranks(small_tokenizer._ranks, special_tokens=["<|bos|>", "<|bos|>"])
+        Tokenizer(small_tokenizer._ranks, special_tokens=["<|bos|>", "<|bos|>"])
 
 
 @pytest.mark.parametrize("size", [0, 256, 264])
@@ -297,11 +328,9 @@ def test_a_tokenizer_s_directory_is_written_whole_or_not_at_all(
     small_tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     directory = tmp_path / "tokenizers" / "small"
-    save_new_tokenizer(small_tokenizer, directory)
+    small_tokenizer.save(directory)
     assert Tokenizer.load(directory).fingerprint == small_tokenizer.fingerprint
     (tmp_path / "a file").write_text("")
-    with pytest.raises(
-        TokenizerError, match=r"cannot write .*a file/small .*: point ARCHERCHAT_HOME"
-    ):
-        save_new_tokenizer(small_tokenizer, tmp_path / "a file" / "small")
+    with pytest.raises(TokenizerError, match=r"cannot write .*a file/small .*: point ARCHERCHAT"):
+        small_tokenizer.save(tmp_path / "a file" / "small")
     assert [path.name for path in (tmp_path / "tokenizers").iterdir()] == ["small"]

@@ -132,7 +132,7 @@ BAD = [
     ({"messages": []}, "at least one message"),
     ({"messages": "hello"}, "at least one message"),
     ({"messages": ["hello"]}, "message 0 must be"),
-    ({"messages": [{"content": "hi"}]}, "message 0 has the role None where 'user'"),
+    ({"messages": [{"content": "hi"}]}, "message 0 has the role None, but must have 'user'"),
     ({"messages": [{"role": "system", "content": "s"}]}, "no user message follows"),
     ({"messages": [{"role": "system", "content": None}]}, "message 0 must hold text, not nothing"),
     (chat("a", "b", system="s") | {"messages": [*chat("a")["messages"] * 2]}, "message 1 has"),

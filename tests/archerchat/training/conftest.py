@@ -6,8 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+from archerchat.checkpoint import find_checkpoint, load_checkpoint
+from archerchat.config import compare_configs
+
+SECTIONS = {"model", "optimizer", "loader", "rng", "loop", "scaler"}
 
 
 @pytest.fixture
@@ -30,3 +38,27 @@ def launch() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
     for child in children:
         child.kill()
         child.communicate()
+
+
+@pytest.fixture
+def assert_same_run() -> Callable[..., None]:
+    """Compare all that the last checkpoints of two models hold, times excepted."""
+
+    def compare(left: Path, right: Path, step: int | None = None) -> None:
+        first, second = (load_checkpoint(find_checkpoint(path, step)) for path in (left, right))
+        assert first.step == second.step
+        assert first.state.keys() == second.state.keys() == SECTIONS
+        for section, values in first.state.items():
+            others = second.state[section]
+            assert others.keys() == values.keys()
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    assert others[name].dtype == value.dtype
+                    assert torch.equal(others[name], value), f"{section}: {name}"
+                elif name != "training_seconds":
+                    assert compare_configs({name: value}, {name: others[name]}) == [], section
+        for meta in (first.meta, second.meta):
+            del meta["config"]
+        assert compare_configs(first.meta, second.meta) == []
+
+    return compare

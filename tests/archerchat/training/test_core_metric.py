@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from archerchat.training.loop import Loop
+from archerchat.training.recipe import Evaluation
 from archerchat.training.telemetry import MetricsLog
 
 
@@ -43,9 +44,9 @@ def test_the_weights_do_not_depend_on_it(tiny_home: Any, monkeypatch: pytest.Mon
     calls: list[int] = []
     evaluate = Loop._evaluate
 
-    def counted(self: Loop, step: int, measure: Any, name: str) -> None:
-        calls.append(step) if name == "core/seconds" else None
-        evaluate(self, step, measure, name)
+    def counted(self: Loop, step: int, evaluation: Evaluation) -> None:
+        calls.append(step) if evaluation.seconds_name == "core/seconds" else None
+        evaluate(self, step, evaluation)
 
     monkeypatch.setattr(Loop, "_evaluate", counted)
     core = {"core-metric-every": 1, "core-bundle": "offline", "core-metric-max-per-task": 6}

@@ -26,21 +26,38 @@ from archerchat.home import Home
 from archerchat.optim.optimizer import AdamGroup, Optimizer
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.loop import Loop, Outcome
-from archerchat.training.recipe import Cadence, LoopState, StepSettings
+from archerchat.training.loop import Loop, LoopState, Outcome
+from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.telemetry import MetricsLog, Occasion, open_run
 
-CADENCE = Cadence(num_iterations=4, grad_accum_steps=2, tokens_per_step=16, flops_per_step=1000)
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how often the loop does more than train."""
+
+    num_iterations: int = 4
+    grad_accum_steps: int = 2
+    eval_every: int | None = None
+    sample_every: int | None = None
+    save_every: int | None = None
+
+
+PLAN = Plan()
 
 
 class StubRecipe:
     """Fit four weights to 1, and write down what the loop asks for."""
 
-    def __init__(self) -> None:
+    metric = Metric("val/bpb", "validation bits per byte")
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.runtime = Runtime(torch.device("cpu"), dtype, "a CPU", "forced")
         self.model = nn.Linear(4, 1, bias=False)
         nn.init.zeros_(self.model.weight)
         group = AdamGroup(("weight",), 0.1, (0.8, 0.95), 0.0)
         self.optimizer = Optimizer(self.model, [group])
+        self.plan = PLAN
+        self.progress: ProgressLine | None = None
         self.calls: list[str] = []
         self.batches = 0
         self.on_call: dict[str, Callable[[], None]] = {}
@@ -50,9 +67,20 @@ class StubRecipe:
     def weight(self) -> Tensor:
         return self.model.weight.detach().flatten().clone()
 
+    @property
+    def grad_accum_steps(self) -> int:
+        return self.plan.grad_accum_steps
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        return [Evaluation(lambda step: self.evaluate(step), self.plan.eval_every)]
+
     def note(self, call: str) -> None:
         self.calls.append(call)
         self.on_call.get(call, lambda: None)()
+
+    def total_steps(self, step: int) -> int:
+        return self.plan.num_iterations
 
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
         self.batches += 1
@@ -67,6 +95,12 @@ class StubRecipe:
         self.note(f"step {step}")
         return StepSettings(1.0, 0.9, 0.0)
 
+    def step_tokens(self) -> int:
+        return 16
+
+    def step_flops(self) -> int:
+        return 1000
+
     def step_metrics(self) -> Mapping[str, float]:
         return {"stub/batches": float(self.batches)}
 
@@ -78,36 +112,38 @@ class StubRecipe:
         self.note(f"sample {step}")
         return {"prompt": "text"}
 
-    def save(self, state: LoopState, scaler: Mapping[str, Any]) -> None:
-        self.saved = replace(state), dict(scaler)
-        self.note(f"save {state.step}")
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        return {"model": {}}
 
-    def checkpoint_path(self, step: int) -> Path | None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        assert state["model"] == {}
+
+    # It writes the checkpoints too.
+
+    def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
+        self.saved = LoopState(**state["loop"]), dict(state["scaler"])
+        assert finished == (step == self.plan.num_iterations)
+        self.note(f"save {step}")
+
+    def find(self, step: int) -> Path | None:
         return Path(f"step_{step:06d}") if f"save {step}" in self.calls else None
 
     def events(self) -> list[str]:
         return [call for call in self.calls if not call.startswith("batch")]
 
 
-def build_loop(
-    recipe: StubRecipe,
-    cadence: Cadence = CADENCE,
-    state: LoopState | None = None,
-    dtype: torch.dtype = torch.float32,
-    metrics: MetricsLog | None = None,
-    scaler_state: Mapping[str, Any] | None = None,
-) -> Loop:
-    return Loop(
-        recipe,
-        recipe.optimizer,
-        Runtime(torch.device("cpu"), dtype, "a CPU", "forced"),
-        cadence,
-        state or LoopState(),
-        PeakFlops(1e9, "table"),
-        metrics or MetricsLog(None),
-        ProgressLine(Console(file=io.StringIO()), cadence.num_iterations),
-        scaler_state,
-    )
+def build_loop(recipe: StubRecipe, plan: Plan = PLAN, state: LoopState | None = None) -> Loop:
+    recipe.plan = plan
+    given: Any = recipe
+    loop = Loop(given, PeakFlops(1e9, "table"), plan.save_every, plan.sample_every)
+    loop.state = state or loop.state
+    return loop
+
+
+def run(loop: Loop, metrics: MetricsLog | None = None) -> Outcome:
+    recipe: Any = loop.recipe
+    progress = ProgressLine(Console(file=io.StringIO()), recipe.plan.num_iterations)
+    return loop.run(recipe, metrics or MetricsLog(None), progress)
 
 
 def send(*numbers: signal.Signals) -> None:
@@ -117,8 +153,8 @@ def send(*numbers: signal.Signals) -> None:
 
 def test_saves_then_evaluates_then_samples_then_trains() -> None:
     recipe = StubRecipe()
-    cadence = replace(CADENCE, num_iterations=5, eval_every=2, sample_every=4, save_every=2)
-    outcome = build_loop(recipe, cadence).run()
+    plan = replace(PLAN, num_iterations=5, eval_every=2, sample_every=4, save_every=2)
+    outcome = run(build_loop(recipe, plan))
     assert outcome.finished
     assert recipe.events() == [
         *("evaluate 0", "step 0", "step 1"),
@@ -132,15 +168,15 @@ def test_saves_then_evaluates_then_samples_then_trains() -> None:
 
 def test_without_a_cadence_the_end_still_saves_evaluates_and_samples() -> None:
     recipe = StubRecipe()
-    build_loop(recipe).run()
+    run(build_loop(recipe))
     assert recipe.events()[-3:] == ["save 4", "evaluate 4", "sample 4"]
     assert len(recipe.events()) == 4 + 3
 
 
 def test_a_resumed_loop_repeats_no_save_but_the_evaluation_that_may_be_missing() -> None:
     recipe = StubRecipe()
-    cadence = replace(CADENCE, eval_every=2, save_every=2)
-    build_loop(recipe, cadence, LoopState(step=2)).run()
+    plan = replace(PLAN, eval_every=2, save_every=2)
+    run(build_loop(recipe, plan, LoopState(step=2)))
     assert recipe.events() == [
         *("evaluate 2", "step 2", "step 3"),
         *("save 4", "evaluate 4", "sample 4"),
@@ -149,7 +185,7 @@ def test_a_resumed_loop_repeats_no_save_but_the_evaluation_that_may_be_missing()
 
 def test_a_loop_resumed_after_its_last_step_only_evaluates() -> None:
     recipe = StubRecipe()
-    outcome = build_loop(recipe, state=LoopState(step=4)).run()
+    outcome = run(build_loop(recipe, state=LoopState(step=4)))
     assert recipe.events() == ["evaluate 4", "sample 4"]
     assert outcome.finished
     assert math.isnan(outcome.tokens_per_second)
@@ -174,7 +210,7 @@ def test_an_evaluation_that_fails_costs_no_training() -> None:
 
     recipe.on_call["evaluate 2"] = fail
     with restored_process(), pytest.raises(RuntimeError, match="evaluation is broken"):
-        build_loop(recipe, replace(CADENCE, eval_every=2, save_every=2)).run()
+        run(build_loop(recipe, replace(PLAN, eval_every=2, save_every=2)))
     assert recipe.events() == ["evaluate 0", "step 0", "step 1", "save 2", "evaluate 2"]
 
 
@@ -183,17 +219,17 @@ def test_garbage_is_collected_only_between_steps() -> None:
     enabled = []
     recipe.on_call["step 3"] = lambda: enabled.append(gc.isenabled())
     with restored_process():
-        build_loop(recipe).run()
+        run(build_loop(recipe))
     assert enabled == [False]
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_before_it_is_saved() -> None:
     recipe = StubRecipe()
     recipe.on_call["step 2"] = lambda: recipe.model.weight.data.fill_(math.nan)
-    loop = build_loop(recipe, replace(CADENCE, save_every=1))
+    loop = build_loop(recipe, replace(PLAN, save_every=1))
     message = r"loss of step 2 is nan: lower the learning rates .*last checkpoint is intact"
     with restored_process(), pytest.raises(ArcherChatError, match=message):
-        loop.run()
+        run(loop)
     assert recipe.events() == ["step 0", "save 1", "step 1", "save 2", "step 2"]
     assert loop.state.step == 2
 
@@ -203,7 +239,7 @@ def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(number: signal.
     recipe = StubRecipe()
     recipe.on_call["step 1"] = lambda: send(number)
     with restored_process():
-        outcome = build_loop(recipe, replace(CADENCE, eval_every=1)).run()
+        outcome = run(build_loop(recipe, replace(PLAN, eval_every=1)))
     assert not outcome.finished
     assert recipe.events() == ["evaluate 0", "step 0", "evaluate 1", "step 1", "save 2"]
 
@@ -212,7 +248,7 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     recipe = StubRecipe()
     recipe.on_call["batch 3"] = lambda: send(signal.SIGINT, signal.SIGTERM)
     with restored_process(), pytest.raises(KeyboardInterrupt):
-        build_loop(recipe).run()
+        run(build_loop(recipe))
     assert recipe.calls[-1] == "batch 3"
     assert "save 1" not in recipe.calls
 
@@ -226,7 +262,7 @@ def test_a_signal_leaves_an_evaluation_at_once_and_saves() -> None:
 
     recipe.on_call["evaluate 2"] = interrupted
     with restored_process():
-        outcome = build_loop(recipe, replace(CADENCE, eval_every=2)).run()
+        outcome = run(build_loop(recipe, replace(PLAN, eval_every=2)))
     assert not outcome.finished
     assert recipe.events() == ["evaluate 0", "step 0", "step 1", "evaluate 2", "save 2"]
 
@@ -234,7 +270,7 @@ def test_a_signal_leaves_an_evaluation_at_once_and_saves() -> None:
 def test_a_signal_while_sampling_does_not_save_a_second_time() -> None:
     recipe = StubRecipe()
     recipe.on_call["sample 2"] = lambda: send(signal.SIGINT)
-    outcome = build_loop(recipe, replace(CADENCE, sample_every=2, save_every=2)).run()
+    outcome = run(build_loop(recipe, replace(PLAN, sample_every=2, save_every=2)))
     assert not outcome.finished
     assert recipe.events() == ["step 0", "step 1", "save 2", "sample 2"]
 
@@ -242,20 +278,20 @@ def test_a_signal_while_sampling_does_not_save_a_second_time() -> None:
 def test_a_signal_before_the_first_step_saves_nothing() -> None:
     recipe = StubRecipe()
     recipe.on_call["evaluate 0"] = lambda: send(signal.SIGTERM)
-    assert not build_loop(recipe, replace(CADENCE, eval_every=2)).run().finished
+    assert not run(build_loop(recipe, replace(PLAN, eval_every=2))).finished
     assert recipe.events() == ["evaluate 0"]
 
 
 def test_a_signal_in_the_last_step_leaves_the_evaluation_to_the_next_run() -> None:
     recipe = StubRecipe()
     recipe.on_call["step 3"] = lambda: send(signal.SIGINT)
-    assert not build_loop(recipe).run().finished
+    assert not run(build_loop(recipe)).finished
     assert recipe.events()[-2:] == ["step 3", "save 4"]
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
     recipe = StubRecipe()
-    thread = threading.Thread(target=build_loop(recipe).run)
+    thread = threading.Thread(target=run, args=(build_loop(recipe),))
     thread.start()
     thread.join()
     assert recipe.events()[-1] == "sample 4"
@@ -267,7 +303,7 @@ def test_gradients_are_the_mean_over_micro_batches() -> None:
     batches = [recipe.next_micro_batch() for _ in range(4)]
     recipe.batches = 0
     recipe.optimizer.step = lambda *_: seen.append(recipe.model.weight.grad.clone())  # type: ignore[method-assign,union-attr]
-    build_loop(recipe, replace(CADENCE, num_iterations=1, grad_accum_steps=4)).run()
+    run(build_loop(recipe, replace(PLAN, num_iterations=1, grad_accum_steps=4)))
     whole.loss(*(torch.cat(parts) for parts in zip(*batches, strict=True))).backward()
     assert whole.model.weight.grad is not None
     torch.testing.assert_close(seen[0], whole.model.weight.grad)
@@ -275,7 +311,7 @@ def test_gradients_are_the_mean_over_micro_batches() -> None:
 
 
 def test_float16_skips_a_step_whose_gradient_overflows() -> None:
-    recipe = StubRecipe()
+    recipe = StubRecipe(torch.float16)
     weights: list[Tensor] = []
     plain = recipe.loss
 
@@ -285,24 +321,26 @@ def test_float16_skips_a_step_whose_gradient_overflows() -> None:
         return plain(inputs, targets) + overflow * recipe.model.weight.sum() * 0.1
 
     recipe.loss = loss  # type: ignore[method-assign]
-    loop = build_loop(recipe, replace(CADENCE, grad_accum_steps=1), dtype=torch.float16)
+    loop = build_loop(recipe, replace(PLAN, grad_accum_steps=1))
     before = loop.scaler.get_scale()
-    loop.run()
+    run(loop)
     assert torch.equal(weights[1], weights[2])  # the second step
     assert not torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[2], weights[3])
     assert loop.state.step == 4
     assert recipe.optimizer.steps_taken == 3
     assert loop.scaler.get_scale() == before / 2
-    state, scaler = recipe.saved
-    again = build_loop(recipe, dtype=torch.float16, state=state, scaler_state=scaler)
+    scaler = recipe.saved[1]
+    again = build_loop(recipe)
+    again.load_state_dict(loop.state_dict())
     assert again.scaler.state_dict() == loop.scaler.state_dict()
+    assert again.state == loop.state
     assert json.loads(json.dumps(scaler)) == scaler
 
 
 def test_float32_has_no_scaler() -> None:
     recipe = StubRecipe()
-    build_loop(recipe).run()
+    run(build_loop(recipe))
     assert recipe.saved[1] == {}
 
 
@@ -314,8 +352,8 @@ def journal(home: Home, run: str) -> list[dict[str, Any]]:
 def test_figures_are_recorded_and_never_zero_or_infinite(tmp_path: Path) -> None:
     recipe, home = StubRecipe(), Home(tmp_path)
     with open_run(home, "run", {}) as metrics:
-        loop = build_loop(recipe, replace(CADENCE, eval_every=2), metrics=metrics)
-        outcome = loop.run()
+        loop = build_loop(recipe, replace(PLAN, eval_every=2))
+        outcome = run(loop, metrics)
     records = journal(home, "run")
     steps = [r["values"] for r in records if r["type"] == "metrics" and "train/loss" in r["values"]]
     assert len(steps) == 4
@@ -344,14 +382,14 @@ def test_an_interrupted_run_is_recorded_as_such(tmp_path: Path) -> None:
     recipe, home = StubRecipe(), Home(tmp_path)
     recipe.on_call["step 1"] = lambda: send(signal.SIGINT)
     with restored_process(), open_run(home, "run", {}) as metrics:
-        build_loop(recipe, metrics=metrics).run()
+        run(build_loop(recipe), metrics)
     assert statuses(home) == ["interrupted"]
 
 
 def test_a_run_that_no_signal_ends_is_finished(tmp_path: Path) -> None:
     home = Home(tmp_path)
     with open_run(home, "run", {}) as metrics:
-        build_loop(StubRecipe(), metrics=metrics).run()
+        run(build_loop(StubRecipe()), metrics)
     assert statuses(home) == ["finished"]
 
 
@@ -373,9 +411,9 @@ def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -
     recipe, metrics = StubRecipe(), Pushes(None)
     figures = {2: 2.0, 4: 1.5, 6: 1.8, 7: 1.2}  # and better ones where no checkpoint is
     recipe.evaluate = lambda step: {"val/bpb": figures.get(step, 0.5)}  # type: ignore[method-assign]
-    cadence = replace(CADENCE, num_iterations=7, save_every=2, eval_every=1)
+    plan = replace(PLAN, num_iterations=7, save_every=2, eval_every=1)
     with restored_process():
-        build_loop(recipe, cadence, metrics=metrics).run()
+        run(build_loop(recipe, plan), metrics)
     assert [(occasion, step) for occasion, step, _ in metrics.offered] == [
         *(("last", 2), ("best", 2)),
         *(("last", 4), ("best", 4)),
@@ -389,10 +427,11 @@ def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -
 
 def test_more_right_answers_are_better_than_fewer() -> None:
     recipe, metrics = StubRecipe(), Pushes(None)
+    recipe.metric = Metric("val/pass_at_1", "pass@1", higher_is_better=True)
     rates = {1: 0.2, 2: 0.1, 3: 0.5, 4: 0.4}
     recipe.evaluate = lambda step: {"val/pass_at_1": rates.get(step, 0.0)}  # type: ignore[method-assign]
     with restored_process():
-        build_loop(recipe, replace(CADENCE, save_every=1, eval_every=1), metrics=metrics).run()
+        run(build_loop(recipe, replace(PLAN, save_every=1, eval_every=1)), metrics)
     best = [(step, values) for occasion, step, values in metrics.offered if occasion == "best"]
     assert best == [(1, {"val/pass_at_1": 0.2}), (3, {"val/pass_at_1": 0.5})]
 
@@ -401,9 +440,9 @@ def test_the_best_checkpoint_s_figure_survives_a_restart() -> None:
     recipe, metrics = StubRecipe(), Pushes(None)
     recipe.calls.append("save 2")  # by the process before
     state = LoopState(step=2, best_saved=2.9)
-    cadence = replace(CADENCE, save_every=2, eval_every=2)
+    plan = replace(PLAN, save_every=2, eval_every=2)
     with restored_process():
-        build_loop(recipe, cadence, state, metrics=metrics).run()
+        run(build_loop(recipe, plan, state), metrics)
     # 3.0 at step 2 and 2.8 at step 4; what was saved before is not offered as the last again.
     assert [(o, s) for o, s, _ in metrics.offered] == [("last", 4), ("best", 4)]
     assert recipe.saved[0].best_saved == 2.9
@@ -418,7 +457,7 @@ def check_speed(outcome: Outcome, seconds: float) -> None:
 
 def test_the_smooth_loss_is_corrected_for_its_start_and_survives_a_restart() -> None:
     recipe = StubRecipe()
-    loop = build_loop(recipe, replace(CADENCE, num_iterations=2, grad_accum_steps=1))
+    loop = build_loop(recipe, replace(PLAN, num_iterations=2, grad_accum_steps=1))
     losses = []
     plain = recipe.loss
 
@@ -427,7 +466,7 @@ def test_the_smooth_loss_is_corrected_for_its_start_and_survives_a_restart() -> 
         return losses[-1]
 
     recipe.loss = loss  # type: ignore[method-assign]
-    loop.run()
+    run(loop)
     first, second = (value.item() for value in losses)
     corrected = loop.state.smooth_loss / (1 - 0.9**2)
     assert corrected == pytest.approx((0.9 * first + second) / 1.9)

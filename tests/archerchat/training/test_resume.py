@@ -14,19 +14,14 @@ from archerchat.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from archerchat.data.loader import TokenLoader
 from archerchat.data.shards import list_shards, split_shards, write_shards
+from archerchat.data.text_loader import TextLoader
 from archerchat.errors import CheckpointError
 from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
-from archerchat.training.resume import (
-    describe_extension,
-    find_start,
-    restore_loader,
-    restore_rng,
-    rng_tensors,
-)
+from archerchat.training.recipe import load_rng_state_dict, rng_state_dict
+from archerchat.training.resume import describe_extension, find_start
 
 EXTENDABLE = {
     "horizon": ({"num_iterations": 6}, "num_iterations: 4 saved, 6 now"),
@@ -94,7 +89,7 @@ def test_extend_goes_on_and_says_what_the_rate_will_do(
     )
     assert trained_home.steps() == [4, 6]
     assert trained_home.pretrain(**changes) == 0  # the new settings are now the run's
-    assert "already trained: step 6 of 6" in capsys.readouterr().out
+    assert "already trained: step 6 is in" in capsys.readouterr().out
 
 
 def test_extend_warns_of_a_jump_back_to_a_high_rate(
@@ -124,13 +119,15 @@ def test_other_data_is_refused(tiny_home: Any, capsys: pytest.CaptureFixture[str
     write_shards(["other words"] * 90, tiny_home.data_dir("tiny"), documents_per_shard=30)
     before = tiny_home.listing()
     assert tiny_home.pretrain(**stop_early, resume_from_step=2) == 1
-    assert "the data loader cannot resume: shard shard_00000.parquet" in capsys.readouterr().err
+    assert (
+        "the data loader cannot resume: shards: [['shard_00000.parquet'" in capsys.readouterr().err
+    )
     assert tiny_home.listing() == before
 
 
 def test_weights_without_training_state_cannot_be_resumed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 900, {"model": {}}, {"source": "nanochat"})
-    with pytest.raises(CheckpointError, match=r"no training state to go on with \(nanochat\)"):
+    with pytest.raises(CheckpointError, match=r"no training state to resume \(nanochat\)"):
         find_start(tmp_path, {}, None, extend=False)
 
 
@@ -172,29 +169,24 @@ def test_rows_go_on_where_they_were_when_the_micro_batch_changes(tiny_home: Any)
     tokenizer = Tokenizer.load(tiny_home.tokenizer_dir("tiny"))
     shards, _ = split_shards(list_shards(tiny_home.data_dir("tiny")))
 
-    def open_loader(rows: int) -> TokenLoader:
-        return TokenLoader(shards, tokenizer, batch_size=rows, sequence_length=64)
+    def open_loader(rows: int, extend: bool = False) -> TextLoader:
+        return TextLoader(shards, tokenizer, batch_size=rows, sequence_length=64, extend=extend)
 
-    with open_loader(4) as loader, open_loader(2) as other:
+    with open_loader(4) as loader, open_loader(2) as refusing, open_loader(2, True) as other:
         for _ in range(3):
             next(loader)
-        value, arrays = loader.state().to_parts()
-        path = save_checkpoint(
-            tiny_home.root / "saved",
-            3,
-            {"loader": {name: torch.from_numpy(array) for name, array in arrays.items()}},
-            {"loader": value},
-        )
-        with pytest.raises(CheckpointError, match="batch_size was 4 and is 2"):
-            restore_loader(other, load_checkpoint(path), extend=False)
-        restore_loader(other, load_checkpoint(path), extend=True)
+        path = save_checkpoint(tiny_home.root / "saved", 3, {"loader": loader.state_dict()}, {})
+        saved = load_checkpoint(path).state["loader"]
+        with pytest.raises(CheckpointError, match="batch_size: 4 saved, 2 now"):
+            refusing.load_state_dict(saved)
+        other.load_state_dict(saved)
         halves = [torch.from_numpy(next(other).inputs) for _ in range(2)]
         assert torch.equal(torch.cat(halves), torch.from_numpy(next(loader).inputs))
 
 
 def test_random_numbers_go_on_where_they_were() -> None:
-    states = rng_tensors()
+    states = rng_state_dict()
     drawn = torch.rand(3)
     torch.rand(5)
-    restore_rng(states)
+    load_rng_state_dict(states)
     assert torch.equal(torch.rand(3), drawn)

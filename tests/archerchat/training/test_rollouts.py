@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,14 @@ import torch
 
 from archerchat.errors import CheckpointError
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Completion
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Completion
 from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation
 from archerchat.training.rollouts import (
     Rollout,
     RolloutLoader,
     RolloutSettings,
-    RolloutState,
     build_batches,
     build_rollout,
     group_advantages,
@@ -30,9 +31,8 @@ SCRIPT = (
     *("<|python_start|>", "6*7", "<|python_end|>"),
     *("<|output_end|>", "####", "42", "<|assistant_end|>"),
 )
-SETTINGS = RolloutSettings(
-    questions_per_step=3, num_samples=4, max_new_tokens=24, device_batch_size=5, seed=1
-)
+SAMPLING = SamplingParams(24, top_k=50, num_samples=4, seed=1)
+SETTINGS = RolloutSettings(3, SAMPLING, device_batch_size=5)
 
 
 class Lengths(ArithmeticTask):
@@ -73,7 +73,7 @@ def test_forced_tokens_and_the_prompt_are_not_trained_on_but_the_end_is(
     scripted: Callable[[Sequence[str]], Any],
 ) -> None:
     speaker = scripted(SCRIPT)
-    settings = RolloutSettings(1, 2, 24, temperature=0.001, top_k=1)
+    settings = RolloutSettings(1, SamplingParams(24, temperature=0.001, top_k=1, num_samples=2))
     task = ArithmeticTask("train", 1)
     loader = RolloutLoader(Engine(speaker.model), speaker.tokenizer, task, settings)
     rollout = loader.roll_out(0)[0]
@@ -113,7 +113,7 @@ def row(length: int, trained: int, advantage: float) -> Rollout:
 
 
 def test_batches_hold_what_has_a_gradient_and_count_all_tokens() -> None:
-    settings = RolloutSettings(2, 3, device_batch_size=2)
+    settings = RolloutSettings(2, SamplingParams(num_samples=3), device_batch_size=2)
     rollouts = [row(4, 2, 0.5), row(6, 3, -0.5), row(9, 5, 0.0)]
     rollouts += [row(5, 1, 0.25), row(4, 0, 0.25), row(3, 1, -0.5)]
     batches = build_batches(rollouts, settings, padding=99)
@@ -128,7 +128,7 @@ def test_batches_hold_what_has_a_gradient_and_count_all_tokens() -> None:
 
 
 def test_a_step_without_a_gradient_still_has_its_batches() -> None:
-    settings = RolloutSettings(2, 2, device_batch_size=3)
+    settings = RolloutSettings(2, SamplingParams(num_samples=2), device_batch_size=3)
     batches = build_batches([row(4, 0, 0.0)] * 4, settings, 0)
     assert len(batches) == 2
     assert all((batch.targets == -1).all() for batch in batches)
@@ -141,14 +141,14 @@ def test_rollouts_follow_from_weights_seed_and_step_alone(loader: RolloutLoader)
     assert len(first) == SETTINGS.rows
     answers = {rollout.token_ids for rollout in first}
     assert len(answers) > SETTINGS.rows // 2
-    loader.settings = RolloutSettings(**(vars(SETTINGS) | {"seed": 2}))
+    loader.settings = replace(SETTINGS, sampling=replace(SAMPLING, seed=2))
     assert loader.roll_out(0) != first
 
 
 def test_groups_have_the_mean_taken_off(loader: RolloutLoader) -> None:
     rollouts = loader.roll_out(0)
-    for start in range(0, len(rollouts), SETTINGS.num_samples):
-        group = rollouts[start : start + SETTINGS.num_samples]
+    for start in range(0, len(rollouts), SETTINGS.sampling.num_samples):
+        group = rollouts[start : start + SETTINGS.sampling.num_samples]
         mean = sum(rollout.reward for rollout in group) / len(group)
         assert [r.advantage for r in group] == [r.reward - mean for r in group]
         assert any(r.advantage for r in group)
@@ -163,10 +163,10 @@ def test_batches_are_those_of_an_uninterrupted_loader(
     resumed = RolloutLoader(loader.engine, loader.tokenizer, loader.task, SETTINGS)
     for _ in range(size):
         next(resumed)
-    value, arrays = resumed.state().to_parts()
+    state = resumed.state_dict()
     resumed.close()
     fresh = RolloutLoader(loader.engine, loader.tokenizer, loader.task, SETTINGS)
-    fresh.restore(RolloutState.from_parts(value, arrays), extend=False)
+    fresh.load_state_dict(state)
     for expected in batches[size:]:
         found = next(fresh)
         assert np.array_equal(found.inputs, expected.inputs)
@@ -175,13 +175,31 @@ def test_batches_are_those_of_an_uninterrupted_loader(
         assert found.scale == expected.scale
 
 
-def test_rollouts_of_something_else_are_not_gone_on_with(loader: RolloutLoader) -> None:
-    state = loader.state()
-    other = RolloutLoader(loader.engine, loader.tokenizer, ArithmeticTask("train", 9), SETTINGS)
-    with pytest.raises(CheckpointError, match="rollouts are of"):
-        other.restore(state, extend=False)
+def test_rollouts_of_something_else_are_refused_with_the_difference(
+    loader: RolloutLoader,
+) -> None:
+    state = loader.state_dict()
+    task = ArithmeticTask("train", 9)
+    other = RolloutLoader(loader.engine, loader.tokenizer, task, SETTINGS)
+    with pytest.raises(CheckpointError, match="rollouts differ: task"):
+        other.load_state_dict(state)
+    changed = replace(SETTINGS, sampling=replace(SAMPLING, top_p=0.9))
+    other = RolloutLoader(loader.engine, loader.tokenizer, loader.task, changed)
+    with pytest.raises(CheckpointError, match=r"settings.top_p: absent saved, 0.9 now"):
+        other.load_state_dict(state)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        RolloutState.from_parts({}, {})
+        other.load_state_dict({})
+
+
+def test_states_of_earlier_versions_are_read(loader: RolloutLoader) -> None:
+    settings = {
+        **{"questions_per_step": 3, "num_samples": 4, "max_new_tokens": 24, "temperature": 1.0},
+        **{"top_k": 50, "device_batch_size": 5, "seed": 1},
+    }
+    identity = {"task": loader.task.describe(), "settings": settings}
+    loader.load_state_dict({"identity": identity, "steps": torch.tensor([7])})
+    assert loader.state_dict()["steps"].tolist() == [7]
+    assert loader.state_dict()["identity"] == identity
 
 
 def test_metrics_of_a_step(loader: RolloutLoader) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from archerchat.training.throughput import RECENT_STEPS, WARMUP_STEPS, Throughput
+from archerchat.training.loop import RECENT_STEPS, WARMUP_STEPS, Outcome, Throughput
 
 
 def timed(*seconds: float) -> Throughput:
@@ -18,15 +18,15 @@ def timed(*seconds: float) -> Throughput:
 def test_the_rate_is_the_median_step_s_after_the_warm_up() -> None:
     throughput = timed(*[9.0] * WARMUP_STEPS, 0.5, 7.0, 0.25)
     throughput.wait_seconds = 5.275
-    assert throughput.figures() == (200.0, 0.1, 0.1)
+    assert throughput.outcome(True) == Outcome(True, 200.0, 0.1, 0.1)
 
 
 def test_a_call_without_a_steady_step_says_what_it_can() -> None:
-    assert timed(2.0, 0.5).figures() == (50.0, 0.025, 0.0)
-    tokens_per_second, mfu, waiting = timed().figures()
-    assert math.isnan(tokens_per_second)
-    assert math.isnan(mfu)
-    assert waiting == 0.0
+    assert timed(2.0, 0.5).outcome(False) == Outcome(False, 50.0, 0.025, 0.0)
+    nothing = timed().outcome(True)
+    assert math.isnan(nothing.tokens_per_second)
+    assert math.isnan(nothing.mfu)
+    assert nothing.data_wait_share == 0.0
 
 
 def test_the_time_left_is_told_from_recent_steady_steps() -> None:

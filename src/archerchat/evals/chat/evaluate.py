@@ -1,6 +1,6 @@
-"""Evaluate a model on tasks, each rank its share of every task.
+"""Evaluate a model on tasks; each rank takes its share of every task.
 
-evaluator = ChatEvaluator(model, tokenizer, Sampling())
+evaluator = ChatEvaluator(model, tokenizer, SamplingParams(512, temperature=0))
 result = evaluator.evaluate(build_task("GSM8K", "test", files), limit=200)
 print(result.accuracy, result.interval)
 """
@@ -15,19 +15,20 @@ import torch
 from archerchat.distributed import Ranks
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.chat.categorical import choose_letters
-from archerchat.evals.chat.generative import Answer, Sampling, answer_problems, render_question
+from archerchat.evals.chat.generative import Answer, answer_problems, render_question
 from archerchat.evals.chat.results import TaskResult
 from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.transformer import Transformer
 from archerchat.tasks.base import Task
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_for_completion
 
 LIMIT_SEED = 1337
-"""Of the shuffle before a limit: data sets are sorted by subject."""
+"""Seed for the shuffle before a limit: data sets are sorted by subject."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with how many answers of this rank are done, of how many."""
+"""Called with the number of answers that this rank has, and that it will have."""
 
 
 def limited(task: Task, limit: int | None) -> Task:
@@ -45,22 +46,22 @@ class ChatEvaluator:
     """Evaluate one model.
 
     Args:
-        sampling: of generative tasks.
-        max_batch: rows that the engine generates at a time.
-        ranks: that share the work.
-        engine: the model's, where there is one already.
+        params: for generative tasks.
+        max_batch: most answers to generate at a time.
+        ranks: the processes that share the work.
+        engine: the model's engine, if there is one already.
     """
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        sampling: Sampling,
+        params: SamplingParams,
         max_batch: int = 64,
         ranks: Ranks | None = None,
         engine: Engine | None = None,
     ) -> None:
-        self.tokenizer, self.sampling, self._ranks = tokenizer, sampling, ranks or Ranks()
+        self.tokenizer, self.params, self._ranks = tokenizer, params, ranks or Ranks()
         self._engine = engine or Engine(model, max_batch)
 
     def evaluate(
@@ -73,19 +74,19 @@ class ChatEvaluator:
         """Return what the model gets right, over all ranks.
 
         Args:
-            limit: so many of the problems.
+            limit: number of problems; by default all.
             on_answer: given every answer that this rank generated.
 
         Raises:
             DataError: the task is empty, or its files are broken.
             UsageError: the limit is not positive, or the task is for training only.
-            SandboxError: programs are to be run and there is no sandbox on this machine.
+            SandboxError: the task runs programs and there is no sandbox on this machine.
         """
         task = limited(task, limit)
         if not len(task):
             raise DataError(f"{task.name} has no problem to ask")
         started = time.perf_counter()
-        samples = self.sampling.num_samples if task.kind == "generative" else 1
+        samples = self.params.num_samples if task.kind == "generative" else 1
         # Right samples by problem, then the three other counts.
         counts = torch.zeros(len(task) + 3, dtype=torch.int64)
         share = list(self._ranks.share(len(task)))
@@ -135,14 +136,14 @@ class ChatEvaluator:
         rendered = [
             render_question(self.tokenizer, task[index], engine.max_length) for index in share
         ]
-        total = len(share) * self.sampling.num_samples
+        total = len(share) * self.params.num_samples
         answers = answer_problems(
             engine,
             self.tokenizer,
             task,
             share,
             [prompt for prompt, _ in rendered],
-            self.sampling,
+            self.params,
             lambda done: on_progress(done, total),
         )
         counts[-3] = sum(cut for _, cut in rendered)

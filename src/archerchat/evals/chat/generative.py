@@ -1,8 +1,8 @@
 """Let a model write answers through the engine, and judge them while it writes the next ones.
 
-A row's draws follow from the seed, the problem and the sample alone, so that an answer is the
-same whatever the batch, the order and the number of ranks. Judging may take seconds (HumanEval
-runs programs), so it happens in threads.
+An answer follows from the seed, the problem and the sample alone, so it is the same whatever the
+batch, the order and the number of ranks. Judging may take seconds (HumanEval runs programs), so it
+happens in threads.
 """
 
 from __future__ import annotations
@@ -11,38 +11,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from archerchat.errors import UsageError
-from archerchat.inference.answers import spoken_text
-from archerchat.inference.calculator import evaluate as calculate
-from archerchat.inference.draws import row_seed
+from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Completion, Request
-from archerchat.inference.tool_use import ToolUse
+from archerchat.inference.sampling_params import SamplingParams, derive_seed
+from archerchat.inference.sequence import Completion, Request
+from archerchat.inference.tools import spoken_text
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_for_completion
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn."""
-
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int | None = 50
-    num_samples: int = 1
-    """Of each problem; pass@k is told for k up to it."""
-    seed: int = 42
-
-    def __post_init__(self) -> None:
-        if self.num_samples > 1 and self.temperature == 0:
-            raise UsageError(
-                f"{self.num_samples} samples at temperature 0 are all the same: give a "
-                "temperature, such as 1, or a single sample"
-            )
 
 
 @dataclass(frozen=True)
@@ -54,35 +34,35 @@ class Answer:
     sample: int
     completion: Completion
     text: str
-    """What was judged: the words without expressions and results."""
+    """What was judged: the answer without expressions and results."""
     right: bool
 
 
-def stop_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the tokens that end an answer (SPEC section 10)."""
-    return tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id
+def check_sampling(params: SamplingParams) -> None:
+    """Refuse several samples that would all be the same.
+
+    Raises:
+        UsageError: the temperature is 0.
+    """
+    if params.num_samples > 1 and params.temperature == 0:
+        raise UsageError(
+            f"{params.num_samples} samples at temperature 0 are all the same: give a "
+            "temperature, such as 1, or a single sample"
+        )
 
 
 def build_request(
-    tokenizer: Tokenizer, prompt: Sequence[int], sampling: Sampling, problem: int
+    tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams, problem: int
 ) -> Request:
-    """Ask for a problem's samples, with the calculator at hand."""
-    return Request(
-        prompt,
-        sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        seed=row_seed(sampling.seed, problem),
-        stop_tokens=stop_tokens(tokenizer),
-        num_samples=sampling.num_samples,
-        hook=ToolUse(tokenizer, calculate),
-    )
+    """Ask for a problem's samples, with the calculator; each problem has a seed of its own."""
+    params = replace(params, seed=derive_seed(params.seed, problem))
+    return build_answer_request(tokenizer, prompt, params)
 
 
 def render_question(
     tokenizer: Tokenizer, conversation: Conversation, max_length: int
 ) -> tuple[list[int], bool]:
-    """Return a prompt that leaves room for an answer, and whether it had to be cut for that."""
+    """Return a prompt that leaves room for an answer, and whether it was truncated for that."""
     prompt = render_for_completion(tokenizer, conversation)
     if len(prompt) < max_length:
         return prompt, False
@@ -95,10 +75,10 @@ def answer_problems(
     task: Task,
     problems: Sequence[int],
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    params: SamplingParams,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Generate and judge `sampling.num_samples` answers to each problem.
+    """Generate and judge `params.num_samples` answers to each problem.
 
     Args:
         problems: indices in `task`.
@@ -109,25 +89,24 @@ def answer_problems(
         Answers in the order of `problems`, then of samples.
 
     Raises:
-        UsageError: a number in `sampling` makes no sense.
-        SandboxError: programs are to be run and there is no sandbox on this machine.
+        SandboxError: the task runs programs and there is no sandbox on this machine.
     """
     requests = [
-        build_request(tokenizer, prompt, sampling, problem)
+        build_request(tokenizer, prompt, params, problem)
         for problem, prompt in zip(problems, prompts, strict=True)
     ]
-    completions = [[Completion() for _ in range(sampling.num_samples)] for _ in requests]
+    completions = [[Completion() for _ in range(params.num_samples)] for _ in requests]
     pending: deque[Future[Answer]] = deque()
     answers: list[Answer] = []
 
     def judge(number: int, sample: int) -> Answer:
         completion = completions[number][sample]
-        text = spoken_text(tokenizer, completion.token_ids)
+        text = spoken_text(tokenizer, completion.token_ids, params.stop)
         problem = problems[number]
         return Answer(problem, sample, completion, text, task.evaluate(task[problem], text))
 
     def collect(*, wait: bool) -> None:
-        """Take in what is judged; what went wrong comes up here, before more is generated."""
+        """Collect judged answers; raises what a judge raised, before more is generated."""
         while pending and (wait or pending[0].done()):
             answers.append(pending.popleft().result())
             on_progress(len(answers))

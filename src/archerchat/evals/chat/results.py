@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from archerchat.evals.estimates import (
+from archerchat.evals.statistics import (
     Interval,
     centred,
     mean_interval,

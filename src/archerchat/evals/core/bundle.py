@@ -1,11 +1,11 @@
-"""Read an evaluation bundle: which tasks there are, what they hold, what chance would score.
+"""Read an evaluation bundle: its tasks, their examples, and what chance would score.
 
     core.yaml             the tasks: label, file, type, shots, delimiter
-    eval_meta_data.csv    by label the random baseline, a percentage
-    eval_data/            the files that `core.yaml` names, one JSON object a line
+    eval_meta_data.csv    the random baseline of each label, a percentage
+    eval_data/            the files that `core.yaml` names, one JSON object per line
 
-`load_bundle` reads the two lists and makes sure that every file is there; a task's own file is
-read when its turn comes (`read_examples`), and every line of it is checked before any is scored.
+`load_bundle` reads the two lists and makes sure that every file is there. A task's own file is
+read when its turn comes (`read_examples`), and every line is checked before any is scored.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,10 +30,18 @@ DEFAULT_DELIMITER = " "
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
 TASK_TYPES: tuple[TaskType, ...] = get_args(TaskType)
+COLUMNS: dict[TaskType, tuple[str, str]] = {
+    "multiple_choice": ("query", "choices"),
+    "schema": ("context_options", "continuation"),
+    "language_modeling": ("context", "continuation"),
+}
+"""Where a line has its questions and its answers."""
+OPTIONS = ("choices", "context_options")
+"""Columns that hold a list of texts; the others hold one text."""
 
 
 @dataclass(frozen=True)
-class Task:
+class CoreTask:
     """One task of a bundle."""
 
     label: str
@@ -43,18 +50,14 @@ class Task:
     num_fewshot: int
     """Solved examples before the one that is asked, k."""
     delimiter: str
-    """Between a question and its answer."""
+    """Text between a question and its answer."""
     random_baseline: float
-    """The accuracy of guessing, from 0 to 1."""
-
-    def centred(self, accuracy: float) -> float:
-        """Return the accuracy on a scale where guessing is 0 and perfection 1."""
-        return (accuracy - self.random_baseline) / (1 - self.random_baseline)
+    """Accuracy of guessing, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One line of a task: what is asked, and the answers there are.
+    """One line of a task: a question with its options.
 
     Each of `questions` goes with each of `answers`; one of the two lists has a single entry, and
     the other the options (both have one in language modelling).
@@ -63,7 +66,7 @@ class Example:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     gold: int
-    """The right option."""
+    """Index of the right option."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Bundle:
     """A bundle's tasks, in its order."""
 
     directory: Path
-    tasks: tuple[Task, ...]
+    tasks: tuple[CoreTask, ...]
 
     def fingerprint(self) -> str:
         """Return a hexadecimal SHA-256 over everything that decides the outcomes."""
@@ -89,8 +92,7 @@ def load_bundle(directory: Path) -> Bundle:
     """Read the list of tasks and their baselines.
 
     Raises:
-        DataError: a file is missing or broken, or a task is of a type nobody knows; the message
-            names it.
+        DataError: a file is missing or broken, or a task's type is unknown; the message names it.
     """
     listing = directory / TASK_LIST
     try:
@@ -105,40 +107,37 @@ def load_bundle(directory: Path) -> Bundle:
     labels = [task.label for task in tasks]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise DataError(f"{listing} has two tasks {twice[0]!r}: rename or remove one")
-    if absent := [task for task in tasks if not task.path.is_file()]:
-        names = ", ".join(f"{task.label} ({task.path})" for task in absent)
+    if absent := [f"{task.label} ({task.path})" for task in tasks if not task.path.is_file()]:
         raise DataError(
-            f"the bundle {directory} lacks the files of {names}: get them, or take these tasks "
-            f"out of {TASK_LIST}"
+            f"the bundle {directory} lacks the files of {', '.join(absent)}: get them, or take "
+            f"these tasks out of {TASK_LIST}"
         )
     return Bundle(directory, tasks)
 
 
-def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Task:
-    listing = directory / TASK_LIST
+def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> CoreTask:
     label = entry.get("label") if isinstance(entry, dict) else None
     if not isinstance(label, str):
-        raise DataError(f"{listing} has a task without a `label`: {entry!r}")
-
-    def wrong(what: str) -> DataError:
-        return DataError(f"{listing}: task {label!r} {what}")
-
+        raise DataError(f"{directory / TASK_LIST} has a task without a `label`: {entry!r}")
     uri, kind, shots = (entry.get(k) for k in ("dataset_uri", "icl_task_type", "num_fewshot"))
     delimiter = entry.get("continuation_delimiter", DEFAULT_DELIMITER)
-    if kind not in TASK_TYPES:
-        raise wrong(f"is of type {kind!r}, which is none of {', '.join(TASK_TYPES)}")
-    root = (directory / DATA).resolve()
-    if not isinstance(uri, str) or not (root / uri).resolve().is_relative_to(root):
-        raise wrong(f"names the file {uri!r}, which is not one under {DATA}")
     if isinstance(shots, list) and len(shots) == 1:
         shots = shots[0]
-    if not isinstance(shots, int) or isinstance(shots, bool) or shots < 0:
-        raise wrong(f"has num_fewshot {shots!r}; it must be one number, 0 or more")
-    if not isinstance(delimiter, str):
-        raise wrong(f"has the delimiter {delimiter!r}, which is no text")
-    if label not in baselines:
-        raise wrong(f"has no line in {BASELINES}, which must give its random baseline")
-    return Task(label, directory / DATA / uri, kind, shots, delimiter, baselines[label])
+    root = (directory / DATA).resolve()
+    wrong = None
+    if kind not in TASK_TYPES:
+        wrong = f"is of type {kind!r}, which is none of {', '.join(TASK_TYPES)}"
+    elif not isinstance(uri, str) or not (root / uri).resolve().is_relative_to(root):
+        wrong = f"names the file {uri!r}, which is not one under {DATA}"
+    elif not _is_integer(shots) or shots < 0:
+        wrong = f"has num_fewshot {shots!r}; it must be one number, 0 or more"
+    elif not isinstance(delimiter, str):
+        wrong = f"has the delimiter {delimiter!r}, which is no text"
+    elif label not in baselines:
+        wrong = f"has no line in {BASELINES}, which must give its random baseline"
+    if wrong:
+        raise DataError(f"{directory / TASK_LIST}: task {label!r} {wrong}")
+    return CoreTask(label, directory / DATA / uri, kind, shots, delimiter, baselines[label])
 
 
 def _read_baselines(path: Path) -> dict[str, float]:
@@ -157,69 +156,50 @@ def _read_baselines(path: Path) -> dict[str, float]:
     return baselines
 
 
-def read_examples(task: Task) -> list[Example]:
+def read_examples(task: CoreTask) -> list[Example]:
     """Read every line of a task.
 
     Raises:
         DataError: the file cannot be read, a line is broken, or there is none.
     """
-    parse = _PARSERS[task.task_type]
     examples = []
     for number, line in enumerate(_read(task.path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            examples.append(parse(json.loads(line)))
+            examples.append(_parse_example(json.loads(line), task.task_type))
         except (ValueError, KeyError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
                 f"task {task.label}: line {number} of {task.path} is broken ({reason}): correct "
-                "it or get the bundle anew"
+                "it or get the bundle again"
             ) from error
     if not examples:
-        raise DataError(f"task {task.label}: {task.path} holds no example: get the bundle anew")
+        raise DataError(f"task {task.label}: {task.path} holds no example: get the bundle again")
     return examples
 
 
-def _parse_multiple_choice(row: Any) -> Example:
-    choices = _texts(row["choices"], "choices")
-    return Example((_text(row["query"], "query"),), choices, _gold(row["gold"], len(choices)))
-
-
-def _parse_schema(row: Any) -> Example:
-    contexts = _texts(row["context_options"], "context_options")
-    continuation = _text(row["continuation"], "continuation")
-    return Example(contexts, (continuation,), _gold(row["gold"], len(contexts)))
-
-
-def _parse_language_modeling(row: Any) -> Example:
-    context, continuation = (_text(row[name], name) for name in ("context", "continuation"))
-    return Example((context,), (continuation,), 0)
-
-
-_PARSERS: dict[TaskType, Callable[[Any], Example]] = {
-    "multiple_choice": _parse_multiple_choice,
-    "schema": _parse_schema,
-    "language_modeling": _parse_language_modeling,
-}
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}, no text")
-    return value
+def _parse_example(row: Any, task_type: TaskType) -> Example:
+    questions, answers = (_texts(row[name], name) for name in COLUMNS[task_type])
+    options = max(len(questions), len(answers))
+    gold = 0 if options == 1 else row["gold"]
+    if not _is_integer(gold) or not 0 <= gold < options:
+        raise ValueError(f"gold is {gold!r}; it must be from 0 to {options - 1}")
+    return Example(questions, answers, gold)
 
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) < 2:
+    """Return the texts of a column; those of `OPTIONS` have a list of at least two."""
+    if name in OPTIONS and not (isinstance(value, list) and len(value) > 1):
         raise TypeError(f"{name} is {value!r}, not a list of at least two")
-    return tuple(_text(each, f"one of {name}") for each in value)
+    texts = value if name in OPTIONS else [value]
+    if strange := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"{name} has {strange[0]!r}, which is no text")
+    return tuple(texts)
 
 
-def _gold(value: Any, options: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < options:
-        raise ValueError(f"gold is {value!r}; it must be from 0 to {options - 1}")
-    return value
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _read(path: Path) -> str:

@@ -2,7 +2,7 @@
 
 The archive is a zip file with the bundle in it, at its root or in one folder. It is checked
 (checksums of its members, no name that leads out of the folder, a bound on its size), unpacked
-beside its place, read as a bundle and renamed: what lies under the name is whole.
+beside its place, read as a bundle and renamed, so a folder of that name is always whole.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from archerchat.data.download import Notify, Report, RetryPolicy, download_file
+from archerchat.data.hub import Notify, RetryPolicy, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.evals import offline_tasks
 from archerchat.evals.core.bundle import TASK_LIST, load_bundle
@@ -21,8 +21,8 @@ from archerchat.files import exclusive, explained_writes, new_directory
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 """The archive that the reference evaluates on."""
-MOST_BYTES = 4 * 2**30
-"""Of an unpacked bundle; the reference's takes a small part of that."""
+MAX_BYTES = 4 * 2**30
+"""Largest unpacked bundle; the reference's takes a small part of that."""
 WITHOUT_NETWORK = "--bundle DIR names a folder with core.yaml, eval_meta_data.csv and eval_data"
 
 
@@ -30,7 +30,6 @@ def find_bundle(
     given: str | None,
     cache_dir: Path,
     *,
-    report: Report = lambda name, arrived, size: None,
     notify: Notify = lambda message: None,
     retry: RetryPolicy | None = None,
 ) -> Path:
@@ -58,16 +57,9 @@ def find_bundle(
         return folder
     url = given or BUNDLE_URL
     folder = cache_dir / "eval_bundles" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    if not folder.is_dir():
-        notify(f"fetching {url}")
-        _fetch(url, folder, report, notify, retry)
-    return folder
-
-
-def _fetch(
-    url: str, folder: Path, report: Report, notify: Notify, retry: RetryPolicy | None
-) -> None:
-    """Download an archive, and unpack its bundle to `folder`."""
+    if folder.is_dir():
+        return folder
+    notify(f"fetching {url}")
     archive = folder.with_suffix(".zip")
     with explained_writes(folder.parent), exclusive(folder.parent):
         download_file(
@@ -75,7 +67,6 @@ def _fetch(
             archive,
             check_archive,
             without_network=WITHOUT_NETWORK,
-            report=report,
             notify=notify,
             retry=retry,
         )
@@ -83,6 +74,7 @@ def _fetch(
             unpack(archive, folder)
         finally:  # one that holds no bundle is not kept either: the server may get a better one
             archive.unlink()
+    return folder
 
 
 def check_archive(path: Path) -> None:
@@ -96,11 +88,10 @@ def check_archive(path: Path) -> None:
             members = archive.infolist()
             for member in members:
                 _check_member(path, member)
-            names = [member.filename for member in members]
-            if len(set(names)) < len(names):
+            if len({member.filename for member in members}) < len(members):
                 raise DataError(f"{path} has two members of one name")
-            if sum(member.file_size for member in members) > MOST_BYTES:
-                raise DataError(f"{path} would unpack to more than {MOST_BYTES / 2**30:.0f} GiB")
+            if sum(member.file_size for member in members) > MAX_BYTES:
+                raise DataError(f"{path} would unpack to more than {MAX_BYTES / 2**30:.0f} GiB")
             if broken := archive.testzip():
                 raise DataError(f"{path}: the checksum of {broken!r} is wrong")
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
@@ -109,14 +100,16 @@ def check_archive(path: Path) -> None:
 
 def _check_member(path: Path, member: zipfile.ZipInfo) -> None:
     name = PurePosixPath(member.filename)
-    odd = "\\" in member.filename or ":" in member.filename or "\0" in member.filename
-    if name.is_absolute() or ".." in name.parts or not name.parts or odd:
-        raise DataError(f"{path} has a member {member.filename!r}, which leads out of its folder")
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise DataError(f"{path} has a member {member.filename!r} that is no plain file")
-    if member.flag_bits & 1:
-        raise DataError(f"{path} has a member {member.filename!r} that is encrypted")
+    wrong = None
+    odd = any(sign in member.filename for sign in "\\:\0")
+    if odd or name.is_absolute() or ".." in name.parts or not name.parts:
+        wrong = ", which leads out of its folder"
+    elif stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        wrong = " that is no plain file"
+    elif member.flag_bits & 1:
+        wrong = " that is encrypted"
+    if wrong:
+        raise DataError(f"{path} has a member {member.filename!r}{wrong}")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -126,17 +119,16 @@ def unpack(archive: Path, folder: Path) -> None:
         DataError: there is no bundle in it.
     """
     with zipfile.ZipFile(archive) as source:
-        lists = [PurePosixPath(n) for n in source.namelist() if PurePosixPath(n).name == TASK_LIST]
+        names = {member: PurePosixPath(member.filename) for member in source.infolist()}
+        lists = [name for name in names.values() if name.name == TASK_LIST]
         roots = [path.parent for path in lists if len(path.parts) <= 2]
         if len(roots) != 1:
             raise DataError(f"{archive} holds {len(roots)} files {TASK_LIST}; a bundle has one")
         with new_directory(folder) as temporary:
-            for member in source.infolist():
-                name = PurePosixPath(member.filename)
-                if member.is_dir() or not name.is_relative_to(roots[0]):
-                    continue
-                target = temporary / name.relative_to(roots[0])
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with source.open(member) as content, target.open("wb") as file:
-                    shutil.copyfileobj(content, file)
+            for member, name in names.items():
+                if not member.is_dir() and name.is_relative_to(roots[0]):
+                    target = temporary / name.relative_to(roots[0])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with source.open(member) as content, target.open("wb") as file:
+                        shutil.copyfileobj(content, file)
             load_bundle(temporary)

@@ -1,101 +1,82 @@
 """Evaluate CORE: task after task, on one rank or many, keeping what is done.
 
-Rank r of W takes examples r, r + W, ... of each task; what they found is added up. Prompts are
-made once: a `CoreEvaluation` that is run again, as in training, has them.
+Each rank takes its share of every task's examples, and what the ranks found is added up. Prompts
+are made once: a `CoreEvaluation` that is run again, as in training, has them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 
+from archerchat.config import Config, Limit, PositiveInt
 from archerchat.distributed import Ranks
-from archerchat.errors import UsageError
-from archerchat.evals.core.bundle import Bundle, Task, read_examples
+from archerchat.evals.core.bundle import Bundle, CoreTask, read_examples
 from archerchat.evals.core.forward import Scorer
-from archerchat.evals.core.prompts import Prompter, choose_examples
+from archerchat.evals.core.layout import build_layout, tokens_to_run
+from archerchat.evals.core.prompts import Prompter, Tree, choose_examples
 from archerchat.evals.core.results import NEAR_TIE, CoreResult, PartialResults, TaskResult
-from archerchat.evals.core.scoring import iter_outcomes
-from archerchat.evals.core.trees import Tree, build_tree
+from archerchat.evals.core.scoring import batch_tokens, iter_batches, iter_outcomes
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
+PROBES = 4
+"""Examples per task that an estimate looks at."""
+PROBE_SECONDS = 1.0
+"""Shortest time to run some of them, where there are enough."""
+
 
 @dataclass(frozen=True)
-class CoreOptions:
-    """What decides the figures, and how much is run at a time."""
+class CoreOptions(Config):
+    """CORE options."""
 
-    max_per_task: int | None = None
-    """Examples of each task at most, but never fewer than its few-shot examples and one."""
-    max_length: int | None = None
-    """Tokens of a prompt at most; longer ones are cropped on the left. None keeps them whole."""
-    batch_tokens: int | None = None
-    """Tokens at a time; by default what fills the device."""
+    max_per_task: PositiveInt | None = None
+    """Maximum examples per CORE task. A task keeps its few-shot examples and one more in any
+    case. Defaults to all."""
+    max_length: Annotated[int, Limit(2)] | None = None
+    """Maximum tokens per CORE prompt. Longer ones are cropped on the left. Defaults to no limit,
+    as in the reference."""
 
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A rank's examples of one task, tokenized."""
+    """One rank's examples of a task, tokenized."""
 
-    task: Task
-    examples: int
-    """Of all ranks."""
     gold: Sequence[int]
-    """By example, of all ranks."""
+    """The right option of every example, other ranks' included."""
     trees: Sequence[Tree]
-    """This rank's."""
-    prompt_tokens: int
     cropped: int
-    beyond_sequence: int
-    unscored: int
     seconds: float
-    """That it took."""
+    """Time that preparing took."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How much one task has to do."""
+
+    examples: int
+    """Examples over all ranks."""
+    prompt_tokens: float
+    """Tokens in all prompts of this rank's examples."""
+    tokens: float
+    """Prompt tokens that have to be run."""
+    seconds: float
+    """Time for this rank."""
 
 
 Progress = Callable[[str, float], None]
 """Learns a task's label and the share of it that is done."""
 
 
-def prepare_task(
-    task: Task, tokenizer: Tokenizer, options: CoreOptions, ranks: Ranks, sequence_length: int
-) -> PreparedTask:
-    """Read, choose, render and tokenize a task's examples.
-
-    Raises:
-        DataError: the file is missing or broken, or holds too few examples.
-    """
-    started = time.perf_counter()
-    examples = choose_examples(read_examples(task), task, options.max_per_task)
-    prompter = Prompter(task, examples, tokenizer, options.max_length)
-    trees, tokens, beyond, unscored = [], 0, 0, 0
-    for index in ranks.share(len(examples)):
-        prompts = prompter.prompts(index)
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        tokens += sum(lengths)
-        beyond += max(lengths) > sequence_length
-        unscored += any(p.start == n for p, n in zip(prompts, lengths, strict=True))
-        trees.append(build_tree(index, prompts))
-    return PreparedTask(
-        task,
-        len(examples),
-        [example.gold for example in examples],
-        trees,
-        tokens,
-        prompter.cropped,
-        beyond,
-        unscored,
-        time.perf_counter() - started,
-    )
-
-
 class CoreEvaluation:
     """Evaluate models on one bundle.
 
     Args:
-        keep_prompts: keep every task's prompts for the next run; a task's are dropped otherwise.
+        keep_prompts: keep every task's prompts for the next run; by default they are dropped.
     """
 
     def __init__(
@@ -110,11 +91,6 @@ class CoreEvaluation:
         self.options, self.ranks = options or CoreOptions(), ranks or Ranks()
         self._keeps = keep_prompts
         self._prepared: dict[str, PreparedTask] = {}
-        for name, least in (("max_per_task", 1), ("max_length", 2), ("batch_tokens", 1)):
-            value = getattr(self.options, name)
-            if value is not None and value < least:
-                flag = "--" + name.replace("_", "-")
-                raise UsageError(f"{flag} is {value}; it must be at least {least}")
 
     def run(
         self,
@@ -150,43 +126,103 @@ class CoreEvaluation:
                 on_task(results[-1])
         return CoreResult(tuple(results))
 
-    def _run_task(self, scorer: Scorer, task: Task, on_progress: Progress) -> TaskResult:
+    def _run_task(self, scorer: Scorer, task: CoreTask, on_progress: Progress) -> TaskResult:
         on_progress(task.label, 0.0)
-        prepared = self._prepare(task, scorer.model.config.sequence_length)
+        prepared = self.prepare(task)
+        trees, length = prepared.trees, scorer.model.config.sequence_length
         started = time.perf_counter()
-        outcomes = torch.zeros(prepared.examples, 2, dtype=torch.float64)  # right, near a tie
-        tokens, done = 0, 0
-        batch_tokens = self.options.batch_tokens
-        for batch, count in iter_outcomes(scorer, prepared.trees, task.task_type, batch_tokens):
+        outcomes = torch.zeros(len(prepared.gold), 2, dtype=torch.float64)  # right, near a tie
+        tokens = done = 0
+        for batch, count in iter_outcomes(scorer, trees, task.task_type):
             tokens, done = tokens + count, done + len(batch)
             for outcome in batch:
                 outcomes[outcome.index, 0] = outcome.is_correct(prepared.gold[outcome.index])
                 outcomes[outcome.index, 1] = outcome.margin < NEAR_TIE
-            on_progress(task.label, done / len(prepared.trees))
+            on_progress(task.label, done / len(trees))
         outcomes = self.ranks.sum(outcomes)
-        counts = [tokens, prepared.prompt_tokens, prepared.cropped]
-        counts += [prepared.beyond_sequence, prepared.unscored]
-        sums = self.ranks.sum(torch.tensor(counts, dtype=torch.float64)).long().tolist()
+        counts = {
+            "tokens_run": tokens,
+            "prompt_tokens": sum(sum(tree.lengths) for tree in trees),
+            "cropped": prepared.cropped,
+            "beyond_sequence": sum(max(tree.lengths) > length for tree in trees),
+            "unscored": sum(tree.has_unscored for tree in trees),
+        }
+        sums = self.ranks.sum(torch.tensor(list(counts.values()), dtype=torch.float64))
         return TaskResult(
             label=task.label,
             task_type=task.task_type,
             num_fewshot=task.num_fewshot,
-            examples=prepared.examples,
+            examples=len(prepared.gold),
             correct=int(outcomes[:, 0].sum()),
             random_baseline=task.random_baseline,
             seconds=time.perf_counter() - started + prepared.seconds,
-            tokens_run=sums[0],
-            prompt_tokens=sums[1],
             near_ties=tuple(outcomes[:, 1].nonzero().flatten().tolist()),
-            cropped=sums[2],
-            beyond_sequence=sums[3],
-            unscored=sums[4],
+            **dict(zip(counts, sums.long().tolist(), strict=True)),
         )
 
-    def _prepare(self, task: Task, sequence_length: int) -> PreparedTask:
+    def prepare(self, task: CoreTask) -> PreparedTask:
+        """Read, choose, render and tokenize this rank's examples of a task.
+
+        Raises:
+            DataError: the file is missing or broken, or holds too few examples.
+        """
         if task.label in self._prepared:
             return self._prepared[task.label]
-        prepared = prepare_task(task, self.tokenizer, self.options, self.ranks, sequence_length)
+        started = time.perf_counter()
+        prompter = self._prompter(task)
+        trees = [prompter.tree(index) for index in self.ranks.share(len(prompter.examples))]
+        gold = [example.gold for example in prompter.examples]
+        prepared = PreparedTask(gold, trees, prompter.cropped, time.perf_counter() - started)
         if self._keeps:
             self._prepared[task.label] = replace(prepared, seconds=0.0)
         return prepared
+
+    def _prompter(self, task: CoreTask) -> Prompter:
+        examples = choose_examples(read_examples(task), task, self.options.max_per_task)
+        return Prompter(task, examples, self.tokenizer, self.options.max_length)
+
+    def estimate(self, model: Transformer, done: Collection[str] = ()) -> dict[str, Estimate]:
+        """Prepare and time a few examples of each task that is not done, and run some of them.
+
+        Returns:
+            The estimates by label.
+
+        Raises:
+            DataError: a task's file is missing or broken.
+        """
+        scorer, sample, found = Scorer(model), [], {}
+        for task in [task for task in self.bundle.tasks if task.label not in done]:
+            prompter = self._prompter(task)
+            own = self.ranks.share(len(prompter.examples))
+            chosen = own[:: max(1, len(own) // PROBES)][:PROBES] or range(1)
+            prompter.prompts(chosen[0])  # its few-shot examples are new, later ones' mostly not
+            started = time.perf_counter()
+            trees = [prompter.tree(index) for index in chosen]
+            seconds, scale = time.perf_counter() - started, len(own) / len(chosen)
+            prompt_tokens = sum(sum(tree.lengths) for tree in trees)
+            tokens = sum(tokens_to_run(tree, scorer.windows) for tree in trees)
+            found[task.label] = Estimate(
+                len(prompter.examples), scale * prompt_tokens, scale * tokens, scale * seconds
+            )
+            sample += [tree for tree in trees if len(tree.target)]
+        rate = _measure_rate(scorer, sample)
+        return {
+            label: replace(each, seconds=each.seconds + each.tokens / rate)
+            for label, each in found.items()
+        }
+
+
+def _measure_rate(scorer: Scorer, trees: Sequence[Tree]) -> float:
+    """Return tokens per second; the first batch only warms up where there are others."""
+    tokens, seconds = 0, 0.0
+    for number, batch in enumerate(iter_batches(trees, scorer.windows, batch_tokens(scorer))):
+        started = time.perf_counter()
+        layout = build_layout(batch, scorer.windows, scorer.block)
+        scorer.score(layout, margins=False)[0].cpu()
+        spent = time.perf_counter() - started
+        if number == 1:
+            tokens, seconds = 0, 0.0
+        tokens, seconds = tokens + len(layout.token_ids), seconds + spent
+        if number and seconds > PROBE_SECONDS:
+            break
+    return tokens / max(seconds, 1e-9) if tokens else 1.0

@@ -45,14 +45,9 @@ MLP_BYTES = 2**20
 """Bound on an MLP's inner activations at a time on CPUs: they should stay in a core's cache."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What a batch's targets got, in the order of the layout's pairs."""
-
-    losses: Tensor
-    """(n,) in nats."""
-    margins: Tensor | None
-    """(n,) the target's logit less the highest of the others, where it was asked for."""
+Scores = tuple[Tensor, Tensor | None]
+"""Losses (n,) in nats of a batch's targets, in the order of the layout's pairs, and where they were
+asked for margins (n,): a target's logit less the highest of the others."""
 
 
 class Scorer:
@@ -99,7 +94,7 @@ class Scorer:
                 gaps.append(chosen - rivals)
             # The cap bounds every logit by 15: their exponentials need no maximum taken off first.
             losses.append(logits.exp_().sum(dim=1).log_()[rows] - chosen)
-        return Scores(torch.cat(losses), torch.cat(gaps) if margins else None)
+        return torch.cat(losses), torch.cat(gaps) if margins else None
 
     @torch.no_grad()
     def scored_hidden(self, layout: Layout) -> Tensor:

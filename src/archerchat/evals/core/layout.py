@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from archerchat.evals.core.prompts import Ids
-from archerchat.evals.core.trees import Tree
+from archerchat.evals.core.prompts import Ids, Tree
 
 Index = NDArray[np.int64]
 
@@ -110,17 +109,24 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
     made: dict[tuple[int, bytes, bytes], Level] = {}
     for i, window in enumerate(windows):
         reach = min(window, deepest)
-        key = reach, needed[i].tobytes(), needed[i + 1].tobytes()
+        incoming, outgoing = needed[i], needed[i + 1]
+        key = reach, incoming.tobytes(), outgoing.tobytes()
         if key not in made:
-            made[key] = _level(needed[i], needed[i + 1], branched, tokens, reach, block)
+            kept = None
+            if (incoming != outgoing).any():
+                ends = np.cumsum(incoming + branched)
+                kept = _ranges(ends - branched - outgoing, outgoing + branched)
+            blocks = tuple(_iter_blocks(incoming, outgoing, branched, reach, block))
+            remaining = tokens if kept is None else tokens[kept]
+            made[key] = Level(kept, tokens, remaining, reach, blocks)
         levels.append(made[key])
         tokens = made[key].outgoing
     scored, source = _scored(trees, needed[-1], branched)
-    options = _offsets(np.array([tree.num_options for tree in trees]))
+    options = _offsets(np.array([len(tree.lengths) for tree in trees]))
     pair_option = [tree.option + first for tree, first in zip(trees, options, strict=True)]
     order = np.argsort(source, kind="stable")
     return Layout(
-        *_tokens(trees, needed[0]),
+        **_tokens(trees, needed[0]),
         levels=tuple(levels),
         scored=scored,
         pair_source=source[order],
@@ -129,8 +135,8 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
     )
 
 
-def _tokens(trees: Sequence[Tree], needed: Index) -> tuple[Index, Index, Index, Index, Index]:
-    """Return the first five fields of the layout."""
+def _tokens(trees: Sequence[Tree], needed: Index) -> dict[str, Index]:
+    """Return the layout's fields that describe its tokens, by name."""
     ids: list[Ids | Index] = []
     previous: list[Ids | Index] = []
     positions, owners, branches = [], [], []
@@ -150,28 +156,14 @@ def _tokens(trees: Sequence[Tree], needed: Index) -> tuple[Index, Index, Index, 
             branches.append(np.full(len(branch), number))
             number += 1
         owners.append(np.full(count + sum(map(len, tree.branches)), b))
-    joined = [
-        np.concatenate(part).astype(np.int64)
-        for part in (ids, previous, positions, owners, branches)
-    ]
-    return joined[0], joined[1], joined[2], joined[3], joined[4]
-
-
-def _level(
-    incoming: Index, outgoing: Index, branched: Index, tokens: Index, window: int, block: int
-) -> Level:
-    """Lay out one layer.
-
-    Args:
-        incoming: (B,) trunk tokens that come in; outgoing: that go out.
-        branched: (B,) tokens in branches.
-    """
-    kept = None
-    if (incoming != outgoing).any():
-        ends = np.cumsum(incoming + branched)
-        kept = _ranges(ends - branched - outgoing, outgoing + branched)
-    blocks = tuple(_iter_blocks(incoming, outgoing, branched, window, block))
-    return Level(kept, tokens, tokens if kept is None else tokens[kept], window, blocks)
+    parts = {
+        "token_ids": ids,
+        "previous_ids": previous,
+        "positions": positions,
+        "tree": owners,
+        "branch": branches,
+    }
+    return {name: np.concatenate(part).astype(np.int64) for name, part in parts.items()}
 
 
 def _iter_blocks(
@@ -181,6 +173,10 @@ def _iter_blocks(
 
     Trees of few queries and keys go together: what they hide from each other costs less than
     blocks of their own.
+
+    Args:
+        incoming: (B,) trunk tokens that come into the layer; outgoing: that go out.
+        branched: (B,) tokens in branches.
     """
     query = key = 0  # where the tree begins among those that go out and those that come in
     pack: tuple[int, int] | None = None  # where the running block of small trees begins

@@ -1,10 +1,15 @@
-"""From a task's examples to token ids, with the span of each prompt that is scored.
+"""From a task's examples to token ids, the span of each prompt that is scored, and trees.
 
 A prompt is the few-shot examples and the question with an answer, joined by blank lines, after
-BOS; an example has a prompt an option. The same few-shot example stands in many prompts, so each
+BOS; an example has one prompt per option. The same few-shot example stands in many prompts, so it
 is tokenized once: after a line's end the split pattern starts afresh at the next character that
 is not whitespace, so blocks can be tokenized apart and put together. With another pattern, or
 where a block begins with whitespace, the whole text is tokenized instead.
+
+An example's prompts make a tree. The tokens that all options begin with are its trunk, which is
+run once; what follows in each option is a branch. A token's logits come from the position before
+it, so no prompt's last token is run: the options of "Answer: A" have no branch at all and take
+their logits from the trunk's end. A prompt of language modelling is a trunk.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archerchat.errors import DataError
-from archerchat.evals.core.bundle import Example, Task
+from archerchat.evals.core.bundle import CoreTask, Example
 from archerchat.tokenizer.bpe import SPLIT_PATTERN, Tokenizer
 
 SHUFFLE_SEED = 1337
@@ -33,10 +38,69 @@ class Prompt:
 
     token_ids: Ids
     start: int
-    """From 1 to the length: what stands at it is predicted from what stands before."""
+    """From 1 to the length: a token is predicted from those before it."""
 
 
-def choose_examples(examples: Sequence[Example], task: Task, cap: int | None) -> list[Example]:
+@dataclass(frozen=True)
+class Tree:
+    """One example, ready to run."""
+
+    index: int
+    """Index of the example in its task."""
+    trunk: Ids
+    branches: tuple[Ids, ...]
+    """Branches that are not empty."""
+    branch: Ids
+    """For each scored token, the branch that its logits come from; -1 is the trunk."""
+    offset: Ids
+    """For each scored token, the position there."""
+    target: Ids
+    """The scored tokens."""
+    option: Ids
+    """For each scored token, the option that it counts for."""
+    lengths: tuple[int, ...]
+    """Tokens in each option's prompt."""
+
+    @property
+    def first_scored(self) -> int:
+        """The earliest position of the trunk that has to give logits; its length if none has."""
+        inside = self.offset[self.branch < 0]
+        return int(inside.min()) if len(inside) else len(self.trunk)
+
+    @property
+    def has_unscored(self) -> bool:
+        """Whether an option has nothing to score, as where another one begins with it."""
+        return len(np.unique(self.option)) < len(self.lengths)
+
+
+def build_tree(index: int, prompts: Sequence[Prompt]) -> Tree:
+    """Cut an example's prompts into a trunk and branches."""
+    inputs = [prompt.token_ids[:-1] for prompt in prompts]
+    length = common_prefix(inputs)
+    branches: list[Ids] = []
+    branch, offset, target, option = [], [], [], []
+    for number, (prompt, row) in enumerate(zip(prompts, inputs, strict=True)):
+        sources = np.arange(prompt.start - 1, len(row))
+        beyond = sources >= length
+        branch.append(np.where(beyond, len(branches), -1))
+        offset.append(sources - length * beyond)
+        target.append(prompt.token_ids[prompt.start :])
+        option.append(np.full(len(sources), number))
+        if len(row) > length:
+            branches.append(row[length:])
+    return Tree(
+        index,
+        trunk=inputs[0][:length],
+        branches=tuple(branches),
+        branch=np.concatenate(branch).astype(np.int32),
+        offset=np.concatenate(offset).astype(np.int32),
+        target=np.concatenate(target).astype(np.int32),
+        option=np.concatenate(option).astype(np.int32),
+        lengths=tuple(len(prompt.token_ids) for prompt in prompts),
+    )
+
+
+def choose_examples(examples: Sequence[Example], task: CoreTask, cap: int | None) -> list[Example]:
     """Shuffle a task's examples as CORE does, and take the first `cap`.
 
     A cap that leaves no room for the few-shot examples beside the one that is asked is raised.
@@ -74,7 +138,7 @@ class Prompter:
 
     def __init__(
         self,
-        task: Task,
+        task: CoreTask,
         examples: Sequence[Example],
         tokenizer: Tokenizer,
         max_length: int | None = None,
@@ -87,8 +151,12 @@ class Prompter:
         self._shots: dict[int, tuple[str, list[int]]] = {}
         self._bos = [tokenizer.bos_id]
 
+    def tree(self, index: int) -> Tree:
+        """Return an example's prompts as a tree; raises as `prompts` does."""
+        return build_tree(index, self.prompts(index))
+
     def prompts(self, index: int) -> list[Prompt]:
-        """Return an example's prompts, one an option.
+        """Return an example's prompts, one per option.
 
         Raises:
             DataError: its prompt without the continuation is no prefix of the one with it.

@@ -1,32 +1,28 @@
 """What an evaluation found: figures by task, CORE, and the files they are kept in.
 
-`core_<step>.json` and `.csv` are the results; `core_<step>.partial.json` holds the tasks that are
-done while an evaluation runs. It names what it belongs to (`key`): with another model, bundle or
-option it is not gone on with.
+`core_<step>.json` has the results. While an evaluation runs, `core_<step>.partial.json` holds the
+finished tasks and their `key`: the model, the bundle and the options they belong to. An evaluation
+with another key starts over.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from archerchat.evals.core.bundle import Task
+from archerchat.evals.core.bundle import CoreTask
 from archerchat.evals.offline_tasks import PREFIX as OFFLINE
-from archerchat.files import write_bytes, write_json
+from archerchat.evals.statistics import centred, mean_half_width
+from archerchat.files import write_json
 
 NEAR_TIE = 1e-5
 """Mean losses, or logits, that differ by less may change places with any change of arithmetic."""
 FULL_TASKS = 22
 MOST_NAMED = 4
-"""Tasks that a note lists."""
-CONFIDENCE = 1.96
-"""Standard errors to each side of a 95 % interval."""
+"""Most tasks that a note lists by name."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +33,15 @@ class TaskResult:
     task_type: str
     num_fewshot: int
     examples: int
-    """Evaluated, over all ranks."""
+    """Examples evaluated, over all ranks."""
     correct: int
     random_baseline: float
     seconds: float
-    """Prompts and tokenization included."""
+    """Time taken, prompts and tokenization included."""
     prompt_tokens: int
-    """In all prompts."""
+    """Tokens in all prompts."""
     tokens_run: int
-    """Of them, those that had to be run."""
+    """Prompt tokens that had to be run; the rest were shared or out of every window's reach."""
     near_ties: tuple[int, ...] = ()
     """Examples whose outcome is within `NEAR_TIE` of another."""
     cropped: int = 0
@@ -53,7 +49,7 @@ class TaskResult:
     beyond_sequence: int = 0
     """Examples with a prompt longer than the model's sequence length, which its windows bound."""
     unscored: int = 0
-    """Examples with an option that has nothing to score, which cannot win."""
+    """Examples with an option that has nothing to score."""
 
     @property
     def accuracy(self) -> float:
@@ -62,18 +58,11 @@ class TaskResult:
     @property
     def centred(self) -> float:
         """The accuracy on a scale where guessing is 0 and perfection 1."""
-        return (self.accuracy - self.random_baseline) / (1 - self.random_baseline)
+        return centred(self.accuracy, self.random_baseline)
 
     @property
     def examples_per_second(self) -> float:
         return self.examples / self.seconds
-
-    @property
-    def variance(self) -> float:
-        """Of the centred accuracy, over draws of examples; two successes and failures are added
-        (Agresti and Coull), so that an accuracy of 0 has one too."""
-        share = (self.correct + 2) / (self.examples + 4)
-        return share * (1 - share) / (self.examples + 4) / (1 - self.random_baseline) ** 2
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -108,7 +97,7 @@ class CoreResult:
     @property
     def half_width(self) -> float:
         """Half of CORE's 95 % interval: what drawing other examples of these tasks may change."""
-        return CONFIDENCE * math.sqrt(sum(task.variance for task in self.tasks)) / len(self.tasks)
+        return mean_half_width([(t.correct, t.examples, t.random_baseline) for t in self.tasks])
 
     @property
     def seconds(self) -> float:
@@ -123,37 +112,12 @@ class CoreResult:
             "tasks": [task.to_json() for task in self.tasks],
         }
 
-    def to_csv(self) -> str:
-        """Return a table with a line a task, and CORE in the last."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        names = ("task_type", "num_fewshot", "examples", "random_baseline", "accuracy", "centred")
-        more = ("examples_per_second", "seconds")
-        writer.writerow(["task", *names, *more, "near_ties", "cropped"])
-        for task in self.tasks:
-            figures = [getattr(task, name) for name in (*names, *more)]
-            writer.writerow([task.label, *figures, len(task.near_ties), task.cropped])
-        writer.writerow(["CORE", *[""] * 5, self.core, "", self.seconds, "", ""])
-        return text.getvalue()
-
-
-def write_results(stem: Path, result: CoreResult, about: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Write `<stem>.json` and `<stem>.csv`, each of them whole or not at all; return both.
-
-    Args:
-        about: what was evaluated and how; goes into the JSON.
-    """
-    paths = stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".csv")
-    write_json(paths[0], {**about, **result.to_json()})
-    write_bytes(paths[1], result.to_csv().encode())
-    return paths
-
 
 class PartialResults:
-    """The finished tasks of an evaluation that is not.
+    """The finished tasks of an evaluation that is still running.
 
     Args:
-        path: the file; None keeps nothing.
+        path: file to keep them in; None keeps nothing.
         key: everything that the figures depend on.
     """
 
@@ -161,18 +125,13 @@ class PartialResults:
         self._path, self._key = path, json.loads(json.dumps(key))
         self.tasks: dict[str, TaskResult] = {}
         """By label."""
-        if path is not None:
-            self._load(path)
-
-    def _load(self, path: Path) -> None:
-        """Take over the tasks of an evaluation with the same key; ignore anything else."""
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes() if path else b"{}")
             if content["key"] == self._key:
                 found = [TaskResult.from_json(value) for value in content["tasks"]]
                 self.tasks = {task.label: task for task in found}
         except (OSError, ValueError, KeyError, TypeError):
-            return
+            pass  # a missing, broken or foreign file is replaced
 
     def add(self, result: TaskResult) -> None:
         """Keep one more task."""
@@ -187,13 +146,13 @@ class PartialResults:
             self._path.unlink(missing_ok=True)
 
 
-def is_offline(tasks: Sequence[Task | TaskResult]) -> bool:
+def is_offline(tasks: Sequence[CoreTask | TaskResult]) -> bool:
     """Say whether these are the tasks that are generated here, which are not CORE."""
     return all(task.label.startswith(OFFLINE) for task in tasks)
 
 
 def describe(result: CoreResult) -> list[str]:
-    """Return what a reader of the figures should know beside them."""
+    """Return notes that belong beside the figures."""
     notes = []
     if is_offline(result.tasks):
         notes.append(
@@ -205,19 +164,18 @@ def describe(result: CoreResult) -> list[str]:
             f"the mean of {len(result.tasks)} tasks is not the published CORE, which has "
             f"{FULL_TASKS}"
         )
-    for what, names in (
-        ("examples were cropped on the left", "cropped"),
-        ("examples have a prompt beyond the model's sequence length", "beyond_sequence"),
-        ("examples have an option with nothing to score, which cannot win", "unscored"),
+    for what, name in (
+        ("were cropped on the left", "cropped"),
+        ("have a prompt beyond the model's sequence length", "beyond_sequence"),
+        ("have an option with nothing to score, which wins only if it stands first", "unscored"),
     ):
-        counts: Sequence[tuple[str, int]] = [(t.label, getattr(t, names)) for t in result.tasks]
-        if total := sum(count for _, count in counts):
-            affected = [f"{label} {count}" for label, count in counts if count]
-            many = f"in {len(affected)} tasks"
-            where = many if len(affected) > MOST_NAMED else ", ".join(affected)
-            notes.append(f"{total} {what}: {where}")
-    ties = [(task.label, task.near_ties) for task in result.tasks if task.near_ties]
-    if ties:
-        where = "; ".join(f"{label} {', '.join(map(str, which))}" for label, which in ties)
-        notes.append(f"near-ties (closer than {NEAR_TIE:g}), by example: {where}")
+        counts = {t.label: getattr(t, name) for t in result.tasks if getattr(t, name)}
+        if counts:
+            named = ", ".join(f"{label} {count}" for label, count in counts.items())
+            where = f"in {len(counts)} tasks" if len(counts) > MOST_NAMED else named
+            notes.append(f"{sum(counts.values())} examples {what}: {where}")
+    if ties := [
+        f"{t.label} {', '.join(map(str, t.near_ties))}" for t in result.tasks if t.near_ties
+    ]:
+        notes.append(f"near-ties (closer than {NEAR_TIE:g}), by example: {'; '.join(ties)}")
     return notes

@@ -6,6 +6,7 @@ next batch is laid out and started before the last one's results are waited for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import numpy as np
 from archerchat.evals.core.bundle import TaskType
 from archerchat.evals.core.forward import Scorer, Scores
 from archerchat.evals.core.layout import Layout, build_layout, tokens_to_run
-from archerchat.evals.core.trees import Tree
+from archerchat.evals.core.prompts import Tree
 
 CPU_BATCH_TOKENS = 4096
 BATCH_TOKENS = 16_384
@@ -23,14 +24,13 @@ BATCH_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the model made of one example."""
+    """The model's answer to one example."""
 
     index: int
     losses: tuple[float, ...]
     """Each option's mean loss in nats; NaN for one with nothing to score."""
     predicted: int | None
-    """The option with the lowest mean loss, the first of equals; None in language modelling, or
-    where no option has anything to score."""
+    """The option with the lowest mean loss, the first of equals; None in language modelling."""
     all_predicted: bool
     """In language modelling, whether every scored token is the most likely one."""
     margin: float
@@ -49,7 +49,7 @@ def batch_tokens(scorer: Scorer) -> int:
 def iter_batches(
     trees: Sequence[Tree], windows: Sequence[int], most_tokens: int
 ) -> Iterator[list[Tree]]:
-    """Cut trees into batches of at most so many tokens to run, unless one tree alone has more."""
+    """Cut trees into batches of at most `most_tokens` to run, unless one tree alone has more."""
     costs = [tokens_to_run(tree, windows) for tree in trees]
     batch: list[Tree] = []
     total = 0
@@ -69,7 +69,7 @@ def iter_outcomes(
     task_type: TaskType,
     most_tokens: int | None = None,
 ) -> Iterator[tuple[list[Outcome], int]]:
-    """Yield the outcomes of a batch and the tokens it took, batch after batch.
+    """Yield each batch's outcomes and the tokens it took.
 
     Args:
         most_tokens: in a batch; by default what fills the device.
@@ -78,7 +78,8 @@ def iter_outcomes(
     compare = task_type == "language_modeling"
     unscored = [tree for tree in trees if not len(tree.target)]
     if unscored:  # options that are all the same text
-        yield [_outcome(tree, [np.nan] * tree.num_options, None) for tree in unscored], 0
+        worst = math.inf if compare else None
+        yield [_outcome(tree, [math.nan] * len(tree.lengths), worst) for tree in unscored], 0
     running: tuple[list[Tree], Layout, Scores] | None = None
     for batch in iter_batches([t for t in trees if len(t.target)], scorer.windows, most):
         layout = build_layout(batch, scorer.windows, scorer.block)
@@ -92,26 +93,30 @@ def iter_outcomes(
 
 def _outcomes(trees: Sequence[Tree], layout: Layout, scores: Scores) -> list[Outcome]:
     """Sum up a batch's targets by option and options by tree."""
-    options = layout.pair_option
-    total = sum(tree.num_options for tree in trees)
+    options, (losses, margins) = layout.pair_option, scores
+    total = sum(len(tree.lengths) for tree in trees)
     sums, counts = np.zeros(total), np.bincount(options, minlength=total)
-    np.add.at(sums, options, scores.losses.double().cpu().numpy())
+    np.add.at(sums, options, losses.double().cpu().numpy())
     means = np.divide(sums, counts, out=np.full(total, np.nan), where=counts > 0).tolist()
     worst = None
-    if scores.margins is not None:
+    if margins is not None:
         worst = np.full(total, np.inf)
-        np.minimum.at(worst, options, scores.margins.double().cpu().numpy())
+        np.minimum.at(worst, options, margins.double().cpu().numpy())
     outcomes, first = [], 0
     for tree in trees:
         margin = None if worst is None else float(worst[first])
-        outcomes.append(_outcome(tree, means[first : first + tree.num_options], margin))
-        first += tree.num_options
+        outcomes.append(_outcome(tree, means[first : first + len(tree.lengths)], margin))
+        first += len(tree.lengths)
     return outcomes
 
 
 def _outcome(tree: Tree, losses: list[float], worst: float | None) -> Outcome:
     if worst is not None:
         return Outcome(tree.index, tuple(losses), None, worst > 0, abs(worst))
-    ranked = sorted((loss, i) for i, loss in enumerate(losses) if loss == loss)
-    margin = ranked[1][0] - ranked[0][0] if len(ranked) > 1 else float("inf")
-    return Outcome(tree.index, tuple(losses), ranked[0][1] if ranked else None, False, margin)
+    # As the reference chooses: nothing compares as less than NaN, so an option with nothing to
+    # score wins where it stands first, and nowhere else.
+    predicted = losses.index(min(losses))
+    ranked = sorted(loss for loss in losses if not math.isnan(loss))
+    decided = math.isnan(losses[0]) or len(ranked) < 2
+    margin = math.inf if decided else ranked[1] - ranked[0]
+    return Outcome(tree.index, tuple(losses), predicted, False, margin)

@@ -11,7 +11,6 @@ import torch
 
 from archerchat.errors import DataError
 from archerchat.evals.chat.categorical import choose_letters, letter_token
-from archerchat.inference.sampling import next_token_logits
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 
@@ -37,7 +36,7 @@ def test_batches_choose_what_single_prompts_choose(tokenizer: Any) -> None:
     letters = [LETTERS[: random.randint(2, 5)] for _ in prompts]
     expected = []
     for prompt, choices in zip(prompts, letters, strict=True):
-        logits = next_token_logits(model, prompt)
+        logits = model(torch.tensor([prompt]))[0, -1].detach()
         expected.append(max(choices, key=lambda letter: float(logits[ord(letter)])))
     steps: list[int] = []
     assert choose_letters(model, tokenizer, prompts, letters, steps.append) == expected

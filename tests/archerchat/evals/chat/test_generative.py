@@ -10,18 +10,17 @@ import pytest
 import torch
 
 from archerchat.errors import UsageError
-from archerchat.evals.chat import generative
 from archerchat.evals.chat.generative import (
     Answer,
-    Sampling,
     answer_problems,
     build_request,
+    check_sampling,
     render_question,
-    stop_tokens,
 )
+from archerchat.inference import chat
 from archerchat.inference.engine import Engine
-from archerchat.inference.requests import Request
-from archerchat.inference.sampling import next_token_logits
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Request
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.tasks.arithmetic import ArithmeticTask
@@ -58,10 +57,10 @@ def plain_answer(model: Transformer, request: Request, max_length: int) -> list[
     """Answer greedily by whole forward passes, one token at a time, tools included."""
     assert request.hook is not None
     ids, hook, forced = list(request.prompt), request.hook(), []
-    while len(ids) - len(request.prompt) < request.max_new_tokens and len(ids) < max_length:
+    while len(ids) - len(request.prompt) < request.params.max_new_tokens and len(ids) < max_length:
         was_forced = bool(forced)
-        token = forced.pop(0) if forced else int(next_token_logits(model, ids).argmax())
-        if token in request.stop_tokens:
+        token = forced.pop(0) if forced else int(model(torch.tensor([ids]))[0, -1].argmax())
+        if token in request.params.stop_token_ids:
             break
         ids.append(token)
         if not was_forced:
@@ -69,20 +68,20 @@ def plain_answer(model: Transformer, request: Request, max_length: int) -> list[
     return ids[len(request.prompt) :]
 
 
-def ask(scripted: Any, task: Task, sampling: Sampling, **engine: Any) -> list[Answer]:
+def ask(scripted: Any, task: Task, params: SamplingParams, **engine: Any) -> list[Answer]:
     problems = range(len(task))
     machine = Engine(scripted.model, **{"max_batch": 4} | engine)
     prompts = [
         render_question(scripted.tokenizer, task[i], machine.max_length)[0] for i in problems
     ]
-    return answer_problems(machine, scripted.tokenizer, task, problems, prompts, sampling)
+    return answer_problems(machine, scripted.tokenizer, task, problems, prompts, params)
 
 
 def test_the_calculators_results_are_forced_and_the_words_are_judged(
     scripted: Callable[[Sequence[str]], Any],
 ) -> None:
     model = scripted(SCRIPT)
-    answers = ask(model, Products(["#### 42", "#### 43"]), Sampling(64, 0.0))
+    answers = ask(model, Products(["#### 42", "#### 43"]), SamplingParams(64, temperature=0))
     assert [answer.right for answer in answers] == [True, False]
     said = model.ids(
         [
@@ -102,7 +101,7 @@ def test_batches_say_what_the_plain_loop_says(
     scripted: Callable[[Sequence[str]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A random model's expressions have no value; here all have.
-    monkeypatch.setattr(generative, "calculate", lambda expression: str(len(expression)))
+    monkeypatch.setattr(chat, "calculate", lambda expression: str(len(expression)))
     speaker = scripted(SCRIPT)
     config = ModelConfig(128, speaker.tokenizer.vocab_size, 3, 2, 1, 32)
     model = Transformer(config, backend="matmul")
@@ -116,14 +115,14 @@ def test_batches_say_what_the_plain_loop_says(
     task, random = ArithmeticTask("test", 12), Random(0)
     problems = list(range(12))
     random.shuffle(problems)
-    sampling = Sampling(48, 0.0)
+    params = SamplingParams(48, temperature=0)
     prompts = [render_question(speaker.tokenizer, task[i], 128)[0] for i in problems]
     requests = [
-        build_request(speaker.tokenizer, prompt, sampling, problem)
+        build_request(speaker.tokenizer, prompt, params, problem)
         for prompt, problem in zip(prompts, problems, strict=True)
     ]
     answers = answer_problems(
-        Engine(model, max_batch=5), speaker.tokenizer, task, problems, prompts, sampling
+        Engine(model, max_batch=5), speaker.tokenizer, task, problems, prompts, params
     )
     assert [answer.problem for answer in answers] == problems
     for answer, request in zip(answers, requests, strict=True):
@@ -140,12 +139,12 @@ def test_samples_depend_on_the_problem_and_not_on_its_company(
     with torch.no_grad():
         model.model.unembedding.weight.mul_(0.3)  # nothing is certain any more
     task = Products(["x"] * 3)
-    sampling = Sampling(12, 1.0, None, num_samples=3, seed=5)
-    together = ask(model, task, sampling, max_batch=2)
+    params = SamplingParams(12, num_samples=3, seed=5)
+    together = ask(model, task, params, max_batch=2)
     assert [(a.problem, a.sample) for a in together] == [(p, s) for p in range(3) for s in range(3)]
     assert len({tuple(a.completion.token_ids) for a in together}) == 9
     prompts = [render_question(model.tokenizer, task[2], 128)[0]]
-    alone = answer_problems(Engine(model.model), model.tokenizer, task, [2], prompts, sampling)
+    alone = answer_problems(Engine(model.model), model.tokenizer, task, [2], prompts, params)
     assert [a.completion for a in alone] == [a.completion for a in together if a.problem == 2]
 
 
@@ -155,7 +154,13 @@ def test_progress_counts_judged_answers(scripted: Callable[[Sequence[str]], Any]
     prompts = [render_question(model.tokenizer, task[i], 128)[0] for i in range(5)]
     engine = Engine(model.model, max_batch=2)
     answer_problems(
-        engine, model.tokenizer, task, range(5), prompts, Sampling(8), lambda n: steps.append(n)
+        engine,
+        model.tokenizer,
+        task,
+        range(5),
+        prompts,
+        SamplingParams(8),
+        lambda n: steps.append(n),
     )
     assert steps == [1, 2, 3, 4, 5]
 
@@ -166,7 +171,7 @@ def test_what_judging_raises_comes_up(scripted: Callable[[Sequence[str]], Any]) 
             return Task.evaluate(self, conversation, completion)
 
     with pytest.raises(UsageError, match="Products has no answers to check"):
-        ask(scripted(SCRIPT), Unjudged(["a"]), Sampling(8))
+        ask(scripted(SCRIPT), Unjudged(["a"]), SamplingParams(8))
 
 
 def test_prompts_are_cut_to_leave_room(scripted: Callable[[Sequence[str]], Any]) -> None:
@@ -184,11 +189,4 @@ def test_prompts_are_cut_to_leave_room(scripted: Callable[[Sequence[str]], Any])
 
 def test_samples_without_a_temperature_are_refused() -> None:
     with pytest.raises(UsageError, match="4 samples at temperature 0 are all the same"):
-        Sampling(8, 0.0, num_samples=4)
-
-
-def test_answers_end_at_the_assistants_end_or_a_new_document(
-    scripted: Callable[[Sequence[str]], Any],
-) -> None:
-    tokenizer = scripted(SCRIPT).tokenizer
-    assert stop_tokens(tokenizer) == (tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id)
+        check_sampling(SamplingParams(8, temperature=0, num_samples=4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from archerchat.evals.chat.results import TaskResult, chatcore
-from archerchat.evals.estimates import wilson_interval
+from archerchat.evals.statistics import wilson_interval
 from archerchat.tasks.registry import CHATCORE
 
 LETTERS = ("ARC-Easy", "ARC-Challenge", "MMLU")

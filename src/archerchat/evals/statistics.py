@@ -1,0 +1,96 @@
+"""What a number of right answers says: centred accuracy, confidence intervals, pass@k.
+
+Pure functions of counts, for CORE, ChatCORE and the report.
+
+    wilson_interval(30, 200)         # where the true share lies, 95 times in 100
+    pass_at_k([3, 0, 16], 16, 4)     # the chance that one of four samples is right
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from archerchat.errors import UsageError
+
+Z_95 = 1.959963984540054
+"""Standard normal quantile of 97.5 %."""
+
+Interval = tuple[float, float]
+
+
+def centred(accuracy: float, baseline: float) -> float:
+    """Return `accuracy` on the scale where guessing is 0 and perfection 1 (SPEC section 9)."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def wilson_interval(right: float, trials: int, z: float = Z_95) -> Interval:
+    """Return the score interval of a share (Wilson 1927), which holds near 0 and 1 too.
+
+    Args:
+        right: may be a sum of shares, as when each of `trials` problems was answered many times;
+            the interval is then too wide rather than too narrow.
+    """
+    assert 0 <= right <= trials, f"{right} of {trials}"
+    assert trials > 0, "no trial says nothing"
+    share, weight = right / trials, z * z / trials
+    middle = (share + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
+    # At the ends the formula gives 0 and 1, but for rounding.
+    low = 0.0 if right == 0 else max(0.0, middle - half)
+    high = 1.0 if right == trials else min(1.0, middle + half)
+    return low, high
+
+
+def mean_half_width(tasks: Sequence[tuple[int, int, float]], z: float = Z_95) -> float:
+    """Return half the normal interval of a mean centred accuracy, over draws of examples.
+
+    Two right and two wrong answers are added to each task (Agresti and Coull 1998), so that an
+    accuracy of 0 has a variance too.
+
+    Args:
+        tasks: right answers, examples and random baseline of each.
+    """
+    total = 0.0
+    for right, trials, baseline in tasks:
+        share = (right + 2) / (trials + 4)
+        total += share * (1 - share) / (trials + 4) / (1 - baseline) ** 2
+    return z * math.sqrt(total) / len(tasks)
+
+
+def mean_interval(estimates: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Return the interval of a mean of independent estimates that have intervals of their own.
+
+    From the limits themselves instead of variances, so that skewed ones count as they are
+    (MOVER: Zou and Donner 2008).
+    """
+    count = len(estimates)
+    pairs = list(zip(estimates, intervals, strict=True))
+    mean = sum(estimates) / count
+    below = math.sqrt(sum((estimate - low) ** 2 for estimate, (low, _) in pairs)) / count
+    above = math.sqrt(sum((high - estimate) ** 2 for estimate, (_, high) in pairs)) / count
+    return mean - below, mean + above
+
+
+def pass_at_k(right: Sequence[int], samples: int, k: int) -> float:
+    """Return the mean over problems of the chance that one of k samples is right.
+
+    Unbiased from n >= k samples (Chen et al. 2021): 1 - C(n - c, k) / C(n, k).
+
+    Args:
+        right: how many samples are right, for each problem.
+        samples: samples per problem, n.
+
+    Raises:
+        UsageError: there are fewer samples than k.
+    """
+    if not 1 <= k <= samples:
+        raise UsageError(f"pass@{k} needs at least {k} samples per problem; got {samples}")
+    total = math.comb(samples, k)
+    missed = sum(math.comb(samples - count, k) / total for count in right)
+    return 1 - missed / len(right)
+
+
+def pass_sizes(samples: int) -> list[int]:
+    """Return the k to report: the powers of two below `samples`, then `samples` itself."""
+    return [1 << i for i in range(samples.bit_length()) if 1 << i < samples] + [samples]

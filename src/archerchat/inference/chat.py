@@ -1,0 +1,167 @@
+"""Text from a model: single prompts, and conversations whose answers come piece by piece.
+
+    session = ChatSession(engine, tokenizer)
+    for piece in session.answer("What is 6 times 7?"): print(piece.text, end="")
+
+Answers are kept as the tokens that the model said, results of the calculator among them, so the
+next prompt continues exactly what was said. When the context is full, the oldest turns are left
+out of the prompt; a system message stays.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from archerchat.errors import UsageError
+from archerchat.inference.calculator import evaluate as calculate
+from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.inference.sequence import Completion, Request
+from archerchat.inference.tools import AnswerReader, Piece, ToolUse, answer_stop_ids, read_parts
+from archerchat.tokenizer.bpe import Tokenizer
+
+CHAT_SAMPLING = SamplingParams(max_new_tokens=512, temperature=0.6, top_k=50)
+MIN_ROOM_SHARE = 4
+"""One over this share of the context is kept for the answer, unless less is asked for."""
+
+
+def build_answer_request(
+    tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams
+) -> Request:
+    """Ask for an answer: the assistant's end stops it, and it may use the calculator."""
+    stop_token_ids = (*answer_stop_ids(tokenizer), *params.stop_token_ids)
+    params = replace(params, stop_token_ids=stop_token_ids)
+    decode = tokenizer.decode if params.stop else None
+    return Request(prompt, params, ToolUse(tokenizer, calculate), decode)
+
+
+def generate_texts(
+    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
+) -> list[str]:
+    """Return what the model says after each prompt: `params.num_samples` texts per prompt.
+
+    Raises:
+        UsageError: a prompt is too long or has unknown tokens.
+    """
+    requests = [Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
+    return [each.text for group in engine.generate(requests) for each in group]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the user said and what was answered."""
+
+    message: str
+    answer: tuple[int, ...]
+
+
+@dataclass
+class ChatSession:
+    """Hold a conversation; `answer` continues it."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    params: SamplingParams = CHAT_SAMPLING
+    system: str | None = None
+    """Joined to the first message that the model is shown."""
+    turns: list[Turn] = field(default_factory=list)
+    """All turns, including those that the context has no room for."""
+    forgotten: int = 0
+    """How many of the oldest turns the last prompt left out."""
+    completion: Completion = field(default_factory=Completion)
+    """The last answer, or as much of it as there is."""
+
+    def clear(self) -> None:
+        """Start a new conversation."""
+        self.turns.clear()
+        self.forgotten, self.completion = 0, Completion()
+
+    def set_params(self, **changes: Any) -> None:
+        """Change how the next answers are sampled.
+
+        Raises:
+            UsageError: a value is outside its limit; nothing has changed then.
+        """
+        self.params = replace(self.params, **changes)
+
+    def answer(self, message: str) -> Iterator[Piece]:
+        """Yield the answer to `message` as it comes.
+
+        Closing the iterator ends the answer there; what was said is kept.
+
+        Raises:
+            UsageError: the message is empty, or does not fit into the context; the conversation
+                then stays as it was.
+        """
+        if not message.strip():
+            raise UsageError("there is nothing to answer: write a message")
+        prompt, self.forgotten = self._build_prompt(message)
+        seed = (self.params.seed + len(self.turns)) % 2**63
+        request = build_answer_request(
+            self.tokenizer, prompt, replace(self.params, seed=seed, num_samples=1)
+        )
+        self.engine.check(request)
+        return self._stream(message, request)
+
+    def _stream(self, message: str, request: Request) -> Iterator[Piece]:
+        self.completion = Completion()
+        reader = AnswerReader(self.tokenizer, request.params.stop)
+        try:
+            with closing(self.engine.stream([request])) as events:  # type: ignore[type-var]
+                for event in events:
+                    self.completion.add(event)
+                    if event.token is not None:
+                        yield from reader.read(event.token)
+            yield from reader.finish()
+        finally:
+            self.turns.append(Turn(message, tuple(self.completion.token_ids)))
+
+    def to_conversation(self) -> dict[str, object]:
+        """Return all answered turns as a conversation that training reads too."""
+        messages: list[dict[str, object]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": self.system})
+        for turn in self.turns:
+            parts = read_parts(self.tokenizer, turn.answer, self.params.stop)
+            if not parts:
+                continue
+            plain = len(parts) == 1 and parts[0]["type"] == "text"
+            content: object = parts[0]["text"] if plain else parts
+            messages.append({"role": "user", "content": turn.message})
+            messages.append({"role": "assistant", "content": content})
+        return {"messages": messages}
+
+    def to_json_line(self) -> str:
+        """Return the conversation as a line of a JSONL file."""
+        return json.dumps(self.to_conversation(), ensure_ascii=False) + "\n"
+
+    def _build_prompt(self, message: str) -> tuple[list[int], int]:
+        """Return the prompt with as many turns as there is room for, and how many are left out."""
+        limit = self.engine.max_length
+        room = min(self.params.max_new_tokens, max(1, limit // MIN_ROOM_SHARE))
+        for first in range(len(self.turns) + 1):
+            prompt = self._render(first, message)
+            if len(prompt) + room <= limit:
+                return prompt, first
+        raise UsageError(
+            f"the message takes {len(prompt)} tokens and the context has {limit}, of which the "
+            f"answer needs {room}: write a shorter one, or lower /max_tokens"
+        )
+
+    def _render(self, first: int, message: str) -> list[int]:
+        """Return the prompt of the turns from `first` on and the new message."""
+        special, encode = self.tokenizer.special_id, self.tokenizer.encode
+        ids = [self.tokenizer.bos_id]
+        joined = "" if self.system is None else f"{self.system}\n\n"
+        turns = [*self.turns[first:], Turn(message, ())]
+        for number, turn in enumerate(turns, start=1):
+            ids += [special("<|user_start|>"), *encode(joined + turn.message)]
+            ids += [special("<|user_end|>"), special("<|assistant_start|>")]
+            if number < len(turns):
+                ids += [*turn.answer, special("<|assistant_end|>")]
+            joined = ""
+        return ids

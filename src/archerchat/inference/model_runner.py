@@ -1,0 +1,262 @@
+"""Run a model for the rows of a batch: prompts, and decoding steps, which CUDA replays as graphs.
+
+A step takes each row's last token from a tensor, runs it against the cache, samples the next token
+and leaves it in the same tensor. Lengths grow on the device too. The host only says how many rows
+there are and how far the longest reaches, and never waits for a value. These two numbers are
+shapes, so on CUDA each pair, rounded up to powers of two, has a graph that is captured once and
+replayed. Rows beyond those in use compute on stale values that nobody reads.
+
+On CPUs a batch is bound by its matrix products and runs as it is. A single row is bound by the
+hundreds of small operations of a step. Compiled as a whole it takes about half the time
+(docs/LOG.md), but compiling takes seconds, so it is an option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, ring_mask
+from archerchat.inference.loading import InferenceModel
+from archerchat.inference.prefill import Prefilled, prefill
+from archerchat.inference.sampler import Sampler, SamplingPlan
+from archerchat.inference.sequence import Request, TokenLogprobs
+from archerchat.model.compiling import compiled
+from archerchat.model.transformer import Before, Transformer, norm
+
+Forward = Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]
+
+Part = tuple[list[Tensor], list[Tensor]]
+"""Each layer's keys and values of some rows, from `KVCache.views`."""
+RowSpan = tuple[int, int]
+"""A number of rows, and how many cache slots to read for them: more than any of them keeps."""
+
+PART_ROWS = 16
+"""Rows that are read as far as the longest of them reaches, on CPUs."""
+SPAN = 32
+"""On CPUs the number of slots to read is a multiple of this."""
+COMPILED_SPAN = 1024
+"""A compiled step reads this number of slots times a power of four: each shape takes seconds to
+compile, so there are few."""
+MIN_CAPTURED_SPAN = 256
+
+
+def forward_token(
+    model: Transformer,
+    tokens: Tensor,
+    lengths: Tensor,
+    previous: Tensor,
+    parts: Sequence[Part],
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Run one token (B,) of each row after its past; changes nothing.
+
+    Args:
+        lengths: (B,), tokens before it.
+        previous: (B, C), the normalised embedding of the one before it.
+        parts: the rows' rings, in one part or several.
+
+    Returns:
+        Capped float32 logits (B, vocab_size), and what the cache should add: the normalised
+        embedding (B, C), each layer's key and value (B, K, D).
+    """
+    found: list[list[RingPart]] = [[] for _ in model.config.windows]
+    first = 0
+    for keys, values in parts:
+        rows = lengths[first : first + keys[0].size(0)]
+        first += keys[0].size(0)
+        spans = {k.size(2) for k in keys}
+        masks = {span: ring_mask(rows, span, model.compute_dtype) for span in spans}
+        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+            found[i].append(RingPart(k, v, masks[k.size(2)]))
+    layers = [RingLayer(of_layer) for of_layer in found]
+    hidden = model.hidden(tokens[:, None], before=Before(lengths[:, None], previous, layers))
+    embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
+    new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]
+    new_values = [layer.new_values for layer in layers if layer.new_values is not None]
+    return model.logits(hidden[:, 0]), embedded, new_keys, new_values
+
+
+class Fetch:
+    """Rows on their way to the host, by pinned buffers that later fetches reuse."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self._rows, self._buffers, self._started = rows, list[Tensor](), list[Tensor]()
+        on_cuda = device.type == "cuda"
+        self._arrived: Any = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+
+    def start(self, *tensors: Tensor) -> None:
+        """Start copying tensors (n, ...); the first ones are of the same kind in every fetch."""
+        for tensor in tensors[len(self._buffers) :]:
+            shape, pinned = (self._rows, *tensor.shape[1:]), self._arrived is not None
+            self._buffers.append(torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned))
+        self._started = [
+            buffer[: len(tensor)].copy_(tensor, non_blocking=True)
+            for buffer, tensor in zip(self._buffers, tensors, strict=False)
+        ]
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def wait(self) -> list[list[Any]]:
+        """Return the rows of each tensor."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [tensor.tolist() for tensor in self._started]
+
+
+def _read_record(record: Sequence[float]) -> TokenLogprobs:
+    count = len(record) // 2
+    top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
+    return TokenLogprobs(record[0], tuple(top))
+
+
+class ModelRunner:
+    """Rows in decoding: their cache, last tokens and sampling parameters.
+
+    Args:
+        model: its weights as they are now; `refresh_weights` copies later ones.
+        rows: most rows at a time.
+        max_length: most tokens of a row.
+        compile: compile the step of a single row, on CPUs in float32.
+
+    Attributes:
+        model: the model, or a copy of it in the compute dtype.
+    """
+
+    def __init__(self, model: Transformer, rows: int, max_length: int, compile: bool) -> None:
+        device = model.device
+        self._inference = InferenceModel(model)
+        self.model, self.max_rows = self._inference.model, rows
+        self.cache = KVCache(model.config, rows, max_length, model.compute_dtype, device)
+        self.sampler = Sampler(rows, model.config.vocab_size, device)
+        self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._rows = torch.arange(rows, device=device)
+        compiles = compile and device.type == "cpu" and not self._inference.packed
+        self._single: Forward | None = compiled(forward_token) if compiles else None
+        self._captures = device.type == "cuda"
+        self._pool: Any = None
+        self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
+        self._fetches: list[Fetch] = []
+
+    def refresh_weights(self) -> None:
+        """Copy the model's weights after a training step changed them."""
+        self._inference.refresh()
+
+    def prefill(self, rows: Sequence[Sequence[int]], shared: Prefix | None = None) -> Prefilled:
+        """Run prompts after a shared prefix, or after nothing."""
+        return prefill(self.model, rows, shared)
+
+    @torch.no_grad()
+    def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
+        """Sample the next token of the first rows into `tokens`.
+
+        Args:
+            lengths: tokens that each of these rows keeps; at least one row.
+            plan: covers their parameters.
+        """
+        rows, longest = len(lengths), max(lengths)
+        if self._captures:
+            count = min(1 << (rows - 1).bit_length(), self.max_rows)
+            span = max(1 << longest.bit_length(), MIN_CAPTURED_SPAN)
+            self._replay(count, min(span, max(self.cache.sizes)), plan)
+        elif rows == 1 and self._single is not None:
+            span = COMPILED_SPAN
+            while span <= longest:
+                span *= 4
+            self._run(self._single, [(1, span)], plan)
+        else:
+            self._run(forward_token, list(row_spans(lengths)), plan)
+
+    def _run(self, forward: Forward, spans: Sequence[RowSpan], plan: SamplingPlan) -> None:
+        parts, rows = [], 0
+        for count, span in spans:
+            parts.append(self.cache.views(rows, rows + count, span))
+            rows += count
+        cache, tokens = self.cache, self.tokens[:rows]
+        lengths, previous = cache.lengths[:rows], cache.previous[:rows]
+        logits, embedded, keys, values = forward(self.model, tokens, lengths, previous, parts)
+        tokens.copy_(self.sampler.sample(logits, lengths + 1, plan, said=tokens))
+        cache.append(embedded, keys, values, self._rows[:rows])
+
+    def _replay(self, rows: int, span: int, plan: SamplingPlan) -> None:
+        graph = self._graphs.get((rows, span, plan))
+        if graph is None:
+            graph = self._graphs[rows, span, plan] = self._capture(rows, span, plan)
+        graph.replay()
+
+    def _capture(self, rows: int, span: int, plan: SamplingPlan) -> torch.cuda.CUDAGraph:
+        """Record a step, leaving the rows as they are.
+
+        A capture needs a warm-up, because libraries allocate on first use. The warm-up changes
+        the rows' tokens, lengths and rings, which are put back.
+        """
+        kept = [self.tokens[:rows], *self.cache.state(rows), *self.sampler.state(rows)]
+        saved = [tensor.clone() for tensor in kept]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._run(forward_token, [(rows, span)], plan)
+        torch.cuda.current_stream().wait_stream(stream)
+        for tensor, before in zip(kept, saved, strict=True):
+            tensor.copy_(before)
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:  # one for all: graphs never run at the same time
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._run(forward_token, [(rows, span)], plan)
+        return graph
+
+    @torch.no_grad()
+    def start(self, row: int, prompt: Prefix, request: Request, seed: int) -> None:
+        """Give a row a prompt that has run; `sample_first` samples its first token."""
+        self.cache.fill(row, prompt)
+        self.sampler.assign(row, request.params, seed, request.prompt)
+
+    @torch.no_grad()
+    def sample_first(self, first: int, logits: Tensor, plan: SamplingPlan) -> None:
+        """Sample what follows the prompts of rows `first` on, from logits (n, vocab_size)."""
+        rows = slice(first, first + logits.size(0))
+        self.tokens[rows] = self.sampler.sample(logits, self.cache.lengths[rows], plan, first)
+
+    @torch.no_grad()
+    def force(self, row: int, token: int) -> None:
+        """Replace the token that was sampled last."""
+        self.tokens[row] = token
+
+    @torch.no_grad()
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy a row that keeps `length` tokens over another."""
+        self.cache.move(source, target, length)
+        self.sampler.move(source, target)
+        self.tokens[target] = self.tokens[source]
+
+    def fetch(self, first: int, count: int, plan: SamplingPlan) -> Fetch:
+        """Start copying what was sampled last for some rows to the host."""
+        fetch = self._fetches.pop() if self._fetches else Fetch(self.max_rows, self.tokens.device)
+        rows, records = slice(first, first + count), self.sampler.records
+        asked = [records[rows]] if plan.logprobs and records is not None else []
+        fetch.start(self.tokens[rows], *asked)
+        return fetch
+
+    def read(self, fetch: Fetch) -> list[tuple[int, TokenLogprobs | None]]:
+        """Return each row's token and log probabilities; keep the buffers for a later fetch."""
+        self._fetches.append(fetch)
+        tokens, *records = fetch.wait()
+        logprobs = map(_read_record, records[0]) if records else [None] * len(tokens)
+        return list(zip(tokens, logprobs, strict=True))
+
+
+def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:
+    """Yield how far to read the rows, in parts of neighbouring rows with the same answer."""
+    spans = [
+        (max(lengths[i : i + PART_ROWS]) // SPAN + 1) * SPAN
+        for i in range(0, len(lengths), PART_ROWS)
+    ]
+    rows = len(lengths)
+    for span, group in groupby(enumerate(spans), key=lambda pair: pair[1]):
+        places = [place for place, _ in group]
+        yield min(PART_ROWS * len(places), rows - PART_ROWS * places[0]), span

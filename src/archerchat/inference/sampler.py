@@ -1,0 +1,240 @@
+"""Sample one token for each row of a batch, each by its own parameters and seed.
+
+The uniform number behind a draw is a hash of the row's seed and of the position that the token
+takes, and of nothing else: neither the rows around it nor the order in which rows were served
+matter. Everything is tensors of fixed shapes, and the host never looks at a value.
+
+Penalties and bias change the logits, also of rows that take the most likely token. A row's top-k
+and top-p become a number of tokens to keep, most likely first, lower ids first among equals, and
+min-p drops more of them. The draw then walks the distribution in the order of ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
+
+_MASK32 = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What some row of a batch asks for, so that batches without it do not pay for it.
+
+    A row's token is the same under every plan that covers it.
+    """
+
+    random: bool = False
+    """A temperature above 0."""
+    top_k: int = 0
+    """The largest, rounded up to a power of two; 0 for none."""
+    top_p: bool = False
+    min_p: bool = False
+    penalties: bool = False
+    bias: bool = False
+    logprobs: bool = False
+
+    @classmethod
+    def covering(cls, params: Iterable[SamplingParams]) -> SamplingPlan:
+        """Return the least plan for rows with these parameters."""
+        rows = list(params)
+        drawn = [each for each in rows if each.temperature > 0]
+        largest = max((each.top_k or 0 for each in drawn), default=0)
+        return cls(
+            random=bool(drawn),
+            top_k=1 << (largest - 1).bit_length() if largest else 0,
+            top_p=any(each.top_p is not None for each in drawn),
+            min_p=any(each.min_p > 0 for each in drawn),
+            penalties=any(each.penalises for each in rows),
+            bias=any(each.logit_bias for each in rows),
+            logprobs=any(each.logprobs is not None for each in rows),
+        )
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """Mix values below 2^32 held in int64 (Wellons's lowbias32).
+
+    The second multiplier is taken modulo 2^32 to the negative side: products stay below 2^63.
+    """
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK32
+    x = (x ^ (x >> 15)) * (0x846CA68B - 2**32) & _MASK32
+    return x ^ (x >> 16)
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Return one float32 in [0, 1), a multiple of 2^-24, for each seed and position.
+
+    Args:
+        seeds: int64, from `derive_seed`.
+        positions: int64, below 2^32.
+    """
+    mixed = _mix32((seeds & _MASK32) ^ 0x5BD1E995)
+    mixed = _mix32(mixed ^ (seeds >> 32))
+    mixed = _mix32(mixed ^ positions)
+    return (_mix32(mixed ^ 0x27D4EB2F) >> 8).float() * 2.0**-24
+
+
+class Sampler:
+    """Keep the parameters of a batch's rows as tensors, and sample with them.
+
+    Args:
+        rows: most rows of a batch.
+
+    Attributes:
+        records: (rows, 1 + 2n) float32, or None until a row asks for log probabilities: that of
+            the row's last token, then those and the ids of the n most likely tokens. Ids are
+            exact: they stay below 2^24.
+    """
+
+    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+        self._shape, self._device = (rows, vocab_size), device
+        self._neutral = SamplingParams(temperature=0, top_p=1)
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        self._values = {
+            name: torch.full((rows,), float(getattr(self._neutral, name)), device=device)
+            for name in ("temperature", "top_p", "min_p", *penalties)
+        }
+        self._top_k = torch.zeros(rows, dtype=torch.int64, device=device)  # 0 for none
+        self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+        # Allocated when a row first needs them; a captured graph keeps their addresses.
+        self._counts: Tensor | None = None  # how often each row has said each token
+        self._prompted: Tensor | None = None  # whether its prompt has the token
+        self._bias: Tensor | None = None
+        self.records: Tensor | None = None
+
+    def assign(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
+        """Give a row its parameters; `seed` is the sample's own."""
+        for name, tensor in self._values.items():
+            value = getattr(params, name)
+            tensor[row] = getattr(self._neutral, name) if value is None else value
+        self._top_k[row] = params.top_k or 0
+        self._seeds[row] = seed
+        if params.penalises:
+            if self._counts is None or self._prompted is None:
+                self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
+                self._prompted = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+            self._counts[row] = 0
+            self._prompted[row] = False
+            self._prompted[row].index_fill_(0, self._to_device(prompt, torch.int64), True)
+        if params.logit_bias and self._bias is None:
+            self._bias = torch.zeros(self._shape, device=self._device)
+        if self._bias is not None:
+            self._bias[row] = 0
+            ids = self._to_device(list(params.logit_bias), torch.int64)
+            values = self._to_device(list(params.logit_bias.values()), torch.float32)
+            self._bias[row].index_copy_(0, ids, values)
+        if params.logprobs is not None and self.records is None:
+            width = 1 + 2 * min(MAX_LOGPROBS, self._shape[1])
+            self.records = torch.zeros(self._shape[0], width, device=self._device)
+
+    def move(self, source: int, target: int) -> None:
+        """Copy everything of a row to another row."""
+        kept = [*self._values.values(), self._top_k, self._seeds]
+        kept += [t for t in (self._counts, self._prompted, self._bias) if t is not None]
+        for tensor in kept:
+            tensor[target] = tensor[source]
+
+    def state(self, rows: int) -> list[Tensor]:
+        """Return views of what sampling changes of the first `rows` rows, besides records."""
+        return [] if self._counts is None else [self._counts[:rows]]
+
+    def sample(
+        self,
+        logits: Tensor,
+        positions: Tensor,
+        plan: SamplingPlan,
+        first: int = 0,
+        said: Tensor | None = None,
+    ) -> Tensor:
+        """Sample the tokens (B,) of rows `first` .. `first` + B - 1.
+
+        Args:
+            logits: (B, vocab_size) float32.
+            positions: (B,) that the tokens will take in their rows.
+            plan: covers these rows' parameters.
+            said: (B,), the tokens before them, which penalties count; None after prompts.
+        """
+        rows = slice(first, first + logits.size(0))
+        adjusted = self._adjust(logits, rows, plan, said)
+        token = adjusted.argmax(dim=-1)
+        if plan.random:
+            drawn = self._draw(adjusted, positions, rows, plan)
+            token = torch.where(self._values["temperature"][rows] > 0, drawn, token)
+        if plan.logprobs:
+            assert self.records is not None
+            logprobs = logits.log_softmax(dim=-1)
+            top = logprobs.topk((self.records.size(1) - 1) // 2)
+            chosen = logprobs.gather(1, token[:, None])
+            self.records[rows] = torch.cat([chosen, top.values, top.indices.float()], dim=1)
+        return token
+
+    def _adjust(
+        self, logits: Tensor, rows: slice, plan: SamplingPlan, said: Tensor | None
+    ) -> Tensor:
+        """Apply penalties and bias; rows without them keep their logits bit for bit."""
+        if plan.penalties:
+            assert self._counts is not None
+            assert self._prompted is not None
+            counts = self._counts[rows]
+            if said is not None:
+                counts.scatter_add_(
+                    1, said[:, None], torch.ones_like(said, dtype=torch.int32)[:, None]
+                )
+            factor, presence, frequency = (
+                self._values[f"{name}_penalty"][rows, None]
+                for name in ("repetition", "presence", "frequency")
+            )
+            seen = (counts > 0) | self._prompted[rows]
+            repeated = torch.where(logits > 0, logits / factor, logits * factor)
+            logits = torch.where(seen, repeated, logits)
+            logits = logits - frequency * counts - presence * (counts > 0)
+        if plan.bias:
+            assert self._bias is not None
+            logits = logits + self._bias[rows]
+        return logits
+
+    def _draw(self, logits: Tensor, positions: Tensor, rows: slice, plan: SamplingPlan) -> Tensor:
+        temperatures = self._values["temperature"][rows]
+        scaled = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+        weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
+        likely = weights >= self._values["min_p"][rows, None] if plan.min_p else None
+        if plan.top_k or plan.top_p:
+            weights = weights * _kept(scaled, self._top_k[rows], self._values["top_p"][rows], plan)
+        if likely is not None:
+            weights = weights * likely
+        cumulative = weights.cumsum(dim=-1)
+        total = cumulative[:, -1]
+        # Strictly below the total, whatever the rounding: some token's share always lies above.
+        aim = (uniforms(self._seeds[rows], positions) * total).minimum(total * (1 - 2.0**-23))
+        ids = torch.arange(logits.size(-1), device=logits.device)
+        above = (cumulative > aim[:, None]) & (weights > 0)
+        return torch.where(above, ids, logits.size(-1) - 1).amin(dim=-1)
+
+    def _to_device(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype).to(self._device, non_blocking=True)
+
+
+def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, plan: SamplingPlan) -> Tensor:
+    """Return which tokens (B, V) pass their row's filters, top-k first, then top-p of the rest."""
+    vocab_size = scaled.size(-1)
+    most = vocab_size if plan.top_p else min(plan.top_k, vocab_size)
+    # The most likely first; order among equals does not matter here.
+    sizes = scaled.topk(most, dim=-1).values
+    count = torch.where(top_k > 0, top_k.clamp(max=vocab_size), vocab_size)
+    if plan.top_p:
+        ranked = (sizes - sizes[:, :1]).exp()
+        ranked = ranked * (torch.arange(most, device=scaled.device) < count[:, None])
+        before = ranked.cumsum(dim=-1) - ranked
+        # A token stays while those before it have less than p of what the first filter left.
+        enough = (before < top_p[:, None] * ranked.sum(dim=-1, keepdim=True)).sum(dim=-1)
+        count = torch.where(top_p < 1, enough.clamp(min=1).minimum(count), count)
+    least = sizes.gather(1, (count.clamp(max=most) - 1)[:, None])
+    equal = scaled == least
+    room = count[:, None] - (scaled > least).sum(dim=-1, keepdim=True)
+    kept = (scaled > least) | (equal & (equal.cumsum(dim=-1) <= room))
+    return kept | (count >= vocab_size)[:, None]

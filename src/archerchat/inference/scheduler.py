@@ -1,0 +1,231 @@
+"""Which waiting requests get a place next, and which prompts share a prefix.
+
+A request's prompt runs once, however many samples it has. Prompts that begin alike (few-shot
+examples, a system message) form a group, and their beginning runs once for the whole group. Groups
+are served one after another, in the order of their oldest prompt, so no more than one shared
+prefix is kept at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from archerchat.inference.kv_cache import Prefix
+from archerchat.inference.prefill import Prefilled, iter_batches
+from archerchat.inference.sequence import Request
+
+MIN_SHARED = 16
+"""Fewest tokens worth sharing: running a prefix by itself costs a pass."""
+
+Prefill = Callable[[Sequence[Sequence[int]], Prefix | None], Prefilled]
+"""Run rows of token ids after a shared prefix, or after nothing."""
+
+
+@dataclass(frozen=True)
+class PrefilledPrompt:
+    """A prompt that has run."""
+
+    prefix: Prefix
+    """What a row needs of it."""
+    logits: Tensor
+    """The logits (vocab_size,) that follow it."""
+
+
+@dataclass
+class _SharedPrefix:
+    """A prefix that waiting requests have in common; they keep it until their prompts have run."""
+
+    token_ids: list[int]
+    prefix: Prefix | None = None
+    """Run with the first of them."""
+
+
+@dataclass
+class WaitingRequest:
+    """A request with samples left to start."""
+
+    number: int
+    request: Request
+    started: int = 0
+    """Samples that have, or had, a place."""
+    prompt: PrefilledPrompt | None = None
+    """Set from the start of the first sample to the start of the last."""
+    shared: _SharedPrefix | None = None
+
+
+class Scheduler:
+    """Keep the queue of waiting requests, ordered so that shared prefixes run once.
+
+    Args:
+        prefill: runs prompts on the model.
+    """
+
+    def __init__(self, prefill: Prefill) -> None:
+        self._prefill = prefill
+        self._queue: deque[WaitingRequest] = deque()
+        self._grouped = True
+        self.prefilled_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, number: int, request: Request) -> None:
+        """Queue a request."""
+        self._queue.append(WaitingRequest(number, request))
+        self._grouped = False
+
+    def remove(self, number: int) -> WaitingRequest | None:
+        """Take a request out of the queue and return it; None if it does not wait."""
+        for waiting in self._queue:
+            if waiting.number == number:
+                self._queue.remove(waiting)
+                return waiting
+        return None
+
+    def clear(self) -> None:
+        """Drop every request."""
+        self._queue.clear()
+
+    def schedule(self, places: int) -> list[tuple[WaitingRequest, int, PrefilledPrompt]]:
+        """Start up to `places` samples and run the prompts that they need.
+
+        Returns:
+            The request, the sample's number and the prompt of each.
+        """
+        if not self._grouped:
+            self._group()
+        self._run(self._to_run(places))
+        started: list[tuple[WaitingRequest, int, PrefilledPrompt]] = []
+        while len(started) < places and self._queue:
+            waiting = self._queue[0]
+            assert waiting.prompt is not None
+            started.append((waiting, waiting.started, waiting.prompt))
+            waiting.started += 1
+            if waiting.started == waiting.request.params.num_samples:
+                waiting.prompt = None
+                self._queue.popleft()
+        return started
+
+    def _to_run(self, places: int) -> list[WaitingRequest]:
+        """Return the requests whose samples get the next `places` and whose prompt has not run."""
+        found: list[WaitingRequest] = []
+        for waiting in self._queue:
+            if places <= 0:
+                break
+            places -= waiting.request.params.num_samples - waiting.started
+            if waiting.prompt is None:
+                found.append(waiting)
+        return found
+
+    def _group(self) -> None:
+        """Find shared prefixes and queue the members of a group one after another.
+
+        A request that has started samples stays in front.
+        """
+        started = [waiting for waiting in self._queue if waiting.prompt is not None]
+        others = [waiting for waiting in self._queue if waiting.prompt is None]
+        self._queue = deque(started)
+        for group in group_by_prefix([waiting.request.prompt for waiting in others]):
+            members = [others[i] for i in group.members]
+            shared = None
+            if group.shared:
+                token_ids = list(members[0].request.prompt[: group.shared])
+                old = members[0].shared  # may have run this very prefix already
+                prefix = old.prefix if old is not None and old.token_ids == token_ids else None
+                shared = _SharedPrefix(token_ids, prefix)
+            for waiting in members:
+                waiting.shared = shared
+            self._queue.extend(members)
+        self._grouped = True
+
+    def _run(self, requests: Sequence[WaitingRequest]) -> None:
+        """Run prompts, in batches with the same shared prefix and similar lengths."""
+        groups: dict[int, list[WaitingRequest]] = {}
+        for waiting in requests:
+            groups.setdefault(id(waiting.shared), []).append(waiting)
+        for members in groups.values():
+            shared = members[0].shared
+            prefix = None if shared is None else self._run_shared(shared)
+            start = 0 if prefix is None else prefix.length
+            rows = [list(waiting.request.prompt[start:]) for waiting in members]
+            for batch in iter_batches([len(row) for row in rows]):
+                ran = self._prefill([rows[i] for i in batch], prefix)
+                self.prefilled_tokens += sum(ran.lengths)
+                logits = ran.last_logits()
+                for place, i in enumerate(batch):
+                    members[i].prompt = PrefilledPrompt(ran.prefix(place), logits[place])
+            for waiting in members:
+                waiting.shared = None
+
+    def _run_shared(self, shared: _SharedPrefix) -> Prefix:
+        if shared.prefix is None:
+            shared.prefix = self._prefill([shared.token_ids], None).prefix(0)
+            self.prefilled_tokens += len(shared.token_ids)
+        return shared.prefix
+
+
+@dataclass(frozen=True)
+class PrefixGroup:
+    """Prompts whose first `shared` tokens are the same."""
+
+    shared: int
+    """0 for a prompt alone; less than the length of the shortest prompt."""
+    members: tuple[int, ...]
+    """Indices of prompts, ascending."""
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many tokens two prompts have in common at their beginnings."""
+    for index, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return index
+    return min(len(a), len(b))
+
+
+def group_by_prefix(
+    prompts: Sequence[Sequence[int]], min_shared: int = MIN_SHARED
+) -> list[PrefixGroup]:
+    """Group prompts so that shared beginnings save as many tokens as they can.
+
+    Sorted, prompts that begin alike are neighbours. Neighbours are joined from the longest common
+    beginning down. Two clusters become one group where their shorter common beginning saves more,
+    (members - 1) * shared, than the two save by themselves.
+
+    Returns:
+        Groups in the order of their first member; every prompt is in one.
+    """
+    ordered = sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i))
+    # Of each cluster, at the place of its leftmost prompt: the groups, and the tokens they save.
+    groups = [[PrefixGroup(0, (i,))] for i in ordered]
+    saved = [0] * len(ordered)
+    leftmost = list(range(len(ordered)))
+
+    def cluster_of(i: int) -> int:
+        while leftmost[i] != i:
+            leftmost[i] = leftmost[leftmost[i]]
+            i = leftmost[i]
+        return i
+
+    def common(i: int) -> int:
+        a, b = prompts[ordered[i]], prompts[ordered[i + 1]]
+        # A prompt always runs its own last token: its logits are needed.
+        return min(common_length(a, b), len(a) - 1, len(b) - 1)
+
+    pairs = sorted(((common(i), -i) for i in range(len(ordered) - 1)), reverse=True)
+    for shared, index in pairs:
+        if shared < min_shared:
+            break
+        left, right = cluster_of(-index), cluster_of(-index + 1)
+        leftmost[right] = left
+        groups[left] += groups[right]
+        saved[left] += saved[right]
+        members = tuple(sorted(i for group in groups[left] for i in group.members))
+        together = (len(members) - 1) * shared
+        if together > saved[left]:
+            groups[left], saved[left] = [PrefixGroup(shared, members)], together
+    found = [group for i, place in enumerate(leftmost) if place == i for group in groups[i]]
+    return sorted(found, key=lambda group: group.members[0])

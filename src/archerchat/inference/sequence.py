@@ -1,0 +1,265 @@
+"""What an engine is asked for, what it answers, and a sequence while it runs."""
+
+from __future__ import annotations
+
+from collections import abc
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from archerchat.errors import UsageError
+from archerchat.inference.sampling_params import SamplingParams, derive_seed
+
+FinishReason = Literal["stop", "max_tokens", "length", "cancelled"]
+"""A stop token or string; the limit of new tokens; the end of the context; a call of `cancel`."""
+Decode = abc.Callable[[list[int]], str]
+"""From token ids to text; bytes that are no whole character become U+FFFD."""
+
+MAX_PENDING = 4
+"""Most tokens of an unfinished character, one byte each."""
+
+
+class SequenceHook(Protocol):
+    """Watch the tokens of one sequence and force what comes next, such as a tool's result."""
+
+    def __call__(self, token: int) -> abc.Sequence[int]:
+        """Take the next token that the model chose; return tokens to force after it.
+
+        Forced tokens are not shown to the hook.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, and how.
+
+    Raises:
+        UsageError: the prompt is empty.
+    """
+
+    prompt: abc.Sequence[int]
+    """Token ids, at least one; usually BOS comes first."""
+    params: SamplingParams = field(default_factory=SamplingParams)
+    hook: abc.Callable[[], SequenceHook] | None = None
+    """Builds a hook for each sample."""
+    decode: Decode | None = None
+    """Given, events and completions have text. Stop strings need it."""
+
+    def __post_init__(self) -> None:
+        assert not self.params.stop or self.decode is not None, "stop strings need `decode`"
+        if len(self.prompt) == 0:
+            raise UsageError(
+                "the prompt is empty; a model needs one token to continue, such as BOS"
+            )
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log probabilities of one position, as the model itself gives them."""
+
+    logprob: float
+    """That of the token that was sampled."""
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens and theirs, as many as `SamplingParams.logprobs` asks for."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a sequence: a token, its end, or both."""
+
+    request: int
+    """The number that the request was added with."""
+    sample: int
+    token: int | None
+    """None if a stop token or a cancellation ended the sequence."""
+    forced: bool = False
+    """Whether a hook chose the token instead of the model."""
+    finish_reason: FinishReason | None = None
+    """Set in the last event of a sequence."""
+    stop_token: int | None = None
+    """The stop token that ended the sequence."""
+    stop_string: str | None = None
+    """The stop string that ended the sequence."""
+    text: str = ""
+    """The text that is certain since the last event; it may lag behind the tokens."""
+    logprobs: TokenLogprobs | None = None
+    """Those of the token, or of the stop token; None for forced tokens."""
+
+    @property
+    def mask(self) -> int:
+        """1 for a token that the model chose, else 0."""
+        return int(self.token is not None and not self.forced)
+
+
+@dataclass
+class Completion:
+    """What one sequence said."""
+
+    token_ids: list[int] = field(default_factory=list)
+    """Without the prompt and without the stop token."""
+    mask: list[int] = field(default_factory=list)
+    """1 for tokens that the model chose, 0 for forced ones."""
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    stop_string: str | None = None
+    text: str = ""
+    """Without the stop string, whose tokens `token_ids` has."""
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """One per token, None for forced ones; empty unless asked for."""
+
+    def add(self, event: Event) -> None:
+        """Append the sequence's next event."""
+        if event.token is not None:
+            self.token_ids.append(event.token)
+            self.mask.append(event.mask)
+            if event.logprobs is not None or self.logprobs:
+                self.logprobs.append(event.logprobs)
+        self.text += event.text
+        self.finish_reason = event.finish_reason
+        self.stop_token, self.stop_string = event.stop_token, event.stop_string
+
+
+class Detokenizer:
+    """Turn tokens into text in whole characters, up to a stop string.
+
+    Text that may still become a stop string is held back. Of several stop strings, the one that is
+    complete first counts.
+
+    Attributes:
+        stop: the stop string that was found, or None.
+    """
+
+    def __init__(self, decode: Decode, stops: abc.Sequence[str] = ()) -> None:
+        self._decode, self._stops = decode, stops
+        self._pending: list[int] = []  # tokens of an unfinished character
+        self._held = ""
+        self.stop: str | None = None
+
+    def read(self, token: int) -> str:
+        """Take the next token; return the text that is certain now."""
+        if self.stop is not None:
+            return ""
+        self._pending.append(token)
+        text = self._decode(self._pending)
+        if text.endswith("\ufffd") and len(self._pending) < MAX_PENDING:
+            return ""
+        self._pending = []
+        return self._until_stop(self._held + text)
+
+    def finish(self) -> str:
+        """Return the text that was held back."""
+        pending, self._pending = self._pending, []
+        text, self._held = self._held + (self._decode(pending) if pending else ""), ""
+        return text
+
+    def _until_stop(self, text: str) -> str:
+        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
+        found = [each for each in found if each[1] >= 0]
+        if found:
+            _, start, self.stop = min(found)
+            self._held = ""
+            return text[:start]
+        starts = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
+        certain = len(text) - max(starts, default=0)
+        self._held = text[certain:]
+        return text[:certain]
+
+
+class Sequence:
+    """A sample that has a row in the batch.
+
+    Args:
+        number: the request's.
+        sample: which of the request's samples.
+        max_length: tokens that the row has room for, prompt included.
+
+    Attributes:
+        seed: of this sample's draws.
+        token_ids: what it has said, as far as the host has read it.
+        num_drawn: tokens drawn for it, read or not.
+        finished: whether its last event has happened.
+    """
+
+    def __init__(self, number: int, sample: int, request: Request, max_length: int) -> None:
+        params, room = request.params, max_length - len(request.prompt)
+        self.number, self.sample, self.request = number, sample, request
+        self.seed = derive_seed(params.seed, sample)
+        self.token_ids: list[int] = []
+        self.num_drawn = 1
+        self.finished = False
+        self._hook = request.hook() if request.hook else None
+        self._text = Detokenizer(request.decode, params.stop) if request.decode else None
+        self._forced: dict[int, int] = {}  # tokens that replace drawn ones, by index
+        self._max_tokens = min(params.max_new_tokens, room)
+        within = params.max_new_tokens <= room
+        self._limit_reason: FinishReason = "max_tokens" if within else "length"
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens that the cache keeps of it: all but the one drawn last."""
+        return len(self.request.prompt) + self.num_drawn - 1
+
+    @property
+    def needs_step(self) -> bool:
+        """Whether another token must be drawn."""
+        return not self.finished and self.num_drawn < self._max_tokens
+
+    @property
+    def forced_input(self) -> int | None:
+        """The token that replaces the one drawn last, or None."""
+        return self._forced.get(self.num_drawn - 1)
+
+    def read(self, sampled: int, logprobs: TokenLogprobs | None = None) -> Event:
+        """Take the next sampled token; decide what the sequence says and whether it ends."""
+        index, params = len(self.token_ids), self.request.params
+        forced = index in self._forced
+        token = self._forced.get(index, sampled)
+        if params.logprobs is None or forced:
+            logprobs = None
+        elif logprobs is not None:
+            logprobs = TokenLogprobs(logprobs.logprob, logprobs.top[: params.logprobs])
+        text = ""
+        reason: FinishReason | None = None
+        stop_token = token if token in params.stop_token_ids else None
+        if stop_token is None:
+            self.token_ids.append(token)
+            text = self._text.read(token) if self._text else ""
+            reason = self._limit_reason if index == self._max_tokens - 1 else None
+        stop_string = self._text.stop if self._text else None
+        if stop_token is not None or stop_string is not None:
+            reason = "stop"
+        self.finished = reason is not None
+        if self.finished:
+            text += self._text.finish() if self._text else ""
+        elif self._hook is not None and not forced:
+            self._forced.update(enumerate(self._hook(token), start=index + 1))
+        said = token if stop_token is None else None
+        ends = (stop_token, stop_string)
+        return Event(self.number, self.sample, said, forced, reason, *ends, text, logprobs)
+
+    def cancel(self) -> Event:
+        """End it here."""
+        self.finished = True
+        text = self._text.finish() if self._text else ""
+        return Event(self.number, self.sample, None, finish_reason="cancelled", text=text)
+
+
+def check_request(request: Request, vocab_size: int, max_length: int) -> None:
+    """Refuse what an engine cannot serve.
+
+    Raises:
+        UsageError: the prompt has unknown tokens or leaves no room in the context.
+    """
+    longest = max_length - 1
+    if len(request.prompt) > longest:
+        raise UsageError(
+            f"the prompt has {len(request.prompt)} tokens and the context {max_length}: cut it to "
+            f"{longest} or fewer, to leave room for an answer"
+        )
+    ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
+    for name, tokens in ids.items():
+        wrong = [
+            t for t in (min(tokens, default=0), max(tokens, default=0)) if not 0 <= t < vocab_size
+        ]
+        if wrong:
+            raise UsageError(f"{name} has token {wrong[0]}; the model knows 0 to {vocab_size - 1}")

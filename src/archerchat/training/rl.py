@@ -1,0 +1,323 @@
+"""Reinforcement learning: a model gets better at questions whose answers can be judged (SPEC 8).
+
+    archerchat rl --model-tag d12 --task GSM8K
+
+On-policy REINFORCE in the style of GRPO (https://arxiv.org/abs/2402.03300). Each step asks some
+questions and lets the engine answer each of them many times, with the calculator. Answers that are
+better than their question's average become more likely, the others less: an advantage is a reward
+minus its group's mean, and the loss is averaged over all tokens that the model chose in the step.
+The same command resumes from the last checkpoint, bit for bit; a command that would change the run
+is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from archerchat.checkpoint import Checkpoint
+from archerchat.config import NonNegativeFloat, PositiveInt
+from archerchat.data.task_files import task_files
+from archerchat.errors import DataError, UsageError
+from archerchat.evals.chat.evaluate import ChatEvaluator, limited
+from archerchat.home import Home
+from archerchat.inference.engine import Engine
+from archerchat.inference.sampling_params import SamplingParams
+from archerchat.model.flops import flops_per_token
+from archerchat.model.loss import IGNORED, weighted_loss
+from archerchat.tasks.base import Task
+from archerchat.tasks.registry import build_task
+from archerchat.training.base_model import (
+    build_model,
+    build_optimizer,
+    find_base_model,
+    inherit,
+)
+from archerchat.training.loop import Outcome
+from archerchat.training.recipe import Evaluation, Metric, Recipe, StepSettings, answer_questions
+from archerchat.training.rollouts import (
+    SAMPLING,
+    RolloutBatch,
+    RolloutLoader,
+    RolloutSettings,
+)
+from archerchat.training.stage import Stage, StageConfig, choose_attention
+
+RATE_SCALE = 0.05
+"""Factor on the base model's learning rates."""
+MUON_MOMENTUM = 0.95
+"""Momentum of every step: SPEC section 8 gives none, and this is where fine-tuning ends."""
+SAMPLES = 3
+"""Number of test questions whose answers are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReinforceConfig(StageConfig):
+    """Train a chat model by reinforcement, on a task whose answers can be judged."""
+
+    model_tag: str | None = None
+    """Name of the model to start from. Defaults to the one that was saved last."""
+    source: Literal["sft", "base"] = "sft"
+    """Stage of the model to start from: sft or base."""
+    model_step: int | None = None
+    """Step of its checkpoint. Defaults to the latest."""
+    output_tag: str | None = None
+    """Name of the new model. Defaults to the first model's name."""
+    task: str = "GSM8K"
+    """Task to train on: GSM8K, SpellingBee, Arithmetic or SimpleSpelling."""
+    data_dir: Path | None = None
+    """Folder with the task's files. By default they are downloaded once."""
+    examples_per_step: PositiveInt = 16
+    """Questions per step."""
+    sampling: SamplingParams = SAMPLING
+    """How answers are sampled. The answers to one question are compared with each other."""
+    device_batch_size: PositiveInt = 8
+    """Rows per micro-batch. Halve it if you run out of memory."""
+    rollout_batch_size: PositiveInt = 128
+    """Number of answers to generate at a time."""
+    num_epochs: PositiveInt = 1
+    """Number of times each question is asked."""
+    num_iterations: PositiveInt | None = None
+    """Number of steps. Defaults to what the epochs take."""
+    lr_scale: NonNegativeFloat = RATE_SCALE
+    """Factor on the base model's learning rates."""
+    eval_every: PositiveInt | None = 60
+    """Steps between measurements of pass@k on the task's test."""
+    eval_examples: PositiveInt = 400
+    """Number of test questions to measure on."""
+    eval_samples: PositiveInt = 8
+    """Answers per test question (k in pass@k)."""
+    save_every: PositiveInt | None = 60
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sampling.num_samples < 2:
+            raise UsageError(
+                f"--num-samples is {self.sampling.num_samples}; it must be at least 2: each answer "
+                "is compared with others to the same question"
+            )
+        if self.sampling.temperature == 0:
+            raise UsageError(
+                "--temperature is 0; it must be above 0: identical answers teach nothing"
+            )
+        self.sampling.refuse_changes("stop", "stop_token_ids", "logprobs")
+
+
+def lr_multiplier(step: int, num_iterations: int) -> float:
+    """Return the factor on every group's rate: linear from 1 to 0 (SPEC section 8)."""
+    return 1 - step / num_iterations
+
+
+@dataclass(kw_only=True)
+class ReinforceRecipe(Recipe):
+    """Train on the model's own answers."""
+
+    metric: ClassVar[Metric] = Metric("val/pass_at_1", "pass@1 on the test", higher_is_better=True)
+
+    loader: RolloutLoader
+    test: Task
+    """Questions to measure on."""
+    num_iterations: int
+    eval_sampling: SamplingParams
+    _batch: RolloutBatch | None = field(default=None, init=False)
+    """The micro-batch that `loss` is asked for."""
+    passed: dict[str, float] = field(default_factory=dict, init=False)
+    """What the last evaluation found."""
+
+    def total_steps(self, step: int) -> int:
+        return self.num_iterations
+
+    def settings(self, step: int) -> StepSettings:
+        """Read the schedules at `step`; nothing decays."""
+        return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
+
+    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
+        """Return a micro-batch of rollouts; a step's first one generates them all."""
+        if self.loader.rolls_out_next:
+            self.show_progress("rolling out")
+        self._batch = next(self.loader)
+        return self.to_device(self._batch)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
+        batch = self._batch
+        assert batch is not None, "the loss is that of the batch taken last"
+        # Only tokens that the model chose meet the unembedding, not prompts and tool output.
+        trained = targets != IGNORED
+        advantages = torch.from_numpy(batch.advantages).to(self.runtime.device)
+        return weighted_loss(
+            self.hidden(inputs)[trained],
+            self.model.unembedding.weight,
+            targets[trained],
+            self.model.config.vocab_size,
+            advantages[:, None].expand_as(targets)[trained],
+            batch.scale,
+        )
+
+    def step_tokens(self) -> int:
+        """Return the tokens of the step's rollouts, prompts included."""
+        return self.loader.amounts()[0]
+
+    def step_flops(self) -> int:
+        """Estimate the step's operations: one forward pass for each rollout, and one forward and
+        backward pass, three times as much, for those that were trained on."""
+        rolled_out, trained = self.loader.amounts()
+        return flops_per_token(self.model.config) * (rolled_out + 3 * trained) // 3
+
+    def step_metrics(self) -> Mapping[str, float]:
+        """Return what the step's rollouts were worth."""
+        return self.loader.metrics()
+
+    def final_metrics(self) -> Mapping[str, float]:
+        """Return the last step's figures and pass@k."""
+        return {**self.step_metrics(), **self.passed}
+
+    def measure_pass(self, step: int) -> Mapping[str, float]:
+        """Measure pass@k on the test."""
+        engine = self.loader.engine
+        engine.refresh_weights()
+        evaluator = ChatEvaluator(self.model, self.tokenizer, self.eval_sampling, engine=engine)
+
+        def on_progress(done: int, total: int) -> None:
+            self.show_progress("evaluating", done / total)
+
+        result = evaluator.evaluate(self.test, on_progress=on_progress)
+        self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
+        return self.passed
+
+    def sample(self, step: int) -> Mapping[str, str]:
+        """Answer the test's first questions greedily, with the calculator."""
+        engine, count = self.loader.engine, min(SAMPLES, len(self.test))
+        engine.refresh_weights()
+        questions = [self.test[index] for index in range(count)]
+        limit = self.eval_sampling.max_new_tokens
+        return answer_questions(engine, self.tokenizer, questions, limit)
+
+
+class Reinforcement(Stage):
+    """Train a chat model on its own answers."""
+
+    name, command, done = "rl", "rl", "reinforced"
+    metric = ReinforceRecipe.metric
+
+    def __init__(self, config: ReinforceConfig, home: Home, console: Console | None = None) -> None:
+        super().__init__(config, home, console)
+        self.config = config
+        self.base = base = find_base_model(home, config.source, config.model_tag, config.model_step)
+        self.train, self.test = self._build_tasks()
+        steps = config.num_epochs * len(self.train) // config.examples_per_step
+        self.num_iterations: int = config.num_iterations or max(1, steps)
+        # Fine-tuning has scaled the rates already; the factor is on pretraining's.
+        fine_tuned = float((base.meta.get("config") or {}).get("lr_scale") or 1.0)
+        self.rates = inherit(base, self.runtime, config.lr_scale / fine_tuned).learning_rates
+        self.rollouts = RolloutSettings(
+            config.examples_per_step, config.sampling, config.device_batch_size
+        )
+        self.backend, reason = choose_attention(self.runtime, config.attention)
+        self.tag = config.output_tag or base.tag
+        self.run_name = config.run or f"{self.tag}-rl"
+        self.seed = config.sampling.seed
+        self.meta = self.describe(
+            base.meta["model_config"],
+            base.meta["tokenizer"],
+            self._identity(),
+            validation=self.test.describe(),
+            attention=f"{self.backend} ({reason})",
+        )
+
+    def _build_tasks(self) -> tuple[Task, Task]:
+        """Return what is asked in training, and the part of the test that is measured on.
+
+        Raises:
+            UsageError: there is no such task, or its answers cannot be judged.
+            DataError: its files are missing or broken, or hold nothing.
+        """
+        config = self.config
+        files = task_files(self.home, config.data_dir, notify=self.console.print)
+        train, test = (build_task(config.task, split, files) for split in ("train", "test"))
+        if train.kind != "generative":
+            raise UsageError(
+                f"--task {config.task} is answered by choosing a letter, not by writing; use "
+                "GSM8K, SpellingBee, Arithmetic or SimpleSpelling"
+            )
+        for task in (train, test):
+            if not len(task):
+                raise DataError(f"{task.name} has no question in its {task.split} split")
+        train.reward(train[0], "")  # a task for training only says so here
+        return train, limited(test, config.eval_examples)
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "base": {"stage": self.config.source, **self.base.describe()},
+            "tokenizer": self.base.tokenizer.fingerprint,
+            "task": self.train.describe(),
+            "rollouts": self.rollouts.identity(),
+            "rollout_batch_size": self.config.rollout_batch_size,
+            "num_iterations": self.num_iterations,
+            "learning_rates": asdict(self.rates),
+        }
+
+    def build_recipe(self, start: Checkpoint | None) -> ReinforceRecipe:
+        config, runtime, tokenizer = self.config, self.runtime, self.base.tokenizer
+        model = build_model(self.base, start, runtime, self.backend)
+        engine = Engine(model, config.rollout_batch_size)
+        recipe = ReinforceRecipe(
+            runtime=runtime,
+            model=model,
+            optimizer=build_optimizer(model, self.rates, runtime, config.compile),
+            loader=RolloutLoader(engine, tokenizer, self.train, self.rollouts),
+            tokenizer=tokenizer,
+            grad_accum_steps=self.rollouts.batches,
+            # Rows differ in length from step to step; each length would be compiled again.
+            compile=False,
+            test=self.test,
+            num_iterations=self.num_iterations,
+            eval_sampling=replace(config.sampling, num_samples=config.eval_samples),
+        )
+        recipe.evaluations = [Evaluation(recipe.measure_pass, config.eval_every)]
+        return recipe
+
+    def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        base, rollouts, config = self.base, self.rollouts, self.config
+        sampling = config.sampling
+        yield "model", f"{config.source} {base.tag}, step {base.step}"
+        yield (
+            "questions",
+            f"{len(self.train):,} of {self.train.name}; {len(self.test):,} of its test to measure "
+            "on",
+        )
+        yield (
+            "training",
+            f"{self.num_iterations:,} steps of {rollouts.questions_per_step} questions, "
+            f"{sampling.num_samples} answers each, of up to {sampling.max_new_tokens} tokens",
+        )
+        yield "rates", f"x{config.lr_scale:g} of pretraining's, falling to 0"
+
+    def describe_result(self, figures: Mapping[str, Any]) -> str:
+        passed = (
+            f"pass@{name.rsplit('_')[-1]} {value:.4f}"
+            for name, value in figures.items()
+            if name.startswith("val/pass_at_")
+        )
+        return f"on the test: {', '.join(passed)}"
+
+    def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
+        """Say what pass@k is for every k."""
+        assert isinstance(recipe, ReinforceRecipe)
+        return [self.describe_result(recipe.passed)] if finished and recipe.passed else []
+
+
+def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> Outcome:
+    """Train until the questions are used up or a signal stops it.
+
+    Raises:
+        UsageError: the settings contradict each other, the model, or the run that is there.
+        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
+    """
+    return Reinforcement(config, home, console).run()

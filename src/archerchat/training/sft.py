@@ -1,0 +1,315 @@
+"""Supervised fine-tuning: from a base model to one that answers (SPEC section 7).
+
+    archerchat sft --model-tag d12 --mixture generated
+
+The model learns the assistant's part of conversations. Sequence length, batch and learning rates
+are the base model's, and the optimizer starts from its moments. A run is one pass over the
+mixture, or `--num-iterations` steps of it. The same command resumes from the last checkpoint, bit
+for bit; a command that would change the run is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from torch import Tensor
+
+from archerchat.checkpoint import Checkpoint
+from archerchat.config import NonNegativeFloat, PositiveInt
+from archerchat.data.conversation_loader import (
+    ConversationLoader,
+    describe_mixture,
+    render_whole,
+)
+from archerchat.data.prefetch import Batch
+from archerchat.data.task_files import task_files
+from archerchat.home import Home
+from archerchat.inference.engine import Engine
+from archerchat.tasks.base import TaskMixture
+from archerchat.tasks.mixtures import MixtureConfig, build_mixtures
+from archerchat.training.base_model import (
+    build_model,
+    build_optimizer,
+    describe_moments,
+    find_base_model,
+    inherit,
+    load_moments,
+)
+from archerchat.training.loop import Outcome
+from archerchat.training.recipe import Evaluation, Recipe, StepSettings, answer_questions
+from archerchat.training.stage import Stage, StageConfig, choose_attention
+
+RATE_SCALE = 0.8
+"""Factor on the base model's learning rates."""
+WARMDOWN_START = 0.5
+"""Progress at which the learning rate begins to fall, to 0 at the end."""
+MOMENTUM_START = 0.85
+MOMENTUM_PEAK = 0.95
+MOMENTUM_WARMUP_STEPS = 300
+SAMPLE_QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12 + 30?")
+SAMPLE_TOKENS = 64
+ESTIMATE_FROM = 64
+"""Number of conversations that are rendered to estimate the length of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(StageConfig):
+    """Fine-tune a base model on conversations."""
+
+    data: MixtureConfig
+    model_tag: str | None = None
+    """Name of the base model. Defaults to the one that was saved last."""
+    model_step: int | None = None
+    """Step of the base model's checkpoint. Defaults to the latest."""
+    output_tag: str | None = None
+    """Name of the fine-tuned model. Defaults to the base model's name."""
+    document_masking: bool = False
+    """Keep conversations that share a row from attending to each other."""
+    device_batch_size: PositiveInt | None = None
+    """Rows per micro-batch. Defaults to the base model's. Halve it if you run out of memory."""
+    total_batch_size: PositiveInt | None = None
+    """Tokens per optimizer step. Defaults to the base model's."""
+    lr_scale: NonNegativeFloat = RATE_SCALE
+    """Factor on the base model's learning rates."""
+    warm_start: bool = True
+    """Start from the base model's optimizer state."""
+    num_iterations: PositiveInt | None = None
+    """Maximum number of steps; never more than one pass over the data."""
+    eval_every: PositiveInt | None = 200
+    """Steps between measurements of bits per byte on the validation mixture."""
+    eval_tokens: PositiveInt = 4_194_304
+    """Number of validation tokens to measure on."""
+    save_every: PositiveInt | None = 500
+
+
+def lr_multiplier(progress: float) -> float:
+    """Return the factor on every group's rate at `progress` from 0 to 1."""
+    if progress <= WARMDOWN_START:
+        return 1.0
+    return max(0.0, (1 - progress) / (1 - WARMDOWN_START))
+
+
+def muon_momentum(step: int) -> float:
+    """Return Muon's momentum at `step`."""
+    done = min(1.0, step / MOMENTUM_WARMUP_STEPS)
+    return (1 - done) * MOMENTUM_START + done * MOMENTUM_PEAK
+
+
+@dataclass(kw_only=True)
+class FinetuneRecipe(Recipe):
+    """Train on one pass over a mixture of conversations."""
+
+    loader: ConversationLoader
+    num_iterations: int | None
+    """Maximum number of steps; None leaves the end to the pass."""
+    document_masking: bool
+    """Whether the conversations of a row cannot see each other."""
+    total_batch_tokens: int
+    first_estimate: int
+    """About how many steps a pass takes, until its own progress shows it."""
+
+    def total_steps(self, step: int) -> int:
+        """Return the run's length as far as it is known after `step` steps; `step` ends it."""
+        progress = self.loader.progress
+        if progress >= 1 or step == self.num_iterations:
+            return step
+        estimate = math.ceil(step / progress) if step and progress else self.first_estimate
+        if self.num_iterations is not None:
+            estimate = min(estimate, self.num_iterations)
+        return max(estimate, step + 1)
+
+    def progress_at(self, step: int) -> float:
+        """Return how much of the run is done before `step`, from 0 to 1."""
+        by_steps = step / self.num_iterations if self.num_iterations else 0.0
+        return max(by_steps, self.loader.progress)
+
+    def settings(self, step: int) -> StepSettings:
+        """Read the schedules at `step`; nothing decays."""
+        return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
+
+    def step_tokens(self) -> int:
+        return self.total_batch_tokens
+
+    def step_metrics(self) -> Mapping[str, float]:
+        """Return what became of the conversations so far."""
+        counts = self.loader.counts
+        return {
+            "data/conversations": self.loader.consumed,
+            "data/progress": self.loader.progress,
+            "data/cut": counts.cut,
+            "data/dropped": counts.dropped,
+            "data/padding_share": counts.padding_share,
+            "data/trained_share": counts.trained_share,
+        }
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        if not self.document_masking:
+            return super().hidden(inputs)
+        # Every conversation begins with BOS, and so does every token of padding.
+        segments = (inputs == self.tokenizer.bos_id).cumsum(1)
+        return self.model.hidden(inputs, self._regions, segments=segments)
+
+    def sample(self, step: int) -> Mapping[str, str]:
+        """Answer each question greedily, with the calculator."""
+        conversations = [{"messages": [{"role": "user", "content": q}]} for q in SAMPLE_QUESTIONS]
+        engine = Engine(self.model, len(conversations))
+        return answer_questions(engine, self.tokenizer, conversations, SAMPLE_TOKENS)
+
+
+class Finetuning(Stage):
+    """Train a base model on conversations."""
+
+    name, command, done = "sft", "sft", "fine-tuned"
+
+    def __init__(self, config: FinetuneConfig, home: Home, console: Console | None = None) -> None:
+        super().__init__(config, home, console)
+        self.config = config
+        self.base = base = find_base_model(home, "base", config.model_tag, config.model_step)
+        files = task_files(home, config.data.data_dir, notify=self.console.print)
+        self.train, self.validation = build_mixtures(config.data, files)
+        self.inherited = inherit(
+            base, self.runtime, config.lr_scale, config.device_batch_size, config.total_batch_size
+        )
+        self.backend, reason = choose_attention(
+            self.runtime,
+            config.attention,
+            document_masking=config.document_masking,
+            compile=config.compile,
+        )
+        self.tag = config.output_tag or base.tag
+        self.run_name = config.run or f"{self.tag}-sft"
+        self.seed, self.num_iterations = config.data.mixture_seed, None
+        self.meta = self.describe(
+            base.meta["model_config"],
+            base.meta["tokenizer"],
+            self._identity(),
+            validation=describe_mixture(self.validation),
+            attention=f"{self.backend} ({reason})",
+            moments=describe_moments(base, config.warm_start),
+        )
+
+    def _identity(self) -> dict[str, object]:
+        config, inherited = self.config, self.inherited
+        return {
+            "base": self.base.describe(),
+            "tokenizer": self.base.tokenizer.fingerprint,
+            "mixture": describe_mixture(self.train),
+            "device_batch_size": inherited.device_batch_size,
+            "total_batch_size": inherited.total_batch_tokens,
+            "num_iterations": config.num_iterations,
+            "learning_rates": asdict(inherited.learning_rates),
+            "warm_start": config.warm_start,
+            "document_masking": config.document_masking,
+        }
+
+    def is_finished(self, start: Checkpoint) -> bool:
+        return bool(start.meta.get("finished"))
+
+    def build_recipe(self, start: Checkpoint | None) -> FinetuneRecipe:
+        config, base, inherited, runtime = self.config, self.base, self.inherited, self.runtime
+        model = build_model(base, start, runtime, self.backend)
+        optimizer = build_optimizer(model, inherited.learning_rates, runtime, config.compile)
+        if start is None and config.warm_start:
+            load_moments(optimizer, base)
+        recipe = FinetuneRecipe(
+            runtime=runtime,
+            model=model,
+            optimizer=optimizer,
+            loader=self._open_loader(self.train, repeat=True),
+            tokenizer=base.tokenizer,
+            grad_accum_steps=inherited.grad_accum_steps,
+            compile=config.compile,
+            num_iterations=config.num_iterations,
+            document_masking=config.document_masking,
+            total_batch_tokens=inherited.total_batch_tokens,
+            first_estimate=self._estimate_steps(),
+        )
+        rows = inherited.device_batch_size * base.config.sequence_length
+        eval_steps = max(1, config.eval_tokens // rows)
+
+        def measure_bits(step: int) -> Mapping[str, float]:
+            with self._open_loader(self.validation, repeat=False) as loader:
+                return {"val/bpb": recipe.bits_per_byte(_iter_shown(loader, eval_steps, recipe))}
+
+        recipe.evaluations = [Evaluation(measure_bits, config.eval_every)]
+        return recipe
+
+    def _open_loader(self, mixture: TaskMixture, *, repeat: bool) -> ConversationLoader:
+        """Open this rank's share of a mixture."""
+        return ConversationLoader(
+            mixture,
+            self.base.tokenizer,
+            batch_size=self.inherited.device_batch_size,
+            sequence_length=self.base.config.sequence_length,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            repeat=repeat,
+        )
+
+    def _estimate_steps(self) -> int:
+        """Return about how many steps a pass takes, from a few of its conversations."""
+        base, size = self.base, len(self.train)
+        indices = range(0, size, math.ceil(size / ESTIMATE_FROM))
+        rows = [render_whole(base.tokenizer, self.train, index)[0] for index in indices]
+        lengths = [min(len(row), base.config.sequence_length) for row in rows]
+        tokens = sum(lengths) / len(lengths) * size
+        return max(1, math.ceil(tokens / self.inherited.total_batch_tokens))
+
+    def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        assert isinstance(recipe, FinetuneRecipe)
+        inherited, steps = self.inherited, self.config.num_iterations
+        yield (
+            "base",
+            f"{self.base.tag}, step {self.base.step}; optimizer moments {self.meta['moments']}",
+        )
+        yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
+        yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
+        yield (
+            "training",
+            f"{f'{steps:,}' if steps else f'about {recipe.first_estimate:,}'} steps of "
+            f"{inherited.total_batch_tokens:,} tokens ({inherited.grad_accum_steps} x "
+            f"{inherited.device_batch_size} rows of {self.base.config.sequence_length})",
+        )
+
+    def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
+        """Say what became of the conversations."""
+        assert isinstance(recipe, FinetuneRecipe)
+        loader, counts = recipe.loader, recipe.loader.counts
+        if not counts.targets:
+            return []
+        more = loader.consumed - loader.share
+        used = f"{100 * loader.progress:.1f} % of the mixture"
+        if more >= 0:
+            repeated = f", and {more:,} again to fill the last step" if more else ""
+            used = f"all of the mixture{repeated}"
+        return [
+            f"conversations: {loader.consumed:,} used ({used}), {counts.cut:,} truncated to a row, "
+            f"{counts.dropped:,} dropped; {100 * counts.padding_share:.1f} % of the positions are "
+            f"padding, {100 * counts.trained_share:.1f} % are trained on"
+        ]
+
+
+def finetune(config: FinetuneConfig, home: Home, console: Console | None = None) -> Outcome:
+    """Train until the mixture is used up or a signal stops it.
+
+    Raises:
+        UsageError: the settings contradict each other, the base model, or the run that is there.
+        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
+    """
+    return Finetuning(config, home, console).run()
+
+
+def _iter_shown(loader: ConversationLoader, count: int, recipe: Recipe) -> Iterator[Batch]:
+    """Yield `count` batches, or as many as hold the validation mixture once."""
+    for done, batch in zip(range(1, count + 1), loader, strict=False):
+        yield batch
+        recipe.show_progress("evaluating", max(done / count, loader.progress))
+
+
+def _names(mixture: TaskMixture) -> str:
+    names = [task.name for task in mixture.tasks]
+    counts = {name: names.count(name) for name in names}
+    return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts.items())

@@ -1,0 +1,232 @@
+"""The whole report of runs that only their journals tell of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from html import escape
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from archerchat.files import write_json
+from archerchat.home import Home
+from archerchat.planning.gpus import Prices
+from archerchat.report.charts import Chart
+from archerchat.report.document import Document, printable
+from archerchat.report.report import (
+    build_training_report,
+    gather,
+    result_chart,
+    run_charts,
+)
+from archerchat.report.results import load_results
+from archerchat.report.runs import load_run
+
+HOSTILE = (
+    "</pre><script>alert(1)</script> | `` ```` \x00 [x](javascript:1) <img src=x onerror=y>\ud800"
+)
+TASK = {"accuracy": 0.5, "random_baseline": 0.25, "examples": 8, "correct": 4, "seconds": 7200.0}
+
+
+@pytest.fixture(autouse=True)
+def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no charts, which takes most of the time, but their names."""
+
+    def sketch(chart: Chart) -> str:
+        return f'<svg class="chart" aria-label="{escape(chart.title)}"></svg>'
+
+    monkeypatch.setattr("archerchat.report.document.draw", sketch)
+
+
+class Tags(HTMLParser):
+    """Collect the elements of a page, with their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.attributes: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+
+def render(home: Home, tag: str | None = None, **prices: Any) -> Document:
+    return build_training_report(*gather(home, tag), Prices(**prices))
+
+
+@pytest.fixture
+def full_home(
+    home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
+) -> Home:
+    """A model of depth 8 that went through two stages and was evaluated after both."""
+    session(home, "d8", range(30), last_bits=0.9381)
+    tuned = config(stage="sft", identity={"base": {"tag": "d8"}})
+    session(home, "d8-sft", range(10), config=tuned, last_bits=0.4321, text=HOSTILE)
+    tasks = {"copa": TASK, "arc_easy": TASK}
+    base, sft = home.eval_dir("base", "d8"), home.eval_dir("sft", "d8")
+    write_json(base / "core_30.json", {"core": 0.1234, "tasks": tasks, "step": 30})
+    capped = {"core": 0.9, "tasks": tasks, "step": 30, "options": {"max_per_task": 4}}
+    write_json(base / "core_30_max4.json", capped)
+    chat = {"chatcore": 0.2345, "sampling": {}, "tasks": {"MMLU": TASK}, "step": 10}
+    write_json(sft / "chat_10.json", chat)
+    offline = {"core": 0.7, "tasks": {"offline_copy": TASK}, "step": 30}
+    write_json(base / "offline_30.json", offline)
+    return home
+
+
+def test_it_has_what_is_asked_of_it(full_home: Home) -> None:
+    document = render(full_home, "d8")
+    for form in (document.html, re.sub(r"\\(.)", r"\1", document.markdown)):
+        for expected in (
+            "0.9381",
+            "0.4321",
+            "0.1234",
+            "0.2345",
+            "0.256525",  # GPT-2
+            "0.0976",  # the reference's CORE at this depth
+            "0.4185",
+            "c0ffee",
+            "archerchat pretrain --depth 8",
+            "RTX 5060 Ti",
+            "They are not CORE",
+            "of France is",
+        ):
+            assert expected in form, expected
+
+
+def test_every_chart_is_in_the_page_and_beside_the_markdown(full_home: Home) -> None:
+    document = render(full_home, "d8")
+    titles = re.findall(r'<svg class="chart"[^>]* aria-label="(.*?)"', document.html)
+    for expected in ("Loss", "Learning rate", "Throughput"):
+        assert sum(title.startswith(expected) for title in titles) == 2, expected
+    assert len(titles) == len(document.charts) == document.markdown.count("](charts/")
+    assert all(f"]({name})" in document.markdown for name in document.charts)
+    assert document.html.count('<div class="charts">') == 5  # of two runs, three evaluations
+
+
+def test_training_and_validation_share_a_chart(home: Home, session: Callable[..., None]) -> None:
+    session(home, "d8", range(3))
+    loss, throughput, *_ = run_charts(load_run(home, "d8"))
+    assert [series.label for series in loss.series] == ["", "training", "validation"]
+    assert (loss.y_label, loss.right_label) == ("nats per token", "bits per byte")
+    assert throughput.right_label == "MFU in %"
+    assert throughput.right_scale == pytest.approx(100 * 0.4 / 256)
+
+
+def test_the_loss_of_a_policy_has_no_unit(
+    home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
+) -> None:
+    session(home, "d8-rl", range(3), config=config(stage="rl"))
+    loss = run_charts(load_run(home, "d8-rl"))[0]
+    assert (loss.title, loss.y_label, loss.right_label) == ("Policy loss", "", "")
+
+
+def test_bars_have_intervals(full_home: Home) -> None:
+    core = load_results(full_home, "base", "d8")[-1]
+    for _, value, (low, high), shown in result_chart(core).bars:
+        assert low < value < high
+        assert shown == "50.0%"
+
+
+def test_a_capped_core_is_not_set_against_gpt2(full_home: Home) -> None:
+    (full_home.eval_dir("base", "d8") / "core_30.json").unlink()
+    text = render(full_home, "d8").markdown
+    assert "| CORE | 0.9000 (4 per task) | – | 0.0976 | – |" in text
+    assert "At most 4 examples of each task." in text
+    assert "of GPT-2 XL's" not in text
+
+
+def test_the_page_needs_nothing_else(full_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No script, no request, whatever the runs say."""
+    monkeypatch.undo()  # real charts
+    document = render(full_home, "d8")
+    tags = Tags()
+    tags.feed(document.html)
+    assert not {"script", "img", "link", "iframe"} & set(tags.names)
+    assert not {name for name in tags.attributes if name.startswith("on") or name == "src"}
+    assert "default-src 'none'" in document.html
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", document.html)
+    document.html.encode()  # a lone surrogate would not pass
+    assert all(ord(c) >= 32 or c == "\n" for c in document.html)
+    assert not any("<script" in content for content in document.charts.values())
+
+
+def test_markdown_cannot_be_broken_out_of(full_home: Home) -> None:
+    text = render(full_home, "d8").markdown
+    fence = next(line for line in text.splitlines() if line.startswith("`````"))
+    body = text.split(fence + "\n", 1)[1]
+    assert "alert(1)" in body.split("`````")[0]
+    outside = re.sub(r"(`{3,})(text|json)\n.*?\n\1", "", text, flags=re.DOTALL)
+    assert "<script" not in outside
+    assert "<img" not in outside
+
+
+def test_names_cannot_become_markup(
+    home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
+) -> None:
+    name = "<b>|*x*|[y](z) `c` # &amp;"
+    session(home, "d8", range(2), config=config(config={"data": name}))
+    document = render(home)
+    assert "data: &lt;b&gt;|*x*|[y](z) `c` # &amp;amp;." in document.html
+
+
+def test_a_page_is_the_same_each_time(full_home: Home) -> None:
+    assert render(full_home, "d8").html == render(full_home, "d8").html
+
+
+def test_headings_have_the_anchors_that_the_links_name(full_home: Home) -> None:
+    page = render(full_home, "d8").html
+    links = re.findall(r'<a href="#(.*?)">', page)
+    assert links == re.findall(r'<h2 id="(.*?)">', page)
+    assert "core-task-by-task-base" in links
+
+
+def test_time_and_cost(full_home: Home) -> None:
+    page = render(full_home, "d8", price_per_hour=3.0).html
+    assert "4.0 h" in page  # CORE: two tasks of two hours
+    assert "$12.00" in page
+    assert "$3.00 per hour" in page
+    page = render(full_home, "d8", price_per_kwh=0.5).html
+    assert "180 W at $0.50 per kWh" in page
+    assert f"${4 * 0.18 * 0.5:.2f}" in page
+    rows = re.findall(r"\| (.*?) \| .*? \| (.*?) \|\n", render(full_home).markdown)
+    assert len([name for name, cost in rows if "\\$" in cost]) == 7
+
+
+def test_the_time_of_all_stages_is_added_up(home: Home, session: Callable[..., None]) -> None:
+    session(home, "d8", range(60))
+    text = render(home, price_per_hour=3600.0).markdown
+    # 60 steps of 2 seconds, an evaluation of 3; the session's own clock ran less.
+    assert "| d8 | 2 min | 3 s | 0 s | 2 min | \\$123.00 |" in text
+    assert "| Sum | 2 min | 3 s | 0 s | 2 min | \\$123.00 |" in text
+
+
+def test_a_run_that_is_not_over_says_so(home: Home, session: Callable[..., None]) -> None:
+    session(home, "d8", range(3), status="interrupted")
+    page = render(home).html
+    assert "<blockquote>\n<p>Run d8 is interrupted" in page
+    assert "CORE has not been measured" in page
+
+
+def test_a_depth_without_reference(
+    home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
+) -> None:
+    session(home, "odd", range(3), config=config(model_config={"num_layers": 9}))
+    page = render(home).html
+    assert "depths 8, 12, 24, not 9" in page
+    assert "reference d" not in page
+
+
+def test_little_is_enough(home: Home, session: Callable[..., None]) -> None:
+    """A journal of a run that logged nothing of ours."""
+    session(home, "bare", [], config={"some": "thing"})
+    document = render(home)
+    assert "bare" in document.html
+    assert "not recorded" in document.markdown
+
+
+def test_texts_are_made_printable() -> None:
+    assert printable("a\x00b\x7f\r\nc\td\x85\ud800") == "a␀b␡\nc\td\ufffd\ufffd"

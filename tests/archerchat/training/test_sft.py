@@ -1,0 +1,273 @@
+"""Whole fine-tuning runs of a tiny model, by the command that users type."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+from archerchat.tasks.mixtures import MixtureConfig
+from archerchat.training.sft import FinetuneConfig, Finetuning
+
+Launch = Callable[[list[str]], subprocess.Popen[str]]
+
+RUN = {
+    "mixture": "SimpleSpelling:120,Arithmetic:40",
+    "model-tag": "tiny",
+    "device": "cpu",
+    "dtype": "float32",
+    "compile": False,
+    "eval-tokens": 2048,
+    "eval-every": 20,
+    "save-every": 10,
+}
+
+
+def words(**changes: object) -> list[str]:
+    """Return a command of a fraction of a second; `changes` by flag."""
+    given = {name.replace("_", "-"): value for name, value in changes.items()}
+    made = ["sft"]
+    for name, value in (RUN | given).items():
+        if isinstance(value, bool):
+            made.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            made += [f"--{name}", str(value)]
+    return made
+
+
+def steps(home: Any, tag: str = "tiny") -> list[int]:
+    return list_checkpoints(home.checkpoint_dir("sft", tag))
+
+
+def summary(home: Any, run: str = "tiny-sft") -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((home.run_dir(run) / "summary.json").read_text())
+    return figures
+
+
+def test_a_run_learns_and_says_what_it_does(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained_home.run(*words(mixture="SimpleSpelling:400")) == 0
+    output = capsys.readouterr().out
+    for pattern in (
+        r"^base +tiny, step 4; optimizer moments from the base model's step 4$",
+        r"^mixture +400 conversations of SimpleSpelling$",
+        r"^validation 256 conversations of SimpleSpelling$",
+        r"^training +about \d\d steps of 512 tokens \(2 x 4 rows of 64\)$",
+        r"^step 0: val/bpb \d+\.\d{4} ",
+        r"^step 1/\d+ \([\d.]+ %\) \| loss 5\.\d+ \| lr x1\.000 \| ",
+        r"^step (\d+)/\1 \(100\.0 %\) \| loss .* \| 0 s left$",
+        r"^step \d+: 'Who are you\? ",
+        r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
+        r"^conversations: 4\d\d used \(all of the mixture(, and \d+ again to fill the last step)?"
+        r"\), \d+ truncated to a row, \d+ dropped; [\d.]+ % of the positions are padding, ",
+    ):
+        assert re.search(pattern, output, re.M), pattern
+    figures = summary(trained_home)
+    assert figures["val_bpb"] < 0.75 * figures["val_bpb_first"]
+    assert figures["tokens"] == figures["steps"] * 512
+    assert figures["data/progress"] >= 1
+    assert 0 < figures["data/padding_share"] < 0.5
+    saved = load_checkpoint(find_checkpoint(trained_home.checkpoint_dir("sft", "tiny")), ("loop",))
+    assert (saved.meta["stage"], saved.meta["finished"]) == ("sft", True)
+    assert saved.state["loop"]["step"] == steps(trained_home)[-1] == figures["steps"]
+
+
+def test_what_became_of_the_conversations_is_a_metric(trained_home: Any) -> None:
+    assert trained_home.run(*words(num_iterations=3)) == 0
+    (journal,) = (trained_home.run_dir("tiny-sft") / "journal").glob("*.jsonl")
+    records = [json.loads(line) for line in journal.read_text().splitlines()]
+    steps = [record["values"] for record in records if "data/cut" in record.get("values", {})]
+    assert [step["data/conversations"] for step in steps] == sorted(
+        step["data/conversations"] for step in steps
+    )
+    assert len(steps) == 3
+    figures = summary(trained_home)
+    for name in ("cut", "dropped", "padding_share", "trained_share", "progress", "conversations"):
+        assert steps[-1][f"data/{name}"] == figures[f"data/{name}"]
+    assert 0 < figures["data/padding_share"] < 1
+    assert 0 < figures["data/trained_share"] < 1
+
+
+def test_a_finished_run_is_not_run_again(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained_home.run(*words()) == 0
+    before = trained_home.listing()
+    capsys.readouterr()
+    assert trained_home.run(*words()) == 0
+    assert trained_home.listing() == before
+    assert re.fullmatch(
+        r"model 'tiny' is already fine-tuned: step \d+ is in .*sft/tiny; "
+        r"val/bpb \S+ -> \S+\n",
+        capsys.readouterr().out,
+    )
+
+
+def test_steps_can_end_a_run_before_its_data(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained_home.run(*words(num_iterations=5)) == 0
+    assert re.search(r"^conversations: \d+ used \(\d+\.\d % of the", capsys.readouterr().out, re.M)
+    assert steps(trained_home) == [5]
+    assert summary(trained_home)["data/progress"] < 1
+
+
+def test_a_fine_tuned_model_is_sampled_by_its_source(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained_home.run(*words(num_iterations=2, output_tag="talks")) == 0
+    capsys.readouterr()
+    assert trained_home.run("sample", "--source", "sft", "--max-tokens", "2") == 0
+    assert str(trained_home.checkpoint_dir("sft", "talks") / "step_000002") in (
+        capsys.readouterr().out
+    )
+
+
+def build(home: Any, **changes: Any) -> Any:
+    """Return the recipe of a run."""
+    config = FinetuneConfig(
+        data=MixtureConfig(mixture="Arithmetic:60"),
+        device="cpu", dtype="float32", compile=False, **changes,
+    )  # fmt: skip
+    stage = Finetuning(config, home)
+    return stage.build_recipe(None)
+
+
+def test_moments_go_on_and_rates_are_fresh(trained_home: Any) -> None:
+    saved = load_checkpoint(find_checkpoint(trained_home.checkpoint_dir("base", "tiny")))
+    warm, cold = build(trained_home), build(trained_home, warm_start=False)
+    assert warm.optimizer.steps_taken == 4
+    for name in warm.optimizer.state:
+        tensor = saved.state["optimizer"][name]
+        assert torch.equal(warm.optimizer.state[name], tensor)
+        assert not cold.optimizer.state[name].any()
+    base_rates = saved.meta["identity"]["learning_rates"]
+    rates = {group.names[0]: group.rate for group in warm.optimizer.groups if group.names}
+    assert rates["unembedding.weight"] == pytest.approx(0.8 * base_rates["unembedding"])
+    for name, tensor in saved.state["model"].items():
+        assert torch.equal(warm.model.state_dict()[name], tensor)
+
+
+def test_masked_conversations_of_a_row_do_not_touch_each_other(trained_home: Any) -> None:
+    plain, masked = build(trained_home), build(trained_home, document_masking=True)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # the initial values hide half of the model
+        for mine, other in zip(plain.model.parameters(), masked.model.parameters(), strict=True):
+            mine += 0.1 * torch.randn(mine.shape, generator=generator)
+            other.copy_(mine)
+    bos = plain.tokenizer.bos_id
+    row = torch.tensor([[bos, 5, 6, 7, bos, 8, 9, 10, bos, bos, bos]])
+    alone = plain.hidden(row[:, 4:8])
+    torch.testing.assert_close(masked.hidden(row)[:, 4:8], alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(plain.hidden(row)[:, 4:8], alone, atol=1e-3)
+
+
+def test_a_masked_run_learns(trained_home: Any) -> None:
+    assert trained_home.run(*words(document_masking=True)) == 0
+    figures = summary(trained_home)
+    assert figures["val_bpb"] < figures["val_bpb_first"]
+
+
+# Interruption
+
+
+@pytest.mark.parametrize("mixture", [RUN["mixture"], "identity:60*2,SpellingBee:20"])
+def test_a_killed_run_resumes_bit_for_bit(
+    trained_home: Any,
+    launch: Launch,
+    monkeypatch: pytest.MonkeyPatch,
+    mixture: str,
+    assert_same_run: Callable[..., None],
+) -> None:
+    monkeypatch.setenv("ARCHERCHAT_HOME", str(trained_home.root))
+    run = {"mixture": mixture, "save_every": 4}
+    assert trained_home.run(*words(**run, output_tag="whole")) == 0
+    (last,) = steps(trained_home, "whole")[-1:]
+    child = launch(words(**run, output_tag="killed"))
+    deadline = time.monotonic() + 600
+    while not any(step >= 8 for step in steps(trained_home, "killed")):
+        assert child.poll() is None, child.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(Random().uniform(0, 0.03))
+    child.kill()
+    assert child.wait() in (-signal.SIGKILL, 0)
+    assert steps(trained_home, "killed")[-1] <= last
+    assert trained_home.run(*words(**run, output_tag="killed")) == 0
+    assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "killed")))
+
+
+def test_a_run_can_go_back_to_an_older_checkpoint(
+    trained_home: Any, assert_same_run: Callable[..., None]
+) -> None:
+    run = {"save_every": 5, "keep_last": 9, "num_iterations": 12}
+    assert trained_home.run(*words(**run, output_tag="whole")) == 0
+    assert trained_home.run(*words(**run, output_tag="again")) == 0
+    assert trained_home.run(*words(**run, output_tag="again"), "--resume-from-step", "5") == 0
+    assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "again")))
+
+
+def test_a_changed_run_is_refused(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trained_home.run(*words(num_iterations=2)) == 0
+    for change, message in (
+        ({"mixture": "Arithmetic:50"}, "mixture.tasks.0.task: 'SimpleSpelling' saved, 'Arith"),
+        ({"num_iterations": 4}, "num_iterations: 2 saved, 4 now"),
+        ({"lr_scale": 0.5}, "learning_rates.embedding: "),
+        ({"document_masking": True}, "document_masking: False saved, True now"),
+        ({"model_step": 2}, "base.sha256: "),
+    ):
+        capsys.readouterr()
+        assert trained_home.run(*words(**({"num_iterations": 2} | change))) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert "--extend" not in error
+
+
+# Bad input
+
+
+def test_nonsense_is_refused(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "talks.jsonl"
+    path.write_text('[{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]\n')
+    for change, code, message in (
+        ({"model_tag": "big"}, 2, "no base model 'big' under"),
+        ({"mixture": "Alchemy"}, 2, "there is no task 'Alchemy'"),
+        ({"num_iterations": 0}, 2, "--num-iterations is 0; it must be at least 1"),
+        ({"device_batch_size": -1}, 2, "--device-batch-size is -1"),
+        ({"total_batch_size": 100}, 2, "a batch of 100 tokens is not a multiple"),
+        ({"lr_scale": "nan"}, 2, "--lr-scale is nan"),
+        ({"jsonl": path}, 1, "talks.jsonl:1, message 1 (assistant): content is empty"),
+        ({"jsonl": tmp_path / "no.jsonl"}, 1, "no.jsonl"),
+        ({"data_dir": tmp_path, "mixture": "GSM8K"}, 1, "has no gsm8k/"),
+    ):
+        assert trained_home.run(*words(**change)) == code, change
+        assert message in capsys.readouterr().err
+    assert not trained_home.checkpoint_dir("sft", "tiny").exists()
+
+
+def test_several_ranks_are_refused(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert trained_home.run(*words()) == 2
+    assert (
+        "WORLD_SIZE is 2, but archerchat sft runs on one device so far" in capsys.readouterr().err
+    )

@@ -1,0 +1,166 @@
+"""Schedules by progress, and what fine-tuning takes over from its base model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.errors import UsageError
+from archerchat.model.transformer import Transformer
+from archerchat.optim.optimizer import AdamGroup
+from archerchat.runtime import Runtime
+from archerchat.tokenizer.bpe import Tokenizer
+from archerchat.training.base_model import (
+    BaseModel,
+    build_optimizer,
+    describe_moments,
+    inherit,
+    load_moments,
+)
+from archerchat.training.sft import FinetuneRecipe, lr_multiplier, muon_momentum
+from archerchat.training.stage import choose_attention
+
+CPU = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
+DIAL = DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=512)
+HP = build_hyperparameters(DIAL, 360)
+
+
+def base_model(meta: dict[str, Any]) -> BaseModel:
+    path = Path("base/step_000004")
+    return BaseModel(path, 4, meta, HP.model, cast(Tokenizer, None), "hash")
+
+
+TRAINED = base_model(
+    {
+        "identity": {
+            "learning_rates": asdict(HP.learning_rates),
+            "total_batch_size": 512,
+            "device_batch_size": 4,
+        }
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [(0, 1), (0.3, 1), (0.5, 1), (0.75, 0.5), (0.9, 0.2), (1, 0), (1.2, 0)],
+)
+def test_the_rate_falls_over_the_second_half(progress: float, expected: float) -> None:
+    assert lr_multiplier(progress) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.85), (150, 0.9), (300, 0.95), (9999, 0.95)])
+def test_the_momentum_rises_over_300_steps(step: int, expected: float) -> None:
+    assert muon_momentum(step) == pytest.approx(expected)
+
+
+def recipe(progress: float, num_iterations: int | None) -> FinetuneRecipe:
+    """A recipe of nothing but a position in its data."""
+    made = object.__new__(FinetuneRecipe)
+    made.loader = cast(Any, SimpleNamespace(progress=progress))
+    made.num_iterations, made.first_estimate = num_iterations, 70
+    return made
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "num_iterations", "expected"),
+    [
+        (0, 0.0, None, 70),  # a first estimate
+        (10, 0.25, None, 40),  # as it has gone so far
+        (10, 0.999, None, 11),  # there is data left: at least another step
+        (10, 1.0, None, 10),  # there is none
+        (0, 0.0, 30, 30),
+        (10, 0.25, 30, 30),
+        (10, 0.5, 30, 20),  # the data will end before
+        (10, 0.25, 10, 10),  # the steps are done
+        (10, 1.1, 30, 10),
+    ],
+)
+def test_the_end_is_estimated_until_the_data_is_used_up(
+    step: int, progress: float, num_iterations: int | None, expected: int
+) -> None:
+    assert recipe(progress, num_iterations).total_steps(step) == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "num_iterations", "expected"),
+    [(0, 0.0, None, 0.0), (10, 0.25, None, 0.25), (10, 0.25, 20, 0.5), (10, 0.75, 20, 0.75)],
+)
+def test_progress_is_that_of_data_or_steps_whichever_ends_first(
+    step: int, progress: float, num_iterations: int | None, expected: float
+) -> None:
+    made = recipe(progress, num_iterations)
+    assert made.progress_at(step) == expected
+    settings = made.settings(step)
+    assert settings.lr_multiplier == lr_multiplier(expected)
+    assert settings.muon_weight_decay == 0
+
+
+def test_batch_and_rates_are_the_base_model_s() -> None:
+    inherited = inherit(TRAINED, CPU, 0.8, None, None)
+    assert (inherited.device_batch_size, inherited.total_batch_tokens) == (4, 512)
+    assert inherited.grad_accum_steps == 2
+    rates = asdict(HP.learning_rates)
+    assert asdict(inherited.learning_rates) == {n: pytest.approx(r * 0.8) for n, r in rates.items()}
+
+
+def test_another_batch_scales_the_rates_as_the_dial_does() -> None:
+    inherited = inherit(TRAINED, CPU, 1.0, 2, 2048)
+    assert inherited.grad_accum_steps == 16
+    bigger = build_hyperparameters(
+        DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=2048), 360
+    )
+    rates = asdict(bigger.learning_rates)
+    assert asdict(inherited.learning_rates) == {n: pytest.approx(r) for n, r in rates.items()}
+
+
+def test_an_imported_model_gets_the_dial_s_rates() -> None:
+    inherited = inherit(base_model({}), CPU, 1.0, None, 512)
+    rates = asdict(HP.learning_rates)
+    assert asdict(inherited.learning_rates) == {n: pytest.approx(r) for n, r in rates.items()}
+    assert inherited.device_batch_size * inherited.grad_accum_steps * 64 == 512
+
+
+def test_a_batch_that_is_no_multiple_is_refused() -> None:
+    with pytest.raises(UsageError, match="use --total-batch-size 512 or --device-batch-size 1"):
+        inherit(TRAINED, CPU, 0.8, None, 64 * 7)
+
+
+def test_nothing_decays() -> None:
+    optimizer = build_optimizer(Transformer(HP.model), HP.learning_rates, CPU, compile=False)
+    adam = [group for group in optimizer.groups if isinstance(group, AdamGroup)]
+    assert len(adam) == 6
+    assert all(group.weight_decay == 0 for group in adam)
+
+
+def test_without_moments_training_starts_from_zero() -> None:
+    optimizer = build_optimizer(Transformer(HP.model), HP.learning_rates, CPU, compile=False)
+    load_moments(optimizer, TRAINED)
+    assert "from zero: the base checkpoint has no optimizer" in describe_moments(TRAINED, True)
+    assert optimizer.steps_taken == 0
+
+
+def test_attention_that_cannot_mask_documents_gives_way() -> None:
+    cuda = Runtime(torch.device("cuda"), torch.bfloat16, "a GPU", "forced")
+    assert choose_attention(CPU, None, document_masking=True, compile=True)[0] == "matmul"
+    assert choose_attention(cuda, "flex", document_masking=True, compile=True)[0] == "flex"
+    backend, reason = choose_attention(cuda, "flex", document_masking=True, compile=False)
+    assert (backend, "flex needs --compile" in reason) == ("sdpa", True)
+    with pytest.raises(UsageError, match="'flahs' is not one of"):
+        choose_attention(CPU, "flahs", document_masking=False, compile=True)
+
+
+def test_flash_is_replaced_where_documents_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Runtime(torch.device("cuda"), torch.bfloat16, "a GPU", "forced")
+    module = "archerchat.model.attention.flash_module"
+    monkeypatch.setattr(module, lambda device, dtype: "flash_attn")
+    assert choose_attention(cuda, None, document_masking=False, compile=True)[0] == "flash"
+    assert choose_attention(cuda, None, document_masking=True, compile=True)[0] == "flex"
+    with pytest.raises(UsageError, match="--attention flash cannot keep the conversations"):
+        choose_attention(cuda, "flash", document_masking=True, compile=True)
