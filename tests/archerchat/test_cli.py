@@ -99,8 +99,8 @@ def test_help_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("pretrian", "archerchat has no 'pretrian'; there is data, tokenizer, plan, pretrain"),
-        ("eval core", "archerchat eval has no 'core'; there is base"),
+        ("pretrian", "archerchat has no command 'pretrian'; it has data, tokenizer, plan, pretrain"),
+        ("eval core", "archerchat eval has no command 'core'; it has base"),
         ("pretrain --depth 2 --bogus 7", "--bogus"),
         ("pretrain --depth 2 --num-iteration", "--num-iteration"),
         ("pretrain --depth 2 surplus", "surplus"),
@@ -319,7 +319,7 @@ def test_the_module_is_the_command(tiny_home: Any) -> None:
     command = [sys.executable, "-m", "archerchat.cli"]
     done = subprocess.run([*command, "no"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: archerchat has no 'no'")
+    assert done.stderr.startswith("error: archerchat has no command 'no'")
     done = subprocess.run(
         f"{sys.executable} -m archerchat.cli --help | true",
         shell=True,
