@@ -99,7 +99,10 @@ def test_help_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("pretrian", "archerchat has no command 'pretrian'; it has data, tokenizer, plan, pretrain"),
+        (
+            "pretrian",
+            "archerchat has no command 'pretrian'; it has data, tokenizer, plan, pretrain",
+        ),
         ("eval core", "archerchat eval has no command 'core'; it has base"),
         ("pretrain --depth 2 --bogus 7", "--bogus"),
         ("pretrain --depth 2 --num-iteration", "--num-iteration"),

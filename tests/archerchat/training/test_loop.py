@@ -125,6 +125,9 @@ class StubRecipe:
         assert finished == (step == self.plan.num_iterations)
         self.note(f"save {step}")
 
+    def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
+        self.noted = step, LoopState(**loop)
+
     def find(self, step: int) -> Path | None:
         return Path(f"step_{step:06d}") if f"save {step}" in self.calls else None
 
