@@ -8,6 +8,7 @@ needs them, so that `--help` is quick.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -191,6 +192,9 @@ def _overview(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is replaced
+            stream.reconfigure(errors="replace")
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
         result = parsed.function(parsed.config, Home.from_environment())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -331,3 +332,28 @@ def test_the_module_is_the_command(tiny_home: Any) -> None:
         check=False,
     )
     assert done.stderr == ""
+
+
+def test_what_a_terminal_cannot_show_is_replaced(trained_home: Any) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "archerchat.cli",
+            "sample",
+            "--prompt",
+            "\u65e5\u672c",
+            "--max-tokens",
+            "1",
+        ],
+        env=os.environ
+        | {
+            "ARCHERCHAT_HOME": str(trained_home.root),
+            "PYTHONIOENCODING": "cp1252",
+            "PYTHONUTF8": "0",
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"??" in done.stdout
