@@ -133,6 +133,22 @@ def save_checkpoint(
     return path
 
 
+def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
+    """Replace what a saved section holds beside tensors, atomically.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be written.
+    """
+    try:
+        content = _read_meta(path)
+        content["state"][section] = json.loads(json.dumps(encode_json(values)))
+        write_json(path / META, content | {"sha256": _digest(content)})
+    except (_Damaged, OSError) as error:
+        raise CheckpointError(
+            f"cannot update {path}: {error}; the checkpoint is as it was"
+        ) from error
+
+
 def _split(
     state: Mapping[str, Mapping[str, Any]],
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:

@@ -307,9 +307,12 @@ class Loop(Stateful):
         score = metric.score(value)
         state.first_val = value if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = value, min(state.best_val, score)
-        if 0 < state.step == self._saved_step and score < state.best_saved:
-            state.best_saved = score
-            self._push("best", {metric.name: value})
+        if 0 < state.step == self._saved_step:
+            is_best = score < state.best_saved
+            state.best_saved = min(state.best_saved, score)
+            self.checkpoints.note_measured(state.step, asdict(state))
+            if is_best:
+                self._push("best", {metric.name: value})
 
     def _sample(self, step: int) -> None:
         texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
