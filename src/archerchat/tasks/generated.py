@@ -32,7 +32,6 @@ TEST_SHARE = 10
 """One word or problem in ten belongs to the test."""
 QUOTES = ("", "", "'", '"')
 """What may stand around a word or a letter; most people write nothing."""
-MAX_DRAWS = 10_000
 
 
 class GeneratedTask(Task):
@@ -101,14 +100,13 @@ class ArithmeticTask(NumberTask, GeneratedTask):
 
     def _draw_problem(self, random: Random) -> tuple[int, str, int]:
         """Draw until a problem belongs to this split."""
-        for _ in range(MAX_DRAWS):
+        while True:
             left, right = (
                 random.randrange(10 ** random.randint(1, self._digits)) for _ in range(2)
             )
             sign = random.choice("+-*")
             if split_of(f"{left}{sign}{right}") == self.split:
                 return left, sign, right
-        raise AssertionError("one problem in ten belongs to the test, the others to training")
 
 
 class SpellingBeeTask(NumberTask, GeneratedTask):

@@ -122,7 +122,7 @@ class TaskFiles:
     local: Path | None = None
     """Folder that stands in for the hub."""
     fetch: Fetch | None = None
-    """How to download; None forbids it."""
+    """How to download; a local folder needs no way."""
 
     def rows(self, table: Table, split: str) -> Rows:
         """Read the rows of a split.
@@ -141,11 +141,7 @@ class TaskFiles:
     def _fetch(self, table: Table, name: str) -> Path:
         path = self.cache / table.repository.replace("/", "--") / table.revision[:12] / name
         if not path.exists():
-            if self.fetch is None:
-                raise DataError(
-                    f"{path} is not there and nothing may be downloaded: fetch it, or name a "
-                    f"folder with local files by --data-dir"
-                )
+            assert self.fetch is not None, f"there is no way to fetch {path}"
             self.fetch(table.repository, table.revision, name, path)
         return path
 

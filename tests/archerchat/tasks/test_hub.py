@@ -54,11 +54,6 @@ def test_a_missing_file_is_fetched_once(tmp_path: Path) -> None:
     assert fetched == [(GSM8K.repository, GSM8K.revision, "main/test-00000-of-00001.parquet")]
 
 
-def test_without_a_way_to_fetch_the_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"openai--gsm8k.* is not there .*--data-dir"):
-        TaskFiles(tmp_path).rows(GSM8K, "test")
-
-
 def test_a_local_file_that_is_missing_is_named(local_files: TaskFiles) -> None:
     with pytest.raises(DataError, match=r"no arc/ARC-Easy/train with one of .*there is test.jsonl"):
         local_files.rows(ARC["ARC-Easy"], "train")
