@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Self
 
 from rich.console import Console
@@ -20,21 +19,6 @@ def build_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return Console(
         soft_wrap=True, markup=False, emoji=False, highlight=False, stderr=stderr, quiet=quiet
     )
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Figures of one finished step."""
-
-    step: int
-    """Updates done, this one included."""
-    num_iterations: int
-    loss: float
-    lr_multiplier: float
-    tokens_per_second: float
-    mfu: float
-    seconds_left: float | None
-    """None while there is nothing to estimate it from."""
 
 
 class LiveLine:
@@ -97,25 +81,39 @@ class LiveLine:
 
 
 class ProgressLine(LiveLine):
-    """Show `StepReport`s."""
+    """Show the steps of training."""
 
     def __init__(self, console: Console, num_iterations: int, done: int = 0) -> None:
         super().__init__(console, "compiling", num_iterations, done, transient=False)
         self._first = True
 
-    def step(self, report: StepReport) -> None:
-        """Show one step's figures."""
-        total = report.num_iterations  # may be an estimate that changes
-        share = "" if self._live else f" ({100 * report.step / total:.1f} %)"
-        left = "?" if report.seconds_left is None else duration_text(report.seconds_left)
+    def step(
+        self,
+        step: int,
+        num_iterations: int,
+        *,
+        loss: float,
+        lr_multiplier: float,
+        tokens_per_second: float,
+        mfu: float,
+        seconds_left: float | None,
+    ) -> None:
+        """Show the figures of one finished step.
+
+        Args:
+            step: updates done, this one included.
+            num_iterations: may be an estimate that changes.
+            seconds_left: None while there is nothing to estimate it from.
+        """
+        share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
+        left = "?" if seconds_left is None else duration_text(seconds_left)
         text = (
-            f"step {report.step}/{total}{share} | loss {report.loss:.4f} | "
-            f"lr x{report.lr_multiplier:.3f} | {report.tokens_per_second:,.0f} tok/s | "
-            f"mfu {100 * report.mfu:.1f} % | {left} left"
+            f"step {step}/{num_iterations}{share} | loss {loss:.4f} | lr x{lr_multiplier:.3f} | "
+            f"{tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | {left} left"
         )
-        always = self._live or self._first or report.step == total
+        always = self._live or self._first or step == num_iterations
         self._first = False
-        self.show(text, report.step, total, always=always)
+        self.show(text, step, num_iterations, always=always)
 
 
 def duration_text(seconds: float) -> str:

@@ -225,11 +225,8 @@ class _AnswerPrinter:
 
 @contextlib.contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request; does nothing outside the main thread."""
+    """Turn the first Ctrl-C into a request."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
     def ask(number: int, frame: FrameType | None) -> None:
         if asked.is_set():

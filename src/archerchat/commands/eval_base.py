@@ -10,7 +10,7 @@ interrupted resumes from the `.partial.json` beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -31,9 +30,9 @@ from archerchat.data.text_loader import TextLoader
 from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text_batches
-from archerchat.evals.core.bundle import Bundle, load_bundle
+from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.download import find_bundle
-from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions, Estimate
+from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.evals.core.results import (
     CoreResult,
     PartialResults,
@@ -94,7 +93,7 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
     console.print(f"{loaded.path}", style="dim")
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
     if "core" in asked:
-        core = evaluate_core(loaded, runtime, home, console, config.bundle, config.core)
+        core = _evaluate_core(loaded, runtime, home, console, config.bundle, config.core)
         results["core"] = core.to_json()
     if not runtime.is_master:
         return
@@ -106,7 +105,7 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
         write_json(config.json, results)
 
 
-def evaluate_core(
+def _evaluate_core(
     loaded: LoadedModel,
     runtime: Runtime,
     home: Home,
@@ -114,12 +113,7 @@ def evaluate_core(
     bundle: str | None,
     options: CoreOptions,
 ) -> CoreResult:
-    """Evaluate CORE, resuming what an earlier call left, and write the results on the first rank.
-
-    Raises:
-        UsageError: there is no such bundle.
-        DataError: the bundle cannot be had or is broken.
-    """
+    """Evaluate CORE, resuming what an earlier call left, and write the results on the first rank."""
     with joined_ranks(runtime) as ranks:
         folder = ranks.first_alone(
             lambda: find_bundle(bundle, home.cache_dir, notify=console.print)
@@ -139,7 +133,10 @@ def evaluate_core(
             "device": runtime.device_name,
             "options": asdict(options),
         }
-        path = results_path(home, loaded, tasks, options)
+        # A score that is capped or is not CORE has a name of its own, so it never replaces CORE.
+        name = "offline" if is_offline(tasks.tasks) else "core"
+        cap = "" if options.max_per_task is None else f"_max{options.max_per_task}"
+        path = home.eval_dir("base", loaded.tag) / f"{name}_{loaded.step:06d}{cap}.json"
         kept = PartialResults(path.with_suffix(".partial.json"), about)
         result = _run_core(evaluation, loaded, kept, console)
     write_json(path, {**about, **result.to_json()})
@@ -147,23 +144,12 @@ def evaluate_core(
     for note in describe(result):
         console.print(f"note: {note}")
     low, high = result.core - result.half_width, result.core + result.half_width
-    name = "offline tasks (not CORE):" if is_offline(result.tasks) else "CORE"
+    title = "offline tasks (not CORE):" if is_offline(result.tasks) else "CORE"
     console.print(
-        f"{name} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
+        f"{title} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
         f"{duration_text(result.seconds)}; {path}"
     )
     return result
-
-
-def results_path(home: Home, loaded: LoadedModel, bundle: Bundle, options: CoreOptions) -> Path:
-    """Return where the results go.
-
-    A score that is capped or is not CORE has a name of its own, so it never replaces CORE.
-    """
-    stage = loaded.path.parent.parent.name
-    cap = "" if options.max_per_task is None else f"_max{options.max_per_task}"
-    name = "offline" if is_offline(bundle.tasks) else "core"
-    return home.eval_dir(stage, loaded.tag) / f"{name}_{loaded.step:06d}{cap}.json"
 
 
 def _run_core(
@@ -173,22 +159,29 @@ def _run_core(
     model = InferenceModel(loaded.model).model
     if kept.tasks:
         console.print(f"resuming after {', '.join(kept.tasks)}")
-    expected = evaluation.estimate(model, kept.tasks)
-    console.print(_describe_estimate(expected.values()))
+    expected = evaluation.estimate(model.config.windows, kept.tasks)
+    examples = sum(each.examples for each in expected.values())
+    total, spent = sum(each.tokens for each in expected.values()), 0.0
+    console.print(
+        f"CORE: {examples:,} examples in {len(expected)} tasks, about {total / 1e6:,.1f} million "
+        "tokens to run"
+    )
     table = Table(title="CORE", title_justify="left", box=SIMPLE)  # fits in 80 columns
     table.add_column("task", no_wrap=True)
     for column in ("examples", "accuracy", "centred", "per second"):
         table.add_column(column, justify="right")
-    total, spent = sum(each.seconds for each in expected.values()), 0.0
+    started = time.monotonic()
 
     def on_progress(label: str, share: float) -> None:
-        done = spent + share * expected[label].seconds
-        line.show(f"{label}: about {duration_text(total - done)} left in all", done)
+        done = spent + share * expected[label].tokens
+        seconds = time.monotonic() - started
+        left = duration_text((total - done) * seconds / done) if done else "?"
+        line.show(f"{label} | about {left} left in all", done)
 
     def on_task(result: TaskResult) -> None:
         nonlocal spent
         if result.label in expected:  # it was not kept from an earlier call
-            spent += expected[result.label].seconds
+            spent += expected[result.label].tokens
         accuracy, centred = f"{result.accuracy:.4f}", f"{result.centred:.4f}"
         rate = f"{result.examples_per_second:,.1f}"
         table.add_row(result.label, f"{result.examples:,}", accuracy, centred, rate)
@@ -201,16 +194,6 @@ def _run_core(
         result = evaluation.run(model, kept, on_task, on_progress)
     console.print(table)
     return result
-
-
-def _describe_estimate(expected: Collection[Estimate]) -> str:
-    tokens = sum(each.tokens for each in expected)
-    saved = sum(each.prompt_tokens for each in expected) / max(tokens, 1.0)
-    return (
-        f"CORE: {sum(each.examples for each in expected):,} examples in {len(expected)} tasks, "
-        f"about {tokens / 1e6:,.1f} million tokens to run ({saved:.1f} times as many in the "
-        f"prompts): about {duration_text(sum(each.seconds for each in expected))}"
-    )
 
 
 def _names(given: str, flag: str, known: tuple[str, ...]) -> list[str]:
@@ -263,11 +246,12 @@ def _measure_splits(
 def _iter_batches(
     loader: TextLoader, runtime: Runtime, steps: int, title: str, console: Console
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    quiet = not console.is_terminal
-    for _ in track(range(steps), title, console=console, transient=True, disable=quiet):
-        batch = next(loader)
-        inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
-        yield inputs.to(runtime.device), targets.to(runtime.device)
+    with LiveLine(console, title, steps) as line:
+        for step in range(steps):
+            line.show(f"{title} | batch {step + 1} of {steps}", step)
+            batch = next(loader)
+            inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+            yield inputs.to(runtime.device), targets.to(runtime.device)
 
 
 def _measure(

@@ -19,7 +19,7 @@ from archerchat.data.task_files import task_files
 from archerchat.distributed import Ranks, joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.chat.evaluate import evaluate_task, limited
-from archerchat.evals.chat.generative import Answer, check_sampling
+from archerchat.evals.chat.generative import Answer
 from archerchat.evals.chat.results import TaskResult, chatcore
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
@@ -65,8 +65,13 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
     limits = parse_tasks(config.tasks, config.max_problems)
-    check_sampling(config.sampling)
-    config.sampling.refuse_changes("logprobs")
+    sampling = config.sampling
+    sampling.refuse_changes("logprobs")
+    if sampling.num_samples > 1 and sampling.temperature == 0:
+        raise UsageError(
+            f"{sampling.num_samples} samples at temperature 0 are all the same: give a "
+            "temperature, such as 1, or a single sample"
+        )
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)
     console.print(f"{loaded.path}", style="dim")
@@ -83,7 +88,7 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         "dtype": dtype_name(runtime.compute_dtype),
         "device": runtime.device_name,
         "ranks": runtime.world_size,
-        "sampling": asdict(config.sampling),
+        "sampling": asdict(sampling),
     }
     folder = home.eval_dir(config.source, loaded.tag)
     path = config.json or folder / f"chat_step_{loaded.step:06d}.json"

@@ -101,5 +101,4 @@ def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[str]]:
             if event.finish_reason is not None:
                 return
 
-    for number in range(count):
-        yield pieces(number)
+    return map(pieces, range(count))

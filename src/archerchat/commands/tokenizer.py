@@ -95,27 +95,37 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         return
 
     shards_read: list[Path] = []
-    started = time.monotonic()
+    started, characters = time.monotonic(), 0
+
+    def report(phase: Phase, read: int) -> None:
+        nonlocal characters
+        characters, millions = read, read / 1e6
+        rate = millions / max(time.monotonic() - started, 1e-9)
+        text = f"read {millions:,.1f} M characters at {rate:,.2f} M/s"
+        if phase == "merge":
+            merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
+            text += f", learning {merges:,} merges"
+        line.show(text, always=phase == "merge")
+
     with LiveLine(console, "reading") as line:
-        progress = _TrainingProgress(line, config.vocab_size - 256 - len(SPECIAL_TOKENS))
         tokenizer = train_tokenizer(
             _iter_recorded(shards, shards_read),
             config.vocab_size,
             max_chars=config.max_chars,
             document_chars=config.doc_cap,
-            on_progress=progress.report,
+            on_progress=report,
         )
     tokenizer.provenance = {
         "data": str(data.resolve()),
         "vocab_size": config.vocab_size,
         "max_chars": config.max_chars,
         "doc_cap": config.doc_cap,
-        "characters": progress.characters,
+        "characters": characters,
         "shards": [_identify(shard) for shard in shards_read],
     }
     tokenizer.save(directory)
     console.print(
-        f"trained {tokenizer.vocab_size:,} tokens on {progress.characters:,} characters in "
+        f"trained {tokenizer.vocab_size:,} tokens on {characters:,} characters in "
         f"{time.monotonic() - started:.1f} s: {directory}"
     )
 
@@ -152,22 +162,6 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
             "texts": {row.text: _as_json(row) for row in rows},
         }
         write_json(config.json, figures)
-
-
-class _TrainingProgress:
-    """Say how far training is, and count what it reads."""
-
-    def __init__(self, line: LiveLine, num_merges: int) -> None:
-        self.characters, self._line, self._num_merges = 0, line, num_merges
-        self._started = time.monotonic()
-
-    def report(self, phase: Phase, characters: int) -> None:
-        self.characters = characters
-        rate = characters / max(time.monotonic() - self._started, 1e-9)
-        text = f"read {characters / 1e6:,.1f} M characters at {rate / 1e6:,.2f} M/s"
-        if phase == "merge":
-            text += f", learning {self._num_merges:,} merges"
-        self._line.show(text, always=phase == "merge")
 
 
 def _iter_recorded(shards: Iterable[Path], shards_read: list[Path]) -> Iterator[str]:

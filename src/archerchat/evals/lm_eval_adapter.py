@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
-from archerchat.console import build_console
+from archerchat.console import LiveLine, build_console
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import Prompt, build_tree, common_prefix
@@ -42,18 +41,24 @@ MAX_NEW_TOKENS = 256
 
 def score_prompts(
     model: Transformer, prompts: Sequence[Prompt], batch_tokens: int | None = None
-) -> Iterator[tuple[int, float, bool]]:
-    """Yield each prompt's index, its log probability, and whether all its tokens are the likeliest.
+) -> list[tuple[float, bool]]:
+    """Return each prompt's log probability, and whether all its tokens are the likeliest.
 
     Args:
         batch_tokens: tokens in a forward pass; by default as many as CORE takes.
     """
     trees = [build_tree(index, [prompt]) for index, prompt in enumerate(prompts)]
-    for outcomes, _ in iter_outcomes(Scorer(model), trees, "language_modeling", batch_tokens):
-        for outcome in outcomes:
-            scored = len(trees[outcome.index].target)
-            total = -outcome.losses[0] * scored if scored else 0.0
-            yield outcome.index, total, outcome.all_predicted
+    scores = [(0.0, True)] * len(prompts)
+    done = 0
+    with LiveLine(build_console(stderr=True), "log likelihoods", len(prompts)) as line:
+        for outcomes, _ in iter_outcomes(Scorer(model), trees, "language_modeling", batch_tokens):
+            for outcome in outcomes:
+                scored = len(trees[outcome.index].target)
+                total = -outcome.losses[0] * scored if scored else 0.0
+                scores[outcome.index] = total, outcome.all_predicted
+            done += len(outcomes)
+            line.show(f"log likelihoods | {done} of {len(prompts)}", done)
+    return scores
 
 
 class HarnessModel:
@@ -135,16 +140,7 @@ class HarnessModel:
         return np.array([self.tokenizer.bos_id, *self.tokenizer.encode(text)], dtype=np.int32)
 
     def _score(self, prompts: Sequence[Prompt]) -> list[tuple[float, bool]]:
-        console = build_console(stderr=True)
-        scores = track(
-            score_prompts(self.model, prompts, self.batch_tokens),
-            "log likelihoods",
-            total=len(prompts),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        return [(total, greedy) for _, total, greedy in sorted(scores)]
+        return score_prompts(self.model, prompts, self.batch_tokens)
 
     def _request(self, context: str, options: Mapping[str, Any], length: int) -> Request:
         new = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)

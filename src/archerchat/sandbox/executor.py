@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.errors import ArcherChatError, UsageError
+from archerchat.errors import ArcherChatError
 
 Ending = Literal["completed", "exited", "failed", "timeout", "memory", "output", "killed"]
 
@@ -105,12 +105,8 @@ def run_sandboxed(
         namespaces: False does without the kernel's isolation, as on a system that lacks it.
 
     Raises:
-        UsageError: a limit is not positive.
         SandboxError: the sandbox cannot be set up; the message says why.
     """
-    for name, value in (("timeout_s", timeout_s), ("memory_bytes", memory_bytes)):
-        if value <= 0:
-            raise UsageError(f"{name} is {value}: it must be positive")
     deadline = time.monotonic() + timeout_s + GRACE_SECONDS
     directory = tempfile.mkdtemp(prefix="archerchat-sandbox-")
     try:

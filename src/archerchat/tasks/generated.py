@@ -38,13 +38,12 @@ class GeneratedTask(Task):
     """A task whose examples are drawn from a random generator of their own.
 
     Raises:
-        UsageError: the split is neither `train` nor `test`, or the size is not positive.
+        UsageError: the split is neither `train` nor `test`.
     """
 
     def __init__(self, split: str = "train", size: int = 1000, seed: int = 0) -> None:
         check_split(split)
-        if size < 1:
-            raise UsageError(f"{self.name} cannot have {size} examples: give at least 1")
+        assert size > 0, f"{self.name} cannot have {size} examples"
         self.split: str = split
         self._size, self._seed = size, seed
 
@@ -66,10 +65,7 @@ class ArithmeticTask(NumberTask, GeneratedTask):
     """Sums, differences and products of two whole numbers; the answer ends on `#### result`.
 
     Args:
-        digits: most digits of a number.
-
-    Raises:
-        UsageError: as a `GeneratedTask`, or `digits` is out of range.
+        digits: most digits of a number, 1 to 15.
     """
 
     name = "Arithmetic"
@@ -78,8 +74,7 @@ class ArithmeticTask(NumberTask, GeneratedTask):
         self, split: str = "train", size: int = 1000, seed: int = 0, digits: int = 2
     ) -> None:
         super().__init__(split, size, seed)
-        if not 1 <= digits <= 15:
-            raise UsageError(f"numbers cannot have {digits} digits here: give 1 to 15")
+        assert 1 <= digits <= 15, f"numbers cannot have {digits} digits here"
         self._digits = digits
 
     def describe(self) -> dict[str, Any]:

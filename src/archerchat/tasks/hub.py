@@ -20,7 +20,7 @@ import gzip
 import json
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,14 +196,17 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
         return _ParquetRows(pa.concat_tables([_read_parquet(path, columns) for path in paths]))
     rows = []
     for where, row in (line for path in paths for line in iter_json_lines(path)):
-        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise DataError(
-                f"{where}: the line has no {' and no '.join(map(repr, missing))}: each must be an "
-                f"object with {', '.join(columns)}"
-            )
+        _check_columns(where, row if isinstance(row, dict) else (), columns)
         rows.append(row)
     return rows
+
+
+def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in found]:
+        raise DataError(
+            f"{where} has no {' and no '.join(map(repr, missing))} (it has "
+            f"{', '.join(found) or 'no columns'}): it is another data set"
+        )
 
 
 def iter_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -245,12 +248,7 @@ class _ParquetRows:
 def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
-            missing = [name for name in columns if name not in file.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{path} has no column {' and no '.join(map(repr, missing))} (it has "
-                    f"{', '.join(file.schema_arrow.names)}): it is another data set"
-                )
+            _check_columns(str(path), file.schema_arrow.names, columns)
             return file.read(columns=list(columns))
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from archerchat.checkpoint import Stateful
-from archerchat.console import ProgressLine, StepReport
+from archerchat.console import ProgressLine
 from archerchat.errors import ArcherChatError, CheckpointError
 from archerchat.optim.optimizer import MuonGroup
 from archerchat.planning.peak_flops import PeakFlops
@@ -276,15 +276,13 @@ class Loop(Stateful):
         )
         steps = self.recipe.total_steps(self.state.step)
         self.progress.step(
-            StepReport(
-                step=self.state.step,
-                num_iterations=steps,
-                loss=smooth,
-                lr_multiplier=settings.lr_multiplier,
-                tokens_per_second=rate,
-                mfu=mfu,
-                seconds_left=self._throughput.seconds_left(steps - self.state.step),
-            )
+            self.state.step,
+            steps,
+            loss=smooth,
+            lr_multiplier=settings.lr_multiplier,
+            tokens_per_second=rate,
+            mfu=mfu,
+            seconds_left=self._throughput.seconds_left(steps - self.state.step),
         )
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from archerchat.errors import UsageError
 from archerchat.sandbox import limits as linux
 from archerchat.sandbox.executor import Isolation, SandboxResult, run_sandboxed
 
@@ -365,9 +364,3 @@ def test_many_sandboxes_run_at_a_time() -> None:
         results = list(pool.map(lambda number: run(f"print({number} ** 2)", True, 60), range(24)))
     assert [result.stdout for result in results] == [f"{number**2}\n" for number in range(24)]
     assert {result.outcome for result in results} == {"completed"}
-
-
-@pytest.mark.parametrize(("timeout", "memory"), [(0, 1 << 28), (-1, 1 << 28), (1, 0)])
-def test_impossible_limits_are_refused(timeout: float, memory: int) -> None:
-    with pytest.raises(UsageError, match="must be positive"):
-        run_sandboxed("pass", timeout, memory_bytes=memory)

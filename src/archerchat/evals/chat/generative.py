@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from archerchat.errors import UsageError
 from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
@@ -41,19 +40,6 @@ class Answer:
     """Whether it is right by that rule or by the task's lenient one."""
     prompt_cut: bool
     """Whether its prompt was truncated to leave room for it."""
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Refuse several samples that would all be the same.
-
-    Raises:
-        UsageError: the temperature is 0.
-    """
-    if params.num_samples > 1 and params.temperature == 0:
-        raise UsageError(
-            f"{params.num_samples} samples at temperature 0 are all the same: give a "
-            "temperature, such as 1, or a single sample"
-        )
 
 
 def build_request(

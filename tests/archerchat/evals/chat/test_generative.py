@@ -15,7 +15,6 @@ from archerchat.evals.chat.generative import (
     Answer,
     answer_problems,
     build_request,
-    check_sampling,
     render_question,
 )
 from archerchat.inference import chat
@@ -202,8 +201,3 @@ def test_prompts_are_cut_to_leave_room(scripted: Callable[[Sequence[str]], Any])
     assert len(shorter) == len(whole) - 1
     assert shorter[-1] == tokenizer.special_id("<|assistant_start|>")
     assert shorter[:-1] == whole[: len(shorter) - 1]
-
-
-def test_samples_without_a_temperature_are_refused() -> None:
-    with pytest.raises(UsageError, match="4 samples at temperature 0 are all the same"):
-        check_sampling(SamplingParams(8, temperature=0, num_samples=4))
