@@ -113,7 +113,7 @@ def _evaluate_core(
     bundle: str | None,
     options: CoreOptions,
 ) -> CoreResult:
-    """Evaluate CORE, resuming what an earlier call left, and write the results on the first rank."""
+    """Evaluate CORE, resuming an interrupted call, and write the results on the first rank."""
     with joined_ranks(runtime) as ranks:
         folder = ranks.first_alone(
             lambda: find_bundle(bundle, home.cache_dir, notify=console.print)
