@@ -394,11 +394,11 @@ def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -
         "from archerchat.tokenizer.bpe import Tokenizer\n"
         "tokenizer = Tokenizer({bytes([v]): v for v in range(256)})\n"
         f"loader = TextLoader([Path({str(corpus[0])!r})], tokenizer, batch_size=2,\n"
-        "    sequence_length=16, prefetch=1000, num_threads=2)\n"
+        "    sequence_length=16, prefetch=50, num_threads=2)\n"
         "print(next(loader).inputs.shape)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "(2, 16)\n", "")
 
