@@ -124,6 +124,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             positional=True,
         ),
     },
+    "doctor": Command(
+        "commands.doctor", "DoctorConfig", "doctor", "describe this machine and what it lacks"
+    ),
 }
 
 

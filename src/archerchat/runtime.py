@@ -125,6 +125,7 @@ def prepare_process(runtime: Runtime) -> None:
     if cache.name != name:
         os.environ[COMPILED_CODE] = str(cache / name)
     if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)  # streams, events and graphs are the current one's
         torch.set_float32_matmul_precision("high")
     elif runtime.device.type == "cpu" and sys.platform == "linux":
         try:

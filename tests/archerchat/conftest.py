@@ -20,7 +20,6 @@ from torch import Tensor
 
 from archerchat.checkpoint import list_checkpoints
 from archerchat.cli import main
-from archerchat.data.shards import write_shards
 from archerchat.exchange.nanochat import CONFIG_NAMES, to_archerchat_names
 from archerchat.files import write_json
 from archerchat.home import Home
@@ -149,6 +148,8 @@ class TinyHome(Home):
 @pytest.fixture(scope="session")
 def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
     """What every `tiny_home` starts from."""
+    from archerchat.data.shards import write_shards  # Parquet, which other tests do without
+
     home = TinyHome(tmp_path_factory.mktemp("tiny"))
     random = Random(0)
     words = ["".join(random.choices("abcdefghijklmnop", k=random.randint(2, 7))) for _ in range(60)]

@@ -70,7 +70,7 @@ class Prefilled:
     def last_logits(self) -> Tensor:
         """Return the capped float32 logits (B, vocab_size) that follow each row."""
         rows = torch.arange(len(self.lengths), device=self.hidden.device)
-        last = torch.tensor(self.lengths, device=self.hidden.device) - 1
+        last = torch.tensor(self.lengths).to(self.hidden.device, non_blocking=True) - 1
         return self.model.logits(self.hidden[rows, last])
 
     def prefix(self, row: int) -> Prefix:

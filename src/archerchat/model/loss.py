@@ -198,7 +198,7 @@ def weighted_loss(
     if scale is None:
         factor = 1 / factors.sum().clamp(min=1)
     else:
-        factor = torch.tensor(scale, device=hidden.device)
+        factor = torch.full((), scale, device=hidden.device)  # a copy would wait for CUDA
     if weights is not None:
         factors = factors * weights.flatten()
     loss: Tensor = _WeightedLoss.apply(  # type: ignore[no-untyped-call]

@@ -201,3 +201,19 @@ def test_the_first_of_equals_wins(build_small_model: Callable[..., Transformer])
     assert outcome.predicted == 0
     assert outcome.margin == 0
     assert isinstance(build_tree(0, prompts), Tree)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema", "language_modeling"])
+def test_a_gpu_scores_what_a_cpu_scores(
+    build_small_model: Callable[..., Transformer], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    shape = {"sequence_length": 300, "pattern": "SL", "layers": 4}
+    examples = [draw_prompts(Random(i), kind) for i in range(25)]
+    expected = outcomes_of(build_small_model(**shape), examples, kind)
+    for ours, wanted in zip(
+        outcomes_of(build_small_model(**shape).cuda(), examples, kind), expected, strict=True
+    ):
+        assert ours.losses == pytest.approx(wanted.losses, abs=1e-4)
+        assert ours.all_predicted == wanted.all_predicted

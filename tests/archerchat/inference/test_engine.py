@@ -444,12 +444,17 @@ def test_a_compiled_single_stream_says_the_same(model: Transformer, prompt: Prom
 
 
 @pytest.mark.gpu
-def test_captured_graphs_say_the_same_on_cuda(build: Any, is_plain: IsPlain) -> None:
-    """Float32 with TF32 off: the default; among the rows are some that draw and some forced."""
+@pytest.mark.parametrize("captures", [True, False])
+def test_graphs_and_plain_steps_say_the_same_on_cuda(
+    build: Any, is_plain: IsPlain, captures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 with TF32 off; among the rows are some that draw and some forced."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     config = SHAPES[0]
     model = build(config)
     requests = random_requests(Random(1), 20, 60, config.sequence_length)
     engine = Engine(build(config).cuda(), max_batch=6)
+    engine._runner._captures = captures
     assert engine.overlap
     for request, samples in zip(requests, engine.generate(requests), strict=True):
         assert all(is_plain(model, request, completion) for completion in samples)

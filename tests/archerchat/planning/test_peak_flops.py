@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from archerchat.planning import peak_flops as module
+from archerchat.planning.gpus import find_gpu
 from archerchat.planning.peak_flops import (
     CACHE_FILE,
     Measurement,
@@ -18,7 +19,7 @@ from archerchat.planning.peak_flops import (
     measure_peak,
     peak_flops,
 )
-from archerchat.runtime import Runtime
+from archerchat.runtime import Runtime, build_runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "Test CPU", "forced")
 
@@ -192,3 +193,12 @@ def test_shapes_that_would_take_too_long_are_left_out(monkeypatch: pytest.Monkey
 
     assert _measure_with(monkeypatch, CPU, slow).flops_per_second == 1e9
     assert seen == {(512, 512, 512)}
+
+
+@pytest.mark.gpu
+def test_a_card_is_measured_below_its_published_rate() -> None:
+    runtime = build_runtime("cuda", "bfloat16")
+    rate, gpu = measure_peak(runtime).flops_per_second, find_gpu(runtime.device_name)
+    published = gpu.flops_per_second(torch.bfloat16) if gpu else None
+    assert rate > 1e12
+    assert published is None or 0.3 < rate / published < 1.1
