@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -137,7 +137,7 @@ class Dialogue:
         command = name.replace("_new", "")
         if text:
             try:
-                self.session.set_params(**{name: parse(text)})
+                self.session.params = replace(self.session.params, **{name: parse(text)})
             except ValueError as error:
                 raise UsageError(f"/{command} takes a number, not {text!r}") from error
         self.console.print(f"{command} is {getattr(self.session.params, name)}", style="dim")

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 from archerchat.errors import UsageError
 from archerchat.inference.calculator import evaluate as calculate
@@ -36,17 +36,13 @@ def build_answer_request(
     stop_token_ids = (*answer_stop_ids(tokenizer), *params.stop_token_ids)
     params = replace(params, stop_token_ids=stop_token_ids)
     decode = tokenizer.decode if params.stop else None
-    return Request(prompt, params, ToolUse(tokenizer, calculate), decode)
+    return Request(prompt, params, partial(ToolUse, tokenizer, calculate), decode)
 
 
 def generate_texts(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[str]:
-    """Return what the model says after each prompt: `params.num_samples` texts per prompt.
-
-    Raises:
-        UsageError: a prompt is too long or has unknown tokens.
-    """
+    """Return what the model says after each prompt: `params.num_samples` texts per prompt."""
     requests = [Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     return [each.text for group in engine.generate(requests) for each in group]
 
@@ -66,6 +62,7 @@ class ChatSession:
     engine: Engine
     tokenizer: Tokenizer
     params: SamplingParams = CHAT_SAMPLING
+    """How the next answers are sampled; may be replaced."""
     system: str | None = None
     """Joined to the first message that the model is shown."""
     turns: list[Turn] = field(default_factory=list)
@@ -79,14 +76,6 @@ class ChatSession:
         """Start a new conversation."""
         self.turns.clear()
         self.forgotten, self.completion = 0, Completion()
-
-    def set_params(self, **changes: Any) -> None:
-        """Change how the next answers are sampled.
-
-        Raises:
-            UsageError: a value is outside its limit; nothing has changed then.
-        """
-        self.params = replace(self.params, **changes)
 
     def answer(self, message: str) -> Iterator[Piece]:
         """Yield the answer to `message` as it comes.

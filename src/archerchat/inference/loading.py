@@ -69,11 +69,7 @@ class ModelOptions(DeviceConfig):
 def load_model(
     home: Home, runtime: Runtime, stage: str, tag: str | None, step: int | None = None
 ) -> LoadedModel:
-    """Load a model and the tokenizer that it was trained with.
-
-    Args:
-        tag: the model's name; by default the one saved last.
-        step: a checkpoint; by default the latest.
+    """Load a model, by default the one saved last, and the tokenizer that it was trained with.
 
     Raises:
         UsageError: there is no such model or step.
@@ -95,11 +91,7 @@ def load_model(
 
 
 def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Return the shape of a checkpoint's model.
-
-    Raises:
-        CheckpointError: the checkpoint does not say it.
-    """
+    """Return the shape of a checkpoint's model, or raise `CheckpointError` if it has none."""
     try:
         return ModelConfig(**checkpoint.meta["model_config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -177,14 +169,11 @@ class InferenceModel:
     """
 
     def __init__(self, source: Transformer) -> None:
-        self._source, self.model = source, source
+        self.model = source
         self._cast: list[tuple[CastLinear, Linear]] = []
         self.packed = False
-        if source.compute_dtype != torch.float32:
-            self._build()
-
-    def _build(self) -> None:
-        source = self._source
+        if source.compute_dtype == torch.float32:
+            return
         self.packed = can_pack(source.device, source.compute_dtype)
         with torch.device("meta"):
             model = Transformer(source.config, source.compute_dtype, source.backend)

@@ -14,12 +14,17 @@ from typing import Any
 
 import pytest
 
-from archerchat.data.hub import RetryPolicy
+from archerchat.data import hub
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.download import check_archive, find_bundle
 
-QUICK = RetryPolicy(attempts=2, first_delay_seconds=0.001)
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up after two attempts, without waiting."""
+    monkeypatch.setattr(hub, "ATTEMPTS", 2)
+    monkeypatch.setattr(hub, "FIRST_DELAY_SECONDS", 0.001)
 
 
 class Server:
@@ -101,9 +106,9 @@ def test_an_archive_is_fetched_once(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.content = pack(small_bundle, root, {"__MACOSX/._x": b"x"} if root else None)
-    found = find_bundle(server.url, tmp_path / "cache", retry=QUICK)
+    found = find_bundle(server.url, tmp_path / "cache")
     assert load_bundle(found).fingerprint() == load_bundle(small_bundle).fingerprint()
-    assert find_bundle(server.url, tmp_path / "cache", retry=QUICK) == found
+    assert find_bundle(server.url, tmp_path / "cache") == found
     assert server.gets == 1
     bundles = tmp_path / "cache" / "eval_bundles"
     assert len(list(bundles.iterdir())) == 1
@@ -116,7 +121,7 @@ def test_a_damaged_archive_is_fetched_again(
 ) -> None:
     server.broken = 1
     messages: list[str] = []
-    found = find_bundle(server.url, tmp_path / "cache", notify=messages.append, retry=QUICK)
+    found = find_bundle(server.url, tmp_path / "cache", notify=messages.append)
     assert load_bundle(found).tasks
     assert server.gets == 2
     assert any("trying again" in message for message in messages)
@@ -125,7 +130,7 @@ def test_a_damaged_archive_is_fetched_again(
 def test_a_server_that_only_has_damaged_ones_leaves_nothing(server: Server, tmp_path: Path) -> None:
     server.broken = 99
     with pytest.raises(DataError, match=r"gave up on .*--bundle DIR names a folder"):
-        find_bundle(server.url, tmp_path / "cache", retry=QUICK)
+        find_bundle(server.url, tmp_path / "cache")
     assert list((tmp_path / "cache" / "eval_bundles").glob("*")) == []
 
 
@@ -135,10 +140,10 @@ def test_an_archive_without_a_whole_bundle_leaves_nothing(
     (small_bundle / "eval_data" / "schema.jsonl").unlink()
     server.content = pack(small_bundle)
     with pytest.raises(DataError, match="lacks the files of schema"):
-        find_bundle(server.url, tmp_path / "cache", retry=QUICK)
+        find_bundle(server.url, tmp_path / "cache")
     server.content = pack(small_bundle / "eval_data")
     with pytest.raises(DataError, match=r"holds 0 files core.yaml"):
-        find_bundle(server.url, tmp_path / "cache", retry=QUICK)
+        find_bundle(server.url, tmp_path / "cache")
     bundles = tmp_path / "cache" / "eval_bundles"
     assert not bundles.exists() or list(bundles.iterdir()) == []
 
@@ -152,7 +157,7 @@ def test_names_that_lead_out_lead_nowhere(
     server.content = pack(small_bundle, extra={name: b"x"})
     cache = tmp_path / "a" / "b" / "cache"
     try:
-        found = find_bundle(server.url, cache, retry=QUICK)
+        found = find_bundle(server.url, cache)
     except DataError:
         assert not list((cache / "eval_bundles").glob("*"))
     else:
@@ -171,7 +176,7 @@ def test_links_are_not_followed(server: Server, small_bundle: Path, tmp_path: Pa
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(member, "/etc/passwd")
     server.content = path.read_bytes()
-    found = find_bundle(server.url, tmp_path / "cache", retry=QUICK)
+    found = find_bundle(server.url, tmp_path / "cache")
     assert not (found / "link").is_symlink()
     assert (found / "link").read_text() == "/etc/passwd"
 

@@ -11,7 +11,7 @@ import hashlib
 import zipfile
 from pathlib import Path
 
-from archerchat.data.hub import Notify, RetryPolicy, download_file
+from archerchat.data.hub import Notify, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.evals import offline_tasks
 from archerchat.evals.core.bundle import TASK_LIST, load_bundle
@@ -25,11 +25,7 @@ WITHOUT_NETWORK = "--bundle DIR names a folder with core.yaml, eval_meta_data.cs
 
 
 def find_bundle(
-    given: str | None,
-    cache_dir: Path,
-    *,
-    notify: Notify = lambda message: None,
-    retry: RetryPolicy | None = None,
+    given: str | None, cache_dir: Path, *, notify: Notify = lambda message: None
 ) -> Path:
     """Return a bundle's folder.
 
@@ -60,12 +56,7 @@ def find_bundle(
         archive = folder.with_suffix(".zip")
         with explained_writes(folder.parent), exclusive(folder.parent):
             download_file(
-                url,
-                archive,
-                check_archive,
-                without_network=WITHOUT_NETWORK,
-                notify=notify,
-                retry=retry,
+                url, archive, check_archive, without_network=WITHOUT_NETWORK, notify=notify
             )
             try:
                 with zipfile.ZipFile(archive) as source, new_directory(folder) as temporary:
