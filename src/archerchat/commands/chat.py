@@ -7,6 +7,7 @@ archerchat chat -p "What is 6 times 7?"  # one answer
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import threading
@@ -151,7 +152,8 @@ class Dialogue:
         if path.exists():
             raise UsageError(f"{path} exists: choose another name")
         try:
-            write_bytes(path, self.session.to_json_line().encode())
+            line = json.dumps(self.session.to_conversation(), ensure_ascii=False)
+            write_bytes(path, f"{line}\n".encode())
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from error
         self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")

@@ -10,7 +10,6 @@ out of the prompt; a system message stays.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -123,10 +122,6 @@ class ChatSession:
             messages.append({"role": "user", "content": turn.message})
             messages.append({"role": "assistant", "content": content})
         return {"messages": messages}
-
-    def to_json_line(self) -> str:
-        """Return the conversation as a line of a JSONL file."""
-        return json.dumps(self.to_conversation(), ensure_ascii=False) + "\n"
 
     def _build_prompt(self, message: str) -> tuple[list[int], int]:
         """Return the prompt with as many turns as there is room for, and how many are left out."""

@@ -164,11 +164,7 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> Plan:
 
 
 def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: Path) -> Machine:
-    """Look a card up, or describe the device of this machine.
-
-    Raises:
-        UsageError: the card is unknown; lists those that are known.
-    """
+    """Look a card up that must be known, or describe the device of this machine."""
     if gpu_name is None:
         runtime = build_runtime()
         name, kind, dtype = runtime.device_name, runtime.device.type, runtime.compute_dtype

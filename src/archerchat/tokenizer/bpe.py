@@ -276,11 +276,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def find_tokenizer(home: Home, name: str) -> Path:
-    """Return the directory of tokenizer `name`, for `Tokenizer.load`.
-
-    Raises:
-        UsageError: there is no such tokenizer; the message lists those there are.
-    """
+    """Return the directory of tokenizer `name`, for `Tokenizer.load`; an error lists the others."""
     directory = home.tokenizer_dir(name)
     if directory.is_dir():
         return directory

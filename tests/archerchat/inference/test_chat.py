@@ -155,9 +155,7 @@ def test_a_saved_conversation_can_be_learned_from(session: ChatSession) -> None:
     session.system = "Be brief."
     say(session, "6 times 7?")
     session.turns.append(Turn("stopped at once", ()))
-    line = session.to_json_line()
-    assert line.endswith("\n")
-    assert line.count("\n") == 1
+    line = json.dumps(session.to_conversation())
     conversation = check_conversation(json.loads(line), "saved.jsonl:1")
     assert [message["role"] for message in conversation["messages"]] == [
         *("system", "user", "assistant")
