@@ -26,15 +26,16 @@ import torch
 from rich.console import Console
 
 from archerchat.errors import DataError
-from archerchat.evals.chat.evaluate import ChatEvaluator, limited
+from archerchat.evals.chat.evaluate import evaluate_task, limited
 from archerchat.evals.chat.generative import Answer, build_request, render_question
+from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.tools import spoken_text
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, dtype_name, prepare_process
-from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import text_of
+from archerchat.tasks.generated import ArithmeticTask
 from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
@@ -104,12 +105,15 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     tokenizer = build_tokenizer(options)
     model = build_model(options, runtime, tokenizer.vocab_size)
     params = SamplingParams(options.tokens, temperature=0.0)
-    evaluator = ChatEvaluator(model, tokenizer, params, options.device_batch_size)
+    engine = Engine(model, options.device_batch_size)
     console.print("warming up")
-    evaluator.evaluate(task, 4)
+    evaluate_task(engine, tokenizer, task[:4], params)
     answer_plainly(model, tokenizer, task[:1], params)
     answers: list[Answer] = []
-    ours, _ = timed(runtime.synchronize, lambda: evaluator.evaluate(task, on_answer=answers.append))
+    ours, _ = timed(
+        runtime.synchronize,
+        lambda: evaluate_task(engine, tokenizer, task, params, on_answer=answers.append),
+    )
     console.print(f"evals.chat: {ours:.1f} s; now the plain path")
     seconds, plain = timed(
         runtime.synchronize, lambda: answer_plainly(model, tokenizer, task, params)

@@ -25,8 +25,8 @@ from archerchat.dial import DialConfig
 from archerchat.home import Home
 from archerchat.runtime import Runtime, build_runtime, prepare_process
 from archerchat.tasks.conversation import text_of
-from archerchat.tasks.mixtures import MixtureConfig
-from archerchat.tasks.spelling import SpellingBeeTask
+from archerchat.tasks.generated import SpellingBeeTask
+from archerchat.tasks.registry import MixtureConfig
 from archerchat.tokenizer.bpe import train_tokenizer
 from archerchat.training.pretrain import PretrainConfig, Pretraining, pretrain
 from archerchat.training.recipe import Recipe

@@ -21,12 +21,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -88,7 +87,6 @@ def save_checkpoint(
     meta: Mapping[str, Any],
     *,
     keep_last: int | None = None,
-    keep: Collection[int] = (),
 ) -> Path:
     """Write one step's checkpoint, then prune older ones.
 
@@ -103,7 +101,6 @@ def save_checkpoint(
         meta: anything JSON can hold, non-finite floats included; tuples become lists.
         keep_last: delete complete checkpoints of earlier steps beyond this many, the new one
             counted; None deletes nothing.
-        keep: steps that are never deleted.
 
     Returns:
         The step's directory.
@@ -129,8 +126,24 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(_explain_failed_save(error, path, needed)) from error
     if keep_last is not None:
-        _prune(directory, step, keep_last, keep)
+        _prune(directory, step, keep_last)
     return path
+
+
+def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
+    """Replace what a saved section holds beside tensors, atomically.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be written.
+    """
+    try:
+        content = _read_meta(path)
+        content["state"][section] = json.loads(json.dumps(encode_json(values)))
+        write_json(path / META, content | {"sha256": _digest(content)})
+    except (_Damaged, OSError) as error:
+        raise CheckpointError(
+            f"cannot update {path}: {error}; the checkpoint is as it was"
+        ) from error
 
 
 def _split(
@@ -190,13 +203,12 @@ def _explain_failed_save(error: Exception, path: Path, needed: int) -> str:
     )
 
 
-def _prune(directory: Path, step: int, keep_last: int, keep: Collection[int]) -> None:
+def _prune(directory: Path, step: int, keep_last: int) -> None:
     """Delete complete checkpoints up to `step` beyond the newest `keep_last`."""
     steps = [s for s in list_checkpoints(directory) if s <= step]
     complete = [s for s in steps if _intact(find_checkpoint(directory, s), verify=False)]
     for old in complete[:-keep_last]:
-        if old not in keep:
-            remove_directory(find_checkpoint(directory, old))
+        remove_directory(find_checkpoint(directory, old))
 
 
 def _intact(path: Path, verify: bool) -> bool:
@@ -253,18 +265,11 @@ def _saved_at(path: Path) -> int:
     return (meta if meta.exists() else path).stat().st_mtime_ns
 
 
-def load_checkpoint(
-    path: Path,
-    sections: Iterable[str] | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    verify: bool = True,
-) -> Checkpoint:
-    """Read a step's directory, as `find_checkpoint` returns it.
+def load_checkpoint(path: Path, sections: Iterable[str] | None = None) -> Checkpoint:
+    """Read a step's directory, as `find_checkpoint` returns it, onto the CPU.
 
     Args:
         sections: read only these; None reads all.
-        verify: compare SHA-256 sums; without it only the sizes are compared.
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, the format is unknown, or
@@ -282,8 +287,8 @@ def load_checkpoint(
             state[name] = dict(values.get(name, {}))
             if name in files:
                 file = path / (name + SUFFIX)
-                _check_file(file, files[name], verify)
-                state[name] |= load_file(file, device=str(device))
+                _check_file(file, files[name], verify=True)
+                state[name] |= load_file(file)
     except (_Damaged, OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; {_remedy(path)}") from error
     hashes = {name: entry["sha256"] for name, entry in files.items()}

@@ -8,6 +8,7 @@ needs them, so that `--help` is quick.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,45 +39,56 @@ class Command:
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "data": {
         "download": Command(
-            "commands.data", "DataDownloadConfig", "download", "download shards from the hub"
+            "commands.data", "DataDownloadConfig", "download", "download text shards from the hub"
         ),
         "build": Command(
-            "commands.data", "DataBuildConfig", "build", "turn text into shards", positional=True
+            "commands.data",
+            "DataBuildConfig",
+            "build",
+            "convert text files to shards",
+            positional=True,
         ),
-        "info": Command("commands.data", "DataInfoConfig", "info", "print what data is there"),
+        "info": Command("commands.data", "DataInfoConfig", "info", "list the data on this machine"),
         "identity": Command(
-            "commands.data_identity",
+            "commands.data",
             "DataIdentityConfig",
             "identity",
             "write conversations in which the assistant says who it is",
         ),
     },
     "tokenizer": {
-        "train": Command("commands.tokenizer", "TokenizerTrainConfig", "train", "learn one"),
+        "train": Command(
+            "commands.tokenizer", "TokenizerTrainConfig", "train", "train a tokenizer"
+        ),
         "eval": Command(
-            "commands.tokenizer", "TokenizerEvalConfig", "evaluate", "compare its compression"
+            "commands.tokenizer",
+            "TokenizerEvalConfig",
+            "evaluate",
+            "compare its compression with GPT-2's and GPT-4's",
         ),
     },
-    "plan": Command("commands.plan", "PlanConfig", "plan", "print what a depth will take"),
+    "plan": Command(
+        "commands.plan", "PlanConfig", "plan", "estimate memory, time and cost of a depth"
+    ),
     "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
     "sft": Command(
-        "training.sft", "FinetuneConfig", "finetune", "fine-tune a base model to answer"
+        "training.sft", "FinetuneConfig", "finetune", "fine-tune a base model on conversations"
     ),
     "rl": Command(
-        "training.rl", "ReinforceConfig", "reinforce", "reinforce right answers of a model"
+        "training.rl", "ReinforceConfig", "reinforce", "train a chat model by reinforcement"
     ),
     "chat": Command(
         "commands.chat",
         "ChatConfig",
         "chat",
-        "talk to a model in the terminal",
+        "chat with a model in the terminal",
         short={"-p": "--prompt", "--max-tokens": "--max-new-tokens"},
     ),
     "sample": Command(
         "commands.sample",
         "SampleConfig",
         "sample",
-        "print samples of a model",
+        "print text that a model writes",
         short={"--max-tokens": "--max-new-tokens"},
     ),
     "eval": {
@@ -84,7 +96,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "commands.eval_base", "EvalBaseConfig", "evaluate", "evaluate a base model"
         ),
         "chat": Command(
-            "commands.eval_chat", "EvalChatConfig", "evaluate", "evaluate a model that converses"
+            "commands.eval_chat", "EvalChatConfig", "evaluate", "evaluate a chat model"
         ),
     },
     "report": {
@@ -148,7 +160,7 @@ def parse(argv: Sequence[str]) -> Parsed:
             raise SystemExit(0)
         if name not in level:
             known = ", ".join(level)
-            print(f"error: {path} has no {name!r}; there is {known}", file=sys.stderr)
+            print(f"error: {path} has no command {name!r}; it has {known}", file=sys.stderr)
             raise SystemExit(2)
         level, path = level[name], f"{path} {name}"
     module = importlib.import_module(f"archerchat.{level.module}")
@@ -172,7 +184,7 @@ def _overview(
     path: str, level: dict[str, Command] | dict[str, Command | dict[str, Command]]
 ) -> str:
     """Return the help of a command that has subcommands."""
-    lines = [f"usage: {path} COMMAND [--flags]; {path} COMMAND --help tells its flags", ""]
+    lines = [f"usage: {path} COMMAND [OPTIONS]. Run `{path} COMMAND --help` for its options.", ""]
     for name, entry in level.items():
         if isinstance(entry, Command):
             lines.append(f"  {name:22} {entry.help}")
@@ -183,6 +195,9 @@ def _overview(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal cannot show is replaced
+            stream.reconfigure(errors="replace")
     try:
         parsed = parse(sys.argv[1:] if argv is None else argv)
         result = parsed.function(parsed.config, Home.from_environment())

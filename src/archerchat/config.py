@@ -60,6 +60,7 @@ NonNegativeInt = Annotated[int, Limit(0)]
 Seed = Annotated[int, Limit(0, MAX_SEED)]
 PositiveFloat = Annotated[float, Limit(0, exclusive=True)]
 NonNegativeFloat = Annotated[float, Limit(0)]
+Fraction = Annotated[float, Limit(0, 1)]
 Share = Annotated[float, Limit(0, 1, exclusive=True)]
 
 

@@ -1,15 +1,17 @@
-"""What people see: consoles, the progress of training, durations and sizes."""
+"""What people see: consoles, the progress of what takes long, durations and sizes."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_LINE_SECONDS = 10.0
 """Time between plain lines; the first and the last step always get one."""
+LIVE_SECONDS = 0.2
+"""Time between changes of a live line."""
 
 
 def build_console(*, stderr: bool = False, quiet: bool = False) -> Console:
@@ -19,74 +21,99 @@ def build_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     )
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """Figures of one finished step."""
+class LiveLine:
+    """Show how far something long is: a bar with text on a terminal, plain lines elsewhere.
 
-    step: int
-    """Updates done, this one included."""
-    num_iterations: int
-    loss: float
-    lr_multiplier: float
-    tokens_per_second: float
-    mfu: float
-    seconds_left: float | None
-    """None while there is nothing to estimate it from."""
+    A context manager.
 
+    Args:
+        total: what is to be done, in any unit; None if that is unknown.
+        transient: whether the bar disappears at the end.
+    """
 
-class ProgressLine:
-    """Show `StepReport`s; a context manager."""
-
-    def __init__(self, console: Console, num_iterations: int, done: int = 0) -> None:
+    def __init__(
+        self,
+        console: Console,
+        text: str,
+        total: float | None = None,
+        done: int = 0,
+        transient: bool = True,
+    ) -> None:
         self.console, self._live = console, console.is_terminal
-        self._shown = -PLAIN_LINE_SECONDS
-        self._busy_shown = time.monotonic()
+        self._shown = time.monotonic()
+        columns = BarColumn(bar_width=20), TextColumn("{task.description}", markup=False)
         self._bar = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
+            *columns,
             console=console,
             disable=not self._live,
+            transient=transient,
             refresh_per_second=4,
         )
-        self._task = self._bar.add_task("compiling", total=num_iterations, completed=done)
+        self._task = self._bar.add_task(text, total=total, completed=done)
 
-    def __enter__(self) -> ProgressLine:
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def step(self, report: StepReport) -> None:
-        """Show one step's figures."""
-        left = "?" if report.seconds_left is None else duration_text(report.seconds_left)
-        line = (
-            f"loss {report.loss:.4f} | lr x{report.lr_multiplier:.3f} | "
-            f"{report.tokens_per_second:,.0f} tok/s | mfu {100 * report.mfu:.1f} % | {left} left"
-        )
-        total = report.num_iterations  # may be an estimate that changes
-        self._bar.update(self._task, completed=report.step, total=total, description=line)
-        if self._live:
+    def show(
+        self,
+        text: str,
+        done: float | None = None,
+        total: float | None = None,
+        *,
+        always: bool = False,
+    ) -> None:
+        """Replace the text, unless it was replaced a moment ago; `always` does so in any case."""
+        now = time.monotonic()
+        if not always and now - self._shown < (LIVE_SECONDS if self._live else PLAIN_LINE_SECONDS):
             return
-        now = time.monotonic()
-        if now - self._shown >= PLAIN_LINE_SECONDS or report.step == report.num_iterations:
-            self._shown = now
-            share = 100 * report.step / report.num_iterations
-            self.note(f"step {report.step}/{report.num_iterations} ({share:.1f} %) | {line}")
-
-    def busy(self, text: str) -> None:
-        """Say what takes long between steps; now and then on plain output."""
-        self._bar.update(self._task, description=text)
-        now = time.monotonic()
-        if not self._live and now - self._busy_shown >= PLAIN_LINE_SECONDS:
-            self._busy_shown = now
+        self._shown = now
+        self._bar.update(self._task, completed=done, total=total, description=text)
+        if not self._live:
             self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line above the live one."""
         self._bar.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+class ProgressLine(LiveLine):
+    """Show the steps of training."""
+
+    def __init__(self, console: Console, num_iterations: int, done: int = 0) -> None:
+        super().__init__(console, "compiling", num_iterations, done, transient=False)
+        self._first = True
+
+    def step(
+        self,
+        step: int,
+        num_iterations: int,
+        *,
+        loss: float,
+        lr_multiplier: float,
+        tokens_per_second: float,
+        mfu: float,
+        seconds_left: float | None,
+    ) -> None:
+        """Show the figures of one finished step.
+
+        Args:
+            step: updates done, this one included.
+            num_iterations: may be an estimate that changes.
+            seconds_left: None while there is nothing to estimate it from.
+        """
+        share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
+        left = "?" if seconds_left is None else duration_text(seconds_left)
+        text = (
+            f"step {step}/{num_iterations}{share} | loss {loss:.4f} | lr x{lr_multiplier:.3f} | "
+            f"{tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | {left} left"
+        )
+        always = self._live or self._first or step == num_iterations
+        self._first = False
+        self.show(text, step, num_iterations, always=always)
 
 
 def duration_text(seconds: float) -> str:

@@ -16,9 +16,16 @@ The rates were tuned at depth 12; other depths scale them:
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 
+from archerchat.config import (
+    Config,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from archerchat.errors import UsageError
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import ParameterCounts, count_parameters, flops_per_token
@@ -32,66 +39,46 @@ BATCH_EXPONENT = 0.383
 RESIDUAL_RATE_RATIO = 0.01
 SMEAR_RATE = 0.2
 
-_COUNTS = (
-    "depth",
-    "aspect_ratio",
-    "head_dim",
-    "num_kv_heads",
-    "max_seq_len",
-    "num_iterations",
-    "total_batch_size",
-)
-_HORIZONS = ("target_flops", "target_param_data_ratio")
-_RATES = (
-    "embedding_lr",
-    "unembedding_lr",
-    "matrix_lr",
-    "scalar_lr",
-    "weight_decay",
-    "warmup_steps",
-)
-_SHARES = ("warmdown_ratio", "final_lr_frac")
-
 
 @dataclass(frozen=True)
-class DialConfig:
+class DialConfig(Config):
     """Set the depth, and override what it would decide."""
 
-    depth: int
+    depth: PositiveInt
     """Transformer layers; decides everything that is not given."""
-    aspect_ratio: int = 64
+    aspect_ratio: PositiveInt = 64
     """Model width per layer, before rounding up to whole heads."""
-    head_dim: int = 128
+    head_dim: PositiveInt = 128
     """Width of one attention head."""
-    num_kv_heads: int | None = None
+    num_kv_heads: PositiveInt | None = None
     """Key/value heads for grouped-query attention; as many as query heads if not given."""
-    max_seq_len: int = 2048
+    max_seq_len: PositiveInt = 2048
     """Tokens in a training row."""
     window_pattern: str = "SSSL"
     """Attention window of each layer, tiled: L is the whole row, S a quarter; the last is L."""
-    num_iterations: int | None = None
+    num_iterations: PositiveInt | None = None
     """Optimizer steps; wins over --target-flops and --target-param-data-ratio."""
-    target_flops: float | None = None
+    target_flops: PositiveFloat | None = None
     """Train until this many FLOPs; wins over --target-param-data-ratio."""
-    target_param_data_ratio: float = 12.0
+    target_param_data_ratio: PositiveFloat = 12.0
     """Training tokens per scaling parameter (block matrices and unembedding)."""
-    total_batch_size: int | None = None
+    total_batch_size: PositiveInt | None = None
     """Tokens in one optimizer step over all ranks; follows from the horizon if not given."""
-    embedding_lr: float = 0.3
+    embedding_lr: NonNegativeFloat = 0.3
     """Base learning rate of the embedding; value embeddings take half (AdamW)."""
-    unembedding_lr: float = 0.008
+    unembedding_lr: NonNegativeFloat = 0.008
     """Base learning rate of the unembedding (AdamW)."""
-    matrix_lr: float = 0.02
+    matrix_lr: NonNegativeFloat = 0.02
     """Base learning rate of the matrices inside the blocks (Muon)."""
-    scalar_lr: float = 0.5
+    scalar_lr: NonNegativeFloat = 0.5
     """Base learning rate of the residual scalars (AdamW)."""
-    weight_decay: float = 0.28
+    weight_decay: NonNegativeFloat = 0.28
     """Base weight decay of the matrices inside the blocks (Muon)."""
-    warmup_steps: int = 40
+    warmup_steps: NonNegativeInt = 40
     """Steps over which the learning rate rises."""
-    warmdown_ratio: float = 0.65
+    warmdown_ratio: Fraction = 0.65
     """Share of the steps, at the end, over which the learning rate falls."""
-    final_lr_frac: float = 0.05
+    final_lr_frac: Fraction = 0.05
     """Share of the learning rate that is left at the end."""
 
 
@@ -155,7 +142,6 @@ def build_hyperparameters(config: DialConfig, vocab_size: int) -> Hyperparameter
     Raises:
         UsageError: a size is impossible, or the horizon is shorter than one batch.
     """
-    _check(config)
     model = build_model_config(config, vocab_size)
     counts = count_parameters(model)
     flops = flops_per_token(model)
@@ -223,14 +209,7 @@ def grad_accum_steps(
     Raises:
         UsageError: the batch is not a whole number of micro-batches; names what would work.
     """
-    for name, size in (
-        ("total batch size", total_batch_tokens),
-        ("device batch size", device_batch_size),
-        ("sequence length", sequence_length),
-        ("world size", world_size),
-    ):
-        if size < 1:
-            raise UsageError(f"{name} is {size}; it must be at least 1")
+    assert min(total_batch_tokens, device_batch_size, sequence_length, world_size) >= 1
     row_tokens = sequence_length * world_size
     micro_tokens = device_batch_size * row_tokens
     steps, rest = divmod(total_batch_tokens, micro_tokens)
@@ -297,18 +276,3 @@ def _learning_rates(config: DialConfig, batch_scale: float, width_scale: float) 
         smear=SMEAR_RATE,
         matrix=config.matrix_lr * batch_scale,
     )
-
-
-def _check(config: DialConfig) -> None:
-    """Raise UsageError for the first field that no run can use."""
-    smallest, largest = math.ulp(0.0), sys.float_info.max
-    for names, low, high, allowed in (
-        (_COUNTS, 1, largest, "at least 1"),
-        (_HORIZONS, smallest, largest, "positive and finite"),
-        (_RATES, 0, largest, "finite and not negative"),
-        (_SHARES, 0, 1, "between 0 and 1"),
-    ):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not low <= value <= high:
-                raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {allowed}")

@@ -7,12 +7,15 @@ device there is. `distributed` reads the place among the ranks and builds proces
 from __future__ import annotations
 
 import ctypes
+import getpass
 import os
 import platform
 import re
 import signal
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -35,6 +38,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**31 - 1
 """Blocks up to this size, and so much free memory at the heap's end, are kept."""
 STOPPING = b"\nstopping after this step with a checkpoint; once more ends at once, without\n"
+SAME_REQUEST_SECONDS = 2.0
+COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
+"""Where torch keeps compiled code."""
 T = TypeVar("T")
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 """Best first."""
@@ -110,8 +116,14 @@ def prepare_process(runtime: Runtime) -> None:
 
     On CUDA, float32 products may use TF32. On CPUs with glibc, large blocks are kept instead of
     being returned to the system after each use: faulting their pages in again took a sixth of a
-    training step (docs/LOG.md, 2026-11-20).
+    training step (docs/LOG.md, 2026-11-20). Compiled code goes into a directory of its own for
+    each kind of processor: code for another one, from a shared home, corrupts memory.
     """
+    cache = Path(os.environ.get(COMPILED_CODE) or Path(tempfile.gettempdir()) / "torchinductor")
+    kind = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
+    name = f"{getpass.getuser()}-{torch.__version__}-{kind}"
+    if cache.name != name:
+        os.environ[COMPILED_CODE] = str(cache / name)
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)  # streams, events and graphs are the current one's
         torch.set_float32_matmul_precision("high")
@@ -230,16 +242,22 @@ class _Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether the user, or the system, asked the loop to end."""
+    """Whether the user, or the system, asked the loop to end.
+
+    Signals within `SAME_REQUEST_SECONDS` are one request: schedulers and terminals send several.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._interruptible = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+            if time.monotonic() - self._asked_at >= SAME_REQUEST_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self.asked, self._asked_at = True, time.monotonic()
         with suppress(OSError):  # not `print`: the signal may have come in the middle of one
             os.write(sys.stderr.fileno(), STOPPING)
         if self._interruptible:

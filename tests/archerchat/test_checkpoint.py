@@ -78,12 +78,10 @@ def test_every_kind_of_tensor_returns_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_tensors_on_a_gpu_are_saved_and_can_be_loaded_there(tmp_path: Path) -> None:
+def test_tensors_on_a_gpu_are_saved(tmp_path: Path) -> None:
     weight = torch.randn(64, 3, device="cuda").t()
     path = save_checkpoint(tmp_path, 0, {"model": {"weight": weight}}, {})
-    loaded = load_checkpoint(path, device="cuda").state["model"]["weight"]
-    assert loaded.is_cuda
-    assert torch.equal(loaded, weight)
+    assert torch.equal(load_checkpoint(path).state["model"]["weight"], weight.cpu())
 
 
 def test_meta_survives_json_with_its_non_finite_floats(tmp_path: Path) -> None:
@@ -119,12 +117,12 @@ def test_only_the_sections_asked_for_are_read(tmp_path: Path) -> None:
         load_checkpoint(path, ["rng"])
 
 
-def test_keep_last_prunes_only_older_complete_and_unprotected_steps(tmp_path: Path) -> None:
+def test_keep_last_prunes_only_older_complete_steps(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save_checkpoint(tmp_path, step, sections(), {})
     (tmp_path / "step_000010" / "meta.json").unlink()
-    save_checkpoint(tmp_path, 35, sections(), {}, keep_last=1, keep=(20,))
-    assert list_checkpoints(tmp_path) == [10, 20, 35, 40]
+    save_checkpoint(tmp_path, 35, sections(), {}, keep_last=1)
+    assert list_checkpoints(tmp_path) == [10, 35, 40]
 
 
 def test_nothing_is_pruned_when_saving_fails(
@@ -263,7 +261,7 @@ print(last, len(list_checkpoints(directory)))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_kill_9_at_any_moment_leaves_a_latest_checkpoint_that_loads(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_SAVER, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     last, kept = map(int, done.stdout.split())
     assert last >= 12
@@ -304,18 +302,17 @@ def test_without_a_good_step_the_message_says_so(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_without_verify_only_sizes_are_compared(tmp_path: Path) -> None:
+def test_a_file_s_content_and_size_are_compared(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 10, {"model": {"w": torch.zeros(4)}}, {})
     file = path / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    load_checkpoint(path, verify=False)
     with pytest.raises(CheckpointError, match="does not match its checksum"):
         load_checkpoint(path)
     file.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match="bytes instead of"):
-        load_checkpoint(path, verify=False)
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}", '{"format": 1}', "\xff"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,8 +100,11 @@ def test_help_does_not_wait_for_torch() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("pretrian", "archerchat has no 'pretrian'; there is data, tokenizer, plan, pretrain"),
-        ("eval core", "archerchat eval has no 'core'; there is base"),
+        (
+            "pretrian",
+            "archerchat has no command 'pretrian'; it has data, tokenizer, plan, pretrain",
+        ),
+        ("eval core", "archerchat eval has no command 'core'; it has base"),
         ("pretrain --depth 2 --bogus 7", "--bogus"),
         ("pretrain --depth 2 --num-iteration", "--num-iteration"),
         ("pretrain --depth 2 surplus", "surplus"),
@@ -319,7 +323,7 @@ def test_the_module_is_the_command(tiny_home: Any) -> None:
     command = [sys.executable, "-m", "archerchat.cli"]
     done = subprocess.run([*command, "no"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: archerchat has no 'no'")
+    assert done.stderr.startswith("error: archerchat has no command 'no'")
     done = subprocess.run(
         f"{sys.executable} -m archerchat.cli --help | true",
         shell=True,
@@ -328,3 +332,28 @@ def test_the_module_is_the_command(tiny_home: Any) -> None:
         check=False,
     )
     assert done.stderr == ""
+
+
+def test_what_a_terminal_cannot_show_is_replaced(trained_home: Any) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "archerchat.cli",
+            "sample",
+            "--prompt",
+            "\u65e5\u672c",
+            "--max-tokens",
+            "1",
+        ],
+        env=os.environ
+        | {
+            "ARCHERCHAT_HOME": str(trained_home.root),
+            "PYTHONIOENCODING": "cp1252",
+            "PYTHONUTF8": "0",
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"??" in done.stdout

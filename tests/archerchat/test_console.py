@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from archerchat.console import PLAIN_LINE_SECONDS, ProgressLine, StepReport
+from archerchat.console import PLAIN_LINE_SECONDS, LiveLine, ProgressLine
 
-REPORT = StepReport(
-    step=1,
-    num_iterations=40,
-    loss=5.12345,
-    lr_multiplier=0.25,
-    tokens_per_second=12345.6,
-    mfu=0.123,
-    seconds_left=None,
-)
+FIGURES = {
+    "loss": 5.12345,
+    "lr_multiplier": 0.25,
+    "tokens_per_second": 12345.6,
+    "mfu": 0.123,
+}
+
+
+def take_step(line: ProgressLine, step: int = 1, seconds_left: float | None = None) -> None:
+    line.step(step, 40, **FIGURES, seconds_left=seconds_left)
 
 
 class Clock:
@@ -47,7 +47,7 @@ def written(console: Console) -> str:
 def test_piped_progress_is_plain_lines(clock: Clock) -> None:
     console = piped()
     with ProgressLine(console, 40) as line:
-        line.step(REPORT)
+        take_step(line)
         line.note("step 0: [bold]val/bpb[/bold] 3.1 :smile:")
     assert written(console) == (
         "step 1/40 (2.5 %) | loss 5.1235 | lr x0.250 | 12,346 tok/s | mfu 12.3 % | ? left\n"
@@ -60,15 +60,34 @@ def test_plain_lines_come_every_few_seconds_and_at_the_end(clock: Clock) -> None
     with ProgressLine(console, 40) as line:
         for step in range(1, 41):
             clock.now += PLAIN_LINE_SECONDS / 10
-            line.step(replace(REPORT, step=step))
+            take_step(line, step)
     steps = [text.split("/")[0] for text in written(console).splitlines()]
     assert steps == ["step 1", "step 11", "step 21", "step 31", "step 40"]
+
+
+def test_what_takes_long_speaks_now_and_then(clock: Clock) -> None:
+    console = piped()
+    with LiveLine(console, "reading", total=9) as line:
+        for number in range(1, 10):
+            clock.now += PLAIN_LINE_SECONDS / 4
+            line.show(f"{number} read", number)
+        line.show("done", always=True)
+    assert written(console) == "4 read\n8 read\ndone\n"
+
+
+def test_a_terminal_s_bar_is_gone_in_the_end(clock: Clock) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60)
+    with LiveLine(console, "reading [1]") as line:
+        clock.now += 1
+        line.show("4 [red] read")
+    assert "4 [red] read" in written(console)
+    assert written(console).endswith("\x1b[2K")
 
 
 def test_a_terminal_gets_a_live_line_that_notes_do_not_break() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
     with ProgressLine(console, 40, done=20) as line:
-        line.step(replace(REPORT, step=21))
+        take_step(line, 21)
         line.note("step 21: checkpoint saved")
     text = written(console)
     assert "\x1b[" in text
@@ -106,5 +125,5 @@ def test_the_live_line_is_taken_away_when_training_fails() -> None:
 def test_time_left_is_in_a_unit_people_read(clock: Clock, seconds: float, text: str) -> None:
     console = piped()
     with ProgressLine(console, 40) as line:
-        line.step(replace(REPORT, seconds_left=seconds))
+        take_step(line, seconds_left=seconds)
     assert written(console).endswith(f"| {text}\n")

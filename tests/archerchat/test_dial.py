@@ -213,9 +213,3 @@ def test_a_batch_smaller_than_a_micro_batch_names_a_fitting_one() -> None:
     assert "--device-batch-size 6" in str(error.value)
     assert grad_accum_steps(12 * 256, 6, 256, 2) == 1
     assert grad_accum_steps(16384, 32, 256, 2) == 1
-
-
-@pytest.mark.parametrize("sizes", [(0, 1, 1, 1), (8, 0, 1, 1), (8, 1, -2, 1), (8, 1, 1, 0)])
-def test_batch_sizes_below_one_are_named(sizes: tuple[int, int, int, int]) -> None:
-    with pytest.raises(UsageError, match="must be at least 1"):
-        grad_accum_steps(*sizes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from archerchat.runtime import (
     choose_device,
     choose_dtype,
     cpu_name,
+    prepare_process,
 )
 
 CUDA = torch.device("cuda", 0)
@@ -181,3 +183,20 @@ def test_cpu_names(tmp_path: Path) -> None:
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Fast   CPU @ 3 GHz\nmodel name\t: other\n")
     assert cpu_name(cpuinfo) == "Fast CPU @ 3 GHz"
     assert cpu_name(tmp_path / "missing")
+
+
+def test_compiled_code_is_kept_apart_for_each_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runtime = build_runtime("cpu", "float32")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    places = []
+    for kind in ("AVX2", "AVX512"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda kind=kind: kind)
+        prepare_process(runtime)
+        prepare_process(runtime)  # changes nothing more
+        places.append(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]))
+    assert places[0] != places[1]
+    assert [place.parent for place in places] == [tmp_path, tmp_path]
+    assert all(torch.__version__ in place.name for place in places)

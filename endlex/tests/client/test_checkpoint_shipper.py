@@ -277,3 +277,19 @@ def test_the_thread_sends_in_order_and_goes_on_after_failures(
     assert states["step_0"] == "published"
     assert [name for _, name in stub.manifests] == ["step_0", "step_2"]
     assert "step_1" in staged_names(run.directory)
+
+
+def test_a_disk_without_permissions_keeps_a_copy(
+    run: endlex.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for call in ("chmod", "link"):  # as exFAT answers
+        monkeypatch.setattr(os, call, refuse)
+    source = checkpoint(tmp_path / "step_1", 10)
+    name = run.save(source, step=1)
+    kept = run.directory / "staged" / name  # type: ignore[operator]
+    assert {p.name: p.read_bytes() for p in kept.iterdir()} == {
+        p.name: p.read_bytes() for p in source.iterdir()
+    }

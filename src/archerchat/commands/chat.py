@@ -7,11 +7,12 @@ archerchat chat -p "What is 6 times 7?"  # one answer
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -19,17 +20,15 @@ from typing import Any, Literal
 from rich.console import Console
 
 from archerchat.commands.sample import CONTROLS
-from archerchat.config import Config, DeviceConfig
 from archerchat.console import build_console
 from archerchat.errors import UsageError
 from archerchat.files import write_bytes
 from archerchat.home import Home
 from archerchat.inference.chat import CHAT_SAMPLING, ChatSession
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import load_model
+from archerchat.inference.loading import ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.tools import PartType, Piece
-from archerchat.runtime import build_runtime, prepare_process
 
 HELP = """\
 /clear            start a new conversation
@@ -44,23 +43,18 @@ HISTORY_LINES = 1000
 
 
 @dataclass(frozen=True)
-class ChatConfig(Config):
+class ChatConfig(ModelOptions):
     """Talk to a model in the terminal."""
 
     prompt: str | None = None
     """Answer this one message and exit (-p). By default, chat interactively."""
-    model_tag: str | None = None
-    """Name of the model. Defaults to the one saved last."""
     source: Literal["sft", "rl", "base"] = "sft"
     """Stage to load: base, sft or rl."""
-    step: int | None = None
-    """Step of the checkpoint to load. Defaults to the latest."""
     system: str | None = None
     """System message, which the model reads before the first message."""
     sampling: SamplingParams = CHAT_SAMPLING
     compile: bool = False
     """Compile the model on CPUs: faster answers, after some seconds."""
-    runtime: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def chat(config: ChatConfig, home: Home) -> None:
@@ -71,17 +65,17 @@ def chat(config: ChatConfig, home: Home) -> None:
         CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
     config.sampling.refuse_changes("num_samples", "logprobs")
-    runtime = build_runtime(config.runtime.device, config.runtime.dtype)
-    prepare_process(runtime)
-    loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
+    loaded, _ = config.load(home, config.source)
     engine = Engine(loaded.model, max_batch=1, compile=config.compile)
     session = ChatSession(engine, loaded.tokenizer, config.sampling, config.system)
     console = build_console()
     if config.prompt is not None:
         show_answer(session, config.prompt, console)
         return
-    if sys.stdin.isatty():
-        console.print(f"{loaded.path}\n/help lists the commands", style="dim")
+    if not sys.stdin.isatty():
+        Dialogue(session, console).run()
+        return
+    console.print(f"{loaded.path}\n/help lists the commands", style="dim")
     with _line_history(home.root / "chat_history"):
         Dialogue(session, console).run()
 
@@ -144,7 +138,7 @@ class Dialogue:
         command = name.replace("_new", "")
         if text:
             try:
-                self.session.set_params(**{name: parse(text)})
+                self.session.params = replace(self.session.params, **{name: parse(text)})
             except ValueError as error:
                 raise UsageError(f"/{command} takes a number, not {text!r}") from error
         self.console.print(f"{command} is {getattr(self.session.params, name)}", style="dim")
@@ -158,7 +152,8 @@ class Dialogue:
         if path.exists():
             raise UsageError(f"{path} exists: choose another name")
         try:
-            write_bytes(path, self.session.to_json_line().encode())
+            line = json.dumps(self.session.to_conversation(), ensure_ascii=False)
+            write_bytes(path, f"{line}\n".encode())
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from error
         self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")
@@ -232,11 +227,8 @@ class _AnswerPrinter:
 
 @contextlib.contextmanager
 def _stop_request() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request; does nothing outside the main thread."""
+    """Turn the first Ctrl-C into a request."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
 
     def ask(number: int, frame: FrameType | None) -> None:
         if asked.is_set():
@@ -253,20 +245,16 @@ def _stop_request() -> Iterator[threading.Event]:
 @contextlib.contextmanager
 def _line_history(path: Path) -> Iterator[None]:
     """Let arrow keys recall lines, also those of earlier sessions."""
-    if not sys.stdin.isatty():
-        yield
-        return
     try:
-        import readline  # absent on some platforms; importing it changes how `input` reads
-    except ImportError:
+        import readline  # here, since importing it changes how `input` reads
+    except ImportError:  # not every Python is built with it
         yield
         return
+    readline.set_history_length(HISTORY_LINES)
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
     try:
         yield
     finally:
-        count = readline.get_current_history_length()
-        lines = [readline.get_history_item(i) for i in range(1, count + 1)][-HISTORY_LINES:]
         with contextlib.suppress(OSError):
-            write_bytes(path, "".join(f"{line}\n" for line in lines).encode())
+            readline.write_history_file(path)

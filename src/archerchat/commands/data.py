@@ -1,29 +1,19 @@
-"""`archerchat data download|build|info`: get text as shards, and print what is there."""
+"""`archerchat data download|build|info|identity`: text as shards, what is there, an identity."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
-from archerchat.config import Config, PositiveInt
-from archerchat.console import PLAIN_LINE_SECONDS, build_console, duration_text
+from archerchat.config import Config, PositiveInt, Seed
+from archerchat.console import LiveLine, build_console, duration_text
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import describe_files, iter_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
@@ -37,8 +27,9 @@ from archerchat.data.shards import (
 )
 from archerchat.data.stdlib import describe_stdlib, iter_stdlib, list_stdlib, stdlib_directory
 from archerchat.errors import DataError, UsageError
-from archerchat.files import remove_leftovers
+from archerchat.files import remove_leftovers, write_bytes
 from archerchat.home import Home
+from archerchat.tasks.identity import default_template, draw_identity, parse_template
 
 STDLIB = "stdlib"
 
@@ -82,6 +73,26 @@ class DataInfoConfig(Config):
     """Also print one line per shard."""
 
 
+@dataclass(frozen=True)
+class DataIdentityConfig(Config):
+    """Write conversations in which the assistant says who it is, to mix into fine-tuning."""
+
+    name: str = "Archer"
+    """Name of the assistant."""
+    creator: str = "the person who runs me"
+    """Who trained the assistant, in its own words."""
+    output: Path = Path("identity.jsonl")
+    """File of JSON lines to write; an existing one is replaced."""
+    num_conversations: PositiveInt = 1000
+    """Number of conversations to write."""
+    template: Path | None = None
+    """Your own template (TOML). Defaults to the package's."""
+    save_template: Path | None = None
+    """Write the package's template to this new file, for editing, and nothing else."""
+    seed: Seed = 0
+    """Random seed for drawing the conversations."""
+
+
 def download(config: DataDownloadConfig, home: Home) -> None:
     """Download the shards that are not there yet.
 
@@ -92,8 +103,8 @@ def download(config: DataDownloadConfig, home: Home) -> None:
     console = build_console()
     directory = home.data_dir(config.source)
     remove_leftovers(directory)
-    progress = _DownloadProgress(console, config.num_shards + 1)
-    with progress.bar:
+    with LiveLine(console, "connecting") as line:
+        progress = _DownloadProgress(line, config.num_shards + 1)
         fetched = download_shards(
             SOURCES[config.source],
             config.num_shards,
@@ -133,16 +144,9 @@ def build(config: DataBuildConfig, home: Home) -> None:
         root = Path(config.source).expanduser()
         files = list_files(root)
         recipe, groups = describe_files(root, files), ([text] for text in iter_files(files))
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}: {task.completed:,} read"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as progress:
+    with LiveLine(console, f"building {directory.name}") as line:
         written = build_corpus(
-            progress.track(groups, description=f"building {directory.name}"),
+            _counted(groups, line, directory.name),
             directory,
             recipe,
             config.corpus,
@@ -167,6 +171,51 @@ def info(config: DataInfoConfig, home: Home) -> None:
         console.print(_describe(directory, list_each=config.shards))
 
 
+def identity(config: DataIdentityConfig, home: Home) -> None:
+    """Draw the conversations and write them, one JSON line each.
+
+    Raises:
+        UsageError: a value is empty, or the template's new file exists.
+        DataError: the template cannot be read, or the output not written.
+    """
+    console = build_console()
+    if config.save_template is not None:
+        if config.save_template.exists():
+            raise UsageError(f"{config.save_template} exists: name a new file for the template")
+        _write(config.save_template, default_template())
+        console.print(f"wrote the template to {config.save_template}")
+        return
+    values = {"name": config.name.strip(), "creator": config.creator.strip()}
+    for flag, value in values.items():
+        if not value:
+            raise UsageError(f"--{flag} is empty: give the assistant's {flag}")
+    text = default_template() if config.template is None else _read(config.template)
+    where = "the template" if config.template is None else str(config.template)
+    template = parse_template(text, values, where)
+    conversations = draw_identity(template, config.num_conversations, config.seed)
+    lines = [json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations]
+    _write(config.output, "".join(lines))
+    console.print(
+        f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
+    )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the template {path} ({error}): give a TOML file") from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_bytes(path, text.encode())
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path} ({error.strerror or error}): name a place that can be written"
+        ) from error
+
+
 def _default_name(source: str) -> str:
     if source == STDLIB:
         return STDLIB
@@ -177,6 +226,13 @@ def _default_name(source: str) -> str:
             f"{source} would be called {name!r}, which is the name of another source: give a --name"
         )
     return name
+
+
+def _counted(groups: Iterable[Group], line: LiveLine, name: str) -> Iterator[Group]:
+    """Yield the groups, saying how many there were."""
+    for number, group in enumerate(groups, start=1):
+        line.show(f"building {name}: {number:,} read")
+        yield group
 
 
 def _describe(directory: Path, *, list_each: bool = False) -> Table:
@@ -206,26 +262,16 @@ def _format(figures: Sequence[int]) -> list[str]:
 
 
 class _DownloadProgress:
-    """Show bytes, rate and time left: a live line on a terminal, plain lines elsewhere.
+    """Say how many bytes have arrived, at what rate, and the time left.
 
     Sizes that are not known yet are taken to be the mean of the known ones.
     """
 
-    def __init__(self, console: Console, num_files: int) -> None:
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._num_files, self._lock = num_files, threading.Lock()
-        self._task = self.bar.add_task(f"0 of {num_files} shards")
+    def __init__(self, line: LiveLine, num_files: int) -> None:
+        self._line, self._num_files, self._lock = line, num_files, threading.Lock()
         self._files: dict[str, tuple[int, int, int]] = {}
         """By name: bytes that had arrived at first, that have arrived now, and size."""
-        self._printed = self._began = time.monotonic()
+        self._began = time.monotonic()
 
     def report(self, name: str, arrived: int, size: int) -> None:
         with self._lock:
@@ -235,17 +281,13 @@ class _DownloadProgress:
             starts, arrivals, sizes = (sum(column) for column in zip(*files, strict=True))
             finished = sum(done == size for _, done, size in files)
             # What an earlier command had fetched is not part of this one's rate.
-            completed = arrivals - starts
+            done = arrivals - starts
             total = sizes * self._num_files / len(self._files) - starts
-            self._show(f"{finished} of {self._num_files} shards", completed, total)
-
-    def _show(self, files: str, completed: int, total: float) -> None:
-        self.bar.update(self._task, description=files, completed=completed, total=total)
-        now = time.monotonic()
-        if self.bar.disable and now - self._printed >= PLAIN_LINE_SECONDS:
-            self._printed = now
-            rate = max(completed, 1) / (now - self._began)
-            self.bar.console.print(
-                f"{files}, {completed / 1e6:,.0f} of {total / 1e6:,.0f} MB at "
-                f"{rate / 1e6:,.1f} MB/s, {duration_text((total - completed) / rate)} left"
+            rate = max(done, 1) / max(time.monotonic() - self._began, 1e-9)
+            self._line.show(
+                f"{finished} of {self._num_files} shards, {done / 1e6:,.0f} of "
+                f"{total / 1e6:,.0f} MB at {rate / 1e6:,.1f} MB/s, "
+                f"{duration_text((total - done) / rate)} left",
+                done,
+                total,
             )

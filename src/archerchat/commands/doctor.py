@@ -21,7 +21,7 @@ from archerchat.model.attention import BACKENDS, choose_backend
 from archerchat.planning.gpus import find_gpu
 from archerchat.planning.peak_flops import measure_peak
 from archerchat.runtime import Runtime, build_runtime, dtype_name
-from archerchat.training.environment import describe_environment
+from archerchat.training.telemetry import describe_environment
 
 REQUIRED = (
     "endlex", "huggingface-hub", "jinja2", "markdown-it-py", "matplotlib", "numpy", "pyarrow",

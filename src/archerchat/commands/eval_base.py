@@ -1,50 +1,59 @@
 """`archerchat eval base`: measure a base model by CORE, by bits per byte and by samples.
 
-archerchat eval base --eval core,bpb,sample --max-per-task 500
-archerchat eval base --eval bpb --text war_and_peace.txt
+    archerchat eval base --eval core,bpb,sample --max-per-task 500
+    archerchat eval base --eval bpb --text war_and_peace.txt
+
+CORE's figures go to `evals/base/<tag>/core_<step>.json` under the home; an evaluation that was
+interrupted resumes from the `.partial.json` beside it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from archerchat.commands.eval_core import evaluate_core
+from archerchat.checkpoint import META
 from archerchat.commands.sample import SampleConfig, print_samples
-from archerchat.config import DeviceConfig, PositiveInt
-from archerchat.console import build_console
+from archerchat.config import PositiveInt
+from archerchat.console import LiveLine, build_console, duration_text
 from archerchat.data.shards import data_directory, list_shards, split_shards
 from archerchat.data.text_loader import TextLoader
+from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text_batches
-from archerchat.evals.core.evaluate import CoreOptions
-from archerchat.files import write_json
+from archerchat.evals.core.bundle import load_bundle
+from archerchat.evals.core.download import find_bundle
+from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
+from archerchat.evals.core.results import (
+    CoreResult,
+    PartialResults,
+    TaskResult,
+    describe,
+    is_offline,
+)
+from archerchat.files import sha256_file, write_json
 from archerchat.home import Home
-from archerchat.inference.loading import LoadedModel, load_model
+from archerchat.inference.loading import InferenceModel, LoadedModel, ModelOptions
 from archerchat.model.loss import token_losses
-from archerchat.runtime import Runtime, build_runtime, prepare_process
+from archerchat.runtime import Runtime, dtype_name
 
 EVALUATIONS = ("core", "bpb", "sample")
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
-class EvalBaseConfig(DeviceConfig):
+class EvalBaseConfig(ModelOptions):
     """Evaluate a base model."""
 
-    model_tag: str | None = None
-    """Model to evaluate. Defaults to the one saved last."""
-    step: int | None = None
-    """Checkpoint to evaluate. Defaults to the latest."""
     eval: str = "bpb,sample"
     """Evaluations to run, separated by commas: core, bpb (bits per byte), sample."""
     bundle: str | None = None
@@ -79,14 +88,12 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
     splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []
     if config.text and not config.text.is_file():
         raise UsageError(f"--text {config.text}: there is no such file")
-    runtime = build_runtime(config.device, config.dtype)
-    prepare_process(runtime)
+    loaded, runtime = config.load(home, "base")
     console = build_console(quiet=not runtime.is_master)
-    loaded = load_model(home, runtime, "base", config.model_tag, config.step)
     console.print(f"{loaded.path}", style="dim")
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
     if "core" in asked:
-        core = evaluate_core(loaded, runtime, home, console, config.bundle, config.core)
+        core = _evaluate_core(loaded, runtime, home, console, config.bundle, config.core)
         results["core"] = core.to_json()
     if not runtime.is_master:
         return
@@ -96,6 +103,97 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
         print_samples(loaded, SampleConfig(), console)
     if config.json is not None:
         write_json(config.json, results)
+
+
+def _evaluate_core(
+    loaded: LoadedModel,
+    runtime: Runtime,
+    home: Home,
+    console: Console,
+    bundle: str | None,
+    options: CoreOptions,
+) -> CoreResult:
+    """Evaluate CORE, resuming an interrupted call, and write the results on the first rank."""
+    with joined_ranks(runtime) as ranks:
+        folder = ranks.first_alone(
+            lambda: find_bundle(bundle, home.cache_dir, notify=console.print)
+        )
+        tasks = load_bundle(folder)
+        evaluation = CoreEvaluation(tasks, loaded.tokenizer, options, ranks)
+        if not runtime.is_master:
+            return evaluation.run(InferenceModel(loaded.model).model)
+        about = {
+            "checkpoint": str(loaded.path),
+            "step": loaded.step,
+            "checkpoint_sha256": sha256_file(loaded.path / META),
+            "tokenizer": loaded.tokenizer.fingerprint,
+            "bundle": str(tasks.directory),
+            "bundle_sha256": tasks.fingerprint(),
+            "dtype": dtype_name(runtime.compute_dtype),
+            "device": runtime.device_name,
+            "options": asdict(options),
+        }
+        # A score that is capped or is not CORE has a name of its own, so it never replaces CORE.
+        name = "offline" if is_offline(tasks.tasks) else "core"
+        cap = "" if options.max_per_task is None else f"_max{options.max_per_task}"
+        path = home.eval_dir("base", loaded.tag) / f"{name}_{loaded.step:06d}{cap}.json"
+        kept = PartialResults(path.with_suffix(".partial.json"), about)
+        result = _run_core(evaluation, loaded, kept, console)
+    write_json(path, {**about, **result.to_json()})
+    kept.remove()
+    for note in describe(result):
+        console.print(f"note: {note}")
+    low, high = result.core - result.half_width, result.core + result.half_width
+    title = "offline tasks (not CORE):" if is_offline(result.tasks) else "CORE"
+    console.print(
+        f"{title} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
+        f"{duration_text(result.seconds)}; {path}"
+    )
+    return result
+
+
+def _run_core(
+    evaluation: CoreEvaluation, loaded: LoadedModel, kept: PartialResults, console: Console
+) -> CoreResult:
+    """Evaluate with a bar on a terminal, and one line per task elsewhere."""
+    model = InferenceModel(loaded.model).model
+    if kept.tasks:
+        console.print(f"resuming after {', '.join(kept.tasks)}")
+    expected = evaluation.estimate(model.config.windows, kept.tasks)
+    examples = sum(each.examples for each in expected.values())
+    total, spent = sum(each.tokens for each in expected.values()), 0.0
+    console.print(
+        f"CORE: {examples:,} examples in {len(expected)} tasks, about {total / 1e6:,.1f} million "
+        "tokens to run"
+    )
+    table = Table(title="CORE", title_justify="left", box=SIMPLE)  # fits in 80 columns
+    table.add_column("task", no_wrap=True)
+    for column in ("examples", "accuracy", "centred", "per second"):
+        table.add_column(column, justify="right")
+    started = time.monotonic()
+
+    def on_progress(label: str, share: float) -> None:
+        done = spent + share * expected[label].tokens
+        seconds = time.monotonic() - started
+        left = duration_text((total - done) * seconds / done) if done else "?"
+        line.show(f"{label} | about {left} left in all", done)
+
+    def on_task(result: TaskResult) -> None:
+        nonlocal spent
+        if result.label in expected:  # it was not kept from an earlier call
+            spent += expected[result.label].tokens
+        accuracy, centred = f"{result.accuracy:.4f}", f"{result.centred:.4f}"
+        rate = f"{result.examples_per_second:,.1f}"
+        table.add_row(result.label, f"{result.examples:,}", accuracy, centred, rate)
+        if not console.is_terminal:
+            console.print(
+                f"{result.label}: accuracy {accuracy}, centred {centred}, {rate} examples/s"
+            )
+
+    with LiveLine(console, "CORE", total) as line:
+        result = evaluation.run(model, kept, on_task, on_progress)
+    console.print(table)
+    return result
 
 
 def _names(given: str, flag: str, known: tuple[str, ...]) -> list[str]:
@@ -148,11 +246,12 @@ def _measure_splits(
 def _iter_batches(
     loader: TextLoader, runtime: Runtime, steps: int, title: str, console: Console
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    quiet = not console.is_terminal
-    for _ in track(range(steps), title, console=console, transient=True, disable=quiet):
-        batch = next(loader)
-        inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
-        yield inputs.to(runtime.device), targets.to(runtime.device)
+    with LiveLine(console, title, steps) as line:
+        for step in range(steps):
+            line.show(f"{title} | batch {step + 1} of {steps}", step)
+            batch = next(loader)
+            inputs, targets = torch.from_numpy(batch.inputs), torch.from_numpy(batch.targets)
+            yield inputs.to(runtime.device), targets.to(runtime.device)
 
 
 def _measure(

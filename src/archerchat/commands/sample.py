@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich.console import Console
 
-from archerchat.config import Config, DeviceConfig
 from archerchat.console import build_console
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import LoadedModel, load_model
+from archerchat.inference.loading import LoadedModel, ModelOptions
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
 from archerchat.inference.sequence import Event, Request
-from archerchat.runtime import build_runtime, prepare_process
 
 SAMPLING = SamplingParams(max_new_tokens=96, temperature=0.7, top_k=50, num_samples=3)
 PROMPTS = (
@@ -33,19 +31,14 @@ CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), 
 
 
 @dataclass(frozen=True)
-class SampleConfig(Config):
+class SampleConfig(ModelOptions):
     """Print samples of a model, with prompts and without one."""
 
     source: Literal["base", "sft", "rl"] = "base"
     """Stage to load: base, sft or rl."""
-    model_tag: str | None = None
-    """Name of the model. Defaults to the one saved last."""
-    step: int | None = None
-    """Step of the checkpoint to load. Defaults to the latest."""
     prompt: str | None = None
     """Text to continue. By default, a few built-in prompts, then samples without a prompt."""
     sampling: SamplingParams = SAMPLING
-    runtime: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 def sample(config: SampleConfig, home: Home) -> None:
@@ -56,9 +49,7 @@ def sample(config: SampleConfig, home: Home) -> None:
         CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
     config.sampling.refuse_changes("logprobs")
-    runtime = build_runtime(config.runtime.device, config.runtime.dtype)
-    prepare_process(runtime)
-    loaded = load_model(home, runtime, config.source, config.model_tag, config.step)
+    loaded, _ = config.load(home, config.source)
     console = build_console()
     console.print(f"{loaded.path}", style="dim")
     print_samples(loaded, config, console)
@@ -110,5 +101,4 @@ def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[str]]:
             if event.finish_reason is not None:
                 return
 
-    for number in range(count):
-        yield pieces(number)
+    return map(pieces, range(count))

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt
-from archerchat.console import PLAIN_LINE_SECONDS, build_console
+from archerchat.console import LiveLine, build_console
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes, write_json
@@ -96,27 +95,37 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         return
 
     shards_read: list[Path] = []
-    started = time.monotonic()
-    progress = _TrainingProgress(console, config.vocab_size - 256 - len(SPECIAL_TOKENS))
-    with progress.bar:
+    started, characters = time.monotonic(), 0
+
+    def report(phase: Phase, read: int) -> None:
+        nonlocal characters
+        characters, millions = read, read / 1e6
+        rate = millions / max(time.monotonic() - started, 1e-9)
+        text = f"read {millions:,.1f} M characters at {rate:,.2f} M/s"
+        if phase == "merge":
+            merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
+            text += f", learning {merges:,} merges"
+        line.show(text, always=phase == "merge")
+
+    with LiveLine(console, "reading") as line:
         tokenizer = train_tokenizer(
             _iter_recorded(shards, shards_read),
             config.vocab_size,
             max_chars=config.max_chars,
             document_chars=config.doc_cap,
-            on_progress=progress.report,
+            on_progress=report,
         )
     tokenizer.provenance = {
         "data": str(data.resolve()),
         "vocab_size": config.vocab_size,
         "max_chars": config.max_chars,
         "doc_cap": config.doc_cap,
-        "characters": progress.characters,
+        "characters": characters,
         "shards": [_identify(shard) for shard in shards_read],
     }
     tokenizer.save(directory)
     console.print(
-        f"trained {tokenizer.vocab_size:,} tokens on {progress.characters:,} characters in "
+        f"trained {tokenizer.vocab_size:,} tokens on {characters:,} characters in "
         f"{time.monotonic() - started:.1f} s: {directory}"
     )
 
@@ -153,32 +162,6 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
             "texts": {row.text: _as_json(row) for row in rows},
         }
         write_json(config.json, figures)
-
-
-class _TrainingProgress:
-    """Show how far training is: a live line on a terminal, a plain one now and then elsewhere."""
-
-    def __init__(self, console: Console, num_merges: int) -> None:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.characters, self._num_merges = 0, num_merges
-        self._task = self.bar.add_task("reading")
-        self._started = self._shown = time.monotonic()
-        self._interval = PLAIN_LINE_SECONDS if self.bar.disable else 0.2
-
-    def report(self, phase: Phase, characters: int) -> None:
-        self.characters = characters
-        now = time.monotonic()
-        if phase == "read" and now - self._shown < self._interval:
-            return
-        self._shown = now
-        rate = characters / max(now - self._started, 1e-9)
-        line = f"read {characters / 1e6:,.1f} M characters at {rate / 1e6:,.2f} M/s"
-        if phase == "merge":
-            line += f", learning {self._num_merges:,} merges"
-        self.bar.update(self._task, description=line)
-        if self.bar.disable:
-            self.bar.console.print(line)
 
 
 def _iter_recorded(shards: Iterable[Path], shards_read: list[Path]) -> Iterator[str]:

@@ -74,11 +74,7 @@ class Counts:
 def render_whole(
     tokenizer: Tokenizer, mixture: TaskMixture, index: int
 ) -> tuple[list[int], list[int]]:
-    """Render a conversation of a mixture, however long it is.
-
-    Raises:
-        DataError: it is malformed; the message names its task and its place there.
-    """
+    """Render a conversation of a mixture, however long; an error names its task and place there."""
     try:
         return render_conversation(tokenizer, mixture[index], sys.maxsize)
     except DataError as error:
@@ -91,10 +87,7 @@ def fit_conversation(
 ) -> tuple[Document | None, bool]:
     """Truncate a rendered conversation to a row, and encode it for the packer.
 
-    Args:
-        ids, mask: from `render_conversation`.
-        row_length: T + 1.
-        end_id: `<|assistant_end|>`, after which to truncate if one fits.
+    A conversation that is longer is cut after its last `end_id`, `<|assistant_end|>`, that fits.
 
     Returns:
         The document, None if nothing to learn is left; and whether it was truncated.
@@ -140,10 +133,7 @@ class ConversationLoader(PrefetchingLoader[_Plan, _State]):
     The thread starts at the first `next` and stops with `close`.
 
     Args:
-        mixture: what to read, in its order.
-        batch_size: rows per batch, B.
-        sequence_length: tokens per row, T.
-        buffer_size: conversations to choose from.
+        batch_size, sequence_length: rows per batch, B, and tokens per row, T.
         prefetch: batches prepared ahead.
         repeat: begin again after a pass, even inside a batch. If false, the last batch is filled
             with rows of nothing but padding, and no other follows.
@@ -294,20 +284,16 @@ class _RowSource:
 
     def _fill(self, end: int) -> None:
         """Fill the buffer up, but not beyond the pass that ends at `end`."""
-        while self._counts.read < end and self._packer.needs_documents():
-            self._read()
-
-    def _read(self) -> None:
-        """Put the next conversation in the buffer, or drop it."""
-        plan, counts = self._plan, self._counts
-        index = plan.indices[counts.read % len(plan.indices)]
-        rendered = render_whole(plan.tokenizer, plan.mixture, index)
-        document, cut = fit_conversation(*rendered, plan.row_length, self._end_id)
-        self._counts = replace(
-            counts,
-            read=counts.read + 1,
-            cut=counts.cut + (cut and document is not None),
-            dropped=counts.dropped + (document is None),
-        )
-        if document is not None:
-            self._packer.add(document)
+        plan = self._plan
+        while (counts := self._counts).read < end and self._packer.needs_documents():
+            index = plan.indices[counts.read % len(plan.indices)]
+            rendered = render_whole(plan.tokenizer, plan.mixture, index)
+            document, cut = fit_conversation(*rendered, plan.row_length, self._end_id)
+            self._counts = replace(
+                counts,
+                read=counts.read + 1,
+                cut=counts.cut + (cut and document is not None),
+                dropped=counts.dropped + (document is None),
+            )
+            if document is not None:
+                self._packer.add(document)

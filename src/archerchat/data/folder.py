@@ -19,11 +19,7 @@ MAX_CHARACTERS = 10_000
 
 
 def list_files(source: Path) -> list[Path]:
-    """Return the files below `source` (or `source` itself) that can be read, by relative path.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the files below `source`, or `source`, that can be read, at least one, by path."""
     found = source.rglob("*") if source.is_dir() else [source]
     files = sorted(
         path

@@ -27,6 +27,10 @@ from archerchat.errors import DataError, UsageError
 from archerchat.files import explained_writes, fsync, fsync_dir, sha256_file
 
 TIMEOUT_SECONDS = 10.0
+ATTEMPTS = 6
+"""Failures in a row until a download is given up; one that brought new bytes starts at one."""
+FIRST_DELAY_SECONDS = 1.0
+"""Doubled after each failure, up to `MAX_DELAY_SECONDS`."""
 MAX_DELAY_SECONDS = 30.0
 RETRIED_STATUS = {408, 425, 429}
 PART = ".part"
@@ -38,15 +42,6 @@ Notify = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class RetryPolicy:
-    """How often to try again; an attempt that brings new bytes does not count as a failure."""
-
-    attempts: int = 6
-    first_delay_seconds: float = 1.0
-    """Doubled after each failure, up to 30 seconds."""
-
-
-@dataclass(frozen=True)
 class HubSource:
     """A data set on the hub whose shards are numbered from 0; the last is validation."""
 
@@ -54,11 +49,7 @@ class HubSource:
     num_shards: int
 
     def shard_names(self, num_train: int) -> list[str]:
-        """Return the validation shard's name, then those of the first `num_train` others.
-
-        Raises:
-            UsageError: the source does not have that many.
-        """
+        """Return the validation shard's name, then those of the first `num_train` others."""
         last = self.num_shards - 1
         if not 1 <= num_train <= last:
             raise UsageError(
@@ -83,7 +74,6 @@ def download_shards(
     endpoint: str | None = None,
     report: Report = lambda name, arrived, size: None,
     notify: Notify = lambda message: None,
-    retry: RetryPolicy | None = None,
 ) -> list[Path]:
     """Fetch what `directory` lacks of the first `num_train` shards and validation, in parallel.
 
@@ -97,11 +87,9 @@ def download_shards(
         What was fetched.
 
     Raises:
-        UsageError: the source does not have that many shards, or there is no worker.
+        UsageError: the source does not have that many shards.
         DataError: a file cannot be had; what arrived is kept for the next attempt.
     """
-    if workers < 1:
-        raise UsageError(f"{workers} workers cannot download: give at least 1")
     names, stop = source.shard_names(num_train), threading.Event()
     missing = [name for name in names if not (directory / name).exists()]
 
@@ -114,7 +102,6 @@ def download_shards(
             token=None,
             report=report,
             notify=notify,
-            retry=retry,
             stop=stop,
         )
 
@@ -140,7 +127,6 @@ def download_file(
     token: bool | None = False,
     report: Report = lambda name, arrived, size: None,
     notify: Notify = lambda message: None,
-    retry: RetryPolicy | None = None,
     stop: threading.Event | None = None,
 ) -> None:
     """Fetch one file to `path`, unless it is there.
@@ -159,7 +145,7 @@ def download_file(
         return
     with explained_writes(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    retry, stop, failures = retry or RetryPolicy(), stop or threading.Event(), 0
+    stop, failures = stop or threading.Event(), 0
     download = _Download(url, path, check, token, report, stop)
     while True:
         most_arrived = download.most_arrived
@@ -176,13 +162,13 @@ def download_file(
                     f"{url} answered {status}: check the source's name and --endpoint, and that "
                     f"you may read it"
                 ) from error
-            if failures >= retry.attempts or isinstance(error, OfflineModeIsEnabled):
+            if failures >= ATTEMPTS or isinstance(error, OfflineModeIsEnabled):
                 raise DataError(
                     f"gave up on {url} after {failures} attempts ({reason}): check the network "
                     f"and run the same command again, which resumes the download. Without a "
                     f"network, {without_network}"
                 ) from error
-        delay = min(retry.first_delay_seconds * 2.0 ** (failures - 1), MAX_DELAY_SECONDS)
+        delay = min(FIRST_DELAY_SECONDS * 2.0 ** (failures - 1), MAX_DELAY_SECONDS)
         notify(f"{path.name}: {reason}; trying again in {delay:.0f} s")
         if stop.wait(delay):
             raise _Stopped

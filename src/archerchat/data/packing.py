@@ -143,16 +143,6 @@ class ConcatPacker(_OpenRow):
         return tuple(self._queue)
 
 
-Packer = BestFitPacker | ConcatPacker
-
-
-def build_packer(packing: Packing, row_length: int, buffer_size: int) -> Packer:
-    """Build the packer of that name; only best fit has a use for `buffer_size`."""
-    if packing == "best-fit":
-        return BestFitPacker(row_length, buffer_size)
-    return ConcatPacker(row_length)
-
-
 def join_documents(documents: Sequence[Document], dtype_if_none: DTypeLike) -> dict[str, Tensor]:
     """Return documents end to end, `tokens`, and their `lengths` (int64)."""
     lengths = np.array([len(document) for document in documents], np.int64)
@@ -161,12 +151,7 @@ def join_documents(documents: Sequence[Document], dtype_if_none: DTypeLike) -> d
 
 
 def split_documents(state: Mapping[str, Any]) -> tuple[Document, ...]:
-    """Undo `join_documents`.
-
-    Raises:
-        KeyError: a tensor is missing.
-        ValueError: the lengths are not those of documents that make up the tokens.
-    """
+    """Undo `join_documents`; what is missing or does not fit is a KeyError or ValueError."""
     tokens, lengths = state["tokens"].numpy(), state["lengths"].tolist()
     if tokens.ndim != 1 or min(lengths, default=1) < 1 or sum(lengths) != len(tokens):
         raise ValueError(f"{tokens.shape} tokens in documents of {sum(lengths)} tokens")

@@ -80,14 +80,12 @@ class Batch:
     @property
     def inputs(self) -> NDArray[np.int64]:
         """(B, T), contiguous; a view."""
-        inputs: NDArray[np.int64] = self.stacked[0]
-        return inputs
+        return np.asarray(self.stacked[0])
 
     @property
     def targets(self) -> NDArray[np.int64]:
         """(B, T), contiguous; a view."""
-        targets: NDArray[np.int64] = self.stacked[1]
-        return targets
+        return np.asarray(self.stacked[1])
 
 
 @dataclass(frozen=True)
@@ -101,11 +99,7 @@ class Plan:
 class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
     """Iterate over batches that a thread prepares; a checkpoint holds the state after the last one.
 
-    The thread starts at the first `next` and stops with `close`.
-
-    Args:
-        state: before the first batch.
-        depth: batches prepared ahead.
+    The thread starts at the first `next`, stays `depth` batches ahead, and stops with `close`.
     """
 
     def __init__(self, plan: PlanT, state: StateT, depth: int) -> None:
@@ -123,11 +117,8 @@ class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> StateT:
-        """Read what `state_dict` returned, except for the identity.
-
-        Raises:
-            KeyError, TypeError, ValueError: a part is missing or does not fit the others.
-        """
+        """Read what `state_dict` returned, except for the identity; what is missing or does not
+        fit is a KeyError, TypeError or ValueError."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the batch after the saved one.

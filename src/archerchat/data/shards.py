@@ -59,11 +59,7 @@ def list_sources(home: Home) -> list[Path]:
 
 
 def list_shards(directory: Path) -> list[Path]:
-    """Return the shards in `directory` by name, temporary files excluded.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the shards in `directory` by name, at least one; temporary files are excluded."""
     found = directory.glob("*.parquet") if directory.is_dir() else ()
     shards = sorted(path for path in found if not path.name.startswith("."))
     if not shards:

@@ -113,13 +113,8 @@ def _module_name(path: Path) -> str:
 
 def _list_topics(tree: ast.Module) -> list[str]:
     """Read the strings out of `topics = {...}`."""
-    return [
-        value.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Dict)
-        for value in node.values
-        if isinstance(value, ast.Constant) and isinstance(value.value, str)
-    ]
+    tables = (node for node in ast.walk(tree) if isinstance(node, ast.Dict))
+    return [text for table in tables for text in ast.literal_eval(table).values()]
 
 
 def render_help(name: str, tree: ast.Module) -> str:

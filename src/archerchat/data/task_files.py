@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_url
 
-from archerchat.data.hub import Notify, RetryPolicy, download_file
+from archerchat.data.hub import Notify, download_file
 from archerchat.home import Home
 from archerchat.tasks.hub import TaskFiles
 
@@ -22,7 +22,6 @@ def task_files(
     *,
     endpoint: str | None = None,
     notify: Notify = lambda message: None,
-    retry: RetryPolicy | None = None,
 ) -> TaskFiles:
     """Return where tasks find their rows.
 
@@ -43,7 +42,6 @@ def task_files(
             without_network="--data-dir names a folder with local files instead",
             token=None,
             notify=notify,
-            retry=retry,
         )
 
     return TaskFiles(cache=home.cache_dir / "tasks", local=data_dir, fetch=fetch)

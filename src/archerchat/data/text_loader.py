@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from archerchat.data.packing import (
+    BestFitPacker,
+    ConcatPacker,
     Document,
     Packing,
     Row,
-    build_packer,
     join_documents,
     split_documents,
 )
@@ -72,14 +73,11 @@ class TextLoader(PrefetchingLoader[_Plan, _State]):
     a lone BOS. The thread starts at the first `next` and stops with `close`.
 
     Args:
-        shards: what to read, in this order.
-        batch_size: rows per batch, B.
-        sequence_length: tokens per row, T.
+        batch_size, sequence_length: rows per batch, B, and tokens per row, T.
         packing: `best-fit` drops what does not fit, `concat` continues it in the next row.
         buffer_size: documents that best fit chooses from.
         tokenizer_batch: documents that enter the buffer together, never across row groups.
-        prefetch: batches prepared ahead.
-        num_threads: threads that tokenize.
+        prefetch, num_threads: batches prepared ahead, and threads that tokenize.
         extend: continue a saved state into shards that follow the saved ones, and accept another
             batch size (rows are whole between batches). By default shards that the saved state
             does not name, such as those downloaded since, are left out, so that the batches stay
@@ -159,8 +157,6 @@ class TextLoader(PrefetchingLoader[_Plan, _State]):
 
 def _check_ranks(shards: Sequence[Path], world_size: int) -> None:
     """Open shards until one has a row group for each rank: usually the first."""
-    if not shards:
-        raise DataError(f"the loader was given no shards: {MAKE_DATA}")
     most = 0
     for path in shards:
         with Shard(path) as shard:
@@ -187,9 +183,9 @@ def _names_and_sizes(shards: Sequence[Path]) -> list[list[Any]]:
 def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[Batch, _State]]:
     """Yield each batch after `state` with the state after it."""
     identity = plan.identity
-    packer = build_packer(
-        identity["packing"], identity["sequence_length"] + 1, identity["buffer_size"]
-    )
+    packer: BestFitPacker | ConcatPacker = ConcatPacker(identity["sequence_length"] + 1)
+    if identity["packing"] == "best-fit":
+        packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"])
     dtype = np.uint16 if plan.tokenizer.vocab_size <= 1 << 16 else np.uint32
     for document in state.documents:
         packer.add(document)
@@ -199,9 +195,7 @@ def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[Batch, _State]]:
     while True:
         while packer.needs_documents():
             position, next_document, texts = next(chunks)
-            for ids in plan.tokenizer.encode_batch(
-                texts, prepend_bos=True, num_threads=plan.num_threads
-            ):
+            for ids in plan.tokenizer.encode_batch(texts, plan.num_threads):
                 packer.add(np.array(ids, dtype))
         if (row := packer.place()) is not None:
             rows.append(row)

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 
-from archerchat.console import build_console
+from archerchat.console import LiveLine, build_console
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import Prompt, build_tree, common_prefix
@@ -30,41 +29,46 @@ from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.inference.sequence import Request, SequenceHook
+from archerchat.inference.sequence import Request
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, prepare_process
-from archerchat.tokenizer.bpe import Tokenizer
 
 NAME = "archerchat"
 """The model's name in the harness."""
 MAX_NEW_TOKENS = 256
-"""Length of an answer where a task does not say."""
+"""Length of an answer, unless the task has one."""
 
 
 def score_prompts(
     model: Transformer, prompts: Sequence[Prompt], batch_tokens: int | None = None
-) -> Iterator[tuple[int, float, bool]]:
-    """Yield each prompt's index, its log probability, and whether all its tokens are the likeliest.
+) -> list[tuple[float, bool]]:
+    """Return each prompt's log probability, and whether all its tokens are the likeliest.
 
     Args:
         batch_tokens: tokens in a forward pass; by default as many as CORE takes.
     """
     trees = [build_tree(index, [prompt]) for index, prompt in enumerate(prompts)]
-    for outcomes, _ in iter_outcomes(Scorer(model), trees, "language_modeling", batch_tokens):
-        for outcome in outcomes:
-            scored = len(trees[outcome.index].target)
-            total = -outcome.losses[0] * scored if scored else 0.0
-            yield outcome.index, total, outcome.all_predicted
+    scores = [(0.0, True)] * len(prompts)
+    done = 0
+    with LiveLine(build_console(stderr=True), "log likelihoods", len(prompts)) as line:
+        for outcomes, _ in iter_outcomes(Scorer(model), trees, "language_modeling", batch_tokens):
+            for outcome in outcomes:
+                scored = len(trees[outcome.index].target)
+                total = -outcome.losses[0] * scored if scored else 0.0
+                scores[outcome.index] = total, outcome.all_predicted
+            done += len(outcomes)
+            line.show(f"log likelihoods | {done} of {len(prompts)}", done)
+    return scores
 
 
 class HarnessModel:
     """Answer the harness's three kinds of requests, each an object with `args`.
 
     Args:
-        home: where models are; by default from the environment.
-        tag, stage, step: which checkpoint, as in `archerchat eval`.
-        device, dtype: what to run on and in; by default the best there is. On the harness's command
-            line the device has a flag of its own, `--device`.
+        tag, stage, step: the checkpoint, as in `archerchat eval`.
+        device, dtype: by default the best ones of this machine. On the harness's command line the
+            device has a flag of its own, `--device`.
+        home: folder of the models; by default from the environment.
         batch_tokens: tokens in a forward pass; by default as many as CORE takes.
         loaded: a model in memory, instead of all the above.
         ignored: what the harness hands to every model.
@@ -111,19 +115,11 @@ class HarnessModel:
         return [sum(next(scores)[0] for _ in prompts) for prompts in pieces]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Continue each context until one of its stop texts, which is left out."""
+        """Continue each context up to one of its stop strings, which is left out."""
         engine = self._engine = self._engine or Engine(self.model)
-        asked, stops = [], []
-        for request in requests:
-            context, options = request.args
-            stops.append(_stop_texts(options))
-            asked.append(self._request(context, options, stops[-1], engine.max_length))
-        answers = []
-        for stop_texts, (completion, *_) in zip(stops, engine.generate(asked), strict=True):
-            text = self.tokenizer.decode(completion.token_ids)
-            ends = [place for stop in stop_texts if (place := text.find(stop)) >= 0]
-            answers.append(text[: min(ends)] if ends else text)
-        return answers
+        pairs = [request.args for request in requests]
+        asked = [self._request(context, options, engine.max_length) for context, options in pairs]
+        return [completion.text for (completion,) in engine.generate(asked)]
 
     def prompt(self, context: str, continuation: str) -> Prompt:
         """Tokenize context and continuation together; what the continuation changes is scored."""
@@ -144,52 +140,20 @@ class HarnessModel:
         return np.array([self.tokenizer.bos_id, *self.tokenizer.encode(text)], dtype=np.int32)
 
     def _score(self, prompts: Sequence[Prompt]) -> list[tuple[float, bool]]:
-        console = build_console(stderr=True)
-        scores = track(
-            score_prompts(self.model, prompts, self.batch_tokens),
-            "log likelihoods",
-            total=len(prompts),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        return [(total, greedy) for _, total, greedy in sorted(scores)]
+        return score_prompts(self.model, prompts, self.batch_tokens)
 
-    def _request(
-        self, context: str, options: Mapping[str, Any], stop_texts: Sequence[str], length: int
-    ) -> Request:
+    def _request(self, context: str, options: Mapping[str, Any], length: int) -> Request:
         new = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)
         new = min(new, length - 1)
         sampled = options.get("do_sample", False)
         temperature = float(options.get("temperature") or 0.0) if sampled else 0.0
+        until = options.get("until") or []
+        stop = tuple(filter(None, [until] if isinstance(until, str) else until))
         bos = self.tokenizer.bos_id
-        prompt = [bos, *self.tokenizer.encode(context)]
-        room = length - new
-        if len(prompt) > room:  # the end of the context is what is asked
-            prompt = prompt[-room:]
-
-        def hook() -> SequenceHook:
-            return _StopAtText(self.tokenizer, stop_texts, bos)
-
-        return Request(prompt, SamplingParams(new, temperature, stop_token_ids=(bos,)), hook)
-
-
-class _StopAtText:
-    """End a row as soon as it has said one of the stop texts."""
-
-    def __init__(self, tokenizer: Tokenizer, stop_texts: Sequence[str], end: int) -> None:
-        self.tokenizer, self.stop_texts, self.end = tokenizer, stop_texts, end
-        self.token_ids: list[int] = []
-
-    def __call__(self, token: int) -> Sequence[int]:
-        self.token_ids.append(token)
-        text = self.tokenizer.decode(self.token_ids)
-        return [self.end] if any(stop in text for stop in self.stop_texts) else []
-
-
-def _stop_texts(options: Mapping[str, Any]) -> list[str]:
-    until = options.get("until") or []
-    return [until] if isinstance(until, str) else [text for text in until if text]
+        # What is asked is at the end of the context.
+        prompt = [bos, *self.tokenizer.encode(context)][new - length :]
+        params = SamplingParams(new, temperature, stop=stop, stop_token_ids=(bos,))
+        return Request(prompt, params, decode=self.tokenizer.decode)
 
 
 def register() -> type:

@@ -56,22 +56,21 @@ def _closing_bracket(rng: random.Random) -> Row:
     return {"query": query, "choices": choices, "gold": choices.index(BRACKETS[opening])}
 
 
-def _imported_name(rng: random.Random) -> Row:
-    """After which import is a name known?"""
-    module, name, other = _words(rng, 3)
+def _known_name(rng: random.Random, context: str, continuation: str) -> Row:
+    """After which of two contexts is a name known?"""
+    place, name, other = _words(rng, 3)
     gold = rng.randrange(2)
     names = [name, other] if gold == 0 else [other, name]
-    contexts = [f"from {module} import {each}\n\nresult =" for each in names]
-    return {"context_options": contexts, "continuation": f"{name}()", "gold": gold}
+    contexts = [context.format(place=place, name=each) for each in names]
+    return {"context_options": contexts, "continuation": name + continuation, "gold": gold}
+
+
+def _imported_name(rng: random.Random) -> Row:
+    return _known_name(rng, "from {place} import {name}\n\nresult =", "()")
 
 
 def _defined_argument(rng: random.Random) -> Row:
-    """Which function has the argument that its body returns?"""
-    function, argument, other = _words(rng, 3)
-    gold = rng.randrange(2)
-    names = [argument, other] if gold == 0 else [other, argument]
-    contexts = [f"def {function}({each}):\n    return" for each in names]
-    return {"context_options": contexts, "continuation": argument, "gold": gold}
+    return _known_name(rng, "def {place}({name}):\n    return", "")
 
 
 def _repeated_list(rng: random.Random) -> Row:

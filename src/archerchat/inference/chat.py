@@ -10,11 +10,10 @@ out of the prompt; a system message stays.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
 
 from archerchat.errors import UsageError
 from archerchat.inference.calculator import evaluate as calculate
@@ -36,17 +35,13 @@ def build_answer_request(
     stop_token_ids = (*answer_stop_ids(tokenizer), *params.stop_token_ids)
     params = replace(params, stop_token_ids=stop_token_ids)
     decode = tokenizer.decode if params.stop else None
-    return Request(prompt, params, ToolUse(tokenizer, calculate), decode)
+    return Request(prompt, params, partial(ToolUse, tokenizer, calculate), decode)
 
 
 def generate_texts(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[str]:
-    """Return what the model says after each prompt: `params.num_samples` texts per prompt.
-
-    Raises:
-        UsageError: a prompt is too long or has unknown tokens.
-    """
+    """Return what the model says after each prompt: `params.num_samples` texts per prompt."""
     requests = [Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     return [each.text for group in engine.generate(requests) for each in group]
 
@@ -66,6 +61,7 @@ class ChatSession:
     engine: Engine
     tokenizer: Tokenizer
     params: SamplingParams = CHAT_SAMPLING
+    """How the next answers are sampled; may be replaced."""
     system: str | None = None
     """Joined to the first message that the model is shown."""
     turns: list[Turn] = field(default_factory=list)
@@ -79,14 +75,6 @@ class ChatSession:
         """Start a new conversation."""
         self.turns.clear()
         self.forgotten, self.completion = 0, Completion()
-
-    def set_params(self, **changes: Any) -> None:
-        """Change how the next answers are sampled.
-
-        Raises:
-            UsageError: a value is outside its limit; nothing has changed then.
-        """
-        self.params = replace(self.params, **changes)
 
     def answer(self, message: str) -> Iterator[Piece]:
         """Yield the answer to `message` as it comes.
@@ -134,10 +122,6 @@ class ChatSession:
             messages.append({"role": "user", "content": turn.message})
             messages.append({"role": "assistant", "content": content})
         return {"messages": messages}
-
-    def to_json_line(self) -> str:
-        """Return the conversation as a line of a JSONL file."""
-        return json.dumps(self.to_conversation(), ensure_ascii=False) + "\n"
 
     def _build_prompt(self, message: str) -> tuple[list[int], int]:
         """Return the prompt with as many turns as there is room for, and how many are left out."""

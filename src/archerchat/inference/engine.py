@@ -61,17 +61,12 @@ class Engine:
         self.overlap = model.device.type == "cuda" if overlap is None else overlap
         self._runner = ModelRunner(model, max_batch, self.max_length, compile)
         self.model = self._runner.model
-        self._scheduler = Scheduler(self._runner.prefill)
+        self._scheduler = Scheduler(self.model)
         self._running: list[Sequence] = []
         self._plan: SamplingPlan | None = None  # of the running sequences; None after a change
         self._unread: deque[tuple[list[Sequence], Fetch]] = deque()
         self._events: list[Event] = []
         self.steps = 0
-
-    @property
-    def prefilled_tokens(self) -> int:
-        """Prompt tokens run so far: each shared prefix once, padding not counted."""
-        return self._scheduler.prefilled_tokens
 
     @property
     def busy(self) -> bool:
@@ -89,13 +84,12 @@ class Engine:
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""
         assert not self._running, "sequences in work were started with the old weights"
-        self._runner.refresh_weights()
+        self._runner.inference.refresh()
 
     def add(self, number: int, request: Request) -> None:
         """Queue a request; its events carry `number`, which no other request in work may have.
 
-        Raises:
-            UsageError: its prompt is too long or has unknown tokens.
+        Raises as `check` does.
         """
         self.check(request)
         self._scheduler.add(number, request)
@@ -141,11 +135,7 @@ class Engine:
             self.reset()
 
     def generate(self, requests: abc.Sequence[Request]) -> list[list[Completion]]:
-        """Return each request's completions, one per sample.
-
-        Raises:
-            UsageError: a request cannot be served; nothing has run then.
-        """
+        """Return each request's completions, one per sample; raises as `stream` does."""
         completions = [[Completion() for _ in range(r.params.num_samples)] for r in requests]
         for event in self.stream(requests):
             completions[event.request][event.sample].add(event)
@@ -159,7 +149,6 @@ class Engine:
             self._read_all(but=0)  # first tokens: some sequences end with theirs
         self._compact()
         if self._running:
-            self._force()
             self._launch()
         self._read_all(but=1 if self.overlap and self._running else 0)
         events, self._events = self._events, []
@@ -197,14 +186,11 @@ class Engine:
             self._runner.sample_first(first, torch.stack(logits), plan)
             self._fetch(first, plan)
 
-    def _force(self) -> None:
-        """Replace the tokens that hooks forced, before anything is computed from them."""
-        for row, sequence in enumerate(self._running):
-            token = sequence.forced_input
-            if token is not None:
-                self._runner.force(row, token)
-
     def _launch(self) -> None:
+        """Launch a step, before which the tokens that hooks forced replace the sampled ones."""
+        for row, sequence in enumerate(self._running):
+            if (token := sequence.forced_input) is not None:
+                self._runner.force(row, token)
         self._plan = self._plan or _covering(self._running)
         self._runner.step([sequence.num_cached for sequence in self._running], self._plan)
         self.steps += 1

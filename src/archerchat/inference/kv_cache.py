@@ -36,11 +36,7 @@ class Prefix:
 
 
 def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
-    """Return (B, 1, 1, slots): 0 for slots that a row has written, -inf for the others.
-
-    Args:
-        lengths: (B,), tokens that each row keeps so far.
-    """
+    """Return (B, 1, 1, slots): 0 for what rows of lengths (B,) have written, -inf elsewhere."""
     unwritten = torch.arange(slots, device=lengths.device)[None, :] >= lengths[:, None]
     mask = torch.zeros(unwritten.shape, dtype=dtype, device=lengths.device)
     return mask.masked_fill(unwritten, -math.inf)[:, None, None, :]
@@ -57,18 +53,15 @@ class RingPart:
     """From `ring_mask`; each row has one token at least."""
 
 
+@dataclass(eq=False)
 class RingLayer:
-    """One layer's past in a decoding step: one new token for each of B rows.
+    """One layer's past in a decoding step: one new token for each of B rows."""
 
-    Args:
-        parts: together the B rows, in order. Rows of similar length in a part of their own are
-            read no further than they reach.
-    """
-
-    def __init__(self, parts: Sequence[RingPart]) -> None:
-        self.parts = parts
-        self.new_keys: Tensor | None = None
-        self.new_values: Tensor | None = None
+    parts: Sequence[RingPart]
+    """Together the B rows, in order. Rows of similar length in a part of their own are read no
+    further than they reach."""
+    new_keys: Tensor | None = None
+    new_values: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (B, 1, H, D) to the ring and to the token itself.
@@ -122,12 +115,7 @@ def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[
 
 
 class KVCache:
-    """Keys and values of up to `rows` rows of up to `max_length` tokens.
-
-    Args:
-        config: the model's shape.
-        dtype: the model's compute dtype.
-    """
+    """Keys and values of up to `rows` rows of up to `max_length` tokens."""
 
     def __init__(
         self,
@@ -153,11 +141,6 @@ class KVCache:
         # A captured step also runs rows that nothing was put in. With a length of 0 they would
         # attend to nothing at all and leave NaN, which no mask hides.
         self.lengths = torch.ones(rows, dtype=torch.int64, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the keys and values; `memory.kv_cache_bytes` for each row."""
-        return sum(ring.nbytes for ring in self._rings.values())
 
     def state(self, rows: int) -> list[Tensor]:
         """Return views of everything that a step of the first `rows` rows changes."""

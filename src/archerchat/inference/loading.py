@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
+from archerchat.config import DeviceConfig
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.home import Home
 from archerchat.model.attention import choose_backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Linear, Transformer
-from archerchat.runtime import Runtime
+from archerchat.runtime import Runtime, build_runtime, prepare_process
 from archerchat.tokenizer.bpe import Tokenizer
 
 MIN_PACKED = 64
@@ -43,15 +44,32 @@ class LoadedModel:
     step: int
     meta: dict[str, Any]
 
+    @property
+    def tag(self) -> str:
+        """The model's name."""
+        return self.path.parent.name
+
+
+@dataclass(frozen=True)
+class ModelOptions(DeviceConfig):
+    """Options of commands that load a model."""
+
+    model_tag: str | None = None
+    """Name of the model. Defaults to the one saved last."""
+    step: int | None = None
+    """Step of the checkpoint to load. Defaults to the latest."""
+
+    def load(self, home: Home, stage: str) -> tuple[LoadedModel, Runtime]:
+        """Prepare this process and load the model; raises as `load_model` does."""
+        runtime = build_runtime(self.device, self.dtype)
+        prepare_process(runtime)
+        return load_model(home, runtime, stage, self.model_tag, self.step), runtime
+
 
 def load_model(
     home: Home, runtime: Runtime, stage: str, tag: str | None, step: int | None = None
 ) -> LoadedModel:
-    """Load a model and the tokenizer that it was trained with.
-
-    Args:
-        tag: the model's name; by default the one saved last.
-        step: a checkpoint; by default the latest.
+    """Load a model, by default the one saved last, and the tokenizer that it was trained with.
 
     Raises:
         UsageError: there is no such model or step.
@@ -73,11 +91,7 @@ def load_model(
 
 
 def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """Return the shape of a checkpoint's model.
-
-    Raises:
-        CheckpointError: the checkpoint does not say it.
-    """
+    """Return the shape of a checkpoint's model, or raise `CheckpointError` if it has none."""
     try:
         return ModelConfig(**checkpoint.meta["model_config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -155,14 +169,11 @@ class InferenceModel:
     """
 
     def __init__(self, source: Transformer) -> None:
-        self._source, self.model = source, source
+        self.model = source
         self._cast: list[tuple[CastLinear, Linear]] = []
         self.packed = False
-        if source.compute_dtype != torch.float32:
-            self._build()
-
-    def _build(self) -> None:
-        source = self._source
+        if source.compute_dtype == torch.float32:
+            return
         self.packed = can_pack(source.device, source.compute_dtype)
         with torch.device("meta"):
             model = Transformer(source.config, source.compute_dtype, source.backend)

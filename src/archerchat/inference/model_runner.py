@@ -22,7 +22,6 @@ from torch import Tensor
 
 from archerchat.inference.kv_cache import KVCache, Prefix, RingLayer, RingPart, ring_mask
 from archerchat.inference.loading import InferenceModel
-from archerchat.inference.prefill import Prefilled, prefill
 from archerchat.inference.sampler import Sampler, SamplingPlan
 from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
@@ -117,9 +116,8 @@ class ModelRunner:
     """Rows in decoding: their cache, last tokens and sampling parameters.
 
     Args:
-        model: its weights as they are now; `refresh_weights` copies later ones.
-        rows: most rows at a time.
-        max_length: most tokens of a row.
+        model: its weights as they are now; `inference.refresh` copies later ones.
+        rows, max_length: most rows at a time, and most tokens of a row.
         compile: compile the step of a single row, on CPUs in float32.
 
     Attributes:
@@ -128,26 +126,18 @@ class ModelRunner:
 
     def __init__(self, model: Transformer, rows: int, max_length: int, compile: bool) -> None:
         device = model.device
-        self._inference = InferenceModel(model)
-        self.model, self.max_rows = self._inference.model, rows
+        self.inference = InferenceModel(model)
+        self.model, self.max_rows = self.inference.model, rows
         self.cache = KVCache(model.config, rows, max_length, model.compute_dtype, device)
         self.sampler = Sampler(rows, model.config.vocab_size, device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows = torch.arange(rows, device=device)
-        compiles = compile and device.type == "cpu" and not self._inference.packed
+        compiles = compile and device.type == "cpu" and not self.inference.packed
         self._single: Forward | None = compiled(forward_token) if compiles else None
         self._captures = device.type == "cuda"
         self._pool: Any = None
         self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
         self._fetches: list[Fetch] = []
-
-    def refresh_weights(self) -> None:
-        """Copy the model's weights after a training step changed them."""
-        self._inference.refresh()
-
-    def prefill(self, rows: Sequence[Sequence[int]], shared: Prefix | None = None) -> Prefilled:
-        """Run prompts after a shared prefix, or after nothing."""
-        return prefill(self.model, rows, shared)
 
     @torch.no_grad()
     def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
@@ -161,7 +151,10 @@ class ModelRunner:
         if self._captures:
             count = min(1 << (rows - 1).bit_length(), self.max_rows)
             span = max(1 << longest.bit_length(), MIN_CAPTURED_SPAN)
-            self._replay(count, min(span, max(self.cache.sizes)), plan)
+            key = count, min(span, max(self.cache.sizes)), plan
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(*key)
+            self._graphs[key].replay()
         elif rows == 1 and self._single is not None:
             span = COMPILED_SPAN
             while span <= longest:
@@ -180,12 +173,6 @@ class ModelRunner:
         logits, embedded, keys, values = forward(self.model, tokens, lengths, previous, parts)
         tokens.copy_(self.sampler.sample(logits, lengths + 1, plan, said=tokens))
         cache.append(embedded, keys, values, self._rows[:rows])
-
-    def _replay(self, rows: int, span: int, plan: SamplingPlan) -> None:
-        graph = self._graphs.get((rows, span, plan))
-        if graph is None:
-            graph = self._graphs[rows, span, plan] = self._capture(rows, span, plan)
-        graph.replay()
 
     def _capture(self, rows: int, span: int, plan: SamplingPlan) -> torch.cuda.CUDAGraph:
         """Record a step, leaving the rows as they are.

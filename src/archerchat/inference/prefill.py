@@ -11,6 +11,7 @@ every real token. The prefix is computed once, whatever the number of continuati
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,15 +27,15 @@ MIN_FILLED = 0.75
 """A prompt shorter than this share of the longest in a batch starts a new batch."""
 
 
+@dataclass(eq=False)
 class PromptLayer:
     """One layer's past in a prefill: the shared prefix; keeps the new keys and values."""
 
-    def __init__(
-        self, window: int, backend: Backend, past: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        self.window, self.backend, self.past = window, backend, past
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
+    window: int
+    backend: Backend
+    past: tuple[Tensor, Tensor] | None
+    keys: Tensor | None = None
+    values: Tensor | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (B, T, H, D) to the prefix and to the new tokens up to each."""
@@ -47,25 +48,18 @@ class PromptLayer:
         return attend(q, k, v, self.window, self.backend)
 
 
+@dataclass(frozen=True, eq=False)
 class Prefilled:
-    """A batch of prompts that have run, after `shared` where that is given.
+    """A batch of prompts that have run, after `shared` where that is given."""
 
-    Args:
-        hidden: (B, T, C), padded on the right.
-        embedded: (B, T, C), the normalised embeddings.
-    """
-
-    def __init__(
-        self,
-        model: Transformer,
-        lengths: Sequence[int],
-        hidden: Tensor,
-        embedded: Tensor,
-        layers: Sequence[PromptLayer],
-        shared: Prefix | None,
-    ) -> None:
-        self.model, self.lengths, self.hidden = model, tuple(lengths), hidden
-        self._embedded, self._layers, self._shared = embedded, layers, shared
+    model: Transformer
+    lengths: Sequence[int]
+    hidden: Tensor
+    """(B, T, C), padded on the right."""
+    embedded: Tensor
+    """(B, T, C), the normalised embeddings."""
+    layers: Sequence[PromptLayer]
+    shared: Prefix | None
 
     def last_logits(self) -> Tensor:
         """Return the capped float32 logits (B, vocab_size) that follow each row."""
@@ -76,7 +70,7 @@ class Prefilled:
     def prefix(self, row: int) -> Prefix:
         """Return what a continuation of a row needs, the shared prefix included."""
         count = self.lengths[row]
-        before = self._shared.length if self._shared else 0
+        before = self.shared.length if self.shared else 0
 
         def kept(new: Tensor | None, past: Tensor | None, window: int) -> Tensor:
             assert new is not None
@@ -85,11 +79,11 @@ class Prefilled:
             return whole[:, -window:]
 
         keys, values = [], []
-        for layer in self._layers:
+        for layer in self.layers:
             past_k, past_v = layer.past or (None, None)
             keys.append(kept(layer.keys, past_k, layer.window))
             values.append(kept(layer.values, past_v, layer.window))
-        return Prefix(before + count, tuple(keys), tuple(values), self._embedded[row, count - 1])
+        return Prefix(before + count, tuple(keys), tuple(values), self.embedded[row, count - 1])
 
 
 @torch.no_grad()

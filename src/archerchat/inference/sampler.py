@@ -67,12 +67,8 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Return one float32 in [0, 1), a multiple of 2^-24, for each seed and position.
-
-    Args:
-        seeds: int64, from `derive_seed`.
-        positions: int64, below 2^32.
-    """
+    """Return one float32 in [0, 1), a multiple of 2^-24, for each seed of `derive_seed` and each
+    position below 2^32; both are int64."""
     mixed = _mix32((seeds & _MASK32) ^ 0x5BD1E995)
     mixed = _mix32(mixed ^ (seeds >> 32))
     mixed = _mix32(mixed ^ positions)
@@ -80,10 +76,7 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Keep the parameters of a batch's rows as tensors, and sample with them.
-
-    Args:
-        rows: most rows of a batch.
+    """Keep the parameters of a batch of at most `rows` rows as tensors, and sample with them.
 
     Attributes:
         records: (rows, 1 + 2n) float32, or None until a row asks for log probabilities: that of

@@ -9,20 +9,18 @@ prefix is kept at a time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from archerchat.inference.kv_cache import Prefix
-from archerchat.inference.prefill import Prefilled, iter_batches
+from archerchat.inference.prefill import iter_batches, prefill
 from archerchat.inference.sequence import Request
+from archerchat.model.transformer import Transformer
 
 MIN_SHARED = 16
 """Fewest tokens worth sharing: running a prefix by itself costs a pass."""
-
-Prefill = Callable[[Sequence[Sequence[int]], Prefix | None], Prefilled]
-"""Run rows of token ids after a shared prefix, or after nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,12 @@ class WaitingRequest:
 class Scheduler:
     """Keep the queue of waiting requests, ordered so that shared prefixes run once.
 
-    Args:
-        prefill: runs prompts on the model.
+    Attributes:
+        prefilled_tokens: prompt tokens run so far: each shared prefix once, padding not counted.
     """
 
-    def __init__(self, prefill: Prefill) -> None:
-        self._prefill = prefill
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
         self._queue: deque[WaitingRequest] = deque()
         self._grouped = True
         self.prefilled_tokens = 0
@@ -74,27 +72,23 @@ class Scheduler:
         return len(self._queue)
 
     def add(self, number: int, request: Request) -> None:
-        """Queue a request."""
         self._queue.append(WaitingRequest(number, request))
         self._grouped = False
 
     def remove(self, number: int) -> WaitingRequest | None:
         """Take a request out of the queue and return it; None if it does not wait."""
-        for waiting in self._queue:
-            if waiting.number == number:
-                self._queue.remove(waiting)
-                return waiting
-        return None
+        found = next((each for each in self._queue if each.number == number), None)
+        if found is not None:
+            self._queue.remove(found)
+        return found
 
     def clear(self) -> None:
-        """Drop every request."""
         self._queue.clear()
 
     def schedule(self, places: int) -> list[tuple[WaitingRequest, int, PrefilledPrompt]]:
         """Start up to `places` samples and run the prompts that they need.
 
-        Returns:
-            The request, the sample's number and the prompt of each.
+        Return the request, the sample's number and the prompt of each.
         """
         if not self._grouped:
             self._group()
@@ -153,7 +147,7 @@ class Scheduler:
             start = 0 if prefix is None else prefix.length
             rows = [list(waiting.request.prompt[start:]) for waiting in members]
             for batch in iter_batches([len(row) for row in rows]):
-                ran = self._prefill([rows[i] for i in batch], prefix)
+                ran = prefill(self._model, [rows[i] for i in batch], prefix)
                 self.prefilled_tokens += sum(ran.lengths)
                 logits = ran.last_logits()
                 for place, i in enumerate(batch):
@@ -163,7 +157,7 @@ class Scheduler:
 
     def _run_shared(self, shared: _SharedPrefix) -> Prefix:
         if shared.prefix is None:
-            shared.prefix = self._prefill([shared.token_ids], None).prefix(0)
+            shared.prefix = prefill(self._model, [shared.token_ids]).prefix(0)
             self.prefilled_tokens += len(shared.token_ids)
         return shared.prefix
 
@@ -180,10 +174,8 @@ class PrefixGroup:
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many tokens two prompts have in common at their beginnings."""
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(different, min(len(a), len(b)))
 
 
 def group_by_prefix(
@@ -195,8 +187,7 @@ def group_by_prefix(
     beginning down. Two clusters become one group where their shorter common beginning saves more,
     (members - 1) * shared, than the two save by themselves.
 
-    Returns:
-        Groups in the order of their first member; every prompt is in one.
+    The groups are in the order of their first member; every prompt is in one.
     """
     ordered = sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i))
     # Of each cluster, at the place of its leftmost prompt: the groups, and the tokens they save.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import abc
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from archerchat.errors import UsageError
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
@@ -14,28 +14,17 @@ FinishReason = Literal["stop", "max_tokens", "length", "cancelled"]
 Decode = abc.Callable[[list[int]], str]
 """From token ids to text; bytes that are no whole character become U+FFFD."""
 
+SequenceHook = abc.Callable[[int], abc.Sequence[int]]
+"""Takes each token that the model chose in one sequence; returns tokens to force after it, such as
+a tool's result, which are not shown to the hook."""
+
 MAX_PENDING = 4
 """Most tokens of an unfinished character, one byte each."""
 
 
-class SequenceHook(Protocol):
-    """Watch the tokens of one sequence and force what comes next, such as a tool's result."""
-
-    def __call__(self, token: int) -> abc.Sequence[int]:
-        """Take the next token that the model chose; return tokens to force after it.
-
-        Forced tokens are not shown to the hook.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, and how.
-
-    Raises:
-        UsageError: the prompt is empty.
-    """
+    """A prompt to continue, and how."""
 
     prompt: abc.Sequence[int]
     """Token ids, at least one; usually BOS comes first."""
@@ -77,18 +66,12 @@ class Event:
     finish_reason: FinishReason | None = None
     """Set in the last event of a sequence."""
     stop_token: int | None = None
-    """The stop token that ended the sequence."""
     stop_string: str | None = None
-    """The stop string that ended the sequence."""
+    """What ended the sequence, if it was one of these."""
     text: str = ""
     """The text that is certain since the last event; it may lag behind the tokens."""
     logprobs: TokenLogprobs | None = None
     """Those of the token, or of the stop token; None for forced tokens."""
-
-    @property
-    def mask(self) -> int:
-        """1 for a token that the model chose, else 0."""
-        return int(self.token is not None and not self.forced)
 
 
 @dataclass
@@ -111,7 +94,7 @@ class Completion:
         """Append the sequence's next event."""
         if event.token is not None:
             self.token_ids.append(event.token)
-            self.mask.append(event.mask)
+            self.mask.append(int(not event.forced))
             if event.logprobs is not None or self.logprobs:
                 self.logprobs.append(event.logprobs)
         self.text += event.text
@@ -166,12 +149,7 @@ class Detokenizer:
 
 
 class Sequence:
-    """A sample that has a row in the batch.
-
-    Args:
-        number: the request's.
-        sample: which of the request's samples.
-        max_length: tokens that the row has room for, prompt included.
+    """A sample that has a row in the batch, which has room for `max_length` tokens.
 
     Attributes:
         seed: of this sample's draws.
@@ -245,11 +223,7 @@ class Sequence:
 
 
 def check_request(request: Request, vocab_size: int, max_length: int) -> None:
-    """Refuse what an engine cannot serve.
-
-    Raises:
-        UsageError: the prompt has unknown tokens or leaves no room in the context.
-    """
+    """Refuse a prompt that has unknown tokens or leaves no room in the context."""
     longest = max_length - 1
     if len(request.prompt) > longest:
         raise UsageError(
@@ -258,8 +232,6 @@ def check_request(request: Request, vocab_size: int, max_length: int) -> None:
         )
     ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
     for name, tokens in ids.items():
-        wrong = [
-            t for t in (min(tokens, default=0), max(tokens, default=0)) if not 0 <= t < vocab_size
-        ]
-        if wrong:
-            raise UsageError(f"{name} has token {wrong[0]}; the model knows 0 to {vocab_size - 1}")
+        for token in (min(tokens, default=0), max(tokens, default=0)):
+            if not 0 <= token < vocab_size:
+                raise UsageError(f"{name} has token {token}; the model knows 0 to {vocab_size - 1}")

@@ -3,7 +3,7 @@
     <|python_start|> 12*7 <|python_end|>   the model's
     <|output_start|> 84 <|output_end|>     forced, mask 0
 
-    Request(ids, hook=ToolUse(tokenizer, evaluate))   # calls the calculator
+    Request(ids, hook=partial(ToolUse, tokenizer, evaluate))   # calls the calculator
 
     reader = AnswerReader(tokenizer)                  # from tokens to text, as they come
     for token in tokens: show(reader.read(token))
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from archerchat.inference.sequence import Detokenizer, SequenceHook
+from archerchat.inference.sequence import Detokenizer
 from archerchat.tokenizer.bpe import Tokenizer
 
 Evaluate = Callable[[str], str | None]
@@ -36,19 +36,8 @@ def answer_stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
     return tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id
 
 
-@dataclass(frozen=True)
 class ToolUse:
-    """Build the hook of each sequence; pass it as `Request.hook`."""
-
-    tokenizer: Tokenizer
-    evaluate: Evaluate
-
-    def __call__(self) -> SequenceHook:
-        return ToolUseHook(self.tokenizer, self.evaluate)
-
-
-class ToolUseHook:
-    """Follow the expressions of one sequence."""
+    """The hook of one sequence, which follows its expressions."""
 
     def __init__(self, tokenizer: Tokenizer, evaluate: Evaluate) -> None:
         self._tokenizer, self._evaluate = tokenizer, evaluate

@@ -9,8 +9,9 @@ the unembedding are taken on the spot, so the backward pass only scales them. Th
 products, as many as the plain computation takes, and no recomputation. In bfloat16 the logits are
 read once; float32 rounds as a plain cross-entropy does.
 
-The soft cap (SPEC section 2) bounds every logit by 15, so the exponentials need no running
-maximum in float32: V * exp(15) is far inside its range.
+The soft cap (SPEC section 2; Gemma 2, https://arxiv.org/abs/2408.00118) bounds every logit by 15,
+so the exponentials need no running maximum in float32: V * exp(15) is far inside its range. Forming
+logits a chunk at a time is also the idea of Cut Your Losses (https://arxiv.org/abs/2411.09009).
 """
 
 from __future__ import annotations

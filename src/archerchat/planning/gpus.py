@@ -16,7 +16,6 @@ clock x 2 x 2.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +127,7 @@ _OTHER_CHIP = {"laptop", "mobile", "max", "d", "mig"}
 """Words that make a name another, slower chip: laptop parts, export models, slices of a card."""
 
 
-def find_gpu(device_name: str, gpus: Iterable[Gpu] = GPUS) -> Gpu | None:
+def find_gpu(device_name: str) -> Gpu | None:
     """Return the card whose every word is in `device_name`, the most specific one, or None.
 
     The words may be apart ("A100-SXM4-80GB" is an "A100 80GB") but must be whole ("L40S" is no
@@ -137,7 +136,7 @@ def find_gpu(device_name: str, gpus: Iterable[Gpu] = GPUS) -> Gpu | None:
     words = _words(device_name)
     if words & _OTHER_CHIP:
         return None
-    matches = [gpu for gpu in gpus if _words(gpu.name) <= words]
+    matches = [gpu for gpu in GPUS if _words(gpu.name) <= words]
     return max(matches, key=lambda gpu: len(_words(gpu.name)), default=None)
 
 

@@ -59,7 +59,6 @@ def estimate_memory(
     """Estimate the memory of one rank.
 
     Args:
-        config: the shape.
         compute_dtype: dtype of activations; embeddings are stored in it when it is bfloat16.
         device: its kind decides how many logits the loss forms at a time.
         world_size: ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
@@ -99,18 +98,13 @@ def activation_elements_per_token(config: ModelConfig) -> int:
 def max_device_batch_size(estimate: MemoryEstimate, memory_bytes: int, rows: int) -> int | None:
     """Return the largest power of two of rows that fits, or None if not even one does.
 
-    Args:
-        estimate: the needs of one rank.
-        memory_bytes: memory of its device.
-        rows: rows of one rank per optimizer step; the result divides it.
+    It divides `rows`, the rows of one rank per optimizer step.
     """
     usable = memory_bytes * (1 - RESERVED_SHARE)
-    if estimate.total(1) > usable:
-        return None
     size = 1
     while rows % (2 * size) == 0 and estimate.total(2 * size) <= usable:
         size *= 2
-    return size
+    return size if estimate.total(size) <= usable else None
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

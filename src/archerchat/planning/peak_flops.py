@@ -58,7 +58,6 @@ def peak_flops(runtime: Runtime, cache_dir: Path) -> PeakFlops:
     """Look up, recall or measure the peak rate of `runtime`'s device in its compute dtype.
 
     Args:
-        runtime: names the device and the dtype.
         cache_dir: holds `peak_flops.json`; an entry that cannot be used is measured again, and a
             directory that cannot be written only costs the next run a second.
     """
@@ -98,7 +97,6 @@ def measure_peak(runtime: Runtime, seconds: float = MEASURE_SECONDS) -> Measurem
     slower, and a step that does part of its work in float32 would exceed that "peak".
 
     Args:
-        runtime: the device and the dtype.
         seconds: about how long to measure; a shape is left out when a few products of it would
             take longer than what is left.
     """

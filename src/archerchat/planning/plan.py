@@ -141,11 +141,7 @@ class Plan:
 
 
 def build_plan(config: PlanConfig, cache_dir: Path) -> Plan:
-    """Estimate what a run takes.
-
-    Args:
-        config: the run and the machine.
-        cache_dir: keeps this machine's measured rate, if that is needed.
+    """Estimate what a run takes; `cache_dir` keeps this machine's measured rate, if it is needed.
 
     Raises:
         UsageError: the run is impossible, or the card is unknown.
@@ -168,58 +164,44 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> Plan:
 
 
 def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: Path) -> Machine:
-    """Look a card up, or describe the device of this machine.
-
-    Raises:
-        UsageError: the card is unknown; lists those that are known.
-    """
-    memory_bytes = int(memory_gib * 2**30) if memory_gib else None
+    """Look a card up that must be known, or describe the device of this machine."""
     if gpu_name is None:
         runtime = build_runtime()
-        is_cuda = runtime.device.type == "cuda"
-        gpu = find_gpu(runtime.device_name) if is_cuda else None
-        peak = peak_flops(runtime, cache_dir)
-        return Machine(
-            runtime.device_name,
-            runtime.device.type,
-            dtype_name(runtime.compute_dtype),
+        name, kind, dtype = runtime.device_name, runtime.device.type, runtime.compute_dtype
+        gpu, peak = find_gpu(name) if kind == "cuda" else None, peak_flops(runtime, cache_dir)
+        rate, source, memory_bytes = (
             peak.flops_per_second,
             peak.source,
-            memory_bytes or runtime.total_memory_bytes(),
-            _assumed_mfu(gpu) if is_cuda else MFU_CPU,
-            gpu,
+            runtime.total_memory_bytes(),
         )
-    gpu = find_gpu(gpu_name) or find_gpu(f"RTX {gpu_name}")
-    if gpu is None:
-        known = ", ".join(gpu.name for gpu in GPUS)
-        raise UsageError(f"no published figures for GPU {gpu_name!r}; known are: {known}")
-    dtype = training_dtype(gpu.capability)
-    published = gpu.flops_per_second(dtype)
-    assert published is not None  # a test holds the table to it
-    source = f"table: dense {dtype_name(dtype)}, float32 accumulate"
-    memory_bytes = memory_bytes or gpu.memory_gib * 2**30
+    else:
+        gpu = find_gpu(gpu_name) or find_gpu(f"RTX {gpu_name}")
+        if gpu is None:
+            known = ", ".join(gpu.name for gpu in GPUS)
+            raise UsageError(f"no published figures for GPU {gpu_name!r}; known are: {known}")
+        name, kind, dtype = gpu.name, "cuda", training_dtype(gpu.capability)
+        published, memory_bytes = gpu.flops_per_second(dtype), gpu.memory_gib * 2**30
+        assert published is not None  # a test holds the table to it
+        rate, source = published, f"table: dense {dtype_name(dtype)}, float32 accumulate"
+    mfu = MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
     return Machine(
-        gpu.name, "cuda", dtype_name(dtype), published, source, memory_bytes, _assumed_mfu(gpu), gpu
+        name,
+        kind,
+        dtype_name(dtype),
+        rate,
+        source,
+        int(memory_gib * 2**30) if memory_gib else memory_bytes,
+        mfu if kind == "cuda" else MFU_CPU,
+        gpu,
     )
-
-
-def _assumed_mfu(gpu: Gpu | None) -> float:
-    return MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
 
 
 def _schedule_points(schedule: Schedule) -> tuple[tuple[int, float, float, float], ...]:
     last = schedule.num_iterations
     turns = {0, schedule.warmup_steps, MOMENTUM_WARMUP_STEPS, schedule.warmdown_start, last}
-    return tuple(
-        (
-            it,
-            schedule.lr_multiplier(it),
-            schedule.muon_momentum(it),
-            schedule.muon_weight_decay(it),
-        )
-        for it in sorted(turns)
-        if it <= last
-    )
+    rate, momentum = schedule.lr_multiplier, schedule.muon_momentum
+    decay = schedule.muon_weight_decay
+    return tuple((it, rate(it), momentum(it), decay(it)) for it in sorted(turns) if it <= last)
 
 
 def _plan_data(config: PlanConfig, total_tokens: int) -> DataPlan:

@@ -33,12 +33,7 @@ class Markup(str):
 
 
 class Document:
-    """A report: Markdown, and the charts that it shows.
-
-    Args:
-        template: file beside this module.
-        values: what the template shows, by name.
-    """
+    """A report: Markdown by a template beside this module, and the charts that it shows."""
 
     def __init__(self, template: str, **values: Any) -> None:
         self.charts: dict[str, str] = {}

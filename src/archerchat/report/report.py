@@ -78,12 +78,7 @@ class Spending(NamedTuple):
 
 
 def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
-    """Read the runs of a model and the results of its stages.
-
-    Raises:
-        UsageError: there is no such run.
-        DataError: a journal is damaged.
-    """
+    """Read the runs of a model, as `load_family` does, and the results of its stages."""
     runs = load_family(home, tag)
     places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
     # An evaluation may be there without the journal of the run, as after a part of a pull.

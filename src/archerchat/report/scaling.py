@@ -92,7 +92,6 @@ def _minimize(target: Array, lines: Array, starts: list[Array]) -> Array:
     Args:
         target: log losses (runs).
         lines: a term's log size in each run (terms, runs); zeros for E, which has no exponent.
-        starts: points to start from.
     """
     from scipy.optimize import least_squares  # takes half a second
 
@@ -119,11 +118,7 @@ def _minimize(target: Array, lines: Array, starts: list[Array]) -> Array:
 
 
 def optimal_split(law: Law, flops: float) -> tuple[float, float]:
-    """Return the parameters and tokens of the least loss for FLOPs of 6 N D.
-
-    Args:
-        law: one of two terms, parameters and tokens.
-    """
+    """Return the N and D of least loss for FLOPs of 6 N D, by a law of these two terms."""
     (a, b), (alpha, beta) = law.factors, law.exponents
     share = beta / (alpha + beta)
     parameters = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (flops / 6) ** share

@@ -106,11 +106,7 @@ def gather_sizes(
 
 
 def fit_runs(runs: Sequence[SizedRun]) -> Fit:
-    """Fit the richest law that the runs allow.
-
-    Raises:
-        UsageError: all runs have the same size.
-    """
+    """Fit the richest law that the runs allow, which must not all have the same size."""
     if len({run.flops for run in runs}) < 2:
         raise UsageError("a law needs runs of at least two sizes, not 1: train more depths")
     losses, compute = [run.loss for run in runs], [[run.flops for run in runs]]

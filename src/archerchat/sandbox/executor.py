@@ -28,7 +28,6 @@ import secrets
 import selectors
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.errors import ArcherChatError, UsageError
+from archerchat.errors import ArcherChatError
 
 Ending = Literal["completed", "exited", "failed", "timeout", "memory", "output", "killed"]
 
@@ -77,14 +76,10 @@ class SandboxResult:
     outcome: Ending
     """`completed`: it ran to its end. `exited`: it ended itself before. `failed`: an exception.
     `timeout`, `memory`, `output`: it reached that limit. `killed`: a signal ended it."""
-    exit_code: int | None
-    """What the process returned; None if it was killed."""
     stdout: str
     stderr: str
     """Both cut at the limit of output."""
     isolation: Isolation
-    seconds: float
-    """From the call to the result."""
 
 
 def run_sandboxed(
@@ -110,13 +105,9 @@ def run_sandboxed(
         namespaces: False does without the kernel's isolation, as on a system that lacks it.
 
     Raises:
-        UsageError: a limit is not positive.
         SandboxError: the sandbox cannot be set up; the message says why.
     """
-    for name, value in (("timeout_s", timeout_s), ("memory_bytes", memory_bytes)):
-        if value <= 0:
-            raise UsageError(f"{name} is {value}: it must be positive")
-    start = time.monotonic()
+    deadline = time.monotonic() + timeout_s + GRACE_SECONDS
     directory = tempfile.mkdtemp(prefix="archerchat-sandbox-")
     try:
         request = {
@@ -129,10 +120,10 @@ def run_sandboxed(
             "namespaces": namespaces,
             "nonce": secrets.token_hex(16),
         }
-        ended = _exchange(request, max_output_bytes, start + timeout_s + GRACE_SECONDS)
+        ended = _exchange(request, max_output_bytes, deadline)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    return _judge(ended, time.monotonic() - start)
+    return _judge(ended)
 
 
 def _exchange(request: dict[str, Any], max_output: int, deadline: float) -> _Said:
@@ -154,11 +145,10 @@ def _exchange(request: dict[str, Any], max_output: int, deadline: float) -> _Sai
         raise
     finally:
         os.close(report_out)
-    content = json.dumps(request).encode()
     try:
         assert supervisor.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            supervisor.stdin.write(struct.pack("!Q", len(content)) + content)
+            supervisor.stdin.write(json.dumps(request).encode() + b"\n")
             supervisor.stdin.flush()
         return _collect(supervisor, report_in, max_output, deadline)
     finally:
@@ -210,7 +200,7 @@ def _end(supervisor: subprocess.Popen[bytes]) -> None:
         supervisor.wait()
 
 
-def _judge(ended: _Said, seconds: float) -> SandboxResult:
+def _judge(ended: _Said) -> SandboxResult:
     """Turn what was reported into a result."""
     report, stdout, stderr, flooded = ended
     said = stdout.decode(errors="replace"), stderr.decode(errors="replace")
@@ -229,7 +219,4 @@ def _judge(ended: _Said, seconds: float) -> SandboxResult:
         outcome = "killed"
     elif verdict:
         outcome = verdict["outcome"]
-    exit_code = code if code is not None and code >= 0 and outcome != "output" else None
-    return SandboxResult(
-        outcome, exit_code, *said, isolation=Isolation(**report["isolation"]), seconds=seconds
-    )
+    return SandboxResult(outcome, *said, isolation=Isolation(**report["isolation"]))

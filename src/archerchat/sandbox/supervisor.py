@@ -24,7 +24,6 @@ import runpy
 import select
 import shutil
 import signal
-import struct
 import sys
 import sysconfig
 import time
@@ -48,7 +47,7 @@ def main() -> None:
     """Serve the request on standard input; report on the file descriptor in `sys.argv[1]`."""
     report = int(sys.argv[1])
     os.set_inheritable(report, False)
-    request = _read_request()
+    request: Request = json.loads(sys.stdin.buffer.readline())  # the pipe stays open after it
     if LINUX:
         limits.prctl(limits.PR_SET_CHILD_SUBREAPER, 1)
     news_in, news_out = os.pipe()
@@ -69,22 +68,6 @@ def main() -> None:
         shutil.rmtree(request["directory"], ignore_errors=True)
     with contextlib.suppress(BrokenPipeError):
         os.write(report, json.dumps(result).encode())
-
-
-def _read_request() -> Request:
-    (length,) = struct.unpack("!Q", _read(8))
-    request: Request = json.loads(_read(length))
-    return request
-
-
-def _read(length: int) -> bytes:
-    content = b""
-    while len(content) < length:
-        piece = os.read(0, min(length - len(content), 1 << 20))
-        if not piece:
-            raise SystemExit("the request ended early")
-        content += piece
-    return content
 
 
 def _supervise(timeout: float, news: int) -> dict[str, Any]:

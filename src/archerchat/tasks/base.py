@@ -174,7 +174,7 @@ def find_number_leniently(text: str) -> Decimal | None:
     return -value if sign else value
 
 
-class TaskMixture(Sequence[Conversation]):
+class TaskMixture:
     """Tasks shuffled together; listing one several times oversamples it.
 
     The order depends on the tasks' lengths and `seed` alone.
@@ -200,7 +200,7 @@ class TaskMixture(Sequence[Conversation]):
 
     def origin(self, index: int) -> tuple[int, int]:
         """Return which of `tasks` a conversation comes from, and its index there."""
-        if not -len(self) <= index < len(self):
+        if not 0 <= index < len(self):
             raise IndexError(f"{index} of {len(self)} conversations")
         place = self._shuffled[index]
         task = bisect_right(self._ends, place)
@@ -210,12 +210,6 @@ class TaskMixture(Sequence[Conversation]):
         """Return a JSON value that tells this mixture from others."""
         return {"tasks": [task.describe() for task in self.tasks], "seed": self._seed}
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Conversation:
         task, inner = self.origin(index)
         return self.tasks[task][inner]

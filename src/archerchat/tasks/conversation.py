@@ -86,8 +86,13 @@ def check_conversation(value: Any, where: str) -> Conversation:
 
 
 def _check_content(content: Any, role: str, here: str) -> None:
-    if role != "assistant" or isinstance(content, str):
-        _check_text(content, f"{here} ({role})")
+    if role != "assistant" and not isinstance(content, str):
+        raise DataError(f"{here} ({role}): content must be text, not {_show(content)}")
+    if isinstance(content, str):
+        if not content.strip():
+            raise DataError(
+                f"{here} ({role}): content is empty: fill it in or remove the conversation"
+            )
         return
     if not isinstance(content, list) or not content:
         raise DataError(
@@ -105,13 +110,6 @@ def _check_content(content: Any, role: str, here: str) -> None:
         # Programs may print nothing, and text between two parts may be a space.
         if not isinstance(each.get("text"), str) or (each["type"] == "python" and not each["text"]):
             raise DataError(f"{place}: its text is {_show(each.get('text'))}: it must be text")
-
-
-def _check_text(text: Any, here: str) -> None:
-    if not isinstance(text, str):
-        raise DataError(f"{here}: content must be text, not {_show(text)}")
-    if not text.strip():
-        raise DataError(f"{here}: content is empty: fill it in or remove the conversation")
 
 
 def _show(value: Any) -> str:

@@ -2,16 +2,22 @@
 
 Example `index` of a split follows from the seed, the split and the index alone, on every machine.
 Words and problems are assigned to a split by their hash, so no test question is also a training
-question.
+question. Arithmetic is the smallest case of tool use: copy a problem into the calculator, and its
+result out of it. Spelling is harder than it looks, since a model sees tokens and not letters:
+SpellingBee counts by hand, letter by letter, and then checks itself with the calculator, and
+SimpleSpelling is the first half of that alone.
 
-`words.txt`, which spelling is about, holds the lower-case words of 3 to 15 letters, one of them a
-vowel, that stand free in at least three documents of the prose in Python's standard library. It is
-a file so that every machine and every Python asks the same questions.
+`questions.toml` holds the ways to ask. `words.txt`, which spelling is about, holds the lower-case
+words of 3 to 15 letters, one of them a vowel, that stand free in at least three documents of the
+prose in Python's standard library. It is a file so that every machine and every Python asks the
+same questions.
 """
 
 from __future__ import annotations
 
 import hashlib
+import string
+import tomllib
 from abc import abstractmethod
 from functools import cache
 from importlib.resources import files
@@ -19,25 +25,26 @@ from random import Random
 from typing import Any
 
 from archerchat.errors import UsageError
-from archerchat.tasks.base import Task
-from archerchat.tasks.conversation import Conversation
+from archerchat.tasks.base import NumberTask, Task
+from archerchat.tasks.conversation import Conversation, assistant, part, user
 
 TEST_SHARE = 10
 """One word or problem in ten belongs to the test."""
+QUOTES = ("", "", "'", '"')
+"""What may stand around a word or a letter; most people write nothing."""
 
 
 class GeneratedTask(Task):
     """A task whose examples are drawn from a random generator of their own.
 
     Raises:
-        UsageError: the split is neither `train` nor `test`, or the size is not positive.
+        UsageError: the split is neither `train` nor `test`.
     """
 
     def __init__(self, split: str = "train", size: int = 1000, seed: int = 0) -> None:
         check_split(split)
-        if size < 1:
-            raise UsageError(f"{self.name} cannot have {size} examples: give at least 1")
-        self.split = split
+        assert size > 0, f"{self.name} cannot have {size} examples"
+        self.split: str = split
         self._size, self._seed = size, seed
 
     def num_examples(self) -> int:
@@ -52,6 +59,121 @@ class GeneratedTask(Task):
     @abstractmethod
     def draw(self, random: Random) -> Conversation:
         """Return a conversation that depends on `random` and the task's settings alone."""
+
+
+class ArithmeticTask(NumberTask, GeneratedTask):
+    """Sums, differences and products of two whole numbers; the answer ends on `#### result`.
+
+    Args:
+        digits: most digits of a number, 1 to 15.
+    """
+
+    name = "Arithmetic"
+
+    def __init__(
+        self, split: str = "train", size: int = 1000, seed: int = 0, digits: int = 2
+    ) -> None:
+        super().__init__(split, size, seed)
+        assert 1 <= digits <= 15, f"numbers cannot have {digits} digits here"
+        self._digits = digits
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"digits": self._digits}
+
+    def draw(self, random: Random) -> Conversation:
+        left, sign, right = self._draw_problem(random)
+        result = str({"+": left + right, "-": left - right, "*": left * right}[sign])
+        shown = f"{left} {sign} {right}"
+        parts = [
+            part("text", f"{shown} = "),
+            part("python", f"{left}{sign}{right}"),
+            part("python_output", result),
+            part("text", f"{result}\n\n#### {result}"),
+        ]
+        question = random.choice(load_questions("arithmetic")).format(problem=shown)
+        return {"messages": [user(question), assistant(parts)]}
+
+    def _draw_problem(self, random: Random) -> tuple[int, str, int]:
+        """Draw until a problem belongs to this split."""
+        while True:
+            left, right = (
+                random.randrange(10 ** random.randint(1, self._digits)) for _ in range(2)
+            )
+            sign = random.choice("+-*")
+            if split_of(f"{left}{sign}{right}") == self.split:
+                return left, sign, right
+
+
+class SpellingBeeTask(NumberTask, GeneratedTask):
+    """Count a letter in a word: by hand, then with Python; the answer ends on `#### count`."""
+
+    name = "SpellingBee"
+
+    def draw(self, random: Random) -> Conversation:
+        word = random.choice(load_words(self.split))
+        # Mostly a letter that the word has; for others the answer is always 0.
+        letter = random.choice(word if random.random() < 0.9 else string.ascii_lowercase)
+        question = random.choice(load_questions("count")).format(
+            letter=_quoted(letter, random), word=_quoted(word, random)
+        )
+        count = word.count(letter)
+        check = f"Both ways, '{letter}' is in '{word}' {count} times."
+        parts = [
+            part("text", _count_by_hand(word, letter) + "\n\nNow with Python: "),
+            part("python", f"'{word}'.count('{letter}')"),
+            part("python_output", str(count)),
+            part("text", f"\n\n{check}\n\n#### {count}"),
+        ]
+        return {"messages": [user(_as_typed(question, random)), assistant(parts)]}
+
+
+class SimpleSpellingTask(GeneratedTask):
+    """Write a word letter by letter."""
+
+    name = "SimpleSpelling"
+
+    def draw(self, random: Random) -> Conversation:
+        word = random.choice(load_words(self.split))
+        question = random.choice(load_questions("spell")).format(word=_quoted(word, random))
+        return {"messages": [user(_as_typed(question, random)), assistant(_spell(word))]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        expected: str = conversation["messages"][-1]["content"]
+        return completion.strip() == expected
+
+
+def _spell(word: str) -> str:
+    return f"{word}: {','.join(word)}"
+
+
+def _count_by_hand(word: str, letter: str) -> str:
+    """Write the word, its letters, and the running count beside each letter that is looked for."""
+    lines, count = [f"I spell {_spell(word)}", "", f"Looking for '{letter}':"], 0
+    for number, each in enumerate(word, start=1):
+        count += each == letter
+        lines.append(f"{number}. {each}" + (f" yes, {count}" if each == letter else ""))
+    return "\n".join([*lines, "", f"By hand I count {count}."])
+
+
+def _quoted(text: str, random: Random) -> str:
+    quote = random.choice(QUOTES)
+    return f"{quote}{text}{quote}"
+
+
+def _as_typed(question: str, random: Random) -> str:
+    """Return the question as some people type: without capitals, or without the last sign."""
+    if random.random() < 0.3:
+        question = question.lower()
+    if random.random() < 0.3:
+        question = question.rstrip("?.？ ")
+    return question
+
+
+@cache
+def load_questions(kind: str) -> tuple[str, ...]:
+    """Return the ways to ask one kind of question, with placeholders in braces."""
+    text = files("archerchat.tasks").joinpath("questions.toml").read_text(encoding="utf-8")
+    return tuple(tomllib.loads(text)[kind])
 
 
 @cache

@@ -20,7 +20,7 @@ import gzip
 import json
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,7 +122,7 @@ class TaskFiles:
     local: Path | None = None
     """Folder that stands in for the hub."""
     fetch: Fetch | None = None
-    """How to download; None forbids it."""
+    """How to download; a local folder needs no way."""
 
     def rows(self, table: Table, split: str) -> Rows:
         """Read the rows of a split.
@@ -141,11 +141,7 @@ class TaskFiles:
     def _fetch(self, table: Table, name: str) -> Path:
         path = self.cache / table.repository.replace("/", "--") / table.revision[:12] / name
         if not path.exists():
-            if self.fetch is None:
-                raise DataError(
-                    f"{path} is not there and nothing may be downloaded: fetch it, or name a "
-                    f"folder with local files by --data-dir"
-                )
+            assert self.fetch is not None, f"there is no way to fetch {path}"
             self.fetch(table.repository, table.revision, name, path)
         return path
 
@@ -200,14 +196,17 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
         return _ParquetRows(pa.concat_tables([_read_parquet(path, columns) for path in paths]))
     rows = []
     for where, row in (line for path in paths for line in iter_json_lines(path)):
-        missing = [name for name in columns if not isinstance(row, dict) or name not in row]
-        if missing:
-            raise DataError(
-                f"{where}: the line has no {' and no '.join(map(repr, missing))}: each must be an "
-                f"object with {', '.join(columns)}"
-            )
+        _check_columns(where, row if isinstance(row, dict) else (), columns)
         rows.append(row)
     return rows
+
+
+def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) -> None:
+    if missing := [name for name in wanted if name not in found]:
+        raise DataError(
+            f"{where} has no {' and no '.join(map(repr, missing))} (it has "
+            f"{', '.join(found) or 'no columns'}): it is another data set"
+        )
 
 
 def iter_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -249,12 +248,7 @@ class _ParquetRows:
 def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
-            missing = [name for name in columns if name not in file.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{path} has no column {' and no '.join(map(repr, missing))} (it has "
-                    f"{', '.join(file.schema_arrow.names)}): it is another data set"
-                )
+            _check_columns(str(path), file.schema_arrow.names, columns)
             return file.read(columns=list(columns))
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())

@@ -7,6 +7,7 @@ topics, each a question and its answer in several wordings.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tomllib
 from collections.abc import Mapping
@@ -16,10 +17,14 @@ from random import Random
 from typing import Any
 
 from archerchat.errors import DataError
+from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, assistant, user
+from archerchat.tasks.generated import check_split
 
 _PLACEHOLDER = re.compile(r"\{(\w+)\}")
 MAX_TOPICS = 3
+DEFAULT_VALUES = {"name": "Archer", "creator": "the person who runs me"}
+TRAIN_SIZE, TEST_SIZE = 1000, 64
 LISTS = ("greetings", "greeting_answers", "farewells", "farewell_answers")
 
 Exchange = tuple[tuple[str, ...], tuple[str, ...]]
@@ -78,6 +83,34 @@ def parse_template(text: str, values: Mapping[str, str], where: str) -> Identity
 def draw_identity(template: IdentityTemplate, count: int, seed: int) -> list[Conversation]:
     """Return `count` conversations, the same for the same template and `seed`."""
     return [_draw(template, Random(f"identity {seed} {index}")) for index in range(count)]
+
+
+class IdentityTask(Task):
+    """Conversations drawn from the package's template; those of the test are other draws.
+
+    Raises:
+        UsageError: the split is neither `train` nor `test`.
+    """
+
+    name = "identity"
+
+    def __init__(self, split: str) -> None:
+        check_split(split)
+        self.split = split
+        self._text = default_template()
+        template = parse_template(self._text, DEFAULT_VALUES, "the template")
+        size, seed = (TRAIN_SIZE, 0) if split == "train" else (TEST_SIZE, 1)
+        self._conversations = draw_identity(template, size, seed)
+
+    def num_examples(self) -> int:
+        return len(self._conversations)
+
+    def example(self, index: int) -> Conversation:
+        return self._conversations[index]
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self._text.encode()).hexdigest()
+        return super().describe() | {"template": digest}
 
 
 def _texts(content: Any, name: str, values: Mapping[str, str], where: str) -> tuple[str, ...]:

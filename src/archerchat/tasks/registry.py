@@ -1,21 +1,25 @@
 """Tasks by the names that commands and reports use.
 
 task = build_task("ARC-Easy", "test", files)[:200]
+parse_choices("GSM8K*4,MMLU:500", "--mixture", TASKS)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 from archerchat.errors import UsageError
-from archerchat.tasks.arithmetic import ArithmeticTask
-from archerchat.tasks.base import Task
+from archerchat.tasks.base import Task, TaskMixture
+from archerchat.tasks.generated import ArithmeticTask, SimpleSpellingTask, SpellingBeeTask
 from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.humaneval import HumanEvalTask
-from archerchat.tasks.jsonl import SmolTalkTask
+from archerchat.tasks.identity import IdentityTask
+from archerchat.tasks.jsonl import JsonlTask, SmolTalkTask
 from archerchat.tasks.multiple_choice import ARCTask, MMLUTask
-from archerchat.tasks.spelling import SimpleSpellingTask, SpellingBeeTask
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 """The tasks whose mean is ChatCORE (SPEC section 9)."""
@@ -34,6 +38,25 @@ TASKS: dict[str, Callable[[TaskFiles, str], Task]] = {
 MMLU_TRAIN = "auxiliary_train"
 TEST_SIZE = 256
 """How many examples a generated task has for the test."""
+PRESETS = {
+    "reference": "SmolTalk,MMLU*3,GSM8K*4,identity*2,SimpleSpelling,SpellingBee",
+    "generated": "identity*2,SimpleSpelling,SpellingBee,Arithmetic",
+    "none": "",
+}
+HELD_BACK = 20
+"""One conversation in twenty of files is for validation, if nothing else is."""
+_CHOICE = re.compile(r"([\w-]+)(?::(\d+))?(?:\*(\d+))?")
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """One task of a list on a command line."""
+
+    name: str
+    size: int | None
+    """Number of its examples to take; None takes all."""
+    times: int
+    """How often to count each of them."""
 
 
 def build_task(name: str, split: str, files: TaskFiles) -> Task:
@@ -51,3 +74,102 @@ def build_task(name: str, split: str, files: TaskFiles) -> Task:
 
 def _size(split: str, train: int) -> int:
     return train if split == "train" else TEST_SIZE
+
+
+def parse_choices(text: str, flag: str, names: Iterable[str]) -> list[TaskChoice]:
+    """Read a list of tasks such as `GSM8K*4,Arithmetic:20000`, whose capitals do not matter.
+
+    Args:
+        flag: where the list comes from, for errors.
+        names: the tasks that may be in it.
+
+    Raises:
+        UsageError: an entry cannot be read, or there is no such task.
+    """
+    known = {name.lower(): name for name in names}
+    choices = []
+    for word in text.replace(" ", "").split(","):
+        match = _CHOICE.fullmatch(word)
+        size = int(match[2]) if match and match[2] else None
+        times = int(match[3]) if match and match[3] else 1
+        if match is None or size == 0 or times == 0:
+            raise UsageError(
+                f"{flag}: {word!r} cannot be read: write a task's name, with :N for N of its "
+                "examples and *N to count them N times, such as SpellingBee:5000*2"
+            )
+        if match[1].lower() not in known:
+            raise UsageError(
+                f"{flag}: there is no task {match[1]!r}: choose from {', '.join(known.values())}"
+            )
+        choices.append(TaskChoice(known[match[1].lower()], size, times))
+    return choices
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Choose what to fine-tune on."""
+
+    mixture: str = "reference"
+    """`reference` (needs the hub), `generated` (no network), `none` (only --jsonl), or a list such
+    as GSM8K*4,identity*2,Arithmetic:20000."""
+    jsonl: tuple[Path, ...] = ()
+    """Files, or folders, of your own conversations as JSON lines."""
+    val_jsonl: tuple[Path, ...] = ()
+    """Files of conversations to validate on, instead of the tasks' tests."""
+    identity: Path | None = None
+    """JSON lines in which the assistant says who it is (`archerchat data identity`); by default
+    the package's."""
+    data_dir: Path | None = None
+    """A folder of local files that stands in for the hub's."""
+    mixture_seed: int = 42
+    """Random seed for the order of the conversations."""
+
+
+def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture, TaskMixture]:
+    """Build what to train on and what to validate on.
+
+    Raises:
+        UsageError: the list cannot be read, names no known task, or names nothing at all.
+        DataError: files are missing or broken; the message says which and where.
+    """
+    entries = parse_mixture(config.mixture)
+    if not entries and not config.jsonl:
+        raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
+    # The user's own files first: a broken line is reported before gigabytes are downloaded.
+    own: list[Task] = [JsonlTask(path) for path in config.jsonl]
+    judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl]
+    train = [
+        task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
+    ]
+    if not judges:
+        judges = [_build(entry, "test", config, files) for entry in entries]
+    if not judges:
+        shuffled = [task.shuffled(config.mixture_seed) for task in own]
+        judges = [task[: max(1, len(task) // HELD_BACK)] for task in shuffled]
+        own = [task[len(task) // HELD_BACK :] for task in shuffled]
+    return (
+        TaskMixture([*train, *own], config.mixture_seed),
+        TaskMixture(judges, config.mixture_seed),
+    )
+
+
+def parse_mixture(text: str) -> list[TaskChoice]:
+    """Read a preset's name or a list of tasks.
+
+    Raises:
+        UsageError: an entry cannot be read, or there is no such task.
+    """
+    text = PRESETS.get(text, text)
+    flag = f"--mixture, which is {', '.join(PRESETS)}, or a list of tasks"
+    return parse_choices(text, flag, (*TASKS, IdentityTask.name)) if text else []
+
+
+def _build(entry: TaskChoice, split: str, config: MixtureConfig, files: TaskFiles) -> Task:
+    train = split == "train"
+    if entry.name != IdentityTask.name:
+        task = build_task(entry.name, split, files)
+    elif train and config.identity is not None:
+        task = JsonlTask(config.identity)
+    else:
+        task = IdentityTask(split)
+    return task[: entry.size] if train and entry.size is not None else task

@@ -84,8 +84,6 @@ class Tokenizer:
             raise TokenizerError(f"the {len(ranks)} ranks are not 0 .. {len(ranks) - 1}, each once")
         if missing := [value for value in range(256) if bytes([value]) not in ranks]:
             raise TokenizerError(f"the ranks lack the single byte 0x{missing[0]:02x}")
-        if len(set(special_tokens)) != len(special_tokens):
-            raise TokenizerError(f"a special token is listed twice: {list(special_tokens)}")
         self._ranks = dict(ranks)
         self._special_ids = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         try:
@@ -126,11 +124,11 @@ class Tokenizer:
                     f"{len(tokenizer._ranks)} and up, which follow the ranks"
                 )
         except (OSError, TokenizerError) as error:
-            reason: object = error
-            if isinstance(error, OSError):
-                reason = f"cannot read {error.filename}: {error.strerror}"
+            unread = (
+                isinstance(error, OSError) and f"cannot read {error.filename}: {error.strerror}"
+            )
             raise TokenizerError(
-                f"{reason}. Copy the tokenizer's directory again, or make one with "
+                f"{unread or error}. Copy the tokenizer's directory again, or make one with "
                 f"`archerchat tokenizer train` (--force replaces a broken one)"
             ) from error
         return tokenizer
@@ -156,11 +154,7 @@ class Tokenizer:
             write_json(temporary / METADATA_FILE, metadata)
 
     def special_id(self, name: str) -> int:
-        """Return the id of a special token such as `<|user_start|>`.
-
-        Raises:
-            TokenizerError: this tokenizer has no such special token.
-        """
+        """Return the id of a special token such as `<|user_start|>`, or raise `TokenizerError`."""
         if name not in self._special_ids:
             raise TokenizerError(
                 f"no special token {name!r}: this tokenizer has {', '.join(self._special_ids)}"
@@ -177,18 +171,15 @@ class Tokenizer:
         pieces = cut_long_whitespace(text)
         return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
 
-    def encode_batch(
-        self, texts: Sequence[str], *, prepend_bos: bool = False, num_threads: int = 4
-    ) -> list[list[int]]:
-        """Encode many texts in parallel, in order, each starting with BOS if `prepend_bos`."""
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+        """Encode many documents in parallel, in order, each starting with BOS."""
         if num_threads <= 1 or len(texts) <= 1:
             rows = [self.encode(text) for text in texts]
         else:
             with ThreadPoolExecutor(num_threads) as pool:
                 rows = list(pool.map(self.encode, texts))
-        if prepend_bos:
-            for row in rows:
-                row.insert(0, self.bos_id)
+        for row in rows:
+            row.insert(0, self.bos_id)
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -285,11 +276,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def find_tokenizer(home: Home, name: str) -> Path:
-    """Return the directory of tokenizer `name`, for `Tokenizer.load`.
-
-    Raises:
-        UsageError: there is no such tokenizer; the message lists those there are.
-    """
+    """Return the directory of tokenizer `name`, for `Tokenizer.load`; an error lists the others."""
     directory = home.tokenizer_dir(name)
     if directory.is_dir():
         return directory
@@ -312,7 +299,6 @@ def train_tokenizer(
     """Learn a vocabulary from `texts`, deterministically and whatever their order.
 
     Args:
-        texts: documents; they are taken one by one until `max_chars` is reached.
         vocab_size: number of ids, the nine special tokens included.
         max_chars: stop reading after the document that reaches this many characters.
         document_chars: longer documents are cropped to this many characters.
@@ -330,12 +316,20 @@ def train_tokenizer(
             f"vocabulary size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} "
             f"special tokens need at least {smallest}"
         )
-    trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(
-        _iter_training_text(texts, max_chars, document_chars, on_progress),
-        vocab_size - len(SPECIAL_TOKENS),
-        pattern=SPLIT_PATTERN,
-    )
+
+    def iter_text() -> Iterator[str]:
+        characters = 0
+        for text in texts:
+            cropped = replace_surrogates(text[:document_chars])
+            characters += len(cropped)
+            on_progress("read", characters)
+            yield from cut_long_whitespace(cropped)
+            if characters >= max_chars:
+                break
+        on_progress("merge", characters)
+
+    trainer, num_learned = rustbpe.Tokenizer(), vocab_size - len(SPECIAL_TOKENS)
+    trainer.train_from_iterator(iter_text(), num_learned, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): int(rank) for token, rank in trainer.get_mergeable_ranks()}
     possible = len(ranks) + len(SPECIAL_TOKENS)
     if possible < vocab_size:
@@ -344,20 +338,3 @@ def train_tokenizer(
             f"tokens. Train on more text, or ask for at most {possible}"
         )
     return Tokenizer(ranks)
-
-
-def _iter_training_text(
-    texts: Iterable[str],
-    max_chars: int,
-    document_chars: int,
-    on_progress: Callable[[Phase, int], None],
-) -> Iterator[str]:
-    characters = 0
-    for text in texts:
-        cropped = replace_surrogates(text[:document_chars])
-        characters += len(cropped)
-        on_progress("read", characters)
-        yield from cut_long_whitespace(cropped)
-        if characters >= max_chars:
-            break
-    on_progress("merge", characters)

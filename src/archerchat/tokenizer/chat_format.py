@@ -83,11 +83,8 @@ def _iter_segments(tokenizer: Tokenizer, messages: list[Any]) -> Iterator[Segmen
                 "optional system message, user and assistant take turns"
             )
         if role == "user":
-            text, system = system + _text(content, where), ""
-            yield (
-                [special("<|user_start|>"), *tokenizer.encode(text), special("<|user_end|>")],
-                False,
-            )
+            ids, system = tokenizer.encode(system + _text(content, where)), ""
+            yield [special("<|user_start|>"), *ids, special("<|user_end|>")], False
         else:
             yield [special("<|assistant_start|>")], False
             yield from _iter_answer(tokenizer, content, where)

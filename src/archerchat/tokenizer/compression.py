@@ -25,11 +25,7 @@ class PublishedVocabulary:
     pattern: str
 
     def load(self, path: Path) -> Tokenizer:
-        """Read the vocabulary from its ranks file.
-
-        Raises:
-            TokenizerError: the file cannot be read or is not this vocabulary's.
-        """
+        """Read the vocabulary from its ranks file; raises as `load_ranks` does."""
         return Tokenizer(load_ranks(path, self.sha256), pattern=self.pattern)
 
 
@@ -71,10 +67,7 @@ class Compression:
 def measure_compression(
     name: str, documents: Sequence[str], encoders: Mapping[str, Callable[[str], Sequence[int]]]
 ) -> Compression:
-    """Encode `documents` one by one with each vocabulary and count.
-
-    Args:
-        encoders: functions that encode a text, by the vocabulary's title.
+    """Encode `documents` one by one with each vocabulary, by its title, and count.
 
     Raises:
         DataError: there is no text in the documents.

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 
 from archerchat.checkpoint import Stateful
-from archerchat.console import ProgressLine, StepReport
+from archerchat.console import ProgressLine
 from archerchat.errors import ArcherChatError, CheckpointError
 from archerchat.optim.optimizer import MuonGroup
 from archerchat.planning.peak_flops import PeakFlops
@@ -276,15 +276,13 @@ class Loop(Stateful):
         )
         steps = self.recipe.total_steps(self.state.step)
         self.progress.step(
-            StepReport(
-                step=self.state.step,
-                num_iterations=steps,
-                loss=smooth,
-                lr_multiplier=settings.lr_multiplier,
-                tokens_per_second=rate,
-                mfu=mfu,
-                seconds_left=self._throughput.seconds_left(steps - self.state.step),
-            )
+            self.state.step,
+            steps,
+            loss=smooth,
+            lr_multiplier=settings.lr_multiplier,
+            tokens_per_second=rate,
+            mfu=mfu,
+            seconds_left=self._throughput.seconds_left(steps - self.state.step),
         )
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
@@ -307,9 +305,12 @@ class Loop(Stateful):
         score = metric.score(value)
         state.first_val = value if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = value, min(state.best_val, score)
-        if 0 < state.step == self._saved_step and score < state.best_saved:
-            state.best_saved = score
-            self._push("best", {metric.name: value})
+        if 0 < state.step == self._saved_step:
+            is_best = score < state.best_saved
+            state.best_saved = min(state.best_saved, score)
+            self.checkpoints.note_measured(state.step, asdict(state))
+            if is_best:
+                self._push("best", {metric.name: value})
 
     def _sample(self, step: int) -> None:
         texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))

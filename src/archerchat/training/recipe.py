@@ -176,7 +176,7 @@ class Recipe(ABC):
     def show_progress(self, what: str, share: float | None = None) -> None:
         """Say on the progress line what takes long, and how much of it is done."""
         if self.progress is not None:
-            self.progress.busy(what if share is None else f"{what}: {min(1.0, share):.0%}")
+            self.progress.show(what if share is None else f"{what}: {min(1.0, share):.0%}")
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Copy inputs and targets (B, T) in one transfer; on CUDA it does not wait."""

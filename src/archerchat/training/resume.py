@@ -16,6 +16,7 @@ from archerchat.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    replace_values,
     save_checkpoint,
 )
 from archerchat.config import compare_configs
@@ -51,6 +52,11 @@ class CheckpointWriter:
         """
         meta = {**self.meta, "finished": finished}
         save_checkpoint(self.directory, step, state, meta, keep_last=self.keep_last)
+
+    def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
+        """Let a saved step know what was measured after it was saved."""
+        if (path := self.find(step)) is not None:
+            replace_values(path, "loop", loop)
 
     def find(self, step: int) -> Path | None:
         """Return the path of a step's checkpoint, if there is one."""

@@ -25,7 +25,7 @@ from archerchat.checkpoint import Checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
 from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
-from archerchat.evals.chat.evaluate import ChatEvaluator, limited
+from archerchat.evals.chat.evaluate import evaluate_task, limited
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
@@ -182,12 +182,12 @@ class ReinforceRecipe(Recipe):
         """Measure pass@k on the test."""
         engine = self.loader.engine
         engine.refresh_weights()
-        evaluator = ChatEvaluator(self.model, self.tokenizer, self.eval_sampling, engine=engine)
 
         def on_progress(done: int, total: int) -> None:
             self.show_progress("evaluating", done / total)
 
-        result = evaluator.evaluate(self.test, on_progress=on_progress)
+        sampling = self.eval_sampling
+        result = evaluate_task(engine, self.tokenizer, self.test, sampling, on_progress=on_progress)
         self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
         return self.passed
 

@@ -29,7 +29,7 @@ from archerchat.data.task_files import task_files
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
-from archerchat.tasks.mixtures import MixtureConfig, build_mixtures
+from archerchat.tasks.registry import MixtureConfig, build_mixtures
 from archerchat.training.base_model import (
     build_model,
     build_optimizer,

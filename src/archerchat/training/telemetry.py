@@ -1,33 +1,40 @@
-"""The metrics and checkpoints of a run, as Endlex keeps them: names, and the only door to it.
+"""The metrics and checkpoints of a run, as Endlex keeps them: their names, and the way to it.
 
-Rank 0 writes a journal a session to the run's directory (`Home.run_dir`, in `journal/`); on the
-other ranks every call does nothing. A run that is resumed goes on there, with another session.
-Without a server (`ENDLEX_URL`) that is all: no process, no network. With one, a process of its own
-sends the journal and the checkpoints. Names are grouped by prefix:
+Rank 0 writes one journal per session into the run's directory (`Home.run_dir`, in `journal/`); on
+other ranks every call does nothing. A resumed run adds a session. Without a server (`ENDLEX_URL`)
+that is all: no process, no network. With a server, a process of its own sends the journal and the
+checkpoints. Names are grouped by prefix:
 
     train/loss  train/last_micro_batch_loss  train/smooth_loss  train/lr_multiplier
     train/matrix_lr  train/muon_momentum  train/muon_weight_decay  train/tokens_per_second
     train/mfu  train/memory_bytes  train/grad_scale (float16)
-    train/tokens  train/flops  train/seconds: what charts can have as their x axis
-    val/bpb  eval/seconds, and what else a recipe evaluates
+    train/tokens  train/flops  train/seconds: what charts can use as their x axis
+    val/bpb  eval/seconds, and what else a stage evaluates
     core/score  core/low  core/high (its 95 % interval)  core/task/<label> (centred)  core/seconds
 
-and a text is a sample, under the name of its prompt. A session's config is the resolved one, with
-the machine and the command line; its group is the recipe.
+A text is a sample, under the name of its prompt. A session's config is the resolved one, with the
+machine and the command line; its group is the command.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
+import torch
+
 import endlex
+from archerchat import __version__
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
-from archerchat.training.environment import describe_environment
 
 PROJECT = "archerchat"
 Status = Literal["finished", "failed", "interrupted"]
@@ -40,14 +47,14 @@ TOKENIZER = "tokenizer"
 
 @dataclass(frozen=True)
 class TelemetryConfig:
-    """What of a run goes to the Endlex server, and how it is found there."""
+    """Endlex options."""
 
     push_checkpoints: PushCheckpoints = "auto"
-    """Checkpoints to send in the background: `all`; `last` or `best` (lowest val/bpb, or highest
-    pass rate), which take the place of the one before; `none`. `auto` is `last` where `ENDLEX_URL`
-    names a server, else `none`. What is asked for without a server waits for `endlex sync`."""
+    """Checkpoints to send in the background: `all`, `none`, or `last` or `best` (lowest val/bpb or
+    highest pass rate), where each replaces the previous one. `auto` is `last` if `ENDLEX_URL` names
+    a server, else `none`. Without a server they wait for `endlex sync`."""
     tags: tuple[str, ...] = ()
-    """Words by which the dashboard finds the run."""
+    """Tags for filtering runs in the dashboard."""
 
 
 @dataclass(frozen=True)
@@ -193,3 +200,26 @@ def read_records(home: Home, tag: str) -> Iterator[dict[str, Any]]:
         yield from endlex.read_run(home.run_dir(tag))
     except (endlex.EndlexError, OSError) as error:
         raise DataError(f"cannot read the run {tag!r}: {error}") from error
+
+
+def describe_environment() -> dict[str, str | int | None]:
+    """Return what a session's config says of the machine; the device is in its `hardware`."""
+    return {
+        "archerchat": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "git_commit": find_commit(Path(__file__).parent),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def find_commit(directory: Path) -> str | None:
+    """Return the commit checked out in `directory`; None outside a checkout or without git."""
+    command = ["git", "-C", str(directory), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_it_says_that_turns_were_left_out_and_answers_cut(
         show_answer(session, "a message", console)
     assert "the context is full: the oldest 1 turn(s) are left out\n" in output_of(console)
     session.clear()
-    session.set_params(max_new_tokens=2)
+    session.params = replace(session.params, max_new_tokens=2)
     show_answer(session, "a message", console)
     assert output_of(console) == "So\ncut at /max_tokens\n"
 

@@ -12,6 +12,7 @@ import pytest
 import tyro
 from rich.console import Console
 
+from archerchat.cli import main
 from archerchat.commands import data
 from archerchat.commands.data import (
     DataBuildConfig,
@@ -21,11 +22,13 @@ from archerchat.commands.data import (
     download,
     info,
 )
+from archerchat.console import LiveLine
 from archerchat.data.corpus import CorpusOptions
 from archerchat.data.hub import SOURCES
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
+from archerchat.tasks.jsonl import JsonlTask
 
 Config = TypeVar("Config")
 QUARTER = CorpusOptions(val_fraction=0.25)
@@ -227,11 +230,71 @@ def test_progress_says_rate_and_time_left_when_piped(monkeypatch: pytest.MonkeyP
     now = 100.0
     monkeypatch.setattr("archerchat.commands.data.time.monotonic", lambda: now)
     console = Console(file=io.StringIO(), width=200)
-    progress = data._DownloadProgress(console, num_files=3)
-    with progress.bar:
+    with LiveLine(console, "connecting") as line:
+        progress = data._DownloadProgress(line, num_files=3)
         progress.report("a", 20_000_000, 100_000_000)  # 20 MB were there already
         now = 110.0
         progress.report("a", 60_000_000, 100_000_000)
         progress.report("a", 70_000_000, 100_000_000)
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ("0 of 3 shards, 40 of 280 MB at 4.0 MB/s, 60 s left\n")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARCHERCHAT_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def identity(*words: str) -> int:
+    return main(["data", "identity", *words])
+
+
+@pytest.mark.usefixtures("here")
+def test_the_identity_file_is_one_that_can_be_trained_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--name", "Zed", "--creator", "Ann", "--num-conversations", "30")
+    assert identity(*words, "--output", "zed.jsonl") == 0
+    assert capsys.readouterr().out == "wrote 30 conversations of Zed to zed.jsonl\n"
+    assert len(JsonlTask(Path("zed.jsonl"))) == 30
+    text = Path("zed.jsonl").read_text()
+    assert "Zed" in text
+    assert "Ann" in text
+    assert identity(*words) == 0  # the default name
+    assert Path("identity.jsonl").read_text() == text
+    assert identity(*words, "--seed", "1") == 0
+    assert Path("identity.jsonl").read_text() != text
+
+
+@pytest.mark.usefixtures("here")
+def test_the_template_is_saved_edited_and_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert identity("--save-template", "mine.toml") == 0
+    assert not Path("identity.jsonl").exists()
+    template = Path("mine.toml")
+    template.write_text(template.read_text().replace("I'm {name}", "I am the great {name}"))
+    assert identity("--template", "mine.toml") == 0
+    assert "I am the great Archer" in Path("identity.jsonl").read_text()
+    assert identity("--save-template", "mine.toml") == 2
+    assert "mine.toml exists: name a new file" in capsys.readouterr().err
+    assert "the great" in template.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--name", " "), 2, "--name is empty"),
+        (("--creator", ""), 2, "--creator is empty"),
+        (("--num-conversations", "0"), 2, "--num-conversations is 0; it must be at least 1"),
+        (("--template", "none.toml"), 1, "cannot read the template none.toml"),
+        (("--output", "home-file/x.jsonl"), 1, "cannot write home-file/x.jsonl"),
+    ],
+)
+@pytest.mark.usefixtures("here")
+def test_an_identity_that_cannot_be_is_refused(
+    words: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("home-file").write_text("not a folder")
+    assert identity(*words) == code
+    assert message in capsys.readouterr().err
+    assert not Path("identity.jsonl").exists()

@@ -1,9 +1,12 @@
-"""`archerchat eval base`: bits per byte of both splits, samples, and the figures as JSON."""
+"""`archerchat eval base`: bits per byte, samples, CORE on the generated tasks, figures as JSON."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,16 @@ from safetensors.torch import load_file
 from archerchat.checkpoint import save_checkpoint
 from archerchat.commands.eval_base import EvalBaseConfig, evaluate
 from archerchat.data.shards import write_shards
+from archerchat.evals.core.evaluate import CoreEvaluation
+from archerchat.evals.core.results import TaskResult
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 
 QUICK = ("eval", "base", "--split-tokens", "512", "--device-batch-size", "4", "--device", "cpu")
+CORE = ("eval", "base", "--eval", "core", "--bundle", "offline", "--device", "cpu")
+CAPPED = (*CORE, "--dtype", "float32", "--max-per-task", "7")
 
 
 def test_it_measures_what_training_measured(
@@ -68,6 +75,11 @@ def test_other_data_can_be_measured(
         (("--model-tag", "big"), "no base model 'big' under", 2),
         (("--step", "9"), "it holds 2, 4", 2),
         (("--data", "nowhere"), "no data 'nowhere' under", 2),
+        (("--eval", "core", "--bundle", "nowhere"), "--bundle nowhere: there is no such folder", 2),
+        (("--max-per-task", "0"), "--max-per-task is 0; it must be at least 1", 2),
+        (("--max-length", "1"), "--max-length is 1; it must be at least 2", 2),
+        (("--split", "test"), "--split test: 'test' is not one of train, val", 2),
+        (("--text", "nowhere.txt"), "--text nowhere.txt: there is no such file", 2),
         (("--json", "/proc/nowhere/figures.json", "--eval", "bpb"), "check the disk", 1),
     ],
 )
@@ -80,6 +92,7 @@ def test_nonsense_is_refused(
 ) -> None:
     assert trained_home.run(*QUICK, *words) == code
     assert message in capsys.readouterr().err
+    assert not trained_home.eval_dir("base", "tiny").exists()
 
 
 def test_a_model_that_does_not_say_its_data_needs_it_given(
@@ -126,3 +139,113 @@ def test_the_references_figures(oracle_dir: Path, tmp_path: Path) -> None:
     golden = json.loads((oracle_dir / "bpb_goldens.json").read_text())["train_final_rounded"]
     for split in ("train", "val"):
         assert figures[split] == pytest.approx(golden[f"{split}_B4_T256_steps10"], rel=1e-5)
+
+
+def results_of(home: Any, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((home.eval_dir("base", "tiny") / name).read_text())
+    return content
+
+
+def test_figures_are_printed_and_written(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert trained_home.run(*CAPPED, "--json", str(tmp_path / "all.json")) == 0
+    output = capsys.readouterr().out
+    files = sorted(path.name for path in trained_home.eval_dir("base", "tiny").iterdir())
+    assert files == ["offline_000004_max7.json"]
+    results = results_of(trained_home, "offline_000004_max7.json")
+    assert results["step"] == 4
+    assert results["dtype"] == "float32"
+    assert results["options"] == {"max_per_task": 7, "max_length": None}
+    assert {task["examples"] for task in results["tasks"]} == {7}
+    assert f"{results['core']:.4f} (95 % interval" in output
+    assert "42 examples in 6 tasks" in output
+    assert "not CORE" in output
+    for task in results["tasks"]:
+        assert f"{task['label']}: accuracy {task['accuracy']:.4f}" in output
+    assert json.loads((tmp_path / "all.json").read_text())["core"]["core"] == results["core"]
+
+
+def test_an_interruption_keeps_what_is_done(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, ran = CoreEvaluation._run_task, []
+
+    def interrupted(self: CoreEvaluation, scorer: Any, task: Any, report: Any) -> TaskResult:
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(task.label)
+        return whole(self, scorer, task, report)
+
+    monkeypatch.setattr(CoreEvaluation, "_run_task", interrupted)
+    assert trained_home.run(*CAPPED) == 130
+    directory = trained_home.eval_dir("base", "tiny")
+    assert [path.name for path in directory.iterdir()] == ["offline_000004_max7.partial.json"]
+    monkeypatch.setattr(CoreEvaluation, "_run_task", whole)
+    capsys.readouterr()
+    assert trained_home.run(*CAPPED) == 0
+    assert f"resuming after {', '.join(ran)}\n" in capsys.readouterr().out
+    first = results_of(trained_home, "offline_000004_max7.json")
+    assert not (directory / "offline_000004_max7.partial.json").exists()
+    assert trained_home.run(*CAPPED) == 0
+    again = results_of(trained_home, "offline_000004_max7.json")
+    assert [t["correct"] for t in again["tasks"]] == [t["correct"] for t in first["tasks"]]
+
+
+def test_another_checkpoint_starts_over(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = CoreEvaluation._run_task
+
+    def interrupted(self: CoreEvaluation, scorer: Any, task: Any, report: Any) -> TaskResult:
+        if task.label == self.bundle.tasks[1].label:
+            raise KeyboardInterrupt
+        return whole(self, scorer, task, report)
+
+    monkeypatch.setattr(CoreEvaluation, "_run_task", interrupted)
+    assert trained_home.run(*CAPPED) == 130
+    monkeypatch.setattr(CoreEvaluation, "_run_task", whole)
+    capsys.readouterr()
+    assert trained_home.run(*CAPPED, "--max-length", "40") == 0
+    assert "resuming after" not in capsys.readouterr().out
+
+
+def test_bits_per_byte_of_one_split_and_of_a_text(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = tmp_path / "some.txt"
+    text.write_text("abc def ghi\njklm nop\n" * 30)
+    words = ("eval", "base", "--eval", "bpb", "--device", "cpu", "--split-tokens", "512")
+    words = (*words, "--device-batch-size", "4", "--json", str(tmp_path / "figures.json"))
+    assert trained_home.run(*words, "--text", str(text)) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())["bits_per_byte"]
+    assert list(figures) == [str(text)]
+    assert figures[str(text)] > 0
+    assert "some.txt" in capsys.readouterr().out
+    assert trained_home.run(*words, "--split", "val", "--text", str(text)) == 0
+    both = json.loads((tmp_path / "figures.json").read_text())["bits_per_byte"]
+    assert list(both) == ["val", str(text)]
+    assert both[str(text)] == figures[str(text)]
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(trained_home: Any) -> None:
+    assert trained_home.run(*CAPPED) == 0
+    alone = results_of(trained_home, "offline_000004_max7.json")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    command = [*torchrun, "--nproc-per-node", "2", "-m", "archerchat.cli", *CAPPED]
+    environment = {"ARCHERCHAT_HOME": str(trained_home.root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    together = results_of(trained_home, "offline_000004_max7.json")
+    for one, other in zip(alone["tasks"], together["tasks"], strict=True):
+        for name in ("label", "examples", "correct", "prompt_tokens", "tokens_run", "near_ties"):
+            assert one[name] == other[name]
+    assert done.stdout.count("95 % interval") == 1

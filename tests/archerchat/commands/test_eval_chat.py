@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,9 +73,15 @@ def test_it_evaluates_and_keeps_the_figures(
     assert letters["accuracy"] * 10 == pytest.approx(round(letters["accuracy"] * 10))
     low, high = letters["interval_95"]
     assert low < letters["accuracy"] < high
-    assert f"{letters['accuracy']:.4f} │" in output
+    assert re.search(rf"ARC-Easy +10 +{letters['accuracy']:.4f} +0", output)
+    assert letters["lenient_accuracy"] is None
+    assert found["tasks"]["GSM8K"]["lenient_accuracy"] == 0.0
+    assert re.search(r"task +problems accuracy +95 % interval lenient guessing centred", output)
+    assert re.search(r"GSM8K +3 +0\.0000 +0\.0000 \.\. 0\.5615 +0\.0000 +0\.00 +0\.0000", output)
+    assert "; 0.00 % leniently" in output
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line["task"] for line in lines] == ["GSM8K"] * 3 + ["SpellingBee"] * 2
+    assert not any(line["right"] or line["lenient"] for line in lines)
     assert {line["finish_reason"] for line in lines} <= {"stop", "max_tokens", "length"}
 
 
@@ -128,12 +135,13 @@ def test_tasks_and_limits() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("GSM9K", "there is no task 'GSM9K'; choose from ARC-Easy"),
-        ("GSM8K,gsm8k", "GSM8K is named twice"),
-        ("GSM8K:", "the limit '' of GSM8K"),
-        ("GSM8K:many", "the limit 'many' of GSM8K"),
-        ("GSM8K:0", "the limit '0' of GSM8K"),
-        ("", "there is no task ''"),
+        ("GSM9K", "--tasks: there is no task 'GSM9K': choose from ARC-Easy"),
+        ("GSM8K,gsm8k", "a task is named twice"),
+        ("GSM8K*2", "a task is named twice"),
+        ("GSM8K:", "'GSM8K:' cannot be read: write a task's name"),
+        ("GSM8K:many", "'GSM8K:many' cannot be read"),
+        ("GSM8K:0", "'GSM8K:0' cannot be read"),
+        ("", "'' cannot be read"),
     ],
 )
 def test_bad_tasks(text: str, message: str) -> None:

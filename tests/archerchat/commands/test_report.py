@@ -38,7 +38,7 @@ def test_offline_tasks_are_evaluated_and_reported_as_what_they_are(
     assert "are not CORE" in out
     folder = trained_home.root / "evals" / "base" / "tiny"
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["offline_000004_max8.csv", "offline_000004_max8.json"]
+    assert names == ["offline_000004_max8.json"]
     assert trained_home.run("report") == 0
     page = (trained_home.root / "reports" / "tiny" / "report.html").read_text()
     assert "They are not CORE" in page

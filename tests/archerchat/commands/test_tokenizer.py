@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_old_tokenizer(home: Home, monkeypatch: pytest.Mo
 def test_plain_lines_tell_the_rate_while_reading(
     home: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "PLAIN_LINE_SECONDS", 0.0)
+    monkeypatch.setattr("archerchat.console.PLAIN_LINE_SECONDS", 0.0)
     train(CONFIG, home)
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if re.fullmatch(r"read 0\.0 M characters .* M/s", line)]) > 9

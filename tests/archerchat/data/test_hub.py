@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from archerchat.data.hub import SOURCES, HubSource, RetryPolicy, download_shards
+from archerchat.data import hub as hub_module
+from archerchat.data.hub import SOURCES, HubSource, download_shards
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
@@ -35,7 +36,13 @@ SOURCE = HubSource("someone/texts", 6)
 RESOLVE = f"/datasets/{SOURCE.repository}/resolve/main"
 VALIDATION = "shard_00005.parquet"
 FIRST = "shard_00000.parquet"
-QUICK = RetryPolicy(attempts=3, first_delay_seconds=0.001)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up after three attempts, without waiting."""
+    monkeypatch.setattr(hub_module, "ATTEMPTS", 3)
+    monkeypatch.setattr(hub_module, "FIRST_DELAY_SECONDS", 0.001)
 
 
 class Hub:
@@ -148,7 +155,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def fetch(hub: Hub, directory: Path, num_train: int = 1, **options: Any) -> list[str]:
-    settings: dict[str, Any] = {"endpoint": hub.endpoint, "retry": QUICK} | options
+    settings: dict[str, Any] = {"endpoint": hub.endpoint} | options
     return [path.name for path in download_shards(SOURCE, num_train, directory, **settings)]
 
 
@@ -312,7 +319,7 @@ def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path
     hub.faults[TABLE] = ["drop", "500"]
     notes: list[str] = []
     home = Home(tmp_path / "home")
-    files = task_files(home, endpoint=hub.endpoint, notify=notes.append, retry=QUICK)
+    files = task_files(home, endpoint=hub.endpoint, notify=notes.append)
     task = build_task("arc-easy", "test", files)
     assert (len(task), task[499]["messages"][1]["content"]) == (500, "B")
     assert task[7]["messages"][0]["content"].startswith("Multiple Choice question: 7?\n- iron=A")
@@ -328,17 +335,17 @@ def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path
 def test_a_table_that_is_no_parquet_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.files[TABLE] = b"not found" * 1000
     path = tmp_path / "tables" / TABLE
-    fetch = task_files(Home(tmp_path), endpoint=hub.endpoint, retry=QUICK).fetch
+    fetch = task_files(Home(tmp_path), endpoint=hub.endpoint).fetch
     assert fetch is not None
     with pytest.raises(DataError, match=r"what arrived is unusable.*--data-dir names a folder"):
         fetch(SOURCE.repository, "main", TABLE, path)
     assert names(path.parent) == []
 
 
-@pytest.mark.parametrize(("num_train", "workers"), [(0, 1), (6, 1), (1, 0)])
-def test_impossible_numbers_are_refused(num_train: int, workers: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_train", [0, 6])
+def test_impossible_numbers_are_refused(num_train: int, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"at least 1"):
-        download_shards(SOURCE, num_train, tmp_path / "data", workers=workers)
+        download_shards(SOURCE, num_train, tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from archerchat.data.packing import (
     BestFitPacker,
     ConcatPacker,
-    Packer,
     join_documents,
     split_documents,
 )
@@ -44,7 +43,7 @@ def plain_best_fit(documents: list[list[int]], row_length: int) -> list[list[int
     return rows
 
 
-def drain(packer: Packer) -> list[list[int]]:
+def drain(packer: BestFitPacker | ConcatPacker) -> list[list[int]]:
     rows = []
     while not packer.needs_documents():
         row = packer.place()

@@ -41,10 +41,7 @@ class CachedTokenizer:
         self.fingerprint = tokenizer.fingerprint
         self.encode = functools.cache(lambda text: [self.bos_id, *tokenizer.encode(text)])
 
-    def encode_batch(
-        self, texts: Sequence[str], *, prepend_bos: bool = False, num_threads: int = 1
-    ) -> list[list[int]]:
-        assert prepend_bos
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
 

@@ -155,7 +155,7 @@ def test_samples_and_seeds_differ_and_share_one_prefill(model: Transformer, prom
     asked = ask(prompt(50), 30, seed=1, num_samples=10)
     (samples,) = engine.generate([asked])
     assert len({tuple(sample.token_ids) for sample in samples}) == 10
-    assert engine.prefilled_tokens == 50
+    assert engine._scheduler.prefilled_tokens == 50
     (other,) = engine.generate([ask(asked.prompt, 30, seed=2)])
     assert other[0] not in samples
 
@@ -168,7 +168,7 @@ def test_a_common_beginning_runs_once(model: Transformer, prompt: Prompt) -> Non
     requests += [greedy(beginning + tail, 3) for tail in tails[6:]]
     engine = Engine(model, max_batch=2)
     together = said(engine.generate(requests))
-    assert engine.prefilled_tokens == 100 + 9 * 5 + 60
+    assert engine._scheduler.prefilled_tokens == 100 + 9 * 5 + 60
     assert together == [said(Engine(model).generate([request]))[0] for request in requests]
 
 
@@ -255,7 +255,7 @@ def test_nothing_runs_when_one_request_cannot_be_served(model: Transformer, prom
     with pytest.raises(UsageError, match="the prompt has 256 tokens and the context 256"):
         engine.generate([good, greedy(prompt(256), 5)])
     assert not engine.busy
-    assert engine.prefilled_tokens == 0
+    assert engine._scheduler.prefilled_tokens == 0
     short = Engine(model, max_length=20)
     with pytest.raises(UsageError, match="the context 20: cut it to 19"):
         short.generate([greedy(prompt(20), 5)])

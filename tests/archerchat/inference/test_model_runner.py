@@ -19,6 +19,7 @@ from archerchat.inference.model_runner import (
     forward_token,
     row_spans,
 )
+from archerchat.inference.prefill import prefill
 from archerchat.inference.sampler import SamplingPlan
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Request
@@ -30,7 +31,7 @@ GREEDY = SamplingParams(temperature=0)
 
 def begin(runner: ModelRunner, row: int, prompt: list[int]) -> int:
     """Start a row; return its first token."""
-    ran = runner.prefill([prompt])
+    ran = prefill(runner.model, [prompt])
     runner.start(row, ran.prefix(0), Request(prompt, GREEDY), seed=0)
     runner.sample_first(row, ran.last_logits(), SamplingPlan())
     return int(runner.tokens[row])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def say(tokenizer: Tokenizer) -> Say:
     """Feed a hook texts and special tokens; return what it forced after each token, as text."""
 
     def feed(*pieces: str, evaluate: Callable[[str], str | None]) -> list[str]:
-        hook = ToolUse(tokenizer, evaluate)()
+        hook = ToolUse(tokenizer, evaluate)
         forced = []
         for piece in pieces:
             ids = [tokenizer.special_id(piece)] if piece[:2] == "<|" else tokenizer.encode(piece)
@@ -168,14 +169,14 @@ def test_what_counts_as_an_expression(say: Say, words: list[str], asked: list[st
 
 
 def test_special_token_text_in_a_value_is_text(tokenizer: Tokenizer) -> None:
-    hook = ToolUse(tokenizer, lambda _: "<|assistant_end|>")()
+    hook = ToolUse(tokenizer, lambda _: "<|assistant_end|>")
     hook(tokenizer.special_id("<|python_start|>"))
     forced = hook(tokenizer.special_id("<|python_end|>"))
     assert list(forced[1:-1]) == list(b"<|assistant_end|>")
 
 
 def test_each_row_has_a_state_of_its_own(tokenizer: Tokenizer) -> None:
-    tool = ToolUse(tokenizer, lambda text: text)
+    tool = partial(ToolUse, tokenizer, lambda text: text)
     start, end = (tokenizer.special_id(f"<|python_{name}|>") for name in ("start", "end"))
     one, other = tool(), tool()
     one(start)
@@ -200,7 +201,7 @@ def test_an_engine_forces_it_into_the_row(build: Any, tokenizer: Tokenizer, over
         block.mlp.down.weight.zero_()
     model.unembedding.weight.zero_()
     model.unembedding.weight[start, 0], model.unembedding.weight[end, 0] = 1, -1
-    hook = ToolUse(tokenizer, lambda text: f"[{text}]")
+    hook = partial(ToolUse, tokenizer, lambda text: f"[{text}]")
     request = Request([tokenizer.bos_id], SamplingParams(12, temperature=0), hook)
     (completion,) = Engine(model, overlap=overlap).generate([request])[0]
     text = "".join(tokenizer.decode([token]) for token in completion.token_ids)

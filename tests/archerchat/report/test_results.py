@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from archerchat.evals.chat.results import TaskResult as ChatTask
-from archerchat.evals.core.results import CoreResult, PartialResults, TaskResult, write_results
+from archerchat.evals.core.results import CoreResult, PartialResults, TaskResult
 from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.report.results import Result, latest, load_results
@@ -38,8 +38,8 @@ def test_what_an_evaluation_writes_is_read(home: Home) -> None:
     folder.mkdir(parents=True)
     task = TaskResult("copa", "multiple_choice", 0, 200, 30, 0.5, 3.0, 10, 10)
     about = {"step": 6, "options": {"max_per_task": None}}
-    write_results(folder / "core_000006", CoreResult((task,)), about)
-    write_results(folder / "offline_000006", CoreResult((task, task)), about)
+    write_json(folder / "core_000006.json", {**about, **CoreResult((task,)).to_json()})
+    write_json(folder / "offline_000006.json", {**about, **CoreResult((task, task)).to_json()})
     PartialResults(folder / "core_000007.partial.json", about | {"step": 7}).add(task)
     core, offline, partial = load_results(home, "base", "d8")
     assert (core.kind, core.step, core.cap) == ("core", 6, None)

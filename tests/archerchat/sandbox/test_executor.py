@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from archerchat.errors import UsageError
 from archerchat.sandbox import limits as linux
 from archerchat.sandbox.executor import Isolation, SandboxResult, run_sandboxed
 
@@ -75,7 +74,11 @@ def public() -> Iterator[Path]:
 def run(
     program: str, namespaces: bool = True, timeout_s: float = 20, **limits: int
 ) -> SandboxResult:
-    return run_sandboxed(program, timeout_s, namespaces=namespaces, **limits)
+    """Run a program; the call must end soon after the deadline."""
+    started = time.monotonic()
+    result = run_sandboxed(program, timeout_s, namespaces=namespaces, **limits)
+    assert time.monotonic() - started < timeout_s + 15
+    return result
 
 
 def is_free(path: Path, within: float = 0.0) -> bool:
@@ -103,35 +106,34 @@ def hold():
 
 def test_a_program_runs_to_its_end(namespaces: bool) -> None:
     result = run("import sys\nprint(6 * 7)\nprint('ö', file=sys.stderr)", namespaces)
-    assert (result.outcome, result.exit_code) == ("completed", 0)
+    assert result.outcome == "completed"
     assert (result.stdout, result.stderr) == ("42\n", "ö\n")
-    assert 0 < result.seconds < 20
     if not namespaces:
         assert result.isolation == Isolation()
 
 
 @pytest.mark.parametrize(
-    ("program", "outcome", "code"),
+    ("program", "outcome"),
     [
-        ("1 / 0", "failed", 1),
-        ("def broken(:", "failed", 1),
-        ("assert False", "failed", 1),
-        ("\0", "failed", 1),
-        ("def f(): f()\nf()", "failed", 1),
-        ("print('\ud800')", "completed", 0),
-        ("raise SystemExit", "exited", 0),
-        ("import sys; sys.exit(3)", "exited", 3),
-        ("import sys; sys.exit('no')", "exited", 1),
-        ("import os; os._exit(0)", "exited", 0),
-        ("import os; os.abort()", "killed", None),
-        ("input()", "failed", 1),
-        ("", "completed", 0),
-        ("import threading; threading.Thread(target=print, args=(1,)).start()", "completed", 0),
+        ("1 / 0", "failed"),
+        ("def broken(:", "failed"),
+        ("assert False", "failed"),
+        ("\0", "failed"),
+        ("def f(): f()\nf()", "failed"),
+        ("print('\ud800')", "completed"),
+        ("raise SystemExit", "exited"),
+        ("import sys; sys.exit(3)", "exited"),
+        ("import sys; sys.exit('no')", "exited"),
+        ("import os; os._exit(0)", "exited"),
+        ("import os; os.abort()", "killed"),
+        ("input()", "failed"),
+        ("", "completed"),
+        ("import threading; threading.Thread(target=print, args=(1,)).start()", "completed"),
     ],
 )
-def test_how_a_program_ended_is_told(program: str, outcome: str, code: int | None) -> None:
+def test_how_a_program_ended_is_told(program: str, outcome: str) -> None:
     result = run(program)
-    assert (result.outcome, result.exit_code) == (outcome, code)
+    assert result.outcome == outcome
 
 
 def test_an_exception_is_shown() -> None:
@@ -140,9 +142,7 @@ def test_an_exception_is_shown() -> None:
 
 def test_the_deadline_holds(namespaces: bool) -> None:
     for program in ("while True: pass", "import time\ntime.sleep(100)"):
-        result = run(program, namespaces, timeout_s=0.3)
-        assert (result.outcome, result.exit_code) == ("timeout", None)
-        assert result.seconds < 15
+        assert run(program, namespaces, timeout_s=0.3).outcome == "timeout"
 
 
 def test_what_was_said_before_the_deadline_is_kept() -> None:
@@ -159,7 +159,7 @@ def test_endless_output_is_cut_and_ended(namespaces: bool) -> None:
     for stream in ("stdout", "stderr"):
         program = f"import sys\nwhile True: sys.{stream}.write('x' * 10_000)"
         result = run(program, namespaces, max_output_bytes=5000)
-        assert (result.outcome, result.exit_code) == ("output", None)
+        assert result.outcome == "output"
         assert len(getattr(result, stream)) == 5000
 
 
@@ -195,7 +195,6 @@ def test_a_fork_bomb_dies_out(program: str, namespaces: bool, public: Path) -> N
     program = f"{hold}\nimport subprocess, sys, threading\nheld = hold()\n{program}"
     result = run(program, namespaces, timeout_s=1)
     assert result.outcome in ("failed", "exited", "timeout", "output")
-    assert result.seconds < 20
     assert is_free(public / "victim")
 
 
@@ -365,9 +364,3 @@ def test_many_sandboxes_run_at_a_time() -> None:
         results = list(pool.map(lambda number: run(f"print({number} ** 2)", True, 60), range(24)))
     assert [result.stdout for result in results] == [f"{number**2}\n" for number in range(24)]
     assert {result.outcome for result in results} == {"completed"}
-
-
-@pytest.mark.parametrize(("timeout", "memory"), [(0, 1 << 28), (-1, 1 << 28), (1, 0)])
-def test_impossible_limits_are_refused(timeout: float, memory: int) -> None:
-    with pytest.raises(UsageError, match="must be positive"):
-        run_sandboxed("pass", timeout, memory_bytes=memory)

@@ -61,7 +61,7 @@ def test_special_tokens_have_the_reference_ids(
     assert reference_tokenizer.vocab_size == expected["vocab_size"]
     assert reference_tokenizer.pattern == expected["pattern"]
     example = goldens(oracle_dir)["prepend_append_example"]
-    ids = reference_tokenizer.encode_batch([example["text"]], prepend_bos=True)[0]
+    ids = reference_tokenizer.encode_batch([example["text"]])[0]
     assert [*ids, reference_tokenizer.special_id(example["append"])] == example["ids"]
 
 
@@ -83,9 +83,8 @@ def test_shard_streams_match_the_reference(
     oracle_dir: Path, reference_tokenizer: Tokenizer, index: int
 ) -> None:
     expected = goldens(oracle_dir)["streams"][index]
-    rows = reference_tokenizer.encode_batch(
-        shard_texts(oracle_dir / "corpus" / expected["file"]), prepend_bos=True, num_threads=2
-    )
+    texts = shard_texts(oracle_dir / "corpus" / expected["file"])
+    rows = reference_tokenizer.encode_batch(texts, num_threads=2)
     assert [len(row) for row in rows[:20]] == expected["first_20_doc_lengths"]
     stream = np.concatenate([np.array(row, dtype="<u4") for row in rows])
     assert len(stream) == expected["total_tokens_including_bos"]
@@ -121,13 +120,12 @@ def test_special_token_text_is_ordinary_text(small_tokenizer: Tokenizer, text: s
     assert all(i < small_tokenizer.bos_id for i in ids)
 
 
-@given(st.lists(st.text(max_size=20), max_size=8), st.booleans(), st.integers(1, 3))
+@given(st.lists(st.text(max_size=20), max_size=8), st.integers(1, 3))
 def test_a_batch_is_its_texts_one_by_one(
-    small_tokenizer: Tokenizer, texts: list[str], bos: bool, threads: int
+    small_tokenizer: Tokenizer, texts: list[str], threads: int
 ) -> None:
-    start = [small_tokenizer.bos_id] if bos else []
-    expected = [start + small_tokenizer.encode(text) for text in texts]
-    assert small_tokenizer.encode_batch(texts, prepend_bos=bos, num_threads=threads) == expected
+    expected = [[small_tokenizer.bos_id, *small_tokenizer.encode(text)] for text in texts]
+    assert small_tokenizer.encode_batch(texts, threads) == expected
 
 
 @given(st.lists(st.integers(0, 289)))
@@ -255,15 +253,13 @@ def test_a_damaged_directory_is_refused_with_a_remedy(
     assert expected in str(caught.value)
 
 
-def test_ranks_that_cannot_encode_everything_are_refused(small_tokenizer: Tokenizer) -> None:
+def test_ranks_that_cannot_encode_everything_are_refused() -> None:
     ranks = {bytes([value]): value for value in range(256)}
     with pytest.raises(TokenizerError, match="each once"):
         Tokenizer({**ranks, b"ab": 300})
     del ranks[b"\xff"]
     with pytest.raises(TokenizerError, match="0xff"):
         Tokenizer({**ranks, b"ab": 255})
-    with pytest.raises(TokenizerError, match="listed twice"):
-        Tokenizer(small_tokenizer._ranks, special_tokens=["<|bos|>", "<|bos|>"])
 
 
 @pytest.mark.parametrize("size", [0, 256, 264])

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from archerchat.runtime import SAME_REQUEST_SECONDS
+
 Launch = Callable[[list[str]], subprocess.Popen[str]]
 
 FORTY_STEPS = {"num_iterations": 40, "save_every": 20, "eval_every": 20, "sample_every": 20}
@@ -120,7 +122,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tiny_home: Any, launch: Launch
     read_until(child, "step 0: val/bpb")
     time.sleep(0.3)  # into the first step
     child.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    time.sleep(SAME_REQUEST_SECONDS + 0.1)
     assert child.poll() is None  # it waits for the end of the step
     child.send_signal(signal.SIGINT)
     output = child.communicate(timeout=600)[0]

@@ -125,6 +125,9 @@ class StubRecipe:
         assert finished == (step == self.plan.num_iterations)
         self.note(f"save {step}")
 
+    def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
+        self.noted = step, LoopState(**loop)
+
     def find(self, step: int) -> Path | None:
         return Path(f"step_{step:06d}") if f"save {step}" in self.calls else None
 
@@ -244,9 +247,18 @@ def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(number: signal.
     assert recipe.events() == ["evaluate 0", "step 0", "evaluate 1", "step 1", "save 2"]
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
+def test_signals_that_come_together_are_one_request() -> None:
     recipe = StubRecipe()
     recipe.on_call["batch 3"] = lambda: send(signal.SIGINT, signal.SIGTERM)
+    with restored_process():
+        assert not run(build_loop(recipe)).finished
+    assert recipe.events() == ["step 0", "step 1", "save 2"]
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = StubRecipe()
+    recipe.on_call["batch 3"] = lambda: send(signal.SIGINT, signal.SIGTERM)
+    monkeypatch.setattr("archerchat.runtime.SAME_REQUEST_SECONDS", 0.0)
     with restored_process(), pytest.raises(KeyboardInterrupt):
         run(build_loop(recipe))
     assert recipe.calls[-1] == "batch 3"

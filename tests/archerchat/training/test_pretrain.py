@@ -114,6 +114,7 @@ def test_a_run_that_ended_in_its_last_evaluation_is_finished_by_the_next(
     assert {name for name in now if saved.get(name) != now[name]} == {
         str(max((run / "journal").glob("*.jsonl"))),
         str(run / "summary.json"),
+        str(find_checkpoint(tiny_home.checkpoint_dir("base", "tiny")) / "meta.json"),
     }
 
 

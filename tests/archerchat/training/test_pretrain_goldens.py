@@ -48,6 +48,9 @@ class Saves:
     def save(self, step: int, state: Any, finished: bool) -> None:
         self._save(step)
 
+    def note_measured(self, step: int, loop: Any) -> None:
+        pass
+
     def find(self, step: int) -> None:
         return None
 

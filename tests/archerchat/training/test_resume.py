@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from archerchat.errors import CheckpointError
 from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
-from archerchat.training.recipe import load_rng_state_dict, rng_state_dict
+from archerchat.training.recipe import Recipe, load_rng_state_dict, rng_state_dict
 from archerchat.training.resume import describe_extension, find_start
 
 EXTENDABLE = {
@@ -190,3 +191,17 @@ def test_random_numbers_go_on_where_they_were() -> None:
     torch.rand(5)
     load_rng_state_dict(states)
     assert torch.equal(torch.rand(3), drawn)
+
+
+def test_the_best_figure_of_a_finished_run_survives_an_extension(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation comes after the last checkpoint, which has to know of it."""
+    figures = iter([3.0, 2.9, 2.7432, 2.9171])  # steps 0, 3, 4; then 5 of the extended run
+    monkeypatch.setattr(Recipe, "bits_per_byte", lambda recipe, batches: next(figures))
+    run = {"save_every": 4, "eval_every": 3}
+    assert tiny_home.pretrain(**run, num_iterations=4) == 0
+    assert tiny_home.pretrain(**run, num_iterations=5, extend=True) == 0
+    summary = json.loads((tiny_home.run_dir("tiny") / "summary.json").read_text())
+    assert (summary["val_bpb_first"], summary["val_bpb"]) == (3.0, 2.9171)
+    assert summary["val_bpb_best"] == 2.7432

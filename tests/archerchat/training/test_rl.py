@@ -13,9 +13,8 @@ from archerchat.checkpoint import find_checkpoint, load_checkpoint
 from archerchat.home import Home
 from archerchat.inference.loading import load_model
 from archerchat.runtime import build_runtime
-from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation
-from archerchat.tasks.spelling import SpellingBeeTask
+from archerchat.tasks.generated import ArithmeticTask, SpellingBeeTask
 from archerchat.training.rl import lr_multiplier
 from archerchat.training.telemetry import read_records
 

@@ -14,8 +14,8 @@ from archerchat.errors import CheckpointError
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Completion
-from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.conversation import Conversation
+from archerchat.tasks.generated import ArithmeticTask
 from archerchat.training.rollouts import (
     Rollout,
     RolloutLoader,

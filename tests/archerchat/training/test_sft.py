@@ -20,7 +20,7 @@ from archerchat.checkpoint import (
     list_checkpoints,
     load_checkpoint,
 )
-from archerchat.tasks.mixtures import MixtureConfig
+from archerchat.tasks.registry import MixtureConfig
 from archerchat.training.sft import FinetuneConfig, Finetuning
 
 Launch = Callable[[list[str]], subprocess.Popen[str]]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,14 @@ import torch
 
 from archerchat.errors import UsageError
 from archerchat.home import Home
-from archerchat.training.telemetry import MetricsLog, PushCheckpoints, TelemetryConfig, open_run
+from archerchat.training.telemetry import (
+    MetricsLog,
+    PushCheckpoints,
+    TelemetryConfig,
+    describe_environment,
+    find_commit,
+    open_run,
+)
 
 
 def recorded(home: Home) -> list[dict[str, Any]]:
@@ -197,3 +206,23 @@ def test_a_rank_that_records_nothing_pushes_nothing(tmp_path: Path) -> None:
     metrics = MetricsLog(None, "all")
     assert metrics.push_checkpoint(tmp_path, 1, "last", {}) is None
     assert metrics.push_tokenizer(tmp_path) is None
+
+
+def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
+    assert find_commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert find_commit(tmp_path) is None  # nothing is committed
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", find_commit(tmp_path) or "")
+
+
+def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_commit(tmp_path) is None
+
+
+def test_the_facts_are_text_and_numbers() -> None:
+    facts = describe_environment()
+    assert {"torch", "python", "git_commit", "command", "cpus"} <= facts.keys()
+    assert json.loads(json.dumps(facts)) == facts

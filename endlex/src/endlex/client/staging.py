@@ -203,7 +203,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     try:
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)  # the content alone: exFAT and the like refuse permissions
     except OSError:
         target.unlink(missing_ok=True)
         raise

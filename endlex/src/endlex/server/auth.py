@@ -17,7 +17,8 @@ import hmac
 import secrets
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,19 +156,13 @@ def revoke_token(data_dir: Path, token: int | str) -> int:
     return changed
 
 
-class _database:
-    """The database of a data directory, open for a moment, beside a server or without one."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self._data = DataDir(Path(data_dir))
-
-    def __enter__(self) -> sqlite3.Connection:
-        self._data.create()
-        self._connection = connect(self._data.database)
-        return self._connection
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
+@contextmanager
+def _database(data_dir: Path) -> Iterator[sqlite3.Connection]:
+    """Open the database of a data directory for a moment, beside a server or without one."""
+    data = DataDir(Path(data_dir))
+    data.create()
+    with closing(connect(data.database)) as connection:
+        yield connection
 
 
 def hash_secret(secret: str) -> str:

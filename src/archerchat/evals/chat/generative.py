@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from archerchat.errors import UsageError
 from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
@@ -36,19 +35,11 @@ class Answer:
     text: str
     """What was judged: the answer without expressions and results."""
     right: bool
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Refuse several samples that would all be the same.
-
-    Raises:
-        UsageError: the temperature is 0.
-    """
-    if params.num_samples > 1 and params.temperature == 0:
-        raise UsageError(
-            f"{params.num_samples} samples at temperature 0 are all the same: give a "
-            "temperature, such as 1, or a single sample"
-        )
+    """Whether it is right by the reference's rule."""
+    lenient: bool
+    """Whether it is right by that rule or by the task's lenient one."""
+    prompt_cut: bool
+    """Whether its prompt was truncated to leave room for it."""
 
 
 def build_request(
@@ -74,7 +65,6 @@ def answer_problems(
     tokenizer: Tokenizer,
     task: Task,
     problems: Sequence[int],
-    prompts: Sequence[Sequence[int]],
     params: SamplingParams,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
@@ -82,7 +72,6 @@ def answer_problems(
 
     Args:
         problems: indices in `task`.
-        prompts: theirs, from `render_question`.
         on_progress: called with how many answers are judged.
 
     Returns:
@@ -91,19 +80,21 @@ def answer_problems(
     Raises:
         SandboxError: the task runs programs and there is no sandbox on this machine.
     """
+    rendered = [render_question(tokenizer, task[index], engine.max_length) for index in problems]
     requests = [
         build_request(tokenizer, prompt, params, problem)
-        for problem, prompt in zip(problems, prompts, strict=True)
+        for problem, (prompt, _) in zip(problems, rendered, strict=True)
     ]
     completions = [[Completion() for _ in range(params.num_samples)] for _ in requests]
     pending: deque[Future[Answer]] = deque()
     answers: list[Answer] = []
 
     def judge(number: int, sample: int) -> Answer:
-        completion = completions[number][sample]
+        completion, problem = completions[number][sample], problems[number]
         text = spoken_text(tokenizer, completion.token_ids, params.stop)
-        problem = problems[number]
-        return Answer(problem, sample, completion, text, task.evaluate(task[problem], text))
+        right = task.evaluate(task[problem], text)
+        lenient = right or (task.is_lenient and task.evaluate_leniently(task[problem], text))
+        return Answer(problem, sample, completion, text, right, lenient, rendered[number][1])
 
     def collect(*, wait: bool) -> None:
         """Collect judged answers; raises what a judge raised, before more is generated."""

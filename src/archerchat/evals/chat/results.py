@@ -27,8 +27,11 @@ class TaskResult:
     baseline: float
     """The accuracy of guessing."""
     right: tuple[int, ...]
-    """Of each problem's samples, how many are right."""
+    """Right samples of each problem, by the reference's rule."""
     num_samples: int
+    """Samples per problem."""
+    lenient: int | None = None
+    """Right samples of all problems by the task's lenient rule; None for a task without one."""
     cut_prompts: int = 0
     """Prompts that the context had no room for."""
     cut_answers: int = 0
@@ -38,8 +41,14 @@ class TaskResult:
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers: pass@1."""
+        """The share of right answers: pass@1. It can be compared with the reference's."""
         return sum(self.right) / (len(self.right) * self.num_samples)
+
+    @property
+    def lenient_accuracy(self) -> float | None:
+        """The share of answers that are right by the lenient rule; None without one."""
+        total = len(self.right) * self.num_samples
+        return None if self.lenient is None else self.lenient / total
 
     @property
     def interval(self) -> Interval:
@@ -64,6 +73,7 @@ class TaskResult:
             "problems": len(self.right),
             "accuracy": self.accuracy,
             "interval_95": list(self.interval),
+            "lenient_accuracy": self.lenient_accuracy,
             "random_baseline": self.baseline,
             "centred": self.centred,
             "cut_prompts": self.cut_prompts,

@@ -17,17 +17,15 @@ from archerchat.config import Config, Limit, PositiveInt
 from archerchat.distributed import Ranks
 from archerchat.evals.core.bundle import Bundle, CoreTask, read_examples
 from archerchat.evals.core.forward import Scorer
-from archerchat.evals.core.layout import build_layout, tokens_to_run
+from archerchat.evals.core.layout import tokens_to_run
 from archerchat.evals.core.prompts import Prompter, Tree, choose_examples
 from archerchat.evals.core.results import NEAR_TIE, CoreResult, PartialResults, TaskResult
-from archerchat.evals.core.scoring import batch_tokens, iter_batches, iter_outcomes
+from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
 PROBES = 4
 """Examples per task that an estimate looks at."""
-PROBE_SECONDS = 1.0
-"""Shortest time to run some of them, where there are enough."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,8 @@ class Estimate:
 
     examples: int
     """Examples over all ranks."""
-    prompt_tokens: float
-    """Tokens in all prompts of this rank's examples."""
     tokens: float
-    """Prompt tokens that have to be run."""
-    seconds: float
-    """Time for this rank."""
+    """Prompt tokens that this rank has to run."""
 
 
 Progress = Callable[[str, float], None]
@@ -181,48 +175,20 @@ class CoreEvaluation:
         examples = choose_examples(read_examples(task), task, self.options.max_per_task)
         return Prompter(task, examples, self.tokenizer, self.options.max_length)
 
-    def estimate(self, model: Transformer, done: Collection[str] = ()) -> dict[str, Estimate]:
-        """Prepare and time a few examples of each task that is not done, and run some of them.
+    def estimate(self, windows: Sequence[int], done: Collection[str] = ()) -> dict[str, Estimate]:
+        """Return the work of each task that is not done, by label, from a few of its examples.
 
-        Returns:
-            The estimates by label.
+        Args:
+            windows: of the model's layers.
 
         Raises:
             DataError: a task's file is missing or broken.
         """
-        scorer, sample, found = Scorer(model), [], {}
+        found = {}
         for task in [task for task in self.bundle.tasks if task.label not in done]:
             prompter = self._prompter(task)
             own = self.ranks.share(len(prompter.examples))
             chosen = own[:: max(1, len(own) // PROBES)][:PROBES] or range(1)
-            prompter.prompts(chosen[0])  # its few-shot examples are new, later ones' mostly not
-            started = time.perf_counter()
-            trees = [prompter.tree(index) for index in chosen]
-            seconds, scale = time.perf_counter() - started, len(own) / len(chosen)
-            prompt_tokens = sum(sum(tree.lengths) for tree in trees)
-            tokens = sum(tokens_to_run(tree, scorer.windows) for tree in trees)
-            found[task.label] = Estimate(
-                len(prompter.examples), scale * prompt_tokens, scale * tokens, scale * seconds
-            )
-            sample += [tree for tree in trees if len(tree.target)]
-        rate = _measure_rate(scorer, sample)
-        return {
-            label: replace(each, seconds=each.seconds + each.tokens / rate)
-            for label, each in found.items()
-        }
-
-
-def _measure_rate(scorer: Scorer, trees: Sequence[Tree]) -> float:
-    """Return tokens per second; the first batch only warms up where there are others."""
-    tokens, seconds = 0, 0.0
-    for number, batch in enumerate(iter_batches(trees, scorer.windows, batch_tokens(scorer))):
-        started = time.perf_counter()
-        layout = build_layout(batch, scorer.windows, scorer.block)
-        scorer.score(layout, margins=False)[0].cpu()
-        spent = time.perf_counter() - started
-        if number == 1:
-            tokens, seconds = 0, 0.0
-        tokens, seconds = tokens + len(layout.token_ids), seconds + spent
-        if number and seconds > PROBE_SECONDS:
-            break
-    return tokens / max(seconds, 1e-9) if tokens else 1.0
+            tokens = sum(tokens_to_run(prompter.tree(index), windows) for index in chosen)
+            found[task.label] = Estimate(len(prompter.examples), tokens * len(own) / len(chosen))
+        return found

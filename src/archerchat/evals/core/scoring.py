@@ -41,11 +41,6 @@ class Outcome:
         return self.all_predicted if self.predicted is None else self.predicted == gold
 
 
-def batch_tokens(scorer: Scorer) -> int:
-    """Return how many tokens to run at a time on the model's device."""
-    return CPU_BATCH_TOKENS if scorer.model.device.type == "cpu" else BATCH_TOKENS
-
-
 def iter_batches(
     trees: Sequence[Tree], windows: Sequence[int], most_tokens: int
 ) -> Iterator[list[Tree]]:
@@ -74,14 +69,15 @@ def iter_outcomes(
     Args:
         most_tokens: in a batch; by default what fills the device.
     """
-    most = most_tokens or batch_tokens(scorer)
+    if most_tokens is None:
+        most_tokens = CPU_BATCH_TOKENS if scorer.model.device.type == "cpu" else BATCH_TOKENS
     compare = task_type == "language_modeling"
     unscored = [tree for tree in trees if not len(tree.target)]
     if unscored:  # options that are all the same text
         worst = math.inf if compare else None
         yield [_outcome(tree, [math.nan] * len(tree.lengths), worst) for tree in unscored], 0
     running: tuple[list[Tree], Layout, Scores] | None = None
-    for batch in iter_batches([t for t in trees if len(t.target)], scorer.windows, most):
+    for batch in iter_batches([t for t in trees if len(t.target)], scorer.windows, most_tokens):
         layout = build_layout(batch, scorer.windows, scorer.block)
         started = batch, layout, scorer.score(layout, compare)
         if running:

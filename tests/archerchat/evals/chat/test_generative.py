@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from archerchat.errors import UsageError
+from archerchat.evals.chat.evaluate import evaluate_task
 from archerchat.evals.chat.generative import (
     Answer,
     answer_problems,
     build_request,
-    check_sampling,
     render_question,
 )
 from archerchat.inference import chat
@@ -23,9 +23,9 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Request
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.tasks.arithmetic import ArithmeticTask
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, assistant, user
+from archerchat.tasks.generated import ArithmeticTask
 
 SCRIPT = (
     "<|assistant_start|>",
@@ -71,10 +71,7 @@ def plain_answer(model: Transformer, request: Request, max_length: int) -> list[
 def ask(scripted: Any, task: Task, params: SamplingParams, **engine: Any) -> list[Answer]:
     problems = range(len(task))
     machine = Engine(scripted.model, **{"max_batch": 4} | engine)
-    prompts = [
-        render_question(scripted.tokenizer, task[i], machine.max_length)[0] for i in problems
-    ]
-    return answer_problems(machine, scripted.tokenizer, task, problems, prompts, params)
+    return answer_problems(machine, scripted.tokenizer, task, problems, params)
 
 
 def test_the_calculators_results_are_forced_and_the_words_are_judged(
@@ -95,6 +92,30 @@ def test_the_calculators_results_are_forced_and_the_words_are_judged(
         assert answer.completion.token_ids == said
         assert answer.completion.mask == [1] * 5 + [0] * 4 + [1] * 4
         assert answer.completion.finish_reason == "stop"
+
+
+def test_the_lenient_rule_is_asked_after_the_reference_s(
+    scripted: Callable[[Sequence[str]], Any],
+) -> None:
+    class Kinder(Products):
+        is_lenient = True
+
+        def evaluate_leniently(self, conversation: Conversation, completion: str) -> bool:
+            asked.append(conversation["messages"][-1]["content"])
+            return completion.startswith(asked[-1])
+
+    asked: list[str] = []
+    model, task = scripted(SCRIPT), Kinder(["#### 42", "####", "x"])
+    answers = ask(model, task, SamplingParams(64, temperature=0))
+    assert [answer.right for answer in answers] == [True, False, False]
+    assert [answer.lenient for answer in answers] == [True, True, False]
+    assert sorted(asked) == ["####", "x"]
+    params = SamplingParams(64, temperature=0)
+    result = evaluate_task(Engine(model.model), model.tokenizer, task, params)
+    assert (result.right, result.lenient) == ((1, 0, 0), 2)
+    assert (result.accuracy, result.lenient_accuracy) == (1 / 3, 2 / 3)
+    strict = Products(["#### 42"])
+    assert evaluate_task(Engine(model.model), model.tokenizer, strict, params).lenient is None
 
 
 def test_batches_say_what_the_plain_loop_says(
@@ -121,9 +142,7 @@ def test_batches_say_what_the_plain_loop_says(
         build_request(speaker.tokenizer, prompt, params, problem)
         for prompt, problem in zip(prompts, problems, strict=True)
     ]
-    answers = answer_problems(
-        Engine(model, max_batch=5), speaker.tokenizer, task, problems, prompts, params
-    )
+    answers = answer_problems(Engine(model, max_batch=5), speaker.tokenizer, task, problems, params)
     assert [answer.problem for answer in answers] == problems
     for answer, request in zip(answers, requests, strict=True):
         assert answer.completion.token_ids == plain_answer(model, request, 128)
@@ -143,22 +162,19 @@ def test_samples_depend_on_the_problem_and_not_on_its_company(
     together = ask(model, task, params, max_batch=2)
     assert [(a.problem, a.sample) for a in together] == [(p, s) for p in range(3) for s in range(3)]
     assert len({tuple(a.completion.token_ids) for a in together}) == 9
-    prompts = [render_question(model.tokenizer, task[2], 128)[0]]
-    alone = answer_problems(Engine(model.model), model.tokenizer, task, [2], prompts, params)
+    alone = answer_problems(Engine(model.model), model.tokenizer, task, [2], params)
     assert [a.completion for a in alone] == [a.completion for a in together if a.problem == 2]
 
 
 def test_progress_counts_judged_answers(scripted: Callable[[Sequence[str]], Any]) -> None:
     model, steps = scripted(SCRIPT), []
     task = Products(["a"] * 5)
-    prompts = [render_question(model.tokenizer, task[i], 128)[0] for i in range(5)]
     engine = Engine(model.model, max_batch=2)
     answer_problems(
         engine,
         model.tokenizer,
         task,
         range(5),
-        prompts,
         SamplingParams(8),
         lambda n: steps.append(n),
     )
@@ -185,8 +201,3 @@ def test_prompts_are_cut_to_leave_room(scripted: Callable[[Sequence[str]], Any])
     assert len(shorter) == len(whole) - 1
     assert shorter[-1] == tokenizer.special_id("<|assistant_start|>")
     assert shorter[:-1] == whole[: len(shorter) - 1]
-
-
-def test_samples_without_a_temperature_are_refused() -> None:
-    with pytest.raises(UsageError, match="4 samples at temperature 0 are all the same"):
-        check_sampling(SamplingParams(8, temperature=0, num_samples=4))

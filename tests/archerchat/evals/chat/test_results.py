@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from archerchat.evals.chat.results import TaskResult, chatcore
@@ -24,6 +26,7 @@ def test_one_sample_a_problem() -> None:
     assert found.interval == wilson_interval(3, 4)
     assert found.to_json()["problems"] == 4
     assert "pass_at" not in found.to_json()
+    assert found.to_json()["lenient_accuracy"] is None
 
 
 def test_several_samples_a_problem() -> None:
@@ -33,6 +36,12 @@ def test_several_samples_a_problem() -> None:
     assert found.pass_at == pytest.approx({1: 0.5, 2: (0 + 5 / 6 + 1) / 3, 4: 2 / 3})
     assert found.to_json()["pass_at"].keys() == {"1", "2", "4"}
     assert found.interval == wilson_interval(1.5, 3)
+
+
+def test_the_lenient_share_leaves_the_comparable_figures_alone() -> None:
+    found = replace(result("GSM8K", (0, 2, 4), 4), lenient=9)
+    assert found.lenient_accuracy == found.to_json()["lenient_accuracy"] == 0.75
+    assert found.accuracy == found.centred == 0.5
 
 
 def test_chatcore_is_the_mean_of_the_six_centred_accuracies() -> None:
