@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def pytest_words() -> list[str]:
         chosen = ["-m", "not slow and not gpu", "-k", "cpu"]
     elif importlib.util.find_spec("xdist") is not None:
         chosen += ["-n", str(WORKERS), "--dist", "worksteal"]  # each compiles much
-    return ["-m", "pytest", "-rfE", "--tb=short", "--color=no", *chosen, *files]
+    return ["-m", "pytest", "-vv", "-rfE", "--tb=short", "--color=no", *chosen, *files]
 
 
 def run_process(words: Sequence[str], log: Path, seconds: float) -> int | None:
@@ -87,6 +88,14 @@ def run_process(words: Sequence[str], log: Path, seconds: float) -> int | None:
             ).returncode
         except subprocess.TimeoutExpired:
             return None
+
+
+def count_tests(lines: Sequence[str]) -> dict[str, int]:
+    """Count how the tests ended that did, also where pytest was stopped."""
+    # `NAME PASSED [ 5%]`, by xdist `[gw0] [ 5%] PASSED NAME`; the summary's lines begin otherwise.
+    pattern = re.compile(r"(?:^tests/.*|^\[gw\d+\].*) (PASSED|FAILED|SKIPPED|ERROR)\b")
+    found = (pattern.match(line) for line in lines)
+    return dict(Counter(match[1].lower() for match in found if match))
 
 
 def run_part(part: Part, folder: Path, until: float) -> dict[str, Any]:
@@ -113,8 +122,7 @@ def run_part(part: Part, folder: Path, until: float) -> dict[str, Any]:
     if part.script:
         result["rows"] = Rows(path, 0).read()
     else:
-        counts = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", "\n".join(lines[-3:]))
-        result["rows"] = {"pytest": {kind: int(count) for count, kind in counts}}
+        result["rows"] = {"pytest": count_tests(lines)}
     if status != 0:
         result["last_lines"] = lines[-LAST_LINES:]
     return result
