@@ -74,7 +74,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "report": {
         "": Command("commands.report:report", "write a model's training report", positional=True),
         "scaling": Command(
-            "commands.report_scaling:report_scaling",
+            "commands.report:report_scaling",
             "fit a scaling law to several runs",
             positional=True,
         ),

@@ -25,7 +25,7 @@ from archerchat.checkpoint import Checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
 from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
-from archerchat.evals.chat.evaluate import evaluate_task, limited
+from archerchat.evals.chat import evaluate_task, limited
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
