@@ -28,7 +28,6 @@ mkdir -p "$bundle/shared/oracle/tokenizer"
     hypothesis sortedcontainers pytest-timeout pytest-xdist execnet
 
 for file in model_a.json model_a.safetensors model_a_io.safetensors \
-    model_b_gqa.json model_b_gqa.safetensors model_b_gqa_io.safetensors \
     train_curve.json train_init.safetensors tokenizer/mergeable_ranks.tiktoken; do
     cp "$oracle/$file" "$bundle/shared/oracle/$file"
     chmod u+w "$bundle/shared/oracle/$file"

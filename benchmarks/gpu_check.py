@@ -65,7 +65,7 @@ def pytest_words() -> list[str]:
     )
     chosen = ["-m", "gpu"]
     if DRY_RUN:
-        chosen = ["-m", "not slow and not gpu", "-k", "cpu and float32"]
+        chosen = ["-m", "not slow and not gpu", "-k", "cpu"]
     elif importlib.util.find_spec("xdist") is not None:
         chosen += ["-n", str(WORKERS), "--dist", "worksteal"]  # each compiles much
     return ["-m", "pytest", "-rfE", "--tb=short", "--color=no", *chosen, *files]

@@ -30,9 +30,9 @@ PREFILL_ROWS = (1, 2) if DRY_RUN else (1, 8)
 def build_model(runtime: Runtime) -> Transformer:
     """Return depth 12 with random weights: what is generated does not matter here."""
     backend, _ = choose_backend(runtime.device, runtime.compute_dtype)
-    model = Transformer(model_config(12), runtime.compute_dtype, backend)
-    model.init_weights(0)
-    return model.to(runtime.device).requires_grad_(False)
+    with runtime.device:
+        model = Transformer(model_config(12), runtime.compute_dtype, backend)
+    return model.requires_grad_(False)
 
 
 def time_decoding(engine: Engine, batch: int, runtime: Runtime, bandwidth: float) -> dict[str, Any]:

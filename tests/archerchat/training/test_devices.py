@@ -30,6 +30,7 @@ from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog
 
+pytestmark = pytest.mark.filterwarnings("error::archerchat.model.compiling.CompileWarning")
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.slow),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -200,7 +201,7 @@ def test_float16_learns_what_float32_learns(device: str, tmp_path: Path) -> None
     ))  # fmt: skip
     count = 10 - skipped
     assert count >= 6  # the first scales may be too large for a step or two
-    assert kept[-1] == pytest.approx(runs["float32"]["train/loss"][count - 1], abs=0.15)
+    assert kept[-1] == pytest.approx(runs["float32"]["train/loss"][count - 1], abs=0.3)
 
 
 def loss_of(recipe: SmallRecipe, inputs: Tensor, targets: Tensor) -> Tensor:
