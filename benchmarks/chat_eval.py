@@ -26,8 +26,7 @@ import torch
 from rich.console import Console
 
 from archerchat.errors import DataError
-from archerchat.evals.chat.evaluate import evaluate_task, limited
-from archerchat.evals.chat.generative import Answer, build_request, render_question
+from archerchat.evals.chat import Answer, build_request, evaluate_task, limited, render_question
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.tools import spoken_text

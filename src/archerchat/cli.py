@@ -12,7 +12,7 @@ import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, get_type_hints
 
 import tyro
 
@@ -23,110 +23,70 @@ from archerchat.home import Home
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: where its configuration and its function are."""
+    """One subcommand; its configuration is the type of its function's argument `config`."""
 
-    module: str
-    config: str
     function: str
+    """Module below `archerchat` and name, such as "commands.data:build"."""
     help: str
     positional: bool = False
     """Whether required fields are positional arguments instead of flags."""
     short: Mapping[str, str] = field(default_factory=dict)
     """Flags by other names for them."""
 
+    def load(self) -> tuple[Callable[[Any, Home], object], type[Any]]:
+        """Import the function; return it and the type of its configuration."""
+        module, name = self.function.split(":")
+        function = getattr(importlib.import_module(f"archerchat.{module}"), name)
+        return function, get_type_hints(function)["config"]
 
+
+MAX_TOKENS = {"--max-tokens": "--max-new-tokens"}
 # A subcommand named "" is what its command does where no other follows.
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "data": {
-        "download": Command(
-            "commands.data", "DataDownloadConfig", "download", "download text shards from the hub"
-        ),
-        "build": Command(
-            "commands.data",
-            "DataBuildConfig",
-            "build",
-            "convert text files to shards",
-            positional=True,
-        ),
-        "info": Command("commands.data", "DataInfoConfig", "info", "list the data on this machine"),
+        "download": Command("commands.data:download", "download text shards from the hub"),
+        "build": Command("commands.data:build", "convert text files to shards", positional=True),
+        "info": Command("commands.data:info", "list the data on this machine"),
         "identity": Command(
-            "commands.data",
-            "DataIdentityConfig",
-            "identity",
-            "write conversations in which the assistant says who it is",
+            "commands.data:identity", "write conversations in which the assistant says who it is"
         ),
     },
     "tokenizer": {
-        "train": Command(
-            "commands.tokenizer", "TokenizerTrainConfig", "train", "train a tokenizer"
-        ),
+        "train": Command("commands.tokenizer:train", "train a tokenizer"),
         "eval": Command(
-            "commands.tokenizer",
-            "TokenizerEvalConfig",
-            "evaluate",
-            "compare its compression with GPT-2's and GPT-4's",
+            "commands.tokenizer:evaluate", "compare its compression with GPT-2's and GPT-4's"
         ),
     },
-    "plan": Command(
-        "commands.plan", "PlanConfig", "plan", "estimate memory, time and cost of a depth"
-    ),
-    "pretrain": Command("training.pretrain", "PretrainConfig", "pretrain", "train a base model"),
-    "sft": Command(
-        "training.sft", "FinetuneConfig", "finetune", "fine-tune a base model on conversations"
-    ),
-    "rl": Command(
-        "training.rl", "ReinforceConfig", "reinforce", "train a chat model by reinforcement"
-    ),
+    "plan": Command("commands.plan:plan", "estimate memory, time and cost of a depth"),
+    "pretrain": Command("training.pretrain:pretrain", "train a base model"),
+    "sft": Command("training.sft:finetune", "fine-tune a base model on conversations"),
+    "rl": Command("training.rl:reinforce", "train a chat model by reinforcement"),
     "chat": Command(
-        "commands.chat",
-        "ChatConfig",
-        "chat",
+        "commands.chat:chat",
         "chat with a model in the terminal",
-        short={"-p": "--prompt", "--max-tokens": "--max-new-tokens"},
+        short={"-p": "--prompt", **MAX_TOKENS},
     ),
-    "sample": Command(
-        "commands.sample",
-        "SampleConfig",
-        "sample",
-        "print text that a model writes",
-        short={"--max-tokens": "--max-new-tokens"},
-    ),
+    "sample": Command("commands.sample:sample", "print text that a model writes", short=MAX_TOKENS),
     "eval": {
-        "base": Command(
-            "commands.eval_base", "EvalBaseConfig", "evaluate", "evaluate a base model"
-        ),
-        "chat": Command(
-            "commands.eval_chat", "EvalChatConfig", "evaluate", "evaluate a chat model"
-        ),
+        "base": Command("commands.eval_base:evaluate", "evaluate a base model"),
+        "chat": Command("commands.eval_chat:evaluate", "evaluate a chat model"),
     },
     "report": {
-        "": Command(
-            "commands.report",
-            "ReportConfig",
-            "report",
-            "write a model's training report",
-            positional=True,
-        ),
+        "": Command("commands.report:report", "write a model's training report", positional=True),
         "scaling": Command(
-            "commands.report_scaling",
-            "ScalingConfig",
-            "report_scaling",
+            "commands.report:report_scaling",
             "fit a scaling law to several runs",
             positional=True,
         ),
     },
     "import": {
         "nanochat": Command(
-            "commands.import_nanochat",
-            "ImportNanochatConfig",
-            "import_nanochat",
+            "commands.import_nanochat:import_nanochat",
             "import nanochat's checkpoint and tokenizer",
             positional=True,
         ),
     },
-    "doctor": Command(
-        "commands.doctor", "DoctorConfig", "doctor", "describe this machine and what it lacks"
-    ),
+    "doctor": Command("commands.doctor:doctor", "describe this machine and what it lacks"),
 }
 
 
@@ -163,15 +123,15 @@ def parse(argv: Sequence[str]) -> Parsed:
             print(f"error: {path} has no command {name!r}; it has {known}", file=sys.stderr)
             raise SystemExit(2)
         level, path = level[name], f"{path} {name}"
-    module = importlib.import_module(f"archerchat.{level.module}")
+    function, configuration = level.load()
     positional = (tyro.conf.PositionalRequiredArgs,) if level.positional else ()
     config = tyro.cli(
-        cast(type[Any], getattr(module, level.config)),
+        configuration,
         prog=path,
         args=[_renamed(word, level.short) for word in words],
         config=(tyro.conf.OmitArgPrefixes, *positional),
     )
-    return Parsed(cast(Callable[[Any, Home], object], getattr(module, level.function)), config)
+    return Parsed(function, config)
 
 
 def _renamed(word: str, names: Mapping[str, str]) -> str:

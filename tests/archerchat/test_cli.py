@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import os
 import subprocess
 import sys
@@ -62,9 +61,8 @@ def test_every_flag_of_every_command_has_help(
     assert exit_of([*name.split(), "--help"]) == 0
     output = capsys.readouterr().out
     command = dict(all_commands())[name]
-    module = importlib.import_module(f"archerchat.{command.module}")
-    config = getattr(module, command.config)
-    assert callable(getattr(module, command.function))
+    function, config = command.load()
+    assert callable(function)
     assert dataclasses.is_dataclass(config)
     assert config.__dataclass_params__.frozen  # type: ignore[attr-defined]
     for field in dataclasses.fields(config):

@@ -6,15 +6,13 @@ archerchat chat -p "What is 6 times 7?"  # one answer
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
@@ -76,8 +74,8 @@ def chat(config: ChatConfig, home: Home) -> None:
         Dialogue(session, console).run()
         return
     console.print(f"{loaded.path}\n/help lists the commands", style="dim")
-    with _line_history(home.root / "chat_history"):
-        Dialogue(session, console).run()
+    _keep_history(home.root / "chat_history")
+    Dialogue(session, console).run()
 
 
 class Dialogue:
@@ -164,7 +162,7 @@ def _count_or_none(text: str) -> int | None:
 
 
 def show_answer(session: ChatSession, message: str, console: Console) -> None:
-    """Print the answer as it comes; Ctrl-C stops it, a second one the program.
+    """Print the answer as it comes; Ctrl-C stops it.
 
     Raises:
         UsageError: there is nothing to answer, or no room for an answer.
@@ -174,13 +172,13 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
         console.print(
             f"the context is full: the oldest {session.forgotten} turn(s) are left out", style="dim"
         )
-    printer = _AnswerPrinter(console)
-    stopped = False
-    with _stop_request() as asked, contextlib.closing(pieces):  # type: ignore[type-var]
-        for piece in pieces:
-            printer.show(piece)
-            if stopped := asked.is_set():
-                break
+    printer, stopped = _AnswerPrinter(console), False
+    with contextlib.closing(pieces):  # type: ignore[type-var]
+        try:
+            for piece in pieces:
+                printer.show(piece)
+        except KeyboardInterrupt:
+            stopped = True
     printer.end()
     if stopped:
         console.print("stopped", style="dim")
@@ -225,36 +223,18 @@ class _AnswerPrinter:
         self._console.file.flush()
 
 
-@contextlib.contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _line_history(path: Path) -> Iterator[None]:
+def _keep_history(path: Path) -> None:
     """Let arrow keys recall lines, also those of earlier sessions."""
     try:
         import readline  # here, since importing it changes how `input` reads
     except ImportError:  # not every Python is built with it
-        yield
         return
     readline.set_history_length(HISTORY_LINES)
     with contextlib.suppress(OSError):
         readline.read_history_file(path)
-    try:
-        yield
-    finally:
+
+    def write() -> None:
         with contextlib.suppress(OSError):
             readline.write_history_file(path)
+
+    atexit.register(write)

@@ -15,12 +15,10 @@ from rich.table import Table
 
 from archerchat.config import PositiveInt
 from archerchat.console import LiveLine, build_console, duration_text
-from archerchat.data.task_files import task_files
+from archerchat.data.hub import task_files
 from archerchat.distributed import Ranks, joined_ranks
 from archerchat.errors import UsageError
-from archerchat.evals.chat.evaluate import evaluate_task, limited
-from archerchat.evals.chat.generative import Answer
-from archerchat.evals.chat.results import TaskResult, chatcore
+from archerchat.evals.chat import Answer, TaskResult, chatcore, evaluate_task, limited
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
 from archerchat.inference.engine import Engine

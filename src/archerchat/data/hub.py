@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
@@ -25,6 +26,8 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,
 from archerchat.data.shards import Shard
 from archerchat.errors import DataError, UsageError
 from archerchat.files import explained_writes, fsync, fsync_dir, sha256_file
+from archerchat.home import Home
+from archerchat.tasks.hub import TaskFiles
 
 TIMEOUT_SECONDS = 10.0
 ATTEMPTS = 6
@@ -116,6 +119,37 @@ def download_shards(
         stop.set()
         pool.shutdown(cancel_futures=True)
     return [directory / name for name in missing]
+
+
+def task_files(
+    home: Home,
+    data_dir: Path | None = None,
+    *,
+    endpoint: str | None = None,
+    notify: Notify = lambda message: None,
+) -> TaskFiles:
+    """Return where tasks find their rows.
+
+    Downloads are kept in `home.cache_dir`. With several ranks, let one fetch before others read.
+
+    Args:
+        data_dir: a folder whose files stand in for the hub's; nothing is downloaded then.
+        endpoint: the hub's address; None leaves it to huggingface_hub (`HF_ENDPOINT`).
+    """
+
+    def fetch(repository: str, revision: str, name: str, path: Path) -> None:
+        if not path.exists():
+            notify(f"fetching {name} of {repository}")
+        download_file(
+            hf_hub_url(repository, name, repo_type="dataset", revision=revision, endpoint=endpoint),
+            path,
+            lambda path: pq.ParquetFile(path).close(),
+            without_network="--data-dir names a folder with local files instead",
+            token=None,
+            notify=notify,
+        )
+
+    return TaskFiles(cache=home.cache_dir / "tasks", local=data_dir, fetch=fetch)
 
 
 def download_file(

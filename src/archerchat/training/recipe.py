@@ -18,7 +18,7 @@ from archerchat.checkpoint import Stateful
 from archerchat.console import ProgressLine
 from archerchat.data.prefetch import Batch
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte
-from archerchat.evals.chat.generative import render_question
+from archerchat.evals.chat import render_question
 from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams

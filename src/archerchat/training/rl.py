@@ -23,9 +23,9 @@ from torch import Tensor
 
 from archerchat.checkpoint import Checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
-from archerchat.data.task_files import task_files
+from archerchat.data.hub import task_files
 from archerchat.errors import DataError, UsageError
-from archerchat.evals.chat.evaluate import evaluate_task, limited
+from archerchat.evals.chat import evaluate_task, limited
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams

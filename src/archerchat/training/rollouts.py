@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from archerchat.config import Config, PositiveInt, compare_configs
 from archerchat.data.prefetch import Batch
 from archerchat.errors import CheckpointError
-from archerchat.evals.chat.generative import build_request, render_question
+from archerchat.evals.chat import build_request, render_question
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
 from archerchat.inference.sequence import Completion

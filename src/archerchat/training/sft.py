@@ -24,8 +24,8 @@ from archerchat.data.conversation_loader import (
     describe_mixture,
     render_whole,
 )
+from archerchat.data.hub import task_files
 from archerchat.data.prefetch import Batch
-from archerchat.data.task_files import task_files
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture

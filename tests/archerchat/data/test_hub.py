@@ -24,9 +24,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from archerchat.data import hub as hub_module
-from archerchat.data.hub import SOURCES, HubSource, download_shards
+from archerchat.data.hub import SOURCES, HubSource, download_shards, task_files
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
-from archerchat.data.task_files import task_files
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
 from archerchat.tasks.hub import ARC

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from archerchat.evals.chat.results import TaskResult as ChatTask
+from archerchat.evals.chat import TaskResult as ChatTask
 from archerchat.evals.core.results import CoreResult, PartialResults, TaskResult
 from archerchat.files import write_json
 from archerchat.home import Home

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from archerchat.errors import DataError
-from archerchat.evals.chat.evaluate import choose_letters, letter_token
+from archerchat.evals.chat import choose_letters, letter_token
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 

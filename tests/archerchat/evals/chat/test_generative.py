@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from archerchat.errors import UsageError
-from archerchat.evals.chat.evaluate import evaluate_task
-from archerchat.evals.chat.generative import (
+from archerchat.evals.chat import (
     Answer,
     answer_problems,
     build_request,
+    evaluate_task,
     render_question,
 )
 from archerchat.inference import chat

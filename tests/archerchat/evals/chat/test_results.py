@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from archerchat.evals.chat.results import TaskResult, chatcore
+from archerchat.evals.chat import TaskResult, chatcore
 from archerchat.evals.statistics import wilson_interval
 from archerchat.tasks.registry import CHATCORE
 
