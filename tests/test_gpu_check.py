@@ -30,6 +30,20 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
+def test_nothing_that_a_bare_machine_lacks_is_imported() -> None:
+    """What `benchmarks/gpu_bundle.sh` leaves out: Parquet, reports, the dashboard."""
+    code = """
+import importlib, sys
+for name in ("pyarrow", "matplotlib", "scipy", "fastapi", "psutil"):
+    sys.modules[name] = None
+sys.path.insert(0, "benchmarks")
+for name in ("check", "common", "decode", "learning", "speed"):
+    importlib.import_module(f"gpu_{name}")
+import archerchat.commands.doctor
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_a_row_that_fails_ends_the_process_and_the_rest_runs_in_the_next(
     load: Any, tmp_path: Path
 ) -> None:

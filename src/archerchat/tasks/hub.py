@@ -25,9 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation
@@ -193,7 +190,7 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
             file and, for JSON lines, the line.
     """
     if all(path.suffix == ".parquet" for path in paths):
-        return _ParquetRows(pa.concat_tables([_read_parquet(path, columns) for path in paths]))
+        return _read_parquet(paths, columns)
     rows = []
     for where, row in (line for path in paths for line in iter_json_lines(path)):
         _check_columns(where, row if isinstance(row, dict) else (), columns)
@@ -233,7 +230,7 @@ def iter_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 class _ParquetRows:
     """The rows of Parquet files, held as Arrow does."""
 
-    table: pa.Table
+    table: Any
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -245,13 +242,20 @@ class _ParquetRows:
         return rows[0]
 
 
-def _read_parquet(path: Path, columns: Sequence[str]) -> pa.Table:
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(str(path), file.schema_arrow.names, columns)
-            return file.read(columns=list(columns))
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"cannot read {path} as Parquet ({reason}): delete it and run the same command again"
-        ) from error
+def _read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> _ParquetRows:
+    import pyarrow as pa  # whoever trains without tasks may not have it
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                _check_columns(str(path), file.schema_arrow.names, columns)
+                tables.append(file.read(columns=list(columns)))
+        except (OSError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(
+                f"cannot read {path} as Parquet ({reason}): delete it and run the same command "
+                "again"
+            ) from error
+    return _ParquetRows(pa.concat_tables(tables))
