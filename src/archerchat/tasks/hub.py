@@ -243,7 +243,7 @@ class _ParquetRows:
 
 
 def _read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> _ParquetRows:
-    import pyarrow as pa  # whoever trains without tasks may not have it
+    import pyarrow as pa  # imported here: training on text does not need it
     import pyarrow.parquet as pq
 
     tables = []
