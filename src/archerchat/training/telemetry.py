@@ -21,8 +21,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +41,7 @@ Status = Literal["finished", "failed", "interrupted"]
 PushCheckpoints = Literal["auto", "all", "last", "best", "none"]
 Occasion = Literal["last", "best"]
 """Of a push: the checkpoint was just saved, or just found to be the best."""
+COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 TOKENIZER = "tokenizer"
 """The name under which a run's tokenizer is pushed."""
 
@@ -211,15 +212,43 @@ def describe_environment() -> dict[str, str | int | None]:
         "cuda": torch.version.cuda,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
-        "git_commit": find_commit(Path(__file__).parent),
+        "git_commit": find_commit(Path(__file__)),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
-def find_commit(directory: Path) -> str | None:
-    """Return the commit checked out in `directory`; None outside a checkout or without git."""
-    command = ["git", "-C", str(directory), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def find_commit(path: Path) -> str | None:
+    """Return the commit that is checked out around `path`; None outside a checkout.
+
+    It is read from git's files: a run starts no process.
+    """
+    for parent in path.resolve().parents:
+        entry = parent / ".git"
+        try:
+            if entry.is_file():  # of a worktree: `gitdir: PLACE`
+                place = entry.read_text().removeprefix("gitdir:").strip()
+                return _head((parent / place).resolve())
+            if entry.is_dir():
+                return _head(entry)
+        except (OSError, UnicodeDecodeError):
+            return None
+    return None
+
+
+def _head(directory: Path) -> str | None:
+    head = (directory / "HEAD").read_text().strip()
+    if not head.startswith("ref:"):
+        return head if COMMIT.fullmatch(head) else None
+    name = head.removeprefix("ref:").strip()
+    shared = directory / "commondir"
+    common = (directory / shared.read_text().strip()) if shared.is_file() else directory
+    for place in (directory, common):
+        if (place / name).is_file():
+            commit = (place / name).read_text().strip()
+            return commit if COMMIT.fullmatch(commit) else None
+    packed = common / "packed-refs"
+    for line in packed.read_text().splitlines() if packed.is_file() else ():
+        commit, _, packed_name = line.partition(" ")
+        if packed_name == name and COMMIT.fullmatch(commit):
+            return commit
+    return None

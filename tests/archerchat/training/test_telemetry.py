@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -208,18 +206,50 @@ def test_a_rank_that_records_nothing_pushes_nothing(tmp_path: Path) -> None:
     assert metrics.push_tokenizer(tmp_path) is None
 
 
-def test_the_commit_is_that_of_the_checkout(tmp_path: Path) -> None:
-    assert find_commit(tmp_path) is None
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    assert find_commit(tmp_path) is None  # nothing is committed
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    assert re.fullmatch(r"[0-9a-f]{40}", find_commit(tmp_path) or "")
+COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
 
-def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_commit(tmp_path) is None
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of a branch whose commit stands in a file of its own."""
+    git = tmp_path / "checkout" / ".git"
+    (git / "refs/heads").mkdir(parents=True)
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    (git / "refs/heads/main").write_text(COMMIT + "\n")
+    (tmp_path / "checkout/src").mkdir()
+    return tmp_path / "checkout"
+
+
+def test_the_commit_of_a_branch(checkout: Path) -> None:
+    assert find_commit(checkout / "src" / "module.py") == COMMIT
+
+
+def test_a_detached_head(checkout: Path) -> None:
+    (checkout / ".git/HEAD").write_text(OTHER)
+    assert find_commit(checkout / "src" / "module.py") == OTHER
+
+
+def test_a_packed_reference(checkout: Path) -> None:
+    (checkout / ".git/refs/heads/main").unlink()
+    lines = ["# pack-refs with: peeled", f"{OTHER} refs/heads/next", f"{COMMIT} refs/heads/main"]
+    (checkout / ".git/packed-refs").write_text("\n".join([*lines, f"^{OTHER}"]))
+    assert find_commit(checkout / "src" / "module.py") == COMMIT
+
+
+def test_a_worktree(checkout: Path, tmp_path: Path) -> None:
+    own = checkout / ".git/worktrees/second"
+    own.mkdir(parents=True)
+    (own / "HEAD").write_text("ref: refs/heads/main")
+    (own / "commondir").write_text("../..\n")
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second/.git").write_text(f"gitdir: {own}\n")
+    assert find_commit(tmp_path / "second" / "module.py") == COMMIT
+
+
+@pytest.mark.parametrize("head", ["ref: refs/heads/gone", "not a commit", ""])
+def test_what_names_no_commit(checkout: Path, head: str) -> None:
+    (checkout / ".git/HEAD").write_text(head)
+    assert find_commit(checkout / "src" / "module.py") is None
 
 
 def test_the_facts_are_text_and_numbers() -> None:
