@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -338,9 +339,13 @@ def test_the_shipper_has_no_open_files_of_the_trainer(
         assert found is not None
         process = Path("/proc") / str(found[0])
         if process.exists():
-            links = [str(fd.readlink()) for fd in (process / "fd").iterdir()]
+            links = []
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    links.append(str(descriptor.readlink()))
             assert str(tmp_path / "secret") not in links
-            assert int((process / "stat").read_text().split()[18]) == 10  # nice
+            nice = int((process / "stat").read_text().split()[18])
+            assert nice == min(19, os.nice(0) + 10)
             assert os.getsid(found[0]) != os.getsid(0)
     run.finish()
 

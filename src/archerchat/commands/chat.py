@@ -9,10 +9,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
@@ -162,7 +165,7 @@ def _count_or_none(text: str) -> int | None:
 
 
 def show_answer(session: ChatSession, message: str, console: Console) -> None:
-    """Print the answer as it comes; Ctrl-C stops it.
+    """Print the answer as it comes; Ctrl-C stops it, a second one the program.
 
     Raises:
         UsageError: there is nothing to answer, or no room for an answer.
@@ -173,12 +176,11 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
             f"the context is full: the oldest {session.forgotten} turn(s) are left out", style="dim"
         )
     printer, stopped = _AnswerPrinter(console), False
-    with contextlib.closing(pieces):  # type: ignore[type-var]
-        try:
-            for piece in pieces:
-                printer.show(piece)
-        except KeyboardInterrupt:
-            stopped = True
+    with _stop_request() as asked, contextlib.closing(pieces):  # type: ignore[type-var]
+        for piece in pieces:
+            printer.show(piece)
+            if stopped := asked.is_set():
+                break
     printer.end()
     if stopped:
         console.print("stopped", style="dim")
@@ -221,6 +223,23 @@ class _AnswerPrinter:
         style = None if self._open == "text" and text not in ("[", "]", "[= ") else "cyan"
         self._console.print(text, end="", style=style)
         self._console.file.flush()
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into a request."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _keep_history(path: Path) -> None:
