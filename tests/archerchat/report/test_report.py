@@ -204,6 +204,14 @@ def test_the_time_of_all_stages_is_added_up(home: Home, session: Callable[..., N
     assert "| Sum | 2 min | 3 s | 0 s | 2 min | \\$123.00 |" in text
 
 
+def test_a_mixture_is_named_as_it_was_typed(
+    home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
+) -> None:
+    data = {"mixture": "identity*2,Arithmetic:600", "jsonl": [], "mixture_seed": 42}
+    session(home, "d8-sft", range(2), config=config(stage="sft", config={"data": data}))
+    assert "data: identity*2,Arithmetic:600." in render(home).html
+
+
 def test_a_run_that_is_not_over_says_so(home: Home, session: Callable[..., None]) -> None:
     session(home, "d8", range(3), status="interrupted")
     page = render(home).html
