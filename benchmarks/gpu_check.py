@@ -29,8 +29,10 @@ from gpu_common import BUNDLE, CRASHED, DRY_RUN, LENGTH, Rows
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 LAST_LINES = 30
-WORKERS = 6
+WORKERS = 8
 """Processes that share the card in the tests."""
+COMPILING = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+"""Each of them would otherwise start a compiler per core."""
 SCALE = 3 if DRY_RUN else 1
 """A rehearsal shares two cores with others."""
 Figures = Mapping[str, Mapping[str, Any]]
@@ -74,13 +76,15 @@ def pytest_words() -> list[str]:
 
 def run_process(words: Sequence[str], log: Path, seconds: float) -> int | None:
     """Run Python, its output in `log`; return its exit status, None where time ran out."""
-    shared = {"ARCHERCHAT_SHARED": str(BUNDLE / "shared")} if BUNDLE.is_dir() else {}
+    extra = {"ARCHERCHAT_SHARED": str(BUNDLE / "shared")} if BUNDLE.is_dir() else {}
+    if "pytest" in words:
+        extra |= COMPILING
     with log.open("a") as output:
         try:
             return subprocess.run(
                 [sys.executable, *words],
                 cwd=ROOT,
-                env=os.environ | shared,
+                env=os.environ | extra,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 timeout=max(1.0, seconds),
