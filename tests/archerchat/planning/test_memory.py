@@ -104,7 +104,9 @@ def test_the_reference_runs_memory_is_that_of_a_plausible_batch(
     comes nearest, within a tenth, and half or twice of it is a fifth off and more.
     """
     config = ModelConfig(2048, 32768, depth, depth // 2, depth // 2, 64 * depth)
-    estimate = estimate_memory(config, torch.bfloat16, torch.device("cuda"))
+    estimate = estimate_memory(
+        config, torch.bfloat16, torch.device("cuda"), memory_bytes=16 * 2**30
+    )
     reported = reported_gib * 2**30
     assert estimate.total(rows) == pytest.approx(reported, rel=0.1)
     assert estimate.total(rows // 2) < 0.8 * reported
