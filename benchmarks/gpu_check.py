@@ -52,10 +52,10 @@ class Part:
 PARTS = (
     Part("machine", 20, "gpu_common.py"),
     Part("tests", 150, ""),
-    Part("speed", 150, "gpu_speed.py"),
-    Part("anatomy", 30, "gpu_speed.py --anatomy"),
+    Part("speed", 160, "gpu_speed.py"),
+    Part("anatomy", 40, "gpu_speed.py --anatomy"),
     Part("decode", 50, "gpu_decode.py"),
-    Part("learning", 80, "gpu_learning.py"),
+    Part("learning", 60, "gpu_learning.py"),
 )
 
 

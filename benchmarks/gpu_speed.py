@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.model import attention
+from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import flops_per_token
 from archerchat.model.loss import LossKernels, weighted_loss
@@ -28,7 +30,7 @@ from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.planning.memory import estimate_memory, max_device_batch_size
 from archerchat.runtime import Runtime
-from gpu_common import DRY_RUN, LENGTH, Rows, ceilings, model_config, open_rows, start
+from gpu_common import DRY_RUN, LENGTH, Rows, ceilings, fastest, model_config, open_rows, start
 from measuring import timed
 
 LISTED = 40
@@ -231,6 +233,21 @@ def split_step(training: Training, runtime: Runtime) -> dict[str, Any]:
     return {"step_ms": whole, **parts, "gaps": round(max(0.0, whole - max(linked, on_device)), 2)}
 
 
+def time_attention(backend: Any, length: int, window: int, runtime: Runtime) -> dict[str, Any]:
+    """Time one layer of depth 12 over 2^17 tokens, forward and backward, by itself."""
+    shape = max(1, STEP_TOKENS // 4 // length), length, 6, 128
+    drawn = [torch.randn(shape, device=runtime.device, dtype=torch.bfloat16) for _ in range(4)]
+    q, k, v, upstream = drawn[0].requires_grad_(), *drawn[1:]
+    mask = attention.prepare_mask(length, window, runtime.device, backend)
+    run = compiled(attention.attend) if backend == "flex" and not DRY_RUN else attention.attend
+
+    def both() -> None:
+        out = run(q, k.requires_grad_(), v.requires_grad_(), window, backend, mask)
+        torch.autograd.grad(out, (q, k, v), upstream)
+
+    return {"ms": 1000 * fastest(runtime, both)}
+
+
 def main() -> None:
     rows, options = open_rows()
     runtime = start()
@@ -243,6 +260,13 @@ def main() -> None:
         f"d12 {case.backend}",
         lambda: with_largest_batch(case, runtime, lambda t, _: split_step(t, runtime)),
     )
+    for length in (LENGTH, LONG):
+        for backend in ("full sdpa", *COMPARED):
+            kernel = backend.removeprefix("full ")
+            window = length - 1 if kernel != backend else length // 4
+            if available(kernel, runtime.device):
+                work = partial(time_attention, kernel, length, window, runtime)
+                rows.measure(f"a layer at {length}, {backend}", work)
 
 
 if __name__ == "__main__":
