@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,6 +154,15 @@ def _overview(
     return "\n".join(lines)
 
 
+def _speaker() -> str:
+    """Return which rank reports an error, once it is its turn; nothing for one process."""
+    if not os.environ.get("RANK"):
+        return ""
+    from archerchat.distributed import await_turn
+
+    return await_turn(os.environ["RANK"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -162,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = parse(sys.argv[1:] if argv is None else argv)
         result = parsed.function(parsed.config, Home.from_environment())
     except ArcherChatError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -11,6 +11,7 @@ builds a process group. One process needs no group and makes none.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +71,17 @@ def read_place(environment: Mapping[str, str]) -> Place:
     return Place(rank=rank, local_rank=local_rank, world_size=world_size)
 
 
+def await_turn(rank: str, seconds: float = 1.0) -> str:
+    """Let lower ranks report an error first; return whose report follows.
+
+    Ranks often fail together. The lowest reports and ends, and torchrun ends the others while they
+    wait here.
+    """
+    number = int(rank) if rank.isdecimal() else 0
+    time.sleep(seconds * min(number, 10))
+    return f"rank {number}: " if number else ""
+
+
 @dataclass
 class Collective:
     """An exchange between the ranks that is under way.
@@ -116,6 +128,13 @@ class Ranks(Place):
             return flags
         counts = self.sum(torch.tensor(flags, dtype=torch.int64))
         return tuple(count > 0 for count in counts.tolist())
+
+    def mean(self, *values: float) -> tuple[float, ...]:
+        """Return the mean of each value over the ranks, the same everywhere."""
+        if self.group is None:
+            return values
+        total = self.sum(torch.tensor(values, dtype=torch.float64)) / self.world_size
+        return tuple(total.tolist())
 
     def gather(self, value: Any) -> list[Any]:
         """Return each rank's value, in order; any Python value, tensors on the CPU included."""
