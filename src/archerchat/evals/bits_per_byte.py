@@ -28,7 +28,7 @@ def evaluate_bits_per_byte(
     token_losses: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     token_bytes: Tensor,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks | None = None,
 ) -> float:
     """Divide the loss of all targets by the bytes they stand for.
 
@@ -47,6 +47,7 @@ def evaluate_bits_per_byte(
         losses = token_losses(inputs, targets)
         nats += (losses * (sizes > 0)).sum(dtype=torch.float32).item()
         total_bytes += int(sizes.sum().item())
+    ranks = ranks or Ranks()
     nats, all_bytes = ranks.sum(torch.tensor([nats, total_bytes], dtype=torch.float64)).tolist()
     if all_bytes == 0:
         raise DataError("there is no text to evaluate on: the data holds only empty documents")
