@@ -91,7 +91,6 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
         raise UsageError(f"--text {config.text}: there is no such file")
     loaded, runtime = config.load(home, "base")
     console = build_console(quiet=not runtime.is_master)
-    console.print(f"{loaded.path}", style="dim")
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
     if "core" in asked:
         core = _evaluate_core(loaded, runtime, home, console, config.bundle, config.core)

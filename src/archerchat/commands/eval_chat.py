@@ -87,7 +87,6 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         )
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)
-    console.print(f"{loaded.path}", style="dim")
 
     def build_tasks() -> list[Task]:
         files = task_files(home, config.data_dir, notify=console.print)

@@ -205,6 +205,6 @@ def test_bad_input(
 ) -> None:
     assert run(trained_home, data_dir, *words) in (1, 2)
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.splitlines()[-1].startswith("error: ")
     assert message in error
     assert not (trained_home.root / "evals").exists()
