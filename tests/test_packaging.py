@@ -66,7 +66,7 @@ def test_the_readme_s_command_installs_and_keeps_torch(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--python", python]
     run(*pip, *COMMAND.split()[1:], cwd=ROOT, **offline)
     assert run(tmp_path / "own" / "bin" / "archerchat", "--version").startswith("archerchat ")
-    code = "import archerchat as a, endlex as e, torch as t; print(a.__file__, e.__file__, t.__file__)"
+    code = "import archerchat as a, endlex as e, torch as t; print(*(m.__file__ for m in (a, e, t)))"
     *own, torch = run(python, "-c", code).split()
     assert [Path(path).parent.parent for path in own] == [packages] * 2
     assert Path(torch).is_relative_to(outer)
