@@ -221,7 +221,13 @@ def _plan_memory(
     config: PlanConfig, hp: Hyperparameters, machine: Machine, rows: int
 ) -> MemoryPlan:
     dtype = DTYPES[machine.compute_dtype]
-    estimate = estimate_memory(hp.model, dtype, torch.device(machine.device_type), config.num_gpus)
+    estimate = estimate_memory(
+        hp.model,
+        dtype,
+        torch.device(machine.device_type),
+        config.num_gpus,
+        machine.memory_bytes,
+    )
     size = max_device_batch_size(estimate, machine.memory_bytes, rows)
     return MemoryPlan(
         estimate=estimate,
