@@ -242,15 +242,20 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Path:
     return current(directory / f"step_{steps[-1] if step is None else step:06d}")
 
 
+def list_models(home: Home, stage: str) -> list[Path]:
+    """Return the directories of a stage's models, by name."""
+    stage_dir = home.stage_dir(stage)
+    entries = sorted(stage_dir.iterdir()) if stage_dir.is_dir() else []
+    return [entry for entry in entries if list_checkpoints(entry)]
+
+
 def find_model(home: Home, stage: str, tag: str | None) -> Path:
     """Return the directory of the checkpoints of model `tag`, of the last saved for None.
 
     Raises:
         UsageError: there is no such model; the message lists those there are.
     """
-    stage_dir = home.stage_dir(stage)
-    entries = sorted(stage_dir.iterdir()) if stage_dir.is_dir() else []
-    models = [entry for entry in entries if list_checkpoints(entry)]
+    stage_dir, models = home.stage_dir(stage), list_models(home, stage)
     if not models:
         raise UsageError(f"no {stage} model under {stage_dir}: train or import one first")
     if tag is None:

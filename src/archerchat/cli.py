@@ -80,7 +80,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         ),
     },
     "models": {
-        "": Command("commands.models:list_models", "list the models on this machine"),
+        "": Command("commands.models:show", "list the models on this machine"),
         "rename": Command("commands.models:rename", "rename a model", positional=True),
         "remove": Command(
             "commands.models:remove", "delete a model's checkpoints", positional=True

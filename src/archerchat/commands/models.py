@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.table import Table
 from archerchat.checkpoint import (
     find_checkpoint,
     list_checkpoints,
+    list_models,
     load_checkpoint,
     prune_checkpoints,
     saved_at,
@@ -28,8 +27,6 @@ from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home, check_name
 from archerchat.report.runs import RENAMES, STAGES, read_renames
-
-Stage = Literal["base", "sft", "rl"]
 
 
 @dataclass(frozen=True)
@@ -51,39 +48,41 @@ class RenameConfig:
 
 
 @dataclass(frozen=True)
-class RemoveConfig:
+class ChangeConfig(Config):
+    """Name a model."""
+
+    tag: str
+    """Name of the model."""
+    stage: Literal["base", "sft", "rl"] | None = None
+    """Stage to change: base, sft or rl. Defaults to all."""
+
+
+@dataclass(frozen=True)
+class RemoveConfig(ChangeConfig):
     """Delete a model's checkpoints: `archerchat models remove TAG`.
 
     Journals, reports and evaluations stay.
     """
 
-    tag: str
-    """Name of the model."""
-    stage: Stage | None = None
-    """Stage to remove: base, sft or rl. Defaults to all."""
     yes: bool = False
-    """Remove without asking."""
+    """Confirm that they may be deleted."""
 
 
 @dataclass(frozen=True)
-class PruneConfig(Config):
+class PruneConfig(ChangeConfig):
     """Delete a model's older checkpoints: `archerchat models prune TAG --keep-last 1`."""
 
-    tag: str
-    """Name of the model."""
-    stage: Stage | None = None
-    """Stage to prune: base, sft or rl. Defaults to all."""
     keep_last: PositiveInt = 1
     """Number of checkpoints to keep at each stage."""
 
 
-def list_models(config: ListConfig, home: Home) -> None:
+def show(config: ListConfig, home: Home) -> None:
     """Print a table of the models."""
     table = Table("stage", "model", box=SIMPLE, padding=0)  # fits in 80 columns
     for column in ("steps", "bits/byte", "size", "saved"):
         table.add_column(column, justify="right")
     for stage in STAGES:
-        found = [(saved_at(find_checkpoint(path)), path) for path in _models(home, stage)]
+        found = [(saved_at(find_checkpoint(path)), path) for path in list_models(home, stage)]
         for moment, path in sorted(found, reverse=True):
             steps = list_checkpoints(path)
             shown = ", ".join(map(str, steps[-2:]))
@@ -125,22 +124,18 @@ def rename(config: RenameConfig, home: Home) -> None:
 
 
 def remove(config: RemoveConfig, home: Home) -> None:
-    """Delete a model's checkpoints, once that is confirmed.
+    """Delete a model's checkpoints.
 
     Raises:
-        UsageError: there is no such model, nobody can be asked, or a process works on it.
+        UsageError: there is no such model, it is not confirmed, or a process works on it.
     """
-    for path in _find(home, config.tag, config.stage):
-        what = f"{path} ({_size_text(path)})"
-        if not config.yes:
-            if not sys.stdin.isatty():
-                raise UsageError(f"{what} would be deleted: confirm it by --yes")
-            if input(f"Delete {what}? [y/N] ").strip().lower() not in ("y", "yes"):
-                print("kept")
-                continue
+    found = {p: f"{p} ({_size_text(p)})" for p in _find(home, config.tag, config.stage)}
+    if not config.yes:
+        raise UsageError(f"{', '.join(found.values())} would be deleted: confirm it by --yes")
+    for path, text in found.items():
         with exclusive(path):
             remove_directory(path)
-        print(f"removed {what}")
+        print(f"removed {text}")
 
 
 def prune(config: PruneConfig, home: Home) -> None:
@@ -158,16 +153,10 @@ def prune(config: PruneConfig, home: Home) -> None:
         print(f"{path}: {len(before) - len(kept)} checkpoint(s) deleted, kept steps {steps}")
 
 
-def _models(home: Home, stage: str) -> Iterator[Path]:
-    folder = home.stage_dir(stage)
-    entries = sorted(folder.iterdir()) if folder.is_dir() else []
-    return (path for path in entries if list_checkpoints(path))
-
-
 def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
     """Return the directories of a model, one for each stage that it went through."""
     stages = [stage] if stage else STAGES
-    known = [path for stage in stages for path in _models(home, stage)]
+    known = [path for stage in stages for path in list_models(home, stage)]
     if found := [path for path in known if path.name == tag]:
         return found
     names = ", ".join(dict.fromkeys(path.name for path in known)) or "none"
