@@ -80,6 +80,16 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             positional=True,
         ),
     },
+    "models": {
+        "": Command("commands.models:show", "list the models on this machine"),
+        "rename": Command("commands.models:rename", "rename a model", positional=True),
+        "remove": Command(
+            "commands.models:remove", "delete a model's checkpoints", positional=True
+        ),
+        "prune": Command(
+            "commands.models:prune", "delete a model's older checkpoints", positional=True
+        ),
+    },
     "import": {
         "nanochat": Command(
             "commands.import_nanochat:import_nanochat",

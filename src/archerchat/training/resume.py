@@ -95,6 +95,8 @@ def find_start(
             "choose another --model-tag for a new run"
         )
     differences = compare_configs(meta["identity"], identity)
+    # A base model of the same weights may have been renamed.
+    differences = [d for d in differences if not d.startswith("base.tag:")]
     refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
     if refused:
         base = meta.get("stage", "base") == "base"  # the only stage that has --extend

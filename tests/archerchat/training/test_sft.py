@@ -134,7 +134,7 @@ def test_a_fine_tuned_model_is_sampled_by_its_source(
     capsys.readouterr()
     assert trained_home.run("sample", "--source", "sft", "--max-tokens", "2") == 0
     assert str(trained_home.checkpoint_dir("sft", "talks") / "step_000002") in (
-        capsys.readouterr().out
+        capsys.readouterr().err
     )
 
 
