@@ -96,7 +96,8 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     with joined_ranks(runtime) as ranks:
         # All files are read before any task is evaluated; one rank downloads what is missing.
         tasks = ranks.first_alone(build_tasks)
-        engine = Engine(loaded.model, config.device_batch_size)
+        on_cuda = loaded.model.device.type == "cuda"
+        engine = Engine(loaded.model, config.device_batch_size, compile=on_cuda)
         for task in tasks:
             results.append(_evaluate_task(engine, loaded, task, config, ranks, console, lines))
             figures = {

@@ -241,9 +241,10 @@ def _plan_memory(
     config: PlanConfig, hp: Hyperparameters, machine: Machine, rows: int
 ) -> MemoryPlan:
     dtype, device = DTYPES[machine.compute_dtype], torch.device(machine.device_type)
-    estimate = estimate_memory(hp.model, dtype, device, config.num_gpus)
+    available = machine.memory_bytes
+    estimate = estimate_memory(hp.model, dtype, device, config.num_gpus, available)
     most = useful_rows(device, hp.model.sequence_length)
-    size = max_device_batch_size(estimate, machine.memory_bytes, rows, most)
+    size = max_device_batch_size(estimate, available, rows, most)
     return MemoryPlan(
         estimate=estimate,
         device_bytes=machine.memory_bytes,

@@ -189,9 +189,12 @@ class Pretraining(Stage):
             saved: int = identity.get("device_batch_size", 0)
             if saved and rows % saved == 0:
                 return saved
-        estimate = estimate_memory(model, runtime.compute_dtype, runtime.device, runtime.world_size)
-        most = useful_rows(runtime.device, model.sequence_length)
-        return max_device_batch_size(estimate, runtime.total_memory_bytes(), rows, most) or 1
+        device, available = runtime.device, runtime.total_memory_bytes()
+        estimate = estimate_memory(
+            model, runtime.compute_dtype, device, runtime.world_size, available
+        )
+        most = useful_rows(device, model.sequence_length)
+        return max_device_batch_size(estimate, available, rows, most) or 1
 
     def _fit_rows(self, recipe: Recipe) -> None:
         """Halve the micro-batch until a forward and a backward pass fit into the memory."""

@@ -273,7 +273,8 @@ class Reinforcement(Stage):
     def build_recipe(self, start: Checkpoint | None) -> ReinforceRecipe:
         config, runtime, tokenizer = self.config, self.runtime, self.base.tokenizer
         model = build_model(self.base, start, runtime, self.backend)
-        engine = Engine(model, config.rollout_batch_size)
+        on_cuda = model.device.type == "cuda"
+        engine = Engine(model, config.rollout_batch_size, compile=on_cuda)
         recipe = ReinforceRecipe(
             runtime=runtime,
             model=model,
