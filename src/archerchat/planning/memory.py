@@ -12,6 +12,7 @@ keep what they once had, so `RESERVED_SHARE` of the device is not counted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,8 @@ from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.loss import chunk_tokens
 
+CPU_TOKENS = 2**13
+"""Tokens in a micro-batch beyond which processors get no faster, only fuller."""
 RESERVED_SHARE = 0.10
 """Share of the device's memory left for its context, fragmentation and a desktop."""
 LOSS_CHUNK_TENSORS = 4
@@ -103,16 +106,23 @@ def activation_elements_per_token(config: ModelConfig) -> int:
     return config.num_layers * (16 * c + 3 * kv) + embedded * kv + 4 * c
 
 
-def max_device_batch_size(estimate: MemoryEstimate, memory_bytes: int, rows: int) -> int | None:
+def max_device_batch_size(
+    estimate: MemoryEstimate, memory_bytes: int, rows: int, most: float = math.inf
+) -> int | None:
     """Return the largest power of two of rows that fits, or None if not even one does.
 
-    It divides `rows`, the rows of one rank per optimizer step.
+    It divides `rows`, the rows of one rank per optimizer step, and is not above `most`.
     """
     usable = memory_bytes * (1 - RESERVED_SHARE)
     size = 1
-    while rows % (2 * size) == 0 and estimate.total(2 * size) <= usable:
+    while rows % (2 * size) == 0 and 2 * size <= most and estimate.total(2 * size) <= usable:
         size *= 2
     return size if estimate.total(size) <= usable else None
+
+
+def useful_rows(device: torch.device, sequence_length: int) -> float:
+    """Return how many rows of a micro-batch still make training faster."""
+    return math.inf if device.type == "cuda" else CPU_TOKENS / sequence_length
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
