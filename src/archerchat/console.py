@@ -97,6 +97,7 @@ class ProgressLine(LiveLine):
         tokens_per_second: float,
         mfu: float,
         seconds_left: float | None,
+        epochs: float | None = None,
     ) -> None:
         """Show the figures of one finished step.
 
@@ -104,12 +105,15 @@ class ProgressLine(LiveLine):
             step: updates done, this one included.
             num_iterations: may be an estimate that changes.
             seconds_left: None while there is nothing to estimate it from.
+            epochs: passes over the data; None where they are not counted.
         """
         share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
         left = "?" if seconds_left is None else duration_text(seconds_left)
+        passes = "" if epochs is None else f" | epoch {epochs:.2f}"
         text = (
-            f"step {step}/{num_iterations}{share} | loss {loss:.4f} | lr x{lr_multiplier:.3f} | "
-            f"{tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | {left} left"
+            f"step {step}/{num_iterations}{share}{passes} | loss {loss:.4f} | "
+            f"lr x{lr_multiplier:.3f} | {tokens_per_second:,.0f} tok/s | "
+            f"mfu {100 * mfu:.1f} % | {left} left"
         )
         always = self._live or self._first or step == num_iterations
         self._first = False

@@ -257,7 +257,8 @@ def test_a_broken_shard(
             "text": b"not Parquet at all",
         }[damage]
     )
-    message = fails(tiny_home, tiny_home.pretrain_words(eval_every=None), capsys)
+    words = tiny_home.pretrain_words(eval_every=None, packing="best-fit")  # fills its buffer
+    message = fails(tiny_home, words, capsys)
     assert f"cannot read {path} as Parquet" in message
     assert "delete it and download or build it again" in message
 
