@@ -102,6 +102,7 @@ class ProgressLine(LiveLine):
         mfu: float,
         seconds_left: float | None,
         more: Mapping[str, float] = MappingProxyType({}),
+        epochs: float | None = None,
     ) -> None:
         """Show the figures of one finished step.
 
@@ -110,12 +111,14 @@ class ProgressLine(LiveLine):
             num_iterations: may be an estimate that changes.
             seconds_left: None while there is nothing to estimate it from.
             more: the stage's own figures.
+            epochs: passes over the data; None where they are not counted.
         """
         share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
         figures = "".join(f" | {name} {value:.3f}" for name, value in more.items())
         left = "?" if seconds_left is None else duration_text(seconds_left)
+        passes = "" if epochs is None else f" | epoch {epochs:.2f}"
         text = (
-            f"step {step}/{num_iterations}{share} | loss {loss:.4f}{figures} | "
+            f"step {step}/{num_iterations}{share}{passes} | loss {loss:.4f}{figures} | "
             f"lr x{lr_multiplier:.3f} | {tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | "
             f"{left} left"
         )

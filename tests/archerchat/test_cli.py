@@ -260,7 +260,8 @@ def test_a_broken_shard(
             "text": b"not Parquet at all",
         }[damage]
     )
-    message = fails(tiny_home, tiny_home.pretrain_words(eval_every=9), capsys)
+    words = tiny_home.pretrain_words(eval_every=9, packing="best-fit")  # fills its buffer
+    message = fails(tiny_home, words, capsys)
     assert f"cannot read {path} as Parquet" in message
     assert "delete it and download or build it again" in message
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from archerchat.data.packing import (
     BestFitPacker,
+    Buffered,
     Document,
     Row,
     join_documents,
@@ -107,7 +108,7 @@ def fit_conversation(
 class _State:
     counts: Counts
     """Those of the batches so far; `read` is also the position."""
-    documents: tuple[Document, ...]
+    documents: tuple[Buffered, ...]
     """What the packer has buffered, in its order."""
 
 
@@ -204,7 +205,7 @@ class ConversationLoader(PrefetchingLoader[_Plan, _State]):
         return {"identity": dict(self._plan.identity), "counts": asdict(self.counts), **documents}
 
     def _parse(self, state: Mapping[str, Any]) -> _State:
-        return _State(Counts(**state["counts"]), split_documents(state))
+        return _State(Counts(**state["counts"]), split_documents(state, self._plan.row_length))
 
     def _iter_after(self, state: _State) -> Iterator[tuple[Batch, _State]]:
         return _RowSource(self._plan, state).iter_batches()
@@ -223,7 +224,7 @@ class _RowSource:
         self._plan, self._counts = plan, state.counts
         self._packer = BestFitPacker(plan.row_length, plan.identity["buffer_size"], PADDING)
         for document in state.documents:
-            self._packer.add(document)
+            self._packer.add(*document)
         self._end_id = plan.tokenizer.special_id("<|assistant_end|>")
 
     def iter_batches(self) -> Iterator[tuple[Batch, _State]]:

@@ -111,6 +111,11 @@ class Shard:
         return int(self._file.num_row_groups)
 
     @property
+    def documents_per_row_group(self) -> list[int]:
+        metadata = self._file.metadata
+        return [int(metadata.row_group(i).num_rows) for i in range(self.num_row_groups)]
+
+    @property
     def num_documents(self) -> int:
         return int(self._file.metadata.num_rows)
 

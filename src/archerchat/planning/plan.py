@@ -61,8 +61,12 @@ class PlanConfig(Config):
 
     dial: DialConfig
     """The run."""
+    data: str | None = None
+    """Data source on this machine whose text is measured. Defaults to an estimate for ClimbMix."""
+    tokenizer: str = "default"
+    """Name of the tokenizer that measures --data."""
     vocab_size: PositiveInt = VOCAB_SIZE
-    """Number of tokens in the tokenizer's vocabulary."""
+    """Number of tokens in the tokenizer's vocabulary; with --data it is the tokenizer's."""
     gpu: str | None = None
     """Card to train on, such as "RTX 5060 Ti" or "H100". Defaults to this machine's device."""
     gpu_memory: PositiveFloat | None = None

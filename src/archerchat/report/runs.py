@@ -17,6 +17,7 @@ from typing import Any
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
+from archerchat.training.loop import OVERFIT_SHARE
 from archerchat.training.telemetry import read_records
 
 STAGES = ("base", "sft", "rl")
@@ -98,6 +99,15 @@ class Run:
     def steps(self) -> int:
         """Steps trained; one that was repeated counts once."""
         return max(self.metrics.get(STEP_METRIC, {}), default=-1) + 1
+
+    @property
+    def overfitting(self) -> bool:
+        """Whether validation ended worse than its best although the training loss fell since."""
+        bits, losses = self.metrics.get("val/bpb", {}), self.metrics.get("train/smooth_loss", {})
+        best = min(bits, key=lambda step: bits[step], default=0)
+        if not losses or not bits[max(bits)] > bits[best] * (1 + OVERFIT_SHARE):
+            return False
+        return losses[max(losses)] < losses.get(best - 1, math.inf)
 
     def values(self, metric: str) -> list[float]:
         """Return the finite values of a metric, by step."""

@@ -33,6 +33,12 @@ SMOOTHING = 0.9
 GC_EVERY = 5000
 SAVE_SECONDS = 900.0
 """Time between checkpoints that are saved by time."""
+OVERFIT_SHARE = 0.002
+"""How much worse than its best the metric has to be for a warning: more than a step's noise."""
+OVERFITTING = (
+    "{} gets worse while the training loss falls: the model learns its text by heart. More text or "
+    "fewer steps would help"
+)
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
 WARMUP_STEPS = 5
@@ -54,6 +60,10 @@ class LoopState:
     last_val: float = math.nan
     best_val: float = math.inf
     """Its best value as `Metric.score` turns it: lower is better."""
+    best_smooth_loss: float = math.nan
+    """The average training loss when the metric was best; infinite before the first step."""
+    overfitting: bool = False
+    """Whether the metric is worse than its best although the training loss fell since."""
     best_saved: float = math.inf
     """The score of the best checkpoint, measured right after it was saved."""
     tokens: int = 0
@@ -261,6 +271,7 @@ class Loop(Stateful):
         seconds, tokens = self._throughput.seconds[-1], self.recipe.step_tokens()
         rate, smooth = tokens / seconds, self._smooth()
         mfu = self._throughput.mfu(self.recipe.step_flops(), seconds)
+        own = dict(self.recipe.step_metrics())
         self.metrics.log(
             {
                 "train/loss": loss,
@@ -278,7 +289,7 @@ class Loop(Stateful):
             }
             | {name: rate * settings.lr_multiplier for name, rate in self._rates.items()}
             | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
-            | dict(self.recipe.step_metrics()),
+            | own,
             step,
         )
         steps = self.recipe.total_steps(self.state.step)
@@ -291,6 +302,7 @@ class Loop(Stateful):
             mfu=mfu,
             seconds_left=self._throughput.seconds_left(steps - self.state.step),
             more=self.recipe.shown_metrics(),
+            epochs=own.get("data/epochs"),
         )
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
@@ -311,6 +323,14 @@ class Loop(Stateful):
         """Remember the value, and push this step's checkpoint if none before scored as well."""
         state, metric = self.state, self.recipe.metric
         score = metric.score(value)
+        smooth = self._smooth() if state.step else math.inf
+        if score < state.best_val:
+            state.best_smooth_loss = smooth
+        # A policy's loss says nothing of its pass rate, which is better when higher.
+        worse = not metric.higher_is_better and value > state.best_val * (1 + OVERFIT_SHARE)
+        state.overfitting = worse and smooth < state.best_smooth_loss
+        if state.overfitting:
+            self.progress.note(f"warning: {OVERFITTING.format(metric.label)}")
         state.first_val = value if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = value, min(state.best_val, score)
         if 0 < state.step == self._saved_step:

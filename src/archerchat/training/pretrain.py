@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import PositiveInt, Seed
+from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
 from archerchat.data.prefetch import Batch
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
 from archerchat.data.text_loader import TextLoader
+from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
 from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.download import find_bundle
@@ -55,8 +60,9 @@ class PretrainConfig(StageConfig):
     validation."""
     tokenizer: str = "default"
     """Name of the tokenizer (`archerchat tokenizer train`)."""
-    packing: Packing = "best-fit"
-    """`best-fit` crops documents to fill rows; `concat` keeps all text and splits documents."""
+    packing: Packing | Literal["auto"] = "auto"
+    """`best-fit` crops documents to fill rows; `concat` keeps all text and splits documents.
+    `auto` is best-fit for climbmix, fineweb-edu and text of which it keeps 90 %, else concat."""
     model_tag: str | None = None
     """Name of the model. Defaults to d<depth>."""
     seed: Seed = 42
@@ -104,6 +110,21 @@ class PretrainRecipe(Recipe):
             self.schedule.muon_weight_decay(step),
         )
 
+    def step_metrics(self) -> Mapping[str, float]:
+        """Return how often the text was passed over, and how much of it was in a row."""
+        usage = self.loader.usage
+        return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
+
+    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
+        before = self.loader.usage.epochs
+        batch = super().next_micro_batch()
+        if before <= 1 < self.loader.usage.epochs and self.progress is not None:
+            self.progress.note(
+                f"warning: the second pass over the text begins, of which rows had "
+                f"{self.loader.usage.text_share:.1%}. More text is better than more passes"
+            )
+        return batch
+
     def sample(self, step: int) -> Mapping[str, str]:
         """Continue each prompt greedily."""
         bos, encode = self.tokenizer.bos_id, self.tokenizer.encode
@@ -146,6 +167,7 @@ class Pretraining(Stage):
         self.run_name = config.run or self.tag
         self.seed, self.num_iterations = config.seed, self.hp.num_iterations
         self.extend = config.extend
+        self.packing, self.packing_reason = self._choose_packing()
         self.meta = self.describe(
             asdict(self.hp.model),
             {"name": config.tokenizer, "fingerprint": self.tokenizer.fingerprint},
@@ -154,14 +176,36 @@ class Pretraining(Stage):
             validation=[[path.name, path.stat().st_size] for path in self.shards[1]],
             attention=f"{self.backend} ({reason})",
         )
-        self.meta["config"] |= {"data": self._data_name(), "device_batch_size": self.rows}
+        self.meta["config"] |= {
+            "data": self._data_name(),
+            "device_batch_size": self.rows,
+            "packing": self.packing,
+        }
+
+    @cached_property
+    def text(self) -> TextSample:
+        """What a sample of the training text shows."""
+        return measure_text(self.shards[0], self.tokenizer, self.hp.model.sequence_length + 1)
+
+    def _choose_packing(self) -> tuple[Packing, str]:
+        """Return the packing and the reason for it; a run that is there keeps its own."""
+        if self.config.packing != "auto":
+            return self.config.packing, "given"
+        if list_checkpoints(self.directory):
+            path = find_checkpoint(self.directory, self.config.resume_from_step)
+            saved = load_checkpoint(path, sections=()).meta.get("identity", {}).get("packing")
+            if saved:
+                return saved, "as this run began"
+        if self.config.data in SOURCES:
+            return "best-fit", "as the reference packs this source"
+        return self.text.packing, f"best-fit would keep {self.text.kept:.1%} of the text"
 
     def _identity(self) -> dict[str, object]:
         config, hp, dial = self.config, self.hp, self.config.dial
         return {
             "model": asdict(hp.model),
             "tokenizer": self.tokenizer.fingerprint,
-            "packing": config.packing,
+            "packing": self.packing,
             "seed": config.seed,
             "device_batch_size": self.rows,
             "total_batch_size": hp.total_batch_tokens,
@@ -272,7 +316,7 @@ class Pretraining(Stage):
             self.tokenizer,
             batch_size=self.rows,
             sequence_length=self.config.dial.max_seq_len,
-            packing=self.config.packing,
+            packing=self.packing,
             extend=self.config.extend,
         )
 
@@ -311,6 +355,15 @@ class Pretraining(Stage):
             f"({self.grad_accum_steps} x {self.rows} rows of "
             f"{hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
         )
+        yield "packing", f"{self.packing} ({self.packing_reason})"
+        yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
+
+    def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
+        """Say how much of the text the model saw, and how often."""
+        assert isinstance(recipe, PretrainRecipe)
+        usage = recipe.loader.usage
+        line = f"text: {usage.epochs:.2f} passes; {usage.text_share:.1%} of it was in a row"
+        return [line] if finished else []
 
     def prepare_resume(self, start: Checkpoint) -> list[str]:
         """Say what `--extend` changes, and move later checkpoints out of the run's way."""

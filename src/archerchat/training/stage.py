@@ -35,7 +35,7 @@ from archerchat.runtime import (
     explained_memory,
     prepare_process,
 )
-from archerchat.training.loop import Loop, Outcome
+from archerchat.training.loop import OVERFITTING, Loop, Outcome
 from archerchat.training.recipe import Metric, Recipe
 from archerchat.training.resume import CheckpointWriter, changed_circumstances, find_start
 from archerchat.training.telemetry import TelemetryConfig, open_run
@@ -292,6 +292,8 @@ class Stage(ABC):
                 f"{self.metric.label}: {state.first_val:.4f} -> {state.last_val:.4f} "
                 f"(best {self.metric.score(state.best_val):.4f})"
             )
+        if state.overfitting:
+            console.print(f"warning: {OVERFITTING.format(self.metric.label)}")
 
 
 def summarize(outcome: Outcome, loop: Loop, peak: PeakFlops, metric: Metric) -> dict[str, Any]:
@@ -303,6 +305,7 @@ def summarize(outcome: Outcome, loop: Loop, peak: PeakFlops, metric: Metric) -> 
         f"{key}_first": state.first_val,
         key: state.last_val,
         f"{key}_best": metric.score(state.best_val),
+        "overfitting": state.overfitting,
         "training_seconds": state.training_seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "mfu": outcome.mfu,

@@ -239,3 +239,20 @@ def test_little_is_enough(home: Home, session: Callable[..., None]) -> None:
 
 def test_texts_are_made_printable() -> None:
     assert printable("a\x00b\x7f\r\nc\td\x85\ud800") == "a␀b␡\nc\td\ufffd\ufffd"
+
+
+def test_it_says_how_often_the_text_was_seen_and_that_it_was_learned_by_heart(
+    home: Home, session: Callable[..., None]
+) -> None:
+    session(home, "d8", range(3), last_bits=0.8, status="interrupted")
+    session(home, "d8", range(3, 5), last_bits=0.9)
+    runs, results = gather(home, "d8")
+    runs[0].metrics |= {"data/epochs": {4: 12.34}, "data/text_share": {4: 0.029}}
+    text = build_training_report(runs, results, Prices()).markdown
+    assert "data: tiny, 12.34 passes, 2.9% of the text in rows." in text
+    assert "> The text repeats" in text
+    assert "> Validation got worse while the training loss fell" in text
+    runs[0].metrics |= {"data/epochs": {4: 0.5}, "val/bpb": {3: 0.8, 5: 0.801}}
+    text = build_training_report(runs, results, Prices()).markdown
+    assert "text repeats" not in text
+    assert "got worse" not in text

@@ -172,6 +172,20 @@ def test_saves_then_evaluates_then_samples_then_trains() -> None:
     assert torch.all(recipe.weight > 0.3)
 
 
+def test_validation_that_rises_while_training_falls_is_said_once_an_evaluation() -> None:
+    recipe = StubRecipe()
+    values = iter([3.0, 2.9, 2.9001, 2.95, 2.8])
+    recipe.evaluate = lambda step: {"val/bpb": next(values)}  # type: ignore[method-assign]
+    loop, notes = build_loop(recipe, replace(PLAN, eval_every=1)), list[tuple[int, bool]]()
+    recipe.on_call = {
+        f"step {i}": lambda i=i: notes.append((i, loop.state.overfitting)) for i in range(4)
+    }
+    run(loop)
+    assert notes == [(0, False), (1, False), (2, False), (3, True)]
+    assert not loop.state.overfitting
+    assert loop.progress._bar.console.file.getvalue().count("learns its text by heart") == 1  # type: ignore[attr-defined]
+
+
 def test_without_a_cadence_the_end_only_saves() -> None:
     recipe = StubRecipe()
     run(build_loop(recipe))

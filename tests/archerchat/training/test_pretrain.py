@@ -38,12 +38,15 @@ def test_a_run_learns_and_says_what_it_does(
     for pattern in (
         r"^model +depth 2, width 32, 61,494 parameters \(36,888 scaling\)$",
         r"^training +24 steps of 512 tokens \(2 x 4 rows of 64\), [\d.e+]+ FLOPs$",
+        r"^packing +concat \(best-fit would keep \d\d\.\d% of the text\)$",
+        r"^data +tiny: about 18,\d{3} tokens; 0\.6\d passes, 6\d\.\d% of the text in rows$",
+        r"^text: 0\.67 passes; 67\.\d% of it was in a row$",
         r"^device +.*, float32 \(forced\)$",
         r"^peak +0\.1 TFLOP/s \(measured: .*, cached\)$",
         r"^attention +matmul \(.*\)$",
         r"^step 8: val/bpb \d\.\d{4} \([\d.]+ s\)$",
-        r"^step 1/24 \(4\.2 %\) \| loss 5\.\d+ \| lr x0\.250 \| [\d,]+ tok/s \| mfu [\d.]+ % \| ",
-        r"^step 24/24 \(100\.0 %\) \| loss .* \| 0 s left$",
+        r"^step 1/24 \(4\.2 %\) \| epoch 0\.0\d \| loss 5\.\d+ \| lr x0\.250 \| [\d,]+ tok/s \| ",
+        r"^step 24/24 \(100\.0 %\) \| epoch 0\.67 \| loss .* \| 0 s left$",
         r"^step 8: checkpoint saved \([\d.]+ s\)\nstep 8: val/bpb ",
         r"^step 24: 'def main\(",
         r"^trained on 12,288 tokens in \d\.\d min: [\d,]+ tok/s, mfu [\d.]+ %, ",
@@ -254,6 +257,30 @@ def test_the_micro_batch_changes_speed_but_not_the_result(tiny_home: Any) -> Non
         assert tiny_home.pretrain(device_batch_size=rows, model_tag=f"rows{rows}") == 0
     few, many = summary(tiny_home, "rows2"), summary(tiny_home, "rows8")
     assert few["val_bpb"] == pytest.approx(many["val_bpb"], abs=1e-3)
+
+
+def test_packing_is_chosen_by_what_it_keeps_and_stays_with_the_run(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(["a b c"] * 400, tiny_home.data_dir("short"), documents_per_shard=200)
+    assert tiny_home.pretrain(data="short", num_iterations=8) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^packing +best-fit \(best-fit would keep 9\d\.\d% of", output, re.M)
+    assert re.search(r"^data .* [1-9]\.\d\d passes, .*Warning: the text repeats", output, re.M)
+    assert output.count("warning: the second pass over the text begins") == 1
+    assert re.search(r"^step 8/8 .* \| epoch [1-9]\.\d\d \|", output, re.M)
+    assert summary(tiny_home)["data/epochs"] > 1
+    assert 0.9 < summary(tiny_home)["data/text_share"] < 1
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+    meta = load_checkpoint(find_checkpoint(directory), ()).meta
+    assert meta["identity"]["packing"] == meta["config"]["packing"] == "best-fit"
+
+    # A run from before `auto`, on text for which it would choose the other.
+    assert tiny_home.pretrain(packing="best-fit", model_tag="old", num_iterations=2) == 0
+    assert tiny_home.pretrain(model_tag="old", num_iterations=4, extend=True) == 0
+    output = capsys.readouterr().out
+    assert "packing    best-fit (as this run began)\n" in output
+    assert "second pass" not in output
 
 
 def test_data_of_little_and_empty_text_is_enough(tiny_home: Any) -> None:

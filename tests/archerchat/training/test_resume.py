@@ -40,7 +40,7 @@ STRUCTURAL = {
     "width": ({"aspect_ratio": 32}, "--aspect-ratio: 16 saved, 32 now"),
     "rows": ({"max_seq_len": 32}, "--max-seq-len: 64 saved, 32 now"),
     "dtype": ({"dtype": "bfloat16"}, "--dtype: 'float32' saved, 'bfloat16' now"),
-    "packing": ({"packing": "concat"}, "--packing: 'best-fit' saved, 'concat' now"),
+    "packing": ({"packing": "best-fit"}, "--packing: 'concat' saved, 'best-fit' now"),
     "seed": ({"seed": 7}, "--seed: 42 saved, 7 now"),
     "tokenizer": ({"tokenizer": "other"}, "--tokenizer: 'tiny' saved, 'other' now"),
 }
