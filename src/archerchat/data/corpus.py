@@ -16,7 +16,6 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -148,15 +147,7 @@ def _write_corpus(
     generator = random.Random(options.seed)
     num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
     buckets = [scratch / f"{index}.parquet" for index in range(num_buckets)]
-    sizes: list[int] = []
-    num_train = 0
-
-    def held_out_groups() -> Iterator[Group]:
-        nonlocal num_train
-        num_train = len(sizes)
-        yield from given
-
-    _spill(chain(groups, held_out_groups()), buckets, generator, sizes)
+    sizes, num_train = _spill(groups, given, buckets, generator)
     if len(sizes) < 2 or not num_train:
         raise DataError(
             "at least two documents are needed, one of them for validation; found "
@@ -185,9 +176,17 @@ def _write_corpus(
 
 
 def _spill(
-    groups: Iterable[Group], buckets: Sequence[Path], generator: random.Random, sizes: list[int]
-) -> None:
-    """Put each group into a random bucket, and its size, unless it is empty, into `sizes`."""
+    groups: Iterable[Group],
+    given: Iterable[Group],
+    buckets: Sequence[Path],
+    generator: random.Random,
+) -> tuple[list[int], int]:
+    """Put each group into a random bucket.
+
+    Returns:
+        The sizes of the groups, none empty, and how many of them are not of `given`.
+    """
+    sizes: list[int] = []
     pending: list[tuple[list[int], list[str]]] = [([], []) for _ in buckets]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(pq.ParquetWriter(path, _SPILL_SCHEMA)) for path in buckets]
@@ -197,18 +196,25 @@ def _spill(
             writers[index].write_table(pa.table(columns, _SPILL_SCHEMA))
             pending[index] = ([], [])
 
-        for group in groups:
+        def put(group: Group) -> None:
             texts = [replace_surrogates(text) for text in group if text and not text.isspace()]
             if not texts:
-                continue
+                return
             index = generator.randrange(len(buckets))
             pending[index][0].extend([len(sizes)] * len(texts))
             pending[index][1].extend(texts)
             sizes.append(len(texts))
             if len(pending[index][0]) >= SPILL_DOCUMENTS:
                 flush(index)
+
+        for group in groups:
+            put(group)
+        num_train = len(sizes)
+        for group in given:
+            put(group)
         for index in range(len(buckets)):
             flush(index)
+    return sizes, num_train
 
 
 def _choose_validation(
