@@ -87,7 +87,7 @@ RUNS = {
         validate=False,
     ),
     "d4_dim256_default": GoldenRun(
-        "d4_dim256_fp32", None, compile=True, device_batch_size=PretrainConfig.device_batch_size
+        "d4_dim256_fp32", None, compile=True, device_batch_size=32
     ),
 }  # fmt: skip
 

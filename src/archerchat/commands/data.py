@@ -33,6 +33,7 @@ from archerchat.home import Home
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
 
 STDLIB = "stdlib"
+DEFAULT_SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,11 @@ class DataDownloadConfig(Config):
 
     source: Literal["climbmix", "fineweb-edu"] = "climbmix"
     """Data set to download; its shards are kept under this name."""
-    num_shards: PositiveInt = 8
-    """Number of train shards, of 6542 (climbmix) or 1821 (fineweb-edu). The validation shard is
-    always downloaded too. `archerchat plan` says how many a model needs."""
+    num_shards: PositiveInt | None = None
+    """Number of train shards, of 6542 (climbmix) or 1821 (fineweb-edu). Defaults to what --depth
+    needs, or 8. The validation shard is always downloaded too."""
+    depth: PositiveInt | None = None
+    """Depth of the model to train on it, which decides how many shards are needed."""
     workers: PositiveInt = 4
     """Files to download at a time."""
     endpoint: str | None = None
@@ -106,20 +109,26 @@ def download(config: DataDownloadConfig, home: Home) -> None:
         DataError: the hub cannot be reached, or the disk is full.
     """
     console = build_console()
-    directory = home.data_dir(config.source)
+    directory, source = home.data_dir(config.source), SOURCES[config.source]
+    num_shards = config.num_shards or DEFAULT_SHARDS
+    if config.num_shards is None and config.depth is not None:
+        from archerchat.planning.plan import shards_for_depth  # it imports torch
+
+        num_shards = shards_for_depth(config.depth, source.num_shards - 1)
+        console.print(f"depth {config.depth} trains on {num_shards} shards")
     remove_leftovers(directory)
     with LiveLine(console, "connecting") as line:
-        progress = _DownloadProgress(line, config.num_shards + 1)
+        progress = _DownloadProgress(line, num_shards + 1)
         fetched = download_shards(
-            SOURCES[config.source],
-            config.num_shards,
+            source,
+            num_shards,
             directory,
             workers=config.workers,
             endpoint=config.endpoint,
             report=progress.report,
             notify=console.print,
         )
-    there = config.num_shards + 1 - len(fetched)
+    there = num_shards + 1 - len(fetched)
     console.print(f"fetched {len(fetched)} shards, {there} were there: {directory}")
 
 

@@ -67,6 +67,30 @@ def plan(config: PlanConfig, home: Home) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    console.print("[bold]Commands[/bold]")
+    for line in _commands(config, result):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _commands(config: PlanConfig, plan: Plan) -> list[str]:
+    """Return what to type for this run, from text to a chat model."""
+    dial = config.dial
+    given = [
+        f"--{field.name.replace('_', '-')} {getattr(dial, field.name)}"
+        for field in dataclasses.fields(dial)
+        if field.name == "depth" or getattr(dial, field.name) != field.default
+    ]
+    if plan.memory.device_batch_size is not None:
+        given.append(f"--device-batch-size {plan.memory.device_batch_size}")
+    tag = f"--model-tag d{dial.depth}"
+    return [
+        f"archerchat data download --num-shards {plan.data.train_shards}",
+        f"archerchat tokenizer train --vocab-size {config.vocab_size}",
+        f"archerchat pretrain {' '.join(given)}",
+        f"archerchat eval base {tag}",
+        f"archerchat sft {tag}",
+        f"archerchat eval chat {tag}",
+    ]
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -180,7 +204,13 @@ def _time_rows(plan: Plan, mfu_is_assumed: bool) -> list[Row]:
         ("peak", f"{machine.flops_per_second / 1e12:.4g} TFLOP/s", machine.flops_source),
         ("MFU", f"{time.mfu:.0%}", mfu_note),
         ("tokens per second", f"{time.tokens_per_second:,.0f}", ""),
-        ("training", _days(time.hours), "evaluation and checkpoints are extra"),
+        ("training", _days(time.hours - time.evaluation_hours), ""),
+        (
+            f"{time.num_evaluations} evaluations",
+            _days(time.evaluation_hours),
+            "of bits per byte; --eval-every and --eval-tokens set them",
+        ),
+        ("all of it", _days(time.hours), "CORE, samples and checkpoints are extra"),
         ("cost", "unknown" if time.cost is None else f"${time.cost:,.2f}", time.price_note),
     ]
     if time.kwh is not None and machine.gpu is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from archerchat.distributed import Ranks
 from archerchat.errors import DataError
 from archerchat.model.loss import IGNORED
 from archerchat.text_files import iter_lines
@@ -28,6 +29,7 @@ def evaluate_bits_per_byte(
     token_losses: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     token_bytes: Tensor,
+    ranks: Ranks | None = None,
 ) -> float:
     """Divide the loss of all targets by the bytes they stand for.
 
@@ -35,6 +37,7 @@ def evaluate_bits_per_byte(
         token_losses: maps inputs and targets (B, T) to losses in nats (B, T).
         batches: inputs and targets (B, T); a target of -1 counts in neither sum.
         token_bytes: (V,) byte length of each token, 0 for special ones, which do not count.
+        ranks: those that evaluate together, each its own batches.
 
     Raises:
         DataError: no target stands for any byte.
@@ -45,9 +48,11 @@ def evaluate_bits_per_byte(
         losses = token_losses(inputs, targets)
         nats += (losses * (sizes > 0)).sum(dtype=torch.float32).item()
         total_bytes += int(sizes.sum().item())
-    if total_bytes == 0:
+    ranks = ranks or Ranks()
+    nats, all_bytes = ranks.sum(torch.tensor([nats, total_bytes], dtype=torch.float64)).tolist()
+    if all_bytes == 0:
         raise DataError("there is no text to evaluate on: the data holds only empty documents")
-    return nats / (math.log(2) * total_bytes)
+    return float(nats / (math.log(2) * all_bytes))
 
 
 def iter_text_batches(

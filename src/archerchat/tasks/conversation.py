@@ -2,8 +2,9 @@
 
 A conversation is `{"messages": [...]}`, each message `{"role": ..., "content": ...}`. Users write
 text; the assistant writes text or a list of parts, `{"type": ..., "text": ...}`, where the type is
-`text`, `python` (to be run) or `python_output` (what it printed). `tokenizer.chat_format` renders
-it. A task may add keys of its own beside `messages`, for its own judgement of an answer.
+`text`, `python` (to be run) or `python_output` (what it printed). Files may also have what OpenAI's
+do: text of others as a list of parts, and a developer for the system. `tokenizer.chat_format`
+renders it. A task may add keys of its own beside `messages`, for its own judgement of an answer.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from archerchat.errors import DataError
 Conversation = dict[str, Any]
 
 PART_TYPES = ("text", "python", "python_output")
+UNSUPPORTED = ("tool_calls", "function_call", "tools", "functions")
+"""Keys of OpenAI's files that say what cannot be learned here."""
 
 
 def user(text: str) -> dict[str, Any]:
@@ -44,6 +47,8 @@ def text_of(content: str | Iterable[Mapping[str, str]]) -> str:
 def check_conversation(value: Any, where: str) -> Conversation:
     """Return the conversation in `value`: `{"messages": [...]}`, or the bare list of messages.
 
+    Other people's text in parts is joined, and a developer is the system.
+
     It must be one that can be learned from: an optional system message, then user and assistant
     taking turns, with no empty content, and at least one answer.
 
@@ -59,12 +64,8 @@ def check_conversation(value: Any, where: str) -> Conversation:
             f'{where}: a conversation is {{"messages": [...]}} or the list itself, with at least '
             f"one message, not {_show(value)}"
         )
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise DataError(
-                f'{where}, message {number}: it must be {{"role": ..., "content": ...}}, not '
-                f"{_show(message)}"
-            )
+    _refuse_tools(value, where)
+    messages = [_read_message(each, f"{where}, message {n}") for n, each in enumerate(messages)]
     first = int(messages[0]["role"] == "system")
     if len(messages) - first < 2:
         raise DataError(
@@ -82,12 +83,41 @@ def check_conversation(value: Any, where: str) -> Conversation:
                 f"system message, user and assistant take turns"
             )
         _check_content(message["content"], expected, here)
-    return dict(value) if isinstance(value, Mapping) else {"messages": messages}
+    return {**(value if isinstance(value, Mapping) else {}), "messages": messages}
+
+
+def _read_message(message: Any, here: str) -> dict[str, Any]:
+    _refuse_tools(message, here)
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise DataError(f'{here}: it must be {{"role": ..., "content": ...}}, not {_show(message)}')
+    role, content = message["role"], message["content"]
+    if role in ("tool", "function") or message.get("weight") == 0:
+        what = "messages of weight 0" if message.get("weight") == 0 else "tool calls"
+        raise DataError(f"{here}: {what} are not supported: remove the conversation")
+    if (
+        role != "assistant"
+        and isinstance(content, list)
+        and content
+        and all(map(_is_text, content))
+    ):
+        content = "".join(each["text"] for each in content)
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
+
+
+def _is_text(value: Any) -> bool:
+    is_part = isinstance(value, Mapping) and value.get("type") == "text"
+    return is_part and isinstance(value.get("text"), str)
+
+
+def _refuse_tools(value: Any, here: str) -> None:
+    found = [key for key in UNSUPPORTED if isinstance(value, Mapping) and value.get(key)]
+    if found:
+        raise DataError(f"{here}: tool calls ({found[0]}) are not supported: remove them")
 
 
 def _check_content(content: Any, role: str, here: str) -> None:
     if role != "assistant" and not isinstance(content, str):
-        raise DataError(f"{here} ({role}): content must be text, not {_show(content)}")
+        raise DataError(f"{here} ({role}): only text can be learned, not {_show(content)}")
     if isinstance(content, str):
         if not content.strip():
             raise DataError(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -31,6 +31,8 @@ from archerchat.training.telemetry import MetricsLog, Occasion
 
 SMOOTHING = 0.9
 GC_EVERY = 5000
+SAVE_SECONDS = 900.0
+"""Time between checkpoints that are saved by time."""
 OVERFIT_SHARE = 0.002
 """How much worse than its best the metric has to be for a warning: more than a step's noise."""
 OVERFITTING = (
@@ -132,18 +134,23 @@ class Loop(Stateful):
 
     Args:
         peak: of one device.
-        save_every, sample_every: steps from one to the next; None only does it at the end.
+        save_every: steps from one checkpoint to the next, or by "time"; one is saved at the end
+            in any case.
+        sample_every: steps from one sample to the next, and one at the end; None never samples.
+        evaluates_first: whether step 0 may be evaluated.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         peak: PeakFlops,
-        save_every: int | None = None,
+        save_every: int | Literal["time"] | None = None,
         sample_every: int | None = None,
+        evaluates_first: bool = True,
     ) -> None:
         self.recipe, self.optimizer, self.runtime = recipe, recipe.optimizer, recipe.runtime
         self.save_every, self.sample_every = save_every, sample_every
+        self.evaluates_first = evaluates_first
         self.state = LoopState()
         self.scaler = torch.amp.GradScaler(
             self.runtime.device.type, enabled=self.runtime.compute_dtype == torch.float16
@@ -180,21 +187,21 @@ class Loop(Stateful):
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
         stop, first_step = self._stop, self.state.step
-        self._saved_step = first_step
+        self._saved_step, self._saved_at = first_step, time.monotonic()
         with stop.listening(), _without_gc(), explained_memory():
             while True:
                 step = self.state.step
                 finished = step == self.recipe.total_steps(step)
-                if finished or _due(self.save_every, step):
+                if finished or self._save_due(step):
                     self._save(finished)
                 for evaluation in self.recipe.evaluations:
-                    due = _due(evaluation.every, step) and (step > 0 or evaluation.at_start)
-                    if not stop.asked and (finished or due):
-                        if evaluation.saves_first:
+                    at_start = evaluation.at_start and self.evaluates_first
+                    due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
+                    if not stop.asked and due:
+                        if evaluation.saves_first or self._saves_to_compare():
                             self._save(finished)
                         self._evaluate(step, evaluation)
-                sample_due = step > 0 and _due(self.sample_every, step)
-                if not stop.asked and (finished or sample_due):
+                if not stop.asked and step > 0 and _due(self.sample_every, step, finished):
                     self._sample(step)
                 if stop.asked:
                     self._save(finished)
@@ -294,6 +301,7 @@ class Loop(Stateful):
             tokens_per_second=rate,
             mfu=mfu,
             seconds_left=self._throughput.seconds_left(steps - self.state.step),
+            more=self.recipe.shown_metrics(),
             epochs=own.get("data/epochs"),
         )
 
@@ -338,6 +346,15 @@ class Loop(Stateful):
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")
 
+    def _save_due(self, step: int) -> bool:
+        if self.save_every == "time":
+            return time.monotonic() - self._saved_at >= SAVE_SECONDS
+        return _due(self.save_every, step)
+
+    def _saves_to_compare(self) -> bool:
+        """Whether the best checkpoint is wanted, but none would be saved where it is measured."""
+        return self.save_every == "time" and self.metrics.push_checkpoints == "best"
+
     def _save(self, finished: bool) -> None:
         """Save the state of this step, once."""
         step = self.state.step
@@ -345,7 +362,7 @@ class Loop(Stateful):
             return
         started = time.perf_counter()
         self.checkpoints.save(step, self.state_dict(), finished)
-        self._saved_step = step
+        self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
         self.progress.note(f"step {step}: checkpoint saved ({seconds:.1f} s)")
         self._push("last", {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()})
@@ -375,8 +392,8 @@ def _without_gc() -> Iterator[None]:
         gc.enable()
 
 
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
+def _due(every: int | None, step: int, finished: bool = False) -> bool:
+    return every is not None and (finished or step % every == 0)
 
 
 def _median(values: list[float]) -> float:

@@ -8,21 +8,17 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
-from archerchat.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-)
+from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import PositiveInt, Seed
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
@@ -42,6 +38,8 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
+from archerchat.planning.memory import estimate_memory, max_device_batch_size, useful_rows
+from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
@@ -69,12 +67,13 @@ class PretrainConfig(StageConfig):
     """Name of the model. Defaults to d<depth>."""
     seed: Seed = 42
     """Random seed for the initial weights."""
-    device_batch_size: PositiveInt = 32
-    """Rows per micro-batch. Halve it if you run out of memory; gradient accumulation keeps the
-    total batch the same."""
-    eval_every: PositiveInt | None = 250
-    """Steps between measurements of bits per byte on the validation shard."""
-    eval_tokens: PositiveInt = 41_943_040
+    device_batch_size: PositiveInt | None = None
+    """Rows per micro-batch; gradient accumulation keeps the total batch the same. Defaults to
+    `archerchat plan`'s, halved on a GPU until it fits."""
+    eval_every: PositiveInt | None = EVAL_EVERY
+    """Steps between measurements of bits per byte on the validation shard, and one at the end;
+    `none` for never."""
+    eval_tokens: PositiveInt = EVAL_TOKENS
     """Number of validation tokens to measure on."""
     core_metric_every: PositiveInt | None = None
     """Steps between evaluations of CORE on part of each task. Off by default."""
@@ -83,8 +82,6 @@ class PretrainConfig(StageConfig):
     core_bundle: str | None = None
     """CORE's bundle: a folder, or an archive's address. Defaults to the reference's bundle, which
     is downloaded."""
-    sample_every: PositiveInt | None = 2000
-    save_every: PositiveInt | None = 1000
     extend: bool = False
     """Resume even if the number of steps, batch size or schedule changed; prints the effect on the
     learning rate."""
@@ -97,6 +94,7 @@ class PretrainRecipe(Recipe):
     loader: TextLoader
     schedule: Schedule
     total_batch_tokens: int
+    prompts: Sequence[str] = SAMPLE_PROMPTS
 
     def total_steps(self, step: int) -> int:
         return self.schedule.num_iterations
@@ -130,17 +128,19 @@ class PretrainRecipe(Recipe):
     def sample(self, step: int) -> Mapping[str, str]:
         """Continue each prompt greedily."""
         bos, encode = self.tokenizer.bos_id, self.tokenizer.encode
-        prompts = [[bos, *encode(prompt)] for prompt in SAMPLE_PROMPTS]
+        room = self.model.config.sequence_length - 1
+        prompts = [[bos, *encode(prompt)][:room] for prompt in self.prompts]
         params = SamplingParams(SAMPLE_TOKENS, temperature=0, stop_token_ids=(bos,))
         engine = Engine(self.model, max_batch=len(prompts))
         texts = generate_texts(engine, self.tokenizer, prompts, params)
-        return {prompt: prompt + text for prompt, text in zip(SAMPLE_PROMPTS, texts, strict=True)}
+        return {prompt: prompt + text for prompt, text in zip(self.prompts, texts, strict=True)}
 
 
 class Pretraining(Stage):
     """Train a base model from fresh weights."""
 
     name, command, done = "base", "pretrain", "trained"
+    evaluates_first = False  # random weights: the first losses are worth more than a long wait
 
     def __init__(
         self,
@@ -159,15 +159,11 @@ class Pretraining(Stage):
         self.tokenizer = tokenizer or Tokenizer.load(find_tokenizer(home, config.tokenizer))
         self.hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
         self.schedule = build_schedule(dial, self.hp)
-        self.grad_accum_steps = grad_accum_steps(
-            self.hp.total_batch_tokens,
-            config.device_batch_size,
-            dial.max_seq_len,
-            self.runtime.world_size,
-        )
+        self.tag = config.model_tag or f"d{dial.depth}"
+        self.rows = config.device_batch_size or self._choose_rows()
+        self.grad_accum_steps = self._count_micro_batches()
         self.shards = split_shards(list_shards(data_directory(config.data, home)))
         self.backend, reason = choose_attention(self.runtime, config.attention)
-        self.tag = config.model_tag or f"d{dial.depth}"
         self.run_name = config.run or self.tag
         self.seed, self.num_iterations = config.seed, self.hp.num_iterations
         self.extend = config.extend
@@ -180,7 +176,11 @@ class Pretraining(Stage):
             validation=[[path.name, path.stat().st_size] for path in self.shards[1]],
             attention=f"{self.backend} ({reason})",
         )
-        self.meta["config"] |= {"data": self._data_name(), "packing": self.packing}
+        self.meta["config"] |= {
+            "data": self._data_name(),
+            "device_batch_size": self.rows,
+            "packing": self.packing,
+        }
 
     @cached_property
     def text(self) -> TextSample:
@@ -207,7 +207,7 @@ class Pretraining(Stage):
             "tokenizer": self.tokenizer.fingerprint,
             "packing": self.packing,
             "seed": config.seed,
-            "device_batch_size": config.device_batch_size,
+            "device_batch_size": self.rows,
             "total_batch_size": hp.total_batch_tokens,
             "num_iterations": hp.num_iterations,
             "learning_rates": asdict(hp.learning_rates),
@@ -216,6 +216,54 @@ class Pretraining(Stage):
             "warmdown_ratio": dial.warmdown_ratio,
             "final_lr_frac": dial.final_lr_frac,
         }
+
+    def _count_micro_batches(self) -> int:
+        length = self.hp.model.sequence_length
+        return grad_accum_steps(
+            self.hp.total_batch_tokens, self.rows, length, self.runtime.world_size
+        )
+
+    def _choose_rows(self) -> int:
+        """Return the saved run's rows per micro-batch, or of a new one as many as fit."""
+        model, runtime, self.rows = self.hp.model, self.runtime, 1
+        rows = self._count_micro_batches()
+        if not self.config.overwrite and list_checkpoints(self.directory):
+            path = find_checkpoint(self.directory)
+            identity = load_checkpoint(path, sections=()).meta.get("identity", {})
+            saved: int = identity.get("device_batch_size", 0)
+            if saved and rows % saved == 0:
+                return saved
+        device, available = runtime.device, runtime.total_memory_bytes()
+        estimate = estimate_memory(
+            model, runtime.compute_dtype, device, runtime.world_size, available
+        )
+        most = useful_rows(device, model.sequence_length)
+        return max_device_batch_size(estimate, available, rows, most) or 1
+
+    def _fit_rows(self, recipe: Recipe) -> None:
+        """Halve the micro-batch until a forward and a backward pass fit into the memory."""
+        while True:
+            shape = self.rows, self.hp.model.sequence_length
+            tokens = torch.zeros(shape, dtype=torch.long, device=self.runtime.device)
+            try:
+                recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+                return
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+            finally:
+                recipe.optimizer.zero_grad()
+            if self.runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.console.print(
+                f"{self.rows} rows per micro-batch do not fit into memory: {self.rows // 2} now"
+            )
+            self.rows //= 2
+            self.grad_accum_steps = recipe.grad_accum_steps = self._count_micro_batches()
+            for saved in (self.meta["identity"], self.meta["config"]):
+                saved["device_batch_size"] = self.rows
+            recipe.loader.close()
+            recipe.loader = self._open_loader(self.shards[0])
 
     def _data_name(self) -> str:
         """Return the source's name, which stays valid if the home moves, or an absolute path."""
@@ -240,8 +288,11 @@ class Pretraining(Stage):
             compile=config.compile,
             schedule=self.schedule,
             total_batch_tokens=self.hp.total_batch_tokens,
+            prompts=config.sample_prompt or SAMPLE_PROMPTS,
         )
-        rows = config.device_batch_size * dial.max_seq_len
+        if start is None and config.device_batch_size is None and runtime.device.type == "cuda":
+            self._fit_rows(recipe)
+        rows = self.rows * dial.max_seq_len
         eval_steps, text_bytes = max(1, config.eval_tokens // rows), _text_bytes(validation)
 
         def measure_bits(step: int) -> Mapping[str, float]:
@@ -263,7 +314,7 @@ class Pretraining(Stage):
         return TextLoader(
             shards,
             self.tokenizer,
-            batch_size=self.config.device_batch_size,
+            batch_size=self.rows,
             sequence_length=self.config.dial.max_seq_len,
             packing=self.packing,
             extend=self.config.extend,
@@ -301,7 +352,7 @@ class Pretraining(Stage):
         yield (
             "training",
             f"{hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens "
-            f"({self.grad_accum_steps} x {self.config.device_batch_size} rows of "
+            f"({self.grad_accum_steps} x {self.rows} rows of "
             f"{hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
         )
         yield "packing", f"{self.packing} ({self.packing_reason})"

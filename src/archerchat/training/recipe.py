@@ -63,7 +63,7 @@ class Evaluation:
     measure: Callable[[int], Mapping[str, float]]
     """Returns metrics by name, given the step. Names with two slashes are logged, not printed."""
     every: int | None
-    """Steps from one measurement to the next; None measures only at the end."""
+    """Steps from one measurement to the next, and one at the end; None never measures."""
     seconds_name: str = "eval/seconds"
     """The metric that holds how long it took."""
     at_start: bool = True
@@ -124,6 +124,10 @@ class Recipe(ABC):
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return the stage's own metrics of the step that is done, by name."""
+        return {}
+
+    def shown_metrics(self) -> Mapping[str, float]:
+        """Return the stage's own figures for the progress line."""
         return {}
 
     def final_metrics(self) -> Mapping[str, float]:

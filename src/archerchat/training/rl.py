@@ -32,6 +32,7 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.flops import flops_per_token
 from archerchat.model.loss import IGNORED, weighted_loss
 from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import (
     build_model,
@@ -88,12 +89,12 @@ class ReinforceConfig(StageConfig):
     lr_scale: NonNegativeFloat = RATE_SCALE
     """Factor on the base model's learning rates."""
     eval_every: PositiveInt | None = 60
-    """Steps between measurements of pass@k on the task's test."""
+    """Steps between measurements of pass@k on the task's test, and one at the end; `none` for
+    never."""
     eval_examples: PositiveInt = 400
     """Number of test questions to measure on."""
     eval_samples: PositiveInt = 8
     """Answers per test question (k in pass@k)."""
-    save_every: PositiveInt | None = 60
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +126,8 @@ class ReinforceRecipe(Recipe):
     """Questions to measure on."""
     num_iterations: int
     eval_sampling: SamplingParams
+    prompts: tuple[str, ...] = ()
+    """Questions to show answers to; the test's first ones if there are none."""
     _batch: RolloutBatch | None = field(default=None, init=False)
     """The micro-batch that `loss` is asked for."""
     passed: dict[str, float] = field(default_factory=dict, init=False)
@@ -174,6 +177,9 @@ class ReinforceRecipe(Recipe):
         """Return what the step's rollouts were worth."""
         return self.loader.metrics()
 
+    def shown_metrics(self) -> Mapping[str, float]:
+        return {"reward": self.loader.metrics()["rollout/reward"]}
+
     def final_metrics(self) -> Mapping[str, float]:
         """Return the last step's figures and pass@k."""
         return {**self.step_metrics(), **self.passed}
@@ -192,10 +198,11 @@ class ReinforceRecipe(Recipe):
         return self.passed
 
     def sample(self, step: int) -> Mapping[str, str]:
-        """Answer the test's first questions greedily, with the calculator."""
+        """Answer the given or the test's first questions greedily, with the calculator."""
         engine, count = self.loader.engine, min(SAMPLES, len(self.test))
         engine.refresh_weights()
-        questions = [self.test[index] for index in range(count)]
+        own: list[Conversation] = [{"messages": [user(prompt)]} for prompt in self.prompts]
+        questions = own or [self.test[index] for index in range(count)]
         limit = self.eval_sampling.max_new_tokens
         return answer_questions(engine, self.tokenizer, questions, limit)
 
@@ -266,7 +273,8 @@ class Reinforcement(Stage):
     def build_recipe(self, start: Checkpoint | None) -> ReinforceRecipe:
         config, runtime, tokenizer = self.config, self.runtime, self.base.tokenizer
         model = build_model(self.base, start, runtime, self.backend)
-        engine = Engine(model, config.rollout_batch_size)
+        on_cuda = model.device.type == "cuda"
+        engine = Engine(model, config.rollout_batch_size, compile=on_cuda)
         recipe = ReinforceRecipe(
             runtime=runtime,
             model=model,
@@ -279,6 +287,7 @@ class Reinforcement(Stage):
             test=self.test,
             num_iterations=self.num_iterations,
             eval_sampling=replace(config.sampling, num_samples=config.eval_samples),
+            prompts=config.sample_prompt,
         )
         recipe.evaluations = [Evaluation(recipe.measure_pass, config.eval_every)]
         return recipe
@@ -305,7 +314,7 @@ class Reinforcement(Stage):
             for name, value in figures.items()
             if name.startswith("val/pass_at_")
         )
-        return f"on the test: {', '.join(passed)}"
+        return f"on the test: {', '.join(passed) or 'not measured'}"
 
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
         """Say what pass@k is for every k."""

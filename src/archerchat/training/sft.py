@@ -4,14 +4,14 @@
 
 The model learns the assistant's part of conversations. Sequence length, batch and learning rates
 are the base model's, and the optimizer starts from its moments. A run is one pass over the
-mixture, or `--num-iterations` steps of it. The same command resumes from the last checkpoint, bit
-for bit; a command that would change the run is refused.
+mixture, `--num-epochs` passes, or `--num-iterations` steps, whichever ends first. The same command
+resumes from the last checkpoint, bit for bit; a command that would change the run is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rich.console import Console
@@ -29,6 +29,7 @@ from archerchat.data.prefetch import Batch
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
+from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 from archerchat.training.base_model import (
     build_model,
@@ -51,6 +52,8 @@ MOMENTUM_PEAK = 0.95
 MOMENTUM_WARMUP_STEPS = 300
 SAMPLE_QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12 + 30?")
 SAMPLE_TOKENS = 64
+ENOUGH_STEPS = 50
+"""Steps below which a model hardly changes: a run of fewer is warned of."""
 ESTIMATE_FROM = 64
 """Number of conversations that are rendered to estimate the length of a run."""
 
@@ -76,13 +79,20 @@ class FinetuneConfig(StageConfig):
     """Factor on the base model's learning rates."""
     warm_start: bool = True
     """Start from the base model's optimizer state."""
+    num_epochs: PositiveInt | None = None
+    """Passes over the conversations. Defaults to 1, or to as many as --num-iterations takes."""
     num_iterations: PositiveInt | None = None
-    """Maximum number of steps; never more than one pass over the data."""
+    """Number of steps. Defaults to what the passes take."""
     eval_every: PositiveInt | None = 200
-    """Steps between measurements of bits per byte on the validation mixture."""
+    """Steps between measurements of bits per byte on the validation mixture, and one at the end;
+    `none` for never."""
     eval_tokens: PositiveInt = 4_194_304
     """Number of validation tokens to measure on."""
-    save_every: PositiveInt | None = 500
+
+    @property
+    def passes(self) -> int | None:
+        """Passes over the conversations that end the run; None leaves the end to the steps."""
+        return self.num_epochs or (None if self.num_iterations else 1)
 
 
 def lr_multiplier(progress: float) -> float:
@@ -100,20 +110,23 @@ def muon_momentum(step: int) -> float:
 
 @dataclass(kw_only=True)
 class FinetuneRecipe(Recipe):
-    """Train on one pass over a mixture of conversations."""
+    """Train on passes over a mixture of conversations."""
 
     loader: ConversationLoader
     num_iterations: int | None
-    """Maximum number of steps; None leaves the end to the pass."""
+    """Maximum number of steps; None leaves the end to the passes."""
+    num_epochs: int | None
+    """Number of passes; None leaves the end to the steps."""
     document_masking: bool
     """Whether the conversations of a row cannot see each other."""
     total_batch_tokens: int
     first_estimate: int
-    """About how many steps a pass takes, until its own progress shows it."""
+    """About how many steps the run takes, until its own progress shows it."""
+    questions: Sequence[str] = SAMPLE_QUESTIONS
 
     def total_steps(self, step: int) -> int:
         """Return the run's length as far as it is known after `step` steps; `step` ends it."""
-        progress = self.loader.progress
+        progress = self.data_progress
         if progress >= 1 or step == self.num_iterations:
             return step
         estimate = math.ceil(step / progress) if step and progress else self.first_estimate
@@ -121,10 +134,15 @@ class FinetuneRecipe(Recipe):
             estimate = min(estimate, self.num_iterations)
         return max(estimate, step + 1)
 
+    @property
+    def data_progress(self) -> float:
+        """Share of the passes that is done; 0 where only steps end the run."""
+        return self.loader.progress / self.num_epochs if self.num_epochs else 0.0
+
     def progress_at(self, step: int) -> float:
         """Return how much of the run is done before `step`, from 0 to 1."""
         by_steps = step / self.num_iterations if self.num_iterations else 0.0
-        return max(by_steps, self.loader.progress)
+        return max(by_steps, self.data_progress)
 
     def settings(self, step: int) -> StepSettings:
         """Read the schedules at `step`; nothing decays."""
@@ -154,7 +172,7 @@ class FinetuneRecipe(Recipe):
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Answer each question greedily, with the calculator."""
-        conversations = [{"messages": [{"role": "user", "content": q}]} for q in SAMPLE_QUESTIONS]
+        conversations: list[Conversation] = [{"messages": [user(q)]} for q in self.questions]
         engine = Engine(self.model, len(conversations))
         return answer_questions(engine, self.tokenizer, conversations, SAMPLE_TOKENS)
 
@@ -179,6 +197,7 @@ class Finetuning(Stage):
             document_masking=config.document_masking,
             compile=config.compile,
         )
+        self.pass_tokens = self._estimate_tokens()
         self.tag = config.output_tag or base.tag
         self.run_name = config.run or f"{self.tag}-sft"
         self.seed, self.num_iterations = config.data.mixture_seed, None
@@ -193,7 +212,9 @@ class Finetuning(Stage):
 
     def _identity(self) -> dict[str, object]:
         config, inherited = self.config, self.inherited
-        return {
+        # Runs from before there were passes have none in their identity: theirs was one.
+        passes = {} if config.passes == 1 else {"num_epochs": config.passes}
+        return passes | {
             "base": self.base.describe(),
             "tokenizer": self.base.tokenizer.fingerprint,
             "mixture": describe_mixture(self.train),
@@ -223,9 +244,11 @@ class Finetuning(Stage):
             grad_accum_steps=inherited.grad_accum_steps,
             compile=config.compile,
             num_iterations=config.num_iterations,
+            num_epochs=config.passes,
             document_masking=config.document_masking,
             total_batch_tokens=inherited.total_batch_tokens,
-            first_estimate=self._estimate_steps(),
+            first_estimate=config.num_iterations or self.steps_per_pass * (config.passes or 1),
+            questions=config.sample_prompt or SAMPLE_QUESTIONS,
         )
         rows = inherited.device_batch_size * base.config.sequence_length
         eval_steps = max(1, config.eval_tokens // rows)
@@ -249,18 +272,23 @@ class Finetuning(Stage):
             repeat=repeat,
         )
 
-    def _estimate_steps(self) -> int:
-        """Return about how many steps a pass takes, from a few of its conversations."""
+    @property
+    def steps_per_pass(self) -> int:
+        """About how many steps a pass takes."""
+        return max(1, math.ceil(self.pass_tokens / self.inherited.total_batch_tokens))
+
+    def _estimate_tokens(self) -> float:
+        """Return about how many tokens a pass has, from a few of its conversations."""
         base, size = self.base, len(self.train)
         indices = range(0, size, math.ceil(size / ESTIMATE_FROM))
         rows = [render_whole(base.tokenizer, self.train, index)[0] for index in indices]
         lengths = [min(len(row), base.config.sequence_length) for row in rows]
-        tokens = sum(lengths) / len(lengths) * size
-        return max(1, math.ceil(tokens / self.inherited.total_batch_tokens))
+        return sum(lengths) / len(lengths) * size
 
     def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
         assert isinstance(recipe, FinetuneRecipe)
-        inherited, steps = self.inherited, self.config.num_iterations
+        inherited, estimate = self.inherited, recipe.first_estimate
+        about = "" if self.config.num_iterations else "about "
         yield (
             "base",
             f"{self.base.tag}, step {self.base.step}; optimizer moments {self.meta['moments']}",
@@ -271,9 +299,23 @@ class Finetuning(Stage):
             yield "left out", note
         yield (
             "training",
-            f"{f'{steps:,}' if steps else f'about {recipe.first_estimate:,}'} steps of "
+            f"{about}{estimate:,} steps of "
             f"{inherited.total_batch_tokens:,} tokens ({inherited.grad_accum_steps} x "
             f"{inherited.device_batch_size} rows of {self.base.config.sequence_length})",
+        )
+        if estimate < ENOUGH_STEPS:
+            yield "warning", self._describe_short_run(estimate)
+
+    def _describe_short_run(self, steps: int) -> str:
+        """Say how a run of these conversations gets enough steps."""
+        inherited, length = self.inherited, self.base.config.sequence_length
+        batch, smallest = inherited.total_batch_tokens, inherited.device_batch_size * length
+        while self.pass_tokens < ENOUGH_STEPS * batch and batch % (2 * smallest) == 0:
+            batch //= 2
+        passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
+        return (
+            f"{steps} step(s) are too few to learn from; --num-epochs {passes} "
+            f"--total-batch-size {batch} would be about {ENOUGH_STEPS}"
         )
 
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
@@ -284,7 +326,9 @@ class Finetuning(Stage):
             return []
         more = loader.consumed - loader.share
         used = f"{100 * loader.progress:.1f} % of the mixture"
-        if more >= 0:
+        if more >= 0 and recipe.num_epochs != 1:
+            used = f"{loader.progress:.1f} passes over the mixture"
+        elif more >= 0:
             repeated = f", and {more:,} again to fill the last step" if more else ""
             used = f"all of the mixture{repeated}"
         return [
@@ -295,7 +339,7 @@ class Finetuning(Stage):
 
 
 def finetune(config: FinetuneConfig, home: Home, console: Console | None = None) -> Outcome:
-    """Train until the mixture is used up or a signal stops it.
+    """Train until the passes or the steps are done, or a signal stops it.
 
     Raises:
         UsageError: the settings contradict each other, the base model, or the run that is there.

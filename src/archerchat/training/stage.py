@@ -13,17 +13,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from rich.console import Console
 
-from archerchat.checkpoint import Checkpoint
+from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
 from archerchat.config import AttentionName, DeviceConfig, PositiveInt, as_json
 from archerchat.console import ProgressLine, build_console, bytes_text
 from archerchat.distributed import require_one_rank
 from archerchat.errors import UsageError
-from archerchat.files import exclusive, write_json
+from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
 from archerchat.model.attention import Backend, choose_backend
 from archerchat.planning.peak_flops import PeakFlops, peak_flops
@@ -55,14 +55,21 @@ class StageConfig(DeviceConfig):
     run: str | None = None
     """Name of the run in the metrics. Defaults to the model's name, with -sft or -rl."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    sample_every: PositiveInt | None = None
-    """Steps between printed samples; they are printed at the end in any case."""
-    save_every: PositiveInt | None = None
-    """Steps between checkpoints; one is saved at the end in any case."""
+    sample_every: PositiveInt | None = 2000
+    """Steps between printed samples, which the end prints too; `none` prints no samples."""
+    sample_prompt: tuple[str, ...] = ()
+    """Your own prompts for the samples. Defaults to a few of the stage's."""
+    save_every: PositiveInt | Literal["time"] | None = "time"
+    """Steps between checkpoints. By default one is saved every 15 minutes; `none` saves only at
+    the end, where one is saved in any case."""
     keep_last: PositiveInt = 2
     """Number of checkpoints to keep."""
     resume_from_step: int | None = None
     """Step of the checkpoint to resume from. Defaults to the latest, if there is one."""
+    resume: str | None = None
+    """Name of a model whose run to resume with its saved settings. Flags beside it replace them."""
+    overwrite: bool = False
+    """Start over: the model's checkpoints of this stage are deleted."""
 
 
 class Stage(ABC):
@@ -78,6 +85,8 @@ class Stage(ABC):
     done: ClassVar[str]
     """How its models are called: trained, fine-tuned, reinforced."""
     metric: ClassVar[Metric] = Recipe.metric
+    evaluates_first: ClassVar[bool] = True
+    """Whether the model that training starts from is evaluated."""
 
     tag: str
     run_name: str
@@ -123,6 +132,8 @@ class Stage(ABC):
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Say what a finished run's summary holds of the stage's metric."""
         key = _summary_key(self.metric)
+        if figures[key] is None:
+            return "it was not evaluated"
         return f"{self.metric.name} {figures[f'{key}_first']:.4f} -> {figures[key]:.4f}"
 
     @property
@@ -158,11 +169,17 @@ class Stage(ABC):
             DataError, CheckpointError: something on disk is missing or broken.
         """
         settings, directory = self.settings, self.directory
-        summary = self.home.run_dir(self.run_name) / SUMMARY
-        with exclusive(directory):
-            start = find_start(
-                directory, self.meta["identity"], settings.resume_from_step, self.extend
+        summary, start = self.home.run_dir(self.run_name) / SUMMARY, None
+        if settings.overwrite and (
+            settings.resume or self.extend or settings.resume_from_step is not None
+        ):
+            raise UsageError(
+                "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
+                "and --extend"
             )
+        with exclusive(directory):
+            if not settings.overwrite:
+                start = find_start(directory, self.meta, settings.resume_from_step, self.extend)
             if start is not None and (result := self._find_result(start, summary)) is not None:
                 self.console.print(
                     f"model {self.tag!r} is already {self.done}: step {start.step} is in "
@@ -175,7 +192,9 @@ class Stage(ABC):
                 peak = peak_flops(self.runtime, self.home.cache_dir)
                 for label, text in (*self.announce(recipe), *self._announce_device(peak)):
                     self.console.print(f"{label:<10} {text}")
-                loop = Loop(recipe, peak, settings.save_every, settings.sample_every)
+                loop = Loop(
+                    recipe, peak, settings.save_every, settings.sample_every, self.evaluates_first
+                )
                 torch.manual_seed(self.seed)
                 resumed_from = None if start is None else start.path
                 if start is not None:
@@ -184,6 +203,9 @@ class Stage(ABC):
                     self._announce_resume(start)
                     for line in self.prepare_resume(start):
                         self.console.print(line)
+                if settings.overwrite:
+                    for step in list_checkpoints(directory):
+                        remove_directory(find_checkpoint(directory, step))
                 outcome = self._train(loop, summary, resumed_from)
             if outcome.finished:
                 figures = summarize(outcome, loop, peak, self.metric)
@@ -248,8 +270,11 @@ class Stage(ABC):
         console, state = self.console, loop.state
         if not outcome.finished:
             where = f"the checkpoint is in {self.directory}" if state.step else "nothing is saved"
-            given = self.settings.resume_from_step is not None
-            again = "without --resume-from-step " if given else ""
+            given = {
+                "--resume-from-step": self.settings.resume_from_step is not None,
+                "--overwrite": self.settings.overwrite,
+            }
+            again = "".join(f"without {flag} " for flag, is_given in given.items() if is_given)
             console.print(
                 f"stopped at step {state.step} of {loop.recipe.total_steps(state.step)}; {where}. "
                 f"Run the same command {again}to resume"

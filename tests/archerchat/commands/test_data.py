@@ -242,16 +242,18 @@ def test_info_names_what_is_wrong(home: Home) -> None:
         info(DataInfoConfig(data="one"), home)
 
 
+@pytest.mark.parametrize(("given", "count"), [({"num_shards": 2}, 2), ({"depth": 4}, 4)])
 def test_download_with_everything_there_fetches_nothing(
-    home: Home, capsys: pytest.CaptureFixture[str]
+    home: Home, capsys: pytest.CaptureFixture[str], given: dict[str, int], count: int
 ) -> None:
+    """Depth 4 trains on 138 million tokens; a shard has 43 million."""
     directory = home.data_dir("climbmix")
     directory.mkdir(parents=True)
-    for name in SOURCES["climbmix"].shard_names(2):
+    for name in SOURCES["climbmix"].shard_names(count):
         (directory / name).touch()
     unreachable = "http://127.0.0.1:9"
-    download(DataDownloadConfig(num_shards=2, endpoint=unreachable), home)
-    assert "fetched 0 shards, 3 were there" in capsys.readouterr().out
+    download(DataDownloadConfig(endpoint=unreachable, **given), home)
+    assert f"fetched 0 shards, {count + 1} were there" in capsys.readouterr().out
 
 
 def test_download_refuses_numbers_that_the_source_does_not_have(home: Home) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from archerchat.cli import parse
 from archerchat.commands.plan import plan
 from archerchat.data.shards import write_shards
 from archerchat.dial import DialConfig
@@ -60,6 +61,24 @@ def test_what_does_not_fit_says_what_to_do(
     out = capsys.readouterr().out
     assert "does not fit" in out
     assert "smaller --depth or --max-seq-len" in out
+
+
+def test_it_ends_with_the_commands_to_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = "plan --depth 4 --gpu 4090 --window-pattern L --vocab-size 8192"
+    plan(parse(words.split()).config, Home(tmp_path))
+    lines = capsys.readouterr().out.partition("Commands\n")[2].splitlines()
+    assert lines == [
+        "archerchat data download --num-shards 2",
+        "archerchat tokenizer train --vocab-size 8192",
+        "archerchat pretrain --depth 4 --window-pattern L --device-batch-size 64",
+        "archerchat eval base --model-tag d4",
+        "archerchat sft --model-tag d4",
+        "archerchat eval chat --model-tag d4",
+    ]
+    for line in lines:
+        parse(line.split()[1:])
 
 
 def test_data_that_is_here_is_measured(
