@@ -121,8 +121,8 @@ class PretrainRecipe(Recipe):
         batch = super().next_micro_batch()
         if before <= 1 < self.loader.first.usage.epochs and self.progress is not None:
             self.progress.note(
-                f"warning: the second pass over the text begins, of which rows had "
-                f"{self.loader.first.usage.text_share:.1%}. More text is better than more passes"
+                f"warning: the second pass over the text begins, with "
+                f"{self.loader.first.usage.text_share:.1%} of it seen: more text would be better"
             )
         return batch
 

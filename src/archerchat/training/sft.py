@@ -315,6 +315,8 @@ class Finetuning(Stage):
         )
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
+        for note in dict.fromkeys(note for task in self.train.tasks for note in task.left_out):
+            yield "left out", note
         yield (
             "training",
             f"{about}{estimate:,} steps of "
