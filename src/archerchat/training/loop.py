@@ -188,38 +188,44 @@ class Loop(Stateful):
         """Train until the last step is done or a signal asks to stop."""
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
-        stop, first_step = self._stop, self.state.step
-        self._saved_step, self._saved_at = first_step, time.monotonic()
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
         self._unsettled: list[Callable[[], None]] = []
-        with stop.listening(), _without_gc(), explained_memory():
-            while True:
-                step = self.state.step
-                finished = step == self.recipe.total_steps(step)
-                if finished or self._save_due(step):
-                    self._save(finished)
-                for evaluation in self.recipe.evaluations:
-                    at_start = evaluation.at_start and self.evaluates_first
-                    due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
-                    if due and not self._stopping():
-                        if evaluation.saves_first or self._saves_to_compare():
-                            self._save(finished)
-                        self._evaluate(step, evaluation)
-                if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
-                    self._sample(step)
-                stopping = self._stopping()
+        with self._stop.listening(), _without_gc(), explained_memory():
+            try:
+                return self._run_steps()
+            finally:  # what was saved is complete, also where a later step fails
+                checkpoints.wait()
+
+    def _run_steps(self) -> Outcome:
+        first_step = self.state.step
+        while True:
+            step = self.state.step
+            finished = step == self.recipe.total_steps(step)
+            if finished or self._save_due(step):
+                self._save(finished)
+            for evaluation in self.recipe.evaluations:
+                at_start = evaluation.at_start and self.evaluates_first
+                due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
+                if due and not self._stopping():
+                    if evaluation.saves_first or self._saves_to_compare():
+                        self._save(finished)
+                    self._evaluate(step, evaluation)
+            if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
+                self._sample(step)
+            stopping = self._stopping()
+            if stopping:
+                self._save(finished)
+            if stopping or finished:
+                self._settle()
                 if stopping:
-                    self._save(finished)
-                if stopping or finished:
-                    self._settle()
-                    if stopping:
-                        metrics.finish("interrupted")
-                    return self._throughput.outcome(finished and not stopping)
-                self._train_step(step)
-                if self._unsettled and not self.checkpoints.is_writing:
-                    self._settle()
-                if step == first_step:
-                    gc.collect()
-                    gc.freeze()
+                    self.metrics.finish("interrupted")
+                return self._throughput.outcome(finished and not stopping)
+            self._train_step(step)
+            if self._unsettled and not self.checkpoints.is_writing:
+                self._settle()
+            if step == first_step:
+                gc.collect()
+                gc.freeze()
 
     def _stopping(self) -> bool:
         """Whether any rank was asked to stop: all of them do, at the same place."""
