@@ -42,10 +42,10 @@ from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.planning.memory import estimate_memory, max_device_batch_size, useful_rows
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
 from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.throughput import Outcome
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
 SAMPLE_TOKENS = 24
