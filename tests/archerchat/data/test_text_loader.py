@@ -152,7 +152,7 @@ def test_other_shards_or_another_tokenizer_are_refused_at_restore(
             fewer.load_state_dict(state)
     ranks = {bytes([value]): 255 - value for value in range(256)}
     other = TextLoader(corpus, Tokenizer(ranks), **SETTINGS)
-    with pytest.raises(CheckpointError, match=r"tokenizer: '\w+' saved, '\w+' now"):
+    with pytest.raises(CheckpointError, match=r"tokenizer: '\w+\.*' saved, '\w+\.*' now"):
         other.load_state_dict(state)
 
 
