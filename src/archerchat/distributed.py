@@ -24,6 +24,9 @@ from torch import Tensor
 from archerchat.errors import UsageError
 
 T = TypeVar("T")
+# torch 2.13 renamed them.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     return Place(rank=rank, local_rank=local_rank, world_size=world_size)
 
 
-def await_turn(rank: str, seconds: float = 1.0) -> str:
+def await_turn(rank: str, seconds: float = 3.0) -> str:
     """Let lower ranks report an error first; return whose report follows.
 
     Ranks often fail together. The lowest reports and ends, and torchrun ends the others while they
@@ -137,26 +140,12 @@ class Ranks(Place):
         return tuple(total.tolist())
 
     def gather(self, value: Any) -> list[Any]:
-        """Return each rank's value, in order; any Python value, tensors on the CPU included."""
+        """Return each rank's value, in order; any plain value or NumPy array, but no tensors."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
-
-    def require_same(self, what: str, value: Any) -> None:
-        """Refuse to start where ranks differ.
-
-        Raises:
-            UsageError: on every rank; it names the first that differs.
-        """
-        values = self.gather(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise UsageError(
-                    f"rank {rank} has another {what} than rank 0: {other} and {values[0]}. Start "
-                    "all ranks with the same command, code and data"
-                )
 
     def start_sum(self, tensor: Tensor) -> Collective:
         """Start summing the ranks' tensors of one shape in place."""
@@ -170,7 +159,7 @@ class Ranks(Place):
         if self.device_group is None:
             return Collective(None, None, tensor)
         own = tensor.new_empty(tensor.size(0) // self.world_size, *tensor.shape[1:])
-        work = dist.reduce_scatter_tensor(own, tensor, group=self.device_group, async_op=True)
+        work = _reduce_scatter(own, tensor, group=self.device_group, async_op=True)
         return Collective(work, tensor, own)
 
     def start_gather(self, own: Tensor) -> Collective:
@@ -179,7 +168,7 @@ class Ranks(Place):
             return Collective(None, None, own)
         own = own.contiguous()
         whole = own.new_empty(own.size(0) * self.world_size, *own.shape[1:])
-        work = dist.all_gather_into_tensor(whole, own, group=self.device_group, async_op=True)
+        work = _all_gather(whole, own, group=self.device_group, async_op=True)
         return Collective(work, own, whole)
 
     def first_alone(self, work: Callable[[], T]) -> T:
@@ -221,19 +210,3 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
     finally:
         if made:
             dist.destroy_process_group()
-
-
-def require_one_rank(place: Place, what: str) -> None:
-    """Refuse several ranks.
-
-    Args:
-        what: begins the sentence, such as "pretraining".
-
-    Raises:
-        UsageError: there are several.
-    """
-    if place.world_size > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {place.world_size}, but {what} runs on one device so far: "
-            "start it without torchrun"
-        )

@@ -209,15 +209,6 @@ def test_a_device_that_is_not_here_is_named_with_those_that_are(
     assert tiny_home.run("sample", "--device", "cuda") == 2
 
 
-def test_several_ranks_are_refused_for_now(
-    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    assert tiny_home.pretrain() == 2
-    assert "WORLD_SIZE is 2" in capsys.readouterr().err
-
-
 def fails(home: Any, words: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
     """Run a command that must fail; return its message, after comparing what was on disk."""
     before = home.listing()

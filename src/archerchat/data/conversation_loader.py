@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,27 @@ class Counts:
     def trained_share(self) -> float:
         """Share of the positions that are learned from; NaN before the first batch."""
         return self.trained / self.targets if self.targets else math.nan
+
+
+@dataclass(frozen=True)
+class Used:
+    """How far several loaders are together: all that share a mixture."""
+
+    counts: Counts
+    consumed: int
+    share: int
+    """Conversations of a pass."""
+    progress: float
+    """Share of the pass's conversations that the slowest loader has used."""
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Counts, int, int]]) -> Used:
+        """Add up loaders' counts, consumed conversations and shares."""
+        counts, consumed, share = zip(*parts, strict=True)
+        names = (each.name for each in fields(Counts))
+        totals = {name: sum(getattr(each, name) for each in counts) for name in names}
+        slowest = min(done / size for done, size in zip(consumed, share, strict=True))
+        return cls(Counts(**totals), sum(consumed), sum(share), slowest)
 
 
 def render_whole(

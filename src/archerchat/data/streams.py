@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from archerchat.checkpoint import Stateful
 from archerchat.data.prefetch import Batch, PrefetchingLoader
 from archerchat.distributed import Ranks
@@ -61,9 +65,14 @@ class Streams(Stateful, Generic[L]):
         """The streams that this rank reads."""
 
     @property
+    def first(self) -> L:
+        """The first stream that this rank reads."""
+        return next(iter(self.loaders.values()))
+
+    @property
     def own(self) -> list[L]:
         """The streams that no lower rank reads, to count each once."""
-        return [loader for stream, loader in self.loaders.items() if (stream, 0) in self._turns]
+        return [x for stream, x in self.loaders.items() if (stream, 0) in self._turns]
 
     def __next__(self) -> Batch:
         stream, index = self._turns[self._turn]
@@ -86,13 +95,18 @@ class Streams(Stateful, Generic[L]):
     def state_dict(self) -> dict[str, Any]:
         """Return every stream's state, on all ranks, which call this between two steps."""
         assert self._turn == 0, "saved in the middle of a step"
-        states: dict[int, dict[str, Any]] = {}
-        for found in self._ranks.gather({s: x.state_dict() for s, x in self.loaders.items()}):
-            states |= found
+        own = {
+            f"{stream}/{key}": value.numpy() if isinstance(value, Tensor) else value
+            for stream, loader in self.loaders.items()
+            for key, value in loader.state_dict().items()
+        }
+        whole: dict[str, Any] = {}
+        for state in self._ranks.gather(own):
+            for key, value in state.items():
+                whole[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         if self._num_streams == 1:
-            return states[0]
-        prefixed = {f"{s}/{key}": value for s in states for key, value in states[s].items()}
-        return {COUNT: self._num_streams, **prefixed}
+            return {key.removeprefix("0/"): value for key, value in whole.items()}
+        return {COUNT: self._num_streams, **whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned on any number of ranks.

@@ -12,10 +12,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -29,6 +29,7 @@ from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog, Occasion
 
+T = TypeVar("T")
 SMOOTHING = 0.9
 GC_EVERY = 5000
 SAVE_SECONDS = 900.0
@@ -149,6 +150,7 @@ class Loop(Stateful):
         evaluates_first: bool = True,
     ) -> None:
         self.recipe, self.optimizer, self.runtime = recipe, recipe.optimizer, recipe.runtime
+        self.ranks = recipe.optimizer.ranks
         self.save_every, self.sample_every = save_every, sample_every
         self.evaluates_first = evaluates_first
         self.state = LoopState()
@@ -197,21 +199,26 @@ class Loop(Stateful):
                 for evaluation in self.recipe.evaluations:
                     at_start = evaluation.at_start and self.evaluates_first
                     due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
-                    if not stop.asked and due:
+                    if due and not self._stopping():
                         if evaluation.saves_first or self._saves_to_compare():
                             self._save(finished)
                         self._evaluate(step, evaluation)
-                if not stop.asked and step > 0 and _due(self.sample_every, step, finished):
+                if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
                     self._sample(step)
-                if stop.asked:
+                stopping = self._stopping()
+                if stopping:
                     self._save(finished)
                     metrics.finish("interrupted")
-                if stop.asked or finished:
-                    return self._throughput.outcome(finished and not stop.asked)
+                if stopping or finished:
+                    return self._throughput.outcome(finished and not stopping)
                 self._train_step(step)
                 if step == first_step:
                     gc.collect()
                     gc.freeze()
+
+    def _stopping(self) -> bool:
+        """Whether any rank was asked to stop: all of them do, at the same place."""
+        return self.ranks.any(self._stop.asked)[0]
 
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
@@ -239,10 +246,14 @@ class Loop(Stateful):
             inputs, targets = self.recipe.next_micro_batch()
             self._throughput.wait_seconds += time.perf_counter() - asked
             loss = self.recipe.loss(inputs, targets)
-            self.scaler.scale(loss / accum).backward()  # type: ignore[no-untyped-call]
+            share = loss / (accum * self.ranks.world_size)  # the optimizer sums over the ranks
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         torch_optimizer = cast(torch.optim.Optimizer, self.optimizer)
         self.scaler.unscale_(torch_optimizer)
+        if self.scaler.is_enabled():  # a step that one rank skips is skipped by all
+            for found in self.scaler._found_inf_per_device(torch_optimizer).values():
+                self.ranks.start_sum(found).wait()
         self.scaler.step(
             torch_optimizer,
             settings.lr_multiplier,
@@ -252,6 +263,7 @@ class Loop(Stateful):
         self.scaler.update()
         self.optimizer.zero_grad()
         mean, last = torch.stack((total / accum, loss.detach())).tolist()  # waits for the device
+        mean, last = self.ranks.mean(mean, last)
         return mean, last
 
     def _require_finite(self, step: int, loss: float) -> None:
@@ -307,7 +319,7 @@ class Loop(Stateful):
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
         started = time.perf_counter()
-        values = self._stop.interruptible(lambda: dict(evaluation.measure(step)))
+        values = self._interruptible(lambda: dict(evaluation.measure(step)))
         if not values:
             return
         seconds = time.perf_counter() - started
@@ -318,6 +330,10 @@ class Loop(Stateful):
             f"{name} {value:.4f}" for name, value in values.items() if name.count("/") == 1
         )
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
+
+    def _interruptible(self, work: Callable[[], T]) -> T | None:
+        """Do long work that one process may leave at once; several ranks wait for each other."""
+        return work() if self.ranks.world_size > 1 else self._stop.interruptible(work)
 
     def _note_metric(self, value: float) -> None:
         """Remember the value, and push this step's checkpoint if none before scored as well."""
@@ -336,11 +352,14 @@ class Loop(Stateful):
         if 0 < state.step == self._saved_step:
             is_best = score < state.best_saved
             state.best_saved = min(state.best_saved, score)
-            self.checkpoints.note_measured(state.step, asdict(state))
+            if self.ranks.is_master:
+                self.checkpoints.note_measured(state.step, asdict(state))
             if is_best:
                 self._push("best", {metric.name: value})
 
     def _sample(self, step: int) -> None:
+        if not self.ranks.is_master:
+            return
         texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
         for name, text in (texts or {}).items():
             self.metrics.log_text(f"sample/{name}", text, step)
@@ -348,7 +367,7 @@ class Loop(Stateful):
 
     def _save_due(self, step: int) -> bool:
         if self.save_every == "time":
-            return time.monotonic() - self._saved_at >= SAVE_SECONDS
+            return self.ranks.any(time.monotonic() - self._saved_at >= SAVE_SECONDS)[0]
         return _due(self.save_every, step)
 
     def _saves_to_compare(self) -> bool:
@@ -361,7 +380,9 @@ class Loop(Stateful):
         if self._saved_step == step:
             return
         started = time.perf_counter()
-        self.checkpoints.save(step, self.state_dict(), finished)
+        content = self.state_dict()  # on all ranks: it collects what they share
+        if self.ranks.is_master:
+            self.checkpoints.save(step, content, finished)
         self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
         self.progress.note(f"step {step}: checkpoint saved ({seconds:.1f} s)")
@@ -370,7 +391,7 @@ class Loop(Stateful):
     def _push(self, occasion: Occasion, metadata: Mapping[str, float]) -> None:
         """Hand the checkpoint of this step over, if it is one to be pushed."""
         step = self.state.step
-        path = self.checkpoints.find(step)
+        path = self.checkpoints.find(step) if self.ranks.is_master else None
         if path is not None:
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
             if problem:

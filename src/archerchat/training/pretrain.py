@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
 from archerchat.data.prefetch import Batch
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
+from archerchat.data.streams import Streams, saved_streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
@@ -91,7 +92,7 @@ class PretrainConfig(StageConfig):
 class PretrainRecipe(Recipe):
     """Train on packed text; measure bits per byte on other text."""
 
-    loader: TextLoader
+    loader: Streams[TextLoader]
     schedule: Schedule
     total_batch_tokens: int
     prompts: Sequence[str] = SAMPLE_PROMPTS
@@ -112,16 +113,16 @@ class PretrainRecipe(Recipe):
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return how often the text was passed over, and how much of it was in a row."""
-        usage = self.loader.usage
+        usage = self.loader.first.usage
         return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
 
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
-        before = self.loader.usage.epochs
+        before = self.loader.first.usage.epochs
         batch = super().next_micro_batch()
-        if before <= 1 < self.loader.usage.epochs and self.progress is not None:
+        if before <= 1 < self.loader.first.usage.epochs and self.progress is not None:
             self.progress.note(
                 f"warning: the second pass over the text begins, with "
-                f"{self.loader.usage.text_share:.1%} of it seen: more text would be better"
+                f"{self.loader.first.usage.text_share:.1%} of it seen: more text would be better"
             )
         return batch
 
@@ -238,21 +239,26 @@ class Pretraining(Stage):
             model, runtime.compute_dtype, device, runtime.world_size, available
         )
         most = useful_rows(device, model.sequence_length)
-        return max_device_batch_size(estimate, available, rows, most) or 1
+        fitting = max_device_batch_size(estimate, available, rows, most) or 1
+        least: int = min(self.ranks.gather(fitting))
+        return least
 
     def _fit_rows(self, recipe: Recipe) -> None:
-        """Halve the micro-batch until a forward and a backward pass fit into the memory."""
+        """Halve the micro-batch until a forward and a backward pass fit on every rank."""
         while True:
             shape = self.rows, self.hp.model.sequence_length
             tokens = torch.zeros(shape, dtype=torch.long, device=self.runtime.device)
+            too_large = False
             try:
                 recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
-                return
             except torch.OutOfMemoryError:
                 if self.rows == 1:
                     raise
+                too_large = True
             finally:
                 recipe.optimizer.zero_grad()
+            if not self.ranks.any(too_large)[0]:
+                return
             if self.runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.console.print(
@@ -263,7 +269,7 @@ class Pretraining(Stage):
             for saved in (self.meta["identity"], self.meta["config"]):
                 saved["device_batch_size"] = self.rows
             recipe.loader.close()
-            recipe.loader = self._open_loader(self.shards[0])
+            recipe.loader = self._open_streams(None)
 
     def _data_name(self) -> str:
         """Return the source's name, which stays valid if the home moves, or an absolute path."""
@@ -277,12 +283,14 @@ class Pretraining(Stage):
         model.init_weights(config.seed)
         model.to(runtime.device)
         groups = build_groups(model, self.hp.learning_rates)
-        train, validation = self.shards
+        validation = self.shards[1]
         recipe = PretrainRecipe(
             runtime=runtime,
             model=model,
-            optimizer=Optimizer(model, groups, runtime.compute_dtype, compile=config.compile),
-            loader=self._open_loader(train),
+            optimizer=Optimizer(
+                model, groups, runtime.compute_dtype, compile=config.compile, ranks=self.ranks
+            ),
+            loader=self._open_streams(start),
             tokenizer=self.tokenizer,
             grad_accum_steps=self.grad_accum_steps,
             compile=config.compile,
@@ -296,7 +304,7 @@ class Pretraining(Stage):
         eval_steps, text_bytes = max(1, config.eval_tokens // rows), _text_bytes(validation)
 
         def measure_bits(step: int) -> Mapping[str, float]:
-            with self._open_loader(validation) as loader:
+            with self._open_loader(validation, 0, 1) as loader:
                 batches = _iter_once(loader, eval_steps, text_bytes, recipe)
                 return {"val/bpb": recipe.bits_per_byte(batches)}
 
@@ -310,23 +318,34 @@ class Pretraining(Stage):
             )
         return recipe
 
-    def _open_loader(self, shards: list[Path]) -> TextLoader:
+    def _open_streams(self, start: Checkpoint | None) -> Streams[TextLoader]:
+        """Open the training text, in as many streams as the run began with ranks."""
+        count = saved_streams(start.state["loader"]) if start else self.ranks.world_size
+        open_stream = partial(self._open_loader, self.shards[0])
+        return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
+
+    def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
         return TextLoader(
             shards,
             self.tokenizer,
             batch_size=self.rows,
             sequence_length=self.config.dial.max_seq_len,
+            rank=stream,
+            world_size=count,
             packing=self.packing,
             extend=self.config.extend,
         )
 
     def _build_core_metric(self, recipe: Recipe) -> Callable[[int], Mapping[str, float]]:
         """Return what measures CORE; its prompts are made once and kept."""
-        folder = find_bundle(
-            self.config.core_bundle, self.home.cache_dir, notify=self.console.print
+        bundle, cache = self.config.core_bundle, self.home.cache_dir
+        folder = self.ranks.first_alone(
+            lambda: find_bundle(bundle, cache, notify=self.console.print)
         )
         options = CoreOptions(max_per_task=self.config.core_metric_max_per_task)
-        evaluation = CoreEvaluation(load_bundle(folder), self.tokenizer, options, keep_prompts=True)
+        evaluation = CoreEvaluation(
+            load_bundle(folder), self.tokenizer, options, self.ranks, keep_prompts=True
+        )
 
         def measure(step: int) -> Mapping[str, float]:
             result = evaluation.run(
@@ -361,7 +380,7 @@ class Pretraining(Stage):
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
         """Say how much of the text the model saw, and how often."""
         assert isinstance(recipe, PretrainRecipe)
-        usage = recipe.loader.usage
+        usage = recipe.loader.first.usage
         line = f"text: {usage.epochs:.2f} passes; {usage.text_share:.1%} of it was in a row"
         return [line] if finished else []
 
@@ -391,11 +410,12 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
 
 
 def _iter_once(loader: TextLoader, count: int, text_bytes: int, recipe: Recipe) -> Iterator[Batch]:
-    """Yield `count` batches, or as many as hold the validation text once."""
-    sizes, seen = recipe.tokenizer.token_bytes, 0
+    """Yield this rank's of `count` batches, or of as many as hold the validation text once."""
+    sizes, seen, ranks = recipe.tokenizer.token_bytes, 0, recipe.optimizer.ranks
     for done in range(1, count + 1):
         batch = next(loader)
-        yield batch
+        if done % ranks.world_size == ranks.rank:
+            yield batch
         seen += int(sizes[batch.targets].sum())
         recipe.show_progress("evaluating", max(done / count, seen / text_bytes))
         if seen >= text_bytes:

@@ -73,7 +73,7 @@ class Evaluation:
 
 
 class BatchLoader(Stateful, Protocol):
-    """An endless source of batches whose position a checkpoint holds."""
+    """An endless source of this rank's batches whose position a checkpoint holds."""
 
     def __next__(self) -> Batch: ...
     def close(self) -> None: ...
@@ -173,9 +173,10 @@ class Recipe(ABC):
         load_rng_state_dict(state["rng"])
 
     def bits_per_byte(self, batches: Iterable[Batch]) -> float:
-        """Measure bits per byte of the targets in `batches`."""
+        """Measure bits per byte of the targets in all ranks' `batches`."""
         pairs = (self.to_device(batch) for batch in batches)
-        return evaluate_bits_per_byte(self._token_losses, pairs, self._token_bytes)
+        ranks = self.optimizer.ranks
+        return evaluate_bits_per_byte(self._token_losses, pairs, self._token_bytes, ranks)
 
     def show_progress(self, what: str, share: float | None = None) -> None:
         """Say on the progress line what takes long, and how much of it is done."""

@@ -193,7 +193,9 @@ class ReinforceRecipe(Recipe):
             self.show_progress("evaluating", done / total)
 
         sampling = self.eval_sampling
-        result = evaluate_task(engine, self.tokenizer, self.test, sampling, on_progress=on_progress)
+        result = evaluate_task(
+            engine, self.tokenizer, self.test, sampling, self.optimizer.ranks, on_progress
+        )
         self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
         return self.passed
 
@@ -217,7 +219,7 @@ class Reinforcement(Stage):
         super().__init__(config, home, console)
         self.config = config
         self.base = base = find_base_model(home, config.source, config.model_tag, config.model_step)
-        self.train, self.test = self._build_tasks()
+        self.train, self.test = self.ranks.first_alone(self._build_tasks)
         steps = config.num_epochs * len(self.train) // config.examples_per_step
         self.num_iterations: int = config.num_iterations or max(1, steps)
         # Fine-tuning has scaled the rates already; the factor is on pretraining's.
@@ -226,6 +228,11 @@ class Reinforcement(Stage):
         self.rollouts = RolloutSettings(
             config.examples_per_step, config.sampling, config.device_batch_size
         )
+        if config.examples_per_step % self.ranks.world_size:
+            raise UsageError(
+                f"--examples-per-step is {config.examples_per_step}, which {self.ranks.world_size} "
+                "ranks cannot share: make it a multiple"
+            )
         self.backend, reason = choose_attention(self.runtime, config.attention)
         self.tag = config.output_tag or base.tag
         self.run_name = config.run or f"{self.tag}-rl"
@@ -278,10 +285,10 @@ class Reinforcement(Stage):
         recipe = ReinforceRecipe(
             runtime=runtime,
             model=model,
-            optimizer=build_optimizer(model, self.rates, runtime, config.compile),
-            loader=RolloutLoader(engine, tokenizer, self.train, self.rollouts),
+            optimizer=build_optimizer(model, self.rates, runtime, config.compile, self.ranks),
+            loader=RolloutLoader(engine, tokenizer, self.train, self.rollouts, self.ranks),
             tokenizer=tokenizer,
-            grad_accum_steps=self.rollouts.batches,
+            grad_accum_steps=self.rollouts.batches(self.ranks.world_size),
             # Rows differ in length from step to step; each length would be compiled again.
             compile=False,
             test=self.test,

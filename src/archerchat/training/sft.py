@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from rich.console import Console
 from torch import Tensor
@@ -21,11 +22,13 @@ from archerchat.checkpoint import Checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
 from archerchat.data.conversation_loader import (
     ConversationLoader,
+    Used,
     describe_mixture,
     render_whole,
 )
 from archerchat.data.hub import task_files
 from archerchat.data.prefetch import Batch
+from archerchat.data.streams import Streams, saved_streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
@@ -112,7 +115,7 @@ def muon_momentum(step: int) -> float:
 class FinetuneRecipe(Recipe):
     """Train on passes over a mixture of conversations."""
 
-    loader: ConversationLoader
+    loader: Streams[ConversationLoader]
     num_iterations: int | None
     """Maximum number of steps; None leaves the end to the passes."""
     num_epochs: int | None
@@ -137,7 +140,12 @@ class FinetuneRecipe(Recipe):
     @property
     def data_progress(self) -> float:
         """Share of the passes that is done; 0 where only steps end the run."""
-        return self.loader.progress / self.num_epochs if self.num_epochs else 0.0
+        return self.used().progress / self.num_epochs if self.num_epochs else 0.0
+
+    def used(self) -> Used:
+        """Return what became of the conversations of all ranks, which ask at the same steps."""
+        own = [(each.counts, each.consumed, each.share) for each in self.loader.own]
+        return Used.of([part for parts in self.optimizer.ranks.gather(own) for part in parts])
 
     def progress_at(self, step: int) -> float:
         """Return how much of the run is done before `step`, from 0 to 1."""
@@ -153,10 +161,11 @@ class FinetuneRecipe(Recipe):
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return what became of the conversations so far."""
-        counts = self.loader.counts
+        used = self.used()
+        counts = used.counts
         return {
-            "data/conversations": self.loader.consumed,
-            "data/progress": self.loader.progress,
+            "data/conversations": used.consumed,
+            "data/progress": used.progress,
             "data/cut": counts.cut,
             "data/dropped": counts.dropped,
             "data/padding_share": counts.padding_share,
@@ -187,7 +196,9 @@ class Finetuning(Stage):
         self.config = config
         self.base = base = find_base_model(home, "base", config.model_tag, config.model_step)
         files = task_files(home, config.data.data_dir, notify=self.console.print)
-        self.train, self.validation = build_mixtures(config.data, files)
+        self.train, self.validation = self.ranks.first_alone(
+            lambda: build_mixtures(config.data, files)
+        )
         self.inherited = inherit(
             base, self.runtime, config.lr_scale, config.device_batch_size, config.total_batch_size
         )
@@ -232,14 +243,21 @@ class Finetuning(Stage):
     def build_recipe(self, start: Checkpoint | None) -> FinetuneRecipe:
         config, base, inherited, runtime = self.config, self.base, self.inherited, self.runtime
         model = build_model(base, start, runtime, self.backend)
-        optimizer = build_optimizer(model, inherited.learning_rates, runtime, config.compile)
+        optimizer = build_optimizer(
+            model, inherited.learning_rates, runtime, config.compile, self.ranks
+        )
         if start is None and config.warm_start:
             load_moments(optimizer, base)
         recipe = FinetuneRecipe(
             runtime=runtime,
             model=model,
             optimizer=optimizer,
-            loader=self._open_loader(self.train, repeat=True),
+            loader=Streams(
+                partial(self._open_loader, self.train, True),
+                saved_streams(start.state["loader"]) if start else self.ranks.world_size,
+                inherited.grad_accum_steps,
+                self.ranks,
+            ),
             tokenizer=base.tokenizer,
             grad_accum_steps=inherited.grad_accum_steps,
             compile=config.compile,
@@ -254,21 +272,23 @@ class Finetuning(Stage):
         eval_steps = max(1, config.eval_tokens // rows)
 
         def measure_bits(step: int) -> Mapping[str, float]:
-            with self._open_loader(self.validation, repeat=False) as loader:
+            with self._open_loader(self.validation, False, 0, 1) as loader:
                 return {"val/bpb": recipe.bits_per_byte(_iter_shown(loader, eval_steps, recipe))}
 
         recipe.evaluations = [Evaluation(measure_bits, config.eval_every)]
         return recipe
 
-    def _open_loader(self, mixture: TaskMixture, *, repeat: bool) -> ConversationLoader:
-        """Open this rank's share of a mixture."""
+    def _open_loader(
+        self, mixture: TaskMixture, repeat: bool, stream: int, count: int
+    ) -> ConversationLoader:
+        """Open one stream of a mixture."""
         return ConversationLoader(
             mixture,
             self.base.tokenizer,
             batch_size=self.inherited.device_batch_size,
             sequence_length=self.base.config.sequence_length,
-            rank=self.runtime.rank,
-            world_size=self.runtime.world_size,
+            rank=stream,
+            world_size=count,
             repeat=repeat,
         )
 
@@ -321,18 +341,18 @@ class Finetuning(Stage):
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
         """Say what became of the conversations."""
         assert isinstance(recipe, FinetuneRecipe)
-        loader, counts = recipe.loader, recipe.loader.counts
+        used = recipe.used()
+        counts, more = used.counts, used.consumed - used.share
         if not counts.targets:
             return []
-        more = loader.consumed - loader.share
-        used = f"{100 * loader.progress:.1f} % of the mixture"
+        part = f"{100 * used.progress:.1f} % of the mixture"
         if more >= 0 and recipe.num_epochs != 1:
-            used = f"{loader.progress:.1f} passes over the mixture"
+            part = f"{used.progress:.1f} passes over the mixture"
         elif more >= 0:
             repeated = f", and {more:,} again to fill the last step" if more else ""
-            used = f"all of the mixture{repeated}"
+            part = f"all of the mixture{repeated}"
         return [
-            f"conversations: {loader.consumed:,} used ({used}), {counts.cut:,} truncated to a row, "
+            f"conversations: {used.consumed:,} used ({part}), {counts.cut:,} truncated to a row, "
             f"{counts.dropped:,} dropped; {100 * counts.padding_share:.1f} % of the positions are "
             f"padding, {100 * counts.trained_share:.1f} % are trained on"
         ]
@@ -349,9 +369,11 @@ def finetune(config: FinetuneConfig, home: Home, console: Console | None = None)
 
 
 def _iter_shown(loader: ConversationLoader, count: int, recipe: Recipe) -> Iterator[Batch]:
-    """Yield `count` batches, or as many as hold the validation mixture once."""
+    """Yield this rank's of `count` batches, or of as many as hold the mixture once."""
+    ranks = recipe.optimizer.ranks
     for done, batch in zip(range(1, count + 1), loader, strict=False):
-        yield batch
+        if done % ranks.world_size == ranks.rank:
+            yield batch
         recipe.show_progress("evaluating", max(done / count, loader.progress))
 
 

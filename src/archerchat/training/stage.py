@@ -10,7 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,10 +18,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from rich.console import Console
 
+from archerchat import __version__
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
-from archerchat.config import AttentionName, DeviceConfig, PositiveInt, as_json
+from archerchat.config import (
+    AttentionName,
+    DeviceConfig,
+    PositiveInt,
+    as_json,
+    compare_configs,
+)
 from archerchat.console import ProgressLine, build_console, bytes_text
-from archerchat.distributed import require_one_rank
+from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
@@ -76,7 +83,7 @@ class Stage(ABC):
     """One training command. A subclass sets the attributes below when it is built.
 
     Raises:
-        UsageError: the device is not here, or there are several ranks.
+        UsageError: the device is not here.
     """
 
     name: ClassVar[str]
@@ -100,10 +107,11 @@ class Stage(ABC):
 
     def __init__(self, config: StageConfig, home: Home, console: Console | None = None) -> None:
         self.settings, self.home = config, home
-        self.console = console or build_console()
-        self.runtime = build_runtime(config.device, config.dtype)
-        require_one_rank(self.runtime, f"archerchat {self.command}")
-        prepare_process(self.runtime)
+        self.runtime = runtime = build_runtime(config.device, config.dtype)
+        self.console = console or build_console(quiet=not runtime.is_master)
+        prepare_process(runtime)
+        self._joined = ExitStack()
+        self.ranks = self._joined.enter_context(joined_ranks(runtime, runtime.device))
 
     @abstractmethod
     def build_recipe(self, start: Checkpoint | None) -> Recipe:
@@ -177,9 +185,10 @@ class Stage(ABC):
                 "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
                 "and --extend"
             )
-        with exclusive(directory):
+        with self._joined, self._alone(directory):
             if not settings.overwrite:
                 start = find_start(directory, self.meta, settings.resume_from_step, self.extend)
+            self._require_same_run(start)
             if start is not None and (result := self._find_result(start, summary)) is not None:
                 self.console.print(
                     f"model {self.tag!r} is already {self.done}: step {start.step} is in "
@@ -203,22 +212,50 @@ class Stage(ABC):
                     self._announce_resume(start)
                     for line in self.prepare_resume(start):
                         self.console.print(line)
-                if settings.overwrite:
+                if settings.overwrite and self.ranks.is_master:
                     for step in list_checkpoints(directory):
                         remove_directory(find_checkpoint(directory, step))
                 outcome = self._train(loop, summary, resumed_from)
             if outcome.finished:
-                figures = summarize(outcome, loop, peak, self.metric)
-                write_json(summary, figures | dict(recipe.final_metrics()))
+                figures = summarize(outcome, loop, peak, self.metric) | dict(recipe.final_metrics())
+                if self.ranks.is_master:
+                    write_json(summary, figures)
         self._report_end(outcome, loop)
         for line in self.closing_lines(recipe, outcome.finished):
             self.console.print(line)
         return outcome
 
+    @contextmanager
+    def _alone(self, directory: Path) -> Iterator[None]:
+        """Keep other runs out of the directory; the first rank does so for all."""
+        with exclusive(directory) if self.ranks.is_master else nullcontext():
+            yield
+
+    def _require_same_run(self, start: Checkpoint | None) -> None:
+        """Compare what the ranks are about to do.
+
+        Raises:
+            UsageError: on all ranks, where one differs.
+        """
+        names = ("identity", "validation", "compile")
+        own = {name: self.meta[name] for name in names} | {
+            "archerchat": __version__,
+            "step": start.step if start else 0,
+        }
+        runs = self.ranks.gather(own)
+        for rank, run in enumerate(runs):
+            if differences := compare_configs(runs[0], run):
+                raise UsageError(
+                    f"rank {rank} would train another run than rank 0 (there saved, here now): "
+                    f"{'; '.join(differences)}. Start all ranks with the same command, code and "
+                    "data"
+                )
+
     def _train(self, loop: Loop, summary: Path, resumed_from: Path | None) -> Outcome:
         """Run the loop and record what it does."""
         settings, step = self.settings, loop.state.step
-        summary.unlink(missing_ok=True)
+        if self.ranks.is_master:
+            summary.unlink(missing_ok=True)
         self.runtime.reset_peak_memory()
         with (
             open_run(
@@ -228,6 +265,7 @@ class Stage(ABC):
                 settings.telemetry,
                 group=self.command,
                 resumed_from=resumed_from,
+                rank=self.ranks.rank,
             ) as metrics,
             ProgressLine(self.console, loop.recipe.total_steps(step), step) as progress,
         ):

@@ -316,14 +316,3 @@ def test_nonsense_is_refused(
         assert trained_home.run(*words(**change)) == code, change
         assert message in capsys.readouterr().err
     assert not trained_home.checkpoint_dir("sft", "tiny").exists()
-
-
-def test_several_ranks_are_refused(
-    trained_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    assert trained_home.run(*words()) == 2
-    assert (
-        "WORLD_SIZE is 2, but archerchat sft runs on one device so far" in capsys.readouterr().err
-    )

@@ -10,7 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+from archerchat.data.conversation_loader import Counts
 from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import AdamGroup
@@ -65,7 +67,9 @@ def recipe(
 ) -> FinetuneRecipe:
     """A recipe of nothing but a position in its data."""
     made = object.__new__(FinetuneRecipe)
-    made.loader = cast(Any, SimpleNamespace(progress=progress))
+    stream = SimpleNamespace(counts=Counts(), consumed=1000 * progress, share=1000)
+    made.loader = cast(Any, SimpleNamespace(own=[stream]))
+    made.optimizer = cast(Any, SimpleNamespace(ranks=Ranks()))
     made.num_iterations, made.num_epochs, made.first_estimate = num_iterations, num_epochs, 70
     return made
 
