@@ -8,7 +8,7 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,13 +27,10 @@ from archerchat.data.streams import Streams, saved_streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
-from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.download import find_bundle
-from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import InferenceModel
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
@@ -41,6 +38,7 @@ from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.planning.memory import estimate_memory, max_device_batch_size, useful_rows
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
+from archerchat.training.core_metric import build_core_metric
 from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
@@ -302,7 +300,10 @@ class Pretraining(Stage):
 
         recipe.evaluations = [Evaluation(measure_bits, config.eval_every)]
         if config.core_metric_every is not None:
-            measure_core = self._build_core_metric(recipe)
+            given, cache, notify = config.core_bundle, self.home.cache_dir, self.console.print
+            bundle = self.ranks.first_alone(lambda: find_bundle(given, cache, notify=notify))
+            most = config.core_metric_max_per_task
+            measure_core = build_core_metric(recipe, bundle, most, self.ranks)
             recipe.evaluations.append(
                 Evaluation(
                     measure_core, config.core_metric_every, "core/seconds", False, saves_first=True
@@ -327,31 +328,6 @@ class Pretraining(Stage):
             packing=self.packing,
             extend=self.config.extend,
         )
-
-    def _build_core_metric(self, recipe: Recipe) -> Callable[[int], Mapping[str, float]]:
-        """Return what measures CORE; its prompts are made once and kept."""
-        bundle, cache = self.config.core_bundle, self.home.cache_dir
-        folder = self.ranks.first_alone(
-            lambda: find_bundle(bundle, cache, notify=self.console.print)
-        )
-        options = CoreOptions(max_per_task=self.config.core_metric_max_per_task)
-        evaluation = CoreEvaluation(
-            load_bundle(folder), self.tokenizer, options, self.ranks, keep_prompts=True
-        )
-
-        def measure(step: int) -> Mapping[str, float]:
-            result = evaluation.run(
-                InferenceModel(recipe.model).model,
-                on_progress=lambda label, share: recipe.show_progress(f"CORE, {label}", share),
-            )
-            figures = {
-                "core/score": result.core,
-                "core/low": result.core - result.half_width,
-                "core/high": result.core + result.half_width,
-            }
-            return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
-
-        return measure
 
     def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
         hp = self.hp
