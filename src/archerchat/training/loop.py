@@ -188,33 +188,44 @@ class Loop(Stateful):
         """Train until the last step is done or a signal asks to stop."""
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
-        stop, first_step = self._stop, self.state.step
-        self._saved_step, self._saved_at = first_step, time.monotonic()
-        with stop.listening(), _without_gc(), explained_memory():
-            while True:
-                step = self.state.step
-                finished = step == self.recipe.total_steps(step)
-                if finished or self._save_due(step):
-                    self._save(finished)
-                for evaluation in self.recipe.evaluations:
-                    at_start = evaluation.at_start and self.evaluates_first
-                    due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
-                    if due and not self._stopping():
-                        if evaluation.saves_first or self._saves_to_compare():
-                            self._save(finished)
-                        self._evaluate(step, evaluation)
-                if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
-                    self._sample(step)
-                stopping = self._stopping()
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+        self._unsettled: list[Callable[[], None]] = []
+        with self._stop.listening(), _without_gc(), explained_memory():
+            try:
+                return self._run_steps()
+            finally:  # what was saved is complete, also where a later step fails
+                checkpoints.wait()
+
+    def _run_steps(self) -> Outcome:
+        first_step = self.state.step
+        while True:
+            step = self.state.step
+            finished = step == self.recipe.total_steps(step)
+            if finished or self._save_due(step):
+                self._save(finished)
+            for evaluation in self.recipe.evaluations:
+                at_start = evaluation.at_start and self.evaluates_first
+                due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
+                if due and not self._stopping():
+                    if evaluation.saves_first or self._saves_to_compare():
+                        self._save(finished)
+                    self._evaluate(step, evaluation)
+            if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
+                self._sample(step)
+            stopping = self._stopping()
+            if stopping:
+                self._save(finished)
+            if stopping or finished:
+                self._settle()
                 if stopping:
-                    self._save(finished)
-                    metrics.finish("interrupted")
-                if stopping or finished:
-                    return self._throughput.outcome(finished and not stopping)
-                self._train_step(step)
-                if step == first_step:
-                    gc.collect()
-                    gc.freeze()
+                    self.metrics.finish("interrupted")
+                return self._throughput.outcome(finished and not stopping)
+            self._train_step(step)
+            if self._unsettled and not self.checkpoints.is_writing:
+                self._settle()
+            if step == first_step:
+                gc.collect()
+                gc.freeze()
 
     def _stopping(self) -> bool:
         """Whether any rank was asked to stop: all of them do, at the same place."""
@@ -337,6 +348,7 @@ class Loop(Stateful):
 
     def _note_metric(self, value: float) -> None:
         """Remember the value, and push this step's checkpoint if none before scored as well."""
+        self._settle()
         state, metric = self.state, self.recipe.metric
         score = metric.score(value)
         smooth = self._smooth() if state.step else math.inf
@@ -355,7 +367,7 @@ class Loop(Stateful):
             if self.ranks.is_master:
                 self.checkpoints.note_measured(state.step, asdict(state))
             if is_best:
-                self._push("best", {metric.name: value})
+                self._push(state.step, "best", {metric.name: value})
 
     def _sample(self, step: int) -> None:
         if not self.ranks.is_master:
@@ -375,22 +387,34 @@ class Loop(Stateful):
         return self.save_every == "time" and self.metrics.push_checkpoints == "best"
 
     def _save(self, finished: bool) -> None:
-        """Save the state of this step, once."""
+        """Start saving the state of this step, once."""
         step = self.state.step
         if self._saved_step == step:
             return
+        self._settle()
         started = time.perf_counter()
         content = self.state_dict()  # on all ranks: it collects what they share
         if self.ranks.is_master:
             self.checkpoints.save(step, content, finished)
         self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
-        self.progress.note(f"step {step}: checkpoint saved ({seconds:.1f} s)")
-        self._push("last", {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()})
+        self._unsettled.append(lambda: self._note_saved(step, seconds))
+        metadata = {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()}
+        self._unsettled.append(lambda: self._push(step, "last", metadata))
 
-    def _push(self, occasion: Occasion, metadata: Mapping[str, float]) -> None:
-        """Hand the checkpoint of this step over, if it is one to be pushed."""
-        step = self.state.step
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written, and do what had to wait for it."""
+        if self.ranks.is_master:
+            self.checkpoints.wait()
+        for work in self._unsettled:
+            work()
+        self._unsettled.clear()
+
+    def _note_saved(self, step: int, seconds: float) -> None:
+        self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
+
+    def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
+        """Hand the checkpoint of a step over, if it is one to be pushed."""
         path = self.checkpoints.find(step) if self.ranks.is_master else None
         if path is not None:
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)

@@ -128,6 +128,11 @@ class StubRecipe:
         assert finished == (step == self.plan.num_iterations)
         self.note(f"save {step}")
 
+    is_writing = False
+
+    def wait(self) -> None:
+        pass
+
     def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
         self.noted = step, LoopState(**loop)
 

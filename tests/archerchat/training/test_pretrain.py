@@ -47,7 +47,7 @@ def test_a_run_learns_and_says_what_it_does(
         r"^step 8: val/bpb \d\.\d{4} \([\d.]+ s\)$",
         r"^step 1/24 \(4\.2 %\) \| epoch 0\.0\d \| loss 5\.\d+ \| lr x0\.250 \| [\d,]+ tok/s \| ",
         r"^step 24/24 \(100\.0 %\) \| epoch 0\.67 \| loss .* \| 0 s left$",
-        r"^step 8: checkpoint saved \([\d.]+ s\)\nstep 8: val/bpb ",
+        r"^step 8: checkpoint saved \(training waited [\d.]+ s\)\nstep 8: val/bpb ",
         r"^step 24: 'def main\(",
         r"^trained on 12,288 tokens in \d\.\d min: [\d,]+ tok/s, mfu [\d.]+ %, ",
         r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
