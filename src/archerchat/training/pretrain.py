@@ -148,6 +148,7 @@ class Pretraining(Stage):
         self.hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
         self.schedule = build_schedule(dial, self.hp)
         self.tag = config.model_tag or f"d{dial.depth}"
+        self.recomputes = config.activation_checkpointing
         self.rows = config.device_batch_size or self._choose_rows()
         self.grad_accum_steps = self._count_micro_batches()
         self.shards = split_shards(list_shards(data_directory(config.data, home)))
@@ -224,13 +225,14 @@ class Pretraining(Stage):
         saved: int = self._saved.get("device_batch_size", 0)
         if saved and rows % saved == 0:
             return saved
-        device, available = runtime.device, runtime.total_memory_bytes()
-        estimate = estimate_memory(
-            model, runtime.compute_dtype, device, runtime.world_size, available
-        )
-        most = useful_rows(device, model.sequence_length)
-        fitting = max_device_batch_size(estimate, available, rows, most) or 1
-        least: int = min(self.ranks.gather(fitting))
+        available = runtime.total_memory_bytes()
+        given = model, runtime.compute_dtype, runtime.device, runtime.world_size, available
+        most = useful_rows(runtime.device, model.sequence_length)
+        for self.recomputes in sorted({self.recomputes, True}):
+            estimate = estimate_memory(*given, self.recomputes)
+            if fitting := max_device_batch_size(estimate, available, rows, most):
+                break
+        least: int = min(self.ranks.gather(fitting or 1))
         return least
 
     def _fit_rows(self, recipe: Recipe) -> None:
@@ -271,7 +273,7 @@ class Pretraining(Stage):
         config, dial, runtime = self.config, self.config.dial, self.runtime
         model = Transformer(self.hp.model, runtime.compute_dtype, self.backend)
         model.init_weights(config.seed)
-        model.to(runtime.device)
+        model.to(runtime.device).recomputes = self.recomputes
         groups = build_groups(model, self.hp.learning_rates)
         validation = self.shards[1]
         recipe = PretrainRecipe(
@@ -342,6 +344,8 @@ class Pretraining(Stage):
             f"({self.grad_accum_steps} x {self.rows} rows of "
             f"{hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
         )
+        if self.recomputes and not self.config.activation_checkpointing:
+            yield "memory", "not one row fits unless the backward pass computes layers again"
         yield "packing", f"{self.packing} ({self.packing_reason})"
         yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
 

@@ -280,6 +280,7 @@ class Reinforcement(Stage):
     def build_recipe(self, start: Checkpoint | None) -> ReinforceRecipe:
         config, runtime, tokenizer = self.config, self.runtime, self.base.tokenizer
         model = build_model(self.base, start, runtime, self.backend)
+        model.recomputes = config.activation_checkpointing
         on_cuda = model.device.type == "cuda"
         engine = Engine(model, config.rollout_batch_size, compile=on_cuda)
         recipe = ReinforceRecipe(

@@ -243,6 +243,7 @@ class Finetuning(Stage):
     def build_recipe(self, start: Checkpoint | None) -> FinetuneRecipe:
         config, base, inherited, runtime = self.config, self.base, self.inherited, self.runtime
         model = build_model(base, start, runtime, self.backend)
+        model.recomputes = config.activation_checkpointing
         optimizer = build_optimizer(
             model, inherited.learning_rates, runtime, config.compile, self.ranks
         )

@@ -60,6 +60,8 @@ class StageConfig(DeviceConfig):
     """Attention backend. Defaults to the fastest that works on this machine."""
     compile: bool = True
     """Compile the model and the optimizer; plain code runs where there is no compiler."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass: much less memory for a third more time."""
     run: str | None = None
     """Name of the run in the metrics. Defaults to the model's name, with -sft or -rl."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
