@@ -58,7 +58,7 @@ class EvalBaseConfig(ModelOptions):
     """Evaluations to run, separated by commas: core, bpb (bits per byte), sample."""
     bundle: str | None = None
     """CORE bundle: a folder, or the address of an archive. Defaults to the reference's, which is
-    downloaded once. `offline` stands for generated tasks, which are not CORE."""
+    downloaded once. `offline` stands for the package's own tasks, which are not CORE."""
     core: CoreOptions = field(default_factory=CoreOptions)
     data: str | None = None
     """Data for bits per byte. Defaults to what the model was trained on."""

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from archerchat.data.hub import Notify, download_file
 from archerchat.errors import DataError, UsageError
-from archerchat.evals import offline_tasks
 from archerchat.evals.core.bundle import TASK_LIST, load_bundle
 from archerchat.files import exclusive, explained_writes, new_directory
 
@@ -21,6 +20,7 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 """The archive that the reference evaluates on."""
 MAX_BYTES = 4 * 2**30
 """Largest unpacked bundle; the reference's takes a small part of that."""
+OFFLINE_BUNDLE = Path(__file__).with_name("offline")
 WITHOUT_NETWORK = "--bundle DIR names a folder with core.yaml, eval_meta_data.csv and eval_data"
 
 
@@ -30,17 +30,16 @@ def find_bundle(
     """Return a bundle's folder.
 
     Args:
-        given: a folder, the address of an archive, `offline` for the tasks that are generated
-            here, or None for the reference's.
+        given: a folder, the address of an archive, `offline` for the package's own tasks, or None
+            for the reference's.
         cache_dir: holds what is downloaded, by address.
 
     Raises:
         UsageError: there is no such folder.
         DataError: the archive cannot be had, or is no bundle.
     """
-    if given == offline_tasks.NAME:
-        with explained_writes(cache_dir):
-            return offline_tasks.offline_bundle(cache_dir)
+    if given == "offline":
+        return OFFLINE_BUNDLE
     if given is not None and not given.startswith(("http://", "https://")):
         folder = Path(given).expanduser()
         if not folder.is_dir():

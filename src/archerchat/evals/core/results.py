@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.evals.core.bundle import CoreTask
-from archerchat.evals.offline_tasks import PREFIX as OFFLINE
 from archerchat.evals.statistics import centred, mean_half_width
 from archerchat.files import write_json
 
@@ -147,8 +146,8 @@ class PartialResults:
 
 
 def is_offline(tasks: Sequence[CoreTask | TaskResult]) -> bool:
-    """Say whether these are the tasks that are generated here, which are not CORE."""
-    return all(task.label.startswith(OFFLINE) for task in tasks)
+    """Say whether these are the package's own tasks, which are not CORE."""
+    return all(task.label.startswith("offline_") for task in tasks)
 
 
 def describe(result: CoreResult) -> list[str]:
@@ -156,7 +155,7 @@ def describe(result: CoreResult) -> list[str]:
     notes = []
     if is_offline(result.tasks):
         notes.append(
-            "these tasks are generated here and are not CORE: their score can be compared with "
+            "these tasks are the package's own and are not CORE: their score can be compared with "
             "nothing but itself"
         )
     elif len(result.tasks) != FULL_TASKS:
