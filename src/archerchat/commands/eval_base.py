@@ -30,8 +30,7 @@ from archerchat.data.text_loader import TextLoader
 from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text_batches
-from archerchat.evals.core.bundle import load_bundle
-from archerchat.evals.core.download import find_bundle
+from archerchat.evals.core.bundle import find_bundle, load_bundle
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.evals.core.results import (
     CoreResult,

@@ -21,8 +21,7 @@ from archerchat.data.prefetch import Batch
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
 from archerchat.data.text_loader import TextLoader
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
-from archerchat.evals.core.bundle import load_bundle
-from archerchat.evals.core.download import find_bundle
+from archerchat.evals.core.bundle import find_bundle, load_bundle
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts

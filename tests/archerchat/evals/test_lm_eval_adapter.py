@@ -15,8 +15,13 @@ import pytest
 import torch
 
 from archerchat.errors import UsageError
-from archerchat.evals.core.bundle import CoreTask, Example, load_bundle, read_examples
-from archerchat.evals.core.download import OFFLINE_BUNDLE
+from archerchat.evals.core.bundle import (
+    OFFLINE_BUNDLE,
+    CoreTask,
+    Example,
+    load_bundle,
+    read_examples,
+)
 from archerchat.evals.core.prompts import Prompt, Prompter
 from archerchat.evals.lm_eval_adapter import HarnessModel, register, score_prompts
 from archerchat.home import Home

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from archerchat.evals.core.bundle import TASK_TYPES, CoreTask, Example, load_bundle, read_examples
-from archerchat.evals.core.download import OFFLINE_BUNDLE, find_bundle
+from archerchat.evals.core.bundle import (
+    OFFLINE_BUNDLE,
+    TASK_TYPES,
+    CoreTask,
+    Example,
+    find_bundle,
+    load_bundle,
+    read_examples,
+)
 from archerchat.evals.core.results import CoreResult, TaskResult, describe, is_offline
 
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
