@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -48,8 +48,6 @@ class PreparedTask:
     """The right option of every example, other ranks' included."""
     trees: Sequence[Tree]
     cropped: int
-    seconds: float
-    """Time that preparing took."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,7 @@ class CoreEvaluation:
         scorer, results = Scorer(model), []
         for task, is_known in zip(tasks, known.tolist(), strict=True):
             if not is_known:
-                result = self._run_task(scorer, task, on_progress)
-                if self.ranks.rank == 0:
-                    kept.add(result)
-                else:
-                    kept.tasks[task.label] = result
+                kept.add(self._run_task(scorer, task, on_progress))
             if task.label in kept.tasks:  # rank 0 has all
                 results.append(kept.tasks[task.label])
                 on_task(results[-1])
@@ -122,9 +116,9 @@ class CoreEvaluation:
 
     def _run_task(self, scorer: Scorer, task: CoreTask, on_progress: Progress) -> TaskResult:
         on_progress(task.label, 0.0)
+        started = time.perf_counter()
         prepared = self.prepare(task)
         trees, length = prepared.trees, scorer.model.config.sequence_length
-        started = time.perf_counter()
         outcomes = torch.zeros(len(prepared.gold), 2, dtype=torch.float64)  # right, near a tie
         tokens = done = 0
         for batch, count in iter_outcomes(scorer, trees, task.task_type):
@@ -149,7 +143,7 @@ class CoreEvaluation:
             examples=len(prepared.gold),
             correct=int(outcomes[:, 0].sum()),
             random_baseline=task.random_baseline,
-            seconds=time.perf_counter() - started + prepared.seconds,
+            seconds=time.perf_counter() - started,
             near_ties=tuple(outcomes[:, 1].nonzero().flatten().tolist()),
             **dict(zip(counts, sums.long().tolist(), strict=True)),
         )
@@ -162,13 +156,12 @@ class CoreEvaluation:
         """
         if task.label in self._prepared:
             return self._prepared[task.label]
-        started = time.perf_counter()
         prompter = self._prompter(task)
         trees = [prompter.tree(index) for index in self.ranks.share(len(prompter.examples))]
         gold = [example.gold for example in prompter.examples]
-        prepared = PreparedTask(gold, trees, prompter.cropped, time.perf_counter() - started)
+        prepared = PreparedTask(gold, trees, prompter.cropped)
         if self._keeps:
-            self._prepared[task.label] = replace(prepared, seconds=0.0)
+            self._prepared[task.label] = prepared
         return prepared
 
     def _prompter(self, task: CoreTask) -> Prompter:

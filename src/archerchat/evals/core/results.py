@@ -65,7 +65,6 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
-            "near_ties": list(self.near_ties),
             "accuracy": self.accuracy,
             "centred": self.centred,
             "examples_per_second": self.examples_per_second,
