@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -100,51 +99,31 @@ class Scorer:
     def scored_hidden(self, layout: Layout) -> Tensor:
         """Return the unembedding's input (n, C) at the layout's scored tokens."""
         model, device, dtype = self.model, self.model.device, self.model.compute_dtype
-        stream, masks = _embed(model, layout), Masks(layout, device, dtype)
+        masks, token_ids = Masks(layout, device, dtype), _rounded(layout.token_ids, device)
+        positions = _rounded(layout.positions, device)
+        cos, sin = rotary_tables(positions, model.config.head_dim, torch.float32)
+        x = _embed(model, token_ids, _rounded(layout.previous_ids, device))  # (n, C) float32
+        x0 = middle = x.clone()
         for i, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             level = layout.levels[i]
             kept = None if level.kept is None else _rounded(level.kept, device)
             value = None
             if model.config.has_value_embedding(i):
-                value = model.value_embeddings[str(i)](stream.token_ids).to(dtype)
-            x = stream.x.mul_(self._residual[i]).add_(stream.x0, alpha=self._inputs[i])
+                value = model.value_embeddings[str(i)](token_ids).to(dtype)
+            x.mul_(self._residual[i]).add_(x0, alpha=self._inputs[i])
             h = _norm(x, dtype)
-            stream.x = x if kept is None else x.index_select(0, kept)
-            stream.x.add_(_attention(block.attention, level, masks, h, kept, value, stream))
-            _add_mlp(block.mlp, stream.x, dtype)
-            stream.keep(kept)
+            branch = _attention(block.attention, level, masks, h, kept, value, cos, sin)
+            if kept is not None:
+                rows = x, x0, middle, token_ids, cos, sin
+                x, x0, middle, token_ids, cos, sin = (row.index_select(0, kept) for row in rows)
+            x.add_(branch)
+            _add_mlp(block.mlp, x, dtype)
             if i == model.config.num_layers // 2:
-                stream.middle = stream.x.clone()
-        assert stream.middle is not None
+                middle = x.clone()
         scored = _rounded(layout.scored, device)
-        x, middle = stream.x.index_select(0, scored), stream.middle.index_select(0, scored)
+        x, middle = x.index_select(0, scored), middle.index_select(0, scored)
         return _norm(x - model.backout_lambda.float() * middle, dtype)
-
-
-@dataclass
-class Stream:
-    """What goes from layer to layer, a row a token, in float32."""
-
-    x: Tensor
-    """(n, C), the residual stream."""
-    x0: Tensor
-    """(n, C), the model's input."""
-    middle: Tensor | None
-    """(n, C), the stream after the middle layer."""
-    token_ids: Tensor
-    cos: Tensor
-    """(n, 1, D/2)."""
-    sin: Tensor
-
-    def keep(self, kept: Tensor | None) -> None:
-        """Drop the tokens that do not go on."""
-        if kept is None:
-            return
-        self.x0, self.token_ids = self.x0.index_select(0, kept), self.token_ids[kept]
-        self.cos, self.sin = self.cos.index_select(0, kept), self.sin.index_select(0, kept)
-        if self.middle is not None:
-            self.middle = self.middle.index_select(0, kept)
 
 
 def _rounded(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -164,20 +143,15 @@ def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * _inverse_rms(x)).to(dtype)
 
 
-def _embed(model: Transformer, layout: Layout) -> Stream:
-    device, dtype = model.device, model.compute_dtype
-    token_ids = _rounded(layout.token_ids, device)
-    previous_ids = _rounded(layout.previous_ids, device)
+def _embed(model: Transformer, token_ids: Tensor, previous_ids: Tensor) -> Tensor:
+    """Return normalised embeddings (n, C) float32, each with its gated copy of the one before."""
     x, before = (
         _norm(model.token_embedding(ids).float(), torch.float32)
         for ids in (token_ids, previous_ids.clamp(min=0))
     )
-    gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS].to(dtype)).float())
+    gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS].to(model.compute_dtype)).float())
     gate = gate * model.smear_lambda.float() * (previous_ids >= 0)[:, None]
-    x = x.addcmul_(gate, before)
-    positions = _rounded(layout.positions, device)
-    cos, sin = rotary_tables(positions, model.config.head_dim, torch.float32)
-    return Stream(x, x.clone(), None, token_ids, cos, sin)
+    return x.addcmul_(gate, before)
 
 
 def _attention(
@@ -187,7 +161,8 @@ def _attention(
     h: Tensor,
     kept: Tensor | None,
     value_embedding: Tensor | None,
-    stream: Stream,
+    cos: Tensor,
+    sin: Tensor,
 ) -> Tensor:
     """Map normalised activations (n_in, C) to the branch's output (n_out, C)."""
     dim, kv_heads = layer.head_dim, layer.num_kv_heads
@@ -196,7 +171,6 @@ def _attention(
         assert value_embedding is not None
         gate = 3 * torch.sigmoid(layer.value_gate(h[:, :VALUE_GATE_CHANNELS]))  # (n, K)
         v = torch.addcmul(v, gate[..., None], value_embedding.view_as(v))
-    cos, sin = stream.cos, stream.sin
     k = _rotate(layer.key(h).view(-1, kv_heads, dim), cos, sin)
     if kept is not None:
         h, cos, sin = (x.index_select(0, kept) for x in (h, cos, sin))
