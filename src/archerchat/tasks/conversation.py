@@ -1,4 +1,4 @@
-"""What a conversation is, and the check that a file's conversations have to pass.
+"""What a conversation is, and the checks that it has to pass to be rendered, and to be learned.
 
 A conversation is `{"messages": [...]}`, each message `{"role": ..., "content": ...}`. Users write
 text; the assistant writes text or a list of parts, `{"type": ..., "text": ...}`, where the type is
@@ -9,6 +9,7 @@ it. A task may add keys of its own beside `messages`, for its own judgement of a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from typing import Any
 
 from archerchat.errors import DataError
@@ -41,11 +42,59 @@ def text_of(content: str | Iterable[Mapping[str, str]]) -> str:
     return "".join(each["text"] for each in content if each["type"] == "text")
 
 
+def check_messages(conversation: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation that can be rendered.
+
+    They are an optional system message, then user and assistant taking turns.
+
+    Raises:
+        DataError: it is none; the message says where and how.
+    """
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, list) or not messages:
+        raise DataError(
+            'a conversation is {"messages": [...]} or the list itself, with at least one message, '
+            f"not {_show(conversation)}"
+        )
+    turns = cycle(("user", "assistant"))
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise DataError(
+                f'message {number}: it must be {{"role": ..., "content": ...}}, not '
+                f"{_show(message)}"
+            )
+        role = message["role"]
+        expected = "system" if number == 0 and role == "system" else next(turns)
+        if role != expected:
+            raise DataError(
+                f"message {number}: the role is {_show(role)} where {expected!r} is due: after an "
+                f"optional system message, user and assistant take turns"
+            )
+        _check_content(message["content"], role, f"message {number}")
+    if messages[-1]["role"] == "system":
+        raise DataError("message 0 is the system's and no user message follows it")
+    return messages
+
+
+def _check_content(content: Any, role: str, here: str) -> None:
+    """Make sure that an assistant's content is text or a list of parts, and any other text."""
+    allowed = (str, list) if role == "assistant" else str
+    if not isinstance(content, allowed):
+        kind = "text or a list of parts" if role == "assistant" else "text"
+        raise DataError(f"{here} ({role}): content must be {kind}, not {_show(content)}")
+    for number, each in enumerate(content if isinstance(content, list) else ()):
+        known = isinstance(each, Mapping) and each.get("type") in PART_TYPES
+        if not known or not isinstance(each.get("text"), str):
+            raise DataError(
+                f'{here}, part {number}: it must be {{"type": ..., "text": ...}} with text and one '
+                f"of the types {', '.join(PART_TYPES)}, not {_show(each)}"
+            )
+
+
 def check_conversation(value: Any, where: str) -> Conversation:
     """Return the conversation in `value`: `{"messages": [...]}`, or the bare list of messages.
 
-    It must be one that can be learned from: an optional system message, then user and assistant
-    taking turns, with no empty content, and at least one answer.
+    It must be one that can be learned from: no content is empty, and there is an answer.
 
     Args:
         where: the place to name in errors, such as `talks.jsonl:12`.
@@ -53,63 +102,33 @@ def check_conversation(value: Any, where: str) -> Conversation:
     Raises:
         DataError: it is not.
     """
-    messages = value.get("messages") if isinstance(value, Mapping) else value
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f'{where}: a conversation is {{"messages": [...]}} or the list itself, with at least '
-            f"one message, not {_show(value)}"
-        )
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+    conversation = {"messages": value} if isinstance(value, list) else value
+    try:
+        messages = check_messages(conversation)
+        if all(message["role"] != "assistant" for message in messages):
             raise DataError(
-                f'{where}, message {number}: it must be {{"role": ..., "content": ...}}, not '
-                f"{_show(message)}"
+                f"{len(messages)} message(s) hold no answer to learn: the user's must be followed "
+                "by the assistant's"
             )
-    first = int(messages[0]["role"] == "system")
-    if len(messages) - first < 2:
-        raise DataError(
-            f"{where}: {len(messages)} message(s) hold no answer to learn: the user's must be "
-            f"followed by the assistant's"
-        )
-    for number, message in enumerate(messages):
-        here = f"{where}, message {number}"
-        role, expected = message["role"], "system"
-        if number >= first:
-            expected = ("user", "assistant")[(number - first) % 2]
-        if role != expected:
-            raise DataError(
-                f"{here}: the role is {_show(role)} where {expected!r} is due: after an optional "
-                f"system message, user and assistant take turns"
-            )
-        _check_content(message["content"], expected, here)
-    return dict(value) if isinstance(value, Mapping) else {"messages": messages}
+        for number, message in enumerate(messages):
+            if _is_empty(message["content"]):
+                raise DataError(
+                    f"message {number} ({message['role']}): content is empty: fill it in or remove "
+                    "the conversation"
+                )
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return dict(conversation)
 
 
-def _check_content(content: Any, role: str, here: str) -> None:
-    if role != "assistant" and not isinstance(content, str):
-        raise DataError(f"{here} ({role}): content must be text, not {_show(content)}")
+def _is_empty(content: str | list[dict[str, str]]) -> bool:
+    """Whether there is nothing in a content, or no program where one is due.
+
+    Programs may print nothing, and text between two parts may be a space.
+    """
     if isinstance(content, str):
-        if not content.strip():
-            raise DataError(
-                f"{here} ({role}): content is empty: fill it in or remove the conversation"
-            )
-        return
-    if not isinstance(content, list) or not content:
-        raise DataError(
-            f"{here} (assistant): content must be text or a list of parts, not {_show(content)}"
-        )
-    for number, each in enumerate(content):
-        place = f"{here}, part {number}"
-        if not isinstance(each, Mapping):
-            raise DataError(f'{place}: it must be {{"type": ..., "text": ...}}, not {_show(each)}')
-        if each.get("type") not in PART_TYPES:
-            raise DataError(
-                f"{place}: the type {_show(each.get('type'))} is unknown: use "
-                f"{', '.join(PART_TYPES)}"
-            )
-        # Programs may print nothing, and text between two parts may be a space.
-        if not isinstance(each.get("text"), str) or (each["type"] == "python" and not each["text"]):
-            raise DataError(f"{place}: its text is {_show(each.get('text'))}: it must be text")
+        return not content.strip()
+    return not content or any(each["type"] == "python" and not each["text"] for each in content)
 
 
 def _show(value: Any) -> str:

@@ -318,7 +318,7 @@ def test_a_malformed_conversation_is_named() -> None:
     broken[6] = {"messages": [user("a"), user("b")]}
     with (
         open_loader(broken) as loader,
-        pytest.raises(DataError, match=r"given, conversation 6: message 1 has the role 'user'"),
+        pytest.raises(DataError, match=r"given, conversation 6: message 1: the role is 'user'"),
     ):
         list(loader)
 
