@@ -9,11 +9,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 
-from archerchat.config import Config, Limit, PositiveInt
+from archerchat.config import Config, PositiveInt
 from archerchat.distributed import Ranks
 from archerchat.evals.core.bundle import Bundle, CoreTask, read_examples
 from archerchat.evals.core.forward import Scorer
@@ -35,9 +34,6 @@ class CoreOptions(Config):
     max_per_task: PositiveInt | None = None
     """Maximum examples per CORE task. A task keeps its few-shot examples and one more in any
     case. Defaults to all."""
-    max_length: Annotated[int, Limit(2)] | None = None
-    """Maximum tokens per CORE prompt. Longer ones are cropped on the left. Defaults to no limit,
-    as in the reference."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,6 @@ class PreparedTask:
     gold: Sequence[int]
     """The right option of every example, other ranks' included."""
     trees: Sequence[Tree]
-    cropped: int
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,6 @@ class CoreEvaluation:
         counts = {
             "tokens_run": tokens,
             "prompt_tokens": sum(sum(tree.lengths) for tree in trees),
-            "cropped": prepared.cropped,
             "beyond_sequence": sum(max(tree.lengths) > length for tree in trees),
             "unscored": sum(tree.has_unscored for tree in trees),
         }
@@ -159,14 +153,14 @@ class CoreEvaluation:
         prompter = self._prompter(task)
         trees = [prompter.tree(index) for index in self.ranks.share(len(prompter.examples))]
         gold = [example.gold for example in prompter.examples]
-        prepared = PreparedTask(gold, trees, prompter.cropped)
+        prepared = PreparedTask(gold, trees)
         if self._keeps:
             self._prepared[task.label] = prepared
         return prepared
 
     def _prompter(self, task: CoreTask) -> Prompter:
         examples = choose_examples(read_examples(task), task, self.options.max_per_task)
-        return Prompter(task, examples, self.tokenizer, self.options.max_length)
+        return Prompter(task, examples, self.tokenizer)
 
     def estimate(self, windows: Sequence[int], done: Collection[str] = ()) -> dict[str, Estimate]:
         """Return the work of each task that is not done, by label, from a few of its examples.
