@@ -37,15 +37,6 @@ class CoreOptions(Config):
 
 
 @dataclass(frozen=True)
-class PreparedTask:
-    """One rank's examples of a task, tokenized."""
-
-    gold: Sequence[int]
-    """The right option of every example, other ranks' included."""
-    trees: Sequence[Tree]
-
-
-@dataclass(frozen=True)
 class Estimate:
     """How much one task has to do."""
 
@@ -77,7 +68,7 @@ class CoreEvaluation:
         self.bundle, self.tokenizer = bundle, tokenizer
         self.options, self.ranks = options or CoreOptions(), ranks or Ranks()
         self._keeps = keep_prompts
-        self._prepared: dict[str, PreparedTask] = {}
+        self._prepared: dict[str, tuple[list[int], list[Tree]]] = {}
 
     def run(
         self,
@@ -112,14 +103,14 @@ class CoreEvaluation:
     def _run_task(self, scorer: Scorer, task: CoreTask, on_progress: Progress) -> TaskResult:
         on_progress(task.label, 0.0)
         started = time.perf_counter()
-        prepared = self.prepare(task)
-        trees, length = prepared.trees, scorer.model.config.sequence_length
-        outcomes = torch.zeros(len(prepared.gold), 2, dtype=torch.float64)  # right, near a tie
+        gold, trees = self.prepare(task)
+        length = scorer.model.config.sequence_length
+        outcomes = torch.zeros(len(gold), 2, dtype=torch.float64)  # right, near a tie
         tokens = done = 0
         for batch, count in iter_outcomes(scorer, trees, task.task_type):
             tokens, done = tokens + count, done + len(batch)
             for outcome in batch:
-                outcomes[outcome.index, 0] = outcome.is_correct(prepared.gold[outcome.index])
+                outcomes[outcome.index, 0] = outcome.is_correct(gold[outcome.index])
                 outcomes[outcome.index, 1] = outcome.margin < NEAR_TIE
             on_progress(task.label, done / len(trees))
         outcomes = self.ranks.sum(outcomes)
@@ -134,7 +125,7 @@ class CoreEvaluation:
             label=task.label,
             task_type=task.task_type,
             num_fewshot=task.num_fewshot,
-            examples=len(prepared.gold),
+            examples=len(gold),
             correct=int(outcomes[:, 0].sum()),
             random_baseline=task.random_baseline,
             seconds=time.perf_counter() - started,
@@ -142,8 +133,8 @@ class CoreEvaluation:
             **dict(zip(counts, sums.long().tolist(), strict=True)),
         )
 
-    def prepare(self, task: CoreTask) -> PreparedTask:
-        """Read, choose, render and tokenize this rank's examples of a task.
+    def prepare(self, task: CoreTask) -> tuple[list[int], list[Tree]]:
+        """Return the right option of every example of a task, and this rank's examples tokenized.
 
         Raises:
             DataError: the file is missing or broken, or holds too few examples.
@@ -153,10 +144,9 @@ class CoreEvaluation:
         prompter = self._prompter(task)
         trees = [prompter.tree(index) for index in self.ranks.share(len(prompter.examples))]
         gold = [example.gold for example in prompter.examples]
-        prepared = PreparedTask(gold, trees)
         if self._keeps:
-            self._prepared[task.label] = prepared
-        return prepared
+            self._prepared[task.label] = gold, trees
+        return gold, trees
 
     def _prompter(self, task: CoreTask) -> Prompter:
         examples = choose_examples(read_examples(task), task, self.options.max_per_task)
