@@ -19,15 +19,13 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from archerchat.errors import DataError, UsageError
-from archerchat.tasks.base import Task
-from archerchat.tasks.conversation import Conversation
+from archerchat.tasks.base import Rows, Task
 
 Row = dict[str, Any]
 
@@ -156,30 +154,12 @@ def _find_local(folder: Path, stem: str) -> Path:
 
 
 class TableTask(Task):
-    """A task whose examples are the rows of a table's split."""
+    """A task whose rows are those of a table's split."""
 
     table: Table
-    rows: Rows
 
     def __init__(self, files: TaskFiles, split: str = "test") -> None:
         self.split, self.rows = split, files.rows(self.table, split)
-
-    def num_examples(self) -> int:
-        return len(self.rows)
-
-    def example(self, index: int) -> Conversation:
-        return self.render(self.rows[index])
-
-    @abstractmethod
-    def render(self, row: Row) -> Conversation:
-        """Return the conversation of a row."""
-
-
-class Rows(Protocol):
-    """Rows by their index."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Row: ...
 
 
 def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
@@ -236,10 +216,8 @@ class _ParquetRows:
         return int(self.table.num_rows)
 
     def __getitem__(self, index: int, /) -> Row:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} of {len(self)} rows")
-        rows: list[Row] = self.table.slice(index, 1).to_pylist()
-        return rows[0]
+        row: Row = self.table.slice(index, 1).to_pylist()[0]
+        return row
 
 
 def _read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> _ParquetRows:

@@ -29,22 +29,16 @@ class JsonlTask(Task):
     def __init__(self, path: Path) -> None:
         paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
         self.name = path.name
-        self._conversations = [
+        self.rows = [
             check_conversation(value, where)
             for each in paths
             for where, value in iter_json_lines(each)
         ]
-        if not self._conversations:
+        if not self.rows:
             raise DataError(
                 f"{path} holds no conversation: give a file with one JSON line for each"
             )
         self._digests = [sha256_file(each) for each in paths]
-
-    def num_examples(self) -> int:
-        return len(self._conversations)
-
-    def example(self, index: int) -> Conversation:
-        return self._conversations[index]
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"sha256": self._digests}

@@ -38,13 +38,7 @@ class Given(Task):
     name = "given"
 
     def __init__(self, conversations: list[Conversation]) -> None:
-        self.conversations = conversations
-
-    def num_examples(self) -> int:
-        return len(self.conversations)
-
-    def example(self, index: int) -> Conversation:
-        return self.conversations[index]
+        self.rows = conversations
 
 
 def talk(*lengths: int, name: str = "") -> Conversation:
