@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from archerchat.evals.core.layout import Layout, Level, QueryBlock
+from archerchat.evals.core.layout import Index, Layout, Level, QueryBlock
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from archerchat.model.loss import LOGIT_CAP
 from archerchat.model.transformer import (
@@ -176,17 +176,15 @@ def _attention(
         h, cos, sin = (x.index_select(0, kept) for x in (h, cos, sin))
     q = _rotate(layer.query(h).view(-1, layer.num_heads, dim), cos, sin)
     y = torch.empty_like(q)
-    y[level.blocks[-1].last_query if level.blocks else 0 :] = 0
+    y[level.blocks[-1].queries.stop if level.blocks else 0 :] = 0
     for block in level.blocks:
-        queries = slice(block.first_query, block.last_query)
-        keys = slice(block.first_key, block.last_key)
         part, k_part, v_part = (
-            x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])
+            x.transpose(0, 1)[None] for x in (q[block.queries], k[block.keys], v[block.keys])
         )  # (1, H or K, T, D)
         out = F.scaled_dot_product_attention(
             part, k_part, v_part, attn_mask=masks.of(level, block), enable_gqa=kv_heads < q.size(1)
         )
-        y[queries] = out[0].transpose(0, 1)
+        y[block.queries] = out[0].transpose(0, 1)
     result: Tensor = layer.output(y.flatten(1))
     return result
 
@@ -223,31 +221,23 @@ class Masks:
             torch.from_numpy(part).to(device)
             for part in (layout.tree, layout.branch, layout.positions)
         )
-        self._made: dict[tuple[int, QueryBlock], Tensor] = {}
+        self._made: dict[int, Tensor] = {}
 
     def of(self, level: Level, block: QueryBlock) -> Tensor:
         """Return (queries, keys): 0 where a query sees a key, else minus infinity."""
-        queries = block.last_query - block.first_query
-        keys = block.last_key - block.first_key
+        rows, columns = level.outgoing[block.queries], level.incoming[block.keys]
         if block.is_band:
-            return _band(queries, keys, level.window, self.device, self.dtype)
-        name = id(level), block
-        if name not in self._made:
-            self._made[name] = self._build(level, block)
-        return self._made[name]
+            return _band(len(rows), len(columns), level.window, self.device, self.dtype)
+        if id(block) not in self._made:
+            self._made[id(block)] = self._build(rows, columns, level.window)
+        return self._made[id(block)]
 
-    def _build(self, level: Level, block: QueryBlock) -> Tensor:
-        rows, columns = (
-            torch.from_numpy(part).to(self.device)
-            for part in (
-                level.outgoing[block.first_query : block.last_query],
-                level.incoming[block.first_key : block.last_key],
-            )
-        )
+    def _build(self, queries: Index, keys: Index, window: int) -> Tensor:
+        rows, columns = (torch.from_numpy(part).to(self.device) for part in (queries, keys))
         branch, tree, position = self._branch[columns], self._tree, self._position
         seen = (tree[rows][:, None] == tree[columns]) & (columns <= rows[:, None])
         seen &= (branch < 0) | (branch == self._branch[rows][:, None])
-        seen &= position[columns] >= (position[rows] - level.window)[:, None]
+        seen &= position[columns] >= (position[rows] - window)[:, None]
         return _bias(seen, self.dtype)
 
 
