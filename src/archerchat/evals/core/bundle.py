@@ -27,6 +27,7 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from archerchat.data.hub import Notify, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.files import exclusive, explained_writes, new_directory, sha256_file
+from archerchat.tasks.hub import iter_json_lines
 
 TASK_LIST = "core.yaml"
 BASELINES = "eval_meta_data.csv"
@@ -238,16 +239,14 @@ def read_examples(task: CoreTask) -> list[Example]:
         DataError: the file cannot be read, a line is broken, or there is none.
     """
     examples = []
-    for number, line in enumerate(_read(task.path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, row in iter_json_lines(task.path):
         try:
-            examples.append(_parse_example(json.loads(line), task.task_type))
+            examples.append(_parse_example(row, task.task_type))
         except (ValueError, KeyError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
-                f"task {task.label}: line {number} of {task.path} is broken ({reason}): correct "
-                "it or get the bundle again"
+                f"{where} is no example of task {task.label} ({reason}): correct it or get the "
+                "bundle again"
             ) from error
     if not examples:
         raise DataError(f"task {task.label}: {task.path} holds no example: get the bundle again")
@@ -276,9 +275,5 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {path}: is this the whole evaluation bundle?") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} ({error}): get the whole bundle again") from error
