@@ -10,7 +10,7 @@ import re
 
 from archerchat.tasks.base import NumberTask
 from archerchat.tasks.conversation import Conversation, assistant, part, user
-from archerchat.tasks.hub import GSM8K, Row, TableTask
+from archerchat.tasks.hub import Row, TableTask
 
 _MARK = re.compile(r"<<([^<>]*)>>")
 
@@ -31,7 +31,6 @@ class GSM8KTask(NumberTask, TableTask):
     """Word problems whose answers end on `#### number`."""
 
     name = "GSM8K"
-    table = GSM8K
 
     def render(self, row: Row) -> Conversation:
         return {"messages": [user(row["question"]), assistant(parse_answer(row["answer"]))]}

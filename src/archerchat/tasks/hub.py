@@ -1,26 +1,20 @@
 """Where tasks find their rows: the hub's Parquet exports at pinned revisions, or local files.
 
-Downloaded files lie under the home's cache, a directory for each repository and revision; what
-fetches them is handed in, as this layer knows no network. A local folder given instead
-(`--data-dir`) holds files of the same columns, each as `.parquet`, `.jsonl` or `.jsonl.gz`:
-
-    gsm8k/{train,test}                       question, answer
-    mmlu/{auxiliary_train,dev,validation,test}   question, choices, answer, subject
-    arc/{ARC-Easy,ARC-Challenge}/{train,validation,test}   question, choices, answerKey
-    humaneval/HumanEval                      prompt, canonical_solution, test, entry_point
-    smoltalk/{train,test}                    messages
-
-A row is a dictionary. Parquet stays as it is in memory, and one row at a time becomes Python's;
-JSON lines are parsed when they are read.
+`tables.toml` lists the data sets. Downloaded files lie under the home's cache, a directory for each
+repository and revision; what fetches them is handed in, as this layer knows no network. A local
+folder may be given instead (`--data-dir`). A row is a dictionary. Parquet stays as it is in memory,
+and one row at a time becomes Python's; JSON lines are parsed when they are read.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import tomllib
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +38,7 @@ class Table:
     """Folder of the files in the repository."""
     splits: Mapping[str, int]
     """Number of files per split."""
-    columns: tuple[str, ...]
+    columns: Sequence[str]
     local: str
     """A split's file in a local folder, without its suffix; `{split}` stands for its name."""
 
@@ -63,49 +57,11 @@ class Table:
         return tuple(f"{self.folder}/{name}" for name in names)
 
 
-SMOLTALK = Table(
-    "HuggingFaceTB/smol-smoltalk",
-    "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
-    "data",
-    {"test": 1, "train": 4},
-    ("messages",),
-    "smoltalk/{split}",
-)
-MMLU = Table(
-    "cais/mmlu",
-    "c30699e8356da336a370243923dbaf21066bb9fe",
-    "all",
-    {"auxiliary_train": 1, "dev": 1, "validation": 1, "test": 1},
-    ("question", "choices", "answer", "subject"),
-    "mmlu/{split}",
-)
-GSM8K = Table(
-    "openai/gsm8k",
-    "e53f048856ff4f594e959d75785d2c2d37b678ee",
-    "main",
-    {"train": 1, "test": 1},
-    ("question", "answer"),
-    "gsm8k/{split}",
-)
-ARC = {
-    name: Table(
-        "allenai/ai2_arc",
-        "210d026faf9955653af8916fad021475a3f00453",
-        name,
-        {"train": 1, "validation": 1, "test": 1},
-        ("question", "choices", "answerKey"),
-        f"arc/{name}/{{split}}",
-    )
-    for name in ("ARC-Easy", "ARC-Challenge")
-}
-HUMANEVAL = Table(
-    "openai/openai_humaneval",
-    "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
-    "openai_humaneval",
-    {"test": 1},
-    ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
-    "humaneval/HumanEval",
-)
+@cache
+def load_tables() -> dict[str, Table]:
+    """Return the tables by the names of their tasks."""
+    content = tomllib.loads(Path(__file__).with_name("tables.toml").read_text(encoding="utf-8"))
+    return {name: Table(**fields) for name, fields in content.items()}
 
 
 @dataclass(frozen=True)
@@ -154,12 +110,10 @@ def _find_local(folder: Path, stem: str) -> Path:
 
 
 class TableTask(Task):
-    """A task whose rows are those of a table's split."""
-
-    table: Table
+    """A task whose rows are those of a split of the table of its name."""
 
     def __init__(self, files: TaskFiles, split: str = "test") -> None:
-        self.split, self.rows = split, files.rows(self.table, split)
+        self.split, self.rows = split, files.rows(load_tables()[self.name], split)
 
 
 def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:

@@ -13,7 +13,7 @@ from archerchat.errors import DataError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, check_conversation
-from archerchat.tasks.hub import SMOLTALK, Row, TableTask, TaskFiles, iter_json_lines
+from archerchat.tasks.hub import Row, TableTask, TaskFiles, iter_json_lines, load_tables
 
 TEST_SHARE = 20
 """One conversation in twenty of a local folder belongs to the test."""
@@ -51,10 +51,9 @@ class SmolTalkTask(TableTask):
     """
 
     name = "SmolTalk"
-    table = SMOLTALK
 
     def __init__(self, files: TaskFiles, split: str = "train") -> None:
-        self.table.files(split)  # refuses an unknown split
+        load_tables()[self.name].files(split)  # refuses an unknown split
         local = files.local
         if local is None or (local / "smoltalk").exists() or not (local / "chat").is_dir():
             super().__init__(files, split)

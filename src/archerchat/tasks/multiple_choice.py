@@ -12,7 +12,7 @@ from typing import Any, Literal
 from archerchat.errors import DataError
 from archerchat.tasks.base import CategoricalTask
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.hub import ARC, MMLU, Row, TableTask, TaskFiles
+from archerchat.tasks.hub import Row, TableTask, TaskFiles
 
 ArcName = Literal["ARC-Easy", "ARC-Challenge"]
 
@@ -44,7 +44,6 @@ class MMLUTask(CategoricalTask, TableTask):
     """Questions from 57 subjects; `auxiliary_train` is for training, `test` for the score."""
 
     name = "MMLU"
-    table = MMLU
 
     def render(self, row: Row) -> Conversation:
         letters = string.ascii_uppercase[: len(row["choices"])]
@@ -58,7 +57,7 @@ class ARCTask(CategoricalTask, TableTask):
     """Science questions for school: `ARC-Easy` or `ARC-Challenge`."""
 
     def __init__(self, files: TaskFiles, name: ArcName, split: str = "test") -> None:
-        self.name, self.table = name, ARC[name]
+        self.name = name
         super().__init__(files, split)
 
     def render(self, row: Row) -> Conversation:
