@@ -149,17 +149,13 @@ def is_offline(tasks: Sequence[CoreTask | TaskResult]) -> bool:
 
 def describe(result: CoreResult) -> list[str]:
     """Return notes that belong beside the figures."""
-    notes = []
+    notes, count = [], len(result.tasks)
     if is_offline(result.tasks):
         notes.append(
-            "these tasks are the package's own and are not CORE: their score can be compared with "
-            "nothing but itself"
+            "these tasks are not CORE: their score can be compared with nothing but itself"
         )
-    elif len(result.tasks) != FULL_TASKS:
-        notes.append(
-            f"the mean of {len(result.tasks)} tasks is not the published CORE, which has "
-            f"{FULL_TASKS}"
-        )
+    elif count != FULL_TASKS:
+        notes.append(f"the mean of {count} tasks is not the published CORE, which has {FULL_TASKS}")
     for what, name in (
         ("have a prompt beyond the model's sequence length", "beyond_sequence"),
         ("have an option with nothing to score, which wins only if it stands first", "unscored"),
