@@ -22,8 +22,8 @@ from archerchat.data.conversation_loader import (
 from archerchat.data.prefetch import Batch
 from archerchat.errors import CheckpointError, DataError, UsageError
 from archerchat.tasks.base import Task, TaskMixture
+from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.jsonl import JsonlTask
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_conversation
 

@@ -8,8 +8,8 @@ import pytest
 
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.base import CategoricalTask, Task, TaskMixture
+from archerchat.tasks.collected import build_question
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.multiple_choice import build_question
 
 
 class Numbers(Task):

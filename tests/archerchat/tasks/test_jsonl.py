@@ -10,8 +10,8 @@ import pytest
 
 from archerchat.errors import DataError
 from archerchat.tasks.base import Task
+from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.conversation import assistant, user
-from archerchat.tasks.jsonl import JsonlTask
 
 GOOD = [user("Hi"), assistant("Hello")]
 
