@@ -8,7 +8,6 @@ products do.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from archerchat.evals.core.layout import Index, Layout, Level, QueryBlock
+from archerchat.evals.core.layout import Layout, Level, QueryBlock
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from archerchat.model.loss import LOGIT_CAP
 from archerchat.model.transformer import (
@@ -225,39 +224,17 @@ class Masks:
 
     def of(self, level: Level, block: QueryBlock) -> Tensor:
         """Return (queries, keys): 0 where a query sees a key, else minus infinity."""
-        rows, columns = level.outgoing[block.queries], level.incoming[block.keys]
-        if block.is_band:
-            return _band(len(rows), len(columns), level.window, self.device, self.dtype)
         if id(block) not in self._made:
-            self._made[id(block)] = self._build(rows, columns, level.window)
+            self._made[id(block)] = self._build(level, block)
         return self._made[id(block)]
 
-    def _build(self, queries: Index, keys: Index, window: int) -> Tensor:
-        rows, columns = (torch.from_numpy(part).to(self.device) for part in (queries, keys))
+    def _build(self, level: Level, block: QueryBlock) -> Tensor:
+        rows, columns = (
+            torch.from_numpy(part).to(self.device)
+            for part in (level.outgoing[block.queries], level.incoming[block.keys])
+        )
         branch, tree, position = self._branch[columns], self._tree, self._position
         seen = (tree[rows][:, None] == tree[columns]) & (columns <= rows[:, None])
         seen &= (branch < 0) | (branch == self._branch[rows][:, None])
-        seen &= position[columns] >= (position[rows] - window)[:, None]
-        return _bias(seen, self.dtype)
-
-
-def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill_(~seen, -math.inf)
-
-
-def _band(queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the mask of a block whose last query is its last key: a corner of a larger one."""
-    rows, columns = (1 << (size - 1).bit_length() for size in (queries, keys))
-    reach = min(window, columns)
-    corner = _large_band(rows, columns, reach, device, dtype)[-queries:, -keys:]
-    return corner if device.type == "cpu" else corner.contiguous()  # kernels ask for alignment
-
-
-@functools.lru_cache(maxsize=16)
-def _large_band(
-    queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    here = torch.arange(keys - queries, keys, device=device)[:, None]
-    there = torch.arange(keys, device=device)[None, :]
-    return _bias((there <= here) & (there >= here - window), dtype)
+        seen &= position[columns] >= (position[rows] - level.window)[:, None]
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -math.inf)
