@@ -39,8 +39,6 @@ CPU_LOGITS_BYTES = 4 * 2**20
 """The same on CPUs, where they should stay in the cache."""
 ROWS = 64
 """Rows come in multiples of this: on CPUs every new number of rows costs a product its plan."""
-MLP_BYTES = 2**20
-"""Bound on an MLP's inner activations at a time on CPUs: they should stay in a core's cache."""
 
 
 Scores = tuple[Tensor, Tensor | None]
@@ -202,13 +200,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _add_mlp(mlp: MLP, x: Tensor, dtype: torch.dtype) -> None:
     """Add the MLP of the normalised stream (n, C) to it."""
-    on_cpu = x.device.type == "cpu"
-    fitting = MLP_BYTES // (4 * x.size(1) * dtype.itemsize) // ROWS * ROWS
-    rows = max(ROWS, fitting) if on_cpu else x.size(0)
-    for start in range(0, x.size(0), rows):
-        part = x[start : start + rows]
-        u = mlp.up(_norm(part, dtype)).relu_()
-        part.add_(mlp.down(u.mul_(u)))
+    u = mlp.up(_norm(x, dtype)).relu_()
+    x.add_(mlp.down(u.mul_(u)))
 
 
 class Masks:
