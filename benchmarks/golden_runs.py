@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -87,7 +88,7 @@ RUNS = {
         validate=False,
     ),
     "d4_dim256_default": GoldenRun(
-        "d4_dim256_fp32", None, compile=True, device_batch_size=PretrainConfig.device_batch_size
+        "d4_dim256_fp32", None, compile=True, device_batch_size=32
     ),
 }  # fmt: skip
 
@@ -115,7 +116,8 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
             recipe.model.load_state_dict(load_golden_weights(oracle / run.weights))
         peak = peak_flops(runtime, home.cache_dir)
         loop = Loop(recipe, peak)
-        with recipe.loader, ProgressLine(Console(stderr=True), recipe.total_steps(0)) as progress:
+        steps = recipe.total_steps(0)
+        with closing(recipe.loader), ProgressLine(Console(stderr=True), steps) as progress:
             outcome = loop.run(NoCheckpoints(home.root, {}, 1), recorder, progress)
     return {
         "losses": list(recorder.series("train/last_micro_batch_loss").values()),

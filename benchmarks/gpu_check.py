@@ -52,10 +52,10 @@ class Part:
 PARTS = (
     Part("machine", 20, "gpu_common.py"),
     Part("tests", 150, ""),
-    Part("speed", 170, "gpu_speed.py"),
+    Part("speed", 160, "gpu_speed.py"),
     Part("anatomy", 40, "gpu_speed.py --anatomy"),
     Part("decode", 50, "gpu_decode.py"),
-    Part("learning", 45, "gpu_learning.py"),
+    Part("learning", 60, "gpu_learning.py"),
 )
 
 
@@ -145,8 +145,10 @@ def judge(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         if name.startswith("d12 windows") and "eager" not in name and "error" not in row
     ]
     mfu, rate, memory = max(windows, default=(float("nan"),) * 3)
-    learned = get("learning", "d4 golden", "val_bpb")
-    reference = get("learning", "d4 golden", "val_bpb_reference")
+    runs = results.get("learning", {}).get("rows", {})
+    apart = [
+        get("learning", run, "val_bpb") - get("learning", run, "val_bpb_reference") for run in runs
+    ]
     full, long = get("speed", "d12 full sdpa", "tokens_per_second"), "tokens_per_second"
     values = {
         f"windows over full attention, {LENGTH} tokens": (rate / full, 1.15, None),
@@ -157,12 +159,16 @@ def judge(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
         ),
         "depth 12, share of the measured product rate": (mfu, 0.55, None),
         "decoding one row, share of memory bandwidth": (
-            get("decode", "decode 1", "bandwidth_share"),
+            get("decode", "decode 1 compiled", "bandwidth_share"),
             0.60,
             None,
         ),
         "peak memory over what plan says": (memory, 0.90, 1.10),
-        "bits per byte over the reference's": (learned - reference, -0.03, 0.03),
+        "bits per byte over the reference's": (
+            sum(apart) / len(apart) if apart else float("nan"),
+            -0.03,
+            0.03,
+        ),
     }
     return {
         name: {

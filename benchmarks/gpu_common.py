@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -38,8 +39,8 @@ CRASHED = 3
 class Rows:
     """A part's figures by row, kept in a file of JSON lines; the last line of a name counts."""
 
-    def __init__(self, path: Path, until: float) -> None:
-        self.path, self.until = path, until
+    def __init__(self, path: Path, until: float, only: str = "") -> None:
+        self.path, self.until, self.only = path, until, only
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Return each row's figures; a row that failed has an `error`."""
@@ -50,7 +51,7 @@ class Rows:
 
     def measure(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         """Add a row unless it is there. An error ends the process; start it again for the rest."""
-        if name in self.read():
+        if name in self.read() or not re.search(self.only, name):
             return
         if time.time() > self.until:
             self._add(name, {"error": "no time left"})
@@ -77,9 +78,10 @@ def open_rows() -> tuple[Rows, argparse.Namespace]:
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds since 1970")
+    parser.add_argument("--only", default="", help="rows to measure: a regular expression")
     parser.add_argument("--anatomy", action="store_true")
     options = parser.parse_args()
-    return Rows(options.rows, options.until), options
+    return Rows(options.rows, options.until, options.only), options
 
 
 def start(dtype: str = "bfloat16") -> Runtime:

@@ -6,6 +6,7 @@ those bytes over the measured copy rate give the least time a step can take.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -69,10 +70,12 @@ def main() -> None:
     runtime = start()
     _, bandwidth = ceilings(rows)
     model = build_model(runtime)
-    for batch in BATCHES:
+    for batch, compile in product(BATCHES, (False, True)):
         rows.measure(
-            f"decode {batch}",
-            lambda batch=batch: time_decoding(Engine(model, batch), batch, runtime, bandwidth),  # type: ignore[misc]
+            f"decode {batch}{' compiled' * compile}",
+            lambda batch=batch, compile=compile: time_decoding(  # type: ignore[misc]
+                Engine(model, batch, compile=compile), batch, runtime, bandwidth
+            ),
         )
     fast = Engine(model, 1).model
     for count in PREFILL_ROWS:

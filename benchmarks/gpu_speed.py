@@ -8,21 +8,21 @@ half a million tokens, random ones, then the optimizer. MFU is the share of the 
 from __future__ import annotations
 
 import gc
-import importlib
-import inspect
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.model import attention
+from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import flops_per_token
 from archerchat.model.loss import LossKernels, weighted_loss
@@ -30,9 +30,11 @@ from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.planning.memory import estimate_memory, max_device_batch_size
 from archerchat.runtime import Runtime
-from gpu_common import DRY_RUN, LENGTH, Rows, ceilings, model_config, open_rows, start
+from gpu_common import DRY_RUN, LENGTH, Rows, ceilings, fastest, model_config, open_rows, start
 from measuring import timed
 
+LISTED = 40
+"""Kernels that the anatomy prints."""
 STEP_TOKENS = 2 * LENGTH if DRY_RUN else 2**19
 WARM_UP, TIMED = (1, 2) if DRY_RUN else (1, 3)
 LONG = 4 * LENGTH
@@ -47,35 +49,13 @@ class Case:
     depth: int
     length: int
     backend: str
-    """A backend of ours, or `varlen`: torch's variable-length attention, with windows."""
     windows: str = "SSSL"
     compile: bool = not DRY_RUN
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend by torch's variable-length attention, to rows of one length."""
-    if q.device.type == "cpu":  # a rehearsal
-        return attention.attend(q, k, v, window, "sdpa")
-    attend: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    batch, length = q.shape[:2]
-    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
-    rows = (x.reshape(batch * length, x.size(2), x.size(3)) for x in (q, k, v))
-    out: Tensor = attend(*rows, bounds, bounds, length, length, window_size=(window, 0))
-    return out.view(q.shape)
-
-
-def has_varlen() -> bool:
-    """Whether this torch has variable-length attention with windows."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return "window_size" in inspect.signature(varlen_attn).parameters
-
-
 def available(backend: str, device: torch.device) -> bool:
     if backend == "varlen":
-        return has_varlen()
+        return attention.runs_varlen(device, torch.bfloat16)
     if backend == "flash":
         return attention.flash_module(device, torch.bfloat16) is not None
     return True
@@ -85,10 +65,7 @@ class Training:
     """A model on random tokens, and the step that trains it."""
 
     def __init__(self, case: Case, config: ModelConfig, batch: int, runtime: Runtime) -> None:
-        # The door of `flash` lets another kernel in: same shapes, same windows.
-        backend: Any = "flash" if case.backend == "varlen" else case.backend
-        if case.backend == "varlen":
-            attention._attend_flash = attend_varlen
+        backend: Any = case.backend
         with runtime.device:  # torch's own initial values, drawn there: quicker, and as good here
             self.model = Transformer(config, runtime.compute_dtype, backend)
         dial = DialConfig(config.num_layers, num_iterations=1000)
@@ -160,11 +137,9 @@ def time_case(case: Case, runtime: Runtime, peak: float) -> dict[str, Any]:
             "peak_bytes": runtime.peak_memory_bytes(),
         }
 
-    attend_flash = attention._attend_flash
     try:
         return with_largest_batch(case, runtime, work)
     finally:
-        attention._attend_flash = attend_flash
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
@@ -235,6 +210,7 @@ def split_step(training: Training, runtime: Runtime) -> dict[str, Any]:
         training.step()
         runtime.synchronize()
     spent: dict[str, float] = {}
+    by_kernel: Counter[str] = Counter()
     for event in trace.events():
         above = ancestors(event)
         pairs = [(k.name, k.duration) for k in event.kernels]
@@ -243,15 +219,33 @@ def split_step(training: Training, runtime: Runtime) -> dict[str, Any]:
         for name, microseconds in pairs:
             key = family(name, above)
             spent[key] = spent.get(key, 0.0) + microseconds / 1000
+            by_kernel[f"{key}: {name[:90]}"] += microseconds / 1000
     linked, whole = sum(spent.values()), 1000 * seconds
     on_device = sum(
         event.time_range.elapsed_us() / 1000
         for event in trace.events()
         if event.device_type.name == "CUDA" and event.name not in ("loss", "optimizer")
     )
+    for name, milliseconds in by_kernel.most_common(LISTED):
+        print(f"{milliseconds:9.2f} ms  {name}")
     spent["not linked"] = max(0.0, on_device - linked)
     parts = {name: round(ms, 2) for name, ms in sorted(spent.items(), key=lambda x: -x[1])}
     return {"step_ms": whole, **parts, "gaps": round(max(0.0, whole - max(linked, on_device)), 2)}
+
+
+def time_attention(backend: Any, length: int, window: int, runtime: Runtime) -> dict[str, Any]:
+    """Time one layer of depth 12 over 2^17 tokens, forward and backward, by itself."""
+    shape = max(1, STEP_TOKENS // 4 // length), length, 6, 128
+    drawn = [torch.randn(shape, device=runtime.device, dtype=torch.bfloat16) for _ in range(4)]
+    q, k, v, upstream = drawn[0].requires_grad_(), *drawn[1:]
+    mask = attention.prepare_mask(length, window, runtime.device, backend)
+    run = compiled(attention.attend) if backend == "flex" and not DRY_RUN else attention.attend
+
+    def both() -> None:
+        out = run(q, k.requires_grad_(), v.requires_grad_(), window, backend, mask)
+        torch.autograd.grad(out, (q, k, v), upstream)
+
+    return {"ms": 1000 * fastest(runtime, both)}
 
 
 def main() -> None:
@@ -266,6 +260,13 @@ def main() -> None:
         f"d12 {case.backend}",
         lambda: with_largest_batch(case, runtime, lambda t, _: split_step(t, runtime)),
     )
+    for length in (LENGTH, LONG):
+        for backend in ("full sdpa", *COMPARED):
+            kernel = backend.removeprefix("full ")
+            window = length - 1 if kernel != backend else length // 4
+            if available(kernel, runtime.device):
+                work = partial(time_attention, kernel, length, window, runtime)
+                rows.measure(f"a layer at {length}, {backend}", work)
 
 
 if __name__ == "__main__":

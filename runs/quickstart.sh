@@ -2,11 +2,13 @@
 # From nothing to a model that you trained and can talk to: ten minutes on two CPU cores, no GPU, no data.
 #
 # The text is what every Python installation carries: the standard library's sources and
-# documentation; the conversations are generated. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again
+# documentation; the conversations are generated. A slow machine trains fewer steps, so that the ten
+# minutes hold. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again
 # and what is there stays; stop it, and the next run goes on where this one was.
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
 . "$(dirname -- "${BASH_SOURCE[0]}")/dashboard.sh"
+. "$(dirname -- "${BASH_SOURCE[0]}")/sizing.sh"
 
 TAG=quickstart
 VOCAB_SIZE=4096
@@ -16,10 +18,9 @@ HEAD_DIM=64
 SEQUENCE_LENGTH=256
 DEVICE_BATCH_SIZE=16
 TOTAL_BATCH_SIZE=4096
-ITERATIONS=750
-EVAL_EVERY=250
+FULL_ITERATIONS=750
+PRETRAIN_SECONDS=280
 EVAL_TOKENS=131072
-CONVERSATIONS="identity*4,SimpleSpelling:4000,Arithmetic:12000"
 BASE="${ARCHERCHAT_HOME:-$HOME/.cache/archerchat}"
 
 stage() { printf '\n== [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
@@ -33,12 +34,36 @@ archerchat data build stdlib
 stage "Tokenizer: $VOCAB_SIZE tokens, learned from that text"
 archerchat tokenizer train --data stdlib --vocab-size "$VOCAB_SIZE" --name "$TAG"
 
+pretrain() { # ITERATIONS EVAL_EVERY EVAL_TOKENS
+    local iterations="$1" eval_every="$2" eval_tokens="$3"
+    archerchat pretrain --data stdlib --tokenizer "$TAG" --model-tag "$TAG" --packing concat \
+        --depth "$DEPTH" --aspect-ratio "$ASPECT_RATIO" --head-dim "$HEAD_DIM" \
+        --max-seq-len "$SEQUENCE_LENGTH" --device-batch-size "$DEVICE_BATCH_SIZE" \
+        --total-batch-size "$TOTAL_BATCH_SIZE" --num-iterations "$iterations" \
+        --eval-every "$eval_every" --eval-tokens "$eval_tokens" --save-every "$eval_every"
+}
+
+stage "Size: what this machine trains within the ten minutes"
+SIZE="$BASE/cache/${TAG}_steps" # kept, so that another call goes on with the same run
+if [ ! -s "$SIZE" ] && [ -d "$BASE/checkpoints/base/$TAG" ]; then
+    mkdir -p "$BASE/cache" && echo "$FULL_ITERATIONS" >"$SIZE" # by a version that did not measure
+elif [ ! -s "$SIZE" ]; then
+    SPEED="$(measure_speed pretrain 12 12 "$((DEVICE_BATCH_SIZE * SEQUENCE_LENGTH))")"
+    echo "measured: it trains $SPEED tokens per second"
+    fit_steps "$FULL_ITERATIONS" "$TOTAL_BATCH_SIZE" "$PRETRAIN_SECONDS" "$SPEED" >"$SIZE"
+fi
+ITERATIONS="$(cat "$SIZE")"
+if [ "$ITERATIONS" -lt "$FULL_ITERATIONS" ]; then
+    echo "$ITERATIONS steps instead of $FULL_ITERATIONS, and as many fewer conversations: the full run would"
+    echo "take longer here. The model will know less; remove $SIZE and the model for another size"
+else
+    echo "all $FULL_ITERATIONS steps fit"
+fi
+SHARE=$((100 * ITERATIONS / FULL_ITERATIONS))
+CONVERSATIONS="identity*4,SimpleSpelling:$((40 * SHARE)),Arithmetic:$((120 * SHARE))"
+
 stage "Pretraining: depth $DEPTH, $ITERATIONS steps of $TOTAL_BATCH_SIZE tokens"
-archerchat pretrain --data stdlib --tokenizer "$TAG" --model-tag "$TAG" --packing concat \
-    --depth "$DEPTH" --aspect-ratio "$ASPECT_RATIO" --head-dim "$HEAD_DIM" \
-    --max-seq-len "$SEQUENCE_LENGTH" --device-batch-size "$DEVICE_BATCH_SIZE" \
-    --total-batch-size "$TOTAL_BATCH_SIZE" --num-iterations "$ITERATIONS" \
-    --eval-every "$EVAL_EVERY" --eval-tokens "$EVAL_TOKENS" --save-every "$EVAL_EVERY"
+pretrain "$ITERATIONS" "$((ITERATIONS / 3))" "$EVAL_TOKENS"
 
 stage "Evaluation: bits per byte on what it was trained on and on what it never saw"
 archerchat eval base --model-tag "$TAG" --eval bpb --split-tokens "$EVAL_TOKENS"

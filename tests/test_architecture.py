@@ -36,7 +36,7 @@ LAYERS = (
     {"tasks"},
     {"dial", "sandbox"},
     {"runtime", "console"},
-    {"files", "home", "config", "distributed"},
+    {"files", "text_files", "home", "config", "distributed"},
     {"model"},
     {"errors", "__init__"},
 )

@@ -341,3 +341,24 @@ def test_a_dashboard_that_cannot_be_made_is_no_failure(dashboard: Dashboard) -> 
     assert "the server needs fastapi" in errors
     assert f"the run itself is complete: {dashboard.run_directory}" in errors
     assert not dashboard.page.exists()
+
+
+SUMMARY = """mkdir -p "$ARCHERCHAT_HOME/runs/x"
+ls "$ARCHERCHAT_HOME/data" &&
+    echo '{"tokens_per_second": 5400.7, "mfu": 0.1}' >"$ARCHERCHAT_HOME/runs/x/summary.json"
+"""
+
+
+def test_the_quickstart_is_sized_to_the_machine(sandbox: Sandbox) -> None:
+    """At 5,400 tokens/s, as with AVX2 alone, the 750 steps would take 9:30 and leave no time."""
+    home = sandbox.root / "a home"
+    (home / "data").mkdir(parents=True)
+    sandbox.tool("train", SUMMARY)
+    script = '. runs/sizing.sh; speed="$(measure_speed train)"; echo "$speed"; '
+    script += 'for speed in "$speed" 100 10900 17000; do fit_steps 750 4096 280 "$speed"; done'
+    result = sandbox.run("-euo", "pipefail", "-c", script, BASE=str(home), TMPDIR=str(sandbox.bin))
+    assert result.stdout.split() == ["5400", "360", "120", "720", "750"], result.stderr
+    assert not list(sandbox.bin.glob("tmp.*"))
+    sandbox.tool("train", "echo no memory; exit 1")
+    result = sandbox.run("-euo", "pipefail", "-c", script, BASE=str(home))
+    assert (result.returncode, result.stderr) == (1, "no memory\n")

@@ -126,7 +126,7 @@ def save_checkpoint(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(_explain_failed_save(error, path, needed)) from error
     if keep_last is not None:
-        _prune(directory, step, keep_last)
+        prune_checkpoints(directory, step, keep_last)
     return path
 
 
@@ -203,7 +203,7 @@ def _explain_failed_save(error: Exception, path: Path, needed: int) -> str:
     )
 
 
-def _prune(directory: Path, step: int, keep_last: int) -> None:
+def prune_checkpoints(directory: Path, step: int, keep_last: int) -> None:
     """Delete complete checkpoints up to `step` beyond the newest `keep_last`."""
     steps = [s for s in list_checkpoints(directory) if s <= step]
     complete = [s for s in steps if _intact(find_checkpoint(directory, s), verify=False)]
@@ -242,25 +242,31 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Path:
     return current(directory / f"step_{steps[-1] if step is None else step:06d}")
 
 
+def list_models(home: Home, stage: str) -> list[Path]:
+    """Return the directories of a stage's models, by name."""
+    stage_dir = home.stage_dir(stage)
+    entries = sorted(stage_dir.iterdir()) if stage_dir.is_dir() else []
+    return [entry for entry in entries if list_checkpoints(entry)]
+
+
 def find_model(home: Home, stage: str, tag: str | None) -> Path:
     """Return the directory of the checkpoints of model `tag`, of the last saved for None.
 
     Raises:
         UsageError: there is no such model; the message lists those there are.
     """
-    stage_dir = home.stage_dir(stage)
-    entries = sorted(stage_dir.iterdir()) if stage_dir.is_dir() else []
-    models = [entry for entry in entries if list_checkpoints(entry)]
+    stage_dir, models = home.stage_dir(stage), list_models(home, stage)
     if not models:
         raise UsageError(f"no {stage} model under {stage_dir}: train or import one first")
     if tag is None:
-        return max(models, key=lambda model: _saved_at(find_checkpoint(model)))
+        return max(models, key=lambda model: saved_at(find_checkpoint(model)))
     if tag not in (names := [model.name for model in models]):
         raise UsageError(f"no {stage} model {tag!r} under {stage_dir}; there is {', '.join(names)}")
     return stage_dir / tag
 
 
-def _saved_at(path: Path) -> int:
+def saved_at(path: Path) -> int:
+    """Return when a checkpoint was saved, in nanoseconds of Unix time."""
     meta = path / META
     return (meta if meta.exists() else path).stat().st_mtime_ns
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, get_type_hints
 import tyro
 
 from archerchat import __version__
+from archerchat.config import optional_numbers
 from archerchat.errors import ArcherChatError
 from archerchat.home import Home
 
@@ -30,6 +32,8 @@ class Command:
     help: str
     positional: bool = False
     """Whether required fields are positional arguments instead of flags."""
+    stage: str = ""
+    """Stage whose saved settings `--resume TAG` takes; empty for commands without it."""
     short: Mapping[str, str] = field(default_factory=dict)
     """Flags by other names for them."""
 
@@ -40,6 +44,8 @@ class Command:
         return function, get_type_hints(function)["config"]
 
 
+OFF = ("-1", "none")
+"""What switches a number off that may be left out."""
 MAX_TOKENS = {"--max-tokens": "--max-new-tokens"}
 # A subcommand named "" is what its command does where no other follows.
 COMMANDS: dict[str, Command | dict[str, Command]] = {
@@ -58,9 +64,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         ),
     },
     "plan": Command("commands.plan:plan", "estimate memory, time and cost of a depth"),
-    "pretrain": Command("training.pretrain:pretrain", "train a base model"),
-    "sft": Command("training.sft:finetune", "fine-tune a base model on conversations"),
-    "rl": Command("training.rl:reinforce", "train a chat model by reinforcement"),
+    "pretrain": Command("training.pretrain:pretrain", "train a base model", stage="base"),
+    "sft": Command("training.sft:finetune", "fine-tune a base model on conversations", stage="sft"),
+    "rl": Command("training.rl:reinforce", "train a chat model by reinforcement", stage="rl"),
     "chat": Command(
         "commands.chat:chat",
         "chat with a model in the terminal",
@@ -77,6 +83,16 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "commands.report:report_scaling",
             "fit a scaling law to several runs",
             positional=True,
+        ),
+    },
+    "models": {
+        "": Command("commands.models:show", "list the models on this machine"),
+        "rename": Command("commands.models:rename", "rename a model", positional=True),
+        "remove": Command(
+            "commands.models:remove", "delete a model's checkpoints", positional=True
+        ),
+        "prune": Command(
+            "commands.models:prune", "delete a model's older checkpoints", positional=True
         ),
     },
     "import": {
@@ -102,6 +118,7 @@ def parse(argv: Sequence[str]) -> Parsed:
     """Turn arguments into a subcommand's configuration, without running anything.
 
     Raises:
+        UsageError, CheckpointError: `--resume` names a model without settings.
         SystemExit: 0 after --help or --version, 2 for what cannot be parsed.
     """
     words = list(argv)
@@ -124,20 +141,41 @@ def parse(argv: Sequence[str]) -> Parsed:
             raise SystemExit(2)
         level, path = level[name], f"{path} {name}"
     function, configuration = level.load()
+    words = _normalized(words, level.short, configuration)
+    saved = {}
+    if level.stage and "--resume" in words[:-1]:
+        resume = importlib.import_module("archerchat.training.resume")
+        tag = words[words.index("--resume") + 1]
+        home = Home.from_environment()
+        saved["default"] = resume.load_settings(configuration, home, level.stage, tag)
     positional = (tyro.conf.PositionalRequiredArgs,) if level.positional else ()
     config = tyro.cli(
         configuration,
         prog=path,
-        args=[_renamed(word, level.short) for word in words],
+        args=words,
         config=(tyro.conf.OmitArgPrefixes, *positional),
+        **saved,
     )
     return Parsed(function, config)
 
 
-def _renamed(word: str, names: Mapping[str, str]) -> str:
-    """Return a word of a command line with the usual name of its flag, as in `--flag=value`."""
-    flag, equals, value = word.partition("=")
-    return f"{names.get(flag, flag)}{equals}{value}"
+def _normalized(
+    words: Sequence[str], names: Mapping[str, str], configuration: type[Any]
+) -> list[str]:
+    """Split `--flag=value`, use each flag's usual name, and write OFF of a number as None."""
+    optional = {f"--{name.replace('_', '-')}" for name in optional_numbers(configuration)}
+    made: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        flag = names.get(flag, flag)
+        if equals and flag in {*optional, "--resume"}:
+            made.append(flag)
+            word = value
+        elif flag.startswith("-"):
+            word = flag + equals + value
+        is_off = word.lower() in OFF and made and made[-1].replace("_", "-") in optional
+        made.append("None" if is_off else word)
+    return made
 
 
 def _overview(
@@ -153,6 +191,15 @@ def _overview(
     return "\n".join(lines)
 
 
+def _speaker() -> str:
+    """Return which rank reports an error, once it is its turn; nothing for one process."""
+    if not os.environ.get("RANK"):
+        return ""
+    from archerchat.distributed import await_turn
+
+    return await_turn(os.environ["RANK"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -162,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = parse(sys.argv[1:] if argv is None else argv)
         result = parsed.function(parsed.config, Home.from_environment())
     except ArcherChatError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{_speaker()}error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -17,13 +17,17 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from archerchat.errors import UsageError
 
 DeviceName = Literal["cuda", "mps", "cpu"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 AttentionName = Literal["sdpa", "matmul", "flex", "flash"]
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ FLOAT = "$float"
 """The key of the object that stands for a non-finite float."""
 SHORT_LISTS = 4
 """Entries of two lists that a message about their difference shows in full."""
+SHORT_VALUE = 40
+"""Characters of a text that a message about a difference shows, if they tell it apart."""
 MAX_SEED = 2**63 - 1
 PositiveInt = Annotated[int, Limit(1)]
 NonNegativeInt = Annotated[int, Limit(0)]
@@ -116,6 +122,34 @@ def as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def from_json(kind: type[T], saved: Mapping[str, Any]) -> T:
+    """Build the configuration that `as_json` turned into `saved`, ignoring names it lacks."""
+    hints = get_type_hints(kind)
+    names = [field.name for field in fields(cast(Any, kind)) if field.name in saved]
+    return kind(**{name: _from_json(hints[name], saved[name]) for name in names})
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    if is_dataclass(hint):
+        return from_json(cast(Any, hint), value)
+    if isinstance(value, list):
+        return tuple(_from_json(get_args(hint)[0], item) for item in value)
+    if isinstance(value, dict):  # JSON turned the token ids of --logit-bias into text
+        return {int(key): item for key, item in value.items()}
+    return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value
+
+
+def optional_numbers(kind: Any) -> set[str]:
+    """Return the fields of a configuration, nested ones included, that hold a number or None."""
+    names = set()
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            names |= optional_numbers(hint)
+        elif NoneType in get_args(hint) and {int, float} & {*get_args(hint)}:
+            names.add(name)
+    return names
+
+
 def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return one line for each value that differs, nested ones by their dotted names.
 
@@ -133,7 +167,10 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> lis
 def _difference(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     lists = [side[name] for side in (before, now) if isinstance(side.get(name), list)]
     if len(lists) < 2 or sum(map(len, lists)) <= SHORT_LISTS:
-        return f"{name}: {_shown(before, name)} saved, {_shown(now, name)} now"
+        shown, other = _shown(before, name), _shown(now, name)
+        if shown == other:  # they differ in what was cut
+            shown, other = (repr(decode_json(side[name])) for side in (before, now))
+        return f"{name}: {shown} saved, {other} now"
     pairs = [pair for pair in zip_longest(*lists) if pair[0] != pair[1]]
     first, second = ("none" if entry is None else repr(decode_json(entry)) for entry in pairs[0])
     return (
@@ -151,7 +188,12 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _shown(config: Mapping[str, Any], name: str) -> str:
-    return repr(decode_json(config[name])) if name in config else "absent"
+    if name not in config:
+        return "absent"
+    value = decode_json(config[name])
+    if isinstance(value, str) and len(value) > SHORT_VALUE:
+        value = f"{value[:SHORT_VALUE]}..."
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def encode_json(value: Any) -> Any:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+KEPT_LINES = 20
+"""Lines of a training run that stay readable on a terminal, above the bar."""
 PLAIN_LINE_SECONDS = 10.0
 """Time between plain lines; the first and the last step always get one."""
 LIVE_SECONDS = 0.2
@@ -85,7 +89,7 @@ class ProgressLine(LiveLine):
 
     def __init__(self, console: Console, num_iterations: int, done: int = 0) -> None:
         super().__init__(console, "compiling", num_iterations, done, transient=False)
-        self._first = True
+        self._first, self._kept = True, -1
 
     def step(
         self,
@@ -97,6 +101,8 @@ class ProgressLine(LiveLine):
         tokens_per_second: float,
         mfu: float,
         seconds_left: float | None,
+        more: Mapping[str, float] = MappingProxyType({}),
+        epochs: float | None = None,
     ) -> None:
         """Show the figures of one finished step.
 
@@ -104,15 +110,24 @@ class ProgressLine(LiveLine):
             step: updates done, this one included.
             num_iterations: may be an estimate that changes.
             seconds_left: None while there is nothing to estimate it from.
+            more: the stage's own figures.
+            epochs: passes over the data; None where they are not counted.
         """
         share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
+        figures = "".join(f" | {name} {value:.3f}" for name, value in more.items())
         left = "?" if seconds_left is None else duration_text(seconds_left)
+        passes = "" if epochs is None else f" | epoch {epochs:.2f}"
         text = (
-            f"step {step}/{num_iterations}{share} | loss {loss:.4f} | lr x{lr_multiplier:.3f} | "
-            f"{tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | {left} left"
+            f"step {step}/{num_iterations}{share}{passes} | loss {loss:.4f}{figures} | "
+            f"lr x{lr_multiplier:.3f} | {tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | "
+            f"{left} left"
         )
         always = self._live or self._first or step == num_iterations
         self._first = False
+        part = KEPT_LINES * step // num_iterations
+        if self._live and self._kept < part < KEPT_LINES:  # the last step's bar stays by itself
+            self._kept = part
+            self.note(text)
         self.show(text, step, num_iterations, always=always)
 
 

@@ -5,23 +5,28 @@
         for index in ranks.share(len(examples)): counts[index] = ...
         counts = ranks.sum(counts)      # everywhere the same
 
-A rank fills in what it did and leaves zeros elsewhere; only numbers are exchanged. Nothing else
-reads torchrun's variables or builds a process group. One process needs no group and makes none.
+A rank fills in what it did and leaves zeros elsewhere. Nothing else reads torchrun's variables or
+builds a process group. One process needs no group and makes none.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from archerchat.errors import UsageError
 
 T = TypeVar("T")
+# torch 2.13 renamed them.
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +74,48 @@ def read_place(environment: Mapping[str, str]) -> Place:
     return Place(rank=rank, local_rank=local_rank, world_size=world_size)
 
 
+def await_turn(rank: str, seconds: float = 3.0) -> str:
+    """Let lower ranks report an error first; return whose report follows.
+
+    Ranks often fail together. The lowest reports and ends, and torchrun ends the others while they
+    wait here.
+    """
+    number = int(rank) if rank.isdecimal() else 0
+    time.sleep(seconds * min(number, 10))
+    return f"rank {number}: " if number else ""
+
+
+@dataclass
+class Collective:
+    """An exchange between the ranks that is under way.
+
+    It keeps the tensors that are sent and received alive and untouched until it is waited for:
+    freed memory would be handed to the next computation while it is still being read.
+    """
+
+    work: Any
+    sent: Tensor | None
+    received: Tensor
+
+    def wait(self) -> Tensor:
+        """Return what was received; what was sent may be overwritten from now on."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.sent = None
+        return self.received
+
+
 @dataclass(frozen=True)
 class Ranks(Place):
-    """A place whose process can talk to the others."""
+    """A place whose process can talk to the others.
+
+    Every rank calls the same verbs in the same order, or all of them wait.
+    """
 
     group: Any = None
     """Group of torch.distributed for tensors on the CPU; None for one process."""
+    device_group: Any = None
+    """Group for tensors on this rank's device."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, which are on the CPU."""
@@ -83,6 +124,52 @@ class Ranks(Place):
         total = tensor.clone()
         dist.all_reduce(total, group=self.group)
         return total
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return which of the flags are set on some rank."""
+        if self.group is None:
+            return flags
+        counts = self.sum(torch.tensor(flags, dtype=torch.int64))
+        return tuple(count > 0 for count in counts.tolist())
+
+    def mean(self, *values: float) -> tuple[float, ...]:
+        """Return the mean of each value over the ranks, the same everywhere."""
+        if self.group is None:
+            return values
+        total = self.sum(torch.tensor(values, dtype=torch.float64)) / self.world_size
+        return tuple(total.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return each rank's value, in order; any plain value or NumPy array, but no tensors."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def start_sum(self, tensor: Tensor) -> Collective:
+        """Start summing the ranks' tensors of one shape in place."""
+        work = None
+        if self.device_group is not None:
+            work = dist.all_reduce(tensor, group=self.device_group, async_op=True)
+        return Collective(work, None, tensor)
+
+    def start_reduce_scatter(self, tensor: Tensor) -> Collective:
+        """Start summing the ranks' tensors (W * n, ...), of which each receives its n rows."""
+        if self.device_group is None:
+            return Collective(None, None, tensor)
+        own = tensor.new_empty(tensor.size(0) // self.world_size, *tensor.shape[1:])
+        work = _reduce_scatter(own, tensor, group=self.device_group, async_op=True)
+        return Collective(work, tensor, own)
+
+    def start_gather(self, own: Tensor) -> Collective:
+        """Start collecting the ranks' rows (n, ...) into (W * n, ...) on each."""
+        if self.device_group is None:
+            return Collective(None, None, own)
+        own = own.contiguous()
+        whole = own.new_empty(own.size(0) * self.world_size, *own.shape[1:])
+        work = _all_gather(whole, own, group=self.device_group, async_op=True)
+        return Collective(work, own, whole)
 
     def first_alone(self, work: Callable[[], T]) -> T:
         """Do `work` on the first rank, then on the others, which find what it downloaded."""
@@ -97,11 +184,12 @@ class Ranks(Place):
 
 
 @contextmanager
-def joined_ranks(place: Place) -> Iterator[Ranks]:
+def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[Ranks]:
     """Join torchrun's processes for the block; an existing group is used and kept.
 
     Args:
         place: this process's, such as its `Runtime`.
+        device: where the tensors of the `start_` verbs are; NCCL moves those on CUDA.
     """
     if place.world_size == 1:
         yield Ranks()
@@ -110,28 +198,15 @@ def joined_ranks(place: Place) -> Iterator[Ranks]:
     if made:
         dist.init_process_group("gloo")
     try:
+        group = dist.new_group(backend="gloo")
+        on_cuda = device is not None and device.type == "cuda"
         yield Ranks(
             rank=place.rank,
             local_rank=place.local_rank,
             world_size=place.world_size,
-            group=dist.new_group(backend="gloo"),
+            group=group,
+            device_group=dist.new_group(backend="nccl") if on_cuda else group,
         )
     finally:
         if made:
             dist.destroy_process_group()
-
-
-def require_one_rank(place: Place, what: str) -> None:
-    """Refuse several ranks.
-
-    Args:
-        what: begins the sentence, such as "pretraining".
-
-    Raises:
-        UsageError: there are several.
-    """
-    if place.world_size > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {place.world_size}, but {what} runs on one device so far: "
-            "start it without torchrun"
-        )

@@ -80,7 +80,10 @@ def test_the_references_flags_keep_their_names() -> None:
     assert (config.dial.target_param_data_ratio, config.dial.max_seq_len) == (8.0, 256)
     assert (config.device_batch_size, config.eval_every) == (8, 5)
     assert (config.run, config.model_tag, config.resume_from_step) == ("r", "m", None)
-    assert parse(["pretrain", "--depth", "4", "--save-every", "None"]).config.save_every is None
+    off = "--eval-every -1 --sample-every None --save-every=-1 --core-metric-every none"
+    config = parse(["pretrain", "--depth", "4", *off.split(), "--num_iterations", "-1"]).config
+    assert (config.eval_every, config.sample_every, config.save_every) == (None, None, None)
+    assert (config.core_metric_every, config.dial.num_iterations) == (None, None)
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +177,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"target_flops": "inf"}, "--target-flops is inf"),
         ({"eval_every": 0}, "--eval-every is 0; it must be at least 1"),
         ({"eval_tokens": 0}, "--eval-tokens is 0"),
-        ({"save_every": -1}, "--save-every is -1"),
+        ({"save_every": -2}, "--save-every is -2"),
         ({"sample_every": 0}, "--sample-every is 0"),
         ({"keep_last": 0}, "--keep-last is 0"),
         ({"seed": -1}, "--seed is -1; it must be at least 0 and at most 2**63 - 1"),
@@ -204,15 +207,6 @@ def test_a_device_that_is_not_here_is_named_with_those_that_are(
     assert tiny_home.pretrain(device="cuda") == 2
     assert "device 'cuda' is not on this machine, which has: cpu" in capsys.readouterr().err
     assert tiny_home.run("sample", "--device", "cuda") == 2
-
-
-def test_several_ranks_are_refused_for_now(
-    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    assert tiny_home.pretrain() == 2
-    assert "WORLD_SIZE is 2" in capsys.readouterr().err
 
 
 def fails(home: Any, words: list[str], capsys: pytest.CaptureFixture[str], code: int = 1) -> str:
@@ -257,7 +251,8 @@ def test_a_broken_shard(
             "text": b"not Parquet at all",
         }[damage]
     )
-    message = fails(tiny_home, tiny_home.pretrain_words(eval_every=None), capsys)
+    words = tiny_home.pretrain_words(eval_every=9, packing="best-fit")  # fills its buffer
+    message = fails(tiny_home, words, capsys)
     assert f"cannot read {path} as Parquet" in message
     assert "delete it and download or build it again" in message
 

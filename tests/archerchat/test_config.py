@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 
 import pytest
 
-from archerchat.config import Config, PositiveFloat, PositiveInt, Seed, Share
+from archerchat.cli import parse
+from archerchat.config import Config, PositiveFloat, PositiveInt, Seed, Share, as_json, from_json
 from archerchat.errors import UsageError
 
 
@@ -44,3 +46,17 @@ def test_values_outside_are_refused_by_the_name_of_their_flag(
     with pytest.raises(UsageError) as refused:
         Example(**values)  # type: ignore[arg-type]
     assert str(refused.value) == message
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("pretrain --depth 4", "--matrix-lr 0.1 --tags a b --save-every 3"),
+        ("sft", "--jsonl a.jsonl b --identity me.jsonl --num-epochs 3"),
+        ("rl", "--num-samples 4 --logit-bias 3 -1.5 --data-dir d"),
+    ],
+)
+def test_a_configuration_comes_back_from_json(command: str, flags: str) -> None:
+    given = parse([*command.split(), *flags.split()]).config
+    saved = json.loads(json.dumps(as_json(given) | {"a flag of before": 1}))
+    assert from_json(type(given), saved) == given

@@ -97,6 +97,18 @@ def test_a_terminal_gets_a_live_line_that_notes_do_not_break() -> None:
     assert "step 21: checkpoint saved\n" in text
 
 
+def test_a_terminal_keeps_a_line_every_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+    monkeypatch.setattr(ProgressLine, "note", lambda line, text: kept.append(text))
+    with ProgressLine(Console(file=io.StringIO(), force_terminal=True), 400) as line:
+        for step in range(1, 401):
+            line.step(step, 400, **FIGURES, seconds_left=None, more={"reward": 0.25})
+    assert [text.split("/")[0] for text in kept] == [
+        f"step {step}" for step in (1, *range(20, 400, 20))
+    ]
+    assert "| loss 5.1235 | reward 0.250 | lr" in kept[-1]
+
+
 def test_the_live_line_is_taken_away_when_training_fails() -> None:
     console = Console(file=io.StringIO(), force_terminal=True)
     hide, show = "\x1b[?25l", "\x1b[?25h"

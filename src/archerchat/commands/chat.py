@@ -76,7 +76,7 @@ def chat(config: ChatConfig, home: Home) -> None:
     if not sys.stdin.isatty():
         Dialogue(session, console).run()
         return
-    console.print(f"{loaded.path}\n/help lists the commands", style="dim")
+    console.print("/help lists the commands", style="dim")
     _keep_history(home.root / "chat_history")
     Dialogue(session, console).run()
 

@@ -3,8 +3,9 @@
     archerchat eval base --eval core,bpb,sample --max-per-task 500
     archerchat eval base --eval bpb --text war_and_peace.txt
 
-CORE's figures go to `evals/base/<tag>/core_<step>.json` under the home; an evaluation that was
-interrupted resumes from the `.partial.json` beside it.
+CORE's figures go to `evals/base/<tag>/core_<step>.json` under the home. Those of another bundle or
+with a limit have it in their name. An evaluation that was interrupted resumes from the
+`.partial.json` beside it.
 """
 
 from __future__ import annotations
@@ -89,7 +90,6 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
         raise UsageError(f"--text {config.text}: there is no such file")
     loaded, runtime = config.load(home, "base")
     console = build_console(quiet=not runtime.is_master)
-    console.print(f"{loaded.path}", style="dim")
     results: dict[str, Any] = {"checkpoint": str(loaded.path), "step": loaded.step}
     if "core" in asked:
         core = _evaluate_core(loaded, runtime, home, console, config.bundle, config.core)
@@ -132,10 +132,13 @@ def _evaluate_core(
             "device": runtime.device_name,
             "options": asdict(options),
         }
-        # A score that is capped or is not CORE has a name of its own, so it never replaces CORE.
-        name = "offline" if is_offline(tasks.tasks) else "core"
-        cap = "" if options.max_per_task is None else f"_max{options.max_per_task}"
-        path = home.eval_dir("base", loaded.tag) / f"{name}_{loaded.step:06d}{cap}.json"
+        # What is not the whole of CORE has a name of its own, so it never replaces CORE.
+        offline = is_offline(tasks.tasks)
+        parts = [f"{'offline' if offline else 'core'}_{loaded.step:06d}"]
+        parts += [f"max{options.max_per_task}"] if options.max_per_task else []
+        parts += [f"length{options.max_length}"] if options.max_length else []
+        parts += [tasks.fingerprint()[:8]] if bundle and not offline else []
+        path = home.eval_dir("base", loaded.tag) / f"{'_'.join(parts)}.json"
         kept = PartialResults(path.with_suffix(".partial.json"), about)
         result = _run_core(evaluation, loaded, kept, console)
     write_json(path, {**about, **result.to_json()})
@@ -143,7 +146,7 @@ def _evaluate_core(
     for note in describe(result):
         console.print(f"note: {note}")
     low, high = result.core - result.half_width, result.core + result.half_width
-    title = "offline tasks (not CORE):" if is_offline(result.tasks) else "CORE"
+    title = "offline tasks (not CORE):" if offline else "CORE"
     console.print(
         f"{title} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
         f"{duration_text(result.seconds)}; {path}"

@@ -1,10 +1,16 @@
-"""`archerchat eval chat`: evaluate a chat model on ChatCORE's tasks or others."""
+"""`archerchat eval chat`: evaluate a chat model on ChatCORE's tasks or others.
+
+The figures go to `evals/<stage>/<tag>/chat_step_<step>.json` under the home. What is not
+the whole of ChatCORE, or is sampled in another way, has a name of its own, so that it replaces
+nothing fuller.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +24,14 @@ from archerchat.console import LiveLine, build_console, duration_text
 from archerchat.data.hub import task_files
 from archerchat.distributed import Ranks, joined_ranks
 from archerchat.errors import UsageError
-from archerchat.evals.chat import Answer, TaskResult, chatcore, evaluate_task, limited
+from archerchat.evals.chat import (
+    ANSWER_TOKENS,
+    Answer,
+    TaskResult,
+    chatcore,
+    evaluate_task,
+    limited,
+)
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
@@ -28,7 +41,7 @@ from archerchat.runtime import dtype_name
 from archerchat.tasks.base import Task
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task, parse_choices
 
-SAMPLING = SamplingParams(max_new_tokens=512, temperature=0.0, top_k=50)
+SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=50)
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,8 @@ class EvalChatConfig(ModelOptions):
 def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """Evaluate the tasks one by one, keeping the results so far on disk; return them.
 
+    While tasks are left, the results are in a `.partial.json`.
+
     Raises:
         UsageError: there is no such model or task, or the samples would all be the same.
         DataError: a task's files are missing or broken.
@@ -72,7 +87,6 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         )
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)
-    console.print(f"{loaded.path}", style="dim")
 
     def build_tasks() -> list[Task]:
         files = task_files(home, config.data_dir, notify=console.print)
@@ -87,31 +101,37 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         "device": runtime.device_name,
         "ranks": runtime.world_size,
         "sampling": asdict(sampling),
+        "limits": limits,
     }
     folder = home.eval_dir(config.source, loaded.tag)
-    path = config.json or folder / f"chat_step_{loaded.step:06d}.json"
+    path = config.json or folder / file_name(loaded.step, limits, sampling)
+    partial = path.with_suffix(".partial.json")
     results: list[TaskResult] = []
     lines: list[str] = []
     figures: dict[str, Any] = {}
     with joined_ranks(runtime) as ranks:
         # All files are read before any task is evaluated; one rank downloads what is missing.
         tasks = ranks.first_alone(build_tasks)
-        engine = Engine(loaded.model, config.device_batch_size)
+        on_cuda = loaded.model.device.type == "cuda"
+        engine = Engine(loaded.model, config.device_batch_size, compile=on_cuda)
         for task in tasks:
             results.append(_evaluate_task(engine, loaded, task, config, ranks, console, lines))
+            complete = len(results) == len(tasks)
             figures = {
                 **about,
-                "complete": len(results) == len(tasks),
+                "complete": complete,
                 "tasks": {each.name: each.to_json() for each in results},
             }
             if (core := chatcore(results)) is not None:
                 figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
             if runtime.is_master:
-                write_json(path, figures)
+                write_json(path if complete else partial, figures)
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
                 target = config.answers.with_name(config.answers.name + suffix)
                 write_bytes(target, "".join(lines).encode())
+    if runtime.is_master:
+        partial.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))
     console.print(f"figures in {path}", style="dim")
     return figures
@@ -134,6 +154,17 @@ def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, 
     if len(limits) < sum(choice.times for choice in choices):
         raise UsageError(f"--tasks {text}: a task is named twice; name each of them once")
     return limits
+
+
+def file_name(step: int, limits: Mapping[str, int | None], sampling: SamplingParams) -> str:
+    """Return the name of the file for an evaluation's figures, one for each set of conditions."""
+    name = f"chat_step_{step:06d}"
+    if limits != dict.fromkeys(CHATCORE):
+        parts = (task if n is None else f"{task}-{n}" for task, n in sorted(limits.items()))
+        name = "_".join([name, *parts])
+    if sampling != SAMPLING:
+        name += f"_{hashlib.sha256(repr(sampling).encode()).hexdigest()[:8]}"
+    return f"{name}.json"
 
 
 def _evaluate_task(

@@ -10,9 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 from archerchat.console import bytes_text, duration_text
+from archerchat.data.hub import SOURCES
+from archerchat.data.shards import data_directory, list_shards, split_shards
+from archerchat.data.text_sample import measure_text
 from archerchat.home import Home
 from archerchat.planning.memory import RESERVED_SHARE
 from archerchat.planning.plan import Plan, PlanConfig, build_plan
+from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 
 Row = tuple[str, str, str]
 """Quantity, value, note."""
@@ -22,18 +26,37 @@ def plan(config: PlanConfig, home: Home) -> None:
     """Print what the run that `config` describes takes.
 
     Raises:
-        UsageError: the run is impossible, or the card is unknown.
+        UsageError: the run is impossible, or the card, the data or the tokenizer is unknown.
+        DataError: the data cannot be read.
     """
+    text = None
+    if config.data is not None:
+        shards, _ = split_shards(list_shards(data_directory(config.data, home)))
+        tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
+        config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
+        text = measure_text(shards, tokenizer, config.dial.max_seq_len + 1)
     result = build_plan(config, home.cache_dir)
+    content, data_rows = plan_as_json(result), _data_rows(result)
+    if text is not None:
+        tokens = result.hyperparameters.total_tokens
+        packing = "best-fit" if config.data in SOURCES else text.packing
+        content["text"] = dataclasses.asdict(text) | {
+            "packing": packing,
+            "passes": text.passes(tokens, packing),
+        }
+        data_rows = [
+            ("text", config.data or "", text.describe(tokens, packing)),
+            ("packing", packing, f"best-fit would keep {text.kept:.1%} of the text"),
+        ]
     if config.json:
-        print(json.dumps(plan_as_json(result), allow_nan=False))
+        print(json.dumps(content, allow_nan=False))
         return
     console = Console()
     for title, rows in (
         ("Model", _model_rows(result)),
         ("Run", _run_rows(result)),
         ("Schedule", _schedule_rows(result)),
-        ("Data", _data_rows(result)),
+        ("Data", data_rows),
         ("Memory of one card (estimate)", _memory_rows(result)),
         ("Time and cost", _time_rows(result, config.mfu is None)),
     ):
@@ -44,6 +67,30 @@ def plan(config: PlanConfig, home: Home) -> None:
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    console.print("[bold]Commands[/bold]")
+    for line in _commands(config, result):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _commands(config: PlanConfig, plan: Plan) -> list[str]:
+    """Return what to type for this run, from text to a chat model."""
+    dial = config.dial
+    given = [
+        f"--{field.name.replace('_', '-')} {getattr(dial, field.name)}"
+        for field in dataclasses.fields(dial)
+        if field.name == "depth" or getattr(dial, field.name) != field.default
+    ]
+    if plan.memory.device_batch_size is not None:
+        given.append(f"--device-batch-size {plan.memory.device_batch_size}")
+    tag = f"--model-tag d{dial.depth}"
+    return [
+        f"archerchat data download --num-shards {plan.data.train_shards}",
+        f"archerchat tokenizer train --vocab-size {config.vocab_size}",
+        f"archerchat pretrain {' '.join(given)}",
+        f"archerchat eval base {tag}",
+        f"archerchat sft {tag}",
+        f"archerchat eval chat {tag}",
+    ]
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -157,7 +204,13 @@ def _time_rows(plan: Plan, mfu_is_assumed: bool) -> list[Row]:
         ("peak", f"{machine.flops_per_second / 1e12:.4g} TFLOP/s", machine.flops_source),
         ("MFU", f"{time.mfu:.0%}", mfu_note),
         ("tokens per second", f"{time.tokens_per_second:,.0f}", ""),
-        ("training", _days(time.hours), "evaluation and checkpoints are extra"),
+        ("training", _days(time.hours - time.evaluation_hours), ""),
+        (
+            f"{time.num_evaluations} evaluations",
+            _days(time.evaluation_hours),
+            "of bits per byte; --eval-every and --eval-tokens set them",
+        ),
+        ("all of it", _days(time.hours), "CORE, samples and checkpoints are extra"),
         ("cost", "unknown" if time.cost is None else f"${time.cost:,.2f}", time.price_note),
     ]
     if time.kwh is not None and machine.gpu is not None:

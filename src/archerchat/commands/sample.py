@@ -51,7 +51,6 @@ def sample(config: SampleConfig, home: Home) -> None:
     config.sampling.refuse_changes("logprobs")
     loaded, _ = config.load(home, config.source)
     console = build_console()
-    console.print(f"{loaded.path}", style="dim")
     print_samples(loaded, config, console)
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from archerchat.data.packing import (
     BestFitPacker,
+    Buffered,
     Document,
     Row,
     join_documents,
@@ -71,6 +72,27 @@ class Counts:
         return self.trained / self.targets if self.targets else math.nan
 
 
+@dataclass(frozen=True)
+class Used:
+    """How far several loaders are together: all that share a mixture."""
+
+    counts: Counts
+    consumed: int
+    share: int
+    """Conversations of a pass."""
+    progress: float
+    """Share of the pass's conversations that the slowest loader has used."""
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Counts, int, int]]) -> Used:
+        """Add up loaders' counts, consumed conversations and shares."""
+        counts, consumed, share = zip(*parts, strict=True)
+        names = (each.name for each in fields(Counts))
+        totals = {name: sum(getattr(each, name) for each in counts) for name in names}
+        slowest = min(done / size for done, size in zip(consumed, share, strict=True))
+        return cls(Counts(**totals), sum(consumed), sum(share), slowest)
+
+
 def render_whole(
     tokenizer: Tokenizer, mixture: TaskMixture, index: int
 ) -> tuple[list[int], list[int]]:
@@ -107,7 +129,7 @@ def fit_conversation(
 class _State:
     counts: Counts
     """Those of the batches so far; `read` is also the position."""
-    documents: tuple[Document, ...]
+    documents: tuple[Buffered, ...]
     """What the packer has buffered, in its order."""
 
 
@@ -204,7 +226,7 @@ class ConversationLoader(PrefetchingLoader[_Plan, _State]):
         return {"identity": dict(self._plan.identity), "counts": asdict(self.counts), **documents}
 
     def _parse(self, state: Mapping[str, Any]) -> _State:
-        return _State(Counts(**state["counts"]), split_documents(state))
+        return _State(Counts(**state["counts"]), split_documents(state, self._plan.row_length))
 
     def _iter_after(self, state: _State) -> Iterator[tuple[Batch, _State]]:
         return _RowSource(self._plan, state).iter_batches()
@@ -223,7 +245,7 @@ class _RowSource:
         self._plan, self._counts = plan, state.counts
         self._packer = BestFitPacker(plan.row_length, plan.identity["buffer_size"], PADDING)
         for document in state.documents:
-            self._packer.add(document)
+            self._packer.add(document.tokens)
         self._end_id = plan.tokenizer.special_id("<|assistant_end|>")
 
     def iter_batches(self) -> Iterator[tuple[Batch, _State]]:

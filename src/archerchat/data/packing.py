@@ -2,7 +2,8 @@
 
 The packers are pure: documents go in, one at a time leaves the buffer for the open row, full
 rows come out. Between rows a packer's whole state is the documents it still holds, in order, so
-a snapshot is a tuple of references and a restart is adding them again.
+a snapshot is a tuple of references and a restart is adding them again. Of a document longer than a
+row, best fit keeps the row that a crop can take and the length: long documents cost no memory.
 
 Best fit looks for the longest document that fits. Documents are kept sorted by the integer
 `length << 40 | arrival`, so that choosing one is a binary search and the tie-break by arrival
@@ -14,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,9 +23,28 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 Packing = Literal["best-fit", "concat"]
+BUFFER_SIZE = 1000
+"""Documents that best fit chooses from."""
 Document = NDArray[Any]
 """Token ids of one document, the first being BOS: 1-D, unsigned, never modified."""
 Row = NDArray[np.int64]
+
+
+class Buffered(NamedTuple):
+    """A document that waits for a row."""
+
+    tokens: Document
+    """What a row can take of it."""
+    length: int
+    """Its tokens when it came, by which best fit chooses."""
+    start: int = 0
+    """Tokens of it that are in rows already; it continues after another BOS."""
+
+    def rest(self) -> Document:
+        """Return what is still to come, as a document."""
+        joined = (self.tokens[:1], self.tokens[self.start :])
+        return np.concatenate(joined) if self.start else self.tokens
+
 
 _ARRIVAL_BITS = 40
 _LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
@@ -37,6 +57,8 @@ class _OpenRow:
         assert row_length >= 2, row_length
         self._row: Row = np.empty(row_length, np.int64)
         self._used = 0
+        self.dropped = 0
+        """Tokens that were cut off and are in no row."""
 
     @property
     def _space(self) -> int:
@@ -70,16 +92,19 @@ class BestFitPacker(_OpenRow):
     def __init__(self, row_length: int, buffer_size: int, padding: int | None = None) -> None:
         super().__init__(row_length)
         self._buffer_size, self._padding = buffer_size, padding
-        self._by_arrival: dict[int, Document] = {}
+        self._by_arrival: dict[int, Buffered] = {}
         self._keys: list[int] = []
         self._arrivals = 0
 
-    def add(self, document: Document) -> None:
-        """Buffer a document of at least one token."""
-        fits = self._padding is None or len(document) <= len(self._row)
+    def add(self, document: Document, length: int | None = None) -> None:
+        """Buffer a document of at least one token, which had `length` if it is cropped already."""
+        length = length or len(document)
+        fits = self._padding is None or length <= len(self._row)
         assert fits, "no row would ever take it"
-        insort(self._keys, len(document) << _ARRIVAL_BITS | self._arrivals)
-        self._by_arrival[self._arrivals] = document
+        if len(document) > len(self._row):
+            document = document[: len(self._row)].copy()
+        insort(self._keys, length << _ARRIVAL_BITS | self._arrivals)
+        self._by_arrival[self._arrivals] = Buffered(document, length)
         self._arrivals += 1
 
     def needs_documents(self) -> bool:
@@ -91,15 +116,19 @@ class BestFitPacker(_OpenRow):
         fitting = bisect_right(self._keys, self._space << _ARRIVAL_BITS | _LAST_ARRIVAL)
         if fitting > 0:
             longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
-            return self._put(self._pop(bisect_left(self._keys, longest << _ARRIVAL_BITS)))
-        return self._put(self._pop(0)[: self._space]) if self._padding is None else self.finish()
+            return self._put(self._pop(bisect_left(self._keys, longest << _ARRIVAL_BITS)).tokens)
+        if self._padding is not None:
+            return self.finish()
+        shortest = self._pop(0)
+        self.dropped += shortest.length - self._space
+        return self._put(shortest.tokens[: self._space])
 
     def finish(self) -> Row | None:
         """Pad the open row and return it; None if nothing is in it."""
         assert self._padding is not None
         return self._put(np.full(self._space, self._padding)) if self._used else None
 
-    def documents(self) -> tuple[Document, ...]:
+    def documents(self) -> tuple[Buffered, ...]:
         """Return what is buffered, in the order in which to add it again; only between rows."""
         assert not self._used
         return tuple(self._by_arrival.values())
@@ -108,7 +137,7 @@ class BestFitPacker(_OpenRow):
         """Return how many documents are buffered."""
         return len(self._keys)
 
-    def _pop(self, index: int) -> Document:
+    def _pop(self, index: int) -> Buffered:
         return self._by_arrival.pop(self._keys.pop(index) & _LAST_ARRIVAL)
 
 
@@ -122,38 +151,45 @@ class ConcatPacker(_OpenRow):
 
     def __init__(self, row_length: int) -> None:
         super().__init__(row_length)
-        self._queue: deque[Document] = deque()
+        self._queue: deque[Buffered] = deque()
 
-    def add(self, document: Document) -> None:
-        self._queue.append(document)
+    def add(self, document: Document, length: int | None = None) -> None:
+        self._queue.append(Buffered(document, len(document)))
 
     def needs_documents(self) -> bool:
         return not self._queue
 
     def place(self) -> Row | None:
-        document = self._queue.popleft()
-        space = self._space
-        if len(document) > space:
-            # The remainder with its BOS is a document like any other: no further state.
-            self._queue.appendleft(np.concatenate((document[:1], document[space:])))
-        return self._put(document[:space])
+        tokens, length, start = self._queue.popleft()
+        if start:
+            self._put(tokens[:1])
+        end = start + self._space
+        if end < length:
+            self._queue.appendleft(Buffered(tokens, length, end))
+        return self._put(tokens[start:end])
 
-    def documents(self) -> tuple[Document, ...]:
+    def documents(self) -> tuple[Buffered, ...]:
         assert not self._used
         return tuple(self._queue)
 
 
-def join_documents(documents: Sequence[Document], dtype_if_none: DTypeLike) -> dict[str, Tensor]:
-    """Return documents end to end, `tokens`, and their `lengths` (int64)."""
-    lengths = np.array([len(document) for document in documents], np.int64)
-    tokens = np.concatenate(documents) if documents else np.empty(0, dtype_if_none)
-    return {"tokens": torch.from_numpy(tokens), "lengths": torch.from_numpy(lengths)}
+def join_documents(documents: Sequence[Buffered], dtype_if_none: DTypeLike) -> dict[str, Tensor]:
+    """Return documents end to end, `tokens`, and their `lengths` (int64) when they came."""
+    rests = [document.rest() for document in documents]
+    lengths = [len(r) if d.start else d.length for d, r in zip(documents, rests, strict=True)]
+    tokens = np.concatenate(rests or [np.empty(0, dtype_if_none)])
+    return {"tokens": torch.from_numpy(tokens), "lengths": torch.tensor(lengths, dtype=torch.int64)}
 
 
-def split_documents(state: Mapping[str, Any]) -> tuple[Document, ...]:
-    """Undo `join_documents`; what is missing or does not fit is a KeyError or ValueError."""
+def split_documents(state: Mapping[str, Any], row_length: int) -> tuple[Buffered, ...]:
+    """Undo `join_documents`; what is missing or does not fit is a KeyError or ValueError.
+
+    Of a document longer than `row_length` there is a row, or, in older checkpoints and with
+    `concat`, all.
+    """
     tokens, lengths = state["tokens"].numpy(), state["lengths"].tolist()
-    if tokens.ndim != 1 or min(lengths, default=1) < 1 or sum(lengths) != len(tokens):
+    sizes = lengths if sum(lengths) == len(tokens) else [min(n, row_length) for n in lengths]
+    if tokens.ndim != 1 or min(lengths, default=1) < 1 or sum(sizes) != len(tokens):
         raise ValueError(f"{tokens.shape} tokens in documents of {sum(lengths)} tokens")
-    ends = np.cumsum(lengths)
-    return tuple(tokens[end - length : end] for end, length in zip(ends, lengths, strict=True))
+    pieces = np.split(tokens, np.cumsum(sizes)[:-1]) if sizes else ()
+    return tuple(map(Buffered, pieces, lengths))

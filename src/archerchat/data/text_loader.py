@@ -14,17 +14,20 @@ tuple of references, which become tensors only when a checkpoint asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from archerchat.data.packing import (
+    BUFFER_SIZE,
     BestFitPacker,
+    Buffered,
     ConcatPacker,
-    Document,
     Packing,
     Row,
     join_documents,
@@ -48,13 +51,31 @@ class Position:
     """Passes over the data begun, from 1."""
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What the batches so far took of the text."""
+
+    epochs: float = 0.0
+    """Passes over it, less the documents that wait in the buffer."""
+    used: int = 0
+    """Tokens in all rows, repeated ones too."""
+    dropped: int = 0
+    """Tokens that packing cut off and that are in no row."""
+
+    @property
+    def text_share(self) -> float:
+        """About which share of the text has been in a row; what is repeated counts once."""
+        return min(1.0, self.epochs) * self.used / max(1, self.used + self.dropped)
+
+
 @dataclass(frozen=True, eq=False)
 class _State:
     position: Position
     next_document: int
     """How many documents of the position's row group have been read."""
-    documents: tuple[Document, ...]
+    documents: tuple[Buffered, ...] = ()
     """What the packer has buffered, in its order."""
+    usage: Usage = Usage()
 
 
 @dataclass(frozen=True)
@@ -98,7 +119,7 @@ class TextLoader(PrefetchingLoader[_Plan, _State]):
         rank: int = 0,
         world_size: int = 1,
         packing: Packing = "best-fit",
-        buffer_size: int = 1000,
+        buffer_size: int = BUFFER_SIZE,
         tokenizer_batch: int = 128,
         prefetch: int = 4,
         num_threads: int = 1,
@@ -122,21 +143,31 @@ class TextLoader(PrefetchingLoader[_Plan, _State]):
         }
         self._given = _Plan(identity, tuple(shards), tokenizer, num_threads)
         self._extend = extend
-        super().__init__(self._given, _State(Position(0, rank, 1), 0, ()), prefetch)
+        super().__init__(self._given, _State(Position(0, rank, 1), 0), prefetch)
+
+    @property
+    def usage(self) -> Usage:
+        """What the batches so far took of the text."""
+        return self._state.usage
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `identity`, `position` and `next_document`, as JSON, and the buffered documents:
-        `tokens`, end to end (uint16 or uint32), and their `lengths` (int64)."""
+        """Return `identity`, `position`, `next_document` and `usage`, as JSON, and the buffered
+        documents: `tokens`, end to end (uint16 or uint32), and their `lengths` (int64)."""
         return {
             "identity": dict(self._plan.identity),
             "position": asdict(self._state.position),
             "next_document": self._state.next_document,
+            "usage": asdict(self._state.usage),
             **join_documents(self._state.documents, np.uint16),
         }
 
     def _parse(self, state: Mapping[str, Any]) -> _State:
-        position, next_document = Position(**state["position"]), int(state["next_document"])
-        return _State(position, next_document, split_documents(state))
+        return _State(
+            Position(**state["position"]),
+            int(state["next_document"]),
+            split_documents(state, state["identity"]["sequence_length"] + 1),
+            Usage(**state.get("usage", {})),  # older checkpoints have none
+        )
 
     def _reconcile(self, identity: Mapping[str, Any]) -> tuple[_Plan, Mapping[str, Any]]:
         plan, now = self._given, self._given.identity
@@ -182,15 +213,18 @@ def _names_and_sizes(shards: Sequence[Path]) -> list[list[Any]]:
 
 def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[Batch, _State]]:
     """Yield each batch after `state` with the state after it."""
-    identity = plan.identity
+    identity, best_fit = plan.identity, plan.identity["packing"] == "best-fit"
     packer: BestFitPacker | ConcatPacker = ConcatPacker(identity["sequence_length"] + 1)
-    if identity["packing"] == "best-fit":
+    if best_fit:
         packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"])
     dtype = np.uint16 if plan.tokenizer.vocab_size <= 1 << 16 else np.uint32
     for document in state.documents:
-        packer.add(document)
-    chunks = _iter_chunks(plan, state)
-    position, next_document = state.position, state.next_document
+        packer.add(document.rest(), document.length)
+    # The order decides what concat does, so no document has to wait for others.
+    size = identity["tokenizer_batch"] if best_fit else plan.num_threads
+    chunks = _iter_chunks(plan, state, size)
+    position, next_document, usage = state.position, state.next_document, state.usage
+    epochs = _build_meter(plan)
     rows: list[Row] = []
     while True:
         while packer.needs_documents():
@@ -200,16 +234,43 @@ def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[Batch, _State]]:
         if (row := packer.place()) is not None:
             rows.append(row)
         if len(rows) == identity["batch_size"]:
-            tokens = np.stack(rows)  # (B, T + 1)
+            tokens, documents = np.stack(rows), packer.documents()  # (B, T + 1)
             rows = []
             batch = Batch(np.stack((tokens[:, :-1], tokens[:, 1:])))
-            yield batch, _State(position, next_document, packer.documents())
+            usage = Usage(
+                epochs(position, next_document, len(documents) if best_fit else 0),
+                usage.used + tokens.size,
+                state.usage.dropped + packer.dropped,
+            )
+            yield batch, _State(position, next_document, documents, usage)
 
 
-def _iter_chunks(plan: _Plan, state: _State) -> Iterator[tuple[Position, int, list[str]]]:
+def _build_meter(plan: _Plan) -> Callable[[Position, int, int], float]:
+    """Return what tells the passes at a position, less waiting documents, by the shards' sizes."""
+    sizes = [size for _, size in plan.identity["shards"]]
+    starts = [0, *accumulate(sizes)]
+
+    @lru_cache(maxsize=1)
+    def documents_before(index: int) -> list[int]:
+        with Shard(plan.shards[index]) as shard:
+            return [0, *accumulate(shard.documents_per_row_group)]
+
+    def epochs(position: Position, next_document: int, waiting: int) -> float:
+        documents = documents_before(position.shard)
+        mean_size = sizes[position.shard] / documents[-1]
+        read = documents[position.row_group] + next_document
+        read -= waiting * plan.identity["world_size"]
+        done = starts[position.shard] + mean_size * read
+        return float(max(0.0, position.epoch - 1 + done / starts[-1]))
+
+    return epochs
+
+
+def _iter_chunks(
+    plan: _Plan, state: _State, size: int
+) -> Iterator[tuple[Position, int, list[str]]]:
     """Yield this rank's documents after `state` in chunks, each with its position and end."""
     rank, world_size = plan.identity["rank"], plan.identity["world_size"]
-    size = plan.identity["tokenizer_batch"]
     position, skip = state.position, state.next_document
     while True:
         whole_epoch = (position.shard, position.row_group, skip) == (0, rank, 0)

@@ -15,8 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from archerchat.distributed import Ranks
 from archerchat.errors import DataError
 from archerchat.model.loss import IGNORED
+from archerchat.text_files import iter_lines
 from archerchat.tokenizer.bpe import Tokenizer
 
 PART_CHARACTERS = 2**20
@@ -27,6 +29,7 @@ def evaluate_bits_per_byte(
     token_losses: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     token_bytes: Tensor,
+    ranks: Ranks | None = None,
 ) -> float:
     """Divide the loss of all targets by the bytes they stand for.
 
@@ -34,6 +37,7 @@ def evaluate_bits_per_byte(
         token_losses: maps inputs and targets (B, T) to losses in nats (B, T).
         batches: inputs and targets (B, T); a target of -1 counts in neither sum.
         token_bytes: (V,) byte length of each token, 0 for special ones, which do not count.
+        ranks: those that evaluate together, each its own batches.
 
     Raises:
         DataError: no target stands for any byte.
@@ -44,9 +48,11 @@ def evaluate_bits_per_byte(
         losses = token_losses(inputs, targets)
         nats += (losses * (sizes > 0)).sum(dtype=torch.float32).item()
         total_bytes += int(sizes.sum().item())
-    if total_bytes == 0:
+    ranks = ranks or Ranks()
+    nats, all_bytes = ranks.sum(torch.tensor([nats, total_bytes], dtype=torch.float64)).tolist()
+    if all_bytes == 0:
         raise DataError("there is no text to evaluate on: the data holds only empty documents")
-    return nats / (math.log(2) * total_bytes)
+    return float(nats / (math.log(2) * all_bytes))
 
 
 def iter_text_batches(
@@ -55,7 +61,7 @@ def iter_text_batches(
     """Yield inputs and targets (B, T) that hold each of a text file's tokens once as a target.
 
     Raises:
-        DataError: the file cannot be read, or is not UTF-8.
+        DataError: the file cannot be read, or is not text.
     """
     size = batch_size * sequence_length
     ids: list[int] = []
@@ -82,21 +88,15 @@ def iter_text(path: Path, part: int = PART_CHARACTERS) -> Iterator[str]:
     """Yield a file's text in parts of about `part` characters that can be tokenized apart.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: it cannot be read, or is not text.
     """
     lines: list[str] = []
     size = 0
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for line in file:
-                if size >= part and not line[0].isspace():
-                    yield "".join(lines)
-                    lines, size = [], 0
-                lines.append(line)
-                size += len(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason}): convert it first") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for _, line in iter_lines(path, newline="\n"):
+        if size >= part and not line[0].isspace():
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
     if lines:
         yield "".join(lines)

@@ -46,6 +46,9 @@ from archerchat.tasks.registry import CHATCORE
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_for_completion
 
+ANSWER_TOKENS = 512
+"""Most tokens of an answer in ChatCORE."""
+
 
 @dataclass(frozen=True)
 class TaskResult:

@@ -101,6 +101,7 @@ class HarnessModel:
             prepare_process(runtime)
             root = Home(Path(home)) if home else Home.from_environment()
             loaded = load_model(root, runtime, stage, tag, step)
+            print(f"model: {loaded.path}", file=sys.stderr)
         self.model, self.tokenizer, self.path = loaded.model, loaded.tokenizer, loaded.path
         self.batch_tokens = batch_tokens
         self._engine: Engine | None = None

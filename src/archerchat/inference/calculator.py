@@ -9,22 +9,22 @@ length, nesting and the digits of each number are checked before anything is com
 power, so a result cannot have more digits than its expression has characters: the work is bounded
 without a clock, a signal or a thread.
 
-Values are Python's: integers stay exact, `/` makes a float, and the result is `str` of the value.
+Values are exact fractions, and are written as the training data writes them: `0.2*50` is 10 and
+`4.35*100` is 435. A value that is not whole is rounded to the nearest float.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
 
 MAX_CHARACTERS = 1000
 MAX_NESTING = 50
 MAX_DIGITS = 100
-"""Most digits of one number; a float of more than 308 would be infinite anyway."""
-
-Number = int | float
+"""Most digits of one number."""
 
 # `'text'.count('x')`, and nothing that would need unescaping.
 _COUNT = re.compile(
@@ -32,7 +32,7 @@ _COUNT = re.compile(
     r"""\(\s*(?P<mark>['"])(?P<part>[^'"\\\n]*)(?P=mark)\s*\)\s*"""
 )
 _TOKEN = re.compile(r" *(?:(?P<number>[0-9]+\.?[0-9]*|\.[0-9]+)|(?P<sign>//|[-+*/()])) *")
-_OPERATIONS: dict[str, tuple[int, Callable[[Number, Number], Number]]] = {
+_OPERATIONS: dict[str, tuple[int, Callable[[Fraction, Fraction], Fraction | int]]] = {
     "+": (1, operator.add),
     "-": (1, operator.sub),
     "*": (2, operator.mul),
@@ -46,7 +46,7 @@ def evaluate(expression: str) -> str | None:
     """Return what `expression` evaluates to, or None if it has no value here.
 
     Commas in numbers are dropped. Division by zero, overflow and anything that is neither
-    arithmetic nor a count have no value; the function never raises and never takes long.
+    arithmetic nor a count have no value. The function never raises and never takes long.
     """
     if len(expression) > MAX_CHARACTERS:
         return None
@@ -57,11 +57,11 @@ def evaluate(expression: str) -> str | None:
         value = _value(tokens)
         if tokens:
             return None
+        if value.denominator == 1:
+            return str(value.numerator)
+        return f"{Decimal(str(float(value))):f}".removesuffix(".0")
     except (_Refused, ArithmeticError):
         return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value)
 
 
 class _Refused(Exception):
@@ -86,16 +86,16 @@ def _is_number(digits: str) -> bool:
     return len(digits) <= MAX_DIGITS and not leading_zero
 
 
-def _value(tokens: list[str], strength: int = 1, nesting: int = 0) -> Number:
+def _value(tokens: list[str], strength: int = 1, nesting: int = 0) -> Fraction:
     """Take operations that bind at least this strongly from the end of `tokens`; compute them."""
     result = _operand(tokens, nesting)
     while tokens and tokens[-1] in _OPERATIONS and _OPERATIONS[tokens[-1]][0] >= strength:
         binds, compute = _OPERATIONS[tokens.pop()]
-        result = compute(result, _value(tokens, binds + 1, nesting))
+        result = Fraction(compute(result, _value(tokens, binds + 1, nesting)))
     return result
 
 
-def _operand(tokens: list[str], nesting: int) -> Number:
+def _operand(tokens: list[str], nesting: int) -> Fraction:
     """Take a number or a parenthesis, with the signs before it."""
     negative = False
     while tokens and tokens[-1] in ("+", "-"):
@@ -106,7 +106,7 @@ def _operand(tokens: list[str], nesting: int) -> Number:
         if not tokens or tokens.pop() != ")":
             raise _Refused
     elif token[:1].isdigit() or token[:1] == ".":
-        result = float(token) if "." in token else int(token)
+        result = Fraction(token)
     else:
         raise _Refused
     return -result if negative else result

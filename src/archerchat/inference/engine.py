@@ -40,7 +40,8 @@ class Engine:
         model: its weights as they are now; `refresh_weights` copies later ones.
         max_batch: most rows at a time.
         max_length: most tokens of a row, prompt included; by default the model's sequence length.
-        compile: compile single-row steps on CPUs in float32: faster, after some seconds.
+        compile: compile steps on CUDA, and single-row steps on CPUs in float32: faster, after
+            some seconds.
         overlap: read tokens one step late; by default on CUDA.
 
     Attributes:

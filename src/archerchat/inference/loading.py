@@ -11,6 +11,7 @@ read, where this torch can (docs/LOG.md has figures). In float32 the model itsel
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,14 @@ class ModelOptions(DeviceConfig):
     """Step of the checkpoint to load. Defaults to the latest."""
 
     def load(self, home: Home, stage: str) -> tuple[LoadedModel, Runtime]:
-        """Prepare this process and load the model; raises as `load_model` does."""
+        """Prepare this process, load the model and say which; raises as `load_model` does."""
         runtime = build_runtime(self.device, self.dtype)
         prepare_process(runtime)
-        return load_model(home, runtime, stage, self.model_tag, self.step), runtime
+        loaded = load_model(home, runtime, stage, self.model_tag, self.step)
+        if runtime.is_master:  # on standard error, since an answer may go to a file
+            why = "" if self.model_tag else " (the model saved last; --model-tag names another)"
+            print(f"model: {loaded.path}{why}", file=sys.stderr, flush=True)
+        return loaded, runtime
 
 
 def load_model(

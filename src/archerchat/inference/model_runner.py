@@ -6,14 +6,16 @@ there are and how far the longest reaches, and never waits for a value. These tw
 shapes, so on CUDA each pair, rounded up to powers of two, has a graph that is captured once and
 replayed. Rows beyond those in use compute on stale values that nobody reads.
 
-On CPUs a batch is bound by its matrix products and runs as it is. A single row is bound by the
-hundreds of small operations of a step. Compiled as a whole it takes about half the time
-(docs/LOG.md), but compiling takes seconds, so it is an option.
+Hundreds of small operations bound a step on CUDA, and that of a single row on CPUs; compiled, it
+takes a fraction of the time (docs/LOG.md). Compiling takes seconds, so it is an option. On CUDA
+each kind of layer is compiled once for all sizes, on CPUs the step as a whole for each size. A
+CPU's batch is bound by its matrix products and runs as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -25,7 +27,7 @@ from archerchat.inference.loading import InferenceModel
 from archerchat.inference.sampler import Sampler, SamplingPlan
 from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
-from archerchat.model.transformer import Before, Transformer, norm
+from archerchat.model.transformer import Before, Regions, Transformer, norm
 
 Forward = Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]
 
@@ -50,6 +52,7 @@ def forward_token(
     lengths: Tensor,
     previous: Tensor,
     parts: Sequence[Part],
+    regions: Regions | None = None,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
     """Run one token (B,) of each row after its past; changes nothing.
 
@@ -57,6 +60,7 @@ def forward_token(
         lengths: (B,), tokens before it.
         previous: (B, C), the normalised embedding of the one before it.
         parts: the rows' rings, in one part or several.
+        regions: compiled pieces to run instead of the plain ones.
 
     Returns:
         Capped float32 logits (B, vocab_size), and what the cache should add: the normalised
@@ -72,7 +76,8 @@ def forward_token(
         for i, (k, v) in enumerate(zip(keys, values, strict=True)):
             found[i].append(RingPart(k, v, masks[k.size(2)]))
     layers = [RingLayer(of_layer) for of_layer in found]
-    hidden = model.hidden(tokens[:, None], before=Before(lengths[:, None], previous, layers))
+    before = Before(lengths[:, None], previous, layers)
+    hidden = model.hidden(tokens[:, None], regions, before)
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
     new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]
     new_values = [layer.new_values for layer in layers if layer.new_values is not None]
@@ -118,7 +123,7 @@ class ModelRunner:
     Args:
         model: its weights as they are now; `inference.refresh` copies later ones.
         rows, max_length: most rows at a time, and most tokens of a row.
-        compile: compile the step of a single row, on CPUs in float32.
+        compile: compile steps: on CUDA, or of a single row on CPUs in float32.
 
     Attributes:
         model: the model, or a copy of it in the compute dtype.
@@ -132,9 +137,11 @@ class ModelRunner:
         self.sampler = Sampler(rows, model.config.vocab_size, device)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self._rows = torch.arange(rows, device=device)
-        compiles = compile and device.type == "cpu" and not self.inference.packed
-        self._single: Forward | None = compiled(forward_token) if compiles else None
+        whole = compile and device.type == "cpu" and not self.inference.packed
+        self._single: Forward | None = compiled(forward_token) if whole else None
         self._captures = device.type == "cuda"
+        regions = Regions.compiled(dynamic=True) if compile and self._captures else None
+        self._forward: Forward = partial(forward_token, regions=regions)
         self._pool: Any = None
         self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
         self._fetches: list[Fetch] = []
@@ -161,7 +168,7 @@ class ModelRunner:
                 span *= 4
             self._run(self._single, [(1, span)], plan)
         else:
-            self._run(forward_token, list(row_spans(lengths)), plan)
+            self._run(self._forward, list(row_spans(lengths)), plan)
 
     def _run(self, forward: Forward, spans: Sequence[RowSpan], plan: SamplingPlan) -> None:
         parts, rows = [], 0
@@ -186,7 +193,7 @@ class ModelRunner:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._run(forward_token, [(rows, span)], plan)
+                self._run(self._forward, [(rows, span)], plan)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, before in zip(kept, saved, strict=True):
             tensor.copy_(before)
@@ -194,7 +201,7 @@ class ModelRunner:
         if self._pool is None:  # one for all: graphs never run at the same time
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
-            self._run(forward_token, [(rows, span)], plan)
+            self._run(self._forward, [(rows, span)], plan)
         return graph
 
     @torch.no_grad()

@@ -1,15 +1,19 @@
 """Causal attention, optionally over a sliding window, behind one function (SPEC section 2).
 
-Four backends compute the same thing:
+Five backends compute the same thing:
 
 - `sdpa`    torch's fused attention. Windows are computed in blocks of queries that see only
             the keys they can reach, so they never cost more than a full layer. Runs everywhere.
 - `matmul`  two matrix products around a softmax, in the same blocks. On CPUs it beats the fused
             kernel at short lengths, where scores fit in the cache (docs/LOG.md has figures).
 - `flex`    FlexAttention (https://arxiv.org/abs/2412.05496) with a block mask, which skips what
-            the window hides. Needs CUDA and a compiler.
+            the window hides. Needs CUDA and a compiler; uncompiled code takes `varlen` instead.
+- `varlen`  torch's own FlashAttention 2 with a window, by its function for rows of unequal
+            lengths. Needs CUDA and 16 bits.
 - `flash`   FlashAttention (https://arxiv.org/abs/2205.14135) from the `flash_attn` packages,
             versions 3 and 2, where installed.
+
+`flex` and `varlen` are for windows: a layer that sees its whole row takes `sdpa`, which is faster.
 
 Sliding windows are those of Longformer (https://arxiv.org/abs/2004.05150), and several query heads
 may share a key/value head (grouped queries, https://arxiv.org/abs/2305.13245). `choose_backend`
@@ -29,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["sdpa", "matmul", "flex", "flash"]
+Backend = Literal["sdpa", "matmul", "flex", "varlen", "flash"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 MATMUL_MAX_KEYS = 2048
@@ -74,6 +78,11 @@ def choose_backend(
                 "attention backend 'flash' needs a CUDA device, a 16-bit dtype and the "
                 "flash_attn package; leave the backend out to get the best one that works here"
             )
+        if forced == "varlen" and not runs_varlen(device, dtype):
+            raise ValueError(
+                "attention backend 'varlen' needs a CUDA device of sm80 or newer and a 16-bit "
+                "dtype: use sdpa"
+            )
         if forced == "flex" and device.type != "cuda":
             raise ValueError(
                 f"attention backend 'flex' has no gradients on {device.type}: use sdpa"
@@ -97,7 +106,7 @@ def prepare_mask(length: int, window: int, device: torch.device, backend: Backen
     """Return what `attend` needs for these sizes beside its tensors, cached: a block mask for
     `flex`, each block's biases for `matmul` (compiled code would otherwise compare positions
     for every score), None for the others. Call it outside of compiled code."""
-    if backend == "flex":
+    if backend == "flex" and window < length - 1:
         return _flex_mask(length, window, device)
     if backend == "matmul" and length <= MATMUL_MAX_KEYS:
         return _block_biases(length, min(window, length - 1), device)
@@ -128,23 +137,28 @@ def attend(
         k: (B, S, K, D), S >= T; query head i reads head floor(i * K / H).
         v: (B, S, K, D).
         window: how far back a query sees; T-1 or more means everything before it.
-        mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `sdpa` does:
-            it has to be compiled, once for each length, or it holds every score.
+        mask: from `prepare_mask`; without one, or uncompiled, `flex` computes as `varlen` or
+            `sdpa` do: it has to be compiled, once for each length, or it holds every score.
         segments: (B, T) numbers of the documents that are packed in a row; a query sees its own
             document only. `mask` is then from `prepare_document_mask`, and T = S. `flash` cannot
-            do this.
+            do this; `varlen` computes as `sdpa` does.
 
     Returns:
         (B, T, H, D) in q's dtype.
     """
     window = min(window, k.size(1) - 1)
-    if backend == "flex" and k.size(1) > q.size(1):
-        backend = "sdpa"  # block masks are made for rows that begin at their first token
     if backend == "flash":
         assert segments is None, "documents are masked by the other backends"
         flashed: Tensor = _attend_flash(q, k, v, window)
         return flashed
-    if backend == "flex" and (mask is None or not torch.compiler.is_compiling()):
+    continues = k.size(1) > q.size(1)
+    if backend == "flex" and segments is None and window == q.size(1) - 1 and not continues:
+        backend = "sdpa"
+    if backend == "flex" and (mask is None or continues or not torch.compiler.is_compiling()):
+        backend = "varlen" if runs_varlen(q.device, q.dtype) else "sdpa"
+    if backend == "varlen":
+        if segments is None and (continues or window < q.size(1) - 1):
+            return _attend_varlen(q, k, v, window)
         backend = "sdpa"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if backend == "flex":
@@ -308,6 +322,37 @@ def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
     out: Tensor = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     return out
+
+
+def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's variable-length attention runs there."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    def starts(x: Tensor) -> Tensor:
+        batch, length = x.shape[:2]
+        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=x.device)
+
+    groups = q.size(2) // k.size(2)
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    out = varlen_attn(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        starts(q),
+        starts(k),
+        q.size(1),
+        k.size(1),
+        window_size=(window, 0),
+    )
+    assert isinstance(out, Tensor)
+    return out.view(q.shape)
 
 
 def flash_module(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -26,13 +26,16 @@ class CompileWarning(UserWarning):
     """Say that a function runs uncompiled, and why."""
 
 
-def compiled(function: Callable[P, R], *, whole: bool = True) -> Callable[P, R]:
+def compiled(
+    function: Callable[P, R], *, whole: bool = True, dynamic: bool = False
+) -> Callable[P, R]:
     """Compile `function` for the shapes it is called with, or run it plainly with a warning.
 
     Args:
         whole: insist on one graph; without it, parts that cannot be compiled run as they are.
+        dynamic: compile once for all sizes above 1, instead of again for each.
     """
-    fast = torch.compile(function, dynamic=False, fullgraph=whole, options=OPTIONS)
+    fast = torch.compile(function, dynamic=dynamic, fullgraph=whole, options=OPTIONS)
     broken = False
 
     @functools.wraps(function)

@@ -31,15 +31,26 @@ IGNORED = -1
 """The target of a position that is not trained on."""
 
 CHUNK_BYTES = 256 * 2**20
-"""Bound on one chunk's float32 logits on accelerators."""
+"""Least bound on one chunk's float32 logits on accelerators."""
+CHUNK_SHARE = 1 / 64
+"""Share of an accelerator's memory that a chunk may take beyond that: the more tokens, the more of
+a large card's processors work on the products with few columns (docs/LOG.md)."""
 CPU_CHUNK_BYTES = 8 * 2**20
-"""The same on CPUs, where a chunk should stay in the cache."""
+"""The bound on CPUs, where a chunk should stay in the cache."""
 
 
-def chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """Return how many tokens' logits to form at a time."""
-    budget = CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
-    return max(128, budget // (4 * vocab_size) // 64 * 64)
+def chunk_tokens(vocab_size: int, device: torch.device, memory_bytes: int | None = None) -> int:
+    """Return how many tokens' logits to form at a time.
+
+    Args:
+        memory_bytes: what the device has; by default it is asked.
+    """
+    if device.type == "cpu":
+        return max(128, CPU_CHUNK_BYTES // (4 * vocab_size) // 64 * 64)
+    if memory_bytes is None and device.type == "cuda":
+        memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    fitting = int(max(CHUNK_BYTES, CHUNK_SHARE * (memory_bytes or 0))) // (4 * vocab_size)
+    return 1 << max(7, fitting.bit_length() - 1)  # a power of two divides the micro-batch
 
 
 def _softcap(logits: Tensor) -> tuple[Tensor, Tensor]:

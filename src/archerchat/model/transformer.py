@@ -218,10 +218,11 @@ class Regions:
     back_out: Callable[..., Tensor] = back_out
 
     @classmethod
-    def compiled(cls) -> Regions:
-        """Compile each region for the fixed shapes of a training step."""
-        block = compiled(Block.forward, whole=False)  # `flash` runs between two graphs
-        return cls(compiled(smear), block, compiled(back_out))
+    def compiled(cls, dynamic: bool = False) -> Regions:
+        """Compile each region: for the fixed shapes of a training step, or once for all shapes."""
+        # `flash` runs between two graphs.
+        block = compiled(Block.forward, whole=False, dynamic=dynamic)
+        return cls(compiled(smear, dynamic=dynamic), block, compiled(back_out, dynamic=dynamic))
 
 
 class Transformer(nn.Module):
@@ -331,7 +332,8 @@ class Transformer(nn.Module):
             x = run.smear(x, self.smear_gate.weight, self.smear_lambda, **documents)
         x0, middle = x, x
         residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
-        masks = self._masks(token_ids, segments) if regions else [None] * len(self.blocks)
+        fresh = regions is not None and before is None
+        masks = self._masks(token_ids, segments) if fresh else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):

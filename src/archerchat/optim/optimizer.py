@@ -3,11 +3,17 @@
 `build_groups` sorts a model's parameters into the groups of the specification's table.
 `Optimizer` steps them with the settings that the schedule gives. The learning rates in a group are
 the scaled base rates and never change; the multiplier comes with each step.
+
+Several ranks share the work and the state (ZeRO-2, https://arxiv.org/abs/1910.02054): of a table
+each updates its rows, of a Muon stack its matrices. A step launches all reductions of gradients;
+then waits for each in turn, updates its share and launches the exchange of what it updated; then
+waits for the exchanges. One process does the same without them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from archerchat.dial import LearningRates
+from archerchat.distributed import Collective, Ranks
 from archerchat.model.compiling import compiled
 from archerchat.optim.adamw import adamw_update
 from archerchat.optim.muon import muon_update, variance_shape
@@ -22,6 +29,8 @@ from archerchat.optim.muon import muon_update, variance_shape
 EPSILON = 1e-10
 WORTH_COMPILING = 2**14
 """Elements below which compiling an update takes longer than it ever saves."""
+WORTH_SHARING = 1024
+"""Elements below which every rank makes the whole update itself."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,10 @@ class MuonGroup:
 
     names: tuple[str, ...]
     rate: float
+
+
+Unit = tuple[str, AdamGroup | MuonGroup]
+"""A parameter of AdamW, or a stack of Muon by its first member's name."""
 
 
 def build_groups(model: nn.Module, rates: LearningRates) -> list[AdamGroup | MuonGroup]:
@@ -66,13 +79,14 @@ def build_groups(model: nn.Module, rates: LearningRates) -> list[AdamGroup | Muo
 
 
 class Optimizer:
-    """Step all groups; hold their state.
+    """Step all groups; hold their state, or this rank's share of it.
 
     Args:
         model: its parameters are updated in place.
         groups: from `build_groups`.
         compute_dtype: Muon orthogonalises in bfloat16 when this is bfloat16, else in float32.
         compile: fuse each update with `torch.compile`.
+        ranks: those that train this model together; a step sums their gradients.
     """
 
     def __init__(
@@ -81,31 +95,52 @@ class Optimizer:
         groups: list[AdamGroup | MuonGroup],
         compute_dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.groups = groups
+        self.groups, self.ranks = groups, ranks or Ranks()
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
         self.steps_taken = 0
         self._adamw: Callable[..., Any] = compiled(adamw_update) if compile else adamw_update
         self._muon: Callable[..., Any] = compiled(muon_update) if compile else muon_update
-        self.state: dict[str, Tensor] = dict(self._initial_state())
+        self._shapes: dict[str, torch.Size] = {}
+        """Every buffer's shape over all ranks."""
+        self._split: dict[str, range] = {}
+        """The rows of a buffer that this rank has, where ranks share it."""
+        self.state: dict[str, Tensor] = {}
+        for unit in self._units():
+            self._add_buffers(unit)
 
-    def _initial_state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield every buffer; Muon's are stacked under the name of the group's first member."""
+    def _units(self) -> Iterator[Unit]:
+        """Yield what is reduced and updated at once: a parameter of AdamW, a stack of Muon."""
         for group in self.groups:
-            first = self.parameters[group.names[0]] if group.names else None
             if isinstance(group, MuonGroup):
-                assert first is not None
-                stack = torch.Size((len(group.names), *first.shape))
-                yield f"momentum.{group.names[0]}", first.new_zeros(stack)
-                yield f"variance.{group.names[0]}", first.new_zeros(variance_shape(stack))
-                continue
-            for name in group.names:
-                for moment in ("mean", "square"):
-                    yield (
-                        f"{moment}.{name}",
-                        torch.zeros_like(self.parameters[name], dtype=torch.float32),
-                    )
+                yield group.names[0], group
+            else:
+                yield from ((name, group) for name in group.names)
+
+    def _add_buffers(self, unit: Unit) -> None:
+        """Start a unit's state at zero; Muon's is named after the first of the stack."""
+        (name, group), ranks = unit, self.ranks
+        parameter = self.parameters[name]
+        if isinstance(group, MuonGroup):
+            stack = torch.Size((len(group.names), *parameter.shape))
+            shapes = {"momentum": stack, "variance": torch.Size(variance_shape(stack))}
+            split = ranks.world_size > 1
+        else:
+            shapes = {"mean": parameter.shape, "square": parameter.shape}
+            split = (
+                ranks.world_size > 1
+                and parameter.numel() >= WORTH_SHARING
+                and parameter.size(0) % ranks.world_size == 0
+            )
+        for kind, shape in shapes.items():
+            rows = math.ceil(shape[0] / ranks.world_size) if split else 0
+            if split:
+                self._split[f"{kind}.{name}"] = range(ranks.rank * rows, (ranks.rank + 1) * rows)
+            own = (rows, *shape[1:]) if split else shape
+            self._shapes[f"{kind}.{name}"] = shape
+            self.state[f"{kind}.{name}"] = parameter.new_zeros(own, dtype=torch.float32)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -122,14 +157,54 @@ class Optimizer:
             muon_weight_decay: Muon's weight decay at this step.
         """
         self.steps_taken += 1
-        for group in self.groups:
-            if isinstance(group, MuonGroup):
-                self._step_muon(group, rate_multiplier, momentum, muon_weight_decay)
-            else:
-                self._step_adamw(group, rate_multiplier)
+        units = list(self._units())
+        muon_settings = momentum, muon_weight_decay
+        reduced: Iterable[Collective] = map(self._reduce, units)
+        if self.ranks.world_size > 1:
+            reduced = list(reduced)  # all of them are under way before the first is waited for
+        updated: Iterable[Collective] = (
+            self._update(unit, gradient.wait(), rate_multiplier, *muon_settings)
+            for unit, gradient in zip(units, reduced, strict=True)
+        )
+        if self.ranks.world_size > 1:
+            updated = list(updated)
+        for unit, values in zip(units, updated, strict=True):
+            self._store(unit, values.wait())
 
-    def _step_adamw(self, group: AdamGroup, multiplier: float) -> None:
+    def _reduce(self, unit: Unit) -> Collective:
+        """Start summing a unit's gradients over the ranks; each receives those of its share."""
+        name, group = unit
+        if isinstance(group, MuonGroup):
+            members = [self.parameters[member] for member in group.names]
+            gradients = [_gradient(member) for member in members]
+            missing = -len(members) % self.ranks.world_size
+            stack = torch.stack([*gradients, *[torch.zeros_like(gradients[0])] * missing])
+            if self.ranks.world_size > 1:
+                for member in members:
+                    member.grad = None  # the stack holds it
+            return self.ranks.start_reduce_scatter(stack)
+        gradient = _gradient(self.parameters[name])
+        if f"mean.{name}" in self._split:
+            return self.ranks.start_reduce_scatter(gradient.contiguous())
+        return self.ranks.start_sum(gradient)
+
+    def _update(
+        self,
+        unit: Unit,
+        gradient: Tensor,
+        multiplier: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> Collective:
+        """Update this rank's share of a unit and start collecting the others'."""
+        name, group = unit
+        if isinstance(group, MuonGroup):
+            settings = (group.rate * multiplier, weight_decay, momentum)
+            return self.ranks.start_gather(self._step_muon(group, gradient, settings))
         beta1, beta2 = group.betas
+        parameter, rows = self.parameters[name].data, self._split.get(f"mean.{name}")
+        own = parameter if rows is None else parameter[rows.start : rows.stop]
+        update: Callable[..., Any] = self._adamw if own.numel() >= WORTH_COMPILING else adamw_update
         scalars = (
             group.rate * multiplier,
             group.weight_decay,
@@ -138,36 +213,31 @@ class Optimizer:
             1 - beta1**self.steps_taken,
             1 - beta2**self.steps_taken,
         )
-        for name in group.names:
-            parameter = self.parameters[name]
-            update: Callable[..., Any] = (
-                self._adamw if parameter.numel() >= WORTH_COMPILING else adamw_update
-            )
-            update(
-                parameter.data,
-                _gradient(parameter),
-                self.state[f"mean.{name}"],
-                self.state[f"square.{name}"],
-                *(torch.tensor(x, dtype=torch.float32) for x in scalars),
-                EPSILON,
-            )
+        moments = self.state[f"mean.{name}"], self.state[f"square.{name}"]
+        update(own, gradient, *moments, *map(_scalar, scalars), EPSILON)
+        return Collective(None, None, own) if rows is None else self.ranks.start_gather(own)
 
-    def _step_muon(
-        self, group: MuonGroup, multiplier: float, momentum: float, weight_decay: float
-    ) -> None:
-        members = [self.parameters[name] for name in group.names]
-        scalars = (group.rate * multiplier, weight_decay, momentum)
-        size = len(members) * members[0].numel()
-        update: Callable[..., Any] = self._muon if size >= WORTH_COMPILING else muon_update
-        updated = update(
-            torch.stack([p.data for p in members]),
-            torch.stack([_gradient(p) for p in members]),
-            self.state[f"momentum.{group.names[0]}"],
-            self.state[f"variance.{group.names[0]}"],
-            *(torch.tensor(x, dtype=torch.float32) for x in scalars),
-            self.muon_dtype,
-        )
-        torch._foreach_copy_([p.data for p in members], list(updated.unbind(0)))
+    def _step_muon(self, group: MuonGroup, gradients: Tensor, scalars: tuple[float, ...]) -> Tensor:
+        """Return the updated matrices (n, out, in) of this rank; where there are too few for all
+        ranks, its last ones are zero and stay so."""
+        name = group.names[0]
+        rows = self._split.get(f"momentum.{name}", range(len(group.names)))
+        members = [self.parameters[member].data for member in group.names[rows.start : rows.stop]]
+        missing = len(rows) - len(members)
+        matrices = torch.stack([*members, *[torch.zeros_like(gradients[0])] * missing])
+        worth = matrices.numel() >= WORTH_COMPILING
+        update: Callable[..., Tensor] = self._muon if worth else muon_update
+        buffers = self.state[f"momentum.{name}"], self.state[f"variance.{name}"]
+        return update(matrices, gradients, *buffers, *map(_scalar, scalars), self.muon_dtype)
+
+    def _store(self, unit: Unit, values: Tensor) -> None:
+        """Write a unit's updated parameters, unless the update did so."""
+        name, group = unit
+        if isinstance(group, MuonGroup):
+            members = [self.parameters[member].data for member in group.names]
+            torch._foreach_copy_(members, list(values[: len(members)].unbind(0)))
+        elif f"mean.{name}" in self._split:
+            self.parameters[name].data.copy_(values)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -175,11 +245,18 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the buffers by name, not copied, and `steps_taken`."""
-        return {"steps_taken": self.steps_taken, **self.state}
+        """Return `steps_taken` and the buffers by name: whole, whatever the number of ranks, all of
+        which call this. One process's are not copied."""
+        whole = {}
+        for name, buffer in self.state.items():
+            if name in self._split:
+                collected = self.ranks.start_gather(buffer).wait()[: self._shapes[name][0]]
+                buffer = collected.cpu() if self.ranks.is_master else buffer
+            whole[name] = buffer
+        return {"steps_taken": self.steps_taken, **whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from saved buffers.
+        """Continue from saved buffers, of however many ranks they are.
 
         Raises:
             ValueError: a buffer is missing, unknown, or of another shape.
@@ -188,15 +265,22 @@ class Optimizer:
         if buffers.keys() != self.state.keys() or "steps_taken" not in state:
             odd = sorted((self.state.keys() | {"steps_taken"}) ^ state.keys())
             raise ValueError(f"optimizer state does not fit this model; differing: {odd[:4]}")
-        for name, buffer in self.state.items():
-            if buffer.shape != buffers[name].shape:
+        for name, shape in self._shapes.items():
+            if buffers[name].shape != shape:
                 raise ValueError(
                     f"optimizer buffer {name} is {tuple(buffers[name].shape)} in the checkpoint, "
-                    f"{tuple(buffer.shape)} in this model"
+                    f"{tuple(shape)} in this model"
                 )
         for name, buffer in self.state.items():
-            buffer.copy_(buffers[name])
+            rows = self._split.get(name, range(buffer.size(0)))
+            own = buffers[name][rows.start : rows.stop]
+            buffer[: len(own)] = own
+            buffer[len(own) :] = 0
         self.steps_taken = int(state["steps_taken"])
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -12,6 +12,7 @@ keep what they once had, so `RESERVED_SHARE` of the device is not counted.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +21,12 @@ from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.loss import chunk_tokens
 
+CPU_TOKENS = 2**13
+"""Tokens in a micro-batch beyond which processors get no faster, only fuller."""
 RESERVED_SHARE = 0.10
 """Share of the device's memory left for its context, fragmentation and a desktop."""
 LOSS_CHUNK_TENSORS = 4
-"""float32 tensors of a chunk's logits alive at once."""
+"""Tensors of a chunk's logits alive at once, in the compute dtype."""
 MUON_STACK_BYTES = 20
 """Temporary bytes per element of the largest Muon stack: both copies, the update, products."""
 
@@ -54,19 +57,25 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: ModelConfig, compute_dtype: torch.dtype, device: torch.device, world_size: int = 1
+    config: ModelConfig,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    world_size: int = 1,
+    memory_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of one rank.
 
     Args:
         compute_dtype: dtype of activations; embeddings are stored in it when it is bfloat16.
-        device: its kind decides how many logits the loss forms at a time.
+        device: its kind and memory decide how many logits the loss forms at a time.
         world_size: ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
+        memory_bytes: what the device has; by default it is asked.
     """
     counts = count_parameters(config)
     compute_bytes = compute_dtype.itemsize
     tables = counts.embedding + counts.value_embeddings
     masters = counts.total - tables
+    chunk = chunk_tokens(config.padded_vocab_size, device, memory_bytes)
     table_bytes = 2 if compute_dtype == torch.bfloat16 else 4
     adamw = counts.total - counts.block_matrices
     # AdamW keeps two float32 moments, Muon one momentum (its row variances are negligible).
@@ -76,7 +85,9 @@ def estimate_memory(
         gradients=tables * table_bytes + masters * 4,
         optimizer_state=state // world_size,
         weight_casts=counts.scaling * compute_bytes if compute_bytes < 4 else 0,
-        workspace=max(_loss_workspace(config, device), _muon_workspace(config, world_size)),
+        workspace=max(
+            _loss_workspace(config, chunk * compute_bytes), _muon_workspace(config, world_size)
+        ),
         activations_per_row=config.sequence_length
         * activation_elements_per_token(config)
         * compute_bytes,
@@ -95,16 +106,23 @@ def activation_elements_per_token(config: ModelConfig) -> int:
     return config.num_layers * (16 * c + 3 * kv) + embedded * kv + 4 * c
 
 
-def max_device_batch_size(estimate: MemoryEstimate, memory_bytes: int, rows: int) -> int | None:
+def max_device_batch_size(
+    estimate: MemoryEstimate, memory_bytes: int, rows: int, most: float = math.inf
+) -> int | None:
     """Return the largest power of two of rows that fits, or None if not even one does.
 
-    It divides `rows`, the rows of one rank per optimizer step.
+    It divides `rows`, the rows of one rank per optimizer step, and is not above `most`.
     """
     usable = memory_bytes * (1 - RESERVED_SHARE)
     size = 1
-    while rows % (2 * size) == 0 and estimate.total(2 * size) <= usable:
+    while rows % (2 * size) == 0 and 2 * size <= most and estimate.total(2 * size) <= usable:
         size *= 2
     return size if estimate.total(size) <= usable else None
+
+
+def useful_rows(device: torch.device, sequence_length: int) -> float:
+    """Return how many rows of a micro-batch still make training faster."""
+    return math.inf if device.type == "cuda" else CPU_TOKENS / sequence_length
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -118,11 +136,10 @@ def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
     return 2 * config.kv_dim * dtype.itemsize * kept
 
 
-def _loss_workspace(config: ModelConfig, device: torch.device) -> int:
+def _loss_workspace(config: ModelConfig, chunk_bytes: int) -> int:
     """A chunk's logits, and the unembedding's gradient that grows chunk by chunk."""
     vocab = config.padded_vocab_size
-    chunk = chunk_tokens(vocab, device) * vocab * 4
-    return LOSS_CHUNK_TENSORS * chunk + 4 * vocab * config.model_dim
+    return LOSS_CHUNK_TENSORS * chunk_bytes * vocab + 4 * vocab * config.model_dim
 
 
 def _muon_workspace(config: ModelConfig, world_size: int) -> int:

@@ -24,6 +24,7 @@ from archerchat.planning.memory import (
     kv_bytes_per_token,
     kv_cache_bytes,
     max_device_batch_size,
+    useful_rows,
 )
 from archerchat.planning.peak_flops import peak_flops
 from archerchat.runtime import DTYPES, build_runtime, dtype_name, training_dtype
@@ -36,8 +37,16 @@ CHARACTERS_PER_TOKEN = 4.4
 KEPT_BY_PACKING = 0.75
 """Share of tokens that best-fit packing keeps at 2,048 tokens: simulated 0.72 to 0.78 for
 document lengths like the web's (mean 800 to 1,000 tokens); 0.95 for short, even ones."""
+TOKENS_PER_SHARD = int(CHARACTERS_PER_SHARD / CHARACTERS_PER_TOKEN * KEPT_BY_PACKING)
 TRAIN_SHARDS = 6542
 """Training shards of climbmix-400b-shuffle (SPEC section 4)."""
+
+VOCAB_SIZE = 32768
+EVAL_EVERY = 250
+EVAL_TOKENS = 41_943_040
+"""Pretraining's defaults: steps between evaluations, and validation tokens of each."""
+FORWARD_SHARE = 1 / 3
+"""Share of a training token's operations that an evaluated token takes."""
 
 MFU_DATA_CENTRE = 0.40
 MFU_GEFORCE = 0.65
@@ -52,8 +61,12 @@ class PlanConfig(Config):
 
     dial: DialConfig
     """The run."""
-    vocab_size: PositiveInt = 32768
-    """Number of tokens in the tokenizer's vocabulary."""
+    data: str | None = None
+    """Data source on this machine whose text is measured. Defaults to an estimate for ClimbMix."""
+    tokenizer: str = "default"
+    """Name of the tokenizer that measures --data."""
+    vocab_size: PositiveInt = VOCAB_SIZE
+    """Number of tokens in the tokenizer's vocabulary; with --data it is the tokenizer's."""
     gpu: str | None = None
     """Card to train on, such as "RTX 5060 Ti" or "H100". Defaults to this machine's device."""
     gpu_memory: PositiveFloat | None = None
@@ -64,6 +77,10 @@ class PlanConfig(Config):
     """Share of the peak rate that training reaches. Defaults to an estimate by kind of device."""
     prices: Prices = field(default_factory=Prices)
     """Prices for the estimated cost."""
+    eval_every: PositiveInt | None = EVAL_EVERY
+    """Steps between evaluations; `none` for never."""
+    eval_tokens: PositiveInt = EVAL_TOKENS
+    """Number of validation tokens of one evaluation."""
     tokens_per_shard: PositiveInt | None = None
     """Training tokens in one shard of text. Defaults to an estimate for ClimbMix."""
     json: bool = False
@@ -115,7 +132,10 @@ class MemoryPlan:
 class TimePlan:
     mfu: float
     tokens_per_second: float
+    num_evaluations: int
+    evaluation_hours: float
     hours: float
+    """Training and evaluations."""
     price_per_hour: float | None
     """Dollars per hour for one card: its rent, or its electricity; None if unknown."""
     price_note: str
@@ -204,10 +224,14 @@ def _schedule_points(schedule: Schedule) -> tuple[tuple[int, float, float, float
     return tuple((it, rate(it), momentum(it), decay(it)) for it in sorted(turns) if it <= last)
 
 
+def shards_for_depth(depth: int, most: int) -> int:
+    """Return the training shards that a model of this depth takes by default, at most `most`."""
+    tokens = build_hyperparameters(DialConfig(depth), VOCAB_SIZE).total_tokens
+    return min(math.ceil(tokens / TOKENS_PER_SHARD), most)
+
+
 def _plan_data(config: PlanConfig, total_tokens: int) -> DataPlan:
-    per_shard = config.tokens_per_shard or int(
-        CHARACTERS_PER_SHARD / CHARACTERS_PER_TOKEN * KEPT_BY_PACKING
-    )
+    per_shard = config.tokens_per_shard or TOKENS_PER_SHARD
     shards = min(math.ceil(total_tokens / per_shard), TRAIN_SHARDS)
     return DataPlan(
         tokens_per_shard=per_shard,
@@ -220,9 +244,11 @@ def _plan_data(config: PlanConfig, total_tokens: int) -> DataPlan:
 def _plan_memory(
     config: PlanConfig, hp: Hyperparameters, machine: Machine, rows: int
 ) -> MemoryPlan:
-    dtype = DTYPES[machine.compute_dtype]
-    estimate = estimate_memory(hp.model, dtype, torch.device(machine.device_type), config.num_gpus)
-    size = max_device_batch_size(estimate, machine.memory_bytes, rows)
+    dtype, device = DTYPES[machine.compute_dtype], torch.device(machine.device_type)
+    available = machine.memory_bytes
+    estimate = estimate_memory(hp.model, dtype, device, config.num_gpus, available)
+    most = useful_rows(device, hp.model.sequence_length)
+    size = max_device_batch_size(estimate, available, rows, most)
     return MemoryPlan(
         estimate=estimate,
         device_bytes=machine.memory_bytes,
@@ -237,11 +263,17 @@ def _plan_memory(
 def _plan_time(config: PlanConfig, hp: Hyperparameters, machine: Machine) -> TimePlan:
     mfu, gpu = config.mfu or machine.assumed_mfu, machine.gpu
     rate = config.num_gpus * machine.flops_per_second * mfu
-    hours = hp.total_flops / rate / 3600
+    steps, every = hp.num_iterations, config.eval_every
+    evaluations = 0 if every is None else math.ceil(steps / every)
+    evaluated = evaluations * config.eval_tokens * hp.flops_per_token * FORWARD_SHARE
+    evaluation_hours = evaluated / rate / 3600
+    hours = hp.total_flops / rate / 3600 + evaluation_hours
     price, note = config.prices.per_hour(gpu)
     return TimePlan(
         mfu=mfu,
         tokens_per_second=rate / hp.flops_per_token,
+        num_evaluations=evaluations,
+        evaluation_hours=evaluation_hours,
         hours=hours,
         price_per_hour=price,
         price_note=note,

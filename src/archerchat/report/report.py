@@ -150,7 +150,7 @@ def _comparison(
     row(BITS_OF_ANSWERS, {stage: value for stage, value in bits.items() if stage != "base"})
     for kind, name in SCORES.items():
         found = {s: result for s in stages if (result := latest(results, kind, s)) is not None}
-        full = kind == "core" and not any(result.cap for result in found.values())
+        full = kind == "core" and not any(result.conditions for result in found.values())
         row(name, {s: _score(r) for s, r in found.items()}, str(GPT2_CORE) if full else ABSENT)
         tasks = [(s, task) for s, r in found.items() for task in r.tasks if kind == "chat"]
         for label in dict.fromkeys(task.label for _, task in tasks):
@@ -163,7 +163,7 @@ def _comparison(
 def _score(result: Result) -> str:
     if result.score is None:
         return "some tasks" if result.complete else "unfinished"
-    return f"{result.score:z.4f}" + (f" ({result.cap} per task)" if result.cap else "")
+    return " ".join([f"{result.score:z.4f}", *(f"({each})" for each in result.conditions)])
 
 
 def _spendings(runs: Sequence[Run], results: Sequence[Result], prices: Prices) -> list[Spending]:

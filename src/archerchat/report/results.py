@@ -1,18 +1,21 @@
 """Read what evaluations left under `evals/<stage>/<tag>`: CORE, the offline tasks, ChatCORE.
 
 A file's name begins with its kind: `core_000960.json`, `offline_000960_max8.json`,
-`chat_step_000420.json`. While CORE runs, `core_000960.partial.json` has the tasks that are done,
-and under `key` what they belong to.
+`chat_step_000420.json`, `chat_step_000420_Arithmetic-10.json`. While an evaluation runs,
+`core_000960.partial.json` has the tasks that are done, and CORE's has under `key` what they belong
+to.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from archerchat.evals.chat import ANSWER_TOKENS
+from archerchat.evals.core.results import FULL_TASKS
 from archerchat.evals.statistics import centred, wilson_interval
 from archerchat.home import Home
 
@@ -52,14 +55,20 @@ class Result:
     """CORE, ChatCORE or the offline tasks' mean centred accuracy; None if tasks are missing."""
     tasks: tuple[TaskScore, ...]
     complete: bool
-    cap: int | None
-    """Most examples per task; None where all were used."""
+    conditions: tuple[str, ...]
+    """How it differs from the published evaluation, such as "at most 8 per task"."""
+
+    @property
+    def _fullness(self) -> tuple[bool, int, int, int]:
+        examples = sum(task.examples for task in self.tasks)
+        return self.score is not None, self.step, examples, -len(self.conditions)
 
 
 def load_results(home: Home, stage: str, tag: str) -> list[Result]:
-    """Return the evaluations of a model at a stage by step, the largest of a step last.
+    """Return the evaluations of a model at a stage: by step, the fullest of a step last.
 
-    Files that are damaged, or no evaluation, are skipped.
+    Those without a score, since tasks are missing, come first. Files that are damaged, or no
+    evaluation, are skipped.
     """
     results = []
     for kind in SCORES:
@@ -68,7 +77,7 @@ def load_results(home: Home, stage: str, tag: str) -> list[Result]:
                 results.append(_read_result(path, kind, stage, tag))
             except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
                 continue
-    return sorted(results, key=lambda result: (result.step, result.cap is None, result.cap))
+    return sorted(results, key=lambda result: result._fullness)
 
 
 def _read_result(path: Path, kind: Kind, stage: str, tag: str) -> Result:
@@ -84,8 +93,25 @@ def _read_result(path: Path, kind: Kind, stage: str, tag: str) -> Result:
         content.get("chatcore" if kind == "chat" else "core") if complete else None,
         tuple(_read_task(label, task) for label, task in by_label.items()),
         complete,
-        about.get("options", {}).get("max_per_task"),
+        tuple(_read_conditions(content, about, kind)),
     )
+
+
+def _read_conditions(
+    content: Mapping[str, Any], about: Mapping[str, Any], kind: Kind
+) -> Iterator[str]:
+    options, sampling = about.get("options", {}), about.get("sampling", {})
+    limits = [limit for limit in about.get("limits", {}).values() if limit is not None]
+    if cap := options.get("max_per_task") or max(limits, default=None):
+        yield f"at most {cap:,} per task"
+    if length := options.get("max_length"):
+        yield f"prompts of at most {length:,} tokens"
+    if kind == "core" and (tasks := content.get("num_tasks", FULL_TASKS)) != FULL_TASKS:
+        yield f"{tasks} of {FULL_TASKS} tasks"
+    if temperature := sampling.get("temperature"):
+        yield f"{sampling['num_samples']} sample(s) at temperature {temperature:g}"
+    if (tokens := sampling.get("max_new_tokens", ANSWER_TOKENS)) < ANSWER_TOKENS:
+        yield f"answers of at most {tokens:,} tokens"
 
 
 def _read_task(label: str, task: Mapping[str, Any]) -> TaskScore:

@@ -7,6 +7,7 @@ curve of the weights that are there now.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,11 +17,14 @@ from typing import Any
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
+from archerchat.training.loop import OVERFIT_SHARE
 from archerchat.training.telemetry import read_records
 
 STAGES = ("base", "sft", "rl")
 STEP_METRIC = "train/loss"
 """Logged with every step of training."""
+RENAMES = "renamed.json"
+"""File under the home: which models were renamed, in order (`archerchat models rename`)."""
 CLOCK = "train/seconds"
 """Time spent in training steps; it continues from the checkpoint that a session resumes from."""
 
@@ -46,6 +50,8 @@ class Run:
     """Values by name, then by step in ascending order."""
     texts: dict[str, dict[int, str]] = field(default_factory=dict)
     """Samples by name, then by step in ascending order."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Present names of models, by those that the journal has."""
 
     def setting(self, *path: str) -> Any:
         """Return what the configuration has at `path`, or None."""
@@ -63,7 +69,7 @@ class Run:
     def base(self) -> str | None:
         """The name of the model that the run started from."""
         tag = self.setting("identity", "base", "tag")
-        return str(tag) if tag else None
+        return self.renamed.get(tag, str(tag)) if tag else None
 
     @property
     def depth(self) -> int | None:
@@ -74,7 +80,8 @@ class Run:
     def model_tag(self) -> str:
         """The name of the model that the run trained."""
         given = self.setting("config", "output_tag" if self.base else "model_tag")
-        return str(given or self.base or (f"d{self.depth}" if self.depth else self.tag))
+        tag = str(given or self.base or (f"d{self.depth}" if self.depth else self.tag))
+        return self.renamed.get(tag, tag)
 
     @property
     def model(self) -> ModelConfig | None:
@@ -92,6 +99,15 @@ class Run:
     def steps(self) -> int:
         """Steps trained; one that was repeated counts once."""
         return max(self.metrics.get(STEP_METRIC, {}), default=-1) + 1
+
+    @property
+    def overfitting(self) -> bool:
+        """Whether validation ended worse than its best although the training loss fell since."""
+        bits, losses = self.metrics.get("val/bpb", {}), self.metrics.get("train/smooth_loss", {})
+        best = min(bits, key=lambda step: bits[step], default=0)
+        if not losses or not bits[max(bits)] > bits[best] * (1 + OVERFIT_SHARE):
+            return False
+        return losses[max(losses)] < losses.get(best - 1, math.inf)
 
     def values(self, metric: str) -> list[float]:
         """Return the finite values of a metric, by step."""
@@ -115,9 +131,29 @@ def load_run(home: Home, tag: str) -> Run:
         DataError: a journal is damaged.
         UsageError: there is no such run, or `tag` cannot be a run's name.
     """
-    run = build_run(tag, read_records(home, tag))
+    run = _read(home, tag, read_records(home, tag))
     if run is None:
         raise _no_such_run(home, tag)
+    return run
+
+
+def read_renames(home: Home) -> list[dict[str, Any]]:
+    """Return what was renamed: `from`, `to` and `time` of each."""
+    path = home.root / RENAMES
+    renames: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
+    return renames
+
+
+def _read(home: Home, tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
+    """Build a run, with the names that its models have now."""
+    if (run := build_run(tag, records)) is None:
+        return None
+    # A session adds a file to the journals. What was renamed before it is another model.
+    last = (home.run_dir(tag) / "journal").stat().st_mtime
+    for rename in read_renames(home):
+        if rename["time"] >= last:
+            old, new = rename["from"], rename["to"]
+            run.renamed = {k: new if v == old else v for k, v in run.renamed.items()} | {old: new}
     return run
 
 
@@ -191,7 +227,7 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
         # A session adds a file to the run's journals.
         tag = max(tags, key=lambda name: (home.run_dir(name) / "journal").stat().st_mtime_ns)
     # The first record says whose run it is; the rest is read of those that are chosen.
-    outlines = (build_run(name, islice(read_records(home, name), 1)) for name in tags)
+    outlines = (_read(home, name, islice(read_records(home, name), 1)) for name in tags)
     known = [run for run in outlines if run is not None]
     chosen = [run for run in known if tag in (run.tag, run.model_tag)]
     if not chosen:

@@ -18,7 +18,8 @@ from archerchat.errors import DataError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
 from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
-from archerchat.tasks.hub import Row, TableTask, TaskFiles, iter_json_lines, load_tables
+from archerchat.tasks.hub import Row, TableTask, TaskFiles, load_tables
+from archerchat.text_files import JSON_KINDS, iter_rows, list_folder
 
 ArcName = Literal["ARC-Easy", "ARC-Challenge"]
 TEST_SHARE = 20
@@ -96,22 +97,27 @@ def parse_answer(answer: str) -> list[dict[str, str]]:
 
 
 class JsonlTask(Task):
-    """The conversations of a file, or of the `*.jsonl` files of a folder in the names' order.
+    """The conversations of a file, or of the JSON files below a folder in the names' order.
 
-    Each line is `{"messages": [...]}` or the list of messages alone. All are checked when the file
-    is read, so a broken one is found before training begins.
+    Each line, or each value of a JSON list, is `{"messages": [...]}` or the list of messages alone.
+    All are checked when the file is read, so a broken one is found before training begins.
+
+    Args:
+        split: the files to read of a folder that names train and others; None reads all.
 
     Raises:
         DataError: there is none, or one is malformed; the message names the file and the line.
     """
 
-    def __init__(self, path: Path) -> None:
-        paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        self.name = path.name
+    def __init__(self, path: Path, split: Literal["train", "validation"] | None = None) -> None:
+        folder = list_folder(path, JSON_KINDS)
+        paths = {"train": folder.train, "validation": folder.held_out}.get(
+            split or "", sorted([*folder.train, *folder.held_out])
+        )
+        self.name, self.left_out = path.name, folder.left_out
+        self.split = split if folder.held_out else None
         self.rows = [
-            check_conversation(value, where)
-            for each in paths
-            for where, value in iter_json_lines(each)
+            check_conversation(value, where) for each in paths for where, value in iter_rows(each)
         ]
         if not self.rows:
             raise DataError(

@@ -2,8 +2,9 @@
 
 A conversation is `{"messages": [...]}`, each message `{"role": ..., "content": ...}`. Users write
 text; the assistant writes text or a list of parts, `{"type": ..., "text": ...}`, where the type is
-`text`, `python` (to be run) or `python_output` (what it printed). `tokenizer.chat_format` renders
-it. A task may add keys of its own beside `messages`, for its own judgement of an answer.
+`text`, `python` (to be run) or `python_output` (what it printed). Files may also have what OpenAI's
+do: text of others as a list of parts, and a developer for the system. `tokenizer.chat_format`
+renders it. A task may add keys of its own beside `messages`, for its own judgement of an answer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from archerchat.errors import DataError
 Conversation = dict[str, Any]
 
 PART_TYPES = ("text", "python", "python_output")
+UNSUPPORTED = ("tool_calls", "function_call", "tools", "functions")
+"""Keys of OpenAI's files that say what cannot be learned here."""
 
 
 def user(text: str) -> dict[str, Any]:
@@ -78,10 +81,12 @@ def check_messages(conversation: Any) -> list[dict[str, Any]]:
 
 def _check_content(content: Any, role: str, here: str) -> None:
     """Make sure that an assistant's content is text or a list of parts, and any other text."""
-    allowed = (str, list) if role == "assistant" else str
-    if not isinstance(content, allowed):
-        kind = "text or a list of parts" if role == "assistant" else "text"
-        raise DataError(f"{here} ({role}): content must be {kind}, not {_show(content)}")
+    if role != "assistant" and not isinstance(content, str):
+        raise DataError(f"{here} ({role}): only text can be learned, not {_show(content)}")
+    if not isinstance(content, str | list):
+        raise DataError(
+            f"{here} (assistant): content must be text or a list of parts, not {_show(content)}"
+        )
     for number, each in enumerate(content if isinstance(content, list) else ()):
         known = isinstance(each, Mapping) and each.get("type") in PART_TYPES
         if not known or not isinstance(each.get("text"), str):
@@ -94,7 +99,8 @@ def _check_content(content: Any, role: str, here: str) -> None:
 def check_conversation(value: Any, where: str) -> Conversation:
     """Return the conversation in `value`: `{"messages": [...]}`, or the bare list of messages.
 
-    It must be one that can be learned from: no content is empty, and there is an answer.
+    Other people's text in parts is joined, and a developer is the system. It must be one that can
+    be learned from: no content is empty, and there is an answer.
 
     Args:
         where: the place to name in errors, such as `talks.jsonl:12`.
@@ -104,6 +110,7 @@ def check_conversation(value: Any, where: str) -> Conversation:
     """
     conversation = {"messages": value} if isinstance(value, list) else value
     try:
+        conversation = _read_foreign(conversation)
         messages = check_messages(conversation)
         if all(message["role"] != "assistant" for message in messages):
             raise DataError(
@@ -119,6 +126,45 @@ def check_conversation(value: Any, where: str) -> Conversation:
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     return dict(conversation)
+
+
+def _read_foreign(conversation: Any) -> Any:
+    """Return what OpenAI's files hold as our own do; refuse what of it cannot be learned."""
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, list):
+        return conversation
+    _refuse_tools(conversation, "")
+    own = [_read_message(each, f"message {number}: ") for number, each in enumerate(messages)]
+    return {**conversation, "messages": own}
+
+
+def _read_message(message: Any, here: str) -> Any:
+    if not isinstance(message, Mapping):
+        return message
+    _refuse_tools(message, here)
+    role, content = message.get("role"), message.get("content")
+    if role in ("tool", "function") or message.get("weight") == 0:
+        what = "messages of weight 0" if message.get("weight") == 0 else "tool calls"
+        raise DataError(f"{here}{what} are not supported: remove the conversation")
+    changed = {"role": "system"} if role == "developer" else {}
+    if (
+        role != "assistant"
+        and content
+        and isinstance(content, list)
+        and all(map(_is_text, content))
+    ):
+        changed["content"] = "".join(each["text"] for each in content)
+    return {**message, **changed}
+
+
+def _is_text(value: Any) -> bool:
+    is_part = isinstance(value, Mapping) and value.get("type") == "text"
+    return is_part and isinstance(value.get("text"), str)
+
+
+def _refuse_tools(value: Mapping[str, Any], here: str) -> None:
+    if found := [key for key in UNSUPPORTED if value.get(key)]:
+        raise DataError(f"{here}tool calls ({found[0]}) are not supported: remove them")
 
 
 def _is_empty(content: str | list[dict[str, str]]) -> bool:

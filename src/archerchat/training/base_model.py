@@ -9,6 +9,7 @@ from typing import Any
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
 from archerchat.dial import DialConfig, LearningRates, build_hyperparameters, grad_accum_steps
+from archerchat.distributed import Ranks
 from archerchat.errors import CheckpointError
 from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
@@ -142,14 +143,18 @@ def build_model(
 
 
 def build_optimizer(
-    model: Transformer, rates: LearningRates, runtime: Runtime, compile: bool
+    model: Transformer,
+    rates: LearningRates,
+    runtime: Runtime,
+    compile: bool,
+    ranks: Ranks | None = None,
 ) -> Optimizer:
     """Return an optimizer in which nothing decays."""
     groups: list[AdamGroup | MuonGroup] = [
         replace(group, weight_decay=0.0) if isinstance(group, AdamGroup) else group
         for group in build_groups(model, rates)
     ]
-    return Optimizer(model, groups, runtime.compute_dtype, compile=compile)
+    return Optimizer(model, groups, runtime.compute_dtype, compile=compile, ranks=ranks)
 
 
 def describe_moments(base: BaseModel, warm_start: bool) -> str:

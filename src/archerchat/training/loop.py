@@ -12,10 +12,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -29,8 +29,17 @@ from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog, Occasion
 
+T = TypeVar("T")
 SMOOTHING = 0.9
 GC_EVERY = 5000
+SAVE_SECONDS = 900.0
+"""Time between checkpoints that are saved by time."""
+OVERFIT_SHARE = 0.002
+"""How much worse than its best the metric has to be for a warning: more than a step's noise."""
+OVERFITTING = (
+    "{} gets worse while the training loss falls: the model learns its text by heart. More text or "
+    "fewer steps would help"
+)
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
 WARMUP_STEPS = 5
@@ -52,6 +61,10 @@ class LoopState:
     last_val: float = math.nan
     best_val: float = math.inf
     """Its best value as `Metric.score` turns it: lower is better."""
+    best_smooth_loss: float = math.nan
+    """The average training loss when the metric was best; infinite before the first step."""
+    overfitting: bool = False
+    """Whether the metric is worse than its best although the training loss fell since."""
     best_saved: float = math.inf
     """The score of the best checkpoint, measured right after it was saved."""
     tokens: int = 0
@@ -122,18 +135,24 @@ class Loop(Stateful):
 
     Args:
         peak: of one device.
-        save_every, sample_every: steps from one to the next; None only does it at the end.
+        save_every: steps from one checkpoint to the next, or by "time"; one is saved at the end
+            in any case.
+        sample_every: steps from one sample to the next, and one at the end; None never samples.
+        evaluates_first: whether step 0 may be evaluated.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         peak: PeakFlops,
-        save_every: int | None = None,
+        save_every: int | Literal["time"] | None = None,
         sample_every: int | None = None,
+        evaluates_first: bool = True,
     ) -> None:
         self.recipe, self.optimizer, self.runtime = recipe, recipe.optimizer, recipe.runtime
+        self.ranks = recipe.optimizer.ranks
         self.save_every, self.sample_every = save_every, sample_every
+        self.evaluates_first = evaluates_first
         self.state = LoopState()
         self.scaler = torch.amp.GradScaler(
             self.runtime.device.type, enabled=self.runtime.compute_dtype == torch.float16
@@ -169,32 +188,48 @@ class Loop(Stateful):
         """Train until the last step is done or a signal asks to stop."""
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
-        stop, first_step = self._stop, self.state.step
-        self._saved_step = first_step
-        with stop.listening(), _without_gc(), explained_memory():
-            while True:
-                step = self.state.step
-                finished = step == self.recipe.total_steps(step)
-                if finished or _due(self.save_every, step):
-                    self._save(finished)
-                for evaluation in self.recipe.evaluations:
-                    due = _due(evaluation.every, step) and (step > 0 or evaluation.at_start)
-                    if not stop.asked and (finished or due):
-                        if evaluation.saves_first:
-                            self._save(finished)
-                        self._evaluate(step, evaluation)
-                sample_due = step > 0 and _due(self.sample_every, step)
-                if not stop.asked and (finished or sample_due):
-                    self._sample(step)
-                if stop.asked:
-                    self._save(finished)
-                    metrics.finish("interrupted")
-                if stop.asked or finished:
-                    return self._throughput.outcome(finished and not stop.asked)
-                self._train_step(step)
-                if step == first_step:
-                    gc.collect()
-                    gc.freeze()
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+        self._unsettled: list[Callable[[], None]] = []
+        with self._stop.listening(), _without_gc(), explained_memory():
+            try:
+                return self._run_steps()
+            finally:  # what was saved is complete, also where a later step fails
+                checkpoints.wait()
+
+    def _run_steps(self) -> Outcome:
+        first_step = self.state.step
+        while True:
+            step = self.state.step
+            finished = step == self.recipe.total_steps(step)
+            if finished or self._save_due(step):
+                self._save(finished)
+            for evaluation in self.recipe.evaluations:
+                at_start = evaluation.at_start and self.evaluates_first
+                due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
+                if due and not self._stopping():
+                    if evaluation.saves_first or self._saves_to_compare():
+                        self._save(finished)
+                    self._evaluate(step, evaluation)
+            if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
+                self._sample(step)
+            stopping = self._stopping()
+            if stopping:
+                self._save(finished)
+            if stopping or finished:
+                self._settle()
+                if stopping:
+                    self.metrics.finish("interrupted")
+                return self._throughput.outcome(finished and not stopping)
+            self._train_step(step)
+            if self._unsettled and not self.checkpoints.is_writing:
+                self._settle()
+            if step == first_step:
+                gc.collect()
+                gc.freeze()
+
+    def _stopping(self) -> bool:
+        """Whether any rank was asked to stop: all of them do, at the same place."""
+        return self.ranks.any(self._stop.asked)[0]
 
     def _train_step(self, step: int) -> None:
         started = time.perf_counter()
@@ -222,10 +257,14 @@ class Loop(Stateful):
             inputs, targets = self.recipe.next_micro_batch()
             self._throughput.wait_seconds += time.perf_counter() - asked
             loss = self.recipe.loss(inputs, targets)
-            self.scaler.scale(loss / accum).backward()  # type: ignore[no-untyped-call]
+            share = loss / (accum * self.ranks.world_size)  # the optimizer sums over the ranks
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         torch_optimizer = cast(torch.optim.Optimizer, self.optimizer)
         self.scaler.unscale_(torch_optimizer)
+        if self.scaler.is_enabled():  # a step that one rank skips is skipped by all
+            for found in self.scaler._found_inf_per_device(torch_optimizer).values():
+                self.ranks.start_sum(found).wait()
         self.scaler.step(
             torch_optimizer,
             settings.lr_multiplier,
@@ -235,6 +274,7 @@ class Loop(Stateful):
         self.scaler.update()
         self.optimizer.zero_grad()
         mean, last = torch.stack((total / accum, loss.detach())).tolist()  # waits for the device
+        mean, last = self.ranks.mean(mean, last)
         return mean, last
 
     def _require_finite(self, step: int, loss: float) -> None:
@@ -254,6 +294,7 @@ class Loop(Stateful):
         seconds, tokens = self._throughput.seconds[-1], self.recipe.step_tokens()
         rate, smooth = tokens / seconds, self._smooth()
         mfu = self._throughput.mfu(self.recipe.step_flops(), seconds)
+        own = dict(self.recipe.step_metrics())
         self.metrics.log(
             {
                 "train/loss": loss,
@@ -271,7 +312,7 @@ class Loop(Stateful):
             }
             | {name: rate * settings.lr_multiplier for name, rate in self._rates.items()}
             | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
-            | dict(self.recipe.step_metrics()),
+            | own,
             step,
         )
         steps = self.recipe.total_steps(self.state.step)
@@ -283,11 +324,13 @@ class Loop(Stateful):
             tokens_per_second=rate,
             mfu=mfu,
             seconds_left=self._throughput.seconds_left(steps - self.state.step),
+            more=self.recipe.shown_metrics(),
+            epochs=own.get("data/epochs"),
         )
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
         started = time.perf_counter()
-        values = self._stop.interruptible(lambda: dict(evaluation.measure(step)))
+        values = self._interruptible(lambda: dict(evaluation.measure(step)))
         if not values:
             return
         seconds = time.perf_counter() - started
@@ -299,41 +342,80 @@ class Loop(Stateful):
         )
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
 
+    def _interruptible(self, work: Callable[[], T]) -> T | None:
+        """Do long work that one process may leave at once; several ranks wait for each other."""
+        return work() if self.ranks.world_size > 1 else self._stop.interruptible(work)
+
     def _note_metric(self, value: float) -> None:
         """Remember the value, and push this step's checkpoint if none before scored as well."""
+        self._settle()
         state, metric = self.state, self.recipe.metric
         score = metric.score(value)
+        smooth = self._smooth() if state.step else math.inf
+        if score < state.best_val:
+            state.best_smooth_loss = smooth
+        # A policy's loss says nothing of its pass rate, which is better when higher.
+        worse = not metric.higher_is_better and value > state.best_val * (1 + OVERFIT_SHARE)
+        state.overfitting = worse and smooth < state.best_smooth_loss
+        if state.overfitting:
+            self.progress.note(f"warning: {OVERFITTING.format(metric.label)}")
         state.first_val = value if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = value, min(state.best_val, score)
         if 0 < state.step == self._saved_step:
             is_best = score < state.best_saved
             state.best_saved = min(state.best_saved, score)
-            self.checkpoints.note_measured(state.step, asdict(state))
+            if self.ranks.is_master:
+                self.checkpoints.note_measured(state.step, asdict(state))
             if is_best:
-                self._push("best", {metric.name: value})
+                self._push(state.step, "best", {metric.name: value})
 
     def _sample(self, step: int) -> None:
+        if not self.ranks.is_master:
+            return
         texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
         for name, text in (texts or {}).items():
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")
 
+    def _save_due(self, step: int) -> bool:
+        if self.save_every == "time":
+            return self.ranks.any(time.monotonic() - self._saved_at >= SAVE_SECONDS)[0]
+        return _due(self.save_every, step)
+
+    def _saves_to_compare(self) -> bool:
+        """Whether the best checkpoint is wanted, but none would be saved where it is measured."""
+        return self.save_every == "time" and self.metrics.push_checkpoints == "best"
+
     def _save(self, finished: bool) -> None:
-        """Save the state of this step, once."""
+        """Start saving the state of this step, once."""
         step = self.state.step
         if self._saved_step == step:
             return
+        self._settle()
         started = time.perf_counter()
-        self.checkpoints.save(step, self.state_dict(), finished)
-        self._saved_step = step
+        content = self.state_dict()  # on all ranks: it collects what they share
+        if self.ranks.is_master:
+            self.checkpoints.save(step, content, finished)
+        self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
-        self.progress.note(f"step {step}: checkpoint saved ({seconds:.1f} s)")
-        self._push("last", {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()})
+        self._unsettled.append(lambda: self._note_saved(step, seconds))
+        metadata = {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()}
+        self._unsettled.append(lambda: self._push(step, "last", metadata))
 
-    def _push(self, occasion: Occasion, metadata: Mapping[str, float]) -> None:
-        """Hand the checkpoint of this step over, if it is one to be pushed."""
-        step = self.state.step
-        path = self.checkpoints.find(step)
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written, and do what had to wait for it."""
+        if self.ranks.is_master:
+            self.checkpoints.wait()
+        for work in self._unsettled:
+            work()
+        self._unsettled.clear()
+
+    def _note_saved(self, step: int, seconds: float) -> None:
+        self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
+
+    def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
+        """Hand the checkpoint of a step over, if it is one to be pushed."""
+        path = self.checkpoints.find(step) if self.ranks.is_master else None
         if path is not None:
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
             if problem:
@@ -355,8 +437,8 @@ def _without_gc() -> Iterator[None]:
         gc.enable()
 
 
-def _due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
+def _due(every: int | None, step: int, finished: bool = False) -> bool:
+    return every is not None and (finished or step % every == 0)
 
 
 def _median(values: list[float]) -> float:

@@ -8,18 +8,25 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Literal
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
-from archerchat.checkpoint import Checkpoint
+from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import PositiveInt, Seed
+from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
 from archerchat.data.prefetch import Batch
 from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
+from archerchat.data.streams import Streams, saved_streams
 from archerchat.data.text_loader import TextLoader
+from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
 from archerchat.evals.core.bundle import find_bundle, load_bundle
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
@@ -31,6 +38,8 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
+from archerchat.planning.memory import estimate_memory, max_device_batch_size, useful_rows
+from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
@@ -51,18 +60,20 @@ class PretrainConfig(StageConfig):
     validation."""
     tokenizer: str = "default"
     """Name of the tokenizer (`archerchat tokenizer train`)."""
-    packing: Packing = "best-fit"
-    """`best-fit` crops documents to fill rows; `concat` keeps all text and splits documents."""
+    packing: Packing | Literal["auto"] = "auto"
+    """`best-fit` crops documents to fill rows; `concat` keeps all text and splits documents.
+    `auto` is best-fit for climbmix, fineweb-edu and text of which it keeps 90 %, else concat."""
     model_tag: str | None = None
     """Name of the model. Defaults to d<depth>."""
     seed: Seed = 42
     """Random seed for the initial weights."""
-    device_batch_size: PositiveInt = 32
-    """Rows per micro-batch. Halve it if you run out of memory; gradient accumulation keeps the
-    total batch the same."""
-    eval_every: PositiveInt | None = 250
-    """Steps between measurements of bits per byte on the validation shard."""
-    eval_tokens: PositiveInt = 41_943_040
+    device_batch_size: PositiveInt | None = None
+    """Rows per micro-batch; gradient accumulation keeps the total batch the same. Defaults to
+    `archerchat plan`'s, halved on a GPU until it fits."""
+    eval_every: PositiveInt | None = EVAL_EVERY
+    """Steps between measurements of bits per byte on the validation shard, and one at the end;
+    `none` for never."""
+    eval_tokens: PositiveInt = EVAL_TOKENS
     """Number of validation tokens to measure on."""
     core_metric_every: PositiveInt | None = None
     """Steps between evaluations of CORE on part of each task. Off by default."""
@@ -71,8 +82,6 @@ class PretrainConfig(StageConfig):
     core_bundle: str | None = None
     """CORE's bundle: a folder, or an archive's address. Defaults to the reference's bundle, which
     is downloaded."""
-    sample_every: PositiveInt | None = 2000
-    save_every: PositiveInt | None = 1000
     extend: bool = False
     """Resume even if the number of steps, batch size or schedule changed; prints the effect on the
     learning rate."""
@@ -82,9 +91,10 @@ class PretrainConfig(StageConfig):
 class PretrainRecipe(Recipe):
     """Train on packed text; measure bits per byte on other text."""
 
-    loader: TextLoader
+    loader: Streams[TextLoader]
     schedule: Schedule
     total_batch_tokens: int
+    prompts: Sequence[str] = SAMPLE_PROMPTS
 
     def total_steps(self, step: int) -> int:
         return self.schedule.num_iterations
@@ -100,20 +110,37 @@ class PretrainRecipe(Recipe):
             self.schedule.muon_weight_decay(step),
         )
 
+    def step_metrics(self) -> Mapping[str, float]:
+        """Return how often the text was passed over, and how much of it was in a row."""
+        usage = self.loader.first.usage
+        return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
+
+    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
+        before = self.loader.first.usage.epochs
+        batch = super().next_micro_batch()
+        if before <= 1 < self.loader.first.usage.epochs and self.progress is not None:
+            self.progress.note(
+                f"warning: the second pass over the text begins, with "
+                f"{self.loader.first.usage.text_share:.1%} of it seen: more text would be better"
+            )
+        return batch
+
     def sample(self, step: int) -> Mapping[str, str]:
         """Continue each prompt greedily."""
         bos, encode = self.tokenizer.bos_id, self.tokenizer.encode
-        prompts = [[bos, *encode(prompt)] for prompt in SAMPLE_PROMPTS]
+        room = self.model.config.sequence_length - 1
+        prompts = [[bos, *encode(prompt)][:room] for prompt in self.prompts]
         params = SamplingParams(SAMPLE_TOKENS, temperature=0, stop_token_ids=(bos,))
         engine = Engine(self.model, max_batch=len(prompts))
         texts = generate_texts(engine, self.tokenizer, prompts, params)
-        return {prompt: prompt + text for prompt, text in zip(SAMPLE_PROMPTS, texts, strict=True)}
+        return {prompt: prompt + text for prompt, text in zip(self.prompts, texts, strict=True)}
 
 
 class Pretraining(Stage):
     """Train a base model from fresh weights."""
 
     name, command, done = "base", "pretrain", "trained"
+    evaluates_first = False  # random weights: the first losses are worth more than a long wait
 
     def __init__(
         self,
@@ -132,18 +159,15 @@ class Pretraining(Stage):
         self.tokenizer = tokenizer or Tokenizer.load(find_tokenizer(home, config.tokenizer))
         self.hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
         self.schedule = build_schedule(dial, self.hp)
-        self.grad_accum_steps = grad_accum_steps(
-            self.hp.total_batch_tokens,
-            config.device_batch_size,
-            dial.max_seq_len,
-            self.runtime.world_size,
-        )
+        self.tag = config.model_tag or f"d{dial.depth}"
+        self.rows = config.device_batch_size or self._choose_rows()
+        self.grad_accum_steps = self._count_micro_batches()
         self.shards = split_shards(list_shards(data_directory(config.data, home)))
         self.backend, reason = choose_attention(self.runtime, config.attention)
-        self.tag = config.model_tag or f"d{dial.depth}"
         self.run_name = config.run or self.tag
         self.seed, self.num_iterations = config.seed, self.hp.num_iterations
         self.extend = config.extend
+        self.packing, self.packing_reason = self._choose_packing()
         self.meta = self.describe(
             asdict(self.hp.model),
             {"name": config.tokenizer, "fingerprint": self.tokenizer.fingerprint},
@@ -152,16 +176,38 @@ class Pretraining(Stage):
             validation=[[path.name, path.stat().st_size] for path in self.shards[1]],
             attention=f"{self.backend} ({reason})",
         )
-        self.meta["config"]["data"] = self._data_name()
+        self.meta["config"] |= {
+            "data": self._data_name(),
+            "device_batch_size": self.rows,
+            "packing": self.packing,
+        }
+
+    @cached_property
+    def text(self) -> TextSample:
+        """What a sample of the training text shows."""
+        return measure_text(self.shards[0], self.tokenizer, self.hp.model.sequence_length + 1)
+
+    def _choose_packing(self) -> tuple[Packing, str]:
+        """Return the packing and the reason for it; a run that is there keeps its own."""
+        if self.config.packing != "auto":
+            return self.config.packing, "given"
+        if list_checkpoints(self.directory):
+            path = find_checkpoint(self.directory, self.config.resume_from_step)
+            saved = load_checkpoint(path, sections=()).meta.get("identity", {}).get("packing")
+            if saved:
+                return saved, "as this run began"
+        if self.config.data in SOURCES:
+            return "best-fit", "as the reference packs this source"
+        return self.text.packing, f"best-fit would keep {self.text.kept:.1%} of the text"
 
     def _identity(self) -> dict[str, object]:
         config, hp, dial = self.config, self.hp, self.config.dial
         return {
             "model": asdict(hp.model),
             "tokenizer": self.tokenizer.fingerprint,
-            "packing": config.packing,
+            "packing": self.packing,
             "seed": config.seed,
-            "device_batch_size": config.device_batch_size,
+            "device_batch_size": self.rows,
             "total_batch_size": hp.total_batch_tokens,
             "num_iterations": hp.num_iterations,
             "learning_rates": asdict(hp.learning_rates),
@@ -170,6 +216,59 @@ class Pretraining(Stage):
             "warmdown_ratio": dial.warmdown_ratio,
             "final_lr_frac": dial.final_lr_frac,
         }
+
+    def _count_micro_batches(self) -> int:
+        length = self.hp.model.sequence_length
+        return grad_accum_steps(
+            self.hp.total_batch_tokens, self.rows, length, self.runtime.world_size
+        )
+
+    def _choose_rows(self) -> int:
+        """Return the saved run's rows per micro-batch, or of a new one as many as fit."""
+        model, runtime, self.rows = self.hp.model, self.runtime, 1
+        rows = self._count_micro_batches()
+        if not self.config.overwrite and list_checkpoints(self.directory):
+            path = find_checkpoint(self.directory)
+            identity = load_checkpoint(path, sections=()).meta.get("identity", {})
+            saved: int = identity.get("device_batch_size", 0)
+            if saved and rows % saved == 0:
+                return saved
+        device, available = runtime.device, runtime.total_memory_bytes()
+        estimate = estimate_memory(
+            model, runtime.compute_dtype, device, runtime.world_size, available
+        )
+        most = useful_rows(device, model.sequence_length)
+        fitting = max_device_batch_size(estimate, available, rows, most) or 1
+        least: int = min(self.ranks.gather(fitting))
+        return least
+
+    def _fit_rows(self, recipe: Recipe) -> None:
+        """Halve the micro-batch until a forward and a backward pass fit on every rank."""
+        while True:
+            shape = self.rows, self.hp.model.sequence_length
+            tokens = torch.zeros(shape, dtype=torch.long, device=self.runtime.device)
+            too_large = False
+            try:
+                recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+            except torch.OutOfMemoryError:
+                if self.rows == 1:
+                    raise
+                too_large = True
+            finally:
+                recipe.optimizer.zero_grad()
+            if not self.ranks.any(too_large)[0]:
+                return
+            if self.runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.console.print(
+                f"{self.rows} rows per micro-batch do not fit into memory: {self.rows // 2} now"
+            )
+            self.rows //= 2
+            self.grad_accum_steps = recipe.grad_accum_steps = self._count_micro_batches()
+            for saved in (self.meta["identity"], self.meta["config"]):
+                saved["device_batch_size"] = self.rows
+            recipe.loader.close()
+            recipe.loader = self._open_streams(None)
 
     def _data_name(self) -> str:
         """Return the source's name, which stays valid if the home moves, or an absolute path."""
@@ -183,23 +282,28 @@ class Pretraining(Stage):
         model.init_weights(config.seed)
         model.to(runtime.device)
         groups = build_groups(model, self.hp.learning_rates)
-        train, validation = self.shards
+        validation = self.shards[1]
         recipe = PretrainRecipe(
             runtime=runtime,
             model=model,
-            optimizer=Optimizer(model, groups, runtime.compute_dtype, compile=config.compile),
-            loader=self._open_loader(train),
+            optimizer=Optimizer(
+                model, groups, runtime.compute_dtype, compile=config.compile, ranks=self.ranks
+            ),
+            loader=self._open_streams(start),
             tokenizer=self.tokenizer,
             grad_accum_steps=self.grad_accum_steps,
             compile=config.compile,
             schedule=self.schedule,
             total_batch_tokens=self.hp.total_batch_tokens,
+            prompts=config.sample_prompt or SAMPLE_PROMPTS,
         )
-        rows = config.device_batch_size * dial.max_seq_len
+        if start is None and config.device_batch_size is None and runtime.device.type == "cuda":
+            self._fit_rows(recipe)
+        rows = self.rows * dial.max_seq_len
         eval_steps, text_bytes = max(1, config.eval_tokens // rows), _text_bytes(validation)
 
         def measure_bits(step: int) -> Mapping[str, float]:
-            with self._open_loader(validation) as loader:
+            with self._open_loader(validation, 0, 1) as loader:
                 batches = _iter_once(loader, eval_steps, text_bytes, recipe)
                 return {"val/bpb": recipe.bits_per_byte(batches)}
 
@@ -213,23 +317,34 @@ class Pretraining(Stage):
             )
         return recipe
 
-    def _open_loader(self, shards: list[Path]) -> TextLoader:
+    def _open_streams(self, start: Checkpoint | None) -> Streams[TextLoader]:
+        """Open the training text, in as many streams as the run began with ranks."""
+        count = saved_streams(start.state["loader"]) if start else self.ranks.world_size
+        open_stream = partial(self._open_loader, self.shards[0])
+        return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
+
+    def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
         return TextLoader(
             shards,
             self.tokenizer,
-            batch_size=self.config.device_batch_size,
+            batch_size=self.rows,
             sequence_length=self.config.dial.max_seq_len,
-            packing=self.config.packing,
+            rank=stream,
+            world_size=count,
+            packing=self.packing,
             extend=self.config.extend,
         )
 
     def _build_core_metric(self, recipe: Recipe) -> Callable[[int], Mapping[str, float]]:
         """Return what measures CORE; its prompts are made once and kept."""
-        folder = find_bundle(
-            self.config.core_bundle, self.home.cache_dir, notify=self.console.print
+        bundle, cache = self.config.core_bundle, self.home.cache_dir
+        folder = self.ranks.first_alone(
+            lambda: find_bundle(bundle, cache, notify=self.console.print)
         )
         options = CoreOptions(max_per_task=self.config.core_metric_max_per_task)
-        evaluation = CoreEvaluation(load_bundle(folder), self.tokenizer, options, keep_prompts=True)
+        evaluation = CoreEvaluation(
+            load_bundle(folder), self.tokenizer, options, self.ranks, keep_prompts=True
+        )
 
         def measure(step: int) -> Mapping[str, float]:
             result = evaluation.run(
@@ -255,9 +370,18 @@ class Pretraining(Stage):
         yield (
             "training",
             f"{hp.num_iterations:,} steps of {hp.total_batch_tokens:,} tokens "
-            f"({self.grad_accum_steps} x {self.config.device_batch_size} rows of "
+            f"({self.grad_accum_steps} x {self.rows} rows of "
             f"{hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
         )
+        yield "packing", f"{self.packing} ({self.packing_reason})"
+        yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
+
+    def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
+        """Say how much of the text the model saw, and how often."""
+        assert isinstance(recipe, PretrainRecipe)
+        usage = recipe.loader.first.usage
+        line = f"text: {usage.epochs:.2f} passes; {usage.text_share:.1%} of it was in a row"
+        return [line] if finished else []
 
     def prepare_resume(self, start: Checkpoint) -> list[str]:
         """Say what `--extend` changes, and move later checkpoints out of the run's way."""
@@ -285,11 +409,12 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
 
 
 def _iter_once(loader: TextLoader, count: int, text_bytes: int, recipe: Recipe) -> Iterator[Batch]:
-    """Yield `count` batches, or as many as hold the validation text once."""
-    sizes, seen = recipe.tokenizer.token_bytes, 0
+    """Yield this rank's of `count` batches, or of as many as hold the validation text once."""
+    sizes, seen, ranks = recipe.tokenizer.token_bytes, 0, recipe.optimizer.ranks
     for done in range(1, count + 1):
         batch = next(loader)
-        yield batch
+        if done % ranks.world_size == ranks.rank:
+            yield batch
         seen += int(sizes[batch.targets].sum())
         recipe.show_progress("evaluating", max(done / count, seen / text_bytes))
         if seen >= text_bytes:

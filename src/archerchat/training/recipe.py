@@ -63,7 +63,7 @@ class Evaluation:
     measure: Callable[[int], Mapping[str, float]]
     """Returns metrics by name, given the step. Names with two slashes are logged, not printed."""
     every: int | None
-    """Steps from one measurement to the next; None measures only at the end."""
+    """Steps from one measurement to the next, and one at the end; None never measures."""
     seconds_name: str = "eval/seconds"
     """The metric that holds how long it took."""
     at_start: bool = True
@@ -73,7 +73,7 @@ class Evaluation:
 
 
 class BatchLoader(Stateful, Protocol):
-    """An endless source of batches whose position a checkpoint holds."""
+    """An endless source of this rank's batches whose position a checkpoint holds."""
 
     def __next__(self) -> Batch: ...
     def close(self) -> None: ...
@@ -126,6 +126,10 @@ class Recipe(ABC):
         """Return the stage's own metrics of the step that is done, by name."""
         return {}
 
+    def shown_metrics(self) -> Mapping[str, float]:
+        """Return the stage's own figures for the progress line."""
+        return {}
+
     def final_metrics(self) -> Mapping[str, float]:
         """Return the stage's own figures for a finished run's summary, by name."""
         return self.step_metrics()
@@ -169,9 +173,10 @@ class Recipe(ABC):
         load_rng_state_dict(state["rng"])
 
     def bits_per_byte(self, batches: Iterable[Batch]) -> float:
-        """Measure bits per byte of the targets in `batches`."""
+        """Measure bits per byte of the targets in all ranks' `batches`."""
         pairs = (self.to_device(batch) for batch in batches)
-        return evaluate_bits_per_byte(self._token_losses, pairs, self._token_bytes)
+        ranks = self.optimizer.ranks
+        return evaluate_bits_per_byte(self._token_losses, pairs, self._token_bytes, ranks)
 
     def show_progress(self, what: str, share: float | None = None) -> None:
         """Say on the progress line what takes long, and how much of it is done."""

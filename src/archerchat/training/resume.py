@@ -6,21 +6,26 @@ A run's identity is everything that decides its weights. `--extend` allows part 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from archerchat.checkpoint import (
     Checkpoint,
     find_checkpoint,
+    find_model,
     list_checkpoints,
     load_checkpoint,
     replace_values,
     save_checkpoint,
 )
-from archerchat.config import compare_configs
+from archerchat.config import compare_configs, from_json
 from archerchat.errors import CheckpointError, UsageError
+from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 
 EXTENDABLE = (
@@ -33,25 +38,61 @@ EXTENDABLE = (
     "warmdown_ratio",
     "final_lr_frac",
 )
+EXTENDABLE_FLAGS = re.compile(
+    r"num_iterations|\w+_batch_size|target_\w+|\w+_lr|weight_decay|warm\w+|final_lr_frac"
+)
+FREE_FLAGS = re.compile(
+    r"device|attention|compile|run|push_checkpoints|tags|save_every|keep_last|(core|sample|eval)_\w+|"
+    r"resume\w*|overwrite|extend|data_dir|val_jsonl|output_tag"
+)
+"""Flags that may change from one session of a run to the next."""
+BASE_FLAGS = ("model_tag", "model_step", "source")
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class CheckpointWriter:
-    """Write a run's checkpoints and prune older ones."""
+    """Write a run's checkpoints and prune older ones.
 
-    directory: Path
-    meta: Mapping[str, Any]
-    """Kept with each of them; `identity` in it decides who may resume."""
-    keep_last: int
+    `save` copies the state to the CPU and returns; a thread writes the copy while training goes on.
+    A process that is killed meanwhile leaves the checkpoint before.
+
+    Args:
+        meta: kept with each of them; `identity` in it decides who may resume.
+    """
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], keep_last: int) -> None:
+        self.directory, self.meta, self.keep_last = directory, meta, keep_last
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
 
     def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
-        """Save a step's state.
+        """Start saving a step's state, once the one before is written; raises as `wait` does."""
+        self.wait()
+        staged = {
+            section: {
+                name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+                for name, value in entries.items()
+            }
+            for section, entries in state.items()
+        }
+        meta = {**self.meta, "finished": finished}
+        self._writing = self._pool.submit(
+            save_checkpoint, self.directory, step, staged, meta, keep_last=self.keep_last
+        )
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    def wait(self) -> None:
+        """Wait until what was saved last is on the disk.
 
         Raises:
-            CheckpointError: it cannot be written; older checkpoints are untouched.
+            CheckpointError: it could not be written; older checkpoints are untouched.
         """
-        meta = {**self.meta, "finished": finished}
-        save_checkpoint(self.directory, step, state, meta, keep_last=self.keep_last)
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
         """Let a saved step know what was measured after it was saved."""
@@ -59,20 +100,55 @@ class CheckpointWriter:
             replace_values(path, "loop", loop)
 
     def find(self, step: int) -> Path | None:
-        """Return the path of a step's checkpoint, if there is one."""
+        """Return the path of a step's checkpoint, if there is one, once it is written."""
+        self.wait()
         saved = step in list_checkpoints(self.directory)
         return find_checkpoint(self.directory, step) if saved else None
 
 
+def load_settings(kind: type[T], home: Home, stage: str, tag: str) -> T:
+    """Return the settings of a model's last checkpoint, as a configuration that resumes its run.
+
+    Raises:
+        UsageError: there is no such model.
+        CheckpointError: its checkpoint is damaged, or has no training state.
+    """
+    path = find_checkpoint(find_model(home, stage, tag))
+    meta = load_checkpoint(path, sections=()).meta
+    identity = _identity(path, meta)
+    saved = {**meta["config"], "resume": tag, "resume_from_step": None, "overwrite": False}
+    saved |= {"extend": False, "dtype": identity["dtype"]}
+    if stage == "base":
+        saved["model_tag"] = tag
+    else:
+        base = identity["base"]
+        saved |= {"output_tag": tag, "model_tag": base["tag"], "model_step": base["step"]}
+    return from_json(kind, saved)
+
+
+def _identity(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+    if "identity" not in meta:
+        raise CheckpointError(
+            f"{path} has weights but no training state to resume ({meta.get('source', '?')}): "
+            f"choose another {_tag_flag(meta)} for a new run"
+        )
+    identity: dict[str, Any] = meta["identity"]
+    return identity
+
+
+def _tag_flag(meta: Mapping[str, Any]) -> str:
+    return "--model-tag" if meta.get("stage", "base") == "base" else "--output-tag"
+
+
 def find_start(
-    directory: Path, identity: Mapping[str, Any], step: int | None, extend: bool = False
+    directory: Path, current: Mapping[str, Any], step: int | None, extend: bool = False
 ) -> Checkpoint | None:
     """Load the checkpoint to resume from, or return None if the model has none yet.
 
     Args:
         directory: the model's checkpoints.
-        identity: identity of the run that is asked for; its `num_iterations` is None where the
-            data decides the end.
+        current: meta of the run that is asked for. The `num_iterations` of its identity is None
+            where the data decides the end.
         step: the checkpoint to take; None takes the latest.
         extend: allow differences in what `EXTENDABLE` names.
 
@@ -89,21 +165,20 @@ def find_start(
         return None
     path = find_checkpoint(directory, step)
     meta = load_checkpoint(path, sections=()).meta
-    if "identity" not in meta:
-        raise CheckpointError(
-            f"{path} has weights but no training state to resume ({meta.get('source', '?')}): "
-            "choose another --model-tag for a new run"
-        )
-    differences = compare_configs(meta["identity"], identity)
+    identity = current["identity"]
+    differences = compare_configs(_identity(path, meta), identity)
+    # A base model of the same weights may have been renamed.
+    differences = [d for d in differences if not d.startswith("base.tag:")]
     refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
     if refused:
         base = meta.get("stage", "base") == "base"  # the only stage that has --extend
         allowed = base and not extend and all(d.startswith(EXTENDABLE) for d in refused)
         remedy = "continue with the new settings by --extend, or " if allowed else ""
-        tag = "--model-tag" if base else "--output-tag"
+        shown = _changed_flags(meta, current, extend) or refused
         raise UsageError(
-            f"{path} belongs to a different run: {'; '.join(refused)}. Use the saved settings to "
-            f"resume it exactly, {remedy}choose another {tag} for a new run"
+            f"{path} belongs to a different run: {'; '.join(shown)}. Resume it with its saved "
+            f"settings by --resume {directory.name}, {remedy}choose another {_tag_flag(meta)} for "
+            "a new run, or start this one over by --overwrite"
         )
     start = load_checkpoint(path)
     horizon = identity["num_iterations"]
@@ -113,6 +188,23 @@ def find_start(
             "or an earlier checkpoint by --resume-from-step"
         )
     return start
+
+
+def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend: bool) -> list[str]:
+    """Return one line for each flag that was given another value than in the saved run.
+
+    A value that became the same in the end, such as the default, is no difference.
+    """
+    lines, before, now = [], saved["identity"], current["identity"]
+    for line in compare_configs(saved["config"], current["config"]):
+        name, _, values = line.partition(": ")
+        flag = name.rpartition(".")[2]
+        decides = "base" if flag in BASE_FLAGS else flag
+        same = before.get(decides) == now.get(decides) and (flag in BASE_FLAGS or flag in now)
+        allowed = extend and EXTENDABLE_FLAGS.fullmatch(flag)
+        if not (same or allowed or FREE_FLAGS.fullmatch(flag) or values.startswith("absent")):
+            lines.append(f"--{flag.replace('_', '-')}: {values.replace('None', 'none')}")
+    return lines
 
 
 def describe_extension(

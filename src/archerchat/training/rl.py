@@ -32,6 +32,7 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.flops import flops_per_token
 from archerchat.model.loss import IGNORED, weighted_loss
 from archerchat.tasks.base import Task
+from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import (
     build_model,
@@ -88,12 +89,12 @@ class ReinforceConfig(StageConfig):
     lr_scale: NonNegativeFloat = RATE_SCALE
     """Factor on the base model's learning rates."""
     eval_every: PositiveInt | None = 60
-    """Steps between measurements of pass@k on the task's test."""
+    """Steps between measurements of pass@k on the task's test, and one at the end; `none` for
+    never."""
     eval_examples: PositiveInt = 400
     """Number of test questions to measure on."""
     eval_samples: PositiveInt = 8
     """Answers per test question (k in pass@k)."""
-    save_every: PositiveInt | None = 60
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,6 +126,8 @@ class ReinforceRecipe(Recipe):
     """Questions to measure on."""
     num_iterations: int
     eval_sampling: SamplingParams
+    prompts: tuple[str, ...] = ()
+    """Questions to show answers to; the test's first ones if there are none."""
     _batch: RolloutBatch | None = field(default=None, init=False)
     """The micro-batch that `loss` is asked for."""
     passed: dict[str, float] = field(default_factory=dict, init=False)
@@ -174,6 +177,9 @@ class ReinforceRecipe(Recipe):
         """Return what the step's rollouts were worth."""
         return self.loader.metrics()
 
+    def shown_metrics(self) -> Mapping[str, float]:
+        return {"reward": self.loader.metrics()["rollout/reward"]}
+
     def final_metrics(self) -> Mapping[str, float]:
         """Return the last step's figures and pass@k."""
         return {**self.step_metrics(), **self.passed}
@@ -187,15 +193,18 @@ class ReinforceRecipe(Recipe):
             self.show_progress("evaluating", done / total)
 
         sampling = self.eval_sampling
-        result = evaluate_task(engine, self.tokenizer, self.test, sampling, on_progress=on_progress)
+        result = evaluate_task(
+            engine, self.tokenizer, self.test, sampling, self.optimizer.ranks, on_progress
+        )
         self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
         return self.passed
 
     def sample(self, step: int) -> Mapping[str, str]:
-        """Answer the test's first questions greedily, with the calculator."""
+        """Answer the given or the test's first questions greedily, with the calculator."""
         engine, count = self.loader.engine, min(SAMPLES, len(self.test))
         engine.refresh_weights()
-        questions = [self.test[index] for index in range(count)]
+        own: list[Conversation] = [{"messages": [user(prompt)]} for prompt in self.prompts]
+        questions = own or [self.test[index] for index in range(count)]
         limit = self.eval_sampling.max_new_tokens
         return answer_questions(engine, self.tokenizer, questions, limit)
 
@@ -210,7 +219,7 @@ class Reinforcement(Stage):
         super().__init__(config, home, console)
         self.config = config
         self.base = base = find_base_model(home, config.source, config.model_tag, config.model_step)
-        self.train, self.test = self._build_tasks()
+        self.train, self.test = self.ranks.first_alone(self._build_tasks)
         steps = config.num_epochs * len(self.train) // config.examples_per_step
         self.num_iterations: int = config.num_iterations or max(1, steps)
         # Fine-tuning has scaled the rates already; the factor is on pretraining's.
@@ -219,6 +228,11 @@ class Reinforcement(Stage):
         self.rollouts = RolloutSettings(
             config.examples_per_step, config.sampling, config.device_batch_size
         )
+        if config.examples_per_step % self.ranks.world_size:
+            raise UsageError(
+                f"--examples-per-step is {config.examples_per_step}, which {self.ranks.world_size} "
+                "ranks cannot share: make it a multiple"
+            )
         self.backend, reason = choose_attention(self.runtime, config.attention)
         self.tag = config.output_tag or base.tag
         self.run_name = config.run or f"{self.tag}-rl"
@@ -266,19 +280,21 @@ class Reinforcement(Stage):
     def build_recipe(self, start: Checkpoint | None) -> ReinforceRecipe:
         config, runtime, tokenizer = self.config, self.runtime, self.base.tokenizer
         model = build_model(self.base, start, runtime, self.backend)
-        engine = Engine(model, config.rollout_batch_size)
+        on_cuda = model.device.type == "cuda"
+        engine = Engine(model, config.rollout_batch_size, compile=on_cuda)
         recipe = ReinforceRecipe(
             runtime=runtime,
             model=model,
-            optimizer=build_optimizer(model, self.rates, runtime, config.compile),
-            loader=RolloutLoader(engine, tokenizer, self.train, self.rollouts),
+            optimizer=build_optimizer(model, self.rates, runtime, config.compile, self.ranks),
+            loader=RolloutLoader(engine, tokenizer, self.train, self.rollouts, self.ranks),
             tokenizer=tokenizer,
-            grad_accum_steps=self.rollouts.batches,
+            grad_accum_steps=self.rollouts.batches(self.ranks.world_size),
             # Rows differ in length from step to step; each length would be compiled again.
             compile=False,
             test=self.test,
             num_iterations=self.num_iterations,
             eval_sampling=replace(config.sampling, num_samples=config.eval_samples),
+            prompts=config.sample_prompt,
         )
         recipe.evaluations = [Evaluation(recipe.measure_pass, config.eval_every)]
         return recipe
@@ -305,7 +321,7 @@ class Reinforcement(Stage):
             for name, value in figures.items()
             if name.startswith("val/pass_at_")
         )
-        return f"on the test: {', '.join(passed)}"
+        return f"on the test: {', '.join(passed) or 'not measured'}"
 
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
         """Say what pass@k is for every k."""

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from archerchat.config import Config, PositiveInt, compare_configs
 from archerchat.data.prefetch import Batch
+from archerchat.distributed import Ranks
 from archerchat.errors import CheckpointError
 from archerchat.evals.chat import build_request, render_question
 from archerchat.inference.engine import Engine
@@ -55,10 +56,9 @@ class RolloutSettings(Config):
         """Rollouts per step."""
         return self.questions_per_step * self.sampling.num_samples
 
-    @property
-    def batches(self) -> int:
-        """Micro-batches per step."""
-        return -(-self.rows // self.device_batch_size)
+    def batches(self, world_size: int = 1) -> int:
+        """Return the micro-batches of one of `world_size` ranks per step."""
+        return -(-self.rows // (world_size * self.device_batch_size))
 
     def identity(self) -> dict[str, Any]:
         """Return the settings as checkpoints hold them."""
@@ -136,22 +136,27 @@ def build_rollout(
 
 
 def build_batches(
-    rollouts: Sequence[Rollout], settings: RolloutSettings, padding: int
+    rollouts: Sequence[Rollout],
+    settings: RolloutSettings,
+    padding: int,
+    ranks: Ranks | None = None,
 ) -> list[RolloutBatch]:
-    """Return a step's micro-batches, always `settings.batches` of them.
+    """Return this rank's micro-batches of a step, always as many.
 
     Rows of one length stand together. Those whose advantage is 0 have no gradient and are left
     out, though their tokens count in the average; micro-batches that remain are a single position
     without a target.
     """
-    trained = sum(rollout.trained for rollout in rollouts)
-    scale = settings.batches / max(1, trained)
+    ranks = ranks or Ranks()
+    trained = int(ranks.sum(torch.tensor(sum(rollout.trained for rollout in rollouts))))
+    count = settings.batches(ranks.world_size)
+    scale = count * ranks.world_size / max(1, trained)
     rows = [rollout for rollout in rollouts if rollout.advantage != 0 and rollout.trained]
     rows.sort(key=lambda rollout: -len(rollout.token_ids))
     size = settings.device_batch_size
     batches = [_pad(rows[i : i + size], padding, scale) for i in range(0, len(rows), size)]
     empty = Rollout((padding, padding), (0, 0), 0.0, 0.0, False)
-    return batches + [_pad([empty], padding, scale)] * (settings.batches - len(batches))
+    return batches + [_pad([empty], padding, scale)] * (count - len(batches))
 
 
 def _pad(rows: Sequence[Rollout], padding: int, scale: float) -> RolloutBatch:
@@ -172,13 +177,19 @@ class RolloutLoader:
 
     Args:
         task: asks the questions; its `reward` judges the answers.
+        ranks: those that share a step's questions.
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, task: Task, settings: RolloutSettings
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        task: Task,
+        settings: RolloutSettings,
+        ranks: Ranks | None = None,
     ) -> None:
         self.engine, self.tokenizer, self.task = engine, tokenizer, task
-        self.settings = settings
+        self.settings, self.ranks = settings, ranks or Ranks()
         self._steps = 0
         self._waiting: deque[RolloutBatch] = deque()
         self._rollouts: list[Rollout] = []
@@ -194,27 +205,28 @@ class RolloutLoader:
             started = time.perf_counter()
             self._rollouts = self.roll_out(self._steps)
             padding = self.tokenizer.bos_id
-            self._waiting.extend(build_batches(self._rollouts, self.settings, padding))
+            own = build_batches(self._rollouts, self.settings, padding, self.ranks)
+            self._waiting.extend(own)
             self._steps += 1
             self._seconds = time.perf_counter() - started
         return self._waiting.popleft()
 
     def roll_out(self, step: int) -> list[Rollout]:
-        """Return a step's rollouts, question by question."""
+        """Return this rank's rollouts of a step, question by question."""
         self.engine.refresh_weights()
         settings, rows = self.settings, []
         params = settings.sampling
         params = replace(params, seed=derive_seed(params.seed, step))
-        conversations = [
-            self.task[index] for index in question_indices(len(self.task), settings, step)
-        ]
+        asked = question_indices(len(self.task), settings, step)
+        places = self.ranks.share(len(asked))
+        conversations = [self.task[asked[place]] for place in places]
         prompts = [
             render_question(self.tokenizer, conversation, self.engine.max_length)[0]
             for conversation in conversations
         ]
         requests = [
             build_request(self.tokenizer, prompt, params, place)
-            for place, prompt in enumerate(prompts)
+            for place, prompt in zip(places, prompts, strict=True)
         ]
         groups = self.engine.generate(requests)
         for conversation, prompt, group in zip(conversations, prompts, groups, strict=True):
@@ -229,20 +241,28 @@ class RolloutLoader:
     def amounts(self) -> tuple[int, int]:
         """Return how many tokens the last step's rows have: all rows, and those trained on."""
         lengths = [(len(row.token_ids), row.advantage != 0) for row in self._rollouts]
-        return sum(n for n, _ in lengths), sum(n for n, trained in lengths if trained)
+        rolled_out = sum(n for n, _ in lengths)
+        trained = sum(n for n, is_trained in lengths if is_trained)
+        rolled_out, trained = self.ranks.sum(torch.tensor([rolled_out, trained])).tolist()
+        return rolled_out, trained
 
     def metrics(self) -> dict[str, float]:
-        """Return the figures of the last step's rollouts."""
+        """Return the figures of the last step's rollouts, over all ranks."""
         rows, size = self._rollouts, self.settings.sampling.num_samples
         if not rows:
             return {}
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-        return {
-            "rollout/reward": sum(row.reward for row in rows) / len(rows),
-            "rollout/solved_share": _share(any(r.reward > 0 for r in group) for group in groups),
-            "rollout/learning_share": _share(any(r.advantage for r in group) for group in groups),
-            "rollout/cut_share": _share(row.cut for row in rows),
-            "rollout/trained_tokens": sum(row.trained for row in rows),
+        shares = self.ranks.mean(  # each rank has as many questions
+            sum(row.reward for row in rows) / len(rows),
+            _share(any(row.reward > 0 for row in group) for group in groups),
+            _share(any(row.advantage for row in group) for group in groups),
+            _share(row.cut for row in rows),
+            float(sum(row.trained for row in rows)),
+        )
+        names = ("reward", "solved_share", "learning_share", "cut_share", "trained_tokens")
+        figures = {f"rollout/{name}": share for name, share in zip(names, shares, strict=True)}
+        return figures | {
+            "rollout/trained_tokens": figures["rollout/trained_tokens"] * self.ranks.world_size,
             "rollout/tokens": self.amounts()[0],
             "rollout/seconds": self._seconds,
         }

@@ -10,20 +10,27 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from rich.console import Console
 
-from archerchat.checkpoint import Checkpoint
-from archerchat.config import AttentionName, DeviceConfig, PositiveInt, as_json
+from archerchat import __version__
+from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from archerchat.config import (
+    AttentionName,
+    DeviceConfig,
+    PositiveInt,
+    as_json,
+    compare_configs,
+)
 from archerchat.console import ProgressLine, build_console, bytes_text
-from archerchat.distributed import require_one_rank
+from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
-from archerchat.files import exclusive, write_json
+from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
 from archerchat.model.attention import Backend, choose_backend
 from archerchat.planning.peak_flops import PeakFlops, peak_flops
@@ -35,7 +42,7 @@ from archerchat.runtime import (
     explained_memory,
     prepare_process,
 )
-from archerchat.training.loop import Loop, Outcome
+from archerchat.training.loop import OVERFITTING, Loop, Outcome
 from archerchat.training.recipe import Metric, Recipe
 from archerchat.training.resume import CheckpointWriter, changed_circumstances, find_start
 from archerchat.training.telemetry import TelemetryConfig, open_run
@@ -55,21 +62,28 @@ class StageConfig(DeviceConfig):
     run: str | None = None
     """Name of the run in the metrics. Defaults to the model's name, with -sft or -rl."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
-    sample_every: PositiveInt | None = None
-    """Steps between printed samples; they are printed at the end in any case."""
-    save_every: PositiveInt | None = None
-    """Steps between checkpoints; one is saved at the end in any case."""
+    sample_every: PositiveInt | None = 2000
+    """Steps between printed samples, which the end prints too; `none` prints no samples."""
+    sample_prompt: tuple[str, ...] = ()
+    """Your own prompts for the samples. Defaults to a few of the stage's."""
+    save_every: PositiveInt | Literal["time"] | None = "time"
+    """Steps between checkpoints. By default one is saved every 15 minutes; `none` saves only at
+    the end, where one is saved in any case."""
     keep_last: PositiveInt = 2
     """Number of checkpoints to keep."""
     resume_from_step: int | None = None
     """Step of the checkpoint to resume from. Defaults to the latest, if there is one."""
+    resume: str | None = None
+    """Name of a model whose run to resume with its saved settings. Flags beside it replace them."""
+    overwrite: bool = False
+    """Start over: the model's checkpoints of this stage are deleted."""
 
 
 class Stage(ABC):
     """One training command. A subclass sets the attributes below when it is built.
 
     Raises:
-        UsageError: the device is not here, or there are several ranks.
+        UsageError: the device is not here.
     """
 
     name: ClassVar[str]
@@ -78,6 +92,8 @@ class Stage(ABC):
     done: ClassVar[str]
     """How its models are called: trained, fine-tuned, reinforced."""
     metric: ClassVar[Metric] = Recipe.metric
+    evaluates_first: ClassVar[bool] = True
+    """Whether the model that training starts from is evaluated."""
 
     tag: str
     run_name: str
@@ -91,10 +107,11 @@ class Stage(ABC):
 
     def __init__(self, config: StageConfig, home: Home, console: Console | None = None) -> None:
         self.settings, self.home = config, home
-        self.console = console or build_console()
-        self.runtime = build_runtime(config.device, config.dtype)
-        require_one_rank(self.runtime, f"archerchat {self.command}")
-        prepare_process(self.runtime)
+        self.runtime = runtime = build_runtime(config.device, config.dtype)
+        self.console = console or build_console(quiet=not runtime.is_master)
+        prepare_process(runtime)
+        self._joined = ExitStack()
+        self.ranks = self._joined.enter_context(joined_ranks(runtime, runtime.device))
 
     @abstractmethod
     def build_recipe(self, start: Checkpoint | None) -> Recipe:
@@ -123,6 +140,8 @@ class Stage(ABC):
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Say what a finished run's summary holds of the stage's metric."""
         key = _summary_key(self.metric)
+        if figures[key] is None:
+            return "it was not evaluated"
         return f"{self.metric.name} {figures[f'{key}_first']:.4f} -> {figures[key]:.4f}"
 
     @property
@@ -158,11 +177,18 @@ class Stage(ABC):
             DataError, CheckpointError: something on disk is missing or broken.
         """
         settings, directory = self.settings, self.directory
-        summary = self.home.run_dir(self.run_name) / SUMMARY
-        with exclusive(directory):
-            start = find_start(
-                directory, self.meta["identity"], settings.resume_from_step, self.extend
+        summary, start = self.home.run_dir(self.run_name) / SUMMARY, None
+        if settings.overwrite and (
+            settings.resume or self.extend or settings.resume_from_step is not None
+        ):
+            raise UsageError(
+                "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
+                "and --extend"
             )
+        with self._joined, self._alone(directory):
+            if not settings.overwrite:
+                start = find_start(directory, self.meta, settings.resume_from_step, self.extend)
+            self._require_same_run(start)
             if start is not None and (result := self._find_result(start, summary)) is not None:
                 self.console.print(
                     f"model {self.tag!r} is already {self.done}: step {start.step} is in "
@@ -175,7 +201,9 @@ class Stage(ABC):
                 peak = peak_flops(self.runtime, self.home.cache_dir)
                 for label, text in (*self.announce(recipe), *self._announce_device(peak)):
                     self.console.print(f"{label:<10} {text}")
-                loop = Loop(recipe, peak, settings.save_every, settings.sample_every)
+                loop = Loop(
+                    recipe, peak, settings.save_every, settings.sample_every, self.evaluates_first
+                )
                 torch.manual_seed(self.seed)
                 resumed_from = None if start is None else start.path
                 if start is not None:
@@ -184,19 +212,50 @@ class Stage(ABC):
                     self._announce_resume(start)
                     for line in self.prepare_resume(start):
                         self.console.print(line)
+                if settings.overwrite and self.ranks.is_master:
+                    for step in list_checkpoints(directory):
+                        remove_directory(find_checkpoint(directory, step))
                 outcome = self._train(loop, summary, resumed_from)
             if outcome.finished:
-                figures = summarize(outcome, loop, peak, self.metric)
-                write_json(summary, figures | dict(recipe.final_metrics()))
+                figures = summarize(outcome, loop, peak, self.metric) | dict(recipe.final_metrics())
+                if self.ranks.is_master:
+                    write_json(summary, figures)
         self._report_end(outcome, loop)
         for line in self.closing_lines(recipe, outcome.finished):
             self.console.print(line)
         return outcome
 
+    @contextmanager
+    def _alone(self, directory: Path) -> Iterator[None]:
+        """Keep other runs out of the directory; the first rank does so for all."""
+        with exclusive(directory) if self.ranks.is_master else nullcontext():
+            yield
+
+    def _require_same_run(self, start: Checkpoint | None) -> None:
+        """Compare what the ranks are about to do.
+
+        Raises:
+            UsageError: on all ranks, where one differs.
+        """
+        names = ("identity", "validation", "compile")
+        own = {name: self.meta[name] for name in names} | {
+            "archerchat": __version__,
+            "step": start.step if start else 0,
+        }
+        runs = self.ranks.gather(own)
+        for rank, run in enumerate(runs):
+            if differences := compare_configs(runs[0], run):
+                raise UsageError(
+                    f"rank {rank} would train another run than rank 0 (there saved, here now): "
+                    f"{'; '.join(differences)}. Start all ranks with the same command, code and "
+                    "data"
+                )
+
     def _train(self, loop: Loop, summary: Path, resumed_from: Path | None) -> Outcome:
         """Run the loop and record what it does."""
         settings, step = self.settings, loop.state.step
-        summary.unlink(missing_ok=True)
+        if self.ranks.is_master:
+            summary.unlink(missing_ok=True)
         self.runtime.reset_peak_memory()
         with (
             open_run(
@@ -206,6 +265,7 @@ class Stage(ABC):
                 settings.telemetry,
                 group=self.command,
                 resumed_from=resumed_from,
+                rank=self.ranks.rank,
             ) as metrics,
             ProgressLine(self.console, loop.recipe.total_steps(step), step) as progress,
         ):
@@ -248,8 +308,11 @@ class Stage(ABC):
         console, state = self.console, loop.state
         if not outcome.finished:
             where = f"the checkpoint is in {self.directory}" if state.step else "nothing is saved"
-            given = self.settings.resume_from_step is not None
-            again = "without --resume-from-step " if given else ""
+            given = {
+                "--resume-from-step": self.settings.resume_from_step is not None,
+                "--overwrite": self.settings.overwrite,
+            }
+            again = "".join(f"without {flag} " for flag, is_given in given.items() if is_given)
             console.print(
                 f"stopped at step {state.step} of {loop.recipe.total_steps(state.step)}; {where}. "
                 f"Run the same command {again}to resume"
@@ -267,6 +330,8 @@ class Stage(ABC):
                 f"{self.metric.label}: {state.first_val:.4f} -> {state.last_val:.4f} "
                 f"(best {self.metric.score(state.best_val):.4f})"
             )
+        if state.overfitting:
+            console.print(f"warning: {OVERFITTING.format(self.metric.label)}")
 
 
 def summarize(outcome: Outcome, loop: Loop, peak: PeakFlops, metric: Metric) -> dict[str, Any]:
@@ -278,6 +343,7 @@ def summarize(outcome: Outcome, loop: Loop, peak: PeakFlops, metric: Metric) -> 
         f"{key}_first": state.first_val,
         key: state.last_val,
         f"{key}_best": metric.score(state.best_val),
+        "overfitting": state.overfitting,
         "training_seconds": state.training_seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "mfu": outcome.mfu,

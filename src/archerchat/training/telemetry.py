@@ -9,6 +9,7 @@ checkpoints. Names are grouped by prefix:
     train/matrix_lr  train/muon_momentum  train/muon_weight_decay  train/tokens_per_second
     train/mfu  train/memory_bytes  train/grad_scale (float16)
     train/tokens  train/flops  train/seconds: what charts can use as their x axis
+    data/epochs (passes over the text)  data/text_share (of it in rows, repeats counted once)
     val/bpb  eval/seconds, and what else a stage evaluates
     core/score  core/low  core/high (its 95 % interval)  core/task/<label> (centred)  core/seconds
 

@@ -198,5 +198,5 @@ def test_bad_input(
 ) -> None:
     assert trained_home.run("chat", "--device", "cpu", "-p", "hello", *words) in (1, 2)
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.splitlines()[-1].startswith("error: ")
     assert message in error

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from archerchat.checkpoint import save_checkpoint
 from archerchat.commands.eval_base import EvalBaseConfig, evaluate
 from archerchat.data.shards import write_shards
+from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.evaluate import CoreEvaluation
 from archerchat.evals.core.results import TaskResult
 from archerchat.exchange.nanochat import to_archerchat_names
@@ -52,8 +53,8 @@ def test_parts_and_steps_can_be_chosen(
     trained_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert trained_home.run(*QUICK, "--eval", "bpb", "--step", "2") == 0
-    output = capsys.readouterr().out
-    assert "step_000002\n" in output
+    output, said = capsys.readouterr()
+    assert "step_000002 (the model saved last" in said
     assert "prompt" not in output
 
 
@@ -163,6 +164,29 @@ def test_figures_are_printed_and_written(
     for task in results["tasks"]:
         assert f"{task['label']}: accuracy {task['accuracy']:.4f}" in output
     assert json.loads((tmp_path / "all.json").read_text())["core"]["core"] == results["core"]
+
+
+def test_figures_of_other_conditions_have_files_of_their_own(trained_home: Any) -> None:
+    bundle = trained_home.root / "bundle"
+    (bundle / "eval_data").mkdir(parents=True)
+    (bundle / "core.yaml").write_text(
+        "icl_tasks:\n- {label: ab, dataset_uri: ab.jsonl, num_fewshot: [0], "
+        "icl_task_type: multiple_choice}\n"
+    )
+    (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nab,50\n")
+    question = {"query": "Which?", "choices": ["a", "b"], "gold": 0}
+    (bundle / "eval_data" / "ab.jsonl").write_text((json.dumps(question) + "\n") * 3)
+    words = (*QUICK, "--eval", "core", "--dtype", "float32", "--max-per-task", "2")
+    assert trained_home.run(*words, "--bundle", str(bundle)) == 0
+    assert trained_home.run(*words, "--bundle", "offline") == 0
+    assert trained_home.run(*words, "--bundle", "offline", "--max-length", "40") == 0
+    names = sorted(path.name for path in trained_home.eval_dir("base", "tiny").iterdir())
+    kept = load_bundle(bundle).fingerprint()[:8]
+    assert names == [
+        f"core_000004_max2_{kept}.json",
+        "offline_000004_max2.json",
+        "offline_000004_max2_length40.json",
+    ]
 
 
 def test_an_interruption_keeps_what_is_done(

@@ -7,13 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from archerchat.commands.eval_chat import parse_tasks
+from archerchat.commands.eval_chat import SAMPLING, file_name, parse_tasks
 from archerchat.errors import UsageError
+from archerchat.evals.chat import evaluate_task
 from archerchat.tasks.registry import CHATCORE
 
 QUICK = (
@@ -50,7 +52,7 @@ def run(home: Any, data_dir: Path, *words: str) -> int:
 
 
 def figures(home: Any) -> dict[str, Any]:
-    path = home.root / "evals" / "base" / "tiny" / "chat_step_000004.json"
+    (path,) = (home.root / "evals" / "base" / "tiny").iterdir()
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -98,6 +100,36 @@ def test_the_figures_can_go_elsewhere(trained_home: Any, data_dir: Path, tmp_pat
     assert run(trained_home, data_dir, "--tasks", "ARC-Easy:2", "--json", str(path)) == 0
     assert json.loads(path.read_text())["tasks"]["ARC-Easy"]["problems"] == 2
     assert not (trained_home.root / "evals").exists()
+
+
+def test_figures_never_replace_those_of_other_conditions(
+    trained_home: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, folder = ("--tasks", "SpellingBee:4,GSM8K:1"), trained_home.eval_dir("base", "tiny")
+    for words in (whole, ("--tasks", "SpellingBee:2"), (*whole, "--temperature", "1")):
+        assert run(trained_home, data_dir, *words) == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) == 3
+
+    def interrupted(engine: Any, tokenizer: Any, task: Any, *rest: Any) -> Any:
+        if task.name == "GSM8K":
+            raise KeyboardInterrupt
+        return evaluate_task(engine, tokenizer, task, *rest)
+
+    monkeypatch.setattr("archerchat.commands.eval_chat.evaluate_task", interrupted)
+    assert run(trained_home, data_dir, *whole) == 130
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (partial,) = after.keys() - before.keys()
+    assert partial == "chat_step_000004_GSM8K-1_SpellingBee-4_" + partial[-21:]
+    assert before.items() <= after.items()
+    assert json.loads(after[partial])["complete"] is False
+
+
+def test_the_whole_of_chatcore_has_the_plain_name() -> None:
+    whole = dict.fromkeys(CHATCORE)
+    assert file_name(420, whole, SAMPLING) == "chat_step_000420.json"
+    assert file_name(420, {"B": 2, "A": None}, SAMPLING) == "chat_step_000420_A_B-2.json"
+    assert len({file_name(4, whole, replace(SAMPLING, seed=seed)) for seed in (1, 2)}) == 2
 
 
 @pytest.mark.slow
@@ -173,6 +205,6 @@ def test_bad_input(
 ) -> None:
     assert run(trained_home, data_dir, *words) in (1, 2)
     error = capsys.readouterr().err
-    assert error.startswith("error: ")
+    assert error.splitlines()[-1].startswith("error: ")
     assert message in error
     assert not (trained_home.root / "evals").exists()

@@ -43,7 +43,7 @@ def test_offline_tasks_are_evaluated_and_reported_as_what_they_are(
     page = (trained_home.root / "reports" / "tiny" / "report.html").read_text()
     assert "They are not CORE" in page
     assert "offline_next_number" in page
-    assert "At most 8 examples" in page
+    assert "at most 8 per task" in page
     assert "CORE has not been measured" in page
 
 

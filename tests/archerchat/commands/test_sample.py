@@ -35,8 +35,8 @@ def test_by_default_prompts_are_continued_then_nothing(
     trained_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert trained_home.run("sample", "--max-tokens", "4") == 0
-    output = capsys.readouterr().out
-    assert output.startswith(f"{trained_home.checkpoint_dir('base', 'tiny') / 'step_000004'}\n")
+    output, said = capsys.readouterr()
+    assert said.startswith(f"model: {trained_home.checkpoint_dir('base', 'tiny') / 'step_000004'}")
     assert "\x1b" not in output
     printed = samples(output)
     assert [kind for kind, _ in printed] == ["prompted"] * len(PROMPTS) + ["no prompt"] * 3
@@ -93,7 +93,7 @@ def test_a_stop_string_ends_a_sample(trained_home: Any, capsys: pytest.CaptureFi
 
 def test_a_step_can_be_chosen(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert trained_home.run("sample", "--step", "2", "--max-tokens", "1", "--top-k", "None") == 0
-    assert "step_000002\n" in capsys.readouterr().out
+    assert "step_000002 (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from archerchat.data.packing import (
     BestFitPacker,
+    Buffered,
     ConcatPacker,
     join_documents,
     split_documents,
@@ -105,7 +106,7 @@ def test_best_fit_takes_documents_back_in_their_order() -> None:
         pass
     again = BestFitPacker(row_length=9, buffer_size=1)
     for kept in packer.documents():
-        again.add(kept)
+        again.add(kept.tokens, kept.length)
     assert drain(again) == drain(packer)
 
 
@@ -141,7 +142,7 @@ def test_concat_keeps_the_rest_of_a_document_between_rows() -> None:
     (document,) = build_documents([6])
     packer.add(np.array(document))
     assert packer.place() is not None
-    assert [kept.tolist() for kept in packer.documents()] == [[BOS, *document[4:]]]
+    assert [kept.rest().tolist() for kept in packer.documents()] == [[BOS, *document[4:]]]
 
 
 def plain_padding(documents: list[list[int]], row_length: int, buffer_size: int) -> list[list[int]]:
@@ -191,9 +192,24 @@ def test_a_document_that_fits_no_row_is_not_buffered() -> None:
 
 @pytest.mark.parametrize("lengths", [(), (1,), (5, 1, 9)])
 def test_documents_survive_being_joined(lengths: tuple[int, ...]) -> None:
-    documents = tuple(np.arange(length, dtype=np.uint16) + length for length in lengths)
-    joined = join_documents(documents, np.uint16)
-    assert joined["tokens"].numpy().dtype == np.uint16
-    again = split_documents(joined)
-    assert [document.tolist() for document in again] == [d.tolist() for d in documents]
-    assert all(document.dtype == np.uint16 for document in again)
+    documents = [np.arange(length, dtype=np.uint16) + length for length in lengths]
+    for row_length in (4, 9):  # a row of each is kept, or all
+        kept = [Buffered(d[:row_length], len(d)) for d in documents]
+        joined = join_documents(kept, np.uint16)
+        assert joined["tokens"].numpy().dtype == np.uint16
+        again = split_documents(joined, row_length)
+        assert [(d.tokens.tolist(), d.length) for d in again] == [
+            (d.tokens.tolist(), d.length) for d in kept
+        ]
+        assert all(document.tokens.dtype == np.uint16 for document in again)
+    whole = join_documents([Buffered(d, len(d)) for d in documents], np.uint16)  # older states
+    assert [len(d.tokens) for d in split_documents(whole, 4)] == list(lengths)
+
+
+def test_best_fit_keeps_a_row_of_a_long_document_and_its_place() -> None:
+    packer = BestFitPacker(row_length=4, buffer_size=1)
+    for document in (np.arange(1000), np.arange(900), np.arange(3)):
+        packer.add(document)
+    assert [(len(d.tokens), d.length) for d in packer.documents()] == [(4, 1000), (4, 900), (3, 3)]
+    assert drain(packer) == [[0, 1, 2, 0], [0, 1, 2, 3]]
+    assert packer.dropped == 899 + 996

@@ -128,7 +128,7 @@ def test_resume_loses_nothing_where_the_reference_loses_1041_documents(
         state = loader.state_dict()
         # What the reference forgets at this point is exactly what our state carries.
         assert len(state["lengths"]) == lost["docs_in_buffer"] == 1041
-        assert len(state["tokens"]) == lost["tokens_in_buffer"]
+        assert state["lengths"].sum() == lost["tokens_in_buffer"]
     with TextLoader(splits["train"], tokenizer, batch_size=4, sequence_length=256) as resumed:
         resumed.load_state_dict(state)
         for golden in goldens["train_ws1"][30:]:
@@ -156,8 +156,9 @@ def test_best_fit_drops_what_the_reference_drops(
     assert (Position(**state["position"]), state["next_document"]) == (Position(0, 0, 2), 128)
     lengths = [len(tokenizer.encode(text)) for text in iter_documents(splits["train"])]
     tokenized = sum(lengths) + sum(lengths[:128])
-    buffered = len(state["tokens"])
+    buffered = int(state["lengths"].sum())
     rows = batches * batch_size * (length + 1)
+    assert state["usage"]["dropped"] == tokenized - buffered - rows
     assert {
         "T": length,
         "buffer_size": golden["buffer_size"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +16,11 @@ from safetensors.torch import load_file
 from archerchat.errors import UsageError
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.inference.engine import Engine
+from archerchat.inference.model_runner import forward_token
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Completion, Event, Request
 from archerchat.model.config import ModelConfig
-from archerchat.model.transformer import Transformer
+from archerchat.model.transformer import Regions, Transformer
 
 IsPlain = Callable[[Transformer, Request, Completion], bool]
 Prompt = Callable[[int], list[int]]
@@ -443,21 +445,41 @@ def test_a_compiled_single_stream_says_the_same(model: Transformer, prompt: Prom
     assert Engine(model, 2, compile=True).generate(requests) == expected
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error::archerchat.model.compiling.CompileWarning")
+def test_layers_compiled_for_all_sizes_say_the_same(build: Any, is_plain: IsPlain) -> None:
+    """As CUDA runs them, here without graphs: batches of one to four rows."""
+    config = SHAPES[0]
+    model = build(config)
+    engine = Engine(model, max_batch=4)
+    regions = Regions.compiled(dynamic=True)
+    engine._runner._forward = partial(forward_token, regions=regions)
+    requests = random_requests(Random(1), 6, 30, config.sequence_length)
+    for request, samples in zip(requests, engine.generate(requests), strict=True):
+        assert all(is_plain(model, request, completion) for completion in samples)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("captures", [True, False])
+@pytest.mark.parametrize(("captures", "compile"), [(True, False), (False, False), (True, True)])
 def test_graphs_and_plain_steps_say_the_same_on_cuda(
-    build: Any, is_plain: IsPlain, captures: bool, monkeypatch: pytest.MonkeyPatch
+    build: Any,
+    is_plain: IsPlain,
+    captures: bool,
+    compile: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Float32 with TF32 off; among the rows are some that draw and some forced."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     config = SHAPES[0]
     model = build(config)
     requests = random_requests(Random(1), 20, 60, config.sequence_length)
-    engine = Engine(build(config).cuda(), max_batch=6)
+    engine = Engine(build(config).cuda(), max_batch=6, compile=compile)
     engine._runner._captures = captures
     assert engine.overlap
     for request, samples in zip(requests, engine.generate(requests), strict=True):
         assert all(is_plain(model, request, completion) for completion in samples)
+    if compile:
+        return  # rounds otherwise, and a draw may then fall on the other side
     drawn = [
         ask(r.prompt, r.params.max_new_tokens, top_k=5, top_p=0.9, seed=n)
         for n, r in enumerate(requests)

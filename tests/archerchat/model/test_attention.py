@@ -273,7 +273,7 @@ def test_a_forced_backend_is_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -
     for device, dtype in ((CPU, torch.bfloat16), (CUDA, torch.float32)):
         with pytest.raises(ValueError, match="'flash' needs a CUDA device"):
             choose_backend(device, dtype, "flash")
-    with pytest.raises(ValueError, match="'flahs' is not one of sdpa, matmul, flex, flash"):
+    with pytest.raises(ValueError, match="'flahs' is not one of sdpa, matmul, flex, varlen, flash"):
         choose_backend(CPU, torch.float32, "flahs")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -59,26 +58,6 @@ def draw(length: int, heads: int, kv_heads: int, device: str, dtype: torch.dtype
     return [x.to(device, dtype).requires_grad_() for x in drawn]
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend by torch's variable-length attention to rows of one length."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    batch, length = q.shape[:2]
-    bounds = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=q.device)
-    groups = q.size(2) // k.size(2)
-    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    out = varlen_attn(
-        *(x.reshape(batch * length, -1, 64) for x in (q, k, v)),
-        bounds,
-        bounds,
-        length,
-        length,
-        window_size=(window, 0),
-    )
-    assert isinstance(out, Tensor)
-    return out.view(q.shape)
-
-
 def require(backend: str, device: str, dtype: torch.dtype) -> None:
     """Skip what does not run here."""
     if backend in ("flash", "varlen") and (device == "cpu" or dtype == torch.float32):
@@ -89,10 +68,6 @@ def require(backend: str, device: str, dtype: torch.dtype) -> None:
         pytest.skip("matmul overflows in float16")
     if backend == "flash" and attention.flash_module(torch.device(device), dtype) is None:
         pytest.skip("no flash_attn for this device")
-    if backend == "varlen":
-        module = pytest.importorskip("torch.nn.attention.varlen")
-        if "window_size" not in inspect.signature(module.varlen_attn).parameters:
-            pytest.skip("this torch has no windows there")
 
 
 def assert_attends(actual: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
@@ -117,15 +92,27 @@ def test_attention_equals_float64(
     length, window, heads, kv_heads = shape
     inputs = draw(length, heads, kv_heads, device, dtype)
     q, k, v, _ = inputs
-    if backend == "varlen":
-        actual = varlen(q, k, v, window)
-    else:
-        mask = prepare_mask(length, window, q.device, backend)
-        function = compiled(attend) if backend == "flex" else attend
-        actual = function(q, k, v, window, backend, mask)
+    mask = prepare_mask(length, window, q.device, backend)
+    function = compiled(attend) if backend == "flex" else attend
+    actual = function(q, k, v, window, backend, mask)
     ages = torch.arange(length)[:, None] - torch.arange(length)
     seen = ((ages >= 0) & (ages <= window)).to(device)
     assert_attends(actual, exact_attention(q, k, v, seen), inputs)
+
+
+@pytest.mark.parametrize("window", [50, 299])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_new_tokens_see_those_before_them(device: str, backend: Any, window: int) -> None:
+    """Uncompiled, as prompts run after a prefix; `flex` hands this to `varlen`."""
+    if backend != "flex":
+        require(backend, device, torch.bfloat16)
+    inputs = draw(300, 4, 2, device, torch.bfloat16)
+    inputs = [inputs[0][:, 200:], *inputs[1:3], inputs[3][:, 200:]]
+    actual = attend(*inputs[:3], window, backend)
+    ages = torch.arange(300)[:, None] - torch.arange(300)
+    seen = ((ages >= 0) & (ages <= window)).to(device)[200:]
+    assert_attends(actual, exact_attention(*inputs[:3], seen), inputs)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])

@@ -118,7 +118,9 @@ def test_narrow_hidden_states_on_a_gpu(length: int) -> None:
 def test_chunks_stay_within_their_budget() -> None:
     for vocab_size in (300, 4096, 32768):
         assert chunk_tokens(vocab_size, CPU) * vocab_size * 4 <= 16 * 2**20
-        assert chunk_tokens(vocab_size, torch.device("cuda")) * vocab_size * 4 <= 256 * 2**20
+        small = chunk_tokens(vocab_size, torch.device("cuda"), 12 * 2**30)
+        assert small * vocab_size * 4 <= 256 * 2**20
+    assert chunk_tokens(32768, torch.device("cuda"), 80 * 2**30) == 8192
     assert chunk_tokens(2**22, CPU) == 128  # never so few that the products starve
 
 

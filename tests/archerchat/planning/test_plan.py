@@ -31,7 +31,8 @@ def test_times_on_the_5060_ti_are_near_the_measured_ones(
     tmp_path: Path, depth: int, minutes: float
 ) -> None:
     plan = _plan(tmp_path, depth)
-    assert plan.time.hours * 60 == pytest.approx(minutes, rel=0.15)
+    training = plan.time.hours - plan.time.evaluation_hours
+    assert training * 60 == pytest.approx(minutes, rel=0.15)
 
 
 def test_the_gpt2_run_costs_what_was_reported(tmp_path: Path) -> None:
@@ -49,12 +50,17 @@ def test_the_gpt2_run_costs_what_was_reported(tmp_path: Path) -> None:
 
 def test_hours_follow_flops_rate_and_mfu(tmp_path: Path) -> None:
     plan = _plan(tmp_path, mfu=0.5, num_gpus=2, gpu="A100 80GB", price_per_hour=2.0)
-    hours = plan.hyperparameters.total_flops / (2 * 312e12 * 0.5) / 3600
+    flops = plan.hyperparameters.total_flops
+    assert plan.time.num_evaluations == 11  # 2,520 steps
+    flops += 11 * 41_943_040 * plan.hyperparameters.flops_per_token // 3
+    hours = flops / (2 * 312e12 * 0.5) / 3600
     assert plan.time.hours == pytest.approx(hours)
     assert plan.time.cost == pytest.approx(2 * 2.0 * hours)
     assert plan.time.kwh == pytest.approx(2 * 0.4 * hours)
     assert plan.time.price_note == "$2.00 per hour and device"
-    assert plan.time.tokens_per_second * hours * 3600 == pytest.approx(
+    silent = _plan(tmp_path, mfu=0.5, num_gpus=2, gpu="A100 80GB", eval_every=None)
+    assert (silent.time.num_evaluations, silent.time.evaluation_hours) == (0, 0)
+    assert silent.time.tokens_per_second * silent.time.hours * 3600 == pytest.approx(
         plan.hyperparameters.total_tokens
     )
 

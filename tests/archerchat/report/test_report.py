@@ -69,6 +69,7 @@ def full_home(
     base, sft = home.eval_dir("base", "d8"), home.eval_dir("sft", "d8")
     write_json(base / "core_30.json", {"core": 0.1234, "tasks": tasks, "step": 30})
     capped = {"core": 0.9, "tasks": tasks, "step": 30, "options": {"max_per_task": 4}}
+    capped |= {"tasks": {"copa": TASK | {"examples": 4}}}
     write_json(base / "core_30_max4.json", capped)
     chat = {"chatcore": 0.2345, "sampling": {}, "tasks": {"MMLU": TASK}, "step": 10}
     write_json(sft / "chat_10.json", chat)
@@ -134,8 +135,8 @@ def test_bars_have_intervals(full_home: Home) -> None:
 def test_a_capped_core_is_not_set_against_gpt2(full_home: Home) -> None:
     (full_home.eval_dir("base", "d8") / "core_30.json").unlink()
     text = render(full_home, "d8").markdown
-    assert "| CORE | 0.9000 (4 per task) | – | 0.0976 | – |" in text
-    assert "At most 4 examples of each task." in text
+    assert "| CORE | 0.9000 (at most 4 per task) | – | 0.0976 | – |" in text
+    assert "It is not the whole evaluation: at most 4 per task." in text
     assert "of GPT-2 XL's" not in text
 
 
@@ -238,3 +239,20 @@ def test_little_is_enough(home: Home, session: Callable[..., None]) -> None:
 
 def test_texts_are_made_printable() -> None:
     assert printable("a\x00b\x7f\r\nc\td\x85\ud800") == "a␀b␡\nc\td\ufffd\ufffd"
+
+
+def test_it_says_how_often_the_text_was_seen_and_that_it_was_learned_by_heart(
+    home: Home, session: Callable[..., None]
+) -> None:
+    session(home, "d8", range(3), last_bits=0.8, status="interrupted")
+    session(home, "d8", range(3, 5), last_bits=0.9)
+    runs, results = gather(home, "d8")
+    runs[0].metrics |= {"data/epochs": {4: 12.34}, "data/text_share": {4: 0.029}}
+    text = build_training_report(runs, results, Prices()).markdown
+    assert "data: tiny, 12.34 passes, 2.9% of the text in rows." in text
+    assert "> The text repeats" in text
+    assert "> Validation got worse while the training loss fell" in text
+    runs[0].metrics |= {"data/epochs": {4: 0.5}, "val/bpb": {3: 0.8, 5: 0.801}}
+    text = build_training_report(runs, results, Prices()).markdown
+    assert "text repeats" not in text
+    assert "got worse" not in text

@@ -25,7 +25,8 @@ def test_core(home: Home) -> None:
     tasks = {"copa": TASK}
     result = load(home, "core_4.json", core=0.25, tasks=tasks, step=4, options={"max_per_task": 8})
     assert result is not None
-    assert (result.kind, result.score, result.step, result.cap) == ("core", 0.25, 4, 8)
+    assert (result.kind, result.score, result.step) == ("core", 0.25, 4)
+    assert result.conditions == ("at most 8 per task",)
     assert result.complete
     (task,) = result.tasks
     assert (task.label, task.accuracy, task.examples, task.seconds) == ("copa", 0.5, 8, 2.0)
@@ -41,8 +42,8 @@ def test_what_an_evaluation_writes_is_read(home: Home) -> None:
     write_json(folder / "core_000006.json", {**about, **CoreResult((task,)).to_json()})
     write_json(folder / "offline_000006.json", {**about, **CoreResult((task, task)).to_json()})
     PartialResults(folder / "core_000007.partial.json", about | {"step": 7}).add(task)
-    core, offline, partial = load_results(home, "base", "d8")
-    assert (core.kind, core.step, core.cap) == ("core", 6, None)
+    partial, core, offline = load_results(home, "base", "d8")
+    assert (core.kind, core.step, core.conditions) == ("core", 6, ("1 of 22 tasks",))
     assert core.score == pytest.approx(task.centred)
     assert core.tasks[0].interval == pytest.approx((0.1072, 0.2061), abs=1e-4)
     assert core.tasks[0].centred == pytest.approx(task.centred)
@@ -59,6 +60,29 @@ def test_chat(home: Home) -> None:
     assert result.tasks[0].interval == pytest.approx(tuple(task["interval_95"]))
     assert result.tasks[0].centred == pytest.approx(2 / 3)
     assert result.tasks[0].seconds == 2.0
+
+
+def test_the_fullest_chat_evaluation_of_a_step_counts(home: Home) -> None:
+    def task(problems: int) -> dict[str, Any]:
+        return ChatTask("MMLU", "categorical", 0.25, (1,) * problems, 1).to_json()
+
+    folder, greedy = home.eval_dir("sft", "d8"), {"temperature": 0.0, "num_samples": 1}
+    for name, score, problems, limit, sampling in (
+        ("a", 0.2, 9, None, greedy),
+        ("b", 0.3, 4, 4, greedy),
+        ("c", 0.4, 9, None, {"temperature": 1.0, "num_samples": 4}),
+        ("d", None, 12, None, greedy),  # one task, and no ChatCORE
+    ):
+        about = {"step": 4, "limits": {"MMLU": limit}, "sampling": sampling}
+        content = about | {"chatcore": score, "tasks": {"MMLU": task(problems)}}
+        write_json(folder / f"chat_step_000004_{name}.json", content)
+    results = load_results(home, "sft", "d8")
+    assert [result.score for result in results] == [None, 0.3, 0.4, 0.2]
+    assert [result.conditions for result in results[1:]] == [
+        ("at most 4 per task",),
+        ("4 sample(s) at temperature 1",),
+        (),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,14 +109,16 @@ def test_the_latest_is_the_last_that_is_whole(home: Home) -> None:
     figures = {"core": 0.1, "tasks": {"copa": TASK}}
     for step, complete in ((2, True), (4, True), (6, False)):
         write_json(folder / f"core_{step}.json", figures | {"step": step, "complete": complete})
-    for cap in (8, 16):  # of the same step: the full one counts
-        options = {"max_per_task": cap}
-        write_json(folder / f"core_4_max{cap}.json", figures | {"step": 4, "options": options})
+    for cap in (5, 7):  # of the same step: the full one counts
+        tasks = {"copa": TASK | {"examples": cap}}
+        capped = {"core": 0.2, "tasks": tasks, "step": 4, "options": {"max_per_task": cap}}
+        write_json(folder / f"core_4_max{cap}.json", capped)
     results = load_results(home, "base", "d8")
-    assert [(r.step, r.cap) for r in results] == [(2, None), (4, 8), (4, 16), (4, None), (6, None)]
+    found = [(r.step, r.tasks[0].examples) for r in results]
+    assert found == [(6, 8), (2, 8), (4, 5), (4, 7), (4, 8)]
     chosen = latest(results, "core")
     assert chosen is not None
-    assert (chosen.step, chosen.cap) == (4, None)
+    assert (chosen.step, chosen.conditions) == (4, ())
     assert latest(results, "core", "base") == chosen
     assert latest(results, "core", "sft") is None
     assert latest(results, "chat") is None

@@ -30,6 +30,19 @@ def test_good_conversations_pass_unchanged(messages: list[Any]) -> None:
     assert check_conversation(wrapped, "here") == wrapped
 
 
+def test_what_openai_s_files_hold_is_read() -> None:
+    messages = [
+        {"role": "developer", "content": [part("text", "Be "), part("text", "brief.")]},
+        {"role": "user", "content": [part("text", "Hi")], "name": "Ann"},
+        assistant([part("text", "Hello")]),
+    ]
+    assert check_conversation({"messages": messages, "tools": []}, "here")["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi", "name": "Ann"},
+        assistant([part("text", "Hello")]),
+    ]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -53,7 +66,18 @@ def test_good_conversations_pass_unchanged(messages: list[Any]) -> None:
         ([user("Hi"), assistant("")], r"message 1 \(assistant\): content is empty"),
         ([user("Hi"), assistant([])], r"message 1 \(assistant\): content is empty"),
         ([{"role": "system", "content": ""}, *GOOD], r"message 0 \(system\): content is empty"),
-        ([{"role": "user", "content": [part("text", "Hi")]}, GOOD[1]], "must be text, not"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}, GOOD[1]],
+            "only text .*image",
+        ),
+        ([{"role": "user", "content": []}, GOOD[1]], r"only text can be learned, not \[\]"),
+        (
+            [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [{}]}],
+            r"x:1: message 1: tool calls \(tool_calls\) are not supported",
+        ),
+        ({"messages": GOOD, "tools": [{}]}, r"x:1: tool calls \(tools\) are not supported"),
+        ([*GOOD, {"role": "tool", "content": "7"}], "message 2: tool calls are not supported"),
+        ([user("Hi"), GOOD[1] | {"weight": 0}], "message 1: messages of weight 0 are not"),
         ([user("Hi"), {"role": "assistant", "content": None}], "or a list of parts, not None"),
         ([user("Hi"), {"role": "assistant", "content": ["Hello"]}], "message 1, part 0: it must"),
         (

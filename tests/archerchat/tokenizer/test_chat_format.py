@@ -136,14 +136,14 @@ BAD = [
     ({"messages": [{"role": "system", "content": "s"}]}, "no user message follows"),
     (
         {"messages": [{"role": "system", "content": None}]},
-        "message 0 (system): content must be text, not None",
+        "message 0 (system): only text can be learned, not None",
     ),
     (
         chat("a", "b", system="s") | {"messages": [*chat("a")["messages"] * 2]},
         "message 1: the role is 'user'",
     ),
     (chat("a", None), "message 1 (assistant): content must be text or a list of parts, not None"),
-    (chat("a", "b", 3), "message 2 (user): content must be text, not 3"),
+    (chat("a", "b", 3), "message 2 (user): only text can be learned, not 3"),
     (chat("a", 3, system="s"), "message 2 (assistant): content must be text or a list"),
     (chat("a", ["x"]), "message 1, part 0: it must be"),
     (chat("a", [{"type": "text", "text": "b"}, {"type": "image"}]), "part 1: it must be"),

@@ -267,7 +267,8 @@ def test_five_compiled_optimizer_steps_equal_plain_ones(dtype: torch.dtype) -> N
                     parameter.grad = draw.to(parameter.device, parameter.dtype)
                 optimizer.step(0.1 * (step + 1), 0.9, 0.1)
             models.append(model)
-    bound = 1e-4 if dtype == torch.float32 else 2e-2
+    # Muon's products in bfloat16 round after each operation, compiled or not at other places.
+    bound = 1e-4 if dtype == torch.float32 else 5e-2
     for (name, plain), fused in zip(
         models[0].named_parameters(), models[1].parameters(), strict=True
     ):

@@ -119,8 +119,8 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
 def test_a_second_ctrl_c_ends_the_process_at_once(tiny_home: Any, launch: Launch) -> None:
     minutes = {"total_batch_size": 2**23, "save_every": 1}
     child = launch(tiny_home.pretrain_words(**minutes))
-    read_until(child, "step 0: val/bpb")
-    time.sleep(0.3)  # into the first step
+    read_until(child, "attention")
+    time.sleep(1)  # into the first step
     child.send_signal(signal.SIGINT)
     time.sleep(SAME_REQUEST_SECONDS + 0.1)
     assert child.poll() is None  # it waits for the end of the step

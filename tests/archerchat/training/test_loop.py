@@ -26,7 +26,7 @@ from archerchat.home import Home
 from archerchat.optim.optimizer import AdamGroup, Optimizer
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.loop import Loop, LoopState, Outcome
+from archerchat.training.loop import SAVE_SECONDS, Loop, LoopState, Outcome
 from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.telemetry import MetricsLog, Occasion, open_run
 
@@ -104,6 +104,9 @@ class StubRecipe:
     def step_metrics(self) -> Mapping[str, float]:
         return {"stub/batches": float(self.batches)}
 
+    def shown_metrics(self) -> Mapping[str, float]:
+        return {}
+
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.note(f"evaluate {step}")
         return {"val/bpb": 3.0 - abs(step - 2) / 10}
@@ -124,6 +127,11 @@ class StubRecipe:
         self.saved = LoopState(**state["loop"]), dict(state["scaler"])
         assert finished == (step == self.plan.num_iterations)
         self.note(f"save {step}")
+
+    is_writing = False
+
+    def wait(self) -> None:
+        pass
 
     def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
         self.noted = step, LoopState(**loop)
@@ -169,26 +177,61 @@ def test_saves_then_evaluates_then_samples_then_trains() -> None:
     assert torch.all(recipe.weight > 0.3)
 
 
-def test_without_a_cadence_the_end_still_saves_evaluates_and_samples() -> None:
+def test_validation_that_rises_while_training_falls_is_said_once_an_evaluation() -> None:
+    recipe = StubRecipe()
+    values = iter([3.0, 2.9, 2.9001, 2.95, 2.8])
+    recipe.evaluate = lambda step: {"val/bpb": next(values)}  # type: ignore[method-assign]
+    loop, notes = build_loop(recipe, replace(PLAN, eval_every=1)), list[tuple[int, bool]]()
+    recipe.on_call = {
+        f"step {i}": lambda i=i: notes.append((i, loop.state.overfitting)) for i in range(4)
+    }
+    run(loop)
+    assert notes == [(0, False), (1, False), (2, False), (3, True)]
+    assert not loop.state.overfitting
+    assert loop.progress._bar.console.file.getvalue().count("learns its text by heart") == 1  # type: ignore[attr-defined]
+
+
+def test_without_a_cadence_the_end_only_saves() -> None:
     recipe = StubRecipe()
     run(build_loop(recipe))
+    assert recipe.events() == ["step 0", "step 1", "step 2", "step 3", "save 4"]
+
+
+def test_a_run_shorter_than_its_cadence_is_measured_at_the_end() -> None:
+    recipe = StubRecipe()
+    plan = replace(PLAN, eval_every=9, sample_every=9, save_every=9)
+    loop = build_loop(recipe, plan)
+    loop.evaluates_first = False
+    run(loop)
+    assert recipe.events()[0] == "step 0"
     assert recipe.events()[-3:] == ["save 4", "evaluate 4", "sample 4"]
-    assert len(recipe.events()) == 4 + 3
+
+
+@pytest.mark.parametrize(("push", "saves"), [("last", ["3", "4"]), ("best", ["2", "3", "4"])])
+def test_checkpoints_are_saved_by_time(
+    push: Any, saves: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where the best one is wanted, wherever the model is measured."""
+    recipe, now = StubRecipe(), [0.0]
+    monkeypatch.setattr("archerchat.training.loop.time.monotonic", lambda: now[0])
+    recipe.on_call["step 2"] = lambda: now.append(now.pop() + SAVE_SECONDS)
+    loop = build_loop(recipe, replace(PLAN, eval_every=2))
+    loop.save_every = "time"
+    run(loop, MetricsLog(None, push))
+    assert [e.split()[1] for e in recipe.events() if e.startswith("save")] == saves
 
 
 def test_a_resumed_loop_repeats_no_save_but_the_evaluation_that_may_be_missing() -> None:
     recipe = StubRecipe()
     plan = replace(PLAN, eval_every=2, save_every=2)
     run(build_loop(recipe, plan, LoopState(step=2)))
-    assert recipe.events() == [
-        *("evaluate 2", "step 2", "step 3"),
-        *("save 4", "evaluate 4", "sample 4"),
-    ]
+    assert recipe.events() == ["evaluate 2", "step 2", "step 3", "save 4", "evaluate 4"]
 
 
 def test_a_loop_resumed_after_its_last_step_only_evaluates() -> None:
     recipe = StubRecipe()
-    outcome = run(build_loop(recipe, state=LoopState(step=4)))
+    plan = replace(PLAN, eval_every=9, sample_every=9)
+    outcome = run(build_loop(recipe, plan, LoopState(step=4)))
     assert recipe.events() == ["evaluate 4", "sample 4"]
     assert outcome.finished
     assert math.isnan(outcome.tokens_per_second)
@@ -306,7 +349,7 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread = threading.Thread(target=run, args=(build_loop(recipe),))
     thread.start()
     thread.join()
-    assert recipe.events()[-1] == "sample 4"
+    assert recipe.events()[-1] == "save 4"
 
 
 def test_gradients_are_the_mean_over_micro_batches() -> None:
@@ -364,7 +407,7 @@ def journal(home: Home, run: str) -> list[dict[str, Any]]:
 def test_figures_are_recorded_and_never_zero_or_infinite(tmp_path: Path) -> None:
     recipe, home = StubRecipe(), Home(tmp_path)
     with open_run(home, "run", {}) as metrics:
-        loop = build_loop(recipe, replace(PLAN, eval_every=2))
+        loop = build_loop(recipe, replace(PLAN, eval_every=2, sample_every=9))
         outcome = run(loop, metrics)
     records = journal(home, "run")
     steps = [r["values"] for r in records if r["type"] == "metrics" and "train/loss" in r["values"]]

@@ -17,7 +17,9 @@ import torch
 
 from archerchat import checkpoint
 from archerchat.checkpoint import find_checkpoint, load_checkpoint
+from archerchat.cli import parse
 from archerchat.data.shards import write_shards
+from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
 
 
@@ -36,20 +38,24 @@ def test_a_run_learns_and_says_what_it_does(
     for pattern in (
         r"^model +depth 2, width 32, 61,494 parameters \(36,888 scaling\)$",
         r"^training +24 steps of 512 tokens \(2 x 4 rows of 64\), [\d.e+]+ FLOPs$",
+        r"^packing +concat \(best-fit would keep \d\d\.\d% of the text\)$",
+        r"^data +tiny: about 18,\d{3} tokens; 0\.6\d passes, 6\d\.\d% of the text in rows$",
+        r"^text: 0\.67 passes; 67\.\d% of it was in a row$",
         r"^device +.*, float32 \(forced\)$",
         r"^peak +0\.1 TFLOP/s \(measured: .*, cached\)$",
         r"^attention +matmul \(.*\)$",
-        r"^step 0: val/bpb \d\.\d{4} \([\d.]+ s\)$",
-        r"^step 1/24 \(4\.2 %\) \| loss 5\.\d+ \| lr x0\.250 \| [\d,]+ tok/s \| mfu [\d.]+ % \| ",
-        r"^step 24/24 \(100\.0 %\) \| loss .* \| 0 s left$",
-        r"^step 8: checkpoint saved \([\d.]+ s\)\nstep 8: val/bpb ",
+        r"^step 8: val/bpb \d\.\d{4} \([\d.]+ s\)$",
+        r"^step 1/24 \(4\.2 %\) \| epoch 0\.0\d \| loss 5\.\d+ \| lr x0\.250 \| [\d,]+ tok/s \| ",
+        r"^step 24/24 \(100\.0 %\) \| epoch 0\.67 \| loss .* \| 0 s left$",
+        r"^step 8: checkpoint saved \(training waited [\d.]+ s\)\nstep 8: val/bpb ",
         r"^step 24: 'def main\(",
         r"^trained on 12,288 tokens in \d\.\d min: [\d,]+ tok/s, mfu [\d.]+ %, ",
         r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
     ):
         assert re.search(pattern, output, re.M), pattern
     figures = summary(tiny_home, "a-first-try")
-    assert figures["val_bpb"] < figures["val_bpb_first"] - 0.3
+    assert "step 0: " not in output
+    assert figures["val_bpb"] < figures["val_bpb_first"] - 0.1
     assert (figures["steps"], figures["tokens"]) == (24, 12288)
     assert figures["peak_flops_per_second"] == 1e11
     assert 0 < figures["mfu"] < 1
@@ -91,7 +97,7 @@ def test_a_run_that_ended_in_its_last_evaluation_is_finished_by_the_next(
 
     def interrupted(recipe: Recipe, batches: Any) -> float:
         calls.append(1)
-        if len(calls) == 3:  # after steps 0 and 2
+        if len(calls) == 2:  # after step 2
             os.kill(os.getpid(), signal.SIGINT)
         return measure(recipe, batches)
 
@@ -118,15 +124,59 @@ def test_a_run_that_ended_in_its_last_evaluation_is_finished_by_the_next(
     }
 
 
-def test_a_signal_before_the_first_step_leaves_no_checkpoint(
+def test_a_run_without_evaluations_measures_nothing_and_is_finished(
     tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        Recipe, "bits_per_byte", lambda recipe, batches: os.kill(os.getpid(), signal.SIGTERM)
-    )
-    assert tiny_home.pretrain() == 130
-    assert "stopped at step 0 of 4; nothing is saved" in capsys.readouterr().out
-    assert tiny_home.steps() == []
+    monkeypatch.delattr(Recipe, "bits_per_byte")
+    assert tiny_home.pretrain(eval_every=-1) == 0
+    assert summary(tiny_home)["val_bpb"] is None
+    capsys.readouterr()
+    assert tiny_home.pretrain(eval_every="none") == 0
+    assert "already trained" in (output := capsys.readouterr().out)
+    assert output.endswith("; it was not evaluated\n")
+
+
+def test_own_prompts_are_continued(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    words = tiny_home.pretrain_words(eval_every=None)
+    assert tiny_home.run(*words, "--sample-prompt", "abc d", "b " * 99) == 0  # longer than a row
+    output = capsys.readouterr().out
+    assert re.search(r"^step 4: 'abc d", output, re.M)
+    assert "def main" not in output
+
+
+def test_rows_that_nobody_gave_are_the_plan_s_and_then_the_run_s(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs at most `CPU_TOKENS` to a micro-batch; a resumed run keeps what it had."""
+    monkeypatch.setattr("archerchat.planning.memory.CPU_TOKENS", 2 * 64)
+    assert tiny_home.pretrain(device_batch_size=None, num_iterations=2) == 0
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+    meta = load_checkpoint(find_checkpoint(directory), ()).meta
+    assert meta["identity"]["device_batch_size"] == meta["config"]["device_batch_size"] == 2
+    monkeypatch.setattr("archerchat.planning.memory.CPU_TOKENS", 8 * 64)
+    assert tiny_home.pretrain(device_batch_size=None, num_iterations=4, extend=True) == 0
+    meta = load_checkpoint(find_checkpoint(directory), ()).meta
+    assert meta["identity"]["device_batch_size"] == 2
+
+
+def test_rows_are_halved_until_they_fit(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse(tiny_home.pretrain_words()).config
+    stage, loss = Pretraining(config, tiny_home), Recipe.loss
+
+    def small_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 1:
+            raise torch.OutOfMemoryError
+        return loss(recipe, inputs, targets)
+
+    monkeypatch.setattr(Recipe, "loss", small_card)
+    recipe = stage.build_recipe(None)
+    stage._fit_rows(recipe)
+    assert "4 rows per micro-batch do not fit into memory: 2 now\n2 rows" in capsys.readouterr().out
+    assert recipe.grad_accum_steps * len(next(recipe.loader).inputs) * 64 == 512
+    assert stage.meta["identity"]["device_batch_size"] == 1
+    recipe.loader.close()
 
 
 def test_an_evaluation_that_fails_leaves_the_checkpoint_before_it(
@@ -137,10 +187,10 @@ def test_an_evaluation_that_fails_leaves_the_checkpoint_before_it(
 
     monkeypatch.setattr(Recipe, "bits_per_byte", fail)
     with pytest.raises(RuntimeError, match="no memory"):
-        tiny_home.pretrain(eval_every=None, save_every=None)
+        tiny_home.pretrain(eval_every=9, save_every=None)
     assert tiny_home.steps() == [4]
     monkeypatch.undo()
-    assert tiny_home.pretrain(eval_every=None, save_every=None) == 0
+    assert tiny_home.pretrain(eval_every=9, save_every=None) == 0
     assert summary(tiny_home)["steps"] == 4
 
 
@@ -190,7 +240,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes_learn_as_much(tiny_home: Any, dtype: str) -> None:
-    run = {"num_iterations": 12, "eval_every": None, "warmup_steps": 4, "sample_every": None}
+    run = {"num_iterations": 12, "eval_every": 12, "warmup_steps": 4, "sample_every": None}
     for name in ("float32", dtype):
         assert tiny_home.pretrain(**run, dtype=name, model_tag=name) == 0
     wide, narrow = summary(tiny_home, "float32"), summary(tiny_home, dtype)
@@ -207,6 +257,30 @@ def test_the_micro_batch_changes_speed_but_not_the_result(tiny_home: Any) -> Non
         assert tiny_home.pretrain(device_batch_size=rows, model_tag=f"rows{rows}") == 0
     few, many = summary(tiny_home, "rows2"), summary(tiny_home, "rows8")
     assert few["val_bpb"] == pytest.approx(many["val_bpb"], abs=1e-3)
+
+
+def test_packing_is_chosen_by_what_it_keeps_and_stays_with_the_run(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shards(["a b c"] * 400, tiny_home.data_dir("short"), documents_per_shard=200)
+    assert tiny_home.pretrain(data="short", num_iterations=8) == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^packing +best-fit \(best-fit would keep 9\d\.\d% of", output, re.M)
+    assert re.search(r"^data .* [1-9]\.\d\d passes, .*Warning: the text repeats", output, re.M)
+    assert output.count("warning: the second pass over the text begins") == 1
+    assert re.search(r"^step 8/8 .* \| epoch [1-9]\.\d\d \|", output, re.M)
+    assert summary(tiny_home)["data/epochs"] > 1
+    assert 0.9 < summary(tiny_home)["data/text_share"] < 1
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+    meta = load_checkpoint(find_checkpoint(directory), ()).meta
+    assert meta["identity"]["packing"] == meta["config"]["packing"] == "best-fit"
+
+    # A run from before `auto`, on text for which it would choose the other.
+    assert tiny_home.pretrain(packing="best-fit", model_tag="old", num_iterations=2) == 0
+    assert tiny_home.pretrain(model_tag="old", num_iterations=4, extend=True) == 0
+    output = capsys.readouterr().out
+    assert "packing    best-fit (as this run began)\n" in output
+    assert "second pass" not in output
 
 
 def test_data_of_little_and_empty_text_is_enough(tiny_home: Any) -> None:

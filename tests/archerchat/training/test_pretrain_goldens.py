@@ -6,6 +6,7 @@ import functools
 import io
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -48,6 +49,11 @@ class Saves:
     def save(self, step: int, state: Any, finished: bool) -> None:
         self._save(step)
 
+    is_writing = False
+
+    def wait(self) -> None:
+        pass
+
     def note_measured(self, step: int, loop: Any) -> None:
         pass
 
@@ -67,7 +73,7 @@ def run_loop(
     recipe.sample = lambda step: {}  # type: ignore[method-assign]
     recorder = Recorder(None)
     progress = ProgressLine(Console(file=io.StringIO()), recipe.total_steps(0))
-    with recipe.loader:
+    with closing(recipe.loader):
         loop = Loop(recipe, PeakFlops(1e11, "table"), config.save_every, config.sample_every)
         loop.run(saves, recorder, progress)
     return recorder

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,36 +13,40 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-)
+from archerchat.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from archerchat.config import compare_configs
 from archerchat.data.shards import list_shards, split_shards, write_shards
 from archerchat.data.text_loader import TextLoader
 from archerchat.errors import CheckpointError
 from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+from archerchat.training import resume
 from archerchat.training.recipe import Recipe, load_rng_state_dict, rng_state_dict
-from archerchat.training.resume import describe_extension, find_start
+from archerchat.training.resume import (
+    CheckpointWriter,
+    _changed_flags,
+    describe_extension,
+    find_start,
+)
 
 EXTENDABLE = {
-    "horizon": ({"num_iterations": 6}, "num_iterations: 4 saved, 6 now"),
-    "batch": ({"total_batch_size": 1024}, "total_batch_size: 512 saved, 1024 now"),
-    "micro-batch": ({"device_batch_size": 2}, "device_batch_size: 4 saved, 2 now"),
-    "warm-up": ({"warmup_steps": 2}, "warmup_steps: 40 saved, 2 now"),
-    "warm-down": ({"warmdown_ratio": 0.2}, "warmdown_ratio: 0.65 saved, 0.2 now"),
-    "rest": ({"final_lr_frac": 0.0}, "final_lr_frac: 0.05 saved, 0.0 now"),
-    "rate": ({"matrix_lr": 0.04}, "learning_rates.matrix: 0.000625 saved, 0.00125 now"),
-    "decay": ({"weight_decay": 0.0}, "weight_decay: "),
+    "horizon": ({"num_iterations": 6}, "--num-iterations: 4 saved, 6 now"),
+    "batch": ({"total_batch_size": 1024}, "--total-batch-size: 512 saved, 1024 now"),
+    "micro-batch": ({"device_batch_size": 2}, "--device-batch-size: 4 saved, 2 now"),
+    "warm-up": ({"warmup_steps": 2}, "--warmup-steps: 40 saved, 2 now"),
+    "warm-down": ({"warmdown_ratio": 0.2}, "--warmdown-ratio: 0.65 saved, 0.2 now"),
+    "rest": ({"final_lr_frac": 0.0}, "--final-lr-frac: 0.05 saved, 0 now"),
+    "rate": ({"matrix_lr": 0.04}, "--matrix-lr: 0.02 saved, 0.04 now"),
+    "decay": ({"weight_decay": 0.0}, "--weight-decay: 0.28 saved, 0 now"),
 }
 STRUCTURAL = {
-    "width": ({"aspect_ratio": 32}, "model.model_dim: 32 saved, 64 now"),
-    "rows": ({"max_seq_len": 32}, "model.sequence_length: 64 saved, 32 now"),
-    "dtype": ({"dtype": "bfloat16"}, "dtype: 'float32' saved, 'bfloat16' now"),
-    "packing": ({"packing": "concat"}, "packing: 'best-fit' saved, 'concat' now"),
-    "seed": ({"seed": 7}, "seed: 42 saved, 7 now"),
-    "tokenizer": ({"tokenizer": "other"}, "tokenizer: '"),
+    "width": ({"aspect_ratio": 32}, "--aspect-ratio: 16 saved, 32 now"),
+    "rows": ({"max_seq_len": 32}, "--max-seq-len: 64 saved, 32 now"),
+    "dtype": ({"dtype": "bfloat16"}, "--dtype: 'float32' saved, 'bfloat16' now"),
+    "packing": ({"packing": "best-fit"}, "--packing: 'concat' saved, 'best-fit' now"),
+    "seed": ({"seed": 7}, "--seed: 42 saved, 7 now"),
+    "tokenizer": ({"tokenizer": "other"}, "--tokenizer: 'tiny' saved, 'other' now"),
 }
 
 
@@ -58,11 +64,47 @@ def test_a_changed_setting_is_refused_by_name(
     assert trained_home.pretrain(**changes) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
-    assert "step_000004 belongs to a different run: " in message
-    assert difference in message
+    assert f"step_000004 belongs to a different run: {difference}. Resume it with its " in message
+    assert "by --resume tiny" in message
     assert ("by --extend" in message) == (what in EXTENDABLE)
     assert "choose another --model-tag for a new run" in message
     assert trained_home.listing() == before
+
+
+def test_a_name_is_enough_to_resume(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], assert_same_run: Callable[..., None]
+) -> None:
+    run = {"matrix_lr": 0.03, "keep_last": 9}
+    assert tiny_home.pretrain(**run, model_tag="whole") == 0
+    assert tiny_home.pretrain(**run) == 0
+    assert tiny_home.run("pretrain", "--resume", "tiny", "--resume-from-step", "2") == 0
+    assert_same_run(*(tiny_home.checkpoint_dir("base", tag) for tag in ("whole", "tiny")))
+    assert tiny_home.run("pretrain", "--resume=tiny", "--extend", "--num-iterations", "6") == 0
+    assert tiny_home.steps() == [2, 4, 6]
+    assert tiny_home.run("pretrain", "--resume", "nothing") == 2
+    assert "no base model 'nothing' under" in capsys.readouterr().err
+
+
+def test_overwrite_starts_over(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny_home.pretrain(keep_last=9) == 0
+    for other in ({"extend": True}, {"resume_from_step": 2}, {"resume": "tiny"}):
+        assert tiny_home.pretrain(overwrite=True, **other) == 2
+        assert "--overwrite starts over: leave it out to resume" in capsys.readouterr().err
+    assert tiny_home.steps() == [2, 4]
+    assert tiny_home.pretrain(overwrite=True, seed=7, num_iterations=3, save_every=None) == 0
+    assert tiny_home.steps() == [3]
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_what_no_flag_explains_is_named_as_it_is_kept() -> None:
+    before: dict[str, Any] = {"identity": {"mixture": {"sha256": "a" * 64}}, "config": {"n": 1}}
+    now = {"identity": {"mixture": {"sha256": "b" * 64}}, "config": {"n": 1}}
+    assert _changed_flags(before, now, False) == []
+    assert compare_configs(before["identity"], now["identity"]) == [
+        f"mixture.sha256: '{'a' * 40}...' saved, '{'b' * 40}...' now"
+    ]
+    rates = {"rate": 0.0001234567890123}, {"rate": 0.0001234567890124}
+    assert compare_configs(*rates) == ["rate: 0.0001234567890123 saved, 0.0001234567890124 now"]
 
 
 @pytest.mark.parametrize("what", STRUCTURAL)
@@ -74,7 +116,7 @@ def test_extend_does_not_let_another_model_or_other_data_pass(
     assert trained_home.pretrain(**changes, num_iterations=6, extend=True) == 2
     message = capsys.readouterr().err
     assert difference in message
-    assert "num_iterations" not in message  # that one is allowed
+    assert "num-iterations" not in message  # that one is allowed
     assert "by --extend" not in message
 
 
@@ -129,7 +171,7 @@ def test_other_data_is_refused(tiny_home: Any, capsys: pytest.CaptureFixture[str
 def test_weights_without_training_state_cannot_be_resumed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 900, {"model": {}}, {"source": "nanochat"})
     with pytest.raises(CheckpointError, match=r"no training state to resume \(nanochat\)"):
-        find_start(tmp_path, {}, None, extend=False)
+        find_start(tmp_path, {"identity": {}}, None)
 
 
 PEAKS = {"matrix": 0.02, "smear": 0.2, "off": 0.0}
@@ -197,11 +239,43 @@ def test_the_best_figure_of_a_finished_run_survives_an_extension(
     tiny_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last evaluation comes after the last checkpoint, which has to know of it."""
-    figures = iter([3.0, 2.9, 2.7432, 2.9171])  # steps 0, 3, 4; then 5 of the extended run
+    figures = iter([2.9, 2.7432, 2.9171])  # steps 3, 4; then 5 of the extended run
     monkeypatch.setattr(Recipe, "bits_per_byte", lambda recipe, batches: next(figures))
     run = {"save_every": 4, "eval_every": 3}
     assert tiny_home.pretrain(**run, num_iterations=4) == 0
     assert tiny_home.pretrain(**run, num_iterations=5, extend=True) == 0
     summary = json.loads((tiny_home.run_dir("tiny") / "summary.json").read_text())
-    assert (summary["val_bpb_first"], summary["val_bpb"]) == (3.0, 2.9171)
+    assert (summary["val_bpb_first"], summary["val_bpb"]) == (2.9, 2.9171)
     assert summary["val_bpb_best"] == 2.7432
+
+
+def test_training_goes_on_while_a_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, weight = threading.Event(), torch.ones(4)
+    save = resume.save_checkpoint
+
+    def slowly(*args: Any, **options: Any) -> Path:
+        assert allowed.wait(30)
+        return save(*args, **options)
+
+    monkeypatch.setattr(resume, "save_checkpoint", slowly)
+    writer = CheckpointWriter(tmp_path, {"identity": {}}, 2)
+    writer.save(1, {"model": {"weight": weight}}, False)
+    assert writer.is_writing
+    assert list_checkpoints(tmp_path) == []
+    weight.zero_()  # the next step
+    allowed.set()
+    writer.save(2, {"model": {"weight": weight}}, True)  # waits for the first
+    assert writer.find(2) == tmp_path / "step_000002"
+    saved = [load_checkpoint(tmp_path / f"step_{step:06d}") for step in (1, 2)]
+    assert [int(each.state["model"]["weight"].sum()) for each in saved] == [4, 0]
+    assert [each.meta["finished"] for each in saved] == [False, True]
+
+
+def test_a_save_that_fails_is_told_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    writer = CheckpointWriter(tmp_path / "file", {}, 2)
+    writer.save(1, {"model": {"weight": torch.ones(4)}}, False)
+    with pytest.raises(CheckpointError, match="cannot save"):
+        writer.wait()

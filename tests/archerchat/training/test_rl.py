@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def test_a_run_leaves_a_model_figures_and_metrics(
     assert trained_home.run(*words()) == 0
     output = capsys.readouterr().out
     assert "on the test: pass@1 " in output
+    assert re.search(r"^step 4/4 .* \| loss \S+ \| reward \d\.\d{3} \| ", output, re.M)
     summary = json.loads((trained_home.run_dir("tiny-rl") / "summary.json").read_text())
     assert summary["steps"] == 4
     assert summary.keys() >= {"val/pass_at_1", "val/pass_at_2", "rollout/reward", "tokens"}
@@ -137,9 +139,9 @@ def test_another_run_is_not_gone_on_with(
     capsys.readouterr()
     assert trained_home.run(*words(num_iterations=2, max_new_tokens=9)) == 2
     error = capsys.readouterr().err
-    assert "rollouts.max_new_tokens: 8 saved, 9 now" in error
+    assert "--max-new-tokens: 8 saved, 9 now" in error
     assert trained_home.run(*words(num_iterations=2, task="Arithmetic")) == 2
-    assert "task.task: 'SpellingBee' saved, 'Arithmetic' now" in capsys.readouterr().err
+    assert "--task: 'SpellingBee' saved, 'Arithmetic' now" in capsys.readouterr().err
     assert trained_home.listing() == listing
 
 

@@ -117,7 +117,7 @@ def test_batches_hold_what_has_a_gradient_and_count_all_tokens() -> None:
     rollouts = [row(4, 2, 0.5), row(6, 3, -0.5), row(9, 5, 0.0)]
     rollouts += [row(5, 1, 0.25), row(4, 0, 0.25), row(3, 1, -0.5)]
     batches = build_batches(rollouts, settings, padding=99)
-    assert len(batches) == settings.batches == 3
+    assert len(batches) == settings.batches() == 3
     # Twelve trained tokens, those without a gradient too; three batches to average over.
     assert {batch.scale for batch in batches} == {3 / 12}
     assert [batch.inputs.shape for batch in batches] == [(2, 5), (2, 3), (1, 1)]
@@ -157,7 +157,7 @@ def test_groups_have_the_mean_taken_off(loader: RolloutLoader) -> None:
 def test_batches_are_those_of_an_uninterrupted_loader(
     loader: RolloutLoader, scripted: Callable[[Sequence[str]], Any]
 ) -> None:
-    size = SETTINGS.batches
+    size = SETTINGS.batches()
     batches = [next(loader) for _ in range(3 * size)]
     assert loader.rolls_out_next
     resumed = RolloutLoader(loader.engine, loader.tokenizer, loader.task, SETTINGS)

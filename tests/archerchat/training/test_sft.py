@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from archerchat.checkpoint import (
     load_checkpoint,
 )
 from archerchat.tasks.registry import MixtureConfig
+from archerchat.training.recipe import Recipe
 from archerchat.training.sft import FinetuneConfig, Finetuning
 
 Launch = Callable[[list[str]], subprocess.Popen[str]]
@@ -127,6 +129,48 @@ def test_steps_can_end_a_run_before_its_data(
     assert summary(trained_home)["data/progress"] < 1
 
 
+def test_steps_and_passes_go_beyond_one_pass(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a run of a few steps says how it gets more."""
+    small = {"mixture": "SimpleSpelling:20"}
+    assert trained_home.run(*words(**small, output_tag="one")) == 0
+    output = capsys.readouterr().out
+    (one,) = steps(trained_home, "one")
+    assert re.search(
+        rf"^warning +{one} step\(s\) are too few to learn from; --num-epochs \d+ "
+        r"--total-batch-size 256 would be about 50$",
+        output,
+        re.M,
+    )
+    assert trained_home.run(*words(**small, output_tag="forty", num_iterations=40)) == 0
+    assert steps(trained_home, "forty")[-1] == 40
+    assert trained_home.run(*words(**small, output_tag="three", num_epochs=3)) == 0
+    assert 2 * one < steps(trained_home, "three")[-1] <= 3 * one
+    output = capsys.readouterr().out
+    assert re.search(r"used \([34]\.\d passes over the mixture\)", output)
+
+
+def test_own_questions_are_answered(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = words(num_iterations=1, eval_every=-1)
+    assert trained_home.run(*run, "--sample-prompt", "Where is Rome?") == 0
+    output = capsys.readouterr().out
+    assert "step 1: 'Where is Rome? " in output
+    assert "Who are you?" not in output
+
+
+def test_a_run_resumes_with_its_saved_settings(
+    trained_home: Any, assert_same_run: Callable[..., None]
+) -> None:
+    """Even where the base model saved last is another one by now."""
+    run = {"num_iterations": 4, "save_every": 2, "lr_scale": 0.5, "keep_last": 9}
+    assert trained_home.run(*words(**run, output_tag="whole")) == 0
+    assert trained_home.run(*words(**run, output_tag="again")) == 0
+    assert trained_home.pretrain(model_tag="later", num_iterations=1) == 0
+    assert trained_home.run("sft", "--resume", "again", "--resume-from-step", "2") == 0
+    assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "again")))
+
+
 def test_a_fine_tuned_model_is_sampled_by_its_source(
     trained_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +178,7 @@ def test_a_fine_tuned_model_is_sampled_by_its_source(
     capsys.readouterr()
     assert trained_home.run("sample", "--source", "sft", "--max-tokens", "2") == 0
     assert str(trained_home.checkpoint_dir("sft", "talks") / "step_000002") in (
-        capsys.readouterr().out
+        capsys.readouterr().err
     )
 
 
@@ -225,17 +269,29 @@ def test_a_run_can_go_back_to_an_older_checkpoint(
 def test_a_changed_run_is_refused(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert trained_home.run(*words(num_iterations=2)) == 0
     for change, message in (
-        ({"mixture": "Arithmetic:50"}, "mixture.tasks.0.task: 'SimpleSpelling' saved, 'Arith"),
-        ({"num_iterations": 4}, "num_iterations: 2 saved, 4 now"),
-        ({"lr_scale": 0.5}, "learning_rates.embedding: "),
-        ({"document_masking": True}, "document_masking: False saved, True now"),
-        ({"model_step": 2}, "base.sha256: "),
+        ({"mixture": "Arithmetic:50"}, "--mixture: 'SimpleSpelling:120,Arithmetic:40' saved, 'Ari"),
+        ({"num_iterations": 4}, "--num-iterations: 2 saved, 4 now"),
+        ({"lr_scale": 0.5}, "--lr-scale: 0.8 saved, 0.5 now"),
+        ({"document_masking": True}, "--document-masking: False saved, True now"),
+        ({"model_step": 2}, "--model-step: none saved, 2 now"),
     ):
         capsys.readouterr()
         assert trained_home.run(*words(**({"num_iterations": 2} | change))) == 2
         error = capsys.readouterr().err
         assert message in error
         assert "--extend" not in error
+        assert "by --resume tiny, choose another --output-tag for a new run, or start" in error
+
+
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Recipe, "bits_per_byte", lambda recipe, batches: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    assert trained_home.run(*words()) == 130
+    assert "; nothing is saved" in capsys.readouterr().out
+    assert steps(trained_home) == []
 
 
 # Bad input
@@ -250,7 +306,7 @@ def test_nonsense_is_refused(
         ({"model_tag": "big"}, 2, "no base model 'big' under"),
         ({"mixture": "Alchemy"}, 2, "there is no task 'Alchemy'"),
         ({"num_iterations": 0}, 2, "--num-iterations is 0; it must be at least 1"),
-        ({"device_batch_size": -1}, 2, "--device-batch-size is -1"),
+        ({"device_batch_size": -2}, 2, "--device-batch-size is -2"),
         ({"total_batch_size": 100}, 2, "a batch of 100 tokens is not a multiple"),
         ({"lr_scale": "nan"}, 2, "--lr-scale is nan"),
         ({"jsonl": path}, 1, "talks.jsonl:1: message 1 (assistant): content is empty"),
@@ -260,14 +316,3 @@ def test_nonsense_is_refused(
         assert trained_home.run(*words(**change)) == code, change
         assert message in capsys.readouterr().err
     assert not trained_home.checkpoint_dir("sft", "tiny").exists()
-
-
-def test_several_ranks_are_refused(
-    trained_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    assert trained_home.run(*words()) == 2
-    assert (
-        "WORLD_SIZE is 2, but archerchat sft runs on one device so far" in capsys.readouterr().err
-    )

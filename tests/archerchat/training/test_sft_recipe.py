@@ -10,7 +10,9 @@ from typing import Any, cast
 import pytest
 import torch
 
+from archerchat.data.conversation_loader import Counts
 from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import AdamGroup
@@ -60,11 +62,15 @@ def test_the_momentum_rises_over_300_steps(step: int, expected: float) -> None:
     assert muon_momentum(step) == pytest.approx(expected)
 
 
-def recipe(progress: float, num_iterations: int | None) -> FinetuneRecipe:
+def recipe(
+    progress: float, num_iterations: int | None, num_epochs: int | None = 1
+) -> FinetuneRecipe:
     """A recipe of nothing but a position in its data."""
     made = object.__new__(FinetuneRecipe)
-    made.loader = cast(Any, SimpleNamespace(progress=progress))
-    made.num_iterations, made.first_estimate = num_iterations, 70
+    stream = SimpleNamespace(counts=Counts(), consumed=1000 * progress, share=1000)
+    made.loader = cast(Any, SimpleNamespace(own=[stream]))
+    made.optimizer = cast(Any, SimpleNamespace(ranks=Ranks()))
+    made.num_iterations, made.num_epochs, made.first_estimate = num_iterations, num_epochs, 70
     return made
 
 
@@ -86,6 +92,25 @@ def test_the_end_is_estimated_until_the_data_is_used_up(
     step: int, progress: float, num_iterations: int | None, expected: int
 ) -> None:
     assert recipe(progress, num_iterations).total_steps(step) == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "progress", "num_iterations", "num_epochs", "steps", "share"),
+    [
+        (10, 1.5, None, 3, 20, 0.5),
+        (10, 3.1, None, 3, 10, 3.1 / 3),
+        (10, 2.0, 40, None, 40, 0.25),  # steps alone: as many passes as they take
+        (40, 8.0, 40, None, 40, 1.0),
+        (10, 1.0, 40, 2, 20, 0.5),  # whichever ends first
+        (10, 1.0, 12, 2, 12, 10 / 12),
+    ],
+)
+def test_passes_and_steps_end_a_run(
+    step: int, progress: float, num_iterations: int, num_epochs: int, steps: int, share: float
+) -> None:
+    made = recipe(progress, num_iterations, num_epochs)
+    assert made.total_steps(step) == steps
+    assert made.progress_at(step) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(

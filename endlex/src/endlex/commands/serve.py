@@ -24,13 +24,13 @@ def import_server(module: str) -> Any:
         if error.name == "endlex.server":
             raise EndlexError(
                 "only the client is installed here, and this is the server's: "
-                "pip install 'endlex[server]'"
+                "pip install 'endlex[server]', or in a clone pip install ./endlex ./endlex/server"
             ) from error
         if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
             raise
         raise EndlexError(
             f"the server needs {error.name}, which is not installed here: "
-            "pip install 'endlex[server]'"
+            "pip install 'endlex[server]', or in a clone pip install ./endlex ./endlex/server"
         ) from error
 
 

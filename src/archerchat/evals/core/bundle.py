@@ -27,7 +27,7 @@ import yaml  # type: ignore[import-untyped,unused-ignore]
 from archerchat.data.hub import Notify, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.files import exclusive, explained_writes, new_directory, sha256_file
-from archerchat.tasks.hub import iter_json_lines
+from archerchat.text_files import iter_rows
 
 TASK_LIST = "core.yaml"
 BASELINES = "eval_meta_data.csv"
@@ -239,7 +239,7 @@ def read_examples(task: CoreTask) -> list[Example]:
         DataError: the file cannot be read, a line is broken, or there is none.
     """
     examples = []
-    for where, row in iter_json_lines(task.path):
+    for where, row in iter_rows(task.path):
         try:
             examples.append(_parse_example(row, task.task_type))
         except (ValueError, KeyError, TypeError) as error:

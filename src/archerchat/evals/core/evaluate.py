@@ -32,8 +32,7 @@ class CoreOptions(Config):
     """CORE options."""
 
     max_per_task: PositiveInt | None = None
-    """Maximum examples per CORE task. A task keeps its few-shot examples and one more in any
-    case. Defaults to all."""
+    """Maximum examples per CORE task. Defaults to all."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,8 @@ class CoreEvaluation:
         if task.label in self._prepared:
             return self._prepared[task.label]
         prompter = self._prompter(task)
-        trees = [prompter.tree(index) for index in self.ranks.share(len(prompter.examples))]
-        gold = [example.gold for example in prompter.examples]
+        gold = [example.gold for example in prompter.examples[: self.options.max_per_task]]
+        trees = [prompter.tree(index) for index in self.ranks.share(len(gold))]
         if self._keeps:
             self._prepared[task.label] = gold, trees
         return gold, trees
@@ -164,8 +163,9 @@ class CoreEvaluation:
         found = {}
         for task in [task for task in self.bundle.tasks if task.label not in done]:
             prompter = self._prompter(task)
-            own = self.ranks.share(len(prompter.examples))
+            count = len(prompter.examples[: self.options.max_per_task])
+            own = self.ranks.share(count)
             chosen = own[:: max(1, len(own) // PROBES)][:PROBES] or range(1)
             tokens = sum(tokens_to_run(prompter.tree(index), windows) for index in chosen)
-            found[task.label] = Estimate(len(prompter.examples), tokens * len(own) / len(chosen))
+            found[task.label] = Estimate(count, tokens * len(own) / len(chosen))
         return found

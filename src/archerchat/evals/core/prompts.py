@@ -101,9 +101,9 @@ def build_tree(index: int, prompts: Sequence[Prompt]) -> Tree:
 
 
 def choose_examples(examples: Sequence[Example], task: CoreTask, cap: int | None) -> list[Example]:
-    """Shuffle a task's examples as CORE does, and take the first `cap`.
+    """Shuffle a task's examples as CORE does, and take the first `cap`, which are asked.
 
-    A cap that leaves no room for the few-shot examples beside the one that is asked is raised.
+    More are returned where the cap leaves too few to draw the few-shot examples from.
 
     Raises:
         DataError: there are too few examples whatever the cap.
@@ -132,7 +132,7 @@ class Prompter:
     """Make the prompts of one task.
 
     Args:
-        examples: all that are evaluated, in order; the few-shot examples come from them too.
+        examples: what `choose_examples` returned; the few-shot examples come from them too.
     """
 
     def __init__(self, task: CoreTask, examples: Sequence[Example], tokenizer: Tokenizer) -> None:

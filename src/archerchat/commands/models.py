@@ -1,0 +1,179 @@
+"""`archerchat models`: list, rename, remove and prune the models on this machine."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from archerchat.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    list_models,
+    load_checkpoint,
+    prune_checkpoints,
+    saved_at,
+)
+from archerchat.config import Config, PositiveInt
+from archerchat.console import bytes_text, duration_text
+from archerchat.errors import CheckpointError, UsageError
+from archerchat.files import exclusive, remove_directory, write_json
+from archerchat.home import Home, check_name
+from archerchat.report.runs import RENAMES, STAGES, read_renames
+
+
+@dataclass(frozen=True)
+class ListConfig:
+    """List the models on this machine, by stage, the last saved first."""
+
+
+@dataclass(frozen=True)
+class RenameConfig:
+    """Rename a model at all stages, with the results of its evaluations.
+
+    `archerchat models rename OLD NEW`: reports find the journals, which keep their names.
+    """
+
+    old: str
+    """Name of the model."""
+    new: str
+    """Name to give it."""
+
+
+@dataclass(frozen=True)
+class ChangeConfig(Config):
+    """Name a model."""
+
+    tag: str
+    """Name of the model."""
+    stage: Literal["base", "sft", "rl"] | None = None
+    """Stage to change: base, sft or rl. Defaults to all."""
+
+
+@dataclass(frozen=True)
+class RemoveConfig(ChangeConfig):
+    """Delete a model's checkpoints: `archerchat models remove TAG`.
+
+    Journals, reports and evaluations stay.
+    """
+
+    yes: bool = False
+    """Confirm that they may be deleted."""
+
+
+@dataclass(frozen=True)
+class PruneConfig(ChangeConfig):
+    """Delete a model's older checkpoints: `archerchat models prune TAG --keep-last 1`."""
+
+    keep_last: PositiveInt = 1
+    """Number of checkpoints to keep at each stage."""
+
+
+def show(config: ListConfig, home: Home) -> None:
+    """Print a table of the models."""
+    table = Table("stage", "model", box=SIMPLE, padding=0)  # fits in 80 columns
+    for column in ("steps", "bits/byte", "size", "saved"):
+        table.add_column(column, justify="right")
+    for stage in STAGES:
+        found = [(saved_at(find_checkpoint(path)), path) for path in list_models(home, stage)]
+        for moment, path in sorted(found, reverse=True):
+            steps = list_checkpoints(path)
+            shown = ", ".join(map(str, steps[-2:]))
+            age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
+            more = "… " if len(steps) > 2 else ""
+            table.add_row(stage, path.name, more + shown, _bits(path), _size_text(path), age)
+    if not table.row_count:
+        print(f"no models in {home.root}: train one (archerchat pretrain), or import one")
+        return
+    console = Console(emoji=False, highlight=False)
+    console.print(table)
+    console.print("Commands take the first of a stage unless --model-tag names another.")
+
+
+def rename(config: RenameConfig, home: Home) -> None:
+    """Rename a model at all stages.
+
+    Raises:
+        UsageError: there is no such model, the new name is taken, or a process works on it.
+    """
+    check_name(config.new, "model tag")
+    sources = _find(home, config.old, None)
+    pairs = [(path, path.with_name(config.new)) for path in sources]
+    for stage in STAGES:
+        results = home.eval_dir(stage, config.old)
+        pairs += [(results, home.eval_dir(stage, config.new))] if results.is_dir() else []
+    if taken := [target for _, target in pairs if target.exists()]:
+        raise UsageError(f"{taken[0]} exists: choose another name, or remove that model first")
+    with ExitStack() as locks:
+        for path in sources:
+            locks.enter_context(exclusive(path))
+        for source, target in pairs:
+            source.rename(target)
+        # Journals keep their names; reports find them by this list.
+        entry = {"from": config.old, "to": config.new, "time": time.time()}
+        write_json(home.root / RENAMES, [*read_renames(home), entry])
+    for source, target in pairs:
+        print(f"{source} is now {target}")
+
+
+def remove(config: RemoveConfig, home: Home) -> None:
+    """Delete a model's checkpoints.
+
+    Raises:
+        UsageError: there is no such model, it is not confirmed, or a process works on it.
+    """
+    found = {p: f"{p} ({_size_text(p)})" for p in _find(home, config.tag, config.stage)}
+    if not config.yes:
+        raise UsageError(f"{', '.join(found.values())} would be deleted: confirm it by --yes")
+    for path, text in found.items():
+        with exclusive(path):
+            remove_directory(path)
+        print(f"removed {text}")
+
+
+def prune(config: PruneConfig, home: Home) -> None:
+    """Delete a model's older checkpoints.
+
+    Raises:
+        UsageError: there is no such model, or a process works on it.
+    """
+    for path in _find(home, config.tag, config.stage):
+        before = list_checkpoints(path)
+        with exclusive(path):
+            prune_checkpoints(path, before[-1], config.keep_last)
+        kept = list_checkpoints(path)
+        steps = ", ".join(map(str, kept))
+        print(f"{path}: {len(before) - len(kept)} checkpoint(s) deleted, kept steps {steps}")
+
+
+def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
+    """Return the directories of a model, one for each stage that it went through."""
+    stages = [stage] if stage else STAGES
+    known = [path for stage in stages for path in list_models(home, stage)]
+    if found := [path for path in known if path.name == tag]:
+        return found
+    names = ", ".join(dict.fromkeys(path.name for path in known)) or "none"
+    raise UsageError(
+        f"no {f'{stage} ' if stage else ''}model {tag!r} in {home.root}; there is {names}"
+    )
+
+
+def _bits(path: Path) -> str:
+    """Return the last measured bits per byte of a model's latest checkpoint."""
+    try:
+        loop = load_checkpoint(find_checkpoint(path), sections=("loop",)).state["loop"]
+    except CheckpointError:  # imported, or damaged
+        return "–"
+    value = loop.get("last_val", math.nan)
+    return f"{value:.4f}" if math.isfinite(value) and path.parent.name != "rl" else "–"
+
+
+def _size_text(path: Path) -> str:
+    return bytes_text(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))

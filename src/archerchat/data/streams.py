@@ -1,0 +1,128 @@
+"""The batches of a run, the same ones whatever the number of ranks that it is resumed on.
+
+A run that begins on N ranks has N streams of micro-batches: stream s reads every Nth row group, or
+conversation, from the sth on. A step takes the next A micro-batches of each stream, N * A in all.
+On M ranks each takes an Mth of these, in order. So ranks may come and go between two calls: every
+step still trains on the same rows, no document is read twice, and none is left out. A rank that
+shares a stream with others reads all of it and drops what is theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from archerchat.checkpoint import Stateful
+from archerchat.data.prefetch import Batch, PrefetchingLoader
+from archerchat.distributed import Ranks
+from archerchat.errors import UsageError
+
+L = TypeVar("L", bound=PrefetchingLoader[Any, Any])
+COUNT = "streams"
+
+
+def saved_streams(state: Mapping[str, Any]) -> int:
+    """Return how many streams a saved state has."""
+    return int(state.get(COUNT, 1))
+
+
+class Streams(Stateful, Generic[L]):
+    """Yield this rank's micro-batches of each step.
+
+    Args:
+        open_stream: opens stream s of N, given s and N.
+        num_streams: N; a new run has one for each rank.
+        grad_accum_steps: micro-batches of this rank per step.
+
+    Raises:
+        UsageError: a step's micro-batches are no whole number for each stream.
+    """
+
+    def __init__(
+        self,
+        open_stream: Callable[[int, int], L],
+        num_streams: int,
+        grad_accum_steps: int,
+        ranks: Ranks,
+    ) -> None:
+        per_step = grad_accum_steps * ranks.world_size
+        if per_step % num_streams:
+            raise UsageError(
+                f"the run began on {num_streams} ranks, which cannot share a step of {per_step} "
+                "micro-batches: resume with the --device-batch-size and the --total-batch-size "
+                "that it began with"
+            )
+        self._ranks, self._num_streams = ranks, num_streams
+        self._per_stream = per_step // num_streams
+        first = ranks.rank * grad_accum_steps
+        self._turns = [divmod(i, self._per_stream) for i in range(first, first + grad_accum_steps)]
+        self._turn, self._taken = 0, 0
+        self.loaders = {s: open_stream(s, num_streams) for s in sorted({s for s, _ in self._turns})}
+        """The streams that this rank reads."""
+
+    @property
+    def first(self) -> L:
+        """The first stream that this rank reads."""
+        return next(iter(self.loaders.values()))
+
+    @property
+    def own(self) -> list[L]:
+        """The streams that no lower rank reads, to count each once."""
+        return [x for stream, x in self.loaders.items() if (stream, 0) in self._turns]
+
+    def __next__(self) -> Batch:
+        stream, index = self._turns[self._turn]
+        loader = self.loaders[stream]
+        while self._taken < index:
+            next(loader)
+            self._taken += 1
+        batch = next(loader)
+        self._taken += 1
+        self._turn += 1
+        ended = self._turn == len(self._turns)
+        if ended or self._turns[self._turn][0] != stream:
+            for _ in range(self._taken, self._per_stream):
+                next(loader)
+            self._taken = 0
+        if ended:
+            self._turn = 0
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return every stream's state, on all ranks, which call this between two steps."""
+        assert self._turn == 0, "saved in the middle of a step"
+        own = {
+            f"{stream}/{key}": value.numpy() if isinstance(value, Tensor) else value
+            for stream, loader in self.loaders.items()
+            for key, value in loader.state_dict().items()
+        }
+        whole: dict[str, Any] = {}
+        for state in self._ranks.gather(own):
+            for key, value in state.items():
+                whole[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        if self._num_streams == 1:
+            return {key.removeprefix("0/"): value for key, value in whole.items()}
+        return {COUNT: self._num_streams, **whole}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned on any number of ranks.
+
+        Raises:
+            CheckpointError: it does not fit the loaders.
+        """
+        assert saved_streams(state) == self._num_streams
+        for stream, loader in self.loaders.items():
+            own = {
+                key.removeprefix(f"{stream}/"): value
+                for key, value in state.items()
+                if key.startswith(f"{stream}/") or (self._num_streams == 1 and key != COUNT)
+            }
+            loader.load_state_dict(own)
+
+    def close(self) -> None:
+        for loader in self.loaders.values():
+            loader.close()

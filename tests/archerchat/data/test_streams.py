@@ -1,0 +1,85 @@
+"""The batches of a run do not depend on how many ranks it is resumed on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from archerchat.data.prefetch import Batch, Plan, PrefetchingLoader
+from archerchat.data.streams import Streams, saved_streams
+from archerchat.distributed import Ranks
+from archerchat.errors import UsageError
+
+
+class Numbers(PrefetchingLoader[Plan, int]):
+    """Count in steps: stream s of n yields s, s + n, ..."""
+
+    def __init__(self, stream: int, count: int) -> None:
+        super().__init__(Plan({"stream": stream, "count": count}), stream, 2)
+
+    def _iter_after(self, state: int) -> Iterator[tuple[Batch, int]]:
+        while True:
+            following = state + self._plan.identity["count"]
+            yield Batch(np.full((2, 1, 1), state)), following
+            state = following
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"identity": dict(self._plan.identity), "state": self._state}
+
+    def _parse(self, state: Mapping[str, Any]) -> int:
+        return int(state["state"])
+
+
+class Alone(Ranks):
+    """A rank that hears of the others' states through a list."""
+
+    def gather(self, value: Any) -> list[Any]:
+        heard.append(value)
+        return heard
+
+
+heard: list[Any] = []
+
+
+def steps(world_size: int, streams: int, count: int, state: Any = None) -> tuple[list[Any], Any]:
+    """Return what all ranks read in each step of 12 micro-batches, and the state after them."""
+    read = [Counter[int]() for _ in range(count)]
+    heard.clear()
+    ended: Any = None
+    for rank in range(world_size):
+        ranks = Alone(rank=rank, world_size=world_size)
+        loader = Streams(Numbers, streams, 12 // world_size, ranks)
+        if state is not None:
+            loader.load_state_dict(state)
+        for step in range(count):
+            read[step].update(next(loader).inputs.item() for _ in range(12 // world_size))
+        ended = loader.state_dict()
+        loader.close()
+    return read, ended
+
+
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 6, 12])
+def test_ranks_may_come_and_go(before: int, after: int) -> None:
+    expected, _ = steps(before, before, 5)
+    first, state = steps(before, before, 2)
+    assert saved_streams(state) == before
+    second, _ = steps(after, before, 3, state)
+    assert first + second == expected
+    read = sum(expected, Counter[int]())
+    assert read == Counter(range(60))  # each once, none left out
+
+
+def test_a_stream_that_ranks_share_is_counted_once() -> None:
+    shared = [Streams(Numbers, 2, 3, Ranks(rank=rank, world_size=4)) for rank in range(4)]
+    assert [len(loader.loaders) for loader in shared] == [1, 1, 1, 1]
+    assert [len(loader.own) for loader in shared] == [1, 0, 1, 0]
+
+
+def test_a_step_that_the_streams_cannot_share_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"began on 5 ranks.*6 micro-batches"):
+        Streams(Numbers, 5, 6, Ranks())

@@ -1,0 +1,76 @@
+"""Installing: the README's one command, and what `uv sync` needs to know of this workspace."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = "pip install ./endlex ."
+
+
+def test_the_readme_has_both_ways() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```bash\n{COMMAND}\n```" in readme
+    assert "`uv sync`" in readme
+
+
+def test_uv_finds_every_distribution_of_its_own_in_the_workspace() -> None:
+    uv = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["uv"]
+    members = [ROOT, *(ROOT / member for member in uv["workspace"]["members"])]
+    projects = [tomllib.loads((m / "pyproject.toml").read_text())["project"] for m in members]
+    needed = set()
+    for project in projects:
+        extras = project.get("optional-dependencies", {}).values()
+        for requirement in [*project.get("dependencies", []), *(r for e in extras for r in e)]:
+            needed |= set(re.findall(r"^(?:endlex|archerchat)[\w-]*", requirement))
+    assert needed == uv["sources"].keys()
+    assert needed < {project["name"] for project in projects}
+    assert all(source == {"workspace": True} for source in uv["sources"].values())
+
+
+@pytest.mark.slow
+def test_the_readme_s_command_installs_and_keeps_torch(tmp_path: Path) -> None:
+    """From wheels built here, without an index, beside the packages that the tests run with."""
+    pytest.importorskip("hatchling")
+    pytest.importorskip("pip")
+    venv.create(tmp_path / "own", symlinks=True)
+    python = tmp_path / "own" / "bin" / "python"
+    (packages,) = (tmp_path / "own" / "lib").glob("python*/site-packages")
+    outer = sysconfig.get_paths()["purelib"]
+    (packages / "outer.pth").write_text(f"{outer}\n")
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*words: str | Path, cwd: Path = tmp_path, **more: str) -> str:
+        done = subprocess.run(
+            list(map(str, words)),
+            cwd=cwd,
+            env=environment | more,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # 0 means: no isolation
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(*pip, *COMMAND.split()[1:], cwd=ROOT, **offline)
+    assert run(tmp_path / "own" / "bin" / "archerchat", "--version").startswith("archerchat ")
+    code = "import archerchat, endlex, torch as t; print(archerchat, endlex, t, sep='\\n')"
+    *own, torch = re.findall(r"from '(.*)'", run(python, "-c", code))
+    assert [Path(path).parent.parent for path in own] == [packages] * 2
+    assert Path(torch).is_relative_to(outer)
+    source = ROOT / "src" / "archerchat"
+    for path in source.rglob("*"):  # templates and word lists too
+        if path.is_file() and path.suffix != ".pyc":
+            assert (packages / "archerchat" / path.relative_to(source)).is_file(), path
