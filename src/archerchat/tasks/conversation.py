@@ -147,13 +147,9 @@ def _read_message(message: Any, here: str) -> Any:
         what = "messages of weight 0" if message.get("weight") == 0 else "tool calls"
         raise DataError(f"{here}{what} are not supported: remove the conversation")
     changed = {"role": "system"} if role == "developer" else {}
-    if (
-        role != "assistant"
-        and content
-        and isinstance(content, list)
-        and all(map(_is_text, content))
-    ):
-        changed["content"] = "".join(each["text"] for each in content)
+    parts = content if isinstance(content, list) and role != "assistant" else []
+    if parts and all(map(_is_text, parts)):
+        changed["content"] = "".join(each["text"] for each in parts)
     return {**message, **changed}
 
 

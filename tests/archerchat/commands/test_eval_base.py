@@ -78,6 +78,7 @@ def test_other_data_can_be_measured(
         (("--data", "nowhere"), "no data 'nowhere' under", 2),
         (("--eval", "core", "--bundle", "nowhere"), "--bundle nowhere: there is no such folder", 2),
         (("--max-per-task", "0"), "--max-per-task is 0; it must be at least 1", 2),
+        (("--max-length", "1"), "--max-length is 1; it must be at least 2", 2),
         (("--split", "test"), "--split test: 'test' is not one of train, val", 2),
         (("--text", "nowhere.txt"), "--text nowhere.txt: there is no such file", 2),
         (("--json", "/proc/nowhere/figures.json", "--eval", "bpb"), "check the disk", 1),
@@ -156,7 +157,7 @@ def test_figures_are_printed_and_written(
     results = results_of(trained_home, "offline_000004_max7.json")
     assert results["step"] == 4
     assert results["dtype"] == "float32"
-    assert results["options"] == {"max_per_task": 7}
+    assert results["options"] == {"max_per_task": 7, "max_length": None}
     assert {task["examples"] for task in results["tasks"]} == {7}
     assert f"{results['core']:.4f} (95 % interval" in output
     assert "42 examples in 6 tasks" in output

@@ -117,5 +117,5 @@ def test_an_empty_task_is_named(small_bundle: Path) -> None:
 def test_a_file_that_is_no_text_is_named(small_bundle: Path) -> None:
     path = small_bundle / "eval_data" / "schema.jsonl"
     path.write_bytes(b"\n\xff")
-    with pytest.raises(DataError, match=r"schema.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"schema.jsonl:2: not UTF-8 text"):
         read_examples(load_bundle(small_bundle).tasks[1])

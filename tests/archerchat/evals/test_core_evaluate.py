@@ -70,12 +70,16 @@ def test_figures_are_those_of_one_example_at_a_time(
     assert result.core == pytest.approx(sum(centred) / 3)
 
 
-def test_a_cap(small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build) -> None:
-    options = CoreOptions(max_per_task=2)
+def test_a_cap_and_a_length(
+    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build
+) -> None:
+    options = CoreOptions(max_per_task=2, max_length=20)
     result = CoreEvaluation(load_bundle(small_bundle), small_tokenizer, options).run(
         build_small_model()
     )
     assert [task.examples for task in result.tasks] == [2, 2, 2]  # though two shots take three
+    assert sum(task.cropped for task in result.tasks) > 0
+    assert any("cropped on the left" in note for note in describe(result))
 
 
 @dataclass
@@ -110,12 +114,13 @@ def test_ranks_find_together_what_one_finds(
     small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build, size: int
 ) -> None:
     bundle, model = load_bundle(small_bundle), build_small_model()
-    expected = CoreEvaluation(bundle, small_tokenizer).run(model)
+    expected = CoreEvaluation(bundle, small_tokenizer, CoreOptions(max_length=30)).run(model)
     meeting = Meeting(size)
 
     def run(rank: int) -> CoreResult:
         ranks = ThreadRanks(rank=rank, world_size=size, group=meeting)
-        return CoreEvaluation(bundle, small_tokenizer, ranks=ranks).run(model)
+        evaluation = CoreEvaluation(bundle, small_tokenizer, CoreOptions(max_length=30), ranks)
+        return evaluation.run(model)
 
     with ThreadPoolExecutor(size) as pool:
         results = list(pool.map(run, range(size)))
@@ -219,9 +224,16 @@ def test_an_estimate_counts_what_is_left(
     assert evaluation.estimate(windows, [task.label for task in bundle.tasks]) == {}
 
 
-def test_a_senseless_cap_is_refused() -> None:
-    with pytest.raises(UsageError, match="--max-per-task is 0; it must be at least 1"):
-        CoreOptions(max_per_task=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_per_task": 0}, "--max-per-task is 0; it must be at least 1"),
+        ({"max_length": 1}, "--max-length is 1; it must be at least 2"),
+    ],
+)
+def test_senseless_options_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CoreOptions(**options)
 
 
 def task_result(label: str, correct: int, examples: int, baseline: float = 0.0) -> TaskResult:
@@ -237,7 +249,7 @@ def test_the_interval_is_that_of_a_mean_of_shares() -> None:
 
 
 def test_results_as_json_and_in_notes() -> None:
-    tied = TaskResult("a", "schema", 1, 4, 3, 0.5, 2.0, 100, 50, near_ties=(1, 2), unscored=1)
+    tied = TaskResult("a", "schema", 1, 4, 3, 0.5, 2.0, 100, 50, near_ties=(1, 2), cropped=1)
     result = CoreResult((tied, task_result("b", 1, 2)))
     content = json.loads(json.dumps(result.to_json()))
     assert content["num_tasks"] == 2

@@ -153,6 +153,22 @@ def test_another_split_pattern_is_not_cut(small_tokenizer: Tokenizer) -> None:
     assert 257 in prompter.prompts(1)[0].token_ids.tolist()
 
 
+def test_long_prompts_lose_as_much_of_every_option(small_tokenizer: Tokenizer) -> None:
+    examples = [Example(("apple river stone",), ("green", "winter house music"), 0)]
+    task = make_task("multiple_choice")
+    whole = Prompter(task, examples, small_tokenizer).prompts(0)
+    longest = max(len(prompt.token_ids) for prompt in whole)
+    prompter = Prompter(task, examples, small_tokenizer, max_length=longest - 2)
+    for cropped, prompt in zip(prompter.prompts(0), whole, strict=True):
+        assert cropped.token_ids.tolist() == prompt.token_ids[2:].tolist()
+        assert cropped.start == prompt.start - 2
+    assert prompter.cropped == 1
+    assert prompter.prompts(0)[0].start >= 1
+    exact = Prompter(task, examples, small_tokenizer, max_length=longest)
+    exact.prompts(0)
+    assert exact.cropped == 0
+
+
 def test_common_prefix() -> None:
     rows = [np.array(row, dtype=np.int32) for row in ([1, 2, 3], [1, 2, 4, 5], [1, 2])]
     assert common_prefix(rows) == 2

@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from archerchat.config import Config, PositiveInt
+from archerchat.config import Config, Limit, PositiveInt
 from archerchat.distributed import Ranks
 from archerchat.evals.core.bundle import Bundle, CoreTask, read_examples
 from archerchat.evals.core.forward import Scorer
@@ -33,6 +34,9 @@ class CoreOptions(Config):
 
     max_per_task: PositiveInt | None = None
     """Maximum examples per CORE task. Defaults to all."""
+    max_length: Annotated[int, Limit(2)] | None = None
+    """Maximum tokens per CORE prompt. Longer ones are cropped on the left. Defaults to no limit,
+    as in the reference."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class CoreEvaluation:
         self.bundle, self.tokenizer = bundle, tokenizer
         self.options, self.ranks = options or CoreOptions(), ranks or Ranks()
         self._keeps = keep_prompts
-        self._prepared: dict[str, tuple[list[int], list[Tree]]] = {}
+        self._prepared: dict[str, tuple[list[int], list[Tree], int]] = {}
 
     def run(
         self,
@@ -102,7 +106,7 @@ class CoreEvaluation:
     def _run_task(self, scorer: Scorer, task: CoreTask, on_progress: Progress) -> TaskResult:
         on_progress(task.label, 0.0)
         started = time.perf_counter()
-        gold, trees = self.prepare(task)
+        gold, trees, cropped = self.prepare(task)
         length = scorer.model.config.sequence_length
         outcomes = torch.zeros(len(gold), 2, dtype=torch.float64)  # right, near a tie
         tokens = done = 0
@@ -116,6 +120,7 @@ class CoreEvaluation:
         counts = {
             "tokens_run": tokens,
             "prompt_tokens": sum(sum(tree.lengths) for tree in trees),
+            "cropped": cropped,
             "beyond_sequence": sum(max(tree.lengths) > length for tree in trees),
             "unscored": sum(tree.has_unscored for tree in trees),
         }
@@ -132,8 +137,10 @@ class CoreEvaluation:
             **dict(zip(counts, sums.long().tolist(), strict=True)),
         )
 
-    def prepare(self, task: CoreTask) -> tuple[list[int], list[Tree]]:
+    def prepare(self, task: CoreTask) -> tuple[list[int], list[Tree], int]:
         """Return the right option of every example of a task, and this rank's examples tokenized.
+
+        The third is how many of these were cropped.
 
         Raises:
             DataError: the file is missing or broken, or holds too few examples.
@@ -143,13 +150,14 @@ class CoreEvaluation:
         prompter = self._prompter(task)
         gold = [example.gold for example in prompter.examples[: self.options.max_per_task]]
         trees = [prompter.tree(index) for index in self.ranks.share(len(gold))]
+        prepared = gold, trees, prompter.cropped
         if self._keeps:
-            self._prepared[task.label] = gold, trees
-        return gold, trees
+            self._prepared[task.label] = prepared
+        return prepared
 
     def _prompter(self, task: CoreTask) -> Prompter:
         examples = choose_examples(read_examples(task), task, self.options.max_per_task)
-        return Prompter(task, examples, self.tokenizer)
+        return Prompter(task, examples, self.tokenizer, self.options.max_length)
 
     def estimate(self, windows: Sequence[int], done: Collection[str] = ()) -> dict[str, Estimate]:
         """Return the work of each task that is not done, by label, from a few of its examples.

@@ -133,10 +133,20 @@ class Prompter:
 
     Args:
         examples: what `choose_examples` returned; the few-shot examples come from them too.
+        max_length: longer prompts lose tokens on the left; None keeps them whole.
     """
 
-    def __init__(self, task: CoreTask, examples: Sequence[Example], tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        task: CoreTask,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        max_length: int | None = None,
+    ) -> None:
         self.task, self.examples, self.tokenizer = task, examples, tokenizer
+        self.max_length = max_length
+        self.cropped = 0
+        """Examples that lost tokens so far."""
         self._piecewise = tokenizer.pattern == SPLIT_PATTERN
         self._shots: dict[int, tuple[str, list[int]]] = {}
         self._bos = [tokenizer.bos_id]
@@ -154,19 +164,21 @@ class Prompter:
         example = self.examples[index]
         chosen = fewshot_indices(index, len(self.examples), self.task.num_fewshot)
         if self.task.task_type == "language_modeling":
-            return [self._continuation(index, chosen, example)]
-        last = [
-            question + self.task.delimiter + answer
-            for question in example.questions
-            for answer in example.answers
-        ]
-        rows = self._encode(chosen, last)
-        if self.task.task_type == "multiple_choice":
-            starts = [common_prefix(rows)] * len(rows)
+            prompts = [self._continuation(index, chosen, example)]
         else:
-            suffix = min(common_prefix([row[::-1] for row in rows]), min(map(len, rows)) - 1)
-            starts = [len(row) - suffix for row in rows]
-        return [Prompt(row, start) for row, start in zip(rows, starts, strict=True)]
+            last = [
+                question + self.task.delimiter + answer
+                for question in example.questions
+                for answer in example.answers
+            ]
+            rows = self._encode(chosen, last)
+            if self.task.task_type == "multiple_choice":
+                starts = [common_prefix(rows)] * len(rows)
+            else:
+                suffix = min(common_prefix([row[::-1] for row in rows]), min(map(len, rows)) - 1)
+                starts = [len(row) - suffix for row in rows]
+            prompts = [Prompt(row, start) for row, start in zip(rows, starts, strict=True)]
+        return self._crop(prompts)
 
     def _continuation(self, index: int, chosen: list[int], example: Example) -> Prompt:
         """Return the prompt of language modelling; the delimiter's last space is scored too."""
@@ -208,6 +220,14 @@ class Prompter:
             text = question + self.task.delimiter + answer + BLANK_LINE
             self._shots[index] = text, self.tokenizer.encode(text) if self._piecewise else []
         return self._shots[index]
+
+    def _crop(self, prompts: list[Prompt]) -> list[Prompt]:
+        """Shorten an example's prompts by as much as its longest is too long."""
+        excess = max(len(p.token_ids) for p in prompts) - (self.max_length or 2**62)
+        if excess <= 0:
+            return prompts
+        self.cropped += 1
+        return [Prompt(p.token_ids[excess:], max(1, p.start - excess)) for p in prompts]
 
 
 def common_prefix(rows: Sequence[Ids]) -> int:

@@ -43,6 +43,8 @@ class TaskResult:
     """Prompt tokens that had to be run; the rest were shared or out of every window's reach."""
     near_ties: tuple[int, ...] = ()
     """Examples whose outcome is within `NEAR_TIE` of another."""
+    cropped: int = 0
+    """Examples that lost tokens on the left to `--max-length`."""
     beyond_sequence: int = 0
     """Examples with a prompt longer than the model's sequence length, which its windows bound."""
     unscored: int = 0
@@ -157,6 +159,7 @@ def describe(result: CoreResult) -> list[str]:
     elif count != FULL_TASKS:
         notes.append(f"the mean of {count} tasks is not the published CORE, which has {FULL_TASKS}")
     for what, name in (
+        ("were cropped on the left", "cropped"),
         ("have a prompt beyond the model's sequence length", "beyond_sequence"),
         ("have an option with nothing to score, which wins only if it stands first", "unscored"),
     ):
