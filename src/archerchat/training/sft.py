@@ -42,9 +42,9 @@ from archerchat.training.base_model import (
     inherit,
     load_moments,
 )
-from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings, answer_questions
 from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.throughput import Outcome
 
 RATE_SCALE = 0.8
 """Factor on the base model's learning rates."""
