@@ -13,13 +13,11 @@ from pathlib import Path
 
 from archerchat.errors import UsageError
 from archerchat.tasks.base import Task, TaskMixture
+from archerchat.tasks.collected import ARCTask, GSM8KTask, JsonlTask, MMLUTask, SmolTalkTask
 from archerchat.tasks.generated import ArithmeticTask, SimpleSpellingTask, SpellingBeeTask
-from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.humaneval import HumanEvalTask
 from archerchat.tasks.identity import IdentityTask
-from archerchat.tasks.jsonl import JsonlTask, SmolTalkTask
-from archerchat.tasks.multiple_choice import ARCTask, MMLUTask
 from archerchat.text_files import JSON_KINDS, list_folder
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")

@@ -28,7 +28,7 @@ from archerchat.data.hub import SOURCES
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
-from archerchat.tasks.jsonl import JsonlTask
+from archerchat.tasks.collected import JsonlTask
 
 Config = TypeVar("Config")
 QUARTER = CorpusOptions(val_fraction=0.25)

@@ -12,28 +12,28 @@ import pytest
 
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.hub import (
-    ARC,
-    GSM8K,
-    HUMANEVAL,
-    MMLU,
-    SMOLTALK,
+    Table,
     TaskFiles,
+    load_tables,
     read_rows,
 )
 
+TABLES = load_tables()
+GSM8K, MMLU = TABLES["GSM8K"], TABLES["MMLU"]
 
-@pytest.mark.parametrize("table", [SMOLTALK, MMLU, GSM8K, HUMANEVAL, *ARC.values()])
-def test_every_table_is_pinned_to_a_commit(table: object) -> None:
-    assert re.fullmatch(r"[0-9a-f]{40}", table.revision)  # type: ignore[attr-defined]
+
+@pytest.mark.parametrize("table", TABLES.values())
+def test_every_table_is_pinned_to_a_commit(table: Table) -> None:
+    assert re.fullmatch(r"[0-9a-f]{40}", table.revision)
 
 
 def test_files_on_the_hub() -> None:
     assert GSM8K.files("train") == ("main/train-00000-of-00001.parquet",)
     assert MMLU.files("auxiliary_train") == ("all/auxiliary_train-00000-of-00001.parquet",)
-    assert ARC["ARC-Easy"].files("test") == ("ARC-Easy/test-00000-of-00001.parquet",)
-    assert HUMANEVAL.files("test") == ("openai_humaneval/test-00000-of-00001.parquet",)
-    assert SMOLTALK.files("test") == ("data/test-00000-of-00001.parquet",)
-    assert SMOLTALK.files("train")[3] == "data/train-00003-of-00004.parquet"
+    assert TABLES["ARC-Easy"].files("test") == ("ARC-Easy/test-00000-of-00001.parquet",)
+    assert TABLES["HumanEval"].files("test") == ("openai_humaneval/test-00000-of-00001.parquet",)
+    assert TABLES["SmolTalk"].files("test") == ("data/test-00000-of-00001.parquet",)
+    assert TABLES["SmolTalk"].files("train")[3] == "data/train-00003-of-00004.parquet"
     with pytest.raises(UsageError, match="openai/gsm8k has no split 'dev': choose from train, t"):
         GSM8K.files("dev")
 
@@ -55,7 +55,7 @@ def test_a_missing_file_is_fetched_once(tmp_path: Path) -> None:
 
 def test_a_local_file_that_is_missing_is_named(local_files: TaskFiles) -> None:
     with pytest.raises(DataError, match=r"no arc/ARC-Easy/train with one of .*there is test.jsonl"):
-        local_files.rows(ARC["ARC-Easy"], "train")
+        local_files.rows(TABLES["ARC-Easy"], "train")
     with pytest.raises(DataError, match=r"no mmlu/dev with one of \.parquet, \.jsonl, \.jsonl\.gz"):
         local_files.rows(MMLU, "dev")
 

@@ -10,9 +10,9 @@ import pytest
 
 from archerchat.errors import DataError
 from archerchat.tasks.base import Task
+from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.conversation import assistant, user
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.jsonl import JsonlTask
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
 GOOD = [user("Hi"), assistant("Hello")]
@@ -61,7 +61,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
         ('{"messages": [', "not JSON"),
         ([assistant("Hello"), user("Hi")], "role is 'assistant' where 'user'"),
         ([user("Hi"), assistant("")], "content is empty"),
-        ([user("Hi"), assistant([{"type": "video", "text": ""}])], "type 'video' is unknown"),
+        ([user("Hi"), assistant([{"type": "video", "text": ""}])], "not {'type': 'video'"),
         ({"text": "Hi"}, "a conversation is"),
     ],
 )
