@@ -228,8 +228,9 @@ class Pretraining(Stage):
         available = runtime.total_memory_bytes()
         given = model, runtime.compute_dtype, runtime.device, runtime.world_size, available
         most = useful_rows(runtime.device, model.sequence_length)
-        for self.recomputes in sorted({self.recomputes, True}):
-            estimate = estimate_memory(*given, self.recomputes)
+        for recomputes in sorted({self.recomputes, True}):
+            self.recomputes = recomputes
+            estimate = estimate_memory(*given, recomputes)
             if fitting := max_device_batch_size(estimate, available, rows, most):
                 break
         least: int = min(self.ranks.gather(fitting or 1))
