@@ -7,7 +7,7 @@
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/stages.sh"
 
-TAG=d12
+TAG=d12_local
 MODEL=(--depth 12 --window-pattern L)
 REHEARSED="--gpu RTX_5060_Ti"
 

@@ -7,7 +7,7 @@
 set -euo pipefail
 . "$(dirname -- "${BASH_SOURCE[0]}")/stages.sh"
 
-TAG=d8
+TAG=d8_local
 MODEL=(--depth 8 --window-pattern L)
 REHEARSED="--gpu RTX_5060_Ti"
 

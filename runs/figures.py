@@ -41,11 +41,12 @@ def plan(file: Path, flags: list[str], lines: list[str]) -> None:
         cost = each["cost"] or 0.0
         totals = [totals[0] + each["hours"], totals[1] + cost, totals[2] + left]
         progress = f"{done:,} of {each['steps']:,}"
-        rows.append([tag, *each["size"], progress, f"{each['hours']:.1f} h", f"${cost:,.2f}"])
-        rows[-1].append(f"{left:.1f} h")
+        price = "?" if each["cost"] is None else f"${cost:,.2f}"
+        time_and_cost = [f"{each['hours']:.1f} h", price, f"{left:.1f} h"]
+        rows.append([tag, *each["size"], progress, *time_and_cost])
     if len(plans) > 1:
-        rows.append(["all", *[""] * 4, f"{totals[0]:.1f} h", f"${totals[1]:,.2f}"])
-        rows[-1].append(f"{totals[2]:.1f} h")
+        hours, cost, left = totals
+        rows.append(["all", *[""] * 4, f"{hours:.1f} h", f"${cost:,.2f}", f"{left:.1f} h"])
     print_table(["model", "size", "tokens", "rows", "steps", "time", "cost", "left"], rows)
     print("Time and cost are of pretraining; CORE, fine-tuning and chat evaluation are extra.")
     if rehearsal:
@@ -139,7 +140,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 def main(words: list[str]) -> None:
     match words:
         case ["plan", file, *flags]:
-            plan(Path(file), flags, [line for line in sys.stdin.read().splitlines() if line.strip()])
+            plan(Path(file), flags, list(filter(str.strip, sys.stdin)))
         case ["compare", home, tag, *references]:
             compare(Path(home), tag, references)
         case _:

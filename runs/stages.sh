@@ -202,7 +202,7 @@ finish() { # RUN...
     else
         stage "Dashboard: the runs' curves, samples and settings"
         for run in "$@"; do
-            describe_dashboard "$BASE/runs/$run" "$BASE/endlex" "$BASE/reports/$run.html"
+            describe_dashboard "$BASE/runs/$run" "$BASE/endlex" "$BASE/runs/$run/dashboard.html"
         done
     fi
 }
