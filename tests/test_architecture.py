@@ -35,7 +35,7 @@ LAYERS = (
     {"optim", "tokenizer", "tasks", "checkpoint"},
     {"dial", "sandbox"},
     {"runtime", "console"},
-    {"files", "home", "config", "distributed"},
+    {"files", "text_files", "home", "config", "distributed"},
     {"model"},
     {"errors", "__init__"},
 )

@@ -37,6 +37,7 @@ class Task(Sequence[Conversation], ABC):
         split: which part of its data it is, None where there is only one.
         random_baseline: the share of right answers that guessing gives (SPEC section 9).
         is_lenient: whether there is a lenient rule beside the reference's.
+        left_out: what of its files was not read, in words.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Task(Sequence[Conversation], ABC):
     kind: Kind = "generative"
     random_baseline: float = 0.0
     is_lenient: bool = False
+    left_out: Sequence[str] = ()
     _picked: Sequence[int] | None = None
 
     @abstractmethod

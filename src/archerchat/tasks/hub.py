@@ -16,11 +16,8 @@ JSON lines are parsed when they are read.
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +25,7 @@ from typing import Any, Protocol
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation
+from archerchat.text_files import iter_rows
 
 Row = dict[str, Any]
 
@@ -192,10 +190,16 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
     if all(path.suffix == ".parquet" for path in paths):
         return _read_parquet(paths, columns)
     rows = []
-    for where, row in (line for path in paths for line in iter_json_lines(path)):
+    for where, row in (line for path in paths for line in iter_rows(path)):
         _check_columns(where, row if isinstance(row, dict) else (), columns)
+        if missing := [name for name in columns if row[name] is None]:
+            raise DataError(_null(where, missing[0]))
         rows.append(row)
     return rows
+
+
+def _null(where: str, column: str) -> str:
+    return f"{where}: {column!r} is null: fill it in or remove that row"
 
 
 def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) -> None:
@@ -204,26 +208,6 @@ def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) ->
             f"{where} has no {' and no '.join(map(repr, missing))} (it has "
             f"{', '.join(found) or 'no columns'}): it is another data set"
         )
-
-
-def iter_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each JSON value of a file of lines with its place, `name:number`; blank lines skipped.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not JSON; the message says which.
-    """
-    where = str(path)
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield where, json.loads(line)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {path} ({reason}): check that the file is whole") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}): fix or remove that line") from error
 
 
 @dataclass(frozen=True)
@@ -251,7 +235,11 @@ def _read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> _ParquetRows
         try:
             with pq.ParquetFile(path) as file:
                 _check_columns(str(path), file.schema_arrow.names, columns)
-                tables.append(file.read(columns=list(columns)))
+                table = file.read(columns=list(columns))
+                for name in (n for n in columns if table.column(n).null_count):
+                    row = table.column(name).is_null().index(True).as_py() + 1
+                    raise DataError(_null(f"{path}, row {row}", name))
+                tables.append(table)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise DataError(

@@ -1,38 +1,45 @@
 """Conversations for training only: one's own, as JSON lines, and SmolTalk.
 
-Each line of a file is a conversation, `{"messages": [...]}` or the list of messages alone. All of
-them are checked when the file is read, so a broken one is found before training begins.
+Each line of a file, or each value of a JSON list, is a conversation, `{"messages": [...]}` or the
+list of messages alone. All of them are checked when the file is read, so a broken one is found
+before training begins.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from archerchat.errors import DataError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, check_conversation
-from archerchat.tasks.hub import SMOLTALK, Row, TableTask, TaskFiles, iter_json_lines
+from archerchat.tasks.hub import SMOLTALK, Row, TableTask, TaskFiles
+from archerchat.text_files import JSON_KINDS, iter_rows, list_folder
 
 TEST_SHARE = 20
 """One conversation in twenty of a local folder belongs to the test."""
 
 
 class JsonlTask(Task):
-    """The conversations of a file, or of the `*.jsonl` files of a folder in the names' order.
+    """The conversations of a file, or of the JSON files below a folder in the names' order.
+
+    Args:
+        split: the files to read of a folder that names train and others; None reads all.
 
     Raises:
         DataError: there is none, or one is malformed; the message names the file and the line.
     """
 
-    def __init__(self, path: Path) -> None:
-        paths = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-        self.name = path.name
+    def __init__(self, path: Path, split: Literal["train", "validation"] | None = None) -> None:
+        folder = list_folder(path, JSON_KINDS)
+        paths = {"train": folder.train, "validation": folder.held_out}.get(
+            split or "", sorted([*folder.train, *folder.held_out])
+        )
+        self.name, self.left_out = path.name, folder.left_out
+        self.split = split if folder.held_out else None
         self._conversations = [
-            check_conversation(value, where)
-            for each in paths
-            for where, value in iter_json_lines(each)
+            check_conversation(value, where) for each in paths for where, value in iter_rows(each)
         ]
         if not self._conversations:
             raise DataError(

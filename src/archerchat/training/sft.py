@@ -42,9 +42,9 @@ from archerchat.training.base_model import (
     inherit,
     load_moments,
 )
-from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings, answer_questions
 from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.throughput import Outcome
 
 RATE_SCALE = 0.8
 """Factor on the base model's learning rates."""
@@ -315,6 +315,8 @@ class Finetuning(Stage):
         )
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
+        for note in dict.fromkeys(note for task in self.train.tasks for note in task.left_out):
+            yield "left out", note
         yield (
             "training",
             f"{about}{estimate:,} steps of "

@@ -42,10 +42,11 @@ from archerchat.runtime import (
     explained_memory,
     prepare_process,
 )
-from archerchat.training.loop import OVERFITTING, Loop, Outcome
+from archerchat.training.loop import OVERFITTING, Loop
 from archerchat.training.recipe import Metric, Recipe
 from archerchat.training.resume import CheckpointWriter, changed_circumstances, find_start
 from archerchat.training.telemetry import TelemetryConfig, open_run
+from archerchat.training.throughput import Outcome
 
 SUMMARY = "summary.json"
 """File in the run's directory that is there once the run is finished."""

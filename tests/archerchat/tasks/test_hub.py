@@ -18,7 +18,6 @@ from archerchat.tasks.hub import (
     MMLU,
     SMOLTALK,
     TaskFiles,
-    iter_json_lines,
     read_rows,
 )
 
@@ -80,6 +79,9 @@ def test_parquet_of_another_data_set_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1]}), path)
     with pytest.raises(DataError, match=r"no 'question' and no 'answer' \(it has n\)"):
         read_rows([path], ["question", "n", "answer"])
+    pq.write_table(pa.table({"n": [1, 2, None]}), path)
+    with pytest.raises(DataError, match=r"a.parquet, row 3: 'n' is null"):
+        read_rows([path], ["n"])
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"cannot read .*a.parquet as Parquet"):
         read_rows([path], ["n"])
@@ -91,14 +93,14 @@ def test_json_lines_plain_or_gzipped(name: str, tmp_path: Path) -> None:
     content = b'{"n": 1}\n\n  \n{"n": 2, "more": 3}'
     path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     assert read_rows([path, path], ["n"]) == [{"n": 1}, {"n": 2, "more": 3}] * 2
-    assert [where for where, _ in iter_json_lines(path)] == [f"{path}:1", f"{path}:4"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         (b'{"n": ', r"a.jsonl:3: not JSON \(.*fix or remove that line"),
-        (b"\xff\xfe", r"a.jsonl:3: not JSON"),
+        (b"\xff\xfe", r"a.jsonl:3: not UTF-8 text"),
+        (b'{"n": null}', r"a.jsonl:3: 'n' is null"),
         (b"[" * 100_000, r"a.jsonl:3: not JSON"),
         (b'{"m": 1}', r"a.jsonl:3 has no 'n' \(it has m\): it is another data set"),
         (b"[1]", r"a.jsonl:3 has no 'n' \(it has no columns\)"),
