@@ -70,7 +70,7 @@ launch() {
     if [ "$NUM_GPUS" -gt 1 ]; then
         python -m torch.distributed.run --standalone "--nproc-per-node=$NUM_GPUS" -m archerchat.cli "$@"
     else
-        archerchat "$@"
+        command archerchat "$@"
     fi
 }
 
