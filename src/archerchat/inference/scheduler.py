@@ -5,8 +5,8 @@ examples, a system message) form a group, and their beginning runs once for the 
 are served one after another, in the order of their oldest prompt, so no more than one shared
 prefix is kept at a time.
 
-A server's prompts continue those of minutes before. With `kept_tokens`, prompts that have run are kept,
-and a later prompt that begins with one of them runs only the rest.
+A server's prompts continue those of minutes before. With `kept_tokens`, prompts that have run are
+kept, and a later prompt that begins with one of them runs only the rest.
 """
 
 from __future__ import annotations
