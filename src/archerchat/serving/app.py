@@ -169,11 +169,16 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
     ]
     for ask in asks:
         model.engine.check(ask)
-    echoes: list[Sequence[TokenLogprobs | None]] = [[None] * len(ask.prompt) for ask in asks]
+    scores: list[Sequence[TokenLogprobs | None]] = [[None] * len(ask.prompt) for ask in asks]
     if body.echo and body.logprobs is not None:
-        echoes = await _score(server, model, [ask.prompt for ask in asks], body.logprobs)
+        scores = await _score(server, model, [ask.prompt for ask in asks], body.logprobs)
+    # The BOS before a text is the server's own, so clients that count tokens do not see it.
+    echoes = [
+        list(zip(ask.prompt, scored, strict=True))[body.is_text :] if body.echo else []
+        for ask, scored in zip(asks, scores, strict=True)
+    ]
     choices = [
-        TextChoice(tokenizer, index, asks[number], echoes[number] if body.echo else None)
+        TextChoice(tokenizer, index, asks[number], echoes[number])
         for index in range(len(asks) * params.num_samples)
         for number in [index // params.num_samples]
     ]
@@ -306,6 +311,12 @@ async def tokenize(body: asked.TokenizeRequest, server: Shared) -> Response:
     ids = [tokenizer.bos_id, *ids] if body.add_special else ids
     pieces = [tokenizer.token(i).decode(errors="replace") for i in ids]
     return AsciiJSON({"tokens": ids, "pieces": pieces, "count": len(ids)})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info() -> Response:
+    """Return what lm-evaluation-harness asks before it sends texts to /tokenize."""
+    return AsciiJSON({"eos_token": "<|bos|>", "bos_token": None, "pad_token": None})
 
 
 @router.post("/detokenize")

@@ -155,6 +155,11 @@ class CompletionRequest(_Sampled):
         params = replace(self.sampling(SamplingParams()), max_new_tokens=most)
         return replace(params, logprobs=self.logprobs, stop_token_ids=(tokenizer.bos_id,))
 
+    @property
+    def is_text(self) -> bool:
+        """Whether the prompts are texts, before which BOS is put."""
+        return isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
+
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Return the token ids of each prompt; those of a text begin with BOS."""
         prompt: Any = self.prompt

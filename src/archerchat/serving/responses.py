@@ -92,7 +92,7 @@ class TextChoice:
     """One sample that continues a prompt, after the prompt itself where `echo` is given.
 
     Args:
-        echo: the prompt's tokens and their log probabilities, in the order of the prompt.
+        echo: the prompt's tokens to show, and their log probabilities.
     """
 
     def __init__(
@@ -100,20 +100,18 @@ class TextChoice:
         tokenizer: Tokenizer,
         index: int,
         request: Request,
-        echo: Sequence[TokenLogprobs | None] | None = None,
+        echo: Sequence[tuple[int, TokenLogprobs | None]] = (),
     ) -> None:
         self._tokenizer, self._index = tokenizer, index
         self._wants_logprobs = request.params.logprobs is not None
-        self._text, self._finish, self._offset = "", None, 0
+        self._finish: str | None = None
+        self._offset = 0
         self._logprobs: dict[str, list[Any]] = {
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
-        if echo is not None:
-            ids = list(request.prompt)
-            skipped = int(ids[0] == tokenizer.bos_id)  # a token, but no text
-            self._text = tokenizer.decode(ids[skipped:])
-            for token, scored in zip(ids, echo, strict=True):
-                self._append(self._logprobs, token, scored)
+        self._text = tokenizer.decode(token for token, _ in echo)
+        for token, scored in echo:
+            self._append(self._logprobs, token, scored)
 
     def first(self) -> dict[str, Any]:
         """Return the choice of the chunk that echoes the prompt."""
@@ -133,7 +131,7 @@ class TextChoice:
 
     def end(self, reason: str) -> None:
         """Set why it ended."""
-        self._finish = reason  # type: ignore[assignment]
+        self._finish = reason
 
     def whole(self) -> dict[str, Any]:
         """Return the choice of an answer in one."""
@@ -158,7 +156,7 @@ class TextChoice:
         logprobs["token_logprobs"].append(None if scored is None else scored.logprob)
         logprobs["top_logprobs"].append(top)
         logprobs["text_offset"].append(self._offset)
-        self._offset += 0 if token == self._tokenizer.bos_id else len(text)
+        self._offset += len(text)
 
     def _token_text(self, token: int) -> str:
         return self._tokenizer.token(token).decode(errors="replace")

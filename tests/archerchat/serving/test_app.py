@@ -144,7 +144,12 @@ def test_log_probabilities_of_prompt_and_answer(client: TestClient, model: Any) 
         assert best == pytest.approx(logprobs[:-1].amax(dim=-1).tolist(), abs=1e-4)
     scored = ask(client, TEXT, **body, max_tokens=0)
     assert [len(choice["logprobs"]["tokens"]) for choice in scored["choices"]] == [len(rows[0]), 3]
-    assert scored["choices"][0]["text"] == "ab cd"
+    assert scored["choices"][0]["text"] == "<|bos|>ab cd"
+    text = ask(client, TEXT, **body | {"prompt": "ab cd", "max_tokens": 0})["choices"][0]
+    assert text["text"] == "ab cd"
+    assert text["logprobs"]["token_logprobs"] == pytest.approx(
+        scored["choices"][0]["logprobs"]["token_logprobs"][1:]
+    )
     body = {"messages": [user("ab")], "logprobs": True, "top_logprobs": 2, **GREEDY}
     entries = ask(client, CHAT, **body)["choices"][0]["logprobs"]["content"]
     assert len(entries) == 6
