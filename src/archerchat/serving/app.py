@@ -183,8 +183,11 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
         for number in [index // params.num_samples]
     ]
     answer = Answer("text_completion", model.card.name)
-    if body.max_tokens == 0:
-        return _nothing_said(asks, choices, answer)
+    if body.max_tokens == 0:  # only the prompt was asked about
+        for choice in choices:
+            choice.end("length")
+        usage = answer.usage(None, sum(len(ask.prompt) for ask in asks))
+        return AsciiJSON(answer.whole([choice.whole() for choice in choices], usage=usage))
     stream = server.worker.submit(model.engine, asks)
     if body.stream:
         return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), {})
@@ -201,15 +204,6 @@ async def _score(
         scores = await server.worker.call(partial(score_prompts, model.engine.model, rows, top))
         found |= dict(zip(batch, scores, strict=True))
     return [found[i] for i in range(len(prompts))]
-
-
-def _nothing_said(
-    asks: Sequence[sequence.Request], choices: Sequence[Any], answer: Answer
-) -> Response:
-    for choice in choices:
-        choice.end("length")
-    usage = answer.usage(None, sum(len(ask.prompt) for ask in asks))
-    return AsciiJSON(answer.whole([choice.whole() for choice in choices], usage=usage))
 
 
 async def _whole(
@@ -323,9 +317,7 @@ async def tokenizer_info() -> Response:
 async def detokenize(body: asked.DetokenizeRequest, server: Shared) -> Response:
     """Return the text of token ids."""
     tokenizer = (await server.models.get(body.model)).tokenizer
-    if not all(0 <= token < tokenizer.vocab_size for token in body.tokens):
-        last = tokenizer.vocab_size - 1
-        raise asked.BadRequest(f"tokens has a token id outside 0 to {last}", "tokens")
+    asked.check_ids("tokens", body.tokens, tokenizer)
     text = tokenizer.decode(body.tokens)
     return AsciiJSON({"content": text, "prompt": text})
 

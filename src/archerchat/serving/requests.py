@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from archerchat.errors import DataError, UsageError
+from archerchat.errors import UsageError
 from archerchat.inference.chat import CHAT_SAMPLING, MIN_ROOM_SHARE
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 from archerchat.tasks.conversation import PART_TYPES
@@ -28,6 +28,8 @@ MAX_CONVERSATION_CHARACTERS = 32_000
 MAX_PROMPTS = 256
 MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_SAMPLES = 128
+SAMPLED = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+           "frequency_penalty"}  # fmt: skip
 COMPLETION_TOKENS = 16
 """Tokens of a completion that names no number, as in OpenAI's API."""
 
@@ -38,10 +40,10 @@ StopText = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class BadRequest(UsageError):
-    """Report a request that cannot be answered, with the field that is wrong."""
+    """Report a request that cannot be answered, by the field that is wrong and what is."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, param: str, problem: str, code: str | None = None) -> None:
+        super().__init__(f"{param} {problem}")
         self.param, self.code = param, code
 
 
@@ -77,11 +79,7 @@ class _Sampled(_Body):
         Raises:
             UsageError: a value, or the text of a token id, is out of range.
         """
-        names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                 "frequency_penalty")  # fmt: skip
-        given: dict[str, Any] = {
-            name: getattr(self, name) for name in names if getattr(self, name) is not None
-        }
+        given = self.model_dump(include=SAMPLED, exclude_none=True)
         if self.top_k is not None:
             given["top_k"] = self.top_k or None
         bias = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
@@ -129,7 +127,7 @@ class ChatRequest(_Sampled, ConversationRequest):
         """Return the engine's parameters."""
         kind = (self.response_format or {}).get("type", "text")
         if kind != "text":
-            raise BadRequest(f"response_format {kind!r} is not supported", "response_format")
+            raise BadRequest("response_format", f"{kind!r} is not supported")
         most = self.max_completion_tokens or self.max_tokens or CHAT_SAMPLING.max_new_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return replace(self.sampling(CHAT_SAMPLING), max_new_tokens=most, logprobs=logprobs)
@@ -167,10 +165,7 @@ class CompletionRequest(_Sampled):
             prompt = [prompt]
         bos = tokenizer.bos_id
         rows = [[bos, *tokenizer.encode(p)] if isinstance(p, str) else list(p) for p in prompt]
-        for number, row in enumerate(rows):
-            if not 0 <= min(row) <= max(row) < tokenizer.vocab_size:
-                last = tokenizer.vocab_size - 1
-                raise BadRequest(f"prompt {number} has a token id outside 0 to {last}", "prompt")
+        check_ids("prompt", [i for row in rows for i in row], tokenizer)
         return rows
 
 
@@ -186,9 +181,15 @@ class DetokenizeRequest(_Body):
     tokens: list[int]
 
 
+def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Refuse ids that the vocabulary does not have."""
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+        raise BadRequest(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")
+
+
 def _token_id(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise BadRequest(f"logit_bias has {text[:20]!r} where a token id is due", "logit_bias")
+        raise BadRequest("logit_bias", f"has {text[:20]!r} where a token id is due")
     return int(text)
 
 
@@ -199,45 +200,33 @@ def read_conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
         BadRequest: one is empty or too long, or its role is not due.
     """
     found: list[dict[str, Any]] = []
-    total, first = 0, 0
+    first, total = int(messages[0].role in ("system", "developer")), 0
     for index, message in enumerate(messages):
-        where, role, content = f"messages[{index}]", message.role, message.content
-        role = "system" if role == "developer" else role
-        first = first or int(index == 0 and role == "system")
-        due = ("user", "assistant")[(index - first) % 2] if index >= first else "system"
+        where, content = f"messages[{index}]", message.content
+        role = "system" if message.role == "developer" else message.role
+        due = "system" if index < first else ("user", "assistant")[(index - first) % 2]
         if role != due:
-            rule = "after an optional system message, user and assistant take turns"
-            raise BadRequest(f"{where}.role is {role!r} where {due!r} is due: {rule}",
-                             f"{where}.role")  # fmt: skip
-        if not isinstance(content, str):
-            allowed = PART_TYPES if role == "assistant" else ("text",)
-            for number, part in enumerate(content):
-                if part.type not in allowed:
-                    place = f"{where}.content[{number}].type"
-                    raise BadRequest(f"{place} is {part.type[:40]!r}, not {' or '.join(allowed)}",
-                                     place)  # fmt: skip
-        texts = [content] if isinstance(content, str) else [part.text for part in content]
-        length = sum(map(len, texts))
-        total += length
-        if length > MAX_MESSAGE_CHARACTERS:
             raise BadRequest(
-                f"{where}.content has {length} characters; {MAX_MESSAGE_CHARACTERS} are allowed",
-                f"{where}.content",
+                f"{where}.role",
+                f"is {role!r} where {due!r} is due: after an optional system message, user and "
+                "assistant take turns",
             )
-        if role != "assistant" and not any(text.strip() for text in texts):
-            raise BadRequest(f"{where}.content is empty: write something", f"{where}.content")
-        parts = isinstance(content, list) and role == "assistant"
-        found.append(
-            {
-                "role": role,
-                "content": [part.model_dump() for part in message.content]  # type: ignore[union-attr]
-                if parts
-                else "".join(texts),
-            }
-        )
+        parts = [Part(type="text", text=content)] if isinstance(content, str) else content
+        allowed = PART_TYPES if role == "assistant" else ("text",)
+        for number, part in enumerate(parts):
+            if part.type not in allowed:
+                place = f"{where}.content[{number}].type"
+                raise BadRequest(place, f"is {part.type[:40]!r}, not {' or '.join(allowed)}")
+        text = "".join(part.text for part in parts)
+        total += len(text)
+        if len(text) > MAX_MESSAGE_CHARACTERS:
+            raise BadRequest(f"{where}.content", f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
+        if role != "assistant" and not text.strip():
+            raise BadRequest(f"{where}.content", "is empty: write something")
+        plain = all(part.type == "text" for part in parts)
+        found.append({"role": role, "content": text if plain else [dict(p) for p in parts]})
     if total > MAX_CONVERSATION_CHARACTERS:
-        raise BadRequest(f"messages have {total} characters; {MAX_CONVERSATION_CHARACTERS} are "
-                         "allowed", "messages")  # fmt: skip
+        raise BadRequest("messages", f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
     return found
 
 
@@ -261,19 +250,13 @@ def render_prompt(
             return render_conversation(tokenizer, conversation, 2**31)[0][:-1]
         return render_for_completion(tokenizer, conversation, 2**31)
 
-    try:
-        pairs = (len(turns) - 1) // 2 if cut else 0
-        room = min(room, max(1, limit // MIN_ROOM_SHARE))
-        fits = range(pairs)
-        dropped = bisect_left(fits, True, key=lambda k: len(render(k)) + room <= limit)
-        prompt = render(dropped)
-    except (DataError, IndexError) as error:  # a system message alone
-        raise BadRequest("messages hold nothing to answer: add one of the user's", "messages",
-                         ) from error  # fmt: skip
+    if not turns:
+        raise BadRequest("messages", "hold nothing to answer: add one of the user's")
+    pairs = (len(turns) - 1) // 2 if cut else 0
+    room = min(room, max(1, limit // MIN_ROOM_SHARE))
+    dropped = bisect_left(range(pairs), True, key=lambda k: len(render(k)) + room <= limit)
+    prompt = render(dropped)
     if len(prompt) >= limit:
-        raise BadRequest(
-            f"messages have {len(prompt)} tokens and the context {limit}: write less",
-            "messages",
-            "context_length_exceeded",
-        )
+        problem = f"have {len(prompt)} tokens and the context {limit}: write less"
+        raise BadRequest("messages", problem, "context_length_exceeded")
     return prompt, 2 * dropped

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from archerchat.inference.sequence import Event, Request, TokenLogprobs
-from archerchat.inference.tools import AnswerReader, Piece
+from archerchat.inference.tools import AnswerReader
 from archerchat.serving.worker import Stream
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -32,7 +32,7 @@ class ChatChoice:
         self._parts: list[dict[str, str]] = []
         self._logprobs: list[dict[str, Any]] = []
         self._finish: str | None = None
-        self.started = False
+        self._started = False
 
     def read(self, event: Event) -> dict[str, Any]:
         """Take the next event; return the choice of a chunk."""
@@ -44,12 +44,10 @@ class ChatChoice:
             if piece.starts or not self._parts:
                 self._parts.append({"type": piece.type, "text": ""})
             self._parts[-1]["text"] += piece.text
-        delta: dict[str, Any] = {} if self.started else {"role": "assistant"}
-        self.started = True
-        if text := _spoken(pieces) or ("" if "role" in delta else None):
-            delta["content"] = text
-        elif "role" in delta:
-            delta["content"] = ""
+        text = "".join(piece.text for piece in pieces if piece.type == "text")
+        delta: dict[str, Any] = {"content": text}
+        if not self._started:
+            delta["role"], self._started = "assistant", True
         if any(piece.type != "text" for piece in pieces):
             delta["parts"] = [{"type": piece.type, "text": piece.text} for piece in pieces]
         entries = self._entries(event)
@@ -82,10 +80,6 @@ class ChatChoice:
         content = self._tokenizer.token(token)
         text = content.decode(errors="replace")
         return {"token": text, "id": token, "logprob": logprob, "bytes": list(content)}
-
-
-def _spoken(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text for piece in pieces if piece.type == "text")
 
 
 class TextChoice:
@@ -146,20 +140,20 @@ class TextChoice:
     def _append(
         self, logprobs: dict[str, list[Any]], token: int, scored: TokenLogprobs | None
     ) -> None:
-        text = self._token_text(token)
+        def text_of(token: int) -> str:
+            return self._tokenizer.token(token).decode(errors="replace")
+
+        text = text_of(token)
         top: dict[str, float] | None = None
         if scored is not None:
             top = {}
             for other, value in (*scored.top, (token, scored.logprob)):
-                top.setdefault(self._token_text(other), value)  # the likelier of two alike
+                top.setdefault(text_of(other), value)  # the likelier of two alike
         logprobs["tokens"].append(text)
         logprobs["token_logprobs"].append(None if scored is None else scored.logprob)
         logprobs["top_logprobs"].append(top)
         logprobs["text_offset"].append(self._offset)
         self._offset += len(text)
-
-    def _token_text(self, token: int) -> str:
-        return self._tokenizer.token(token).decode(errors="replace")
 
 
 class Answer:

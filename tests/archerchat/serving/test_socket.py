@@ -20,7 +20,7 @@ import uvicorn
 from archerchat.runtime import build_runtime
 from archerchat.serving.app import ServeOptions, build_app
 
-LONG = {"prompt": "ab", "max_tokens": 50, "stream": True}
+LONG = {"prompt": "ab", "max_tokens": 50, "stream": True, "logit_bias": {"351": -100}}  # no BOS
 
 
 @pytest.fixture(scope="module")
