@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
 pytest.importorskip("sse_starlette")
 pytest.importorskip("httpx")
+import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from archerchat.home import Home
@@ -45,3 +50,22 @@ def client(served_home: Home) -> Iterator[TestClient]:
     app = build_app(served_home, build_runtime("cpu", "float32"), ServeOptions())
     with TestClient(app, raise_server_exceptions=False) as found:
         yield found
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[tuple[str, int]]:
+    """Run an application on a free port; yield its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield listener.getsockname()
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def listen() -> Callable[[FastAPI], Any]:
+    return listening

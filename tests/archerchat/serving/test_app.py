@@ -74,6 +74,17 @@ def test_samples_differ_and_a_seed_repeats_them(client: TestClient) -> None:
     ]
 
 
+def test_a_stop_string_ends_a_completion_across_tokens(client: TestClient, model: Any) -> None:
+    (text,) = model.generate("ab", max_new_tokens=12, temperature=0)
+    stop = text[len(text) // 2 - 1 : len(text) // 2 + 3]
+    body = {"model": "tiny:base", "prompt": "ab", "temperature": 0, "max_tokens": 12, "stop": stop}
+    (choice,) = ask(client, TEXT, **body)["choices"]
+    assert choice["text"] == text[: text.index(stop)]
+    assert choice["finish_reason"] == "stop"
+    streamed = [chunk["choices"][0]["text"] for chunk in stream(client, TEXT, **body)]
+    assert "".join(streamed) == choice["text"]
+
+
 def test_a_conversation_is_answered_continued_and_templated(client: TestClient, model: Any) -> None:
     tokenizer = model.loaded.tokenizer
     messages = [{"role": "developer", "content": "be"}, user("ab")]

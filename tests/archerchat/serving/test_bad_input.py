@@ -131,6 +131,10 @@ def test_a_server_without_a_key_answers_to_its_own_name_only(serve: Any) -> None
 
 
 def test_a_page_of_another_origin_needs_leave(serve: Any) -> None:
+    """What a page may send without asking first, such as plain text, is not read as JSON."""
+    simple = {"origin": "https://evil.example", "content-type": "text/plain"}
+    content = json.dumps({"prompt": "a"})
+    assert serve().post(TEXT, content=content, headers=simple).status_code == 400
     origin = {"origin": "https://chat.example.org"}
     allowed = "access-control-allow-origin"
     assert allowed not in serve().get("/v1/models", headers=origin).headers

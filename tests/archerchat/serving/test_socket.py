@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("sse_starlette")
-pytest.importorskip("uvicorn")
 import httpx
-import uvicorn
 
 from archerchat.runtime import build_runtime
 from archerchat.serving.app import ServeOptions, build_app
@@ -24,16 +21,11 @@ LONG = {"prompt": "ab", "max_tokens": 50, "stream": True, "logit_bias": {"351": 
 
 
 @pytest.fixture(scope="module")
-def server(served_home: Any) -> Iterator[Any]:
+def server(served_home: Any, listen: Any) -> Iterator[Any]:
     """A server on a free port, each of whose steps takes 10 ms, so that answers last."""
     app = build_app(served_home, build_runtime("cpu", "float32"), ServeOptions(max_batch=2))
-    listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
-    url = "http://{}:{}".format(*listener.getsockname())
-    with httpx.Client(base_url=url, timeout=20) as client:
-        client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1})
+    with listen(app) as address, httpx.Client(base_url="http://{}:{}".format(*address)) as client:
+        client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1}, timeout=60)
         engine = app.state.server.models.loaded["tiny:sft"].engine
         step = engine.step
 
@@ -42,9 +34,7 @@ def server(served_home: Any) -> Iterator[Any]:
             return step()
 
         engine.step = slow
-        yield client, listener.getsockname()
-    running.should_exit = True
-    thread.join()
+        yield client, address
 
 
 def rows(client: httpx.Client) -> int:

@@ -168,12 +168,16 @@ function showParts(body, node) {
     return;
   }
   const nodes = [];
-  node.parts.forEach((part, i) => {
-    if (part.type === "text") nodes.push(...markdown(part.text));
+  node.parts.forEach((part, i) => { // calls stand in the line that they interrupt
+    const before = node.parts[i - 1]?.type;
+    let added = [];
+    if (part.type === "text") added = markdown(part.text);
     else if (part.type === "python") {
       const result = node.parts[i + 1]?.type === "python_output" ? ` = ${node.parts[i + 1].text}` : "";
-      nodes.push(element("span", part.text + result, { class: "call", title: "The calculator was called" }));
-    } else if (node.parts[i - 1]?.type !== "python") nodes.push(element("span", part.text, { class: "call" }));
+      added = [element("p", element("span", part.text + result, { class: "call", title: "The calculator was called" }))];
+    } else if (before !== "python") added = [element("p", element("span", part.text, { class: "call" }))];
+    if (before && added[0]?.tagName === "P" && nodes.at(-1)?.tagName === "P") nodes.at(-1).append(" ", ...added.shift().childNodes);
+    nodes.push(...added);
   });
   body.replaceChildren(...nodes);
 }
