@@ -1,6 +1,6 @@
 """The application: its routes, and what they ask of the worker.
 
-    app = build_app(home, runtime, ServeOptions())
+    app = build_app(home, runtime, ServeConfig())
 
 A handler turns a request into prompts and parameters, hands them to the worker, and turns events
 into an answer. It ends the rows of a client that goes away.
@@ -33,6 +33,7 @@ from archerchat.inference.scoring import score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
 from archerchat.serving import requests as asked
+from archerchat.serving.config import LOOPBACK, ServeConfig
 from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.responses import Answer, ChatChoice, TextChoice
@@ -54,19 +55,6 @@ Choice = ChatChoice | TextChoice
 router = APIRouter()
 
 
-@dataclass(frozen=True)
-class ServeOptions:
-    """What the command line says."""
-
-    models: Sequence[str] = ()
-    max_loaded: int = 2
-    max_batch: int = 16
-    max_queue: int = 128
-    api_key: str | None = None
-    cors_origins: Sequence[str] = ()
-    hosts: Sequence[str] | None = None
-
-
 @dataclass
 class Server:
     """What handlers share."""
@@ -76,15 +64,13 @@ class Server:
     started: float = field(default_factory=time.monotonic)
 
 
-def build_app(home: Home, runtime: Runtime, options: ServeOptions) -> FastAPI:
+def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
     """Return the application; its worker starts and ends with it.
 
     Raises as `Models` does.
     """
-    worker = Worker(options.max_batch + options.max_queue)
-    models = Models(
-        home, runtime, worker, options.models, options.max_loaded, options.max_batch
-    )  # fmt: skip
+    worker = Worker(config.max_batch + config.max_queue)
+    models = Models(home, runtime, worker, config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -97,11 +83,12 @@ def build_app(home: Home, runtime: Runtime, options: ServeOptions) -> FastAPI:
     install_handlers(app)
     app.include_router(router)
     app.mount("/page", _PageFiles(directory=PAGE), name="page")
-    app.add_middleware(Guard, api_key=options.api_key, hosts=options.hosts)
-    if options.cors_origins:
+    hosts = LOOPBACK if config.is_local and config.key is None else None
+    app.add_middleware(Guard, api_key=config.key, hosts=hosts)
+    if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=list(options.cors_origins),
+            allow_origins=list(config.cors_origin),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
@@ -144,7 +131,7 @@ async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Res
     asks = [build_answer_request(tokenizer, prompt, params)]
     stream = server.worker.submit(model.engine, asks)
     choices = [ChatChoice(tokenizer, index, asks[0]) for index in range(params.num_samples)]
-    answer = Answer("chat.completion", model.card.name, dropped)
+    answer = Answer("chat.completion", model.card.name, asks, dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
     if body.stream:
         return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), headers)
@@ -182,12 +169,11 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
         for index in range(len(asks) * params.num_samples)
         for number in [index // params.num_samples]
     ]
-    answer = Answer("text_completion", model.card.name)
+    answer = Answer("text_completion", model.card.name, asks)
     if body.max_tokens == 0:  # only the prompt was asked about
         for choice in choices:
             choice.end("length")
-        usage = answer.usage(None, sum(len(ask.prompt) for ask in asks))
-        return AsciiJSON(answer.whole([choice.whole() for choice in choices], usage=usage))
+        return AsciiJSON(answer.whole([choice.whole() for choice in choices], None))
     stream = server.worker.submit(model.engine, asks)
     if body.stream:
         return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), {})
@@ -212,9 +198,7 @@ async def _whole(
     async for events in stream:
         for event in events:
             choices[stream.choice(event)].read(event)
-    usage = answer.usage(stream, sum(len(ask.prompt) for ask in stream.requests))
-    found = [choice.whole() for choice in choices]
-    content = answer.whole(found, usage=usage, timings=stream.timings())
+    content = answer.whole([choice.whole() for choice in choices], stream)
     return AsciiJSON(content, headers=headers)
 
 
@@ -236,8 +220,7 @@ async def _chunks(
         yield _data(error_body(500, str(error)))
         return
     if wants_usage:
-        usage = answer.usage(stream, sum(len(ask.prompt) for ask in stream.requests))
-        yield _data(answer.chunk([], usage=usage, timings=stream.timings()))
+        yield _data(answer.chunk([], **answer.totals(stream)))
     yield b"data: [DONE]\n\n"
 
 

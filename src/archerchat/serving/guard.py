@@ -22,7 +22,6 @@ from archerchat.serving.worker import Overloaded
 MAX_BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 30.0
 RETRY_SECONDS = 1
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from archerchat.inference.loading import load_model, read_model_config
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
+from archerchat.serving.config import ServeConfig
 from archerchat.serving.worker import Overloaded, Worker
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -77,23 +77,16 @@ class ServedModel:
 
 
 class Models:
-    """Offer models, and keep at most `max_loaded` of them in memory.
-
-    Args:
-        names: TAG:STAGE[@STEP]; all models of the home if there are none.
+    """Offer models, and keep the configured number of them in memory.
 
     Raises:
         UsageError: a name is malformed, there is no such model, or none at all.
         CheckpointError: one is damaged.
     """
 
-    def __init__(
-        self, home: Home, runtime: Runtime, worker: Worker, names: Sequence[str], max_loaded: int,
-        max_batch: int,
-    ) -> None:  # fmt: skip
-        self._home, self._runtime, self._worker = home, runtime, worker
-        self._max_loaded, self._max_batch = max_loaded, max_batch
-        self.cards = {name: _read_card(home, name) for name in names or _find_names(home)}
+    def __init__(self, home: Home, runtime: Runtime, worker: Worker, config: ServeConfig) -> None:
+        self._home, self._runtime, self._worker, self._config = home, runtime, worker, config
+        self.cards = {name: _read_card(home, name) for name in config.model or _find_names(home)}
         self.loaded: dict[str, ServedModel] = {}
         if not self.cards:
             raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")
@@ -126,7 +119,7 @@ class Models:
         """Load a model in the place of the one used longest ago; run by the worker's thread."""
         if card.name in self.loaded:  # by a request that came at the same time
             return self.loaded[card.name]
-        if len(self.loaded) >= self._max_loaded:
+        if len(self.loaded) >= self._config.max_loaded:
             idle = [each for each in self.loaded.values() if not each.engine.busy]
             if not idle:
                 raise Overloaded("the models in memory are at work: try again in a moment")
@@ -134,7 +127,7 @@ class Models:
         tag = card.path.parent.name
         model = load_model(self._home, self._runtime, card.stage, tag, card.step)
         kept = KEPT_CONTEXTS * card.config.sequence_length
-        engine = Engine(model.model, max_batch=self._max_batch, kept_tokens=kept)
+        engine = Engine(model.model, max_batch=self._config.max_batch, kept_tokens=kept)
         served = ServedModel(card, model.tokenizer, engine, time.monotonic())
         self.loaded[card.name] = served
         return served

@@ -159,30 +159,34 @@ class TextChoice:
 class Answer:
     """What all chunks of an answer, or the whole, have around their choices."""
 
-    def __init__(self, kind: str, model: str, dropped: int = 0) -> None:
-        prefix = "chatcmpl" if kind.startswith("chat") else "cmpl"
+    def __init__(
+        self, kind: str, model: str, requests: Sequence[Request], dropped: int = 0
+    ) -> None:
         self._kind, self._dropped = kind, dropped
-        self._common = {
-            "id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model
-        }  # fmt: skip
+        self._prompt_tokens = sum(len(request.prompt) for request in requests)
+        number = uuid.uuid4().hex
+        self._common = {"id": f"{kind}-{number}", "created": int(time.time()), "model": model}
 
     def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """Return a chunk of a stream."""
-        kind = self._kind + (".chunk" if self._kind.startswith("chat") else "")
+        kind = self._kind.replace("chat.completion", "chat.completion.chunk")
         return {**self._common, "object": kind, "choices": choices, **more}
 
-    def whole(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Return an answer in one."""
-        return {**self._common, "object": self._kind, "choices": choices, **more}
+    def whole(self, choices: Sequence[dict[str, Any]], stream: Stream | None) -> dict[str, Any]:
+        """Return an answer in one; without a stream nothing was said."""
+        around = {**self._common, "object": self._kind}
+        return {**around, "choices": choices, **self.totals(stream)}
 
-    def usage(self, stream: Stream | None, prompt_tokens: int) -> dict[str, Any]:
-        """Return the tokens that an answer took."""
+    def totals(self, stream: Stream | None) -> dict[str, Any]:
+        """Return the tokens and the time that an answer took."""
         completion = stream.tokens if stream else 0
         cached = sum(stream.cached.values()) if stream else 0
         usage = {
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
-            "total_tokens": prompt_tokens + completion,
+            "total_tokens": self._prompt_tokens + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
-        return usage | ({"dropped_messages": self._dropped} if self._dropped else {})
+        if self._dropped:
+            usage["dropped_messages"] = self._dropped
+        return {"usage": usage, "timings": stream.timings() if stream else None}

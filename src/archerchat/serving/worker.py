@@ -28,6 +28,8 @@ from archerchat.inference.sequence import Event, Request
 
 logger = logging.getLogger("archerchat")
 T = TypeVar("T")
+TASK_SECONDS = 0.05
+"""How long other work, such as scoring, may hold up the next step; one piece of it always runs."""
 
 
 class Overloaded(Exception):
@@ -199,8 +201,9 @@ class Worker:
         while True:
             busy = [engine for engine in self._engines if engine.busy]
             self._engines = dict.fromkeys(busy)
+            until = time.monotonic() + TASK_SECONDS
             with suppress(Empty):
-                while True:
+                while not busy or time.monotonic() < until:
                     task = self._inbox.get(block=not busy)
                     if task is None:
                         return

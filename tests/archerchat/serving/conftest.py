@@ -20,9 +20,11 @@ from fastapi.testclient import TestClient
 
 from archerchat.home import Home
 from archerchat.runtime import build_runtime
-from archerchat.serving.app import ServeOptions, build_app
+from archerchat.serving.app import build_app
+from archerchat.serving.config import ServeConfig
 
 Open = Callable[..., TestClient]
+URL = "http://127.0.0.1"
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +41,16 @@ def serve(served_home: Home) -> Iterator[Open]:
     with ExitStack() as stack:
 
         def start(home: Home = served_home, **options: Any) -> TestClient:
-            app = build_app(home, build_runtime("cpu", "float32"), ServeOptions(**options))
-            return stack.enter_context(TestClient(app, raise_server_exceptions=False))
+            app = build_app(home, build_runtime("cpu", "float32"), ServeConfig(**options))
+            return stack.enter_context(TestClient(app, base_url=URL, raise_server_exceptions=False))
 
         yield start
 
 
 @pytest.fixture(scope="module")
 def client(served_home: Home) -> Iterator[TestClient]:
-    app = build_app(served_home, build_runtime("cpu", "float32"), ServeOptions())
-    with TestClient(app, raise_server_exceptions=False) as found:
+    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig())
+    with TestClient(app, base_url=URL, raise_server_exceptions=False) as found:
         yield found
 
 

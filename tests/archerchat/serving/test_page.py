@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("fastapi")
 
 from archerchat.runtime import build_runtime
-from archerchat.serving.app import PAGE, ServeOptions, build_app
+from archerchat.serving.app import PAGE, build_app
+from archerchat.serving.config import ServeConfig
 
 HOSTILE = (
     "<img src=x onerror=alert(1)><script>alert(2)</script> **bold** [a](javascript:alert(3)) "
@@ -36,7 +37,7 @@ def page(served_home: Any, listen: Any) -> Iterator[Any]:
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no chromium on PATH")
-    app = build_app(served_home, build_runtime("cpu", "float32"), ServeOptions())
+    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig())
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
     with listen(app) as address, playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=path, args=sandbox)

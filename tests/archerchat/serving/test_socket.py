@@ -15,7 +15,8 @@ pytest.importorskip("sse_starlette")
 import httpx
 
 from archerchat.runtime import build_runtime
-from archerchat.serving.app import ServeOptions, build_app
+from archerchat.serving.app import build_app
+from archerchat.serving.config import ServeConfig
 
 LONG = {"prompt": "ab", "max_tokens": 50, "stream": True, "logit_bias": {"351": -100}}  # no BOS
 
@@ -23,7 +24,7 @@ LONG = {"prompt": "ab", "max_tokens": 50, "stream": True, "logit_bias": {"351": 
 @pytest.fixture(scope="module")
 def server(served_home: Any, listen: Any) -> Iterator[Any]:
     """A server on a free port, each of whose steps takes 10 ms, so that answers last."""
-    app = build_app(served_home, build_runtime("cpu", "float32"), ServeOptions(max_batch=2))
+    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig(max_batch=2))
     with listen(app) as address, httpx.Client(base_url="http://{}:{}".format(*address)) as client:
         client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1}, timeout=60)
         engine = app.state.server.models.loaded["tiny:sft"].engine
