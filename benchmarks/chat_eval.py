@@ -33,9 +33,9 @@ from archerchat.inference.tools import spoken_text
 from archerchat.model.transformer import Transformer
 from archerchat.runtime import build_runtime, dtype_name, prepare_process
 from archerchat.tasks.base import Task
+from archerchat.tasks.collected import GSM8KTask
 from archerchat.tasks.conversation import text_of
 from archerchat.tasks.generated import ArithmeticTask
-from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
 from generation import add_model_options, build_model, plain_tokens, report

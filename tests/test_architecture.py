@@ -32,10 +32,11 @@ LAYERS = (
     {"evals"},
     {"inference", "data"},
     {"exchange", "planning"},
-    {"optim", "tokenizer", "tasks", "checkpoint"},
+    {"optim", "tokenizer", "checkpoint"},
+    {"tasks"},
     {"dial", "sandbox"},
     {"runtime", "console"},
-    {"files", "home", "config", "distributed"},
+    {"files", "text_files", "home", "config", "distributed"},
     {"model"},
     {"errors", "__init__"},
 )

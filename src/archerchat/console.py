@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -89,7 +90,7 @@ class ProgressLine(LiveLine):
 
     def __init__(self, console: Console, num_iterations: int, done: int = 0) -> None:
         super().__init__(console, "compiling", num_iterations, done, transient=False)
-        self._first, self._kept = True, -1
+        self._first, self._kept, self._epochs = True, -1, math.inf if done else 0.0
 
     def step(
         self,
@@ -117,6 +118,10 @@ class ProgressLine(LiveLine):
         figures = "".join(f" | {name} {value:.3f}" for name, value in more.items())
         left = "?" if seconds_left is None else duration_text(seconds_left)
         passes = "" if epochs is None else f" | epoch {epochs:.2f}"
+        if epochs is not None:
+            if self._epochs <= 1 < epochs:
+                self.note(f"step {step}: warning: the second pass over the text begins")
+            self._epochs = epochs
         text = (
             f"step {step}/{num_iterations}{share}{passes} | loss {loss:.4f}{figures} | "
             f"lr x{lr_multiplier:.3f} | {tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | "

@@ -15,10 +15,11 @@ from rich.table import Table
 from archerchat.config import Config, PositiveInt, Seed
 from archerchat.console import LiveLine, build_console, duration_text
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
-from archerchat.data.folder import describe_files, iter_files, list_files
+from archerchat.data.folder import Reading, describe_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
 from archerchat.data.shards import (
     MAKE_DATA,
+    TEXT_COLUMN,
     Shard,
     data_directory,
     list_shards,
@@ -58,9 +59,13 @@ class DataBuildConfig(Config):
 
     source: str
     """SOURCE: `stdlib` (this Python's own sources and documentation), or a file or folder of
-    .parquet, .jsonl (`text` in both), .txt or .md files."""
+    .parquet, .jsonl, .json, .csv, .txt or .md files, compressed (.gz, .zst, .bz2, .xz) or not."""
     name: str | None = None
     """Name of the data. Defaults to `stdlib` or the folder's name."""
+    text_column: str = TEXT_COLUMN
+    """Column or key that holds the documents."""
+    skip_bad: bool = False
+    """Leave out files and rows that cannot be read, and list them, instead of stopping."""
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
     force: bool = False
     """Replace existing data of this name. Runs that read it can then not be resumed."""
@@ -139,6 +144,8 @@ def build(config: DataBuildConfig, home: Home) -> None:
     directory = home.data_dir(config.name or _default_name(config.source))
     unchanged = "is built already: nothing to do"
     groups: Iterable[Group]
+    held_out: Iterable[Group] = ()
+    reading = Reading(config.text_column, config.skip_bad)
     if config.source == STDLIB:
         root = stdlib_directory()
         files = list_stdlib(root)
@@ -151,17 +158,32 @@ def build(config: DataBuildConfig, home: Home) -> None:
             unchanged = f"stays as {' '.join(there['python'])} built it: --force builds it again"
     else:
         root = Path(config.source).expanduser()
-        files = list_files(root)
-        recipe, groups = describe_files(root, files), ([text] for text in iter_files(files))
+        folder = list_files(root)
+        files = sorted([*folder.train, *folder.held_out])
+        recipe = describe_files(root, files)
+        if config.text_column != TEXT_COLUMN or config.skip_bad:
+            recipe |= {"text_column": config.text_column, "skip_bad": config.skip_bad}
+        for left_out in folder.left_out:
+            console.print(f"left out: {left_out}")
+        groups, held_out = (
+            ([text] for text in reading.iter_texts(paths))
+            for paths in (folder.train, folder.held_out)
+        )
+        if folder.held_out:
+            named = f"{folder.held_out[0].relative_to(root)}"
+            console.print(f"validation: {len(folder.held_out):,} files named so, such as {named}")
     with LiveLine(console, f"building {directory.name}") as line:
         written = build_corpus(
             _counted(groups, line, directory.name),
             directory,
             recipe,
             config.corpus,
+            held_out=held_out,
             input_bytes=sum(file.stat().st_size for file in files),
             force=config.force,
         )
+    for sentence in reading.describe():
+        console.print(sentence)
     console.print(_describe(directory) if written else f"{directory} {unchanged}")
 
 

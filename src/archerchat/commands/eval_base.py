@@ -31,8 +31,7 @@ from archerchat.data.text_loader import TextLoader
 from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.bits_per_byte import evaluate_bits_per_byte, iter_text_batches
-from archerchat.evals.core.bundle import load_bundle
-from archerchat.evals.core.download import find_bundle
+from archerchat.evals.core.bundle import find_bundle, load_bundle
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.evals.core.results import (
     CoreResult,
@@ -59,7 +58,7 @@ class EvalBaseConfig(ModelOptions):
     """Evaluations to run, separated by commas: core, bpb (bits per byte), sample."""
     bundle: str | None = None
     """CORE bundle: a folder, or the address of an archive. Defaults to the reference's, which is
-    downloaded once. `offline` stands for generated tasks, which are not CORE."""
+    downloaded once. `offline` stands for the package's own tasks, which are not CORE."""
     core: CoreOptions = field(default_factory=CoreOptions)
     data: str | None = None
     """Data for bits per byte. Defaults to what the model was trained on."""

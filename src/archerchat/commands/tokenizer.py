@@ -29,9 +29,9 @@ from archerchat.tokenizer.bpe import (
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
-    SAMPLES,
     Compression,
     PublishedVocabulary,
+    load_samples,
     measure_compression,
 )
 
@@ -151,7 +151,7 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
     sizes = {title: int((found.token_bytes > 0).sum()) for title, found in vocabularies.items()}
     encoders = {title: found.encode for title, found in vocabularies.items()}
     texts = _shard_texts(config, tokenizer, home, console)
-    texts |= {name: [text] for name, text in SAMPLES.items()}
+    texts |= {name: [text] for name, text in load_samples().items()}
     rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
     console.print(_table(rows, sizes))
     if config.json is not None:

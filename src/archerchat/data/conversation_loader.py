@@ -245,7 +245,7 @@ class _RowSource:
         self._plan, self._counts = plan, state.counts
         self._packer = BestFitPacker(plan.row_length, plan.identity["buffer_size"], PADDING)
         for document in state.documents:
-            self._packer.add(*document)
+            self._packer.add(document.tokens)
         self._end_id = plan.tokenizer.special_id("<|assistant_end|>")
 
     def iter_batches(self) -> Iterator[tuple[Batch, _State]]:

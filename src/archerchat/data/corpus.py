@@ -46,7 +46,8 @@ class CorpusOptions(Config):
     """How documents become shards."""
 
     val_fraction: Annotated[float, Limit(0, 0.99, exclusive=True)] = 0.05
-    """Share of the documents that becomes the validation shard, at most 8192 documents."""
+    """Share of the documents that becomes the validation shard, at most 8192 documents; where files
+    or folders are named train and validation (or test), up to 8192 of those are taken."""
     val_documents: PositiveInt | None = None
     """Number of documents in the validation shard, instead of a share."""
     documents_per_row_group: PositiveInt | None = None
@@ -63,6 +64,7 @@ def build_corpus(
     recipe: Mapping[str, Any],
     options: CorpusOptions,
     *,
+    held_out: Iterable[Group] = (),
     input_bytes: int = 0,
     force: bool = False,
 ) -> bool:
@@ -73,7 +75,8 @@ def build_corpus(
     is replaced, at once and whole.
 
     Args:
-        recipe: a JSON value that changes whenever `groups` would.
+        recipe: a JSON value that changes whenever `groups` or `held_out` would.
+        held_out: what to draw the validation shard from, if not from `groups`.
         input_bytes: about how much text there is; decides how much is shuffled in memory.
         force: replace what was built here before, whatever its recipe.
 
@@ -103,7 +106,8 @@ def build_corpus(
         )
     with explained_writes(directory), new_directory(directory) as temporary:
         with TemporaryDirectory(prefix=".spill-", dir=temporary) as scratch:
-            shards = _write_corpus(groups, temporary, Path(scratch), options, input_bytes)
+            spill = Path(scratch)
+            shards = _write_corpus(groups, held_out, temporary, spill, options, input_bytes)
         sizes = {shard.name: shard.stat().st_size for shard in shards}
         write_json(temporary / MANIFEST, {"format": FORMAT, **made_from, "shards": sizes})
     return True
@@ -134,6 +138,7 @@ def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
 
 def _write_corpus(
     groups: Iterable[Group],
+    given: Iterable[Group],
     directory: Path,
     scratch: Path,
     options: CorpusOptions,
@@ -142,16 +147,17 @@ def _write_corpus(
     generator = random.Random(options.seed)
     num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
     buckets = [scratch / f"{index}.parquet" for index in range(num_buckets)]
-    sizes = _spill(groups, buckets, generator)
-    if len(sizes) < 2:
+    sizes, num_train = _spill(groups, given, buckets, generator)
+    if len(sizes) < 2 or not num_train:
         raise DataError(
             "at least two documents are needed, one of them for validation; found "
             f"{sum(sizes)}: give more text"
         )
-    validation = _choose_validation(sizes, options, generator)
+    validation = _choose_validation(sizes, num_train, options, generator)
+    train_groups = set(range(num_train)) - validation
     held_out: list[str] = []
     num_validation = sum(sizes[group] for group in validation)
-    train = _iter_train(buckets, validation, held_out, generator)
+    train = _iter_train(buckets, train_groups, validation, held_out, generator)
 
     def write(documents: Iterable[str], count: int, per_shard: int, first: int) -> list[Path]:
         group = options.documents_per_row_group or min(256, max(1, count // 8))
@@ -163,13 +169,23 @@ def _write_corpus(
             first_index=first,
         )
 
-    shards = write(train, sum(sizes) - num_validation, options.documents_per_shard, 0)
+    num_documents = sum(sizes[group] for group in train_groups)
+    shards = write(train, num_documents, options.documents_per_shard, 0)
     generator.shuffle(held_out)
     return shards + write(held_out, num_validation, num_validation, len(shards))
 
 
-def _spill(groups: Iterable[Group], buckets: Sequence[Path], generator: random.Random) -> list[int]:
-    """Put each group into a random bucket; return the sizes of the groups, none empty."""
+def _spill(
+    groups: Iterable[Group],
+    given: Iterable[Group],
+    buckets: Sequence[Path],
+    generator: random.Random,
+) -> tuple[list[int], int]:
+    """Put each group into a random bucket.
+
+    Returns:
+        The sizes of the groups, none empty, and how many of them are not of `given`.
+    """
     sizes: list[int] = []
     pending: list[tuple[list[int], list[str]]] = [([], []) for _ in buckets]
     with contextlib.ExitStack() as stack:
@@ -180,30 +196,41 @@ def _spill(groups: Iterable[Group], buckets: Sequence[Path], generator: random.R
             writers[index].write_table(pa.table(columns, _SPILL_SCHEMA))
             pending[index] = ([], [])
 
-        for group in groups:
+        def put(group: Group) -> None:
             texts = [replace_surrogates(text) for text in group if text and not text.isspace()]
             if not texts:
-                continue
+                return
             index = generator.randrange(len(buckets))
             pending[index][0].extend([len(sizes)] * len(texts))
             pending[index][1].extend(texts)
             sizes.append(len(texts))
             if len(pending[index][0]) >= SPILL_DOCUMENTS:
                 flush(index)
+
+        for group in groups:
+            put(group)
+        num_train = len(sizes)
+        for group in given:
+            put(group)
         for index in range(len(buckets)):
             flush(index)
-    return sizes
+    return sizes, num_train
 
 
 def _choose_validation(
-    sizes: Sequence[int], options: CorpusOptions, generator: random.Random
+    sizes: Sequence[int], num_train: int, options: CorpusOptions, generator: random.Random
 ) -> set[int]:
-    """Draw groups until they hold enough documents; at least one is left for training."""
-    share = min(round(options.val_fraction * sum(sizes)), MAX_VAL_DOCUMENTS)
-    wanted = share if options.val_documents is None else options.val_documents
+    """Draw groups, of those after the first `num_train` if there are any, for validation.
+
+    They hold enough documents, or are all but one, which is left for training.
+    """
+    given = range(num_train, len(sizes))
+    share = MAX_VAL_DOCUMENTS if given else round(options.val_fraction * sum(sizes))
+    wanted = options.val_documents or min(share, MAX_VAL_DOCUMENTS)
     chosen: set[int] = set()
     found = 0
-    for group in generator.sample(range(len(sizes)), len(sizes) - 1):
+    candidates = given or range(len(sizes))
+    for group in generator.sample(candidates, len(given) or len(sizes) - 1):
         if chosen and found >= wanted:
             break
         chosen.add(group)
@@ -212,13 +239,20 @@ def _choose_validation(
 
 
 def _iter_train(
-    buckets: Sequence[Path], validation: set[int], held_out: list[str], generator: random.Random
+    buckets: Sequence[Path],
+    train_groups: set[int],
+    validation: set[int],
+    held_out: list[str],
+    generator: random.Random,
 ) -> Iterator[str]:
-    """Yield the train documents, each bucket shuffled; put the others in `held_out`."""
+    """Yield the train documents, each bucket shuffled; put those of validation in `held_out`."""
     for path in buckets:
         table = pq.read_table(path)
         train: list[str] = []
         for group, text in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            (held_out if group in validation else train).append(text)
+            if group in train_groups:
+                train.append(text)
+            elif group in validation:
+                held_out.append(text)
         generator.shuffle(train)
         yield from train

@@ -1,40 +1,136 @@
-"""Read documents from any folder of Parquet, JSONL or text files.
+"""Read documents from any folder of Parquet, JSON, CSV or text files, compressed or not.
 
-Parquet and JSONL files hold a document a row (`text`); `.txt` and `.md` files hold running text,
-which is cut at paragraphs into documents of a useful size.
+Rows hold a document each, in a column or key `text` or in one that is named. `.txt` and `.md` files
+hold running text, which is cut at paragraphs into documents of a useful size. Null and blank texts
+are left out and counted, whatever the file.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from archerchat.data.shards import TEXT_COLUMN, iter_documents
 from archerchat.errors import DataError
+from archerchat.text_files import (
+    JSON_KINDS,
+    TABLE_KINDS,
+    Folder,
+    Place,
+    file_kind,
+    iter_lines,
+    iter_rows,
+    list_folder,
+)
 
 MAX_CHARACTERS = 10_000
 """Longer text is cut; the tokenizer's training reads no more of a document either."""
+MAX_NAMED = 10
+"""Problems that are listed in full."""
+KINDS = (".parquet", *JSON_KINDS, *TABLE_KINDS, ".txt", ".md")
 
 
-def list_files(source: Path) -> list[Path]:
-    """Return the files below `source`, or `source`, that can be read, at least one, by path."""
-    found = source.rglob("*") if source.is_dir() else [source]
-    files = sorted(
-        path
-        for path in found
-        if path.suffix.lower() in _READERS
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(source).parts)
-    )
-    if not files:
+@dataclass
+class Reading:
+    """Read files, and remember what was left out or cut.
+
+    Raises:
+        DataError: a file or a row is broken (from `iter_texts`), unless `skip_bad`.
+    """
+
+    column: str = TEXT_COLUMN
+    skip_bad: bool = False
+    num_bad: int = 0
+    num_empty: int = 0
+    num_long: int = 0
+    num_pieces: int = 0
+    bad: list[str] = field(default_factory=list)
+    """The first problems of `num_bad`."""
+    first_empty: str = ""
+
+    def iter_texts(self, files: Sequence[Path]) -> Iterator[str]:
+        """Iterate over the documents of `files` in order."""
+        for path in files:
+            for where, text in self._iter_file(path):
+                if text is None or not text or text.isspace():
+                    self.num_empty += 1
+                    self.first_empty = self.first_empty or where
+                else:
+                    yield text
+
+    def refuse(self, problem: str) -> None:
+        """Raise what is wrong, or note it."""
+        if not self.skip_bad:
+            raise DataError(f"{problem}; --skip-bad leaves out what is bad")
+        self.num_bad += 1
+        if len(self.bad) < MAX_NAMED:
+            self.bad.append(problem)
+
+    def describe(self) -> list[str]:
+        """Say what was left out or cut, a sentence each."""
+        lines = []
+        if self.num_long:
+            lines.append(
+                f"{self.num_long:,} texts of more than {MAX_CHARACTERS:,} characters were cut at "
+                f"paragraphs into {self.num_pieces:,} documents"
+            )
+        if self.num_empty:
+            lines.append(
+                f"{self.num_empty:,} null or blank texts were left out, the first: "
+                f"{self.first_empty}"
+            )
+        if self.num_bad:
+            lines += [f"{self.num_bad:,} bad files or rows were left out:", *self.bad]
+            lines += ["..."] if self.num_bad > len(self.bad) else []
+        return lines
+
+    def _iter_file(self, path: Path) -> Iterator[tuple[str, str | None]]:
+        kind = file_kind(path)
+        if kind == ".parquet":
+            try:
+                for number, text in enumerate(iter_documents([path], self.column), start=1):
+                    yield f"{path}, row {number}", text
+            except DataError as error:
+                self.refuse(str(error))
+        elif kind in (*JSON_KINDS, *TABLE_KINDS):
+            yield from self._iter_column(iter_rows(path, self.refuse))
+        else:
+            text = "".join(line for _, line in iter_lines(path, self.refuse))
+            pieces = list(split_text(text))
+            if len(pieces) > 1:
+                self.num_long += 1
+                self.num_pieces += len(pieces)
+            yield from ((str(path), piece) for piece in pieces)
+
+    def _iter_column(self, rows: Iterator[Place]) -> Iterator[tuple[str, str | None]]:
+        for where, row in rows:
+            value: Any = row.get(self.column, row) if isinstance(row, dict) else row
+            if value is None or isinstance(value, str):
+                yield where, value
+                continue
+            names = ", ".join(map(str, row)) if isinstance(row, dict) else "nothing"
+            self.refuse(
+                f"{where}: no text in {self.column!r} (it has {names}): fix it, or give "
+                "--text-column"
+            )
+
+
+def list_files(source: Path) -> Folder:
+    """Return the files below `source`, or `source`, that can be read, at least one.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder = list_folder(source, KINDS)
+    if not source.exists() or not folder.train:
         raise DataError(
-            f"nothing to read in {source}: it needs {', '.join(_READERS)} files"
+            f"nothing to read in {source}: it needs {', '.join(KINDS)} files"
             if source.exists()
-            else f"{source} does not exist: give a folder of {', '.join(_READERS)} files"
+            else f"{source} does not exist: give a folder of {', '.join(KINDS)} files"
         )
-    return files
+    return folder
 
 
 def describe_files(source: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -44,19 +140,6 @@ def describe_files(source: Path, files: Sequence[Path]) -> dict[str, Any]:
         for path in files
     ]
     return {"folder": str(source.resolve()), "files": described}
-
-
-def iter_files(files: Sequence[Path]) -> Iterator[str]:
-    """Iterate over the documents of `files` in order.
-
-    Raises:
-        DataError: a file, or a line of a JSONL file, is broken; the message names it.
-    """
-    for path in files:
-        try:
-            yield from _READERS[path.suffix.lower()](path)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> Iterator[str]:
@@ -76,36 +159,3 @@ def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> Iterator[str]
         yield text[start:limit]
         start = limit
     yield text[start:]
-
-
-def _iter_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}): fix that line") from error
-            if not isinstance(row, dict) or not isinstance(row.get(TEXT_COLUMN), str):
-                raise DataError(
-                    f"{path}:{number}: each line must be an object with a string "
-                    f"{TEXT_COLUMN!r}: fix that line"
-                )
-            yield row[TEXT_COLUMN]
-
-
-def _iter_text(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}): convert or remove it") from error
-    yield from split_text(text)
-
-
-_READERS: dict[str, Callable[[Path], Iterator[str]]] = {
-    ".parquet": lambda path: iter_documents([path]),
-    ".jsonl": _iter_jsonl,
-    ".txt": _iter_text,
-    ".md": _iter_text,
-}

@@ -37,6 +37,13 @@ class Buffered(NamedTuple):
     """What a row can take of it."""
     length: int
     """Its tokens when it came, by which best fit chooses."""
+    start: int = 0
+    """Tokens of it that are in rows already; it continues after another BOS."""
+
+    def rest(self) -> Document:
+        """Return what is still to come, as a document."""
+        joined = (self.tokens[:1], self.tokens[self.start :])
+        return np.concatenate(joined) if self.start else self.tokens
 
 
 _ARRIVAL_BITS = 40
@@ -144,35 +151,34 @@ class ConcatPacker(_OpenRow):
 
     def __init__(self, row_length: int) -> None:
         super().__init__(row_length)
-        self._queue: deque[Document] = deque()
+        self._queue: deque[Buffered] = deque()
 
     def add(self, document: Document, length: int | None = None) -> None:
-        self._queue.append(document)
+        self._queue.append(Buffered(document, len(document)))
 
     def needs_documents(self) -> bool:
         return not self._queue
 
     def place(self) -> Row | None:
-        document = self._queue.popleft()
-        space = self._space
-        if len(document) > space:
-            # The remainder with its BOS is a document like any other: no further state.
-            self._queue.appendleft(np.concatenate((document[:1], document[space:])))
-        return self._put(document[:space])
+        tokens, length, start = self._queue.popleft()
+        if start:
+            self._put(tokens[:1])
+        end = start + self._space
+        if end < length:
+            self._queue.appendleft(Buffered(tokens, length, end))
+        return self._put(tokens[start:end])
 
     def documents(self) -> tuple[Buffered, ...]:
         assert not self._used
-        return tuple(Buffered(document, len(document)) for document in self._queue)
+        return tuple(self._queue)
 
 
 def join_documents(documents: Sequence[Buffered], dtype_if_none: DTypeLike) -> dict[str, Tensor]:
     """Return documents end to end, `tokens`, and their `lengths` (int64) when they came."""
-    lengths = np.array([document.length for document in documents], np.int64)
-    tokens = [document.tokens for document in documents] or [np.empty(0, dtype_if_none)]
-    return {
-        "tokens": torch.from_numpy(np.concatenate(tokens)),
-        "lengths": torch.from_numpy(lengths),
-    }
+    rests = [document.rest() for document in documents]
+    lengths = [len(r) if d.start else d.length for d, r in zip(documents, rests, strict=True)]
+    tokens = np.concatenate(rests or [np.empty(0, dtype_if_none)])
+    return {"tokens": torch.from_numpy(tokens), "lengths": torch.tensor(lengths, dtype=torch.int64)}
 
 
 def split_documents(state: Mapping[str, Any], row_length: int) -> tuple[Buffered, ...]:

@@ -85,25 +85,28 @@ def split_shards(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
 class Shard:
     """Read one Parquet file, a row group at a time; a context manager that closes it.
 
+    Args:
+        column: the column of documents, in any of Arrow's ways to hold text or UTF-8.
+
     Raises:
-        DataError: the file is missing, cut short, corrupt, or has no `text` column of strings.
+        DataError: the file is missing, cut short, corrupt, or has no such column of text.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, column: str = TEXT_COLUMN) -> None:
+        self.path, self._column = path, column
         with self._explained():
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             schema = self._file.schema_arrow
         names = schema.names
-        kind = schema.field(TEXT_COLUMN).type if TEXT_COLUMN in names else None
-        if kind in (pa.string(), pa.large_string()):
+        kind = schema.field(column).type if column in names else None
+        if kind is not None and _holds_text(kind):
             return
         self.close()
         if kind is not None:
-            raise DataError(f"{path}: column {TEXT_COLUMN!r} holds {kind}: it must hold strings")
+            raise DataError(f"{path}: column {column!r} holds {kind}: it must hold strings")
         raise DataError(
-            f"{path} has no column {TEXT_COLUMN!r} (it has {', '.join(names) or 'none'}): rename "
-            f"the column that holds the documents"
+            f"{path} has no column {column!r} (it has {', '.join(names) or 'none'}): name the one "
+            "that holds the documents, `archerchat data build DIRECTORY --text-column NAME`"
         )
 
     @property
@@ -122,15 +125,17 @@ class Shard:
     @property
     def text_bytes(self) -> int:
         """About how many bytes the text takes uncompressed, lengths and headers counted too."""
-        metadata, column = self._file.metadata, self._file.schema_arrow.names.index(TEXT_COLUMN)
-        columns = (metadata.row_group(i).column(column) for i in range(self.num_row_groups))
-        return sum(int(column.total_uncompressed_size) for column in columns)
+        groups = map(self._file.metadata.row_group, range(self.num_row_groups))
+        columns = (group.column(i) for group in groups for i in range(group.num_columns))
+        named = (each for each in columns if each.path_in_schema == self._column)
+        return sum(int(each.total_uncompressed_size) for each in named)
 
     def read_row_group(self, index: int) -> list[str]:
         """Return the documents of one row group; a null is an empty document."""
         with self._explained():
-            table = self._file.read_row_group(index, columns=[TEXT_COLUMN], use_threads=False)
-            return [text or "" for text in table.column(0).to_pylist()]
+            table = self._file.read_row_group(index, columns=[self._column], use_threads=False)
+            values = table.column(0).to_pylist()
+            return [v.decode() if isinstance(v, bytes) else v or "" for v in values]
 
     def close(self) -> None:
         self._file.close()
@@ -153,12 +158,27 @@ class Shard:
             ) from error
 
 
-def iter_documents(shards: Sequence[Path]) -> Iterator[str]:
+def _holds_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in names)
+
+
+def iter_documents(shards: Sequence[Path], column: str = TEXT_COLUMN) -> Iterator[str]:
     """Iterate over the documents of `shards` in order, one row group in memory at a time."""
     for path in shards:
-        with Shard(path) as shard:
+        with Shard(path, column) as shard:
             for index in range(shard.num_row_groups):
                 yield from shard.read_row_group(index)
+
+
+def count_text_bytes(shards: Sequence[Path]) -> int:
+    """Return about how many bytes of text are in `shards`."""
+    total = 0
+    for path in shards:
+        with Shard(path) as shard:
+            total += shard.text_bytes
+    return total
 
 
 def write_shards(

@@ -219,9 +219,10 @@ def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[Batch, _State]]:
         packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"])
     dtype = np.uint16 if plan.tokenizer.vocab_size <= 1 << 16 else np.uint32
     for document in state.documents:
-        packer.add(*document)
-    # Of the order alone concat needs no more than the document that it is in.
-    chunks = _iter_chunks(plan, state, identity["tokenizer_batch"] if best_fit else 1)
+        packer.add(document.rest(), document.length)
+    # The order decides what concat does, so no document has to wait for others.
+    size = identity["tokenizer_batch"] if best_fit else plan.num_threads
+    chunks = _iter_chunks(plan, state, size)
     position, next_document, usage = state.position, state.next_document, state.usage
     epochs = _build_meter(plan)
     rows: list[Row] = []

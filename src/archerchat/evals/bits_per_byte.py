@@ -18,6 +18,7 @@ from torch import Tensor
 from archerchat.distributed import Ranks
 from archerchat.errors import DataError
 from archerchat.model.loss import IGNORED
+from archerchat.text_files import iter_lines
 from archerchat.tokenizer.bpe import Tokenizer
 
 PART_CHARACTERS = 2**20
@@ -60,7 +61,7 @@ def iter_text_batches(
     """Yield inputs and targets (B, T) that hold each of a text file's tokens once as a target.
 
     Raises:
-        DataError: the file cannot be read, or is not UTF-8.
+        DataError: the file cannot be read, or is not text.
     """
     size = batch_size * sequence_length
     ids: list[int] = []
@@ -87,21 +88,15 @@ def iter_text(path: Path, part: int = PART_CHARACTERS) -> Iterator[str]:
     """Yield a file's text in parts of about `part` characters that can be tokenized apart.
 
     Raises:
-        DataError: it cannot be read, or is not UTF-8.
+        DataError: it cannot be read, or is not text.
     """
     lines: list[str] = []
     size = 0
-    try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            for line in file:
-                if size >= part and not line[0].isspace():
-                    yield "".join(lines)
-                    lines, size = [], 0
-                lines.append(line)
-                size += len(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason}): convert it first") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    for _, line in iter_lines(path, newline="\n"):
+        if size >= part and not line[0].isspace():
+            yield "".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line)
     if lines:
         yield "".join(lines)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,13 @@ class HarnessModel:
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Return for each (context, continuation) its log probability and whether it is greedy."""
-        return self._score([self.prompt(*request.args) for request in requests])
+        prompts = [self.prompt(*request.args) for request in requests]
+        return score_prompts(self.model, prompts, self.batch_tokens)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Return for each text its log probability, in stretches of the model's context."""
         pieces = [self.windows(request.args[0]) for request in requests]
-        scores = iter(self._score([prompt for prompts in pieces for prompt in prompts]))
+        scores = iter(score_prompts(self.model, list(chain(*pieces)), self.batch_tokens))
         return [sum(next(scores)[0] for _ in prompts) for prompts in pieces]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -139,9 +141,6 @@ class HarnessModel:
 
     def _encode(self, text: str) -> np.ndarray[Any, np.dtype[np.int32]]:
         return np.array([self.tokenizer.bos_id, *self.tokenizer.encode(text)], dtype=np.int32)
-
-    def _score(self, prompts: Sequence[Prompt]) -> list[tuple[float, bool]]:
-        return score_prompts(self.model, prompts, self.batch_tokens)
 
     def _request(self, context: str, options: Mapping[str, Any], length: int) -> Request:
         new = int(options.get("max_gen_toks") or options.get("max_new_tokens") or MAX_NEW_TOKENS)

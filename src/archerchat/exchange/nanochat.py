@@ -146,7 +146,8 @@ def load_model(directory: Path, step: int | None = None) -> ImportedModel:
         UsageError: `directory` holds no checkpoint, or none of this step.
         CheckpointError: a file is broken, or its tensors are not those its config implies.
     """
-    paths = {int(m[1]): m.string for m in map(MODEL_FILE.fullmatch, _file_names(directory)) if m}
+    names = (path.name for path in directory.glob("model_*.pt"))
+    paths = {int(m[1]): m.string for m in map(MODEL_FILE.fullmatch, names) if m}
     if not paths:
         raise UsageError(f"no model_<step>.pt in {directory}: give nanochat's checkpoint directory")
     if step is not None and step not in paths:
@@ -162,10 +163,6 @@ def load_model(directory: Path, step: int | None = None) -> ImportedModel:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return ImportedModel(path, step, config, tensors, filled, meta)
-
-
-def _file_names(directory: Path) -> list[str]:
-    return [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
 
 
 def _load_meta(path: Path) -> dict[str, Any]:
@@ -291,9 +288,7 @@ def _load_encoding(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise TokenizerError(f"cannot read {path}: {error.strerror}") from error
     if len(content) > LARGEST_TOKENIZER:
-        raise TokenizerError(
-            f"{path} is larger than {LARGEST_TOKENIZER >> 20} MiB: not a tokenizer"
-        )
+        raise TokenizerError(f"{path} is larger than {LARGEST_TOKENIZER:,} bytes: not a tokenizer")
     try:
         for opcode, _, position in pickletools.genops(content):
             if opcode.name not in ALLOWED_OPCODES:

@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from archerchat.model.attention import (
     Backend,
@@ -243,6 +245,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
         self.backend: Backend = backend
+        self.recomputes = False
+        """Whether the backward pass computes each layer again instead of keeping its values."""
         layers, dim, vocab = range(config.num_layers), config.model_dim, config.padded_vocab_size
         self.token_embedding = Embedding(vocab, dim)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in layers)
@@ -340,7 +344,12 @@ class Transformer(nn.Module):
                 value = self.value_embeddings[str(i)](token_ids).to(dtype)
             past = (before.layers[i],) if before else ()
             scales = residual[i], inputs[i]
-            x = run.block(block, x, x0, value, rotary, *scales, masks[i], *past, **documents)
+            inputs_of_block = block, x, x0, value, rotary, *scales, masks[i], *past
+            if self.recomputes and torch.is_grad_enabled():  # https://arxiv.org/abs/1604.06174
+                block_run = partial(run.block, **documents)
+                x = checkpoint(block_run, *inputs_of_block, use_reentrant=False)
+            else:
+                x = run.block(*inputs_of_block, **documents)
             if i == self.config.num_layers // 2:
                 middle = x
         return run.back_out(x, middle, self.backout_lambda)

@@ -62,6 +62,7 @@ def estimate_memory(
     device: torch.device,
     world_size: int = 1,
     memory_bytes: int | None = None,
+    recomputes: bool = False,
 ) -> MemoryEstimate:
     """Estimate the memory of one rank.
 
@@ -70,6 +71,7 @@ def estimate_memory(
         device: its kind and memory decide how many logits the loss forms at a time.
         world_size: ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
         memory_bytes: what the device has; by default it is asked.
+        recomputes: whether the backward pass computes each layer again.
     """
     counts = count_parameters(config)
     compute_bytes = compute_dtype.itemsize
@@ -89,21 +91,24 @@ def estimate_memory(
             _loss_workspace(config, chunk * compute_bytes), _muon_workspace(config, world_size)
         ),
         activations_per_row=config.sequence_length
-        * activation_elements_per_token(config)
+        * activation_elements_per_token(config, recomputes)
         * compute_bytes,
     )
 
 
-def activation_elements_per_token(config: ModelConfig) -> int:
+def activation_elements_per_token(config: ModelConfig, recomputes: bool = False) -> int:
     """Count the values that the layers save for one token's backward pass.
 
     Each layer: its input and both branches' inputs before and after normalisation (5 C), queries
     before and after theirs and the attention's output (3 C), both sides of relu squared (8 C),
-    keys before and after theirs and values (3 K D), and a row of its value embedding (K D).
+    keys before and after theirs and values (3 K D), and a row of its value embedding (K D). Where
+    layers are computed again, each keeps its input, and one of them the rest.
     """
     c, kv = config.model_dim, config.kv_dim
     embedded = sum(config.has_value_embedding(i) for i in range(config.num_layers))
-    return config.num_layers * (16 * c + 3 * kv) + embedded * kv + 4 * c
+    layer = 16 * c + 3 * kv
+    layers = config.num_layers * c + layer if recomputes else config.num_layers * layer
+    return layers + embedded * kv + 4 * c
 
 
 def max_device_batch_size(

@@ -26,7 +26,6 @@ import json
 import os
 import secrets
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -108,8 +107,9 @@ def run_sandboxed(
         SandboxError: the sandbox cannot be set up; the message says why.
     """
     deadline = time.monotonic() + timeout_s + GRACE_SECONDS
-    directory = tempfile.mkdtemp(prefix="archerchat-sandbox-")
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix="archerchat-sandbox-", ignore_cleanup_errors=True
+    ) as directory:
         request = {
             "program": program,
             "directory": os.path.realpath(directory),
@@ -121,39 +121,34 @@ def run_sandboxed(
             "nonce": secrets.token_hex(16),
         }
         ended = _exchange(request, max_output_bytes, deadline)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
     return _judge(ended)
 
 
 def _exchange(request: dict[str, Any], max_output: int, deadline: float) -> _Said:
     """Start a supervisor, hand it the request, and collect output and its report."""
     report_in, report_out = os.pipe()
-    try:
-        supervisor = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", LAUNCH, str(report_out), PACKAGE_ROOT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(report_out,),
-            env={},
-            cwd=request["directory"],
-            start_new_session=True,
-        )
-    except BaseException:
-        os.close(report_in)
-        raise
-    finally:
-        os.close(report_out)
-    try:
-        assert supervisor.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            supervisor.stdin.write(json.dumps(request).encode() + b"\n")
-            supervisor.stdin.flush()
-        return _collect(supervisor, report_in, max_output, deadline)
-    finally:
-        os.close(report_in)
-        _end(supervisor)
+    with os.fdopen(report_in, "rb", 0) as report:
+        try:
+            supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", LAUNCH, str(report_out), PACKAGE_ROOT],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(report_out,),
+                env={},
+                cwd=request["directory"],
+                start_new_session=True,
+            )
+        finally:
+            os.close(report_out)
+        try:
+            assert supervisor.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                supervisor.stdin.write(json.dumps(request).encode() + b"\n")
+                supervisor.stdin.flush()
+            return _collect(supervisor, report.fileno(), max_output, deadline)
+        finally:
+            _end(supervisor)
 
 
 def _collect(

@@ -1,7 +1,7 @@
 """Tasks: sequences of conversations, some of which can judge an answer; and their mixtures.
 
-A task makes its examples when they are asked for, so a mixture of a million costs nothing before
-it is read. `task[:100]` and `task.shuffled(seed)` are tasks again.
+A task renders its rows when they are asked for, so a mixture of a million costs nothing before it
+is read. `task[:100]` and `task.shuffled(seed)` are tasks again.
 
     mixture = TaskMixture([smoltalk, gsm8k, gsm8k])     # GSM8K counts twice
     mixture[0]["messages"]
@@ -12,14 +12,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from abc import ABC, abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from decimal import Decimal
 from itertools import accumulate
 from random import Random
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Protocol, Self, overload
 
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.conversation import Conversation, text_of
@@ -27,32 +26,40 @@ from archerchat.tasks.conversation import Conversation, text_of
 Kind = Literal["categorical", "generative"]
 
 
-class Task(Sequence[Conversation], ABC):
+class Rows(Protocol):
+    """Rows by their index."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Task(Sequence[Conversation]):
     """A sequence of conversations whose last message is the assistant's right answer.
 
     Attributes:
+        rows: what the conversations are rendered from.
         name: what commands and reports call it.
         kind: `categorical` when the answer is one of the conversation's `letters`, and the model's
             is the one with the greatest logit; `generative` when the model writes it.
         split: which part of its data it is, None where there is only one.
         random_baseline: the share of right answers that guessing gives (SPEC section 9).
         is_lenient: whether there is a lenient rule beside the reference's.
+        left_out: what of its files was not read, in words.
     """
 
+    rows: Rows
     name: str
     split: str | None = None
     kind: Kind = "generative"
     random_baseline: float = 0.0
     is_lenient: bool = False
+    left_out: Sequence[str] = ()
     _picked: Sequence[int] | None = None
 
-    @abstractmethod
-    def num_examples(self) -> int:
-        """Return how many examples there are, picked or not."""
-
-    @abstractmethod
-    def example(self, index: int) -> Conversation:
-        """Return the example at 0 <= `index` < `num_examples()`."""
+    def render(self, row: Any) -> Conversation:
+        """Return the conversation of a row; by default a row is one."""
+        conversation: Conversation = row
+        return conversation
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Say whether `completion` answers `conversation` rightly, by the reference's rule.
@@ -94,7 +101,7 @@ class Task(Sequence[Conversation], ABC):
         return self._pick(order)
 
     def __len__(self) -> int:
-        return self.num_examples() if self._picked is None else len(self._picked)
+        return len(self._order())
 
     @overload
     def __getitem__(self, index: int) -> Conversation: ...
@@ -104,10 +111,10 @@ class Task(Sequence[Conversation], ABC):
         order = self._order()
         if isinstance(index, slice):
             return self._pick(order[index])
-        return self.example(order[index])
+        return self.render(self.rows[order[index]])
 
     def _order(self) -> Sequence[int]:
-        return range(self.num_examples()) if self._picked is None else self._picked
+        return range(len(self.rows)) if self._picked is None else self._picked
 
     def _pick(self, indices: Sequence[int]) -> Self:
         task = copy.copy(self)

@@ -1,4 +1,4 @@
-"""What a conversation is, and the check that a file's conversations have to pass.
+"""What a conversation is, and the checks that it has to pass to be rendered, and to be learned.
 
 A conversation is `{"messages": [...]}`, each message `{"role": ..., "content": ...}`. Users write
 text; the assistant writes text or a list of parts, `{"type": ..., "text": ...}`, where the type is
@@ -10,6 +10,7 @@ renders it. A task may add keys of its own beside `messages`, for its own judgem
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from typing import Any
 
 from archerchat.errors import DataError
@@ -44,13 +45,62 @@ def text_of(content: str | Iterable[Mapping[str, str]]) -> str:
     return "".join(each["text"] for each in content if each["type"] == "text")
 
 
+def check_messages(conversation: Any) -> list[dict[str, Any]]:
+    """Return the messages of a conversation that can be rendered.
+
+    They are an optional system message, then user and assistant taking turns.
+
+    Raises:
+        DataError: it is none; the message says where and how.
+    """
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, list) or not messages:
+        raise DataError(
+            'a conversation is {"messages": [...]} or the list itself, with at least one message, '
+            f"not {_show(conversation)}"
+        )
+    turns = cycle(("user", "assistant"))
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise DataError(
+                f'message {number}: it must be {{"role": ..., "content": ...}}, not '
+                f"{_show(message)}"
+            )
+        role = message["role"]
+        expected = "system" if number == 0 and role == "system" else next(turns)
+        if role != expected:
+            raise DataError(
+                f"message {number}: the role is {_show(role)} where {expected!r} is due: after an "
+                f"optional system message, user and assistant take turns"
+            )
+        _check_content(message["content"], role, f"message {number}")
+    if messages[-1]["role"] == "system":
+        raise DataError("message 0 is the system's and no user message follows it")
+    return messages
+
+
+def _check_content(content: Any, role: str, here: str) -> None:
+    """Make sure that an assistant's content is text or a list of parts, and any other text."""
+    if role != "assistant" and not isinstance(content, str):
+        raise DataError(f"{here} ({role}): only text can be learned, not {_show(content)}")
+    if not isinstance(content, str | list):
+        raise DataError(
+            f"{here} (assistant): content must be text or a list of parts, not {_show(content)}"
+        )
+    for number, each in enumerate(content if isinstance(content, list) else ()):
+        known = isinstance(each, Mapping) and each.get("type") in PART_TYPES
+        if not known or not isinstance(each.get("text"), str):
+            raise DataError(
+                f'{here}, part {number}: it must be {{"type": ..., "text": ...}} with text and one '
+                f"of the types {', '.join(PART_TYPES)}, not {_show(each)}"
+            )
+
+
 def check_conversation(value: Any, where: str) -> Conversation:
     """Return the conversation in `value`: `{"messages": [...]}`, or the bare list of messages.
 
-    Other people's text in parts is joined, and a developer is the system.
-
-    It must be one that can be learned from: an optional system message, then user and assistant
-    taking turns, with no empty content, and at least one answer.
+    Other people's text in parts is joined, and a developer is the system. It must be one that can
+    be learned from: no content is empty, and there is an answer.
 
     Args:
         where: the place to name in errors, such as `talks.jsonl:12`.
@@ -58,50 +108,49 @@ def check_conversation(value: Any, where: str) -> Conversation:
     Raises:
         DataError: it is not.
     """
-    messages = value.get("messages") if isinstance(value, Mapping) else value
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            f'{where}: a conversation is {{"messages": [...]}} or the list itself, with at least '
-            f"one message, not {_show(value)}"
-        )
-    _refuse_tools(value, where)
-    messages = [_read_message(each, f"{where}, message {n}") for n, each in enumerate(messages)]
-    first = int(messages[0]["role"] == "system")
-    if len(messages) - first < 2:
-        raise DataError(
-            f"{where}: {len(messages)} message(s) hold no answer to learn: the user's must be "
-            f"followed by the assistant's"
-        )
-    for number, message in enumerate(messages):
-        here = f"{where}, message {number}"
-        role, expected = message["role"], "system"
-        if number >= first:
-            expected = ("user", "assistant")[(number - first) % 2]
-        if role != expected:
+    conversation = {"messages": value} if isinstance(value, list) else value
+    try:
+        conversation = _read_foreign(conversation)
+        messages = check_messages(conversation)
+        if all(message["role"] != "assistant" for message in messages):
             raise DataError(
-                f"{here}: the role is {_show(role)} where {expected!r} is due: after an optional "
-                f"system message, user and assistant take turns"
+                f"{len(messages)} message(s) hold no answer to learn: the user's must be followed "
+                "by the assistant's"
             )
-        _check_content(message["content"], expected, here)
-    return {**(value if isinstance(value, Mapping) else {}), "messages": messages}
+        for number, message in enumerate(messages):
+            if _is_empty(message["content"]):
+                raise DataError(
+                    f"message {number} ({message['role']}): content is empty: fill it in or remove "
+                    "the conversation"
+                )
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    return dict(conversation)
 
 
-def _read_message(message: Any, here: str) -> dict[str, Any]:
+def _read_foreign(conversation: Any) -> Any:
+    """Return what OpenAI's files hold as our own do; refuse what of it cannot be learned."""
+    messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
+    if not isinstance(messages, list):
+        return conversation
+    _refuse_tools(conversation, "")
+    own = [_read_message(each, f"message {number}: ") for number, each in enumerate(messages)]
+    return {**conversation, "messages": own}
+
+
+def _read_message(message: Any, here: str) -> Any:
+    if not isinstance(message, Mapping):
+        return message
     _refuse_tools(message, here)
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise DataError(f'{here}: it must be {{"role": ..., "content": ...}}, not {_show(message)}')
-    role, content = message["role"], message["content"]
+    role, content = message.get("role"), message.get("content")
     if role in ("tool", "function") or message.get("weight") == 0:
         what = "messages of weight 0" if message.get("weight") == 0 else "tool calls"
-        raise DataError(f"{here}: {what} are not supported: remove the conversation")
-    if (
-        role != "assistant"
-        and isinstance(content, list)
-        and content
-        and all(map(_is_text, content))
-    ):
-        content = "".join(each["text"] for each in content)
-    return {**message, "role": "system" if role == "developer" else role, "content": content}
+        raise DataError(f"{here}{what} are not supported: remove the conversation")
+    changed = {"role": "system"} if role == "developer" else {}
+    parts = content if isinstance(content, list) and role != "assistant" else []
+    if parts and all(map(_is_text, parts)):
+        changed["content"] = "".join(each["text"] for each in parts)
+    return {**message, **changed}
 
 
 def _is_text(value: Any) -> bool:
@@ -109,37 +158,19 @@ def _is_text(value: Any) -> bool:
     return is_part and isinstance(value.get("text"), str)
 
 
-def _refuse_tools(value: Any, here: str) -> None:
-    found = [key for key in UNSUPPORTED if isinstance(value, Mapping) and value.get(key)]
-    if found:
-        raise DataError(f"{here}: tool calls ({found[0]}) are not supported: remove them")
+def _refuse_tools(value: Mapping[str, Any], here: str) -> None:
+    if found := [key for key in UNSUPPORTED if value.get(key)]:
+        raise DataError(f"{here}tool calls ({found[0]}) are not supported: remove them")
 
 
-def _check_content(content: Any, role: str, here: str) -> None:
-    if role != "assistant" and not isinstance(content, str):
-        raise DataError(f"{here} ({role}): only text can be learned, not {_show(content)}")
+def _is_empty(content: str | list[dict[str, str]]) -> bool:
+    """Whether there is nothing in a content, or no program where one is due.
+
+    Programs may print nothing, and text between two parts may be a space.
+    """
     if isinstance(content, str):
-        if not content.strip():
-            raise DataError(
-                f"{here} ({role}): content is empty: fill it in or remove the conversation"
-            )
-        return
-    if not isinstance(content, list) or not content:
-        raise DataError(
-            f"{here} (assistant): content must be text or a list of parts, not {_show(content)}"
-        )
-    for number, each in enumerate(content):
-        place = f"{here}, part {number}"
-        if not isinstance(each, Mapping):
-            raise DataError(f'{place}: it must be {{"type": ..., "text": ...}}, not {_show(each)}')
-        if each.get("type") not in PART_TYPES:
-            raise DataError(
-                f"{place}: the type {_show(each.get('type'))} is unknown: use "
-                f"{', '.join(PART_TYPES)}"
-            )
-        # Programs may print nothing, and text between two parts may be a space.
-        if not isinstance(each.get("text"), str) or (each["type"] == "python" and not each["text"]):
-            raise DataError(f"{place}: its text is {_show(each.get('text'))}: it must be text")
+        return not content.strip()
+    return not content or any(each["type"] == "python" and not each["text"] for each in content)
 
 
 def _show(value: Any) -> str:

@@ -45,13 +45,10 @@ class GeneratedTask(Task):
         check_split(split)
         assert size > 0, f"{self.name} cannot have {size} examples"
         self.split: str = split
-        self._size, self._seed = size, seed
+        self.rows, self._seed = range(size), seed
 
-    def num_examples(self) -> int:
-        return self._size
-
-    def example(self, index: int) -> Conversation:
-        return self.draw(Random(f"{self.name} {self._seed} {self.split} {index}"))
+    def render(self, row: int) -> Conversation:
+        return self.draw(Random(f"{self.name} {self._seed} {self.split} {row}"))
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"seed": self._seed}

@@ -1,33 +1,23 @@
 """Where tasks find their rows: the hub's Parquet exports at pinned revisions, or local files.
 
-Downloaded files lie under the home's cache, a directory for each repository and revision; what
-fetches them is handed in, as this layer knows no network. A local folder given instead
-(`--data-dir`) holds files of the same columns, each as `.parquet`, `.jsonl` or `.jsonl.gz`:
-
-    gsm8k/{train,test}                       question, answer
-    mmlu/{auxiliary_train,dev,validation,test}   question, choices, answer, subject
-    arc/{ARC-Easy,ARC-Challenge}/{train,validation,test}   question, choices, answerKey
-    humaneval/HumanEval                      prompt, canonical_solution, test, entry_point
-    smoltalk/{train,test}                    messages
-
-A row is a dictionary. Parquet stays as it is in memory, and one row at a time becomes Python's;
-JSON lines are parsed when they are read.
+`tables.toml` lists the data sets. Downloaded files lie under the home's cache, a directory for each
+repository and revision; what fetches them is handed in, as this layer knows no network. A local
+folder may be given instead (`--data-dir`). A row is a dictionary. Parquet stays as it is in memory,
+and one row at a time becomes Python's; JSON lines are parsed when they are read.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from archerchat.errors import DataError, UsageError
-from archerchat.tasks.base import Task
-from archerchat.tasks.conversation import Conversation
+from archerchat.tasks.base import Rows, Task
+from archerchat.text_files import iter_rows
 
 Row = dict[str, Any]
 
@@ -46,7 +36,7 @@ class Table:
     """Folder of the files in the repository."""
     splits: Mapping[str, int]
     """Number of files per split."""
-    columns: tuple[str, ...]
+    columns: Sequence[str]
     local: str
     """A split's file in a local folder, without its suffix; `{split}` stands for its name."""
 
@@ -65,49 +55,11 @@ class Table:
         return tuple(f"{self.folder}/{name}" for name in names)
 
 
-SMOLTALK = Table(
-    "HuggingFaceTB/smol-smoltalk",
-    "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
-    "data",
-    {"test": 1, "train": 4},
-    ("messages",),
-    "smoltalk/{split}",
-)
-MMLU = Table(
-    "cais/mmlu",
-    "c30699e8356da336a370243923dbaf21066bb9fe",
-    "all",
-    {"auxiliary_train": 1, "dev": 1, "validation": 1, "test": 1},
-    ("question", "choices", "answer", "subject"),
-    "mmlu/{split}",
-)
-GSM8K = Table(
-    "openai/gsm8k",
-    "e53f048856ff4f594e959d75785d2c2d37b678ee",
-    "main",
-    {"train": 1, "test": 1},
-    ("question", "answer"),
-    "gsm8k/{split}",
-)
-ARC = {
-    name: Table(
-        "allenai/ai2_arc",
-        "210d026faf9955653af8916fad021475a3f00453",
-        name,
-        {"train": 1, "validation": 1, "test": 1},
-        ("question", "choices", "answerKey"),
-        f"arc/{name}/{{split}}",
-    )
-    for name in ("ARC-Easy", "ARC-Challenge")
-}
-HUMANEVAL = Table(
-    "openai/openai_humaneval",
-    "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
-    "openai_humaneval",
-    {"test": 1},
-    ("task_id", "prompt", "canonical_solution", "test", "entry_point"),
-    "humaneval/HumanEval",
-)
+@cache
+def load_tables() -> dict[str, Table]:
+    """Return the tables by the names of their tasks."""
+    content = tomllib.loads(Path(__file__).with_name("tables.toml").read_text(encoding="utf-8"))
+    return {name: Table(**fields) for name, fields in content.items()}
 
 
 @dataclass(frozen=True)
@@ -156,30 +108,10 @@ def _find_local(folder: Path, stem: str) -> Path:
 
 
 class TableTask(Task):
-    """A task whose examples are the rows of a table's split."""
-
-    table: Table
-    rows: Rows
+    """A task whose rows are those of a split of the table of its name."""
 
     def __init__(self, files: TaskFiles, split: str = "test") -> None:
-        self.split, self.rows = split, files.rows(self.table, split)
-
-    def num_examples(self) -> int:
-        return len(self.rows)
-
-    def example(self, index: int) -> Conversation:
-        return self.render(self.rows[index])
-
-    @abstractmethod
-    def render(self, row: Row) -> Conversation:
-        """Return the conversation of a row."""
-
-
-class Rows(Protocol):
-    """Rows by their index."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> Row: ...
+        self.split, self.rows = split, files.rows(load_tables()[self.name], split)
 
 
 def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
@@ -192,10 +124,16 @@ def read_rows(paths: Sequence[Path], columns: Sequence[str]) -> Rows:
     if all(path.suffix == ".parquet" for path in paths):
         return _read_parquet(paths, columns)
     rows = []
-    for where, row in (line for path in paths for line in iter_json_lines(path)):
+    for where, row in (line for path in paths for line in iter_rows(path)):
         _check_columns(where, row if isinstance(row, dict) else (), columns)
+        if missing := [name for name in columns if row[name] is None]:
+            raise DataError(_null(where, missing[0]))
         rows.append(row)
     return rows
+
+
+def _null(where: str, column: str) -> str:
+    return f"{where}: {column!r} is null: fill it in or remove that row"
 
 
 def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) -> None:
@@ -204,26 +142,6 @@ def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) ->
             f"{where} has no {' and no '.join(map(repr, missing))} (it has "
             f"{', '.join(found) or 'no columns'}): it is another data set"
         )
-
-
-def iter_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each JSON value of a file of lines with its place, `name:number`; blank lines skipped.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not JSON; the message says which.
-    """
-    where = str(path)
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                where = f"{path}:{number}"
-                if line.strip():
-                    yield where, json.loads(line)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {path} ({reason}): check that the file is whole") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}): fix or remove that line") from error
 
 
 @dataclass(frozen=True)
@@ -236,10 +154,8 @@ class _ParquetRows:
         return int(self.table.num_rows)
 
     def __getitem__(self, index: int, /) -> Row:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} of {len(self)} rows")
-        rows: list[Row] = self.table.slice(index, 1).to_pylist()
-        return rows[0]
+        row: Row = self.table.slice(index, 1).to_pylist()[0]
+        return row
 
 
 def _read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> _ParquetRows:
@@ -251,7 +167,11 @@ def _read_parquet(paths: Sequence[Path], columns: Sequence[str]) -> _ParquetRows
         try:
             with pq.ParquetFile(path) as file:
                 _check_columns(str(path), file.schema_arrow.names, columns)
-                tables.append(file.read(columns=list(columns)))
+                table = file.read(columns=list(columns))
+                for name in (n for n in columns if table.column(n).null_count):
+                    row = table.column(name).is_null().index(True).as_py() + 1
+                    raise DataError(_null(f"{path}, row {row}", name))
+                tables.append(table)
         except (OSError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise DataError(

@@ -13,7 +13,7 @@ import re
 
 from archerchat.sandbox.executor import SandboxResult, run_sandboxed
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.hub import HUMANEVAL, Row, TableTask, TaskFiles
+from archerchat.tasks.hub import Row, TableTask, TaskFiles
 
 _BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 _FENCE = re.compile(r"\s*```[`\s]*(\w*)")
@@ -57,7 +57,6 @@ class HumanEvalTask(TableTask):
     """
 
     name = "HumanEval"
-    table = HUMANEVAL
     is_lenient = True
 
     def __init__(self, files: TaskFiles, split: str = "test", timeout_s: float = 5.0) -> None:

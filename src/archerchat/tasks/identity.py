@@ -100,13 +100,7 @@ class IdentityTask(Task):
         self._text = default_template()
         template = parse_template(self._text, DEFAULT_VALUES, "the template")
         size, seed = (TRAIN_SIZE, 0) if split == "train" else (TEST_SIZE, 1)
-        self._conversations = draw_identity(template, size, seed)
-
-    def num_examples(self) -> int:
-        return len(self._conversations)
-
-    def example(self, index: int) -> Conversation:
-        return self._conversations[index]
+        self.rows = draw_identity(template, size, seed)
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._text.encode()).hexdigest()

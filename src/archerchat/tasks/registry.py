@@ -13,13 +13,12 @@ from pathlib import Path
 
 from archerchat.errors import UsageError
 from archerchat.tasks.base import Task, TaskMixture
+from archerchat.tasks.collected import ARCTask, GSM8KTask, JsonlTask, MMLUTask, SmolTalkTask
 from archerchat.tasks.generated import ArithmeticTask, SimpleSpellingTask, SpellingBeeTask
-from archerchat.tasks.gsm8k import GSM8KTask
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.humaneval import HumanEvalTask
 from archerchat.tasks.identity import IdentityTask
-from archerchat.tasks.jsonl import JsonlTask, SmolTalkTask
-from archerchat.tasks.multiple_choice import ARCTask, MMLUTask
+from archerchat.text_files import JSON_KINDS, list_folder
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 """The tasks whose mean is ChatCORE (SPEC section 9)."""
@@ -113,7 +112,8 @@ class MixtureConfig:
     """`reference` (needs the hub), `generated` (no network), `none` (only --jsonl), or a list such
     as GSM8K*4,identity*2,Arithmetic:20000."""
     jsonl: tuple[Path, ...] = ()
-    """Files, or folders, of your own conversations as JSON lines."""
+    """Files of your own conversations as JSON lines, or folders of them. In a folder with files
+    named train, those named validation (or test) are for validation."""
     val_jsonl: tuple[Path, ...] = ()
     """Files of conversations to validate on, instead of the tasks' tests."""
     identity: Path | None = None
@@ -136,13 +136,17 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     if not entries and not config.jsonl:
         raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
     # The user's own files first: a broken line is reported before gigabytes are downloaded.
-    own: list[Task] = [JsonlTask(path) for path in config.jsonl]
-    judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl]
+    own: list[Task] = [JsonlTask(path, "train") for path in config.jsonl]
+    judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl] or [
+        JsonlTask(path, "validation")
+        for path in config.jsonl
+        if list_folder(path, JSON_KINDS).held_out
+    ]
     train = [
         task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
     ]
-    if not judges:
-        judges = [_build(entry, "test", config, files) for entry in entries]
+    if not config.val_jsonl:
+        judges += [_build(entry, "test", config, files) for entry in entries]
     if not judges:
         shuffled = [task.shuffled(config.mixture_seed) for task in own]
         judges = [task[: max(1, len(task) // HELD_BACK)] for task in shuffled]

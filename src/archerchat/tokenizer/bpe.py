@@ -124,11 +124,8 @@ class Tokenizer:
                     f"{len(tokenizer._ranks)} and up, which follow the ranks"
                 )
         except (OSError, TokenizerError) as error:
-            unread = (
-                isinstance(error, OSError) and f"cannot read {error.filename}: {error.strerror}"
-            )
             raise TokenizerError(
-                f"{unread or error}. Copy the tokenizer's directory again, or make one with "
+                f"cannot load a tokenizer: {error}. Copy its directory again, or make one with "
                 f"`archerchat tokenizer train` (--force replaces a broken one)"
             ) from error
         return tokenizer

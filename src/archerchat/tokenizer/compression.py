@@ -7,6 +7,7 @@ comparison. The published vocabularies are read from the ranks files that tiktok
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,44 +80,6 @@ def measure_compression(
     return Compression(name, num_bytes, tokens)
 
 
-NEWS = """\
-The harbour authority said on Tuesday that repairs to the northern breakwater would take until \
-late October, three months longer than planned, after divers found that storms last winter had \
-washed out much of the stone beneath it. Ferries will keep running from the southern pier, but \
-the 7:15 morning service to the islands is cancelled for the summer.
-
-"We would rather close one berth now than lose two in January," said Ines Halloran, who manages \
-the port's engineering works. The extra cost, put at about 4.6 million, will be shared between \
-the region and the shipping lines.
-"""
-CODE = '''\
-class MovingAverage:
-    """Average the last `size` values."""
-
-    def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"size is {size}, it must be at least 1")
-        self.values: deque[float] = deque(maxlen=size)
-
-    def add(self, value: float) -> float:
-        self.values.append(value)
-        return sum(self.values) / len(self.values)
-'''
-MATHS = r"""\begin{theorem}
-Let $f : [a, b] \to \mathbb{R}$ be continuous and let $F(x) = \int_a^x f(t)\,dt$. Then $F$ is
-differentiable on $(a, b)$ and $F'(x) = f(x)$.
-\end{theorem}
-Fix $x$ and $\varepsilon > 0$. Choose $\delta$ with $|f(t) - f(x)| < \varepsilon$ whenever
-$|t - x| < \delta$. For $0 < |h| < \delta$,
-\[
-  \left| \frac{F(x+h) - F(x)}{h} - f(x) \right|
-  = \left| \frac{1}{h} \int_x^{x+h} \bigl( f(t) - f(x) \bigr)\,dt \right| \le \varepsilon .
-\]
-"""
-KOREAN = """\
-어제 저녁에는 비가 많이 내려서 산책을 나가지 못했습니다. 대신 집에서 오래된 사진첩을 꺼내 \
-보았는데, 할머니와 함께 바닷가에서 찍은 사진이 눈에 띄었습니다. 그때 나는 여섯 살이었고, \
-모래성을 쌓느라 해가 지는 줄도 몰랐습니다.
-"""
-SAMPLES = {"news": NEWS, "code": CODE, "maths": MATHS, "korean": KOREAN}
-"""Short texts of different kinds, on which vocabularies differ most."""
+def load_samples() -> dict[str, str]:
+    """Return short texts of different kinds, on which vocabularies differ most."""
+    return tomllib.loads(Path(__file__).with_name("samples.toml").read_text(encoding="utf-8"))

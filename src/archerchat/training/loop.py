@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -28,6 +28,7 @@ from archerchat.runtime import StopRequest, explained_memory
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog, Occasion
+from archerchat.training.throughput import Outcome, Throughput
 
 T = TypeVar("T")
 SMOOTHING = 0.9
@@ -42,10 +43,6 @@ OVERFITTING = (
 )
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
-WARMUP_STEPS = 5
-"""Steps after a start that are left out of speed figures: they compile and fill caches."""
-RECENT_STEPS = 100
-"""Steps that the time left is estimated from."""
 
 
 @dataclass
@@ -72,62 +69,6 @@ class LoopState:
     flops: int = 0
     training_seconds: float = 0.0
     """Time in training steps, without evaluations and saving."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call of `train` ended."""
-
-    finished: bool
-    """False when a signal stopped it."""
-    tokens_per_second: float = math.nan
-    """Median over the steps after the warm-up, or over all of fewer steps; NaN without any."""
-    mfu: float = math.nan
-    """That rate's share of the peak."""
-    data_wait_share: float = 0.0
-    """Share of the training time spent waiting for a batch."""
-
-
-@dataclass
-class Throughput:
-    """Collect the times of a call's steps."""
-
-    peak: float
-    """Floating-point operations per second of all devices together."""
-    wait_seconds: float = 0.0
-    """The part of the steps' time spent waiting for a batch."""
-    seconds: list[float] = field(default_factory=list)
-    tokens: int = 0
-    flops: int = 0
-
-    def add(self, seconds: float, tokens: int, flops: int) -> None:
-        """Count a step that is done."""
-        self.seconds.append(seconds)
-        self.tokens += tokens
-        self.flops += flops
-
-    def mfu(self, flops: float, seconds: float) -> float:
-        """Return the share of the peak at which `flops` operations took `seconds`."""
-        return flops / seconds / self.peak
-
-    def seconds_left(self, steps: int) -> float | None:
-        """Estimate how long `steps` more take; None while there is nothing to estimate from."""
-        steady = self.seconds[WARMUP_STEPS:][-RECENT_STEPS:]
-        if not steady:
-            return None if steps else 0.0
-        return steps * _median(steady)
-
-    def outcome(self, finished: bool) -> Outcome:
-        """Return the rate of the median step after the warm-up, and its share of the peak."""
-        steps, spent = max(1, len(self.seconds)), sum(self.seconds)
-        measured = self.seconds[WARMUP_STEPS:] or self.seconds
-        typical = _median(measured) if measured else math.nan
-        return Outcome(
-            finished,
-            self.tokens / steps / typical,
-            self.mfu(self.flops / steps, typical),
-            self.wait_seconds / spent if spent else 0.0,
-        )
 
 
 class Loop(Stateful):
@@ -188,33 +129,44 @@ class Loop(Stateful):
         """Train until the last step is done or a signal asks to stop."""
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
-        stop, first_step = self._stop, self.state.step
-        self._saved_step, self._saved_at = first_step, time.monotonic()
-        with stop.listening(), _without_gc(), explained_memory():
-            while True:
-                step = self.state.step
-                finished = step == self.recipe.total_steps(step)
-                if finished or self._save_due(step):
-                    self._save(finished)
-                for evaluation in self.recipe.evaluations:
-                    at_start = evaluation.at_start and self.evaluates_first
-                    due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
-                    if due and not self._stopping():
-                        if evaluation.saves_first or self._saves_to_compare():
-                            self._save(finished)
-                        self._evaluate(step, evaluation)
-                if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
-                    self._sample(step)
-                stopping = self._stopping()
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+        self._unsettled: list[Callable[[], None]] = []
+        with self._stop.listening(), _without_gc(), explained_memory():
+            try:
+                return self._run_steps()
+            finally:  # what was saved is complete, also where a later step fails
+                checkpoints.wait()
+
+    def _run_steps(self) -> Outcome:
+        first_step = self.state.step
+        while True:
+            step = self.state.step
+            finished = step == self.recipe.total_steps(step)
+            if finished or self._save_due(step):
+                self._save(finished)
+            for evaluation in self.recipe.evaluations:
+                at_start = evaluation.at_start and self.evaluates_first
+                due = _due(evaluation.every, step, finished) and (step > 0 or at_start)
+                if due and not self._stopping():
+                    if evaluation.saves_first or self._saves_to_compare():
+                        self._save(finished)
+                    self._evaluate(step, evaluation)
+            if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():
+                self._sample(step)
+            stopping = self._stopping()
+            if stopping:
+                self._save(finished)
+            if stopping or finished:
+                self._settle()
                 if stopping:
-                    self._save(finished)
-                    metrics.finish("interrupted")
-                if stopping or finished:
-                    return self._throughput.outcome(finished and not stopping)
-                self._train_step(step)
-                if step == first_step:
-                    gc.collect()
-                    gc.freeze()
+                    self.metrics.finish("interrupted")
+                return self._throughput.outcome(finished and not stopping)
+            self._train_step(step)
+            if self._unsettled and not self.checkpoints.is_writing:
+                self._settle()
+            if step == first_step:
+                gc.collect()
+                gc.freeze()
 
     def _stopping(self) -> bool:
         """Whether any rank was asked to stop: all of them do, at the same place."""
@@ -337,6 +289,7 @@ class Loop(Stateful):
 
     def _note_metric(self, value: float) -> None:
         """Remember the value, and push this step's checkpoint if none before scored as well."""
+        self._settle()
         state, metric = self.state, self.recipe.metric
         score = metric.score(value)
         smooth = self._smooth() if state.step else math.inf
@@ -355,7 +308,7 @@ class Loop(Stateful):
             if self.ranks.is_master:
                 self.checkpoints.note_measured(state.step, asdict(state))
             if is_best:
-                self._push("best", {metric.name: value})
+                self._push(state.step, "best", {metric.name: value})
 
     def _sample(self, step: int) -> None:
         if not self.ranks.is_master:
@@ -375,22 +328,34 @@ class Loop(Stateful):
         return self.save_every == "time" and self.metrics.push_checkpoints == "best"
 
     def _save(self, finished: bool) -> None:
-        """Save the state of this step, once."""
+        """Start saving the state of this step, once."""
         step = self.state.step
         if self._saved_step == step:
             return
+        self._settle()
         started = time.perf_counter()
         content = self.state_dict()  # on all ranks: it collects what they share
         if self.ranks.is_master:
             self.checkpoints.save(step, content, finished)
         self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
-        self.progress.note(f"step {step}: checkpoint saved ({seconds:.1f} s)")
-        self._push("last", {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()})
+        self._unsettled.append(lambda: self._note_saved(step, seconds))
+        metadata = {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()}
+        self._unsettled.append(lambda: self._push(step, "last", metadata))
 
-    def _push(self, occasion: Occasion, metadata: Mapping[str, float]) -> None:
-        """Hand the checkpoint of this step over, if it is one to be pushed."""
-        step = self.state.step
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written, and do what had to wait for it."""
+        if self.ranks.is_master:
+            self.checkpoints.wait()
+        for work in self._unsettled:
+            work()
+        self._unsettled.clear()
+
+    def _note_saved(self, step: int, seconds: float) -> None:
+        self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
+
+    def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
+        """Hand the checkpoint of a step over, if it is one to be pushed."""
         path = self.checkpoints.find(step) if self.ranks.is_master else None
         if path is not None:
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
@@ -415,7 +380,3 @@ def _without_gc() -> Iterator[None]:
 
 def _due(every: int | None, step: int, finished: bool = False) -> bool:
     return every is not None and (finished or step % every == 0)
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

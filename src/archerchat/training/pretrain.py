@@ -8,33 +8,29 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import PositiveInt, Seed
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
 from archerchat.data.prefetch import Batch
-from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
+from archerchat.data.shards import count_text_bytes, data_directory, list_shards, split_shards
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
-from archerchat.evals.core.bundle import load_bundle
-from archerchat.evals.core.download import find_bundle
-from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
+from archerchat.evals.core.bundle import find_bundle
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import InferenceModel
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
@@ -42,10 +38,11 @@ from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.planning.memory import estimate_memory, max_device_batch_size, useful_rows
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-from archerchat.training.loop import Outcome
+from archerchat.training.core_metric import build_core_metric
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
 from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.throughput import Outcome
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
 SAMPLE_TOKENS = 24
@@ -116,16 +113,6 @@ class PretrainRecipe(Recipe):
         usage = self.loader.first.usage
         return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
 
-    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
-        before = self.loader.first.usage.epochs
-        batch = super().next_micro_batch()
-        if before <= 1 < self.loader.first.usage.epochs and self.progress is not None:
-            self.progress.note(
-                f"warning: the second pass over the text begins, of which rows had "
-                f"{self.loader.first.usage.text_share:.1%}. More text is better than more passes"
-            )
-        return batch
-
     def sample(self, step: int) -> Mapping[str, str]:
         """Continue each prompt greedily."""
         bos, encode = self.tokenizer.bos_id, self.tokenizer.encode
@@ -161,6 +148,7 @@ class Pretraining(Stage):
         self.hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
         self.schedule = build_schedule(dial, self.hp)
         self.tag = config.model_tag or f"d{dial.depth}"
+        self.recomputes = config.activation_checkpointing
         self.rows = config.device_batch_size or self._choose_rows()
         self.grad_accum_steps = self._count_micro_batches()
         self.shards = split_shards(list_shards(data_directory(config.data, home)))
@@ -188,15 +176,21 @@ class Pretraining(Stage):
         """What a sample of the training text shows."""
         return measure_text(self.shards[0], self.tokenizer, self.hp.model.sequence_length + 1)
 
+    @cached_property
+    def _saved(self) -> Mapping[str, Any]:
+        """The identity of the run that is there; empty for a new one."""
+        if self.config.overwrite or not list_checkpoints(self.directory):
+            return {}
+        path = find_checkpoint(self.directory, self.config.resume_from_step)
+        identity: dict[str, Any] = load_checkpoint(path, sections=()).meta.get("identity", {})
+        return identity
+
     def _choose_packing(self) -> tuple[Packing, str]:
         """Return the packing and the reason for it; a run that is there keeps its own."""
         if self.config.packing != "auto":
             return self.config.packing, "given"
-        if list_checkpoints(self.directory):
-            path = find_checkpoint(self.directory, self.config.resume_from_step)
-            saved = load_checkpoint(path, sections=()).meta.get("identity", {}).get("packing")
-            if saved:
-                return saved, "as this run began"
+        if saved := self._saved.get("packing"):
+            return saved, "as this run began"
         if self.config.data in SOURCES:
             return "best-fit", "as the reference packs this source"
         return self.text.packing, f"best-fit would keep {self.text.kept:.1%} of the text"
@@ -228,19 +222,18 @@ class Pretraining(Stage):
         """Return the saved run's rows per micro-batch, or of a new one as many as fit."""
         model, runtime, self.rows = self.hp.model, self.runtime, 1
         rows = self._count_micro_batches()
-        if not self.config.overwrite and list_checkpoints(self.directory):
-            path = find_checkpoint(self.directory)
-            identity = load_checkpoint(path, sections=()).meta.get("identity", {})
-            saved: int = identity.get("device_batch_size", 0)
-            if saved and rows % saved == 0:
-                return saved
-        device, available = runtime.device, runtime.total_memory_bytes()
-        estimate = estimate_memory(
-            model, runtime.compute_dtype, device, runtime.world_size, available
-        )
-        most = useful_rows(device, model.sequence_length)
-        fitting = max_device_batch_size(estimate, available, rows, most) or 1
-        least: int = min(self.ranks.gather(fitting))
+        saved: int = self._saved.get("device_batch_size", 0)
+        if saved and rows % saved == 0:
+            return saved
+        available = runtime.total_memory_bytes()
+        given = model, runtime.compute_dtype, runtime.device, runtime.world_size, available
+        most = useful_rows(runtime.device, model.sequence_length)
+        for recomputes in sorted({self.recomputes, True}):
+            self.recomputes = recomputes
+            estimate = estimate_memory(*given, recomputes)
+            if fitting := max_device_batch_size(estimate, available, rows, most):
+                break
+        least: int = min(self.ranks.gather(fitting or 1))
         return least
 
     def _fit_rows(self, recipe: Recipe) -> None:
@@ -281,7 +274,7 @@ class Pretraining(Stage):
         config, dial, runtime = self.config, self.config.dial, self.runtime
         model = Transformer(self.hp.model, runtime.compute_dtype, self.backend)
         model.init_weights(config.seed)
-        model.to(runtime.device)
+        model.to(runtime.device).recomputes = self.recomputes
         groups = build_groups(model, self.hp.learning_rates)
         validation = self.shards[1]
         recipe = PretrainRecipe(
@@ -301,7 +294,7 @@ class Pretraining(Stage):
         if start is None and config.device_batch_size is None and runtime.device.type == "cuda":
             self._fit_rows(recipe)
         rows = self.rows * dial.max_seq_len
-        eval_steps, text_bytes = max(1, config.eval_tokens // rows), _text_bytes(validation)
+        eval_steps, text_bytes = max(1, config.eval_tokens // rows), count_text_bytes(validation)
 
         def measure_bits(step: int) -> Mapping[str, float]:
             with self._open_loader(validation, 0, 1) as loader:
@@ -310,7 +303,10 @@ class Pretraining(Stage):
 
         recipe.evaluations = [Evaluation(measure_bits, config.eval_every)]
         if config.core_metric_every is not None:
-            measure_core = self._build_core_metric(recipe)
+            given, cache, notify = config.core_bundle, self.home.cache_dir, self.console.print
+            bundle = self.ranks.first_alone(lambda: find_bundle(given, cache, notify=notify))
+            most = config.core_metric_max_per_task
+            measure_core = build_core_metric(recipe, bundle, most, self.ranks)
             recipe.evaluations.append(
                 Evaluation(
                     measure_core, config.core_metric_every, "core/seconds", False, saves_first=True
@@ -336,31 +332,6 @@ class Pretraining(Stage):
             extend=self.config.extend,
         )
 
-    def _build_core_metric(self, recipe: Recipe) -> Callable[[int], Mapping[str, float]]:
-        """Return what measures CORE; its prompts are made once and kept."""
-        bundle, cache = self.config.core_bundle, self.home.cache_dir
-        folder = self.ranks.first_alone(
-            lambda: find_bundle(bundle, cache, notify=self.console.print)
-        )
-        options = CoreOptions(max_per_task=self.config.core_metric_max_per_task)
-        evaluation = CoreEvaluation(
-            load_bundle(folder), self.tokenizer, options, self.ranks, keep_prompts=True
-        )
-
-        def measure(step: int) -> Mapping[str, float]:
-            result = evaluation.run(
-                InferenceModel(recipe.model).model,
-                on_progress=lambda label, share: recipe.show_progress(f"CORE, {label}", share),
-            )
-            figures = {
-                "core/score": result.core,
-                "core/low": result.core - result.half_width,
-                "core/high": result.core + result.half_width,
-            }
-            return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
-
-        return measure
-
     def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
         hp = self.hp
         yield (
@@ -374,6 +345,8 @@ class Pretraining(Stage):
             f"({self.grad_accum_steps} x {self.rows} rows of "
             f"{hp.model.sequence_length}), {hp.total_flops:.3g} FLOPs",
         )
+        if self.recomputes and not self.config.activation_checkpointing:
+            yield "memory", "not one row fits unless the backward pass computes layers again"
         yield "packing", f"{self.packing} ({self.packing_reason})"
         yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
 
@@ -420,12 +393,3 @@ def _iter_once(loader: TextLoader, count: int, text_bytes: int, recipe: Recipe) 
         recipe.show_progress("evaluating", max(done / count, seen / text_bytes))
         if seen >= text_bytes:
             return
-
-
-def _text_bytes(shards: list[Path]) -> int:
-    """Return the bytes of text in `shards`."""
-    total = 0
-    for path in shards:
-        with Shard(path) as shard:
-            total += shard.text_bytes
-    return total

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import Tensor
 
 from archerchat.checkpoint import (
     Checkpoint,
@@ -48,23 +50,49 @@ BASE_FLAGS = ("model_tag", "model_step", "source")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class CheckpointWriter:
-    """Write a run's checkpoints and prune older ones."""
+    """Write a run's checkpoints and prune older ones.
 
-    directory: Path
-    meta: Mapping[str, Any]
-    """Kept with each of them; `identity` in it decides who may resume."""
-    keep_last: int
+    `save` copies the state to the CPU and returns; a thread writes the copy while training goes on.
+    A process that is killed meanwhile leaves the checkpoint before.
+
+    Args:
+        meta: kept with each of them; `identity` in it decides who may resume.
+    """
+
+    def __init__(self, directory: Path, meta: Mapping[str, Any], keep_last: int) -> None:
+        self.directory, self.meta, self.keep_last = directory, meta, keep_last
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Path] | None = None
 
     def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
-        """Save a step's state.
+        """Start saving a step's state, once the one before is written; raises as `wait` does."""
+        self.wait()
+        staged = {
+            section: {
+                name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+                for name, value in entries.items()
+            }
+            for section, entries in state.items()
+        }
+        meta = {**self.meta, "finished": finished}
+        self._writing = self._pool.submit(
+            save_checkpoint, self.directory, step, staged, meta, keep_last=self.keep_last
+        )
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and not self._writing.done()
+
+    def wait(self) -> None:
+        """Wait until what was saved last is on the disk.
 
         Raises:
-            CheckpointError: it cannot be written; older checkpoints are untouched.
+            CheckpointError: it could not be written; older checkpoints are untouched.
         """
-        meta = {**self.meta, "finished": finished}
-        save_checkpoint(self.directory, step, state, meta, keep_last=self.keep_last)
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
         """Let a saved step know what was measured after it was saved."""
@@ -72,7 +100,8 @@ class CheckpointWriter:
             replace_values(path, "loop", loop)
 
     def find(self, step: int) -> Path | None:
-        """Return the path of a step's checkpoint, if there is one."""
+        """Return the path of a step's checkpoint, if there is one, once it is written."""
+        self.wait()
         saved = step in list_checkpoints(self.directory)
         return find_checkpoint(self.directory, step) if saved else None
 

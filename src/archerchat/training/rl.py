@@ -40,7 +40,6 @@ from archerchat.training.base_model import (
     find_base_model,
     inherit,
 )
-from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Metric, Recipe, StepSettings, answer_questions
 from archerchat.training.rollouts import (
     SAMPLING,
@@ -49,6 +48,7 @@ from archerchat.training.rollouts import (
     RolloutSettings,
 )
 from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.throughput import Outcome
 
 RATE_SCALE = 0.05
 """Factor on the base model's learning rates."""
@@ -280,6 +280,7 @@ class Reinforcement(Stage):
     def build_recipe(self, start: Checkpoint | None) -> ReinforceRecipe:
         config, runtime, tokenizer = self.config, self.runtime, self.base.tokenizer
         model = build_model(self.base, start, runtime, self.backend)
+        model.recomputes = config.activation_checkpointing
         on_cuda = model.device.type == "cuda"
         engine = Engine(model, config.rollout_batch_size, compile=on_cuda)
         recipe = ReinforceRecipe(

@@ -42,9 +42,9 @@ from archerchat.training.base_model import (
     inherit,
     load_moments,
 )
-from archerchat.training.loop import Outcome
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings, answer_questions
 from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.throughput import Outcome
 
 RATE_SCALE = 0.8
 """Factor on the base model's learning rates."""
@@ -243,6 +243,7 @@ class Finetuning(Stage):
     def build_recipe(self, start: Checkpoint | None) -> FinetuneRecipe:
         config, base, inherited, runtime = self.config, self.base, self.inherited, self.runtime
         model = build_model(base, start, runtime, self.backend)
+        model.recomputes = config.activation_checkpointing
         optimizer = build_optimizer(
             model, inherited.learning_rates, runtime, config.compile, self.ranks
         )
@@ -315,6 +316,8 @@ class Finetuning(Stage):
         )
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
+        for note in dict.fromkeys(note for task in self.train.tasks for note in task.left_out):
+            yield "left out", note
         yield (
             "training",
             f"{about}{estimate:,} steps of "

@@ -42,10 +42,11 @@ from archerchat.runtime import (
     explained_memory,
     prepare_process,
 )
-from archerchat.training.loop import OVERFITTING, Loop, Outcome
+from archerchat.training.loop import OVERFITTING, Loop
 from archerchat.training.recipe import Metric, Recipe
 from archerchat.training.resume import CheckpointWriter, changed_circumstances, find_start
 from archerchat.training.telemetry import TelemetryConfig, open_run
+from archerchat.training.throughput import Outcome
 
 SUMMARY = "summary.json"
 """File in the run's directory that is there once the run is finished."""
@@ -59,6 +60,8 @@ class StageConfig(DeviceConfig):
     """Attention backend. Defaults to the fastest that works on this machine."""
     compile: bool = True
     """Compile the model and the optimizer; plain code runs where there is no compiler."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass: much less memory for a third more time."""
     run: str | None = None
     """Name of the run in the metrics. Defaults to the model's name, with -sft or -rl."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

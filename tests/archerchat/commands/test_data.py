@@ -28,7 +28,7 @@ from archerchat.data.hub import SOURCES
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
-from archerchat.tasks.jsonl import JsonlTask
+from archerchat.tasks.collected import JsonlTask
 
 Config = TypeVar("Config")
 QUARTER = CorpusOptions(val_fraction=0.25)
@@ -87,6 +87,40 @@ def test_build_makes_shards_under_the_folders_name_and_prints_them(
     build(DataBuildConfig(str(folder), corpus=QUARTER), home)
     assert "is built already: nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in shards} == shards
+
+
+def test_build_keeps_named_splits_and_says_what_it_left_out(
+    home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "set"
+    root.mkdir()
+    rows = [f'{{"content": "document {i}"}}\n' for i in range(20)]
+    (root / "train.jsonl").write_text("".join(rows) + '{"content": null}\nnot JSON\n')
+    (root / "validation.json").write_text('[{"content": "held out"}]')
+    (root / "test.jsonl").write_text('{"content": "for the end"}\n')
+    (root / "README.md").write_text("# A data set")
+    (root / "a.png").touch()
+    config = DataBuildConfig(str(root), text_column="content")
+    with pytest.raises(DataError, match=r"train\.jsonl:22: not JSON.*; --skip-bad leaves out"):
+        build(config, home)
+    build(replace(config, skip_bad=True), home)
+    output = capsys.readouterr().out
+    for line in (
+        "left out: a.png (.png, which is not read)",
+        "left out: README.md (the data set's description)",
+        "left out: test.jsonl (the test split)",
+        "validation: 1 files named so, such as validation.json",
+        f"1 null or blank texts were left out, the first: {root}/train.jsonl:21",
+        "1 bad files or rows were left out:",
+    ):
+        assert f"{line}\n" in output
+    train, validation = split_shards(list_shards(home.data_dir("set")))
+    assert (len(list(iter_documents(train))), list(iter_documents(validation))) == (
+        20,
+        ["held out"],
+    )
+    with pytest.raises(UsageError, match=r"skip_bad: True saved, absent now"):
+        build(replace(config, text_column="text"), home)
 
 
 def test_build_replaces_other_data_only_when_forced(home: Home, folder: Path) -> None:

@@ -230,7 +230,7 @@ def test_another_checkpoint_starts_over(
     assert trained_home.run(*CAPPED) == 130
     monkeypatch.setattr(CoreEvaluation, "_run_task", whole)
     capsys.readouterr()
-    assert trained_home.run(*CAPPED, "--max-length", "40") == 0
+    assert trained_home.run(*CAPPED, "--dtype", "bfloat16") == 0
     assert "resuming after" not in capsys.readouterr().out
 
 

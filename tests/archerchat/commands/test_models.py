@@ -20,7 +20,9 @@ SFT = (
 def test_models_are_listed(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert trained_home.run("models") == 0
     output = capsys.readouterr().out
-    assert re.search(r"base +tiny +2, 4 +\d\.\d{4} +[\d.]+ [KM]i?B +\S+ s ago", output), output
+    assert re.search(r"base +tiny +2, 4 +\d\.\d{4} +[\d.]+ [KM]i?B +\S+ (?:s|min) ago", output), (
+        output
+    )
 
 
 def test_a_renamed_model_is_the_same_everywhere(

@@ -69,7 +69,7 @@ def test_a_directory_with_other_things_is_left_alone(
     [
         (["nope"], "there is no run 'nope'"),
         (["tiny", "other"], "report scaling tiny other"),
-        (["--price-per-hour", "-1"], "--price-per-hour is -1.0"),
+        (["--price-per-hour", "-2"], "--price-per-hour is -2.0"),
         (["scaling", "tiny"], "name at least two"),
         (["scaling", "tiny", "tiny"], "named twice"),
         (["scaling", "tiny", "nope"], "there is no run 'nope'"),

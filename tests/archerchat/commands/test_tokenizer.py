@@ -22,7 +22,7 @@ from archerchat.data.shards import write_shards
 from archerchat.errors import ArcherChatError, DataError, TokenizerError, UsageError
 from archerchat.home import Home
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.compression import GPT2, SAMPLES, measure_compression
+from archerchat.tokenizer.compression import GPT2, load_samples, measure_compression
 
 TRAIN_DOCUMENTS = [f"document {i} says that the cat sat on mat {i * 7}" for i in range(30)]
 CONFIG = TokenizerTrainConfig(data="toy", name="toy", vocab_size=300)
@@ -202,7 +202,7 @@ def test_evaluation_without_published_vocabularies_says_so(
     assert "no GPT-2 vocabulary to compare with: give r50k_base.tiktoken" in output
     assert "no GPT-4 vocabulary to compare with: give cl100k_base.tiktoken" in output
     figures = json.loads(target.read_text())
-    assert list(figures["texts"]) == ["train", "validation", *SAMPLES]
+    assert list(figures["texts"]) == ["train", "validation", *load_samples()]
     assert figures["texts"]["train"]["bytes"] == sum(map(len, TRAIN_DOCUMENTS))
     assert figures["texts"]["validation"]["tokens"] == {"ArcherChat": 17}
     assert figures["texts"]["train"]["bytes_per_token"]["ArcherChat"] > 1.5
@@ -245,7 +245,9 @@ def test_evaluation_falls_back_to_the_samples(
         shard.unlink()
     evaluate(TokenizerEvalConfig(name="toy", json=tmp_path / "figures.json"), home)
     assert "built-in samples only" in capsys.readouterr().out
-    assert list(json.loads((tmp_path / "figures.json").read_text())["texts"]) == list(SAMPLES)
+    assert list(json.loads((tmp_path / "figures.json").read_text())["texts"]) == list(
+        load_samples()
+    )
     refused(
         DataError, "no *.parquet", lambda: evaluate(TokenizerEvalConfig("toy", data="toy"), home)
     )

@@ -22,8 +22,8 @@ from archerchat.data.conversation_loader import (
 from archerchat.data.prefetch import Batch
 from archerchat.errors import CheckpointError, DataError, UsageError
 from archerchat.tasks.base import Task, TaskMixture
+from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.jsonl import JsonlTask
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_conversation
 
@@ -38,13 +38,7 @@ class Given(Task):
     name = "given"
 
     def __init__(self, conversations: list[Conversation]) -> None:
-        self.conversations = conversations
-
-    def num_examples(self) -> int:
-        return len(self.conversations)
-
-    def example(self, index: int) -> Conversation:
-        return self.conversations[index]
+        self.rows = conversations
 
 
 def talk(*lengths: int, name: str = "") -> Conversation:
@@ -318,7 +312,7 @@ def test_a_malformed_conversation_is_named() -> None:
     broken[6] = {"messages": [user("a"), user("b")]}
     with (
         open_loader(broken) as loader,
-        pytest.raises(DataError, match=r"given, conversation 6: message 1 has the role 'user'"),
+        pytest.raises(DataError, match=r"given, conversation 6: message 1: the role is 'user'"),
     ):
         list(loader)
 

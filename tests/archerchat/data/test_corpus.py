@@ -88,6 +88,20 @@ def test_groups_are_not_torn_apart(tmp_path: Path) -> None:
     assert modules[0].isdisjoint(modules[1])
 
 
+def test_named_validation_is_kept_apart(tmp_path: Path) -> None:
+    held = [[f"held {i}"] for i in range(30)]
+    for wanted, count in ((None, 30), (7, 7)):
+        directory = tmp_path / str(count)
+        options = CorpusOptions(val_documents=wanted)
+        assert build_corpus(SINGLES, directory, {}, options, held_out=held)
+        train, validation = read(directory)
+        assert sorted(train) == sorted(DOCUMENTS)
+        assert len(validation) == count
+        assert all(text.startswith("held") for text in validation)
+    with pytest.raises(DataError, match="at least two documents"):
+        build_corpus([], tmp_path / "none", {}, CorpusOptions(), held_out=held)
+
+
 def test_building_again_does_nothing_until_something_changes(tmp_path: Path) -> None:
     def never() -> Iterator[Sequence[str]]:
         raise AssertionError("read the input again")

@@ -28,7 +28,7 @@ from archerchat.data.hub import SOURCES, HubSource, download_shards, task_files
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
-from archerchat.tasks.hub import ARC
+from archerchat.tasks.hub import load_tables
 from archerchat.tasks.registry import build_task
 
 SOURCE = HubSource("someone/texts", 6)
@@ -312,7 +312,7 @@ def arc_table() -> bytes:
 
 
 def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path: Path) -> None:
-    table = ARC["ARC-Easy"]
+    table = load_tables()["ARC-Easy"]
     hub.resolve = f"/datasets/{table.repository}/resolve/{table.revision}/ARC-Easy"
     hub.files[TABLE] = arc_table()
     hub.faults[TABLE] = ["drop", "500"]

@@ -106,7 +106,7 @@ def test_best_fit_takes_documents_back_in_their_order() -> None:
         pass
     again = BestFitPacker(row_length=9, buffer_size=1)
     for kept in packer.documents():
-        again.add(*kept)
+        again.add(kept.tokens, kept.length)
     assert drain(again) == drain(packer)
 
 
@@ -142,7 +142,7 @@ def test_concat_keeps_the_rest_of_a_document_between_rows() -> None:
     (document,) = build_documents([6])
     packer.add(np.array(document))
     assert packer.place() is not None
-    assert [kept.tokens.tolist() for kept in packer.documents()] == [[BOS, *document[4:]]]
+    assert [kept.rest().tolist() for kept in packer.documents()] == [[BOS, *document[4:]]]
 
 
 def plain_padding(documents: list[list[int]], row_length: int, buffer_size: int) -> list[list[int]]:
@@ -198,7 +198,9 @@ def test_documents_survive_being_joined(lengths: tuple[int, ...]) -> None:
         joined = join_documents(kept, np.uint16)
         assert joined["tokens"].numpy().dtype == np.uint16
         again = split_documents(joined, row_length)
-        assert [(d.tolist(), n) for d, n in again] == [(d.tolist(), n) for d, n in kept]
+        assert [(d.tokens.tolist(), d.length) for d in again] == [
+            (d.tokens.tolist(), d.length) for d in kept
+        ]
         assert all(document.tokens.dtype == np.uint16 for document in again)
     whole = join_documents([Buffered(d, len(d)) for d in documents], np.uint16)  # older states
     assert [len(d.tokens) for d in split_documents(whole, 4)] == list(lengths)

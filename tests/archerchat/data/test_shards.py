@@ -66,6 +66,23 @@ def test_large_strings_and_nulls_are_documents(tmp_path: Path) -> None:
     assert list(iter_documents([path])) == ["a", ""]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.dictionary(pa.int32(), pa.string()),
+        *(pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()),
+    ],
+)
+def test_text_is_read_however_arrow_holds_it(tmp_path: Path, kind: pa.DataType) -> None:
+    path = tmp_path / "shard_00000.parquet"
+    nested = pa.array([{"a": 1, "b": 2}] * 3)
+    column = pa.array(["ü", None, "b"]).cast(kind)
+    pq.write_table(pa.table({"meta": nested, "content": column}), path)
+    with Shard(path, "content") as shard:
+        assert shard.read_row_group(0) == ["ü", "", "b"]
+        assert shard.text_bytes > 0
+
+
 @pytest.mark.parametrize("keep", [0, 3, 50, -1])
 def test_a_truncated_shard_is_named(tmp_path: Path, keep: int) -> None:
     (path,) = write_shards(DOCUMENTS, tmp_path)

@@ -166,7 +166,7 @@ def test_every_token_is_a_target_once(small_tokenizer: Tokenizer, tmp_path: Path
 def test_what_cannot_be_read_is_named(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"abc\xff")
-    with pytest.raises(DataError, match="is not UTF-8"):
+    with pytest.raises(DataError, match="text:1: not UTF-8 text"):
         list(iter_text(path))
     with pytest.raises(DataError, match="cannot read"):
         list(iter_text(tmp_path / "none"))

@@ -76,7 +76,7 @@ def test_a_broken_list_is_refused(
 @pytest.mark.parametrize("name", ["core.yaml", "eval_meta_data.csv"])
 def test_a_missing_list_is_named(small_bundle: Path, name: str) -> None:
     (small_bundle / name).unlink()
-    with pytest.raises(DataError, match=f"there is no .*{name}"):
+    with pytest.raises(DataError, match=f"cannot read .*{name}"):
         load_bundle(small_bundle)
 
 
@@ -103,7 +103,7 @@ def test_a_broken_line_is_named(small_bundle: Path, kind: str, line: str, reason
     task = next(task for task in load_bundle(small_bundle).tasks if task.label == kind)
     with pytest.raises(DataError) as error:
         read_examples(task)
-    assert f"task {kind}: line 5 of {path} is broken" in str(error.value)
+    assert str(error.value).startswith(f"{path}:5")
     assert reason in str(error.value)
 
 
@@ -116,6 +116,6 @@ def test_an_empty_task_is_named(small_bundle: Path) -> None:
 
 def test_a_file_that_is_no_text_is_named(small_bundle: Path) -> None:
     path = small_bundle / "eval_data" / "schema.jsonl"
-    path.write_bytes(b"{}\n\xff")
-    with pytest.raises(DataError, match=r"schema.jsonl is not UTF-8 at byte 3"):
+    path.write_bytes(b"\n\xff")
+    with pytest.raises(DataError, match=r"schema.jsonl:2: not UTF-8 text"):
         read_examples(load_bundle(small_bundle).tasks[1])

@@ -132,6 +132,6 @@ def test_all_real_tasks_can_be_prepared(shared_data_dir: Path, tokenizer: Tokeni
     evaluation = CoreEvaluation(load_bundle(shared_data_dir / "core"), tokenizer, CoreOptions(3))
     assert len(evaluation.bundle.tasks) == 21
     for task in evaluation.bundle.tasks:
-        prepared = evaluation.prepare(task)
-        assert len(prepared.gold) == len(prepared.trees) == 3
-        assert not any(tree.has_unscored for tree in prepared.trees)
+        gold, trees, _ = evaluation.prepare(task)
+        assert len(gold) == len(trees) == 3
+        assert not any(tree.has_unscored for tree in trees)

@@ -15,10 +15,15 @@ import pytest
 import torch
 
 from archerchat.errors import UsageError
-from archerchat.evals.core.bundle import CoreTask, Example, load_bundle, read_examples
+from archerchat.evals.core.bundle import (
+    OFFLINE_BUNDLE,
+    CoreTask,
+    Example,
+    load_bundle,
+    read_examples,
+)
 from archerchat.evals.core.prompts import Prompt, Prompter
 from archerchat.evals.lm_eval_adapter import HarnessModel, register, score_prompts
-from archerchat.evals.offline_tasks import offline_bundle
 from archerchat.home import Home
 from archerchat.inference.loading import LoadedModel, load_model
 from archerchat.runtime import build_runtime
@@ -155,7 +160,7 @@ def test_the_harness_agrees_with_core(
     from lm_eval import simple_evaluate  # type: ignore[import-untyped]
     from lm_eval.tasks import TaskManager  # type: ignore[import-untyped]
 
-    bundle = load_bundle(offline_bundle(tmp_path))
+    bundle = load_bundle(OFFLINE_BUNDLE)
     task = next(task for task in bundle.tasks if task.label == "offline_closing_bracket")
     task = replace(task, num_fewshot=0)
     folder = tmp_path / "tasks"

@@ -264,3 +264,30 @@ def test_compiled_regions_keep_documents_apart_too() -> None:
         gradients.append({name: p.grad for name, p in model.named_parameters()} | {"out": hidden})
     for name, expected in gradients[0].items():
         assert relative_error(gradients[1][name], expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_computed_again_give_the_same_gradients(packed: bool) -> None:
+    """Bit for bit; what they keep meanwhile is their input alone."""
+    config = ModelConfig(32, 64, 4, 2, 1, 32, "SL")
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(64, (2, 32), generator=generator)
+    documents = (token_ids == 0).cumsum(1) if packed else None
+    gradients, kept = [], []
+    for recomputes in (False, True):
+        model = Transformer(config)
+        model.init_weights(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1
+        model.recomputes, saved = recomputes, list[int]()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(tensor.nbytes) or tensor,  # type: ignore[misc]
+            lambda tensor: tensor,
+        ):
+            hidden = model.hidden(token_ids, segments=documents)
+        hidden.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        kept.append(sum(saved))
+    assert all(map(torch.equal, *gradients))
+    assert kept[1] < kept[0] / 4

@@ -80,6 +80,17 @@ def test_activations_are_what_a_compiled_forward_saves() -> None:
     assert estimated == pytest.approx(counted, rel=0.10)
 
 
+def test_layers_that_are_computed_again_keep_their_inputs_alone() -> None:
+    """And in all the values of one layer, while its backward pass runs."""
+    kept, again = (
+        estimate_memory(_config(12), torch.bfloat16, CPU, recomputes=recomputes).activations_per_row
+        for recomputes in (False, True)
+    )
+    assert again < kept / 5
+    length, dim = _config(12).sequence_length, _config(12).model_dim
+    assert again > 2 * length * 12 * dim  # 12 inputs
+
+
 def test_the_largest_batch_that_fits() -> None:
     estimate = MemoryEstimate(10, 10, 10, 0, 20, activations_per_row=10)
     assert estimate.fixed == 50

@@ -8,8 +8,8 @@ import pytest
 
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.base import CategoricalTask, Task, TaskMixture
+from archerchat.tasks.collected import build_question
 from archerchat.tasks.conversation import Conversation, assistant, user
-from archerchat.tasks.multiple_choice import build_question
 
 
 class Numbers(Task):
@@ -17,20 +17,16 @@ class Numbers(Task):
 
     def __init__(self, name: str, size: int) -> None:
         self.name = name
-        self._size = size
+        self.rows = range(size)
 
-    def num_examples(self) -> int:
-        return self._size
-
-    def example(self, index: int) -> Conversation:
-        assert 0 <= index < self._size
-        return {"messages": [user(self.name), assistant(str(index))]}
+    def render(self, row: int) -> Conversation:
+        return {"messages": [user(self.name), assistant(str(row))]}
 
 
 class Exam(CategoricalTask, Numbers):
     """Questions whose answer is always B."""
 
-    def example(self, index: int) -> Conversation:
+    def render(self, row: int) -> Conversation:
         return build_question("?", "AB", ["no", "yes"], "B")
 
 

@@ -64,7 +64,7 @@ def test_what_openai_s_files_hold_is_read() -> None:
         ([user(""), assistant("Hello")], r"message 0 \(user\): content is empty"),
         ([user(" \n"), assistant("Hello")], r"message 0 \(user\): content is empty"),
         ([user("Hi"), assistant("")], r"message 1 \(assistant\): content is empty"),
-        ([user("Hi"), assistant([])], r"must be text or a list of parts, not \[\]"),
+        ([user("Hi"), assistant([])], r"message 1 \(assistant\): content is empty"),
         ([{"role": "system", "content": ""}, *GOOD], r"message 0 \(system\): content is empty"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}, GOOD[1]],
@@ -73,7 +73,7 @@ def test_what_openai_s_files_hold_is_read() -> None:
         ([{"role": "user", "content": []}, GOOD[1]], r"only text can be learned, not \[\]"),
         (
             [user("Hi"), {"role": "assistant", "content": None, "tool_calls": [{}]}],
-            r"x:1, message 1: tool calls \(tool_calls\) are not supported",
+            r"x:1: message 1: tool calls \(tool_calls\) are not supported",
         ),
         ({"messages": GOOD, "tools": [{}]}, r"x:1: tool calls \(tools\) are not supported"),
         ([*GOOD, {"role": "tool", "content": "7"}], "message 2: tool calls are not supported"),
@@ -82,11 +82,17 @@ def test_what_openai_s_files_hold_is_read() -> None:
         ([user("Hi"), {"role": "assistant", "content": ["Hello"]}], "message 1, part 0: it must"),
         (
             [user("Hi"), {"role": "assistant", "content": [{"type": "image", "text": "x"}]}],
-            "message 1, part 0: the type 'image' is unknown: use text, python, python_output",
+            "message 1, part 0: .* of the types text, python, python_output, not",
         ),
-        ([user("Hi"), {"role": "assistant", "content": [{"text": "x"}]}], "type None is unknown"),
-        ([user("Hi"), {"role": "assistant", "content": [{"type": "text"}]}], "text is None"),
-        ([user("Hi"), assistant([part("python", "")])], "text is ''"),
+        (
+            [user("Hi"), {"role": "assistant", "content": [{"text": "x"}]}],
+            "part 0: .* not {'text': 'x'}",
+        ),
+        (
+            [user("Hi"), {"role": "assistant", "content": [{"type": "text"}]}],
+            "part 0: .* not {'type': 'text'}",
+        ),
+        ([user("Hi"), assistant([part("python", "")])], "content is empty"),
     ],
 )
 def test_malformed_ones_are_refused_by_place(value: Any, message: str) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from archerchat.tasks.base import find_number, find_number_leniently
+from archerchat.tasks.collected import GSM8KTask, parse_answer
 from archerchat.tasks.conversation import part
-from archerchat.tasks.gsm8k import GSM8KTask, parse_answer
 from archerchat.tasks.hub import TaskFiles
 
 

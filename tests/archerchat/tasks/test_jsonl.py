@@ -10,8 +10,10 @@ import pytest
 
 from archerchat.errors import DataError
 from archerchat.tasks.base import Task
+from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.conversation import assistant, user
-from archerchat.tasks.jsonl import JsonlTask
+from archerchat.tasks.hub import TaskFiles
+from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
 GOOD = [user("Hi"), assistant("Hello")]
 
@@ -29,6 +31,23 @@ def test_both_forms_of_a_line_are_read(tmp_path: Path) -> None:
     assert list(task) == [{"messages": GOOD}, {"messages": GOOD, "id": 7}]
 
 
+def test_a_folder_keeps_its_splits_and_names_what_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", GOOD, GOOD)
+    (tmp_path / "valid.json").write_text(json.dumps([GOOD]))
+    (tmp_path / "README.md").touch()
+    train = JsonlTask(tmp_path, "train")
+    assert (len(train), train.split) == (2, "train")
+    assert train.left_out == ["README.md (.md, which is not read)"]
+    assert (len(JsonlTask(tmp_path, "validation")), len(JsonlTask(tmp_path))) == (1, 3)
+    config = MixtureConfig(mixture="Arithmetic:9", jsonl=(tmp_path,))
+    mixtures = build_mixtures(config, TaskFiles(tmp_path))
+    assert [task.name for task in mixtures[0].tasks] == ["Arithmetic", tmp_path.name]
+    assert [(t.name, t.split) for t in mixtures[1].tasks] == [
+        (tmp_path.name, "validation"),
+        ("Arithmetic", "test"),
+    ]
+
+
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     for name in "ba":
         write(tmp_path / f"{name}.jsonl", [user(name), assistant(name)])
@@ -42,7 +61,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
         ('{"messages": [', "not JSON"),
         ([assistant("Hello"), user("Hi")], "role is 'assistant' where 'user'"),
         ([user("Hi"), assistant("")], "content is empty"),
-        ([user("Hi"), assistant([{"type": "video", "text": ""}])], "type 'video' is unknown"),
+        ([user("Hi"), assistant([{"type": "video", "text": ""}])], "not {'type': 'video'"),
         ({"text": "Hi"}, "a conversation is"),
     ],
 )

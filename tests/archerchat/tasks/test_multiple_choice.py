@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from archerchat.errors import DataError, UsageError
+from archerchat.tasks.collected import ARCTask, MMLUTask, build_question
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.multiple_choice import ARCTask, MMLUTask, build_question
 
 
 def test_multiple_choice_lists_each_choice_before_its_letter() -> None:

@@ -26,9 +26,10 @@ from archerchat.home import Home
 from archerchat.optim.optimizer import AdamGroup, Optimizer
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.loop import SAVE_SECONDS, Loop, LoopState, Outcome
+from archerchat.training.loop import SAVE_SECONDS, Loop, LoopState
 from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.telemetry import MetricsLog, Occasion, open_run
+from archerchat.training.throughput import Outcome
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,11 @@ class StubRecipe:
         self.saved = LoopState(**state["loop"]), dict(state["scaler"])
         assert finished == (step == self.plan.num_iterations)
         self.note(f"save {step}")
+
+    is_writing = False
+
+    def wait(self) -> None:
+        pass
 
     def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
         self.noted = step, LoopState(**loop)

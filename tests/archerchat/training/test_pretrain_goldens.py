@@ -49,6 +49,11 @@ class Saves:
     def save(self, step: int, state: Any, finished: bool) -> None:
         self._save(step)
 
+    is_writing = False
+
+    def wait(self) -> None:
+        pass
+
     def note_measured(self, step: int, loop: Any) -> None:
         pass
 

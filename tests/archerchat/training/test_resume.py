@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from archerchat.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-)
+from archerchat.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from archerchat.config import compare_configs
 from archerchat.data.shards import list_shards, split_shards, write_shards
 from archerchat.data.text_loader import TextLoader
@@ -23,8 +21,14 @@ from archerchat.errors import CheckpointError
 from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+from archerchat.training import resume
 from archerchat.training.recipe import Recipe, load_rng_state_dict, rng_state_dict
-from archerchat.training.resume import _changed_flags, describe_extension, find_start
+from archerchat.training.resume import (
+    CheckpointWriter,
+    _changed_flags,
+    describe_extension,
+    find_start,
+)
 
 EXTENDABLE = {
     "horizon": ({"num_iterations": 6}, "--num-iterations: 4 saved, 6 now"),
@@ -243,3 +247,35 @@ def test_the_best_figure_of_a_finished_run_survives_an_extension(
     summary = json.loads((tiny_home.run_dir("tiny") / "summary.json").read_text())
     assert (summary["val_bpb_first"], summary["val_bpb"]) == (2.9, 2.9171)
     assert summary["val_bpb_best"] == 2.7432
+
+
+def test_training_goes_on_while_a_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed, weight = threading.Event(), torch.ones(4)
+    save = resume.save_checkpoint
+
+    def slowly(*args: Any, **options: Any) -> Path:
+        assert allowed.wait(30)
+        return save(*args, **options)
+
+    monkeypatch.setattr(resume, "save_checkpoint", slowly)
+    writer = CheckpointWriter(tmp_path, {"identity": {}}, 2)
+    writer.save(1, {"model": {"weight": weight}}, False)
+    assert writer.is_writing
+    assert list_checkpoints(tmp_path) == []
+    weight.zero_()  # the next step
+    allowed.set()
+    writer.save(2, {"model": {"weight": weight}}, True)  # waits for the first
+    assert writer.find(2) == tmp_path / "step_000002"
+    saved = [load_checkpoint(tmp_path / f"step_{step:06d}") for step in (1, 2)]
+    assert [int(each.state["model"]["weight"].sum()) for each in saved] == [4, 0]
+    assert [each.meta["finished"] for each in saved] == [False, True]
+
+
+def test_a_save_that_fails_is_told_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    writer = CheckpointWriter(tmp_path / "file", {}, 2)
+    writer.save(1, {"model": {"weight": torch.ones(4)}}, False)
+    with pytest.raises(CheckpointError, match="cannot save"):
+        writer.wait()

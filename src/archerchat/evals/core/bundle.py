@@ -1,11 +1,14 @@
-"""Read an evaluation bundle: its tasks, their examples, and what chance would score.
+"""Find and read an evaluation bundle: its tasks, their examples, and what chance would score.
 
     core.yaml             the tasks: label, file, type, shots, delimiter
     eval_meta_data.csv    the random baseline of each label, a percentage
     eval_data/            the files that `core.yaml` names, one JSON object per line
 
-`load_bundle` reads the two lists and makes sure that every file is there. A task's own file is
-read when its turn comes (`read_examples`), and every line is checked before any is scored.
+A bundle is a folder, or a zip archive with the bundle at its top or in one folder. An archive is
+fetched once, checked, unpacked beside its place, read as a bundle and renamed, so a folder of that
+name is always whole. `load_bundle` reads the two lists and makes sure that every file is there. A
+task's own file is read when its turn comes (`read_examples`), and every line is checked before any
+is scored.
 """
 
 from __future__ import annotations
@@ -14,19 +17,27 @@ import csv
 import hashlib
 import io
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
-from archerchat.errors import DataError
-from archerchat.files import sha256_file
+from archerchat.data.hub import Notify, download_file
+from archerchat.errors import DataError, UsageError
+from archerchat.files import exclusive, explained_writes, new_directory, sha256_file
+from archerchat.text_files import iter_rows
 
 TASK_LIST = "core.yaml"
 BASELINES = "eval_meta_data.csv"
 DATA = "eval_data"
 DEFAULT_DELIMITER = " "
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+"""The archive that the reference evaluates on."""
+MAX_BYTES = 4 * 2**30
+"""Largest unpacked bundle; the reference's takes a small part of that."""
+OFFLINE_BUNDLE = Path(__file__).with_name("offline")
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
 TASK_TYPES: tuple[TaskType, ...] = get_args(TaskType)
@@ -88,6 +99,71 @@ class Bundle:
         return digest.hexdigest()
 
 
+def find_bundle(
+    given: str | None, cache_dir: Path, *, notify: Notify = lambda message: None
+) -> Path:
+    """Return a bundle's folder.
+
+    Args:
+        given: a folder, the address of an archive, `offline` for the package's own tasks, or None
+            for the reference's.
+        cache_dir: holds what is downloaded, by address.
+
+    Raises:
+        UsageError: there is no such folder.
+        DataError: the archive cannot be had, or is no bundle.
+    """
+    if given == "offline":
+        return OFFLINE_BUNDLE
+    if given is not None and not given.startswith(("http://", "https://")):
+        folder = Path(given).expanduser()
+        if not folder.is_dir():
+            raise UsageError(
+                f"--bundle {given}: there is no such folder; give one with {TASK_LIST}, or leave "
+                "it out to download the bundle"
+            )
+        return folder
+    url = given or BUNDLE_URL
+    folder = cache_dir / "eval_bundles" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    if not folder.is_dir():
+        notify(f"fetching {url}")
+        archive = folder.with_suffix(".zip")
+        with explained_writes(folder.parent), exclusive(folder.parent):
+            hint = "--bundle DIR names a folder with core.yaml, eval_meta_data.csv and eval_data"
+            download_file(url, archive, check_archive, without_network=hint, notify=notify)
+            try:
+                with zipfile.ZipFile(archive) as source, new_directory(folder) as temporary:
+                    source.extractall(temporary)  # never writes outside it, whatever the names
+                    load_bundle(_find_root(temporary))
+            finally:  # an archive without a bundle is not kept either: the server may get a better
+                archive.unlink()
+    return _find_root(folder)
+
+
+def check_archive(path: Path) -> None:
+    """Make sure that an archive is whole, and not too large.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > MAX_BYTES:
+                raise DataError(f"{path} would unpack to more than {MAX_BYTES / 2**30:.0f} GiB")
+            if broken := archive.testzip():
+                raise DataError(f"{path}: the checksum of {broken!r} is wrong")
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise DataError(f"{path} is no usable zip archive: {error}") from error
+
+
+def _find_root(folder: Path) -> Path:
+    """Return where the bundle is in an unpacked archive: at the top, or in one folder."""
+    lists = [*folder.glob(TASK_LIST), *folder.glob(f"*/{TASK_LIST}")]
+    if len(lists) != 1:
+        raise DataError(f"the archive holds {len(lists)} files {TASK_LIST}; a bundle has one")
+    return lists[0].parent
+
+
 def load_bundle(directory: Path) -> Bundle:
     """Read the list of tasks and their baselines.
 
@@ -129,7 +205,7 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
         wrong = f"is of type {kind!r}, which is none of {', '.join(TASK_TYPES)}"
     elif not isinstance(uri, str) or not (root / uri).resolve().is_relative_to(root):
         wrong = f"names the file {uri!r}, which is not one under {DATA}"
-    elif not _is_integer(shots) or shots < 0:
+    elif type(shots) is not int or shots < 0:
         wrong = f"has num_fewshot {shots!r}; it must be one number, 0 or more"
     elif not isinstance(delimiter, str):
         wrong = f"has the delimiter {delimiter!r}, which is no text"
@@ -163,16 +239,14 @@ def read_examples(task: CoreTask) -> list[Example]:
         DataError: the file cannot be read, a line is broken, or there is none.
     """
     examples = []
-    for number, line in enumerate(_read(task.path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for where, row in iter_rows(task.path):
         try:
-            examples.append(_parse_example(json.loads(line), task.task_type))
+            examples.append(_parse_example(row, task.task_type))
         except (ValueError, KeyError, TypeError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(
-                f"task {task.label}: line {number} of {task.path} is broken ({reason}): correct "
-                "it or get the bundle again"
+                f"{where} is no example of task {task.label} ({reason}): correct it or get the "
+                "bundle again"
             ) from error
     if not examples:
         raise DataError(f"task {task.label}: {task.path} holds no example: get the bundle again")
@@ -183,7 +257,7 @@ def _parse_example(row: Any, task_type: TaskType) -> Example:
     questions, answers = (_texts(row[name], name) for name in COLUMNS[task_type])
     options = max(len(questions), len(answers))
     gold = 0 if options == 1 else row["gold"]
-    if not _is_integer(gold) or not 0 <= gold < options:
+    if type(gold) is not int or not 0 <= gold < options:
         raise ValueError(f"gold is {gold!r}; it must be from 0 to {options - 1}")
     return Example(questions, answers, gold)
 
@@ -198,16 +272,8 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"there is no {path}: is this the whole evaluation bundle?") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path} ({error}): get the whole bundle again") from error

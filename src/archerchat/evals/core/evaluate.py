@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -37,18 +37,6 @@ class CoreOptions(Config):
     max_length: Annotated[int, Limit(2)] | None = None
     """Maximum tokens per CORE prompt. Longer ones are cropped on the left. Defaults to no limit,
     as in the reference."""
-
-
-@dataclass(frozen=True)
-class PreparedTask:
-    """One rank's examples of a task, tokenized."""
-
-    gold: Sequence[int]
-    """The right option of every example, other ranks' included."""
-    trees: Sequence[Tree]
-    cropped: int
-    seconds: float
-    """Time that preparing took."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ class CoreEvaluation:
         self.bundle, self.tokenizer = bundle, tokenizer
         self.options, self.ranks = options or CoreOptions(), ranks or Ranks()
         self._keeps = keep_prompts
-        self._prepared: dict[str, PreparedTask] = {}
+        self._prepared: dict[str, tuple[list[int], list[Tree], int]] = {}
 
     def run(
         self,
@@ -109,11 +97,7 @@ class CoreEvaluation:
         scorer, results = Scorer(model), []
         for task, is_known in zip(tasks, known.tolist(), strict=True):
             if not is_known:
-                result = self._run_task(scorer, task, on_progress)
-                if self.ranks.rank == 0:
-                    kept.add(result)
-                else:
-                    kept.tasks[task.label] = result
+                kept.add(self._run_task(scorer, task, on_progress))
             if task.label in kept.tasks:  # rank 0 has all
                 results.append(kept.tasks[task.label])
                 on_task(results[-1])
@@ -121,22 +105,22 @@ class CoreEvaluation:
 
     def _run_task(self, scorer: Scorer, task: CoreTask, on_progress: Progress) -> TaskResult:
         on_progress(task.label, 0.0)
-        prepared = self.prepare(task)
-        trees, length = prepared.trees, scorer.model.config.sequence_length
         started = time.perf_counter()
-        outcomes = torch.zeros(len(prepared.gold), 2, dtype=torch.float64)  # right, near a tie
+        gold, trees, cropped = self.prepare(task)
+        length = scorer.model.config.sequence_length
+        outcomes = torch.zeros(len(gold), 2, dtype=torch.float64)  # right, near a tie
         tokens = done = 0
         for batch, count in iter_outcomes(scorer, trees, task.task_type):
             tokens, done = tokens + count, done + len(batch)
             for outcome in batch:
-                outcomes[outcome.index, 0] = outcome.is_correct(prepared.gold[outcome.index])
+                outcomes[outcome.index, 0] = outcome.is_correct(gold[outcome.index])
                 outcomes[outcome.index, 1] = outcome.margin < NEAR_TIE
             on_progress(task.label, done / len(trees))
         outcomes = self.ranks.sum(outcomes)
         counts = {
             "tokens_run": tokens,
             "prompt_tokens": sum(sum(tree.lengths) for tree in trees),
-            "cropped": prepared.cropped,
+            "cropped": cropped,
             "beyond_sequence": sum(max(tree.lengths) > length for tree in trees),
             "unscored": sum(tree.has_unscored for tree in trees),
         }
@@ -145,29 +129,30 @@ class CoreEvaluation:
             label=task.label,
             task_type=task.task_type,
             num_fewshot=task.num_fewshot,
-            examples=len(prepared.gold),
+            examples=len(gold),
             correct=int(outcomes[:, 0].sum()),
             random_baseline=task.random_baseline,
-            seconds=time.perf_counter() - started + prepared.seconds,
+            seconds=time.perf_counter() - started,
             near_ties=tuple(outcomes[:, 1].nonzero().flatten().tolist()),
             **dict(zip(counts, sums.long().tolist(), strict=True)),
         )
 
-    def prepare(self, task: CoreTask) -> PreparedTask:
-        """Read, choose, render and tokenize this rank's examples of a task.
+    def prepare(self, task: CoreTask) -> tuple[list[int], list[Tree], int]:
+        """Return the right option of every example of a task, and this rank's examples tokenized.
+
+        The third is how many of these were cropped.
 
         Raises:
             DataError: the file is missing or broken, or holds too few examples.
         """
         if task.label in self._prepared:
             return self._prepared[task.label]
-        started = time.perf_counter()
         prompter = self._prompter(task)
         gold = [example.gold for example in prompter.examples[: self.options.max_per_task]]
         trees = [prompter.tree(index) for index in self.ranks.share(len(gold))]
-        prepared = PreparedTask(gold, trees, prompter.cropped, time.perf_counter() - started)
+        prepared = gold, trees, prompter.cropped
         if self._keeps:
-            self._prepared[task.label] = replace(prepared, seconds=0.0)
+            self._prepared[task.label] = prepared
         return prepared
 
     def _prompter(self, task: CoreTask) -> Prompter:

@@ -8,10 +8,8 @@ products do.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,8 +39,6 @@ CPU_LOGITS_BYTES = 4 * 2**20
 """The same on CPUs, where they should stay in the cache."""
 ROWS = 64
 """Rows come in multiples of this: on CPUs every new number of rows costs a product its plan."""
-MLP_BYTES = 2**20
-"""Bound on an MLP's inner activations at a time on CPUs: they should stay in a core's cache."""
 
 
 Scores = tuple[Tensor, Tensor | None]
@@ -100,51 +96,31 @@ class Scorer:
     def scored_hidden(self, layout: Layout) -> Tensor:
         """Return the unembedding's input (n, C) at the layout's scored tokens."""
         model, device, dtype = self.model, self.model.device, self.model.compute_dtype
-        stream, masks = _embed(model, layout), Masks(layout, device, dtype)
+        masks, token_ids = Masks(layout, device, dtype), _rounded(layout.token_ids, device)
+        positions = _rounded(layout.positions, device)
+        cos, sin = rotary_tables(positions, model.config.head_dim, torch.float32)
+        x = _embed(model, token_ids, _rounded(layout.previous_ids, device))  # (n, C) float32
+        x0 = middle = x.clone()
         for i, block in enumerate(model.blocks):
             assert isinstance(block, Block)
             level = layout.levels[i]
             kept = None if level.kept is None else _rounded(level.kept, device)
             value = None
             if model.config.has_value_embedding(i):
-                value = model.value_embeddings[str(i)](stream.token_ids).to(dtype)
-            x = stream.x.mul_(self._residual[i]).add_(stream.x0, alpha=self._inputs[i])
+                value = model.value_embeddings[str(i)](token_ids).to(dtype)
+            x.mul_(self._residual[i]).add_(x0, alpha=self._inputs[i])
             h = _norm(x, dtype)
-            stream.x = x if kept is None else x.index_select(0, kept)
-            stream.x.add_(_attention(block.attention, level, masks, h, kept, value, stream))
-            _add_mlp(block.mlp, stream.x, dtype)
-            stream.keep(kept)
+            branch = _attention(block.attention, level, masks, h, kept, value, cos, sin)
+            if kept is not None:
+                rows = x, x0, middle, token_ids, cos, sin
+                x, x0, middle, token_ids, cos, sin = (row.index_select(0, kept) for row in rows)
+            x.add_(branch)
+            _add_mlp(block.mlp, x, dtype)
             if i == model.config.num_layers // 2:
-                stream.middle = stream.x.clone()
-        assert stream.middle is not None
+                middle = x.clone()
         scored = _rounded(layout.scored, device)
-        x, middle = stream.x.index_select(0, scored), stream.middle.index_select(0, scored)
+        x, middle = x.index_select(0, scored), middle.index_select(0, scored)
         return _norm(x - model.backout_lambda.float() * middle, dtype)
-
-
-@dataclass
-class Stream:
-    """What goes from layer to layer, a row a token, in float32."""
-
-    x: Tensor
-    """(n, C), the residual stream."""
-    x0: Tensor
-    """(n, C), the model's input."""
-    middle: Tensor | None
-    """(n, C), the stream after the middle layer."""
-    token_ids: Tensor
-    cos: Tensor
-    """(n, 1, D/2)."""
-    sin: Tensor
-
-    def keep(self, kept: Tensor | None) -> None:
-        """Drop the tokens that do not go on."""
-        if kept is None:
-            return
-        self.x0, self.token_ids = self.x0.index_select(0, kept), self.token_ids[kept]
-        self.cos, self.sin = self.cos.index_select(0, kept), self.sin.index_select(0, kept)
-        if self.middle is not None:
-            self.middle = self.middle.index_select(0, kept)
 
 
 def _rounded(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -164,20 +140,15 @@ def _norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * _inverse_rms(x)).to(dtype)
 
 
-def _embed(model: Transformer, layout: Layout) -> Stream:
-    device, dtype = model.device, model.compute_dtype
-    token_ids = _rounded(layout.token_ids, device)
-    previous_ids = _rounded(layout.previous_ids, device)
+def _embed(model: Transformer, token_ids: Tensor, previous_ids: Tensor) -> Tensor:
+    """Return normalised embeddings (n, C) float32, each with its gated copy of the one before."""
     x, before = (
         _norm(model.token_embedding(ids).float(), torch.float32)
         for ids in (token_ids, previous_ids.clamp(min=0))
     )
-    gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS].to(dtype)).float())
+    gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS].to(model.compute_dtype)).float())
     gate = gate * model.smear_lambda.float() * (previous_ids >= 0)[:, None]
-    x = x.addcmul_(gate, before)
-    positions = _rounded(layout.positions, device)
-    cos, sin = rotary_tables(positions, model.config.head_dim, torch.float32)
-    return Stream(x, x.clone(), None, token_ids, cos, sin)
+    return x.addcmul_(gate, before)
 
 
 def _attention(
@@ -187,7 +158,8 @@ def _attention(
     h: Tensor,
     kept: Tensor | None,
     value_embedding: Tensor | None,
-    stream: Stream,
+    cos: Tensor,
+    sin: Tensor,
 ) -> Tensor:
     """Map normalised activations (n_in, C) to the branch's output (n_out, C)."""
     dim, kv_heads = layer.head_dim, layer.num_kv_heads
@@ -196,23 +168,20 @@ def _attention(
         assert value_embedding is not None
         gate = 3 * torch.sigmoid(layer.value_gate(h[:, :VALUE_GATE_CHANNELS]))  # (n, K)
         v = torch.addcmul(v, gate[..., None], value_embedding.view_as(v))
-    cos, sin = stream.cos, stream.sin
     k = _rotate(layer.key(h).view(-1, kv_heads, dim), cos, sin)
     if kept is not None:
         h, cos, sin = (x.index_select(0, kept) for x in (h, cos, sin))
     q = _rotate(layer.query(h).view(-1, layer.num_heads, dim), cos, sin)
     y = torch.empty_like(q)
-    y[level.blocks[-1].last_query if level.blocks else 0 :] = 0
+    y[level.blocks[-1].queries.stop if level.blocks else 0 :] = 0
     for block in level.blocks:
-        queries = slice(block.first_query, block.last_query)
-        keys = slice(block.first_key, block.last_key)
         part, k_part, v_part = (
-            x.transpose(0, 1)[None] for x in (q[queries], k[keys], v[keys])
+            x.transpose(0, 1)[None] for x in (q[block.queries], k[block.keys], v[block.keys])
         )  # (1, H or K, T, D)
         out = F.scaled_dot_product_attention(
             part, k_part, v_part, attn_mask=masks.of(level, block), enable_gqa=kv_heads < q.size(1)
         )
-        y[queries] = out[0].transpose(0, 1)
+        y[block.queries] = out[0].transpose(0, 1)
     result: Tensor = layer.output(y.flatten(1))
     return result
 
@@ -231,13 +200,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _add_mlp(mlp: MLP, x: Tensor, dtype: torch.dtype) -> None:
     """Add the MLP of the normalised stream (n, C) to it."""
-    on_cpu = x.device.type == "cpu"
-    fitting = MLP_BYTES // (4 * x.size(1) * dtype.itemsize) // ROWS * ROWS
-    rows = max(ROWS, fitting) if on_cpu else x.size(0)
-    for start in range(0, x.size(0), rows):
-        part = x[start : start + rows]
-        u = mlp.up(_norm(part, dtype)).relu_()
-        part.add_(mlp.down(u.mul_(u)))
+    u = mlp.up(_norm(x, dtype)).relu_()
+    x.add_(mlp.down(u.mul_(u)))
 
 
 class Masks:
@@ -249,51 +213,21 @@ class Masks:
             torch.from_numpy(part).to(device)
             for part in (layout.tree, layout.branch, layout.positions)
         )
-        self._made: dict[tuple[int, QueryBlock], Tensor] = {}
+        self._made: dict[int, Tensor] = {}
 
     def of(self, level: Level, block: QueryBlock) -> Tensor:
         """Return (queries, keys): 0 where a query sees a key, else minus infinity."""
-        queries = block.last_query - block.first_query
-        keys = block.last_key - block.first_key
-        if block.is_band:
-            return _band(queries, keys, level.window, self.device, self.dtype)
-        name = id(level), block
-        if name not in self._made:
-            self._made[name] = self._build(level, block)
-        return self._made[name]
+        if id(block) not in self._made:
+            self._made[id(block)] = self._build(level, block)
+        return self._made[id(block)]
 
     def _build(self, level: Level, block: QueryBlock) -> Tensor:
         rows, columns = (
             torch.from_numpy(part).to(self.device)
-            for part in (
-                level.outgoing[block.first_query : block.last_query],
-                level.incoming[block.first_key : block.last_key],
-            )
+            for part in (level.outgoing[block.queries], level.incoming[block.keys])
         )
         branch, tree, position = self._branch[columns], self._tree, self._position
         seen = (tree[rows][:, None] == tree[columns]) & (columns <= rows[:, None])
         seen &= (branch < 0) | (branch == self._branch[rows][:, None])
         seen &= position[columns] >= (position[rows] - level.window)[:, None]
-        return _bias(seen, self.dtype)
-
-
-def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill_(~seen, -math.inf)
-
-
-def _band(queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return the mask of a block whose last query is its last key: a corner of a larger one."""
-    rows, columns = (1 << (size - 1).bit_length() for size in (queries, keys))
-    reach = min(window, columns)
-    corner = _large_band(rows, columns, reach, device, dtype)[-queries:, -keys:]
-    return corner if device.type == "cpu" else corner.contiguous()  # kernels ask for alignment
-
-
-@functools.lru_cache(maxsize=16)
-def _large_band(
-    queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    here = torch.arange(keys - queries, keys, device=device)[:, None]
-    there = torch.arange(keys, device=device)[None, :]
-    return _bias((there <= here) & (there >= here - window), dtype)
+        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -math.inf)

@@ -27,15 +27,10 @@ Index = NDArray[np.int64]
 class QueryBlock:
     """Queries that attend together, and the keys that they attend to."""
 
-    first_query: int
+    queries: slice
     """Among the tokens that go out of the layer."""
-    last_query: int
-    """Exclusive, like the next two."""
-    first_key: int
+    keys: slice
     """Among the tokens that come in."""
-    last_key: int
-    is_band: bool
-    """Whether all of it is one trunk; the last query then is the last key's."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +183,7 @@ def _iter_blocks(
         if pack and not (
             small and next_query - pack[0] <= block and next_key - pack[1] <= 4 * block
         ):
-            yield QueryBlock(pack[0], query, pack[1], key, False)
+            yield QueryBlock(slice(pack[0], query), slice(pack[1], key))
             pack = None
         if small:
             pack = pack or (query, key)
@@ -196,16 +191,17 @@ def _iter_blocks(
             trunk_end = key + count
             for start in range(0, queries, block):
                 stop = min(start + block, queries)
-                first = max(key, trunk_end - queries + start - window)
-                last = trunk_end - queries + stop
-                yield QueryBlock(query + start, query + stop, first, last, True)
+                shift = trunk_end - queries  # from a query's place to its key's
+                keys = slice(max(key, shift + start - window), shift + stop)
+                yield QueryBlock(slice(query + start, query + stop), keys)
             first, start = max(key, trunk_end - window), query + queries
             for step in range(0, branch, block):
                 stop = min(step + block, branch)
-                yield QueryBlock(start + step, start + stop, first, trunk_end + stop, False)
+                keys = slice(first, trunk_end + stop)
+                yield QueryBlock(slice(start + step, start + stop), keys)
         query, key = next_query, next_key
     if pack:
-        yield QueryBlock(pack[0], query, pack[1], key, False)
+        yield QueryBlock(slice(pack[0], query), slice(pack[1], key))
 
 
 def _scored(trees: Sequence[Tree], outgoing: Index, branched: Index) -> tuple[Index, Index]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.evals.core.bundle import CoreTask
-from archerchat.evals.offline_tasks import PREFIX as OFFLINE
 from archerchat.evals.statistics import centred, mean_half_width
 from archerchat.files import write_json
 
@@ -66,7 +65,6 @@ class TaskResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {
-            "near_ties": list(self.near_ties),
             "accuracy": self.accuracy,
             "centred": self.centred,
             "examples_per_second": self.examples_per_second,
@@ -147,23 +145,19 @@ class PartialResults:
 
 
 def is_offline(tasks: Sequence[CoreTask | TaskResult]) -> bool:
-    """Say whether these are the tasks that are generated here, which are not CORE."""
-    return all(task.label.startswith(OFFLINE) for task in tasks)
+    """Say whether these are the package's own tasks, which are not CORE."""
+    return all(task.label.startswith("offline_") for task in tasks)
 
 
 def describe(result: CoreResult) -> list[str]:
     """Return notes that belong beside the figures."""
-    notes = []
+    notes, count = [], len(result.tasks)
     if is_offline(result.tasks):
         notes.append(
-            "these tasks are generated here and are not CORE: their score can be compared with "
-            "nothing but itself"
+            "these tasks are not CORE: their score can be compared with nothing but itself"
         )
-    elif len(result.tasks) != FULL_TASKS:
-        notes.append(
-            f"the mean of {len(result.tasks)} tasks is not the published CORE, which has "
-            f"{FULL_TASKS}"
-        )
+    elif count != FULL_TASKS:
+        notes.append(f"the mean of {count} tasks is not the published CORE, which has {FULL_TASKS}")
     for what, name in (
         ("were cropped on the left", "cropped"),
         ("have a prompt beyond the model's sequence length", "beyond_sequence"),

@@ -41,13 +41,10 @@ class Products(Task):
     name = "Products"
 
     def __init__(self, answers: Sequence[str]) -> None:
-        self.answers = answers
+        self.rows = list(enumerate(answers))
 
-    def num_examples(self) -> int:
-        return len(self.answers)
-
-    def example(self, index: int) -> Conversation:
-        return {"messages": [user(f"Question {index}?"), assistant(self.answers[index])]}
+    def render(self, row: tuple[int, str]) -> Conversation:
+        return {"messages": [user(f"Question {row[0]}?"), assistant(row[1])]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return bool(conversation["messages"][-1]["content"] == completion)

@@ -16,8 +16,7 @@ import pytest
 
 from archerchat.data import hub
 from archerchat.errors import DataError, UsageError
-from archerchat.evals.core.bundle import load_bundle
-from archerchat.evals.core.download import check_archive, find_bundle
+from archerchat.evals.core.bundle import check_archive, find_bundle, load_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -187,7 +186,7 @@ def test_archives_that_would_fill_the_disk_are_refused(
     path = tmp_path / "bundle.zip"
     path.write_bytes(pack(small_bundle))
     check_archive(path)
-    monkeypatch.setattr("archerchat.evals.core.download.MAX_BYTES", 100)
+    monkeypatch.setattr("archerchat.evals.core.bundle.MAX_BYTES", 100)
     with pytest.raises(DataError, match="would unpack to more than"):
         check_archive(path)
 

@@ -1,0 +1,151 @@
+"""Tasks whose conversations somebody collected: exams, GSM8K, SmolTalk, and one's own JSON lines.
+
+The answer to an exam's question is a letter alone (SPEC section 6): for MMLU one of A to D, for ARC
+the data's own, mostly A to D, sometimes 1 to 4. GSM8K marks what its authors computed,
+`2 * 3 = <<2*3=6>>6`: each mark becomes two parts of the answer, the Python that the assistant
+writes and the output that the engine supplies.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from archerchat.errors import DataError
+from archerchat.files import sha256_file
+from archerchat.tasks.base import CategoricalTask, NumberTask, Task
+from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
+from archerchat.tasks.hub import Row, TableTask, TaskFiles, load_tables
+from archerchat.text_files import JSON_KINDS, iter_rows, list_folder
+
+ArcName = Literal["ARC-Easy", "ARC-Challenge"]
+TEST_SHARE = 20
+"""One conversation in twenty of a local folder that stands in for SmolTalk belongs to the test."""
+_MARK = re.compile(r"<<([^<>]*)>>")
+
+
+def build_question(
+    question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **more: Any
+) -> Conversation:
+    """Return a question whose right answer is the letter `answer`; each letter follows its choice.
+
+    Raises:
+        DataError: `answer` is none of the letters, or these are not as many as the choices.
+    """
+    if len(letters) != len(choices):
+        raise DataError(f"{len(letters)} letters for {len(choices)} choices of {question[:60]!r}")
+    if answer not in letters:
+        raise DataError(
+            f"the answer {answer!r} is none of {', '.join(letters)} in the question "
+            f"{question[:60]!r}: fix or remove it"
+        )
+    lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
+    text = (
+        f"Multiple Choice question: {question}\n{''.join(lines)}"
+        "\nRespond only with the letter of the correct answer."
+    )
+    return {"messages": [user(text), assistant(answer)], "letters": tuple(letters), **more}
+
+
+class MMLUTask(CategoricalTask, TableTask):
+    """Questions from 57 subjects; `auxiliary_train` is for training, `test` for the score."""
+
+    name = "MMLU"
+
+    def render(self, row: Row) -> Conversation:
+        letters = string.ascii_uppercase[: len(row["choices"])]
+        answer = dict(enumerate(letters)).get(row["answer"], str(row["answer"]))
+        return build_question(
+            row["question"], letters, row["choices"], answer, subject=row["subject"]
+        )
+
+
+class ARCTask(CategoricalTask, TableTask):
+    """Science questions for school: `ARC-Easy` or `ARC-Challenge`."""
+
+    def __init__(self, files: TaskFiles, name: ArcName, split: str = "test") -> None:
+        self.name = name
+        super().__init__(files, split)
+
+    def render(self, row: Row) -> Conversation:
+        choices = row["choices"]
+        return build_question(row["question"], choices["label"], choices["text"], row["answerKey"])
+
+
+class GSM8KTask(NumberTask, TableTask):
+    """Word problems of the primary school whose answers end on `#### number`."""
+
+    name = "GSM8K"
+
+    def render(self, row: Row) -> Conversation:
+        return {"messages": [user(row["question"]), assistant(parse_answer(row["answer"]))]}
+
+
+def parse_answer(answer: str) -> list[dict[str, str]]:
+    """Return the parts of an answer with `<<expression=result>>` marks."""
+    parts = []
+    for number, piece in enumerate(_MARK.split(answer)):
+        expression, _, result = piece.rpartition("=")
+        if number % 2 and expression:
+            parts += [part("python", expression), part("python_output", result)]
+        elif piece:  # text, or a mark without a result, which has nothing to run
+            parts.append(part("text", piece))
+    return parts
+
+
+class JsonlTask(Task):
+    """The conversations of a file, or of the JSON files below a folder in the names' order.
+
+    Each line, or each value of a JSON list, is `{"messages": [...]}` or the list of messages alone.
+    All are checked when the file is read, so a broken one is found before training begins.
+
+    Args:
+        split: the files to read of a folder that names train and others; None reads all.
+
+    Raises:
+        DataError: there is none, or one is malformed; the message names the file and the line.
+    """
+
+    def __init__(self, path: Path, split: Literal["train", "validation"] | None = None) -> None:
+        folder = list_folder(path, JSON_KINDS)
+        paths = {"train": folder.train, "validation": folder.held_out}.get(
+            split or "", sorted([*folder.train, *folder.held_out])
+        )
+        self.name, self.left_out = path.name, folder.left_out
+        self.split = split if folder.held_out else None
+        self.rows = [
+            check_conversation(value, where) for each in paths for where, value in iter_rows(each)
+        ]
+        if not self.rows:
+            raise DataError(
+                f"{path} holds no conversation: give a file with one JSON line for each"
+            )
+        self._digests = [sha256_file(each) for each in paths]
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"sha256": self._digests}
+
+
+class SmolTalkTask(TableTask):
+    """General conversations of `smol-smoltalk`: 460 thousand, for training only.
+
+    Among local files a folder `chat/` of JSON lines stands in for it where there is no `smoltalk/`.
+    """
+
+    name = "SmolTalk"
+
+    def __init__(self, files: TaskFiles, split: str = "train") -> None:
+        load_tables()[self.name].files(split)  # refuses an unknown split
+        local = files.local
+        if local is None or (local / "smoltalk").exists() or not (local / "chat").is_dir():
+            super().__init__(files, split)
+            return
+        self.split = split
+        self.rows = [
+            conversation
+            for number, conversation in enumerate(JsonlTask(local / "chat"))
+            if (number % TEST_SHARE == 0) == (split == "test")
+        ]

@@ -1,0 +1,206 @@
+"""Read the files that people have: folders with splits, compressed text, JSON, CSV.
+
+One rule for all of them: a byte order mark names the encoding, and without one it is UTF-8. What is
+wrong is named with its file and line, and handed to a `Refuse`.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import sys
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, TextIO, cast
+
+from archerchat.errors import DataError
+
+Refuse = Callable[[str], None]
+"""Receives what is wrong with a file or a line; if it returns, that is left out."""
+Place = tuple[str, Any]
+"""Where something was found, such as `talks.jsonl:12`, and what it is."""
+JSON_KINDS = (".jsonl", ".ndjson", ".json")
+TABLE_KINDS = (".csv", ".tsv")
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+CARDS = ("readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that describe a data set; beside its rows they are no text to learn."""
+_UNDECODED = re.compile(r"[\udc80-\udcff]")
+_SPLIT = re.compile(
+    r"(?:.*[-_. ])??(train|validation|valid|val|dev|test)(?:[-_. ]\d.*)?", re.IGNORECASE
+)
+
+
+def refuse(problem: str) -> None:
+    """Raise a DataError: the default for what is wrong."""
+    raise DataError(problem)
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    import pyarrow as pa  # imported here: training needs no Arrow
+
+    return cast(IO[bytes], pa.input_stream(str(path), compression="zstd"))
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+
+
+def _split_name(path: Path) -> tuple[str, str]:
+    """Return a file's name without suffixes, and its suffix less a compression's, in lower case."""
+    bare = Path(path.stem if path.suffix.lower() in _OPENERS else path.name)
+    return bare.stem, bare.suffix.lower()
+
+
+def file_kind(path: Path) -> str:
+    """Return the suffix of a file in lower case, less a compression's: `.jsonl` of `A.JSONL.gz`."""
+    return _split_name(path)[1]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a folder that can be read, by what its names say of them."""
+
+    train: list[Path]
+    held_out: list[Path]
+    """Those named validation (or valid, val, dev), else those named test; none without train."""
+    left_out: list[str]
+    """What is not read, in words."""
+
+
+def list_folder(source: Path, kinds: Collection[str]) -> Folder:
+    """Sort the files below `source` by name into splits; hidden ones are passed over.
+
+    A file is read if its suffix, less a compression's, is one of `kinds`. A `source` that is no
+    folder is read whatever its suffix.
+    """
+    if not source.is_dir():
+        return Folder([source], [], [])
+    found = sorted(
+        path
+        for path in source.rglob("*")
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(source).parts)
+    )
+    rows = {*JSON_KINDS, *TABLE_KINDS, ".parquet"}
+    has_rows = any(file_kind(p) in rows and p.name.lower() not in CARDS for p in found)
+    splits, others = defaultdict[str, list[Path]](list), defaultdict[str, list[Path]](list)
+    for path in found:
+        if file_kind(path) not in kinds:
+            others[f"{path.suffix or 'no suffix'}, which is not read"].append(path)
+        elif has_rows and path.name.lower() in CARDS:
+            others["the data set's description"].append(path)
+        else:
+            splits[_find_split(path.relative_to(source))].append(path)
+    train, validation, test = (splits[name] for name in ("train", "validation", "test"))
+    if not train or not validation + test:
+        train, validation, test = sorted([p for ps in splits.values() for p in ps]), [], []
+    else:
+        train = sorted([*train, *splits[""]])
+    if validation and test:
+        others["the test split"] = test
+    left_out = [
+        f"{len(paths):,} files ({why}), such as {paths[0].relative_to(source)}"
+        if len(paths) > 1
+        else f"{paths[0].relative_to(source)} ({why})"
+        for why, paths in others.items()
+    ]
+    return Folder(train, validation or test, left_out)
+
+
+def _find_split(path: Path) -> str:
+    """Return train, validation or test if a file's name or a folder's says so, else nothing."""
+    for name in (_split_name(path)[0], *reversed(path.parts[:-1])):
+        if match := _SPLIT.fullmatch(name):
+            split = match[1].lower()
+            return split if split in ("train", "test") else "validation"
+    return ""
+
+
+@contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """Open a text file, decompressed by its suffix; bytes that are no text become surrogates."""
+    opener: Callable[[Path], Any] = _OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))
+    with io.BufferedReader(opener(path)) as file:
+        start = file.peek(4)
+        encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+        with io.TextIOWrapper(file, encoding, "surrogateescape", newline) as text:
+            yield text
+
+
+def iter_lines(
+    path: Path, bad: Refuse = refuse, newline: str | None = None
+) -> Iterator[tuple[str, str]]:
+    """Yield each line of a text file with its place, `name:number`."""
+    number = 0
+    try:
+        with open_text(path, newline) as file:
+            for number, line in enumerate(file, start=1):
+                if _UNDECODED.search(line):
+                    bad(f"{path}:{number}: not UTF-8 text: convert the file to UTF-8")
+                else:
+                    yield f"{path}:{number}", line
+    except UnicodeError as error:
+        bad(f"{path}:{number + 1}: not text ({error}): convert the file to UTF-8")
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        bad(f"cannot read {path} ({reason}): check that the file is whole")
+
+
+def iter_rows(path: Path, bad: Refuse = refuse) -> Iterator[Place]:
+    """Yield each JSON value or row of a table with its place; blank lines are passed over.
+
+    A `.json` file holds a list of values, one value, or one a line.
+    """
+    kind = file_kind(path)
+    if kind in TABLE_KINDS:
+        yield from _iter_table(path, "\t" if kind == ".tsv" else ",", bad)
+        return
+    lines = iter_lines(path, bad)
+    if kind == ".json":
+        read = list(lines)
+        try:
+            value = json.loads("".join(line for _, line in read))
+        except (ValueError, RecursionError):
+            lines = iter(read)
+        else:
+            items = value if isinstance(value, list) else [value]
+            yield from ((f"{path}, item {i}", item) for i, item in enumerate(items, start=1))
+            return
+    for where, line in lines:
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                bad(f"{where}: not JSON ({error}): fix or remove that line")
+                continue
+            yield where, value
+
+
+def _iter_table(path: Path, delimiter: str, bad: Refuse) -> Iterator[Place]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader((line for _, line in iter_lines(path, bad)), delimiter=delimiter)
+    try:
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        bad(f"{path}:{reader.line_num}: not a table ({error}): fix that line")
