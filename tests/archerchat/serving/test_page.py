@@ -93,6 +93,36 @@ def test_a_text_is_continued_and_the_continuation_taken_back(page: Any) -> None:
 
 
 @pytest.mark.browser
+def test_a_token_shows_what_else_was_likely_and_goes_on_from_there(page: Any) -> None:
+    page.click("#settings-button")
+    page.select_option("#fields label:has-text('Token view') select", "on")
+    page.click("#settings-close")
+    page.fill("#text", "ab")
+    page.click("#send")
+    page.wait_for_selector("#tokens .token >> nth=3")
+    first = page.inner_text("#tokens .token >> nth=0")
+    page.click("#tokens .token >> nth=1")
+    other = page.locator("#alternatives button:not(.said)").first
+    other.click()
+    page.wait_for_selector("#alternatives", state="detached")
+    answered(page)
+    assert page.input_value("#text").startswith(f"ab{first}")
+    page.select_option("#model", "tiny:sft")
+    page.click("[data-mode=chat]")
+    page.fill("#prompt", "ab")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector(".message.assistant .tools >> text=tokens/s")
+    page.click(".message.assistant .token >> nth=1")
+    page.locator("#alternatives button:not(.said)").first.click()
+    page.wait_for_selector(".message.assistant >> text=2/2")
+    answered(page)
+    page.click("#settings-button")
+    page.select_option("#fields label:has-text('Token view') select", "off")
+    page.click("#settings-close")
+    assert page.problems == []
+
+
+@pytest.mark.browser
 def test_hostile_answers_are_text(page: Any) -> None:
     page.evaluate(
         """async (text) => {

@@ -2,6 +2,7 @@
 
 import { element, markdown } from "./markdown.js";
 import * as store from "./store.js";
+import { readTokens, showTokens } from "./tokens.js";
 
 const FIELDS = [
   ["system", "System message", "textarea", "Read before the first message."],
@@ -12,6 +13,7 @@ const FIELDS = [
   ["repetition_penalty", "Repetition penalty", "number", "Above 1 repeats less.", { min: 0.1, max: 10, step: 0.05 }],
   ["max_tokens", "Tokens per answer", "number", "", { min: 1 }],
   ["seed", "Seed", "number", "The same seed gives the same answer.", {}],
+  ["tokens", "Token view", "select", "Shade each token by how unlikely it was; a click shows what else was likely, and goes on from there.", ["off", "on"]],
   ["key", "API key", "password", "If the server asks for one."],
   ["theme", "Theme", "select", "", ["system", "light", "dark"]],
 ];
@@ -80,6 +82,7 @@ function showAll() {
   $("text").hidden = !isText;
   $("prompt").hidden = isText;
   if (isText) $("text").value = current.text;
+  showTextTokens();
   $("context").textContent = "";
   showMessages();
   showList();
@@ -167,6 +170,10 @@ function showParts(body, node) {
     body.textContent = store.textOf(node.parts);
     return;
   }
+  if (node.tokens?.length && store.settings.tokens === "on") {
+    body.replaceChildren(element("div", showTokens(node.tokens, (i, text) => goOn(node, i, text)), { class: "tokens" }));
+    return;
+  }
   const nodes = [];
   node.parts.forEach((part, i) => { // calls stand in the line that they interrupt
     const before = node.parts[i - 1]?.type;
@@ -242,12 +249,35 @@ function addPiece(parts, { type, text }) {
   else if (text) parts.push({ type, text });
 }
 
-async function answer(parent) {
+// Answer again with another token at one place. The model reads what it said before it as its own
+// words, so this goes as far as its first calculator call.
+function goOn(node, at, text) {
+  const before = node.tokens.slice(0, at);
+  if (running || before.some((token) => token.text.startsWith("<|"))) return;
+  const said = before.map((token) => token.text).join("") + text;
+  answer(node.parent, said, [...before, { text, probability: 0, top: node.tokens[at].top }]);
+}
+
+function showTextTokens() {
+  const shown = current.mode === "text" && store.settings.tokens === "on" && current.tokens?.length;
+  $("tokens").hidden = !shown;
+  if (!shown) return;
+  $("tokens").replaceChildren(...showTokens(current.tokens, (at, text) => {
+    if (running) return;
+    $("text").value = current.start + current.tokens.slice(0, at).map((token) => token.text).join("") + text;
+    continueText();
+  }));
+}
+
+async function answer(parent, said = "", tokens = []) {
   const conversation = current;
   conversation.leaf = parent;
   const messages = store.messagesOf(conversation);
+  if (said) messages.push({ role: "assistant", content: said });
   if (store.settings.system) messages.unshift({ role: "system", content: store.settings.system });
-  const node = conversation.nodes[store.add(conversation, "assistant", [], parent)];
+  const node = conversation.nodes[store.add(conversation, "assistant", said ? [{ type: "text", text: said }] : [], parent)];
+  node.tokens = tokens;
+  const view = store.settings.tokens === "on" ? { logprobs: true, top_logprobs: 5 } : {};
   conversation.updated = Date.now();
   showMessages();
   const body = $("messages").lastElementChild.querySelector(".body");
@@ -261,8 +291,9 @@ async function answer(parent) {
     if (atEnd) list.scrollTop = list.scrollHeight;
   };
   $("messages").scrollTop = $("messages").scrollHeight;
-  await request("/v1/chat/completions", { ...options(), messages }, (chunk) => {
+  await request("/v1/chat/completions", { ...options(), ...view, messages }, (chunk) => {
     const delta = chunk.choices[0]?.delta;
+    node.tokens.push(...readTokens(chunk.choices[0]?.logprobs));
     for (const part of delta?.parts ?? [{ type: "text", text: delta?.content ?? "" }]) addPiece(node.parts, part);
     node.note = figures(chunk) || node.note;
     if (!due) requestAnimationFrame(show);
@@ -291,10 +322,13 @@ async function send() {
 
 async function continueText() {
   const conversation = current;
-  const prompt = conversation.text = $("text").value;
+  const prompt = conversation.text = conversation.start = $("text").value;
+  const view = store.settings.tokens === "on" ? { logprobs: 5 } : {};
+  conversation.tokens = [];
   undo = prompt;
   $("text").readOnly = true;
-  await request("/v1/completions", { max_tokens: 128, temperature: 0.7, top_k: 50, ...options(), prompt }, (chunk) => {
+  await request("/v1/completions", { max_tokens: 128, temperature: 0.7, top_k: 50, ...options(), ...view, prompt }, (chunk) => {
+    conversation.tokens.push(...readTokens(chunk.choices[0]?.logprobs));
     conversation.text += chunk.choices[0]?.text ?? "";
     const speed = figures(chunk);
     if (conversation !== current) return;
@@ -303,6 +337,7 @@ async function continueText() {
     if (speed) notice(speed);
   });
   $("text").readOnly = false;
+  if (conversation === current) showTextTokens();
   conversation.updated = Date.now();
   store.save();
   showList();
@@ -330,6 +365,7 @@ function buildSettings() {
       store.settings[name] = value;
       store.saveSettings();
       setTheme();
+      if (name === "tokens" && !running) showAll();
       if (name === "key") loadModels();
     };
     return element("label", [label, input, element("small", help)]);
@@ -348,12 +384,12 @@ $("prompt").onkeydown = (event) => {
   event.preventDefault();
   if (!running) send();
 };
-$("text").oninput = () => { [current.text, undo] = [$("text").value, null]; showState(); };
+$("text").oninput = () => { [current.text, current.tokens, undo] = [$("text").value, [], null]; showTextTokens(); showState(); };
 $("text").onchange = () => { current.updated = Date.now(); store.save(); showList(); };
 $("text").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) continueText();
 };
-$("undo").onclick = () => { $("text").value = current.text = undo; undo = null; store.save(); showState(); };
+$("undo").onclick = () => { $("text").value = current.text = undo; [undo, current.tokens] = [null, []]; showTextTokens(); store.save(); showState(); };
 $("model").onchange = () => {
   store.settings.model = $("model").value;
   store.saveSettings();

@@ -23,7 +23,7 @@ export function save() {
   conversations = conversations.slice(0, MAX_KEPT);
   while (conversations.length) {
     try {
-      localStorage.setItem(KEY, JSON.stringify(conversations));
+      localStorage.setItem(KEY, JSON.stringify(conversations, (key, value) => (key === "tokens" ? undefined : value)));
       return;
     } catch {
       conversations.pop(); // the browser's room is used up: the oldest goes
