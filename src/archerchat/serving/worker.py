@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -137,19 +138,18 @@ class Worker:
 
     async def call(self, function: Callable[[], T]) -> T:
         """Return what `function` returns, run by the thread between two steps."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
+        future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():  # the client went away
+                return
             try:
-                result = function()
+                future.set_result(function())
             except Exception as error:
-                self._post(_settle, future, None, error)
-            else:
-                self._post(_settle, future, result, None)
+                future.set_exception(error)
 
         self._inbox.put(run)
-        return await future
+        return await asyncio.wrap_future(future)
 
     def submit(self, engine: Engine, requests: Sequence[Request]) -> Stream:
         """Queue the requests of one HTTP request.
@@ -249,12 +249,3 @@ class Worker:
         self.errors += 1
         for stream in {each for each in self._streams.values() if each.engine is engine}:
             stream.queue.put_nowait(GenerationFailed(message))
-
-
-def _settle(future: asyncio.Future[T], result: T, error: Exception | None) -> None:
-    if future.done():  # cancelled: the client went away
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)

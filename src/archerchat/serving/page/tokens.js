@@ -22,9 +22,10 @@ const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").r
 export function showTokens(tokens, onPick) {
   return tokens.map((token, i) => {
     const others = token.top.map((each) => `${visible(each.text)} ${percent(each.probability)}`).join("\n");
-    const made = element("button", token.text, { class: "token", type: "button", title: `${percent(token.probability)}\n\n${others}` });
+    const made = element("span", token.text, { class: "token", role: "button", tabindex: "0", title: `${percent(token.probability)}\n\n${others}` });
     made.style.setProperty("--surprise", Math.min(1, -Math.log10(Math.max(token.probability, 1e-3)) / 3));
     made.onclick = () => showAlternatives(made, token, (text) => onPick(i, text));
+    made.onkeydown = (event) => event.key === "Enter" && made.onclick();
     return made;
   });
 }
