@@ -55,6 +55,7 @@ You have a tokenizer, a base model, a model that answers, their report and dashb
 in this shell or any other:
     export PATH="$VENV/bin:\$PATH"
     archerchat chat --model-tag $TAG         # talk to it; it knows sums, spelling and its name
+    archerchat serve                         # or talk to it in a browser
     archerchat sample --model-tag $TAG       # what the base model says; --help tells how to prompt it
     archerchat rl --model-tag $TAG --task Arithmetic    # go on by reinforcement
     archerchat plan --depth 8                # what a larger model would take, and cost

@@ -72,6 +72,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "chat with a model in the terminal",
         short={"-p": "--prompt", **MAX_TOKENS},
     ),
+    "serve": Command("commands.serve:serve", "serve OpenAI's API and a chat page"),
     "sample": Command("commands.sample:sample", "print text that a model writes", short=MAX_TOKENS),
     "eval": {
         "base": Command("commands.eval_base:evaluate", "evaluate a base model"),

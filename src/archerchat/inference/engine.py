@@ -43,6 +43,7 @@ class Engine:
         compile: compile steps on CUDA, and single-row steps on CPUs in float32: faster, after
             some seconds.
         overlap: read tokens one step late; by default on CUDA.
+        kept_tokens: keep prompts of this many tokens in all, for later ones that continue them.
 
     Attributes:
         model: the model, or a copy of it in the compute dtype.
@@ -56,13 +57,14 @@ class Engine:
         max_length: int | None = None,
         compile: bool = False,
         overlap: bool | None = None,
+        kept_tokens: int = 0,
     ) -> None:
         self.max_batch = max_batch
         self.max_length = max_length or model.config.sequence_length
         self.overlap = model.device.type == "cuda" if overlap is None else overlap
         self._runner = ModelRunner(model, max_batch, self.max_length, compile)
         self.model = self._runner.model
-        self._scheduler = Scheduler(self.model)
+        self._scheduler = Scheduler(self.model, kept_tokens)
         self._running: list[Sequence] = []
         self._plan: SamplingPlan | None = None  # of the running sequences; None after a change
         self._unread: deque[tuple[list[Sequence], Fetch]] = deque()
@@ -73,6 +75,16 @@ class Engine:
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._scheduler or self._running or self._unread or self._events)
+
+    @property
+    def num_running(self) -> int:
+        """Rows in use."""
+        return sum(not sequence.finished for sequence in self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests with samples that have no row yet."""
+        return len(self._scheduler)
 
     def check(self, request: Request) -> None:
         """Refuse a request that this engine cannot serve.
@@ -86,6 +98,7 @@ class Engine:
         """Copy the model's weights after a training step changed them."""
         assert not self._running, "sequences in work were started with the old weights"
         self._runner.inference.refresh()
+        self._scheduler.kept.clear()
 
     def add(self, number: int, request: Request) -> None:
         """Queue a request; its events carry `number`, which no other request in work may have.
@@ -176,7 +189,9 @@ class Engine:
         started = self._scheduler.schedule(self.max_batch - first)
         # Rows of similar length side by side: a step reads them no further than they reach.
         for waiting, sample, prompt in sorted(started, key=lambda item: item[2].prefix.length):
-            sequence = Sequence(waiting.number, sample, waiting.request, self.max_length)
+            sequence = Sequence(
+                waiting.number, sample, waiting.request, self.max_length, waiting.cached
+            )
             row = len(self._running)
             self._runner.start(row, prompt.prefix, waiting.request, sequence.seed)
             self._running.append(sequence)

@@ -4,13 +4,16 @@ A request's prompt runs once, however many samples it has. Prompts that begin al
 examples, a system message) form a group, and their beginning runs once for the whole group. Groups
 are served one after another, in the order of their oldest prompt, so no more than one shared
 prefix is kept at a time.
+
+A server's prompts continue those of minutes before. With `kept_tokens`, prompts that have run are
+kept, and a later prompt that begins with one of them runs only the rest.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -53,19 +56,57 @@ class WaitingRequest:
     prompt: PrefilledPrompt | None = None
     """Set from the start of the first sample to the start of the last."""
     shared: _SharedPrefix | None = None
+    cached: int = 0
+    """Tokens of its prompt that an earlier request has run."""
+
+
+class KeptPrompts:
+    """Prompts that have run, the most recently used ones up to `max_tokens` in all."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens, self._tokens = max_tokens, 0
+        self._kept: OrderedDict[tuple[int, ...], PrefilledPrompt] = OrderedDict()
+
+    def find(self, prompt: Sequence[int]) -> PrefilledPrompt | None:
+        """Return the longest kept prompt that `prompt` equals or begins with."""
+        ids = tuple(prompt) if self._kept else ()
+        found = max((kept for kept in self._kept if ids[: len(kept)] == kept), key=len, default=())
+        if not found:
+            return None
+        self._kept.move_to_end(found)
+        return self._kept[found]
+
+    def keep(self, prompt: Sequence[int], ran: PrefilledPrompt) -> None:
+        """Copy a prompt out of the batch that it ran in; drop those used longest ago."""
+        if not MIN_SHARED <= len(prompt) <= self._max_tokens or tuple(prompt) in self._kept:
+            return
+        keys, values = (
+            tuple(x.clone() for x in kind) for kind in (ran.prefix.keys, ran.prefix.values)
+        )
+        prefix = replace(ran.prefix, keys=keys, values=values, previous=ran.prefix.previous.clone())
+        self._kept[tuple(prompt)] = PrefilledPrompt(prefix, ran.logits.clone())
+        self._tokens += len(prompt)
+        while self._tokens > self._max_tokens:
+            self._tokens -= len(self._kept.popitem(last=False)[0])
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._tokens = 0
 
 
 class Scheduler:
     """Keep the queue of waiting requests, ordered so that shared prefixes run once.
 
     Attributes:
+        kept: prompts that later ones may continue, up to `kept_tokens` tokens.
         prefilled_tokens: prompt tokens run so far: each shared prefix once, padding not counted.
     """
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, kept_tokens: int = 0) -> None:
         self._model = model
         self._queue: deque[WaitingRequest] = deque()
         self._grouped = True
+        self.kept = KeptPrompts(kept_tokens)
         self.prefilled_tokens = 0
 
     def __len__(self) -> int:
@@ -120,19 +161,31 @@ class Scheduler:
 
         A request that has started samples stays in front.
         """
-        started = [waiting for waiting in self._queue if waiting.prompt is not None]
-        others = [waiting for waiting in self._queue if waiting.prompt is None]
+        started = [waiting for waiting in self._queue if waiting.started]
+        others = [waiting for waiting in self._queue if not waiting.started]
         self._queue = deque(started)
-        for group in group_by_prefix([waiting.request.prompt for waiting in others]):
+        found = [self.kept.find(waiting.request.prompt) for waiting in others]
+        new = [i for i, ran in enumerate(found) if ran is None]
+        groups = [
+            PrefixGroup(group.shared, tuple(new[i] for i in group.members))
+            for group in group_by_prefix([others[i].request.prompt for i in new])
+        ]
+        groups += [PrefixGroup(0, (i,)) for i, ran in enumerate(found) if ran is not None]
+        for group in sorted(groups, key=lambda group: group.members[0]):
             members = [others[i] for i in group.members]
-            shared = None
-            if group.shared:
+            shared, ran = None, found[group.members[0]]
+            if ran is not None:
+                if ran.prefix.length == len(members[0].request.prompt):
+                    members[0].prompt = ran
+                else:
+                    shared = _SharedPrefix([], ran.prefix)
+            elif group.shared:
                 token_ids = list(members[0].request.prompt[: group.shared])
                 old = members[0].shared  # may have run this very prefix already
                 prefix = old.prefix if old is not None and old.token_ids == token_ids else None
                 shared = _SharedPrefix(token_ids, prefix)
             for waiting in members:
-                waiting.shared = shared
+                waiting.shared, waiting.cached = shared, ran.prefix.length if ran else 0
             self._queue.extend(members)
         self._grouped = True
 
@@ -151,7 +204,9 @@ class Scheduler:
                 self.prefilled_tokens += sum(ran.lengths)
                 logits = ran.last_logits()
                 for place, i in enumerate(batch):
-                    members[i].prompt = PrefilledPrompt(ran.prefix(place), logits[place])
+                    prompt = PrefilledPrompt(ran.prefix(place), logits[place])
+                    members[i].prompt = prompt
+                    self.kept.keep(members[i].request.prompt, prompt)
             for waiting in members:
                 waiting.shared = None
 

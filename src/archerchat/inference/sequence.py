@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from archerchat.errors import UsageError
@@ -72,6 +72,8 @@ class Event:
     """The text that is certain since the last event; it may lag behind the tokens."""
     logprobs: TokenLogprobs | None = None
     """Those of the token, or of the stop token; None for forced tokens."""
+    cached: int = 0
+    """Tokens of the prompt that an earlier request has run."""
 
 
 @dataclass
@@ -158,9 +160,11 @@ class Sequence:
         finished: whether its last event has happened.
     """
 
-    def __init__(self, number: int, sample: int, request: Request, max_length: int) -> None:
+    def __init__(
+        self, number: int, sample: int, request: Request, max_length: int, cached: int = 0
+    ) -> None:
         params, room = request.params, max_length - len(request.prompt)
-        self.number, self.sample, self.request = number, sample, request
+        self.number, self.sample, self.request, self._cached = number, sample, request, cached
         self.seed = derive_seed(params.seed, sample)
         self.token_ids: list[int] = []
         self.num_drawn = 1
@@ -213,7 +217,8 @@ class Sequence:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
         said = token if stop_token is None else None
         ends = (stop_token, stop_string)
-        return Event(self.number, self.sample, said, forced, reason, *ends, text, logprobs)
+        event = Event(self.number, self.sample, said, forced, reason, *ends, text, logprobs)
+        return replace(event, cached=self._cached) if self._cached else event
 
     def cancel(self) -> Event:
         """End it here."""

@@ -195,6 +195,10 @@ class Tokenizer:
                 "the model was probably trained with another tokenizer"
             ) from error
 
+    def token(self, token_id: int) -> bytes:
+        """Return the bytes that an id stands for; a special token's are its name."""
+        return self._encoding.decode_single_token_bytes(token_id)
+
     @property
     def token_bytes(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """The number of bytes each id stands for, (vocab_size,); 0 for special tokens."""

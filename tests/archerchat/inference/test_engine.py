@@ -516,3 +516,22 @@ def test_all_parameters_on_cuda_say_what_they_say_on_a_cpu(build: Any, prompt: P
     ):
         assert ours[0].token_ids == plain[0].token_ids
         assert len(ours[0].logprobs) == len(plain[0].logprobs)
+
+
+def test_a_later_prompt_runs_only_what_follows_a_kept_one(
+    model: Transformer, prompt: Prompt, is_plain: IsPlain
+) -> None:
+    """A second turn, the same prompt again, and another conversation that pushes the second out."""
+    engine = Engine(model, max_batch=2, kept_tokens=350)
+    first = prompt(140)  # longer than a short window
+    second = [*first, *prompt(30)]
+    turns = [first, second, first, prompt(100), second]
+    cached = []
+    for turn in turns:
+        request, completion = greedy(turn, 5), Completion()
+        for event in engine.stream([request]):
+            completion.add(event)
+            cached.append(event.cached)
+        assert is_plain(model, request, completion)
+    assert cached[::5] == [0, 140, 140, 0, 140]
+    assert engine._scheduler.prefilled_tokens == 140 + 30 + 100 + 30

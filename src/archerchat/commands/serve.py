@@ -1,0 +1,59 @@
+"""`archerchat serve`: OpenAI's API and a chat page, for the models on this machine."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+from archerchat.errors import UsageError
+from archerchat.home import Home
+from archerchat.runtime import build_runtime, prepare_process
+from archerchat.serving.config import ServeConfig
+
+SHUTDOWN_SECONDS = 5
+MAX_CONNECTIONS = 1000
+
+
+def serve(config: ServeConfig, home: Home) -> None:
+    """Serve until Ctrl-C.
+
+    Raises:
+        UsageError: the extra is not installed, there is no such model, or the address is taken.
+        CheckpointError: a model is damaged.
+    """
+    try:
+        import uvicorn
+
+        from archerchat.serving.app import build_app
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"serve needs {error.name}: install the extra, pip install 'archerchat[serve]'"
+        ) from error
+    if not config.is_local and config.key is None:
+        print(f"no API key: everyone who reaches {config.host} may use this server; set --api-key",
+              file=sys.stderr)  # fmt: skip
+    runtime = build_runtime(config.device, config.dtype)
+    prepare_process(runtime)
+    app = build_app(home, runtime, config)
+    listener = _listen(config.host, config.port)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"http://{host}:{listener.getsockname()[1]}/ is the page; "
+          f"the API is under /v1", flush=True)  # fmt: skip
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        limit_concurrency=MAX_CONNECTIONS,
+        server_header=False,
+    )
+    uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}:{port}: {error.strerror}; --port names another"
+        ) from error

@@ -1,0 +1,353 @@
+"""The application: its routes, and what they ask of the worker.
+
+    app = build_app(home, runtime, ServeConfig())
+
+A handler turns a request into prompts and parameters, hands them to the worker, and turns events
+into an answer. It ends the rows of a client that goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import Response
+from fastapi.staticfiles import StaticFiles
+from sse_starlette import EventSourceResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
+
+from archerchat.home import Home
+from archerchat.inference import sequence
+from archerchat.inference.chat import build_answer_request
+from archerchat.inference.prefill import iter_batches
+from archerchat.inference.scoring import score_prompts
+from archerchat.inference.sequence import TokenLogprobs
+from archerchat.runtime import Runtime
+from archerchat.serving import requests as asked
+from archerchat.serving.config import LOOPBACK, ServeConfig
+from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
+from archerchat.serving.models import Models, ServedModel
+from archerchat.serving.responses import Answer, ChatChoice, TextChoice
+from archerchat.serving.worker import GenerationFailed, Stream, Worker
+
+PAGE = Path(__file__).parent / "page"
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
+PING_SECONDS = 15
+SEND_SECONDS = 60.0
+"""How long a client may leave a chunk unread."""
+Choice = ChatChoice | TextChoice
+router = APIRouter()
+
+
+@dataclass
+class Server:
+    """What handlers share."""
+
+    worker: Worker
+    models: Models
+    started: float = field(default_factory=time.monotonic)
+
+
+def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
+    """Return the application; its worker starts and ends with it.
+
+    Raises as `Models` does.
+    """
+    worker = Worker(config.max_batch + config.max_queue)
+    models = Models(home, runtime, worker, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="ArcherChat", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app.state.server = Server(worker, models)
+    install_handlers(app)
+    app.include_router(router)
+    app.mount("/page", _PageFiles(directory=PAGE), name="page")
+    hosts = LOOPBACK if config.is_local and config.key is None else None
+    app.add_middleware(Guard, api_key=config.key, hosts=hosts)
+    if config.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origin),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+        )
+    return app
+
+
+def _server(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+Shared = Annotated[Server, Depends(_server)]
+
+
+class _PageFiles(StaticFiles):
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(PAGE_HEADERS)
+        return response
+
+
+@router.get("/", include_in_schema=False)
+async def show_page() -> Response:
+    content = (PAGE / "index.html").read_bytes()
+    return Response(content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation."""
+    model = await server.models.get(body.model)
+    params, tokenizer = body.params(), model.tokenizer
+    prompt, dropped = asked.render_prompt(
+        tokenizer,
+        asked.read_conversation(body.messages),
+        model.engine.max_length,
+        params.max_new_tokens,
+        body.truncation == "auto",
+    )
+    asks = [build_answer_request(tokenizer, prompt, params)]
+    stream = server.worker.submit(model.engine, asks)
+    choices = [ChatChoice(tokenizer, index, asks[0]) for index in range(params.num_samples)]
+    answer = Answer("chat.completion", model.card.name, asks, dropped)
+    headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
+    if body.stream:
+        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), headers)
+    return await _until_gone(request, stream, _whole(stream, choices, answer, headers))
+
+
+@router.post("/chat/completions")
+async def chat_streaming(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation, as a stream unless the request says otherwise."""
+    stream = body.stream is not False
+    return await chat(body.model_copy(update={"stream": stream}), request, server)
+
+
+@router.post("/v1/completions")
+async def complete(body: asked.CompletionRequest, request: Request, server: Shared) -> Response:
+    """Continue texts or token ids as they are: what base models do."""
+    model = await server.models.get(body.model)
+    tokenizer, params = model.tokenizer, body.params(model.tokenizer)
+    asks = [
+        sequence.Request(prompt, params, decode=tokenizer.decode)
+        for prompt in body.prompts(tokenizer)
+    ]
+    for ask in asks:
+        model.engine.check(ask)
+    scores: list[Sequence[TokenLogprobs | None]] = [[None] * len(ask.prompt) for ask in asks]
+    if body.echo and body.logprobs is not None:
+        scores = await _score(server, model, [ask.prompt for ask in asks], body.logprobs)
+    # The BOS before a text is the server's own, so clients that count tokens do not see it.
+    echoes = [
+        list(zip(ask.prompt, scored, strict=True))[body.is_text :] if body.echo else []
+        for ask, scored in zip(asks, scores, strict=True)
+    ]
+    choices = [
+        TextChoice(tokenizer, index, asks[number], echoes[number])
+        for index in range(len(asks) * params.num_samples)
+        for number in [index // params.num_samples]
+    ]
+    answer = Answer("text_completion", model.card.name, asks)
+    if body.max_tokens == 0:  # only the prompt was asked about
+        for choice in choices:
+            choice.end("length")
+        return AsciiJSON(answer.whole([choice.whole() for choice in choices], None))
+    stream = server.worker.submit(model.engine, asks)
+    if body.stream:
+        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), {})
+    return await _until_gone(request, stream, _whole(stream, choices, answer, {}))
+
+
+async def _score(
+    server: Server, model: ServedModel, prompts: Sequence[Sequence[int]], top: int
+) -> list[Sequence[TokenLogprobs | None]]:
+    """Score prompts a batch at a time, so that others' tokens come in between."""
+    found: dict[int, Sequence[TokenLogprobs | None]] = {}
+    for batch in iter_batches([len(prompt) for prompt in prompts]):
+        rows = [prompts[i] for i in batch]
+        scores = await server.worker.call(partial(score_prompts, model.engine.model, rows, top))
+        found |= dict(zip(batch, scores, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+async def _whole(
+    stream: Stream, choices: Sequence[Choice], answer: Answer, headers: dict[str, str]
+) -> Response:
+    async for events in stream:
+        for event in events:
+            choices[stream.choice(event)].read(event)
+    content = answer.whole([choice.whole() for choice in choices], stream)
+    return AsciiJSON(content, headers=headers)
+
+
+async def _chunks(
+    stream: Stream, choices: Sequence[Choice], answer: Answer, wants_usage: bool
+) -> AsyncIterator[bytes]:
+    """Yield the events of a stream, one for each token of each choice."""
+    for choice in choices:
+        if isinstance(choice, TextChoice) and choice.first()["text"]:
+            yield _data(answer.chunk([choice.first()]))
+    try:
+        async for events in stream:
+            more = {} if stream.open_samples else {"timings": stream.timings()}
+            shown = [choices[stream.choice(event)].read(event) for event in events]
+            for chunk in shown[:-1]:
+                yield _data(answer.chunk([chunk]))
+            yield _data(answer.chunk(shown[-1:], **more))
+    except GenerationFailed as error:
+        yield _data(error_body(500, str(error)))
+        return
+    if wants_usage:
+        yield _data(answer.chunk([], **answer.totals(stream)))
+    yield b"data: [DONE]\n\n"
+
+
+def _data(content: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
+
+
+class _Events(EventSourceResponse):
+    """A stream of chunks; whatever ends it frees its rows."""
+
+    def __init__(
+        self, stream: Stream, chunks: AsyncIterator[bytes], headers: dict[str, str]
+    ) -> None:
+        super().__init__(chunks, headers=headers, ping=PING_SECONDS, send_timeout=SEND_SECONDS)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.close()
+
+
+async def _until_gone(
+    request: Request, stream: Stream, work: Coroutine[Any, Any, Response]
+) -> Response:
+    """Return the answer, or end the work when the client goes away."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    answer, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return answer.result() if answer.done() else Response(status_code=499)
+    finally:
+        answer.cancel()
+        leaving.cancel()
+        await asyncio.gather(answer, leaving, return_exceptions=True)
+        stream.close()
+
+
+@router.get("/v1/models")
+async def list_models(server: Shared) -> Response:
+    """List the models on offer; the first answers requests that name none."""
+    data = [
+        {**card.describe(), "loaded": card.name in server.models.loaded}
+        for card in server.models.cards.values()
+    ]
+    return AsciiJSON({"object": "list", "data": data})
+
+
+@router.get("/v1/models/{name}")
+async def show_model(name: str, server: Shared) -> Response:
+    """Describe a model."""
+    return AsciiJSON(server.models.find(name).describe())
+
+
+@router.post("/tokenize")
+async def tokenize(body: asked.TokenizeRequest, server: Shared) -> Response:
+    """Return the token ids of a text, and the text of each."""
+    tokenizer = (await server.models.get(body.model)).tokenizer
+    ids = tokenizer.encode(body.content if body.prompt is None else body.prompt)
+    ids = [tokenizer.bos_id, *ids] if body.add_special else ids
+    pieces = [tokenizer.token(i).decode(errors="replace") for i in ids]
+    return AsciiJSON({"tokens": ids, "pieces": pieces, "count": len(ids)})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info() -> Response:
+    """Return what lm-evaluation-harness asks before it sends texts to /tokenize."""
+    return AsciiJSON({"eos_token": "<|bos|>", "bos_token": None, "pad_token": None})
+
+
+@router.post("/detokenize")
+async def detokenize(body: asked.DetokenizeRequest, server: Shared) -> Response:
+    """Return the text of token ids."""
+    tokenizer = (await server.models.get(body.model)).tokenizer
+    asked.check_ids("tokens", body.tokens, tokenizer)
+    text = tokenizer.decode(body.tokens)
+    return AsciiJSON({"content": text, "prompt": text})
+
+
+@router.post("/apply-template")
+async def apply_template(body: asked.ConversationRequest, server: Shared) -> Response:
+    """Return a conversation as the model reads it."""
+    model = await server.models.get(body.model)
+    messages = asked.read_conversation(body.messages)
+    ids, _ = asked.render_prompt(model.tokenizer, messages, 2**31, 1, cut=False)
+    return AsciiJSON({"prompt": model.tokenizer.decode(ids), "tokens": ids})
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Say that the server answers."""
+    return AsciiJSON({"status": "ok"})
+
+
+@router.get("/stats")
+async def stats(server: Shared) -> Response:
+    """Return what is loaded, what is at work, and counts since the start."""
+    return AsciiJSON(_stats(server))
+
+
+@router.get("/metrics")
+async def metrics(server: Shared) -> Response:
+    """Return the numbers of /stats in the form that Prometheus reads."""
+    lines = []
+    for name, value in _stats(server).items():
+        if isinstance(value, int | float):
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# TYPE archerchat_{name} {kind}", f"archerchat_{name} {value}"]
+    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+def _stats(server: Server) -> dict[str, Any]:
+    worker, loaded = server.worker, list(server.models.loaded.values())
+    return {
+        "uptime_seconds": round(time.monotonic() - server.started, 3),
+        "rows": sum(each.engine.num_running for each in loaded),
+        "waiting": sum(each.engine.num_waiting for each in loaded),
+        "samples_in_work": worker.samples,
+        "requests_total": worker.requests,
+        "errors_total": worker.errors,
+        "prompt_tokens_total": worker.prompt_tokens,
+        "cached_tokens_total": worker.cached_tokens,
+        "generated_tokens_total": worker.generated_tokens,
+        "models": [each.card.name for each in loaded],
+    }

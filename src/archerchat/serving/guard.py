@@ -1,0 +1,170 @@
+"""What stands before every handler: who may ask, and how much; and the form of every refusal."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from archerchat.errors import ArcherChatError, UsageError
+from archerchat.serving.models import UnknownModel
+from archerchat.serving.worker import Overloaded
+
+MAX_BODY_BYTES = 8 * 2**20
+BODY_SECONDS = 30.0
+RETRY_SECONDS = 1
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class AsciiJSON(Response):
+    """JSON in ASCII, so that half of a surrogate pair in what a client sent harms nobody."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """Return an error as OpenAI's API words it."""
+    kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> Response:
+    """Return the response to a request that is refused."""
+    headers = {"retry-after": str(RETRY_SECONDS)} if status == 429 else None
+    return AsciiJSON(error_body(status, message, param, code), status, headers)
+
+
+class Guard:
+    """Check host and key, and read the body within its bounds, before anything else runs.
+
+    Args:
+        api_key: asked for everywhere but on the page and at /health; None asks for none.
+        hosts: names that a request may be sent to; None allows all. Names keep pages of strangers
+            from a server without a key: their own name, made to point here, is refused.
+    """
+
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: Sequence[str] | None) -> None:
+        self._app, self._key, self._hosts = app, api_key, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
+        refused = self._check(scope, headers)
+        body = b""
+        if refused is None and scope["method"] in ("POST", "PUT", "PATCH"):
+            try:
+                body = await asyncio.wait_for(_read(receive, headers), BODY_SECONDS)
+            except TimeoutError:
+                refused = refusal(408, f"the body took more than {BODY_SECONDS:g} seconds")
+            except _TooLarge:
+                refused = refusal(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+            except ConnectionError:
+                return
+        if refused is not None:
+            refused.headers["connection"] = "close"
+            await refused(scope, receive, send)
+            return
+        ready: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return ready.pop() if ready else await receive()
+
+        await self._app(scope, replay, send)
+
+    def _check(self, scope: Scope, headers: dict[str, bytes]) -> Response | None:
+        host = headers.get("host", b"").decode("latin-1")
+        name = re.sub(r":\d*$", "", host).strip("[]")
+        if self._hosts is not None and name not in self._hosts:
+            return refusal(403, f"this server is not {name!r}: --host or --api-key opens it")
+        path: str = scope["path"]
+        is_open = path in ("/", "/health", "/favicon.ico") or path.startswith("/page/")
+        if self._key is None or is_open or scope["method"] == "OPTIONS":
+            return None
+        given = headers.get("authorization", b"").removeprefix(b"Bearer ")
+        if hmac.compare_digest(given, self._key.encode()):
+            return None
+        return refusal(401, "the API key is missing or wrong: send Authorization: Bearer KEY",
+                       code="invalid_api_key")  # fmt: skip
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def _read(receive: Receive, headers: dict[str, bytes]) -> bytes:
+    length = headers.get("content-length", b"0")
+    if length.isdigit() and int(length[:18]) > MAX_BODY_BYTES:
+        raise _TooLarge
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ConnectionError
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
+            raise _TooLarge
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Give every error OpenAI's form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        # Of a union's branches, the one that went furthest says most.
+        worst = max(error.errors(), key=lambda each: len(each["loc"]))
+        param = _field_name(worst["loc"])
+        return refusal(400, f"{param or 'the body'}: {worst['msg']}", param)
+
+    @app.exception_handler(ArcherChatError)
+    async def _ours(request: Request, error: ArcherChatError) -> Response:
+        # The engine's messages name flags of the command line, which are fields here.
+        message = re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), str(error))
+        param, code = getattr(error, "param", None), getattr(error, "code", None)
+        if isinstance(error, UnknownModel):
+            return refusal(404, message, "model", "model_not_found")
+        if param is None and (found := re.search(r"--([a-z][a-z-]*)|\b(prompt)\b", str(error))):
+            param = (found[1] or found[2]).replace("-", "_")
+        return refusal(400 if isinstance(error, UsageError) else 500, message, param, code)
+
+    @app.exception_handler(Overloaded)
+    async def _overloaded(request: Request, error: Overloaded) -> Response:
+        return refusal(429, str(error), code="queue_full")
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        return refusal(error.status_code, str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def _unforeseen(request: Request, error: Exception) -> Response:
+        return refusal(500, f"the server failed: {type(error).__name__}")
+
+
+def _field_name(place: Sequence[str | int]) -> str | None:
+    """Return where an error is, such as `messages[0].content`, without the names of types."""
+    name = ""
+    for step in place[1:]:
+        if isinstance(step, int):
+            name += f"[{step}]"
+        elif not re.search(r"[\[\]()-]|^(str|int|json_invalid)$", step):
+            name += f".{step}" if name else step
+    return name or None

@@ -1,0 +1,157 @@
+"""The models that a server offers: found at its start, loaded on first use, few at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from archerchat.checkpoint import (
+    find_checkpoint,
+    find_model,
+    list_models,
+    load_checkpoint,
+    saved_at,
+)
+from archerchat.errors import CheckpointError, UsageError
+from archerchat.home import Home
+from archerchat.inference.engine import Engine
+from archerchat.inference.loading import load_model, read_model_config
+from archerchat.model.config import ModelConfig
+from archerchat.model.flops import count_parameters
+from archerchat.runtime import Runtime
+from archerchat.serving.config import ServeConfig
+from archerchat.serving.worker import Overloaded, Worker
+from archerchat.tokenizer.bpe import Tokenizer
+
+STAGES = ("rl", "sft", "base")
+"""The first that there is answers requests that name no model."""
+KEPT_CONTEXTS = 4
+"""Prompts that are kept for conversations that go on, in contexts of tokens."""
+
+
+class UnknownModel(UsageError):
+    """Report a model that the server does not offer."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """A checkpoint on offer."""
+
+    name: str
+    """TAG:STAGE, or TAG:STAGE@STEP where the step was asked for."""
+    path: Path
+    stage: str
+    step: int
+    config: ModelConfig
+    val_bpb: float | None
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as an entry of `GET /v1/models`."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": saved_at(self.path) // 10**9,
+            "owned_by": "archerchat",
+            "tag": self.path.parent.name,
+            "stage": self.stage,
+            "step": self.step,
+            "depth": self.config.num_layers,
+            "parameters": count_parameters(self.config).total,
+            "context": self.config.sequence_length,
+            "val_bpb": self.val_bpb,
+        }
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A model in memory."""
+
+    card: ModelCard
+    tokenizer: Tokenizer
+    engine: Engine
+    last_used: float
+
+
+class Models:
+    """Offer models, and keep the configured number of them in memory.
+
+    Raises:
+        UsageError: a name is malformed, there is no such model, or none at all.
+        CheckpointError: one is damaged.
+    """
+
+    def __init__(self, home: Home, runtime: Runtime, worker: Worker, config: ServeConfig) -> None:
+        self._home, self._runtime, self._worker, self._config = home, runtime, worker, config
+        self.cards = {name: _read_card(home, name) for name in config.model or _find_names(home)}
+        self.loaded: dict[str, ServedModel] = {}
+        if not self.cards:
+            raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")
+
+    def find(self, name: str | None) -> ModelCard:
+        """Return the card of a model by its name or its tag alone; of the first one for None.
+
+        Raises:
+            UnknownModel: there is none.
+        """
+        for card in self.cards.values():
+            if name in (None, card.name, card.path.parent.name):
+                return card
+        raise UnknownModel(f"there is no model {name!r}; there is {', '.join(self.cards)}")
+
+    async def get(self, name: str | None) -> ServedModel:
+        """Return a model, loading it first if need be; raises as `find` and `load_model` do.
+
+        Raises:
+            Overloaded: all that may be in memory are at work.
+        """
+        card = self.find(name)
+        found = self.loaded.get(card.name)
+        if found is None:
+            found = await self._worker.call(partial(self._load, card))
+        found.last_used = time.monotonic()
+        return found
+
+    def _load(self, card: ModelCard) -> ServedModel:
+        """Load a model in the place of the one used longest ago; run by the worker's thread."""
+        if card.name in self.loaded:  # by a request that came at the same time
+            return self.loaded[card.name]
+        if len(self.loaded) >= self._config.max_loaded:
+            idle = [each for each in self.loaded.values() if not each.engine.busy]
+            if not idle:
+                raise Overloaded("the models in memory are at work: try again in a moment")
+            del self.loaded[min(idle, key=lambda each: each.last_used).card.name]
+        tag = card.path.parent.name
+        model = load_model(self._home, self._runtime, card.stage, tag, card.step)
+        kept = KEPT_CONTEXTS * card.config.sequence_length
+        engine = Engine(model.model, max_batch=self._config.max_batch, kept_tokens=kept)
+        served = ServedModel(card, model.tokenizer, engine, time.monotonic())
+        self.loaded[card.name] = served
+        return served
+
+
+def _find_names(home: Home) -> list[str]:
+    """Return all models, those of the last stage first and of these the one saved last."""
+    names = []
+    for stage in STAGES:
+        found = sorted(list_models(home, stage), key=lambda p: -saved_at(find_checkpoint(p)))
+        names += [f"{path.name}:{stage}" for path in found]
+    return names
+
+
+def _read_card(home: Home, name: str) -> ModelCard:
+    tag, _, rest = name.partition(":")
+    stage, _, step = rest.partition("@")
+    if stage not in STAGES or (step and not step.isdecimal()) or not tag:
+        raise UsageError(f"--model {name!r} is not TAG:STAGE or TAG:STAGE@STEP, such as d12:sft")
+    path = find_checkpoint(find_model(home, stage, tag), int(step) if step else None)
+    try:
+        checkpoint = load_checkpoint(path, sections=("loop",))
+        value = checkpoint.state["loop"].get("last_val", math.nan)
+    except CheckpointError:  # imported, so without a loop; or damaged, which is said now
+        checkpoint, value = load_checkpoint(path, sections=()), math.nan
+    bits = value if math.isfinite(value) and stage != "rl" else None
+    return ModelCard(name, path, stage, checkpoint.step, read_model_config(checkpoint), bits)

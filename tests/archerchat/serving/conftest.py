@@ -1,0 +1,73 @@
+"""A home with a base model and a chat model, both of a second's training, and clients of it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+pytest.importorskip("sse_starlette")
+pytest.importorskip("httpx")
+import uvicorn
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from archerchat.home import Home
+from archerchat.runtime import build_runtime
+from archerchat.serving.app import build_app
+from archerchat.serving.config import ServeConfig
+
+Open = Callable[..., TestClient]
+URL = "http://127.0.0.1"
+
+
+@pytest.fixture(scope="session")
+def served_home(trained_template: Any, tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """The base model's weights serve as those of a chat model, which says nothing of sense."""
+    home: Home = trained_template.copy(tmp_path_factory.mktemp("served") / "home")
+    (home.root / "checkpoints" / "sft").symlink_to(home.root / "checkpoints" / "base")
+    return home
+
+
+@pytest.fixture
+def serve(served_home: Home) -> Iterator[Open]:
+    """Start an application with these options; return its client."""
+    with ExitStack() as stack:
+
+        def start(home: Home = served_home, **options: Any) -> TestClient:
+            app = build_app(home, build_runtime("cpu", "float32"), ServeConfig(**options))
+            return stack.enter_context(TestClient(app, base_url=URL, raise_server_exceptions=False))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def client(served_home: Home) -> Iterator[TestClient]:
+    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig())
+    with TestClient(app, base_url=URL, raise_server_exceptions=False) as found:
+        yield found
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[tuple[str, int]]:
+    """Run an application on a free port; yield its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield listener.getsockname()
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def listen() -> Callable[[FastAPI], Any]:
+    return listening

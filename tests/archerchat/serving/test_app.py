@@ -1,0 +1,205 @@
+"""What the API answers, against the engine's own words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+
+from archerchat import load
+from archerchat.inference.sequence import Event, Request
+from archerchat.serving.responses import ChatChoice
+from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+GREEDY = {"temperature": 0, "max_tokens": 6}
+
+
+def ask(client: TestClient, path: str, **body: Any) -> Any:
+    response = client.post(path, json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(client: TestClient, path: str, **body: Any) -> list[Any]:
+    response = client.post(path, json={**body, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    return [json.loads(event) for event in events[:-1]]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+@pytest.fixture(scope="module")
+def model(served_home: Any) -> Any:
+    return load("tiny", device="cpu", dtype="float32", home=served_home.root)
+
+
+def test_a_completion_is_what_generate_says_whole_and_streamed(
+    client: TestClient, model: Any
+) -> None:
+    expected = model.generate("ab", "cd", max_new_tokens=6, temperature=0)
+    body = {"model": "tiny:base", "prompt": ["ab", "cd"], **GREEDY}
+    whole = ask(client, TEXT, **body)
+    assert [choice["text"] for choice in whole["choices"]] == expected
+    assert {choice["finish_reason"] for choice in whole["choices"]} == {"length"}
+    assert whole["usage"]["completion_tokens"] == 12
+    assert whole["timings"]["predicted_n"] == 12
+    chunks = stream(client, TEXT, **body, stream_options={"include_usage": True})
+    texts = ["", ""]
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["text"]
+    assert texts == expected
+    assert chunks[-1]["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
+    ids = [model.loaded.tokenizer.bos_id, *model.loaded.tokenizer.encode("cd")]
+    assert ask(client, TEXT, model="tiny", prompt=ids, **GREEDY)["choices"][0]["text"] in expected
+
+
+def test_samples_differ_and_a_seed_repeats_them(client: TestClient) -> None:
+    body = {"prompt": "ab", "n": 3, "max_tokens": 8, "seed": 1}
+    first = [choice["text"] for choice in ask(client, TEXT, **body)["choices"]]
+    assert len(set(first)) > 1
+    assert first == [choice["text"] for choice in ask(client, TEXT, **body)["choices"]]
+    assert first != [
+        choice["text"] for choice in ask(client, TEXT, **body | {"seed": 2})["choices"]
+    ]
+
+
+def test_a_stop_string_ends_a_completion_across_tokens(client: TestClient, model: Any) -> None:
+    (text,) = model.generate("ab", max_new_tokens=12, temperature=0)
+    stop = text[len(text) // 2 - 1 : len(text) // 2 + 3]
+    body = {"model": "tiny:base", "prompt": "ab", "temperature": 0, "max_tokens": 12, "stop": stop}
+    (choice,) = ask(client, TEXT, **body)["choices"]
+    assert choice["text"] == text[: text.index(stop)]
+    assert choice["finish_reason"] == "stop"
+    streamed = [chunk["choices"][0]["text"] for chunk in stream(client, TEXT, **body)]
+    assert "".join(streamed) == choice["text"]
+
+
+def test_a_conversation_is_answered_continued_and_templated(client: TestClient, model: Any) -> None:
+    tokenizer = model.loaded.tokenizer
+    messages = [{"role": "developer", "content": "be"}, user("ab")]
+    conversation = {"messages": [{"role": "system", "content": "be"}, user("ab")]}
+    template = ask(client, "/apply-template", messages=messages)
+    assert template["tokens"] == render_for_completion(tokenizer, conversation)
+    raw = ask(client, TEXT, model="tiny:base", prompt=template["tokens"], **GREEDY)["choices"][0]
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    messages[1] = {"role": "user", "content": parts}  # type: ignore[dict-item]
+    answer = ask(client, CHAT, messages=messages, **GREEDY)
+    assert answer["choices"][0]["message"]["content"] == raw["text"]
+    assert answer["usage"]["prompt_tokens"] == len(template["tokens"])
+    chunks = stream(client, CHAT, messages=messages, **GREEDY)
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    deltas = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(deltas) == raw["text"]
+    assert "timings" in chunks[-1]
+    prefill = [user("ab"), {"role": "assistant", "content": "cd"}]
+    ids, _ = render_conversation(tokenizer, {"messages": prefill})
+    assert ask(client, "/apply-template", messages=prefill)["tokens"] == ids[:-1]
+
+
+def test_the_seeds_path_streams_by_itself(client: TestClient) -> None:
+    response = client.post("/chat/completions", json={"messages": [user("ab")], "max_tokens": 2})
+    assert response.text.rstrip().endswith("data: [DONE]")
+
+
+def test_a_second_turn_does_not_run_the_first_again(client: TestClient) -> None:
+    first = [user("abcdefghij klmnop abcdefghij")]
+    answer = ask(client, CHAT, messages=first, **GREEDY)["choices"][0]["message"]["content"]
+    usage = ask(client, CHAT, messages=first, **GREEDY)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
+    second = [*first, {"role": "assistant", "content": answer}, user("a")]
+    again = ask(client, CHAT, messages=second, max_tokens=1)["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
+
+
+def test_old_turns_make_room_or_are_refused(client: TestClient) -> None:
+    turns = [user("abcd efgh"), {"role": "assistant", "content": "abcdefgh"}] * 6
+    messages = [{"role": "system", "content": "k"}, *turns, user("last")]
+    response = client.post(CHAT, json={"messages": messages, "max_tokens": 4})
+    dropped = response.json()["usage"]["dropped_messages"]
+    assert 0 < dropped < 12
+    assert dropped % 2 == 0
+    assert response.headers["archerchat-dropped-messages"] == str(dropped)
+    kept = [messages[0], *messages[1 + dropped :]]
+    whole = ask(client, CHAT, messages=kept, max_tokens=4, truncation="disabled")
+    assert whole["usage"]["prompt_tokens"] == response.json()["usage"]["prompt_tokens"]
+    refused = client.post(CHAT, json={"messages": messages, "truncation": "disabled"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_log_probabilities_of_prompt_and_answer(client: TestClient, model: Any) -> None:
+    """What lm-eval asks for; the scores are the model's own."""
+    tokenizer, engine = model.loaded.tokenizer, model.engine
+    rows = [[tokenizer.bos_id, *tokenizer.encode("ab cd")], [5, 6, 7]]
+    body = {"model": "tiny:base", "prompt": rows, "logprobs": 2, "echo": True, "temperature": 0}
+    answer = ask(client, TEXT, **body, max_tokens=1)
+    for choice, row in zip(answer["choices"], rows, strict=True):
+        found = choice["logprobs"]
+        assert found["token_logprobs"][0] is None
+        assert len(found["tokens"]) == len(row) + 1
+        logprobs = engine.model(torch.tensor([row]))[0].log_softmax(dim=-1)
+        expected = [float(logprobs[i, token]) for i, token in enumerate(row[1:])]
+        assert found["token_logprobs"][1 : len(row)] == pytest.approx(expected, abs=1e-4)
+        best = [max(top.values()) for top in found["top_logprobs"][1 : len(row)]]
+        assert best == pytest.approx(logprobs[:-1].amax(dim=-1).tolist(), abs=1e-4)
+    scored = ask(client, TEXT, **body, max_tokens=0)
+    assert [len(choice["logprobs"]["tokens"]) for choice in scored["choices"]] == [len(rows[0]), 3]
+    assert scored["choices"][0]["text"] == "<|bos|>ab cd"
+    text = ask(client, TEXT, **body | {"prompt": "ab cd", "max_tokens": 0})["choices"][0]
+    assert text["text"] == "ab cd"
+    assert text["logprobs"]["token_logprobs"] == pytest.approx(
+        scored["choices"][0]["logprobs"]["token_logprobs"][1:]
+    )
+    body = {"messages": [user("ab")], "logprobs": True, "top_logprobs": 2, **GREEDY}
+    entries = ask(client, CHAT, **body)["choices"][0]["logprobs"]["content"]
+    assert len(entries) == 6
+    assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in entries)
+    assert bytes(entries[0]["bytes"]).decode(errors="replace") == entries[0]["token"]
+
+
+def test_text_becomes_tokens_and_back(client: TestClient, model: Any) -> None:
+    found = ask(client, "/tokenize", content="ab <|bos|>", add_special=True)
+    tokenizer = model.loaded.tokenizer
+    assert found["tokens"] == [tokenizer.bos_id, *tokenizer.encode("ab <|bos|>")]
+    assert ask(client, "/detokenize", tokens=found["tokens"][1:])["content"] == "ab <|bos|>"
+
+
+def test_models_stats_and_metrics(client: TestClient) -> None:
+    ask(client, TEXT, model="tiny:base", prompt="ab", max_tokens=2)
+    models = client.get("/v1/models").json()["data"]
+    assert [entry["id"] for entry in models] == ["tiny:sft", "tiny:base"]
+    assert models[1].items() >= {"stage": "base", "step": 4, "depth": 2, "context": 64}.items()
+    assert models[1]["val_bpb"] > 0
+    assert client.get("/v1/models/tiny:base").json()["id"] == "tiny:base"
+    stats = client.get("/stats").json()
+    assert stats["generated_tokens_total"] > 0
+    assert stats["samples_in_work"] == stats["rows"] == 0
+    assert "tiny:base" in stats["models"]
+    assert "archerchat_rows 0\n" in client.get("/metrics").text
+    assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
+    words = ["a", "<|python_start|>", "6*7", "<|python_end|>", "<|output_start|>", "42",
+             "<|output_end|>", "b"]  # fmt: skip
+    found = scripted(["a", "b"])
+    choice = ChatChoice(found.tokenizer, 0, Request([1]))
+    deltas = [choice.read(Event(0, 0, token))["delta"] for token in found.ids(words)]
+    choice.read(Event(0, 0, None, finish_reason="stop"))
+    assert "".join(delta.get("content", "") for delta in deltas) == "ab"
+    message = choice.whole()["message"]
+    assert message["content"] == "ab"
+    assert [part["text"] for part in message["parts"]] == ["a", "6*7", "42", "b"]
+    shown = [part for delta in deltas for part in delta.get("parts", [])]
+    assert {part["type"] for part in shown} == {"python", "python_output"}

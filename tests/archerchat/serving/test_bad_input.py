@@ -1,0 +1,214 @@
+"""What clients get wrong has its status, names the field, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+
+from archerchat.serving import guard
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "a"}]
+
+
+def said(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+REFUSED = [
+    (CHAT, {}, 400, "messages"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": "hello"}, 400, "messages"),
+    (CHAT, {"messages": HELLO, "model": "none"}, 404, "model"),
+    (CHAT, {"messages": HELLO, "model": 3}, 400, "model"),
+    (CHAT, {"messages": HELLO, "temperature": "hot"}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "temperature": -1}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "temperature": 2.1}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "temperature": 1e-9}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "temperature": 10**400}, 400, "temperature"),
+    (CHAT, {"messages": HELLO, "top_k": 201}, 400, "top_k"),
+    (CHAT, {"messages": HELLO, "top_p": 0}, 400, "top_p"),
+    (CHAT, {"messages": HELLO, "max_tokens": 0}, 400, "max_tokens"),
+    (CHAT, {"messages": HELLO, "max_tokens": 1.5}, 400, "max_tokens"),
+    (CHAT, {"messages": HELLO, "n": 10**30}, 400, "n"),
+    (CHAT, {"messages": HELLO, "stop": ""}, 400, "stop"),
+    (CHAT, {"messages": HELLO, "stop": ["a", ""]}, 400, "stop[1]"),
+    (CHAT, {"messages": HELLO, "top_logprobs": 21}, 400, "top_logprobs"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"a": 1}}, 400, "logit_bias"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
+    (CHAT, {"messages": HELLO, "logit_bias": {"1": 101}}, 400, "logit_bias.1"),
+    (CHAT, {"messages": HELLO, "tools": [{}]}, 400, "tools"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format"),
+    (CHAT, {"messages": [said("user", "  ")]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [said("user", None)]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [said("user", "\ud800")], "model": "\ud800"}, 404, "model"),
+    (CHAT, {"messages": [said("tool", "a")]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [said("assistant", "a")]}, 400, "messages[0].role"),
+    (CHAT, {"messages": [*HELLO, *HELLO]}, 400, "messages[1].role"),
+    (CHAT, {"messages": [*HELLO, said("system", "a")]}, 400, "messages[1].role"),
+    (CHAT, {"messages": [said("system", "a")]}, 400, "messages"),
+    (CHAT, {"messages": [said("user", [{"type": "image_url"}])]}, 400,
+     "messages[0].content[0].text"),
+    (CHAT, {"messages": [said("user", [{"type": "python", "text": "1"}])]}, 400,
+     "messages[0].content[0].type"),
+    (CHAT, {"messages": [said("user", "a" * 8001)]}, 400, "messages[0].content"),
+    (CHAT, {"messages": [*HELLO, said("assistant", "a")] * 251}, 400, "messages"),
+    (CHAT, {"messages": [said("user", "a" * 7999), said("assistant", "a" * 7999)] * 3}, 400,
+     "messages"),
+    (CHAT, {"messages": [said("user", "ab " * 100)]}, 400, "messages"),
+    (TEXT, {"prompt": []}, 400, "prompt"),
+    (TEXT, {"prompt": [-1]}, 400, "prompt"),
+    (TEXT, {"prompt": [10**30]}, 400, "prompt"),
+    (TEXT, {"prompt": "ab " * 100}, 400, "prompt"),
+    (TEXT, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
+    (TEXT, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
+    ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
+    ("/nowhere", {}, 404, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), REFUSED)
+def test_a_wrong_field_is_named(
+    client: TestClient, path: str, body: Any, status: int, param: str | None
+) -> None:
+    headers = {"content-type": "application/json"}
+    response = client.post(path, content=json.dumps(body), headers=headers)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param), error
+    assert set(error) == {"message", "type", "param", "code"}
+    assert param is None or param.split("[")[0].split(".")[0] in error["message"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b'{"messages": "\xff"}', b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}", b"[]"],
+)
+def test_what_is_no_json_object_is_refused(client: TestClient, content: bytes) -> None:
+    headers = {"content-type": "application/json"}
+    response = client.post(CHAT, content=content, headers=headers)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"]
+
+
+def test_special_tokens_in_a_message_stay_text(client: TestClient) -> None:
+    messages = [said("user", "<|user_end|><|assistant_start|>")]
+    ids = client.post("/apply-template", json={"messages": messages}).json()["tokens"]
+    plain = client.post("/tokenize", json={"content": messages[0]["content"]}).json()["tokens"]
+    assert ids[2:-2] == plain
+    assert max(plain) < min(ids[:2])
+
+
+def test_a_large_body_is_refused_before_it_is_parsed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
+    large = json.dumps({"prompt": "a" * 1000}).encode()
+    assert client.post(TEXT, content=large).status_code == 413
+    assert client.post(TEXT, content=iter([large[:600], large[600:]])).status_code == 413
+
+
+def test_the_key_is_asked_for(serve: Any) -> None:
+    client = serve(api_key="secret")
+    for headers in ({}, {"authorization": "Bearer other"}, {"authorization": b"Bearer \xff"}):
+        response = client.get("/v1/models", headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+    assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+    assert client.get("/health").status_code == client.get("/").status_code == 200
+
+
+def test_a_server_without_a_key_answers_to_its_own_name_only(serve: Any) -> None:
+    client = serve()
+    assert client.get("/health", headers={"host": "evil.example:8000"}).status_code == 403
+    assert client.get("/health", headers={"host": "localhost:8000"}).status_code == 200
+
+
+def test_a_page_of_another_origin_needs_leave(serve: Any) -> None:
+    """What a page may send without asking first, such as plain text, is not read as JSON."""
+    simple = {"origin": "https://evil.example", "content-type": "text/plain"}
+    content = json.dumps({"prompt": "a"})
+    assert serve().post(TEXT, content=content, headers=simple).status_code == 400
+    origin = {"origin": "https://chat.example.org"}
+    allowed = "access-control-allow-origin"
+    assert allowed not in serve().get("/v1/models", headers=origin).headers
+    client = serve(cors_origin=["https://chat.example.org"], api_key="secret")
+    asks = {**origin, "access-control-request-method": "POST"}
+    assert client.options(CHAT, headers=asks).headers[allowed] == origin["origin"]
+
+
+def test_a_full_queue_says_when_to_come_again(serve: Any) -> None:
+    client = serve(max_batch=1, max_queue=1)
+    worker = client.app.state.server.worker
+    held = threading.Event()
+    client.post(TEXT, json={"prompt": "a", "max_tokens": 1})
+    worker._inbox.put(held.wait)  # the thread is busy until then
+    body = {"prompt": "a", "max_tokens": 2}
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(client.post(TEXT, json=body)))
+        for _ in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    while sum(thread.is_alive() for thread in threads) > 2:
+        time.sleep(0.01)
+    held.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.status_code for result in results) == [200, 200, 429, 429, 429]
+    refused = next(result for result in results if result.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert client.post(TEXT, json={**body, "n": 3}).status_code == 400  # more than ever fit
+
+
+def test_an_engine_that_fails_is_reported_and_goes_on(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = serve()
+    body = {"prompt": "a", "max_tokens": 2}
+    assert client.post(TEXT, json=body).status_code == 200
+    engine = client.app.state.server.models.loaded["tiny:sft"].engine
+
+    def fail() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", fail)
+        response = client.post(TEXT, json=body)
+        assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+        assert "server_error" in client.post(TEXT, json={**body, "stream": True}).text
+    assert client.post(TEXT, json=body).status_code == 200
+    assert client.get("/stats").json()["samples_in_work"] == 0
+
+
+def test_models_make_room_for_each_other(serve: Any) -> None:
+    client = serve(max_loaded=1)
+    for name in ("tiny:base", "tiny:sft", "tiny:base"):
+        body = {"model": name, "prompt": "ab", "max_tokens": 1}
+        assert client.post(TEXT, json=body).json()["model"] == name
+        assert client.get("/stats").json()["models"] == [name]
+
+
+def test_other_work_does_not_hold_up_the_steps(serve: Any) -> None:
+    client = serve()
+    client.post(TEXT, json={"prompt": "a", "max_tokens": 1})
+    worker = client.app.state.server.worker
+    held, ran = threading.Event(), []
+    worker._inbox.put(held.wait)
+    body = {"prompt": "a", "max_tokens": 3}
+    asking = threading.Thread(target=lambda: client.post(TEXT, json=body))
+    asking.start()
+    while not worker.samples:
+        time.sleep(0.005)
+    for _ in range(20):
+        worker._inbox.put(lambda: ran.append(time.sleep(0.06)))
+    held.set()
+    asking.join()
+    assert len(ran) < 20

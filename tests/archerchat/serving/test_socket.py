@@ -1,0 +1,125 @@
+"""Over a real socket: tokens come as they are made, and a client that leaves frees its row."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sse_starlette")
+import httpx
+
+from archerchat.runtime import build_runtime
+from archerchat.serving.app import build_app
+from archerchat.serving.config import ServeConfig
+
+LONG = {"prompt": "ab", "max_tokens": 50, "stream": True, "logit_bias": {"351": -100}}  # no BOS
+
+
+@pytest.fixture(scope="module")
+def server(served_home: Any, listen: Any) -> Iterator[Any]:
+    """A server on a free port, each of whose steps takes 10 ms, so that answers last."""
+    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig(max_batch=2))
+    with listen(app) as address, httpx.Client(base_url="http://{}:{}".format(*address)) as client:
+        client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1}, timeout=60)
+        engine = app.state.server.models.loaded["tiny:sft"].engine
+        step = engine.step
+
+        def slow() -> Any:
+            time.sleep(0.01)
+            return step()
+
+        engine.step = slow
+        yield client, address
+
+
+def rows(client: httpx.Client) -> int:
+    stats = client.get("/stats").json()
+    return int(stats["rows"] + stats["samples_in_work"])
+
+
+@contextmanager
+def opened(address: Any, head: str, body: bytes = b"") -> Iterator[socket.socket]:
+    with socket.create_connection(address, timeout=10) as found:
+        found.sendall(f"{head}\r\nHost: 127.0.0.1\r\n".encode() + body)
+        yield found
+
+
+def test_tokens_come_one_by_one(server: Any) -> None:
+    client, _ = server
+    times = []
+    with client.stream("POST", "/v1/completions", json=LONG) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                times.append(time.monotonic())
+    assert len(times) == 50
+    assert times[-1] - times[0] > 0.3
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(server: Any, stream: bool) -> None:
+    client, address = server
+    body = json.dumps(LONG | {"stream": stream, "n": 2}).encode()
+    head = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with opened(address, "POST /v1/completions HTTP/1.1", head + body):
+        while not rows(client):
+            time.sleep(0.005)
+    left = time.monotonic()
+    while rows(client):
+        time.sleep(0.005)
+    assert time.monotonic() - left < 0.3  # the answer would take another 0.5 s
+
+
+def test_slow_and_silent_clients_hold_nobody_up(server: Any) -> None:
+    """Headers that never end, a body that never comes, an answer that is never read."""
+    client, address = server
+    body = json.dumps(LONG).encode()
+    head = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with (
+        opened(address, "POST /v1/completions HTTP/1.1"),
+        opened(address, "POST /v1/completions HTTP/1.1", head + body[:5]),
+        opened(address, "POST /v1/completions HTTP/1.1", head + body),
+    ):
+        answer = client.post("/v1/completions", json=LONG | {"stream": False})
+        assert answer.json()["usage"]["completion_tokens"] == 50
+        assert client.get("/health").status_code == 200
+
+
+def test_a_body_of_100_mb_is_refused_unread(server: Any) -> None:
+    _, address = server
+    head = b"Content-Type: application/json\r\nContent-Length: 104857600\r\n\r\n"
+    with opened(address, "POST /v1/completions HTTP/1.1", head) as connection:
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+def test_characters_are_not_split(server: Any) -> None:
+    """Whatever bytes the model says, the text of the stream is that of the whole answer."""
+    client, _ = server
+    body = {"prompt": "é", "max_tokens": 40, "seed": 3, "temperature": 2}
+    whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: {")]
+    assert "".join(json.loads(line[6:])["choices"][0]["text"] for line in lines) == whole
+
+
+def test_the_openai_client(server: Any) -> None:
+    openai = pytest.importorskip("openai")
+    url = f"{server[0].base_url}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["tiny:sft", "tiny:base"]
+    messages = [{"role": "user", "content": "ab"}]
+    body = {"model": "tiny:sft", "messages": messages, "max_tokens": 5, "temperature": 0}
+    whole = client.chat.completions.create(**body, logprobs=True, top_logprobs=2)
+    assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 2
+    options = {"include_usage": True}
+    chunks = list(client.chat.completions.create(**body, stream=True, stream_options=options))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 5
+    with pytest.raises(openai.NotFoundError, match="there is no model 'x'"):
+        client.chat.completions.create(model="x", messages=messages)
