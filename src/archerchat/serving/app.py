@@ -33,10 +33,12 @@ from archerchat.inference.scoring import score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
 from archerchat.serving import requests as asked
+from archerchat.serving import v1_responses
 from archerchat.serving.config import LOOPBACK, ServeConfig
 from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.responses import Answer, ChatChoice, TextChoice
+from archerchat.serving.v1_responses import ResponsesRequest
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
 
 PAGE = Path(__file__).parent / "page"
@@ -116,9 +118,17 @@ async def show_page() -> Response:
     return Response(content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
-@router.post("/v1/chat/completions")
-async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
-    """Answer a conversation."""
+@dataclass
+class _Chat:
+    """An answer to a conversation, under way."""
+
+    stream: Stream
+    choices: list[ChatChoice]
+    answer: Answer
+    headers: dict[str, str]
+
+
+async def _start_chat(body: asked.ChatRequest, server: Server) -> _Chat:
     model = await server.models.get(body.model)
     params, tokenizer = body.params(), model.tokenizer
     prompt, dropped = asked.render_prompt(
@@ -133,9 +143,47 @@ async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Res
     choices = [ChatChoice(tokenizer, index, asks[0]) for index in range(params.num_samples)]
     answer = Answer("chat.completion", model.card.name, asks, dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
+    return _Chat(stream, choices, answer, headers)
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation."""
+    started = await _start_chat(body, server)
+    stream, choices, answer = started.stream, started.choices, started.answer
     if body.stream:
-        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), headers)
-    return await _until_gone(request, stream, _whole(stream, choices, answer, headers))
+        chunks = _chunks(stream, choices, answer, body.wants_usage)
+        return _Events(stream, chunks, started.headers)
+    return await _until_gone(request, stream, _whole(stream, choices, answer, started.headers))
+
+
+@router.post("/v1/responses")
+async def respond(body: ResponsesRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation in the form of OpenAI's responses."""
+    try:
+        started = await _start_chat(body.to_chat(), server)
+    except asked.BadRequest as error:
+        param = error.param.replace("messages", "input")
+        raise asked.BadRequest(param, error.problem, error.code) from error
+    stream, (choice,) = started.stream, started.choices
+    found = v1_responses.Response(choice, started.answer, server.models.find(body.model).name)
+    if body.stream:
+        return _Events(stream, _typed(found, stream), started.headers)
+
+    async def whole() -> Response:
+        async for events in stream:
+            for event in events:
+                choice.read(event)
+        return AsciiJSON(found.whole(stream), headers=started.headers)
+
+    return await _until_gone(request, stream, whole())
+
+
+async def _typed(found: v1_responses.Response, stream: Stream) -> AsyncIterator[bytes]:
+    number = 0
+    async for event in found.events(stream):
+        yield f"event: {event['type']}\n".encode() + _data({**event, "sequence_number": number})
+        number += 1
 
 
 @router.post("/chat/completions")
