@@ -3,93 +3,51 @@
 #
 # The text is what every Python installation carries: the standard library's sources and
 # documentation; the conversations are generated. A slow machine trains fewer steps, so that the ten
-# minutes hold. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again
-# and what is there stays; stop it, and the next run goes on where this one was.
+# minutes hold. Everything goes under ARCHERCHAT_HOME (default ~/.cache/archerchat). Run it again after
+# an interruption, and it resumes; what was done before is not repeated.
 set -euo pipefail
-. "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh"
-. "$(dirname -- "${BASH_SOURCE[0]}")/dashboard.sh"
-. "$(dirname -- "${BASH_SOURCE[0]}")/sizing.sh"
+. "$(dirname -- "${BASH_SOURCE[0]}")/stages.sh"
 
 TAG=quickstart
+DATA=stdlib
+TOKENIZER=quickstart
 VOCAB_SIZE=4096
-DEPTH=4
-ASPECT_RATIO=64
-HEAD_DIM=64
-SEQUENCE_LENGTH=256
-DEVICE_BATCH_SIZE=16
-TOTAL_BATCH_SIZE=4096
+NUM_GPUS=1
 FULL_ITERATIONS=750
+TOKENS_PER_STEP=4096
 PRETRAIN_SECONDS=280
 EVAL_TOKENS=131072
-BASE="${ARCHERCHAT_HOME:-$HOME/.cache/archerchat}"
+MODEL=(--depth 4 --aspect-ratio 64 --head-dim 64 --max-seq-len 256 --device-batch-size 16
+    --total-batch-size "$TOKENS_PER_STEP" --packing concat)
 
-stage() { printf '\n== [%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
-
-stage "Environment: Python, torch, ArcherChat"
-setup_environment dashboard
-
-stage "Data: the standard library's text, as shards"
-archerchat data build stdlib
-
-stage "Tokenizer: $VOCAB_SIZE tokens, learned from that text"
-archerchat tokenizer train --data stdlib --vocab-size "$VOCAB_SIZE" --name "$TAG"
-
-pretrain() { # ITERATIONS EVAL_EVERY EVAL_TOKENS
-    local iterations="$1" eval_every="$2" eval_tokens="$3"
-    archerchat pretrain --data stdlib --tokenizer "$TAG" --model-tag "$TAG" --packing concat \
-        --depth "$DEPTH" --aspect-ratio "$ASPECT_RATIO" --head-dim "$HEAD_DIM" \
-        --max-seq-len "$SEQUENCE_LENGTH" --device-batch-size "$DEVICE_BATCH_SIZE" \
-        --total-batch-size "$TOTAL_BATCH_SIZE" --num-iterations "$iterations" \
-        --eval-every "$eval_every" --eval-tokens "$eval_tokens" --save-every "$eval_every"
-}
+start_run quickstart
+get_data
+train_tokenizer
 
 stage "Size: what this machine trains within the ten minutes"
-SIZE="$BASE/cache/${TAG}_steps" # kept, so that another call goes on with the same run
+SIZE="$BASE/cache/${TAG}_steps"
+mkdir -p "$BASE/cache"
 if [ ! -s "$SIZE" ] && [ -d "$BASE/checkpoints/base/$TAG" ]; then
-    mkdir -p "$BASE/cache" && echo "$FULL_ITERATIONS" >"$SIZE" # by a version that did not measure
-elif [ ! -s "$SIZE" ]; then
-    SPEED="$(measure_speed pretrain 12 12 "$((DEVICE_BATCH_SIZE * SEQUENCE_LENGTH))")"
-    echo "measured: it trains $SPEED tokens per second"
-    fit_steps "$FULL_ITERATIONS" "$TOTAL_BATCH_SIZE" "$PRETRAIN_SECONDS" "$SPEED" >"$SIZE"
+    echo "$FULL_ITERATIONS" >"$SIZE" # by a version that did not measure
 fi
-ITERATIONS="$(cat "$SIZE")"
-if [ "$ITERATIONS" -lt "$FULL_ITERATIONS" ]; then
-    echo "$ITERATIONS steps instead of $FULL_ITERATIONS, and as many fewer conversations: the full run would"
-    echo "take longer here. The model will know less; remove $SIZE and the model for another size"
-else
-    echo "all $FULL_ITERATIONS steps fit"
-fi
-SHARE=$((100 * ITERATIONS / FULL_ITERATIONS))
-CONVERSATIONS="identity*4,SimpleSpelling:$((40 * SHARE)),Arithmetic:$((120 * SHARE))"
+size_run "$SIZE" "$FULL_ITERATIONS" "$TOKENS_PER_STEP" "$PRETRAIN_SECONDS" \
+    archerchat pretrain --data "$DATA" --tokenizer "$TOKENIZER" --model-tag "$TAG" "${MODEL[@]}"
+SHARE=$((100 * ITERATIONS / FULL_ITERATIONS)) # as many fewer conversations
 
-stage "Pretraining: depth $DEPTH, $ITERATIONS steps of $TOTAL_BATCH_SIZE tokens"
-pretrain "$ITERATIONS" "$((ITERATIONS / 3))" "$EVAL_TOKENS"
-
-stage "Evaluation: bits per byte on what it was trained on and on what it never saw"
-archerchat eval base --model-tag "$TAG" --eval bpb --split-tokens "$EVAL_TOKENS"
-
-stage "Samples: what it says"
-archerchat sample --model-tag "$TAG"
-
-stage "Evaluation: tasks generated here, in CORE's formats (they are not CORE)"
-archerchat eval base --model-tag "$TAG" --eval core --bundle offline
-
-stage "Fine-tuning: generated conversations, one pass"
-archerchat sft --model-tag "$TAG" --mixture "$CONVERSATIONS" --eval-every 100 --eval-tokens 32768
-
-stage "Evaluation: arithmetic with the calculator, problems that it never saw"
-archerchat eval chat --model-tag "$TAG" --source sft --tasks Arithmetic:100
+EVERY=$((ITERATIONS / 3))
+pretrain "$TAG" "${MODEL[@]}" --num-iterations "$ITERATIONS" \
+    --eval-every "$EVERY" --eval-tokens "$EVAL_TOKENS" --save-every "$EVERY"
+# Tasks that are generated here, in CORE's formats: they are not CORE.
+evaluate_base "$TAG" --bundle offline --split-tokens "$EVAL_TOKENS"
+finetune "$TAG" --eval-every 100 --eval-tokens 32768 \
+    --mixture "identity*4,SimpleSpelling:$((40 * SHARE)),Arithmetic:$((120 * SHARE))"
+evaluate_chat "$TAG" sft --tasks Arithmetic:100
 
 stage "Chat: it answers"
 archerchat chat --model-tag "$TAG" -p "What is 12 + 30?"
 archerchat chat --model-tag "$TAG" -p "Who are you?"
-
-stage "Report: what ran, what came of it, what it took"
-archerchat report "$TAG"
-
-stage "Dashboard: the runs' curves, samples and settings"
-describe_dashboard "$BASE/runs/$TAG" "$BASE/endlex" "$BASE/checkpoints/base/$TAG/dashboard.html"
-describe_dashboard "$BASE/runs/$TAG-sft" "$BASE/endlex" "$BASE/checkpoints/sft/$TAG/dashboard.html"
+write_report "$TAG"
+finish "$TAG" "$TAG-sft"
 
 stage "Done"
 cat <<END

@@ -25,3 +25,26 @@ fit_steps() {
     [ "$steps" -le "$full" ] || steps="$full"
     printf '%s\n' "$steps"
 }
+
+# Set ITERATIONS to the steps of TOKENS that a training command, measured with 12 of them, does in
+# SECONDS: at most FULL. FILE keeps the number, so that another call resumes the same run.
+size_run() { # FILE FULL TOKENS SECONDS COMMAND...
+    local file="$1" full="$2" tokens="$3" seconds="$4" speed
+    shift 4
+    if is_dry; then
+        ITERATIONS=8
+        return
+    fi
+    if [ ! -s "$file" ]; then
+        speed="$(measure_speed "$@" --num-iterations 12 --eval-every 12 --eval-tokens "$tokens")"
+        echo "measured: it trains $speed tokens per second"
+        fit_steps "$full" "$tokens" "$seconds" "$speed" >"$file"
+    fi
+    ITERATIONS="$(cat "$file")"
+    if [ "$ITERATIONS" -lt "$full" ]; then
+        echo "$ITERATIONS steps instead of $full, because the full run would take longer here. The model"
+        echo "will know less; remove $file and the model for another size"
+    else
+        echo "all $full steps fit"
+    fi
+}

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,9 @@ class Sandbox:
         metadata = {"version": version, "requires_dist": requirements}
         self.report.write_text(json.dumps({"install": [{"metadata": metadata}]}))
 
-    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, timeout: int = 60, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         self.calls.write_text("")
         return subprocess.run(
             ["bash", *command],
@@ -87,7 +90,7 @@ class Sandbox:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=timeout,
             check=False,
         )
 
@@ -362,3 +365,155 @@ def test_the_quickstart_is_sized_to_the_machine(sandbox: Sandbox) -> None:
     sandbox.tool("train", "echo no memory; exit 1")
     result = sandbox.run("-euo", "pipefail", "-c", script, BASE=str(home))
     assert (result.returncode, result.stderr) == (1, "no memory\n")
+
+
+# Logs its call, and leaves what its stage would. FAIL names a stage that fails.
+ARCHERCHAT = """echo "archerchat $*" >>"$CALLS"
+case "$*" in ${FAIL:-nothing}*) exit 1 ;; esac
+case "$*" in
+"data download"*) made=data/climbmix ;;
+"tokenizer train"*) made=tokenizers/default ;;
+pretrain*) made=checkpoints/base/speedrun/step_000009 ;;
+"eval base"*) made=evals/base/speedrun ;;
+sft*) made=checkpoints/sft/speedrun/step_000009 ;;
+"eval chat"*) made=evals/sft/speedrun ;;
+report*) made=reports/speedrun ;;
+esac
+mkdir -p "$ARCHERCHAT_HOME/$made" && touch "$ARCHERCHAT_HOME/$made/meta.json"
+"""
+STAGES = ["data", "tokenizer", "pretrain", "eval base", "sft", "eval chat", "report"]
+
+
+@pytest.fixture
+def speedrun(sandbox: Sandbox) -> Callable[..., tuple[int, list[str]]]:
+    """Run the speedrun on stand-ins; return its exit code and the stages that it began."""
+    sandbox.tool("archerchat", ARCHERCHAT)
+    sandbox.tool("endlex", 'echo "endlex $*" >>"$CALLS"')
+    home = sandbox.root / "a home"
+    plan = home / "cache/stages/speedrun/plan.json"
+    plan.parent.mkdir(parents=True)
+    plan.write_text('{\n "train_shards": 138,\n "steps": 5568\n}\n')
+
+    def run(**environment: str) -> tuple[int, list[str]]:
+        result = sandbox.run(
+            "runs/speedrun.sh", ARCHERCHAT_HOME=str(home), HAS_TORCH="0", **environment
+        )
+        begun = re.findall(rf"^archerchat ({'|'.join(STAGES)})", sandbox.calls.read_text(), re.M)
+        return result.returncode, begun
+
+    return run
+
+
+def test_a_run_s_stages_are_done_once(
+    speedrun: Callable[..., tuple[int, list[str]]], sandbox: Sandbox
+) -> None:
+    assert speedrun()[0] == 1, "nothing may start without a GPU"
+    one = {"NUM_GPUS": "1", "ENDLEX_URL": "https://endlex.example.org"}
+    assert speedrun(FAIL="sft", **one) == (1, STAGES[:5])
+    assert "data download --source climbmix --num-shards 138" in sandbox.calls.read_text()
+    assert speedrun(**one) == (0, STAGES[4:])
+    assert speedrun(**one) == (0, [])
+    checked = sandbox.calls.read_text().splitlines()[-1]
+    assert re.fullmatch("endlex verify .*/runs/speedrun .*/runs/speedrun-sft", checked)
+    stamp = sandbox.root / "a home/cache/stages/speedrun/sft"
+    stamp.unlink()  # a stage that is repeated repeats what is made of it
+    assert speedrun(**one) == (0, STAGES[4:])
+
+
+def test_several_gpus_are_several_ranks(
+    speedrun: Callable[..., tuple[int, list[str]]], sandbox: Sandbox
+) -> None:
+    sandbox.tool("nvidia-smi", 'for i in 0 1 2; do echo "GPU $i: NVIDIA H100"; done')
+    assert speedrun(ENDLEX_URL="https://endlex.example.org") == (
+        0,
+        ["data", "tokenizer", "report"],
+    )
+    launched = re.findall(
+        "^-m torch.distributed.run --standalone --nproc-per-node=3 -m archerchat.cli (.*)",
+        sandbox.calls.read_text(),
+        re.M,
+    )
+    assert [re.match("|".join(STAGES), words)[0] for words in launched] == [*STAGES[2:6]]  # type: ignore[index]
+    assert "--depth 24 --target-param-data-ratio 8" in launched[0]
+
+
+def figures(*words: str, given: str = "", home: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, ROOT / "runs/figures.py", *words],
+        input=given,
+        env=os.environ | {"ARCHERCHAT_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+def test_a_plan_says_what_is_left(tmp_path: Path) -> None:
+    known = {
+        tag: {
+            "words": ["--depth", depth, "--num-gpus", "1"],
+            "text": "a page",
+            "train_shards": 9,
+            "steps": 100,
+            "hours": 8.0,
+            "cost": 16.0,
+            "size": ["1M", "2B", "4"],
+        }
+        for tag, depth in (("small", "4"), ("large", "8"))
+    }
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(known))
+    (tmp_path / "checkpoints/base/large/step_000075").mkdir(parents=True)
+    models = "small --depth 4\nlarge --depth 8\n"
+    said = figures("plan", str(file), "--num-gpus", "1", given=models, home=tmp_path)
+    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line}
+    assert rows["large"] == ["1M", "2B", "4", "75", "of", "100", "8.0", "h", "$16.00", "2.0", "h"]
+    assert rows["all"] == ["16.0", "h", "$32.00", "10.0", "h"]
+
+
+def test_figures_stand_beside_the_reference_s(tmp_path: Path) -> None:
+    for run, bits in (("d8", 0.94), ("d8-sft", 0.42)):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        summary = {"val_bpb": bits, "training_seconds": 120, "peak_memory_bytes": 2**30}
+        (tmp_path / "runs" / run / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "evals/base/d8").mkdir(parents=True)
+    (tmp_path / "evals/base/d8/core_000009.json").write_text('{"core": 0.1}')
+    given = ["val_bpb=0.938", "core=0.0976", "sft_val_bpb=0.4185", "minutes=76.7", "mfu=0.39"]
+    said = figures("compare", str(tmp_path), "d8", *given, home=tmp_path)
+    assert [line.split() for line in said.splitlines()] == [
+        ["d8", "reference", "ours"],
+        ["val_bpb", "0.938", "0.94"],
+        ["core", "0.0976", "0.1"],
+        ["sft_val_bpb", "0.4185", "0.42"],
+        ["minutes", "76.7", "2"],
+        ["mfu", "0.39"],
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["speedrun", "cpu"])
+def test_a_dry_run_walks_through_and_resumes(sandbox: Sandbox, name: str) -> None:
+    """Each trains, evaluates and reports toy models here, in an environment that is there."""
+    for tool, module in (("archerchat", "archerchat.cli"), ("endlex", "endlex")):
+        log = f'echo "{tool} $1" >>"$CALLS"'
+        sandbox.tool(tool, f'{log}; exec {sys.executable} -m {module} "$@"')
+    sandbox.tool("nvidia-smi", "echo 'GPU 0: NVIDIA H100'")  # a dry run leaves it alone
+    write_script(
+        sandbox.root / ".venv/bin/python",
+        f'#!/bin/sh\necho "python $2" >>"$CALLS"; exec {sys.executable} "$@"\n',
+    )
+    stamped = sandbox.run("-c", '. runs/environment.sh; write_stamp ""; write_stamp dashboard')
+    assert stamped.returncode == 0, stamped.stderr
+    home = {"ARCHERCHAT_HOME": str(sandbox.root / "home"), "ARCHERCHAT_DRY_RUN": "1"}
+    clean = {"ENDLEX_URL": "", "XDG_STATE_HOME": str(sandbox.root), "OMP_NUM_THREADS": "1"}
+    first = sandbox.run(f"runs/{name}.sh", timeout=900, **home, **clean)
+    assert first.returncode == 0, first.stdout[-2000:] + first.stderr
+    assert f"== dry run of {name}" in first.stdout
+    assert "done before" not in first.stdout
+    assert list((sandbox.root / f"home/dry-run/reports/{name}").glob("report.html"))
+    again = sandbox.run(f"runs/{name}.sh", timeout=300, **home, **clean)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == len(STAGES)
+    calls = sandbox.calls.read_text().split("\n")
+    assert {call for call in calls if call.startswith("archerchat")} <= {"archerchat chat"}

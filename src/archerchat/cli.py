@@ -86,6 +86,9 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             positional=True,
         ),
     },
+    "compare": Command(
+        "commands.compare:run_comparison", "say whether two runs agree", positional=True
+    ),
     "models": {
         "": Command("commands.models:show", "list the models on this machine"),
         "rename": Command("commands.models:rename", "rename a model", positional=True),

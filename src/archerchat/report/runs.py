@@ -105,7 +105,7 @@ class Run:
         """Whether validation ended worse than its best although the training loss fell since."""
         bits, losses = self.metrics.get("val/bpb", {}), self.metrics.get("train/smooth_loss", {})
         best = min(bits, key=lambda step: bits[step], default=0)
-        if not losses or not bits[max(bits)] > bits[best] * (1 + OVERFIT_SHARE):
+        if not bits or not losses or not bits[max(bits)] > bits[best] * (1 + OVERFIT_SHARE):
             return False
         return losses[max(losses)] < losses.get(best - 1, math.inf)
 

@@ -151,7 +151,8 @@ class Pretraining(Stage):
         self.recomputes = config.activation_checkpointing
         self.rows = config.device_batch_size or self._choose_rows()
         self.grad_accum_steps = self._count_micro_batches()
-        self.shards = split_shards(list_shards(data_directory(config.data, home)))
+        self.files = list_shards(data_directory(config.data, home))
+        self.shards = split_shards(self.files)
         self.backend, reason = choose_attention(self.runtime, config.attention)
         self.run_name = config.run or self.tag
         self.seed, self.num_iterations = config.seed, self.hp.num_iterations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +105,8 @@ class Stage(ABC):
     num_iterations: int | None
     """Steps of the run; None where the data decides."""
     extend: bool = False
+    files: Sequence[Path] = ()
+    """Files that hold the data: every rank needs the same."""
     meta: dict[str, Any]
     """What every checkpoint and journal says of the run; `identity` in it decides the weights."""
 
@@ -243,6 +245,7 @@ class Stage(ABC):
         names = ("identity", "validation", "compile")
         own = {name: self.meta[name] for name in names} | {
             "archerchat": __version__,
+            "data": {path.name: path.stat().st_size for path in self.files},
             "step": start.step if start else 0,
         }
         runs = self.ranks.gather(own)

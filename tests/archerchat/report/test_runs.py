@@ -76,6 +76,17 @@ def test_values_that_are_no_figures_are_passed_over() -> None:
     assert run.last("a") == 1.0
 
 
+def test_a_run_without_bits_per_byte_does_not_overfit() -> None:
+    """Reinforcement measures pass@k instead."""
+    records: list[dict[str, Any]] = [
+        {"type": "session", "time": 1.0},
+        {"type": "metrics", "time": 2.0, "step": 0, "values": {"train/smooth_loss": 1.0}},
+    ]
+    run = build_run("t", records)
+    assert run is not None
+    assert not run.overfitting
+
+
 def test_non_finite_values_are_no_result(home: Home, session: Write) -> None:
     session(home, "d8", range(2), last_bits=float("nan"))
     run = load_run(home, "d8")

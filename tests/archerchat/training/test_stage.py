@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from archerchat.checkpoint import list_checkpoints
+from archerchat.distributed import Ranks
 from archerchat.training.pretrain import Pretraining
 
 
@@ -63,3 +65,18 @@ def write_as_format_1(path: Any) -> None:
     content["meta"]["optimizer_steps"] = state["optimizer"]["steps_taken"]
     del content["meta"]["finished"]
     (path / "meta.json").write_text(json.dumps(content | {"sha256": _digest(content)}))
+
+
+def test_a_rank_that_would_train_on_other_data_is_named(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gather(ranks: Ranks, value: Any) -> list[Any]:
+        starts = isinstance(value, dict) and "archerchat" in value
+        return [value, {**value, "data": {"shard_00000.parquet": 1}}] if starts else [value]
+
+    monkeypatch.setattr(Ranks, "gather", gather)
+    assert tiny_home.pretrain() == 2
+    message = capsys.readouterr().err
+    assert "rank 1 would train another run than rank 0" in message
+    assert "data.shard_00000.parquet: " in message
+    assert not list_checkpoints(tiny_home.checkpoint_dir("base", "tiny"))

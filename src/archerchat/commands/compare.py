@@ -1,0 +1,85 @@
+"""`archerchat compare RUN RUN|LOG`: do two runs agree, and which of them needs less compute?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from archerchat.console import build_console
+from archerchat.errors import ArcherChatError, UsageError
+from archerchat.files import write_bytes, write_json
+from archerchat.home import Home
+from archerchat.report.charts import draw
+from archerchat.report.comparison import (
+    BITS,
+    LIMITS,
+    chart,
+    compare,
+    compute_multiplier,
+    read_course,
+)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Say whether two runs agree: losses, bits per byte, CORE, fine-tuning, ChatCORE.
+
+    The exit code is 0 if they do and 1 if they do not.
+    """
+
+    first: str
+    """FIRST: name of a run."""
+    second: str
+    """SECOND: name of another run, or the file of the reference's printed log."""
+    json: Path | None = None
+    """Also write the figures to this file."""
+    plot: Path | None = None
+    """Also draw both curves of bits per byte, or of the loss if one has too few, to this SVG
+    file."""
+
+
+def run_comparison(config: CompareConfig, home: Home) -> None:
+    """Print what both have, what differs by too much, and the compute multiplier.
+
+    Raises:
+        ArcherChatError: they do not agree.
+        UsageError: there is no such run, or both have nothing in common.
+        DataError: a log or a journal cannot be read.
+    """
+    first, second = read_course(home, config.first), read_course(home, config.second)
+    rows, multiplier = compare(first, second), compute_multiplier(first, second)
+    if not any(row.agrees is not None for row in rows):
+        raise UsageError(f"{first.name} and {second.name} have no figure in common to compare")
+    table = Table("", box=SIMPLE, padding=0)
+    for column in (Path(first.name).name, Path(second.name).name, "difference", "limit", ""):
+        table.add_column(column, justify="right")
+    for row in rows:
+        verdict = {None: "", True: "agrees", False: "DIFFERS"}[row.agrees]
+        values = (
+            f"{value:,.{0 if abs(value) >= 1000 else 4}f}"
+            for value in (row.first, row.second, row.difference)
+        )
+        limit = LIMITS.get(row.name)
+        table.add_row(row.name, *values, "" if limit is None else f"{limit:g}", verdict)
+    console = build_console()
+    console.print(table)
+    if multiplier:
+        name, factor = multiplier
+        console.print(f"compute multiplier of {name}: {factor:.3f}")
+    if config.json is not None:
+        figures = {
+            "rows": [asdict(row) | {"agrees": row.agrees} for row in rows],
+            "compute_multiplier": multiplier and {"run": multiplier[0], "factor": multiplier[1]},
+            "agree": all(row.agrees is not False for row in rows),
+        }
+        write_json(config.json, figures)
+    if config.plot is not None:
+        enough = min(len(first.bits), len(second.bits)) > 1
+        write_bytes(config.plot, draw(chart(first, second, BITS if enough else "loss")).encode())
+    if differing := [row.name for row in rows if row.agrees is False]:
+        raise ArcherChatError(
+            f"{first.name} and {second.name} do not agree in {', '.join(differing)}"
+        )
