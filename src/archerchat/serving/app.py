@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 from sse_starlette import EventSourceResponse
@@ -32,11 +31,14 @@ from archerchat.inference.prefill import iter_batches
 from archerchat.inference.scoring import score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
+from archerchat.serving import info, v1_responses
 from archerchat.serving import requests as asked
 from archerchat.serving.config import LOOPBACK, ServeConfig
 from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
+from archerchat.serving.info import Server, Shared
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.responses import Answer, ChatChoice, TextChoice
+from archerchat.serving.v1_responses import ResponsesRequest
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
 
 PAGE = Path(__file__).parent / "page"
@@ -53,15 +55,6 @@ SEND_SECONDS = 60.0
 """How long a client may leave a chunk unread."""
 Choice = ChatChoice | TextChoice
 router = APIRouter()
-
-
-@dataclass
-class Server:
-    """What handlers share."""
-
-    worker: Worker
-    models: Models
-    started: float = field(default_factory=time.monotonic)
 
 
 def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
@@ -82,6 +75,7 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
     app.state.server = Server(worker, models)
     install_handlers(app)
     app.include_router(router)
+    app.include_router(info.router)
     app.mount("/page", _PageFiles(directory=PAGE), name="page")
     hosts = LOOPBACK if config.is_local and config.key is None else None
     app.add_middleware(Guard, api_key=config.key, hosts=hosts)
@@ -93,14 +87,6 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
             allow_headers=["authorization", "content-type"],
         )
     return app
-
-
-def _server(request: Request) -> Server:
-    server: Server = request.app.state.server
-    return server
-
-
-Shared = Annotated[Server, Depends(_server)]
 
 
 class _PageFiles(StaticFiles):
@@ -116,9 +102,17 @@ async def show_page() -> Response:
     return Response(content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
-@router.post("/v1/chat/completions")
-async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
-    """Answer a conversation."""
+@dataclass
+class _Chat:
+    """An answer to a conversation, under way."""
+
+    stream: Stream
+    choices: list[ChatChoice]
+    answer: Answer
+    headers: dict[str, str]
+
+
+async def _start_chat(body: asked.ChatRequest, server: Server) -> _Chat:
     model = await server.models.get(body.model)
     params, tokenizer = body.params(), model.tokenizer
     prompt, dropped = asked.render_prompt(
@@ -133,9 +127,47 @@ async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Res
     choices = [ChatChoice(tokenizer, index, asks[0]) for index in range(params.num_samples)]
     answer = Answer("chat.completion", model.card.name, asks, dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
+    return _Chat(stream, choices, answer, headers)
+
+
+@router.post("/v1/chat/completions")
+async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation."""
+    started = await _start_chat(body, server)
+    stream, choices, answer = started.stream, started.choices, started.answer
     if body.stream:
-        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), headers)
-    return await _until_gone(request, stream, _whole(stream, choices, answer, headers))
+        chunks = _chunks(stream, choices, answer, body.wants_usage)
+        return _Events(stream, chunks, started.headers)
+    return await _until_gone(request, stream, _whole(stream, choices, answer, started.headers))
+
+
+@router.post("/v1/responses")
+async def respond(body: ResponsesRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation in the form of OpenAI's responses."""
+    try:
+        started = await _start_chat(body.to_chat(), server)
+    except asked.BadRequest as error:
+        param = error.param.replace("messages", "input")
+        raise asked.BadRequest(param, error.problem, error.code) from error
+    stream, (choice,) = started.stream, started.choices
+    found = v1_responses.Response(choice, started.answer, server.models.find(body.model).name)
+    if body.stream:
+        return _Events(stream, _typed(found, stream), started.headers)
+
+    async def whole() -> Response:
+        async for events in stream:
+            for event in events:
+                choice.read(event)
+        return AsciiJSON(found.whole(stream), headers=started.headers)
+
+    return await _until_gone(request, stream, whole())
+
+
+async def _typed(found: v1_responses.Response, stream: Stream) -> AsyncIterator[bytes]:
+    number = 0
+    async for event in found.events(stream):
+        yield f"event: {event['type']}\n".encode() + _data({**event, "sequence_number": number})
+        number += 1
 
 
 @router.post("/chat/completions")
@@ -262,92 +294,3 @@ async def _until_gone(
         leaving.cancel()
         await asyncio.gather(answer, leaving, return_exceptions=True)
         stream.close()
-
-
-@router.get("/v1/models")
-async def list_models(server: Shared) -> Response:
-    """List the models on offer; the first answers requests that name none."""
-    data = [
-        {**card.describe(), "loaded": card.name in server.models.loaded}
-        for card in server.models.cards.values()
-    ]
-    return AsciiJSON({"object": "list", "data": data})
-
-
-@router.get("/v1/models/{name}")
-async def show_model(name: str, server: Shared) -> Response:
-    """Describe a model."""
-    return AsciiJSON(server.models.find(name).describe())
-
-
-@router.post("/tokenize")
-async def tokenize(body: asked.TokenizeRequest, server: Shared) -> Response:
-    """Return the token ids of a text, and the text of each."""
-    tokenizer = (await server.models.get(body.model)).tokenizer
-    ids = tokenizer.encode(body.content if body.prompt is None else body.prompt)
-    ids = [tokenizer.bos_id, *ids] if body.add_special else ids
-    pieces = [tokenizer.token(i).decode(errors="replace") for i in ids]
-    return AsciiJSON({"tokens": ids, "pieces": pieces, "count": len(ids)})
-
-
-@router.get("/tokenizer_info")
-async def tokenizer_info() -> Response:
-    """Return what lm-evaluation-harness asks before it sends texts to /tokenize."""
-    return AsciiJSON({"eos_token": "<|bos|>", "bos_token": None, "pad_token": None})
-
-
-@router.post("/detokenize")
-async def detokenize(body: asked.DetokenizeRequest, server: Shared) -> Response:
-    """Return the text of token ids."""
-    tokenizer = (await server.models.get(body.model)).tokenizer
-    asked.check_ids("tokens", body.tokens, tokenizer)
-    text = tokenizer.decode(body.tokens)
-    return AsciiJSON({"content": text, "prompt": text})
-
-
-@router.post("/apply-template")
-async def apply_template(body: asked.ConversationRequest, server: Shared) -> Response:
-    """Return a conversation as the model reads it."""
-    model = await server.models.get(body.model)
-    messages = asked.read_conversation(body.messages)
-    ids, _ = asked.render_prompt(model.tokenizer, messages, 2**31, 1, cut=False)
-    return AsciiJSON({"prompt": model.tokenizer.decode(ids), "tokens": ids})
-
-
-@router.get("/health")
-async def health() -> Response:
-    """Say that the server answers."""
-    return AsciiJSON({"status": "ok"})
-
-
-@router.get("/stats")
-async def stats(server: Shared) -> Response:
-    """Return what is loaded, what is at work, and counts since the start."""
-    return AsciiJSON(_stats(server))
-
-
-@router.get("/metrics")
-async def metrics(server: Shared) -> Response:
-    """Return the numbers of /stats in the form that Prometheus reads."""
-    lines = []
-    for name, value in _stats(server).items():
-        if isinstance(value, int | float):
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# TYPE archerchat_{name} {kind}", f"archerchat_{name} {value}"]
-    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
-
-
-def _stats(server: Server) -> dict[str, Any]:
-    worker, loaded = server.worker, list(server.models.loaded.values())
-    return {
-        "uptime_seconds": round(time.monotonic() - server.started, 3),
-        "rows": sum(each.engine.num_running for each in loaded),
-        "waiting": sum(each.engine.num_waiting for each in loaded),
-        "samples_in_work": worker.samples,
-        "requests_total": worker.requests,
-        "errors_total": worker.errors,
-        "prompt_tokens_total": worker.prompt_tokens,
-        "cached_tokens_total": worker.cached_tokens,
-        "generated_tokens_total": worker.generated_tokens,
-        "models": [each.card.name for each in loaded],
-    }

@@ -44,7 +44,7 @@ class BadRequest(UsageError):
 
     def __init__(self, param: str, problem: str, code: str | None = None) -> None:
         super().__init__(f"{param} {problem}")
-        self.param, self.code = param, code
+        self.param, self.problem, self.code = param, problem, code
 
 
 class _Body(BaseModel):
@@ -56,7 +56,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class _Sampled(_Body):
+class Sampled(_Body):
     """Options that both kinds of request have; None stands for the default."""
 
     temperature: float | None = Field(None, ge=0, le=2)
@@ -111,7 +111,7 @@ class ConversationRequest(_Body):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
 
 
-class ChatRequest(_Sampled, ConversationRequest):
+class ChatRequest(Sampled, ConversationRequest):
     """`POST /v1/chat/completions`."""
 
     max_tokens: int | None = Field(None, ge=1, le=2**31)
@@ -133,7 +133,7 @@ class ChatRequest(_Sampled, ConversationRequest):
         return replace(self.sampling(CHAT_SAMPLING), max_new_tokens=most, logprobs=logprobs)
 
 
-class CompletionRequest(_Sampled):
+class CompletionRequest(Sampled):
     """`POST /v1/completions`."""
 
     prompt: (

@@ -107,6 +107,26 @@ def test_a_conversation_is_answered_continued_and_templated(client: TestClient, 
     assert ask(client, "/apply-template", messages=prefill)["tokens"] == ids[:-1]
 
 
+def test_responses_say_what_a_chat_says(client: TestClient) -> None:
+    messages = [{"role": "system", "content": "be"}, user("ab")]
+    chat = ask(client, CHAT, messages=messages, **GREEDY)
+    parts = [{"type": "input_text", "text": "ab"}]
+    body = {"instructions": "be", "input": [{"role": "user", "content": parts}],
+            "temperature": 0, "max_output_tokens": 6}  # fmt: skip
+    whole = ask(client, "/v1/responses", **body)
+    (part,) = whole["output"][0]["content"]
+    assert part["text"] == chat["choices"][0]["message"]["content"]
+    assert (whole["status"], whole["usage"]["output_tokens"]) == ("incomplete", 6)
+    text = client.post("/v1/responses", json={**body, "stream": True}).text
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    deltas = [event["delta"] for event in events if event["type"] == "response.output_text.delta"]
+    assert "".join(deltas) == part["text"]
+    assert events[-1]["type"] == "response.incomplete"
+    refused = client.post("/v1/responses", json={**body, "previous_response_id": "x"})
+    assert refused.json()["error"]["param"] == "previous_response_id"
+
+
 def test_the_seeds_path_streams_by_itself(client: TestClient) -> None:
     response = client.post("/chat/completions", json={"messages": [user("ab")], "max_tokens": 2})
     assert response.text.rstrip().endswith("data: [DONE]")

@@ -69,6 +69,10 @@ REFUSED = [
     (TEXT, {"prompt": "ab " * 100}, 400, "prompt"),
     (TEXT, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
     (TEXT, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
+    ("/v1/responses", {"input": ""}, 400, "input"),
+    ("/v1/responses", {"input": []}, 400, "input"),
+    ("/v1/responses", {"input": [*HELLO, *HELLO]}, 400, "input[1].role"),
+    ("/v1/responses", {"input": [said("user", "a"), said("assistant", "b")] * 250}, 400, "input"),
     ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
     ("/nowhere", {}, 404, None),
 ]  # fmt: skip

@@ -121,5 +121,12 @@ def test_the_openai_client(server: Any) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage.completion_tokens == 5
+    answer = client.responses.create(model="tiny:sft", input="ab", temperature=0,
+                                     max_output_tokens=5)  # fmt: skip
+    assert answer.output_text == text
+    with client.responses.stream(model="tiny:sft", input="ab", temperature=0,
+                                 max_output_tokens=5) as events:  # fmt: skip
+        deltas = [each.delta for each in events if each.type == "response.output_text.delta"]
+    assert "".join(deltas) == text
     with pytest.raises(openai.NotFoundError, match="there is no model 'x'"):
         client.chat.completions.create(model="x", messages=messages)

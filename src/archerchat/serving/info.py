@@ -1,0 +1,123 @@
+"""What a server says of its models, of tokens and of itself; and what all handlers share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from archerchat.serving import requests as asked
+from archerchat.serving.guard import AsciiJSON
+from archerchat.serving.models import Models
+from archerchat.serving.worker import Worker
+
+router = APIRouter()
+
+
+@dataclass
+class Server:
+    """What handlers share."""
+
+    worker: Worker
+    models: Models
+    started: float = field(default_factory=time.monotonic)
+
+
+def _server(request: Request) -> Server:
+    server: Server = request.app.state.server
+    return server
+
+
+Shared = Annotated[Server, Depends(_server)]
+
+
+@router.get("/v1/models")
+async def list_models(server: Shared) -> Response:
+    """List the models on offer; the first answers requests that name none."""
+    data = [
+        {**card.describe(), "loaded": card.name in server.models.loaded}
+        for card in server.models.cards.values()
+    ]
+    return AsciiJSON({"object": "list", "data": data})
+
+
+@router.get("/v1/models/{name}")
+async def show_model(name: str, server: Shared) -> Response:
+    """Describe a model."""
+    return AsciiJSON(server.models.find(name).describe())
+
+
+@router.post("/tokenize")
+async def tokenize(body: asked.TokenizeRequest, server: Shared) -> Response:
+    """Return the token ids of a text, and the text of each."""
+    tokenizer = (await server.models.get(body.model)).tokenizer
+    ids = tokenizer.encode(body.content if body.prompt is None else body.prompt)
+    ids = [tokenizer.bos_id, *ids] if body.add_special else ids
+    pieces = [tokenizer.token(i).decode(errors="replace") for i in ids]
+    return AsciiJSON({"tokens": ids, "pieces": pieces, "count": len(ids)})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info() -> Response:
+    """Return what lm-evaluation-harness asks before it sends texts to /tokenize."""
+    return AsciiJSON({"eos_token": "<|bos|>", "bos_token": None, "pad_token": None})
+
+
+@router.post("/detokenize")
+async def detokenize(body: asked.DetokenizeRequest, server: Shared) -> Response:
+    """Return the text of token ids."""
+    tokenizer = (await server.models.get(body.model)).tokenizer
+    asked.check_ids("tokens", body.tokens, tokenizer)
+    text = tokenizer.decode(body.tokens)
+    return AsciiJSON({"content": text, "prompt": text})
+
+
+@router.post("/apply-template")
+async def apply_template(body: asked.ConversationRequest, server: Shared) -> Response:
+    """Return a conversation as the model reads it."""
+    model = await server.models.get(body.model)
+    messages = asked.read_conversation(body.messages)
+    ids, _ = asked.render_prompt(model.tokenizer, messages, 2**31, 1, cut=False)
+    return AsciiJSON({"prompt": model.tokenizer.decode(ids), "tokens": ids})
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Say that the server answers."""
+    return AsciiJSON({"status": "ok"})
+
+
+@router.get("/stats")
+async def stats(server: Shared) -> Response:
+    """Return what is loaded, what is at work, and counts since the start."""
+    return AsciiJSON(_stats(server))
+
+
+@router.get("/metrics")
+async def metrics(server: Shared) -> Response:
+    """Return the numbers of /stats in the form that Prometheus reads."""
+    lines = []
+    for name, value in _stats(server).items():
+        if isinstance(value, int | float):
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# TYPE archerchat_{name} {kind}", f"archerchat_{name} {value}"]
+    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+
+def _stats(server: Server) -> dict[str, Any]:
+    worker, loaded = server.worker, list(server.models.loaded.values())
+    return {
+        "uptime_seconds": round(time.monotonic() - server.started, 3),
+        "rows": sum(each.engine.num_running for each in loaded),
+        "waiting": sum(each.engine.num_waiting for each in loaded),
+        "samples_in_work": worker.samples,
+        "requests_total": worker.requests,
+        "errors_total": worker.errors,
+        "prompt_tokens_total": worker.prompt_tokens,
+        "cached_tokens_total": worker.cached_tokens,
+        "generated_tokens_total": worker.generated_tokens,
+        "models": [each.card.name for each in loaded],
+    }
