@@ -75,12 +75,12 @@ launch() {
 }
 
 # Run a command unless it was done: this very command, its output is there, and no JSON file below
-# INPUT (a checkpoint's, a tokenizer's) is newer.
+# INPUT (a checkpoint's, a tokenizer's, an evaluation's) is newer. ONLY is a pattern of such files.
 once() { # NAME INPUT OUTPUT COMMAND...
     local stamp="$BASE/cache/stages/$1" input="$2" output="$3"
     shift 3
     if [ "$(cat "$stamp" 2>/dev/null)" = "$*" ] && [ -e "$output" ] &&
-        [ -z "$(find "$input" -name '*.json' -newer "$stamp" 2>/dev/null)" ]; then
+        [ -z "$(find "$input" -name '*.json' -path "${ONLY:-*}" -newer "$stamp" 2>/dev/null)" ]; then
         echo "done before; to repeat it, remove $stamp"
         return
     fi
@@ -172,12 +172,12 @@ evaluate_chat() { # TAG STAGE FLAGS...
 
 write_report() { # TAG
     stage "Report: what ran, what came of it, what it took"
-    once "$1/report" "$BASE/evals" "$BASE/reports/$1" archerchat report "$1"
+    ONLY="*/$1/*" once "$1/report" "$BASE/evals" "$BASE/reports/$1" archerchat report "$1"
 }
 
 fit_scaling_law() { # RUN...
     stage "Scaling law: bits per byte against parameters and tokens"
-    once "$NAME/scaling" "$BASE/checkpoints/base" "$BASE/reports/$NAME" \
+    ONLY="*/${1%%-*}-*" once "$NAME/scaling" "$BASE/checkpoints/base" "$BASE/reports/$NAME" \
         archerchat report scaling "$@" --out "$BASE/reports/$NAME"
 }
 

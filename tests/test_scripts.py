@@ -415,6 +415,10 @@ def test_a_run_s_stages_are_done_once(
     assert speedrun(**one) == (0, [])
     checked = sandbox.calls.read_text().splitlines()[-1]
     assert re.fullmatch("endlex verify .*/runs/speedrun .*/runs/speedrun-sft", checked)
+    other = sandbox.root / "a home/evals/base/other/core.json"
+    other.parent.mkdir()
+    other.touch()  # another model's
+    assert speedrun(**one) == (0, [])
     stamp = sandbox.root / "a home/cache/stages/speedrun/sft"
     stamp.unlink()  # a stage that is repeated repeats what is made of it
     assert speedrun(**one) == (0, STAGES[4:])
