@@ -495,6 +495,12 @@ def test_figures_stand_beside_the_reference_s(tmp_path: Path) -> None:
     ]
 
 
+# The interpreter of a dry run is that of the tests, whose packages no script may replace.
+NO_INSTALL = (
+    """case "$*" in *"-m pip"* | *"-m uv"*) echo "no installing in tests" >&2; exit 9 ;; esac"""
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["speedrun", "cpu"])
 def test_a_dry_run_walks_through_and_resumes(sandbox: Sandbox, name: str) -> None:
@@ -505,7 +511,7 @@ def test_a_dry_run_walks_through_and_resumes(sandbox: Sandbox, name: str) -> Non
     sandbox.tool("nvidia-smi", "echo 'GPU 0: NVIDIA H100'")  # a dry run leaves it alone
     write_script(
         sandbox.root / ".venv/bin/python",
-        f'#!/bin/sh\necho "python $2" >>"$CALLS"; exec {sys.executable} "$@"\n',
+        f'#!/bin/sh\n{NO_INSTALL}\nexec {sys.executable} "$@"\n',
     )
     stamped = sandbox.run("-c", '. runs/environment.sh; write_stamp ""; write_stamp dashboard')
     assert stamped.returncode == 0, stamped.stderr
