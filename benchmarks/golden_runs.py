@@ -144,6 +144,7 @@ def build_config(run: GoldenRun, args: Mapping[str, Any], oracle: Path) -> Pretr
     return PretrainConfig(
         dial=dial,
         data=str(oracle / "corpus"),
+        packing="best-fit",
         device_batch_size=run.device_batch_size or args["device_batch_size"],
         eval_every=args["eval_every"] if run.validate else None,
         eval_tokens=args["eval_tokens"],

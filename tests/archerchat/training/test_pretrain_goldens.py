@@ -97,6 +97,7 @@ def test_the_reference_curve_from_trained_weights(
             total_batch_size=args["total_batch_size"],
         ),
         data=str(oracle_dir / "corpus"),
+        packing="best-fit",
         device="cpu",
         dtype="float32",
         attention=attention,

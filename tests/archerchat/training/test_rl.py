@@ -229,7 +229,7 @@ def right_half_of_the_time(home: Any, folder: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_mean_reward_rises(
-    trained_home: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_home: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half a minute on one core.
 
@@ -237,19 +237,20 @@ def test_the_mean_reward_rises(
     error of that difference is 0.02, and 0.03 for the rewards of five steps: what is asked is
     many standard errors from no effect, and from the effect.
     """
-    right_half_of_the_time(trained_home, tmp_path, monkeypatch)
+    assert tiny_home.pretrain(packing="best-fit") == 0
+    right_half_of_the_time(tiny_home, tmp_path, monkeypatch)
     command = words(
         **{"source": "sft", "task": "Arithmetic", "lr_scale": 1.5},
         **{"examples_per_step": 16, "num_samples": 8, "max_new_tokens": 40},
         **{"device_batch_size": 64, "rollout_batch_size": 128, "num_iterations": 20},
         **{"eval_every": 1000, "eval_examples": 256, "eval_samples": 4, "save_every": 1000},
     )
-    assert trained_home.run(*command) == 0
-    found = rewards(trained_home, "tiny-rl")
+    assert tiny_home.run(*command) == 0
+    found = rewards(tiny_home, "tiny-rl")
     assert len(found) == 20
     first, last = sum(found[:5]) / 5, sum(found[-5:]) / 5
     assert last > first + 0.12, f"{first} to {last}: {found}"
-    values = [each.get("values") or {} for each in read_records(trained_home, "tiny-rl")]
+    values = [each.get("values") or {} for each in read_records(tiny_home, "tiny-rl")]
     before, after = (float(v["val/pass_at_1"]) for v in values if "val/pass_at_1" in v)
     assert 0.3 < before < 0.7
     assert after > before + 0.15, f"{before} to {after}"
