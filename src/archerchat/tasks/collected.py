@@ -19,9 +19,11 @@ from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
 from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
 from archerchat.tasks.hub import Row, TableTask, TaskFiles, load_tables
-from archerchat.text_files import JSON_KINDS, iter_rows, list_folder
+from archerchat.text_files import JSON_KINDS, iter_rows, list_folder, refuse
 
 ArcName = Literal["ARC-Easy", "ARC-Challenge"]
+MAX_NAMED = 10
+"""Bad lines that are listed in full."""
 TEST_SHARE = 20
 """One conversation in twenty of a local folder that stands in for SmolTalk belongs to the test."""
 _MARK = re.compile(r"<<([^<>]*)>>")
@@ -104,21 +106,34 @@ class JsonlTask(Task):
 
     Args:
         split: the files to read of a folder that names train and others; None reads all.
+        skip_bad: leave out what is malformed, and list the first of it in `left_out`.
 
     Raises:
         DataError: there is none, or one is malformed; the message names the file and the line.
     """
 
-    def __init__(self, path: Path, split: Literal["train", "validation"] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        split: Literal["train", "validation"] | None = None,
+        skip_bad: bool = False,
+    ) -> None:
         folder = list_folder(path, JSON_KINDS)
         paths = {"train": folder.train, "validation": folder.held_out}.get(
             split or "", sorted([*folder.train, *folder.held_out])
         )
-        self.name, self.left_out = path.name, folder.left_out
-        self.split = split if folder.held_out else None
-        self.rows = [
-            check_conversation(value, where) for each in paths for where, value in iter_rows(each)
-        ]
+        self.name, self.split = path.name, split if folder.held_out else None
+        self.rows, bad = [], list[str]()
+        for each in paths:
+            for where, value in iter_rows(each, bad.append if skip_bad else refuse):
+                try:
+                    self.rows.append(check_conversation(value, where))
+                except DataError as error:
+                    if not skip_bad:
+                        raise
+                    bad.append(str(error))
+        listed = [f"{len(bad):,} bad lines were left out, the first:", *bad[:MAX_NAMED]]
+        self.left_out = [*folder.left_out, *(listed if bad else [])]
         if not self.rows:
             raise DataError(
                 f"{path} holds no conversation: give a file with one JSON line for each"

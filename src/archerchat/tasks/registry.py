@@ -116,6 +116,8 @@ class MixtureConfig:
     named train, those named validation (or test) are for validation."""
     val_jsonl: tuple[Path, ...] = ()
     """Files of conversations to validate on, instead of the tasks' tests."""
+    skip_bad: bool = False
+    """Leave out lines of --jsonl and --val-jsonl that are no conversations, and list the first."""
     identity: Path | None = None
     """JSON lines in which the assistant says who it is (`archerchat data identity`); by default
     the package's."""
@@ -136,9 +138,11 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     if not entries and not config.jsonl:
         raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
     # The user's own files first: a broken line is reported before gigabytes are downloaded.
-    own: list[Task] = [JsonlTask(path, "train") for path in config.jsonl]
-    judges: list[Task] = [JsonlTask(path) for path in config.val_jsonl] or [
-        JsonlTask(path, "validation")
+    own: list[Task] = [JsonlTask(path, "train", config.skip_bad) for path in config.jsonl]
+    judges: list[Task] = [
+        JsonlTask(path, skip_bad=config.skip_bad) for path in config.val_jsonl
+    ] or [
+        JsonlTask(path, "validation", config.skip_bad)
         for path in config.jsonl
         if list_folder(path, JSON_KINDS).held_out
     ]

@@ -71,6 +71,20 @@ def test_a_broken_line_is_named_by_number(line: Any, message: str, tmp_path: Pat
         JsonlTask(path)
 
 
+def test_bad_lines_are_left_out_on_request_and_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "talks.jsonl", GOOD, "{", {"messages": [assistant("Hi")]}, GOOD)
+    task = JsonlTask(path, skip_bad=True)
+    assert len(task) == 2
+    summary, *named = task.left_out
+    assert summary == "2 bad lines were left out, the first:"
+    assert [f"talks.jsonl:{line}" in text for line, text in zip((2, 3), named, strict=True)]
+    config = MixtureConfig(mixture="none", jsonl=(path,), skip_bad=True)
+    train, _ = build_mixtures(config, TaskFiles(tmp_path))
+    assert len(train) == 2
+    with pytest.raises(DataError):
+        JsonlTask(path)
+
+
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no conversation"):
         JsonlTask(tmp_path)
