@@ -8,6 +8,7 @@ products do.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from archerchat.evals.core.layout import Layout, Level, QueryBlock
+from archerchat.evals.core.layout import Index, Layout, Level, QueryBlock
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from archerchat.model.loss import LOGIT_CAP
 from archerchat.model.transformer import (
@@ -39,6 +40,8 @@ CPU_LOGITS_BYTES = 4 * 2**20
 """The same on CPUs, where they should stay in the cache."""
 ROWS = 64
 """Rows come in multiples of this: on CPUs every new number of rows costs a product its plan."""
+MLP_BYTES = 2**20
+"""Bound on an MLP's inner activations at a time on CPUs: they should stay in a core's cache."""
 
 
 Scores = tuple[Tensor, Tensor | None]
@@ -200,8 +203,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _add_mlp(mlp: MLP, x: Tensor, dtype: torch.dtype) -> None:
     """Add the MLP of the normalised stream (n, C) to it."""
-    u = mlp.up(_norm(x, dtype)).relu_()
-    x.add_(mlp.down(u.mul_(u)))
+    on_cpu = x.device.type == "cpu"
+    fitting = MLP_BYTES // (4 * x.size(1) * dtype.itemsize) // ROWS * ROWS
+    rows = max(ROWS, fitting) if on_cpu else x.size(0)
+    for start in range(0, x.size(0), rows):
+        part = x[start : start + rows]
+        u = mlp.up(_norm(part, dtype)).relu_()
+        part.add_(mlp.down(u.mul_(u)))
 
 
 class Masks:
@@ -217,17 +225,39 @@ class Masks:
 
     def of(self, level: Level, block: QueryBlock) -> Tensor:
         """Return (queries, keys): 0 where a query sees a key, else minus infinity."""
+        rows, columns = level.outgoing[block.queries], level.incoming[block.keys]
+        if block.is_band:
+            return _band(len(rows), len(columns), level.window, self.device, self.dtype)
         if id(block) not in self._made:
-            self._made[id(block)] = self._build(level, block)
+            self._made[id(block)] = self._build(rows, columns, level.window)
         return self._made[id(block)]
 
-    def _build(self, level: Level, block: QueryBlock) -> Tensor:
-        rows, columns = (
-            torch.from_numpy(part).to(self.device)
-            for part in (level.outgoing[block.queries], level.incoming[block.keys])
-        )
+    def _build(self, queries: Index, keys: Index, window: int) -> Tensor:
+        rows, columns = (torch.from_numpy(part).to(self.device) for part in (queries, keys))
         branch, tree, position = self._branch[columns], self._tree, self._position
         seen = (tree[rows][:, None] == tree[columns]) & (columns <= rows[:, None])
         seen &= (branch < 0) | (branch == self._branch[rows][:, None])
-        seen &= position[columns] >= (position[rows] - level.window)[:, None]
-        return torch.zeros_like(seen, dtype=self.dtype).masked_fill_(~seen, -math.inf)
+        seen &= position[columns] >= (position[rows] - window)[:, None]
+        return _bias(seen, self.dtype)
+
+
+def _bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, -math.inf)
+
+
+def _band(queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the mask of a block whose last query is its last key: a corner of a larger one."""
+    rows, columns = (1 << (size - 1).bit_length() for size in (queries, keys))
+    reach = min(window, columns)
+    corner = _large_band(rows, columns, reach, device, dtype)[-queries:, -keys:]
+    return corner if device.type == "cpu" else corner.contiguous()  # kernels ask for alignment
+
+
+@functools.lru_cache(maxsize=16)
+def _large_band(
+    queries: int, keys: int, window: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    here = torch.arange(keys - queries, keys, device=device)[:, None]
+    there = torch.arange(keys, device=device)[None, :]
+    return _bias((there <= here) & (there >= here - window), dtype)

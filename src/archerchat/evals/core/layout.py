@@ -31,6 +31,8 @@ class QueryBlock:
     """Among the tokens that go out of the layer."""
     keys: slice
     """Among the tokens that come in."""
+    is_band: bool
+    """Whether all of it is one trunk; the last query then is the last key's."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _iter_blocks(
         if pack and not (
             small and next_query - pack[0] <= block and next_key - pack[1] <= 4 * block
         ):
-            yield QueryBlock(slice(pack[0], query), slice(pack[1], key))
+            yield QueryBlock(slice(pack[0], query), slice(pack[1], key), False)
             pack = None
         if small:
             pack = pack or (query, key)
@@ -193,15 +195,15 @@ def _iter_blocks(
                 stop = min(start + block, queries)
                 shift = trunk_end - queries  # from a query's place to its key's
                 keys = slice(max(key, shift + start - window), shift + stop)
-                yield QueryBlock(slice(query + start, query + stop), keys)
+                yield QueryBlock(slice(query + start, query + stop), keys, True)
             first, start = max(key, trunk_end - window), query + queries
             for step in range(0, branch, block):
                 stop = min(step + block, branch)
                 keys = slice(first, trunk_end + stop)
-                yield QueryBlock(slice(start + step, start + stop), keys)
+                yield QueryBlock(slice(start + step, start + stop), keys, False)
         query, key = next_query, next_key
     if pack:
-        yield QueryBlock(slice(pack[0], query), slice(pack[1], key))
+        yield QueryBlock(slice(pack[0], query), slice(pack[1], key), False)
 
 
 def _scored(trees: Sequence[Tree], outgoing: Index, branched: Index) -> tuple[Index, Index]:
