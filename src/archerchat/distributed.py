@@ -140,7 +140,10 @@ class Ranks(Place):
         return tuple(total.tolist())
 
     def gather(self, value: Any) -> list[Any]:
-        """Return each rank's value, in order; any plain value or NumPy array, but no tensors."""
+        """Return each rank's value, in order: plain values and NumPy arrays, but no tensors.
+
+        They are pickled between the processes of this job, as torchrun's own messages are.
+        """
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size

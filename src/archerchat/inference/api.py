@@ -16,14 +16,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from archerchat.config import DeviceName, DtypeName
 from archerchat.home import Home
 from archerchat.inference.chat import CHAT_SAMPLING, ChatSession, generate_texts
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, load_model
-from archerchat.inference.prefill import prefill
+from archerchat.inference.prefill import score_prompts
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import build_runtime, prepare_process
 
@@ -46,24 +44,21 @@ class Model:
         ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
         return generate_texts(self.engine, tokenizer, ids, params)
 
-    @torch.no_grad()
     def score(self, prompt: str, *continuations: str) -> list[float]:
         """Return the log probability of each continuation of the prompt, in nats.
 
         Tokens that prompt and continuation do not share with the prompt alone are scored.
         """
-        tokenizer, model = self.loaded.tokenizer, self.engine.model
+        tokenizer = self.loaded.tokenizer
         texts = [prompt, *(prompt + each for each in continuations)]
         alone, *rows = ([tokenizer.bos_id, *tokenizer.encode(text)] for text in texts)
-        scores: list[float] = []
         if not rows:
-            return scores
-        for row, hidden in zip(rows, prefill(model, rows).hidden, strict=True):
+            return []
+        scores = []
+        for row, found in zip(rows, score_prompts(self.engine.model, rows, top=0), strict=True):
             shared = takewhile(lambda pair: pair[0] == pair[1], zip(alone, row, strict=False))
             start = len(list(shared))
-            logprobs = model.logits(hidden[start - 1 : len(row) - 1]).log_softmax(dim=-1)
-            targets = torch.tensor(row[start:], device=model.device)
-            scores.append(float(logprobs.gather(1, targets[:, None]).sum()))
+            scores.append(sum(each.logprob for each in found[start:] if each is not None))
         return scores
 
     def chat(self, system: str | None = None, **sampling: Any) -> ChatSession:

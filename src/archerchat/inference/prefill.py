@@ -2,6 +2,7 @@
 
     prefix = prefill(model, [shared_ids]).prefix(0)
     following = prefill(model, continuations, prefix).last_logits()
+    scores = score_prompts(model, rows, top=5)
 
 Rows of unequal length are padded on the right, where causal attention hides the padding from
 every real token. The prefix is computed once, whatever the number of continuations.
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 
 from archerchat.inference.kv_cache import Prefix
+from archerchat.inference.sequence import TokenLogprobs
 from archerchat.model.attention import Backend, attend
 from archerchat.model.transformer import Before, Transformer, norm
 
 PREFILL_TOKENS = 4096
 """Most tokens in a batch of several prompts, padding included: enough to fill a CPU's cores, few
 enough that activations stay small."""
+SCORED_TOKENS = 256
+"""Positions whose logits exist at a time where every token of a prompt is scored."""
 MIN_FILLED = 0.75
 """A prompt shorter than this share of the longest in a batch starts a new batch."""
 
@@ -112,6 +116,31 @@ def prefill(
     positions = torch.arange(start, start + width, device=model.device)
     hidden = model.hidden(token_ids, before=Before(positions, previous, layers))
     return Prefilled(model, lengths, hidden, embedded, layers, shared)
+
+
+@torch.no_grad()
+def score_prompts(
+    model: Transformer, rows: Sequence[Sequence[int]], top: int
+) -> list[list[TokenLogprobs | None]]:
+    """Return what the model gave each token of each row, and the `top` most likely ones there.
+
+    The first token of a row has none: nothing comes before it.
+    """
+    ran = prefill(model, rows)
+    found: list[list[TokenLogprobs | None]] = []
+    for row, hidden in zip(rows, ran.hidden, strict=True):
+        scores: list[TokenLogprobs | None] = [None]
+        targets = torch.tensor(row[1:], device=model.device)
+        for start in range(0, len(targets), SCORED_TOKENS):
+            part = targets[start : start + SCORED_TOKENS]
+            logprobs = model.logits(hidden[start : start + len(part)]).log_softmax(dim=-1)
+            own = logprobs.gather(1, part[:, None])[:, 0].tolist()
+            best = logprobs.topk(top, dim=-1)
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for value, (ids, values) in zip(own, pairs, strict=True):
+                scores.append(TokenLogprobs(value, tuple(zip(ids, values, strict=True))))
+        found.append(scores)
+    return found
 
 
 def iter_batches(lengths: Sequence[int], max_tokens: int = PREFILL_TOKENS) -> Iterator[list[int]]:

@@ -27,8 +27,7 @@ from starlette.types import Receive, Scope, Send
 from archerchat.home import Home
 from archerchat.inference import sequence
 from archerchat.inference.chat import build_answer_request
-from archerchat.inference.prefill import iter_batches
-from archerchat.inference.scoring import score_prompts
+from archerchat.inference.prefill import iter_batches, score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
 from archerchat.serving import info, v1_responses

@@ -91,7 +91,7 @@ class Loop(Stateful):
         evaluates_first: bool = True,
     ) -> None:
         self.recipe, self.optimizer, self.runtime = recipe, recipe.optimizer, recipe.runtime
-        self.ranks = recipe.optimizer.ranks
+        self.ranks, self.peak = recipe.optimizer.ranks, peak
         self.save_every, self.sample_every = save_every, sample_every
         self.evaluates_first = evaluates_first
         self.state = LoopState()

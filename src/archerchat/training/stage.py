@@ -10,7 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -61,7 +61,7 @@ class StageConfig(DeviceConfig):
     compile: bool = True
     """Compile the model and the optimizer; plain code runs where there is no compiler."""
     activation_checkpointing: bool = False
-    """Compute each layer again in the backward pass: much less memory for a third more time."""
+    """Compute each layer again in the backward pass: much less memory, but more time."""
     run: str | None = None
     """Name of the run in the metrics. Defaults to the model's name, with -sft or -rl."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
@@ -135,7 +135,7 @@ class Stage(ABC):
         return start.step == self.num_iterations
 
     def prepare_resume(self, start: Checkpoint) -> list[str]:
-        """Do what else a resumed run needs; return lines to print."""
+        """Do what else a resumed run needs, on the first rank; return lines to print."""
         return []
 
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
@@ -181,19 +181,11 @@ class Stage(ABC):
             UsageError: the settings contradict the run that is there.
             DataError, CheckpointError: something on disk is missing or broken.
         """
-        settings, directory = self.settings, self.directory
-        summary, start = self.home.run_dir(self.run_name) / SUMMARY, None
-        if settings.overwrite and (
-            settings.resume or self.extend or settings.resume_from_step is not None
-        ):
-            raise UsageError(
-                "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
-                "and --extend"
-            )
-        with self._joined, self._alone(directory):
-            if not settings.overwrite:
-                start = find_start(directory, self.meta, settings.resume_from_step, self.extend)
-            self._require_same_run(start)
+        self._refuse_contradictions()
+        summary = self.home.run_dir(self.run_name) / SUMMARY
+        alone = exclusive(self.directory) if self.ranks.is_master else nullcontext()
+        with self._joined, alone:
+            start = self._find_start()
             if start is not None and (result := self._find_result(start, summary)) is not None:
                 self.console.print(
                     f"model {self.tag!r} is already {self.done}: step {start.step} is in "
@@ -203,38 +195,33 @@ class Stage(ABC):
             with explained_memory():
                 recipe = self.build_recipe(start)
             with closing(recipe.loader):
-                peak = peak_flops(self.runtime, self.home.cache_dir)
-                for label, text in (*self.announce(recipe), *self._announce_device(peak)):
-                    self.console.print(f"{label:<10} {text}")
-                loop = Loop(
-                    recipe, peak, settings.save_every, settings.sample_every, self.evaluates_first
-                )
-                torch.manual_seed(self.seed)
-                resumed_from = None if start is None else start.path
-                if start is not None:
-                    loop.load_state_dict(start.state)
-                    start.state.clear()  # copied: it would take its memory until the run ends
-                    self._announce_resume(start)
-                    for line in self.prepare_resume(start):
-                        self.console.print(line)
-                if settings.overwrite and self.ranks.is_master:
-                    for step in list_checkpoints(directory):
-                        remove_directory(find_checkpoint(directory, step))
-                outcome = self._train(loop, summary, resumed_from)
+                loop, outcome = self._train(recipe, start, summary)
+            # Still among the ranks: some figures are sums over all of them.
             if outcome.finished:
-                figures = summarize(outcome, loop, peak, self.metric) | dict(recipe.final_metrics())
+                figures = summarize(outcome, loop, self.metric) | dict(recipe.final_metrics())
                 if self.ranks.is_master:
                     write_json(summary, figures)
-        self._report_end(outcome, loop)
-        for line in self.closing_lines(recipe, outcome.finished):
-            self.console.print(line)
+            self._report_end(outcome, loop)
+            for line in self.closing_lines(recipe, outcome.finished):
+                self.console.print(line)
         return outcome
 
-    @contextmanager
-    def _alone(self, directory: Path) -> Iterator[None]:
-        """Keep other runs out of the directory; the first rank does so for all."""
-        with exclusive(directory) if self.ranks.is_master else nullcontext():
-            yield
+    def _refuse_contradictions(self) -> None:
+        settings = self.settings
+        resumes = settings.resume or self.extend or settings.resume_from_step is not None
+        if settings.overwrite and resumes:
+            raise UsageError(
+                "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
+                "and --extend"
+            )
+
+    def _find_start(self) -> Checkpoint | None:
+        """Return the checkpoint to resume from, the same on all ranks."""
+        start, settings = None, self.settings
+        if not settings.overwrite:
+            start = find_start(self.directory, self.meta, settings.resume_from_step, self.extend)
+        self._require_same_run(start)
+        return start
 
     def _require_same_run(self, start: Checkpoint | None) -> None:
         """Compare what the ranks are about to do.
@@ -257,11 +244,32 @@ class Stage(ABC):
                     "data"
                 )
 
-    def _train(self, loop: Loop, summary: Path, resumed_from: Path | None) -> Outcome:
+    def _train(
+        self, recipe: Recipe, start: Checkpoint | None, summary: Path
+    ) -> tuple[Loop, Outcome]:
+        """Say what will be trained, restore what was saved, and run the loop."""
+        settings, peak = self.settings, peak_flops(self.runtime, self.home.cache_dir)
+        for label, text in (*self.announce(recipe), *self._announce_device(peak)):
+            self.console.print(f"{label:<10} {text}")
+        loop = Loop(recipe, peak, settings.save_every, settings.sample_every, self.evaluates_first)
+        torch.manual_seed(self.seed)
+        resumed_from = None if start is None else start.path
+        if start is not None:
+            loop.load_state_dict(start.state)
+            start.state.clear()  # copied: it would take its memory until the run ends
+            self._announce_resume(start)
+        if self.ranks.is_master:
+            for line in self.prepare_resume(start) if start else ():
+                self.console.print(line)
+            if settings.overwrite:
+                for step in list_checkpoints(self.directory):
+                    remove_directory(find_checkpoint(self.directory, step))
+            summary.unlink(missing_ok=True)
+        return loop, self._run_loop(loop, resumed_from)
+
+    def _run_loop(self, loop: Loop, resumed_from: Path | None) -> Outcome:
         """Run the loop and record what it does."""
         settings, step = self.settings, loop.state.step
-        if self.ranks.is_master:
-            summary.unlink(missing_ok=True)
         self.runtime.reset_peak_memory()
         with (
             open_run(
@@ -340,7 +348,7 @@ class Stage(ABC):
             console.print(f"warning: {OVERFITTING.format(self.metric.label)}")
 
 
-def summarize(outcome: Outcome, loop: Loop, peak: PeakFlops, metric: Metric) -> dict[str, Any]:
+def summarize(outcome: Outcome, loop: Loop, metric: Metric) -> dict[str, Any]:
     """Return the figures of a finished run, for its `summary.json`."""
     state, key = loop.state, _summary_key(metric)
     figures = {
@@ -353,7 +361,7 @@ def summarize(outcome: Outcome, loop: Loop, peak: PeakFlops, metric: Metric) -> 
         "training_seconds": state.training_seconds,
         "tokens_per_second": outcome.tokens_per_second,
         "mfu": outcome.mfu,
-        "peak_flops_per_second": peak.flops_per_second,
+        "peak_flops_per_second": loop.peak.flops_per_second,
         "peak_memory_bytes": loop.runtime.peak_memory_bytes(),
     }
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,13 +19,13 @@ def test_a_new_run_starts_with_the_seed_s_generators(
     tiny_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[torch.Tensor] = []
-    train = Pretraining._train
+    run_loop = Pretraining._run_loop
 
     def note(stage: Pretraining, *arguments: Any) -> Any:
         drawn.append(torch.rand(3))
-        return train(stage, *arguments)
+        return run_loop(stage, *arguments)
 
-    monkeypatch.setattr(Pretraining, "_train", note)
+    monkeypatch.setattr(Pretraining, "_run_loop", note)
     assert tiny_home.pretrain(seed=7) == 0
     assert torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(7)))
 
@@ -80,3 +82,26 @@ def test_a_rank_that_would_train_on_other_data_is_named(
     assert "rank 1 would train another run than rank 0" in message
     assert "data.shard_00000.parquet: " in message
     assert not list_checkpoints(tiny_home.checkpoint_dir("base", "tiny"))
+
+
+def test_all_that_ranks_sum_is_summed_before_they_part(
+    trained_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lines at a run's end are sums over the ranks too: a group that was left aborts."""
+    events = []
+
+    @contextmanager
+    def joined(*place: Any) -> Iterator[Ranks]:
+        yield Ranks()
+        events.append("parted")
+
+    gather = Ranks.gather
+    monkeypatch.setattr("archerchat.training.stage.joined_ranks", joined)
+    monkeypatch.setattr(
+        Ranks, "gather", lambda ranks, value: (events.append("gather"), gather(ranks, value))[1]
+    )
+    words = ["sft", "--mixture", "Arithmetic:8", "--num-iterations", "1", "--eval-every", "none"]
+    where = ["--device", "cpu", "--dtype", "float32", "--no-compile", "--sample-every", "none"]
+    assert trained_home.run(*words, *where) == 0
+    assert events.count("gather") > 2
+    assert events[-1] == "parted"
