@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Depth 6 on a laptop's CPU: web text, a chat model and its report in about 30 minutes, without a GPU.
+# Depth 6 on a laptop's CPU: web text, a chat model and its report, sized to 30 minutes, without a GPU.
 #
 # It measures the machine first and trains as many steps as the half hour holds. The text is two shards
 # of ClimbMix from the network, or with DATA=stdlib what every Python installation carries. Run it again

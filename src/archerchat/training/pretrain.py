@@ -220,12 +220,10 @@ class Pretraining(Stage):
         )
 
     def _choose_rows(self) -> int:
-        """Return the saved run's rows per micro-batch, or of a new one as many as fit."""
+        """Return the saved run's rows per micro-batch, or of a new one as many as fit; and see
+        whether layers have to be computed again."""
         model, runtime, self.rows = self.hp.model, self.runtime, 1
         rows = self._count_micro_batches()
-        saved: int = self._saved.get("device_batch_size", 0)
-        if saved and rows % saved == 0:
-            return saved
         available = runtime.total_memory_bytes()
         given = model, runtime.compute_dtype, runtime.device, runtime.world_size, available
         most = useful_rows(runtime.device, model.sequence_length)
@@ -234,7 +232,11 @@ class Pretraining(Stage):
             estimate = estimate_memory(*given, recomputes)
             if fitting := max_device_batch_size(estimate, available, rows, most):
                 break
-        least: int = min(self.ranks.gather(fitting or 1))
+        saved: int = self._saved.get("device_batch_size", 0)
+        chosen = saved if saved and rows % saved == 0 else fitting or 1
+        # Ranks of unlike cards agree, and all of them ask: one may lack the saved run.
+        self.recomputes = self.ranks.any(self.recomputes)[0]
+        least: int = min(self.ranks.gather(chosen))
         return least
 
     def _fit_rows(self, recipe: Recipe) -> None:

@@ -248,31 +248,36 @@ def test_a_step_never_waits_for_the_device(compile: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
+def five_steps(device: str, dtype: torch.dtype, compile: bool) -> dict[str, Tensor]:
+    """Return the parameters after five steps on drawn gradients, in float32."""
+    hp = hyperparameters(device)
+    model = Transformer(hp.model, dtype)
+    model.init_weights(0)
+    model.to(device)
+    optimizer = Optimizer(model, build_groups(model, hp.learning_rates), dtype, compile)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(5):
+        for parameter in model.parameters():
+            draw = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = draw.to(parameter.device, parameter.dtype)
+        optimizer.step(0.1 * (step + 1), 0.9, 0.1)
+    return {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_five_compiled_optimizer_steps_equal_plain_ones(dtype: torch.dtype) -> None:
+def test_five_compiled_optimizer_steps_are_as_good_as_plain_ones(
+    dtype: torch.dtype, device: str
+) -> None:
+    """Compiled or not, bfloat16 rounds at other places: neither may be farther from float32."""
     torch.compiler.reset()
-    models, hp = [], hyperparameters("cuda")
     with precision("highest"):
-        for compile in (False, True):
-            model = Transformer(hp.model, dtype)
-            model.init_weights(0)
-            model.cuda()
-            groups = build_groups(model, hp.learning_rates)
-            optimizer = Optimizer(model, groups, dtype, compile)
-            generator = torch.Generator().manual_seed(0)
-            for step in range(5):
-                for parameter in model.parameters():
-                    draw = torch.randn(parameter.shape, generator=generator)
-                    parameter.grad = draw.to(parameter.device, parameter.dtype)
-                optimizer.step(0.1 * (step + 1), 0.9, 0.1)
-            models.append(model)
-    # Muon's products in bfloat16 round after each operation, compiled or not at other places.
-    bound = 1e-4 if dtype == torch.float32 else 5e-2
-    for (name, plain), fused in zip(
-        models[0].named_parameters(), models[1].parameters(), strict=True
-    ):
-        assert (plain - fused).norm() <= bound * plain.norm(), name
+        exact = five_steps(device, torch.float32, compile=False)
+        plain = exact if dtype == torch.float32 else five_steps(device, dtype, compile=False)
+        fused = five_steps(device, dtype, compile=True)
+    for name, expected in exact.items():
+        allowed = 1e-4 * expected.norm() + 1.25 * (plain[name] - expected).norm()
+        assert (fused[name] - expected).norm() <= allowed, name
 
 
 @pytest.mark.gpu

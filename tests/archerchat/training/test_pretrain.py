@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from archerchat import checkpoint
 from archerchat.checkpoint import find_checkpoint, load_checkpoint
 from archerchat.cli import parse
 from archerchat.data.shards import write_shards
+from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.planning.memory import MemoryEstimate, estimate_memory
 from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
 
@@ -157,6 +160,26 @@ def test_rows_that_nobody_gave_are_the_plan_s_and_then_the_run_s(
     assert tiny_home.pretrain(device_batch_size=None, num_iterations=4, extend=True) == 0
     meta = load_checkpoint(find_checkpoint(directory), ()).meta
     assert meta["identity"]["device_batch_size"] == 2
+
+
+def test_layers_are_computed_again_where_not_one_row_fits_also_after_a_resume(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fits(estimate: MemoryEstimate, *limits: float) -> int | None:
+        return 4 if estimate.activations_per_row < kept else None
+
+    hp = build_hyperparameters(DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4), 360)
+    kept = estimate_memory(hp.model, torch.float32, torch.device("cpu")).activations_per_row
+    monkeypatch.setattr("archerchat.training.pretrain.max_device_batch_size", fits)
+    words = tiny_home.pretrain_words()
+    at = words.index("--device-batch-size")
+    del words[at : at + 2]
+    for start in ("pretrain", "resuming from"):
+        assert tiny_home.run(*words) == 0
+        output = capsys.readouterr().out
+        assert "not one row fits unless the backward pass computes layers again" in output
+        assert start == "pretrain" or start in output
+        shutil.rmtree(tiny_home.checkpoint_dir("base", "tiny") / "step_000004")
 
 
 def test_rows_are_halved_until_they_fit(
