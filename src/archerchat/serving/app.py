@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,17 @@ from sse_starlette import EventSourceResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.inference import sequence
-from archerchat.inference.chat import build_answer_request
+from archerchat.inference.chat import ChatSession, ContextFull
 from archerchat.inference.prefill import iter_batches, score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
 from archerchat.serving import info, v1_responses
 from archerchat.serving import requests as asked
 from archerchat.serving.config import LOOPBACK, ServeConfig
+from archerchat.serving.grammar import build_mask
 from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
 from archerchat.serving.info import Server, Shared
 from archerchat.serving.models import Models, ServedModel
@@ -113,18 +116,24 @@ class _Chat:
 
 async def _start_chat(body: asked.ChatRequest, server: Server) -> _Chat:
     model = await server.models.get(body.model)
-    params, tokenizer = body.params(), model.tokenizer
-    prompt, dropped = asked.render_prompt(
-        tokenizer,
-        asked.read_conversation(body.messages),
-        model.engine.max_length,
-        params.max_new_tokens,
-        body.truncation == "auto",
-    )
-    asks = [build_answer_request(tokenizer, prompt, params)]
-    stream = server.worker.submit(model.engine, asks)
-    choices = [ChatChoice(tokenizer, index, asks[0]) for index in range(params.num_samples)]
-    answer = Answer("chat.completion", model.card.name, asks, dropped)
+    session = ChatSession(model.engine, model.tokenizer, body.params())
+    message, said = session.resume(asked.read_conversation(body.messages))
+    try:
+        request = session.build_request(message, said, forget=body.truncation == "auto")
+    except ContextFull as error:
+        problem = f"do not fit: {error}"
+        raise asked.BadRequest("messages", problem, "context_length_exceeded") from error
+    if (schema := body.response_format.schema_content) is not None:
+        try:
+            mask = await asyncio.to_thread(build_mask, model.vocabulary, schema)
+        except UsageError as error:
+            raise asked.BadRequest("response_format", f"cannot be kept to: {error}") from error
+        request = replace(request, mask=mask, hook=None)
+    stream = server.worker.submit(model.engine, [request])
+    samples = range(session.params.num_samples)
+    choices = [ChatChoice(model.tokenizer, index, request) for index in samples]
+    dropped = 2 * session.forgotten
+    answer = Answer("chat.completion", model.card.name, [request], dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
     return _Chat(stream, choices, answer, headers)
 
@@ -146,7 +155,9 @@ async def respond(body: ResponsesRequest, request: Request, server: Shared) -> R
     try:
         started = await _start_chat(body.to_chat(), server)
     except asked.BadRequest as error:
-        param = error.param.replace("messages", "input")
+        names = {"messages": "input", "response_format.json_schema": "text.format",
+                 "response_format": "text.format"}  # fmt: skip
+        param = re.sub("|".join(names), lambda found: names[found[0]], error.param)
         raise asked.BadRequest(param, error.problem, error.code) from error
     stream, (choice,) = started.stream, started.choices
     found = v1_responses.Response(choice, started.answer, server.models.find(body.model).name)

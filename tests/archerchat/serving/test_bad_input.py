@@ -22,6 +22,10 @@ def said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def schema(content: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": content}}
+
+
 REFUSED = [
     (CHAT, {}, 400, "messages"),
     (CHAT, {"messages": []}, 400, "messages"),
@@ -45,7 +49,19 @@ REFUSED = [
     (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
     (CHAT, {"messages": HELLO, "logit_bias": {"1": 101}}, 400, "logit_bias.1"),
     (CHAT, {"messages": HELLO, "tools": [{}]}, 400, "tools"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format.type"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, 400,
+     "response_format.json_schema"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"enum": []})}, 400, "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"$ref": "#"})}, 400, "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"$ref": "http://a.example/b"})}, 400,
+     "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"type": "string", "pattern": "("})}, 400,
+     "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"title": "a" * 70_000})}, 400,
+     "response_format.json_schema.schema"),
+    ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema":
+     {"type": "string", "minLength": 2, "maxLength": 1}}}}, 400, "text.format"),
     (CHAT, {"messages": [said("user", "  ")]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", None)]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", "\ud800")], "model": "\ud800"}, 404, "model"),
