@@ -16,7 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
@@ -56,6 +56,7 @@ PING_SECONDS = 15
 SEND_SECONDS = 60.0
 """How long a client may leave a chunk unread."""
 Choice = ChatChoice | TextChoice
+T = TypeVar("T")
 router = APIRouter()
 
 
@@ -79,6 +80,12 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
     app.include_router(router)
     app.include_router(info.router)
     app.mount("/page", _PageFiles(directory=PAGE), name="page")
+    protect(app, config)
+    return app
+
+
+def protect(app: FastAPI, config: ServeConfig) -> None:
+    """Put what stands before every handler before those of `app`."""
     hosts = LOOPBACK if config.is_local and config.key is None else None
     app.add_middleware(Guard, api_key=config.key, hosts=hosts)
     if config.cors_origin:
@@ -88,7 +95,6 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    return app
 
 
 class _PageFiles(StaticFiles):
@@ -146,7 +152,7 @@ async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Res
     if body.stream:
         chunks = _chunks(stream, choices, answer, body.wants_usage)
         return _Events(stream, chunks, started.headers)
-    return await _until_gone(request, stream, _whole(stream, choices, answer, started.headers))
+    return await _finish(request, stream, _whole(stream, choices, answer, started.headers))
 
 
 @router.post("/v1/responses")
@@ -170,7 +176,7 @@ async def respond(body: ResponsesRequest, request: Request, server: Shared) -> R
                 choice.read(event)
         return AsciiJSON(found.whole(stream), headers=started.headers)
 
-    return await _until_gone(request, stream, whole())
+    return await _finish(request, stream, whole())
 
 
 async def _typed(found: v1_responses.Response, stream: Stream) -> AsyncIterator[bytes]:
@@ -219,7 +225,7 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
     stream = server.worker.submit(model.engine, asks)
     if body.stream:
         return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), {})
-    return await _until_gone(request, stream, _whole(stream, choices, answer, {}))
+    return await _finish(request, stream, _whole(stream, choices, answer, {}))
 
 
 async def _score(
@@ -286,21 +292,27 @@ class _Events(EventSourceResponse):
             self._stream.close()
 
 
-async def _until_gone(
+async def _finish(
     request: Request, stream: Stream, work: Coroutine[Any, Any, Response]
 ) -> Response:
-    """Return the answer, or end the work when the client goes away."""
+    try:
+        return await until_gone(request.receive, work) or Response(status_code=499)
+    finally:
+        stream.close()
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return what the work returns, or end it and return None when the client goes away."""
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
-    answer, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else Response(status_code=499)
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        answer.cancel()
+        working.cancel()
         leaving.cancel()
-        await asyncio.gather(answer, leaving, return_exceptions=True)
-        stream.close()
+        await asyncio.gather(working, leaving, return_exceptions=True)

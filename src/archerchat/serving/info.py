@@ -100,8 +100,13 @@ async def stats(server: Shared) -> Response:
 @router.get("/metrics")
 async def metrics(server: Shared) -> Response:
     """Return the numbers of /stats in the form that Prometheus reads."""
+    return as_metrics(_stats(server))
+
+
+def as_metrics(stats: dict[str, Any]) -> Response:
+    """Write the numbers of /stats in the form that Prometheus reads."""
     lines = []
-    for name, value in _stats(server).items():
+    for name, value in stats.items():
         if isinstance(value, int | float):
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# TYPE archerchat_{name} {kind}", f"archerchat_{name} {value}"]

@@ -34,7 +34,7 @@ class TextFormat(BaseModel):
 
 
 class TextOptions(BaseModel):
-    format: TextFormat = TextFormat()
+    format: TextFormat = TextFormat(schema={})
 
 
 class ResponsesRequest(Sampled):
