@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -35,6 +36,26 @@ def test_uv_finds_every_distribution_of_its_own_in_the_workspace() -> None:
     assert needed == uv["sources"].keys()
     assert needed < {project["name"] for project in projects}
     assert all(source == {"workspace": True} for source in uv["sources"].values())
+
+
+def test_the_build_brings_the_libraries_that_the_page_imports() -> None:
+    """Endlex's tests show how the hook fetches; here are the names."""
+    pytest.importorskip("hatchling")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    hook = build.CustomBuildHook(str(ROOT), {}, None, None, str(ROOT), "wheel", None)
+    brought = {name for package in hook.PACKAGES for name in package.members.values()}
+    page = (ROOT / "src/archerchat/serving/page/markdown.js").read_text(encoding="utf-8")
+    imported = set(re.findall(r'load\("(\w+)"\)|vendor/(\w+)\.js', page))
+    assert {f"{a or b}.js" for a, b in imported} | {
+        f"{a or b}.LICENSE" for a, b in imported
+    } == brought
+    assert hook.folder == ROOT / "src/archerchat/serving/page/vendor"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert settings["artifacts"] == [f"{hook.FOLDER}/"]
 
 
 @pytest.mark.slow
