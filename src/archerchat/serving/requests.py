@@ -144,7 +144,9 @@ class ChatRequest(Sampled, ConversationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     truncation: Literal["auto", "disabled"] = "auto"
     """Whether a conversation longer than the context loses its oldest turns, or is refused."""
-    tools: list[Any] | None = Field(None, max_length=0)
+    tools: list[Any] | None = None
+    """Clients offer them unasked; the model calls none of them."""
+    tool_choice: Literal["none", "auto"] | None = None
     response_format: ResponseFormat = ResponseFormat()
 
     def params(self) -> SamplingParams:

@@ -48,7 +48,8 @@ class ResponsesRequest(Sampled):
     max_output_tokens: int | None = Field(None, ge=1, le=2**31)
     truncation: Literal["auto", "disabled"] = "auto"
     text: TextOptions = TextOptions()
-    tools: list[Any] | None = Field(None, max_length=0)
+    tools: list[Any] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     previous_response_id: None = None
     n: None = None
 

@@ -48,7 +48,7 @@ REFUSED = [
     (CHAT, {"messages": HELLO, "logit_bias": {"a": 1}}, 400, "logit_bias"),
     (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
     (CHAT, {"messages": HELLO, "logit_bias": {"1": 101}}, 400, "logit_bias.1"),
-    (CHAT, {"messages": HELLO, "tools": [{}]}, 400, "tools"),
+    (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice"),
     (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format.type"),
     (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, 400,
      "response_format.json_schema"),
