@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,7 +39,7 @@ from archerchat.serving.grammar import build_mask
 from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
 from archerchat.serving.info import Server, Shared
 from archerchat.serving.models import Models, ServedModel
-from archerchat.serving.responses import Answer, ChatChoice, TextChoice
+from archerchat.serving.responses import Answer, ChatChoice, Choice, TextChoice
 from archerchat.serving.v1_responses import ResponsesRequest
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
 
@@ -55,7 +55,6 @@ PAGE_HEADERS = {
 PING_SECONDS = 15
 SEND_SECONDS = 60.0
 """How long a client may leave a chunk unread."""
-Choice = ChatChoice | TextChoice
 T = TypeVar("T")
 router = APIRouter()
 
@@ -110,17 +109,10 @@ async def show_page() -> Response:
     return Response(content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
-@dataclass
-class _Chat:
-    """An answer to a conversation, under way."""
-
-    stream: Stream
-    choices: list[ChatChoice]
-    answer: Answer
-    headers: dict[str, str]
-
-
-async def _start_chat(body: asked.ChatRequest, server: Server) -> _Chat:
+async def _start_chat(
+    body: asked.ChatRequest, server: Server
+) -> tuple[Stream, list[ChatChoice], Answer, dict[str, str]]:
+    """Start an answer to a conversation; return also its choices and headers."""
     model = await server.models.get(body.model)
     session = ChatSession(model.engine, model.tokenizer, body.params())
     message, said = session.resume(asked.read_conversation(body.messages))
@@ -141,42 +133,32 @@ async def _start_chat(body: asked.ChatRequest, server: Server) -> _Chat:
     dropped = 2 * session.forgotten
     answer = Answer("chat.completion", model.card.name, [request], dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
-    return _Chat(stream, choices, answer, headers)
+    return stream, choices, answer, headers
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
     """Answer a conversation."""
-    started = await _start_chat(body, server)
-    stream, choices, answer = started.stream, started.choices, started.answer
+    stream, choices, answer, headers = await _start_chat(body, server)
     if body.stream:
-        chunks = _chunks(stream, choices, answer, body.wants_usage)
-        return _Events(stream, chunks, started.headers)
-    return await _finish(request, stream, _whole(stream, choices, answer, started.headers))
+        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), headers)
+    return await _finish(request, stream, choices, lambda: answer.whole(choices, stream), headers)
 
 
 @router.post("/v1/responses")
 async def respond(body: ResponsesRequest, request: Request, server: Shared) -> Response:
     """Answer a conversation in the form of OpenAI's responses."""
     try:
-        started = await _start_chat(body.to_chat(), server)
+        stream, choices, answer, headers = await _start_chat(body.to_chat(), server)
     except asked.BadRequest as error:
         names = {"messages": "input", "response_format.json_schema": "text.format",
                  "response_format": "text.format"}  # fmt: skip
         param = re.sub("|".join(names), lambda found: names[found[0]], error.param)
         raise asked.BadRequest(param, error.problem, error.code) from error
-    stream, (choice,) = started.stream, started.choices
-    found = v1_responses.Response(choice, started.answer, server.models.find(body.model).name)
+    found = v1_responses.Response(choices[0], answer, server.models.find(body.model).name)
     if body.stream:
-        return _Events(stream, _typed(found, stream), started.headers)
-
-    async def whole() -> Response:
-        async for events in stream:
-            for event in events:
-                choice.read(event)
-        return AsciiJSON(found.whole(stream), headers=started.headers)
-
-    return await _finish(request, stream, whole())
+        return _Events(stream, _typed(found, stream), headers)
+    return await _finish(request, stream, choices, lambda: found.whole(stream), headers)
 
 
 async def _typed(found: v1_responses.Response, stream: Stream) -> AsyncIterator[bytes]:
@@ -220,12 +202,12 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
     answer = Answer("text_completion", model.card.name, asks)
     if body.max_tokens == 0:  # only the prompt was asked about
         for choice in choices:
-            choice.end("length")
-        return AsciiJSON(answer.whole([choice.whole() for choice in choices], None))
+            choice.finish = "length"
+        return AsciiJSON(answer.whole(choices, None))
     stream = server.worker.submit(model.engine, asks)
     if body.stream:
         return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), {})
-    return await _finish(request, stream, _whole(stream, choices, answer, {}))
+    return await _finish(request, stream, choices, lambda: answer.whole(choices, stream))
 
 
 async def _score(
@@ -240,23 +222,13 @@ async def _score(
     return [found[i] for i in range(len(prompts))]
 
 
-async def _whole(
-    stream: Stream, choices: Sequence[Choice], answer: Answer, headers: dict[str, str]
-) -> Response:
-    async for events in stream:
-        for event in events:
-            choices[stream.choice(event)].read(event)
-    content = answer.whole([choice.whole() for choice in choices], stream)
-    return AsciiJSON(content, headers=headers)
-
-
 async def _chunks(
     stream: Stream, choices: Sequence[Choice], answer: Answer, wants_usage: bool
 ) -> AsyncIterator[bytes]:
     """Yield the events of a stream, one for each token of each choice."""
     for choice in choices:
-        if isinstance(choice, TextChoice) and choice.first()["text"]:
-            yield _data(answer.chunk([choice.first()]))
+        if (first := choice.whole()).get("text"):  # the prompt's echo
+            yield _data(answer.chunk([first]))
     try:
         async for events in stream:
             more = {} if stream.open_samples else {"timings": stream.timings()}
@@ -293,10 +265,22 @@ class _Events(EventSourceResponse):
 
 
 async def _finish(
-    request: Request, stream: Stream, work: Coroutine[Any, Any, Response]
+    request: Request,
+    stream: Stream,
+    choices: Sequence[Choice],
+    show: Callable[[], dict[str, Any]],
+    headers: dict[str, str] | None = None,
 ) -> Response:
+    """Return what `show` shows of the answer at its end."""
+
+    async def read() -> Response:
+        async for events in stream:
+            for event in events:
+                choices[stream.choice(event)].read(event)
+        return AsciiJSON(show(), headers=headers)
+
     try:
-        return await until_gone(request.receive, work) or Response(status_code=499)
+        return await until_gone(request.receive, read()) or Response(status_code=499)
     finally:
         stream.close()
 
