@@ -152,7 +152,8 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
         for name in found[0]:
             values = [each[name] for each in found]
             is_list = isinstance(values[0], list)
-            total[name] = sorted(set().union(*values)) if is_list else sum(values)
+            add = max if name == "uptime_seconds" else sum
+            total[name] = sorted(set().union(*values)) if is_list else add(values)
         return as_metrics(total) if request.url.path == "/metrics" else AsciiJSON(total)
 
     async def forward(scope: Scope, receive: Receive, send: Send) -> None:
