@@ -8,6 +8,7 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
-from archerchat.config import PositiveInt, Seed
+from archerchat.config import PositiveInt, Seed, StateDtypeName
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
 from archerchat.data.prefetch import Batch
@@ -27,25 +28,32 @@ from archerchat.data.streams import Streams, saved_streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
+from archerchat.errors import UsageError
 from archerchat.evals.core.bundle import find_bundle
+from archerchat.files import recall, remember
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
+from archerchat.model.fp8 import supports_fp8
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
-from archerchat.planning.memory import estimate_memory, max_device_batch_size, useful_rows
+from archerchat.planning.memory import fit_micro_batch
+from archerchat.planning.peak_flops import cache_key
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
+from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.core_metric import build_core_metric
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
-from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.stage import Stage, StageConfig
 from archerchat.training.throughput import Outcome
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
 SAMPLE_TOKENS = 24
+ROWS_FILE = "device_batch_size.json"
+"""Which micro-batch fitted for which model on which card, in the home's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,12 @@ class PretrainConfig(StageConfig):
     device_batch_size: PositiveInt | None = None
     """Rows per micro-batch; gradient accumulation keeps the total batch the same. Defaults to
     `archerchat plan`'s, halved on a GPU until it fits."""
+    fp8: bool = False
+    """Multiply the blocks' large matrices in 8-bit floats if that turns out faster on this card; it
+    needs an NVIDIA card of 2023 or later (sm89)."""
+    optimizer_state: StateDtypeName = "float32"
+    """Dtype of the optimizer's moments; bfloat16 takes half the memory, for a model that does not
+    fit otherwise."""
     eval_every: PositiveInt | None = EVAL_EVERY
     """Steps between measurements of bits per byte on the validation shard, and one at the end;
     `none` for never."""
@@ -128,6 +142,8 @@ class Pretraining(Stage):
     """Train a base model from fresh weights."""
 
     name, command, done = "base", "pretrain", "trained"
+    fp8_speed: float | None = None
+    """How many times as fast 8-bit products turned out; None where that was not measured."""
     evaluates_first = False  # random weights: the first losses are worth more than a long wait
 
     def __init__(
@@ -153,7 +169,7 @@ class Pretraining(Stage):
         self.grad_accum_steps = self._count_micro_batches()
         self.files = list_shards(data_directory(config.data, home))
         self.shards = split_shards(self.files)
-        self.backend, reason = choose_attention(self.runtime, config.attention)
+        self.backend, reason = self.choose_attention(self.hp.model, self.rows)
         self.run_name = config.run or self.tag
         self.seed, self.num_iterations = config.seed, self.hp.num_iterations
         self.extend = config.extend
@@ -165,7 +181,13 @@ class Pretraining(Stage):
             schedule=asdict(self.schedule),
             validation=[[path.name, path.stat().st_size] for path in self.shards[1]],
             attention=f"{self.backend} ({reason})",
+            fp8=False,
         )
+        if config.fp8 and not supports_fp8(self.runtime.device):
+            raise UsageError(
+                f"--fp8 needs an NVIDIA card of sm89 or newer, and this is {self.runtime.device}: "
+                "leave it out"
+            )
         self.meta["config"] |= {
             "data": self._data_name(),
             "device_batch_size": self.rows,
@@ -203,6 +225,8 @@ class Pretraining(Stage):
             "tokenizer": self.tokenizer.fingerprint,
             "packing": self.packing,
             "seed": config.seed,
+            "fp8": config.fp8,
+            "optimizer_state": config.optimizer_state,
             "device_batch_size": self.rows,
             "total_batch_size": hp.total_batch_tokens,
             "num_iterations": hp.num_iterations,
@@ -224,14 +248,16 @@ class Pretraining(Stage):
         whether layers have to be computed again."""
         model, runtime, self.rows = self.hp.model, self.runtime, 1
         rows = self._count_micro_batches()
-        available = runtime.total_memory_bytes()
-        given = model, runtime.compute_dtype, runtime.device, runtime.world_size, available
-        most = useful_rows(runtime.device, model.sequence_length)
-        for recomputes in sorted({self.recomputes, True}):
-            self.recomputes = recomputes
-            estimate = estimate_memory(*given, recomputes)
-            if fitting := max_device_batch_size(estimate, available, rows, most):
-                break
+        _, fitting, self.recomputes = fit_micro_batch(
+            model,
+            runtime.compute_dtype,
+            runtime.device,
+            runtime.world_size,
+            runtime.total_memory_bytes(),
+            rows,
+            recomputes=self.recomputes,
+            state_dtype=DTYPES[self.config.optimizer_state],
+        )
         saved: int = self._saved.get("device_batch_size", 0)
         chosen = saved if saved and rows % saved == 0 else fitting or 1
         # Ranks of unlike cards agree, and all of them ask: one may lack the saved run.
@@ -241,12 +267,20 @@ class Pretraining(Stage):
 
     def _fit_rows(self, recipe: Recipe) -> None:
         """Halve the micro-batch until a forward and a backward pass fit on every rank."""
+        path, model = self.home.cache_dir / ROWS_FILE, asdict(self.hp.model)
+        key = f"{cache_key(self.runtime)} | {json.dumps(model)} | again {self.recomputes}"
+        known = recall(path).get(key)
+        usable = isinstance(known, int) and 0 < known < self.rows
+        fitted: int = min(self.ranks.gather(known if usable else self.rows))
+        if fitted < self.rows:
+            self._take_rows(recipe, fitted)
         while True:
             shape = self.rows, self.hp.model.sequence_length
             tokens = torch.zeros(shape, dtype=torch.long, device=self.runtime.device)
             too_large = False
             try:
-                recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+                for _ in range(2):  # the second time there are gradients already
+                    recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
             except torch.OutOfMemoryError:
                 if self.rows == 1:
                     raise
@@ -254,18 +288,36 @@ class Pretraining(Stage):
             finally:
                 recipe.optimizer.zero_grad()
             if not self.ranks.any(too_large)[0]:
+                if self.runtime.is_master:
+                    remember(path, key, self.rows)
                 return
             if self.runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.console.print(
                 f"{self.rows} rows per micro-batch do not fit into memory: {self.rows // 2} now"
             )
-            self.rows //= 2
-            self.grad_accum_steps = recipe.grad_accum_steps = self._count_micro_batches()
-            for saved in (self.meta["identity"], self.meta["config"]):
-                saved["device_batch_size"] = self.rows
-            recipe.loader.close()
-            recipe.loader = self._open_streams(None)
+            self._take_rows(recipe, self.rows // 2)
+
+    def _take_rows(self, recipe: Recipe, rows: int) -> None:
+        """Make micro-batches smaller before training starts."""
+        self.rows = rows
+        self.grad_accum_steps = recipe.grad_accum_steps = self._count_micro_batches()
+        for saved in (self.meta["identity"], self.meta["config"]):
+            saved["device_batch_size"] = rows
+        recipe.loader.close()
+        recipe.loader = self._open_streams(None)
+
+    def _choose_precision(self, recipe: Recipe, start: Checkpoint | None) -> None:
+        """Train in 8 bits if a forward and a backward pass take less time so; a run that is there
+        goes on as it began."""
+        if start is None:
+            plain, in_8_bits = (_time_step(recipe, self.rows, used) for used in (False, True))
+            plain, in_8_bits = self.ranks.mean(plain, in_8_bits)
+            self.fp8_speed = plain / in_8_bits
+            self.meta["fp8"] = self.fp8_speed > 1
+        else:
+            self.meta["fp8"] = start.meta["fp8"]
+        recipe.model.use_fp8(self.meta["fp8"])
 
     def _data_name(self) -> str:
         """Return the source's name, which stays valid if the home moves, or an absolute path."""
@@ -284,7 +336,12 @@ class Pretraining(Stage):
             runtime=runtime,
             model=model,
             optimizer=Optimizer(
-                model, groups, runtime.compute_dtype, compile=config.compile, ranks=self.ranks
+                model,
+                groups,
+                runtime.compute_dtype,
+                config.compile,
+                self.ranks,
+                DTYPES[config.optimizer_state],
             ),
             loader=self._open_streams(start),
             tokenizer=self.tokenizer,
@@ -296,6 +353,8 @@ class Pretraining(Stage):
         )
         if start is None and config.device_batch_size is None and runtime.device.type == "cuda":
             self._fit_rows(recipe)
+        if config.fp8:
+            self._choose_precision(recipe, start)
         rows = self.rows * dial.max_seq_len
         eval_steps, text_bytes = max(1, config.eval_tokens // rows), count_text_bytes(validation)
 
@@ -350,6 +409,10 @@ class Pretraining(Stage):
         )
         if self.recomputes and not self.config.activation_checkpointing:
             yield "memory", "not one row fits unless the backward pass computes layers again"
+        if self.config.fp8:
+            speed = f"; fp8 ran at {self.fp8_speed:.2f} times its speed" if self.fp8_speed else ""
+            dtype = dtype_name(self.runtime.compute_dtype)
+            yield "precision", ("fp8 and " if self.meta["fp8"] else "") + dtype + speed
         yield "packing", f"{self.packing} ({self.packing_reason})"
         yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
 
@@ -383,6 +446,20 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
     return Pretraining(config, home, console).run()
+
+
+def _time_step(recipe: Recipe, rows: int, fp8: bool) -> float:
+    """Return the seconds of a forward and a backward pass of a micro-batch."""
+    model = recipe.model
+    model.use_fp8(fp8)
+    shape = rows, model.config.sequence_length
+    tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
+
+    def work() -> None:
+        recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
+        recipe.optimizer.zero_grad()
+
+    return recipe.runtime.median_seconds(work)
 
 
 def _iter_once(loader: TextLoader, count: int, text_bytes: int, recipe: Recipe) -> Iterator[Batch]:

@@ -32,10 +32,11 @@ from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
-from archerchat.model.attention import Backend, choose_backend
+from archerchat.model.attention import Backend, choose_backend, runs_varlen
+from archerchat.model.config import ModelConfig
 from archerchat.planning.peak_flops import PeakFlops, peak_flops
+from archerchat.planning.window_speed import fastest_for_windows
 from archerchat.runtime import (
-    Runtime,
     build_runtime,
     describe_hardware,
     dtype_name,
@@ -141,6 +142,43 @@ class Stage(ABC):
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
         """Return what else to print at a run's end."""
         return []
+
+    def choose_attention(
+        self, model: ModelConfig, rows: int, document_masking: bool = False
+    ) -> tuple[Backend, str]:
+        """Pick the attention backend, one that can keep documents apart where that is asked for.
+
+        Args:
+            rows: of a micro-batch.
+
+        Returns:
+            The backend, the same on all ranks, and the reason for it.
+
+        Raises:
+            UsageError: the forced one cannot run here, or cannot keep documents apart.
+        """
+        forced, compile, runtime = self.settings.attention, self.settings.compile, self.runtime
+        try:
+            backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        if document_masking and backend == "flash":
+            if forced is not None:
+                raise UsageError(
+                    "--attention flash cannot keep the conversations of a row apart: leave "
+                    "--attention out, or --document-masking"
+                )
+            backend, reason = "flex", "keeps the conversations of a row apart"
+        if forced is not None or backend != "flex":
+            return backend, reason
+        if not compile:  # flex has to be compiled
+            varlen = runs_varlen(runtime.device, runtime.compute_dtype)
+            return "varlen" if varlen else "sdpa", "not compiled"
+        if document_masking or min(model.windows) == model.sequence_length:
+            return backend, reason
+        timed = fastest_for_windows(runtime, model, rows, self.home.cache_dir)
+        first: tuple[Backend, str] = self.ranks.gather(timed)[0]
+        return first
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Say what a finished run's summary holds of the stage's metric."""
@@ -369,30 +407,3 @@ def summarize(outcome: Outcome, loop: Loop, metric: Metric) -> dict[str, Any]:
 
 def _summary_key(metric: Metric) -> str:
     return metric.name.replace("/", "_")
-
-
-def choose_attention(
-    runtime: Runtime, forced: str | None, *, document_masking: bool = False, compile: bool = True
-) -> tuple[Backend, str]:
-    """Pick the attention backend, one that can keep documents apart where that is asked for.
-
-    Returns:
-        The backend and the reason for it.
-
-    Raises:
-        UsageError: the forced one is unknown, cannot run here, or cannot do that.
-    """
-    try:
-        backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if not document_masking or backend in ("sdpa", "matmul"):
-        return backend, reason
-    if backend == "flash" and forced is not None:
-        raise UsageError(
-            "--attention flash cannot keep the conversations of a row apart: leave --attention "
-            "out, or --document-masking"
-        )
-    if compile:
-        return "flex", "keeps the conversations of a row apart"
-    return "sdpa", "keeps the conversations of a row apart; flex needs --compile"
