@@ -8,21 +8,18 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import PositiveInt, Seed, StateDtypeName
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
-from archerchat.data.prefetch import Batch
 from archerchat.data.shards import count_text_bytes, data_directory, list_shards, split_shards
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.data.text_loader import TextLoader
@@ -30,7 +27,6 @@ from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
 from archerchat.evals.core.bundle import find_bundle
-from archerchat.files import recall, remember
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
@@ -40,11 +36,11 @@ from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
 from archerchat.planning.memory import fit_micro_batch
-from archerchat.planning.peak_flops import cache_key
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-from archerchat.training.core_metric import build_core_metric
+from archerchat.training.base_metrics import build_bits_metric, build_core_metric
+from archerchat.training.fitting import fit_rows, speed_of_fp8
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
 from archerchat.training.stage import Stage, StageConfig
@@ -52,8 +48,6 @@ from archerchat.training.throughput import Outcome
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
 SAMPLE_TOKENS = 24
-ROWS_FILE = "device_batch_size.json"
-"""Which micro-batch fitted for which model on which card, in the home's cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,15 +242,10 @@ class Pretraining(Stage):
         whether layers have to be computed again."""
         model, runtime, self.rows = self.hp.model, self.runtime, 1
         rows = self._count_micro_batches()
+        given = model, runtime.compute_dtype, runtime.device, runtime.world_size
+        again, state = self.recomputes, DTYPES[self.config.optimizer_state]
         _, fitting, self.recomputes = fit_micro_batch(
-            model,
-            runtime.compute_dtype,
-            runtime.device,
-            runtime.world_size,
-            runtime.total_memory_bytes(),
-            rows,
-            recomputes=self.recomputes,
-            state_dtype=DTYPES[self.config.optimizer_state],
+            *given, runtime.total_memory_bytes(), rows, recomputes=again, state_dtype=state
         )
         saved: int = self._saved.get("device_batch_size", 0)
         chosen = saved if saved and rows % saved == 0 else fitting or 1
@@ -264,39 +253,6 @@ class Pretraining(Stage):
         self.recomputes = self.ranks.any(self.recomputes)[0]
         least: int = min(self.ranks.gather(chosen))
         return least
-
-    def _fit_rows(self, recipe: Recipe) -> None:
-        """Halve the micro-batch until a forward and a backward pass fit on every rank."""
-        path, model = self.home.cache_dir / ROWS_FILE, asdict(self.hp.model)
-        key = f"{cache_key(self.runtime)} | {json.dumps(model)} | again {self.recomputes}"
-        known = recall(path).get(key)
-        usable = isinstance(known, int) and 0 < known < self.rows
-        fitted: int = min(self.ranks.gather(known if usable else self.rows))
-        if fitted < self.rows:
-            self._take_rows(recipe, fitted)
-        while True:
-            shape = self.rows, self.hp.model.sequence_length
-            tokens = torch.zeros(shape, dtype=torch.long, device=self.runtime.device)
-            too_large = False
-            try:
-                for _ in range(2):  # the second time there are gradients already
-                    recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
-            except torch.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-                too_large = True
-            finally:
-                recipe.optimizer.zero_grad()
-            if not self.ranks.any(too_large)[0]:
-                if self.runtime.is_master:
-                    remember(path, key, self.rows)
-                return
-            if self.runtime.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.console.print(
-                f"{self.rows} rows per micro-batch do not fit into memory: {self.rows // 2} now"
-            )
-            self._take_rows(recipe, self.rows // 2)
 
     def _take_rows(self, recipe: Recipe, rows: int) -> None:
         """Make micro-batches smaller before training starts."""
@@ -311,9 +267,7 @@ class Pretraining(Stage):
         """Train in 8 bits if a forward and a backward pass take less time so; a run that is there
         goes on as it began."""
         if start is None:
-            plain, in_8_bits = (_time_step(recipe, self.rows, used) for used in (False, True))
-            plain, in_8_bits = self.ranks.mean(plain, in_8_bits)
-            self.fp8_speed = plain / in_8_bits
+            self.fp8_speed = speed_of_fp8(recipe, self.rows)
             self.meta["fp8"] = self.fp8_speed > 1
         else:
             self.meta["fp8"] = start.meta["fp8"]
@@ -331,17 +285,12 @@ class Pretraining(Stage):
         model.init_weights(config.seed)
         model.to(runtime.device).recomputes = self.recomputes
         groups = build_groups(model, self.hp.learning_rates)
-        validation = self.shards[1]
+        state_dtype, validation = DTYPES[config.optimizer_state], self.shards[1]
         recipe = PretrainRecipe(
             runtime=runtime,
             model=model,
             optimizer=Optimizer(
-                model,
-                groups,
-                runtime.compute_dtype,
-                config.compile,
-                self.ranks,
-                DTYPES[config.optimizer_state],
+                model, groups, runtime.compute_dtype, config.compile, self.ranks, state_dtype
             ),
             loader=self._open_streams(start),
             tokenizer=self.tokenizer,
@@ -352,17 +301,17 @@ class Pretraining(Stage):
             prompts=config.sample_prompt or SAMPLE_PROMPTS,
         )
         if start is None and config.device_batch_size is None and runtime.device.type == "cuda":
-            self._fit_rows(recipe)
+            rows = fit_rows(recipe, self.rows, self.home.cache_dir, self.console.print)
+            if rows < self.rows:
+                self._take_rows(recipe, rows)
         if config.fp8:
             self._choose_precision(recipe, start)
-        rows = self.rows * dial.max_seq_len
-        eval_steps, text_bytes = max(1, config.eval_tokens // rows), count_text_bytes(validation)
-
-        def measure_bits(step: int) -> Mapping[str, float]:
-            with self._open_loader(validation, 0, 1) as loader:
-                batches = _iter_once(loader, eval_steps, text_bytes, recipe)
-                return {"val/bpb": recipe.bits_per_byte(batches)}
-
+        measure_bits = build_bits_metric(
+            recipe,
+            lambda: self._open_loader(validation, 0, 1),
+            max(1, config.eval_tokens // (self.rows * dial.max_seq_len)),
+            count_text_bytes(validation),
+        )
         recipe.evaluations = [Evaluation(measure_bits, config.eval_every)]
         if config.core_metric_every is not None:
             given, cache, notify = config.core_bundle, self.home.cache_dir, self.console.print
@@ -446,30 +395,3 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
     return Pretraining(config, home, console).run()
-
-
-def _time_step(recipe: Recipe, rows: int, fp8: bool) -> float:
-    """Return the seconds of a forward and a backward pass of a micro-batch."""
-    model = recipe.model
-    model.use_fp8(fp8)
-    shape = rows, model.config.sequence_length
-    tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
-
-    def work() -> None:
-        recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
-        recipe.optimizer.zero_grad()
-
-    return recipe.runtime.median_seconds(work)
-
-
-def _iter_once(loader: TextLoader, count: int, text_bytes: int, recipe: Recipe) -> Iterator[Batch]:
-    """Yield this rank's of `count` batches, or of as many as hold the validation text once."""
-    sizes, seen, ranks = recipe.tokenizer.token_bytes, 0, recipe.optimizer.ranks
-    for done in range(1, count + 1):
-        batch = next(loader)
-        if done % ranks.world_size == ranks.rank:
-            yield batch
-        seen += int(sizes[batch.targets].sum())
-        recipe.show_progress("evaluating", max(done / count, seen / text_bytes))
-        if seen >= text_bytes:
-            return

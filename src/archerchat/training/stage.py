@@ -32,10 +32,9 @@ from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
-from archerchat.model.attention import Backend, choose_backend, runs_varlen
+from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
 from archerchat.planning.peak_flops import PeakFlops, peak_flops
-from archerchat.planning.window_speed import fastest_for_windows
 from archerchat.runtime import (
     build_runtime,
     describe_hardware,
@@ -43,6 +42,7 @@ from archerchat.runtime import (
     explained_memory,
     prepare_process,
 )
+from archerchat.training.fitting import choose_attention
 from archerchat.training.loop import OVERFITTING, Loop
 from archerchat.training.recipe import Metric, Recipe
 from archerchat.training.resume import CheckpointWriter, changed_circumstances, find_start
@@ -146,39 +146,17 @@ class Stage(ABC):
     def choose_attention(
         self, model: ModelConfig, rows: int, document_masking: bool = False
     ) -> tuple[Backend, str]:
-        """Pick the attention backend, one that can keep documents apart where that is asked for.
-
-        Args:
-            rows: of a micro-batch.
-
-        Returns:
-            The backend, the same on all ranks, and the reason for it.
-
-        Raises:
-            UsageError: the forced one cannot run here, or cannot keep documents apart.
-        """
-        forced, compile, runtime = self.settings.attention, self.settings.compile, self.runtime
-        try:
-            backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        if document_masking and backend == "flash":
-            if forced is not None:
-                raise UsageError(
-                    "--attention flash cannot keep the conversations of a row apart: leave "
-                    "--attention out, or --document-masking"
-                )
-            backend, reason = "flex", "keeps the conversations of a row apart"
-        if forced is not None or backend != "flex":
-            return backend, reason
-        if not compile:  # flex has to be compiled
-            varlen = runs_varlen(runtime.device, runtime.compute_dtype)
-            return "varlen" if varlen else "sdpa", "not compiled"
-        if document_masking or min(model.windows) == model.sequence_length:
-            return backend, reason
-        timed = fastest_for_windows(runtime, model, rows, self.home.cache_dir)
-        first: tuple[Backend, str] = self.ranks.gather(timed)[0]
-        return first
+        """Pick the attention backend as the flags and this device have it."""
+        return choose_attention(
+            self.runtime,
+            self.ranks,
+            self.home.cache_dir,
+            model,
+            rows,
+            forced=self.settings.attention,
+            compile=self.settings.compile,
+            document_masking=document_masking,
+        )
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Say what a finished run's summary holds of the stage's metric."""

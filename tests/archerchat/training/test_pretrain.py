@@ -23,6 +23,7 @@ from archerchat.data.shards import write_shards
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.planning.memory import MemoryEstimate, estimate_memory
 from archerchat.runtime import Runtime
+from archerchat.training.fitting import fit_rows
 from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
 
@@ -196,17 +197,14 @@ def test_rows_are_halved_until_they_fit(
 
     monkeypatch.setattr(Recipe, "loss", small_card)
     recipe = stage.build_recipe(None)
-    stage._fit_rows(recipe)
+    rows = fit_rows(recipe, 4, tiny_home.cache_dir, stage.console.print)
+    stage._take_rows(recipe, rows)
     assert "4 rows per micro-batch do not fit into memory: 2 now\n2 rows" in capsys.readouterr().out
     assert recipe.grad_accum_steps * len(next(recipe.loader).inputs) * 64 == 512
     assert stage.meta["identity"]["device_batch_size"] == 1
     recipe.loader.close()
-    again = Pretraining(config, tiny_home)
-    recipe = again.build_recipe(None)
-    again._fit_rows(recipe)
-    assert again.rows == 1
+    assert fit_rows(recipe, 4, tiny_home.cache_dir, stage.console.print) == 1
     assert "do not fit" not in capsys.readouterr().out  # what fits was remembered
-    recipe.loader.close()
 
 
 @pytest.mark.parametrize(("speed", "chosen"), [(1.25, "fp8 and float32"), (0.8, "float32")])
