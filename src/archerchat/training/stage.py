@@ -78,7 +78,8 @@ class StageConfig(DeviceConfig):
     resume_from_step: int | None = None
     """Step of the checkpoint to resume from. Defaults to the latest, if there is one."""
     resume: str | None = None
-    """Name of a model whose run to resume with its saved settings. Flags beside it replace them."""
+    """Name of a model whose run to resume with its saved settings; flags beside it replace them.
+    `auto` means what happens anyway: the same command goes on with its own run."""
     overwrite: bool = False
     """Start over: the model's checkpoints of this stage are deleted."""
 
