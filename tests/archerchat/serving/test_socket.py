@@ -18,6 +18,7 @@ import httpx
 from archerchat import load
 from archerchat.evals.core.bundle import OFFLINE_BUNDLE, load_bundle
 from archerchat.runtime import build_runtime
+from archerchat.serving import guard
 from archerchat.serving.app import build_app
 from archerchat.serving.config import ServeConfig
 
@@ -91,6 +92,20 @@ def test_slow_and_silent_clients_hold_nobody_up(server: Any) -> None:
         answer = client.post("/v1/completions", json=LONG | {"stream": False})
         assert answer.json()["usage"]["completion_tokens"] == 50
         assert client.get("/health").status_code == 200
+
+
+def test_headers_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that takes longer than headers may is not."""
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.2)
+    client, address = server
+    with (
+        opened(address, "GET /health HTTP/1.1") as slow,
+        httpx.Client(base_url=client.base_url) as other,
+    ):
+        answer = other.post("/v1/completions", json=LONG | {"stream": False})
+        assert answer.elapsed.total_seconds() > 0.5
+        assert answer.json()["usage"]["completion_tokens"] == 50
+        assert slow.recv(1) == b""
 
 
 def test_a_body_of_100_mb_is_refused_unread(server: Any) -> None:
