@@ -93,7 +93,9 @@ def start(dtype: str = "bfloat16") -> Runtime:
 
 def model_config(depth: int, length: int = LENGTH, windows: str = "SSSL") -> ModelConfig:
     """Return the dial's model of a depth; in a dry run a narrow one of two layers."""
-    size = {"depth": 2, "aspect_ratio": 32, "head_dim": 32} if DRY_RUN else {"depth": depth}
+    size: dict[str, Any] = (
+        {"depth": 2, "aspect_ratio": 32, "head_dim": 32} if DRY_RUN else {"depth": depth}
+    )
     dial = DialConfig(**size, max_seq_len=length, window_pattern=windows, num_iterations=1000)
     return build_hyperparameters(dial, VOCAB_SIZE).model
 

@@ -9,15 +9,17 @@ from typing import Literal
 from rich.console import Console
 
 from archerchat.checkpoint import list_checkpoints, save_checkpoint
+from archerchat.config import Config, PositiveFloat
 from archerchat.console import build_console
 from archerchat.errors import TokenizerError, UsageError
 from archerchat.exchange.nanochat import TOKENIZER_FILE, ImportedModel, load_model, load_tokenizer
 from archerchat.home import Home
+from archerchat.model.config import ModelConfig
 from archerchat.tokenizer.bpe import Tokenizer
 
 
 @dataclass(frozen=True)
-class ImportNanochatConfig:
+class ImportNanochatConfig(Config):
     """Import a model and its tokenizer from nanochat."""
 
     directory: Path
@@ -30,6 +32,8 @@ class ImportNanochatConfig:
     """Which step to import; by default the latest."""
     stage: Literal["base", "sft", "rl"] = "base"
     """What kind of model it is."""
+    qk_gain: PositiveFloat = ModelConfig.qk_gain
+    """Factor on normalised queries and on keys, which nanochat's files do not tell."""
 
 
 def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
@@ -50,7 +54,7 @@ def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
             f"{config.stage} model {tag!r} is there already ({target}, step {steps[-1]}): "
             "choose another --tag, or delete it first"
         )
-    model = load_model(source, config.step)
+    model = load_model(source, config.step, config.qk_gain)
     tokenizer = _find_tokenizer(config.tokenizer, source)
     if tokenizer is not None:
         _save_tokenizer(tokenizer, model, tag, home)
@@ -99,8 +103,9 @@ def _report(
     )
     if tokenizer is None:
         console.print("no tokenizer.pkl was found: give its directory with --tokenizer to use text")
-    if model.filled:
+    if model.lacking:
         console.print(
-            f"it lacks {', '.join(model.filled)}: they got neutral values. A version that old may "
-            "differ in more than its tensors: check the model's bits per byte before using it"
+            f"it has no {', '.join(model.lacking)}, as older versions do not: they are switched "
+            "off. Such a version may differ in more than its tensors (--qk-gain, for one): check "
+            "the model's bits per byte before using it"
         )

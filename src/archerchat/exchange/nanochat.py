@@ -15,7 +15,7 @@ import pickle
 import pickletools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,13 @@ NAMES = {
 }
 """The reference's name of each tensor, and ours; {i} is the layer."""
 
-NEUTRAL = {
-    "residual_lambdas": 1.0,
-    "input_lambdas": 0.0,
-    "smear_gate.weight": 0.0,
-    "smear_lambda": 0.0,
-    "backout_lambda": 0.0,
+PARTS = {
+    "value_embeddings": "value_embeddings.",
+    "smear": "smear_gate.",
+    "backout": "backout_lambda",
+    "residual_lambdas": "residual_lambdas",
 }
-"""Values of the tensors that older checkpoints lack: with them the model computes what it did."""
+"""The switch of each part that older checkpoints lack, and how its tensors' names begin."""
 
 CONFIG_NAMES = {
     "sequence_len": "sequence_length",
@@ -91,8 +90,8 @@ class ImportedModel:
     step: int
     config: ModelConfig
     tensors: dict[str, Tensor]
-    filled: tuple[str, ...]
-    """Tensors the file lacked, given their neutral values."""
+    lacking: tuple[str, ...]
+    """The parts of a model that the file does not have; its config switches them off."""
     meta: dict[str, Any]
     """The reference's own JSON, as it was."""
 
@@ -136,11 +135,16 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(ordered[:most]) + rest
 
 
-def load_model(directory: Path, step: int | None = None) -> ImportedModel:
+def load_model(
+    directory: Path, step: int | None = None, qk_gain: float = ModelConfig.qk_gain
+) -> ImportedModel:
     """Read one of the reference's checkpoints; the latest for None.
 
     Embedding tables keep bfloat16 where they have it; every other tensor becomes float32, which
     changes no value.
+
+    Args:
+        qk_gain: factor on queries and keys, which nanochat's files do not tell.
 
     Raises:
         UsageError: `directory` holds no checkpoint, or none of this step.
@@ -157,12 +161,20 @@ def load_model(directory: Path, step: int | None = None) -> ImportedModel:
     path = directory / paths[step]
     meta_path = directory / f"meta_{step:06d}.json"
     meta = _load_meta(meta_path)
-    config = _parse_config(meta["model_config"], meta_path)
+    config = replace(_parse_config(meta["model_config"], meta_path), qk_gain=qk_gain)
     try:
-        tensors, filled = _fit(to_archerchat_names(_load_state(path)), config)
+        state = to_archerchat_names(_load_state(path))
+        lacking = tuple(part for part, names in PARTS.items() if not _has(state, names))
+        off: dict[str, Any] = dict.fromkeys(lacking, False)
+        config = replace(config, **off)
+        tensors = _fit(state, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return ImportedModel(path, step, config, tensors, filled, meta)
+    return ImportedModel(path, step, config, tensors, lacking, meta)
+
+
+def _has(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in state)
 
 
 def _load_meta(path: Path) -> dict[str, Any]:
@@ -206,22 +218,16 @@ def _load_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _fit(
-    state: dict[str, Tensor], config: ModelConfig
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Compare names, shapes and dtypes with the model's own; fill in what older files lack."""
+def _fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Compare names, shapes and dtypes with the model's own."""
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     missing, unexpected = expected.keys() - state, state.keys() - expected
-    filled = tuple(sorted(missing & NEUTRAL.keys()))
-    lacking = _listed(missing - NEUTRAL.keys())
-    if unexpected or lacking:
+    if unexpected or missing:
         raise CheckpointError(
-            f"its tensors are not those of {config}: it lacks {lacking or 'none'} and has also "
-            f"{_listed(unexpected) or 'none'} (our names). Only versions of nanochat with value "
-            "embeddings can be imported"
+            f"its tensors are not those of {config}: it lacks {_listed(missing) or 'none'} and has "
+            f"also {_listed(unexpected) or 'none'} (our names)"
         )
-    state = state | {name: torch.full(expected[name].shape, NEUTRAL[name]) for name in filled}
     tensors = {}
     for name, wanted in expected.items():
         tensor = state[name]
@@ -234,7 +240,7 @@ def _fit(
         is_table = name.startswith(("token_embedding.", "value_embeddings."))
         keep = is_table and tensor.dtype == torch.bfloat16
         tensors[name] = tensor if keep else tensor.float()
-    return tensors, filled
+    return tensors
 
 
 class _EncodingState:

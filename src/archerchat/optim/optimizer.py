@@ -61,14 +61,22 @@ def build_groups(model: nn.Module, rates: LearningRates) -> list[AdamGroup | Muo
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     matrices = [name for name in names if name.startswith("blocks.")]
     values = tuple(name for name in names if name.startswith("value_embeddings."))
-    smear = ("smear_gate.weight", "smear_lambda", "backout_lambda")
+
+    def present(*wanted: str) -> tuple[str, ...]:
+        return tuple(name for name in wanted if name in shapes)
+
     groups: list[AdamGroup | MuonGroup] = [
         AdamGroup(("unembedding.weight",), rates.unembedding, (0.8, 0.96), 0.01),
         AdamGroup(("token_embedding.weight",), rates.embedding, (0.8, 0.995), 0.001),
         AdamGroup(values, rates.value_embedding, (0.8, 0.995), 0.01),
-        AdamGroup(("residual_lambdas",), rates.residual_lambdas, (0.8, 0.95), 0.05),
-        AdamGroup(("input_lambdas",), rates.input_lambdas, (0.96, 0.95), 0.0),
-        AdamGroup(smear, rates.smear, (0.8, 0.95), 0.0),
+        AdamGroup(present("residual_lambdas"), rates.residual_lambdas, (0.8, 0.95), 0.05),
+        AdamGroup(present("input_lambdas"), rates.input_lambdas, (0.96, 0.95), 0.0),
+        AdamGroup(
+            present("smear_gate.weight", "smear_lambda", "backout_lambda"),
+            rates.smear,
+            (0.8, 0.95),
+            0.0,
+        ),
     ]
     for shape in sorted({shapes[name] for name in matrices}):
         members = tuple(name for name in matrices if shapes[name] == shape)

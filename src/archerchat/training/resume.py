@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from archerchat.checkpoint import (
 from archerchat.config import compare_configs, from_json
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.home import Home
+from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
 
 EXTENDABLE = (
@@ -133,6 +135,8 @@ def _identity(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             f"choose another {_tag_flag(meta)} for a new run"
         )
     identity: dict[str, Any] = meta["identity"]
+    if "model" in identity:  # saved before a part of the model could be switched off
+        identity = identity | {"model": asdict(ModelConfig(**identity["model"]))}
     return identity
 
 
