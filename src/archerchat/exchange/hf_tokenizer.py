@@ -8,6 +8,7 @@ The chat template writes the mark, and decoding leaves it out.
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     byte_level["use_regex"] = False
     return {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": n, "special": True} | flags for i, n in names.items()],
+        "added_tokens": [
+            {"id": i, "content": n, "special": True} | flags for i, n in names.items()
+        ],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
@@ -92,9 +95,7 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
         names = [name.removeprefix(MARK) for name in specials]
         if missing := [name for name in SPECIAL_TOKENS if name not in names]:
             raise TokenizerError(f"it lacks {missing[0]}")
-        tokenizer = Tokenizer(
-            ranks, pattern=pattern, special_tokens=names, provenance=provenance
-        )
+        tokenizer = Tokenizer(ranks, pattern=pattern, special_tokens=names, provenance=provenance)
         if merges != _merges(ranks):
             raise TokenizerError("its merges are not in the order of its ids")
     except (OSError, ValueError, KeyError, TypeError, TokenizerError) as error:
@@ -118,11 +119,11 @@ def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
     for token in sorted(ranks, key=ranks.__getitem__):
         parts = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:]))]
-            rank, i = min(pairs)
-            if rank == len(ranks):
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+            first = pairs.index(min(pairs))
+            if pairs[first] == len(ranks):
                 break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
         if len(parts) == 2:
             merges.append([_spell(part) for part in parts])
     return merges

@@ -2,11 +2,10 @@
 
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
-Beside rotary positions, grouped queries and squared ReLUs it has what no class of the library has:
-embeddings that are mixed into the values of every other layer, a gated copy of the token before (the
-smear), scales of the residual stream and of the model's input in each layer, a part of the middle
-layer that the last one subtracts (the backout), and windows. A cache holds the token ids, too, in a
-layer of its own behind the attention's: the smear of the next token needs the id before it.
+No class of the library has its value embeddings, smear (a gated copy of the token before), lambdas
+(scales of the residual stream and of the input in each layer), backout (a part of the middle layer
+that the end subtracts) and windows. A cache also keeps the token ids, in a layer behind the
+attention's: the smear of the next token needs the one before it.
 """
 
 from __future__ import annotations
@@ -195,7 +194,9 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T), shifted here; -100 is ignored.
         """
         if input_ids is None:
-            raise ValueError("ArcherChat needs input_ids: its layers look up tokens, not embeddings")
+            raise ValueError(
+                "ArcherChat needs input_ids: its layers look up tokens, not embeddings"
+            )
         if self.dtype == torch.float16:
             raise ValueError("ArcherChat overflows in float16: load it in bfloat16 or float32")
         cache = past_key_values if cache is None else cache
@@ -243,7 +244,9 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
         config, x = self.config, norm(self.token_embedding(input_ids))
         if config.smear:
             before = F.pad(tokens, (1, 0), value=-1)[:, slots]
-            gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * (before >= 0)[..., None]
+            gate = (
+                torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * (before >= 0)[..., None]
+            )
             x = x + self.smear_lambda * gate * norm(self.token_embedding(before.clamp(min=0)))
         distance = slots[:, None] - torch.arange(tokens.size(1), device=x.device)  # (T, S)
         visible = (distance >= 0)[None, None]

@@ -13,8 +13,8 @@ import torch
 import tyro
 
 from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
-from archerchat.commands.import_nanochat import ImportNanochatConfig, import_nanochat
-from archerchat.errors import CheckpointError, TokenizerError, UsageError
+from archerchat.commands.imports import ImportNanochatConfig, import_nanochat
+from archerchat.errors import ArcherChatError, CheckpointError, TokenizerError, UsageError
 from archerchat.exchange.nanochat import to_nanochat_names
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
@@ -128,17 +128,18 @@ def test_a_taken_tag_is_refused(home: Home, source: Path) -> None:
 def test_nothing_is_written_when_anything_is_wrong(
     home: Home, source: Path, tmp_path: Path, damage: str
 ) -> None:
-    place, error = tmp_path / "given", TokenizerError
+    place = tmp_path / "given"
+    error: type[ArcherChatError] = UsageError
     write_tokenizer(place)
     if damage == "model":
         error = CheckpointError
         (source / "model_000050.pt").write_bytes(b"broken")
     elif damage == "tokenizer":
+        error = TokenizerError
         (place / "tokenizer.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     elif damage == "other tokenizer":
         write_tokenizer(place, extra=(b"th",))
     else:
-        error = UsageError
         (place / "tokenizer.pkl").unlink()
     with pytest.raises(error):
         import_nanochat(ImportNanochatConfig(source, tokenizer=place), home)
