@@ -135,9 +135,10 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _can_compile_fullgraph = True
     _no_split_modules = ("ArcherChatBlock",)
-    _keep_in_fp32_modules_strict = ("residual_lambdas", "input_lambdas")
 
     def __init__(self, config: Any) -> None:
+        precise = ["residual_lambdas", "input_lambdas"]
+        self._keep_in_fp32_modules_strict = precise if config.residual_lambdas else None
         super().__init__(config)
         layers, dim = range(config.num_hidden_layers), config.hidden_size
         kv_dim = dim // config.num_attention_heads * config.num_key_value_heads
