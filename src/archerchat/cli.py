@@ -117,6 +117,11 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             "write a model as a Hugging Face folder",
             positional=True,
         ),
+        "conversations": Command(
+            "commands.exports:export_conversations",
+            "write conversations in a layout of other tools",
+            positional=True,
+        ),
     },
     "push": Command(
         "commands.exports:push", "upload a model to the Hugging Face hub", positional=True

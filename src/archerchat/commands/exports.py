@@ -1,7 +1,8 @@
-"""`archerchat export huggingface TAG DIR` and `archerchat push TAG OWNER/NAME`."""
+"""`archerchat export huggingface | conversations` and `archerchat push`: for other tools."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,8 +18,10 @@ from jinja2 import Environment, StrictUndefined
 from archerchat.checkpoint import find_checkpoint, find_model, list_models, load_checkpoint
 from archerchat.config import Config, DtypeName
 from archerchat.console import build_console, bytes_text, duration_text
+from archerchat.data.hub import task_files
 from archerchat.errors import CheckpointError, DataError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
+from archerchat.files import write_bytes
 from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
 from archerchat.model.config import ModelConfig
@@ -26,6 +29,10 @@ from archerchat.model.flops import count_parameters
 from archerchat.report.charts import compact
 from archerchat.report.results import SCORES, latest, load_results
 from archerchat.report.runs import STAGES
+from archerchat.tasks.base import TaskMixture
+from archerchat.tasks.collected import JsonlTask
+from archerchat.tasks.layouts import Layout, render_layout
+from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
 FORMATS = {"archerchat": OURS, "transformers": THEIRS}
 
@@ -97,6 +104,46 @@ def push(config: PushConfig, home: Home) -> None:
                 repo_id=config.repo, folder_path=directory, commit_message=message
             )
     build_console().print(f"pushed {config.tag} to {config.repo}: {done.commit_url}")
+
+
+@dataclass(frozen=True)
+class ConversationsConfig(Config):
+    """Write conversations as JSON lines in a layout that other tools read.
+
+    `archerchat export conversations SOURCE FILE --layout sharegpt`
+    """
+
+    source: str
+    """A file or folder of conversations in any layout, or a mixture such as Arithmetic:500."""
+    file: Path
+    """The file to write, which must be new."""
+    layout: Layout = "openai"
+    """`openai` (a list of messages), `sharegpt` or `alpaca`."""
+    data_dir: Path | None = None
+    """A folder of local files that stands in for the hub's."""
+
+
+def export_conversations(config: ConversationsConfig, home: Home) -> None:
+    """Write each conversation of a source as a line.
+
+    Raises:
+        UsageError: the file is there, or the source is nothing.
+        DataError: a line of the source is no conversation.
+    """
+    if config.file.exists():
+        raise UsageError(f"{config.file} is there already: choose another name, or delete it first")
+    rows: JsonlTask | TaskMixture
+    if Path(config.source).exists():
+        rows = JsonlTask(Path(config.source))
+    else:
+        mixture = MixtureConfig(mixture=config.source, data_dir=config.data_dir)
+        rows, _ = build_mixtures(mixture, task_files(home, config.data_dir, notify=print))
+    lines = [
+        json.dumps(render_layout(rows[index], config.layout), ensure_ascii=False)
+        for index in range(len(rows))
+    ]
+    write_bytes(config.file, "".join(f"{line}\n" for line in lines).encode())
+    build_console().print(f"wrote {len(rows):,} conversations to {config.file}")
 
 
 @contextmanager
