@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from jinja2 import Environment, StrictUndefined
 
 from archerchat.checkpoint import find_checkpoint, find_model, list_models, load_checkpoint
@@ -64,7 +64,7 @@ class ExportConfig(ExportOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PushConfig(ExportOptions):
-    """Export a model and upload it to the Hugging Face hub: `archerchat push TAG OWNER/NAME`.
+    """Export a model and upload it to the Hugging Face hub: `archerchat push TAG REPO`.
 
     A repeated call uploads only what is missing. Log in by `hf auth login` first.
     """
@@ -151,18 +151,20 @@ def explained_hub(repo: str) -> Iterator[None]:
     """Turn what the hub's library says into an error with a remedy."""
     try:
         yield
-    except (HFValidationError, LocalTokenNotFoundError) as error:
-        raise UsageError(f"{repo!r}: {error}. Log in by `hf auth login`") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        if 400 <= status < 500:
+    except HFValidationError as error:
+        raise UsageError(f"{repo!r} is no repository's name, OWNER/NAME: {error}") from error
+    except Exception as error:  # httpx's or httpx2's, by the library's version
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if 400 <= status < 500 or isinstance(error, LocalTokenNotFoundError):
             raise UsageError(
-                f"the hub refused {repo!r} ({status}): check the name, and log in by `hf auth "
-                "login` with a token that may use it"
+                f"the hub refused {repo!r} ({status or 'no token'}): check the name, and log in by "
+                "`hf auth login` with a token that may use it"
             ) from error
-        raise DataError(f"the hub failed ({error}): run the same command again") from error
-    except OSError as error:  # the network's errors are among them
-        raise DataError(f"cannot reach the hub for {repo!r} ({error}): run it again") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{repo!r} could not be transferred ({reason}): run the same command again, which "
+            "sends or fetches only what is missing"
+        ) from error
 
 
 def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> None:

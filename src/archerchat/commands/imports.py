@@ -49,7 +49,10 @@ class ImportNanochatConfig(Config):
 
 @dataclass(frozen=True)
 class ImportHuggingFaceConfig(Config):
-    """Import a Hugging Face folder: of `archerchat export`, or one of NanoChatForCausalLM."""
+    """Import a Hugging Face folder: `archerchat import huggingface DIRECTORY`.
+
+    It is one of `archerchat export`, or one of transformers' NanoChatForCausalLM.
+    """
 
     directory: Path
     """The folder, with config.json, tokenizer.json and the weights."""
@@ -63,7 +66,7 @@ class ImportHuggingFaceConfig(Config):
 class PullConfig(Config):
     """Download a model from the Hugging Face hub and import it; a repeated call resumes.
 
-    `archerchat pull OWNER/NAME`
+    `archerchat pull REPO`
     """
 
     repo: str
