@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from archerchat.evals.lm_eval_adapter import HarnessModel
 from archerchat.exchange.huggingface import OURS, PLAIN, THEIRS, write_folder
+from archerchat.inference.loading import LoadedModel
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer, load_ranks, train_tokenizer
@@ -250,3 +252,31 @@ def test_the_template_renders_as_we_do(exported: Path, tokenizer: Tokenizer) -> 
     turned = list(reversed(CONVERSATION["messages"][1:3]))
     with pytest.raises(Exception, match="user and assistant take turns"):
         theirs.apply_chat_template(turned)
+
+
+def test_the_harness_scores_the_folder_as_our_adapter_does(
+    exported: Path, model: Transformer, tokenizer: Tokenizer, shared_data_dir: Path
+) -> None:
+    """lm-evaluation-harness's plain `hf` model, on part of ARC-Easy."""
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    (path,) = (shared_data_dir / "core").rglob("arc_easy.jsonl")
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[:4]]
+    pairs = [(row["query"], f" {choice}") for row in rows for choice in row["choices"]]
+    requests = [instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    loaded = LoadedModel(model, tokenizer, exported, 0, {})
+    ours = HarnessModel(loaded=loaded).loglikelihood(requests)
+    options = {"trust_remote_code": True, "device": "cpu", "max_length": 2048, "batch_size": 4}
+    theirs = harness.HFLM(str(exported), **options).loglikelihood(requests, disable_tqdm=True)
+    assert [greedy for _, greedy in theirs] == [greedy for _, greedy in ours]
+    expected = [total for total, _ in ours]
+    assert [total for total, _ in theirs] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_pipeline_answers(exported: Path) -> None:
+    from transformers import pipeline
+
+    answer = pipeline("text-generation", model=str(exported), trust_remote_code=True)
+    (said,) = answer([{"role": "user", "content": "Hi"}], max_new_tokens=4, do_sample=False)
+    assert said["generated_text"][-1]["role"] == "assistant"
