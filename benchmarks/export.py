@@ -3,12 +3,12 @@
     python benchmarks/export.py                       # random weights of depth 12
     python benchmarks/export.py --depth 4 --vocab-size 4096 --tokens 16
 
-It needs `transformers`. `export_seconds` and `export_memory_ratio` are the command's, in a process of
-its own: the latter is what its peak memory grew by, in sizes of the folder. `max_logit_difference` is
-over a batch of rows, `tokens_equal` says whether a greedy answer is the same by the engine and by
-`generate`, and `round_trip_equal` whether every tensor comes back bit for bit. `decode_ratio` is the
-tokens per second of `generate` over the engine's, for information. The last line is one JSON object;
-the exit status is 1 where anything differs.
+It needs `transformers`. `export_seconds` and `export_memory_ratio` are the command's, in a process
+of its own: the latter is what its peak memory grew by, in sizes of the folder.
+`max_logit_difference` is over a batch of rows, `tokens_equal` says whether a greedy answer is the
+same by the engine and by `generate`, and `round_trip_equal` whether every tensor comes back bit for
+bit. `decode_ratio` is the tokens per second of `generate` over the engine's, for information. The
+last line is one JSON object; the exit status is 1 where anything differs.
 """
 
 from __future__ import annotations
