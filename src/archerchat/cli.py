@@ -169,10 +169,14 @@ def parse(argv: Sequence[str]) -> Parsed:
     words = _normalized(words, level.short, configuration)
     saved = {}
     if level.stage and "--resume" in words[:-1]:
-        resume = importlib.import_module("archerchat.training.resume")
-        tag = words[words.index("--resume") + 1]
-        home = Home.from_environment()
-        saved["default"] = resume.load_settings(configuration, home, level.stage, tag)
+        at = words.index("--resume")
+        tag = words[at + 1]
+        if tag == "auto":  # what every stage does by itself
+            del words[at : at + 2]
+        else:
+            resume = importlib.import_module("archerchat.training.resume")
+            home = Home.from_environment()
+            saved["default"] = resume.load_settings(configuration, home, level.stage, tag)
     positional = (tyro.conf.PositionalRequiredArgs,) if level.positional else ()
     config = tyro.cli(
         configuration,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from archerchat.model import fp8
 from archerchat.model.attention import (
     Backend,
     Past,
@@ -66,10 +67,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A bias-free linear layer whose float32 weight is cast to its input's dtype."""
 
+    fp8 = False
+    """Whether training multiplies in 8 bits (`Transformer.use_fp8`)."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8.linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -274,6 +280,12 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.unembedding.weight.device
+
+    def use_fp8(self, used: bool) -> None:
+        """Train the blocks' large matrices in 8 bits, or no longer; evaluation never does."""
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fp8 = used and fp8.fits_fp8(layer)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -135,8 +135,9 @@ def _identity(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             f"choose another {_tag_flag(meta)} for a new run"
         )
     identity: dict[str, Any] = meta["identity"]
-    if "model" in identity:  # saved before a part of the model could be switched off
-        identity = identity | {"model": asdict(ModelConfig(**identity["model"]))}
+    if "model" in identity:  # saved before these settings existed, perhaps
+        model = {"model": asdict(ModelConfig(**identity["model"]))}
+        identity = {"fp8": False, "optimizer_state": "float32"} | identity | model
     return identity
 
 
