@@ -1,4 +1,4 @@
-"""`archerchat export huggingface | conversations` and `archerchat push`: for other tools."""
+"""For other tools: `archerchat export huggingface`, `export conversations` and `push`."""
 
 from __future__ import annotations
 
