@@ -126,8 +126,6 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ("ArcherChatBlock",)
 
     def __init__(self, config: Any) -> None:
-        precise = ["residual_lambdas", "input_lambdas"]
-        self._keep_in_fp32_modules_strict = precise if config.residual_lambdas else None
         super().__init__(config)
         layers, dim = range(config.num_hidden_layers), config.hidden_size
         kv_dim = dim // config.num_attention_heads * config.num_key_value_heads
@@ -137,6 +135,7 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
         own = filter(config.has_value_embedding, layers)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab, kv_dim) for i in own})
         if config.residual_lambdas:
+            self._keep_in_fp32_modules_strict = {"residual_lambdas", "input_lambdas"}
             self.residual_lambdas = nn.Parameter(torch.ones(len(layers)))
             self.input_lambdas = nn.Parameter(torch.zeros(len(layers)))
         if config.smear:
