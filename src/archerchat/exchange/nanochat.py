@@ -15,16 +15,19 @@ import pickle
 import pickletools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from archerchat.dial import LearningRates
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
+from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.tokenizer.bpe import Tokenizer
 
 NAMES = {
@@ -63,6 +66,13 @@ CONFIG_NAMES = {
     "n_embd": "model_dim",
     "window_pattern": "window_pattern",
 }
+BUFFERS = {
+    "exp_avg": "mean",
+    "exp_avg_sq": "square",
+    "momentum_buffer": "momentum",
+    "second_momentum_buffer": "variance",
+}
+"""The reference's name of each buffer of its optimizer, and ours."""
 COMPILED_PREFIX = "_orig_mod."
 MODEL_FILE = re.compile(r"model_(\d{6,})\.pt")
 
@@ -103,7 +113,7 @@ def to_archerchat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: a name is not the reference's.
     """
     plain = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
-    return _rename(plain, NAMES)
+    return rename(plain, NAMES)
 
 
 def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,10 +122,11 @@ def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a name is not ours.
     """
-    return _rename(state, {ours: theirs for theirs, ours in NAMES.items()})
+    return rename(state, {ours: theirs for theirs, ours in NAMES.items()})
 
 
-def _rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Rename tensors by a table whose {i} is a layer, or raise `CheckpointError` for others."""
     renamed, unknown = {}, []
     for name, tensor in state.items():
         layer = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -167,7 +178,7 @@ def load_model(
         lacking = tuple(part for part, names in PARTS.items() if not _has(state, names))
         off: dict[str, Any] = dict.fromkeys(lacking, False)
         config = replace(config, **off)
-        tensors = _fit(state, config)
+        tensors = fit(state, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return ImportedModel(path, step, config, tensors, lacking, meta)
@@ -205,12 +216,16 @@ def _parse_config(given: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _load_state(path: Path) -> dict[str, Tensor]:
+def _load_file(path: Path) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken or hostile file can fail anywhere in the reader
         first_line = str(error).partition("\n")[0]
         raise CheckpointError(f"not a readable state dict ({first_line})") from error
+
+
+def _load_state(path: Path) -> dict[str, Tensor]:
+    state = _load_file(path)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
@@ -218,7 +233,7 @@ def _load_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Compare names, shapes and dtypes with the model's own."""
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
@@ -241,6 +256,49 @@ def _fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
         keep = is_table and tensor.dtype == torch.bfloat16
         tensors[name] = tensor if keep else tensor.float()
     return tensors
+
+
+def load_optimizer(model: ImportedModel) -> dict[str, Any]:
+    """Read the optimizer's state that was saved with a model, one file per rank.
+
+    A rank has its rows of a large table, or its matrices of a stack, the last ones padding.
+
+    Returns:
+        The state as `Optimizer.load_state_dict` takes it; empty where there are no files.
+
+    Raises:
+        CheckpointError: a file is broken or missing, or does not fit the model.
+    """
+    stem = str(model.path.parent / f"optim_{model.step:06d}_rank")
+    count = len(list(model.path.parent.glob(f"optim_{model.step:06d}_rank*.pt")))
+    if not count:
+        return {}
+    with torch.device("meta"):
+        transformer = Transformer(model.config)
+        rates = LearningRates(*[0.0] * len(fields(LearningRates)))
+        optimizer = Optimizer(transformer, build_groups(transformer, rates))
+    state: dict[str, Any] = {}
+    try:
+        ranks = [_load_file(Path(f"{stem}{rank}.pt")) for rank in range(count)]
+        groups = zip(ranks[0]["param_groups"], optimizer.groups, strict=True)
+        pairs = [p for their, our in groups for p in zip(their["params"], our.names, strict=True)]
+        for (index, name), (theirs, ours) in product(pairs, BUFFERS.items()):
+            if (key := f"{ours}.{name}") in optimizer.state:
+                parts = [rank["state"][index][theirs].float() for rank in ranks]
+                state[key] = _joined(parts, optimizer.state[key].shape)
+        state["steps_taken"] = int(ranks[0]["state"][pairs[0][0]].get("step", model.step))
+    except (CheckpointError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{stem}*.pt do not fit the model ({error}): copy them again, or move them away to "
+            "import the weights alone"
+        ) from error
+    return state
+
+
+def _joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """Return a buffer from the parts of all ranks, or from the first if each has all of it."""
+    whole = parts[0] if parts[0].numel() == shape.numel() else torch.cat(parts)[: shape[0]]
+    return whole.reshape(shape).clone()
 
 
 class _EncodingState:

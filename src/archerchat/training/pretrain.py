@@ -90,7 +90,7 @@ class PretrainConfig(StageConfig):
     is downloaded."""
     extend: bool = False
     """Resume even if the number of steps, batch size or schedule changed; prints the effect on the
-    learning rate."""
+    learning rate. Also continues a run that was imported with its optimizer state."""
 
 
 @dataclass(kw_only=True)
@@ -327,7 +327,8 @@ class Pretraining(Stage):
 
     def _open_streams(self, start: Checkpoint | None) -> Streams[TextLoader]:
         """Open the training text, in as many streams as the run began with ranks."""
-        count = saved_streams(start.state["loader"]) if start else self.ranks.world_size
+        saved = start.state.get("loader") if start else None
+        count = saved_streams(saved) if saved else self.ranks.world_size
         open_stream = partial(self._open_loader, self.shards[0])
         return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
 
@@ -376,6 +377,8 @@ class Pretraining(Stage):
         """Say what `--extend` changes, and move later checkpoints out of the run's way."""
         if not self.extend:
             return []
+        if "schedule" not in start.meta:
+            return ["continuing an imported run: its text begins again with the first shard"]
         before = Schedule(**start.meta["schedule"])
         peaks, new_peaks = start.meta["identity"]["learning_rates"], asdict(self.hp.learning_rates)
         return [

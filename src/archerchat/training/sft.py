@@ -313,8 +313,9 @@ class Finetuning(Stage):
         )
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
-        for note in dict.fromkeys(note for task in self.train.tasks for note in task.left_out):
-            yield "left out", note
+        for label, kind in (("found", "found"), ("left out", "left_out")):
+            notes = (note for task in self.train.tasks for note in getattr(task, kind))
+            yield from ((label, note) for note in dict.fromkeys(notes))
         yield (
             "training",
             f"{about}{estimate:,} steps of "
