@@ -26,9 +26,11 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from archerchat.errors import UsageError
 
 T = TypeVar("T")
-MEETING_TIMEOUT = timedelta(seconds=60)
-"""Ranks that a dying one of an earlier attempt disturbs may wait for each other in vain: they fail
-then, and torchrun starts them again."""
+ARRIVAL_TIMEOUT = timedelta(minutes=10)
+"""How long ranks wait for the last of them to start."""
+CONNECT_TIMEOUT, CONNECT_ATTEMPTS = timedelta(seconds=4), 4
+"""How long gloo tries a connection, five times, before all is begun again. After a restart it may
+wait for one in vain (docs/LOG.md, 2026-11-27)."""
 WORKING_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for one that works alone, such as for a download."""
 # torch 2.13 renamed them.
@@ -193,6 +195,33 @@ class Ranks(Place):
         return result
 
 
+def _meet(place: Place) -> None:
+    """Build the process group once all ranks are there; begin again where connecting fails.
+
+    Raises:
+        RuntimeError: they did not find each other.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=ARRIVAL_TIMEOUT))
+    for attempt in range(CONNECT_ATTEMPTS):
+        meeting = dist.PrefixStore(f"meeting {attempt}", store)
+        here, deadline = meeting.add("arrived", 1), time.monotonic() + ARRIVAL_TIMEOUT.seconds
+        while here < place.world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+            here = meeting.add("arrived", 0)
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=meeting,
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=CONNECT_TIMEOUT,
+            )
+            return
+        except RuntimeError:
+            if attempt == CONNECT_ATTEMPTS - 1:
+                raise
+
+
 @contextmanager
 def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[Ranks]:
     """Join torchrun's processes for the block; an existing group is used and kept.
@@ -206,7 +235,7 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
         return
     made = not dist.is_initialized()
     if made:
-        dist.init_process_group("gloo", timeout=MEETING_TIMEOUT)
+        _meet(place)
     try:
         group = dist.group.WORLD if made else dist.new_group(backend="gloo")
         _set_pg_timeout(WORKING_TIMEOUT, group)
