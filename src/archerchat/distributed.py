@@ -21,7 +21,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from archerchat.errors import UsageError
 
@@ -201,9 +203,9 @@ def _meet(place: Place) -> None:
     Raises:
         RuntimeError: they did not find each other.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=ARRIVAL_TIMEOUT))
+    store, _, _ = next(rendezvous("env://", timeout=ARRIVAL_TIMEOUT))
     for attempt in range(CONNECT_ATTEMPTS):
-        meeting = dist.PrefixStore(f"meeting {attempt}", store)
+        meeting = PrefixStore(f"meeting {attempt}", store)
         here, deadline = meeting.add("arrived", 1), time.monotonic() + ARRIVAL_TIMEOUT.seconds
         while here < place.world_size and time.monotonic() < deadline:
             time.sleep(0.02)
