@@ -138,13 +138,14 @@ async def series(
     first: Annotated[float, Query(alias="from")] = -np.inf,
     last: Annotated[float, Query(alias="to")] = np.inf,
     points: Annotated[int, Query(ge=4, le=100_000)] = 2000,
+    log: bool = False,
 ) -> Response:
     if len(metric) > MOST_METRICS:
         raise ApiError(422, f"{len(metric)} metrics at once; at most {MOST_METRICS}: ask again")
     if np.isnan(first) or np.isnan(last):
         raise ApiError(422, "from and to must be numbers")
     server = server_of(request)
-    query = ChartQuery(tuple(dict.fromkeys(metric)), x, first, last, points)
+    query = ChartQuery(tuple(dict.fromkeys(metric)), x, first, last, points, log)
 
     def read() -> tuple[Response, float]:
         began = time.perf_counter()
