@@ -109,7 +109,7 @@ def test_columns_are_chosen_and_kept_in_a_saved_view(page: Any, listed: Any) -> 
     expect(page.locator("tbody tr")).to_have_count(1)
     page.locator("summary", has_text="Views").click()
     page.get_by_role("button", name="Save this view").click()
-    page.get_by_label("Name", exact=True).fill("good ones")
+    page.get_by_role("dialog").locator("input").fill("good ones")
     page.get_by_role("button", name="Save", exact=True).click()
     expect(page.locator("summary", has_text="Views (1)")).to_be_visible()
     page.evaluate("() => localStorage.clear()")
