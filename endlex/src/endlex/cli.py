@@ -18,7 +18,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from endlex.client.warning import replace_unencodable
+from endlex.client.process import replace_unencodable
 from endlex.protocol import SCOPES, EndlexError
 
 Add = Callable[[argparse.ArgumentParser], None]

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 from endlex.client.transport import Transport
 from endlex.protocol import METRICS, check_manifest
 

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 import endlex
-from endlex.client.journal import read_run, session_files
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 from endlex.protocol import MAX_BATCH_BYTES, MAX_NAME_CHARS, MAX_TEXT_CHARS
+from endlex.reading import read_run, session_files
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.journal import read_run, session_files
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 from endlex.client.shipping import (
     BACKGROUND,
     read_state,
@@ -26,6 +25,7 @@ from endlex.client.shipping import (
     stop_shipper,
     take_lock,
 )
+from endlex.reading import read_run, session_files
 
 Until = Callable[..., None]
 
@@ -215,7 +215,7 @@ def test_finish_starts_a_shipper_that_was_killed(
 def test_finish_says_what_can_never_be_sent_and_waits_for_no_more(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("endlex.client.staging._clone", lambda *arguments: False)
+    monkeypatch.setattr("endlex.client.checkpoints._clone", lambda *arguments: False)
     monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 60.0)
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "last.pt").write_bytes(b"first")
@@ -384,18 +384,18 @@ def test_a_full_disk_on_this_side_stops_no_shipping(
 def test_a_full_disk_delays_a_checkpoint_and_does_not_lose_it(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from endlex.client import manifests
-    from endlex.client.checkpoint_shipper import CheckpointShipper
+    from endlex.client import uploads
+    from endlex.client.shipper import CheckpointShipper
     from endlex.client.transport import Transport
 
-    write, refusals = manifests.write_whole, iter([OSError("No space left on device")])
+    write, refusals = uploads.write_whole, iter([OSError("No space left on device")])
 
     def limited(*arguments: Any) -> None:
         for error in refusals:
             raise error
         write(*arguments)
 
-    monkeypatch.setattr(manifests, "write_whole", limited)
+    monkeypatch.setattr(uploads, "write_whole", limited)
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "weights").write_bytes(b"w")
     name = run.save(tmp_path / "weights", step=1)

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from endlex.client.journal import session_files
-from endlex.commands.local_run import session_status
 from endlex.importers.tensorboard import (
     find_event_directories,
     import_tensorboard,
@@ -19,6 +17,7 @@ from endlex.importers.tensorboard import (
     run_name,
 )
 from endlex.protocol import EndlexError
+from endlex.reading import session_files, session_status
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tensorboard"
 FILE = FIXTURE / "torch" / "events.out.tfevents.1.box.1"

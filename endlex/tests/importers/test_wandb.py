@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from endlex.client.journal import session_files
-from endlex.commands.local_run import session_status
 from endlex.importers.wandb import find_wandb_files, import_wandb, iter_records
 from endlex.protocol import EndlexError, decode_number
+from endlex.reading import session_files, session_status
 
 FIXTURE = Path(__file__).parent / "fixtures" / "wandb"
 FILE = FIXTURE / "run-abcdefgh.wandb"

@@ -10,9 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from endlex.client import exits
-from endlex.client.journal import last_step
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
+from endlex.client.process import forget, status_of, warn
 from endlex.client.values import (
     MetricKeys,
     RunConfig,
@@ -23,7 +22,6 @@ from endlex.client.values import (
     encode_members,
     plain,
 )
-from endlex.client.warning import warn
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
@@ -39,6 +37,7 @@ from endlex.protocol import (
     Status,
     check_checkpoint_name,
 )
+from endlex.reading import last_step
 
 WATCH_SECONDS = 60.0
 """How often `log` looks whether the shipper still lives."""
@@ -228,7 +227,7 @@ class Run:
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
-        from endlex.client.staging import NothingToSave, announcement, stage
+        from endlex.client.checkpoints import NothingToSave, announcement, stage
 
         if replaces is not None:
             metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
@@ -252,7 +251,7 @@ class Run:
 
     def has_saved(self, name: str) -> bool:
         """Whether this machine has saved a checkpoint `name` of the run, sent or not."""
-        from endlex.client.staging import has_saved
+        from endlex.client.checkpoints import has_saved
 
         return self.directory is not None and has_saved(self.directory, name)
 
@@ -282,7 +281,7 @@ class Run:
                 f"{name[:40]!r} ({count:,})" for name, count in self.refused.most_common(5)
             )
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
-        exits.forget(self)
+        forget(self)
         if self._online and not self._journal.inherited and self.directory is not None:
             from endlex.client.shipping import wait_until_shipped
 
@@ -366,4 +365,4 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.finish(exits.status_of(error))
+        self.finish(status_of(error))

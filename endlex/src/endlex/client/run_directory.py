@@ -1,12 +1,14 @@
-"""A run's directory: where it is, and whose it is.
+"""A run's directory: where it is, and whose it is; and the list of all of this machine's.
 
     run.json                 the run's id, project and name, written once
-    journal/*.jsonl          one file a session
+    journal/*.jsonl          one file per session
     staged/NAME/             files of checkpoints that the server does not have yet
     manifests/NAME.json      what each checkpoint's files were, as hashed here
     shipper.lock .json .log  the process that sends all this: its lock, state and log
 
-The same directory is the same run. Another machine joins a run by its id.
+The same directory is the same run. Another machine joins a run by its id. `endlex verify` must know
+every run on the machine, wherever it was recorded: `endlex.init` adds each directory to the list
+`endlex/directories` under `XDG_STATE_HOME` (or `~/.local/state`), one path per line, as JSON.
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from endlex.client.disk import fsync
-from endlex.client.process import process_name
+from endlex.client.process import fsync, process_name, warn
 from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -189,3 +190,51 @@ def server_token() -> str | None:
         except (OSError, ValueError, RuntimeError):
             return None
     return token or None
+
+
+def registry() -> Path:
+    """Return where the list is.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "endlex" / "directories"
+
+
+def register(directory: Path) -> None:
+    """Add a run's directory to the list, or say on stderr why that is not possible."""
+    try:
+        path, line = registry(), json.dumps(str(directory.absolute())).encode()
+        if path.exists() and line in path.read_bytes().splitlines():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, b"\n" + line + b"\n")  # apart from a line that was torn
+        finally:
+            os.close(descriptor)
+    except (OSError, RuntimeError) as error:
+        warn(
+            f"cannot note {directory} in the list of this machine's runs ({error}): "
+            "`endlex verify` finds it there only if you name it"
+        )
+
+
+def registered() -> list[Path]:
+    """Return the directories of the list, oldest first.
+
+    Raises:
+        OSError: the list cannot be read.
+    """
+    try:
+        lines = registry().read_bytes().splitlines()
+    except (FileNotFoundError, RuntimeError):
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(Path(json.loads(line)))
+        except (ValueError, TypeError):  # empty, or torn by a full disk
+            continue
+    return list(dict.fromkeys(found))

@@ -13,9 +13,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
-from endlex.client import exits
-from endlex.client.journal_writer import Journal
-from endlex.client.registry import register
+from endlex.client.journal import Journal
+from endlex.client.process import finish_at_exit
 from endlex.client.run import Run
 from endlex.client.run_directory import (
     RunFile,
@@ -24,6 +23,7 @@ from endlex.client.run_directory import (
     given_run_id,
     new_run_id,
     read_run_file,
+    register,
     server_url,
     session_start,
 )
@@ -98,7 +98,7 @@ def init(
     )
     journal = Journal(place, start)
     run = Run(place, journal, project, owner["name"], config, id=owner["run"], strict=strict)
-    exits.finish_at_exit(run)
+    finish_at_exit(run)
     if mode == "online":
         run.go_online()
     return _remember(run)

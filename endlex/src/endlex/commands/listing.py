@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from endlex.commands.local_run import summarize
 from endlex.commands.rendering import (
     count,
     format_age,
@@ -24,6 +23,7 @@ from endlex.commands.targets import (
     local_runs,
 )
 from endlex.commands.usage import UsageError
+from endlex.reading import summarize
 
 SHOWN_METRICS = ("val/bpb", "train/loss", "loss")
 CELL = 40

@@ -16,17 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.checkpoints import LetGo, Missing, compare_directory
-from endlex.client.journal import (
-    content_length,
-    session_files,
-    session_kind,
-    writer_is_alive,
-)
-from endlex.client.manifests import manifest_path
+from endlex.client.checkpoints import staged_names
 from endlex.client.shipping import BACKGROUND, read_state, shipper_process
-from endlex.client.staging import staged_names
 from endlex.client.transport import Retry, Transport, TransportError
+from endlex.client.uploads import manifest_path
+from endlex.client.verify import LetGo, Missing, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
 from endlex.commands.server_api import explain, find_transport
 from endlex.commands.targets import (
@@ -39,6 +33,7 @@ from endlex.commands.targets import (
 )
 from endlex.commands.usage import UsageError
 from endlex.protocol import SYSTEM, EndlexError
+from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
 SAFE = "safe to tear down"
 NOT_SAFE = "NOT safe to tear down"

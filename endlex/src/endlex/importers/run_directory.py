@@ -22,10 +22,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from endlex.client.disk import fsync
-from endlex.client.journal import session_files
-from endlex.client.registry import register
-from endlex.client.session_sync import renew_session
+from endlex.client.journal_sync import renew_session
+from endlex.client.process import fsync
+from endlex.client.run_directory import register
 from endlex.client.values import tidy_name, to_json
 from endlex.protocol import (
     CONFIG,
@@ -45,6 +44,7 @@ from endlex.protocol import (
     Status,
     encode_number,
 )
+from endlex.reading import session_files
 
 LARGEST_EXACT = 2**53
 

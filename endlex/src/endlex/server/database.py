@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from endlex.client.warning import warn_once
+from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
 
 T = TypeVar("T")
