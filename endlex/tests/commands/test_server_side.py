@@ -17,7 +17,7 @@ import pytest
 import endlex
 from endlex.client.run_directory import read_run_file
 from endlex.client.system_stats import SystemRecorder
-from endlex.server.auth import list_tokens
+from endlex.server.api.auth import list_tokens
 
 
 def run_of(directory: Path) -> str:

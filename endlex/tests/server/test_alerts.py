@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from endlex.server import notify
+from endlex.server.watch import notify
 
 RUN = "testrun001"
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from endlex.protocol import SCOPES, EndlexError
+from endlex.server.api.auth import create_token, grant_runs, list_tokens, revoke_token
 from endlex.server.app import serve
-from endlex.server.auth import create_token, grant_runs, list_tokens, revoke_token
-from endlex.server.database import connect
 from endlex.server.settings import DataDir, Settings
+from endlex.server.store.database import connect
 
 RUN = "testrun001"
 HASH = "0" * 64

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from endlex.protocol import EndlexError
-from endlex.server import ingest
-from endlex.server.database import Database, connect
+from endlex.server.api import ingest
+from endlex.server.store.database import Database, connect
 
 RUN = "testrun001"
 

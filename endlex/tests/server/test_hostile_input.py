@@ -14,7 +14,7 @@ import pytest
 from fastapi import Request
 
 from endlex.protocol import MAX_BATCH_BYTES
-from endlex.server import bodies
+from endlex.server.api import bodies
 from endlex.server.errors import ApiError
 
 RUN = "testrun001"

@@ -9,7 +9,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from endlex.server import pages
+from endlex.server.web import pages
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from endlex.server import retention
+from endlex.server.store import retention
 
 RUN = "testrun001"
 

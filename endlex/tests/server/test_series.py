@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from endlex.server import export
-from endlex.server.charts import ChartQuery, read_chart
-from endlex.server.database import connect
-from endlex.server.downsample import choose_points, round_axis, round_significant
-from endlex.server.peaks import read_sampled
-from endlex.server.records import Points
-from endlex.server.series import append_points, chunk_keys
+from endlex.server.store import export
+from endlex.server.store.charts import ChartQuery, read_chart
+from endlex.server.store.database import connect
+from endlex.server.store.downsample import choose_points, round_axis, round_significant
+from endlex.server.store.peaks import read_sampled
+from endlex.server.store.records import Points
+from endlex.server.store.series import append_points, chunk_keys
 
 RUN = "testrun001"
 

@@ -92,7 +92,7 @@ def _libraries() -> Iterator[Finding]:
             "server; pip install 'endlex[server]' if it should",
         )
         return
-    pages = importlib.import_module("endlex.server.pages")
+    pages = importlib.import_module("endlex.server.web.pages")
     assets = pages.missing_assets()
     if assets:
         yield fault(

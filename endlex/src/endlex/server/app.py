@@ -25,14 +25,14 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server import api_checkpoints, api_export, api_journal, api_login, api_runs
-from endlex.server.auth import list_tokens
-from endlex.server.bodies import json_response
-from endlex.server.handlers import install_handlers
-from endlex.server.retention import sweep
-from endlex.server.security import Guard, is_loopback
+from endlex.server.api import checkpoints, export, journal, login, runs
+from endlex.server.api.auth import list_tokens
+from endlex.server.api.bodies import json_response
+from endlex.server.api.handlers import install_handlers
+from endlex.server.api.security import Guard, is_loopback
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server, open_server
+from endlex.server.store.retention import sweep
 
 logger = logging.getLogger("endlex")
 
@@ -59,14 +59,14 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     )
     app.state.data, app.state.settings = data, settings
     app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
-    app.state.batches = asyncio.Semaphore(api_journal.MOST_BATCHES_AT_ONCE)
+    app.state.batches = asyncio.Semaphore(journal.MOST_BATCHES_AT_ONCE)
     app.add_middleware(Guard, settings=settings)
     install_handlers(app)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (api_journal, api_runs, api_checkpoints, api_export, api_login):
+    for module in (journal, runs, checkpoints, export, login):
         app.include_router(module.router)
-    if importlib.util.find_spec("endlex.server.pages") is not None:
-        pages = importlib.import_module("endlex.server.pages")
+    if importlib.util.find_spec("endlex.server.web.pages") is not None:
+        pages = importlib.import_module("endlex.server.web.pages")
         app.include_router(pages.build_router())
     return app
 

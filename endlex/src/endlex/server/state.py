@@ -9,17 +9,17 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from endlex.server.alerts import Watch
-from endlex.server.auth import Auth
-from endlex.server.blobs import Blobs
-from endlex.server.checkpoints import Checkpoints
-from endlex.server.database import Database
+from endlex.server.api.auth import Auth
+from endlex.server.api.ingest import Ingest
 from endlex.server.events import Hub
-from endlex.server.ingest import Ingest
-from endlex.server.journals import JournalHashes
-from endlex.server.notify import Notifier
 from endlex.server.settings import DataDir, Settings
-from endlex.server.verification import Verifier
+from endlex.server.store.blobs import Blobs
+from endlex.server.store.checkpoints import Checkpoints
+from endlex.server.store.database import Database
+from endlex.server.store.journals import JournalHashes
+from endlex.server.store.verification import Verifier
+from endlex.server.watch.alerts import Watch
+from endlex.server.watch.notify import Notifier
 from endlex.server.workers import Workers
 
 T = TypeVar("T")

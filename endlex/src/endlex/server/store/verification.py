@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import orjson
 
 from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile
-from endlex.server.blobs import Blobs, open_part
-from endlex.server.database import Database
 from endlex.server.events import Hub
-from endlex.server.retention import remove_replaced
+from endlex.server.store.blobs import Blobs, open_part
+from endlex.server.store.database import Database
+from endlex.server.store.retention import remove_replaced
 
 logger = logging.getLogger("endlex")
 

@@ -24,12 +24,12 @@ import numpy as np
 import orjson
 
 from endlex.protocol import REMOVED, REPLACES
-from endlex.server.blobs import Blobs
-from endlex.server.charts import find_metric
-from endlex.server.database import Database
-from endlex.server.journals import JournalHashes
-from endlex.server.queries import find_run
-from endlex.server.series import delete_series, read_points
+from endlex.server.store.blobs import Blobs
+from endlex.server.store.charts import find_metric
+from endlex.server.store.database import Database
+from endlex.server.store.journals import JournalHashes
+from endlex.server.store.queries import find_run
+from endlex.server.store.series import delete_series, read_points
 
 KEEP = "keep"
 """The alias of what no rule removes, such as a run's tokenizer."""

@@ -14,7 +14,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from endlex.server.database import Database
+from endlex.server.store.database import Database
 
 SHORT_SEGMENT = 64 * 1024
 """Bytes, uncompressed, below which a segment takes what comes next."""

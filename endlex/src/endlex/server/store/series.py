@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endlex.protocol import SYSTEM
-from endlex.server.peaks import store_peaks
-from endlex.server.records import Points
+from endlex.server.store.peaks import store_peaks
+from endlex.server.store.records import Points
 
 CHUNK_POINTS = 1000
 CHUNKS_PER_SERIES = 2**20

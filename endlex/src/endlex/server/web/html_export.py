@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from endlex.server.pages import CHART_ASSETS, STATIC, STYLES, TEMPLATES
+from endlex.server.web.pages import CHART_ASSETS, STATIC, STYLES, TEMPLATES
 
 ENTRY = "export_page.js"
 POINTS = 2000

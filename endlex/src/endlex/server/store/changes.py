@@ -10,7 +10,7 @@ import orjson
 
 from endlex.protocol import EndlexError, check_name
 from endlex.server.errors import ApiError
-from endlex.server.queries import find_run
+from endlex.server.store.queries import find_run
 
 MOST_TAGS = 50
 MOST_NOTES_CHARS = 100_000

@@ -20,13 +20,14 @@ from endlex.protocol import (
     check_name,
     check_sha256,
 )
-from endlex.server.auth import require
-from endlex.server.bodies import drain, iter_body, json_response, read_body, read_json
-from endlex.server.checkpoints import STATUS_OF_STATE
+from endlex.server.api.auth import require
+from endlex.server.api.bodies import drain, iter_body, json_response, read_body, read_json
+from endlex.server.api.ranges import ByteRange, parse_range
 from endlex.server.errors import ApiError
-from endlex.server.queries import find_run, list_checkpoints
-from endlex.server.ranges import ByteRange, parse_range
-from endlex.server.retention import (
+from endlex.server.state import Server, server_of
+from endlex.server.store.checkpoints import STATUS_OF_STATE
+from endlex.server.store.queries import find_run, list_checkpoints
+from endlex.server.store.retention import (
     Rules,
     collect_parts,
     delete_checkpoints,
@@ -35,7 +36,6 @@ from endlex.server.retention import (
     purge_run,
     remove_checkpoints,
 )
-from endlex.server.state import Server, server_of
 
 router = APIRouter(prefix="/api/v1")
 SEND = [Depends(require("checkpoint"))]

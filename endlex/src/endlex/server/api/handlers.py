@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from endlex.protocol import EndlexError
-from endlex.server.bodies import json_response
+from endlex.server.api.bodies import json_response
 from endlex.server.errors import ApiError, disk_full, is_disk_full
 
 logger = logging.getLogger("endlex")

@@ -14,11 +14,11 @@ from typing import Any
 import orjson
 
 from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFile, check_manifest
-from endlex.server.blobs import Blobs
-from endlex.server.database import Database
 from endlex.server.errors import ApiError
-from endlex.server.queries import find_run
-from endlex.server.verification import Verifier
+from endlex.server.store.blobs import Blobs
+from endlex.server.store.database import Database
+from endlex.server.store.queries import find_run
+from endlex.server.store.verification import Verifier
 
 STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
 

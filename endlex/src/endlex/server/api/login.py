@@ -7,8 +7,8 @@ from urllib.parse import parse_qs
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 
-from endlex.server.auth import COOKIE, LOGIN_SECONDS
-from endlex.server.bodies import json_response, read_body
+from endlex.server.api.auth import COOKIE, LOGIN_SECONDS
+from endlex.server.api.bodies import json_response, read_body
 from endlex.server.errors import ApiError
 from endlex.server.state import server_of
 

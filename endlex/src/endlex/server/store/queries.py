@@ -11,7 +11,7 @@ import orjson
 
 from endlex.protocol import REMOVED, SYSTEM
 from endlex.server.errors import ApiError
-from endlex.server.run_search import Condition, parse_search
+from endlex.server.store.run_search import Condition, parse_search
 
 SORTED_BY = {
     "created": "run.created",

@@ -20,21 +20,21 @@ import numpy as np
 import orjson
 
 from endlex.protocol import MAX_BATCH_BYTES, encode_number
-from endlex.server.alerts import Watch
-from endlex.server.database import Database
 from endlex.server.errors import ApiError, disk_full, is_disk_full
 from endlex.server.events import Hub
-from endlex.server.journals import append_segment, compress
-from endlex.server.records import Batch, Points, Record, parse_batch
-from endlex.server.series import append_points
-from endlex.server.sessions import (
+from endlex.server.settings import DataDir, Settings
+from endlex.server.store.database import Database
+from endlex.server.store.journals import append_segment, compress
+from endlex.server.store.records import Batch, Points, Record, parse_batch
+from endlex.server.store.series import append_points
+from endlex.server.store.sessions import (
     SessionState,
     advance_session,
     begin_session,
     find_session,
     update_run,
 )
-from endlex.server.settings import DataDir, Settings
+from endlex.server.watch.alerts import Watch
 from endlex.server.workers import Workers
 
 

@@ -26,9 +26,9 @@ from typing import Any
 from fastapi import Request
 
 from endlex.protocol import SCOPES, EndlexError, Scope, check_name, check_run_id
-from endlex.server.database import Database, connect
 from endlex.server.errors import ApiError
 from endlex.server.settings import DataDir, Settings
+from endlex.server.store.database import Database, connect
 from endlex.server.workers import Workers
 
 BOX_SCOPES = frozenset({"write", "checkpoint"})

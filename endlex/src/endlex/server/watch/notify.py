@@ -18,8 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from endlex.protocol import EndlexError
-from endlex.server.database import Database
 from endlex.server.settings import Settings
+from endlex.server.store.database import Database
 
 logger = logging.getLogger("endlex")
 

@@ -19,13 +19,13 @@ from endlex.protocol import (
     check_run_id,
     check_session_id,
 )
-from endlex.server.auth import require
-from endlex.server.bodies import json_response, read_body, read_json
+from endlex.server.api.auth import require
+from endlex.server.api.bodies import json_response, read_body, read_json
 from endlex.server.errors import ApiError
-from endlex.server.journals import iter_bytes
-from endlex.server.queries import find_run, list_sessions
-from endlex.server.sessions import SessionState, require_session, update_run
 from endlex.server.state import Server, server_of
+from endlex.server.store.journals import iter_bytes
+from endlex.server.store.queries import find_run, list_sessions
+from endlex.server.store.sessions import SessionState, require_session, update_run
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
 

@@ -28,9 +28,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from endlex.protocol import encode_number
-from endlex.server.queries import find_run, list_metrics, show_run
-from endlex.server.series import EMPTY, StepRange, machine_sessions, read_all_points, read_points
-from endlex.server.texts import Page, list_tables, list_texts
+from endlex.server.store.queries import find_run, list_metrics, show_run
+from endlex.server.store.series import (
+    EMPTY,
+    StepRange,
+    machine_sessions,
+    read_all_points,
+    read_points,
+)
+from endlex.server.store.texts import Page, list_tables, list_texts
 
 FORMATS = {
     "csv": "text/csv; charset=utf-8",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from endlex.server.records import Points
+from endlex.server.store.records import Points
 
 BLOCK = 50
 POINTS_PER_PEAK = BLOCK // 2

@@ -10,15 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from endlex.protocol import encode_number
-from endlex.server.downsample import (
+from endlex.server.store.downsample import (
     SAMPLED_DIGITS,
     choose_points,
     finite_or_none,
     round_axis,
     round_significant,
 )
-from endlex.server.peaks import Sampled, read_sampled
-from endlex.server.series import StepRange, chunk_keys, read_all_points, read_points
+from endlex.server.store.peaks import Sampled, read_sampled
+from endlex.server.store.series import StepRange, chunk_keys, read_all_points, read_points
 
 STEP = "step"
 TIME = "time"

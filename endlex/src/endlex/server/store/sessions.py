@@ -19,7 +19,7 @@ from endlex.protocol import (
     check_session_id,
 )
 from endlex.server.errors import ApiError
-from endlex.server.records import Batch, Record, check_session
+from endlex.server.store.records import Batch, Record, check_session
 
 
 @dataclass(frozen=True)

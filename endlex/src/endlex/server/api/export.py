@@ -13,14 +13,14 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
-from endlex.server.auth import require
-from endlex.server.charts import ChartQuery, read_chart
-from endlex.server.database import connect
+from endlex.server.api.auth import require
 from endlex.server.errors import ApiError
-from endlex.server.export import FORMATS, iter_csv, iter_json, temporary_file, write_parquet
-from endlex.server.queries import find_run, list_alerts, show_run
 from endlex.server.state import Server, server_of
-from endlex.server.texts import Page, list_tables, list_texts
+from endlex.server.store.charts import ChartQuery, read_chart
+from endlex.server.store.database import connect
+from endlex.server.store.export import FORMATS, iter_csv, iter_json, temporary_file, write_parquet
+from endlex.server.store.queries import find_run, list_alerts, show_run
+from endlex.server.store.texts import Page, list_tables, list_texts
 
 router = APIRouter(prefix="/api/v1")
 
@@ -78,9 +78,9 @@ async def _stream(
 
 def _page(server: Server, run: str, found: dict[str, Any]) -> str:
     """Return the self-contained HTML file, where this installation has the pages."""
-    if importlib.util.find_spec("endlex.server.html_export") is None:
+    if importlib.util.find_spec("endlex.server.web.html_export") is None:
         raise ApiError(501, "this installation has no pages: install endlex[server] anew")
-    from endlex.server import html_export, pages
+    from endlex.server.web import html_export, pages
 
     if lacking := pages.missing_assets():
         message = f"this installation lacks {', '.join(lacking)}: install endlex[server] anew"

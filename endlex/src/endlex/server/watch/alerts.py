@@ -36,9 +36,9 @@ from typing import Any
 import numpy as np
 
 from endlex.protocol import LOST, SYSTEM, TRAINER
-from endlex.server.records import Batch, Points
-from endlex.server.sessions import SessionState, update_run, was_resumed
 from endlex.server.settings import DataDir, Settings
+from endlex.server.store.records import Batch, Points
+from endlex.server.store.sessions import SessionState, update_run, was_resumed
 
 Event = tuple[str, dict[str, Any]]
 Key = tuple[int | None, str, str]

@@ -14,21 +14,21 @@ from fastapi.responses import Response
 from sse_starlette.sse import EventSourceResponse
 
 from endlex.protocol import MAX_STEP
-from endlex.server.auth import require
-from endlex.server.bodies import json_response, read_json
-from endlex.server.changes import change_run, check_changes, dismiss_alert
-from endlex.server.charts import ChartQuery, read_chart
+from endlex.server.api.auth import require
+from endlex.server.api.bodies import json_response, read_json
 from endlex.server.errors import ApiError
 from endlex.server.events import Hub
-from endlex.server.queries import (
+from endlex.server.state import server_of
+from endlex.server.store.changes import change_run, check_changes, dismiss_alert
+from endlex.server.store.charts import ChartQuery, read_chart
+from endlex.server.store.queries import (
     RunQuery,
     find_run,
     list_alerts,
     list_runs,
     show_run,
 )
-from endlex.server.state import server_of
-from endlex.server.texts import Page, list_tables, list_texts
+from endlex.server.store.texts import Page, list_tables, list_texts
 
 router = APIRouter(prefix="/api/v1")
 READ = [Depends(require("read"))]
