@@ -5,6 +5,7 @@ What follows a journal's last line end is torn, or not written yet: it is neithe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from endlex.protocol import (
     FINISH,
     JOURNAL_DIR,
     MAX_BATCH_BYTES,
+    MAX_REASON_CHARS,
     METRICS,
     NON_FINITE,
     SESSION,
@@ -165,6 +167,16 @@ def gone_status(path: Path) -> str:
     if ended in STATUSES:
         return str(ended)
     return "interrupted" if begun.get("kind") == SYSTEM else CRASHED
+
+
+def gone_reason(path: Path) -> str:
+    """Why a session's writer is gone that has not said it: the stack that a signal left behind."""
+    with contextlib.suppress(OSError):
+        stack = path.with_suffix(".fault").read_text(errors="replace")[:MAX_REASON_CHARS].strip()
+        if stack:
+            said = "" if stack.startswith("Fatal") else "ended by a signal (SIGTERM or SIGHUP)\n"
+            return said + stack
+    return "killed without a word (SIGKILL, or its machine stopped)"
 
 
 def writer_is_alive(path: Path) -> bool:

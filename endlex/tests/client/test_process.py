@@ -135,7 +135,7 @@ def test_two_containers_do_not_share_names_of_temporary_files(
     opened: list[str] = []
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda s, t: (opened.append(s.name), replace(s, t))[1])
-    from endlex.client.run_directory import write_whole
+    from endlex.client.process import write_whole
 
     threads = [threading.Thread(target=write_whole, args=(tmp_path / "f", b"x")) for _ in range(4)]
     for thread in threads:

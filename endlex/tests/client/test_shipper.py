@@ -189,7 +189,7 @@ def test_finish_starts_no_second_shipper_while_the_first_begins(
     run.log({"loss": 1.0})
     monkeypatch.setenv("ENDLEX_URL", stub.url)
     start_shipper(directory)  # has no lock yet when `finish` looks
-    run.go_online()
+    run.go_online(stub.url)
     assert started == [directory]
     run.finish()
     assert started == [directory]
@@ -222,7 +222,7 @@ def test_finish_says_what_can_never_be_sent_and_waits_for_no_more(
     run.save(tmp_path / "last.pt", step=1, link=True)
     (tmp_path / "last.pt").write_bytes(b"over the first")
     monkeypatch.setenv("ENDLEX_URL", stub.url)
-    run.go_online()
+    run.go_online(stub.url)
     began = time.monotonic()
     run.finish()
     assert time.monotonic() - began < 30

@@ -22,8 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from endlex.client.process import warn
-from endlex.client.run_directory import write_whole
+from endlex.client.process import warn, write_whole
 from endlex.protocol import (
     CHECKPOINT_NAME,
     MANIFEST_DIR,
@@ -68,25 +67,35 @@ class Staged(TypedDict):
     files: list[StagedFile]
 
 
-def files_of(source: Path) -> Iterator[tuple[str, Path]]:
+def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Path]]:
     """Yield the path inside the checkpoint, and the place, of each file that `source` names.
 
     A file goes by its own name, a directory's files by their paths in it. Links are followed, but
-    not to a directory that is in `source` anyway, or around it. Links to nothing, sockets and pipes
-    are left out with a warning.
+    not to a directory that is around them. Links to nothing, sockets and pipes are left out with a
+    warning.
+
+    Args:
+        outside_links: also follow links that lead out of the directory.
 
     Raises:
-        EndlexError: there is nothing at `source`.
+        EndlexError: there is nothing at `source`, or a link leads out of it.
     """
     if source.is_file():
         yield check_checkpoint_path(source.name), source
         return
     if not source.is_dir():
         raise EndlexError(f"{str(source)!r} is neither a file nor a directory: nothing to save")
-    yield from _files_in(source, "", (source.resolve(),))
+    root = source.resolve()
+    for inside, path in _files_in(source, "", (root,)):
+        if not outside_links and not (place := path.resolve()).is_relative_to(root):
+            raise EndlexError(
+                f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}: give "
+                "outside_links=True if that belongs to the checkpoint"
+            )
+        yield inside, path
 
 
-def _files_in(folder: Path, prefix: str, roots: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
+def _files_in(folder: Path, prefix: str, around: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.iterdir()):
         inside = f"{prefix}{path.name}"
         if path.is_file():
@@ -94,12 +103,8 @@ def _files_in(folder: Path, prefix: str, roots: tuple[Path, ...]) -> Iterator[tu
         elif not path.is_dir():
             kind = "links to nothing" if path.is_symlink() else "is neither a file nor a directory"
             warn(f"{str(path)!r} {kind}: it is left out of the checkpoint")
-        elif not path.is_symlink():
-            yield from _files_in(path, f"{inside}/", roots)
-        else:
-            place = path.resolve()
-            if not any(place.is_relative_to(r) or r.is_relative_to(place) for r in roots):
-                yield from _files_in(path, f"{inside}/", (*roots, place))
+        elif (place := path.resolve()) not in around and not around[0].is_relative_to(place):
+            yield from _files_in(path, f"{inside}/", (*around, place))
 
 
 def stage(
@@ -112,6 +117,7 @@ def stage(
     aliases: Sequence[str],
     metadata: Mapping[str, Any],
     link: bool = False,
+    outside_links: bool = True,
 ) -> Staged:
     """Keep `source` as checkpoint `name` of a run's directory until it is sent.
 
@@ -127,7 +133,7 @@ def stage(
         OSError: the directory cannot be written, or a file not read.
     """
     name = check_checkpoint_name(name or _name_of(source, step))
-    found = list(files_of(source))
+    found = list(files_of(source, outside_links))
     if not found:
         raise NothingToSave(f"{str(source)!r} holds no files: nothing to save")
     if len(found) > MAX_FILES:

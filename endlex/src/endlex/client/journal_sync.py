@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endlex.client.run_directory import write_whole
+from endlex.client.process import oom_kills, write_whole
 from endlex.client.transport import Answer, Refused, Retry, Transport, Unreachable, quoted
-from endlex.protocol import MAX_BATCH_BYTES, SYSTEM, EndlexError
+from endlex.protocol import CRASHED, MAX_BATCH_BYTES, SYSTEM, EndlexError
 from endlex.reading import (
     content_length,
     end_status,
+    gone_reason,
     gone_status,
     session_files,
     session_kind,
@@ -116,13 +117,13 @@ class SessionSync:
             "POST", f"{self._where}/journal", query=query, body=batch, headers=headers
         )
 
-    def report(self, status: str, unsent_bytes: int) -> None:
-        """Tell the server how the session is: `running`, or how it ended.
+    def report(self, status: str, unsent_bytes: int, reason: str | None = None) -> None:
+        """Tell the server how the session is: `running`, or how it ended, and why.
 
         Raises:
             TransportError: it did not arrive.
         """
-        body = {"status": status, "unsent_bytes": unsent_bytes}
+        body = {"status": status, "unsent_bytes": unsent_bytes, "reason": reason}
         self._transport.request("POST", f"{self._where}/state", json_body=body)
 
     def missing_bytes(self) -> int:
@@ -223,6 +224,7 @@ class JournalShipper:
         self._directory, self._run, self._transport = directory, run, transport
         self._heartbeat, self._patience = heartbeat_seconds, refused_seconds
         self._reported = set(reported)
+        self._oom_kills = oom_kills()
         self.sessions: dict[str, Session] = {}
         self.denied = False
         """Whether the last refusal was of the token."""
@@ -286,8 +288,14 @@ class JournalShipper:
     def _say_how_it_ended(self, session: Session) -> None:
         if session.sync.acknowledged and session.sync.session not in self._reported:
             path = session.sync.path
-            session.sync.report(end_status(path) or gone_status(path), 0)
+            status = end_status(path) or gone_status(path)
+            session.sync.report(status, 0, self._reason(path) if status == CRASHED else None)
         session.done = True
+
+    def _reason(self, path: Path) -> str:
+        killed = oom_kills() > self._oom_kills
+        memory = "the kernel ended a process of this machine for lack of memory; " if killed else ""
+        return memory + gone_reason(path)
 
     def states(self) -> dict[str, dict[str, Any]]:
         """By session: `acknowledged` bytes, whether it is `done`, and `error`."""

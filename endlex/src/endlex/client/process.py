@@ -15,15 +15,17 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import faulthandler
 import io
 import os
 import select
+import signal
 import sys
 import threading
 from functools import cache, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, NoReturn, Protocol
+from typing import IO, Any, ClassVar, NoReturn, Protocol
 
 from endlex.protocol import EndlexError, Status
 
@@ -86,6 +88,20 @@ def fsync(descriptor: int) -> None:
         if error.errno not in UNSUPPORTED:
             raise
         warn_once(f"this file system cannot be told to write to its disk ({error.strerror})")
+
+
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace a file by a temporary name and a rename, so that readers never see a part."""
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def process_name(pid: int | None = None) -> str:
@@ -153,9 +169,9 @@ class Finishable(Protocol):
 
     @property
     def recorded(self) -> int:
-        """How many records it has."""
+        """How many records its program made."""
 
-    def finish(self, status: Status = ...) -> None:
+    def finish(self, status: Status = ..., *, error: BaseException | None = ...) -> None:
         """Record the end."""
 
 
@@ -163,8 +179,8 @@ class _Ending:
     """What this process knows about its end."""
 
     unfinished: ClassVar[list[Finishable]] = []
-    status: ClassVar[Status] = "finished"
-    exits: ClassVar[list[tuple[Finishable, int, Status]]] = []
+    error: ClassVar[BaseException | None] = None
+    exits: ClassVar[list[tuple[Finishable, int, SystemExit]]] = []
     """The runs that `sys.exit` left, with what they had recorded by then."""
 
 
@@ -195,7 +211,7 @@ def _watch_exit() -> None:
     def note_exception(
         kind: type[BaseException], error: BaseException, traceback: TracebackType | None
     ) -> Any:
-        _Ending.status = status_of(error)
+        _Ending.error = error
         return previous(kind, error, traceback)
 
     sys.excepthook = note_exception
@@ -204,24 +220,52 @@ def _watch_exit() -> None:
     @wraps(plain_exit)
     def note_exit(status: Any = None, /) -> NoReturn:
         if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
-            ended = status_of(SystemExit(status))
+            ended = SystemExit(status)
             _Ending.exits = [(run, run.recorded, ended) for run in _Ending.unfinished]
         plain_exit(status)
 
     sys.exit = note_exit
 
 
-def _status(run: Finishable) -> Status:
-    for left, recorded, status in _Ending.exits:
+def _error_of(run: Finishable) -> BaseException | None:
+    for left, recorded, ended in _Ending.exits:
         # One that has recorded more since went on: something caught that exit.
-        if left is run and left.recorded == recorded and _Ending.status == "finished":
-            return status
-    return _Ending.status
+        if left is run and left.recorded == recorded and _Ending.error is None:
+            return ended
+    return _Ending.error
 
 
 def _finish_all() -> None:
     for run in list(_Ending.unfinished):
         try:
-            run.finish(_status(run))
+            error = _error_of(run)
+            run.finish(status_of(error), error=error)
         except (EndlexError, OSError) as error:
             warn(f"the end of the run could not be recorded: {error}")
+
+
+def watch_faults(path: Path) -> None:
+    """Have the interpreter write its stack to a file when a signal ends this process.
+
+    It does so in C, at once, whatever the program is in: a segmentation fault, an abort, SIGTERM or
+    SIGHUP. A program that has asked for the same itself keeps what it has.
+    """
+    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+        if faulthandler.is_enabled() or _FAULTS:
+            return
+        _FAULTS.append(file := path.open("w"))
+        faulthandler.enable(file, all_threads=False)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                faulthandler.register(number, file, all_threads=False, chain=True)
+
+
+_FAULTS: list[IO[str]] = []
+"""The open file, for as long as the process lives."""
+
+
+def oom_kills() -> int:
+    """How many processes the kernel of this machine has ended for lack of memory."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/vmstat").read_text().partition("\noom_kill ")[2].split()[0])
+    return 0

@@ -13,6 +13,7 @@ every run on the machine, wherever it was recorded: `endlex.init` adds each dire
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from endlex.client.process import fsync, process_name, warn
+from endlex.client.process import process_name, warn, write_whole
 from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -134,30 +135,32 @@ def require_run_file(directory: Path) -> RunFile:
     return owner
 
 
-def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace a file by a temporary name and a rename, so that readers never see a part."""
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def runs_folder() -> Path:
+    """Where runs live that were given no directory: `$ENDLEX_DIR` or `./endlex-runs`."""
+    return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
 
 
-def default_directory(project: str, name: str, run: str) -> Path:
-    """Where a run lives that was given no directory: in `$ENDLEX_DIR` or `./endlex-runs`.
+def default_directory(folder: Path, project: str, name: str, run: str) -> Path:
+    """Where a run lives in a folder of many.
 
     A run that is there under its id keeps its directory, whatever it is called now.
     """
-    folder = Path(os.environ.get("ENDLEX_DIR") or "endlex-runs") / _as_file_name(project)
+    folder = folder / _as_file_name(project)
     for existing in sorted(folder.glob(f"*-{run}")):
         if (existing / RUN_FILE).exists():
             return existing
     return folder / f"{_as_file_name(name)}-{run}"
+
+
+def newest_directory(folder: Path, project: str, name: str | None) -> Path | None:
+    """The directory of the newest run of a project, and of a name if one is given; or None."""
+    found = []
+    for path in (folder / _as_file_name(project)).glob(f"*/{RUN_FILE}"):
+        with contextlib.suppress(EndlexError):
+            owner = read_run_file(path.parent)
+            if owner and owner["project"] == project and name in (None, owner["name"]):
+                found.append((owner["created"], path.parent))
+    return max(found)[1] if found else None
 
 
 def _as_file_name(name: str) -> str:

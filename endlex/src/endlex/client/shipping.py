@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from endlex.client.checkpoints import read_note, staged_change, staged_names
-from endlex.client.process import describe, is_running, process_name, try_lock, warn
-from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE, write_whole
+from endlex.client.process import describe, is_running, process_name, try_lock, warn, write_whole
+from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
 from endlex.protocol import EndlexError
 from endlex.reading import content_length, session_files
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from endlex.client.checkpoints import Staged, read_note
-from endlex.client.run_directory import write_whole
+from endlex.client.process import write_whole
 from endlex.client.transport import Backoff, Gap, Refused, Retry, Transport, quoted
 from endlex.protocol import (
     MANIFEST_DIR,

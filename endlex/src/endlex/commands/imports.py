@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from endlex.client.run_directory import runs_folder
 from endlex.commands.rendering import count, printable
-from endlex.commands.targets import runs_folder
 from endlex.commands.usage import UsageError
 from endlex.importers.run_directory import Imported
 from endlex.protocol import EndlexError

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.checkpoints import staged_names
+from endlex.client.run_directory import runs_folder
 from endlex.client.shipping import BACKGROUND, read_state, shipper_process
 from endlex.client.transport import Retry, Transport, TransportError
 from endlex.client.uploads import manifest_path
@@ -29,7 +30,6 @@ from endlex.commands.targets import (
     find_run_directories,
     local_runs,
     open_run_directory,
-    runs_folder,
 )
 from endlex.commands.usage import UsageError
 from endlex.protocol import SYSTEM, EndlexError
