@@ -40,6 +40,10 @@ ROUTES = [
     ("POST", "/api/v1/prune", {"manage"}),
     ("GET", "/api/v1/alerts", {"read"}),
     ("POST", "/api/v1/alerts/1/dismiss", {"annotate", "manage"}),
+    ("PATCH", "/api/v1/runs", {"annotate", "manage"}),
+    ("GET", "/api/v1/settings", {"read"}),
+    ("PUT", "/api/v1/settings?kind=view&name=x", {"annotate", "manage"}),
+    ("DELETE", "/api/v1/settings?kind=view&name=x", {"annotate", "manage"}),
 ]
 
 
@@ -85,6 +89,21 @@ def test_a_token_opens_its_scope_and_no_other(
         else:
             assert answer.status_code == 403, (method, path, answer.text)
             assert scope in answer.json()["error"]
+
+
+@pytest.mark.parametrize("scope", list(SCOPES))
+def test_one_scope_alone_deletes_runs(
+    start: Callable[..., Any], data_dir: Path, make_box: Callable[..., Any], scope: str
+) -> None:
+    make_box(start(), run=RUN).begin()
+    client = start(public=True)
+    who = bearer(create_token(data_dir, "who", [scope]))
+    one = client.patch(f"/api/v1/runs/{RUN}", json={"deleted": True}, headers=who)
+    changes = {"runs": [RUN], "changes": {"deleted": True, "archived": True}}
+    many = client.patch("/api/v1/runs", json=changes, headers=who)
+    pruned = client.post("/api/v1/prune", json={"deleted": True}, headers=who)
+    expected = 200 if scope == "manage" else 403
+    assert [one.status_code, many.status_code, pruned.status_code] == [expected] * 3
 
 
 @pytest.fixture
@@ -178,6 +197,9 @@ def test_tokens_of_before_keep_their_boxes_at_work_and_lose_the_rest(
         connection.execute("DROP TABLE token_run")
         connection.execute("ALTER TABLE token DROP COLUMN runs_before")
         connection.execute("ALTER TABLE session DROP COLUMN heard")
+        for table in ("run_config", "setting"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("ALTER TABLE run DROP COLUMN color")
         connection.execute("PRAGMA user_version=2")
     client = start(public=True)
     box.client = _Signed(client, old)

@@ -110,6 +110,14 @@ def test_an_earlier_version_s_database_is_brought_up_to_date(tmp_path: Path) -> 
     connection.execute("DROP TABLE token_run")
     connection.execute("ALTER TABLE token DROP COLUMN runs_before")
     connection.execute("ALTER TABLE session DROP COLUMN heard")
+    connection.execute("DROP TABLE run_config")
+    connection.execute("DROP TABLE setting")
+    connection.execute("ALTER TABLE run DROP COLUMN color")
+    connection.execute("INSERT INTO run (id, project, name, created, updated) VALUES (1,1,1,1,1)")
+    connection.execute(
+        "INSERT INTO session (run, id, kind, config, started, last_seen) "
+        """VALUES (1, 's', 'trainer', '{"optim": {"lr": 0.5}}', 1, 1)"""
+    )
     connection.execute("PRAGMA user_version=1")
     connection.execute("INSERT INTO token (name, hash, scopes, created) VALUES ('a','h','read',1)")
     connection.close()
@@ -118,6 +126,8 @@ def test_an_earlier_version_s_database_is_brought_up_to_date(tmp_path: Path) -> 
         columns = [row[1] for row in connection.execute("PRAGMA table_info(checkpoint)")]
         assert columns[-2:] == ["removed", "reason"]
         assert connection.execute("SELECT count(*) FROM token").fetchone()[0] == 1
+        config = connection.execute("SELECT * FROM run_config").fetchall()
+        assert config == [(1, "optim.lr", 0.5, "0.5")]
         connection.close()
     assert "removed REAL, reason TEXT" in new
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -19,7 +20,13 @@ from endlex.server.api.bodies import json_response, read_json
 from endlex.server.errors import ApiError
 from endlex.server.events import Hub
 from endlex.server.state import server_of
-from endlex.server.store.changes import change_run, check_changes, dismiss_alert
+from endlex.server.store.annotations import (
+    change_runs,
+    check_changes,
+    dismiss_alert,
+    list_settings,
+    save_setting,
+)
 from endlex.server.store.charts import ChartQuery, read_chart
 from endlex.server.store.queries import (
     RunQuery,
@@ -54,9 +61,24 @@ async def runs(
     deleted: str | None = None,
     limit: Limit = 100,
     offset: Annotated[int, Query(ge=0, lt=2**62)] = 0,
+    column: Annotated[list[str], Query(max_length=200)] = [],  # noqa: B006
+    names: bool = False,
+    ids: Annotated[str, Query(max_length=40_000)] = "",
 ) -> Response:
-    query = RunQuery(q, project, group, sort, archived, deleted, limit, offset)
+    chosen = tuple(filter(None, ids.split(",")))
+    query = RunQuery(
+        q, project, group, sort, archived, deleted, limit, offset, tuple(column), names, chosen
+    )
     return json_response(await server_of(request).ask(lambda c: list_runs(c, query)))
+
+
+@router.patch("/runs", dependencies=[Depends(require("annotate", "manage"))])
+async def change_many(request: Request) -> Response:
+    content = await read_json(request)
+    chosen, changes = content.get("runs"), content.get("changes")
+    if not isinstance(chosen, list) or not isinstance(changes, dict):
+        raise ApiError(422, "give runs, a list of ids, and changes, an object")
+    return json_response({"changed": await _change(request, [str(run) for run in chosen], changes)})
 
 
 @router.get("/runs/{run}", dependencies=[Depends(require("read", "checkpoint"))])
@@ -66,14 +88,45 @@ async def run_whole(request: Request, run: str) -> Response:
 
 @router.patch("/runs/{run}", dependencies=[Depends(require("annotate", "manage"))])
 async def change(request: Request, run: str) -> Response:
+    await _change(request, [run], await read_json(request))
+    return json_response(await server_of(request).ask(lambda c: show_run(c, run)))
+
+
+async def _change(request: Request, runs: list[str], changes: dict[str, Any]) -> list[str]:
     server = server_of(request)
-    columns = check_changes(await read_json(request))
+    columns = check_changes(changes)
     if "deleted" in columns:
         await require("manage")(request)
-    future = server.database.write(lambda connection: change_run(connection, run, columns))
-    status = await asyncio.wrap_future(future)
-    server.hub.publish("run", {"run": run, "updated": time.time(), "status": status})
-    return json_response(await server.ask(lambda c: show_run(c, run)))
+    future = server.database.write(lambda connection: change_runs(connection, runs, columns))
+    statuses = await asyncio.wrap_future(future)
+    for run, status in statuses.items():
+        server.hub.publish("run", {"run": run, "updated": time.time(), "status": status})
+    return list(statuses)
+
+
+Project = Annotated[str, Query(max_length=200)]
+
+
+@router.get("/settings", dependencies=READ)
+async def settings(request: Request, project: Project = "") -> Response:
+    return json_response(await server_of(request).ask(lambda c: list_settings(c, project)))
+
+
+@router.put("/settings", dependencies=[Depends(require("annotate", "manage"))])
+async def save(request: Request, kind: str, name: str, project: Project = "") -> Response:
+    content = await read_json(request)
+    return await _save(request, project, kind, name, content)
+
+
+@router.delete("/settings", dependencies=[Depends(require("annotate", "manage"))])
+async def forget(request: Request, kind: str, name: str, project: Project = "") -> Response:
+    return await _save(request, project, kind, name, None)
+
+
+async def _save(request: Request, project: str, kind: str, name: str, content: Any) -> Response:
+    job = functools.partial(save_setting, project=project, kind=kind, name=name, content=content)
+    await asyncio.wrap_future(server_of(request).database.write(job))
+    return json_response({"kind": kind, "name": name})
 
 
 @router.get("/runs/{run}/series", dependencies=READ)
@@ -85,13 +138,14 @@ async def series(
     first: Annotated[float, Query(alias="from")] = -np.inf,
     last: Annotated[float, Query(alias="to")] = np.inf,
     points: Annotated[int, Query(ge=4, le=100_000)] = 2000,
+    log: bool = False,
 ) -> Response:
     if len(metric) > MOST_METRICS:
         raise ApiError(422, f"{len(metric)} metrics at once; at most {MOST_METRICS}: ask again")
     if np.isnan(first) or np.isnan(last):
         raise ApiError(422, "from and to must be numbers")
     server = server_of(request)
-    query = ChartQuery(tuple(dict.fromkeys(metric)), x, first, last, points)
+    query = ChartQuery(tuple(dict.fromkeys(metric)), x, first, last, points, log)
 
     def read() -> tuple[Response, float]:
         began = time.perf_counter()

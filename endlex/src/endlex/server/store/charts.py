@@ -1,28 +1,39 @@
-"""What a chart asks for: several metrics of a run against steps, time or another metric."""
+"""What a chart asks for: several metrics of a run against steps, time or another metric.
+
+From a million points to the two thousand that a screen can show, with every spike kept: points in
+order are cut into buckets of equal counts, and of each bucket its lowest and its highest value
+stay. Everything is a handful of numpy passes, of which the long ones run outside the interpreter's
+lock. `log` keeps more of the small x, where a logarithmic axis has its room.
+"""
 
 from __future__ import annotations
 
+import math
 import sqlite3
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from endlex.protocol import encode_number
-from endlex.server.store.downsample import (
-    SAMPLED_DIGITS,
-    choose_points,
-    finite_or_none,
-    round_axis,
-    round_significant,
-)
+from endlex.protocol import NON_FINITE
 from endlex.server.store.peaks import Sampled, read_sampled
 from endlex.server.store.series import StepRange, chunk_keys, read_all_points, read_points
 
 STEP = "step"
 TIME = "time"
-MOST_NON_FINITE = 200
+MOST_RANGES = 200
+"""Stretches of NaN, or of an infinity, that are told apart; more are joined where they are near."""
+RANGE_RESOLUTION = 500
+LOG_PARTS = (1000, 100, 10, 1)
+"""For a logarithmic x: the first thousandth of the points, the first hundredth and so on get equal
+shares of what is shown."""
+SAMPLED_DIGITS = 7
+"""Significant digits of a sampled series, whose readers zoom in for more: 2,000 points in 50 KB.
+Where every point is there, its value is the recorded one."""
+X_RESOLUTION = 20_000
+"""Into how many steps an axis of times or of numbers is divided at least."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class ChartQuery:
     first: float = -np.inf
     last: float = np.inf
     points: int = 2000
+    log: bool = False
 
 
 def find_metric(connection: sqlite3.Connection, run: int, name: str) -> int | None:
@@ -60,16 +72,16 @@ def _read_one(
     drawn = _from_peaks(connection, run, name, query)
     x, y = (drawn.x, drawn.y) if drawn else _xy(connection, run, name, query, axis)
     count = drawn.count if drawn else len(y)
-    chosen = choose_points(y, query.points)
+    choose = choose_log_points if query.log else choose_points
+    chosen = choose(y, query.points)
     sampled = len(chosen) < count
-    strange = np.flatnonzero(~np.isfinite(y))[:MOST_NON_FINITE]
     shown_x = x[chosen]
     return {
         "x": shown_x.tolist() if query.x == STEP else round_axis(shown_x.astype(np.float64)),
         "y": round_significant(y[chosen], SAMPLED_DIGITS) if sampled else finite_or_none(y),
         "count": count,
         "sampled": sampled,
-        "nonfinite": [[x[i].item(), encode_number(y[i].item())] for i in strange],
+        "nonfinite": non_finite_ranges(x, y),
     }
 
 
@@ -77,7 +89,8 @@ def _from_peaks(
     connection: sqlite3.Connection, run: int, name: str, query: ChartQuery
 ) -> Sampled | None:
     """Return a long series as its summaries have it; None where its points are to be read."""
-    metric = find_metric(connection, run, name) if query.x in (STEP, TIME) else None
+    usable = query.x in (STEP, TIME) and not query.log
+    metric = find_metric(connection, run, name) if usable else None
     if metric is None:
         return None
     keys = chunk_keys(connection, metric)
@@ -131,3 +144,91 @@ def _sorted_range(
     start = int(np.searchsorted(x, query.first, "left"))
     stop = int(np.searchsorted(x, query.last, "right"))
     return x[start:stop], y[start:stop]
+
+
+def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
+    """Return the indices of at most `points` values that show the shape of `y`, in order.
+
+    Of each bucket the lowest and highest finite value, and the first and last of all.
+
+    Args:
+        y: in the order of its x; may hold NaN and infinities.
+        points: at least 4.
+    """
+    total = len(y)
+    if total <= points:
+        return np.arange(total)
+    buckets = (points - 2) // 2
+    width = -(-total // buckets)
+    whole = total // width
+    finite = np.isfinite(y)
+    everything = bool(finite.all())
+    found = [np.array([0, total - 1], np.intp)]
+    for pick, stand_in in ((np.argmin, np.inf), (np.argmax, -np.inf)):
+        usable = y if everything else np.where(finite, y, stand_in)
+        body = usable[: whole * width].reshape(whole, width)
+        found.append(pick(body, axis=1) + np.arange(whole) * width)
+        if whole * width < total:
+            found.append(np.array([whole * width + pick(usable[whole * width :])]))
+    return np.unique(np.concatenate(found))
+
+
+def choose_log_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
+    """Return indices as `choose_points` does, most of them among the first values."""
+    total = len(y)
+    if total <= points:
+        return np.arange(total)
+    ends = [0, *(total // part for part in LOG_PARTS)]
+    share = max(4, points // len(LOG_PARTS))
+    parts = [start + choose_points(y[start:end], share) for start, end in pairwise(ends)]
+    return np.concatenate(parts)
+
+
+def non_finite_ranges(
+    x: NDArray[Any], y: NDArray[np.float64]
+) -> list[tuple[float | int, float | int, str]]:
+    """Return where values are not finite: from which x to which they follow one another, and what.
+
+    Args:
+        x: ascending.
+        y: of the same length.
+    """
+    finite = np.isfinite(y)
+    if finite.all():
+        return []
+    near = (x[-1] - x[0]) / RANGE_RESOLUTION
+    found: list[tuple[float | int, float | int, str]] = []
+    for kind, value in NON_FINITE.items():
+        at = np.flatnonzero(np.isnan(y) if math.isnan(value) else y == value)
+        apart = np.diff(at) > 1
+        if apart.sum() >= MOST_RANGES:
+            apart &= np.diff(x[at]) > near
+        breaks = np.flatnonzero(apart)
+        first, last = np.append(at[:1], at[breaks + 1]), np.append(at[breaks], at[-1:])
+        found += [(x[a].item(), x[b].item(), kind) for a, b in zip(first, last, strict=True)]
+    return sorted(found)
+
+
+def finite_or_none(values: NDArray[np.float64]) -> list[float | None]:
+    """Return values as they are; None where one is not finite."""
+    return [v if math.isfinite(v) else None for v in values.tolist()]
+
+
+def round_significant(values: NDArray[np.float64], digits: int) -> list[float | None]:
+    """Return values with so many significant digits; None where one is not finite."""
+    form = f"%.{digits}g"
+    return [float(form % v) if math.isfinite(v) else None for v in values.tolist()]
+
+
+def round_axis(x: NDArray[np.float64]) -> list[float]:
+    """Return x with as many decimals as telling its points apart on a screen needs."""
+    if not len(x):
+        return []
+    span = float(x[-1] - x[0])
+    if not span > 0:
+        return [float(v) for v in x]
+    decimals = max(0, math.ceil(math.log10(X_RESOLUTION / span)))
+    if decimals > 12:
+        return [float(v) for v in x]
+    rounded: list[float] = np.round(x, decimals).tolist()
+    return [int(v) for v in rounded] if decimals == 0 else rounded

@@ -9,6 +9,7 @@ own, so that a failing one takes no other with it. Readers never wait for the wr
 from __future__ import annotations
 
 import queue
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -19,19 +20,33 @@ from typing import Any, TypeVar
 
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
+from endlex.server.store.config import fill_config
 
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MOST_JOBS_IN_A_COMMIT = 32
 
-SCHEMA = """
-CREATE TABLE run (
+RUN_CONFIG = """
+CREATE TABLE run_config (
+    run INTEGER NOT NULL, key TEXT NOT NULL, number REAL, text TEXT NOT NULL, PRIMARY KEY (run, key)
+) WITHOUT ROWID;
+"""
+SETTING = """
+CREATE TABLE setting (
+    project TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,
+    changed REAL NOT NULL, PRIMARY KEY (project, kind, name)
+) WITHOUT ROWID;
+"""
+SCHEMA = (
+    RUN_CONFIG
+    + SETTING
+    + """CREATE TABLE run (
     pk INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL,
     name TEXT NOT NULL, group_name TEXT, notes TEXT, tags TEXT NOT NULL DEFAULT '[]', host TEXT,
     status TEXT NOT NULL DEFAULT 'running', created REAL NOT NULL, updated REAL NOT NULL,
-    archived INTEGER NOT NULL DEFAULT 0, deleted REAL
+    archived INTEGER NOT NULL DEFAULT 0, deleted REAL, color TEXT
 );
 CREATE INDEX run_by_project ON run (project);
 CREATE TABLE session (
@@ -103,6 +118,7 @@ CREATE TABLE login (
     hash TEXT PRIMARY KEY, token INTEGER NOT NULL, created REAL NOT NULL, expires REAL NOT NULL
 );
 """
+)
 
 UPGRADES = {
     2: "ALTER TABLE checkpoint ADD COLUMN removed REAL;"
@@ -113,6 +129,7 @@ UPGRADES = {
     "ALTER TABLE session ADD COLUMN heard REAL;"
     # Boxes that are at work keep sending: nobody knows which token sent which of these runs.
     "UPDATE token SET runs_before = (SELECT coalesce(max(pk), -1) FROM run);",
+    4: f"{RUN_CONFIG}{SETTING}ALTER TABLE run ADD COLUMN color TEXT;",
 }
 """What makes a database of the version before into one of this."""
 
@@ -125,6 +142,7 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
         sqlite3.Error: it cannot be opened.
     """
     connection = sqlite3.connect(path, timeout=30, isolation_level=None, check_same_thread=False)
+    connection.create_collation("PEOPLE", compare_natural)
     if read_only:
         connection.execute("PRAGMA query_only=ON")
         return connection
@@ -147,6 +165,15 @@ def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     return connection
 
 
+def compare_natural(left: str, right: str) -> int:
+    """Compare texts as people order them: d8 before d12, and a beside A."""
+    a, b = (
+        [(not part.isdigit(), int(part) if part.isdigit() else 0, part.lower()) for part in parts]
+        for parts in (re.findall(r"[0-9]+|[^0-9]+", text) for text in (left, right))
+    )
+    return (a > b) - (a < b)
+
+
 def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
     """Make the tables, or change those of an earlier version; all of it or nothing."""
     missing = range(version + 1, SCHEMA_VERSION + 1)
@@ -154,6 +181,8 @@ def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
     script = f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
     try:
         connection.executescript(script)
+        if 0 < version < 4:
+            fill_config(connection)
     except sqlite3.OperationalError as error:  # another process was first
         if "already exists" not in str(error) and "duplicate column" not in str(error):
             raise

@@ -10,31 +10,32 @@ from typing import Any
 import orjson
 
 from endlex.protocol import REMOVED, SYSTEM
+from endlex.search import parse_key, parse_search
 from endlex.server.errors import ApiError
-from endlex.server.store.run_search import Condition, parse_search
+from endlex.server.store.search import (
+    COLUMNS,
+    Condition,
+    checked_condition,
+    count_names,
+    read_values,
+    require_names,
+    sort_expression,
+)
 
-SORTED_BY = {
-    "created": "run.created",
-    "updated": "run.updated",
-    "name": "run.name COLLATE NOCASE",
-    "project": "run.project COLLATE NOCASE",
-    "status": "run.status",
-    "group": "run.group_name COLLATE NOCASE",
-    "host": "run.host COLLATE NOCASE",
-}
 SHORT_CONFIG_KEYS = 50
 SHORT_CONFIG_CHARS = 100
 RUN_COLUMNS = (
     "run.pk, run.id, project, name, status, created, updated, tags, group_name, notes, archived, "
-    "deleted, host"
+    "deleted, host, color"
 )
 
 
 @dataclass(frozen=True)
 class RunQuery:
-    """Which runs, in which order; `sort` is a column or a metric, with "-" in front descending.
+    """Which runs, in which order; `sort` is a key (`endlex.search`), with "-" in front descending.
 
     `archived` and `deleted`: "true" for those alone, "any" for those too; otherwise neither.
+    With `columns`, a run has the values of these keys in place of its summary and configuration.
     """
 
     q: str = ""
@@ -45,6 +46,11 @@ class RunQuery:
     deleted: str | None = None
     limit: int = 100
     offset: int = 0
+    columns: tuple[str, ...] = ()
+    names: bool = False
+    """Whether to tell which metrics and configuration keys all the runs found have."""
+    ids: tuple[str, ...] = ()
+    """These runs alone, archived or not."""
 
 
 def find_run(connection: sqlite3.Connection, run: str) -> int:
@@ -64,34 +70,42 @@ def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]
     """Return the runs that match, and how many there are beyond the limit.
 
     Raises:
-        ApiError: 422, the search is not one.
+        EndlexError: the search is not one, or names what no run has.
     """
-    conditions = [*parse_search(query.q), *_state_conditions(query)]
-    if query.project is not None:
-        conditions.append(("run.project = ?", [query.project]))
-    if query.group is not None:
-        conditions.append(("run.group_name = ?", [query.group]))
-    where = " AND ".join(text for text, _ in conditions) or "1"
-    values = [value for _, given in conditions for value in given]
+    where, values = _where(connection, query)
     total = connection.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
-    order, order_values = _order(query.sort)
+    order, order_values = _order(connection, query.sort)
     rows = connection.execute(
         f"SELECT {RUN_COLUMNS} FROM run WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
         [*values, *order_values, query.limit, query.offset],
     ).fetchall()
     keys = [row[0] for row in rows]
-    summaries, alerts = _summaries(connection, keys), _alert_counts(connection, keys)
-    configs = _configs(connection, keys)
-    runs = [
-        {
-            **_run_row(row),
-            "summary": summaries.get(row[0], {}),
-            "config": _shortened(configs.get(row[0], {})),
-            "alerts": alerts.get(row[0], 0),
+    alerts = _alert_counts(connection, keys)
+    if query.columns:
+        columns = read_values(connection, keys, {c: parse_key(c, True) for c in query.columns})
+        more = {key: {"values": columns[key]} for key in keys}
+    else:
+        summaries, configs = _summaries(connection, keys), _configs(connection, keys)
+        more = {
+            key: {"summary": summaries.get(key, {}), "config": _shortened(configs.get(key, {}))}
+            for key in keys
         }
-        for row in rows
-    ]
-    return {"runs": runs, "total": total}
+    runs = [{**_run_row(row), **more[row[0]], "alerts": alerts.get(row[0], 0)} for row in rows]
+    found = {"runs": runs, "total": total}
+    return found | (count_names(connection, (where, values)) if query.names else {})
+
+
+def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
+    conditions = [checked_condition(connection, parse_search(query.q))]
+    if query.ids:
+        conditions.append((f"run.id IN ({','.join('?' * len(query.ids))})", list(query.ids)))
+    else:
+        conditions += _state_conditions(query)
+    for column, value in (("run.project", query.project), ("run.group_name", query.group)):
+        if value is not None:
+            conditions.append((f"{column} = ?", [value]))
+    values = [value for _, given in conditions for value in given]
+    return " AND ".join(text for text, _ in conditions), values
 
 
 def _state_conditions(query: RunQuery) -> Iterable[Condition]:
@@ -103,20 +117,38 @@ def _state_conditions(query: RunQuery) -> Iterable[Condition]:
         yield "run.archived = ?", [int(query.archived == "true")]
 
 
-def _order(sort: str) -> tuple[str, list[Any]]:
-    """Return an ORDER BY expression and its values; runs without the metric come last."""
+def _order(connection: sqlite3.Connection, sort: str) -> Condition:
+    """Return an ORDER BY expression and its values; runs without the key come last."""
     name = sort.removeprefix("-")
+    key = parse_key(name, True)
+    if name not in COLUMNS:
+        require_names(connection, [key])
+    expression, values = sort_expression(key, name)
     direction = "DESC" if sort.startswith("-") else "ASC"
-    if name in SORTED_BY:
-        return f"{SORTED_BY[name]} {direction}, run.pk DESC", []
-    last = "(SELECT last FROM metric WHERE metric.run = run.pk AND metric.name = ?)"
-    return f"{last} {direction} NULLS LAST, run.pk DESC", [name]
+    return f"{expression} {direction} NULLS LAST, run.pk DESC", values
 
 
 def _run_row(row: tuple[Any, ...]) -> dict[str, Any]:
-    _, run, project, name, status, created, updated, tags, group, notes, archived, gone, host = row
+    (
+        pk,
+        run,
+        project,
+        name,
+        status,
+        created,
+        updated,
+        tags,
+        group,
+        notes,
+        archived,
+        gone,
+        host,
+        color,
+    ) = row
     return {
         "run": run,
+        "number": pk,
+        "color": color,
         "project": project,
         "name": name,
         "status": status,

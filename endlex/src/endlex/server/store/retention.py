@@ -252,7 +252,7 @@ def _purge_slice(connection: sqlite3.Connection, run: int) -> tuple[bool, list[i
     sessions = connection.execute("SELECT pk FROM session WHERE run=?", (run,)).fetchall()
     checkpoints = connection.execute("SELECT pk FROM checkpoint WHERE run=?", (run,)).fetchall()
     delete_checkpoints(connection, [pk for (pk,) in checkpoints])
-    for table in ("metric", "text", "data_table", "alert", "session"):
+    for table in ("metric", "text", "data_table", "alert", "session", "run_config"):
         connection.execute(f"DELETE FROM {table} WHERE run=?", (run,))
     connection.execute("DELETE FROM run WHERE pk=?", (run,))
     return True, [pk for (pk,) in sessions]

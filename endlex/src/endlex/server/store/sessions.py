@@ -19,6 +19,7 @@ from endlex.protocol import (
     check_session_id,
 )
 from endlex.server.errors import ApiError
+from endlex.server.store.config import store_config
 from endlex.server.store.records import Batch, Record, check_session
 
 
@@ -92,6 +93,8 @@ def begin_session(
         ),
     )
     run_pk = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
+    if record.get("kind") != SYSTEM:
+        store_config(connection, run_pk, record.get("config") or {})
     return _insert_session(connection, run_pk, session, record, now)
 
 
@@ -133,6 +136,8 @@ def advance_session(
 ) -> None:
     """Note that a session is here up to `reached`, with what the new lines say of it."""
     for record in batch.configs:
+        if state.kind != SYSTEM:
+            store_config(connection, state.run, record["config"])
         query = "SELECT config FROM session WHERE pk=?"
         known = orjson.loads(connection.execute(query, (state.pk,)).fetchone()[0])
         merged = orjson.dumps(known | record["config"]).decode()
