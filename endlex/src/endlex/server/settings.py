@@ -30,6 +30,8 @@ class Settings:
     """Serve other machines, or a proxy that does: every request needs a token."""
     trusted_proxy: str | None = None
     """The address of the proxy in front, whose X-Forwarded headers are believed."""
+    alerts: tuple[str, ...] = ()
+    """Addresses that get each alert, as `watch.notify` knows them."""
     alert_webhook: str | None = None
     """A URL that gets each alert as JSON."""
     ntfy: str | None = None

@@ -18,9 +18,12 @@ import orjson
 from numpy.typing import NDArray
 
 from endlex.protocol import (
+    ALERT,
     CHECKPOINT,
     CONFIG,
     FINISH,
+    LEVELS,
+    MAX_REASON_CHARS,
     MAX_STEP,
     MAX_TEXT_CHARS,
     METRICS,
@@ -61,8 +64,11 @@ class Batch:
     texts: list[Record] = field(default_factory=list)
     tables: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
+    alerts: list[Record] = field(default_factory=list)
     status: str | None = None
     """How the session ended, when a finish record is among the lines."""
+    reason: str | None = None
+    """Why it ended, as the finish record says."""
     ended: float | None = None
     """When it did; the writer's clock."""
 
@@ -131,9 +137,11 @@ def _gather(records: list[Any], batch: Batch) -> None:
 def _place(record: Record, batch: Batch) -> None:
     kind = record["type"]
     places = {SESSION: batch.sessions, TEXT: batch.texts, TABLE: batch.tables}
-    places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs}
+    places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs, ALERT: batch.alerts}
     if kind == FINISH:
         batch.status, batch.ended = record["status"], record["time"]
+        reason = record.get("reason")
+        batch.reason = reason[:MAX_REASON_CHARS] if isinstance(reason, str) else None
     elif kind in places:
         places[kind].append(record)
 
@@ -208,6 +216,12 @@ def _check_other(record: Record) -> None:
         raise EndlexError("not a checkpoint")
     if kind == CONFIG and not isinstance(record["config"], dict):
         raise EndlexError("not a configuration")
+    if kind == ALERT and not (
+        record["level"] in LEVELS
+        and isinstance(record["text"], str)
+        and check_name(record["title"], "title")
+    ):
+        raise EndlexError("not an alert")
     if kind == FINISH and record["status"] not in STATUSES:
         raise EndlexError("not a status")
 
