@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
     replace_unencodable()
     words = list(sys.argv[1:] if argv is None else argv)
-    options = vars(build_parser().parse_args(_join_sort(words)))
+    options = vars(build_parser().parse_args(_shield(words)))
     module, function = options.pop("command_function").split(":")
     try:
         command = getattr(importlib.import_module(f"endlex.commands.{module}"), function)
@@ -51,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _join_sort(words: list[str]) -> list[str]:
-    """Let `--sort -NAME` be understood: argparse takes a word with a dash for an option."""
+def _shield(words: list[str]) -> list[str]:
+    """Let `--sort -NAME`, and `-word` in a search, pass: argparse takes both for options."""
     if "--sort" in words[:-1] and words[words.index("--sort") + 1][:1] == "-":
         at = words.index("--sort")
         words[at : at + 2] = [f"--sort={words[at + 1]}"]
+    if words[:1] == ["ls"]:
+        words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
     return words
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import downloads, uploads
+from endlex.client import downloads, manifests
 from endlex.client.downloads import pull_checkpoint
+from endlex.client.manifests import CheckpointFailed
 from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
 from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Refused, Transport, Unreachable
-from endlex.client.uploads import CheckpointFailed
 from endlex.client.verify import verify_directory
 from endlex.protocol import EndlexError
 from endlex.reading import session_files
@@ -26,7 +26,7 @@ PART = 64 * 1024
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "PART_BYTES", PART)
+    monkeypatch.setattr(manifests, "PART_BYTES", PART)
 
 
 def checkpoint(folder: Path, size: int = 5 * PART + 7) -> Path:

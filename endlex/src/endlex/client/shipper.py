@@ -24,6 +24,7 @@ from typing import Any
 
 from endlex.client.checkpoints import drop_replaced, read_note, staged_names, unstage
 from endlex.client.journal_sync import JournalShipper
+from endlex.client.manifests import CheckpointFailed, staged_manifest
 from endlex.client.process import Stop, replace_unencodable
 from endlex.client.run_directory import require_run_file, server_token, server_url
 from endlex.client.shipping import (
@@ -38,7 +39,7 @@ from endlex.client.shipping import (
 )
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
 from endlex.client.transport import Backoff, Refused, Retry, Transport
-from endlex.client.uploads import CheckpointFailed, PartSource, Upload, staged_manifest
+from endlex.client.uploads import MediaSource, PartSource, Upload, send_media
 from endlex.protocol import STAGED_DIR, EndlexError, Manifest
 
 CHECKPOINT_POLL_SECONDS = 0.5
@@ -92,6 +93,7 @@ class CheckpointShipper:
         self._stop = Stop()
         self._lock = threading.Lock()
         self._states: dict[str, dict[str, Any]] = {}
+        self._media_error = False
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
     def start(self) -> None:
@@ -109,8 +111,8 @@ class CheckpointShipper:
             return {name: dict(state) for name, state in self._states.items()}
 
     def is_idle(self) -> bool:
-        """Whether nothing is staged but what has failed for good."""
-        return not self._waiting()
+        """Whether nothing waits but what has failed for good."""
+        return not self._waiting() and (self._media_error or not list(MediaSource(self._directory)))
 
     def _waiting(self) -> list[str]:
         with self._lock:
@@ -129,12 +131,30 @@ class CheckpointShipper:
             wait = CHECKPOINT_POLL_SECONDS
             if not self._ready():
                 continue
+            wait = self._try_media(backoff) or wait
             for name in drop_replaced(self._directory):
                 self._set(name, "replaced")
             for name in self._waiting():
                 wait = self._try(name, backoff)
                 if wait or self._stop.is_set():
                     break
+
+    def _try_media(self, backoff: Backoff) -> float:
+        """Send the media that wait; how long to wait before the next attempt."""
+        transport = self._transport.another()
+        try:
+            send_media(self._directory, transport, self._stop.is_set)
+        except Retry as error:
+            return backoff.wait(error)
+        except (EndlexError, OSError) as error:
+            if not self._media_error:
+                say(f"media cannot be sent: {error}")
+            self._media_error = True
+            return self._patience
+        finally:
+            transport.close()
+        self._media_error = False
+        return 0.0
 
     def _try(self, name: str, backoff: Backoff) -> float:
         """Send one checkpoint; how long to wait before the next attempt."""

@@ -26,6 +26,7 @@ from endlex.client.journal_sync import (
     SessionSync,
     renew_session,
 )
+from endlex.client.manifests import CheckpointFailed, build_manifest
 from endlex.client.run_directory import require_run_file
 from endlex.client.shipper import send_staged
 from endlex.client.shipping import (
@@ -38,13 +39,7 @@ from endlex.client.shipping import (
     write_state,
 )
 from endlex.client.transport import Backoff, Retry, Transport
-from endlex.client.uploads import (
-    CheckpointFailed,
-    PartSource,
-    Progress,
-    Upload,
-    build_manifest,
-)
+from endlex.client.uploads import PartSource, Progress, Upload, send_media
 from endlex.protocol import (
     EndlexError,
     Manifest,
@@ -177,7 +172,16 @@ class _Sync:
                 return
 
     def send_checkpoints(self, drop_failed: bool) -> None:
-        """Send what is staged."""
+        """Send what is staged, and media."""
+        while True:
+            try:
+                send_media(self._directory, self._transport)
+                break
+            except Retry as error:
+                self._wait(error)
+            except EndlexError as error:
+                self.failed["media"] = str(error)
+                break
         drop_replaced(self._directory)
         for name in staged_names(self._directory):
             try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from endlex.client.checkpoints import (
     given_up,
@@ -14,6 +15,7 @@ from endlex.client.downloads import Removed, fetch_manifest
 from endlex.client.journal_sync import (
     SessionSync,
 )
+from endlex.client.manifests import load_manifest, manifest_path
 from endlex.client.process import describe
 from endlex.client.run_directory import require_run_file
 from endlex.client.shipping import (
@@ -21,12 +23,10 @@ from endlex.client.shipping import (
     shipper_process,
 )
 from endlex.client.transport import Refused, Retry, Transport, quoted
-from endlex.client.uploads import (
-    load_manifest,
-    manifest_path,
-)
+from endlex.client.uploads import missing_parts
 from endlex.protocol import (
     MANIFEST_DIR,
+    MAX_PARTS_ASKED,
     REPLACES,
     SYSTEM,
     EndlexError,
@@ -38,15 +38,15 @@ from endlex.reading import (
     writer_is_alive,
 )
 
-CHECKPOINT_START = b'{"type":"checkpoint",'
-"""Of the lines that the journal writes for checkpoints: the others need no parsing."""
+CHECKPOINT_START, MEDIA_START = b'{"type":"checkpoint",', b'{"type":"media",'
+"""Of the lines that the journal writes for checkpoints and media: the others need no parsing."""
 
 
 @dataclass(frozen=True)
 class Missing:
     """Why a directory may not be deleted yet; as text, one line for people."""
 
-    kind: Literal["journal", "checkpoint", "live"]
+    kind: Literal["journal", "checkpoint", "media", "live"]
     name: str
     """A session, a checkpoint, or what lives: a session, or `shipper`."""
     reason: str
@@ -125,10 +125,31 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
             found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
             let_go += [found] if isinstance(found, LetGo) else []
             missing += [found] if isinstance(found, Missing) else []
+    missing += _verify_media(directory, transport)
     if shipper is not None:
         reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason))
     return Comparison(missing, let_go, sorted(dropped))
+
+
+def _verify_media(directory: Path, transport: Transport) -> Iterator[Missing]:
+    parts: dict[str, str] = {}
+    for record in _iter_records(directory, MEDIA_START):
+        parts |= {str(part.get("sha256")): str(record.get("name")) for part in record["parts"]}
+    asked = list(parts)
+    for start in range(0, len(asked), MAX_PARTS_ASKED):
+        lacking, _ = missing_parts(transport, asked[start : start + MAX_PARTS_ASKED])
+        for name in dict.fromkeys(parts[sha256] for sha256 in lacking):
+            yield Missing("media", name, "a file of it is not sent yet")
+
+
+def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the records of one type of a run's journals."""
+    for path in session_files(directory):
+        with path.open("rb") as file:
+            for line in file:
+                if line.startswith(start) and line.endswith(b"\n"):
+                    yield parse_record(line) or {}
 
 
 def _waiting(name: str, failure: str | None) -> Missing:
@@ -164,16 +185,12 @@ class _Saved:
 def _saved(directory: Path) -> dict[str, _Saved]:
     """Checkpoints that the journals or the kept manifests name."""
     found = {path.stem: _Saved() for path in (directory / MANIFEST_DIR).glob("*.json")}
-    for path in session_files(directory):
-        with path.open("rb") as file:
-            for line in file:
-                if line.startswith(CHECKPOINT_START) and line.endswith(b"\n"):
-                    record = parse_record(line) or {}
-                    metadata, time = record.get("metadata"), record.get("time")
-                    found[str(record.get("name"))] = _Saved(
-                        metadata.get(REPLACES) if isinstance(metadata, dict) else None,
-                        time if isinstance(time, int | float) else 0.0,
-                    )
+    for record in _iter_records(directory, CHECKPOINT_START):
+        metadata, time = record.get("metadata"), record.get("time")
+        found[str(record.get("name"))] = _Saved(
+            metadata.get(REPLACES) if isinstance(metadata, dict) else None,
+            time if isinstance(time, int | float) else 0.0,
+        )
     return found
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.checkpoints import staged_names
+from endlex.client.manifests import manifest_path
 from endlex.client.run_directory import runs_folder
 from endlex.client.shipping import BACKGROUND, read_state, shipper_process
 from endlex.client.transport import Retry, Transport, TransportError
-from endlex.client.uploads import manifest_path
 from endlex.client.verify import LetGo, Missing, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
 from endlex.commands.server_api import explain, find_transport

@@ -26,6 +26,7 @@ from endlex.protocol import (
     MAX_REASON_CHARS,
     MAX_STEP,
     MAX_TEXT_CHARS,
+    MEDIA,
     METRICS,
     PROTOCOL,
     SESSION,
@@ -39,6 +40,7 @@ from endlex.protocol import (
     check_name,
     decode_number,
 )
+from endlex.server.store.media import check_media
 
 Record = dict[str, Any]
 
@@ -65,6 +67,7 @@ class Batch:
     tables: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
     alerts: list[Record] = field(default_factory=list)
+    media: list[Record] = field(default_factory=list)
     status: str | None = None
     """How the session ended, when a finish record is among the lines."""
     reason: str | None = None
@@ -138,6 +141,7 @@ def _place(record: Record, batch: Batch) -> None:
     kind = record["type"]
     places = {SESSION: batch.sessions, TEXT: batch.texts, TABLE: batch.tables}
     places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs, ALERT: batch.alerts}
+    places |= {MEDIA: batch.media}
     if kind == FINISH:
         batch.status, batch.ended = record["status"], record["time"]
         reason = record.get("reason")
@@ -197,7 +201,7 @@ def _check_other(record: Record) -> None:
     """Raise at a record, not of metrics, that cannot be stored as what it says it is."""
     _check_moment(record)
     kind = record["type"]
-    if kind in (TEXT, TABLE, CHECKPOINT):
+    if kind in (TEXT, TABLE, CHECKPOINT, MEDIA):
         if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
             raise EndlexError("not a step")
         name = record["name"]
@@ -216,6 +220,8 @@ def _check_other(record: Record) -> None:
         raise EndlexError("not a checkpoint")
     if kind == CONFIG and not isinstance(record["config"], dict):
         raise EndlexError("not a configuration")
+    if kind == MEDIA:
+        check_media(record)
     if kind == ALERT and not (
         record["level"] in LEVELS
         and isinstance(record["text"], str)
