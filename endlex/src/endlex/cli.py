@@ -404,6 +404,8 @@ COMMANDS: tuple[tuple[str, str, str, Add], ...] = (
 )
 IMPORTS: tuple[tuple[str, str, str, Add], ...] = (
     ("wandb", "imports:from_wandb", "import wandb's offline runs", _import),
+    ("trackio", "imports:from_trackio", "import trackio's databases", _import),
+    ("neptune", "imports:from_neptune", "import neptune-exporter's Parquet files", _import),
     ("tensorboard", "imports:from_tensorboard", "import TensorBoard's event files", _import),
 )
 TOKENS: tuple[tuple[str, str, str, Add], ...] = (

@@ -100,14 +100,20 @@ def read_run_file(directory: Path | str) -> RunFile | None:
     return cast(RunFile, content)
 
 
-def claim_directory(directory: Path, run: str, project: str, name: str) -> RunFile:
+def claim_directory(
+    directory: Path, run: str, project: str, name: str, created: float | None = None
+) -> RunFile:
     """Write `run.json`, once and whole; of several processes the first one's stays.
+
+    Args:
+        created: Unix seconds; now if not given.
 
     Raises:
         OSError: the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    content: RunFile = {"run": run, "project": project, "name": name, "created": time.time()}
+    created = time.time() if created is None else created
+    content: RunFile = {"run": run, "project": project, "name": name, "created": created}
     temporary = directory / f".{RUN_FILE}.{os.urandom(4).hex()}.tmp"
     try:
         write_whole(temporary, json.dumps(content).encode())
