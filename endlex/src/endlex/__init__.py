@@ -14,7 +14,6 @@ and names of the run in a directory.
 
 from typing import TYPE_CHECKING, Any
 
-from endlex.client.journal import read_run
 from endlex.client.run import Run
 from endlex.client.run_directory import given_run_id, read_run_file
 from endlex.client.tracker import (
@@ -27,6 +26,7 @@ from endlex.client.tracker import (
     save,
 )
 from endlex.protocol import EndlexError
+from endlex.reading import read_run
 
 if TYPE_CHECKING:
     run: Run | None

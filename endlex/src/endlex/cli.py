@@ -18,8 +18,9 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from endlex.client.warning import replace_unencodable
-from endlex.protocol import SCOPES, EndlexError
+from endlex.client.process import replace_unencodable
+from endlex.protocol import LEVELS, SCOPES, EndlexError
+from endlex.search import HELP
 
 Add = Callable[[argparse.ArgumentParser], None]
 STDOUT = 1
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status: 0, 1 for a failure, 2 for wrong usage, 130."""
     replace_unencodable()
     words = list(sys.argv[1:] if argv is None else argv)
-    options = vars(build_parser().parse_args(_join_sort(words)))
+    options = vars(build_parser().parse_args(_shield(words)))
     module, function = options.pop("command_function").split(":")
     try:
         command = getattr(importlib.import_module(f"endlex.commands.{module}"), function)
@@ -50,11 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _join_sort(words: list[str]) -> list[str]:
-    """Let `--sort -NAME` be understood: argparse takes a word with a dash for an option."""
+def _shield(words: list[str]) -> list[str]:
+    """Let `--sort -NAME`, and `-word` in a search, pass: argparse takes both for options."""
     if "--sort" in words[:-1] and words[words.index("--sort") + 1][:1] == "-":
         at = words.index("--sort")
         words[at : at + 2] = [f"--sort={words[at + 1]}"]
+    if words[:1] == ["ls"]:
+        words = [f" {w}" if w[:1] == "-" != w[1:2] and w not in ("-", "-h") else w for w in words]
     return words
 
 
@@ -126,16 +129,15 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "query",
-        nargs="*",
-        help="words, tag:NAME, project:NAME, or a metric's condition such as 'val/bpb<0.9'",
-    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"search:\n  {HELP.replace(chr(10), chr(10) + '  ')}"
+    parser.add_argument("query", nargs="*", help="a search, as shown below")
     parser.add_argument("--project", help="only this project's runs")
     parser.add_argument("--group", help="only this group's runs")
     parser.add_argument("--sort", help="a column or a metric; -NAME turns the order round")
     parser.add_argument("--archived", action="store_true", help="the archived runs instead")
     parser.add_argument("--limit", type=_at_least(1), default=50, help="rows (default 50)")
+    parser.add_argument("--ids", action="store_true", help="print ids alone, for other commands")
     parser.add_argument(
         "--local", action="store_true", help="the run directories on this machine instead"
     )
@@ -164,6 +166,56 @@ def _watch(parser: argparse.ArgumentParser) -> None:
 def _compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="run", help=RUN_HELP)
     parser.add_argument("--metric", action="append", default=[], help="only these metrics")
+    _url(parser)
+    _json(parser)
+
+
+def _runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="id, name or project/name")
+    _url(parser)
+
+
+def _tag(parser: argparse.ArgumentParser) -> None:
+    _runs(parser)
+    for name in ("add", "remove"):
+        parser.add_argument(f"--{name}", action="append", default=[], metavar="TAG")
+
+
+def _note(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="id, name or project/name")
+    parser.add_argument("text", help="the notes; - reads them from standard input")
+    _url(parser)
+
+
+def _group(parser: argparse.ArgumentParser) -> None:
+    _runs(parser)
+    parser.add_argument("--name", required=True, help="the group; '' takes the runs out of theirs")
+
+
+def _rename(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="id, name or project/name")
+    parser.add_argument("name", help="the new name")
+    _url(parser)
+
+
+def _archive(parser: argparse.ArgumentParser) -> None:
+    _runs(parser)
+    parser.add_argument("--undo", action="store_true", help="bring them back")
+
+
+def _delete(parser: argparse.ArgumentParser) -> None:
+    _archive(parser)
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+
+
+def _alert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("ls", "add", "remove"))
+    parser.add_argument("rule", nargs="?", help="a comparison such as 'val/bpb > 2'")
+    parser.add_argument("--project", help="whose runs it is for (default: all)")
+    parser.add_argument(
+        "--minutes", type=_number(float, 0), default=0.0, help="how long it must hold (0)"
+    )
+    parser.add_argument("--level", choices=LEVELS, default="warning", help="(warning)")
     _url(parser)
     _json(parser)
 
@@ -252,6 +304,21 @@ def _serve(parser: argparse.ArgumentParser) -> None:
         "--public", action="store_true", help="ask everyone for a token; needed beyond loopback"
     )
     parser.add_argument("--trusted-proxy", help="address of a proxy whose headers are believed")
+    parser.add_argument(
+        "--root-path", default="", help="path under which a proxy shows it: /endlex"
+    )
+    parser.add_argument("--tls-cert", type=Path, help="certificate (PEM), to serve HTTPS itself")
+    parser.add_argument("--tls-key", type=Path, help="the certificate's private key (PEM)")
+    parser.add_argument(
+        "--alert",
+        action="append",
+        default=[],
+        metavar="URL",
+        dest="alerts",
+        help="where alerts go: https:// (JSON, or Slack's or Discord's form by the host), "
+        "slack+https://, discord+https://, ntfy+https://, smtps://USER:PASSWORD@HOST/?to=ADDRESS; "
+        "may be repeated; ENDLEX_ALERTS holds more, with spaces between them",
+    )
     parser.add_argument("--alert-webhook", help="a URL that gets each alert as JSON")
     parser.add_argument("--ntfy", help="URL of an ntfy topic that gets each alert as text")
     parser.add_argument(
@@ -324,6 +391,13 @@ COMMANDS: tuple[tuple[str, str, str, Add], ...] = (
     ("show", "listing:show", "print one run: metrics, configuration, checkpoints", _show),
     ("watch", "watch:watch", "plot a run in the terminal while it goes on", _watch),
     ("compare", "listing:compare", "print what differs between runs", _compare),
+    ("tag", "edit:tag", "add and remove tags of runs", _tag),
+    ("note", "edit:note", "replace a run's notes", _note),
+    ("group", "edit:group", "put runs into a group", _group),
+    ("rename", "edit:rename", "give a run another name", _rename),
+    ("archive", "edit:archive", "hide runs from the lists", _archive),
+    ("delete", "edit:delete", "delete runs", _delete),
+    ("alert", "edit:alert", "list, add or remove rules that raise alerts", _alert),
     ("sync", "sync:sync", "send run directories to the server, until all is there", _sync),
     ("verify", "verify:verify", "say whether this machine can be torn down", _verify),
     ("pull", "checkpoints:pull", "download a checkpoint, verified", _pull),
@@ -335,6 +409,8 @@ COMMANDS: tuple[tuple[str, str, str, Add], ...] = (
 )
 IMPORTS: tuple[tuple[str, str, str, Add], ...] = (
     ("wandb", "imports:from_wandb", "import wandb's offline runs", _import),
+    ("trackio", "imports:from_trackio", "import trackio's databases", _import),
+    ("neptune", "imports:from_neptune", "import neptune-exporter's Parquet files", _import),
     ("tensorboard", "imports:from_tensorboard", "import TensorBoard's event files", _import),
 )
 TOKENS: tuple[tuple[str, str, str, Add], ...] = (

@@ -11,7 +11,9 @@ the session) and `time` (Unix seconds); the other keys depend on the type:
     text        step, name, text
     table       step, name, columns, rows
     checkpoint  step, name, files [{path, bytes}], aliases, metadata
-    finish      status
+    media       step, name, kind, mime, bytes, parts [{sha256, bytes}], caption
+    alert       title, text, level
+    finish      status, reason
 
 `session` is the first of every session. A journal's content is its bytes up to the last line end:
 what follows is torn. Readers keep and ignore types that they do not know.
@@ -38,7 +40,16 @@ METRICS = "metrics"
 TEXT = "text"
 TABLE = "table"
 CHECKPOINT = "checkpoint"
+MEDIA = "media"
+ALERT = "alert"
 FINISH = "finish"
+
+CONSOLE, EXCEPTION = "run/console", "run/exception"
+ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages"
+"""Texts that Endlex records itself: what was printed (in chunks), what ended the run, and what it
+was. Their steps are the session's number, of the console's chunks a million times that and more."""
+LEVELS = ("info", "warning", "error")
+"""Of an alert."""
 
 TRAINER = "trainer"
 SYSTEM = "system"
@@ -71,6 +82,7 @@ REMOVED = "removed"
 RUN_FILE = "run.json"
 JOURNAL_DIR = "journal"
 STAGED_DIR = "staged"
+MEDIA_DIR = "media"
 MANIFEST_DIR = "manifests"
 
 MAX_NAME_CHARS = 200
@@ -78,6 +90,9 @@ MAX_NAME_CHARS = 200
 MAX_STEP = 2**62
 MAX_TEXT_CHARS = 1_000_000
 """Of one logged text."""
+MAX_CONSOLE_CHARS = 4 * 2**20
+"""Of one session's console; then only its last lines are kept."""
+MAX_REASON_CHARS = 1000
 MAX_BATCH_BYTES = 8 * 2**20
 """Of one batch of journal lines, uncompressed; so also of one record."""
 PART_BYTES = 16 * 2**20

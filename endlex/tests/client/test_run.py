@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 
 import endlex
-from endlex.client.journal import read_run, session_files
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 from endlex.protocol import MAX_BATCH_BYTES, MAX_NAME_CHARS, MAX_TEXT_CHARS
+from endlex.reading import read_run, session_files
 
 
 @pytest.fixture
@@ -355,9 +355,13 @@ def test_links_pipes_and_empty_directories_stop_nobody(
     os.mkfifo(source / "pipe")
     for name, target in (("up", ".."), ("again", "part"), ("t", "../elsewhere"), ("gone", "no")):
         (source / name).symlink_to(target)
-    run.save(source)
+    with pytest.raises(
+        endlex.EndlexError, match=r"'t/tokenizer' leads out of .*outside_links=True"
+    ):
+        run.save(source)
+    run.save(source, outside_links=True)
     files = [file["path"] for file in of_type(run, "checkpoint")[0]["files"]]
-    assert files == ["model", "part/a", "t/tokenizer"]
+    assert files == ["again/a", "model", "part/a", "t/tokenizer"]
     err = capsys.readouterr().err
     assert "pipe' is neither a file nor a directory" in err
     assert "gone' links to nothing" in err
@@ -373,7 +377,7 @@ def test_a_linked_file_is_saved_as_what_it_links_to(run: endlex.Run, tmp_path: P
     source.mkdir()
     (tmp_path / "blob").write_text("weights")
     (source / "model.bin").symlink_to(tmp_path / "blob")
-    name = run.save(source, step=1)
+    name = run.save(source, step=1, outside_links=True)
     (tmp_path / "blob").unlink()
     staged = run.directory / "staged" / name / "model.bin"  # type: ignore[operator]
     assert not staged.is_symlink()

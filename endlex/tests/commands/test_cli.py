@@ -44,7 +44,7 @@ def test_some_commands_are_quoted() -> None:
 
 @pytest.mark.parametrize("command", quoted_commands())
 def test_a_command_that_is_written_somewhere_parses(command: str) -> None:
-    words = re.sub(r"\s*\|.*|[\[\]()]", "", command).split()[1:]
+    words = shlex.split(re.sub(r"\s*\|.*|[\[\]()]", "", command))[1:]
     words = [PLACEHOLDERS.get(word, word) for word in words]
     parser: Any = build_parser()
     names = {name for name, *_ in COMMANDS} | {"import", "token"}

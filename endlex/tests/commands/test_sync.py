@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.journal import session_files
 from endlex.client.shipping import read_state, unsent
 from endlex.commands import sync as syncing
+from endlex.reading import session_files
 
 
 def test_several_directories_and_a_folder_of_them(cli: Any, train: Any, online: str) -> None:

@@ -23,6 +23,8 @@ ROUTES = [
     ("PATCH", f"/api/v1/runs/{RUN}", {"annotate", "manage"}),
     ("GET", f"/api/v1/runs/{RUN}/series?metric=a", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/texts", {"read"}),
+    ("GET", f"/api/v1/runs/{RUN}/media", {"read"}),
+    ("GET", f"/api/v1/runs/{RUN}/media/1", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/tables", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/export?format=csv", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/sessions", {"read", "write"}),
@@ -56,7 +58,7 @@ def test_every_route_of_the_api_is_in_the_list(client: Any) -> None:
     known = {path.split("?")[0].replace(RUN, "{run}") for _, path, _ in ROUTES}
     for old, new in (("/s1", "/{session}"), ("checkpoints/c", "checkpoints/{name}")):
         known |= {path.replace(old, new) for path in known}
-    known.add("/api/v1/parts/{sha256}")
+    known |= {"/api/v1/parts/{sha256}", "/api/v1/runs/{run}/media/{item}"}
     known |= {"/api/v1/alerts/{alert}/dismiss", "/api/v1/events"}
     known.add("/api/v1/runs/{run}/checkpoints/{name}/files/{path:path}")
     paths = set(_paths(client.app.routes))
@@ -197,7 +199,7 @@ def test_tokens_of_before_keep_their_boxes_at_work_and_lose_the_rest(
         connection.execute("DROP TABLE token_run")
         connection.execute("ALTER TABLE token DROP COLUMN runs_before")
         connection.execute("ALTER TABLE session DROP COLUMN heard")
-        for table in ("run_config", "setting"):
+        for table in ("run_config", "setting", "media", "media_part"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE run DROP COLUMN color")
         connection.execute("PRAGMA user_version=2")

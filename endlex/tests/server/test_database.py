@@ -111,7 +111,8 @@ def test_an_earlier_version_s_database_is_brought_up_to_date(tmp_path: Path) -> 
     connection.execute("ALTER TABLE token DROP COLUMN runs_before")
     connection.execute("ALTER TABLE session DROP COLUMN heard")
     connection.execute("DROP TABLE run_config")
-    connection.execute("DROP TABLE setting")
+    for table in ("setting", "media", "media_part"):
+        connection.execute(f"DROP TABLE {table}")
     connection.execute("ALTER TABLE run DROP COLUMN color")
     connection.execute("INSERT INTO run (id, project, name, created, updated) VALUES (1,1,1,1,1)")
     connection.execute(

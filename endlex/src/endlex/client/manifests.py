@@ -8,8 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from endlex.client.run_directory import write_whole
-from endlex.client.staging import Staged, read_note
+from endlex.client.checkpoints import Staged, read_note
+from endlex.client.process import write_whole
 from endlex.protocol import (
     MANIFEST_DIR,
     PART_BYTES,

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client.disk import try_lock
-from endlex.client.journal import content_length, session_files
-from endlex.client.process import describe, is_running, process_name
-from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE, write_whole
-from endlex.client.staging import read_note, staged_change, staged_names
-from endlex.client.warning import warn
-from endlex.protocol import EndlexError
+from endlex.client.checkpoints import read_note, staged_change, staged_names
+from endlex.client.process import describe, is_running, process_name, try_lock, warn, write_whole
+from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
+from endlex.protocol import MEDIA_DIR, EndlexError
+from endlex.reading import content_length, session_files
 
 FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
@@ -48,7 +46,7 @@ class Unsent:
     records: int
     bytes: int
     files: int
-    """Of checkpoints."""
+    """Of checkpoints and media."""
 
     def __bool__(self) -> bool:
         return bool(self.bytes or self.files)
@@ -250,7 +248,7 @@ def unsent(directory: Path) -> Unsent:
         if end > acknowledged:
             size += end - acknowledged
             records += _count_lines(path, acknowledged, end)
-    files = 0
+    files = len(list((directory / MEDIA_DIR).glob("*")))
     for name in sorted(set(staged_names(directory)) - set(failed_checkpoints(directory))):
         try:
             files += len(read_note(directory, name)["files"])

@@ -1,24 +1,34 @@
 """Send all that a run's directory holds now, in the foreground: what `endlex sync DIR` does.
 
 A shipper that is at work there is ended first, and started again afterwards if a trainer still
-writes; so a new address or token counts at once. Ctrl-C loses nothing.
+writes; so a new address or token counts at once. Ctrl-C loses nothing. `push_checkpoint` sends
+files that are in no run's directory.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from endlex.client.backoff import Backoff
-from endlex.client.checkpoint_shipper import send_staged
-from endlex.client.journal import content_length, session_files, writer_is_alive
-from endlex.client.journal_shipper import JournalShipper, Session
-from endlex.client.manifests import CheckpointFailed
-from endlex.client.replacement import drop_replaced
+from endlex.client.checkpoints import (
+    Staged,
+    drop_replaced,
+    files_of,
+    give_up,
+    staged_names,
+)
+from endlex.client.journal_sync import (
+    JournalShipper,
+    Session,
+    SessionDiffers,
+    SessionSync,
+    renew_session,
+)
+from endlex.client.manifests import CheckpointFailed, build_manifest
 from endlex.client.run_directory import require_run_file
-from endlex.client.session_sync import SessionDiffers, SessionSync, renew_session
+from endlex.client.shipper import send_staged
 from endlex.client.shipping import (
     DONE,
     FOREGROUND,
@@ -28,9 +38,19 @@ from endlex.client.shipping import (
     take_lock,
     write_state,
 )
-from endlex.client.staging import give_up, staged_names
-from endlex.client.transport import Retry, Transport
-from endlex.protocol import EndlexError
+from endlex.client.transport import Backoff, Retry, Transport
+from endlex.client.uploads import PartSource, Progress, Upload, send_media
+from endlex.protocol import (
+    EndlexError,
+    Manifest,
+    check_checkpoint_name,
+    check_run_id,
+)
+from endlex.reading import (
+    content_length,
+    session_files,
+    writer_is_alive,
+)
 
 SyncProgress = Callable[[str, int, int], None]
 """Told what is sent ("journal" or a checkpoint's name), the bytes that are there, and all."""
@@ -152,7 +172,16 @@ class _Sync:
                 return
 
     def send_checkpoints(self, drop_failed: bool) -> None:
-        """Send what is staged."""
+        """Send what is staged, and media."""
+        while True:
+            try:
+                send_media(self._directory, self._transport)
+                break
+            except Retry as error:
+                self._wait(error)
+            except EndlexError as error:
+                self.failed["media"] = str(error)
+                break
         drop_replaced(self._directory)
         for name in staged_names(self._directory):
             try:
@@ -191,3 +220,48 @@ def _is_sent(session: Session, target: int) -> bool:
     """Whether the server has what was there, and of a session that is over how it ended."""
     has_all = (session.sync.acknowledged or 0) >= target
     return session.done or (has_all and writer_is_alive(session.sync.path))
+
+
+def push_checkpoint(
+    run: str,
+    source: Path,
+    name: str,
+    transport: Transport,
+    *,
+    step: int = 0,
+    aliases: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
+
+    Nothing is staged: the files must not change meanwhile, which is noticed.
+
+    Raises:
+        CheckpointFailed: it cannot be published, such as when another one has the name.
+        Retry: not now; calling again sends only what is left.
+        Refused: the token does not allow it, or the server does not know the run.
+        EndlexError: there is nothing to push, or a name is not one.
+    """
+    check_run_id(run)
+    files = list(files_of(source))
+    if not files:
+        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
+    states = [(inside, path.stat()) for inside, path in files]
+    note: Staged = {
+        "name": check_checkpoint_name(name),
+        "step": step,
+        # That of the newest file, not now, so that the same push again is the same manifest.
+        "created": max(state.st_mtime for _, state in states),
+        "aliases": [check_checkpoint_name(alias) for alias in aliases],
+        "metadata": dict(metadata or {}),
+        "files": [
+            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
+            for inside, state in states
+        ],
+    }
+    root = source if source.is_dir() else source.parent
+    manifest = build_manifest(root, note)
+    source_parts = PartSource(root, manifest, note)
+    Upload(run, manifest, source_parts, transport, progress=progress).run()
+    return manifest

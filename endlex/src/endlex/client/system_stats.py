@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
+from endlex.client.process import Stop
 from endlex.client.run_directory import RunFile, session_start
 from endlex.client.shipping import say
-from endlex.client.stopping import Stop
 from endlex.protocol import FINISH, METRICS, SYSTEM
 
 SAMPLE_SECONDS = 10.0

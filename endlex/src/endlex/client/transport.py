@@ -3,13 +3,16 @@
 A fault is one of three kinds, and what to do about it is in the type: `Retry` (no answer, or one
 that says later) is tried again with a growing wait (`backoff`), `Gap` names the offset to go on
 from, and `Refused` will not be cured by asking again soon. No message holds the token.
-"""
+
+
+How long to wait before the next try, after a fault that `transport` calls a `Retry`."""
 
 from __future__ import annotations
 
 import http.client
 import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -317,3 +320,25 @@ def _seconds(header: str | None) -> float | None:
 def quoted(*parts: str) -> str:
     """A path of these parts, each of them quoted: `quoted("runs", run)` is `/runs/<run>`."""
     return "".join(f"/{quote(part, safe='')}" for part in parts)
+
+
+LONGEST_WAIT = 30.0
+
+
+class Backoff:
+    """Waits that double from 0.2 s to 30 s, each shortened at random by up to a half."""
+
+    def __init__(self, first: float = 0.2, longest: float = LONGEST_WAIT) -> None:
+        self._first, self._longest = first, longest
+        self._next = first
+
+    def reset(self) -> None:
+        """Start over: something worked."""
+        self._next = self._first
+
+    def wait(self, error: TransportError | None = None) -> float:
+        """Seconds to wait now; at least those that the server asked for."""
+        seconds = self._next * random.uniform(0.5, 1.0)
+        self._next = min(2 * self._next, self._longest)
+        asked = error.retry_after if isinstance(error, Retry) else None
+        return max(seconds, asked or 0.0)

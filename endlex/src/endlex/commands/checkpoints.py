@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.client.checkpoints import pull_checkpoint, push_checkpoint, sync_directory
+from endlex.client.downloads import pull_checkpoint
 from endlex.client.run_directory import claim_directory, read_run_file
+from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Retry
 from endlex.commands.rendering import ProgressLine, count, format_bytes
 from endlex.commands.server_api import Server, explain, find_server, run_path

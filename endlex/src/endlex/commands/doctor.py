@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.request import ProxyHandler, build_opener
 
-from endlex.client.checkpoints import verify_directory
-from endlex.client.journal import content_length, parse_record, session_files
 from endlex.client.process import describe
-from endlex.client.run_directory import server_token, server_url
+from endlex.client.run_directory import runs_folder, server_token, server_url
 from endlex.client.shipping import read_state, shipper_process, sync_command
-from endlex.client.transport import TransportError
+from endlex.client.transport import Refused, TransportError
+from endlex.client.verify import verify_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.server_api import Refused, Server, find_server, find_transport
-from endlex.commands.targets import local_runs, open_run_directory, runs_folder
+from endlex.commands.server_api import Server, find_server, find_transport
+from endlex.commands.targets import local_runs, open_run_directory
 from endlex.protocol import PROTOCOL, EndlexError
+from endlex.reading import content_length, parse_record, session_files
 
 LITTLE_SPACE = 2 * 2**30
 CLOCK_SECONDS = 5.0

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from endlex.client.disk import fsync
+from endlex.client.process import fsync
 from endlex.commands.local_export import write_local_csv, write_local_json
 from endlex.commands.rendering import format_bytes
 from endlex.commands.server_api import find_server, run_path

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from endlex.client.journal import session_files
-from endlex.commands.local_run import iter_session, summarize, values_of
 from endlex.protocol import METRICS, SESSION, SYSTEM, TABLE, TEXT, encode_number
+from endlex.reading import iter_session, session_files, summarize, values_of
 
 Points = dict[int, tuple[float, float]]
 """By step: time and value."""

@@ -6,9 +6,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from endlex.client.checkpoints import require_all_sent
 from endlex.client.sync import sync_directory
 from endlex.client.transport import Retry
+from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, format_bytes
 from endlex.commands.server_api import explain, find_server
 from endlex.commands.targets import (

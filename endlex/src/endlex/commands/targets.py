@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.journal import session_files
-from endlex.client.registry import registered
-from endlex.client.run_directory import RunFile, read_run_file
+from endlex.client.run_directory import RunFile, read_run_file, registered, runs_folder
+from endlex.client.transport import Refused
 from endlex.commands.rendering import count
-from endlex.commands.server_api import Refused, Server, run_path
+from endlex.commands.server_api import Server, run_path
 from endlex.commands.usage import UsageError
 from endlex.protocol import RUN_FILE, RUN_ID, EndlexError
+from endlex.reading import session_files
 
 PAGE = 200
-
-
-def runs_folder() -> Path:
-    """Return where runs live that were given no directory."""
-    return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
 
 
 def is_run_directory(path: Path) -> bool:

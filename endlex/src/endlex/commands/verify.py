@@ -16,17 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.checkpoints import LetGo, Missing, compare_directory
-from endlex.client.journal import (
-    content_length,
-    session_files,
-    session_kind,
-    writer_is_alive,
-)
+from endlex.client.checkpoints import staged_names
 from endlex.client.manifests import manifest_path
+from endlex.client.run_directory import runs_folder
 from endlex.client.shipping import BACKGROUND, read_state, shipper_process
-from endlex.client.staging import staged_names
 from endlex.client.transport import Retry, Transport, TransportError
+from endlex.client.verify import LetGo, Missing, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
 from endlex.commands.server_api import explain, find_transport
 from endlex.commands.targets import (
@@ -35,10 +30,10 @@ from endlex.commands.targets import (
     find_run_directories,
     local_runs,
     open_run_directory,
-    runs_folder,
 )
 from endlex.commands.usage import UsageError
 from endlex.protocol import SYSTEM, EndlexError
+from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
 SAFE = "safe to tear down"
 NOT_SAFE = "NOT safe to tear down"

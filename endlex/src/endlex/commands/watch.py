@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endlex.client.journal import session_files
-from endlex.commands.local_run import iter_session, session_status, summarize, values_of
 from endlex.commands.rendering import format_age, format_number, printable
 from endlex.commands.server_api import Server, ServerUnreachable, find_server, run_path
 from endlex.commands.targets import find_server_run, is_run_directory
 from endlex.commands.usage import UsageError
 from endlex.protocol import METRICS, EndlexError
+from endlex.reading import iter_session, session_files, session_status, summarize, values_of
 
 PLOTS = 4
 ENDED = ("finished", "failed", "interrupted", "crashed")

@@ -9,7 +9,6 @@ are several sessions of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -22,10 +21,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from endlex.client.disk import fsync
-from endlex.client.journal import session_files
-from endlex.client.registry import register
-from endlex.client.session_sync import renew_session
+from endlex.client.journal_sync import renew_session
+from endlex.client.media import keep_media
+from endlex.client.process import fsync
+from endlex.client.run_directory import claim_directory, register
 from endlex.client.values import tidy_name, to_json
 from endlex.protocol import (
     CONFIG,
@@ -33,9 +32,10 @@ from endlex.protocol import (
     JOURNAL_DIR,
     MAX_STEP,
     MAX_TEXT_CHARS,
+    MEDIA,
+    MEDIA_DIR,
     METRICS,
     PROTOCOL,
-    RUN_FILE,
     RUN_ID,
     SESSION,
     SYSTEM,
@@ -45,6 +45,7 @@ from endlex.protocol import (
     Status,
     encode_number,
 )
+from endlex.reading import session_files
 
 LARGEST_EXACT = 2**53
 
@@ -54,7 +55,7 @@ class Source:
     """What the other tool says about a run."""
 
     tool: str
-    """"wandb" or "tensorboard": becomes a tag."""
+    """Such as "wandb": becomes a tag."""
     identity: str
     """What makes the run itself: equal for every import of it."""
     project: str
@@ -91,17 +92,6 @@ def run_id(source: Source) -> str:
     return hashlib.sha256(f"{source.tool}\0{source.identity}".encode()).hexdigest()[:10]
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Join the keys of nested mappings with "/"."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 class RunWriter:
     """Build one run directory; as a context manager it appears whole, or not at all.
 
@@ -126,16 +116,8 @@ class RunWriter:
 
     def __enter__(self) -> RunWriter:
         (self._building / JOURNAL_DIR).mkdir(parents=True)
-        source = self.source
-        self._write_json(
-            RUN_FILE,
-            {
-                "run": self.imported.run,
-                "project": source.project,
-                "name": source.name,
-                "created": source.created,
-            },
-        )
+        source, identity = self.source, self.imported.run
+        claim_directory(self._building, identity, source.project, source.name, source.created)
         return self
 
     def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
@@ -199,24 +181,29 @@ class RunWriter:
 
     def text(self, step: int, time: float, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
-        if self._is_step(step):
-            if len(text) > MAX_TEXT_CHARS:
-                self.skip("end of a text that is too long")
-            content = {"step": step, "name": tidy_name(name, "text"), "text": text[:MAX_TEXT_CHARS]}
-            self._append(TRAINER, TEXT, time, content)
+        if len(text) > MAX_TEXT_CHARS:
+            self.skip("end of a text that is too long")
+        self._record(TEXT, step, time, name, {"text": text[:MAX_TEXT_CHARS]})
 
     def table(
         self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
     ) -> None:
         """Record a table."""
+        self._record(TABLE, step, time, name, {"columns": columns, "rows": rows})
+
+    def media(
+        self, step: int, time: float, name: str, content: bytes, mime: str, caption: str | None
+    ) -> None:
+        """Record a picture, a sound or another file."""
+        kept = keep_media(self._building, content, mime, caption)
+        self._record(MEDIA, step, time, name, kept)
+
+    def _record(
+        self, kind: str, step: int, time: float, name: str, content: Mapping[str, Any]
+    ) -> None:
         if self._is_step(step):
-            content = {
-                "step": step,
-                "name": tidy_name(name, "table"),
-                "columns": columns,
-                "rows": rows,
-            }
-            self._append(TRAINER, TABLE, time, content)
+            head = {"step": step, "name": tidy_name(name, kind)}
+            self._append(TRAINER, kind, time, head | dict(content))
 
     def finish(self, time: float, status: Status) -> None:
         """Record the end of the run, in every session that it has: nothing may follow."""
@@ -234,12 +221,6 @@ class RunWriter:
             return True
         self.skip("step below 0 or above 2**62")
         return False
-
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        with (self._building / name).open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            fsync(file.fileno())
 
     def __exit__(
         self,
@@ -265,6 +246,9 @@ class RunWriter:
         if not final.exists():
             self._building.rename(final)
             return
+        for path in (self._building / MEDIA_DIR).glob("*"):
+            (final / MEDIA_DIR).mkdir(exist_ok=True)
+            path.replace(final / MEDIA_DIR / path.name)
         for path in session_files(self._building):
             there = final / JOURNAL_DIR / path.name
             old, new = there.read_bytes() if there.exists() else b"", path.read_bytes()

@@ -25,7 +25,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server.api import checkpoints, export, journal, login, runs
+from endlex.server.api import checkpoints, export, journal, login, media, runs
 from endlex.server.api.auth import list_tokens
 from endlex.server.api.bodies import json_response
 from endlex.server.api.handlers import install_handlers
@@ -63,7 +63,7 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.add_middleware(Guard, settings=settings)
     install_handlers(app)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (journal, runs, checkpoints, export, login):
+    for module in (journal, runs, checkpoints, media, export, login):
         app.include_router(module.router)
     if importlib.util.find_spec("endlex.server.web.pages") is not None:
         pages = importlib.import_module("endlex.server.web.pages")

@@ -38,6 +38,8 @@ class Settings:
     """A certificate's file (PEM), with which the server speaks HTTPS itself."""
     tls_key: Path | None = None
     """The file of its private key."""
+    alerts: tuple[str, ...] = ()
+    """Addresses that get each alert, as `watch.notify` knows them."""
     alert_webhook: str | None = None
     """A URL that gets each alert as JSON."""
     ntfy: str | None = None

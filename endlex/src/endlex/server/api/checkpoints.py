@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -16,7 +16,7 @@ from endlex.protocol import (
     MAX_NAME_CHARS,
     MAX_PARTS_ASKED,
     REMOVED,
-    ManifestFile,
+    Part,
     check_name,
     check_sha256,
 )
@@ -152,13 +152,15 @@ async def download(request: Request, run: str, name: str, path: str) -> Response
     kind = "application/octet-stream"
     if request.method == "HEAD":
         return Response(status_code=status, headers=headers, media_type=kind)
-    return StreamingResponse(_stream(server, file, wanted), status, headers, kind)
+    return StreamingResponse(stream_parts(server, file["parts"], wanted), status, headers, kind)
 
 
-async def _stream(server: Server, file: ManifestFile, wanted: ByteRange) -> AsyncIterator[bytes]:
+async def stream_parts(
+    server: Server, parts: Sequence[Part], wanted: ByteRange
+) -> AsyncIterator[bytes]:
     """Yield the wanted bytes of a file from its parts, a piece at a time."""
     place = 0
-    for part in file["parts"]:
+    for part in parts:
         start, end = max(place, wanted.start), min(place + part["bytes"], wanted.end)
         for at in range(start, end, PIECE):
             size = min(PIECE, end - at)

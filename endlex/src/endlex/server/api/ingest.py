@@ -25,6 +25,7 @@ from endlex.server.events import Hub
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import Database
 from endlex.server.store.journals import append_segment, compress
+from endlex.server.store.media import store_media
 from endlex.server.store.records import Batch, Points, Record, parse_batch
 from endlex.server.store.series import append_points
 from endlex.server.store.sessions import (
@@ -181,6 +182,7 @@ def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Bat
             for r in batch.tables
         ],
     )
+    store_media(connection, state.run, batch.media)
     connection.executemany(
         "INSERT OR IGNORE INTO checkpoint (run, name, step, created, state, bytes, aliases, "
         "metadata) VALUES (?, ?, ?, ?, 'announced', ?, ?, ?)",
@@ -239,6 +241,8 @@ def _news(run: str, status: str, batch: Batch) -> list[tuple[str, dict[str, Any]
         news.append(("metrics", {"run": run, "metrics": list(points), "last_step": last}))
     for name, record in {record["name"]: record for record in batch.texts}.items():
         news.append(("text", {"run": run, "name": name, "step": record["step"]}))
+    for name, record in {record["name"]: record for record in batch.media}.items():
+        news.append(("media", {"run": run, "name": name, "step": record["step"]}))
     for record in batch.checkpoints:
         content = {"run": run, "name": record["name"], "state": "announced"}
         news.append(("checkpoint", content))

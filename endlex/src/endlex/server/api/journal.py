@@ -15,6 +15,7 @@ from endlex.protocol import (
     CRASHED,
     LOST,
     MAX_BATCH_BYTES,
+    MAX_REASON_CHARS,
     SESSION_STATES,
     check_run_id,
     check_session_id,
@@ -117,14 +118,16 @@ async def set_state(request: Request, run: str, session: str) -> Response:
         raise ApiError(422, f"status is {status!r}; it is one of {', '.join(SESSION_STATES)}")
     if unsent is not None and (type(unsent) is not int or unsent < 0):
         raise ApiError(422, f"unsent_bytes is {unsent!r}; it must be a whole number from 0")
-    job = _state_job(server, run, session, status, unsent)
+    reason = content.get("reason")
+    reason = reason[:MAX_REASON_CHARS] if isinstance(reason, str) else None
+    job = _state_job(server, run, session, status, unsent, reason)
     for kind, event in await asyncio.wrap_future(server.database.write(job)):
         server.hub.publish(kind, event)
     return json_response({"status": status})
 
 
 def _state_job(
-    server: Server, run: str, session: str, status: str, unsent: int | None
+    server: Server, run: str, session: str, status: str, unsent: int | None, reason: str | None
 ) -> Callable[[sqlite3.Connection], list[tuple[str, dict[str, Any]]]]:
     def job(connection: sqlite3.Connection) -> list[tuple[str, dict[str, Any]]]:
         state = require_session(connection, run, session)
@@ -143,8 +146,7 @@ def _state_job(
         if state.status == LOST:
             events += server.watch.returned(connection, state.run, run)
         if status == CRASHED:
-            how = f"of session {session} ended without a word"
-            events += server.watch.crashed(connection, state, run, how)
+            events += server.watch.ended(connection, state, run, status, reason)
         return events
 
     return job

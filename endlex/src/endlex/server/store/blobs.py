@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from endlex.client.disk import fsync
+from endlex.client.process import fsync
 from endlex.protocol import MAX_PART_BYTES
 from endlex.server.errors import ApiError, disk_full, is_disk_full
 from endlex.server.settings import DataDir, Settings

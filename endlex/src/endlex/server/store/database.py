@@ -18,14 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from endlex.client.warning import warn_once
+from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
 from endlex.server.store.config import fill_config
+from endlex.server.store.media import SCHEMA as MEDIA
 
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 MOST_JOBS_IN_A_COMMIT = 32
 
 RUN_CONFIG = """
@@ -42,6 +43,7 @@ CREATE TABLE setting (
 SCHEMA = (
     RUN_CONFIG
     + SETTING
+    + MEDIA
     + """CREATE TABLE run (
     pk INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL,
     name TEXT NOT NULL, group_name TEXT, notes TEXT, tags TEXT NOT NULL DEFAULT '[]', host TEXT,
@@ -130,6 +132,7 @@ UPGRADES = {
     # Boxes that are at work keep sending: nobody knows which token sent which of these runs.
     "UPDATE token SET runs_before = (SELECT coalesce(max(pk), -1) FROM run);",
     4: f"{RUN_CONFIG}{SETTING}ALTER TABLE run ADD COLUMN color TEXT;",
+    5: MEDIA,
 }
 """What makes a database of the version before into one of this."""
 

@@ -18,11 +18,15 @@ import orjson
 from numpy.typing import NDArray
 
 from endlex.protocol import (
+    ALERT,
     CHECKPOINT,
     CONFIG,
     FINISH,
+    LEVELS,
+    MAX_REASON_CHARS,
     MAX_STEP,
     MAX_TEXT_CHARS,
+    MEDIA,
     METRICS,
     PROTOCOL,
     SESSION,
@@ -36,6 +40,7 @@ from endlex.protocol import (
     check_name,
     decode_number,
 )
+from endlex.server.store.media import check_media
 
 Record = dict[str, Any]
 
@@ -61,8 +66,12 @@ class Batch:
     texts: list[Record] = field(default_factory=list)
     tables: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
+    alerts: list[Record] = field(default_factory=list)
+    media: list[Record] = field(default_factory=list)
     status: str | None = None
     """How the session ended, when a finish record is among the lines."""
+    reason: str | None = None
+    """Why it ended, as the finish record says."""
     ended: float | None = None
     """When it did; the writer's clock."""
 
@@ -131,9 +140,12 @@ def _gather(records: list[Any], batch: Batch) -> None:
 def _place(record: Record, batch: Batch) -> None:
     kind = record["type"]
     places = {SESSION: batch.sessions, TEXT: batch.texts, TABLE: batch.tables}
-    places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs}
+    places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs, ALERT: batch.alerts}
+    places |= {MEDIA: batch.media}
     if kind == FINISH:
         batch.status, batch.ended = record["status"], record["time"]
+        reason = record.get("reason")
+        batch.reason = reason[:MAX_REASON_CHARS] if isinstance(reason, str) else None
     elif kind in places:
         places[kind].append(record)
 
@@ -189,7 +201,7 @@ def _check_other(record: Record) -> None:
     """Raise at a record, not of metrics, that cannot be stored as what it says it is."""
     _check_moment(record)
     kind = record["type"]
-    if kind in (TEXT, TABLE, CHECKPOINT):
+    if kind in (TEXT, TABLE, CHECKPOINT, MEDIA):
         if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
             raise EndlexError("not a step")
         name = record["name"]
@@ -208,6 +220,14 @@ def _check_other(record: Record) -> None:
         raise EndlexError("not a checkpoint")
     if kind == CONFIG and not isinstance(record["config"], dict):
         raise EndlexError("not a configuration")
+    if kind == MEDIA:
+        check_media(record)
+    if kind == ALERT and not (
+        record["level"] in LEVELS
+        and isinstance(record["text"], str)
+        and check_name(record["title"], "title")
+    ):
+        raise EndlexError("not an alert")
     if kind == FINISH and record["status"] not in STATUSES:
         raise EndlexError("not a status")
 

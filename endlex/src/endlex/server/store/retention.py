@@ -165,7 +165,7 @@ def freed_bytes(connection: sqlite3.Connection, checkpoints: list[int]) -> int:
     row = connection.execute(
         "SELECT coalesce(sum(bytes), 0) FROM (SELECT DISTINCT sha256, bytes FROM checkpoint_part "
         "WHERE checkpoint IN (SELECT value FROM json_each(:gone)) AND sha256 NOT IN "
-        "(SELECT sha256 FROM checkpoint_part "
+        "(SELECT sha256 FROM media_part UNION SELECT sha256 FROM checkpoint_part "
         "WHERE checkpoint NOT IN (SELECT value FROM json_each(:gone))))",
         {"gone": gone},
     ).fetchone()
@@ -252,7 +252,16 @@ def _purge_slice(connection: sqlite3.Connection, run: int) -> tuple[bool, list[i
     sessions = connection.execute("SELECT pk FROM session WHERE run=?", (run,)).fetchall()
     checkpoints = connection.execute("SELECT pk FROM checkpoint WHERE run=?", (run,)).fetchall()
     delete_checkpoints(connection, [pk for (pk,) in checkpoints])
-    for table in ("metric", "text", "data_table", "alert", "session", "run_config"):
+    for table in (
+        "metric",
+        "text",
+        "data_table",
+        "media",
+        "media_part",
+        "alert",
+        "session",
+        "run_config",
+    ):
         connection.execute(f"DELETE FROM {table} WHERE run=?", (run,))
     connection.execute("DELETE FROM run WHERE pk=?", (run,))
     return True, [pk for (pk,) in sessions]
@@ -271,8 +280,10 @@ def collect_parts(database: Database, blobs: Blobs) -> int:
 
 
 def _is_used(connection: sqlite3.Connection, sha256: str) -> bool:
-    query = "SELECT 1 FROM checkpoint_part WHERE sha256=? LIMIT 1"
-    return connection.execute(query, (sha256,)).fetchone() is not None
+    return any(
+        connection.execute(f"SELECT 1 FROM {table} WHERE sha256=? LIMIT 1", (sha256,)).fetchone()
+        for table in ("checkpoint_part", "media_part")
+    )
 
 
 def sweep(database: Database, hashes: JournalHashes, blobs: Blobs) -> None:

@@ -23,19 +23,20 @@ class Page:
 
 def list_texts(connection: sqlite3.Connection, run: int, page: Page) -> list[dict[str, Any]]:
     """Return a page of texts; of two under one name and step the later one."""
-    rows = _latest(connection, "text", "text", run, page)
+    rows = latest(connection, "text", "text", run, page)
     return [{"name": n, "step": s, "time": t, "text": content} for n, s, t, content in rows]
 
 
 def list_tables(connection: sqlite3.Connection, run: int, page: Page) -> list[dict[str, Any]]:
     """Return a page of tables as `list_texts` does of texts."""
-    rows = _latest(connection, "data_table", "content", run, page)
+    rows = latest(connection, "data_table", "content", run, page)
     return [{"name": n, "step": s, "time": t, **orjson.loads(content)} for n, s, t, content in rows]
 
 
-def _latest(
+def latest(
     connection: sqlite3.Connection, table: str, column: str, run: int, page: Page
 ) -> list[tuple[Any, ...]]:
+    """Return name, step, time and a column of a page of records, the later of two of a step."""
     where = "run = ?"
     values: list[Any] = [run]
     if page.name is not None:

@@ -11,11 +11,14 @@ The rules, each for one run (and metric):
   that speak of accuracy, score, reward or the like are left out. It resolves itself when the
   metric falls.
 - `stall`: a running run's trainer has logged nothing for longer than the limit; resolved by data.
-- `crashed`: a trainer ended by an error, or the shipper says that it is gone without a word;
-  resolved by a new session.
+- `failed`: a trainer ended by an error; `crashed`: the shipper says that it is gone without a word;
+  both with the reason, and resolved by a new session. `interrupted` and `finished` are told, and
+  over at once.
 - `lost`: nothing was heard from a running session's machine for a quarter of an hour, not even the
   shipper's heartbeat. The session's status is `lost` until something is heard, which resolves it.
 - `disk`: a disk nearly full, on the training box or the server's own (an alert without a run).
+- `rule`: what people set for their projects (`rules`).
+- `info`, `warning`, `error`: what the trainer says itself (`run.alert`); until a new session.
 
 For each (run, kind, metric) there is one alert at a time: while it is unresolved, dismissed or not,
 the same thing is not said again.
@@ -35,10 +38,11 @@ from typing import Any
 
 import numpy as np
 
-from endlex.protocol import LOST, SYSTEM, TRAINER
+from endlex.protocol import LEVELS, LOST, SYSTEM, TRAINER
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.records import Batch, Points
 from endlex.server.store.sessions import SessionState, update_run, was_resumed
+from endlex.server.watch.rules import RuleWatch
 
 Event = tuple[str, dict[str, Any]]
 Key = tuple[int | None, str, str]
@@ -54,6 +58,13 @@ DISK_FULL_PERCENT = 95.0
 DISK_FINE_PERCENT = 92.0
 DISK_FREE = re.compile(r"(?:disk|home).*free.*(bytes|gib|gb)")
 DISK_FREE_BYTES = 2 * 2**30
+ENDS = {
+    "failed": "the trainer ended by an error",
+    "crashed": "the trainer is gone without a word",
+    "interrupted": "the trainer was interrupted",
+    "finished": "the trainer has finished",
+}
+"""Each end of a session, and what is said of it."""
 LOST_SECONDS = 900.0
 """Without a heartbeat, which comes every 20 seconds, before a session counts as lost."""
 LOSSES_WATCHED = 10_000
@@ -90,6 +101,7 @@ class Watch:
         self._reserve = settings.reserve(data.root)
         self._losses: OrderedDict[tuple[int, str], _Loss] = OrderedDict()
         self._evaluations: OrderedDict[tuple[int, str], list[float]] = OrderedDict()
+        self._rules = RuleWatch()
         self._unresolved: set[Key] | None = None
         self._started = time.time()
 
@@ -102,6 +114,7 @@ class Watch:
     ) -> list[Event]:
         """Open and resolve alerts for one batch of a session; return what readers should hear."""
         book = _Book(connection, self._known(connection), state.run, run_id)
+        self._rules.observe(connection, state.run, batch, book.break_rule, book.keep_rule)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
                 self._watch_disk(book, name, points)
@@ -109,22 +122,34 @@ class Watch:
         book.resolve("stall")
         book.resolve("lost")
         if batch.sessions:
-            book.resolve("crashed")
-            book.resolve_all("nan")
+            for kind in (*ENDS, *LEVELS, "nan"):
+                book.resolve_all(kind)
         for name, points in batch.points.items():
             if len(points.steps):
                 self._watch_metric(book, state.run, name, points)
-        if batch.status == "failed" and time.time() - (batch.ended or 0) < QUIET_AFTER:
-            book.events += self.crashed(connection, state, run_id, "ended by an error")
+        for record in batch.alerts:
+            if time.time() - record["time"] < QUIET_AFTER:
+                book.resolve(record["level"], record["title"])  # the latest one is told
+                said = ": ".join(filter(None, (record["title"], record["text"])))
+                book.open(record["level"], record["title"], said)
+        if batch.status and time.time() - (batch.ended or 0) < QUIET_AFTER:
+            book.events += self.ended(connection, state, run_id, batch.status, batch.reason)
         return book.events
 
-    def crashed(
-        self, connection: sqlite3.Connection, state: SessionState, run_id: str, how: str
+    def ended(
+        self,
+        connection: sqlite3.Connection,
+        state: SessionState,
+        run_id: str,
+        status: str,
+        reason: str | None,
     ) -> list[Event]:
-        """Open the alert of a trainer that is gone, unless a later one has its place by now."""
+        """Say that a trainer is gone, and why, unless a later one has its place by now."""
         book = _Book(connection, self._known(connection), state.run, run_id)
         if state.kind == TRAINER and not was_resumed(connection, state):
-            book.open("crashed", "", f"the trainer {how}")
+            book.open(status, "", ": ".join(filter(None, (ENDS[status], reason))))
+            if status in ("finished", "interrupted"):
+                book.resolve(status)
         return book.events
 
     def returned(self, connection: sqlite3.Connection, run: int, run_id: str) -> list[Event]:
@@ -264,6 +289,14 @@ class _Book:
         self._unresolved.add(key)
         content = {"id": pk, "run": self._name, "kind": kind, "metric": metric, "message": message}
         self.events.append(("alert", content))
+
+    def break_rule(self, rule: str, metric: str, message: str) -> None:
+        """A rule of the project's holds."""
+        self.open("rule", f"{metric}: {rule}", message)
+
+    def keep_rule(self, rule: str, metric: str) -> None:
+        """It does not, or no more."""
+        self.resolve("rule", f"{metric}: {rule}")
 
     def resolve(self, kind: str, metric: str = "") -> None:
         """It is over."""

@@ -1,12 +1,13 @@
-"""A checkpoint's parts on their way: sent as far as the server lacks them.
+"""Parts of checkpoints and media on their way to the server, as far as it lacks them.
 
-A manifest is committed first. The server answers that it is published (then nothing is sent at
-all), that it verifies it, or that parts are missing; those go up on two connections, each from
-the byte that the server holds. So after any fault the same is simply done again.
+A checkpoint's manifest is committed first. The server answers that it is published (then nothing is
+sent at all), that it verifies it, or that parts are missing; those go up on two connections, each
+from the byte that the server holds. After any fault the same is simply done again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -14,16 +15,21 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from endlex.client.backoff import Backoff
+from endlex.client.checkpoints import Staged
 from endlex.client.manifests import (
     CheckpointFailed,
+    FileChanged,
     changed_error,
     open_unchanged,
     require_unchanged,
 )
-from endlex.client.staging import Staged
-from endlex.client.transport import Gap, Refused, Retry, Transport, quoted
-from endlex.protocol import MAX_PARTS_ASKED, Manifest
+from endlex.client.transport import Backoff, Gap, Refused, Retry, Transport, quoted
+from endlex.protocol import (
+    MAX_PARTS_ASKED,
+    MEDIA_DIR,
+    SHA256,
+    Manifest,
+)
 
 CONNECTIONS = 2
 ATTEMPTS = 5
@@ -89,8 +95,36 @@ class PartSource:
             raise changed_error(self._places[sha256][0])
 
 
-class Upload:
-    """One checkpoint on its way to the server; `run` may be called again after any fault.
+class MediaSource:
+    """The parts of media that wait in a run's directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._folder = directory / MEDIA_DIR
+
+    def __iter__(self) -> Iterator[str]:
+        return (path.name for path in self._folder.glob("*") if SHA256.fullmatch(path.name))
+
+    def size(self, sha256: str) -> int:
+        """Bytes of one part."""
+        return (self._folder / sha256).stat().st_size
+
+    def read(self, sha256: str) -> bytes:
+        """A part's bytes."""
+        return (self._folder / sha256).read_bytes()
+
+    def require_intact(self, sha256: str, content: bytes) -> None:
+        """Raise a `FileChanged` if this is not the part's content."""
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise FileChanged(f"{self._folder / sha256} was altered: log the file again")
+
+    def drop(self, sha256: str) -> None:
+        """The server has it."""
+        with contextlib.suppress(OSError):  # a directory that can only be read
+            (self._folder / sha256).unlink()
+
+
+class PartUpload:
+    """Parts on their way to the server; sending may be repeated after any fault.
 
     Args:
         stopped: asked between requests; when true, the upload ends with a `Retry`.
@@ -98,16 +132,13 @@ class Upload:
 
     def __init__(
         self,
-        run: str,
-        manifest: Manifest,
-        source: PartSource,
+        source: PartSource | MediaSource,
         transport: Transport,
         *,
         progress: Progress = _nothing,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._where = quoted("runs", run, "checkpoints", manifest["name"])
-        self._manifest, self._source, self._transport = manifest, source, transport
+        self._source, self._transport = source, transport
         self._progress, self._stopped = progress, stopped
         self._total = sum(source.size(sha256) for sha256 in source)
         self._held = 0
@@ -115,46 +146,19 @@ class Upload:
         self.bytes_sent = 0
         """Of parts, over the network, those that arrived in vain included."""
 
-    def run(self) -> None:
-        """Send what the server lacks, and return when it has published the checkpoint.
+    def send_missing(self) -> None:
+        """Send what the server lacks.
 
         Raises:
-            CheckpointFailed: it never will.
-            Retry: not now.
-            Refused: the token does not allow it, or the server does not know the run.
+            TransportError: not all of it, now.
+            FileChanged: a part is not what it was.
         """
-        for _ in range(ROUNDS):
-            if self._commit():
-                self._progress(self._total, self._total)
-                return
-            missing, partial = self._ask()
-            with self._lock:
-                self._held = self._total - sum(map(self._source.size, missing))
-                self._held += sum(partial.values())
-            self._progress(self._held, self._total)
-            self._send_all(missing, partial)
-        raise Retry(f"{self._transport.url} says again and again that parts are missing")
-
-    def _commit(self) -> bool:
-        """Send the manifest; whether it is published now, or parts are missing."""
-        wait, longest = VERIFY_SECONDS
-        while True:
-            try:
-                answer = self._transport.request("PUT", self._where, json_body=self._manifest)
-            except Refused as error:
-                if error.content.get("state") == "incomplete":
-                    return False
-                if error.status in (409, 413, 422):
-                    raise CheckpointFailed(str(error)) from error
-                raise
-            state = answer.content.get("state") if isinstance(answer.content, dict) else None
-            if state == "published":
-                return True
-            if state != "verifying":
-                raise self._transport.ill_answer()
-            self._require_going()
-            time.sleep(wait)
-            wait = min(wait * 2, longest)
+        missing, partial = self._ask()
+        with self._lock:
+            self._held = self._total - sum(map(self._source.size, missing))
+            self._held += sum(partial.values())
+        self._progress(self._held, self._total)
+        self._send_all(missing, partial)
 
     def _ask(self) -> tuple[list[str], dict[str, int]]:
         """The parts that the server lacks, and how many bytes it has of some of them."""
@@ -241,6 +245,60 @@ class Upload:
             raise Retry("the upload was stopped")
 
 
+class Upload(PartUpload):
+    """One checkpoint on its way; `run` may be called again after any fault."""
+
+    def __init__(
+        self,
+        run: str,
+        manifest: Manifest,
+        source: PartSource,
+        transport: Transport,
+        *,
+        progress: Progress = _nothing,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(source, transport, progress=progress, stopped=stopped)
+        self._where = quoted("runs", run, "checkpoints", manifest["name"])
+        self._manifest = manifest
+
+    def run(self) -> None:
+        """Send what the server lacks, and return when it has published the checkpoint.
+
+        Raises:
+            CheckpointFailed: it never will.
+            Retry: not now.
+            Refused: the token does not allow it, or the server does not know the run.
+        """
+        for _ in range(ROUNDS):
+            if self._commit():
+                self._progress(self._total, self._total)
+                return
+            self.send_missing()
+        raise Retry(f"{self._transport.url} says again and again that parts are missing")
+
+    def _commit(self) -> bool:
+        """Send the manifest; whether it is published now, or parts are missing."""
+        wait, longest = VERIFY_SECONDS
+        while True:
+            try:
+                answer = self._transport.request("PUT", self._where, json_body=self._manifest)
+            except Refused as error:
+                if error.content.get("state") == "incomplete":
+                    return False
+                if error.status in (409, 413, 422):
+                    raise CheckpointFailed(str(error)) from error
+                raise
+            state = answer.content.get("state") if isinstance(answer.content, dict) else None
+            if state == "published":
+                return True
+            if state != "verifying":
+                raise self._transport.ill_answer()
+            self._require_going()
+            time.sleep(wait)
+            wait = min(wait * 2, longest)
+
+
 def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], dict[str, int]]:
     """Ask which of these parts the server lacks, and how many bytes it holds of those.
 
@@ -254,3 +312,21 @@ def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], di
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise transport.ill_answer() from error
     return [part for part in parts if part in lacks], partial
+
+
+def send_media(
+    directory: Path, transport: Transport, stopped: Callable[[], bool] = lambda: False
+) -> int:
+    """Send the media that wait in a run's directory, and return how many parts there were.
+
+    Raises:
+        TransportError: not now.
+        FileChanged: a part was altered here.
+    """
+    source = MediaSource(directory)
+    waiting = list(source)
+    if waiting:
+        PartUpload(source, transport, stopped=stopped).send_missing()
+    for sha256 in waiting:
+        source.drop(sha256)
+    return len(waiting)
