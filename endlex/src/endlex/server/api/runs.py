@@ -160,7 +160,7 @@ async def series(
 
 
 async def page_of(name: str | None = None, before_step: Step = None, limit: Limit = 100) -> Page:
-    return Page(name, before_step, limit)
+    return Page(name, before_step, limit, own=False)
 
 
 AskedPage = Annotated[Page, Depends(page_of)]
