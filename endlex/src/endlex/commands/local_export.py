@@ -1,8 +1,7 @@
 """A run's directory as CSV or JSON, equal to what the server makes of the same journals.
 
 Of two values of a metric at one step the later one counts. The steps of a session that measures
-the machine are seconds since it began, so those sessions stay apart: in CSV they have rows of their
-own behind the trainer's, in JSON their points follow one another.
+the machine are seconds since it began; here they are counted from the first of those sessions.
 """
 
 from __future__ import annotations
@@ -19,43 +18,37 @@ from endlex.reading import iter_session, session_files, summarize, values_of
 
 Points = dict[int, tuple[float, float]]
 """By step: time and value."""
-TRAINER_GROUP = ""
 RUN_KEYS = ("run", "project", "name", "status", "created", "tags", "group", "notes", "host")
 SESSION_KEYS = ("session", "kind", "rank", "host", "started", "offset", "damaged_lines", "status")
 CHECKPOINT_KEYS = ("name", "step", "bytes", "aliases", "metadata")
 
 
-def read_groups(directory: Path) -> dict[str, dict[str, Points]]:
-    """Return the points by group and metric: the trainer's, then each session's of the machine."""
-    groups: dict[str, dict[str, Points]] = {TRAINER_GROUP: {}}
+def read_points(directory: Path) -> dict[str, Points]:
+    """Return the points of each metric by step, metrics by name."""
+    found: dict[str, Points] = {}
+    began: float | None = None
     for path in session_files(directory):
-        group = groups[TRAINER_GROUP]
+        shift = 0
         for record in iter_session(path):
             if record["type"] == SESSION and record.get("kind") == SYSTEM:
-                group = groups.setdefault(path.stem, {})
+                began = record["time"] if began is None else began
+                shift = int(record["time"] - began)
             elif record["type"] == METRICS:
                 for name, value in values_of(record):
-                    group.setdefault(name, {})[record["step"]] = (record["time"], value)
-    of_machine = {name for key, group in groups.items() if key for name in group}
-    trainer = groups[TRAINER_GROUP]
-    groups[TRAINER_GROUP] = {n: points for n, points in trainer.items() if n not in of_machine}
-    return groups
+                    points = found.setdefault(name, {})
+                    points[record["step"] + shift] = (record["time"], value)
+    return {name: dict(sorted(found[name].items())) for name in sorted(found)}
 
 
 def write_local_csv(directory: Path, file: IO[bytes]) -> None:
-    """Write a run's metrics: a row a step, a column a metric."""
-    groups = read_groups(directory)
-    names = list(dict.fromkeys(name for group in groups.values() for name in sorted(group)))
+    """Write a run's metrics, a row per point."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
         writer = csv.writer(text)
-        writer.writerow(["step", "time", *names])
-        for group in groups.values():
-            for step in sorted({step for points in group.values() for step in points}):
-                there = {name: points[step] for name, points in group.items() if step in points}
-                values = {name: encode_number(value) for name, (_, value) in there.items()}
-                moment = float(max(time for time, _ in there.values()))
-                writer.writerow([step, moment, *(values.get(name, "") for name in names)])
+        writer.writerow(["metric", "step", "time", "value"])
+        for name, points in read_points(directory).items():
+            for step, (time, value) in points.items():
+                writer.writerow([name, step, float(time), encode_number(value)])
         text.flush()
     finally:
         text.detach()  # the file is the caller's to close
@@ -68,23 +61,15 @@ def write_local_json(directory: Path, file: IO[bytes]) -> None:
     content["sessions"] = [{key: s[key] for key in SESSION_KEYS} for s in whole["sessions"]]
     checkpoints = sorted(whole["checkpoints"], key=lambda checkpoint: int(checkpoint["step"]))
     content["checkpoints"] = [{key: c[key] for key in CHECKPOINT_KEYS} for c in checkpoints]
-    content["series"] = _series(read_groups(directory))
+    content["series"] = {n: _series(points) for n, points in read_points(directory).items()}
     content["texts"] = _records(directory, TEXT, ("text",))
     content["tables"] = _records(directory, TABLE, ("columns", "rows"))
     file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
 
 
-def _series(groups: dict[str, dict[str, Points]]) -> dict[str, dict[str, list[Any]]]:
-    found: dict[str, dict[str, list[Any]]] = {}
-    for name in sorted({name for group in groups.values() for name in group}):
-        one: dict[str, list[Any]] = {"step": [], "time": [], "value": []}
-        for group in groups.values():
-            for step, (time, value) in sorted(group.get(name, {}).items()):
-                one["step"].append(step)
-                one["time"].append(time)
-                one["value"].append(encode_number(value))
-        found[name] = one
-    return found
+def _series(points: Points) -> dict[str, list[Any]]:
+    values = [encode_number(value) for _, value in points.values()]
+    return {"step": list(points), "time": [time for time, _ in points.values()], "value": values}
 
 
 def _records(directory: Path, kind: str, keys: tuple[str, ...]) -> list[dict[str, Any]]:

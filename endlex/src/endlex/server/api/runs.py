@@ -28,13 +28,7 @@ from endlex.server.store.annotations import (
     save_setting,
 )
 from endlex.server.store.charts import ChartQuery, read_chart
-from endlex.server.store.queries import (
-    RunQuery,
-    find_run,
-    list_alerts,
-    list_runs,
-    show_run,
-)
+from endlex.server.store.queries import RunQuery, find_run, list_alerts, list_runs, show_run
 from endlex.server.store.texts import Page, list_tables, list_texts
 
 router = APIRouter(prefix="/api/v1")

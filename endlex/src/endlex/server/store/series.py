@@ -145,31 +145,30 @@ def read_points(
 
 
 def read_all_points(connection: sqlite3.Connection, metric: int) -> Points:
-    """Return a metric's points, those of the machine's own sessions unmixed.
+    """Return a metric's points sorted by step, each step once, those of the machine side by side.
 
     A trainer's steps go on from session to session. The steps of a session that measures the
-    machine are seconds since it began: there, equal steps of two sessions are two points, and the
-    sessions follow one another.
+    machine are seconds since it began: they are counted from the first of these sessions here.
     """
-    sessions = machine_sessions(connection, metric)
-    if not sessions:
+    sessions = connection.execute(
+        "SELECT session.pk, session.started, kind FROM series JOIN session "
+        "ON session.pk = series.session WHERE series.metric=? ORDER BY session.pk",
+        (metric,),
+    ).fetchall()
+    began = [started for _, started, kind in sessions if kind == SYSTEM]
+    if not began:
         return read_points(connection, metric)
-    pieces = [read_points(connection, metric, session=session) for session in sessions]
-    return Points(
+    pieces = []
+    for session, started, kind in sessions:
+        points = read_points(connection, metric, session=session)
+        shift = int(started - began[0]) if kind == SYSTEM else 0
+        pieces.append(Points(points.steps + shift, points.numbers, points.times))
+    whole = Points(
         np.concatenate([points.steps for points in pieces]),
         np.concatenate([points.numbers for points in pieces]),
         np.concatenate([points.times for points in pieces]),
     )
-
-
-def machine_sessions(connection: sqlite3.Connection, metric: int) -> list[int]:
-    """Return the sessions that measured the machine and have a metric, in order of arrival."""
-    rows = connection.execute(
-        "SELECT session.pk FROM series JOIN session ON session.pk = series.session "
-        "WHERE series.metric=? AND session.kind=? ORDER BY session.pk",
-        (metric, SYSTEM),
-    )
-    return [pk for (pk,) in rows]
+    return _one_per_step(whole)
 
 
 def chunk_keys(
