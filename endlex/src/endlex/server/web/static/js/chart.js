@@ -46,12 +46,8 @@ export class Chart {
     this.wideButton = button(["⤢", "Enlarge", () => this.setWide(!this.wide)]);
     const full = button(["full", "Full screen", () => this.toggleFull()]);
     this.readout = new ChartReadout(this);
-    this.body = el("div", {
-      class: "chart-body",
-      tabIndex: 0,
-      role: "img",
-      "aria-label": `${this.title}. Arrow keys move, plus and minus zoom, 0 shows all.`,
-    });
+    const label = `${this.title}. Arrow keys move, plus and minus zoom, 0 shows all.`;
+    this.body = el("div", { class: "chart-body", tabIndex: 0, role: "img", "aria-label": label });
     this.note = el("p", { class: "chart-note quiet" }, "Loading…");
     this.root = el(
       "figure",
