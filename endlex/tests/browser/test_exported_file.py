@@ -46,7 +46,7 @@ def test_charts_samples_tables_and_config_are_inside(
     assert line["x"][0] == 0
     assert line["x"][-1] == 4999
     assert line["y"][-1] == pytest.approx(499.9)
-    assert line["nonfinite"] == [[77, "Infinity"]]
+    assert line["nonfinite"] == [[77, 77, "Infinity"]]
     expect(page.locator("h1")).to_have_text(HOSTILE)
     page.get_by_role("tab", name="Samples").click()
     expect(page.locator(".sample")).to_have_text(HOSTILE)

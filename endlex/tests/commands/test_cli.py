@@ -115,7 +115,7 @@ def test_a_reader_that_goes_away_is_no_error(train: Any) -> None:
     directory = train(steps=20_000)
     command = f'"{sys.executable}" -m endlex export "{directory}" | head -1'
     found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert (found.stdout, found.stderr) == ("step,time,train/loss,val/bpb\n", "")
+    assert (found.stdout, found.stderr) == ("metric,step,time,value\n", "")
 
 
 def test_no_token_is_taken_as_an_argument_or_shown(cli: Any, monkeypatch: Any) -> None:

@@ -100,12 +100,12 @@ def test_the_machine_s_sessions_do_not_overwrite_one_another(
         [0, 5, 100, 105],
     )
     text = box.client.get(f"/api/v1/runs/{RUN}/export").text
-    assert [line.split(",")[2] for line in text.splitlines()] == [
-        "system/cpu",
-        "0.0",
-        "5.0",
-        "100.0",
-        "105.0",
+    assert [line.split(",")[1::2] for line in text.splitlines()] == [
+        ["step", "value"],
+        ["0", "0.0"],
+        ["5", "5.0"],
+        ["1000", "100.0"],
+        ["1005", "105.0"],
     ]
     whole = box.client.get(f"/api/v1/runs/{RUN}/export?format=json").json()
     assert whole["series"]["system/cpu"]["value"] == [0, 5, 100, 105]

@@ -67,7 +67,7 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
         app.include_router(module.router)
     if importlib.util.find_spec("endlex.server.web.pages") is not None:
         pages = importlib.import_module("endlex.server.web.pages")
-        app.include_router(pages.build_router())
+        app.include_router(pages.build_router(settings.root_path))
     return app
 
 
@@ -139,8 +139,11 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         timeout_keep_alive=75,
         limit_concurrency=MOST_CONNECTIONS,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
-    print(f"endlex: serving {data_dir} on http://{shown}:{port}", flush=True)
+    kind = "https" if settings.tls_cert else "http"
+    print(f"endlex: serving {data_dir} on {kind}://{shown}:{port}", flush=True)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
 

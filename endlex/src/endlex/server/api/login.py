@@ -23,13 +23,14 @@ async def login(request: Request) -> Response:
     form = parse_qs((await read_body(request, MOST_FORM_BYTES)).decode("utf-8", "replace"))
     token = form.get("token", [""])[0].strip()
     page = "text/html" in request.headers.get("accept", "")
+    root = server_of(request).settings.root_path
     try:
         secret = await server_of(request).auth.login(request, token)
     except ApiError as error:
         if page and error.status == 401:
-            return RedirectResponse("/login?failed=1", 303)
+            return RedirectResponse(f"{root}/login?failed=1", 303)
         raise
-    place = _own_path(form.get("next", ["/"])[0])
+    place = root + _own_path(form.get("next", ["/"])[0])
     answer = RedirectResponse(place, 303) if page else json_response({"logged_in": True})
     answer.set_cookie(
         COOKIE,
@@ -38,7 +39,7 @@ async def login(request: Request) -> Response:
         httponly=True,
         samesite="strict",
         secure=request.url.scheme == "https",
-        path="/",
+        path=root or "/",
     )
     return answer
 
@@ -50,8 +51,9 @@ async def logout(request: Request) -> Response:
     if cookie:
         await server_of(request).auth.logout(cookie)
     page = "text/html" in request.headers.get("accept", "")
-    answer = RedirectResponse("/login", 303) if page else json_response({"logged_in": False})
-    answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+    root = server_of(request).settings.root_path
+    answer = RedirectResponse(f"{root}/login", 303) if page else json_response({"logged_in": False})
+    answer.delete_cookie(COOKIE, path=root or "/", httponly=True, samesite="strict")
     return answer
 
 

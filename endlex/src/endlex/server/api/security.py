@@ -58,6 +58,9 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        root = self._settings.root_path
+        if root and (scope["path"] == root or scope["path"].startswith(f"{root}/")):
+            scope = {**scope, "path": scope["path"].removeprefix(root) or "/"}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":

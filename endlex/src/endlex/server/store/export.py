@@ -1,9 +1,9 @@
 """A run as a file that others read: CSV, JSON or Parquet.
 
-All points are in it, none downsampled; of two at one step the later. CSV has a row a step and a
-column a metric (the machine's own, whose steps are seconds, in rows of their own, session by
-session). JSON has everything else too that the run's journals say. Parquet has a row a point:
-metric, step, time, value.
+All points are in it, none downsampled; of two at one step the later. CSV and Parquet have a row per
+point: metric, step, time, value. JSON has everything else too that the run's journals say. Steps are
+unique in a metric: those of the machine's own metrics, seconds since their session began, go on
+from session to session.
 
 CSV and JSON are made a stretch at a time, so a large run does not fill the memory.
 """
@@ -15,9 +15,8 @@ import io
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from endlex.protocol import encode_number
-from endlex.server.store.queries import find_run, list_metrics, show_run
-from endlex.server.store.series import (
+from endlex.server.store.queries import find_run, show_run
+from endlex.server.store.records import Points
+from endlex.server.store.series import machine_sessions, read_all_points
     EMPTY,
     StepRange,
     machine_sessions,
@@ -47,96 +47,55 @@ FORMATS = {
 RUN_KEYS = ("run", "project", "name", "status", "created", "tags", "group", "notes", "host")
 SESSION_KEYS = ("session", "kind", "rank", "host", "started", "offset", "damaged_lines", "status")
 CHECKPOINT_KEYS = ("name", "step", "bytes", "aliases", "metadata")
+COLUMNS = ("metric", "step", "time", "value")
 ROWS_AT_ONCE = 20_000
 NUMBERS_AT_ONCE = 20_000
 RECORDS_AT_ONCE = 200
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Metrics by name that share their steps: the trainer's, or one session's of the machine."""
+def export_points(connection: sqlite3.Connection, metric: int) -> Points:
+    """Return a metric's points by rising steps; the machine's in seconds since its first one."""
+    points = read_all_points(connection, metric)
+    if not machine_sessions(connection, metric):
+        return points
+    order = np.argsort(points.times, kind="stable")
+    times, index = points.times[order], np.arange(len(order))
+    seconds = np.rint(times - (points.times - points.steps).min()).astype(np.int64)
+    steps = np.maximum.accumulate(seconds - index) + index
+    return Points(steps, points.numbers[order], times)
 
-    metrics: dict[str, int]
-    session: int | None = None
 
-
-def _groups(connection: sqlite3.Connection, run: int) -> list[_Group]:
+def _iter_metrics(
+    connection: sqlite3.Connection, run: int, wanted: Sequence[str]
+) -> Iterator[tuple[str, Points]]:
     rows = connection.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
-    trainer = _Group({})
-    machine: dict[int, _Group] = {}
     for name, pk in rows.fetchall():
-        sessions = machine_sessions(connection, pk)
-        for session in sessions:
-            machine.setdefault(session, _Group({}, session)).metrics[name] = pk
-        if not sessions:
-            trainer.metrics[name] = pk
-    return [trainer, *(machine[session] for session in sorted(machine))]
+        if not wanted or name in wanted:
+            yield name, export_points(connection, pk)
 
 
-def iter_csv(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
+def iter_csv(
+    connection: sqlite3.Connection, run: str, wanted: Sequence[str] = ()
+) -> Iterator[bytes]:
     """Yield the lines of a run's CSV.
+
+    Args:
+        wanted: names of metrics; all if empty.
 
     Raises:
         ApiError: 404.
     """
-    groups = _groups(connection, find_run(connection, run))
-    names = list(dict.fromkeys(name for group in groups for name in group.metrics))
-    columns = {name: column + 2 for column, name in enumerate(names)}
-    yield _csv_line(["step", "time", *names])
-    for group in groups:
-        for steps, times, found in _iter_rows(connection, group):
+    pk = find_run(connection, run)
+    yield ",".join(COLUMNS).encode() + b"\r\n"
+    for name, points in _iter_metrics(connection, pk, wanted):
+        for start in range(0, len(points.steps), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            steps, times = points.steps[part].tolist(), points.times[part].tolist()
+            numbers = map(encode_number, points.numbers[part].tolist())
             lines = io.StringIO()
-            writer = csv.writer(lines)
-            for row in range(len(steps)):
-                cells: list[Any] = [int(steps[row]), float(times[row]), *[""] * len(names)]
-                for name, (numbers, there) in found.items():
-                    if there[row]:
-                        cells[columns[name]] = encode_number(float(numbers[row]))
-                writer.writerow(cells)
+            rows = zip(repeat(name), steps, times, numbers, strict=False)
+            csv.writer(lines).writerows(rows)
             yield lines.getvalue().encode()
-
-
-def _csv_line(cells: list[Any]) -> bytes:
-    line = io.StringIO()
-    csv.writer(line).writerow(cells)
-    return line.getvalue().encode()
-
-
-Column = tuple[NDArray[np.float64], NDArray[np.bool_]]
-
-
-def _iter_rows(
-    connection: sqlite3.Connection, group: _Group
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64], dict[str, Column]]]:
-    """Yield stretches of steps with each metric's numbers and where it has them."""
-    for stretch in _stretches(connection, group):
-        points = {
-            name: read_points(connection, metric, stretch, session=group.session)
-            for name, metric in group.metrics.items()
-        }
-        steps = np.unique(np.concatenate([p.steps for p in points.values()]))
-        times = np.zeros(len(steps))
-        columns: dict[str, Column] = {}
-        for name, found in points.items():
-            places = np.searchsorted(steps, found.steps)
-            numbers, there = np.zeros(len(steps)), np.zeros(len(steps), bool)
-            numbers[places], there[places] = found.numbers, True
-            times[places] = np.maximum(times[places], found.times)
-            columns[name] = (numbers, there)
-        yield steps, times, columns
-
-
-def _stretches(connection: sqlite3.Connection, group: _Group) -> Iterator[StepRange]:
-    """Cut the steps of some metrics so that each stretch holds a bounded number of them."""
-    longest = EMPTY.steps
-    for metric in group.metrics.values():
-        steps = read_points(connection, metric, times=False, session=group.session).steps
-        longest = steps if len(steps) > len(longest) else longest
-    if not len(longest):
-        return
-    cuts = longest[ROWS_AT_ONCE::ROWS_AT_ONCE].tolist()
-    for first, after in pairwise([-np.inf, *cuts, np.inf]):
-        yield StepRange(first, after - 1)
 
 
 def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
@@ -156,9 +115,8 @@ def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
         {key: c[key] for key in CHECKPOINT_KEYS} for c in whole["checkpoints"]
     ]
     yield orjson.dumps(content)[:-1] + b',"series":{'
-    for number, metric in enumerate(list_metrics(connection, pk)):
-        points = read_all_points(connection, _key(connection, pk, metric["name"]))
-        yield (b"," if number else b"") + orjson.dumps(metric["name"]) + b":{"
+    for number, (name, points) in enumerate(_iter_metrics(connection, pk, ())):
+        yield (b"," if number else b"") + orjson.dumps(name) + b":{"
         yield from _iter_column(b'"step":', points.steps)
         yield from _iter_column(b',"time":', points.times)
         yield from _iter_column(b',"value":', points.numbers)
@@ -180,12 +138,6 @@ def _iter_column(head: bytes, numbers: NDArray[Any]) -> Iterator[bytes]:
     yield b"]"
 
 
-def _key(connection: sqlite3.Connection, run: int, name: str) -> int:
-    row = connection.execute("SELECT pk FROM metric WHERE run=? AND name=?", (run, name)).fetchone()
-    key: int = row[0]
-    return key
-
-
 def _iter_records(connection: sqlite3.Connection, run: int, read: Any) -> Iterator[dict[str, Any]]:
     before: int | None = None
     while records := read(connection, run, Page(None, before, RECORDS_AT_ONCE)):
@@ -198,8 +150,10 @@ def _joined(records: Iterator[dict[str, Any]]) -> Iterator[bytes]:
         yield (b",\n" if number else b"") + orjson.dumps(record)
 
 
-def write_parquet(connection: sqlite3.Connection, run: str, path: Path) -> None:
-    """Write a run's points as Parquet, a row group a metric.
+def write_parquet(
+    connection: sqlite3.Connection, run: str, path: Path, wanted: Sequence[str] = ()
+) -> None:
+    """Write a run's points as Parquet, a row group per metric.
 
     Raises:
         ApiError: 404.
@@ -216,10 +170,9 @@ def write_parquet(connection: sqlite3.Connection, run: str, path: Path) -> None:
         metadata={"endlex": orjson.dumps(show_run(connection, run)).decode()},
     )
     with pq.ParquetWriter(path, schema) as writer:
-        for metric in list_metrics(connection, pk):
-            points = read_all_points(connection, _key(connection, pk, metric["name"]))
+        for name, points in _iter_metrics(connection, pk, wanted):
             names = pa.DictionaryArray.from_arrays(
-                np.zeros(len(points.steps), np.int32), pa.array([metric["name"]])
+                np.zeros(len(points.steps), np.int32), pa.array([name])
             )
             columns = [names, points.steps, points.times, points.numbers]
             writer.write_table(pa.table(columns, schema=schema))

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from endlex.protocol import REMOVED, SYSTEM
-from endlex.search import parse_key, parse_search
+from endlex.search import flatten, parse_key, parse_search
 from endlex.server.errors import ApiError
 from endlex.server.store.search import (
     COLUMNS,
@@ -22,7 +22,7 @@ from endlex.server.store.search import (
     sort_expression,
 )
 
-SHORT_CONFIG_KEYS = 50
+SHORT_CONFIG_KEYS = 200
 SHORT_CONFIG_CHARS = 100
 RUN_COLUMNS = (
     "run.pk, run.id, project, name, status, created, updated, tags, group_name, notes, archived, "
@@ -87,7 +87,10 @@ def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]
     else:
         summaries, configs = _summaries(connection, keys), _configs(connection, keys)
         more = {
-            key: {"summary": summaries.get(key, {}), "config": _shortened(configs.get(key, {}))}
+            key: {
+                "summary": summaries.get(key, {}),
+                "config": _shortened(flatten(configs.get(key, {}))),
+            }
             for key in keys
         }
     runs = [{**_run_row(row), **more[row[0]], "alerts": alerts.get(row[0], 0)} for row in rows]

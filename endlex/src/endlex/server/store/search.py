@@ -159,7 +159,7 @@ def read_values(
 
 def count_names(connection: sqlite3.Connection, where: Condition) -> dict[str, Any]:
     """Return the metrics of the runs found, with the number of runs that have each, and the keys
-    of their configurations, with the number of runs and of different values."""
+    of their configurations, with the number of runs and of different values; and every project."""
     chosen = f"run IN (SELECT pk FROM run WHERE {where[0]})"
     metrics = connection.execute(
         f"SELECT name, count(*) FROM metric WHERE {chosen} GROUP BY name ORDER BY name", where[1]
@@ -169,4 +169,7 @@ def count_names(connection: sqlite3.Connection, where: Condition) -> dict[str, A
         f"WHERE {chosen} GROUP BY key ORDER BY key",
         where[1],
     ).fetchall()
-    return {"metrics": metrics, "config": config}
+    projects = connection.execute(
+        "SELECT project, count(*) FROM run WHERE deleted IS NULL GROUP BY project ORDER BY project"
+    ).fetchall()
+    return {"metrics": metrics, "config": config, "projects": projects}

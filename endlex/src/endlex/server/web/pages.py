@@ -9,6 +9,7 @@ run. The chart library is put here when the package is built (endlex/server/hatc
 from __future__ import annotations
 
 import hashlib
+import html
 import mimetypes
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from string import Template
 
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response
+
+from endlex.search import HELP
 
 STATIC = Path(__file__).with_name("static")
 TEMPLATES = Path(__file__).with_name("templates")
@@ -49,25 +52,25 @@ PAGE_HEADERS = {
 """`no-cache` asks again each time; the entity tag makes the answer short."""
 
 
-def build_router() -> APIRouter:
-    """Return the routes of the pages and of their static files."""
+def build_router(root: str = "") -> APIRouter:
+    """Return the routes of the pages and of their static files; `root` is before their paths."""
     router = APIRouter(include_in_schema=False)
 
     @router.get("/")
     def runs_page() -> Response:
-        return _page("Runs · Endlex", "runs_page")
+        return _page("Runs · Endlex", "runs_page", root)
 
     @router.get("/runs/{run}")
     def run_page(run: str) -> Response:
-        return _page("Run · Endlex", "run_page")  # the script reads the id from the address
+        return _page("Run · Endlex", "run_page", root)  # the script reads the id from the address
 
     @router.get("/compare")
     def compare_page() -> Response:
-        return _page("Compare · Endlex", "compare_page")
+        return _page("Compare · Endlex", "compare_page", root)
 
     @router.get("/login")
     def login_page() -> Response:
-        return _page("Log in · Endlex", "login_page")
+        return _page("Log in · Endlex", "login_page", root)
 
     @router.get("/static/{path:path}")
     def static_file(path: str, request: Request) -> Response:
@@ -81,10 +84,12 @@ def missing_assets() -> list[str]:
     return [name for name in CHART_ASSETS if not (STATIC / name).is_file()]
 
 
-def _page(title: str, script: str) -> Response:
+def _page(title: str, script: str, root: str) -> Response:
     template = Template((TEMPLATES / "page.html").read_text(encoding="utf-8"))
-    links = "\n".join(f'<link rel="stylesheet" href="/static/{name}">' for name in STYLES)
-    content = template.substitute(title=title, script=script, styles=links)
+    links = "\n".join(f'<link rel="stylesheet" href="{root}/static/{name}">' for name in STYLES)
+    content = template.substitute(
+        title=title, script=script, styles=links, root=root, search_help=html.escape(HELP)
+    )
     return HTMLResponse(content, headers=dict(PAGE_HEADERS))
 
 

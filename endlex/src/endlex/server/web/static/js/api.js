@@ -1,6 +1,8 @@
 // The server's HTTP interface: requests, their errors, and the stream of events.
 
-const API = "/api/v1";
+import { ROOT, query } from "./address.js";
+
+const API = `${ROOT}/api/v1`;
 
 export class ApiError extends Error {
   constructor(message, status) {
@@ -37,19 +39,8 @@ async function errorText(response) {
 }
 
 function toLogin() {
-  const here = location.pathname + location.search + location.hash;
-  location.assign(`/login?next=${encodeURIComponent(here)}`);
-}
-
-export function query(values) {
-  const pairs = [];
-  for (const [key, value] of Object.entries(values)) {
-    for (const item of Array.isArray(value) ? value : [value]) {
-      if (item === undefined || item === null || item === "") continue;
-      pairs.push(`${encodeURIComponent(key)}=${encodeURIComponent(item)}`);
-    }
-  }
-  return pairs.length ? `?${pairs.join("&")}` : "";
+  const here = location.pathname.slice(ROOT.length) + location.search + location.hash;
+  location.assign(`${ROOT}/login?next=${encodeURIComponent(here)}`);
 }
 
 export function runPath(run, rest = "") {
@@ -66,9 +57,27 @@ export class ApiSource {
     return request(runPath(id));
   }
 
-  series(run, metrics, { x, from, to, points }, signal) {
-    const asked = query({ metric: metrics, x, from, to, points });
+  series(run, metrics, { x, from, to, points, log }, signal) {
+    const asked = query({ metric: metrics, x, from, to, points, log });
     return request(runPath(run, `/series${asked}`), { signal });
+  }
+
+  runs(options, signal) {
+    return request(`/runs${query(options)}`, { signal });
+  }
+
+  change(runs, changes) {
+    return request("/runs", { method: "PATCH", body: { runs, changes } });
+  }
+
+  settings(project) {
+    return request(`/settings${query({ project })}`);
+  }
+
+  // Saves under a project, or deletes where `content` is null.
+  save(project, kind, name, content) {
+    const method = content === null ? "DELETE" : "PUT";
+    return request(`/settings${query({ project, kind, name })}`, { method, body: content ?? undefined });
   }
 
   texts(run, options) {

@@ -1,4 +1,5 @@
-// One chart: a metric of one or several runs, on one canvas, built only while it is on the screen.
+// One chart: one or several metrics of one or several runs, on one canvas, built only while it is on
+// the screen.
 
 import { paint } from "./colors.js";
 import { ChartData } from "./chart_data.js";
@@ -6,10 +7,12 @@ import { X_KINDS, cssColor, plotOptions } from "./chart_axes.js";
 import { attachInput } from "./chart_input.js";
 import { ChartReadout } from "./chart_readout.js";
 import { el } from "./dom.js";
+import { formatNumber } from "./format.js";
 import { cancelDraw, requestDraw } from "./frames.js";
+import { GroupLine } from "./group_line.js";
 import {
-  includeValues, markNonFinite, padBounds, pixelScale, strokeLine, visibleSpan,
-  withoutOutliers,
+  fillBand, includeValues, markNonFinite, markOutliers, padBounds, pixelScale, strokeLine,
+  visibleSpan, withoutOutliers,
 } from "./plot_lines.js";
 
 const HEIGHT = 210;
@@ -19,24 +22,28 @@ const TALL = 460;
 const THIN_FROM_POINTS = 2500;
 
 export class Chart {
-  // `settings` is the board's, shared by its charts; `onview(chart, view)` asks for a zoom.
-  constructor({ metric, title, lines, loader, settings, onview, onlayout }) {
-    Object.assign(this, { metric, title, lines, loader, settings, onview, onlayout });
+  // `settings` is the board's, shared by its charts, and `own` what this one has of its own: x, title,
+  // logX, logY, smoothing, ranges, size; `onview(chart, view)` asks for a zoom; `buttons` stand in
+  // the head: [text, label, call].
+  constructor({ metric, title, lines, loader, settings, own = {}, buttons = [], onview }) {
+    Object.assign(this, { metric, title, lines, loader, onview });
+    this.settings = Object.assign(Object.create(settings), own);
     this.plot = null;
     this.view = null;
-    this.wide = false;
-    this.logY = null; // this chart's own choice, null for the board's
+    this.wide = own.size === "wide";
+    this.groups = null;
     this.box = { x: [0, 1], y: [0, 1] };
-    this.build();
+    this.build(buttons);
   }
 
-  build() {
-    const button = (text, label, onclick) =>
+  build(buttons) {
+    const button = ([text, label, onclick]) =>
       el("button", { type: "button", class: "icon-button", title: label, "aria-label": `${label}: ${this.title}`, onclick }, text);
-    this.resetButton = button("⟲", "Show all", () => this.onview(this, null));
+    this.resetButton = button(["⟲", "Show all", () => this.onview(this, null)]);
     this.resetButton.hidden = true;
-    this.logButton = button("log", "Logarithmic y axis", () => this.setLogY(!this.isLogY()));
-    this.wideButton = button("⤢", "Enlarge", () => this.setWide(!this.wide));
+    this.logButton = button(["log", "Logarithmic y axis", () => this.setLogY(!this.settings.logY)]);
+    this.wideButton = button(["⤢", "Enlarge", () => this.setWide(!this.wide)]);
+    const full = button(["full", "Full screen", () => this.toggleFull()]);
     this.readout = new ChartReadout(this);
     this.body = el("div", {
       class: "chart-body",
@@ -47,27 +54,24 @@ export class Chart {
     this.note = el("p", { class: "chart-note quiet" }, "Loading…");
     this.root = el(
       "figure",
-      { class: "chart", data: { metric: this.metric } },
+      { class: this.wide ? "chart chart-wide" : "chart", data: { metric: this.metric } },
       el(
         "figcaption",
         { class: "chart-head" },
         el("span", { class: "chart-title", title: this.title }, this.title),
         this.readout.value,
-        el("span", { class: "chart-buttons" }, this.resetButton, this.logButton, this.wideButton),
+        el("span", { class: "chart-buttons" }, this.resetButton, buttons.map(button), this.logButton, full, this.wideButton),
       ),
       this.body,
       this.note,
       this.readout.tip,
     );
+    this.root.addEventListener("fullscreenchange", () => this.resize());
     attachInput(this);
   }
 
-  isLogY() {
-    return this.logY ?? this.settings.logY;
-  }
-
   setLogY(on) {
-    this.logY = on;
+    this.settings.logY = on;
     this.rebuild();
   }
 
@@ -76,7 +80,51 @@ export class Chart {
     this.root.classList.toggle("chart-wide", on);
     this.wideButton.textContent = on ? "⤡" : "⤢";
     this.resize();
-    this.onlayout?.(this);
+  }
+
+  toggleFull() {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else this.root.requestFullscreen?.();
+  }
+
+  get height() {
+    if (document.fullscreenElement === this.root) return this.root.clientHeight - 50;
+    return this.wide ? TALL : HEIGHT;
+  }
+
+  // Lines whose `labelOf` is the same become one: their mean, with a band. Null parts them again.
+  setGroups(labelOf, band, hueOfGroup) {
+    this.grouping = labelOf && { labelOf, band, hueOfGroup };
+    this.groups = labelOf && this.makeGroups();
+    if (this.plot) this.changed();
+  }
+
+  makeGroups() {
+    const { labelOf, band, hueOfGroup } = this.grouping;
+    const members = new Map();
+    for (const line of this.lines) {
+      const label = labelOf(line.run);
+      const key = line.dash ? `${label} · ${line.metric}` : label;
+      members.set(key, [...(members.get(key) || []), line]);
+    }
+    return [...members].map(([label, lines]) => new GroupLine({ label, hue: hueOfGroup(labelOf(lines[0].run)), members: lines, band }));
+  }
+
+  addLine(line) {
+    this.lines.push(line);
+    if (this.grouping) this.groups = this.makeGroups();
+    if (this.plot) this.data.loadWhole();
+  }
+
+  removeRun(run) {
+    for (const line of [...this.lines]) if (line.run === run) this.lines.splice(this.lines.indexOf(line), 1);
+    if (this.grouping) this.groups = this.makeGroups();
+    if (this.plot) this.changed();
+  }
+
+  // What is drawn and read: the lines, or the groups that they are in.
+  get drawn() {
+    return this.groups || this.lines;
   }
 
   // ---- on and off the screen
@@ -87,13 +135,14 @@ export class Chart {
       return;
     }
     const width = Math.max(160, this.body.clientWidth);
-    if (!this.data || this.data.x !== this.settings.x) this.startData(width);
+    const { x, logX, logY } = this.settings;
+    if (!this.data || this.data.x !== x || this.data.log !== logX) this.startData(width);
     const options = plotOptions({
       width,
-      height: this.wide ? TALL : HEIGHT,
-      kind: this.settings.x,
-      logX: this.settings.logX,
-      logY: this.isLogY(),
+      height: this.height,
+      kind: x,
+      logX,
+      logY,
       range: () => this.box,
       hooks: {
         draw: [() => this.drawLines()],
@@ -110,10 +159,11 @@ export class Chart {
   startData(width) {
     this.data?.stop();
     for (const line of this.lines) Object.assign(line, { whole: null, detail: null });
-    const perPixel = this.lines.length > 4 ? 1 : 2;
+    const perPixel = this.lines.length > 60 ? 0.5 : this.lines.length > 4 ? 1 : 2;
     const points = Math.max(200, Math.min(2000, Math.ceil((width * perPixel) / 100) * 100));
     this.data = new ChartData(this.loader, this.lines, {
       x: this.settings.x,
+      log: this.settings.logX,
       points,
       onchange: () => this.changed(),
       onerror: (error) => {
@@ -147,7 +197,7 @@ export class Chart {
   }
 
   rebuild() {
-    this.logButton.classList.toggle("on", this.isLogY());
+    this.logButton.classList.toggle("on", this.settings.logY);
     if (!this.plot) return;
     this.hide();
     this.show();
@@ -156,7 +206,7 @@ export class Chart {
   resize() {
     if (!this.plot) return;
     const width = Math.max(160, this.body.clientWidth);
-    const height = this.wide ? TALL : HEIGHT;
+    const { height } = this;
     if (width !== this.plot.width || height !== this.plot.height) this.plot.setSize({ width, height });
     requestDraw(this);
   }
@@ -190,11 +240,15 @@ export class Chart {
     const extent = this.data.extent(positive);
     this.note.hidden = this.lines.some((line) => line.loaded);
     if (!this.note.hidden) return;
-    const [low, high] = extent || [0, 1];
+    const { xMin, xMax, yMin, yMax, logY } = this.settings;
+    const [first, last] = extent || [0, 1];
+    const [low, high] = [xMin ?? first, xMax ?? last];
     const view = this.view || { from: low, to: high > low ? high : low + 1 };
     if (positive && !(view.from > 0)) view.from = Math.min(1e-9, view.to / 10);
     const x = [view.from, view.to];
-    const y = padBounds(this.valueBounds(view), this.isLogY());
+    const y = padBounds(this.valueBounds(view), logY);
+    if (yMin !== undefined && (!logY || yMin > 0)) y[0] = yMin;
+    if (yMax !== undefined && yMax > y[0]) y[1] = yMax;
     this.box = { x, y };
     this.empty = extent === null;
     this.plot.batch(() => {
@@ -205,11 +259,15 @@ export class Chart {
   }
 
   valueBounds(view) {
+    const { logY, fit } = this.settings;
     const bounds = [Infinity, -Infinity];
-    const shown = this.lines.filter((line) => line.loaded && !line.hidden);
-    const spans = shown.map((line) => ({ ...line.shown(this.view), ...view }));
-    for (const { x, y, from, to } of spans) includeValues(bounds, x, y, from, to, this.isLogY());
-    return this.settings.fit ? withoutOutliers(bounds, spans, this.isLogY()) : bounds;
+    const spans = this.drawn.filter((line) => line.loaded && !line.hidden).flatMap((line) => {
+      const series = line.shown(this.view);
+      const curves = series.low ? [series.low, series.high] : [series.y];
+      return curves.map((y) => ({ x: series.x, y, ...view }));
+    });
+    for (const { x, y, from, to } of spans) includeValues(bounds, x, y, from, to, logY);
+    return fit ? withoutOutliers(bounds, spans, logY) : bounds;
   }
 
   drawLines() {
@@ -218,8 +276,7 @@ export class Chart {
     const { left, top, width, height } = plot.bbox;
     const { x, y } = this.box;
     const toX = pixelScale(x[0], x[1], left, width, settings.logX);
-    const toY = pixelScale(y[0], y[1], top + height, -height, this.isLogY());
-    const ratio = window.devicePixelRatio || 1;
+    const toY = pixelScale(y[0], y[1], top + height, -height, settings.logY);
     context.save();
     context.beginPath();
     context.rect(left, top, width, height);
@@ -230,29 +287,45 @@ export class Chart {
       return { line, series, span: visibleSpan(series.x, x[0], x[1]) };
     });
     const points = drawn.reduce((sum, { span }) => sum + span[1] - span[0], 0);
+    const ratio = window.devicePixelRatio || 1;
     const thin = points > THIN_FROM_POINTS ? 1 : 1.4 * ratio;
-    for (const { line, series, span } of drawn) {
-      const color = paint(line.place);
-      context.strokeStyle = color;
-      context.fillStyle = color;
-      const stroke = (values) => strokeLine(context, series.x, values, span, toX, toY, width);
-      const thick = line.emphasized ? 2.4 * ratio : thin;
-      context.lineWidth = settings.smoothing > 0 ? 1 : thick;
-      context.globalAlpha = settings.smoothing > 0 ? (this.lines.length > 1 ? 0.14 : 0.28) : 1;
-      stroke(series.y);
-      context.globalAlpha = 1;
-      if (settings.smoothing > 0) {
-        context.lineWidth = Math.max(thick, 1.4 * ratio);
-        stroke(line.average(series, settings.smoothing));
-      }
-      context.fillStyle = cssColor("--bad");
-      markNonFinite(context, series.nonfinite, x[0], x[1], toX, plot.bbox);
-    }
+    for (const item of drawn) this.drawLine(context, item, { toX, toY, width, thin, ratio });
     context.restore();
   }
 
+  drawLine(context, { line, series, span }, { toX, toY, width, thin, ratio }) {
+    const { settings, plot, box } = this;
+    const { smoothing } = settings;
+    const color = paint(line.hue);
+    context.strokeStyle = color;
+    context.fillStyle = color;
+    const stroke = (values) => strokeLine(context, series.x, values, span, toX, toY, width);
+    const thick = line.emphasized ? 2.4 * ratio : thin;
+    if (series.low) {
+      const edges = line.edges(series, smoothing);
+      context.globalAlpha = 0.18;
+      fillBand(context, series.x, edges.low, edges.high, span, toX, toY);
+    } else {
+      context.lineWidth = smoothing > 0 ? 1 : thick;
+      context.globalAlpha = smoothing > 0 ? (this.lines.length > 1 ? 0.14 : 0.28) : 1;
+      context.setLineDash(smoothing > 0 || !line.dash ? [] : line.dash);
+      stroke(series.y);
+      context.globalAlpha = 1;
+      markOutliers(context, series.x, series.y, span, box.y, toX, plot.bbox);
+    }
+    context.globalAlpha = 1;
+    if (smoothing > 0 || series.low) {
+      context.lineWidth = Math.max(thick, 1.4 * ratio);
+      context.setLineDash(line.dash || []);
+      stroke(smoothing > 0 ? line.average(series, smoothing) : series.y);
+    }
+    context.setLineDash([]);
+    context.fillStyle = cssColor("--bad");
+    markNonFinite(context, series.nonfinite, box.x[0], box.x[1], toX, plot.bbox);
+  }
+
   inDrawingOrder() {
-    const lines = this.lines.filter((line) => !line.hidden && line.loaded);
+    const lines = this.drawn.filter((line) => !line.hidden && line.loaded);
     return lines.sort((a, b) => Number(a.emphasized || 0) - Number(b.emphasized || 0));
   }
 
@@ -265,12 +338,16 @@ export class Chart {
       draws: this.draws || 0,
       view: this.view && { ...this.view },
       axes: { x: [...this.box.x], y: [...this.box.y] },
-      log: { x: this.settings.logX, y: this.isLogY() },
-      lines: this.lines.map((line) => {
+      log: { x: this.settings.logX, y: this.settings.logY },
+      title: this.title,
+      lines: this.drawn.map((line) => {
         const series = line.shown(this.view);
         const average = this.settings.smoothing > 0 && line.average(series, this.settings.smoothing);
         return {
           run: line.run,
+          label: line.label,
+          color: paint(line.hue),
+          band: series.low && { low: [...series.low], high: [...series.high] },
           hidden: line.hidden,
           x: [...series.x],
           y: [...series.y],
@@ -285,6 +362,6 @@ export class Chart {
 
   formatX(value) {
     const kind = X_KINDS[this.settings.x];
-    return kind ? kind.format(value) : String(value);
+    return kind ? kind.format(value) : `${this.settings.x} ${formatNumber(value)}`;
   }
 }

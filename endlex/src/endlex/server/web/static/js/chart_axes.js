@@ -44,7 +44,7 @@ function axisBase(space) {
 }
 
 function xAxis(kind, logarithmic) {
-  const axis = { ...axisBase(70), size: 28 };
+  const axis = { ...axisBase(kind === "time" ? 80 : 70), size: kind === "time" ? 44 : 28 };
   if (kind === "elapsed") {
     if (!logarithmic) axis.incrs = DURATION_STEPS;
     axis.values = (u, splits) => splits.map((x) => (x === null ? "" : shortDuration(x)));

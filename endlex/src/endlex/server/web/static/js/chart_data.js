@@ -2,7 +2,7 @@
 // zoomed the part in view with a margin, fetched anew for every range that needs finer data.
 
 import { joinSeries } from "./series_loader.js";
-import { smooth } from "./smoothing.js";
+import { fenceOf, smooth } from "./smoothing.js";
 
 const MARGIN = 0.5; // of the view's width, on either side: room to pan before data is needed
 const COARSER_BY = 2.2; // a view this many times narrower than what was fetched wants finer data
@@ -11,8 +11,8 @@ const EMPTY = { x: new Float64Array(), y: new Float64Array(), count: 0, sampled:
 
 export class ChartLine {
   // `offset` is taken from x: the run's start, where x is the time since it.
-  constructor({ run, metric, label, place, offset = 0 }) {
-    Object.assign(this, { run, metric, label, place, offset });
+  constructor({ run, metric, label, hue, dash = null, offset = 0 }) {
+    Object.assign(this, { run, metric, label, hue, dash, offset });
     this.hidden = false;
     this.whole = null;
     this.detail = null;
@@ -34,9 +34,10 @@ export class ChartLine {
   average(series, strength) {
     let kept = this.averages.get(series);
     if (!kept || kept.strength !== strength) {
-      const { x } = this.whole || series;
+      const { x, y } = this.whole || series;
       const range = x.length ? x[x.length - 1] - x[0] : 0;
-      kept = { strength, y: smooth(series.x, series.y, strength, range) };
+      if (this.fenced !== y) Object.assign(this, { fenced: y, fence: fenceOf(y) });
+      kept = { strength, y: smooth(series.x, series.y, strength, range, this.fence) };
       this.averages.set(series, kept);
     }
     return kept.y;
@@ -44,8 +45,8 @@ export class ChartLine {
 }
 
 export class ChartData {
-  constructor(loader, lines, { x, points, onchange, onerror }) {
-    Object.assign(this, { loader, lines, x, points, onchange, onerror });
+  constructor(loader, lines, { x, log, points, onchange, onerror }) {
+    Object.assign(this, { loader, lines, x, log, points, onchange, onerror });
     this.abort = null;
     this.liveAbort = null;
     this.due = new Map();
@@ -75,11 +76,11 @@ export class ChartData {
 
   async fetch(line, from, to, points, signal) {
     const shift = (value) => (value === undefined ? undefined : value + line.offset);
-    const range = { x: this.apiX, from: shift(from), to: shift(to), points };
+    const range = { x: this.apiX, from: shift(from), to: shift(to), points, log: this.log || undefined };
     const series = await this.loader.load(line.run, line.metric, range, signal);
     if (line.offset) {
       for (let i = 0; i < series.x.length; i++) series.x[i] -= line.offset;
-      series.nonfinite = series.nonfinite.map(([x, kind]) => [x - line.offset, kind]);
+      series.nonfinite = series.nonfinite.map(([first, last, kind]) => [first - line.offset, last - line.offset, kind]);
     }
     return series;
   }

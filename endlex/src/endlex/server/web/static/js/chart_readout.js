@@ -1,9 +1,8 @@
 // The values under the cursor: in a chart's head for one line, in a box beside the cursor for many.
 
-import { bothPaints } from "./colors.js";
 import { el, replaceContent } from "./dom.js";
 import { requestDraw, throttleFrames } from "./frames.js";
-import { formatInteger, formatNumber } from "./format.js";
+import { formatInteger, formatNumber, isMoreBetter } from "./format.js";
 import { nearestIndex } from "./plot_lines.js";
 
 const ROWS = 12;
@@ -19,14 +18,14 @@ export class ChartReadout {
 
   // Without a cursor: the latest value, or how many runs.
   summarize() {
-    const { lines, plot } = this.chart;
+    const { drawn: lines, groups, plot } = this.chart;
     if (plot?.cursor.left >= 0) return;
     if (lines.length > 1) {
-      const shown = lines.filter((line) => line.whole?.x.length && !line.hidden).length;
-      this.value.textContent = `${shown} ${shown === 1 ? "run" : "runs"}`;
+      const shown = lines.filter((line) => line.loaded && !line.hidden && line.shown(null).x.length).length;
+      this.value.textContent = `${shown} ${groups ? "group" : "line"}${shown === 1 ? "" : "s"}`;
       return;
     }
-    const series = lines[0]?.whole;
+    const series = lines[0]?.loaded && lines[0].shown(null);
     if (!series) return;
     const last = series.y.length ? series.y[series.y.length - 1] : undefined;
     this.value.textContent = last === undefined ? "no values" : formatNumber(last);
@@ -65,7 +64,7 @@ export class ChartReadout {
     const x = plot.posToVal(plot.cursor.left, "x");
     const found = this.nearest(x);
     if (!found.length) return this.leave();
-    if (this.chart.lines.length === 1) {
+    if (this.chart.drawn.length === 1) {
       const [{ value, at, special }] = found;
       this.value.textContent = `${special || formatNumber(value)} · ${this.chart.formatX(at)}`;
       return undefined;
@@ -80,7 +79,7 @@ export class ChartReadout {
     const { chart } = this;
     const strength = chart.settings.smoothing;
     const found = [];
-    for (const line of chart.lines) {
+    for (const line of chart.drawn) {
       if (line.hidden || !line.loaded) continue;
       const series = line.shown(chart.view);
       const index = nearestIndex(series.x, x);
@@ -91,20 +90,22 @@ export class ChartReadout {
       const special = Number.isNaN(raw) ? kindAt(series, at) : "";
       found.push({ line, at, value, raw, special });
     }
-    return found.sort((a, b) => (Number.isNaN(a.value) ? 1 : Number.isNaN(b.value) ? -1 : b.value - a.value));
+    const sign = isMoreBetter(chart.metric) ? -1 : 1;
+    return found.sort((a, b) => (Number.isNaN(a.value) ? 1 : Number.isNaN(b.value) ? -1 : sign * (a.value - b.value)));
   }
 
+  // The line under the pointer, then the best ones.
   fill(found, plot) {
     const closest = this.closest(found, plot);
     this.emphasize(closest);
-    const first = Math.max(0, Math.min(found.indexOf(closest) - ROWS / 2, found.length - ROWS));
-    const rows = found.slice(first, first + ROWS).map((entry) =>
+    const best = found.filter((entry) => entry !== closest).slice(0, ROWS - 1);
+    const rows = [closest, ...best].map((entry) =>
       el(
         "div",
         { class: entry === closest ? "tip-row tip-closest" : "tip-row" },
-        swatch(entry.line.place),
+        swatch(entry.line.hue),
         el("span", { class: "tip-label" }, entry.line.label),
-        el("span", { class: "tip-value" }, entry.special || formatNumber(entry.value)),
+        el("span", { class: "tip-value" }, entry.special || formatNumber(entry.value), entry === found[0] && found.length > 1 ? " ★" : ""),
       ),
     );
     const more = found.length - rows.length;
@@ -133,7 +134,7 @@ export class ChartReadout {
 
   emphasize(entry) {
     let changed = false;
-    for (const line of this.chart.lines) {
+    for (const line of this.chart.drawn) {
       const on = line === entry?.line;
       if ((line.emphasized || false) !== on) {
         line.emphasized = on;
@@ -145,12 +146,11 @@ export class ChartReadout {
 }
 
 function kindAt(series, at) {
-  return series.nonfinite.find(([x]) => x === at)?.[1] || "NaN";
+  return series.nonfinite.find(([from, to]) => from <= at && at <= to)?.[2] || "NaN";
 }
 
-export function swatch(place) {
+export function swatch([light, dark]) {
   const mark = el("span", { class: "swatch", "aria-hidden": "true" });
-  const [light, dark] = bothPaints(place);
   mark.style.setProperty("--light", light);
   mark.style.setProperty("--dark", dark);
   return mark;

@@ -1,4 +1,4 @@
-// A colour for every run, which it keeps while others come and go beside it where that can be.
+// A colour for every run, the same on every page: chosen by somebody, or by the run's number.
 
 // Two sets with equal order, one readable on white, one on dark grey.
 const LIGHT = [
@@ -21,35 +21,15 @@ export function isDark() {
   return systemDark.matches;
 }
 
-export function paint(index) {
-  const colors = isDark() ? DARK : LIGHT;
-  return colors[index % colors.length];
-}
-
-export function bothPaints(index) {
+// A hue is a pair of colours: on light and on dark ground.
+export function hueAt(index) {
   return [LIGHT[index % LIGHT.length], DARK[index % DARK.length]];
 }
 
-function hashText(text) {
-  let hash = 2166136261;
-  for (let i = 0; i < text.length; i++) hash = Math.imul(hash ^ text.charCodeAt(i), 16777619);
-  return hash >>> 0;
+export function hueOf({ color, number = 0 }) {
+  return color ? [color, color] : hueAt(number);
 }
 
-const FIRST = 9; // the colours that nobody mistakes for each other
-
-// Each id prefers the place among the first that its hash names, and takes the next free one, in the
-// order of the ids: the same set of runs always gets the same colours, and up to twenty runs get as
-// many.
-export function assignColors(ids) {
-  const taken = new Set();
-  const places = new Map();
-  for (const id of [...ids].sort()) {
-    const hash = hashText(id);
-    const order = LIGHT.map((_, n) => (n < FIRST ? (hash + n) % FIRST : n));
-    const place = order.find((candidate) => !taken.has(candidate)) ?? hash % LIGHT.length;
-    taken.add(place);
-    places.set(id, place);
-  }
-  return places;
+export function paint(hue) {
+  return hue[isDark() ? 1 : 0];
 }

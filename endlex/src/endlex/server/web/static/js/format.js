@@ -88,3 +88,15 @@ const COLLATOR = new Intl.Collator("en", { numeric: true, sensitivity: "base" })
 export function compareText(left, right) {
   return COLLATOR.compare(left, right);
 }
+
+const MORE_IS_BETTER = /acc|score|reward|core|f1|bleu|rouge|exact|pass|win|recall|precision|mfu|per_second/i;
+
+// Whether a metric is one of which more is better; of most, such as losses, less is.
+export function isMoreBetter(name) {
+  return MORE_IS_BETTER.test(name);
+}
+
+export function numeric(value) {
+  if (typeof value === "number") return value;
+  return { Infinity: Infinity, "-Infinity": -Infinity }[value] ?? NaN;
+}

@@ -30,7 +30,7 @@ export class LocalSource {
     const own = stored.step;
     if (!axis?.x.length || !own) return empty;
     const at = (step) => interpolate(axis.x, axis.y, step);
-    return { ...own, x: own.x.map(at), nonfinite: own.nonfinite.map(([step, kind]) => [at(step), kind]) };
+    return { ...own, x: own.x.map(at), nonfinite: own.nonfinite.map(([from, to, kind]) => [at(from), at(to), kind]) };
   }
 
   cut(series, { from = -Infinity, to = Infinity }) {
@@ -43,7 +43,7 @@ export class LocalSource {
       y: series.y.slice(first, past),
       // What the file holds is all there is: asking for a part gets nothing finer.
       sampled: false,
-      nonfinite: series.nonfinite.filter(([x]) => x >= from && x <= to),
+      nonfinite: series.nonfinite.filter(([first, last]) => last >= from && first <= to),
     };
   }
 
@@ -53,6 +53,10 @@ export class LocalSource {
 
   async tables(run, { before_step: before = Infinity } = {}) {
     return { tables: this.data.tables.filter((table) => table.step < before) };
+  }
+
+  async settings() {
+    return { view: {}, panels: {} };
   }
 
   async alerts() {

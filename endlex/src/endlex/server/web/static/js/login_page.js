@@ -1,5 +1,6 @@
 // Exchanges a token for a session cookie that scripts cannot read.
 
+import { ROOT } from "./address.js";
 import { el, remember, replaceContent } from "./dom.js";
 import { fillHeader } from "./page_header.js";
 
@@ -10,7 +11,7 @@ function buildLogin() {
   const button = el("button", { type: "submit", class: "button primary" }, "Log in");
   const form = el(
     "form",
-    { class: "login", method: "post", action: "/login", onsubmit: (event) => (event.preventDefault(), logIn(token.value, button, error)) },
+    { class: "login", method: "post", action: `${ROOT}/login`, onsubmit: (event) => (event.preventDefault(), logIn(token.value, button, error)) },
     el("h1", {}, "Log in"),
     el("label", { htmlFor: "token" }, "Token"),
     token,
@@ -26,7 +27,7 @@ async function logIn(token, button, error) {
   button.disabled = true;
   error.textContent = "";
   try {
-    const answer = await fetch("/api/v1/login", { method: "POST", body: new URLSearchParams({ token: token.trim() }), redirect: "manual" });
+    const answer = await fetch(`${ROOT}/api/v1/login`, { method: "POST", body: new URLSearchParams({ token: token.trim() }), redirect: "manual" });
     // A redirect is opaque to scripts, and means that the cookie was set.
     if (answer.ok || answer.type === "opaqueredirect") {
       remember("loggedIn", true);
@@ -44,8 +45,9 @@ async function logIn(token, button, error) {
 // Only a path of this server: an address given by a stranger leads nowhere else.
 function destination() {
   const next = new URLSearchParams(location.search).get("next") || "/";
-  const url = new URL(next, location.origin);
-  return url.origin === location.origin && next.startsWith("/") ? url.pathname + url.search + url.hash : "/";
+  const url = new URL(ROOT + next, location.origin);
+  const own = url.origin === location.origin && next.startsWith("/") && url.pathname.startsWith(ROOT);
+  return own ? url.pathname + url.search + url.hash : `${ROOT}/`;
 }
 
 buildLogin();

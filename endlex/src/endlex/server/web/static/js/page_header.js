@@ -1,5 +1,6 @@
 // The bar at the top of every page: the way back, light or dark, logging out.
 
+import { ROOT, listLink } from "./address.js";
 import { isDark } from "./colors.js";
 import { el, recall, remember, replaceContent } from "./dom.js";
 
@@ -8,7 +9,7 @@ export function fillHeader(crumbs = [], { offline = false } = {}) {
   const brand = [el("span", { class: "brand-mark", "aria-hidden": "true" }), "Endlex"];
   replaceContent(
     header,
-    offline ? el("span", { class: "brand" }, brand) : el("a", { class: "brand", href: "/" }, brand),
+    offline ? el("span", { class: "brand" }, brand) : el("a", { class: "brand", href: listLink() }, brand),
     el(
       "nav",
       { class: "crumbs", "aria-label": "You are here" },
@@ -51,9 +52,9 @@ function switchTheme(button) {
 
 function logoutButton() {
   const logOut = async () => {
-    await fetch("/api/v1/logout", { method: "POST" });
+    await fetch(`${ROOT}/api/v1/logout`, { method: "POST" });
     remember("loggedIn", false);
-    location.assign("/login");
+    location.assign(`${ROOT}/login`);
   };
   return el("button", { type: "button", class: "button", onclick: logOut }, "Log out");
 }

@@ -28,12 +28,13 @@ export function nearestIndex(x, value) {
 }
 
 // Widens `bounds` ([low, high]) by the finite values in view; on a log axis only positive ones.
-export function includeValues(bounds, x, y, from, to, positive) {
+export function includeValues(bounds, x, y, from, to, positive, [low, high] = [-Infinity, Infinity]) {
   const first = lowerBound(x, from);
   for (let i = first; i < x.length && x[i] <= to; i++) {
     const value = y[i];
     // Comparisons with NaN are false, so what is not finite changes nothing.
     if (positive && !(value > 0)) continue;
+    if (value < low || value > high) continue;
     if (value < bounds[0]) bounds[0] = value;
     if (value > bounds[1]) bounds[1] = value;
   }
@@ -41,9 +42,11 @@ export function includeValues(bounds, x, y, from, to, positive) {
 
 const BINS = 400;
 const OUTLIERS = 0.025;
+const WORTH = 3; // times narrower an axis must get before any value is left out
 
 // Narrows `bounds` to leave out the lowest and highest 2.5 % of the values in `spans`, each
-// {x, y, from, to}; a histogram is exact to a bin, and fast enough for every frame.
+// {x, y, from, to}, where that makes the axis a lot clearer; a histogram is exact to a bin, and fast
+// enough for every frame.
 export function withoutOutliers([low, high], spans, positive) {
   if (!(high > low)) return [low, high];
   const counts = new Uint32Array(BINS);
@@ -61,10 +64,15 @@ export function withoutOutliers([low, high], spans, positive) {
   let last = BINS - 1;
   for (let sum = counts[first]; sum <= spared && first < last; ) sum += counts[++first];
   for (let sum = counts[last]; sum <= spared && last > first; ) sum += counts[--last];
+  if ((last + 1 - first) * WORTH > BINS) return [low, high];
   const value = positive
     ? (bin) => low * (high / low) ** (bin / BINS)
     : (bin) => low + ((high - low) * bin) / BINS;
-  return [value(first), value(last + 1)];
+  // The bin is wide beside what is left; the values themselves say where the axis ends.
+  const bounds = [Infinity, -Infinity];
+  const inner = [value(first), value(last + 1)];
+  for (const { x, y, from, to } of spans) includeValues(bounds, x, y, from, to, positive, inner);
+  return bounds[0] <= bounds[1] ? bounds : inner;
 }
 
 // The axis around `bounds`: some air, and never empty.
@@ -151,20 +159,48 @@ function dot(context, px, py, radius) {
   context.fill();
 }
 
-// Marks at the axis what has no place in the plot: NaN and -Infinity below, Infinity above.
+// Fills the area between the edges of a band.
+export function fillBand(context, x, low, high, [first, past], toX, toY) {
+  context.beginPath();
+  for (let i = first; i < past; i++) if (Number.isFinite(high[i])) context.lineTo(toX(x[i]), toY(high[i]));
+  for (let i = past - 1; i >= first; i--) if (Number.isFinite(low[i])) context.lineTo(toX(x[i]), toY(low[i]));
+  context.fill();
+}
+
+function triangle(context, px, apex, base, size) {
+  context.beginPath();
+  context.moveTo(px, apex);
+  context.lineTo(px - size, base);
+  context.lineTo(px + size, base);
+  context.closePath();
+  context.fill();
+}
+
+// Marks at the edges where values lie beyond them, once for a few pixels.
+export function markOutliers(context, x, y, [first, past], [low, high], toX, box) {
+  const size = 3 * (window.devicePixelRatio || 1);
+  const last = [-Infinity, -Infinity];
+  for (let i = first; i < past; i++) {
+    if (y[i] <= high && y[i] >= low) continue;
+    const above = y[i] > high ? 1 : 0;
+    const px = toX(x[i]);
+    if (!Number.isFinite(y[i]) || px - last[above] < 2 * size) continue;
+    last[above] = px;
+    const edge = above ? box.top : box.top + box.height;
+    triangle(context, px, edge, edge + (above ? 1.6 : -1.6) * size, size);
+  }
+}
+
+// Marks at the axis what has no place in the plot, each stretch from end to end: NaN and -Infinity
+// below, Infinity above.
 export function markNonFinite(context, nonfinite, from, to, toX, box) {
   const size = 5 * (window.devicePixelRatio || 1);
-  for (const [x, kind] of nonfinite) {
-    if (x < from || x > to) continue;
-    const px = toX(x);
-    const up = kind === "Infinity";
-    const base = up ? box.top : box.top + box.height;
-    const tip = up ? base + 1.6 * size : base - 1.6 * size;
-    context.beginPath();
-    context.moveTo(px, up ? base : tip);
-    context.lineTo(px - size, up ? tip : base);
-    context.lineTo(px + size, up ? tip : base);
-    context.closePath();
-    context.fill();
+  for (const [first, last, kind] of nonfinite) {
+    if (last < from || first > to) continue;
+    const [left, right] = [toX(Math.max(first, from)), toX(Math.min(last, to))];
+    const top = kind === "Infinity";
+    const base = top ? box.top : box.top + box.height;
+    triangle(context, (left + right) / 2, top ? base : base - 1.6 * size, top ? base + 1.6 * size : base, size);
+    context.fillRect(left, top ? base : base - 3, right - left, 3);
   }
 }

@@ -1,11 +1,12 @@
 // One run: what it is, how it goes, and tabs for charts, samples, tables, configuration, system
 // metrics and checkpoints. The same view serves the live page and the exported file.
 
+import { listLink } from "./address.js";
 import { AlertBanner } from "./alerts.js";
 import { request, runPath } from "./api.js";
 import { ChartBoard } from "./chart_board.js";
 import { checkpointsView } from "./checkpoints.js";
-import { assignColors } from "./colors.js";
+import { hueOf } from "./colors.js";
 import { configView } from "./config_view.js";
 import { el, fail, replaceContent, toast } from "./dom.js";
 import { formatAgo, formatDate, formatDuration, formatNumber } from "./format.js";
@@ -31,7 +32,7 @@ export class RunView {
   build() {
     const { run, source } = this;
     document.title = `${run.name} · Endlex`;
-    fillHeader([["Runs", "/"], [run.project, `/?q=${encodeURIComponent(`project:${run.project}`)}`], [run.name]], { offline: !source.live });
+    fillHeader([["Runs", listLink()], [run.project, listLink({ project: run.project })], [run.name]], { offline: !source.live });
     this.alerts = new AlertBanner(source, this.id);
     this.facts = el("div", { class: "facts" });
     this.headlines = el("dl", { class: "headlines" });
@@ -51,7 +52,7 @@ export class RunView {
       "div",
       { class: "run-head" },
       el("h1", {}, editableText(run.name, { label: "name", empty: run.run, onsave: save("name") })),
-      editableTags(run.tags, { onsave: save("tags"), onpick: (tag) => location.assign(`/?q=${encodeURIComponent(`tag:${tag}`)}`) }),
+      editableTags(run.tags, { onsave: save("tags"), onpick: (tag) => location.assign(listLink({ q: `tag:${tag}` })) }),
       editableText(run.group, { label: "group", empty: "+ group", onsave: save("group") }),
       el("span", { class: "spring" }),
       el("details", { class: "picker" }, el("summary", { class: "button" }, "Export"), el("div", { class: "picker-list links" }, formats)),
@@ -99,10 +100,10 @@ export class RunView {
   board(key, belongs) {
     const { run, source } = this;
     const metrics = run.metrics.map((metric) => metric.name).filter(belongs);
-    const place = assignColors([this.id]).get(this.id);
     const board = new ChartBoard(source, {
       key,
-      runs: [{ run: this.id, label: run.name, place, created: run.created, metrics }],
+      project: run.project,
+      runs: [{ ...run, label: run.name, hue: hueOf(run), metrics }],
       // A system session counts seconds from its own start, so only time joins several of them.
       xKinds: key === "system" ? ["elapsed", "time"] : undefined,
     });
@@ -151,6 +152,11 @@ export class RunView {
     await request(runPath(this.id), { method: "PATCH", body: changes });
     Object.assign(this.run, changes);
     document.title = `${this.run.name} · Endlex`;
+  }
+
+  // Asks for all of the charts again, as after a press of Escape.
+  showAll() {
+    for (const board of this.boards) board.setView(null, null);
   }
 
   async archive(button) {

@@ -18,7 +18,7 @@ export class SeriesLoader {
   // Resolves to the metric's {x, y, count, sampled, nonfinite} with numbers in Float64Arrays.
   load(run, metric, range, signal) {
     return new Promise((resolve, reject) => {
-      const key = JSON.stringify([run, range.x, range.from, range.to, range.points]);
+      const key = JSON.stringify([run, range]);
       const job = { run, metric, range, key, signal, resolve, reject };
       signal?.addEventListener("abort", () => this.drop(job), { once: true });
       this.waiting.push(job);
@@ -102,6 +102,6 @@ export function joinSeries(old, fresh) {
     y,
     count: old.count + fresh.count - (old.x.length - keep),
     sampled: old.sampled || fresh.sampled,
-    nonfinite: [...old.nonfinite.filter(([at]) => at < start), ...fresh.nonfinite],
+    nonfinite: [...old.nonfinite.filter(([from]) => from < start), ...fresh.nonfinite],
   };
 }

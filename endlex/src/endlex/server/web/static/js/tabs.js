@@ -35,7 +35,7 @@ export function tabList(tabs, label) {
     if (!built.has(tab.id)) built.set(tab.id, tab.build());
     panel.setAttribute("aria-labelledby", `tab-${tab.id}`);
     replaceContent(panel, built.get(tab.id));
-    if (remembered) history.replaceState(null, "", `#${tab.id}`);
+    if (remembered) history.replaceState(null, "", `${location.search}#${tab.id}`);
   };
   addEventListener("hashchange", () => open(location.hash.slice(1), false));
   return {
