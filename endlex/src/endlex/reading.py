@@ -34,6 +34,7 @@ from endlex.protocol import (
     EndlexError,
     decode_number,
     encode_number,
+    move_aliases,
 )
 
 
@@ -229,6 +230,7 @@ def summarize(directory: Path) -> dict[str, Any]:
         summary["status"] = session["status"]
     for session in summary["sessions"][:1]:
         summary["created"] = session["started"] or summary["created"]
+    move_aliases(summary["checkpoints"])
     summary["metrics"] = [_describe(name, series) for name, series in sorted(metrics.items())]
     summary["summary"] = {m["name"]: m["last"] for m in summary["metrics"]}
     return summary

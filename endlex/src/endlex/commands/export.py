@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from endlex.api import run_path
 from endlex.client.process import fsync
 from endlex.commands.rendering import format_bytes
-from endlex.commands.server_api import find_server, run_path
-from endlex.commands.targets import find_server_run, is_run_directory
+from endlex.commands.targets import find_server, find_server_run, is_run_directory
 from endlex.commands.usage import UsageError
 from endlex.protocol import TABLE, TEXT, EndlexError, encode_number
 from endlex.reading import iter_session, read_points, session_files, summarize

@@ -48,7 +48,9 @@ async def export(
     if format == "html":
         page = await server.workers.read(_page, server, run, found)
         return Response(page, 200, headers, FORMATS[format])
-    pieces = _stream(server, run, partial(iter_csv, wanted=metric) if format == "csv" else iter_json)
+    pieces = _stream(
+        server, run, partial(iter_csv, wanted=metric) if format == "csv" else iter_json
+    )
     return StreamingResponse(pieces, 200, headers, FORMATS[format])
 
 

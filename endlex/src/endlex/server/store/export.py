@@ -1,9 +1,9 @@
 """A run as a file that others read: CSV, JSON or Parquet.
 
 All points are in it, none downsampled; of two at one step the later. CSV and Parquet have a row per
-point: metric, step, time, value. JSON has everything else too that the run's journals say. Steps are
-unique in a metric: those of the machine's own metrics, seconds since their session began, go on
-from session to session.
+point: metric, step, time, value. JSON has everything else too that the run's journals say. Steps
+are unique in a metric: those of the machine's own metrics, seconds since their session began, go
+on from session to session.
 
 CSV and JSON are made a stretch at a time, so a large run does not fill the memory.
 """
@@ -30,12 +30,6 @@ from endlex.protocol import encode_number
 from endlex.server.store.queries import find_run, show_run
 from endlex.server.store.records import Points
 from endlex.server.store.series import machine_sessions, read_all_points
-    EMPTY,
-    StepRange,
-    machine_sessions,
-    read_all_points,
-    read_points,
-)
 from endlex.server.store.texts import Page, list_tables, list_texts
 
 FORMATS = {
