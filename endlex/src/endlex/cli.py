@@ -305,6 +305,11 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trusted-proxy", help="address of a proxy whose headers are believed")
     parser.add_argument(
+        "--root-path", default="", help="path under which a proxy shows it: /endlex"
+    )
+    parser.add_argument("--tls-cert", type=Path, help="certificate (PEM), to serve HTTPS itself")
+    parser.add_argument("--tls-key", type=Path, help="the certificate's private key (PEM)")
+    parser.add_argument(
         "--alert",
         action="append",
         default=[],

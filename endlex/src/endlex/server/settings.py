@@ -32,14 +32,14 @@ class Settings:
     """Serve other machines, or a proxy that does: every request needs a token."""
     trusted_proxy: str | None = None
     """The address of the proxy in front, whose X-Forwarded headers are believed."""
-    alerts: tuple[str, ...] = ()
-    """Addresses that get each alert, as `watch.notify` knows them."""
     root_path: str = ""
     """The path under which a proxy shows the server, such as /endlex, cut off or not."""
     tls_cert: Path | None = None
     """A certificate's file (PEM), with which the server speaks HTTPS itself."""
     tls_key: Path | None = None
     """The file of its private key."""
+    alerts: tuple[str, ...] = ()
+    """Addresses that get each alert, as `watch.notify` knows them."""
     alert_webhook: str | None = None
     """A URL that gets each alert as JSON."""
     ntfy: str | None = None

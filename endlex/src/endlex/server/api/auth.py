@@ -148,8 +148,7 @@ def revoke_token(data_dir: Path, token: int | str) -> int:
     column = "pk" if isinstance(token, int) else "name"
     with _database(data_dir) as connection:
         changed = connection.execute(
-            f"UPDATE token SET revoked=? WHERE {column}=? AND revoked IS NULL",
-            (time.time(), token),
+            f"UPDATE token SET revoked=? WHERE {column}=? AND revoked IS NULL", (time.time(), token)
         ).rowcount
     if not changed:
         raise _unknown_token(token)

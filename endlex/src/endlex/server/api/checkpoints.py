@@ -12,14 +12,7 @@ import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from endlex.protocol import (
-    MAX_NAME_CHARS,
-    MAX_PARTS_ASKED,
-    REMOVED,
-    Part,
-    check_name,
-    check_sha256,
-)
+from endlex.protocol import MAX_NAME_CHARS, MAX_PARTS_ASKED, REMOVED, Part, check_name, check_sha256
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import drain, iter_body, json_response, read_body, read_json
 from endlex.server.api.ranges import ByteRange, parse_range

@@ -28,13 +28,7 @@ from endlex.server.store.annotations import (
     save_setting,
 )
 from endlex.server.store.charts import ChartQuery, read_chart
-from endlex.server.store.queries import (
-    RunQuery,
-    find_run,
-    list_alerts,
-    list_runs,
-    show_run,
-)
+from endlex.server.store.queries import RunQuery, find_run, list_alerts, list_runs, show_run
 from endlex.server.store.texts import Page, list_tables, list_texts
 
 router = APIRouter(prefix="/api/v1")
@@ -160,7 +154,7 @@ async def series(
 
 
 async def page_of(name: str | None = None, before_step: Step = None, limit: Limit = 100) -> Page:
-    return Page(name, before_step, limit)
+    return Page(name, before_step, limit, own=False)
 
 
 AskedPage = Annotated[Page, Depends(page_of)]

@@ -174,9 +174,5 @@ def _describe_anew(
     metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
     connection.execute(
         "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
-        (
-            orjson.dumps(manifest["aliases"]).decode(),
-            orjson.dumps(metadata).decode(),
-            pk,
-        ),
+        (orjson.dumps(manifest["aliases"]).decode(), orjson.dumps(metadata).decode(), pk),
     )

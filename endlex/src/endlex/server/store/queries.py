@@ -234,6 +234,7 @@ def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
         "metrics": list_metrics(connection, pk),
         "texts": _names(connection, "text", pk),
         "tables": _names(connection, "data_table", pk),
+        "media": _names(connection, "media", pk),
         "checkpoints": list_checkpoints(connection, pk),
     }
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import orjson
 
+OWN_PREFIX = "run/"
+
 
 @dataclass(frozen=True)
 class Page:
@@ -19,6 +21,8 @@ class Page:
     name: str | None = None
     before_step: int | None = None
     limit: int = 100
+    own: bool = True
+    """Whether those are among them that Endlex records itself, such as what a run printed."""
 
 
 def list_texts(connection: sqlite3.Connection, run: int, page: Page) -> list[dict[str, Any]]:
@@ -42,6 +46,8 @@ def latest(
     if page.name is not None:
         where += " AND name = ?"
         values.append(page.name)
+    elif not page.own:
+        where += f" AND name NOT LIKE '{OWN_PREFIX}%'"
     if page.before_step is not None:
         where += " AND step < ?"
         values.append(page.before_step)

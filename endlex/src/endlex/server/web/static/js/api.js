@@ -88,6 +88,14 @@ export class ApiSource {
     return request(runPath(run, `/tables${query(options)}`));
   }
 
+  media(run, options) {
+    return request(runPath(run, `/media${query(options)}`));
+  }
+
+  mediaUrl(run, id) {
+    return `${API}${runPath(run, `/media/${id}`)}`;
+  }
+
   checkpoint(run, name) {
     return request(runPath(run, `/checkpoints/${encodeURIComponent(name)}`));
   }
@@ -111,7 +119,7 @@ export class ApiSource {
 export function subscribe(run, onevent, onreturn) {
   let stream = null;
   let opened = false;
-  const kinds = ["run", "metrics", "text", "checkpoint", "alert"];
+  const kinds = ["run", "metrics", "text", "media", "checkpoint", "alert"];
   const open = () => {
     if (stream || document.hidden) return;
     stream = new EventSource(`${API}/events${query({ run })}`);

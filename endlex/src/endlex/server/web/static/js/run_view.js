@@ -12,7 +12,8 @@ import { el, fail, replaceContent, toast } from "./dom.js";
 import { formatAgo, formatDate, formatDuration, formatNumber } from "./format.js";
 import { editableTags, editableText } from "./inline_edit.js";
 import { fillHeader } from "./page_header.js";
-import { samplesView, tablesView } from "./samples.js";
+import { logView } from "./log_view.js";
+import { mediaView, samplesView, tablesView } from "./samples.js";
 import { sessionsView } from "./sessions.js";
 import { statusPill } from "./status.js";
 import { tabList } from "./tabs.js";
@@ -88,13 +89,15 @@ export class RunView {
     const viewer = (id, make) => () => (this.viewers[id] = make(source, this.id)).root;
     return [
       { id: "charts", label: "Charts", count: names.length - system, build: () => this.board("run", (name) => !isSystem(name)) },
-      { id: "samples", label: "Samples", count: count(run.texts), build: viewer("samples", samplesView) },
+      { id: "samples", label: "Samples", count: samples(run), build: viewer("samples", samplesView) },
       { id: "tables", label: "Tables", count: count(run.tables), build: viewer("tables", tablesView) },
+      count(run.media) > 0 && source.live && { id: "media", label: "Media", count: count(run.media), build: viewer("media", mediaView) },
       { id: "config", label: "Config", build: () => configView(run.config) },
       { id: "system", label: "System", count: system, build: () => this.board("system", isSystem) },
       { id: "checkpoints", label: "Checkpoints", count: count(run.checkpoints), build: () => (this.checkpoints = el("div", {}, checkpointsView(source, this.id, run.checkpoints || []))) },
+      ownTexts(run).length > 0 && { id: "log", label: "Log", build: () => logView(source, this.id, ownTexts(run)) },
       { id: "sessions", label: "Sessions", count: count(run.sessions), build: () => sessionsView(run.sessions || []) },
-    ];
+    ].filter(Boolean);
   }
 
   board(key, belongs) {
@@ -119,6 +122,7 @@ export class RunView {
       for (const board of this.boards) board.update(this.id, data.metrics.filter(board.belongs), data.last_step);
     }
     if (kind === "text") this.viewers.samples?.refresh();
+    if (kind === "media") this.viewers.media?.refresh();
     if (kind === "alert") this.alerts.refresh();
   }
 
@@ -139,7 +143,7 @@ export class RunView {
     const { run, tabs } = this;
     this.renderFacts();
     const system = run.metrics.filter((metric) => isSystem(metric.name)).length;
-    const counts = { charts: run.metrics.length - system, system, samples: count(run.texts), tables: count(run.tables), checkpoints: count(run.checkpoints), sessions: count(run.sessions) };
+    const counts = { charts: run.metrics.length - system, system, samples: samples(run), tables: count(run.tables), media: count(run.media), checkpoints: count(run.checkpoints), sessions: count(run.sessions) };
     for (const [id, number] of Object.entries(counts)) tabs.setCount(id, number);
     this.viewers.tables?.refresh();
     const open = this.checkpoints?.querySelector("details[open]");
@@ -192,4 +196,13 @@ function isSystem(name) {
 
 function count(list) {
   return list?.length ?? 0;
+}
+
+// What Endlex records itself: what the run printed, its environment, what ended it.
+function ownTexts({ texts = [] }) {
+  return texts.filter((name) => name.startsWith("run/"));
+}
+
+function samples(run) {
+  return count(run.texts) - ownTexts(run).length;
 }

@@ -1,7 +1,9 @@
-// Texts and tables logged at steps: a slider over the steps, and every name's latest up to there.
+// Texts, tables, pictures, sound and video logged at steps: a slider over the steps, and every name's
+// latest up to there.
 
-import { el, fail, replaceContent } from "./dom.js";
-import { compareText, formatDate, formatInteger, formatValue } from "./format.js";
+import { download, el, fail, replaceContent } from "./dom.js";
+import { compareText, formatBytes, formatDate, formatInteger, formatNumber, formatValue } from "./format.js";
+import { svg } from "./svg.js";
 
 const PAGE = 200;
 const ROWS = 500;
@@ -97,26 +99,86 @@ class StepViewer {
 export function samplesView(source, run) {
   return new StepViewer({
     what: "samples",
-    load: (options) => source.texts(run, options).then((answer) => answer.texts),
+    load: (options) => source.texts(run, options).then((answer) => answer.texts.filter(({ name }) => !name.startsWith("run/"))),
     show: (record) => el("pre", { class: "sample" }, record.text),
   });
 }
 
 export function tablesView(source, run) {
+  const states = new Map(); // how each name is sorted and filtered, from step to step
+  const stateOf = (name) => states.get(name) || states.set(name, { sort: null, down: false, filter: "" }).get(name);
   return new StepViewer({
     what: "tables",
     load: (options) => source.tables(run, options).then((answer) => answer.tables),
-    show: showTable,
+    show: (record) => (isHistogram(record) ? histogram(record) : table(record, stateOf(record.name))),
   });
 }
 
-function showTable({ columns = [], rows = [] }) {
-  const head = el("tr", {}, columns.map((name) => el("th", { scope: "col" }, String(name))));
-  const body = rows.slice(0, ROWS).map((row) => el("tr", {}, row.map((value) => el("td", { class: typeof value === "number" ? "number" : "" }, formatValue(value)))));
-  return el(
-    "div",
-    { class: "table-scroll" },
-    el("table", { class: "plain" }, el("thead", {}, head), el("tbody", {}, body)),
-    rows.length > ROWS && el("p", { class: "quiet" }, `${formatInteger(rows.length - ROWS)} more rows: export the run to see them.`),
+export function mediaView(source, run) {
+  return new StepViewer({
+    what: "media",
+    load: (options) => source.media(run, options).then((answer) => answer.media),
+    show: (record) => showMedia(source.mediaUrl(run, record.id), record),
+  });
+}
+
+function showMedia(url, { name, mime, bytes, caption }) {
+  const kind = mime.split("/")[0];
+  const link = el("a", { href: url, download: name }, `${mime}, ${formatBytes(bytes)}`);
+  const shown = {
+    image: () => el("a", { href: url, target: "_blank" }, el("img", { class: "media", src: url, alt: caption || name, loading: "lazy" })),
+    audio: () => el("audio", { src: url, controls: true, preload: "none" }),
+    video: () => el("video", { class: "media", src: url, controls: true, preload: "metadata" }),
+  }[kind];
+  return el("figure", {}, mime !== "image/svg+xml" && shown?.(), el("figcaption", { class: "quiet" }, caption && `${caption} · `, link));
+}
+
+// A table that is sorted by its heads, filtered and downloaded.
+function table({ name, step, columns = [], rows = [] }, state) {
+  const [head, body, note] = [el("tr"), el("tbody"), el("span", { class: "quiet" })];
+  const matches = (row) => row.some((value) => formatValue(value).toLowerCase().includes(state.filter.toLowerCase()));
+  const chosen = () => {
+    const found = state.filter ? rows.filter(matches) : [...rows];
+    if (state.sort === null) return found;
+    const sign = state.down ? -1 : 1;
+    return found.sort(([...a], [...b]) => sign * compareValues(a[state.sort], b[state.sort]));
+  };
+  const sortBy = (index) => {
+    state.down = state.sort === index && !state.down;
+    state.sort = index;
+    fill();
+  };
+  const fill = () => {
+    const found = chosen();
+    const arrow = (index) => (state.sort === index ? (state.down ? " ↓" : " ↑") : "");
+    replaceContent(head, columns.map((column, index) => el("th", { scope: "col" }, el("button", { type: "button", class: "sort", onclick: () => sortBy(index) }, String(column) + arrow(index)))));
+    replaceContent(body, found.slice(0, ROWS).map((row) => el("tr", {}, row.map((value) => el("td", { class: typeof value === "number" ? "number" : "" }, formatValue(value))))));
+    note.textContent = found.length > ROWS ? `the first ${ROWS} of ${formatInteger(found.length)} rows` : `${formatInteger(found.length)} rows`;
+  };
+  const filter = el("input", { type: "search", placeholder: "Filter rows", value: state.filter, "aria-label": `Filter ${name}`, oninput: () => ((state.filter = filter.value), fill()) });
+  const csv = () => [columns, ...chosen()].map((row) => row.map((value) => `"${formatValue(value).replaceAll('"', '""')}"`).join(",")).join("\n");
+  const save = el("button", { type: "button", class: "button", onclick: () => download(`${name.replaceAll("/", "-")}-${step}.csv`, csv(), "text/csv") }, "CSV");
+  fill();
+  return [el("div", { class: "toolbar" }, filter, save, note), el("div", { class: "table-scroll" }, el("table", { class: "plain" }, el("thead", {}, head), body))];
+}
+
+function compareValues(a, b) {
+  return typeof a === "number" && typeof b === "number" ? a - b : compareText(formatValue(a), formatValue(b));
+}
+
+// `log_histogram` writes tables of these columns.
+function isHistogram({ columns = [], rows = [] }) {
+  return rows.length > 0 && columns.join() === "low,high,count";
+}
+
+function histogram({ name, rows }) {
+  const [width, height] = [600, 140];
+  const [low, high] = [rows[0][0], rows[rows.length - 1][1]];
+  const most = Math.max(...rows.map(([, , count]) => count), 1);
+  const x = (value) => ((value - low) / (high - low || 1)) * width;
+  const bars = rows.map(([from, to, count]) =>
+    svg("rect", { x: x(from), y: height - (count / most) * height, width: Math.max(0.5, x(to) - x(from) - 0.5), height: (count / most) * height, class: "bar" }, svg("title", {}, `${formatNumber(from)} to ${formatNumber(to)}: ${formatNumber(count)}`)),
   );
+  const ends = [[0, "start", low], [width, "end", high]].map(([at, anchor, value]) => svg("text", { x: at, y: height + 15, "text-anchor": anchor }, formatNumber(value)));
+  return el("div", { class: "picture" }, svg("svg", { viewBox: `0 -4 ${width} ${height + 24}`, role: "img", "aria-label": `Histogram ${name}` }, bars, ends));
 }

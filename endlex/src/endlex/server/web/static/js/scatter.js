@@ -5,18 +5,12 @@ import { runLink } from "./address.js";
 import { el, fail, recall, remember, replaceContent } from "./dom.js";
 import { compareText, formatNumber, isMoreBetter, numeric } from "./format.js";
 import { bestFirst, differingKeys } from "./run_table.js";
+import { svg } from "./svg.js";
 
 const WIDTH = 1000;
 const HEIGHT = 460;
 const EDGE = 70;
 const TICKS = 5;
-
-function svg(tag, properties, ...children) {
-  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [key, value] of Object.entries(properties)) element.setAttribute(key, value);
-  element.append(...children.flat());
-  return element;
-}
 
 // A scale for values of one key: numbers are measured, anything else is put in order.
 class Scale {
