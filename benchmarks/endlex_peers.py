@@ -11,9 +11,9 @@ For each tool, in processes of its own, with what it does by default and no serv
     stored   points per second from the first of 10,000 calls until `finish` returns: 100,000 points
     chart    until one metric of 10,000 points is there as arrays, read by the tool's own means
 
-Endlex's `stored` and `chart` go by its server: until it has acknowledged every point, and as a chart
-asks for it. wandb reads nothing back offline. A tool that is not installed is left out. The last line
-is one JSON object.
+Endlex's `stored` and `chart` go by its server: until it has acknowledged every point, and as a
+chart asks for it. wandb reads nothing back offline. A tool that is not installed is left out. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ found = set.intersection(*steps) if steps else set()
 """,
     "mlflow": """
 import sqlite3
-rows = sqlite3.connect(folder + "/mlflow.db").execute("SELECT step, count(*) FROM metrics GROUP BY step")
+database = sqlite3.connect(folder + "/mlflow.db")
+rows = database.execute("SELECT step, count(*) FROM metrics GROUP BY step")
 found = {step for step, count in rows if count == 10}
 """,
 }
@@ -210,10 +211,10 @@ def time_chart(tool: str, folder: Path, points: int, url: str | None) -> float |
         return None
     head = "import sys, time\nfolder = sys.argv[1]\n"
     tail = "\ntook = time.perf_counter() - began\nprint(took, len(points))"
-    took, found = run_python(head + CHARTS[tool] + tail, folder).split()
+    seconds, found = run_python(head + CHARTS[tool] + tail, folder).split()
     if int(found) != points:
         raise RuntimeError(f"{tool} gave {found} of {points} points")
-    return round(float(took) * 1000, 2)
+    return round(float(seconds) * 1000, 2)
 
 
 def measure(tool: str, folder: Path, calls: int, url: str | None) -> Figures:
