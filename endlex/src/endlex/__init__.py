@@ -9,18 +9,23 @@
 
 `endlex.run` is the run that `init` returned last, and `endlex.log` and so on act on it. What is
 on the disk can be read back: `read_run` yields a run's records, and `read_run_file` returns the id
-and names of the run in a directory.
+and names of the run in a directory. `endlex.Api` reads the runs of a server.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from endlex.client.environment import describe_environment
 from endlex.client.run import Run
 from endlex.client.run_directory import given_run_id, read_run_file
 from endlex.client.tracker import (
+    alert,
     current_run,
     finish,
     init,
     log,
+    log_file,
+    log_histogram,
+    log_image,
     log_table,
     log_text,
     save,
@@ -29,16 +34,24 @@ from endlex.protocol import EndlexError
 from endlex.reading import read_run
 
 if TYPE_CHECKING:
+    from endlex.api import Api
+
     run: Run | None
     __version__: str
 
 __all__ = [
+    "Api",
     "EndlexError",
     "Run",
+    "alert",
+    "describe_environment",
     "finish",
     "given_run_id",
     "init",
     "log",
+    "log_file",
+    "log_histogram",
+    "log_image",
     "log_table",
     "log_text",
     "read_run",
@@ -51,6 +64,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "run":
         return current_run()
+    if name == "Api":
+        from endlex.api import Api
+
+        return Api
     if name == "__version__":
         from importlib.metadata import version
 

@@ -76,6 +76,8 @@ SCOPES: dict[Scope, str] = {
 
 REPLACES = "replaces"
 """Key in a checkpoint's metadata: once published, it replaces the older ones with the same word."""
+KEEP = "keep"
+"""Alias of checkpoints that no rule removes; the only one that several may have."""
 REMOVED = "removed"
 """State of a checkpoint that was published and that a rule or a person let go of since."""
 
@@ -272,6 +274,19 @@ def _check_distinct(paths: list[str]) -> None:
     directories = {path[:i] for path in paths for i, c in enumerate(path) if c == "/"}
     for path in directories.intersection(paths):
         raise EndlexError(f"{path!r} is a file and a directory in one checkpoint")
+
+
+def move_aliases(checkpoints: list[dict[str, Any]]) -> None:
+    """Leave each alias with the checkpoint that has it now: the newest published one, else any."""
+    owners: dict[str, dict[str, Any]] = {}
+    for checkpoint in sorted(checkpoints, key=lambda c: (c["state"] == "published", c["created"])):
+        owners |= dict.fromkeys(checkpoint["aliases"] or (), checkpoint)
+    for checkpoint in checkpoints:
+        checkpoint["aliases"] = [
+            alias
+            for alias in checkpoint["aliases"] or ()
+            if alias == KEEP or owners[alias] is checkpoint
+        ]
 
 
 def encode_number(value: float) -> float | str:

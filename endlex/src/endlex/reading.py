@@ -34,6 +34,7 @@ from endlex.protocol import (
     EndlexError,
     decode_number,
     encode_number,
+    move_aliases,
 )
 
 
@@ -229,6 +230,7 @@ def summarize(directory: Path) -> dict[str, Any]:
         summary["status"] = session["status"]
     for session in summary["sessions"][:1]:
         summary["created"] = session["started"] or summary["created"]
+    move_aliases(summary["checkpoints"])
     summary["metrics"] = [_describe(name, series) for name, series in sorted(metrics.items())]
     summary["summary"] = {m["name"]: m["last"] for m in summary["metrics"]}
     return summary
@@ -298,3 +300,37 @@ def _describe(name: str, series: dict[int, float]) -> dict[str, Any]:
         "max": max(finite, default=None),
         "last_step": last_step,
     }
+
+
+Points = dict[int, tuple[float, float]]
+"""By step: time and value."""
+
+
+def read_points(directory: Path) -> dict[str, Points]:
+    """Return a run's points by metric and step; of two values at one step the later counts.
+
+    The steps of the machine's own metrics, seconds since their session began, go on from session to
+    session, as the server exports them.
+    """
+    trainer: dict[str, Points] = {}
+    machine: dict[str, list[tuple[float, int, float]]] = {}
+    for path in session_files(directory):
+        is_machine = session_kind(path) == SYSTEM
+        seen: dict[str, Points] = {}
+        for record in iter_session(path):
+            if record["type"] == METRICS:
+                for name, value in values_of(record):
+                    found = seen if is_machine else trainer
+                    found.setdefault(name, {})[record["step"]] = (record["time"], value)
+        for name, points in seen.items():
+            rows = ((time, step, value) for step, (time, value) in sorted(points.items()))
+            machine.setdefault(name, []).extend(rows)
+    return trainer | {name: _in_seconds(rows) for name, rows in machine.items()}
+
+
+def _in_seconds(rows: list[tuple[float, int, float]]) -> Points:
+    start, last, points = min(time - step for time, step, _ in rows), -1, Points()
+    for time, _, value in sorted(rows, key=lambda row: row[0]):
+        last = max(last + 1, round(time - start))
+        points[last] = (time, value)
+    return points

@@ -102,7 +102,7 @@ def test_strict_raises_for_what_is_not_recorded_otherwise(tmp_path: Path) -> Non
         ("  ", "unnamed"),
         ("a\tb", "a_b"),
         ("\0", "_"),
-        ("x" * (MAX_NAME_CHARS + 1), "x" * MAX_NAME_CHARS),
+        ("x" * (MAX_NAME_CHARS + 1), "x" * (MAX_NAME_CHARS - 9) + "~84a0678c"),
         (3, "3"),
     ],
 )

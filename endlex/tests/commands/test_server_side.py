@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import endlex
@@ -96,8 +97,9 @@ def test_csv_of_a_directory_is_that_of_the_server(
         list(csv.DictReader((place / f"{side}.csv").open())) for side in ("here", "there")
     )
     assert here == there
-    wanted = [row["value"] for row in here if row["metric"] == "train/loss" and row["step"] == "3"]
-    assert wanted == ["NaN"]
+    values = {(row["metric"], row["step"]): row["value"] for row in here}
+    assert len(values) == len(here) == 11
+    assert values["train/loss", "3"] == "NaN"
 
 
 def test_what_a_directory_is_exported_as_is_what_the_server_makes_of_it(
@@ -126,16 +128,18 @@ def test_what_a_directory_is_exported_as_is_what_the_server_makes_of_it(
     again.log({"loss": math.nan, "late": 1e300}, step=1)
     again.finish("failed")
     assert cli("sync", run.directory)[0] == 0
-    for kind in ("json", "csv"):
+    for kind in ("json", "csv", "parquet"):
         assert cli("export", owner["run"], "-o", f"there.{kind}")[0] == 0
         assert cli("export", run.directory, "-o", f"here.{kind}")[0] == 0
     assert (place / "here.csv").read_text() == (place / "there.csv").read_text()
+    tables = [pq.read_table(place / f"{side}.parquet") for side in ("here", "there")]
+    assert str(tables[0].to_pylist()) == str(tables[1].to_pylist())
     here, there = (json.loads((place / f"{side}.json").read_text()) for side in ("here", "there"))
     assert here == there
     assert here["series"]["system/load"] == {
-        "step": [1],  # of the same second: the later one
+        "step": [1, 2],
         "time": here["series"]["system/load"]["time"],
-        "value": [2.0],
+        "value": [1.0, 2.0],
     }
     assert here["series"]["loss"]["value"] == [1.0, "NaN", 1.0 / 3]
     assert [text["text"] for text in here["texts"]] == ["the later one", "first of 1", "first of 0"]

@@ -238,9 +238,11 @@ def test_exports_hold_every_point(box: Any, make_box: Any, tmp_path: Any) -> Non
     url = f"/api/v1/runs/{RUN}/export"
     rows = list(csv.reader(io.StringIO(box.client.get(url).text)))
     assert rows[0] == ["metric", "step", "time", "value"]
-    assert rows[4] == ["loss", "3", "1700000003.0", "1.0"]
+    assert [row[1::2] for row in rows[1:5]] == [[str(s), str(s / 3)] for s in range(4)]
     assert rows[5] == ["system/cpu", "0", "1700000000.0", "50.0"]
     assert rows[6] == ["val", "2", "1700000002.0", "NaN"]
+    one = box.client.get(url, params={"metric": "val"}).text
+    assert one.splitlines()[1:] == ["val,2,1700000002.0,NaN"]
     whole = box.client.get(url, params={"format": "json"}).json()
     assert whole["series"]["loss"]["value"] == [0, 1 / 3, 2 / 3, 1]
     assert whole["series"]["val"] == {"step": [2], "time": [1_700_000_002.0], "value": ["NaN"]}

@@ -12,6 +12,7 @@ differ from the note, and the checkpoint is reported instead of sent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -310,7 +311,8 @@ def unstage(directory: Path, name: str) -> None:
     """Drop the links of a checkpoint that the server has, or that was never whole."""
     folder = directory / STAGED_DIR
     shutil.rmtree(folder / name, ignore_errors=True)
-    note_path(directory, name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a directory that can only be read
+        note_path(directory, name).unlink(missing_ok=True)
 
 
 def drop_replaced(directory: Path) -> list[str]:

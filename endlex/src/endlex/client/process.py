@@ -56,6 +56,8 @@ TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """What `flock` answers if another process has the lock; anything else means that there is none."""
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 FULL = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""How a directory that can only be read, such as a snapshot, refuses: it is sent all the same."""
 
 
 def try_lock(file: Any, *, shared: bool = False) -> bool | None:

@@ -8,6 +8,7 @@ it may be killed and started again at any moment.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -20,7 +21,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from endlex.client.checkpoints import read_note, staged_change, staged_names
-from endlex.client.process import describe, is_running, process_name, try_lock, warn, write_whole
+from endlex.client.process import (
+    READ_ONLY,
+    describe,
+    is_running,
+    process_name,
+    try_lock,
+    warn,
+    write_whole,
+)
 from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
 from endlex.protocol import MEDIA_DIR, EndlexError
 from endlex.reading import content_length, session_files
@@ -62,7 +71,12 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
     Returns:
         The open lock, or None if another process keeps it.
     """
-    lock = (directory / SHIPPER_LOCK).open("a+")
+    try:
+        lock = (directory / SHIPPER_LOCK).open("a+")
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        return Path(os.devnull).open("a+")  # nobody else can write here either: no lock is needed
     deadline = time.monotonic() + seconds
     while _holder(lock) is not None:
         if time.monotonic() >= deadline:
@@ -115,7 +129,9 @@ def shipper_process(directory: Path) -> Holder | None:
         try:
             with (directory / SHIPPER_LOCK).open("r+") as lock:
                 holder = _holder(lock)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *READ_ONLY):
+                raise
             return None
         if holder is None or holder.pid:
             return holder

@@ -67,7 +67,7 @@ def sync_directory(
     patience: float = PATIENCE_SECONDS,
     drop_failed: bool = False,
     resend: bool = False,
-) -> None:
+) -> set[str]:
     """Send what is there now, and return when the server has acknowledged and published it.
 
     Args:
@@ -75,6 +75,9 @@ def sync_directory(
         drop_failed: give up the checkpoints that can never be published, such as those whose files
             were rewritten before they were sent.
         resend: send journals that differ from the server's copies as new sessions.
+
+    Returns:
+        The checkpoints that were published: a directory that can only be read still holds them.
 
     Raises:
         EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
@@ -100,6 +103,7 @@ def sync_directory(
     errors += [f"checkpoint {name}: {error}" for name, error in sync.failed.items()]
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
+    return sync.published
 
 
 def _take_over(directory: Path) -> tuple[bool, IO[str]]:
@@ -127,6 +131,7 @@ class _Sync:
         self._directory, self._run, self._transport = directory, run, transport
         self._progress, self._patience = progress, patience
         self.journals = JournalShipper(directory, run, transport)
+        self.published: set[str] = set()
         self.failed: dict[str, str] = {}
         """Checkpoints that cannot be sent, with the reason."""
         self._backoff = Backoff(longest=5.0)
@@ -186,6 +191,7 @@ class _Sync:
         for name in staged_names(self._directory):
             try:
                 self._send_checkpoint(name)
+                self.published.add(name)
             except Retry:
                 raise
             except (EndlexError, OSError) as error:

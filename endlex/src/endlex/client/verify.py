@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -84,14 +84,21 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
     return compare_directory(directory, transport).missing
 
 
-def require_all_sent(directory: Path, transport: Transport) -> None:
+def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
     """Make sure that the server has what was here: what a live trainer adds meanwhile is no fault.
+
+    Args:
+        published: checkpoints that are known to be, though they are still staged.
 
     Raises:
         EndlexError: `verify_directory` finds something missing.
         TransportError: the server cannot be asked.
     """
-    missing = verify_directory(directory, transport)
+    missing = [
+        found
+        for found in verify_directory(directory, transport)
+        if found.kind != "checkpoint" or found.name not in published
+    ]
     if any(found.kind == "live" for found in missing):
         missing = [found for found in missing if found.kind == "journal" and not found.bytes]
     if missing:

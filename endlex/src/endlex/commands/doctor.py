@@ -16,16 +16,15 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
-from urllib.request import ProxyHandler, build_opener
 
+from endlex.api import Api
 from endlex.client.process import describe
 from endlex.client.run_directory import runs_folder, server_token, server_url
 from endlex.client.shipping import read_state, shipper_process, sync_command
 from endlex.client.transport import Refused, TransportError
 from endlex.client.verify import verify_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.server_api import Server, find_server, find_transport
-from endlex.commands.targets import local_runs, open_run_directory
+from endlex.commands.targets import find_server, local_runs, open_run_directory
 from endlex.protocol import PROTOCOL, EndlexError
 from endlex.reading import content_length, parse_record, session_files
 
@@ -134,32 +133,29 @@ def _server(url: str | None) -> Iterator[Finding]:
     yield (
         ok("server", said) if enough else fault("server", f"{said}: free some with `endlex prune`")
     )
-    yield from _clock(server)
+    yield _clock(server)
     yield from _scopes(server)
 
 
-def _clock(server: Server) -> Iterator[Finding]:
+def _clock(server: Api) -> Finding:
     """Compare clocks by the answer's Date header, which counts whole seconds."""
-    try:
-        before = time.time()
-        with build_opener(ProxyHandler({})).open(f"{server.url}/health", timeout=5) as answer:
-            said = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        after = time.time()
-    except (OSError, TypeError, ValueError):
-        yield note("clock", "the server's answer has no date to compare with")
-        return
+    before = time.time()
+    date = server.transport.request("GET", "/health").date
+    after = time.time()
+    if not date:
+        return note("clock", "the server's answer has no date to compare with")
+    said = parsedate_to_datetime(date).timestamp()
     apart = max(0.0, said - after, before - said - 1)
-    if apart > CLOCK_SECONDS:
-        yield note(
-            "clock",
-            f"this machine's and the server's are {apart:,.0f} s apart: "
-            "times on charts are this machine's; nothing else depends on them",
-        )
-    else:
-        yield ok("clock", "equal to the server's")
+    if apart <= CLOCK_SECONDS:
+        return ok("clock", "equal to the server's")
+    return note(
+        "clock",
+        f"this machine's and the server's are {apart:,.0f} s apart: "
+        "times on charts are this machine's; nothing else depends on them",
+    )
 
 
-def _scopes(server: Server) -> Iterator[Finding]:
+def _scopes(server: Api) -> Iterator[Finding]:
     """Find out what the token may do by asking for things that change nothing."""
     nobody = "0" * 10
     questions: dict[str, tuple[str, str, Any]] = {
@@ -244,7 +240,7 @@ def _sending(directory: Path, url: str | None) -> Finding:
     if shipper is not None:
         return ok("journals", f"{directory}: its shipper, {describe(shipper.name)}, sends it")
     try:
-        missing = verify_directory(directory, find_transport(url))
+        missing = verify_directory(directory, find_server(url).transport)
     except TransportError:
         return note("journals", f"{directory}: cannot be compared with the server now")
     except EndlexError as reason:

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from endlex.commands.rendering import count, print_json, printable, render_table
-from endlex.commands.server_api import find_server
-from endlex.commands.targets import find_server_run
+from endlex.commands.targets import find_server, find_server_run
 from endlex.commands.usage import UsageError
 from endlex.protocol import EndlexError
 from endlex.search import SearchError, parse_search

@@ -16,8 +16,8 @@ from endlex.commands.rendering import (
     printable,
     render_table,
 )
-from endlex.commands.server_api import find_server
 from endlex.commands.targets import (
+    find_server,
     find_server_run,
     is_run_directory,
     local_runs,

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from endlex.api import Api, ServerUnreachable, run_path
 from endlex.commands.rendering import format_age, format_number, printable
-from endlex.commands.server_api import Server, ServerUnreachable, find_server, run_path
-from endlex.commands.targets import find_server_run, is_run_directory
+from endlex.commands.targets import find_server, find_server_run, is_run_directory
 from endlex.commands.usage import UsageError
 from endlex.protocol import METRICS, EndlexError
 from endlex.reading import iter_session, session_files, session_status, summarize, values_of
@@ -42,7 +42,7 @@ class Look:
 class ServerSource:
     """A run of a server."""
 
-    def __init__(self, server: Server, text: str) -> None:
+    def __init__(self, server: Api, text: str) -> None:
         self._server = server
         self._run = find_server_run(server, text)["run"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
@@ -30,7 +31,10 @@ MOST_RECORDS = 1000
 
 @router.get("/runs/{run}/export", dependencies=[Depends(require("read"))])
 async def export(
-    request: Request, run: str, format: Literal["csv", "json", "parquet", "html"] = "csv"
+    request: Request,
+    run: str,
+    format: Literal["csv", "json", "parquet", "html"] = "csv",
+    metric: Annotated[list[str], Query(max_length=500)] = [],  # noqa: B006
 ) -> Response:
     server = server_of(request)
     found = await server.workers.read(lambda: show_run(server.database.reader(), run))
@@ -38,21 +42,23 @@ async def export(
     name = f"{safe or 'run'}-{run}.{format}"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     if format == "parquet":
-        path = await server.workers.read(_parquet, server, run)
+        path = await server.workers.read(_parquet, server, run, metric)
         gone = BackgroundTask(path.unlink, missing_ok=True)
         return FileResponse(path, 200, headers, FORMATS[format], background=gone)
     if format == "html":
         page = await server.workers.read(_page, server, run, found)
         return Response(page, 200, headers, FORMATS[format])
-    pieces = _stream(server, run, iter_csv if format == "csv" else iter_json)
+    pieces = _stream(
+        server, run, partial(iter_csv, wanted=metric) if format == "csv" else iter_json
+    )
     return StreamingResponse(pieces, 200, headers, FORMATS[format])
 
 
-def _parquet(server: Server, run: str) -> Path:
+def _parquet(server: Server, run: str, wanted: Sequence[str]) -> Path:
     path = temporary_file(server.data.partial)
     try:
         with server.database.snapshot() as connection:
-            write_parquet(connection, run, path)
+            write_parquet(connection, run, path, wanted)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -1,7 +1,9 @@
 """A run as a file that others read: CSV, JSON or Parquet.
 
-All points are in it, none downsampled, each step once per metric. CSV and Parquet have a row per
-point: metric, step, time, value. JSON has everything else too that the run's journals say.
+All points are in it, none downsampled; of two at one step the later. CSV and Parquet have a row per
+point: metric, step, time, value. JSON has everything else too that the run's journals say. Steps
+are unique in a metric: those of the machine's own metrics, seconds since their session began, go
+on from session to session.
 
 CSV and JSON are made a stretch at a time, so a large run does not fill the memory.
 """
@@ -13,7 +15,8 @@ import io
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 from endlex.protocol import encode_number
 from endlex.server.store.queries import find_run, show_run
 from endlex.server.store.records import Points
-from endlex.server.store.series import read_all_points
+from endlex.server.store.series import machine_sessions, read_all_points
 from endlex.server.store.texts import Page, list_tables, list_texts
 
 FORMATS = {
@@ -39,36 +42,54 @@ RUN_KEYS = ("run", "project", "name", "status", "created", "tags", "group", "not
 SESSION_KEYS = ("session", "kind", "rank", "host", "started", "offset", "damaged_lines", "status")
 CHECKPOINT_KEYS = ("name", "step", "bytes", "aliases", "metadata")
 COLUMNS = ("metric", "step", "time", "value")
+ROWS_AT_ONCE = 20_000
 NUMBERS_AT_ONCE = 20_000
 RECORDS_AT_ONCE = 200
 
 
-def iter_csv(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
+def export_points(connection: sqlite3.Connection, metric: int) -> Points:
+    """Return a metric's points by rising steps; the machine's in seconds since its first one."""
+    points = read_all_points(connection, metric)
+    if not machine_sessions(connection, metric):
+        return points
+    order = np.argsort(points.times, kind="stable")
+    times, index = points.times[order], np.arange(len(order))
+    seconds = np.rint(times - (points.times - points.steps).min()).astype(np.int64)
+    steps = np.maximum.accumulate(seconds - index) + index
+    return Points(steps, points.numbers[order], times)
+
+
+def _iter_metrics(
+    connection: sqlite3.Connection, run: int, wanted: Sequence[str]
+) -> Iterator[tuple[str, Points]]:
+    rows = connection.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
+    for name, pk in rows.fetchall():
+        if not wanted or name in wanted:
+            yield name, export_points(connection, pk)
+
+
+def iter_csv(
+    connection: sqlite3.Connection, run: str, wanted: Sequence[str] = ()
+) -> Iterator[bytes]:
     """Yield the lines of a run's CSV.
+
+    Args:
+        wanted: names of metrics; all if empty.
 
     Raises:
         ApiError: 404.
     """
     pk = find_run(connection, run)
-    yield _csv_lines([COLUMNS])
-    for name, points in _iter_series(connection, pk):
-        for start in range(0, len(points.steps), NUMBERS_AT_ONCE):
-            part = slice(start, start + NUMBERS_AT_ONCE)
+    yield ",".join(COLUMNS).encode() + b"\r\n"
+    for name, points in _iter_metrics(connection, pk, wanted):
+        for start in range(0, len(points.steps), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
             steps, times = points.steps[part].tolist(), points.times[part].tolist()
-            values = map(encode_number, points.numbers[part].tolist())
-            yield _csv_lines([[name, *row] for row in zip(steps, times, values, strict=True)])
-
-
-def _csv_lines(rows: Iterable[Sequence[Any]]) -> bytes:
-    lines = io.StringIO()
-    csv.writer(lines).writerows(rows)
-    return lines.getvalue().encode()
-
-
-def _iter_series(connection: sqlite3.Connection, run: int) -> Iterator[tuple[str, Points]]:
-    rows = connection.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
-    for name, metric in rows.fetchall():
-        yield name, read_all_points(connection, metric)
+            numbers = map(encode_number, points.numbers[part].tolist())
+            lines = io.StringIO()
+            rows = zip(repeat(name), steps, times, numbers, strict=False)
+            csv.writer(lines).writerows(rows)
+            yield lines.getvalue().encode()
 
 
 def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
@@ -88,7 +109,7 @@ def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
         {key: c[key] for key in CHECKPOINT_KEYS} for c in whole["checkpoints"]
     ]
     yield orjson.dumps(content)[:-1] + b',"series":{'
-    for number, (name, points) in enumerate(_iter_series(connection, pk)):
+    for number, (name, points) in enumerate(_iter_metrics(connection, pk, ())):
         yield (b"," if number else b"") + orjson.dumps(name) + b":{"
         yield from _iter_column(b'"step":', points.steps)
         yield from _iter_column(b',"time":', points.times)
@@ -123,20 +144,27 @@ def _joined(records: Iterator[dict[str, Any]]) -> Iterator[bytes]:
         yield (b",\n" if number else b"") + orjson.dumps(record)
 
 
-def write_parquet(connection: sqlite3.Connection, run: str, path: Path) -> None:
-    """Write a run's points as Parquet, a row group a metric.
+def write_parquet(
+    connection: sqlite3.Connection, run: str, path: Path, wanted: Sequence[str] = ()
+) -> None:
+    """Write a run's points as Parquet, a row group per metric.
 
     Raises:
         ApiError: 404.
         OSError: the file cannot be written.
     """
     pk = find_run(connection, run)
-    text = pa.dictionary(pa.int32(), pa.string())
-    types = zip(COLUMNS, (text, pa.int64(), pa.float64(), pa.float64()), strict=True)
-    about = {"endlex": orjson.dumps(show_run(connection, run)).decode()}
-    schema = pa.schema(list(types), metadata=about)
+    schema = pa.schema(
+        [
+            ("metric", pa.dictionary(pa.int32(), pa.string())),
+            ("step", pa.int64()),
+            ("time", pa.float64()),
+            ("value", pa.float64()),
+        ],
+        metadata={"endlex": orjson.dumps(show_run(connection, run)).decode()},
+    )
     with pq.ParquetWriter(path, schema) as writer:
-        for name, points in _iter_series(connection, pk):
+        for name, points in _iter_metrics(connection, pk, wanted):
             names = pa.DictionaryArray.from_arrays(
                 np.zeros(len(points.steps), np.int32), pa.array([name])
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from endlex.protocol import REMOVED, SYSTEM
+from endlex.protocol import REMOVED, SYSTEM, move_aliases
 from endlex.search import flatten, parse_key, parse_search
 from endlex.server.errors import ApiError
 from endlex.server.store.search import (
@@ -251,6 +251,7 @@ def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str,
     for checkpoint in found:
         checkpoint["aliases"] = orjson.loads(checkpoint["aliases"])
         checkpoint["metadata"] = orjson.loads(checkpoint["metadata"])
+    move_aliases(found)
     return found
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import orjson
 
-from endlex.protocol import REMOVED, REPLACES
+from endlex.protocol import KEEP, REMOVED, REPLACES
 from endlex.server.store.blobs import Blobs
 from endlex.server.store.charts import find_metric
 from endlex.server.store.database import Database
@@ -31,8 +31,6 @@ from endlex.server.store.journals import JournalHashes
 from endlex.server.store.queries import find_run
 from endlex.server.store.series import delete_series, read_points
 
-KEEP = "keep"
-"""The alias of what no rule removes, such as a run's tokenizer."""
 UNDO_SECONDS = 7 * 86400.0
 """For how long a deleted run can be brought back."""
 SLICE = 200

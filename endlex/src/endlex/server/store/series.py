@@ -132,25 +132,27 @@ def read_points(
 
 
 def read_all_points(connection: sqlite3.Connection, metric: int) -> Points:
-    """Return a metric's points sorted by step, each step once, those of the machine side by side.
+    """Return a metric's points, those of the machine's own sessions unmixed.
 
     A trainer's steps go on from session to session. The steps of a session that measures the
-    machine are seconds since it began: they are counted from the first of these sessions here.
+    machine are seconds since it began: there, equal steps of two sessions are two points, and the
+    sessions follow one another.
     """
-    sessions = connection.execute(
-        "SELECT session.pk, session.started, kind FROM series JOIN session "
-        "ON session.pk = series.session WHERE series.metric=? ORDER BY session.pk",
-        (metric,),
-    ).fetchall()
-    began = [started for _, started, kind in sessions if kind == SYSTEM]
-    if not began:
+    sessions = machine_sessions(connection, metric)
+    if not sessions:
         return read_points(connection, metric)
-    pieces = []
-    for session, started, kind in sessions:
-        points = read_points(connection, metric, session=session)
-        shift = int(started - began[0]) if kind == SYSTEM else 0
-        pieces.append(Points(points.steps + shift, points.numbers, points.times))
-    return _one_per_step(_join(pieces))
+    pieces = [read_points(connection, metric, session=session) for session in sessions]
+    return _join(pieces)
+
+
+def machine_sessions(connection: sqlite3.Connection, metric: int) -> list[int]:
+    """Return the sessions that measured the machine and have a metric, in order of arrival."""
+    rows = connection.execute(
+        "SELECT session.pk FROM series JOIN session ON session.pk = series.session "
+        "WHERE series.metric=? AND session.kind=? ORDER BY session.pk",
+        (metric, SYSTEM),
+    )
+    return [pk for (pk,) in rows]
 
 
 def chunk_keys(

@@ -99,17 +99,7 @@ def _insert_session(
     pk = connection.execute(
         "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            run,
-            session,
-            kind,
-            rank or 0,
-            _text(record.get("host")),
-            pid,
-            config,
-            record["time"],
-            now,
-        ),
+        (run, session, kind, rank or 0, host, pid, config, record["time"], now),
     ).lastrowid
     assert pk is not None
     return SessionState(pk, run, kind, 0, "running")
