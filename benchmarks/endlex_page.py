@@ -56,7 +56,8 @@ def main() -> None:
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as directory, running_server(Path(directory)) as url:
         began = time.perf_counter()
-        runs = [load_run(url, number, options.points, options.metrics) for number in range(options.runs)]
+        sizes = (options.points, options.metrics)
+        runs = [load_run(url, number, *sizes) for number in range(options.runs)]
         seconds = time.perf_counter() - began
         print(f"loaded {options.runs} runs of {options.points:,} points in {seconds:.0f} s")
         result = measure(url, runs, options.seconds)
