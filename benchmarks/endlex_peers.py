@@ -225,7 +225,7 @@ def measure(tool: str, folder: Path, calls: int, url: str | None) -> Figures:
     seconds = json.loads(train(tool, folder / "burst", "burst", burst, 0.0, url))[1]
     chart = time_chart(tool, folder / "burst", burst, url)
     return Figures(
-        importlib.metadata.version(LIBRARIES.get(tool, tool)),
+        importlib.metadata.version(tool),
         round(median(taken) * 1e6, 1),
         round(percentile(taken, 0.99) * 1e6, 1),
         round(max(taken) * 1e3, 2),

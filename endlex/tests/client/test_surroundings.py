@@ -106,12 +106,18 @@ def test_a_run_knows_its_commit_changes_command_and_packages(tmp_path: Path) -> 
     found = json.loads(environment)
     assert (found["commit"], found["branch"]) == (git("rev-parse", "HEAD"), "main")
     assert found["command"] == "train.py --lr '1 2'"
-    assert found["uncommitted_files"] == 1
     assert "+# changed" in texts(directory, "run/changes")[0]
     assert "pytest==" in texts(directory, "run/packages")[0]
     assert uncommitted_changes(checkout).startswith("diff --git")
     assert "commit" not in describe_environment(tmp_path)
     assert installed_packages()
+    git("pack-refs", "--all")
+    assert describe_environment(script)["commit"] == found["commit"]
+    git("worktree", "add", "-q", "-b", "other", str(tmp_path / "second"))
+    second = describe_environment(tmp_path / "second")
+    assert (second["commit"], second["branch"]) == (found["commit"], "other")
+    git("checkout", "-q", "--detach")
+    assert describe_environment(script)["commit"] == found["commit"]
 
 
 def test_the_console_is_bounded_and_keeps_its_end(
