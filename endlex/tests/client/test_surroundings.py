@@ -70,7 +70,7 @@ def test_each_end_says_why(tmp_path: Path, script: str, status: str, reason: str
     [
         (signal.SIGTERM, "ended by a signal (SIGTERM or SIGHUP)"),
         (signal.SIGSEGV, "Fatal Python error: Segmentation fault"),
-        (signal.SIGKILL, "killed without a word"),
+        (signal.SIGKILL, "killed (SIGKILL"),
     ],
 )
 def test_a_signal_leaves_its_stack_behind(
