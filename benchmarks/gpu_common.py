@@ -22,7 +22,6 @@ import torch
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.model.config import ModelConfig
 from archerchat.runtime import Runtime, build_runtime, prepare_process
-from measuring import timed
 
 DRY_RUN = os.environ.get("ARCHERCHAT_GPU_DRY_RUN") == "1"
 """Run on the CPU at toy sizes, uncompiled, to see that everything works."""
@@ -93,24 +92,18 @@ def start(dtype: str = "bfloat16") -> Runtime:
 
 def model_config(depth: int, length: int = LENGTH, windows: str = "SSSL") -> ModelConfig:
     """Return the dial's model of a depth; in a dry run a narrow one of two layers."""
-    size = {"depth": 2, "aspect_ratio": 32, "head_dim": 32} if DRY_RUN else {"depth": depth}
+    size: dict[str, Any] = (
+        {"depth": 2, "aspect_ratio": 32, "head_dim": 32} if DRY_RUN else {"depth": depth}
+    )
     dial = DialConfig(**size, max_seq_len=length, window_pattern=windows, num_iterations=1000)
     return build_hyperparameters(dial, VOCAB_SIZE).model
-
-
-def fastest(runtime: Runtime, work: Callable[[], object], rounds: int = 10) -> float:
-    """Return the median seconds of `work` after three calls that warm up."""
-    for _ in range(3):
-        work()
-    times = sorted(timed(runtime.synchronize, work)[0] for _ in range(rounds))
-    return times[len(times) // 2]
 
 
 def measure_product(runtime: Runtime) -> dict[str, Any]:
     """Time a square bfloat16 product of random matrices."""
     a, b = torch.randn(2, PRODUCT, PRODUCT, device=runtime.device, dtype=torch.bfloat16).unbind()
     out = torch.empty_like(a)
-    seconds = fastest(runtime, lambda: torch.mm(a, b, out=out))
+    seconds = runtime.median_seconds(lambda: torch.mm(a, b, out=out), 10)
     return {"size": PRODUCT, "tflops": 2 * PRODUCT**3 / seconds / 1e12}
 
 
@@ -118,7 +111,7 @@ def measure_copy(runtime: Runtime) -> dict[str, Any]:
     """Time a copy within the device; bytes read and bytes written both count."""
     source = torch.randn(COPY_BYTES // 4, device=runtime.device)
     target = torch.empty_like(source)
-    seconds = fastest(runtime, lambda: target.copy_(source))
+    seconds = runtime.median_seconds(lambda: target.copy_(source), 10)
     return {"bytes": COPY_BYTES, "gigabytes_per_second": 2 * COPY_BYTES / seconds / 1e9}
 
 

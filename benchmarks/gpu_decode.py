@@ -20,7 +20,7 @@ from archerchat.model.flops import count_parameters
 from archerchat.model.transformer import Transformer
 from archerchat.planning.memory import kv_cache_bytes
 from archerchat.runtime import Runtime
-from gpu_common import DRY_RUN, LENGTH, ceilings, fastest, model_config, open_rows, start
+from gpu_common import DRY_RUN, LENGTH, ceilings, model_config, open_rows, start
 from measuring import timed
 
 PROMPT, STEPS = (16, 8) if DRY_RUN else (512, 128)
@@ -61,7 +61,7 @@ def time_decoding(engine: Engine, batch: int, runtime: Runtime, bandwidth: float
 def time_prefill(model: Transformer, count: int, runtime: Runtime) -> dict[str, Any]:
     """Time prompts as long as a row."""
     rows = torch.randint(model.config.vocab_size, (count, LENGTH)).tolist()
-    seconds = fastest(runtime, lambda: prefill(model, rows).last_logits(), 5)
+    seconds = runtime.median_seconds(lambda: prefill(model, rows).last_logits())
     return {"tokens_per_second": round(count * LENGTH / seconds)}
 
 

@@ -22,15 +22,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.model import attention
-from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import flops_per_token
+from archerchat.model.fp8 import supports_fp8
 from archerchat.model.loss import LossKernels, weighted_loss
 from archerchat.model.transformer import Regions, Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.planning.memory import estimate_memory, max_device_batch_size
+from archerchat.planning.window_speed import time_attention
 from archerchat.runtime import Runtime
-from gpu_common import DRY_RUN, LENGTH, Rows, ceilings, fastest, model_config, open_rows, start
+from gpu_common import DRY_RUN, LENGTH, Rows, ceilings, model_config, open_rows, start
 from measuring import timed
 
 LISTED = 40
@@ -50,6 +51,7 @@ class Case:
     length: int
     backend: str
     windows: str = "SSSL"
+    fp8: bool = False
     compile: bool = not DRY_RUN
 
 
@@ -70,6 +72,7 @@ class Training:
             self.model = Transformer(config, runtime.compute_dtype, backend)
         dial = DialConfig(config.num_layers, num_iterations=1000)
         rates = build_hyperparameters(dial, config.vocab_size).learning_rates
+        self.model.use_fp8(case.fp8)
         groups = build_groups(self.model, rates)
         self.optimizer = Optimizer(self.model, groups, runtime.compute_dtype, case.compile)
         self.regions = Regions.compiled() if case.compile else Regions()
@@ -166,6 +169,8 @@ def measure_speed(rows: Rows, runtime: Runtime) -> None:
         if available(backend, runtime.device):
             row(f"d12 windows {backend}", Case(12, LENGTH, backend))
     best = best_backend(rows.read())
+    if supports_fp8(runtime.device):
+        row("d12 windows best fp8", Case(12, LENGTH, best, fp8=True))
     row("d12 8k full sdpa", Case(12, LONG, "sdpa", "L"))
     row("d12 8k windows best", Case(12, LONG, best))
     row("d20 windows best", Case(20, LENGTH, best))
@@ -233,19 +238,10 @@ def split_step(training: Training, runtime: Runtime) -> dict[str, Any]:
     return {"step_ms": whole, **parts, "gaps": round(max(0.0, whole - max(linked, on_device)), 2)}
 
 
-def time_attention(backend: Any, length: int, window: int, runtime: Runtime) -> dict[str, Any]:
+def time_layer(backend: Any, length: int, window: int, runtime: Runtime) -> dict[str, Any]:
     """Time one layer of depth 12 over 2^17 tokens, forward and backward, by itself."""
     shape = max(1, STEP_TOKENS // 4 // length), length, 6, 128
-    drawn = [torch.randn(shape, device=runtime.device, dtype=torch.bfloat16) for _ in range(4)]
-    q, k, v, upstream = drawn[0].requires_grad_(), *drawn[1:]
-    mask = attention.prepare_mask(length, window, runtime.device, backend)
-    run = compiled(attention.attend) if backend == "flex" and not DRY_RUN else attention.attend
-
-    def both() -> None:
-        out = run(q, k.requires_grad_(), v.requires_grad_(), window, backend, mask)
-        torch.autograd.grad(out, (q, k, v), upstream)
-
-    return {"ms": 1000 * fastest(runtime, both)}
+    return {"ms": 1000 * time_attention(runtime, shape, 6, window, backend)}
 
 
 def main() -> None:
@@ -265,7 +261,7 @@ def main() -> None:
             kernel = backend.removeprefix("full ")
             window = length - 1 if kernel != backend else length // 4
             if available(kernel, runtime.device):
-                work = partial(time_attention, kernel, length, window, runtime)
+                work = partial(time_layer, kernel, length, window, runtime)
                 rows.measure(f"a layer at {length}, {backend}", work)
 
 

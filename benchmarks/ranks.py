@@ -105,23 +105,29 @@ def measure_stall(home: Home) -> float:
 
 
 def measure_kills(home: Home, kills: int) -> dict[str, Any]:
-    """Kill a rank of two again and again; compare with an undisturbed run."""
-    saving = ("--save-every", "2", "--keep-last", "2")
-    run(home, pretrain(home, 2, "quiet", KILLED_STEPS, *saving), threads=1)
-    line = pretrain(home, 2, "killed", KILLED_STEPS, *saving)
+    """Kill a rank of two again and again; compare with an undisturbed run.
+
+    Half of the kills come soon after a start, half soon after a checkpoint.
+    """
+    small = ["--depth", "2", "--total-batch-size", "2048", "--save-every", "2", "--keep-last", "2"]
+    run(home, pretrain(home, 2, "quiet", KILLED_STEPS, *small), threads=1)
+    line = pretrain(home, 2, "killed", KILLED_STEPS, *small)
     line = command(2, line[line.index("archerchat.cli") + 1 :], restarts=kills + 1)
     environment = os.environ | {"ARCHERCHAT_HOME": str(home.root), "OMP_NUM_THREADS": "1"}
     done, chooser, directory = 0, random.Random(0), home.checkpoint_dir("base", "killed")
     with (home.root / "killed.log").open("w") as log:
         process = subprocess.Popen(line, env=environment, stdout=log, stderr=log)
         while process.poll() is None and done < kills:
-            time.sleep(chooser.uniform(0.5, 6))
             saved = list_checkpoints(directory)
-            if not saved or saved[-1] > KILLED_STEPS - 10:
-                continue
+            if chooser.random() < 0.5:
+                time.sleep(chooser.uniform(0.2, 5))
+            else:
+                while process.poll() is None and list_checkpoints(directory) == saved:
+                    time.sleep(0.02)
+                time.sleep(chooser.uniform(0, 1))
             children = f"/proc/{process.pid}/task/{process.pid}/children"
-            pids = Path(children).read_text().split()
-            if len(pids) == 2:
+            pids = Path(children).read_text().split() if process.poll() is None else []
+            if len(pids) == 2 and (list_checkpoints(directory) or [0])[-1] < KILLED_STEPS - 10:
                 os.kill(int(chooser.choice(pids)), signal.SIGKILL)
                 done += 1
         process.wait()
@@ -132,19 +138,24 @@ def measure_kills(home: Home, kills: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=0, help="ranks to kill")
-    kills = parser.parse_args().kills
+    parser.add_argument(
+        "--kills", type=int, default=0, help="kills of a rank, in a run of 200 steps"
+    )
+    parser.add_argument("--only-kills", action="store_true", help="leave out speed and differences")
+    given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="archerchat-ranks-") as folder:
         home = Home(Path(folder))
         run(home, command(1, ["data", "build", "stdlib"]), threads=2)
-        run(home, command(1, ["tokenizer", "train", "--vocab-size", "2048"]), threads=2)
+        train = ["tokenizer", "train", "--data", "stdlib", "--vocab-size", "2048"]
+        run(home, command(1, train), threads=2)
         SETTINGS.extend(["--data", "stdlib"])
-        result: dict[str, Any] = measure_speed(home)
-        print(result, flush=True)
-        result["save_stall_steps"] = round(measure_stall(home), 3)
-        result["max_difference"] = measure_difference(home)
-        if kills:
-            result |= measure_kills(home, kills)
+        result: dict[str, Any] = {}
+        if not given.only_kills:
+            result = measure_speed(home)
+            result["save_stall_steps"] = round(measure_stall(home), 3)
+            result["max_difference"] = measure_difference(home)
+        if given.kills:
+            result |= measure_kills(home, given.kills)
     print(json.dumps(result))
 
 

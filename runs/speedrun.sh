@@ -12,6 +12,8 @@ set -euo pipefail
 
 TAG=speedrun
 MODEL=(--depth 24 --target-param-data-ratio 8)
+PRECISION=(--fp8) # kept only if the card is faster with it
+! is_dry || PRECISION=()
 REHEARSED="--gpu H100 --num-gpus 8"
 DRY_RANKS=2
 
@@ -20,7 +22,7 @@ start_run speedrun
 describe_plan <<<"$TAG ${MODEL[*]}"
 get_data
 train_tokenizer
-pretrain "$TAG" "${MODEL[@]}"
+pretrain "$TAG" "${MODEL[@]}" "${PRECISION[@]}"
 evaluate_base "$TAG"
 finetune "$TAG"
 evaluate_chat "$TAG" sft

@@ -49,7 +49,7 @@ start_run() { # NAME
     NUM_GPUS="${NUM_GPUS:-$(count_gpus)}"
     export ARCHERCHAT_HOME="$BASE"
     stage "Environment: Python, torch, ArcherChat"
-    if [ -n "${ENDLEX_URL:-}" ]; then setup_environment; else setup_environment dashboard; fi
+    if [ -n "${ENDLEX_URL:-}" ]; then setup_environment; else setup_environment dashboard,serve; fi
 }
 
 count_gpus() {

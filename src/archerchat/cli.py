@@ -101,11 +101,32 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     },
     "import": {
         "nanochat": Command(
-            "commands.import_nanochat:import_nanochat",
+            "commands.imports:import_nanochat",
             "import nanochat's checkpoint and tokenizer",
             positional=True,
         ),
+        "huggingface": Command(
+            "commands.imports:import_huggingface",
+            "import a Hugging Face folder",
+            positional=True,
+        ),
     },
+    "export": {
+        "huggingface": Command(
+            "commands.exports:export_huggingface",
+            "write a model as a Hugging Face folder",
+            positional=True,
+        ),
+        "conversations": Command(
+            "commands.exports:export_conversations",
+            "write conversations in a layout of other tools",
+            positional=True,
+        ),
+    },
+    "push": Command(
+        "commands.exports:push", "upload a model to the Hugging Face hub", positional=True
+    ),
+    "pull": Command("commands.imports:pull", "download a model from the hub", positional=True),
     "doctor": Command("commands.doctor:doctor", "describe this machine and what it lacks"),
 }
 
@@ -148,10 +169,14 @@ def parse(argv: Sequence[str]) -> Parsed:
     words = _normalized(words, level.short, configuration)
     saved = {}
     if level.stage and "--resume" in words[:-1]:
-        resume = importlib.import_module("archerchat.training.resume")
-        tag = words[words.index("--resume") + 1]
-        home = Home.from_environment()
-        saved["default"] = resume.load_settings(configuration, home, level.stage, tag)
+        at = words.index("--resume")
+        tag = words[at + 1]
+        if tag == "auto":  # what every stage does by itself
+            del words[at : at + 2]
+        else:
+            resume = importlib.import_module("archerchat.training.resume")
+            home = Home.from_environment()
+            saved["default"] = resume.load_settings(configuration, home, level.stage, tag)
     positional = (tyro.conf.PositionalRequiredArgs,) if level.positional else ()
     config = tyro.cli(
         configuration,

@@ -24,7 +24,8 @@ from archerchat.errors import UsageError
 
 DeviceName = Literal["cuda", "mps", "cpu"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
-AttentionName = Literal["sdpa", "matmul", "flex", "flash"]
+StateDtypeName = Literal["float32", "bfloat16"]
+AttentionName = Literal["sdpa", "matmul", "flex", "varlen", "flash"]
 
 
 T = TypeVar("T")

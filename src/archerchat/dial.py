@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from archerchat.config import (
     Config,
@@ -56,6 +57,19 @@ class DialConfig(Config):
     """Tokens in a training row."""
     window_pattern: str = "SSSL"
     """Attention window of each layer, tiled: L is the whole row, S a quarter; the last is L."""
+    value_embeddings: bool = True
+    """Add an embedding of the token to the values of every second layer."""
+    smear: bool = True
+    """Mix part of the previous token's embedding into each token's."""
+    backout: bool = True
+    """Subtract part of the middle layer's output from the last layer's."""
+    residual_lambdas: bool = True
+    """Learn, per layer, how much of the residual stream and of the model's input to keep."""
+    qk_gain: PositiveFloat = 1.2
+    """Factor on normalised queries and on keys."""
+    preset: Literal["nanochat", "transformers"] = "nanochat"
+    """`transformers` switches off the parts that the transformers library's NanoChat model lacks:
+    the five switches above, and windows."""
     num_iterations: PositiveInt | None = None
     """Optimizer steps; wins over --target-flops and --target-param-data-ratio."""
     target_flops: PositiveFloat | None = None
@@ -178,6 +192,7 @@ def build_model_config(config: DialConfig, vocab_size: int) -> ModelConfig:
         UsageError: the sizes contradict each other.
     """
     num_heads = math.ceil(config.depth * config.aspect_ratio / config.head_dim)
+    whole = config.preset == "nanochat"
     try:
         return ModelConfig(
             sequence_length=config.max_seq_len,
@@ -186,7 +201,12 @@ def build_model_config(config: DialConfig, vocab_size: int) -> ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_heads if config.num_kv_heads is None else config.num_kv_heads,
             model_dim=num_heads * config.head_dim,
-            window_pattern=config.window_pattern,
+            window_pattern=config.window_pattern if whole else "L",
+            value_embeddings=config.value_embeddings and whole,
+            smear=config.smear and whole,
+            backout=config.backout and whole,
+            residual_lambdas=config.residual_lambdas and whole,
+            qk_gain=config.qk_gain if whole else 1.0,
         )
     except ValueError as error:
         raise UsageError(

@@ -15,15 +15,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from archerchat.errors import UsageError
 
 T = TypeVar("T")
+MEETING_TIMEOUT = timedelta(seconds=60)
+"""Ranks that a dying one of an earlier attempt disturbs may wait for each other in vain: they fail
+then, and torchrun starts them again."""
+WORKING_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for one that works alone, such as for a download."""
 # torch 2.13 renamed them.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -199,9 +206,10 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
         return
     made = not dist.is_initialized()
     if made:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=MEETING_TIMEOUT)
     try:
-        group = dist.new_group(backend="gloo")
+        group = dist.group.WORLD if made else dist.new_group(backend="gloo")
+        _set_pg_timeout(WORKING_TIMEOUT, group)
         on_cuda = device is not None and device.type == "cuda"
         yield Ranks(
             rank=place.rank,

@@ -222,3 +222,18 @@ def sha256_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def recall(path: Path) -> dict[str, Any]:
+    """Return what `remember` kept in a file; nothing if it cannot be read."""
+    try:
+        kept = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def remember(path: Path, key: str, value: Any) -> None:
+    """Keep a JSON value that can be measured again: one that cannot be written is forgotten."""
+    with contextlib.suppress(OSError):
+        write_json(path, recall(path) | {key: value})

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import threading
@@ -62,6 +63,17 @@ class Runtime(Place):
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
+
+    def median_seconds(self, work: Callable[[], object], rounds: int = 5) -> float:
+        """Return how long `work` takes, after three calls that compile and warm up."""
+        seconds = []
+        for n in range(3 + rounds):
+            began = time.perf_counter()
+            work()
+            self.synchronize()
+            if n >= 3:
+                seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds)
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory that tensors took since the last reset.
@@ -302,5 +314,7 @@ def explained_memory() -> Iterator[None]:
             raise
         raise ArcherChatError(
             "out of memory: lower --device-batch-size (`archerchat plan` estimates what fits; a "
-            "run that has begun takes another one with --extend). Checkpoints are intact"
+            "run that has begun takes another one with --extend). With one row, "
+            "--activation-checkpointing and --optimizer-state bfloat16 save more. Checkpoints are "
+            "intact"
         ) from error

@@ -32,14 +32,15 @@ def archive(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A package as npm would pack it, whose hash the hook is told to expect."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as package:
-        for name in [*build.MEMBERS, "package/../../outside", "package/other.js"]:
+        for name in [*build.UPLOT.members, "package/../../outside", "package/other.js"]:
             content = name.encode()
             member = tarfile.TarInfo(name)
             member.size = len(content)
             package.addfile(member, io.BytesIO(content))
     content = buffer.getvalue()
     digest = base64.b64encode(hashlib.sha512(content).digest()).decode()
-    monkeypatch.setattr(build, "SHA512", digest)
+    pinned = build.UPLOT._replace(sha512=digest)
+    monkeypatch.setattr(build.CustomBuildHook, "PACKAGES", (pinned,))
     return content
 
 
@@ -72,7 +73,9 @@ def test_only_the_files_that_the_pages_use_are_unpacked(
     monkeypatch.setattr(build, "run_npm", answer_with(archive))
     hook, app = hook_for(build, tmp_path)
     hook.initialize("standard", {})
-    assert sorted(path.name for path in hook.folder.iterdir()) == sorted(build.MEMBERS.values())
+    assert sorted(path.name for path in hook.folder.iterdir()) == sorted(
+        build.UPLOT.members.values()
+    )
     assert app.warnings == []
     assert not list(tmp_path.glob("**/outside"))
 

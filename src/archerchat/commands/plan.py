@@ -75,11 +75,17 @@ def plan(config: PlanConfig, home: Home) -> None:
 def _commands(config: PlanConfig, plan: Plan) -> list[str]:
     """Return what to type for this run, from text to a chat model."""
     dial = config.dial
-    given = [
-        f"--{field.name.replace('_', '-')} {getattr(dial, field.name)}"
-        for field in dataclasses.fields(dial)
-        if field.name == "depth" or getattr(dial, field.name) != field.default
-    ]
+    given = []
+    for field in dataclasses.fields(dial):
+        flag, value = field.name.replace("_", "-"), getattr(dial, field.name)
+        if value is False:
+            given.append(f"--no-{flag}")
+        elif field.name == "depth" or value != field.default:
+            given.append(f"--{flag} {value}")
+    if config.activation_checkpointing:
+        given.append("--activation-checkpointing")
+    if config.optimizer_state != "float32":
+        given.append(f"--optimizer-state {config.optimizer_state}")
     if plan.memory.device_batch_size is not None:
         given.append(f"--device-batch-size {plan.memory.device_batch_size}")
     tag = f"--model-tag d{dial.depth}"
@@ -171,7 +177,11 @@ def _data_rows(plan: Plan) -> list[Row]:
 def _memory_rows(plan: Plan) -> list[Row]:
     memory, estimate = plan.memory, plan.memory.estimate
     size, row_tokens = memory.device_batch_size, plan.hyperparameters.model.sequence_length
-    remedy = "not even one row: use a smaller --depth or --max-seq-len, or a larger card"
+    remedy = (
+        "not even one row: try --optimizer-state bfloat16, a smaller --depth or --max-seq-len, or "
+        "a larger card"
+    )
+    again = "layers are computed again" if memory.recomputes else "nothing is computed again"
     batch = f"{memory.grad_accum_steps} micro-batches per step; the largest power of two that fits"
     free = f"of {bytes_text(memory.device_bytes)}; {RESERVED_SHARE:.0%} is left free"
     cache = f"{bytes_text(memory.kv_cache_bytes)} per full row, since windowed layers keep less"
@@ -188,7 +198,7 @@ def _memory_rows(plan: Plan) -> list[Row]:
         (
             "activations",
             bytes_text(estimate.activations_per_row),
-            f"per row of {row_tokens} tokens; fused attention, no recomputation",
+            f"per row of {row_tokens} tokens; fused attention, {again}",
         ),
         ("device batch size", str(size or "does not fit"), batch if size else remedy),
         ("peak", bytes_text(memory.peak_bytes), free),

@@ -6,6 +6,8 @@ import os
 import socket
 import sys
 
+import torch
+
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.runtime import build_runtime, prepare_process
@@ -26,6 +28,7 @@ def serve(config: ServeConfig, home: Home) -> None:
         import uvicorn
 
         from archerchat.serving.app import build_app
+        from archerchat.serving.copies import build_front
     except ModuleNotFoundError as error:
         raise UsageError(
             f"serve needs {error.name}: install the extra, pip install 'archerchat[serve]'"
@@ -34,8 +37,12 @@ def serve(config: ServeConfig, home: Home) -> None:
         print(f"no API key: everyone who reaches {config.host} may use this server; set --api-key",
               file=sys.stderr)  # fmt: skip
     runtime = build_runtime(config.device, config.dtype)
-    prepare_process(runtime)
     app = build_app(home, runtime, config)
+    gpus = torch.cuda.device_count() if runtime.device.type == "cuda" else 1
+    if (copies := config.copies or gpus) > 1:
+        app = build_front(home, config, copies)
+    else:
+        prepare_process(runtime)
     listener = _listen(config.host, config.port)
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"http://{host}:{listener.getsockname()[1]}/ is the page; "

@@ -15,16 +15,19 @@ import pickle
 import pickletools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from archerchat.dial import LearningRates
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
+from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.tokenizer.bpe import Tokenizer
 
 NAMES = {
@@ -46,14 +49,13 @@ NAMES = {
 }
 """The reference's name of each tensor, and ours; {i} is the layer."""
 
-NEUTRAL = {
-    "residual_lambdas": 1.0,
-    "input_lambdas": 0.0,
-    "smear_gate.weight": 0.0,
-    "smear_lambda": 0.0,
-    "backout_lambda": 0.0,
+PARTS = {
+    "value_embeddings": "value_embeddings.",
+    "smear": "smear_gate.",
+    "backout": "backout_lambda",
+    "residual_lambdas": "residual_lambdas",
 }
-"""Values of the tensors that older checkpoints lack: with them the model computes what it did."""
+"""The switch of each part that older checkpoints lack, and how its tensors' names begin."""
 
 CONFIG_NAMES = {
     "sequence_len": "sequence_length",
@@ -64,6 +66,13 @@ CONFIG_NAMES = {
     "n_embd": "model_dim",
     "window_pattern": "window_pattern",
 }
+BUFFERS = {
+    "exp_avg": "mean",
+    "exp_avg_sq": "square",
+    "momentum_buffer": "momentum",
+    "second_momentum_buffer": "variance",
+}
+"""The reference's name of each buffer of its optimizer, and ours."""
 COMPILED_PREFIX = "_orig_mod."
 MODEL_FILE = re.compile(r"model_(\d{6,})\.pt")
 
@@ -91,8 +100,8 @@ class ImportedModel:
     step: int
     config: ModelConfig
     tensors: dict[str, Tensor]
-    filled: tuple[str, ...]
-    """Tensors the file lacked, given their neutral values."""
+    lacking: tuple[str, ...]
+    """The parts of a model that the file does not have; its config switches them off."""
     meta: dict[str, Any]
     """The reference's own JSON, as it was."""
 
@@ -104,7 +113,7 @@ def to_archerchat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         CheckpointError: a name is not the reference's.
     """
     plain = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
-    return _rename(plain, NAMES)
+    return rename(plain, NAMES)
 
 
 def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,10 +122,11 @@ def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a name is not ours.
     """
-    return _rename(state, {ours: theirs for theirs, ours in NAMES.items()})
+    return rename(state, {ours: theirs for theirs, ours in NAMES.items()})
 
 
-def _rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Rename tensors by a table whose {i} is a layer, or raise `CheckpointError` for others."""
     renamed, unknown = {}, []
     for name, tensor in state.items():
         layer = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -136,11 +146,16 @@ def _listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(ordered[:most]) + rest
 
 
-def load_model(directory: Path, step: int | None = None) -> ImportedModel:
+def load_model(
+    directory: Path, step: int | None = None, qk_gain: float = ModelConfig.qk_gain
+) -> ImportedModel:
     """Read one of the reference's checkpoints; the latest for None.
 
     Embedding tables keep bfloat16 where they have it; every other tensor becomes float32, which
     changes no value.
+
+    Args:
+        qk_gain: factor on queries and keys, which nanochat's files do not tell.
 
     Raises:
         UsageError: `directory` holds no checkpoint, or none of this step.
@@ -157,12 +172,20 @@ def load_model(directory: Path, step: int | None = None) -> ImportedModel:
     path = directory / paths[step]
     meta_path = directory / f"meta_{step:06d}.json"
     meta = _load_meta(meta_path)
-    config = _parse_config(meta["model_config"], meta_path)
+    config = replace(_parse_config(meta["model_config"], meta_path), qk_gain=qk_gain)
     try:
-        tensors, filled = _fit(to_archerchat_names(_load_state(path)), config)
+        state = to_archerchat_names(_load_state(path))
+        lacking = tuple(part for part, names in PARTS.items() if not _has(state, names))
+        off: dict[str, Any] = dict.fromkeys(lacking, False)
+        config = replace(config, **off)
+        tensors = fit(state, config)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return ImportedModel(path, step, config, tensors, filled, meta)
+    return ImportedModel(path, step, config, tensors, lacking, meta)
+
+
+def _has(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in state)
 
 
 def _load_meta(path: Path) -> dict[str, Any]:
@@ -193,12 +216,16 @@ def _parse_config(given: Mapping[str, Any], path: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _load_state(path: Path) -> dict[str, Tensor]:
+def _load_file(path: Path) -> Any:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a broken or hostile file can fail anywhere in the reader
         first_line = str(error).partition("\n")[0]
         raise CheckpointError(f"not a readable state dict ({first_line})") from error
+
+
+def _load_state(path: Path) -> dict[str, Tensor]:
+    state = _load_file(path)
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
     ):
@@ -206,22 +233,16 @@ def _load_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _fit(
-    state: dict[str, Tensor], config: ModelConfig
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Compare names, shapes and dtypes with the model's own; fill in what older files lack."""
+def fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Compare names, shapes and dtypes with the model's own."""
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     missing, unexpected = expected.keys() - state, state.keys() - expected
-    filled = tuple(sorted(missing & NEUTRAL.keys()))
-    lacking = _listed(missing - NEUTRAL.keys())
-    if unexpected or lacking:
+    if unexpected or missing:
         raise CheckpointError(
-            f"its tensors are not those of {config}: it lacks {lacking or 'none'} and has also "
-            f"{_listed(unexpected) or 'none'} (our names). Only versions of nanochat with value "
-            "embeddings can be imported"
+            f"its tensors are not those of {config}: it lacks {_listed(missing) or 'none'} and has "
+            f"also {_listed(unexpected) or 'none'} (our names)"
         )
-    state = state | {name: torch.full(expected[name].shape, NEUTRAL[name]) for name in filled}
     tensors = {}
     for name, wanted in expected.items():
         tensor = state[name]
@@ -234,7 +255,50 @@ def _fit(
         is_table = name.startswith(("token_embedding.", "value_embeddings."))
         keep = is_table and tensor.dtype == torch.bfloat16
         tensors[name] = tensor if keep else tensor.float()
-    return tensors, filled
+    return tensors
+
+
+def load_optimizer(model: ImportedModel) -> dict[str, Any]:
+    """Read the optimizer's state that was saved with a model, one file per rank.
+
+    A rank has its rows of a large table, or its matrices of a stack, the last ones padding.
+
+    Returns:
+        The state as `Optimizer.load_state_dict` takes it; empty where there are no files.
+
+    Raises:
+        CheckpointError: a file is broken or missing, or does not fit the model.
+    """
+    stem = str(model.path.parent / f"optim_{model.step:06d}_rank")
+    count = len(list(model.path.parent.glob(f"optim_{model.step:06d}_rank*.pt")))
+    if not count:
+        return {}
+    with torch.device("meta"):
+        transformer = Transformer(model.config)
+        rates = LearningRates(*[0.0] * len(fields(LearningRates)))
+        optimizer = Optimizer(transformer, build_groups(transformer, rates))
+    state: dict[str, Any] = {}
+    try:
+        ranks = [_load_file(Path(f"{stem}{rank}.pt")) for rank in range(count)]
+        groups = zip(ranks[0]["param_groups"], optimizer.groups, strict=True)
+        pairs = [p for their, our in groups for p in zip(their["params"], our.names, strict=True)]
+        for (index, name), (theirs, ours) in product(pairs, BUFFERS.items()):
+            if (key := f"{ours}.{name}") in optimizer.state:
+                parts = [rank["state"][index][theirs].float() for rank in ranks]
+                state[key] = _joined(parts, optimizer.state[key].shape)
+        state["steps_taken"] = int(ranks[0]["state"][pairs[0][0]].get("step", model.step))
+    except (CheckpointError, LookupError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{stem}*.pt do not fit the model ({error}): copy them again, or move them away to "
+            "import the weights alone"
+        ) from error
+    return state
+
+
+def _joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """Return a buffer from the parts of all ranks, or from the first if each has all of it."""
+    whole = parts[0] if parts[0].numel() == shape.numel() else torch.cat(parts)[: shape[0]]
+    return whole.reshape(shape).clone()
 
 
 class _EncodingState:

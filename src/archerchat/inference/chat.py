@@ -10,10 +10,12 @@ out of the prompt; a system message stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from archerchat.errors import UsageError
 from archerchat.inference.calculator import evaluate as calculate
@@ -22,6 +24,7 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Completion, Request
 from archerchat.inference.tools import AnswerReader, Piece, ToolUse, answer_stop_ids, read_parts
 from archerchat.tokenizer.bpe import Tokenizer
+from archerchat.tokenizer.chat_format import encode_answer
 
 CHAT_SAMPLING = SamplingParams(max_new_tokens=512, temperature=0.6, top_k=50)
 MIN_ROOM_SHARE = 4
@@ -44,6 +47,10 @@ def generate_texts(
     """Return what the model says after each prompt: `params.num_samples` texts per prompt."""
     requests = [Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     return [each.text for group in engine.generate(requests) for each in group]
+
+
+class ContextFull(UsageError):
+    """Report a conversation that leaves no room for an answer."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,20 @@ class ChatSession:
         self.turns.clear()
         self.forgotten, self.completion = 0, Completion()
 
+    def resume(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
+        """Take over a conversation; return its last message and what is said already to it.
+
+        Args:
+            messages: as `tasks.conversation` has them, at least one of them the user's.
+        """
+        turns = list(messages)
+        self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
+        encode = partial(encode_answer, self.tokenizer)
+        said = encode(turns.pop()["content"]) if turns[-1]["role"] == "assistant" else []
+        pairs = zip(turns[::2], turns[1::2], strict=False)
+        self.turns = [Turn(user["content"], tuple(encode(a["content"]))) for user, a in pairs]
+        return turns[-1]["content"], said
+
     def answer(self, message: str) -> Iterator[Piece]:
         """Yield the answer to `message` as it comes.
 
@@ -87,13 +108,11 @@ class ChatSession:
         """
         if not message.strip():
             raise UsageError("there is nothing to answer: write a message")
-        prompt, self.forgotten = self._build_prompt(message)
-        seed = (self.params.seed + len(self.turns)) % 2**63
-        request = build_answer_request(
-            self.tokenizer, prompt, replace(self.params, seed=seed, num_samples=1)
-        )
+        request = self.build_request(message)
         self.engine.check(request)
-        return self._stream(message, request)
+        seed = (self.params.seed + len(self.turns)) % 2**63
+        params = replace(request.params, seed=seed, num_samples=1)
+        return self._stream(message, replace(request, params=params))
 
     def _stream(self, message: str, request: Request) -> Iterator[Piece]:
         self.completion = Completion()
@@ -123,29 +142,39 @@ class ChatSession:
             messages.append({"role": "assistant", "content": content})
         return {"messages": messages}
 
-    def _build_prompt(self, message: str) -> tuple[list[int], int]:
-        """Return the prompt with as many turns as there is room for, and how many are left out."""
-        limit = self.engine.max_length
-        room = min(self.params.max_new_tokens, max(1, limit // MIN_ROOM_SHARE))
-        for first in range(len(self.turns) + 1):
-            prompt = self._render(first, message)
-            if len(prompt) + room <= limit:
-                return prompt, first
-        raise UsageError(
-            f"the message takes {len(prompt)} tokens and the context has {limit}, of which the "
-            f"answer needs {room}: write a shorter one, or lower /max_tokens"
-        )
+    def build_request(self, message: str, said: Sequence[int] = (), forget: bool = True) -> Request:
+        """Return what asks the engine for an answer, with as many turns as there is room for.
 
-    def _render(self, first: int, message: str) -> list[int]:
-        """Return the prompt of the turns from `first` on and the new message."""
+        Args:
+            said: the beginning of the answer.
+            forget: whether to leave out turns to make room; `forgotten` then says how many.
+
+        Raises:
+            ContextFull: the prompt leaves no room.
+        """
+        limit = self.engine.max_length
+        most = limit - min(self.params.max_new_tokens, max(1, limit // MIN_ROOM_SHARE))
+
+        def fits(first: int) -> bool:
+            return len(self.render(message, said, first)) <= most
+
+        choices = range(len(self.turns) if forget else 0)
+        self.forgotten = bisect_left(choices, True, key=fits)
+        prompt = self.render(message, said, self.forgotten)
+        if len(prompt) >= limit:
+            raise ContextFull(
+                f"the message takes {len(prompt)} tokens and the context has {limit}: write less"
+            )
+        return build_answer_request(self.tokenizer, prompt, self.params)
+
+    def render(self, message: str, said: Sequence[int] = (), first: int = 0) -> list[int]:
+        """Return the prompt of the turns from `first` on, the message, and what is said to it."""
         special, encode = self.tokenizer.special_id, self.tokenizer.encode
         ids = [self.tokenizer.bos_id]
         joined = "" if self.system is None else f"{self.system}\n\n"
-        turns = [*self.turns[first:], Turn(message, ())]
-        for number, turn in enumerate(turns, start=1):
+        for turn in [*self.turns[first:], Turn(message, tuple(said))]:
             ids += [special("<|user_start|>"), *encode(joined + turn.message)]
             ids += [special("<|user_end|>"), special("<|assistant_start|>")]
-            if number < len(turns):
-                ids += [*turn.answer, special("<|assistant_end|>")]
+            ids += [*turn.answer, special("<|assistant_end|>")]
             joined = ""
-        return ids
+        return ids[:-1]

@@ -23,6 +23,7 @@ differently: each answer is as good, but not always the same token for token.
 from __future__ import annotations
 
 from collections import abc, deque
+from dataclasses import replace
 
 import torch
 
@@ -159,8 +160,8 @@ class Engine:
         """Admit waiting requests, advance every sequence by a token, return what happened."""
         self._compact()
         self._admit()
-        if not self.overlap:
-            self._read_all(but=0)  # first tokens: some sequences end with theirs
+        if not self.overlap or any(sequence.mask for sequence in self._running):
+            self._read_all(but=0)  # first tokens: some sequences end with theirs; masks need all
         self._compact()
         if self._running:
             self._launch()
@@ -195,6 +196,7 @@ class Engine:
             row = len(self._running)
             self._runner.start(row, prompt.prefix, waiting.request, sequence.seed)
             self._running.append(sequence)
+            self._mask(row, sequence)
             logits.append(prompt.logits)
         if logits:
             self._plan = None
@@ -207,12 +209,18 @@ class Engine:
         for row, sequence in enumerate(self._running):
             if (token := sequence.forced_input) is not None:
                 self._runner.force(row, token)
+            self._mask(row, sequence)
         self._plan = self._plan or _covering(self._running)
         self._runner.step([sequence.num_cached for sequence in self._running], self._plan)
         self.steps += 1
         for sequence in self._running:
             sequence.num_drawn += 1
         self._fetch(0, self._plan)
+
+    def _mask(self, row: int, sequence: Sequence) -> None:
+        if sequence.mask is not None:
+            allowed = sequence.mask(sequence.token_ids)
+            self._runner.sampler.allow(row, sequence.request.params, allowed)
 
     def _fetch(self, first: int, plan: SamplingPlan) -> None:
         """Start copying the new tokens of the rows from `first` on to the host."""
@@ -229,4 +237,5 @@ class Engine:
 
 
 def _covering(sequences: abc.Sequence[Sequence]) -> SamplingPlan:
-    return SamplingPlan.covering(sequence.request.params for sequence in sequences)
+    plan = SamplingPlan.covering(sequence.request.params for sequence in sequences)
+    return replace(plan, bias=True) if any(sequence.mask for sequence in sequences) else plan

@@ -114,16 +114,24 @@ class Sampler:
             self._counts[row] = 0
             self._prompted[row] = False
             self._prompted[row].index_fill_(0, self._to_device(prompt, torch.int64), True)
-        if params.logit_bias and self._bias is None:
-            self._bias = torch.zeros(self._shape, device=self._device)
-        if self._bias is not None:
-            self._bias[row] = 0
-            ids = self._to_device(list(params.logit_bias), torch.int64)
-            values = self._to_device(list(params.logit_bias.values()), torch.float32)
-            self._bias[row].index_copy_(0, ids, values)
+        if params.logit_bias or self._bias is not None:
+            self._set_bias(row, params)
         if params.logprobs is not None and self.records is None:
             width = 1 + 2 * min(MAX_LOGPROBS, self._shape[1])
             self.records = torch.zeros(self._shape[0], width, device=self._device)
+
+    def _set_bias(self, row: int, params: SamplingParams) -> Tensor:
+        if self._bias is None:
+            self._bias = torch.zeros(self._shape, device=self._device)
+        bias = self._bias[row].zero_()
+        values = self._to_device(list(params.logit_bias.values()), torch.float32)
+        return bias.index_copy_(0, self._to_device(list(params.logit_bias), torch.int64), values)
+
+    def allow(self, row: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
+        """Let a row's next token be one of these alone, under a plan that has a bias."""
+        bias, allowed = self._set_bias(row, params), self._to_device(token_ids, torch.int64)
+        values = bias[allowed]
+        bias.fill_(-torch.inf).index_copy_(0, allowed, values)
 
     def move(self, source: int, target: int) -> None:
         """Copy everything of a row to another row."""

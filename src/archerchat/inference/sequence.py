@@ -18,6 +18,10 @@ SequenceHook = abc.Callable[[int], abc.Sequence[int]]
 """Takes each token that the model chose in one sequence; returns tokens to force after it, such as
 a tool's result, which are not shown to the hook."""
 
+TokenMask = abc.Callable[[abc.Sequence[int]], abc.Sequence[int]]
+"""Takes what one sequence has said so far; returns the ids of the tokens that may come next, at
+least one. Calls of a sequence come in order, so a mask may keep a state."""
+
 MAX_PENDING = 4
 """Most tokens of an unfinished character, one byte each."""
 
@@ -33,6 +37,8 @@ class Request:
     """Builds a hook for each sample."""
     decode: Decode | None = None
     """Given, events and completions have text. Stop strings need it."""
+    mask: abc.Callable[[], TokenMask] | None = None
+    """Builds a mask for each sample, such as that of a grammar."""
 
     def __post_init__(self) -> None:
         assert not self.params.stop or self.decode is not None, "stop strings need `decode`"
@@ -158,6 +164,7 @@ class Sequence:
         token_ids: what it has said, as far as the host has read it.
         num_drawn: tokens drawn for it, read or not.
         finished: whether its last event has happened.
+        mask: says which tokens may come next, or None.
     """
 
     def __init__(
@@ -170,6 +177,7 @@ class Sequence:
         self.num_drawn = 1
         self.finished = False
         self._hook = request.hook() if request.hook else None
+        self.mask = request.mask() if request.mask else None
         self._text = Detokenizer(request.decode, params.stop) if request.decode else None
         self._forced: dict[int, int] = {}  # tokens that replace drawn ones, by index
         self._max_tokens = min(params.max_new_tokens, room)

@@ -114,8 +114,11 @@ def prepare_mask(length: int, window: int, device: torch.device, backend: Backen
 
 
 def prepare_document_mask(segments: Tensor, window: int, backend: Backend) -> Any:
-    """Return what `attend` needs beside `segments` (B, T): a block mask for `flex`, made for each
-    batch, None for the others. Call it outside of compiled code."""
+    """Return what `attend` needs beside `segments` (B, T), made for each batch: a block mask for
+    `flex`, the documents' first tokens for `varlen`, None for the others. Call it outside of
+    compiled code."""
+    if backend == "varlen":
+        return _document_starts(segments)
     return _flex_document_mask(segments, window) if backend == "flex" else None
 
 
@@ -141,7 +144,7 @@ def attend(
             `sdpa` do: it has to be compiled, once for each length, or it holds every score.
         segments: (B, T) numbers of the documents that are packed in a row; a query sees its own
             document only. `mask` is then from `prepare_document_mask`, and T = S. `flash` cannot
-            do this; `varlen` computes as `sdpa` does.
+            do this; `varlen` without a mask computes as `sdpa` does.
 
     Returns:
         (B, T, H, D) in q's dtype.
@@ -155,10 +158,12 @@ def attend(
     if backend == "flex" and segments is None and window == q.size(1) - 1 and not continues:
         backend = "sdpa"
     if backend == "flex" and (mask is None or continues or not torch.compiler.is_compiling()):
-        backend = "varlen" if runs_varlen(q.device, q.dtype) else "sdpa"
+        backend, mask = "varlen" if runs_varlen(q.device, q.dtype) else "sdpa", None
     if backend == "varlen":
         if segments is None and (continues or window < q.size(1) - 1):
-            return _attend_varlen(q, k, v, window)
+            return _attend_varlen(q, k, v, window, _row_starts(q), _row_starts(k))
+        if segments is not None and mask is not None:
+            return _attend_varlen(q, k, v, window, mask, mask)
         backend = "sdpa"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if backend == "flex":
@@ -331,12 +336,28 @@ def runs_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
+def _row_starts(x: Tensor) -> Tensor:
+    """Return the first positions (B + 1,) of the rows of (B, T, ...), laid end to end."""
+    batch, length = x.shape[:2]
+    return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=x.device)
 
-    def starts(x: Tensor) -> Tensor:
-        batch, length = x.shape[:2]
-        return torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=x.device)
+
+def _document_starts(segments: Tensor) -> Tensor:
+    """Return the first positions (n,) of the documents in rows (B, T) laid end to end.
+
+    The end follows, as often as makes n a power of two: compiled code sees few sizes.
+    """
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    found = begins.flatten().nonzero()[:, 0]
+    count = 1 << len(found).bit_length()
+    return F.pad(found, (0, count - len(found)), value=segments.numel()).to(torch.int32)
+
+
+def _attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, window: int, q_starts: Tensor, k_starts: Tensor
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
 
     groups = q.size(2) // k.size(2)
     if groups > 1:
@@ -345,8 +366,8 @@ def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        starts(q),
-        starts(k),
+        q_starts,
+        k_starts,
         q.size(1),
         k.size(1),
         window_size=(window, 0),

@@ -31,6 +31,16 @@ class ModelConfig:
     """Width, C = H * D."""
     window_pattern: str = "SSSL"
     """Tiled over the layers: L sees the whole sequence, S a quarter; the last is always L."""
+    value_embeddings: bool = True
+    """Whether every second layer adds an embedding of the token to its values."""
+    smear: bool = True
+    """Whether each token's embedding takes in part of the one before it."""
+    backout: bool = True
+    """Whether part of the middle layer's stream is subtracted at the end."""
+    residual_lambdas: bool = True
+    """Whether each layer weighs the residual stream and adds the model's input to it."""
+    qk_gain: float = 1.2
+    """Factor on normalised queries and on keys."""
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "vocab_size", "num_layers", "num_heads", "num_kv_heads"):
@@ -40,12 +50,14 @@ class ModelConfig:
             raise ValueError(
                 f"model_dim {self.model_dim} must be an even multiple of num_heads {self.num_heads}"
             )
-        if self.model_dim < 24:
+        if self.smear and self.model_dim < 24:
             raise ValueError(f"model_dim is {self.model_dim}; the smear gate reads 24 channels")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if not 0 < self.qk_gain < math.inf:
+            raise ValueError(f"qk_gain is {self.qk_gain}; it must be positive and finite")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise ValueError(
                 f"window_pattern {self.window_pattern!r} may hold only the letters S and L"
@@ -78,4 +90,4 @@ class ModelConfig:
 
     def has_value_embedding(self, layer: int) -> bool:
         """Whether `layer` mixes a value embedding into its values."""
-        return layer % 2 == (self.num_layers - 1) % 2
+        return self.value_embeddings and layer % 2 == (self.num_layers - 1) % 2

@@ -49,7 +49,9 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         unembedding=v * c,
         block_matrices=config.num_layers * block
         + gated * config.num_kv_heads * VALUE_GATE_CHANNELS,
-        scalars=2 * config.num_layers + SMEAR_CHANNELS + 2,
+        scalars=2 * config.num_layers * config.residual_lambdas
+        + (SMEAR_CHANNELS + 1) * config.smear
+        + config.backout,
     )
 
 
@@ -60,4 +62,4 @@ def flops_per_token(config: ModelConfig) -> int:
         12 * config.num_heads * config.head_dim * min(window, config.sequence_length)
         for window in config.windows
     )
-    return 6 * (counts.scaling + SMEAR_CHANNELS) + attention
+    return 6 * (counts.scaling + SMEAR_CHANNELS * config.smear) + attention

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from archerchat.model import fp8
 from archerchat.model.attention import (
     Backend,
     Past,
@@ -37,7 +38,6 @@ from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
 from archerchat.model.loss import LOGIT_CAP
 
 ROTARY_BASE = 100_000.0
-QK_GAIN = 1.2
 NORM_EPSILON = 1.1920929e-07
 """float32's machine epsilon, in bfloat16 too."""
 
@@ -67,10 +67,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Linear(nn.Linear):
     """A bias-free linear layer whose float32 weight is cast to its input's dtype."""
 
+    fp8 = False
+    """Whether training multiplies in 8 bits (`Transformer.use_fp8`)."""
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 and torch.is_grad_enabled():
+            return fp8.linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 
@@ -88,7 +93,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim, self.window = config.head_dim, config.windows[layer]
-        self.backend: Backend = backend
+        self.qk_gain, self.backend = config.qk_gain, backend
         self.query = Linear(config.model_dim, config.model_dim)
         self.key = Linear(config.model_dim, config.kv_dim)
         self.value = Linear(config.model_dim, config.kv_dim)
@@ -117,7 +122,7 @@ class Attention(nn.Module):
             assert value_embedding is not None
             gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embedding.view_as(v)
-        q, k = (norm(rotate(x, *rotary)) * QK_GAIN for x in (q, k))
+        q, k = (norm(rotate(x, *rotary)) * self.qk_gain for x in (q, k))
         if past is None:
             y = attend(q, k, v, self.window, self.backend, mask, segments)
         else:
@@ -153,14 +158,15 @@ class Block(nn.Module):
         x0: Tensor,
         value_embedding: Tensor | None,
         rotary: tuple[Tensor, Tensor],
-        residual_lambda: Tensor,
-        input_lambda: Tensor,
+        residual_lambda: Tensor | None,
+        input_lambda: Tensor | None,
         mask: Any = None,
         past: Past | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
         """Map the residual stream and the model's input (B, T, C) to the new stream."""
-        x = residual_lambda * x + input_lambda * x0
+        if residual_lambda is not None and input_lambda is not None:
+            x = residual_lambda * x + input_lambda * x0
         x = x + self.attention(norm(x), value_embedding, rotary, mask, past, segments)
         out: Tensor = x + self.mlp(norm(x))
         return out
@@ -258,11 +264,15 @@ class Transformer(nn.Module):
             }
         )
         self.unembedding = Linear(dim, vocab)
-        self.residual_lambdas = nn.Parameter(torch.ones(config.num_layers))
-        self.input_lambdas = nn.Parameter(torch.zeros(config.num_layers))
-        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
-        self.smear_lambda = nn.Parameter(torch.zeros(1))
-        self.backout_lambda = nn.Parameter(torch.zeros(1))
+
+        def scalars(count: int, used: bool) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(count)) if used else None
+
+        self.residual_lambdas = scalars(config.num_layers, config.residual_lambdas)
+        self.input_lambdas = scalars(config.num_layers, config.residual_lambdas)
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1) if config.smear else None
+        self.smear_lambda = scalars(1, config.smear)
+        self.backout_lambda = scalars(1, config.backout)
         if compute_dtype == torch.bfloat16:
             for table in (self.token_embedding, *self.value_embeddings.values()):
                 table.to(torch.bfloat16)
@@ -270,6 +280,12 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.unembedding.weight.device
+
+    def use_fp8(self, used: bool) -> None:
+        """Train the blocks' large matrices in 8 bits, or no longer; evaluation never does."""
+        for layer in self.blocks.modules():
+            if isinstance(layer, Linear):
+                layer.fp8 = used and fp8.fits_fp8(layer)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -299,12 +315,15 @@ class Transformer(nn.Module):
         for table in self.value_embeddings.values():
             assert isinstance(table, Embedding)
             fill(table.weight, "uniform", -bound, bound)
-        fill(self.smear_gate.weight, "uniform", 0.0, 0.02)
+        if self.smear_gate is not None and self.smear_lambda is not None:
+            fill(self.smear_gate.weight, "uniform", 0.0, 0.02)
+            self.smear_lambda.zero_()
         depth = torch.arange(layers) / max(layers - 1, 1)
-        self.residual_lambdas.copy_(1.15 - 0.10 * depth)
-        self.input_lambdas.copy_(0.20 - 0.15 * depth)
-        self.smear_lambda.zero_()
-        self.backout_lambda.fill_(0.2)
+        if self.residual_lambdas is not None and self.input_lambdas is not None:
+            self.residual_lambdas.copy_(1.15 - 0.10 * depth)
+            self.input_lambdas.copy_(0.20 - 0.15 * depth)
+        if self.backout_lambda is not None:
+            self.backout_lambda.fill_(0.2)
 
     def hidden(
         self,
@@ -330,12 +349,17 @@ class Transformer(nn.Module):
             before.positions if before else positions, self.config.head_dim, dtype
         )
         x = self.token_embedding(token_ids).to(dtype)
-        if before:
+        if self.smear_gate is None:
+            x = norm(x)
+        elif before:
             x = run.smear(x, self.smear_gate.weight, self.smear_lambda, before.previous)
         else:
             x = run.smear(x, self.smear_gate.weight, self.smear_lambda, **documents)
         x0, middle = x, x
-        residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
+        lambdas: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.blocks)
+        if self.residual_lambdas is not None and self.input_lambdas is not None:
+            residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
+            lambdas = list(zip(residual, inputs, strict=True))
         fresh = regions is not None and before is None
         masks = self._masks(token_ids, segments) if fresh else [None] * len(self.blocks)
         for i, block in enumerate(self.blocks):
@@ -343,8 +367,7 @@ class Transformer(nn.Module):
             if self.config.has_value_embedding(i):
                 value = self.value_embeddings[str(i)](token_ids).to(dtype)
             past = (before.layers[i],) if before else ()
-            scales = residual[i], inputs[i]
-            inputs_of_block = block, x, x0, value, rotary, *scales, masks[i], *past
+            inputs_of_block = block, x, x0, value, rotary, *lambdas[i], masks[i], *past
             if self.recomputes and torch.is_grad_enabled():  # https://arxiv.org/abs/1604.06174
                 block_run = partial(run.block, **documents)
                 x = checkpoint(block_run, *inputs_of_block, use_reentrant=False)
@@ -352,6 +375,8 @@ class Transformer(nn.Module):
                 x = run.block(*inputs_of_block, **documents)
             if i == self.config.num_layers // 2:
                 middle = x
+        if self.backout_lambda is None:
+            return norm(x)
         return run.back_out(x, middle, self.backout_lambda)
 
     def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from archerchat.optim.adamw import store
+
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -61,14 +63,16 @@ def muon_update(
     """Return the updated stack; both buffers are updated in place.
 
     Args:
-        parameters, gradients, momentum_buffer: (n, out, in) float32.
+        parameters, gradients: (n, out, in) float32.
+        momentum_buffer: of that shape, in float32 or bfloat16.
         variance_buffer: `variance_shape` of that, float32, starting from zero.
         rate, weight_decay, momentum: 0-dim float32 tensors.
         dtype: what to orthogonalise in, the compute dtype.
     """
     rows, columns = parameters.shape[-2:]
-    momentum_buffer.lerp_(gradients, 1 - momentum)
-    g = torch.lerp(gradients, momentum_buffer, momentum)
+    average = momentum_buffer.float().lerp(gradients, 1 - momentum)
+    store(momentum_buffer, average)
+    g = torch.lerp(gradients, average, momentum)
     squares = g.square().sum(dim=-1, keepdim=True)
     row_norms = squares.sqrt().clamp(min=1e-6)
     g = orthogonalize((g * (root_sum(squares) / math.sqrt(rows) / row_norms)).to(dtype)).float()

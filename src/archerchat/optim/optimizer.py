@@ -13,7 +13,7 @@ waits for the exchanges. One process does the same without them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from archerchat.optim.muon import muon_update, variance_shape
 EPSILON = 1e-10
 WORTH_COMPILING = 2**14
 """Elements below which compiling an update takes longer than it ever saves."""
+PART_ELEMENTS = 2**25
+"""Elements of the matrices that a single process updates at a time, if one alone has no more."""
 WORTH_SHARING = 1024
 """Elements below which every rank makes the whole update itself."""
 
@@ -61,14 +63,22 @@ def build_groups(model: nn.Module, rates: LearningRates) -> list[AdamGroup | Muo
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     matrices = [name for name in names if name.startswith("blocks.")]
     values = tuple(name for name in names if name.startswith("value_embeddings."))
-    smear = ("smear_gate.weight", "smear_lambda", "backout_lambda")
+
+    def present(*wanted: str) -> tuple[str, ...]:
+        return tuple(name for name in wanted if name in shapes)
+
     groups: list[AdamGroup | MuonGroup] = [
         AdamGroup(("unembedding.weight",), rates.unembedding, (0.8, 0.96), 0.01),
         AdamGroup(("token_embedding.weight",), rates.embedding, (0.8, 0.995), 0.001),
         AdamGroup(values, rates.value_embedding, (0.8, 0.995), 0.01),
-        AdamGroup(("residual_lambdas",), rates.residual_lambdas, (0.8, 0.95), 0.05),
-        AdamGroup(("input_lambdas",), rates.input_lambdas, (0.96, 0.95), 0.0),
-        AdamGroup(smear, rates.smear, (0.8, 0.95), 0.0),
+        AdamGroup(present("residual_lambdas"), rates.residual_lambdas, (0.8, 0.95), 0.05),
+        AdamGroup(present("input_lambdas"), rates.input_lambdas, (0.96, 0.95), 0.0),
+        AdamGroup(
+            present("smear_gate.weight", "smear_lambda", "backout_lambda"),
+            rates.smear,
+            (0.8, 0.95),
+            0.0,
+        ),
     ]
     for shape in sorted({shapes[name] for name in matrices}):
         members = tuple(name for name in matrices if shapes[name] == shape)
@@ -87,6 +97,7 @@ class Optimizer:
         compute_dtype: Muon orthogonalises in bfloat16 when this is bfloat16, else in float32.
         compile: fuse each update with `torch.compile`.
         ranks: those that train this model together; a step sums their gradients.
+        state_dtype: of the moments; bfloat16 halves their memory.
     """
 
     def __init__(
@@ -96,6 +107,7 @@ class Optimizer:
         compute_dtype: torch.dtype = torch.float32,
         compile: bool = False,
         ranks: Ranks | None = None,
+        state_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.groups, self.ranks = groups, ranks or Ranks()
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
@@ -103,6 +115,7 @@ class Optimizer:
         self.steps_taken = 0
         self._adamw: Callable[..., Any] = compiled(adamw_update) if compile else adamw_update
         self._muon: Callable[..., Any] = compiled(muon_update) if compile else muon_update
+        self.state_dtype = state_dtype
         self._shapes: dict[str, torch.Size] = {}
         """Every buffer's shape over all ranks."""
         self._split: dict[str, range] = {}
@@ -140,7 +153,8 @@ class Optimizer:
                 self._split[f"{kind}.{name}"] = range(ranks.rank * rows, (ranks.rank + 1) * rows)
             own = (rows, *shape[1:]) if split else shape
             self._shapes[f"{kind}.{name}"] = shape
-            self.state[f"{kind}.{name}"] = parameter.new_zeros(own, dtype=torch.float32)
+            dtype = torch.float32 if kind == "variance" else self.state_dtype
+            self.state[f"{kind}.{name}"] = parameter.new_zeros(own, dtype=dtype)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -157,19 +171,37 @@ class Optimizer:
             muon_weight_decay: Muon's weight decay at this step.
         """
         self.steps_taken += 1
+        settings = rate_multiplier, momentum, muon_weight_decay
+        if self.ranks.world_size == 1:
+            for name, group in self._units():
+                if isinstance(group, MuonGroup):
+                    self._step_parts(group, *settings)
+                else:
+                    self._step_adamw(name, group, _gradient(self.parameters[name]), settings[0])
+            return
         units = list(self._units())
-        muon_settings = momentum, muon_weight_decay
-        reduced: Iterable[Collective] = map(self._reduce, units)
-        if self.ranks.world_size > 1:
-            reduced = list(reduced)  # all of them are under way before the first is waited for
-        updated: Iterable[Collective] = (
-            self._update(unit, gradient.wait(), rate_multiplier, *muon_settings)
+        # All are under way before the first is waited for.
+        reduced = [self._reduce(unit) for unit in units]
+        updated = [
+            self._update(unit, gradient.wait(), *settings)
             for unit, gradient in zip(units, reduced, strict=True)
-        )
-        if self.ranks.world_size > 1:
-            updated = list(updated)
+        ]
         for unit, values in zip(units, updated, strict=True):
             self._store(unit, values.wait())
+
+    def _step_parts(
+        self, group: MuonGroup, multiplier: float, momentum: float, weight_decay: float
+    ) -> None:
+        """Update the stack of a single process a part at a time, to bound what it takes beside."""
+        count, scalars = len(group.names), (group.rate * multiplier, weight_decay, momentum)
+        most = max(1, PART_ELEMENTS // self.parameters[group.names[0]].numel())
+        size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+        for first in range(0, count, size):
+            rows = range(first, first + size)
+            members = [self.parameters[group.names[row]] for row in rows]
+            gradients = torch.stack([_gradient(member) for member in members])
+            updated = self._step_muon(group, gradients, scalars, rows)
+            torch._foreach_copy_([member.data for member in members], list(updated.unbind(0)))
 
     def _reduce(self, unit: Unit) -> Collective:
         """Start summing a unit's gradients over the ranks; each receives those of its share."""
@@ -179,9 +211,8 @@ class Optimizer:
             gradients = [_gradient(member) for member in members]
             missing = -len(members) % self.ranks.world_size
             stack = torch.stack([*gradients, *[torch.zeros_like(gradients[0])] * missing])
-            if self.ranks.world_size > 1:
-                for member in members:
-                    member.grad = None  # the stack holds it
+            for member in members:
+                member.grad = None  # the stack holds it
             return self.ranks.start_reduce_scatter(stack)
         gradient = _gradient(self.parameters[name])
         if f"mean.{name}" in self._split:
@@ -200,7 +231,16 @@ class Optimizer:
         name, group = unit
         if isinstance(group, MuonGroup):
             settings = (group.rate * multiplier, weight_decay, momentum)
-            return self.ranks.start_gather(self._step_muon(group, gradient, settings))
+            rows = self._split[f"momentum.{name}"]
+            return self.ranks.start_gather(self._step_muon(group, gradient, settings, rows))
+        own = self._step_adamw(name, group, gradient, multiplier)
+        split = f"mean.{name}" in self._split
+        return self.ranks.start_gather(own) if split else Collective(None, None, own)
+
+    def _step_adamw(
+        self, name: str, group: AdamGroup, gradient: Tensor, multiplier: float
+    ) -> Tensor:
+        """Update this rank's rows of a parameter, which are returned."""
         beta1, beta2 = group.betas
         parameter, rows = self.parameters[name].data, self._split.get(f"mean.{name}")
         own = parameter if rows is None else parameter[rows.start : rows.stop]
@@ -215,19 +255,25 @@ class Optimizer:
         )
         moments = self.state[f"mean.{name}"], self.state[f"square.{name}"]
         update(own, gradient, *moments, *map(_scalar, scalars), EPSILON)
-        return Collective(None, None, own) if rows is None else self.ranks.start_gather(own)
+        return own
 
-    def _step_muon(self, group: MuonGroup, gradients: Tensor, scalars: tuple[float, ...]) -> Tensor:
-        """Return the updated matrices (n, out, in) of this rank; where there are too few for all
-        ranks, its last ones are zero and stay so."""
+    def _step_muon(
+        self, group: MuonGroup, gradients: Tensor, scalars: tuple[float, ...], rows: range
+    ) -> Tensor:
+        """Return the updated matrices (n, out, in) of some rows of the stack.
+
+        They are this rank's, or some of a single process's. Where there are too few matrices for
+        all ranks, the last ones are zero and stay so.
+        """
         name = group.names[0]
-        rows = self._split.get(f"momentum.{name}", range(len(group.names)))
+        first = self._split.get(f"momentum.{name}", range(1)).start
+        local = slice(rows.start - first, rows.stop - first)
         members = [self.parameters[member].data for member in group.names[rows.start : rows.stop]]
         missing = len(rows) - len(members)
         matrices = torch.stack([*members, *[torch.zeros_like(gradients[0])] * missing])
         worth = matrices.numel() >= WORTH_COMPILING
         update: Callable[..., Tensor] = self._muon if worth else muon_update
-        buffers = self.state[f"momentum.{name}"], self.state[f"variance.{name}"]
+        buffers = self.state[f"momentum.{name}"][local], self.state[f"variance.{name}"][local]
         return update(matrices, gradients, *buffers, *map(_scalar, scalars), self.muon_dtype)
 
     def _store(self, unit: Unit, values: Tensor) -> None:

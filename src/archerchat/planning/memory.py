@@ -20,6 +20,7 @@ import torch
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.model.loss import chunk_tokens
+from archerchat.optim.optimizer import PART_ELEMENTS
 
 CPU_TOKENS = 2**13
 """Tokens in a micro-batch beyond which processors get no faster, only fuller."""
@@ -63,6 +64,7 @@ def estimate_memory(
     world_size: int = 1,
     memory_bytes: int | None = None,
     recomputes: bool = False,
+    state_dtype: torch.dtype = torch.float32,
 ) -> MemoryEstimate:
     """Estimate the memory of one rank.
 
@@ -72,6 +74,7 @@ def estimate_memory(
         world_size: ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
         memory_bytes: what the device has; by default it is asked.
         recomputes: whether the backward pass computes each layer again.
+        state_dtype: of the optimizer's moments.
     """
     counts = count_parameters(config)
     compute_bytes = compute_dtype.itemsize
@@ -80,13 +83,16 @@ def estimate_memory(
     chunk = chunk_tokens(config.padded_vocab_size, device, memory_bytes)
     table_bytes = 2 if compute_dtype == torch.bfloat16 else 4
     adamw = counts.total - counts.block_matrices
-    # AdamW keeps two float32 moments, Muon one momentum (its row variances are negligible).
-    state = 4 * (2 * adamw + counts.block_matrices)
+    # AdamW keeps two moments, Muon one momentum (its row variances are negligible).
+    state = state_dtype.itemsize * (2 * adamw + counts.block_matrices)
+    cast = counts.scaling
+    if recomputes:  # a layer's copies go with its other values
+        cast = counts.unembedding + counts.block_matrices // config.num_layers
     return MemoryEstimate(
         weights=tables * table_bytes + masters * 4,
         gradients=tables * table_bytes + masters * 4,
         optimizer_state=state // world_size,
-        weight_casts=counts.scaling * compute_bytes if compute_bytes < 4 else 0,
+        weight_casts=cast * compute_bytes if compute_bytes < 4 else 0,
         workspace=max(
             _loss_workspace(config, chunk * compute_bytes), _muon_workspace(config, world_size)
         ),
@@ -109,6 +115,34 @@ def activation_elements_per_token(config: ModelConfig, recomputes: bool = False)
     layer = 16 * c + 3 * kv
     layers = config.num_layers * c + layer if recomputes else config.num_layers * layer
     return layers + embedded * kv + 4 * c
+
+
+def fit_micro_batch(
+    config: ModelConfig,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    world_size: int,
+    memory_bytes: int,
+    rows: int,
+    *,
+    recomputes: bool = False,
+    state_dtype: torch.dtype = torch.float32,
+) -> tuple[MemoryEstimate, int | None, bool]:
+    """Find the largest micro-batch that fits; the arguments are those of `estimate_memory`.
+
+    Returns:
+        The estimate; the rows, None if not even one fits; and whether layers are computed again:
+        if `recomputes` asks for it, or if not one row fits without.
+    """
+    most = useful_rows(device, config.sequence_length)
+    while True:
+        estimate = estimate_memory(
+            config, compute_dtype, device, world_size, memory_bytes, recomputes, state_dtype
+        )
+        size = max_device_batch_size(estimate, memory_bytes, rows, most)
+        if size or recomputes:
+            return estimate, size, recomputes
+        recomputes = True
 
 
 def max_device_batch_size(
@@ -152,5 +186,8 @@ def _muon_workspace(config: ModelConfig, world_size: int) -> int:
     square = 2 * config.model_dim * (config.model_dim + config.kv_dim)
     if config.kv_dim != config.model_dim:
         square //= 2
-    largest = max(square, 4 * config.model_dim**2) * config.num_layers
-    return MUON_STACK_BYTES * largest // world_size
+    matrix = 4 * config.model_dim**2
+    largest = max(square, matrix) * config.num_layers // world_size
+    if world_size == 1:
+        largest = min(largest, max(PART_ELEMENTS, matrix))
+    return MUON_STACK_BYTES * largest

@@ -8,7 +8,6 @@ disk, so every run on a machine divides by the same number.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from archerchat.files import write_json
+from archerchat.files import recall, write_json
 from archerchat.planning.gpus import find_gpu
 from archerchat.runtime import Runtime, dtype_name
 
@@ -145,12 +144,8 @@ def _flops(shape: Shape) -> int:
 
 def _load_entries(path: Path) -> dict[str, Measurement]:
     """Return the usable entries of the cache; a file that is not one counts as empty."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
     entries = {}
-    for key, entry in content.items() if isinstance(content, dict) else ():
+    for key, entry in recall(path).items():
         match entry:
             case {
                 "flops_per_second": float(rate),

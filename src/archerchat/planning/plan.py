@@ -13,18 +13,16 @@ from pathlib import Path
 
 import torch
 
-from archerchat.config import Config, PositiveFloat, PositiveInt, Share
+from archerchat.config import Config, PositiveFloat, PositiveInt, Share, StateDtypeName
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
 from archerchat.optim.schedule import MOMENTUM_WARMUP_STEPS, Schedule, build_schedule
 from archerchat.planning.gpus import GPUS, Gpu, Prices, find_gpu
 from archerchat.planning.memory import (
     MemoryEstimate,
-    estimate_memory,
+    fit_micro_batch,
     kv_bytes_per_token,
     kv_cache_bytes,
-    max_device_batch_size,
-    useful_rows,
 )
 from archerchat.planning.peak_flops import peak_flops
 from archerchat.runtime import DTYPES, build_runtime, dtype_name, training_dtype
@@ -73,6 +71,10 @@ class PlanConfig(Config):
     """Memory of one card in GiB. Defaults to the published size."""
     num_gpus: PositiveInt = 1
     """Number of cards, one rank each."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass; done in any case if not one row fits."""
+    optimizer_state: StateDtypeName = "float32"
+    """Dtype of the optimizer's moments; bfloat16 takes half the memory."""
     mfu: Share | None = None
     """Share of the peak rate that training reaches. Defaults to an estimate by kind of device."""
     prices: Prices = field(default_factory=Prices)
@@ -118,6 +120,8 @@ class DataPlan:
 class MemoryPlan:
     estimate: MemoryEstimate
     device_bytes: int
+    recomputes: bool
+    """Whether the backward pass computes each layer again (--activation-checkpointing)."""
     device_batch_size: int | None
     """Rows per micro-batch; None if not even one fits."""
     grad_accum_steps: int | None
@@ -246,12 +250,20 @@ def _plan_memory(
 ) -> MemoryPlan:
     dtype, device = DTYPES[machine.compute_dtype], torch.device(machine.device_type)
     available = machine.memory_bytes
-    estimate = estimate_memory(hp.model, dtype, device, config.num_gpus, available)
-    most = useful_rows(device, hp.model.sequence_length)
-    size = max_device_batch_size(estimate, available, rows, most)
+    estimate, size, recomputes = fit_micro_batch(
+        hp.model,
+        dtype,
+        device,
+        config.num_gpus,
+        available,
+        rows,
+        recomputes=config.activation_checkpointing,
+        state_dtype=DTYPES[config.optimizer_state],
+    )
     return MemoryPlan(
         estimate=estimate,
         device_bytes=machine.memory_bytes,
+        recomputes=recomputes,
         device_batch_size=size,
         grad_accum_steps=None if size is None else rows // size,
         peak_bytes=estimate.total(size or 1),

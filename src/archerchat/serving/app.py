@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Coroutine, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
@@ -24,19 +25,21 @@ from sse_starlette import EventSourceResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
+from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.inference import sequence
-from archerchat.inference.chat import build_answer_request
+from archerchat.inference.chat import ChatSession, ContextFull
 from archerchat.inference.prefill import iter_batches, score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
 from archerchat.serving import info, v1_responses
 from archerchat.serving import requests as asked
 from archerchat.serving.config import LOOPBACK, ServeConfig
+from archerchat.serving.grammar import build_mask
 from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
 from archerchat.serving.info import Server, Shared
 from archerchat.serving.models import Models, ServedModel
-from archerchat.serving.responses import Answer, ChatChoice, TextChoice
+from archerchat.serving.responses import Answer, ChatChoice, Choice, TextChoice
 from archerchat.serving.v1_responses import ResponsesRequest
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
 
@@ -52,7 +55,7 @@ PAGE_HEADERS = {
 PING_SECONDS = 15
 SEND_SECONDS = 60.0
 """How long a client may leave a chunk unread."""
-Choice = ChatChoice | TextChoice
+T = TypeVar("T")
 router = APIRouter()
 
 
@@ -76,6 +79,12 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
     app.include_router(router)
     app.include_router(info.router)
     app.mount("/page", _PageFiles(directory=PAGE), name="page")
+    protect(app, config)
+    return app
+
+
+def protect(app: FastAPI, config: ServeConfig) -> None:
+    """Put what stands before every handler before those of `app`."""
     hosts = LOOPBACK if config.is_local and config.key is None else None
     app.add_middleware(Guard, api_key=config.key, hosts=hosts)
     if config.cors_origin:
@@ -85,7 +94,6 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    return app
 
 
 class _PageFiles(StaticFiles):
@@ -101,65 +109,56 @@ async def show_page() -> Response:
     return Response(content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
-@dataclass
-class _Chat:
-    """An answer to a conversation, under way."""
-
-    stream: Stream
-    choices: list[ChatChoice]
-    answer: Answer
-    headers: dict[str, str]
-
-
-async def _start_chat(body: asked.ChatRequest, server: Server) -> _Chat:
+async def _start_chat(
+    body: asked.ChatRequest, server: Server
+) -> tuple[Stream, list[ChatChoice], Answer, dict[str, str]]:
+    """Start an answer to a conversation; return also its choices and headers."""
     model = await server.models.get(body.model)
-    params, tokenizer = body.params(), model.tokenizer
-    prompt, dropped = asked.render_prompt(
-        tokenizer,
-        asked.read_conversation(body.messages),
-        model.engine.max_length,
-        params.max_new_tokens,
-        body.truncation == "auto",
-    )
-    asks = [build_answer_request(tokenizer, prompt, params)]
-    stream = server.worker.submit(model.engine, asks)
-    choices = [ChatChoice(tokenizer, index, asks[0]) for index in range(params.num_samples)]
-    answer = Answer("chat.completion", model.card.name, asks, dropped)
+    session = ChatSession(model.engine, model.tokenizer, body.params())
+    message, said = session.resume(asked.read_conversation(body.messages))
+    try:
+        request = session.build_request(message, said, forget=body.truncation == "auto")
+    except ContextFull as error:
+        problem = f"do not fit: {error}"
+        raise asked.BadRequest("messages", problem, "context_length_exceeded") from error
+    if (schema := body.response_format.schema_content) is not None:
+        try:
+            mask = await asyncio.to_thread(build_mask, model.vocabulary, schema)
+        except UsageError as error:
+            raise asked.BadRequest("response_format", f"cannot be kept to: {error}") from error
+        request = replace(request, mask=mask, hook=None)
+    stream = server.worker.submit(model.engine, [request])
+    samples = range(session.params.num_samples)
+    choices = [ChatChoice(model.tokenizer, index, request) for index in samples]
+    dropped = 2 * session.forgotten
+    answer = Answer("chat.completion", model.card.name, [request], dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
-    return _Chat(stream, choices, answer, headers)
+    return stream, choices, answer, headers
 
 
 @router.post("/v1/chat/completions")
 async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
     """Answer a conversation."""
-    started = await _start_chat(body, server)
-    stream, choices, answer = started.stream, started.choices, started.answer
+    stream, choices, answer, headers = await _start_chat(body, server)
     if body.stream:
-        chunks = _chunks(stream, choices, answer, body.wants_usage)
-        return _Events(stream, chunks, started.headers)
-    return await _until_gone(request, stream, _whole(stream, choices, answer, started.headers))
+        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), headers)
+    return await _finish(request, stream, choices, lambda: answer.whole(choices, stream), headers)
 
 
 @router.post("/v1/responses")
 async def respond(body: ResponsesRequest, request: Request, server: Shared) -> Response:
     """Answer a conversation in the form of OpenAI's responses."""
     try:
-        started = await _start_chat(body.to_chat(), server)
+        stream, choices, answer, headers = await _start_chat(body.to_chat(), server)
     except asked.BadRequest as error:
-        param = error.param.replace("messages", "input")
+        names = {"messages": "input", "response_format.json_schema": "text.format",
+                 "response_format": "text.format"}  # fmt: skip
+        param = re.sub("|".join(names), lambda found: names[found[0]], error.param)
         raise asked.BadRequest(param, error.problem, error.code) from error
-    stream, (choice,) = started.stream, started.choices
-    found = v1_responses.Response(choice, started.answer, server.models.find(body.model).name)
+    found = v1_responses.Response(choices[0], answer, server.models.find(body.model).name)
     if body.stream:
-        return _Events(stream, _typed(found, stream), started.headers)
-
-    async def whole() -> Response:
-        async for events in stream:
-            for event in events:
-                choice.read(event)
-        return AsciiJSON(found.whole(stream), headers=started.headers)
-
-    return await _until_gone(request, stream, whole())
+        return _Events(stream, _typed(found, stream), headers)
+    return await _finish(request, stream, choices, lambda: found.whole(stream), headers)
 
 
 async def _typed(found: v1_responses.Response, stream: Stream) -> AsyncIterator[bytes]:
@@ -203,12 +202,12 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
     answer = Answer("text_completion", model.card.name, asks)
     if body.max_tokens == 0:  # only the prompt was asked about
         for choice in choices:
-            choice.end("length")
-        return AsciiJSON(answer.whole([choice.whole() for choice in choices], None))
+            choice.finish = "length"
+        return AsciiJSON(answer.whole(choices, None))
     stream = server.worker.submit(model.engine, asks)
     if body.stream:
         return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), {})
-    return await _until_gone(request, stream, _whole(stream, choices, answer, {}))
+    return await _finish(request, stream, choices, lambda: answer.whole(choices, stream))
 
 
 async def _score(
@@ -223,23 +222,13 @@ async def _score(
     return [found[i] for i in range(len(prompts))]
 
 
-async def _whole(
-    stream: Stream, choices: Sequence[Choice], answer: Answer, headers: dict[str, str]
-) -> Response:
-    async for events in stream:
-        for event in events:
-            choices[stream.choice(event)].read(event)
-    content = answer.whole([choice.whole() for choice in choices], stream)
-    return AsciiJSON(content, headers=headers)
-
-
 async def _chunks(
     stream: Stream, choices: Sequence[Choice], answer: Answer, wants_usage: bool
 ) -> AsyncIterator[bytes]:
     """Yield the events of a stream, one for each token of each choice."""
     for choice in choices:
-        if isinstance(choice, TextChoice) and choice.first()["text"]:
-            yield _data(answer.chunk([choice.first()]))
+        if (first := choice.whole()).get("text"):  # the prompt's echo
+            yield _data(answer.chunk([first]))
     try:
         async for events in stream:
             more = {} if stream.open_samples else {"timings": stream.timings()}
@@ -275,21 +264,39 @@ class _Events(EventSourceResponse):
             self._stream.close()
 
 
-async def _until_gone(
-    request: Request, stream: Stream, work: Coroutine[Any, Any, Response]
+async def _finish(
+    request: Request,
+    stream: Stream,
+    choices: Sequence[Choice],
+    show: Callable[[], dict[str, Any]],
+    headers: dict[str, str] | None = None,
 ) -> Response:
-    """Return the answer, or end the work when the client goes away."""
+    """Return what `show` shows of the answer at its end."""
+
+    async def read() -> Response:
+        async for events in stream:
+            for event in events:
+                choices[stream.choice(event)].read(event)
+        return AsciiJSON(show(), headers=headers)
+
+    try:
+        return await until_gone(request.receive, read()) or Response(status_code=499)
+    finally:
+        stream.close()
+
+
+async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Return what the work returns, or end it and return None when the client goes away."""
 
     async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
-    answer, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait([answer, leaving], return_when=asyncio.FIRST_COMPLETED)
-        return answer.result() if answer.done() else Response(status_code=499)
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
     finally:
-        answer.cancel()
+        working.cancel()
         leaving.cancel()
-        await asyncio.gather(answer, leaving, return_exceptions=True)
-        stream.close()
+        await asyncio.gather(working, leaving, return_exceptions=True)

@@ -29,6 +29,9 @@ class ServeConfig(DeviceConfig):
     """Most answers to generate at a time, per model."""
     max_queue: NonNegativeInt = 128
     """Most answers that wait for a place; requests beyond it get status 429."""
+    copies: PositiveInt | None = None
+    """Copies of each model, each in a process of its own. Defaults to one per GPU. The limits above
+    are those of each copy."""
     api_key: str | None = field(default=None, repr=False)
     """Key that clients must send. Defaults to the environment variable ARCHERCHAT_API_KEY."""
     cors_origin: tuple[str, ...] = ()

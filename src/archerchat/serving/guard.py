@@ -128,35 +128,33 @@ async def _read(receive: Receive, headers: dict[str, bytes]) -> bytes:
 def install_handlers(app: FastAPI) -> None:
     """Give every error OpenAI's form."""
 
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+    async def refuse(request: Request, error: Exception) -> Response:
+        return _explain(error)
+
+    for kind in (RequestValidationError, ArcherChatError, Overloaded, HTTPException, Exception):
+        app.add_exception_handler(kind, refuse)
+
+
+def _explain(error: Exception) -> Response:
+    if isinstance(error, RequestValidationError):
         # Of a union's branches, the one that went furthest says most.
         worst = max(error.errors(), key=lambda each: len(each["loc"]))
         param = _field_name(worst["loc"])
         return refusal(400, f"{param or 'the body'}: {worst['msg']}", param)
-
-    @app.exception_handler(ArcherChatError)
-    async def _ours(request: Request, error: ArcherChatError) -> Response:
-        # The engine's messages name flags of the command line, which are fields here.
-        message = re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), str(error))
-        param, code = getattr(error, "param", None), getattr(error, "code", None)
-        if isinstance(error, UnknownModel):
-            return refusal(404, message, "model", "model_not_found")
-        if param is None and (found := re.search(r"--([a-z][a-z-]*)|\b(prompt)\b", str(error))):
-            param = (found[1] or found[2]).replace("-", "_")
-        return refusal(400 if isinstance(error, UsageError) else 500, message, param, code)
-
-    @app.exception_handler(Overloaded)
-    async def _overloaded(request: Request, error: Overloaded) -> Response:
+    if isinstance(error, UnknownModel):
+        return refusal(404, str(error), "model", "model_not_found")
+    if isinstance(error, Overloaded):
         return refusal(429, str(error), code="queue_full")
-
-    @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> Response:
+    if isinstance(error, HTTPException):
         return refusal(error.status_code, str(error.detail))
-
-    @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> Response:
+    if not isinstance(error, ArcherChatError):
         return refusal(500, f"the server failed: {type(error).__name__}")
+    # The engine's messages name flags of the command line, which are fields here.
+    message = re.sub(r"--([a-z][a-z-]*)", lambda m: m[1].replace("-", "_"), str(error))
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    if param is None and (found := re.search(r"--([a-z][a-z-]*)|\b(prompt)\b", str(error))):
+        param = (found[1] or found[2]).replace("-", "_")
+    return refusal(400 if isinstance(error, UsageError) else 500, message, param, code)
 
 
 def _field_name(place: Sequence[str | int]) -> str | None:

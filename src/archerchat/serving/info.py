@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from archerchat.inference.chat import ChatSession
 from archerchat.serving import requests as asked
 from archerchat.serving.guard import AsciiJSON
 from archerchat.serving.models import Models
@@ -79,8 +80,8 @@ async def detokenize(body: asked.DetokenizeRequest, server: Shared) -> Response:
 async def apply_template(body: asked.ConversationRequest, server: Shared) -> Response:
     """Return a conversation as the model reads it."""
     model = await server.models.get(body.model)
-    messages = asked.read_conversation(body.messages)
-    ids, _ = asked.render_prompt(model.tokenizer, messages, 2**31, 1, cut=False)
+    session = ChatSession(model.engine, model.tokenizer)
+    ids = session.render(*session.resume(asked.read_conversation(body.messages)))
     return AsciiJSON({"prompt": model.tokenizer.decode(ids), "tokens": ids})
 
 
@@ -99,8 +100,13 @@ async def stats(server: Shared) -> Response:
 @router.get("/metrics")
 async def metrics(server: Shared) -> Response:
     """Return the numbers of /stats in the form that Prometheus reads."""
+    return as_metrics(_stats(server))
+
+
+def as_metrics(stats: dict[str, Any]) -> Response:
+    """Write the numbers of /stats in the form that Prometheus reads."""
     lines = []
-    for name, value in _stats(server).items():
+    for name, value in stats.items():
         if isinstance(value, int | float):
             kind = "counter" if name.endswith("_total") else "gauge"
             lines += [f"# TYPE archerchat_{name} {kind}", f"archerchat_{name} {value}"]

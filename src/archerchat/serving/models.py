@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+
+from llguidance import LLTokenizer
 
 from archerchat.checkpoint import (
     find_checkpoint,
@@ -24,6 +26,7 @@ from archerchat.model.config import ModelConfig
 from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
 from archerchat.serving.config import ServeConfig
+from archerchat.serving.grammar import read_vocabulary
 from archerchat.serving.worker import Overloaded, Worker
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -74,6 +77,11 @@ class ServedModel:
     tokenizer: Tokenizer
     engine: Engine
     last_used: float
+
+    @cached_property
+    def vocabulary(self) -> LLTokenizer:
+        """What answers under a schema are kept to; made on first use."""
+        return read_vocabulary(self.tokenizer)
 
 
 class Models:

@@ -6,27 +6,27 @@ those that would change the answer and are not supported are refused.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from archerchat.errors import UsageError
-from archerchat.inference.chat import CHAT_SAMPLING, MIN_ROOM_SHARE
+from archerchat.inference.chat import CHAT_SAMPLING
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 from archerchat.tasks.conversation import PART_TYPES
 from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
 
 MAX_MESSAGES = 500
 MAX_MESSAGE_CHARACTERS = 8_000
 MAX_CONVERSATION_CHARACTERS = 32_000
 MAX_PROMPTS = 256
 MAX_PROMPT_CHARACTERS = 1_000_000
+MAX_SCHEMA_CHARACTERS = 64_000
 MAX_SAMPLES = 128
 SAMPLED = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
            "frequency_penalty"}  # fmt: skip
@@ -111,6 +111,30 @@ class ConversationRequest(_Body):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
 
 
+class JsonSchema(BaseModel):
+    content: dict[str, Any] = Field(alias="schema")
+
+    @field_validator("content")
+    @classmethod
+    def _is_small(cls, content: dict[str, Any]) -> dict[str, Any]:
+        assert len(json.dumps(content)) <= MAX_SCHEMA_CHARACTERS, "is too long a schema"
+        return content
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @property
+    def schema_content(self) -> dict[str, Any] | None:
+        """The schema of the answer; None for text."""
+        if self.type == "json_schema":
+            if self.json_schema is None:
+                raise BadRequest("response_format.json_schema", "is missing")
+            return self.json_schema.content
+        return {"type": "object"} if self.type == "json_object" else None
+
+
 class ChatRequest(Sampled, ConversationRequest):
     """`POST /v1/chat/completions`."""
 
@@ -120,14 +144,13 @@ class ChatRequest(Sampled, ConversationRequest):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     truncation: Literal["auto", "disabled"] = "auto"
     """Whether a conversation longer than the context loses its oldest turns, or is refused."""
-    tools: list[Any] | None = Field(None, max_length=0)
-    response_format: Mapping[str, Any] | None = None
+    tools: list[Any] | None = None
+    """Clients offer them unasked; the model calls none of them."""
+    tool_choice: Literal["none", "auto"] | None = None
+    response_format: ResponseFormat = ResponseFormat()
 
     def params(self) -> SamplingParams:
         """Return the engine's parameters."""
-        kind = (self.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise BadRequest("response_format", f"{kind!r} is not supported")
         most = self.max_completion_tokens or self.max_tokens or CHAT_SAMPLING.max_new_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return replace(self.sampling(CHAT_SAMPLING), max_new_tokens=most, logprobs=logprobs)
@@ -197,7 +220,7 @@ def read_conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return messages in the form that `chat_format` renders.
 
     Raises:
-        BadRequest: one is empty or too long, or its role is not due.
+        BadRequest: one is empty or too long, its role is not due, or none is the user's.
     """
     found: list[dict[str, Any]] = []
     first, total = int(messages[0].role in ("system", "developer")), 0
@@ -227,36 +250,6 @@ def read_conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
         found.append({"role": role, "content": text if plain else [dict(p) for p in parts]})
     if total > MAX_CONVERSATION_CHARACTERS:
         raise BadRequest("messages", f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
-    return found
-
-
-def render_prompt(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], limit: int, room: int, cut: bool
-) -> tuple[list[int], int]:
-    """Return a conversation's prompt and how many of its oldest messages were left out.
-
-    A last message of the assistant is continued. Where `cut`, pairs of messages are left out until
-    the context of `limit` tokens has `room` for the answer, or only the last ones are left.
-
-    Raises:
-        BadRequest: the prompt fills the context.
-    """
-    first = int(messages[0]["role"] == "system")
-    system, turns = list(messages[:first]), messages[first:]
-
-    def render(dropped: int) -> list[int]:
-        conversation = {"messages": [*system, *turns[2 * dropped :]]}
-        if turns[-1]["role"] == "assistant":
-            return render_conversation(tokenizer, conversation, 2**31)[0][:-1]
-        return render_for_completion(tokenizer, conversation, 2**31)
-
-    if not turns:
+    if len(messages) == first:
         raise BadRequest("messages", "hold nothing to answer: add one of the user's")
-    pairs = (len(turns) - 1) // 2 if cut else 0
-    room = min(room, max(1, limit // MIN_ROOM_SHARE))
-    dropped = bisect_left(range(pairs), True, key=lambda k: len(render(k)) + room <= limit)
-    prompt = render(dropped)
-    if len(prompt) >= limit:
-        problem = f"have {len(prompt)} tokens and the context {limit}: write less"
-        raise BadRequest("messages", problem, "context_length_exceeded")
-    return prompt, 2 * dropped
+    return found

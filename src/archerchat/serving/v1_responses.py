@@ -15,6 +15,7 @@ from archerchat.serving.requests import (
     ChatRequest,
     Message,
     Part,
+    ResponseFormat,
     Sampled,
 )
 from archerchat.serving.responses import Answer, ChatChoice
@@ -27,6 +28,15 @@ class InputItem(BaseModel):
     content: str | list[Part]
 
 
+class TextFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    content: dict[str, Any] = Field({}, alias="schema")
+
+
+class TextOptions(BaseModel):
+    format: TextFormat = TextFormat(schema={})
+
+
 class ResponsesRequest(Sampled):
     """Its `input` is a message of the user, or a conversation."""
 
@@ -37,7 +47,9 @@ class ResponsesRequest(Sampled):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=2**31)
     truncation: Literal["auto", "disabled"] = "auto"
-    tools: list[Any] | None = Field(None, max_length=0)
+    text: TextOptions = TextOptions()
+    tools: list[Any] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     previous_response_id: None = None
     n: None = None
 
@@ -50,7 +62,14 @@ class ResponsesRequest(Sampled):
         if self.instructions:
             messages.insert(0, Message(role="system", content=self.instructions))
         shared = self.model_dump(include=Sampled.model_fields.keys() | {"truncation"})
-        return ChatRequest(**shared, messages=messages, max_tokens=self.max_output_tokens)
+        form = self.text.format
+        wanted = {"type": form.type, "json_schema": {"schema": form.content}}
+        return ChatRequest(
+            **shared,
+            messages=messages,
+            max_tokens=self.max_output_tokens,
+            response_format=ResponseFormat.model_validate(wanted),
+        )
 
 
 def _plain(content: str | list[Part]) -> str | list[Part]:

@@ -45,6 +45,7 @@ class Task(Sequence[Conversation]):
         random_baseline: the share of right answers that guessing gives (SPEC section 9).
         is_lenient: whether there is a lenient rule beside the reference's.
         left_out: what of its files was not read, in words.
+        found: what its files hold, in words.
     """
 
     rows: Rows
@@ -54,6 +55,7 @@ class Task(Sequence[Conversation]):
     random_baseline: float = 0.0
     is_lenient: bool = False
     left_out: Sequence[str] = ()
+    found: Sequence[str] = ()
     _picked: Sequence[int] | None = None
 
     def render(self, row: Any) -> Conversation:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
 from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
 from archerchat.tasks.hub import Row, TableTask, TaskFiles, load_tables
+from archerchat.tasks.layouts import NAMES, find_layout, parse_layout
 from archerchat.text_files import JSON_KINDS, iter_rows, list_folder, refuse
 
 ArcName = Literal["ARC-Easy", "ARC-Challenge"]
@@ -101,7 +103,7 @@ def parse_answer(answer: str) -> list[dict[str, str]]:
 class JsonlTask(Task):
     """The conversations of a file, or of the JSON files below a folder in the names' order.
 
-    Each line, or each value of a JSON list, is `{"messages": [...]}` or the list of messages alone.
+    Each line, or each value of a JSON list, has one of the layouts of `tasks.layouts`.
     All are checked when the file is read, so a broken one is found before training begins.
 
     Args:
@@ -123,11 +125,13 @@ class JsonlTask(Task):
             split or "", sorted([*folder.train, *folder.held_out])
         )
         self.name, self.split = path.name, split if folder.held_out else None
-        self.rows, bad = [], list[str]()
+        self.rows, bad, layouts = [], list[str](), Counter[str]()
         for each in paths:
             for where, value in iter_rows(each, bad.append if skip_bad else refuse):
                 try:
-                    self.rows.append(check_conversation(value, where))
+                    layout = find_layout(value)
+                    self.rows.append(check_conversation(parse_layout(value, layout, where), where))
+                    layouts[NAMES[layout]] += 1
                 except DataError as error:
                     if not skip_bad:
                         raise
@@ -138,6 +142,8 @@ class JsonlTask(Task):
             raise DataError(
                 f"{path} holds no conversation: give a file with one JSON line for each"
             )
+        counts = ", ".join(f"{number:,} in {name} layout" for name, number in layouts.items())
+        self.found = [f"{path}: {counts}"]
         self._digests = [sha256_file(each) for each in paths]
 
     def describe(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A conversation is `{"messages": [...]}`, each message `{"role": ..., "content": ...}`. Users write
 text; the assistant writes text or a list of parts, `{"type": ..., "text": ...}`, where the type is
 `text`, `python` (to be run) or `python_output` (what it printed). Files may also have what OpenAI's
-do: text of others as a list of parts, and a developer for the system. `tokenizer.chat_format`
+do: text of others as a list of parts, and a developer for the system; `tasks.layouts` reads the
+layouts of other people. `tokenizer.chat_format`
 renders it. A task may add keys of its own beside `messages`, for its own judgement of an answer.
 """
 

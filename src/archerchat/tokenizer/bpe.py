@@ -63,6 +63,7 @@ class Tokenizer:
     Attributes:
         vocab_size: number of ids, special tokens included; ids are 0 .. vocab_size - 1.
         bos_id: the id of `<|bos|>`, which starts every document and conversation.
+        encoding: tiktoken's.
         fingerprint: hexadecimal SHA-256 over ranks, pattern and special tokens; two tokenizers
             with the same fingerprint encode every text alike.
         provenance: what the tokenizer was trained on, for information only.
@@ -87,7 +88,7 @@ class Tokenizer:
         self._ranks = dict(ranks)
         self._special_ids = {name: len(ranks) + i for i, name in enumerate(special_tokens)}
         try:
-            self._encoding = tiktoken.Encoding(
+            self.encoding = tiktoken.Encoding(
                 "archerchat",
                 pat_str=pattern,
                 mergeable_ranks=self._ranks,
@@ -164,9 +165,9 @@ class Tokenizer:
         Lone surrogates, which UTF-8 cannot hold, are encoded as U+FFFD.
         """
         if len(text) < WHITESPACE_LIMIT:
-            return self._encoding.encode_ordinary(text)
+            return self.encoding.encode_ordinary(text)
         pieces = cut_long_whitespace(text)
-        return [i for piece in pieces for i in self._encoding.encode_ordinary(piece)]
+        return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
         """Encode many documents in parallel, in order, each starting with BOS."""
@@ -187,7 +188,7 @@ class Tokenizer:
         """
         token_ids = list(ids)
         try:
-            return self._encoding.decode(token_ids)
+            return self.encoding.decode(token_ids)
         except (KeyError, OverflowError) as error:
             unknown = next(i for i in token_ids if not 0 <= i < self.vocab_size)
             raise TokenizerError(
@@ -197,7 +198,7 @@ class Tokenizer:
 
     def token(self, token_id: int) -> bytes:
         """Return the bytes that an id stands for; a special token's are its name."""
-        return self._encoding.decode_single_token_bytes(token_id)
+        return self.encoding.decode_single_token_bytes(token_id)
 
     @property
     def token_bytes(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

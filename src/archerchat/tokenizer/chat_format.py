@@ -56,6 +56,11 @@ def render_for_completion(
     return [*ids, tokenizer.special_id("<|assistant_start|>")]
 
 
+def encode_answer(tokenizer: Tokenizer, content: str | list[dict[str, str]]) -> list[int]:
+    """Return the token ids of an assistant's message, without those around it."""
+    return [i for ids, _ in _iter_answer(tokenizer, content) for i in ids]
+
+
 def _iter_segments(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> Iterator[Segment]:
     """Render the messages one by one; the system's is joined to the user's first."""
     special, system = tokenizer.special_id, ""

@@ -53,6 +53,8 @@ class LoopState:
     """Updates done."""
     smooth_loss: float = 0.0
     """Exponential average of the training loss, not yet corrected for its start at 0."""
+    first_smoothed: int = 0
+    """Step at which that average began: later for an imported run."""
     first_val: float = math.nan
     """The recipe's metric when it was first measured."""
     last_val: float = math.nan
@@ -118,7 +120,7 @@ class Loop(Stateful):
         try:
             self.recipe.load_state_dict(state)
             self.state = LoopState(**state["loop"])
-            if self.scaler.is_enabled():
+            if self.scaler.is_enabled() and "scaler" in state:
                 self.scaler.load_state_dict(dict(state["scaler"]))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"the checkpoint does not fit this run: {error!r}") from error
@@ -292,7 +294,7 @@ class Loop(Stateful):
         self._settle()
         state, metric = self.state, self.recipe.metric
         score = metric.score(value)
-        smooth = self._smooth() if state.step else math.inf
+        smooth = self._smooth() if state.step > state.first_smoothed else math.inf
         if score < state.best_val:
             state.best_smooth_loss = smooth
         # A policy's loss says nothing of its pass rate, which is better when higher.
@@ -364,7 +366,9 @@ class Loop(Stateful):
 
     def _smooth(self) -> float:
         """Return the average loss, corrected for its start at 0."""
-        return self.state.smooth_loss / (1 - SMOOTHING**self.state.step)
+        return self.state.smooth_loss / (
+            1 - SMOOTHING ** (self.state.step - self.state.first_smoothed)
+        )
 
 
 @contextmanager

@@ -14,34 +14,36 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
-from archerchat.config import PositiveInt, Seed
+from archerchat.config import PositiveInt, Seed, StateDtypeName
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
-from archerchat.data.prefetch import Batch
 from archerchat.data.shards import count_text_bytes, data_directory, list_shards, split_shards
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters, grad_accum_steps
+from archerchat.errors import UsageError
 from archerchat.evals.core.bundle import find_bundle
 from archerchat.home import Home
 from archerchat.inference.chat import generate_texts
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
+from archerchat.model.fp8 import supports_fp8
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.optim.schedule import Schedule, build_schedule
-from archerchat.planning.memory import estimate_memory, max_device_batch_size, useful_rows
+from archerchat.planning.memory import fit_micro_batch
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
+from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-from archerchat.training.core_metric import build_core_metric
+from archerchat.training.base_metrics import build_bits_metric, build_core_metric
+from archerchat.training.fitting import fit_rows, speed_of_fp8
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
-from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.stage import Stage, StageConfig
 from archerchat.training.throughput import Outcome
 
 SAMPLE_PROMPTS = ("The capital of France is", "def main(", "If yesterday was Friday, then tomorrow")
@@ -68,6 +70,12 @@ class PretrainConfig(StageConfig):
     device_batch_size: PositiveInt | None = None
     """Rows per micro-batch; gradient accumulation keeps the total batch the same. Defaults to
     `archerchat plan`'s, halved on a GPU until it fits."""
+    fp8: bool = False
+    """Multiply the blocks' large matrices in 8-bit floats if that turns out faster on this card; it
+    needs an NVIDIA card of 2023 or later (sm89)."""
+    optimizer_state: StateDtypeName = "float32"
+    """Dtype of the optimizer's moments; bfloat16 takes half the memory, for a model that does not
+    fit otherwise."""
     eval_every: PositiveInt | None = EVAL_EVERY
     """Steps between measurements of bits per byte on the validation shard, and one at the end;
     `none` for never."""
@@ -82,7 +90,7 @@ class PretrainConfig(StageConfig):
     is downloaded."""
     extend: bool = False
     """Resume even if the number of steps, batch size or schedule changed; prints the effect on the
-    learning rate."""
+    learning rate. Also continues a run that was imported with its optimizer state."""
 
 
 @dataclass(kw_only=True)
@@ -128,6 +136,8 @@ class Pretraining(Stage):
     """Train a base model from fresh weights."""
 
     name, command, done = "base", "pretrain", "trained"
+    fp8_speed: float | None = None
+    """How many times as fast 8-bit products turned out; None where that was not measured."""
     evaluates_first = False  # random weights: the first losses are worth more than a long wait
 
     def __init__(
@@ -153,7 +163,7 @@ class Pretraining(Stage):
         self.grad_accum_steps = self._count_micro_batches()
         self.files = list_shards(data_directory(config.data, home))
         self.shards = split_shards(self.files)
-        self.backend, reason = choose_attention(self.runtime, config.attention)
+        self.backend, reason = self.choose_attention(self.hp.model, self.rows)
         self.run_name = config.run or self.tag
         self.seed, self.num_iterations = config.seed, self.hp.num_iterations
         self.extend = config.extend
@@ -165,7 +175,13 @@ class Pretraining(Stage):
             schedule=asdict(self.schedule),
             validation=[[path.name, path.stat().st_size] for path in self.shards[1]],
             attention=f"{self.backend} ({reason})",
+            fp8=False,
         )
+        if config.fp8 and not supports_fp8(self.runtime.device):
+            raise UsageError(
+                f"--fp8 needs an NVIDIA card of sm89 or newer, and this is {self.runtime.device}: "
+                "leave it out"
+            )
         self.meta["config"] |= {
             "data": self._data_name(),
             "device_batch_size": self.rows,
@@ -203,6 +219,8 @@ class Pretraining(Stage):
             "tokenizer": self.tokenizer.fingerprint,
             "packing": self.packing,
             "seed": config.seed,
+            "fp8": config.fp8,
+            "optimizer_state": config.optimizer_state,
             "device_batch_size": self.rows,
             "total_batch_size": hp.total_batch_tokens,
             "num_iterations": hp.num_iterations,
@@ -224,14 +242,11 @@ class Pretraining(Stage):
         whether layers have to be computed again."""
         model, runtime, self.rows = self.hp.model, self.runtime, 1
         rows = self._count_micro_batches()
-        available = runtime.total_memory_bytes()
-        given = model, runtime.compute_dtype, runtime.device, runtime.world_size, available
-        most = useful_rows(runtime.device, model.sequence_length)
-        for recomputes in sorted({self.recomputes, True}):
-            self.recomputes = recomputes
-            estimate = estimate_memory(*given, recomputes)
-            if fitting := max_device_batch_size(estimate, available, rows, most):
-                break
+        given = model, runtime.compute_dtype, runtime.device, runtime.world_size
+        again, state = self.recomputes, DTYPES[self.config.optimizer_state]
+        _, fitting, self.recomputes = fit_micro_batch(
+            *given, runtime.total_memory_bytes(), rows, recomputes=again, state_dtype=state
+        )
         saved: int = self._saved.get("device_batch_size", 0)
         chosen = saved if saved and rows % saved == 0 else fitting or 1
         # Ranks of unlike cards agree, and all of them ask: one may lack the saved run.
@@ -239,33 +254,24 @@ class Pretraining(Stage):
         least: int = min(self.ranks.gather(chosen))
         return least
 
-    def _fit_rows(self, recipe: Recipe) -> None:
-        """Halve the micro-batch until a forward and a backward pass fit on every rank."""
-        while True:
-            shape = self.rows, self.hp.model.sequence_length
-            tokens = torch.zeros(shape, dtype=torch.long, device=self.runtime.device)
-            too_large = False
-            try:
-                recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
-            except torch.OutOfMemoryError:
-                if self.rows == 1:
-                    raise
-                too_large = True
-            finally:
-                recipe.optimizer.zero_grad()
-            if not self.ranks.any(too_large)[0]:
-                return
-            if self.runtime.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.console.print(
-                f"{self.rows} rows per micro-batch do not fit into memory: {self.rows // 2} now"
-            )
-            self.rows //= 2
-            self.grad_accum_steps = recipe.grad_accum_steps = self._count_micro_batches()
-            for saved in (self.meta["identity"], self.meta["config"]):
-                saved["device_batch_size"] = self.rows
-            recipe.loader.close()
-            recipe.loader = self._open_streams(None)
+    def _take_rows(self, recipe: Recipe, rows: int) -> None:
+        """Make micro-batches smaller before training starts."""
+        self.rows = rows
+        self.grad_accum_steps = recipe.grad_accum_steps = self._count_micro_batches()
+        for saved in (self.meta["identity"], self.meta["config"]):
+            saved["device_batch_size"] = rows
+        recipe.loader.close()
+        recipe.loader = self._open_streams(None)
+
+    def _choose_precision(self, recipe: Recipe, start: Checkpoint | None) -> None:
+        """Train in 8 bits if a forward and a backward pass take less time so; a run that is there
+        goes on as it began."""
+        if start is None:
+            self.fp8_speed = speed_of_fp8(recipe, self.rows)
+            self.meta["fp8"] = self.fp8_speed > 1
+        else:
+            self.meta["fp8"] = start.meta["fp8"]
+        recipe.model.use_fp8(self.meta["fp8"])
 
     def _data_name(self) -> str:
         """Return the source's name, which stays valid if the home moves, or an absolute path."""
@@ -279,12 +285,12 @@ class Pretraining(Stage):
         model.init_weights(config.seed)
         model.to(runtime.device).recomputes = self.recomputes
         groups = build_groups(model, self.hp.learning_rates)
-        validation = self.shards[1]
+        state_dtype, validation = DTYPES[config.optimizer_state], self.shards[1]
         recipe = PretrainRecipe(
             runtime=runtime,
             model=model,
             optimizer=Optimizer(
-                model, groups, runtime.compute_dtype, compile=config.compile, ranks=self.ranks
+                model, groups, runtime.compute_dtype, config.compile, self.ranks, state_dtype
             ),
             loader=self._open_streams(start),
             tokenizer=self.tokenizer,
@@ -295,15 +301,17 @@ class Pretraining(Stage):
             prompts=config.sample_prompt or SAMPLE_PROMPTS,
         )
         if start is None and config.device_batch_size is None and runtime.device.type == "cuda":
-            self._fit_rows(recipe)
-        rows = self.rows * dial.max_seq_len
-        eval_steps, text_bytes = max(1, config.eval_tokens // rows), count_text_bytes(validation)
-
-        def measure_bits(step: int) -> Mapping[str, float]:
-            with self._open_loader(validation, 0, 1) as loader:
-                batches = _iter_once(loader, eval_steps, text_bytes, recipe)
-                return {"val/bpb": recipe.bits_per_byte(batches)}
-
+            rows = fit_rows(recipe, self.rows, self.home.cache_dir, self.console.print)
+            if rows < self.rows:
+                self._take_rows(recipe, rows)
+        if config.fp8:
+            self._choose_precision(recipe, start)
+        measure_bits = build_bits_metric(
+            recipe,
+            lambda: self._open_loader(validation, 0, 1),
+            max(1, config.eval_tokens // (self.rows * dial.max_seq_len)),
+            count_text_bytes(validation),
+        )
         recipe.evaluations = [Evaluation(measure_bits, config.eval_every)]
         if config.core_metric_every is not None:
             given, cache, notify = config.core_bundle, self.home.cache_dir, self.console.print
@@ -319,7 +327,8 @@ class Pretraining(Stage):
 
     def _open_streams(self, start: Checkpoint | None) -> Streams[TextLoader]:
         """Open the training text, in as many streams as the run began with ranks."""
-        count = saved_streams(start.state["loader"]) if start else self.ranks.world_size
+        saved = start.state.get("loader") if start else None
+        count = saved_streams(saved) if saved else self.ranks.world_size
         open_stream = partial(self._open_loader, self.shards[0])
         return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
 
@@ -350,6 +359,10 @@ class Pretraining(Stage):
         )
         if self.recomputes and not self.config.activation_checkpointing:
             yield "memory", "not one row fits unless the backward pass computes layers again"
+        if self.config.fp8:
+            speed = f"; fp8 ran at {self.fp8_speed:.2f} times its speed" if self.fp8_speed else ""
+            dtype = dtype_name(self.runtime.compute_dtype)
+            yield "precision", ("fp8 and " if self.meta["fp8"] else "") + dtype + speed
         yield "packing", f"{self.packing} ({self.packing_reason})"
         yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
 
@@ -364,6 +377,8 @@ class Pretraining(Stage):
         """Say what `--extend` changes, and move later checkpoints out of the run's way."""
         if not self.extend:
             return []
+        if "schedule" not in start.meta:
+            return ["continuing an imported run: its text begins again with the first shard"]
         before = Schedule(**start.meta["schedule"])
         peaks, new_peaks = start.meta["identity"]["learning_rates"], asdict(self.hp.learning_rates)
         return [
@@ -383,16 +398,3 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
     return Pretraining(config, home, console).run()
-
-
-def _iter_once(loader: TextLoader, count: int, text_bytes: int, recipe: Recipe) -> Iterator[Batch]:
-    """Yield this rank's of `count` batches, or of as many as hold the validation text once."""
-    sizes, seen, ranks = recipe.tokenizer.token_bytes, 0, recipe.optimizer.ranks
-    for done in range(1, count + 1):
-        batch = next(loader)
-        if done % ranks.world_size == ranks.rank:
-            yield batch
-        seen += int(sizes[batch.targets].sum())
-        recipe.show_progress("evaluating", max(done / count, seen / text_bytes))
-        if seen >= text_bytes:
-            return

@@ -169,8 +169,9 @@ class Recipe(ABC):
         """
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.loader.load_state_dict(state["loader"])
-        load_rng_state_dict(state["rng"])
+        if "loader" in state:  # an imported run has none
+            self.loader.load_state_dict(state["loader"])
+            load_rng_state_dict(state["rng"])
 
     def bits_per_byte(self, batches: Iterable[Batch]) -> float:
         """Measure bits per byte of the targets in all ranks' `batches`."""

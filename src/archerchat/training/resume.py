@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from archerchat.checkpoint import (
 from archerchat.config import compare_configs, from_json
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.home import Home
+from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
 
 EXTENDABLE = (
@@ -133,6 +135,9 @@ def _identity(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             f"choose another {_tag_flag(meta)} for a new run"
         )
     identity: dict[str, Any] = meta["identity"]
+    if "model" in identity:  # saved before these settings existed, perhaps
+        model = {"model": asdict(ModelConfig(**identity["model"]))}
+        identity = {"fp8": False, "optimizer_state": "float32"} | identity | model
     return identity
 
 
@@ -165,6 +170,8 @@ def find_start(
         return None
     path = find_checkpoint(directory, step)
     meta = load_checkpoint(path, sections=()).meta
+    if extend and "identity" not in meta:
+        return _continue_imported(path, meta, current)
     identity = current["identity"]
     differences = compare_configs(_identity(path, meta), identity)
     # A base model of the same weights may have been renamed.
@@ -187,6 +194,24 @@ def find_start(
             f"{path} is past the horizon of {horizon} steps: give more steps, "
             "or an earlier checkpoint by --resume-from-step"
         )
+    return start
+
+
+def _continue_imported(
+    path: Path, meta: Mapping[str, Any], current: Mapping[str, Any]
+) -> Checkpoint:
+    """Load another trainer's checkpoint as a step of this run: it has weights and moments only."""
+    same = ("model_config", "tokenizer")
+    if differences := compare_configs({n: meta[n] for n in same}, {n: current[n] for n in same}):
+        raise UsageError(f"{path} is another model than this run's: {'; '.join(differences)}")
+    start = load_checkpoint(path)
+    if "optimizer" not in start.state:
+        raise UsageError(
+            f"{path} was imported without optimizer state, so its run cannot be continued: import "
+            "it again from a folder that has it"
+        )
+    tokens = start.step * current["identity"]["total_batch_size"]
+    start.state["loop"] = {"step": start.step, "first_smoothed": start.step, "tokens": tokens}
     return start
 
 

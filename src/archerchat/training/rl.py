@@ -47,7 +47,7 @@ from archerchat.training.rollouts import (
     RolloutLoader,
     RolloutSettings,
 )
-from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.stage import Stage, StageConfig
 from archerchat.training.throughput import Outcome
 
 RATE_SCALE = 0.05
@@ -233,7 +233,7 @@ class Reinforcement(Stage):
                 f"--examples-per-step is {config.examples_per_step}, which {self.ranks.world_size} "
                 "ranks cannot share: make it a multiple"
             )
-        self.backend, reason = choose_attention(self.runtime, config.attention)
+        self.backend, reason = self.choose_attention(base.config, config.device_batch_size)
         self.tag = config.output_tag or base.tag
         self.run_name = config.run or f"{self.tag}-rl"
         self.seed = config.sampling.seed

@@ -43,7 +43,7 @@ from archerchat.training.base_model import (
     load_moments,
 )
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings, answer_questions
-from archerchat.training.stage import Stage, StageConfig, choose_attention
+from archerchat.training.stage import Stage, StageConfig
 from archerchat.training.throughput import Outcome
 
 RATE_SCALE = 0.8
@@ -202,11 +202,8 @@ class Finetuning(Stage):
         self.inherited = inherit(
             base, self.runtime, config.lr_scale, config.device_batch_size, config.total_batch_size
         )
-        self.backend, reason = choose_attention(
-            self.runtime,
-            config.attention,
-            document_masking=config.document_masking,
-            compile=config.compile,
+        self.backend, reason = self.choose_attention(
+            base.config, self.inherited.device_batch_size, config.document_masking
         )
         self.pass_tokens = self._estimate_tokens()
         self.tag = config.output_tag or base.tag
@@ -316,8 +313,9 @@ class Finetuning(Stage):
         )
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
-        for note in dict.fromkeys(note for task in self.train.tasks for note in task.left_out):
-            yield "left out", note
+        for label, kind in (("found", "found"), ("left out", "left_out")):
+            notes = (note for task in self.train.tasks for note in getattr(task, kind))
+            yield from ((label, note) for note in dict.fromkeys(notes))
         yield (
             "training",
             f"{about}{estimate:,} steps of "

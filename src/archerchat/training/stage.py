@@ -32,16 +32,17 @@ from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
-from archerchat.model.attention import Backend, choose_backend
+from archerchat.model.attention import Backend
+from archerchat.model.config import ModelConfig
 from archerchat.planning.peak_flops import PeakFlops, peak_flops
 from archerchat.runtime import (
-    Runtime,
     build_runtime,
     describe_hardware,
     dtype_name,
     explained_memory,
     prepare_process,
 )
+from archerchat.training.fitting import choose_attention
 from archerchat.training.loop import OVERFITTING, Loop
 from archerchat.training.recipe import Metric, Recipe
 from archerchat.training.resume import CheckpointWriter, changed_circumstances, find_start
@@ -77,7 +78,8 @@ class StageConfig(DeviceConfig):
     resume_from_step: int | None = None
     """Step of the checkpoint to resume from. Defaults to the latest, if there is one."""
     resume: str | None = None
-    """Name of a model whose run to resume with its saved settings. Flags beside it replace them."""
+    """Name of a model whose run to resume with its saved settings; flags beside it replace them.
+    `auto` means what happens anyway: the same command goes on with its own run."""
     overwrite: bool = False
     """Start over: the model's checkpoints of this stage are deleted."""
 
@@ -141,6 +143,21 @@ class Stage(ABC):
     def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
         """Return what else to print at a run's end."""
         return []
+
+    def choose_attention(
+        self, model: ModelConfig, rows: int, document_masking: bool = False
+    ) -> tuple[Backend, str]:
+        """Pick the attention backend as the flags and this device have it."""
+        return choose_attention(
+            self.runtime,
+            self.ranks,
+            self.home.cache_dir,
+            model,
+            rows,
+            forced=self.settings.attention,
+            compile=self.settings.compile,
+            document_masking=document_masking,
+        )
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Say what a finished run's summary holds of the stage's metric."""
@@ -369,30 +386,3 @@ def summarize(outcome: Outcome, loop: Loop, metric: Metric) -> dict[str, Any]:
 
 def _summary_key(metric: Metric) -> str:
     return metric.name.replace("/", "_")
-
-
-def choose_attention(
-    runtime: Runtime, forced: str | None, *, document_masking: bool = False, compile: bool = True
-) -> tuple[Backend, str]:
-    """Pick the attention backend, one that can keep documents apart where that is asked for.
-
-    Returns:
-        The backend and the reason for it.
-
-    Raises:
-        UsageError: the forced one is unknown, cannot run here, or cannot do that.
-    """
-    try:
-        backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    if not document_masking or backend in ("sdpa", "matmul"):
-        return backend, reason
-    if backend == "flash" and forced is not None:
-        raise UsageError(
-            "--attention flash cannot keep the conversations of a row apart: leave --attention "
-            "out, or --document-masking"
-        )
-    if compile:
-        return "flex", "keeps the conversations of a row apart"
-    return "sdpa", "keeps the conversations of a row apart; flex needs --compile"

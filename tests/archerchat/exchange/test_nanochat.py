@@ -76,7 +76,7 @@ def without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 def test_every_tensor_arrives_under_our_name_bit_for_bit(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, val_bpb=0.9)
     model = load_model(tmp_path)
-    assert (model.step, model.config, model.filled) == (100, CONFIG, ())
+    assert (model.step, model.config, model.lacking) == (100, CONFIG, ())
     assert model.meta["val_bpb"] == 0.9
     state = their_state()
     assert model.tensors.keys() == to_archerchat_names(state).keys()
@@ -102,17 +102,14 @@ def test_a_compiled_model_in_bfloat16_becomes_float32_except_its_tables(tmp_path
     assert torch.equal(tensors["unembedding.weight"], state["_orig_mod.lm_head.weight"].float())
 
 
-def test_older_checkpoints_get_neutral_values(tmp_path: Path) -> None:
+def test_parts_that_older_checkpoints_lack_are_switched_off(tmp_path: Path) -> None:
     newer = ("resid_lambdas", "x0_lambdas", "smear_lambda", "smear_gate.weight", "backout_lambda")
     config = {name: value for name, value in THEIR_CONFIG.items() if name != "window_pattern"}
     write_checkpoint(tmp_path, state=without(their_state(), *newer), model_config=config)
-    model = load_model(tmp_path)
-    assert model.config.window_pattern == "L"
-    assert len(model.filled) == 5
-    assert torch.equal(model.tensors["residual_lambdas"], torch.ones(3))
-    assert torch.equal(model.tensors["input_lambdas"], torch.zeros(3))
-    assert torch.equal(model.tensors["smear_gate.weight"], torch.zeros(1, 24))
-    assert model.tensors["smear_lambda"].item() == model.tensors["backout_lambda"].item() == 0
+    model = load_model(tmp_path, qk_gain=1.0)
+    assert (model.config.window_pattern, model.config.qk_gain) == ("L", 1.0)
+    assert model.lacking == ("smear", "backout", "residual_lambdas")
+    assert model.config.value_embeddings
     Transformer(model.config).load_state_dict(model.tensors)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -129,6 +130,30 @@ def test_greedy_answers_do_not_depend_on_the_batch(
                 assert completion.finish_reason == ("max_tokens" if by_tokens else "length")
                 assert by_tokens or len(said_ids) == room
     assert not engine.busy
+
+
+@BOTH
+def test_a_mask_rules_its_own_rows_alone(
+    model: Transformer, is_plain: IsPlain, prompt: Prompt, overlap: bool
+) -> None:
+    """Each sample walks up from its own start; its neighbour is greedy as ever."""
+
+    def build_mask() -> Any:
+        return lambda said: [said[-1] + 1, said[-1] + 2] if said else [10, 20]
+
+    params = SamplingParams(8, temperature=2, logit_bias={11: -100}, num_samples=3)
+    masked = Request(prompt(5), params, mask=build_mask)
+    requests = [greedy(prompt(9), 12), masked, greedy(prompt(7), 3)]
+    engine = Engine(model, max_batch=4, overlap=overlap)
+    first, walks, last = engine.generate(requests)
+    assert all(is_plain(model, r, c) for r, (c,) in [(requests[0], first), (requests[2], last)])
+    for walk in walks:
+        steps = [b - a for a, b in itertools.pairwise(walk.token_ids)]
+        assert walk.token_ids[0] in (10, 20)
+        assert len(steps) == 7
+        assert set(steps) <= {1, 2}
+        assert 11 not in walk.token_ids
+    assert is_plain(model, requests[0], engine.generate([requests[0]])[0][0])
 
 
 def test_draws_depend_on_a_rows_seed_alone(model: Transformer, prompt: Prompt) -> None:

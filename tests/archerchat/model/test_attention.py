@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import sys
 from collections.abc import Collection
@@ -389,6 +390,32 @@ def test_flex_is_given_the_right_documents(window: int, monkeypatch: pytest.Monk
     segments = draw_segments(200)
     mask = prepare_document_mask(segments, window, "flex")
     actual = attend(q, k, v, window, "flex", mask, segments)
+    expected = naive_documents(q, k, v, window, segments)
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [10, 500])
+@pytest.mark.parametrize("packed", [False, True])
+def test_varlen_is_given_the_right_rows_documents_and_windows(
+    window: int, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel needs a card; a plain one that does what its documentation says stands in."""
+
+    def varlen_attn(
+        q: Tensor, k: Tensor, v: Tensor, starts: Tensor, k_starts: Tensor, *most: int, **given: Any
+    ) -> Tensor:
+        assert starts.dtype == k_starts.dtype == torch.int32
+        assert torch.equal(starts, k_starts)
+        pairs = list(itertools.pairwise(starts.tolist()))
+        assert max(stop - start for start, stop in pairs) <= min(most)
+        parts = [(x[None, a:b] for x in (q, k, v)) for a, b in pairs if b > a]
+        return torch.cat([naive(*part, given["window_size"][0])[0] for part in parts])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    q, k, v, _ = (x.detach() for x in draw(200, 4, 2))
+    segments = draw_segments(200) if packed else torch.zeros(2, 200, dtype=torch.int64)
+    mask = prepare_document_mask(segments, window, "varlen") if packed else None
+    actual = attend(q, k, v, window, "varlen", mask, segments if packed else None)
     expected = naive_documents(q, k, v, window, segments)
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
 

@@ -18,6 +18,7 @@ from archerchat.model.config import ModelConfig
 from archerchat.model.loss import weighted_loss
 from archerchat.model.transformer import Transformer
 from archerchat.optim import optimizer as optimizer_module
+from archerchat.optim.adamw import store
 from archerchat.optim.optimizer import AdamGroup, MuonGroup, Optimizer, build_groups
 
 CONFIG = ModelConfig(64, 128, 3, 4, 2, 64, "SSL")
@@ -268,3 +269,65 @@ def test_a_gpu_takes_the_same_steps(compile: bool) -> None:
         optimizer.zero_grad()
     for parameter, wanted in iterate_pairs(model, on_cpu):
         torch.testing.assert_close(parameter.cpu(), wanted, atol=2e-3, rtol=1e-2)
+
+
+def test_a_stack_in_parts_is_updated_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for elements in (2**25, 64 * 64):  # all matrices of a shape at once; one square matrix each
+        monkeypatch.setattr(optimizer_module, "PART_ELEMENTS", elements)
+        model, optimizer = build()
+        for seed, settings in enumerate(SCHEDULE):
+            optimizer.zero_grad()
+            backward(model, seed)
+            optimizer.step(*settings)
+        states.append(snapshot(model.state_dict() | optimizer.state))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_rounding_to_bfloat16_is_right_on_average() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = 1 + torch.rand(100_000, generator=generator) * 2**-7  # one bfloat16 step
+    target = torch.empty_like(values, dtype=torch.bfloat16)
+    store(target, values)
+    assert ((target.float() - values).abs() < 2**-7).all()
+    assert (target.double() - values.double()).mean().abs() < 2**-7 / 100
+    again = torch.empty_like(target)
+    store(again, values)
+    assert torch.equal(again, target)
+    exact = torch.tensor([0.0, 1.0, -2.5, 2.0**-126])
+    store(target[:4], exact)
+    assert torch.equal(target[:4].float(), exact)
+
+
+def test_an_average_in_bfloat16_follows_changes_below_its_last_bit() -> None:
+    average, exact = torch.ones(4096, dtype=torch.bfloat16), torch.ones(4096)
+    draws = torch.rand(300, 4096, generator=torch.Generator().manual_seed(0))
+    for draw in draws:  # a change of 0.0005 a step, where the last bit is 0.004 and more
+        store(average, average.float().lerp(1.1 * draw, 0.001))
+        exact.lerp_(1.1 * draw, 0.001)
+    assert average.float().mean().item() == pytest.approx(exact.mean().item(), abs=2e-3)
+
+
+def test_moments_in_bfloat16_train_as_well_and_take_half_the_memory() -> None:
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, optimizer = build(state_dtype=dtype)
+        assert all(
+            value.dtype == (torch.float32 if name.startswith("variance") else dtype)
+            for name, value in optimizer.state.items()
+        )
+        for _ in range(25):
+            optimizer.zero_grad()
+            backward(model, 0)
+            optimizer.step(0.2, 0.9, 0.0)
+        token_ids = torch.randint(128, (2, 33), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            hidden = model.hidden(token_ids[:, :-1])
+            weight, targets = model.unembedding.weight, token_ids[:, 1:]
+            losses[dtype] = weighted_loss(hidden, weight, targets, 128).item()
+        saved = snapshot(optimizer.state) | {"steps_taken": torch.tensor(25)}
+        other = build(state_dtype=dtype)[1]
+        other.load_state_dict(saved)
+        assert_equal(other.state, optimizer.state)
+    assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.1)

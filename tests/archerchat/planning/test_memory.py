@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,21 @@ def test_the_largest_batch_that_fits() -> None:
     assert max_device_batch_size(estimate, 10**9, rows=64) == 64
     assert max_device_batch_size(estimate, 10**9, rows=12) == 4
     assert max_device_batch_size(estimate, 60, rows=64) is None
+
+
+@pytest.mark.parametrize(
+    ("depth", "gigabytes", "changes"),
+    [
+        (12, 6, {}),
+        (20, 12, {"recomputes": True}),
+        (24, 16, {"recomputes": True, "state_dtype": torch.bfloat16}),
+    ],
+)
+def test_what_a_depth_needs_at_least(depth: int, gigabytes: int, changes: dict[str, Any]) -> None:
+    config = ModelConfig(2048, 32768, depth, depth // 2, depth // 2, 64 * depth)
+    card = torch.device("cuda")
+    estimate = estimate_memory(config, torch.bfloat16, card, 1, gigabytes * 2**30, **changes)
+    assert 0.75 < estimate.total(1) / (gigabytes * 2**30) < 1
 
 
 @pytest.mark.parametrize(

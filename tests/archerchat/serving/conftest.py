@@ -14,6 +14,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 pytest.importorskip("sse_starlette")
 pytest.importorskip("httpx")
+pytest.importorskip("llguidance")
 import uvicorn
 from fastapi import FastAPI
 from fastapi.testclient import TestClient

@@ -127,6 +127,40 @@ def test_responses_say_what_a_chat_says(client: TestClient) -> None:
     assert refused.json()["error"]["param"] == "previous_response_id"
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": 0, "maximum": 9},
+        "b": {"enum": ["x", "y"]},
+    },
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+
+
+def test_a_schema_is_kept_to(client: TestClient) -> None:
+    """The model says nothing of sense, yet each sample is JSON that fits, whole and streamed."""
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    body = {"messages": [user("ab")], "max_tokens": 40, "temperature": 2, "seed": 1, "n": 3}
+    choices = ask(client, CHAT, **body, response_format=wanted)["choices"]
+    for choice in choices:
+        found = json.loads(choice["message"]["content"])
+        assert found["a"] in range(10)
+        assert found["b"] in ("x", "y")
+        assert choice["finish_reason"] == "stop"
+    texts = ["", "", ""]
+    for chunk in stream(client, CHAT, **body, response_format=wanted):
+        for choice in chunk["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content", "")
+    assert texts == [choice["message"]["content"] for choice in choices]
+    (choice,) = ask(client, CHAT, messages=[user("ab")], max_tokens=40,
+                    response_format={"type": "json_object"})["choices"]  # fmt: skip
+    assert choice["message"]["content"].startswith("{")
+    body = {"input": "ab", "text": {"format": {"type": "json_schema", "schema": SCHEMA}}}
+    (part,) = ask(client, "/v1/responses", **body)["output"][0]["content"]
+    assert json.loads(part["text"])["b"] in ("x", "y")
+
+
 def test_the_seeds_path_streams_by_itself(client: TestClient) -> None:
     response = client.post("/chat/completions", json={"messages": [user("ab")], "max_tokens": 2})
     assert response.text.rstrip().endswith("data: [DONE]")

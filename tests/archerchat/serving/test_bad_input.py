@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -11,8 +12,9 @@ import pytest
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
+from sse_starlette.sse import SendTimeoutError
 
-from archerchat.serving import guard
+from archerchat.serving import app, guard
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "a"}]
@@ -20,6 +22,10 @@ HELLO = [{"role": "user", "content": "a"}]
 
 def said(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
+
+
+def schema(content: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": content}}
 
 
 REFUSED = [
@@ -44,8 +50,20 @@ REFUSED = [
     (CHAT, {"messages": HELLO, "logit_bias": {"a": 1}}, 400, "logit_bias"),
     (CHAT, {"messages": HELLO, "logit_bias": {"99999": 1}}, 400, "logit_bias"),
     (CHAT, {"messages": HELLO, "logit_bias": {"1": 101}}, 400, "logit_bias.1"),
-    (CHAT, {"messages": HELLO, "tools": [{}]}, 400, "tools"),
-    (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format"),
+    (CHAT, {"messages": HELLO, "tool_choice": "required"}, 400, "tool_choice"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "x"}}, 400, "response_format.type"),
+    (CHAT, {"messages": HELLO, "response_format": {"type": "json_schema"}}, 400,
+     "response_format.json_schema"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"enum": []})}, 400, "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"$ref": "#"})}, 400, "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"$ref": "http://a.example/b"})}, 400,
+     "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"type": "string", "pattern": "("})}, 400,
+     "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"title": "a" * 70_000})}, 400,
+     "response_format.json_schema.schema"),
+    ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema":
+     {"type": "string", "minLength": 2, "maxLength": 1}}}}, 400, "text.format"),
     (CHAT, {"messages": [said("user", "  ")]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", None)]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", "\ud800")], "model": "\ud800"}, 404, "model"),
@@ -189,6 +207,28 @@ def test_an_engine_that_fails_is_reported_and_goes_on(
         assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
         assert "server_error" in client.post(TEXT, json={**body, "stream": True}).text
     assert client.post(TEXT, json=body).status_code == 200
+    assert client.get("/stats").json()["samples_in_work"] == 0
+
+
+def test_a_client_that_never_reads_loses_its_place(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "SEND_SECONDS", 0.05)
+    client = serve()
+    messages = [{"type": "http.request", "body": b'{"prompt": "a", "stream": true}'}]
+
+    async def receive() -> Any:
+        return messages.pop() if messages else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": TEXT, "headers": headers,
+             "query_string": b"", "asgi": {"version": "3.0"}}  # fmt: skip
+    with pytest.raises(SendTimeoutError):  # uvicorn closes the connection then
+        client.portal.call(client.app, scope, receive, send)
     assert client.get("/stats").json()["samples_in_work"] == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ pytest.importorskip("fastapi")
 from archerchat.runtime import build_runtime
 from archerchat.serving.app import PAGE, build_app
 from archerchat.serving.config import ServeConfig
+from archerchat.tasks.conversation import check_messages
 
 HOSTILE = (
     "<img src=x onerror=alert(1)><script>alert(2)</script> **bold** [a](javascript:alert(3)) "
@@ -25,9 +27,23 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere(client: Any) -> None
     policy = client.get("/").headers["content-security-policy"]
     assert "default-src 'none'; script-src 'self'; style-src 'self'" in policy
     assert client.get("/page/app.js").headers["content-security-policy"] == policy
-    assert sum(path.stat().st_size for path in PAGE.iterdir()) < 300_000
     for path in PAGE.glob("*.js"):
         assert "innerHTML" not in path.read_text(encoding="utf-8")
+
+
+SIZES = """["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind))
+    .map((each) => [each.name, each.transferSize])"""
+LIBRARIES = ("marked", "purify", "highlight", "katex")
+needs_libraries = pytest.mark.skipif(
+    not all((PAGE / "vendor" / f"{name}.js").is_file() for name in LIBRARIES),
+    reason="the build fetched no libraries: no npm registry then",
+)
+
+
+def say_something(route: Any) -> None:
+    """Keep the model, which has learnt next to nothing, from ending an answer with its start."""
+    body = route.request.post_data_json | {"logit_bias": {"351": -100, "355": -100}}
+    route.continue_(post_data=json.dumps(body))
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +61,10 @@ def page(served_home: Any, listen: Any) -> Iterator[Any]:
         found.problems = []
         found.on("pageerror", lambda error: found.problems.append(str(error)))
         found.on("dialog", lambda dialog: found.problems.append(dialog.message))
+        found.route("**/completions", say_something)
         found.goto("http://{}:{}/".format(*address))
         found.wait_for_selector("#model option", state="attached")
+        found.first_paint = dict(found.evaluate(SIZES))
         yield found
         browser.close()
 
@@ -100,19 +118,20 @@ def test_a_token_shows_what_else_was_likely_and_goes_on_from_there(page: Any) ->
     page.fill("#text", "ab")
     page.click("#send")
     page.wait_for_selector("#tokens .token >> nth=3")
-    first = page.inner_text("#tokens .token >> nth=0")
-    page.click("#tokens .token >> nth=1")
-    page.locator("#alternatives button").last.click()
+    page.hover("#tokens .token >> nth=0")
+    whole = page.locator("#alternatives button", has_not_text="\ufffd").last
+    chosen = whole.locator("span").first.inner_text().replace("·", " ")
+    whole.click()
     page.wait_for_selector("#alternatives", state="detached")
     answered(page)
-    assert page.input_value("#text").startswith(f"ab{first}")
+    assert page.input_value("#text").startswith(f"ab{chosen}")
     page.select_option("#model", "tiny:sft")
     page.click("[data-mode=chat]")
     page.fill("#prompt", "ab")
     page.press("#prompt", "Enter")
     page.wait_for_selector(".message.assistant .tools >> text=tokens/s")
-    page.click(".message.assistant .token >> nth=1")
-    page.locator("#alternatives button").last.click()
+    page.click(".message.assistant .token >> nth=0")
+    page.locator("#alternatives button", has_not_text="\ufffd").last.click()
     page.wait_for_selector(".message.assistant >> text=2/2")
     answered(page)
     page.click("#settings-button")
@@ -122,20 +141,110 @@ def test_a_token_shows_what_else_was_likely_and_goes_on_from_there(page: Any) ->
 
 
 @pytest.mark.browser
-def test_hostile_answers_are_text(page: Any) -> None:
+def test_two_models_answer_side_by_side(page: Any) -> None:
+    """Each goes on with its own answers, and with its own text."""
+    page.select_option("#compare", "tiny:base")
+    page.click("#menu")
+    page.click("#new")
+    page.click("[data-mode=chat]")
+    for message in ("ab", "cd"):
+        page.fill("#prompt", message)
+        page.press("#prompt", "Enter")
+        page.wait_for_selector(f".column >> nth=1 >> .message.user >> text={message}")
+        answered(page)
+    for side, model in (("leaf", "tiny:sft"), ("other", "tiny:base")):
+        column = page.locator(f"[data-side={side}]")
+        assert column.locator(".message.user .body").all_inner_texts() == ["ab", "cd"]
+        assert column.locator(f".assistant .tools >> text={model} ·").count() == 2
+    page.click("[data-side=other] .assistant >> nth=1 >> text=Again")
+    page.wait_for_selector("[data-side=other] .assistant >> nth=1 >> text=2/2")
+    answered(page)
+    assert page.locator("[data-side=leaf] .assistant >> text=2/2").count() == 0
+    page.reload()
+    page.wait_for_selector("[data-side=other] .assistant >> nth=1 >> text=2/2")
+    page.click("[data-mode=text]")
+    page.fill("#text", "ab")
+    page.press("#text", "Control+Enter")
+    page.wait_for_selector("#undo:visible")
+    assert page.input_value("#text-other").startswith("ab")
+    assert len(page.input_value("#text-other")) > 2
+    page.select_option("#compare", "")
+    assert page.problems == []
+
+
+@pytest.mark.browser
+def test_an_answer_is_stopped_and_conversations_are_searched_and_kept(
+    page: Any, tmp_path: Any
+) -> None:
+    page.click("#menu")
+    page.click("#new")
+    page.click("[data-mode=chat]")
+    page.route("**/v1/chat/completions", lambda route: None)  # no answer comes
+    page.fill("#prompt", "needle in hay")
+    page.press("#prompt", "Enter")
+    page.wait_for_selector("#send:text-is('Stop')")
+    page.keyboard.press("Escape")
+    answered(page)
+    page.unroute("**/v1/chat/completions")
+    assert page.locator(".message").count() == 1
+    page.click("#menu")
+    page.fill("#search", "needle")
+    assert page.locator("#conversations li").count() == 1
+    page.fill("#search", "")
+    before = page.locator("#conversations li").count()
+    with page.expect_download() as download:
+        page.click("#export")
+    path = tmp_path / "conversations.jsonl"
+    download.value.save_as(path)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines
+    for line in lines:
+        check_messages(line)
+    page.set_input_files("#file", path)
+    page.wait_for_selector(f"#notice >> text={len(lines)} conversations were added")
+    assert page.locator("#conversations li").count() == before + len(lines)
+    page.keyboard.press("Alt+n")
+    assert page.evaluate("document.activeElement.id") in ("prompt", "text")
+    assert page.problems == []
+
+
+def show_answer(page: Any, text: str) -> None:
+    """Add a conversation with this answer, and open it."""
     page.evaluate(
         """async (text) => {
             const store = await import('/page/store.js');
             store.fromLines(JSON.stringify({messages: [{role: 'user', content: '<i>'},
                 {role: 'assistant', content: text}]}));
         }""",
-        HOSTILE,
+        text,
     )
     page.reload()
+    page.wait_for_selector(".message.assistant")
+
+
+@needs_libraries
+@pytest.mark.browser
+def test_hostile_answers_are_text(page: Any) -> None:
+    show_answer(page, HOSTILE)
     page.wait_for_selector(".message.assistant strong")
     assert page.locator("#messages :is(img, script, i, b)").count() == 0
     assert page.eval_on_selector_all("#messages a", "a => a.map(x => x.href)") == [
         "https://example.org/"
     ]
+    assert "<img src=x onerror=alert(1)>" in page.inner_text(".message.assistant")
     assert "<b>code</b>" in page.inner_text("#messages pre")
+    assert page.problems == []
+
+
+@needs_libraries
+@pytest.mark.browser
+def test_code_is_highlighted_formulas_are_set_and_the_page_is_light(page: Any) -> None:
+    show_answer(
+        page, "$a^2$ costs $5, not $6:\n\n$$\\frac{1}{2}$$\n\n```python\ndef f(): pass\n```"
+    )
+    page.wait_for_selector("#messages .hljs-keyword")
+    page.wait_for_selector("#messages math mfrac", state="attached")
+    assert page.locator("#messages math").count() == 2
+    assert sum(page.first_paint.values()) < 300_000
+    assert not any("katex" in url or "highlight" in url for url in page.first_paint)
     assert page.problems == []

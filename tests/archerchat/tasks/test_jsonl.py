@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from archerchat.cli import main
 from archerchat.errors import DataError
 from archerchat.tasks.base import Task
 from archerchat.tasks.collected import JsonlTask
@@ -110,3 +112,51 @@ def test_the_real_conversations_all_pass(shared_data_dir: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_folder_of_real_conversations_passes(shared_data_dir: Path) -> None:
     assert len(JsonlTask(shared_data_dir / "chat")) == 28_832
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+LINES = {
+    "OpenAI": {"messages": [SYSTEM, *GOOD]},
+    "ShareGPT": {
+        "system": "Be brief.",
+        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+    },
+    "Alpaca": {"instruction": "Hi", "input": "", "output": "Hello", "system": "Be brief."},
+}
+
+
+def test_layouts_of_other_tools_are_read_and_named(tmp_path: Path) -> None:
+    task = JsonlTask(write(tmp_path / "talks.jsonl", *LINES.values()))
+    assert [each["messages"] for each in task] == [[SYSTEM, *GOOD]] * 3
+    counts = "1 in OpenAI layout, 1 in ShareGPT layout, 1 in Alpaca layout"
+    assert task.found == [f"{tmp_path / 'talks.jsonl'}: {counts}"]
+    turns = {"instruction": "Add", "input": "1, 2", "output": "3", "history": [["Hi", "Hello"]]}
+    (only,) = JsonlTask(write(tmp_path / "turns.jsonl", turns))
+    assert only["messages"] == [*GOOD, user("Add\n\n1, 2"), assistant("3")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"conversations": [{"from": "human", "text": "Hi"}]}, 'turn 0 must be {"from"'),
+        ({"conversations": 7}, "turn 0 must be"),
+        ({"conversations": [{"from": "observation", "value": "x"}]}, "'observation'"),
+        ({"instruction": ["Hi"], "output": "Hello"}, "are text"),
+        ({"instruction": "Hi"}, "content is empty"),
+    ],
+)
+def test_bad_lines_of_other_layouts_are_named(tmp_path: Path, line: Any, message: str) -> None:
+    with pytest.raises(DataError, match=rf"talks\.jsonl:1: .*{re.escape(message)}"):
+        JsonlTask(write(tmp_path / "talks.jsonl", line))
+
+
+@pytest.mark.parametrize("layout", ["openai", "sharegpt", "alpaca"])
+def test_an_exported_layout_is_read_again(tmp_path: Path, layout: str) -> None:
+    source = write(
+        tmp_path / "talks.jsonl", {"messages": [SYSTEM, *GOOD, user("a"), assistant("b")]}
+    )
+    words = ["export", "conversations", str(source), str(tmp_path / "out.jsonl")]
+    assert main([*words, "--layout", layout]) == 0
+    (again,) = JsonlTask(tmp_path / "out.jsonl")
+    assert again["messages"] == JsonlTask(source)[0]["messages"]
+    assert main([*words, "--layout", layout]) == 2

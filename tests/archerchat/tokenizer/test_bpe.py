@@ -154,7 +154,7 @@ def test_endless_whitespace_does_not_end_the_process(small_tokenizer: Tokenizer)
 def test_whitespace_below_the_limit_is_encoded_as_if_unguarded(small_tokenizer: Tokenizer) -> None:
     text = "start" + " " * 20_000 + "end " + "word " * 80_000  # long enough to be looked at
     assert len(text) > WHITESPACE_LIMIT
-    assert small_tokenizer.encode(text) == small_tokenizer._encoding.encode_ordinary(text)
+    assert small_tokenizer.encode(text) == small_tokenizer.encoding.encode_ordinary(text)
 
 
 @given(st.lists(st.sampled_from(["a", "bc", " ", "\n", " " * 5, "\t" * 12])).map("".join))

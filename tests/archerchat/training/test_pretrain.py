@@ -22,6 +22,8 @@ from archerchat.cli import parse
 from archerchat.data.shards import write_shards
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.planning.memory import MemoryEstimate, estimate_memory
+from archerchat.runtime import Runtime
+from archerchat.training.fitting import fit_rows
 from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
 
@@ -170,7 +172,7 @@ def test_layers_are_computed_again_where_not_one_row_fits_also_after_a_resume(
 
     hp = build_hyperparameters(DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4), 360)
     kept = estimate_memory(hp.model, torch.float32, torch.device("cpu")).activations_per_row
-    monkeypatch.setattr("archerchat.training.pretrain.max_device_batch_size", fits)
+    monkeypatch.setattr("archerchat.planning.memory.max_device_batch_size", fits)
     words = tiny_home.pretrain_words()
     at = words.index("--device-batch-size")
     del words[at : at + 2]
@@ -195,11 +197,51 @@ def test_rows_are_halved_until_they_fit(
 
     monkeypatch.setattr(Recipe, "loss", small_card)
     recipe = stage.build_recipe(None)
-    stage._fit_rows(recipe)
+    rows = fit_rows(recipe, 4, tiny_home.cache_dir, stage.console.print)
+    stage._take_rows(recipe, rows)
     assert "4 rows per micro-batch do not fit into memory: 2 now\n2 rows" in capsys.readouterr().out
     assert recipe.grad_accum_steps * len(next(recipe.loader).inputs) * 64 == 512
     assert stage.meta["identity"]["device_batch_size"] == 1
     recipe.loader.close()
+    assert fit_rows(recipe, 4, tiny_home.cache_dir, stage.console.print) == 1
+    assert "do not fit" not in capsys.readouterr().out  # what fits was remembered
+
+
+@pytest.mark.parametrize(("speed", "chosen"), [(1.25, "fp8 and float32"), (0.8, "float32")])
+def test_8_bits_are_kept_only_where_they_are_faster(
+    tiny_home: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    speed: float,
+    chosen: str,
+) -> None:
+    wide = {"aspect_ratio": 64, "num_iterations": 4, "save_every": 2, "eval_every": None}
+    assert tiny_home.pretrain(**wide, fp8=True) == 2
+    assert "--fp8 needs an NVIDIA card of sm89 or newer, and this is cpu" in capsys.readouterr().err
+    monkeypatch.setattr("archerchat.training.pretrain.supports_fp8", lambda device: True)
+    times = iter([speed, 1.0])
+
+    def median_seconds(runtime: Runtime, work: Any) -> float:
+        work()
+        return next(times)
+
+    monkeypatch.setattr(Runtime, "median_seconds", median_seconds)
+    assert tiny_home.pretrain(**wide, fp8=True) == 0
+    pattern = rf"^precision +{chosen}; fp8 ran at {speed:.2f} times its speed$"
+    assert re.search(pattern, capsys.readouterr().out, re.M)
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+
+    def weights() -> dict[str, torch.Tensor]:
+        saved: dict[str, torch.Tensor] = load_checkpoint(find_checkpoint(directory)).state["model"]
+        return saved
+
+    expected = weights()
+    shutil.rmtree(directory / "step_000004")
+    assert tiny_home.pretrain(**wide, fp8=True) == 0  # resumed as it began, without timing again
+    assert re.search(rf"^precision +{chosen}$", capsys.readouterr().out, re.M)
+    assert all(torch.equal(value, expected[name]) for name, value in weights().items())
+    assert tiny_home.pretrain(**wide) == 2
+    assert "--fp8: True saved, False now" in capsys.readouterr().err
 
 
 def test_an_evaluation_that_fails_leaves_the_checkpoint_before_it(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -17,15 +19,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from archerchat.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from archerchat.commands.imports import ImportNanochatConfig, import_nanochat
 from archerchat.console import ProgressLine
 from archerchat.dial import DialConfig
-from archerchat.exchange.nanochat import to_archerchat_names
+from archerchat.exchange.nanochat import BUFFERS, to_archerchat_names, to_nanochat_names
 from archerchat.home import Home
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.tokenizer.bpe import Tokenizer, load_ranks
 from archerchat.training.loop import Loop
 from archerchat.training.pretrain import PretrainConfig, Pretraining
 from archerchat.training.recipe import Recipe
+from archerchat.training.resume import find_start
 from archerchat.training.telemetry import MetricsLog
 
 
@@ -79,12 +84,8 @@ def run_loop(
     return recorder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
-def test_the_reference_curve_from_trained_weights(
-    oracle_dir: Path, tmp_path: Path, attention: Any
-) -> None:
-    """`d4_dim128_restart`: 30 steps of 8,192 tokens in float32, uncompiled."""
+def restart_run(oracle_dir: Path, **settings: Any) -> tuple[dict[str, Any], PretrainConfig]:
+    """Return the reference's record of `d4_dim128_restart`, and its settings here."""
     golden = json.loads((oracle_dir / "train_curve.json").read_text())["runs"]["d4_dim128_restart"]
     args = golden["args"]
     config = PretrainConfig(
@@ -100,18 +101,32 @@ def test_the_reference_curve_from_trained_weights(
         packing="best-fit",
         device="cpu",
         dtype="float32",
-        attention=attention,
         compile=False,
         device_batch_size=args["device_batch_size"],
         eval_every=10,
         eval_tokens=16 * 8 * 256,
         save_every=1,
+        **settings,
     )
+    return golden, config
+
+
+def load_restart(recipe: Recipe, oracle_dir: Path) -> None:
     stored = to_archerchat_names(load_file(oracle_dir / "train_final.safetensors"))
+    recipe.model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
+def test_the_reference_curve_from_trained_weights(
+    oracle_dir: Path, tmp_path: Path, attention: Any
+) -> None:
+    """`d4_dim128_restart`: 30 steps of 8,192 tokens in float32, uncompiled."""
+    golden, config = restart_run(oracle_dir, attention=attention)
     norms: dict[int, dict[str, float]] = {}
 
     def prepare(recipe: Recipe) -> Saves:
-        recipe.model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+        load_restart(recipe, oracle_dir)
         parameters = dict(recipe.model.named_parameters())
 
         def save(step: int) -> None:
@@ -132,6 +147,77 @@ def test_the_reference_curve_from_trained_weights(
         ours = to_archerchat_names({n: torch.tensor(v).double() for n, v in reference.items()})
         assert norms[int(step)] == pytest.approx(
             {name: norm.item() for name, norm in ours.items()}, rel=1e-4
+        )
+
+
+def as_nanochat_saves(
+    directory: Path, step: int, recipe: Recipe, model_config: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint in the reference's layout, of two ranks that share the optimizer."""
+    torch.save(to_nanochat_names(recipe.model.state_dict()), directory / f"model_{step:06d}.pt")
+    meta = {"step": step, "model_config": model_config}
+    (directory / f"meta_{step:06d}.json").write_text(json.dumps(meta))
+    optimizer, names = recipe.optimizer, count()
+    groups = [{"params": [next(names) for _ in group.names]} for group in optimizer.groups]
+    for rank in range(2):
+        state: dict[int, dict[str, Any]] = {}
+        for group, numbered in zip(optimizer.groups, groups, strict=True):
+            for name, number in zip(group.names, numbered["params"], strict=True):
+                for theirs, ours in BUFFERS.items():
+                    if (whole := optimizer.state.get(f"{ours}.{name}")) is not None:
+                        rows = math.ceil(len(whole) / 2)
+                        padded = torch.cat([whole, torch.zeros_like(whole[: len(whole) % 2])])
+                        shared = theirs.endswith("buffer") or whole.numel() >= 1024
+                        part = padded[rank * rows : (rank + 1) * rows] if shared else whole
+                        state.setdefault(number, {})[theirs] = part.clone()
+        torch.save(
+            {"state": state, "param_groups": groups}, directory / f"optim_{step:06d}_rank{rank}.pt"
+        )
+
+
+@pytest.mark.slow
+def test_an_imported_run_continues_as_the_reference_did(oracle_dir: Path, tmp_path: Path) -> None:
+    """Steps 20 to 29 of the restart run, from what nanochat would have saved at step 20."""
+    golden, config = restart_run(oracle_dir, extend=True, model_tag="d4")
+    home, source = Home(tmp_path / "home"), tmp_path / "d4"
+    source.mkdir()
+    tokenizer = Tokenizer(load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken"))
+
+    def prepare(recipe: Recipe) -> Saves:
+        load_restart(recipe, oracle_dir)
+
+        def save(step: int) -> None:
+            if step == 20:
+                as_nanochat_saves(source, step, recipe, golden["model_config"])
+
+        return Saves(save)
+
+    run_loop(config, tokenizer, home, prepare)
+    import_nanochat(ImportNanochatConfig(source), home)
+    path = find_checkpoint(home.checkpoint_dir("base", "d4"))
+    meta = load_checkpoint(path, ()).meta
+    meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
+    save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
+    stage, recorder = Pretraining(config, home, tokenizer=tokenizer), Recorder(None)
+    start = find_start(stage.directory, stage.meta, None, extend=True)
+    assert start is not None
+    recipe = stage.build_recipe(start)
+    loop = Loop(recipe, PeakFlops(1e11, "table"))
+    loop.load_state_dict(start.state)
+    progress: Any = ProgressLine(Console(file=io.StringIO()), 30)
+    saves: Any = Saves()
+    with closing(recipe.loader):
+        for _ in range(20 * 4):  # the golden run's text goes on
+            next(recipe.loader)
+        loop.run(saves, recorder, progress)
+    losses = recorder.series["train/last_micro_batch_loss"]
+    assert [losses[step] for step in range(20, 30)] == pytest.approx(golden["loss"][20:], abs=2e-5)
+    norms = to_archerchat_names(
+        {n: torch.tensor(v) for n, v in golden["param_l2_after_n_steps"]["30"].items()}
+    )
+    for name, parameter in recipe.model.named_parameters():
+        assert parameter.detach().double().norm().item() == pytest.approx(
+            norms[name].item(), rel=1e-4
         )
 
 

@@ -88,18 +88,35 @@ def test_ranks_train_the_model_of_one_process(tiny_home: Any, tmp_path: Path) ->
     assert losses[2] == pytest.approx(losses[4], abs=1e-4)
 
 
-def test_fine_tuning_and_reinforcement_share_their_work(tiny_home: Any) -> None:
+def test_fine_tuning_and_reinforcement_are_those_of_one_process(
+    tiny_home: Any, tmp_path: Path
+) -> None:
+    """Four begin; one, two and four go on from their second step to the twentieth."""
     assert tiny_home.pretrain(device_batch_size=2, num_iterations=2) == 0
     shared = ["--device", "cpu", "--dtype", "float32", "--no-compile", "--model-tag", "tiny"]
-    sft = ["sft", "--mixture", "Arithmetic:40", "--num-iterations", "3"]
-    done = run(tiny_home, 2, [*sft, *shared, "--eval-tokens", "512", "--eval-every", "2"])
-    assert done.returncode == 0, done.stderr
-    assert "conversations: " in done.stdout
+    shared += ["--save-every", "1", "--keep-last", "99", "--num-iterations", str(STEPS)]
+    shared += ["--eval-every", "none"]
+    sft = ["sft", "--mixture", "Arithmetic:400", "--eval-tokens", "512"]
     rl = ["rl", "--task", "Arithmetic", "--examples-per-step", "4", "--num-samples", "2"]
-    few = ["--max-new-tokens", "4", "--num-iterations", "2", "--eval-examples", "4"]
-    done = run(tiny_home, 2, [*rl, *few, *shared, "--eval-samples", "2"])
-    assert done.returncode == 0, done.stderr
-    assert last(tiny_home, "rl").step == 2
+    rl += ["--max-new-tokens", "4", "--eval-examples", "4", "--eval-samples", "2"]
+    for stage, words in (("sft", sft), ("rl", rl)):
+        done = run(tiny_home, 4, [*words, *shared])
+        assert done.returncode == 0, done.stderr
+        whole = last(tiny_home, stage)
+        assert whole.step == STEPS
+        for ranks in (1, 2, 4) if stage == "sft" else (1, 2):
+            home = tiny_home.copy(tmp_path / f"{stage}-{ranks}")
+            directory = home.checkpoint_dir(stage, "tiny")
+            for step in list_checkpoints(directory):
+                if step > 2:
+                    shutil.rmtree(find_checkpoint(directory, step))
+            done = run(home, ranks, [*words, *shared])
+            assert done.returncode == 0, done.stderr
+            ended = last(home, stage)
+            assert ended.step == STEPS
+            assert apart(ended.state["model"], whole.state["model"]) < 1e-4
+            if ranks == 4:
+                assert all(map(torch.equal, *(x.state["model"].values() for x in (ended, whole))))
 
 
 def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(tiny_home: Any) -> None:
@@ -155,3 +172,37 @@ def test_what_ranks_cannot_do_is_said_once(tiny_home: Any) -> None:
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "1024" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ("sys.argv += ['--seed', '7']", "identity.seed: 42 saved, 7 now"),
+        ("(data / 'shard_00000.parquet').rename(data / 'shard_00009.parquet')", "data.shard_0000"),
+    ],
+)
+def test_ranks_that_would_train_other_runs_are_refused(
+    tiny_home: Any, tmp_path: Path, difference: str, message: str
+) -> None:
+    """The second rank, as if on another machine, is given something else."""
+    other = tiny_home.copy(tmp_path / "other")
+    script = tmp_path / "rank.py"
+    script.write_text(f"""import os, pathlib, runpy, sys
+if os.environ["RANK"] == "1":
+    os.environ["ARCHERCHAT_HOME"] = {str(other.root)!r}
+    data = pathlib.Path({str(other.data_dir("tiny"))!r})
+    {difference}
+sys.argv[0] = "archerchat"
+runpy.run_module("archerchat.cli", run_name="__main__")
+""")
+    words = tiny_home.pretrain_words(**CHANGES)
+    launcher = torchrun(tiny_home, 2, [])
+    line = [*launcher[: launcher.index("-m", 2)], str(script), *words]
+    done = subprocess.run(
+        line, env=environment(tiny_home), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "rank 1 would train another run than rank 0" in done.stderr
+    assert message in done.stderr
+    assert not list_checkpoints(tiny_home.checkpoint_dir("base", "tiny"))

@@ -76,7 +76,7 @@ def test_a_name_is_enough_to_resume(
 ) -> None:
     run = {"matrix_lr": 0.03, "keep_last": 9}
     assert tiny_home.pretrain(**run, model_tag="whole") == 0
-    assert tiny_home.pretrain(**run) == 0
+    assert tiny_home.run(*tiny_home.pretrain_words(**run), "--resume", "auto") == 0  # a new run
     assert tiny_home.run("pretrain", "--resume", "tiny", "--resume-from-step", "2") == 0
     assert_same_run(*(tiny_home.checkpoint_dir("base", tag) for tag in ("whole", "tiny")))
     assert tiny_home.run("pretrain", "--resume=tiny", "--extend", "--num-iterations", "6") == 0

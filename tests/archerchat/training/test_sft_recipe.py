@@ -25,8 +25,8 @@ from archerchat.training.base_model import (
     inherit,
     load_moments,
 )
+from archerchat.training.fitting import choose_attention
 from archerchat.training.sft import FinetuneRecipe, lr_multiplier, muon_momentum
-from archerchat.training.stage import choose_attention
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
 DIAL = DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=512)
@@ -171,21 +171,28 @@ def test_without_moments_training_starts_from_zero() -> None:
     assert optimizer.steps_taken == 0
 
 
-def test_attention_that_cannot_mask_documents_gives_way() -> None:
+def choose(runtime: Runtime, forced: str | None, masks: bool, compile: bool = True) -> Any:
+    given = {"forced": forced, "compile": compile, "document_masking": masks}
+    return choose_attention(runtime, Ranks(), Path("cache"), HP.model, 4, **given)  # type: ignore[arg-type]
+
+
+def test_attention_that_cannot_mask_documents_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Runtime(torch.device("cuda"), torch.bfloat16, "a GPU", "forced")
-    assert choose_attention(CPU, None, document_masking=True, compile=True)[0] == "matmul"
-    assert choose_attention(cuda, "flex", document_masking=True, compile=True)[0] == "flex"
-    backend, reason = choose_attention(cuda, "flex", document_masking=True, compile=False)
-    assert (backend, "flex needs --compile" in reason) == ("sdpa", True)
+    monkeypatch.setattr("archerchat.model.attention.flash_module", lambda device, dtype: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # Triton is there
+    assert choose(CPU, None, masks=True)[0] == "matmul"
+    assert choose(cuda, "flex", masks=True)[0] == "flex"
+    monkeypatch.setattr("archerchat.training.fitting.runs_varlen", lambda device, dtype: True)
+    assert choose(cuda, None, masks=True, compile=False) == ("varlen", "not compiled")
     with pytest.raises(UsageError, match="'flahs' is not one of"):
-        choose_attention(CPU, "flahs", document_masking=False, compile=True)
+        choose(CPU, "flahs", masks=False)
 
 
 def test_flash_is_replaced_where_documents_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Runtime(torch.device("cuda"), torch.bfloat16, "a GPU", "forced")
     module = "archerchat.model.attention.flash_module"
     monkeypatch.setattr(module, lambda device, dtype: "flash_attn")
-    assert choose_attention(cuda, None, document_masking=False, compile=True)[0] == "flash"
-    assert choose_attention(cuda, None, document_masking=True, compile=True)[0] == "flex"
+    assert choose(cuda, None, masks=False)[0] == "flash"
+    assert choose(cuda, None, masks=True)[0] == "flex"
     with pytest.raises(UsageError, match="--attention flash cannot keep the conversations"):
-        choose_attention(cuda, "flash", document_masking=True, compile=True)
+        choose(cuda, "flash", masks=True)

@@ -23,7 +23,6 @@ from archerchat.model.loss import LOGIT_CAP
 from archerchat.model.transformer import (
     MLP,
     NORM_EPSILON,
-    QK_GAIN,
     Attention,
     Block,
     Transformer,
@@ -64,8 +63,10 @@ class Scorer:
     def __init__(self, model: Transformer) -> None:
         self.model, self.windows = model, model.config.windows
         self.block = CPU_BLOCK if model.device.type == "cpu" else BLOCK
-        self._residual = model.residual_lambdas.tolist()
-        self._inputs = model.input_lambdas.tolist()
+        self._residual, self._inputs = [1.0] * len(model.blocks), [0.0] * len(model.blocks)
+        if model.residual_lambdas is not None and model.input_lambdas is not None:
+            self._residual = model.residual_lambdas.tolist()
+            self._inputs = model.input_lambdas.tolist()
 
     @torch.no_grad()
     def score(self, layout: Layout, margins: bool) -> Scores:
@@ -123,7 +124,9 @@ class Scorer:
                 middle = x.clone()
         scored = _rounded(layout.scored, device)
         x, middle = x.index_select(0, scored), middle.index_select(0, scored)
-        return _norm(x - model.backout_lambda.float() * middle, dtype)
+        if model.backout_lambda is not None:
+            x = x - model.backout_lambda.float() * middle
+        return _norm(x, dtype)
 
 
 def _rounded(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -149,6 +152,8 @@ def _embed(model: Transformer, token_ids: Tensor, previous_ids: Tensor) -> Tenso
         _norm(model.token_embedding(ids).float(), torch.float32)
         for ids in (token_ids, previous_ids.clamp(min=0))
     )
+    if model.smear_gate is None or model.smear_lambda is None:
+        return x
     gate = torch.sigmoid(model.smear_gate(x[:, :SMEAR_CHANNELS].to(model.compute_dtype)).float())
     gate = gate * model.smear_lambda.float() * (previous_ids >= 0)[:, None]
     return x.addcmul_(gate, before)
@@ -171,10 +176,10 @@ def _attention(
         assert value_embedding is not None
         gate = 3 * torch.sigmoid(layer.value_gate(h[:, :VALUE_GATE_CHANNELS]))  # (n, K)
         v = torch.addcmul(v, gate[..., None], value_embedding.view_as(v))
-    k = _rotate(layer.key(h).view(-1, kv_heads, dim), cos, sin)
+    k = _rotate(layer.key(h).view(-1, kv_heads, dim), cos, sin, layer.qk_gain)
     if kept is not None:
         h, cos, sin = (x.index_select(0, kept) for x in (h, cos, sin))
-    q = _rotate(layer.query(h).view(-1, layer.num_heads, dim), cos, sin)
+    q = _rotate(layer.query(h).view(-1, layer.num_heads, dim), cos, sin, layer.qk_gain)
     y = torch.empty_like(q)
     y[level.blocks[-1].queries.stop if level.blocks else 0 :] = 0
     for block in level.blocks:
@@ -189,11 +194,11 @@ def _attention(
     return result
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Normalise (n, heads, D) and rotate it by its positions; a rotation keeps the norm."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, gain: float) -> Tensor:
+    """Normalise (n, heads, D), multiply by `gain`, rotate by its positions, which keeps norms."""
     dtype, half = x.dtype, x.size(-1) // 2
     x = x.float()
-    x = x.mul_(_inverse_rms(x).mul_(QK_GAIN))
+    x = x.mul_(_inverse_rms(x).mul_(gain))
     out = torch.empty_like(x)
     first, second = x[..., :half], x[..., half:]
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin)

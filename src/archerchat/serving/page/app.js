@@ -22,9 +22,9 @@ const SENT = ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "m
 const $ = (id) => document.getElementById(id);
 let models = [];
 let current = null;
-let running = null; // the AbortController of the answer that is coming
+let running = null; // the AbortController of the answers that are coming
 let undo = null; // the text before the last continuation
-let editing = null; // the node whose other wording is being written
+let editing = null; // the place in its path of the message whose other wording is being written
 
 function headers() {
   const key = store.settings.key;
@@ -51,16 +51,25 @@ async function loadModels() {
     notice(error.message, true);
     return;
   }
-  $("model").replaceChildren(...models.map((model) => element("option", model.id, { value: model.id })));
-  const kept = models.find((model) => model.id === store.settings.model) ?? models[0];
-  if (kept) $("model").value = kept.id;
+  const options = () => models.map((model) => element("option", model.id, { value: model.id }));
+  $("model").replaceChildren(...options());
+  $("compare").replaceChildren(element("option", "⇄ compare", { value: "" }), ...options());
+  for (const name of ["model", "compare"]) if (models.some((model) => model.id === store.settings[name])) $(name).value = store.settings[name];
   describeModel();
-  if (current && !current.nodes.length && !current.text) setMode(modelNow()?.stage === "base" ? "text" : "chat");
+  if (!current.nodes.length && !current.text) current.mode = modelNow()?.stage === "base" ? "text" : "chat";
+  if (!running) showAll();
   notice("");
 }
 
 function modelNow() {
   return models.find((model) => model.id === $("model").value);
+}
+
+// Each side that is shown, with the model that answers there.
+function sides() {
+  const shown = { leaf: $("model").value };
+  if ($("compare").value) shown.other = $("compare").value;
+  return shown;
 }
 
 function describeModel() {
@@ -79,11 +88,9 @@ function showAll() {
   const isText = current.mode === "text";
   for (const button of $("mode").children) button.setAttribute("aria-pressed", button.dataset.mode === current.mode);
   $("messages").hidden = isText;
-  $("text").hidden = !isText;
+  $("texts").hidden = !isText;
   $("prompt").hidden = isText;
-  if (isText) $("text").value = current.text;
-  showTextTokens();
-  $("context").textContent = "";
+  showTexts();
   showMessages();
   showList();
   showState();
@@ -130,15 +137,20 @@ function start(mode = modelNow()?.stage === "base" ? "text" : "chat") {
 }
 
 function showMessages() {
-  const shown = store.path(current).map(showMessage);
-  if (!shown.length) shown.push(element("p", "The model answers what you write. It runs on this server, and conversations stay in this browser.", { class: "empty" }));
-  $("messages").replaceChildren(...shown);
+  const columns = Object.keys(sides()).map((side) => {
+    if (side === "other" && !((current.other ?? -1) >= 0)) current.other = current.leaf;
+    const shown = store.path(current, side).map((at) => showMessage(at, side));
+    if (!shown.length) shown.push(element("p", "The model answers what you write. It runs on this server, and conversations stay in this browser.", { class: "empty" }));
+    return element("div", shown, { class: "column", "data-side": side });
+  });
+  $("messages").replaceChildren(...columns);
+  $("messages").classList.toggle("pair", columns.length > 1);
 }
 
-function showMessage(at) {
+function showMessage(at, side) {
   const node = current.nodes[at];
   const body = element("div", [], { class: "body" });
-  showParts(body, node);
+  showParts(body, node, side);
   const tools = element("div", [], { class: "tools" });
   const button = (text, label, action) => {
     const made = element("button", text, { title: label, "aria-label": label });
@@ -150,7 +162,7 @@ function showMessage(at) {
     const place = beside.indexOf(at);
     const walk = (step) => () => {
       if (running || !(beside[place + step] >= 0)) return;
-      store.walkTo(current, beside[place + step]);
+      store.walkTo(current, beside[place + step], side);
       store.save();
       showMessages();
     };
@@ -159,19 +171,19 @@ function showMessage(at) {
     button("›", "The next branch", walk(1));
   }
   button("Copy", "Copy this message", () => navigator.clipboard?.writeText(store.textOf(node.parts)));
-  if (node.role === "user") button("Edit", "Write it differently; this branch is kept", () => edit(at));
-  else button("Again", "Another answer; this one is kept", () => !running && answer(node.parent));
+  if (node.role === "user") button("Edit", "Write it differently; this branch is kept", () => edit(at, side));
+  else button("Again", "Another answer; this one is kept", () => answerAt([[node.parent, side]]));
   if (node.note) tools.append(node.note);
   return element("article", [body, tools], { class: `message ${node.role}`, "data-at": at });
 }
 
-function showParts(body, node) {
+function showParts(body, node, side) {
   if (node.role === "user") {
     body.textContent = store.textOf(node.parts);
     return;
   }
   if (node.tokens?.length && store.settings.tokens === "on") {
-    body.replaceChildren(element("div", showTokens(node.tokens, (i, text) => goOn(node, i, text)), { class: "tokens" }));
+    body.replaceChildren(element("div", showTokens(node.tokens, (i, text) => goOn(node, side, i, text)), { class: "tokens" }));
     return;
   }
   const nodes = [];
@@ -189,27 +201,36 @@ function showParts(body, node) {
   body.replaceChildren(...nodes);
 }
 
-function edit(at) {
+function edit(at, side) {
   if (running) return;
-  editing = at;
+  editing = store.path(current, side).indexOf(at);
   $("prompt").value = store.textOf(current.nodes[at].parts);
   grow();
   $("prompt").focus();
   notice("Send the other wording; Escape keeps the old one.");
 }
 
-function options() {
-  const given = { model: $("model").value, stream: true, stream_options: { include_usage: true } };
+function options(model) {
+  const given = { model, stream: true, stream_options: { include_usage: true } };
   for (const name of SENT) if (Number.isFinite(store.settings[name])) given[name] = store.settings[name];
   return given;
 }
 
-// Send a request and hand on each chunk of its stream; return whether it came to its end.
-async function request(url, body, onChunk) {
+// Let requests run together, which the same button stops.
+async function run(work) {
+  if (running) return;
   running = new AbortController();
-  const { signal } = running;
   showState();
   notice("");
+  await work(running.signal);
+  running = null;
+  current.updated = Date.now();
+  store.save();
+  showAll();
+}
+
+// Send a request and hand on each chunk of its stream.
+async function request(url, body, signal, onChunk) {
   try {
     const response = await fetch(url, { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
     if (!response.ok) throw new Error(await explain(response));
@@ -231,17 +252,14 @@ async function request(url, body, onChunk) {
     }
   } catch (error) {
     if (error.name !== "AbortError") notice(error.message, true);
-  } finally {
-    running = null;
   }
 }
 
-function figures(chunk) {
-  const model = modelNow();
-  const used = chunk.usage?.total_tokens;
-  if (used && model) $("context").textContent = `${used} of ${model.context} tokens`;
+function figures(chunk, model) {
   const speed = chunk.timings?.predicted_per_second;
-  return speed ? `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s` : "";
+  const context = models.find((each) => each.id === model)?.context;
+  if (chunk.usage) return ` · ${chunk.usage.total_tokens} of ${context} tokens`;
+  return speed ? `${model} · ${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s` : "";
 }
 
 function addPiece(parts, { type, text }) {
@@ -249,99 +267,109 @@ function addPiece(parts, { type, text }) {
   else if (text) parts.push({ type, text });
 }
 
-// Answer again with another token at one place. The model reads what it said before it as its own
-// words, so this goes as far as its first calculator call.
-function goOn(node, at, text) {
-  const before = node.tokens.slice(0, at);
-  if (running || before.some((token) => token.text.startsWith("<|"))) return;
-  const said = before.map((token) => token.text).join("") + text;
-  answer(node.parent, said, [...before, { text, probability: 0, top: node.tokens[at].top }]);
+// Return the text up to a token that is replaced by another, or null where it cannot be said again.
+function upTo(tokens, at, text) {
+  const said = [...tokens.slice(0, at).map((token) => token.text), text];
+  if (!said.some((each) => /^<\||\ufffd/.test(each))) return said.join("");
+  notice("A calculator call or a part of a character comes before: choose an earlier token.");
+  return null;
 }
 
-function showTextTokens() {
-  const shown = current.mode === "text" && store.settings.tokens === "on" && current.tokens?.length;
-  $("tokens").hidden = !shown;
-  if (!shown) return;
-  $("tokens").replaceChildren(...showTokens(current.tokens, (at, text) => {
-    if (running) return;
-    $("text").value = current.start + current.tokens.slice(0, at).map((token) => token.text).join("") + text;
-    continueText();
-  }));
+function goOn(node, side, at, text) {
+  const said = upTo(node.tokens, at, text);
+  const tokens = [...node.tokens.slice(0, at), { text, probability: 0, top: node.tokens[at].top }];
+  if (said !== null) answerAt([[node.parent, side]], said, tokens);
 }
 
-async function answer(parent, said = "", tokens = []) {
-  const conversation = current;
-  conversation.leaf = parent;
-  const messages = store.messagesOf(conversation);
+function answerAt(places, said, tokens) {
+  return run((signal) => Promise.all(places.map(([parent, side]) => answer(parent, side, signal, said, tokens))));
+}
+
+async function answer(parent, side, signal, said = "", tokens = []) {
+  const [conversation, model] = [current, sides()[side]];
+  conversation[side] = parent;
+  const messages = store.messagesOf(conversation, side);
   if (said) messages.push({ role: "assistant", content: said });
   if (store.settings.system) messages.unshift({ role: "system", content: store.settings.system });
-  const node = conversation.nodes[store.add(conversation, "assistant", said ? [{ type: "text", text: said }] : [], parent)];
-  node.tokens = tokens;
+  const at = store.add(conversation, "assistant", said ? [{ type: "text", text: said }] : [], parent);
+  const node = conversation.nodes[at];
+  [node.tokens, node.note, conversation[side]] = [tokens, "", at];
   const view = store.settings.tokens === "on" ? { logprobs: true, top_logprobs: 5 } : {};
-  conversation.updated = Date.now();
   showMessages();
-  const body = $("messages").lastElementChild.querySelector(".body");
-  body.classList.add("waiting");
+  const list = $("messages");
+  list.scrollTop = list.scrollHeight;
   let due = false;
   const show = () => {
     due = false;
-    const list = $("messages");
+    const body = list.querySelector(`[data-side=${side}] [data-at="${at}"] .body`);
+    if (conversation !== current || !running || !body) return;
     const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 80;
-    showParts(body, node);
+    showParts(body, node, side);
+    body.classList.add("waiting");
     if (atEnd) list.scrollTop = list.scrollHeight;
   };
-  $("messages").scrollTop = $("messages").scrollHeight;
-  await request("/v1/chat/completions", { ...options(), ...view, messages }, (chunk) => {
+  show();
+  await request("/v1/chat/completions", { ...options(model), ...view, messages }, signal, (chunk) => {
     const delta = chunk.choices[0]?.delta;
     node.tokens.push(...readTokens(chunk.choices[0]?.logprobs));
     for (const part of delta?.parts ?? [{ type: "text", text: delta?.content ?? "" }]) addPiece(node.parts, part);
-    node.note = figures(chunk) || node.note;
+    node.note += figures(chunk, model);
     if (!due) requestAnimationFrame(show);
     due = true;
   });
-  if (!node.parts.length && conversation.nodes.at(-1) === node) { // nothing was said: as before
-    conversation.nodes.pop();
-    conversation.leaf = parent;
-  }
-  store.save();
-  if (conversation === current) showMessages();
-  showList();
-  showState();
+  if (!node.parts.length) conversation[side] = parent; // nothing was said: as before
 }
 
 async function send() {
   const text = $("prompt").value.trim();
-  if (!text) return;
-  let parent = editing === null ? current.leaf : current.nodes[editing].parent;
-  if (current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent; // it was never answered
+  if (!text || running) return;
+  const asked = new Map(); // sides that go on from the same message share the next one
+  const places = Object.keys(sides()).map((side) => {
+    let parent = editing === null ? current[side] : store.path(current, side)[editing - 1] ?? -1;
+    if (current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent; // it was never answered
+    if (!asked.has(parent)) asked.set(parent, store.add(current, "user", [{ type: "text", text }], parent));
+    return [asked.get(parent), side];
+  });
   $("prompt").value = "";
   editing = null;
   grow();
-  await answer(store.add(current, "user", [{ type: "text", text }], parent));
+  await answerAt(places);
 }
 
-async function continueText() {
+function showTexts() {
+  const runs = current.mode === "text" ? current.runs ?? [] : [];
+  $("text").value = runs[0]?.text ?? current.text;
+  $("text-other").hidden = !sides().other;
+  $("text-other").value = runs[1]?.text ?? "";
+  for (const area of [$("text"), $("text-other")]) if (running) area.scrollTop = area.scrollHeight;
+  const shown = store.settings.tokens === "on" && !running && runs.some((each) => each.tokens.length);
+  $("tokens").hidden = !shown;
+  if (!shown) return;
+  $("tokens").replaceChildren(...runs.map((each) => element("div", showTokens(each.tokens, (at, text) => {
+    const said = upTo(each.tokens, at, text);
+    if (said !== null && !running) continueText(each.start + said);
+  }))));
+}
+
+async function continueText(prompt = $("text").value) {
   const conversation = current;
-  const prompt = conversation.text = conversation.start = $("text").value;
   const view = store.settings.tokens === "on" ? { logprobs: 5 } : {};
-  conversation.tokens = [];
+  conversation.runs = Object.values(sides()).map((model) => ({ model, start: prompt, text: prompt, tokens: [], note: "" }));
   undo = prompt;
   $("text").readOnly = true;
-  await request("/v1/completions", { max_tokens: 128, temperature: 0.7, top_k: 50, ...options(), ...view, prompt }, (chunk) => {
-    conversation.tokens.push(...readTokens(chunk.choices[0]?.logprobs));
-    conversation.text += chunk.choices[0]?.text ?? "";
-    const speed = figures(chunk);
-    if (conversation !== current) return;
-    $("text").value = conversation.text;
-    $("text").scrollTop = $("text").scrollHeight;
-    if (speed) notice(speed);
-  });
+  await run((signal) => Promise.all(conversation.runs.map((each) => {
+    const body = { max_tokens: 128, temperature: 0.7, top_k: 50, ...options(each.model), ...view, prompt };
+    return request("/v1/completions", body, signal, (chunk) => {
+      each.tokens.push(...readTokens(chunk.choices[0]?.logprobs));
+      each.text += chunk.choices[0]?.text ?? "";
+      each.note += figures(chunk, each.model);
+      conversation.text = conversation.runs[0].text;
+      if (conversation !== current) return;
+      showTexts();
+      if (each.note) notice(conversation.runs.map((run) => run.note).join("   "));
+    });
+  })));
   $("text").readOnly = false;
-  if (conversation === current) showTextTokens();
-  conversation.updated = Date.now();
-  store.save();
-  showList();
-  showState();
 }
 
 function grow() {
@@ -384,17 +412,18 @@ $("prompt").onkeydown = (event) => {
   event.preventDefault();
   if (!running) send();
 };
-$("text").oninput = () => { [current.text, current.tokens, undo] = [$("text").value, [], null]; showTextTokens(); showState(); };
+$("text").oninput = () => { [current.text, current.runs, undo] = [$("text").value, [], null]; showTexts(); showState(); };
 $("text").onchange = () => { current.updated = Date.now(); store.save(); showList(); };
 $("text").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) continueText();
 };
-$("undo").onclick = () => { $("text").value = current.text = undo; [undo, current.tokens] = [null, []]; showTextTokens(); store.save(); showState(); };
-$("model").onchange = () => {
-  store.settings.model = $("model").value;
+$("undo").onclick = () => { [current.text, undo, current.runs] = [undo, null, []]; showTexts(); store.save(); showState(); };
+for (const name of ["model", "compare"]) $(name).onchange = () => {
+  store.settings[name] = $(name).value;
   store.saveSettings();
   describeModel();
-  if (!current.nodes.length && !current.text) setMode(modelNow().stage === "base" ? "text" : "chat");
+  if (!running) showAll();
+  if (name === "model" && !current.nodes.length && !current.text) setMode(modelNow().stage === "base" ? "text" : "chat");
 };
 for (const button of $("mode").children) button.onclick = () => {
   if (button.dataset.mode === current.mode) return;

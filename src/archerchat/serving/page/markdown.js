@@ -1,16 +1,37 @@
-// Markdown as DOM nodes. What a model says reaches the page through textContent alone, so HTML in it
-// is text, and a link goes to the web or to mail, or stays text.
+// Markdown as DOM nodes. What a model says is text until marked has read it and DOMPurify has let it
+// through: HTML in it stays text, and a link leads to the web or to mail. The libraries come from npm
+// with the package's build (hatch_build.py); without them answers are shown as they are.
 
-const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
-const INLINE = [
-  [/`+([^`]|[^`][\s\S]*?[^`])`+(?!`)/, (m) => element("code", m[1].trim())],
-  [/\*\*(?=\S)([\s\S]*?\S)\*\*/, (m) => element("strong", inline(m[1]))],
-  [/~~(?=\S)([\s\S]*?\S)~~/, (m) => element("del", inline(m[1]))],
-  [/\*(?=[^\s*])([\s\S]*?[^\s*])\*(?!\*)|\b_(?=\S)([^_]*?\S)_\b/, (m) => element("em", inline(m[1] ?? m[2]))],
-  [/\[([^\]\n]{1,500})\]\(([^\s()]{1,2000})\)/, (m) => link(m[2], m[1]) ?? m[0]],
-  [/\bhttps?:\/\/[^\s<>()"']{1,2000}[^\s<>()"'.,;:!?]/, (m) => link(m[0], m[0])],
-];
-const MAX_INLINE = 20000;
+const { marked } = await import("./vendor/marked.js").catch(() => ({}));
+await import("./vendor/purify.js").catch(() => null);
+const purify = globalThis.DOMPurify;
+const rarely = {}; // libraries that few answers need, by name
+const load = (name) => (rarely[name] ??= import(`./vendor/${name}.js`).catch(() => null));
+
+const ALLOWED = {
+  ALLOWED_TAGS: "a blockquote br code del em h1 h2 h3 h4 h5 h6 hr li ol p pre span strong table tbody td th thead tr ul".split(" "),
+  ALLOWED_ATTR: ["align", "class", "href", "start"],
+  ALLOWED_URI_REGEXP: /^(https?:\/\/|mailto:)/i,
+  RETURN_DOM_FRAGMENT: true,
+};
+const FORMULA = /^(?:\$\$([^$]+)\$\$|\\\[([^]+?)\\\]|\\\((.+?)\\\)|\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\d\w]))/;
+const MAX_CHARACTERS = 200000;
+
+const escape = (text) => text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
+marked?.use({
+  breaks: true,
+  renderer: { html: ({ text, block }) => (block ? `<p>${escape(text)}</p>` : escape(text)), image: ({ raw }) => escape(raw) },
+  extensions: [{
+    name: "formula",
+    level: "inline",
+    start: (text) => text.match(/\$|\\[[(]/)?.index,
+    tokenizer(text) {
+      const found = FORMULA.exec(text);
+      return found && { type: "formula", raw: found[0], text: found.slice(1).join(""), display: Boolean(found[1] ?? found[2]) };
+    },
+    renderer: ({ text, display }) => `<span class="formula${display ? " display" : ""}">${escape(text)}</span>`,
+  }],
+});
 
 export function element(tag, content = [], attributes = {}) {
   const made = document.createElement(tag);
@@ -19,94 +40,19 @@ export function element(tag, content = [], attributes = {}) {
   return made;
 }
 
-function link(address, text) {
-  if (!SAFE_LINK.test(address)) return null;
-  return element("a", text, { href: address, target: "_blank", rel: "noopener noreferrer nofollow" });
-}
-
-function inline(text) {
-  const nodes = [];
-  if (text.length > MAX_INLINE) return [text];
-  while (text) {
-    let first = null;
-    for (const [pattern, make] of INLINE) {
-      const found = pattern.exec(text);
-      if (found && (!first || found.index < first.found.index)) first = { found, make };
-    }
-    if (!first) break;
-    nodes.push(text.slice(0, first.found.index), first.make(first.found));
-    text = text.slice(first.found.index + first.found[0].length);
+export function markdown(text) {
+  if (!marked || !purify || text.length > MAX_CHARACTERS) return [element("p", text, { class: "plain" })];
+  const found = purify.sanitize(marked.parse(text), ALLOWED);
+  for (const link of found.querySelectorAll("a")) {
+    if (link.hasAttribute("href")) Object.assign(link, { target: "_blank", rel: "noopener noreferrer nofollow" });
+    else link.replaceWith(...link.childNodes);
   }
-  nodes.push(text);
-  return nodes.filter((node) => node !== "");
-}
-
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
-const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])\s+/;
-const TABLE_RULE = /^\s*\|?\s*:?-{2,}:?\s*(\|\s*:?-{2,}:?\s*)*\|?\s*$/;
-const MAX_DEPTH = 8;
-
-export function markdown(text, depth = 0) {
-  const lines = text.split("\n");
-  const nodes = [];
-  let at = 0;
-  const take = (test) => {
-    const start = at;
-    while (at < lines.length && test(lines[at])) at += 1;
-    return lines.slice(start, at);
-  };
-  while (at < lines.length) {
-    const line = lines[at];
-    let found;
-    if (!line.trim()) {
-      at += 1;
-    } else if ((found = FENCE.exec(line))) {
-      at += 1;
-      const body = take((next) => !next.trim().startsWith(found[1]));
-      at += 1;
-      nodes.push(element("pre", element("code", body.join("\n"))));
-    } else if ((found = /^(#{1,6})\s+(.*)/.exec(line))) {
-      at += 1;
-      nodes.push(element(`h${Math.min(found[1].length, 4)}`, inline(found[2])));
-    } else if (/^ {0,3}([-*_])\s*(\1\s*){2,}$/.test(line)) {
-      at += 1;
-      nodes.push(element("hr"));
-    } else if (/^ {0,3}>/.test(line) && depth < MAX_DEPTH) {
-      const quoted = take((next) => /^ {0,3}>/.test(next)).map((next) => next.replace(/^ {0,3}> ?/, ""));
-      nodes.push(element("blockquote", markdown(quoted.join("\n"), depth + 1)));
-    } else if (ITEM.test(line) && depth < MAX_DEPTH) {
-      nodes.push(list(take, line, depth));
-    } else if (line.includes("|") && TABLE_RULE.test(lines[at + 1] ?? "")) {
-      nodes.push(table(take((next) => next.includes("|"))));
-    } else {
-      at += 1;
-      const rest = take((next) => next.trim() && !FENCE.test(next) && !/^(#{1,6} | {0,3}>)/.test(next) && !ITEM.test(next));
-      const joined = [line, ...rest].flatMap((each, i) => (i ? [element("br"), ...inline(each)] : inline(each)));
-      nodes.push(element("p", joined));
-    }
+  for (const code of found.querySelectorAll("pre > code")) {
+    load("highlight").then((library) => library?.default.getLanguage(/language-(\S+)/.exec(code.className)?.[1]) && library.default.highlightElement(code));
   }
-  return nodes;
-}
-
-function list(take, first, depth) {
-  const ordered = /\d/.test(ITEM.exec(first)[2]);
-  const items = [];
-  for (const line of take((next) => ITEM.test(next) || /^\s+\S/.test(next))) {
-    const found = ITEM.exec(line);
-    if (found && (!items.length || found[1].length < 2)) items.push([line.slice(found[0].length)]);
-    else items.at(-1).push(line.replace(/^ {1,4}/, ""));
+  for (const formula of found.querySelectorAll(".formula")) {
+    const displayMode = formula.classList.contains("display");
+    load("katex").then(() => globalThis.katex?.render(formula.textContent, formula, { displayMode, output: "mathml", throwOnError: false, maxExpand: 100, maxSize: 10 }));
   }
-  const made = element(ordered ? "ol" : "ul", items.map((item) => {
-    const nodes = markdown(item.join("\n"), depth + 1);
-    return element("li", nodes.length === 1 && nodes[0].tagName === "P" ? [...nodes[0].childNodes] : nodes);
-  }));
-  if (ordered) made.setAttribute("start", parseInt(ITEM.exec(first)[2], 10));
-  return made;
-}
-
-function table(lines) {
-  const cells = (line) => line.replace(/^\s*\||\|\s*$/g, "").split("|").map((cell) => cell.trim());
-  const row = (line, tag) => element("tr", cells(line).map((cell) => element(tag, inline(cell))));
-  const body = lines.slice(2).map((line) => row(line, "td"));
-  return element("table", [element("thead", row(lines[0], "th")), element("tbody", body)]);
+  return [...found.children];
 }

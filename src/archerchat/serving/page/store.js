@@ -23,7 +23,7 @@ export function save() {
   conversations = conversations.slice(0, MAX_KEPT);
   while (conversations.length) {
     try {
-      localStorage.setItem(KEY, JSON.stringify(conversations, (key, value) => (key === "tokens" ? undefined : value)));
+      localStorage.setItem(KEY, JSON.stringify(conversations, (key, value) => (key === "tokens" || key === "runs" ? undefined : value)));
       return;
     } catch {
       conversations.pop(); // the browser's room is used up: the oldest goes
@@ -33,7 +33,7 @@ export function save() {
 }
 
 export function create(mode) {
-  const made = { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, mode, title: "", nodes: [], leaf: -1, text: "", updated: Date.now() };
+  const made = { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, mode, title: "", nodes: [], leaf: -1, other: -1, text: "", updated: Date.now() };
   conversations.unshift(made);
   return made;
 }
@@ -44,30 +44,27 @@ export function remove(conversation) {
   else localStorage.removeItem(KEY);
 }
 
-export function add(conversation, role, parts, parent = conversation.leaf) {
-  conversation.nodes.push({ role, parts, parent });
-  conversation.leaf = conversation.nodes.length - 1;
+export function add(conversation, role, parts, parent) {
   if (role === "user" && !conversation.title) conversation.title = textOf(parts).slice(0, 80);
-  return conversation.leaf;
+  return conversation.nodes.push({ role, parts, parent }) - 1;
 }
 
-export function path(conversation) {
+// A side, "leaf" or "other", names the end of what is shown: two models side by side have two.
+export function path(conversation, side = "leaf") {
   const found = [];
-  for (let at = conversation.leaf; at >= 0; at = conversation.nodes[at].parent) found.unshift(at);
+  for (let at = conversation[side] ?? -1; at >= 0; at = conversation.nodes[at].parent) found.unshift(at);
   return found;
 }
 
 export function siblings(conversation, at) {
   const parent = conversation.nodes[at].parent;
-  return conversation.nodes.flatMap((node, i) => (node.parent === parent ? [i] : []));
+  return conversation.nodes.flatMap((node, i) => (node.parent === parent && (node.parts.length || i === at) ? [i] : []));
 }
 
-export function walkTo(conversation, at) {
-  conversation.leaf = at;
-  for (;;) {
-    const child = conversation.nodes.findLastIndex((node) => node.parent === conversation.leaf);
-    if (child < 0) return;
-    conversation.leaf = child;
+export function walkTo(conversation, at, side) {
+  for (let next = at; next >= 0;) {
+    conversation[side] = next;
+    next = conversation.nodes.findLastIndex((node) => node.parent === conversation[side] && node.parts.length);
   }
 }
 
@@ -75,8 +72,8 @@ export function textOf(parts) {
   return parts.filter((part) => part.type === "text").map((part) => part.text).join("");
 }
 
-export function messagesOf(conversation) {
-  return path(conversation).map((at) => {
+export function messagesOf(conversation, side) {
+  return path(conversation, side).map((at) => {
     const { role, parts } = conversation.nodes[at];
     return { role, content: parts.every((part) => part.type === "text") ? textOf(parts) : parts };
   });
@@ -96,7 +93,7 @@ export function fromLines(text) {
     const conversation = create("chat");
     for (const { role, content } of made.messages) {
       const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
-      if (role === "user" || role === "assistant") add(conversation, role, parts.map(({ type, text }) => ({ type: String(type), text: String(text) })));
+      if (role === "user" || role === "assistant") conversation.leaf = add(conversation, role, parts.map(({ type, text }) => ({ type: String(type), text: String(text) })), conversation.leaf);
     }
     count += 1;
   }

@@ -21,11 +21,16 @@ const visible = (text) => text.replaceAll("\n", "↵").replaceAll("\t", "⇥").r
 
 export function showTokens(tokens, onPick) {
   return tokens.map((token, i) => {
-    const others = token.top.map((each) => `${visible(each.text)} ${percent(each.probability)}`).join("\n");
-    const made = element("span", token.text, { class: "token", role: "button", tabindex: "0", title: `${percent(token.probability)}\n\n${others}` });
+    const made = element("span", token.text, { class: "token", role: "button", tabindex: "0", "aria-label": `${token.text} ${percent(token.probability)}` });
     made.style.setProperty("--surprise", Math.min(1, -Math.log10(Math.max(token.probability, 1e-3)) / 3));
-    made.onclick = () => showAlternatives(made, token, (text) => onPick(i, text));
+    const show = () => showAlternatives(made, token, (text) => onPick(i, text));
+    made.onclick = () => show().firstChild?.focus();
     made.onkeydown = (event) => event.key === "Enter" && made.onclick();
+    made.onpointermove = (event) => { // a token that comes under a resting pointer shows nothing
+      const shown = document.getElementById("alternatives");
+      if (event.pointerType === "mouse" && shown?.anchor !== made && !shown?.matches(":focus-within")) show();
+    };
+    made.onpointerleave = () => setTimeout(() => document.querySelector("#alternatives:not(:hover, :focus-within)")?.remove(), 200);
     return made;
   });
 }
@@ -34,19 +39,26 @@ function showAlternatives(anchor, token, onPick) {
   document.getElementById("alternatives")?.remove();
   const list = element("div", token.top.map(({ text, probability }) => {
     const made = element("button", [element("span", visible(text)), element("span", percent(probability))], text === token.text ? { class: "said" } : {});
-    made.onclick = () => onPick(text);
+    made.onclick = () => { list.remove(); onPick(text); };
     return made;
-  }), { id: "alternatives" });
+  }), { id: "alternatives", "aria-label": "What else was likely" });
+  list.anchor = anchor;
+  list.onkeydown = (event) => {
+    const beside = { ArrowDown: "nextSibling", ArrowUp: "previousSibling" }[event.key];
+    if (beside) document.activeElement[beside]?.focus();
+    if (event.key !== "Escape") return;
+    list.remove();
+    anchor.focus();
+    event.stopPropagation();
+  };
+  list.onpointerleave = list.onblur = () => list.remove();
   document.body.append(list);
   const place = anchor.getBoundingClientRect();
   list.style.left = `${Math.max(4, Math.min(place.left, innerWidth - list.offsetWidth - 4))}px`;
-  list.style.top = `${Math.min(place.bottom + 4, innerHeight - list.offsetHeight - 4)}px`;
-  list.firstChild?.focus();
-  const close = (event) => {
-    if (event.type === "keydown" ? event.key !== "Escape" : event.target.closest(".token")) return;
-    list.remove();
-    document.removeEventListener("click", close);
-    document.removeEventListener("keydown", close);
-  };
-  setTimeout(() => ["click", "keydown"].forEach((kind) => document.addEventListener(kind, close)));
+  const below = place.bottom + list.offsetHeight < innerHeight; // it never covers its own token
+  list.style.top = `${below ? place.bottom : Math.max(0, place.top - list.offsetHeight)}px`;
+  return list;
 }
+document.addEventListener("pointerdown", (event) => {
+  if (!event.target.closest?.("#alternatives, .token")) document.getElementById("alternatives")?.remove();
+});

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiktoken
@@ -13,12 +15,14 @@ import torch
 import tyro
 
 from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
-from archerchat.commands.import_nanochat import ImportNanochatConfig, import_nanochat
-from archerchat.errors import CheckpointError, TokenizerError, UsageError
-from archerchat.exchange.nanochat import to_nanochat_names
+from archerchat.commands.imports import ImportNanochatConfig, import_nanochat
+from archerchat.dial import LearningRates
+from archerchat.errors import ArcherChatError, CheckpointError, TokenizerError, UsageError
+from archerchat.exchange.nanochat import BUFFERS, to_nanochat_names
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
+from archerchat.optim.optimizer import Optimizer, build_groups
 from archerchat.tokenizer.bpe import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 CONFIG = ModelConfig(
@@ -115,6 +119,37 @@ def test_two_stages_share_a_tokenizer(home: Home, source: Path) -> None:
     assert find_model(home, "sft", None).name == "d2"
 
 
+def save_optimizer(source: Path) -> dict[str, Any]:
+    """Write random moments as one rank of the reference has them; return them as ours."""
+    transformer = Transformer(CONFIG)
+    rates = LearningRates(*[0.1] * 7)
+    optimizer, numbers = Optimizer(transformer, build_groups(transformer, rates)), count()
+    state: dict[int, dict[str, Any]] = {}
+    groups = [{"params": [next(numbers) for _ in each.names]} for each in optimizer.groups]
+    for their_group, group in zip(groups, optimizer.groups, strict=True):
+        for number, name in zip(their_group["params"], group.names, strict=True):
+            for theirs, ours in BUFFERS.items():
+                if (buffer := optimizer.state.get(f"{ours}.{name}")) is not None:
+                    buffer.normal_()
+                    state.setdefault(number, {"step": 50})[theirs] = buffer
+    torch.save({"state": state, "param_groups": groups}, source / "optim_000050_rank0.pt")
+    return optimizer.state_dict() | {"steps_taken": 50}
+
+
+def test_the_optimizers_state_arrives_and_is_whole(home: Home, source: Path) -> None:
+    expected = save_optimizer(source)
+    import_nanochat(ImportNanochatConfig(source, tag="d2"), home)
+    path = find_checkpoint(find_model(home, "base", "d2"))
+    state = load_checkpoint(path, sections=("optimizer",)).state["optimizer"]
+    assert state.keys() == expected.keys()
+    assert state["steps_taken"] == 50
+    assert all(torch.equal(state[name], expected[name]) for name in state if "." in name)
+    (source / "optim_000050_rank0.pt").rename(source / "optim_000050_rank1.pt")
+    with pytest.raises(CheckpointError, match=r"optim_000050_rank\*\.pt do not fit the model"):
+        import_nanochat(ImportNanochatConfig(source, tag="other"), home)
+    assert not home.checkpoint_dir("base", "other").exists()
+
+
 def test_a_taken_tag_is_refused(home: Home, source: Path) -> None:
     import_nanochat(ImportNanochatConfig(source), home)
     with pytest.raises(UsageError, match="base model 'd2' is there already"):
@@ -128,17 +163,18 @@ def test_a_taken_tag_is_refused(home: Home, source: Path) -> None:
 def test_nothing_is_written_when_anything_is_wrong(
     home: Home, source: Path, tmp_path: Path, damage: str
 ) -> None:
-    place, error = tmp_path / "given", TokenizerError
+    place = tmp_path / "given"
+    error: type[ArcherChatError] = UsageError
     write_tokenizer(place)
     if damage == "model":
         error = CheckpointError
         (source / "model_000050.pt").write_bytes(b"broken")
     elif damage == "tokenizer":
+        error = TokenizerError
         (place / "tokenizer.pkl").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     elif damage == "other tokenizer":
         write_tokenizer(place, extra=(b"th",))
     else:
-        error = UsageError
         (place / "tokenizer.pkl").unlink()
     with pytest.raises(error):
         import_nanochat(ImportNanochatConfig(source, tokenizer=place), home)

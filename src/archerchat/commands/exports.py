@@ -1,0 +1,240 @@
+"""`archerchat export huggingface | conversations` and `archerchat push`: for other tools."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from jinja2 import Environment, StrictUndefined
+
+from archerchat.checkpoint import find_checkpoint, find_model, list_models, load_checkpoint
+from archerchat.config import Config, DtypeName
+from archerchat.console import build_console, bytes_text, duration_text
+from archerchat.data.hub import task_files
+from archerchat.errors import CheckpointError, DataError, UsageError
+from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
+from archerchat.files import write_bytes
+from archerchat.home import Home
+from archerchat.inference.loading import find_model_tokenizer, read_model_config
+from archerchat.model.config import ModelConfig
+from archerchat.model.flops import count_parameters
+from archerchat.report.charts import compact
+from archerchat.report.results import SCORES, latest, load_results
+from archerchat.report.runs import STAGES
+from archerchat.tasks.base import TaskMixture
+from archerchat.tasks.collected import JsonlTask
+from archerchat.tasks.layouts import Layout, render_layout
+from archerchat.tasks.registry import MixtureConfig, build_mixtures
+
+FORMATS = {"archerchat": OURS, "transformers": THEIRS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(Config):
+    """Choose a model and how to write it."""
+
+    tag: str
+    """Name of the model."""
+    stage: Literal["base", "sft", "rl"] | None = None
+    """Stage to export: base, sft or rl. Defaults to the last that the model went through."""
+    step: int | None = None
+    """Step of the checkpoint. Defaults to the latest."""
+    format: Literal["archerchat", "transformers"] | None = None
+    """`transformers` is the library's own NanoChatForCausalLM, which has only the plain parts;
+    `archerchat` brings its own code. Defaults to the first where it loses nothing."""
+    dtype: DtypeName | None = None
+    """Dtype of the weights. Defaults to the checkpoint's, which loses nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(ExportOptions):
+    """Write a model as a Hugging Face folder: `archerchat export huggingface TAG DIRECTORY`."""
+
+    directory: Path
+    """The folder to write, new or empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushConfig(ExportOptions):
+    """Export a model and upload it to the Hugging Face hub: `archerchat push TAG REPO`.
+
+    A repeated call uploads only what is missing. Log in by `hf auth login` first.
+    """
+
+    repo: str
+    """Name of the repository, OWNER/NAME; created if missing."""
+    public: bool = False
+    """Let everyone see a repository that is created. By default it is private."""
+
+
+def export_huggingface(config: ExportConfig, home: Home) -> None:
+    """Write the folder and say what it is.
+
+    Raises:
+        UsageError: there is no such model, the folder is not empty, or the format would lose parts.
+    """
+    _write(config, home, config.directory, config.directory.name)
+    size = sum(file.stat().st_size for file in config.directory.iterdir())
+    build_console().print(f"exported {config.tag} to {config.directory} ({bytes_text(size)})")
+
+
+def push(config: PushConfig, home: Home) -> None:
+    """Upload the folder.
+
+    Raises:
+        UsageError: as for the export; or there is no login, or no right to write there.
+        DataError: the hub cannot be reached.
+    """
+    with tempfile.TemporaryDirectory(prefix="archerchat-push-") as temporary:
+        directory = Path(temporary) / "model"
+        _write(config, home, directory, config.repo)
+        with explained_hub(config.repo):
+            api = HfApi()
+            api.create_repo(config.repo, private=not config.public, exist_ok=True)
+            message = f"Upload {config.tag} from ArcherChat"
+            done = api.upload_folder(
+                repo_id=config.repo, folder_path=directory, commit_message=message
+            )
+    build_console().print(f"pushed {config.tag} to {config.repo}: {done.commit_url}")
+
+
+@dataclass(frozen=True)
+class ConversationsConfig(Config):
+    """Write conversations as JSON lines in a layout that other tools read.
+
+    `archerchat export conversations SOURCE FILE --layout sharegpt`
+    """
+
+    source: str
+    """A file or folder of conversations in any layout, or a mixture such as Arithmetic:500."""
+    file: Path
+    """The file to write, which must be new."""
+    layout: Layout = "openai"
+    """`openai` (a list of messages), `sharegpt` or `alpaca`."""
+    data_dir: Path | None = None
+    """A folder of local files that stands in for the hub's."""
+
+
+def export_conversations(config: ConversationsConfig, home: Home) -> None:
+    """Write each conversation of a source as a line.
+
+    Raises:
+        UsageError: the file is there, or the source is nothing.
+        DataError: a line of the source is no conversation.
+    """
+    if config.file.exists():
+        raise UsageError(f"{config.file} is there already: choose another name, or delete it first")
+    rows: JsonlTask | TaskMixture
+    if Path(config.source).exists():
+        rows = JsonlTask(Path(config.source))
+    else:
+        mixture = MixtureConfig(mixture=config.source, data_dir=config.data_dir)
+        rows, _ = build_mixtures(mixture, task_files(home, config.data_dir, notify=print))
+    lines = [
+        json.dumps(render_layout(rows[index], config.layout), ensure_ascii=False)
+        for index in range(len(rows))
+    ]
+    write_bytes(config.file, "".join(f"{line}\n" for line in lines).encode())
+    build_console().print(f"wrote {len(rows):,} conversations to {config.file}")
+
+
+@contextmanager
+def explained_hub(repo: str) -> Iterator[None]:
+    """Turn what the hub's library says into an error with a remedy."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(f"{repo!r} is no repository's name, OWNER/NAME: {error}") from error
+    except Exception as error:  # httpx's or httpx2's, by the library's version
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if 400 <= status < 500 or isinstance(error, LocalTokenNotFoundError):
+            raise UsageError(
+                f"the hub refused {repo!r} ({status or 'no token'}): check the name, and log in by "
+                "`hf auth login` with a token that may use it"
+            ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{repo!r} could not be transferred ({reason}): run the same command again, which "
+            "sends or fetches only what is missing"
+        ) from error
+
+
+def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> None:
+    """Export a model to `directory`, under the name that its users will load it by."""
+    if options.dtype == "float16":
+        raise UsageError("--dtype float16: its squared ReLUs overflow; choose bfloat16 or float32")
+    stages = [s for s in STAGES if options.tag in {path.name for path in list_models(home, s)}]
+    stage = options.stage or (stages or ["base"])[-1]
+    path = find_checkpoint(find_model(home, stage, options.tag), options.step)
+    checkpoint = load_checkpoint(path, sections=("model",))
+    config, tokenizer = read_model_config(checkpoint), find_model_tokenizer(home, checkpoint)
+    about = {"stage": stage, "step": checkpoint.step, "tokenizer": tokenizer.fingerprint}
+    model_type = FORMATS.get(options.format or "", OURS if lost_parts(config) else THEIRS)
+    write_folder(
+        directory,
+        checkpoint.state["model"],
+        config,
+        tokenizer,
+        _render_card(home, name, stage, path, checkpoint.meta, config, model_type == OURS),
+        about,
+        model_type=model_type,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+    )
+
+
+def _render_card(
+    home: Home,
+    name: str,
+    stage: str,
+    path: Path,
+    meta: Mapping[str, Any],
+    config: ModelConfig,
+    ours: bool,
+) -> str:
+    """Return the model card: what the model is, how it was trained, what it scored."""
+    results = load_results(home, stage, path.parent.name)
+    found = [latest(results, kind) for kind in SCORES]
+    template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
+    environment = Environment(trim_blocks=True, undefined=StrictUndefined)
+    return environment.from_string(template).render(
+        name=name,
+        stage=stage,
+        step=int(path.name.rpartition("_")[2]),
+        parameters=count_parameters(config).total,
+        config=config,
+        parts=[part.partition(" (")[0].replace("_", " ") for part in lost_parts(config)],
+        ours=ours,
+        training=list(_training(path, meta)),
+        results=[result for result in found if result],
+        scores=SCORES,
+    )
+
+
+def _training(path: Path, meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what a checkpoint says of its training."""
+    try:
+        loop = load_checkpoint(path, sections=("loop",)).state["loop"]
+    except CheckpointError:  # an imported model has none
+        loop = {}
+    if base := meta.get("identity", {}).get("base"):
+        yield "Started from", f"base model {base['tag']}, step {base['step']}"
+    if data := meta.get("config", {}).get("data"):
+        yield "Data", Path(data).name if isinstance(data, str) else data.get("mixture", "")
+    if loop:
+        yield "Tokens", f"{loop['tokens']:,}"
+        yield "Training FLOPs", compact(loop["flops"])
+        yield "Training time", duration_text(loop["training_seconds"])
+        if loop["last_val"] == loop["last_val"]:  # not NaN
+            what = "Pass rate" if meta.get("stage") == "rl" else "Validation bits per byte"
+            yield what, f"{loop['last_val']:.4f}"
+    if hardware := meta.get("hardware"):
+        yield "Device", f"{hardware['device']}, {meta['identity']['dtype']}"
+    yield "Source", str(meta.get("source", "?")).partition(" /")[0]

@@ -1,0 +1,207 @@
+"""`archerchat import nanochat | huggingface DIR` and `archerchat pull`: other people's models."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+
+from archerchat.checkpoint import list_checkpoints, save_checkpoint
+from archerchat.commands.exports import explained_hub
+from archerchat.config import Config, PositiveFloat
+from archerchat.console import build_console
+from archerchat.errors import UsageError
+from archerchat.exchange.hf_tokenizer import load_hf_tokenizer
+from archerchat.exchange.huggingface import read_folder
+from archerchat.exchange.nanochat import (
+    TOKENIZER_FILE,
+    ImportedModel,
+    load_model,
+    load_optimizer,
+    load_tokenizer,
+)
+from archerchat.home import Home
+from archerchat.model.config import ModelConfig
+from archerchat.tokenizer.bpe import Tokenizer
+
+StageName = Literal["base", "sft", "rl"]
+
+
+@dataclass(frozen=True)
+class ImportNanochatConfig(Config):
+    """Import a model and its tokenizer from nanochat."""
+
+    directory: Path
+    """nanochat's checkpoint directory, which holds model_<step>.pt and meta_<step>.json."""
+    tokenizer: Path | None = None
+    """Directory with its tokenizer.pkl; by default DIRECTORY, then ../../tokenizer from there."""
+    tag: str | None = None
+    """What to call the model and its tokenizer; by default the directory's name."""
+    step: int | None = None
+    """Which step to import; by default the latest."""
+    stage: StageName = "base"
+    """What kind of model it is."""
+    qk_gain: PositiveFloat = ModelConfig.qk_gain
+    """Factor on normalised queries and on keys, which nanochat's files do not tell."""
+
+
+@dataclass(frozen=True)
+class ImportHuggingFaceConfig(Config):
+    """Import a Hugging Face folder: `archerchat import huggingface DIRECTORY`.
+
+    It is one of `archerchat export`, or one of transformers' NanoChatForCausalLM.
+    """
+
+    directory: Path
+    """The folder, with config.json, tokenizer.json and the weights."""
+    tag: str | None = None
+    """What to call the model and its tokenizer; by default the directory's name."""
+    stage: StageName | None = None
+    """What kind of model it is. Defaults to what the folder says, or to base."""
+
+
+@dataclass(frozen=True)
+class PullConfig(Config):
+    """Download a model from the Hugging Face hub and import it; a repeated call resumes.
+
+    `archerchat pull REPO`
+    """
+
+    repo: str
+    """Name of the repository, OWNER/NAME."""
+    tag: str | None = None
+    """What to call the model and its tokenizer; by default the repository's name."""
+    stage: StageName | None = None
+    """What kind of model it is. Defaults to what the repository says, or to base."""
+    revision: str | None = None
+    """Branch, tag or commit. Defaults to the main branch."""
+
+
+def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
+    """Import one step with its optimizer's state and the tokenizer, where they are found.
+
+    Everything is read and checked before anything is written.
+
+    Raises:
+        UsageError: the files are not there, the tag is taken, or the tokenizer is not the model's.
+        CheckpointError: the checkpoint is broken or of an unknown version.
+        TokenizerError: the tokenizer is broken.
+    """
+    source = config.directory.resolve()
+    tag = source.name if config.tag is None else config.tag
+    _require_free(home, config.stage, tag)
+    model = load_model(source, config.step, config.qk_gain)
+    tokenizer = _find_tokenizer(config.tokenizer, source)
+    optimizer = load_optimizer(model)
+    more = {"nanochat_meta": model.meta}
+    _save(home, config.stage, tag, f"nanochat {model.path}", model, tokenizer, optimizer, **more)
+    console = build_console()
+    if tokenizer is None:
+        console.print("no tokenizer.pkl was found: give its directory with --tokenizer to use text")
+    console.print(f"optimizer state: {'imported' if optimizer else 'none was found'}")
+    if model.lacking:
+        console.print(
+            f"it has no {', '.join(model.lacking)}, as older versions do not: they are switched "
+            "off. Such a version may differ in more than its tensors (--qk-gain, for one): check "
+            "the model's bits per byte before using it"
+        )
+
+
+def import_huggingface(config: ImportHuggingFaceConfig, home: Home) -> None:
+    """Import the model and the tokenizer of a Hugging Face folder.
+
+    Raises:
+        UsageError: the folder is incomplete or another architecture's, or the tag is taken.
+    """
+    source = config.directory.resolve()
+    model = read_folder(source)
+    tag, said = config.tag or source.name, model.meta.get("stage")
+    stage = config.stage or (said if said in ("base", "sft", "rl") else "base")
+    _require_free(home, stage, tag)
+    tokenizer = load_hf_tokenizer(source, {"source": "huggingface"})
+    if model.meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UsageError(
+            f"{source / 'tokenizer.json'} is not the tokenizer that the model was exported with: "
+            "its ids differ; copy it again"
+        )
+    _save(home, stage, tag, f"huggingface {source.name}", model, tokenizer, {})
+
+
+def pull(config: PullConfig, home: Home) -> None:
+    """Download a repository into the hub's own cache and import it.
+
+    Raises:
+        UsageError: there is no such repository, or it cannot be imported.
+        DataError: the hub cannot be reached.
+    """
+    tag = config.tag or config.repo.rpartition("/")[2]
+    if config.stage:
+        _require_free(home, config.stage, tag)
+    with explained_hub(config.repo):
+        kinds = ["*.json", "*.safetensors"]
+        found = snapshot_download(config.repo, revision=config.revision, allow_patterns=kinds)
+    import_huggingface(ImportHuggingFaceConfig(Path(found), tag, config.stage), home)
+
+
+def _require_free(home: Home, stage: str, tag: str) -> None:
+    target = home.checkpoint_dir(stage, tag)
+    if steps := list_checkpoints(target):
+        raise UsageError(
+            f"{stage} model {tag!r} is there already ({target}, step {steps[-1]}): "
+            "choose another --tag, or delete it first"
+        )
+
+
+def _find_tokenizer(given: Path | None, source: Path) -> Tokenizer | None:
+    places = [source, source.parent.parent / "tokenizer"] if given is None else [given]
+    for place in places:
+        if (file := place / TOKENIZER_FILE).is_file():
+            return load_tokenizer(file)
+    if given is not None:
+        raise UsageError(f"no {TOKENIZER_FILE} in {given}: give the directory that holds it")
+    return None
+
+
+def _save(
+    home: Home,
+    stage: str,
+    tag: str,
+    source: str,
+    model: ImportedModel,
+    tokenizer: Tokenizer | None,
+    optimizer: dict[str, Any],
+    **more: Any,
+) -> None:
+    """Write the tokenizer and the checkpoint."""
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, model, tag, home)
+    meta = {
+        "model_config": asdict(model.config),
+        "tokenizer": tokenizer and {"name": tag, "fingerprint": tokenizer.fingerprint},
+        "source": source,
+        "stage": stage,
+        **more,
+    }
+    sections = {"model": model.tensors} | ({"optimizer": optimizer} if optimizer else {})
+    path = save_checkpoint(home.checkpoint_dir(stage, tag), model.step, sections, meta)
+    parameters = sum(tensor.numel() for tensor in model.tensors.values())
+    build_console().print(
+        f"imported step {model.step}: {model.config.num_layers} layers, width "
+        f"{model.config.model_dim}, {parameters:,} parameters: {path}"
+    )
+
+
+def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: Home) -> None:
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}: give the one it was trained with (--tokenizer)"
+        )
+    directory = home.tokenizer_dir(tag)
+    if directory.exists():
+        if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
+            raise UsageError(f"{directory} is another tokenizer: choose another --tag")
+        return
+    tokenizer.save(directory)

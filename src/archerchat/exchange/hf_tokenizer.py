@@ -1,0 +1,129 @@
+"""Write a tokenizer as Hugging Face's `tokenizer.json`, and read one that encodes as ours would.
+
+There a special token is found in any text that spells it. Ours carry `MARK`, a code point that
+Unicode keeps out of texts, before their names, so that no text can spell them, as in ArcherChat.
+The chat template writes the mark, and decoding leaves it out.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from archerchat.errors import TokenizerError, UsageError
+from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+MARK = "\ufdd0"
+_KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_MOVED = [byte for byte in range(256) if byte not in _KEPT]
+CHARACTERS = {byte: chr(byte) for byte in _KEPT} | {b: chr(256 + i) for i, b in enumerate(_MOVED)}
+"""The visible character that stands for each byte in the file."""
+BYTES = {character: byte for byte, character in CHARACTERS.items()}
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of a `tokenizer.json`; encoding with special tokens adds BOS in front."""
+    lengths = tokenizer.token_bytes
+    names = {i: MARK + tokenizer.token(i).decode() for i, n in enumerate(lengths) if n == 0}
+    ranks = {tokenizer.token(i): i for i, n in enumerate(lengths) if n}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    bos, split = names[tokenizer.bos_id], {"Regex": tokenizer.pattern}
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    byte_level["use_regex"] = False
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": n, "special": True} | flags for i, n in names.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
+                byte_level,
+            ],
+        },
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [begin, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [begin, *({"Sequence": {"id": each, "type_id": 0}} for each in "AB")],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": MARK}, "content": ""},
+                byte_level,
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,
+            "vocab": {_spell(token): rank for token, rank in ranks.items()},
+            "merges": _merges(ranks),
+        },
+    }
+
+
+def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
+    """Read a `tokenizer.json` of byte-level BPE.
+
+    Raises:
+        UsageError: it is missing or broken, or gives other ids than ArcherChat can.
+    """
+    path = directory / TOKENIZER_FILE
+    try:
+        content = json.loads(path.read_bytes())
+        model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
+        ranks = {
+            bytes(BYTES[character] for character in token): rank
+            for token, rank in model["vocab"].items()
+            if token not in added
+        }
+        steps = content["pre_tokenizer"]["pretokenizers"]
+        (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
+        merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+        specials = sorted(added, key=added.__getitem__)
+        if content["normalizer"] is not None:
+            raise TokenizerError("it changes texts before it splits them (normalizer)")
+        if sorted(added.values()) != list(range(len(ranks), len(ranks) + len(added))):
+            raise TokenizerError("its special tokens do not follow the others")
+        names = [name.removeprefix(MARK) for name in specials]
+        if missing := [name for name in SPECIAL_TOKENS if name not in names]:
+            raise TokenizerError(f"it lacks {missing[0]}")
+        tokenizer = Tokenizer(ranks, pattern=pattern, special_tokens=names, provenance=provenance)
+        if merges != _merges(ranks):
+            raise TokenizerError("its merges are not in the order of its ids")
+    except (OSError, ValueError, KeyError, TypeError, TokenizerError) as error:
+        raise UsageError(
+            f"{path} is no tokenizer that gives the same ids here ({error}): import the model with "
+            "the tokenizer that it was exported with"
+        ) from error
+    return tokenizer
+
+
+def _spell(token: bytes) -> str:
+    return "".join(CHARACTERS[byte] for byte in token)
+
+
+def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
+    """Return the two parts that each token was merged from, in the order of the ranks.
+
+    A token that no merges lead to is left out: it is found as a whole piece only.
+    """
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
+            first = pairs.index(min(pairs))
+            if pairs[first] == len(ranks):
+                break
+            parts[first : first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            merges.append([_spell(part) for part in parts])
+    return merges

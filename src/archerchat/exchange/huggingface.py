@@ -1,0 +1,239 @@
+"""Write a model as a Hugging Face folder that loads anywhere, and read such a folder.
+
+Two formats: the library's own `NanoChatForCausalLM`, which knows only plain models, and our
+`modeling_archerchat.py`, which goes into the folder and knows all. There tensors keep their names.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from archerchat.errors import CheckpointError, UsageError
+from archerchat.exchange.hf_tokenizer import MARK, TOKENIZER_FILE, tokenizer_json
+from archerchat.exchange.nanochat import ImportedModel, fit, rename
+from archerchat.files import new_directory, write_bytes, write_json
+from archerchat.model.config import ModelConfig
+from archerchat.model.loss import LOGIT_CAP
+from archerchat.model.transformer import NORM_EPSILON, ROTARY_BASE
+from archerchat.tokenizer.bpe import Tokenizer
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+OURS, THEIRS = "archerchat", "nanochat"
+"""The model types of the two formats."""
+SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "sequence_length",
+}
+NAMES = {
+    "model.embed_tokens.weight": "token_embedding.weight",
+    "model.layers.{i}.self_attn.q_proj.weight": "blocks.{i}.attention.query.weight",
+    "model.layers.{i}.self_attn.k_proj.weight": "blocks.{i}.attention.key.weight",
+    "model.layers.{i}.self_attn.v_proj.weight": "blocks.{i}.attention.value.weight",
+    "model.layers.{i}.self_attn.o_proj.weight": "blocks.{i}.attention.output.weight",
+    "model.layers.{i}.mlp.fc1.weight": "blocks.{i}.mlp.up.weight",
+    "model.layers.{i}.mlp.fc2.weight": "blocks.{i}.mlp.down.weight",
+    "lm_head.weight": "unembedding.weight",
+}
+PLAIN: dict[str, Any] = {
+    "value_embeddings": False,
+    "smear": False,
+    "backout": False,
+    "residual_lambdas": False,
+    "qk_gain": 1.0,
+}
+"""What a model must be for `NanoChatForCausalLM`, beside its windows."""
+FIXED = {
+    "hidden_act": "relu2",
+    "attention_bias": False,
+    "rms_norm_eps": NORM_EPSILON,
+    "final_logit_softcapping": LOGIT_CAP,
+    "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
+    "tie_word_embeddings": False,
+}
+"""What its configuration must be for a model of ours."""
+
+
+def lost_parts(config: ModelConfig) -> list[str]:
+    """Return what a model has that `NanoChatForCausalLM` lacks."""
+    lost = [
+        f"{name} ({getattr(config, name)})"
+        for name in PLAIN
+        if getattr(config, name) != PLAIN[name]
+    ]
+    short = min(config.windows) < config.sequence_length
+    return lost + [f"sliding windows ({config.window_pattern})"] * short
+
+
+def write_folder(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    card: str,
+    about: Mapping[str, Any],
+    *,
+    model_type: str = OURS,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the whole folder, or nothing.
+
+    Args:
+        tensors: the model's state dict.
+        card: the text of README.md.
+        about: stage, step and so on, kept in config.json for the way back.
+        dtype: of the weights; None keeps each as it is.
+
+    Raises:
+        UsageError: `directory` holds something, or the model has what the format lacks.
+    """
+    if model_type == THEIRS and (lost := lost_parts(config)):
+        raise UsageError(
+            f"transformers' NanoChatForCausalLM would lose {', '.join(lost)} without a word: leave "
+            "--format out, or train with `pretrain --preset transformers`"
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is not empty: choose a new directory")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
+            "export the model with its own"
+        )
+    state = {
+        name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()
+    }
+    if model_type == THEIRS:
+        state = rename(state, {ours: theirs for theirs, ours in NAMES.items()})
+        for table in ("model.embed_tokens.weight", "lm_head.weight"):  # there is no padding there
+            state[table] = state[table][: config.vocab_size].clone()
+    bos, end = tokenizer.bos_id, tokenizer.special_id("<|assistant_end|>")
+    ends: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": [end, bos]}
+    content = _config(config, model_type) | ends | {"archerchat": dict(about)}
+    content["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
+    special = {f"{kind}_token": MARK + "<|bos|>" for kind in ("bos", "pad")}
+    special["eos_token"] = MARK + (
+        "<|bos|>" if about.get("stage") == "base" else "<|assistant_end|>"
+    )
+    package = Path(__file__).parent
+    with new_directory(directory) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / CONFIG, content)
+        generation = ends | {"pad_token_id": bos, "max_new_tokens": 256}
+        write_json(temporary / "generation_config.json", generation)
+        write_json(temporary / TOKENIZER_FILE, tokenizer_json(tokenizer))
+        write_json(
+            temporary / "tokenizer_config.json",
+            special
+            | {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": config.sequence_length,
+                "padding_side": "left",
+                "clean_up_tokenization_spaces": False,
+            },
+        )
+        shutil.copy(package / "chat_template.jinja", temporary)
+        if model_type == OURS:
+            shutil.copy(package / "modeling_archerchat.py", temporary)
+        write_bytes(temporary / "README.md", card.encode())
+
+
+def _config(config: ModelConfig, model_type: str) -> dict[str, Any]:
+    """Return the fields of config.json that decide what the model computes."""
+    values = asdict(config)
+    content: dict[str, Any] = {theirs: values.pop(ours) for theirs, ours in SIZES.items()}
+    if model_type == THEIRS:
+        content |= FIXED | {"intermediate_size": 4 * config.model_dim}
+        return content | {"model_type": THEIRS, "architectures": ["NanoChatForCausalLM"]}
+    classes = {"AutoConfig": "ArcherChatConfig", "AutoModelForCausalLM": "ArcherChatForCausalLM"}
+    return (
+        content
+        | values
+        | {
+            "model_type": OURS,
+            "architectures": ["ArcherChatForCausalLM"],
+            "auto_map": {auto: f"modeling_archerchat.{name}" for auto, name in classes.items()},
+            "windows": list(config.windows),
+            "tie_word_embeddings": False,
+        }
+    )
+
+
+def read_folder(directory: Path) -> ImportedModel:
+    """Read the model of a folder of either format; its tokenizer is `load_hf_tokenizer`'s.
+
+    Raises:
+        UsageError: the weights are missing or incomplete, or it is another architecture's.
+    """
+    content = _read_json(directory / CONFIG)
+    config = _parse_config(content, directory / CONFIG)
+    state = _load_state(directory)
+    try:
+        if content["model_type"] == THEIRS:
+            state = rename(state, NAMES)
+            for table in ("token_embedding.weight", "unembedding.weight"):
+                rows = config.padded_vocab_size - config.vocab_size
+                if table in state and len(state[table]) == config.vocab_size:
+                    state[table] = torch.nn.functional.pad(state[table], (0, 0, 0, rows))
+        tensors = fit(state, config)
+    except CheckpointError as error:
+        raise UsageError(f"{directory}: {error}") from error
+    about = content.get("archerchat") or {}
+    return ImportedModel(directory, int(about.get("step", 0)), config, tensors, (), about)
+
+
+def _parse_config(content: Mapping[str, Any], path: Path) -> ModelConfig:
+    kind = content.get("model_type")
+    if kind not in (OURS, THEIRS):
+        raise UsageError(
+            f"{path} is of a model of type {kind!r}; only {OURS} and {THEIRS} can be imported"
+        )
+    try:
+        sizes: dict[str, Any] = {ours: content[theirs] for theirs, ours in SIZES.items()}
+        if kind == OURS:
+            return ModelConfig(**sizes, **{n: content[n] for n in (*PLAIN, "window_pattern")})
+        expected = FIXED | {"intermediate_size": 4 * content["hidden_size"]}
+        if other := [f"{n} {content[n]!r}" for n, value in expected.items() if content[n] != value]:
+            raise ValueError(f"it has {', '.join(other)}, which no model here can have")
+        return ModelConfig(**sizes, **PLAIN, window_pattern="L")
+    except KeyError as error:
+        raise UsageError(f"{path} lacks {error}: export the model again") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path} cannot be imported: {error}") from error
+
+
+def _load_state(directory: Path) -> dict[str, Tensor]:
+    """Read the weights, of one file or of the shards that an index lists."""
+    index = directory / INDEX
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise UsageError(f"{directory} lacks {', '.join(missing)}: copy its weights again")
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            state |= load_file(directory / name)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{directory / name} is damaged ({error}): copy it again") from error
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path} ({error}): give a Hugging Face folder") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} does not hold an object: give a Hugging Face folder")
+    return content

@@ -1,0 +1,168 @@
+"""Several copies of the server behind one address: one per GPU, each a process of its own.
+
+A request goes to the copy that has the least to do, and of equals to the one that the beginning
+of its body chooses, so that the turns of a conversation meet the prompts that were kept for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+import threading
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from archerchat.errors import UsageError
+from archerchat.home import Home
+from archerchat.runtime import build_runtime, prepare_process
+from archerchat.serving.app import SEND_SECONDS, build_app, protect, until_gone
+from archerchat.serving.config import ServeConfig
+from archerchat.serving.guard import AsciiJSON, refusal
+from archerchat.serving.info import as_metrics
+
+BEGINNING_BYTES = 256
+POLL_SECONDS = 0.1
+SHUTDOWN_SECONDS = 5
+OF_ONE_HOP = (b"connection", b"date", b"transfer-encoding")
+
+
+class Copy:
+    """A process that serves on a socket in `folder`."""
+
+    def __init__(self, config: ServeConfig, home: Home, index: int, folder: Path) -> None:
+        self.index, self.in_flight = index, 0
+        self._path = folder / f"{index}.sock"
+        self._arguments = (replace(config, copies=1), home, index, self._path)
+        limits = httpx.Limits(max_keepalive_connections=0)
+        transport = httpx.AsyncHTTPTransport(uds=str(self._path), limits=limits)
+        self.client = httpx.AsyncClient(
+            transport=transport, base_url="http://127.0.0.1", timeout=None
+        )
+
+    async def start(self) -> None:
+        """Start the process and wait until it listens.
+
+        Raises:
+            UsageError: it ended at once; it says why itself.
+        """
+        self._path.unlink(missing_ok=True)
+        context = get_context("spawn")
+        self.process = context.Process(target=_serve, args=self._arguments, daemon=True)
+        self.process.start()
+        while not self._path.exists():
+            if not self.process.is_alive():
+                raise UsageError(f"copy {self.index} of the server ended as it started")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def answer(self, request: Request, body: bytes, send: Send) -> None:
+        """Hand on a request, and its answer as it comes."""
+        target = f"{request.scope['raw_path'].decode()}?{request.url.query}".removesuffix("?")
+        headers, started = _without(request.headers.raw), False
+        self.in_flight += 1
+        try:
+            async with self.client.stream(
+                request.method, target, headers=headers, content=body
+            ) as found:
+                headers = [*_without(found.headers.raw), (b"archerchat-copy", b"%d" % self.index)]
+                begin = {"status": found.status_code, "headers": headers}
+                await send({"type": "http.response.start", **begin})
+                started = True
+                async for chunk in found.aiter_raw():
+                    message = {"type": "http.response.body", "body": chunk, "more_body": True}
+                    await asyncio.wait_for(send(message), SEND_SECONDS)
+                await send({"type": "http.response.body", "body": b""})
+        except httpx.TransportError:
+            if started:
+                raise
+            response = refusal(503, f"copy {self.index} of the server ended: try again")
+            await response(request.scope, request.receive, send)
+        finally:
+            self.in_flight -= 1
+
+
+def _without(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name.lower() not in OF_ONE_HOP]
+
+
+def _serve(config: ServeConfig, home: Home, index: int, path: Path) -> None:
+    """Run a copy, as a process that ends with its parent."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
+    runtime = build_runtime(config.device, config.dtype)
+    if runtime.device.type == "cuda":
+        runtime = build_runtime(f"cuda:{index}", config.dtype)
+    prepare_process(runtime)
+    app = build_app(home, runtime, config)
+    uvicorn.run(app, uds=str(path), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+
+
+def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
+    """Return the application that hands requests to `count` copies, which it starts and ends."""
+    scratch = tempfile.TemporaryDirectory(prefix="archerchat-")
+    copies = [Copy(config, home, index, Path(scratch.name)) for index in range(count)]
+
+    async def restart() -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            for copy in copies:
+                if not copy.process.is_alive():
+                    with suppress(UsageError):
+                        await copy.start()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.gather(*(copy.start() for copy in copies))
+        restarting = asyncio.create_task(restart())
+        yield
+        restarting.cancel()
+        for copy in copies:
+            copy.process.terminate()
+        for copy in copies:
+            copy.process.join()
+        scratch.cleanup()
+
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
+
+    @app.get("/stats")
+    @app.get("/metrics")
+    async def stats(request: Request) -> Response:
+        headers = _without(request.headers.raw)
+        found = [(await copy.client.get("/stats", headers=headers)).json() for copy in copies]
+        total: dict[str, Any] = {"copies": len(found)}
+        for name in found[0]:
+            values = [each[name] for each in found]
+            is_list = isinstance(values[0], list)
+            add = max if name == "uptime_seconds" else sum
+            total[name] = sorted(set().union(*values)) if is_list else add(values)
+        return as_metrics(total) if request.url.path == "/metrics" else AsciiJSON(total)
+
+    async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        body = await request.body()
+        beginning = body[:BEGINNING_BYTES]
+        copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
+        await until_gone(receive, copy.answer(request, body, send))
+
+    app.mount("/", forward)
+    protect(app, config)
+    return app

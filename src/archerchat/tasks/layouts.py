@@ -1,0 +1,79 @@
+"""The layouts in which people keep conversations: OpenAI's, ShareGPT's and Alpaca's.
+
+OpenAI    {"messages": [{"role": "user", "content": "Hi"}, ...]}, or the list alone: ours too
+ShareGPT  {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", ...}, ...]}
+Alpaca    {"instruction": "Add them.", "input": "1, 2", "output": "3"}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from archerchat.errors import DataError
+from archerchat.tasks.conversation import Conversation, assistant, text_of, user
+
+Layout = Literal["openai", "sharegpt", "alpaca"]
+NAMES: dict[Layout, str] = {"openai": "OpenAI", "sharegpt": "ShareGPT", "alpaca": "Alpaca"}
+_KEYS: dict[str, Layout] = {"conversations": "sharegpt", "instruction": "alpaca"}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
+
+
+def find_layout(value: Any) -> Layout:
+    """Return the layout of a line; what is none of them counts as OpenAI's, to be refused there."""
+    known = isinstance(value, Mapping) and "messages" not in value
+    return next((layout for key, layout in _KEYS.items() if known and key in value), "openai")
+
+
+def parse_layout(value: Any, layout: Layout, where: str) -> Any:
+    """Return `{"messages": [...]}` of a line, to be checked by `check_conversation`.
+
+    Args:
+        where: the place to name in errors, such as `talks.jsonl:12`.
+
+    Raises:
+        DataError: it cannot be read; the message says where.
+    """
+    if layout == "openai":
+        return value
+    if layout == "alpaca":
+        fields = [value.get(name) or "" for name in ("instruction", "input", "output", "system")]
+        history = value.get("history") or []
+        if not all(isinstance(each, str) for each in fields) or not all(map(_is_pair, history)):
+            raise DataError(f"{where}: instruction, input and output are text, history pairs of it")
+        question, given, answer, system = fields
+        turns = [*history, ("\n\n".join(filter(None, [question, given])), answer)]
+        messages = [m for asked, said in turns for m in (user(asked), assistant(said))]
+    else:
+        system, messages = value.get("system") or "", []
+        given = value["conversations"]
+        for number, turn in enumerate(given if isinstance(given, list) else [given]):
+            if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
+                raise DataError(f'{where}: turn {number} must be {{"from": ..., "value": ...}}')
+            role = ROLES.get(str(turn["from"]), turn["from"])
+            messages.append({"role": role, "content": turn["value"]})
+    others = {key: value[key] for key in value.keys() - {"conversations", "system"}}
+    start = [{"role": "system", "content": system}] if system else []
+    return {**others, "messages": [*start, *messages]}
+
+
+def _is_pair(value: Any) -> bool:
+    pair = isinstance(value, Sequence) and len(value) == 2 and not isinstance(value, str)
+    return pair and all(isinstance(each, str) for each in value)
+
+
+def render_layout(conversation: Conversation, layout: Layout) -> dict[str, Any]:
+    """Return a conversation as a line of a layout. Calculations of the assistant become text."""
+    messages = [(m["role"], text_of(m["content"])) for m in conversation["messages"]]
+    if layout == "openai":
+        return {"messages": [{"role": role, "content": text} for role, text in messages]}
+    if layout == "sharegpt":
+        names = {"user": "human", "assistant": "gpt"}
+        turns = [{"from": names.get(role, role), "value": text} for role, text in messages]
+        return {"conversations": turns}
+    system = [text for role, text in messages if role == "system"]
+    texts = [text for role, text in messages if role != "system"]
+    pairs = list(zip(texts[::2], texts[1::2], strict=False))
+    line: dict[str, Any] = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
+    line |= {"system": system[0]} if system else {}
+    return line | ({"history": [list(pair) for pair in pairs[:-1]]} if pairs[:-1] else {})

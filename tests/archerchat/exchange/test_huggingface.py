@@ -1,0 +1,192 @@
+"""A Hugging Face folder is written whole, comes back bit for bit, and bad ones are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.archerchat.conftest import TinyHome
+from torch import Tensor
+
+from archerchat.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from archerchat.exchange.huggingface import INDEX, PLAIN, WEIGHTS
+from archerchat.home import Home
+from archerchat.model.config import ModelConfig
+from archerchat.model.transformer import Transformer
+from archerchat.tokenizer.bpe import Tokenizer
+
+
+def weights(home: Home, stage: str, tag: str) -> dict[str, Tensor]:
+    path = find_checkpoint(home.checkpoint_dir(stage, tag))
+    return load_checkpoint(path, sections=("model",)).state["model"]
+
+
+def save_model(home: Home, tag: str, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Save a model of random weights, every one of which matters."""
+    torch.manual_seed(0)
+    model = Transformer(config, dtype)
+    state = {name: torch.randn(t.shape).to(t.dtype) for name, t in model.state_dict().items()}
+    fingerprint = Tokenizer.load(home.tokenizer_dir("tiny")).fingerprint
+    about = {"name": "tiny", "fingerprint": fingerprint}
+    meta = {"model_config": asdict(config), "tokenizer": about, "stage": "base"}
+    save_checkpoint(home.checkpoint_dir("base", tag), 7, {"model": state}, meta)
+
+
+SHAPE = ModelConfig(256, 360, 3, 4, 2, 64, "SL")
+PLAIN_SHAPE = replace(SHAPE, **PLAIN, window_pattern="L")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_our_own_folder_comes_back_bit_for_bit(
+    tiny_home: TinyHome, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    save_model(tiny_home, "one", SHAPE, dtype)
+    assert tiny_home.run("export", "huggingface", "one", str(tmp_path / "hf")) == 0
+    assert tiny_home.run("import", "huggingface", str(tmp_path / "hf"), "--tag", "two") == 0
+    before, after = weights(tiny_home, "base", "one"), weights(tiny_home, "base", "two")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        assert torch.equal(after[name], tensor), name
+    meta = load_checkpoint(find_checkpoint(tiny_home.checkpoint_dir("base", "two")), ()).meta
+    assert meta["model_config"] == asdict(SHAPE)
+    loaded = Tokenizer.load(tiny_home.tokenizer_dir("two"))
+    assert loaded.fingerprint == Tokenizer.load(tiny_home.tokenizer_dir("tiny")).fingerprint
+
+
+def test_a_plain_model_becomes_the_librarys_and_comes_back(
+    tiny_home: TinyHome, tmp_path: Path
+) -> None:
+    """Only the rows beyond the vocabulary, which no token uses, are zeros then."""
+    save_model(tiny_home, "one", PLAIN_SHAPE, torch.float32)
+    assert tiny_home.run("export", "huggingface", "one", str(tmp_path / "hf")) == 0
+    content = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (content["model_type"], content["rope_parameters"]["rope_theta"]) == ("nanochat", 1e5)
+    assert not list((tmp_path / "hf").glob("*.py"))
+    assert load_file(tmp_path / "hf" / WEIGHTS)["lm_head.weight"].shape == (360, 64)
+    assert tiny_home.run("import", "huggingface", str(tmp_path / "hf"), "--tag", "two") == 0
+    before, after = weights(tiny_home, "base", "one"), weights(tiny_home, "base", "two")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        rows = 360 if tensor.size(0) == 384 else None
+        assert torch.equal(after[name][:rows], tensor[:rows]), name
+
+
+def test_a_model_that_the_library_lacks_is_not_written_as_its(
+    trained_home: TinyHome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", "huggingface", "tiny", str(tmp_path / "hf"), "--format", "transformers"]
+    assert trained_home.run(*words) == 2
+    said = capsys.readouterr().err
+    for part in ("value_embeddings", "smear", "backout", "residual_lambdas", "qk_gain (1.2)"):
+        assert part in said
+    assert not (tmp_path / "hf").exists()
+
+
+def test_the_card_has_what_the_checkpoint_knows(trained_home: TinyHome, tmp_path: Path) -> None:
+    assert trained_home.run("export", "huggingface", "tiny", str(tmp_path / "hf")) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for line in ("| Tokens | 2,048 |", "| Data | tiny |", "| Stage | base, step 4 |"):
+        assert line in card
+    assert 'from_pretrained("hf", trust_remote_code=True)' in card
+
+
+def test_a_directory_that_is_not_empty_is_refused(
+    trained_home: TinyHome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("kept")
+    assert trained_home.run("export", "huggingface", "tiny", str(tmp_path)) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "kept"
+    words = ["export", "huggingface", "tiny", str(tmp_path / "hf"), "--dtype", "float16"]
+    assert trained_home.run(*words) == 2
+    assert "overflow" in capsys.readouterr().err
+
+
+def change_json(name: str, **values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | values))
+
+    return damage
+
+
+def lose_a_shard(folder: Path) -> None:
+    state = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    names = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(state)}
+    first = {name: state[name] for name, file in names.items() if file == "model-0.safetensors"}
+    save_file(first, folder / "model-0.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+
+def swap_ids(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def reorder_merges(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["merges"].reverse()
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+BAD = {
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
+    "a shard": (lose_a_shard, "lacks model-1.safetensors"),
+    "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"12345678" * 9), "is damaged"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "architecture": (change_json("config.json", model_type="llama"), "'llama'"),
+    "other ids": (swap_ids, "its ids differ"),
+    "other merges": (reorder_merges, "merges are not in the order"),
+    "vocabulary": (change_json("config.json", vocab_size=361), "360 tokens and the model 361"),
+    "shape": (change_json("config.json", num_hidden_layers=5), "tensors are not those of"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(trained_template: TinyHome, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("exported") / "hf"
+    assert trained_template.run("export", "huggingface", "tiny", str(path)) == 0
+    return path
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_folders_are_named_and_leave_nothing(
+    name: str,
+    folder: Path,
+    tiny_home: TinyHome,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage, reason = BAD[name]
+    copy = shutil.copytree(folder, tmp_path / "bad")
+    damage(copy)
+    before = tiny_home.listing()
+    assert tiny_home.run("import", "huggingface", str(copy)) == 2
+    assert reason in capsys.readouterr().err
+    assert tiny_home.listing() == before
+
+
+def test_a_nanochat_model_of_another_kind_is_refused(
+    tiny_home: TinyHome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tiny_home, "one", PLAIN_SHAPE, torch.float32)
+    assert tiny_home.run("export", "huggingface", "one", str(tmp_path / "hf")) == 0
+    other = {"rope_type": "default", "rope_theta": 10000.0}
+    change_json("config.json", rope_parameters=other)(tmp_path / "hf")
+    assert tiny_home.run("import", "huggingface", str(tmp_path / "hf"), "--tag", "two") == 2
+    assert "rope_parameters" in capsys.readouterr().err
+
+
+def test_a_taken_name_is_refused(trained_home: TinyHome, folder: Path) -> None:
+    assert trained_home.run("import", "huggingface", str(folder), "--tag", "tiny") == 2

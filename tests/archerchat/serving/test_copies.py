@@ -1,0 +1,89 @@
+"""Copies of the server in processes of their own answer as one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from archerchat.serving.config import ServeConfig
+from archerchat.serving.copies import build_front
+
+pytestmark = pytest.mark.slow  # three processes that import torch
+TEXT = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def client(served_home: Any, listen: Any) -> Iterator[httpx.Client]:
+    config = ServeConfig(device="cpu", dtype="float32", api_key="secret")
+    with (
+        listen(build_front(served_home, config, 2)) as address,
+        httpx.Client(base_url="http://{}:{}".format(*address), timeout=60) as found,
+    ):
+        found.headers["authorization"] = "Bearer secret"
+        yield found
+
+
+def copy_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return response.headers["archerchat-copy"]
+
+
+def test_requests_at_once_are_shared_and_a_prompt_finds_its_copy(client: httpx.Client) -> None:
+    body = {"prompt": "abcdefgh ijklmnop qrstuvwx", "max_tokens": 20, "n": 8, "seed": 1}
+    answers: list[httpx.Response] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(client.post(TEXT, json=body)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {copy_of(answer) for answer in answers} == {"0", "1"}
+    assert len({str(answer.json()["choices"]) for answer in answers}) == 1
+    before = client.get("/stats").json()
+    again = client.post(TEXT, json=body | {"max_tokens": 2})
+    assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    stats = client.get("/stats").json()
+    assert (stats["copies"], stats["rows"], stats["samples_in_work"]) == (2, 0, 0)
+    assert stats["requests_total"] == before["requests_total"] + 1 == 5
+    assert "archerchat_requests_total 5\n" in client.get("/metrics").text
+    lines = client.post(TEXT, json=body | {"stream": True, "n": 1}).text.split("\n\n")
+    assert len(lines) == 22
+    assert client.post(TEXT, json={"prompt": 3}).json()["error"]["param"] == "prompt"
+    assert "ArcherChat" in client.get("/").text
+    assert client.get("/v1/models", headers={"authorization": "Bearer x"}).status_code == 401
+
+
+def test_a_client_that_leaves_frees_its_row_in_the_copy(client: httpx.Client) -> None:
+    body = {"prompt": "ab", "max_tokens": 50, "n": 64, "stream": True}
+    with client.stream("POST", TEXT, json=body) as response:
+        next(response.iter_lines())
+        assert client.get("/stats").json()["samples_in_work"] > 0
+    until = time.monotonic() + 5
+    while client.get("/stats").json()["samples_in_work"] and time.monotonic() < until:
+        time.sleep(0.01)
+    assert client.get("/stats").json()["samples_in_work"] == 0
+
+
+def test_a_copy_that_ends_is_started_again(client: httpx.Client) -> None:
+    mine = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+    assert len(mine) == 2
+    os.kill(mine[0].pid, signal.SIGKILL)
+    body = {"prompt": "ab", "max_tokens": 1}
+    codes, copies = set(), set()
+    until = time.monotonic() + 60
+    while len(copies) < 2 and time.monotonic() < until:
+        answer = client.post(TEXT, json=body | {"prompt": f"a{len(codes)}{time.monotonic()}"})
+        codes.add(answer.status_code)
+        copies |= {answer.headers.get("archerchat-copy")} - {None}
+    assert copies == {"0", "1"}
+    assert codes <= {200, 503}
