@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import shutil
 import socket
@@ -31,8 +30,9 @@ from endlex.server.api.bodies import json_response
 from endlex.server.api.handlers import install_handlers
 from endlex.server.api.security import Guard, is_loopback
 from endlex.server.settings import DataDir, Settings
-from endlex.server.state import Server, open_server
+from endlex.server.state import Server
 from endlex.server.store.retention import sweep
+from endlex.server.web.pages import build_router
 
 logger = logging.getLogger("endlex")
 
@@ -65,15 +65,13 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.add_api_route("/health", _health, methods=["GET"])
     for module in (journal, runs, checkpoints, media, export, login):
         app.include_router(module.router)
-    if importlib.util.find_spec("endlex.server.web.pages") is not None:
-        pages = importlib.import_module("endlex.server.web.pages")
-        app.include_router(pages.build_router(settings.root_path))
+    app.include_router(build_router(settings.root_path))
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    server = await asyncio.to_thread(open_server, app.state.data, app.state.settings)
+    server = await asyncio.to_thread(Server, app.state.data, app.state.settings)
     app.state.server = server
     server.hub.start(asyncio.get_running_loop())
     timers = [asyncio.create_task(run(server)) for run in (_watch_forever, _clean_forever)]
@@ -90,7 +88,7 @@ async def _watch_forever(server: Server) -> None:
     """Look for what no request brings: silence, and a disk that fills up."""
     while True:
         try:
-            events = await asyncio.wrap_future(server.database.write(server.watch.sweep))
+            events = await server.write(server.watch.sweep)
             for kind, content in events:
                 server.hub.publish(kind, content)
         except (sqlite3.Error, OSError) as error:

@@ -117,7 +117,7 @@ async def delete(
         else:
             delete_checkpoints(connection, [row[0]])
 
-    await asyncio.wrap_future(server.database.write(job))
+    await server.write(job)
     server.hub.publish("checkpoint", {"run": run, "name": name, "state": REMOVED})
     return json_response({"deleted": name})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from endlex.server.store.database import connect
 from endlex.server.store.export import FORMATS, iter_csv, iter_json, temporary_file, write_parquet
 from endlex.server.store.queries import find_run, list_alerts, show_run
 from endlex.server.store.texts import Page, list_tables, list_texts
+from endlex.server.web import html_export, pages
 
 router = APIRouter(prefix="/api/v1")
 
@@ -83,11 +83,7 @@ async def _stream(
 
 
 def _page(server: Server, run: str, found: dict[str, Any]) -> str:
-    """Return the self-contained HTML file, where this installation has the pages."""
-    if importlib.util.find_spec("endlex.server.web.html_export") is None:
-        raise ApiError(501, "this installation has no pages: install endlex[server] anew")
-    from endlex.server.web import html_export, pages
-
+    """Return the self-contained HTML file, where this installation has the chart library."""
     if lacking := pages.missing_assets():
         message = f"this installation lacks {', '.join(lacking)}: install endlex[server] anew"
         raise ApiError(501, message)

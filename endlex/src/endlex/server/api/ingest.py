@@ -171,16 +171,7 @@ def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Bat
     )
     connection.executemany(
         "INSERT INTO data_table (run, name, step, time, content) VALUES (?, ?, ?, ?, ?)",
-        [
-            (
-                state.run,
-                r["name"],
-                r["step"],
-                r["time"],
-                orjson.dumps({"columns": r["columns"], "rows": r["rows"]}).decode(),
-            )
-            for r in batch.tables
-        ],
+        [(state.run, r["name"], r["step"], r["time"], _table(r)) for r in batch.tables],
     )
     store_media(connection, state.run, batch.media)
     connection.executemany(
@@ -190,21 +181,20 @@ def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Bat
     )
 
 
+def _table(record: Record) -> str:
+    return orjson.dumps({"columns": record["columns"], "rows": record["rows"]}).decode()
+
+
 def _announced(run: int, record: Record) -> tuple[Any, ...]:
-    return (
-        run,
-        record["name"],
-        record["step"],
-        record["time"],
-        sum(file["bytes"] for file in record["files"]),
-        orjson.dumps(record.get("aliases") or []).decode(),
-        orjson.dumps(record.get("metadata") or {}).decode(),
-    )
+    size = sum(file["bytes"] for file in record["files"])
+    aliases = orjson.dumps(record.get("aliases") or []).decode()
+    metadata = orjson.dumps(record.get("metadata") or {}).decode()
+    return run, record["name"], record["step"], record["time"], size, aliases, metadata
 
 
 def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: Points) -> int:
     """Count new points into the metric's summary and return its key."""
-    last = float(points.numbers[-1])
+    last, step = float(points.numbers[-1]), int(points.steps[-1])
     finite = points.numbers[np.isfinite(points.numbers)]
     lowest = float(finite.min()) if len(finite) else None
     highest = float(finite.max()) if len(finite) else None
@@ -217,16 +207,7 @@ def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: 
         "last_step=excluded.last_step, "
         "min=coalesce(min(min, excluded.min), min, excluded.min), "
         "max=coalesce(max(max, excluded.max), max, excluded.max) RETURNING pk",
-        (
-            run,
-            name,
-            len(points.steps),
-            None if text else last,
-            text,
-            int(points.steps[-1]),
-            lowest,
-            highest,
-        ),
+        (run, name, len(points.steps), None if text else last, text, step, lowest, highest),
     ).fetchone()[0]
     return pk
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
@@ -121,7 +120,7 @@ async def set_state(request: Request, run: str, session: str) -> Response:
     reason = content.get("reason")
     reason = reason[:MAX_REASON_CHARS] if isinstance(reason, str) else None
     job = _state_job(server, run, session, status, unsent, reason)
-    for kind, event in await asyncio.wrap_future(server.database.write(job)):
+    for kind, event in await server.write(job):
         server.hub.publish(kind, event)
     return json_response({"status": status})
 

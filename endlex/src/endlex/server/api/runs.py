@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from collections.abc import AsyncIterator
@@ -91,8 +90,7 @@ async def _change(request: Request, runs: list[str], changes: dict[str, Any]) ->
     columns = check_changes(changes)
     if "deleted" in columns:
         await require("manage")(request)
-    future = server.database.write(lambda connection: change_runs(connection, runs, columns))
-    statuses = await asyncio.wrap_future(future)
+    statuses = await server.write(lambda connection: change_runs(connection, runs, columns))
     for run, status in statuses.items():
         server.hub.publish("run", {"run": run, "updated": time.time(), "status": status})
     return list(statuses)
@@ -119,7 +117,7 @@ async def forget(request: Request, kind: str, name: str, project: Project = "") 
 
 async def _save(request: Request, project: str, kind: str, name: str, content: Any) -> Response:
     job = functools.partial(save_setting, project=project, kind=kind, name=name, content=content)
-    await asyncio.wrap_future(server_of(request).database.write(job))
+    await server_of(request).write(job)
     return json_response({"kind": kind, "name": name})
 
 
@@ -185,7 +183,7 @@ async def alerts(
 @router.post("/alerts/{alert}/dismiss", dependencies=[Depends(require("annotate", "manage"))])
 async def dismiss(request: Request, alert: int) -> Response:
     server = server_of(request)
-    run = await asyncio.wrap_future(server.database.write(lambda c: dismiss_alert(c, alert)))
+    run = await server.write(lambda c: dismiss_alert(c, alert))
     server.hub.publish("alert", {"run": run, "id": alert, "dismissed": True})
     return json_response({"id": alert, "dismissed": True})
 

@@ -60,18 +60,10 @@ def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> N
     content = b""
     if ordered and np.isfinite(points.numbers).all():
         content = _pack(_extremes(points))
+    ends = (int(steps[0]), int(steps[-1]), float(times[0]), float(times[-1]))
     connection.execute(
         "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            chunk,
-            len(steps),
-            int(steps[0]),
-            int(steps[-1]),
-            float(times[0]),
-            float(times[-1]),
-            int(ordered),
-            content,
-        ),
+        (chunk, len(steps), *ends, int(ordered), content),
     )
 
 

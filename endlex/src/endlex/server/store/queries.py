@@ -28,6 +28,10 @@ RUN_COLUMNS = (
     "run.pk, run.id, project, name, status, created, updated, tags, group_name, notes, archived, "
     "deleted, host, color"
 )
+RUN_KEYS = (
+    *("number", "run", "project", "name", "status", "created", "updated", "tags", "group"),
+    *("notes", "archived", "deleted", "host", "color"),
+)
 
 
 @dataclass(frozen=True)
@@ -132,38 +136,8 @@ def _order(connection: sqlite3.Connection, sort: str) -> Condition:
 
 
 def _run_row(row: tuple[Any, ...]) -> dict[str, Any]:
-    (
-        pk,
-        run,
-        project,
-        name,
-        status,
-        created,
-        updated,
-        tags,
-        group,
-        notes,
-        archived,
-        gone,
-        host,
-        color,
-    ) = row
-    return {
-        "run": run,
-        "number": pk,
-        "color": color,
-        "project": project,
-        "name": name,
-        "status": status,
-        "created": created,
-        "updated": updated,
-        "tags": orjson.loads(tags),
-        "group": group,
-        "notes": notes,
-        "archived": bool(archived),
-        "deleted": gone,
-        "host": host,
-    }
+    run = dict(zip(RUN_KEYS, row, strict=True))
+    return run | {"tags": orjson.loads(run["tags"]), "archived": bool(run["archived"])}
 
 
 def _marks(keys: list[int]) -> str:

@@ -12,6 +12,7 @@ two points at one step the later one counts: a resumed run overwrites what it re
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,45 +73,35 @@ def _slice(points: Points, start: int, stop: int) -> Points:
     return Points(points.steps[start:stop], points.numbers[start:stop], points.times[start:stop])
 
 
-def _insert(connection: sqlite3.Connection, key: int, piece: Points) -> None:
+def _insert(connection: sqlite3.Connection, key: int, points: Points) -> None:
+    bounds = (len(points.steps), int(points.steps.min()), int(points.steps.max()))
+    content = (points.steps.tobytes(), points.numbers.tobytes(), points.times.tobytes())
     connection.execute(
-        "INSERT INTO chunk VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (
-            key,
-            len(piece.steps),
-            int(piece.steps.min()),
-            int(piece.steps.max()),
-            piece.steps.tobytes(),
-            piece.numbers.tobytes(),
-            piece.times.tobytes(),
-        ),
+        "INSERT OR REPLACE INTO chunk VALUES (?, ?, ?, ?, ?, ?, ?)", (key, *bounds, *content)
     )
-    store_peaks(connection, key, piece)
+    store_peaks(connection, key, points)
 
 
 def _extend(connection: sqlite3.Connection, key: int, piece: Points) -> None:
-    steps, numbers, times = connection.execute(
-        "SELECT steps, numbers, times FROM chunk WHERE pk=?", (key,)
-    ).fetchone()
-    whole = Points(
-        np.concatenate([np.frombuffer(steps, np.int64), piece.steps]),
-        np.concatenate([np.frombuffer(numbers, np.float64), piece.numbers]),
-        np.concatenate([np.frombuffer(times, np.float64), piece.times]),
+    row = connection.execute("SELECT steps, numbers, times FROM chunk WHERE pk=?", (key,))
+    _insert(connection, key, _join([_unpack(row.fetchone()), piece]))
+
+
+def _unpack(columns: Sequence[bytes]) -> Points:
+    steps, numbers, times = columns
+    return Points(
+        np.frombuffer(steps, np.int64),
+        np.frombuffer(numbers, np.float64),
+        np.frombuffer(times, np.float64),
     )
-    connection.execute(
-        "UPDATE chunk SET count=count+?, min_step=min(min_step, ?), max_step=max(max_step, ?), "
-        "steps=?, numbers=?, times=? WHERE pk=?",
-        (
-            len(piece.steps),
-            int(piece.steps.min()),
-            int(piece.steps.max()),
-            whole.steps.tobytes(),
-            whole.numbers.tobytes(),
-            whole.times.tobytes(),
-            key,
-        ),
+
+
+def _join(pieces: list[Points]) -> Points:
+    return Points(
+        np.concatenate([points.steps for points in pieces]),
+        np.concatenate([points.numbers for points in pieces]),
+        np.concatenate([points.times for points in pieces]),
     )
-    store_peaks(connection, key, whole)
 
 
 def read_points(
@@ -136,11 +127,7 @@ def read_points(
     if not pieces:
         return EMPTY
     columns = [b"".join(column) for column in zip(*pieces, strict=True)]
-    points = Points(
-        np.frombuffer(columns[0], np.int64),
-        np.frombuffer(columns[1], np.float64),
-        np.frombuffer(columns[2], np.float64) if times else EMPTY.times,
-    )
+    points = _unpack(columns if times else [*columns, b""])
     return _crop(_one_per_step(points), wanted)
 
 
@@ -155,11 +142,7 @@ def read_all_points(connection: sqlite3.Connection, metric: int) -> Points:
     if not sessions:
         return read_points(connection, metric)
     pieces = [read_points(connection, metric, session=session) for session in sessions]
-    return Points(
-        np.concatenate([points.steps for points in pieces]),
-        np.concatenate([points.numbers for points in pieces]),
-        np.concatenate([points.times for points in pieces]),
-    )
+    return _join(pieces)
 
 
 def machine_sessions(connection: sqlite3.Connection, metric: int) -> list[int]:

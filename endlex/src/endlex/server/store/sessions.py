@@ -77,20 +77,12 @@ def begin_session(
     except (ValueError, KeyError, TypeError, EndlexError) as error:
         raise ApiError(422, f"cannot begin session {session}: {error}") from error
     now = time.time()
+    group, notes, host = (_text(record.get(key)) for key in ("group", "notes", "host"))
+    facts = (record["project"], record["name"], group, notes)
     connection.execute(
         "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
         "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            run,
-            record["project"],
-            record["name"],
-            _text(record.get("group")),
-            _text(record.get("notes")),
-            orjson.dumps(_tags(record)).decode(),
-            _text(record.get("host")),
-            record["time"],
-            now,
-        ),
+        (run, *facts, orjson.dumps(_tags(record)).decode(), host, record["time"], now),
     )
     run_pk = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
     if record.get("kind") != SYSTEM:
@@ -102,21 +94,12 @@ def _insert_session(
     connection: sqlite3.Connection, run: int, session: str, record: Record, now: float
 ) -> SessionState:
     kind = record.get("kind", TRAINER)
-    rank, pid = record.get("rank"), record.get("pid")
+    rank, pid = (v if type(v) is int else None for v in (record.get("rank"), record.get("pid")))
+    config, host = orjson.dumps(record.get("config") or {}).decode(), _text(record.get("host"))
     pk = connection.execute(
         "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            run,
-            session,
-            kind,
-            rank if type(rank) is int else 0,
-            _text(record.get("host")),
-            pid if type(pid) is int else None,
-            orjson.dumps(record.get("config") or {}).decode(),
-            record["time"],
-            now,
-        ),
+        (run, session, kind, rank or 0, host, pid, config, record["time"], now),
     ).lastrowid
     assert pk is not None
     return SessionState(pk, run, kind, 0, "running")

@@ -17,6 +17,7 @@ import {
 
 const HEIGHT = 210;
 const TALL = 460;
+const MOST_POINTS = 12000; // of all lines together, before any zooming: what a frame can draw
 // With more points than this in view lines are one device pixel wide. Browsers draw such hairlines
 // segment by segment; anything wider becomes an outline that is filled, ten times the work.
 const THIN_FROM_POINTS = 2500;
@@ -45,12 +46,8 @@ export class Chart {
     this.wideButton = button(["⤢", "Enlarge", () => this.setWide(!this.wide)]);
     const full = button(["full", "Full screen", () => this.toggleFull()]);
     this.readout = new ChartReadout(this);
-    this.body = el("div", {
-      class: "chart-body",
-      tabIndex: 0,
-      role: "img",
-      "aria-label": `${this.title}. Arrow keys move, plus and minus zoom, 0 shows all.`,
-    });
+    const label = `${this.title}. Arrow keys move, plus and minus zoom, 0 shows all.`;
+    this.body = el("div", { class: "chart-body", tabIndex: 0, role: "img", "aria-label": label });
     this.note = el("p", { class: "chart-note quiet" }, "Loading…");
     this.root = el(
       "figure",
@@ -159,8 +156,8 @@ export class Chart {
   startData(width) {
     this.data?.stop();
     for (const line of this.lines) Object.assign(line, { whole: null, detail: null });
-    const perPixel = this.lines.length > 60 ? 0.5 : this.lines.length > 4 ? 1 : 2;
-    const points = Math.max(200, Math.min(2000, Math.ceil((width * perPixel) / 100) * 100));
+    const share = Math.min(2 * width, MOST_POINTS / this.lines.length);
+    const points = Math.max(200, Math.min(2000, Math.ceil(share / 100) * 100));
     this.data = new ChartData(this.loader, this.lines, {
       x: this.settings.x,
       log: this.settings.logX,

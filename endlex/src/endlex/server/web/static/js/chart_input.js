@@ -76,14 +76,14 @@ function key(chart, event) {
     ArrowLeft: () => moved(here, -STEP),
     ArrowRight: () => moved(here, STEP),
     "+": () => zoomed(here, ZOOM),
-    "=": () => zoomed(here, ZOOM),
     "-": () => zoomed(here, 1 / ZOOM),
     0: () => null,
     Escape: () => null,
   };
-  if (!views[event.key]) return;
+  const move = views[event.key === "=" ? "+" : event.key];
+  if (!move) return;
   event.preventDefault();
-  chart.onview(chart, views[event.key]());
+  chart.onview(chart, move());
 }
 
 // Two fingers pinch; one drags a chart that is zoomed, and otherwise scrolls the page.

@@ -36,11 +36,7 @@ export function boardToolbar(board) {
     board.runs.length > 1 && grouping(board),
     el("button", { type: "button", class: "button", title: "Open or close all groups", onclick: () => board.foldAll() }, "fold"),
     board.panels && board.source.live && el("button", { type: "button", class: "button", onclick: () => board.panels.edit(board.metrics, board.xKinds) }, "+ panel"),
-    el(
-      "span",
-      { class: "hint quiet" },
-      "drag: zoom · Shift-drag: pan · Ctrl-wheel: zoom · double-click: all · ?: keys",
-    ),
+    el("span", { class: "hint quiet" }, "drag: zoom · Shift-drag: pan · Ctrl-wheel: zoom · double-click: all · ?: keys"),
   );
 }
 
@@ -51,12 +47,9 @@ function options(pairs, chosen) {
 function axisSelect(board) {
   const { settings, xKinds } = board;
   const others = board.metrics.filter((name) => !xKinds.includes(name));
-  const axis = el(
-    "select",
-    { "aria-label": "Horizontal axis", onchange: () => board.change({ x: axis.value }) },
-    options(xKinds.map((kind) => [kind, X_KINDS[kind]?.label || kind]), settings.x),
-    board.addressed && el("optgroup", { label: "metrics" }, options(others.map((name) => [name, name]), settings.x)),
-  );
+  const kinds = options(xKinds.map((kind) => [kind, X_KINDS[kind]?.label || kind]), settings.x);
+  const more = board.addressed && el("optgroup", { label: "metrics" }, options(others.map((name) => [name, name]), settings.x));
+  const axis = el("select", { "aria-label": "Horizontal axis", onchange: () => board.change({ x: axis.value }) }, kinds, more);
   return axis;
 }
 

@@ -1,13 +1,6 @@
 // Numbers, times and sizes as people read them.
 
-const SUFFIXES = [
-  [1e18, "E"],
-  [1e15, "P"],
-  [1e12, "T"],
-  [1e9, "G"],
-  [1e6, "M"],
-  [1e4, "k"],
-];
+const SUFFIXES = [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e4, "k"]];
 
 // Up to five significant digits; large numbers with a suffix (k from 10,000 on).
 export function formatNumber(value) {

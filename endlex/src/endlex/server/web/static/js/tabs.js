@@ -7,12 +7,7 @@ export function tabList(tabs, label) {
   const built = new Map();
   const panel = el("div", { class: "panel", role: "tabpanel", id: "panel" });
   const buttons = tabs.map((tab) =>
-    el(
-      "button",
-      { type: "button", role: "tab", class: "tab", id: `tab-${tab.id}`, "aria-controls": "panel", onclick: () => open(tab.id, true) },
-      tab.label,
-      el("span", { class: "count" }, tab.count === undefined ? "" : String(tab.count)),
-    ),
+    el("button", { type: "button", role: "tab", class: "tab", id: `tab-${tab.id}`, "aria-controls": "panel", onclick: () => open(tab.id, true) }, tab.label, el("span", { class: "count" }, String(tab.count ?? ""))),
   );
   const bar = el("div", { class: "tabs", role: "tablist", "aria-label": label }, buttons);
   bar.addEventListener("keydown", (event) => {
