@@ -65,7 +65,7 @@ def test_every_float_comes_back_as_it_was(run: endlex.Run) -> None:
 
 
 def test_scalars_of_every_library_are_numbers(run: endlex.Run) -> None:
-    import torch
+    torch = pytest.importorskip("torch")
 
     class JaxScalar:
         """As jax.Array is: with item() and no type of Python's."""

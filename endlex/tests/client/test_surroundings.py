@@ -166,3 +166,13 @@ def test_alerts_are_records_and_repeat_once_a_minute(tmp_path: Path) -> None:
     (alert,) = [record for record in read_run(tmp_path) if record["type"] == "alert"]
     assert (alert["title"], alert["text"], alert["level"]) == ("NaN", "at step 3", "error")
     assert run.refused["alert"] == 1
+
+
+def test_a_forked_child_prints_and_its_lines_are_not_the_runs(tmp_path: Path) -> None:
+    script = (
+        "print('parent')\nchild = os.fork()\nif not child:\n    print('child')\n"
+        "    sys.stdout.flush()\n    os._exit(0)\nos.waitpid(child, 0)"
+    )
+    ended = run_script(tmp_path, script)
+    assert "child" in ended.stdout
+    assert texts(tmp_path, "run/console") == ["parent"]
