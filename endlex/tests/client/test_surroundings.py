@@ -176,3 +176,14 @@ def test_a_forked_child_prints_and_its_lines_are_not_the_runs(tmp_path: Path) ->
     ended = run_script(tmp_path, script)
     assert "child" in ended.stdout
     assert texts(tmp_path, "run/console") == ["parent"]
+
+
+def test_the_end_of_a_forked_child_is_not_the_runs(tmp_path: Path) -> None:
+    script = (
+        "import signal, time\nchild = os.fork()\nif not child:\n    time.sleep(60)\n"
+        "os.kill(child, signal.SIGTERM)\nassert os.waitpid(child, 0)[1] == signal.SIGTERM\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert run_script(tmp_path, script).returncode == -signal.SIGKILL
+    (journal,) = session_files(tmp_path)
+    assert gone_reason(journal).startswith("killed (SIGKILL")
