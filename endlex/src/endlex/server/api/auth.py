@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import hmac
 import secrets
 import sqlite3
 import time
@@ -31,6 +30,8 @@ from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import Database, connect
 from endlex.server.workers import Workers
 
+Granted = tuple[int, frozenset[str]]
+"""A token's key and its scopes."""
 BOX_SCOPES = frozenset({"write", "checkpoint"})
 """Scopes that open a token's own runs only."""
 PREFIX = "endlex_"
@@ -125,17 +126,8 @@ def list_tokens(data_dir: Path) -> list[TokenInfo]:
             "(SELECT group_concat(run, ' ') FROM token_run WHERE token=pk) FROM token ORDER BY pk"
         ).fetchall()
     return [
-        TokenInfo(
-            pk,
-            name,
-            tuple(s.split(",")),
-            made,
-            used,
-            gone,
-            bool(older),
-            tuple((runs or "").split()),
-        )
-        for pk, name, s, made, used, gone, older, runs in rows
+        TokenInfo(pk, name, (*s.split(","),), made, used, gone, bool(old), (*(runs or "").split(),))
+        for pk, name, s, made, used, gone, old, runs in rows
     ]
 
 
@@ -171,12 +163,13 @@ def hash_secret(secret: str) -> str:
 
 @dataclass(frozen=True)
 class _Known:
-    """The tokens that count and the logins made with them, as read at one moment."""
+    """The tokens that count and the logins made with them, by hash, as read at one moment."""
 
     read: float
     any_made: bool
-    tokens: tuple[tuple[str, int, frozenset[str]], ...]
-    logins: tuple[tuple[str, int, float], ...]
+    tokens: dict[str, Granted]
+    logins: dict[str, tuple[Granted, float]]
+    """With when each expires."""
 
 
 class Failures:
@@ -201,7 +194,7 @@ class Auth:
 
     def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
         self._settings, self._database, self._workers = settings, database, workers
-        self._known = _Known(0, True, (), ())
+        self._known = _Known(0, True, {}, {})
         self._used: dict[int, float] = {}
         self._own: set[tuple[int, str]] = set()
         """Tokens with runs that were found to be theirs: this never changes back."""
@@ -341,34 +334,22 @@ def _read_known(database: Database) -> _Known:
     read = time.monotonic()
     with database.snapshot() as connection:
         rows = connection.execute("SELECT hash, pk, scopes, revoked FROM token").fetchall()
-        logins = connection.execute(
-            "SELECT hash, token, expires FROM login WHERE expires > ?", (time.time(),)
-        ).fetchall()
-    tokens = tuple((h, pk, frozenset(s.split(","))) for h, pk, s, revoked in rows if not revoked)
-    return _Known(read, bool(rows), tokens, tuple(logins))
+        logins = connection.execute("SELECT hash, token, expires FROM login").fetchall()
+    granted = {pk: (h, (pk, frozenset(s.split(",")))) for h, pk, s, revoked in rows if not revoked}
+    return _Known(
+        read,
+        bool(rows),
+        dict(granted.values()),
+        {h: (granted[token][1], expires) for h, token, expires in logins if token in granted},
+    )
 
 
-def _find(
-    known: _Known, secret: str | None, cookie: str | None
-) -> tuple[int, frozenset[str]] | None:
-    """Return the token that a request carries; every stored hash is compared, in constant time."""
-    found: tuple[int, frozenset[str]] | None = None
+def _find(known: _Known, secret: str | None, cookie: str | None) -> Granted | None:
+    """Return the token that a request carries; what is compared are hashes of random secrets."""
     if secret:
-        digest = hash_secret(secret)
-        for stored, pk, scopes in known.tokens:
-            if hmac.compare_digest(stored, digest):
-                found = (pk, scopes)
-        return found
-    if cookie:
-        digest = hash_secret(cookie)
-        owner = None
-        for stored, token, expires in known.logins:
-            if hmac.compare_digest(stored, digest) and expires > time.time():
-                owner = token
-        for _, pk, scopes in known.tokens:
-            if pk == owner:
-                found = (pk, scopes)
-    return found
+        return known.tokens.get(hash_secret(secret))
+    granted, expires = known.logins.get(hash_secret(cookie or ""), (None, 0.0))
+    return granted if expires > time.time() else None
 
 
 def _bearer(request: Request) -> str | None:

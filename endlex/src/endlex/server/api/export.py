@@ -16,6 +16,7 @@ from starlette.background import BackgroundTask
 from endlex.server.api.auth import require
 from endlex.server.errors import ApiError
 from endlex.server.state import Server, server_of
+from endlex.server.store.annotations import list_settings
 from endlex.server.store.charts import ChartQuery, read_chart
 from endlex.server.store.database import connect
 from endlex.server.store.export import FORMATS, iter_csv, iter_json, temporary_file, write_parquet
@@ -101,4 +102,5 @@ def _page(server: Server, run: str, found: dict[str, Any]) -> str:
             list_texts(connection, pk, latest),
             list_tables(connection, pk, latest),
             list_alerts(connection, run, open_only=True),
+            {"panels": list_settings(connection, found["project"])["panels"]},
         )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
-from endlex.protocol import REMOVED, SYSTEM, move_aliases
+from endlex.protocol import REMOVED, SYSTEM
 from endlex.search import flatten, parse_key, parse_search
 from endlex.server.errors import ApiError
 from endlex.server.store.search import (
@@ -213,27 +213,31 @@ def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
     }
 
 
+def _dicts(
+    connection: sqlite3.Connection, query: str, values: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Return rows by the names of their columns."""
+    cursor = connection.execute(query, values)
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
 def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
     """Return how each session of a run stands, in the order of arrival."""
-    rows = connection.execute(
-        "SELECT id, kind, offset, damaged_lines, status, last_seen, unsent_bytes, rank, host, "
-        "started FROM session WHERE run=? ORDER BY pk",
-        (run,),
+    query = (
+        "SELECT id AS session, kind, offset, damaged_lines, status, last_seen, unsent_bytes, "
+        "rank, host, started FROM session WHERE run=? ORDER BY pk"
     )
-    names = ("session", "kind", "offset", "damaged_lines", "status", "last_seen")
-    more = ("unsent_bytes", "rank", "host", "started")
-    return [dict(zip((*names, *more), row, strict=True)) for row in rows]
+    return _dicts(connection, query, (run,))
 
 
 def list_metrics(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
     """Return the summary of each metric of a run, by name."""
-    rows = connection.execute(
-        "SELECT name, count, coalesce(last_text, last), min, max, last_step FROM metric "
-        "WHERE run=? ORDER BY name",
-        (run,),
+    query = (
+        "SELECT name, count, coalesce(last_text, last) AS last, min, max, last_step FROM metric "
+        "WHERE run=? ORDER BY name"
     )
-    names = ("name", "count", "last", "min", "max", "last_step")
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    return _dicts(connection, query, (run,))
 
 
 def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
@@ -241,17 +245,14 @@ def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str,
 
     Of one that is `announced` only the journal speaks.
     """
-    rows = connection.execute(
+    query = (
         "SELECT name, step, created, state, bytes, aliases, metadata, error FROM checkpoint "
-        "WHERE run=? AND state != ? ORDER BY step, created",
-        (run, REMOVED),
+        "WHERE run=? AND state != ? ORDER BY step, created"
     )
-    names = ("name", "step", "created", "state", "bytes", "aliases", "metadata", "error")
-    found = [dict(zip(names, row, strict=True)) for row in rows]
+    found = _dicts(connection, query, (run, REMOVED))
     for checkpoint in found:
-        checkpoint["aliases"] = orjson.loads(checkpoint["aliases"])
-        checkpoint["metadata"] = orjson.loads(checkpoint["metadata"])
-    move_aliases(found)
+        for key in ("aliases", "metadata"):
+            checkpoint[key] = orjson.loads(checkpoint[key])
     return found
 
 
@@ -271,14 +272,14 @@ def list_alerts(
         where, values = "run.id = ?", [run]
     if open_only:
         where += " AND resolved IS NULL AND dismissed IS NULL"
-    rows = connection.execute(
-        "SELECT alert.pk, run.id, run.name, kind, metric, message, opened, resolved, dismissed "
+    found = _dicts(
+        connection,
+        "SELECT alert.pk AS id, run.id AS run, run.name AS run_name, kind, metric, message, "
+        "opened, resolved, dismissed "
         f"FROM alert LEFT JOIN run ON run.pk = alert.run WHERE {where} "
         "ORDER BY alert.pk DESC LIMIT ?",
         [*values, limit],
     )
-    names = ("id", "run", "run_name", "kind", "metric", "message", "opened", "resolved")
-    found = [dict(zip((*names, "dismissed"), row, strict=True)) for row in rows]
     for alert in found:
         alert["open"] = alert["resolved"] is None and alert["dismissed"] is None
     return found

@@ -40,6 +40,7 @@ def render(
     texts: Sequence[Mapping[str, Any]] = (),
     tables: Sequence[Mapping[str, Any]] = (),
     alerts: Sequence[Mapping[str, Any]] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the file's content.
 
@@ -48,6 +49,7 @@ def render(
         read_series: asked for all metrics at once, against steps and against time.
         texts, tables: records with step, name, time and text, or columns and rows; any order.
         alerts: open ones, as `GET /alerts` answers.
+        settings: of the project, as `GET /settings` answers; its panels are shown.
     """
     names = [metric["name"] for metric in run["metrics"]]
     points = max(FEWEST_POINTS, min(POINTS, MOST_POINTS // max(1, len(names))))
@@ -59,6 +61,7 @@ def render(
         "texts": list(texts),
         "tables": list(tables),
         "alerts": list(alerts),
+        "settings": {"panels": {}, **(settings or {})},
     }
     styles = [_static(name) for name in (CHART_ASSETS[1], *STYLES)]
     template = Template((TEMPLATES / "export.html").read_text(encoding="utf-8"))

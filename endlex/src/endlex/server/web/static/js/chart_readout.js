@@ -20,6 +20,7 @@ export class ChartReadout {
   summarize() {
     const { drawn: lines, groups, plot } = this.chart;
     if (plot?.cursor.left >= 0) return;
+    if (groups && groups.length <= 4) return void replaceContent(this.value, groups.map(({ hue, label }) => [swatch(hue), `${label.replace(/^.* = /, "")} `]));
     if (lines.length > 1) {
       const shown = lines.filter((line) => line.loaded && !line.hidden && line.shown(null).x.length).length;
       this.value.textContent = `${shown} ${groups ? "group" : "line"}${shown === 1 ? "" : "s"}`;

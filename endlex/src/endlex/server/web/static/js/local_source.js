@@ -56,7 +56,7 @@ export class LocalSource {
   }
 
   async settings() {
-    return { view: {}, panels: {} };
+    return this.data.settings;
   }
 
   async alerts() {

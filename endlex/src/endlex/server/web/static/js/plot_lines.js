@@ -168,27 +168,27 @@ export function fillBand(context, x, low, high, [first, past], toX, toY) {
 }
 
 function triangle(context, px, apex, base, size) {
-  context.beginPath();
   context.moveTo(px, apex);
   context.lineTo(px - size, base);
   context.lineTo(px + size, base);
-  context.closePath();
-  context.fill();
 }
 
-// Marks at the edges where values lie beyond them, once for a few pixels.
+// Marks at the edges where values lie beyond them, once for a few pixels; all marks of a line are one
+// path, since each one that is filled by itself costs as much as a line.
 export function markOutliers(context, x, y, [first, past], [low, high], toX, box) {
   const size = 3 * (window.devicePixelRatio || 1);
   const last = [-Infinity, -Infinity];
+  context.beginPath();
   for (let i = first; i < past; i++) {
     if (y[i] <= high && y[i] >= low) continue;
     const above = y[i] > high ? 1 : 0;
     const px = toX(x[i]);
-    if (!Number.isFinite(y[i]) || px - last[above] < 2 * size) continue;
+    if (!Number.isFinite(y[i]) || px - last[above] < 3 * size) continue;
     last[above] = px;
     const edge = above ? box.top : box.top + box.height;
     triangle(context, px, edge, edge + (above ? 1.6 : -1.6) * size, size);
   }
+  context.fill();
 }
 
 // Marks at the axis what has no place in the plot, each stretch from end to end: NaN and -Infinity
@@ -200,7 +200,9 @@ export function markNonFinite(context, nonfinite, from, to, toX, box) {
     const [left, right] = [toX(Math.max(first, from)), toX(Math.min(last, to))];
     const top = kind === "Infinity";
     const base = top ? box.top : box.top + box.height;
+    context.beginPath();
     triangle(context, (left + right) / 2, top ? base : base - 1.6 * size, top ? base + 1.6 * size : base, size);
+    context.fill();
     context.fillRect(left, top ? base : base - 3, right - left, 3);
   }
 }

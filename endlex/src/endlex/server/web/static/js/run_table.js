@@ -85,7 +85,7 @@ export function columnPicker(state, onchange) {
     replaceContent(
       list,
       section("Configuration that differs", differing.map(keyRow)),
-      section("Metrics", names.metrics.map(([name]) => name).filter(wanted).map(metricRow)),
+      section("Metrics", [...new Set([...bestFirst(names), ...names.metrics.map(([name]) => name)])].filter(wanted).map(metricRow)),
       section("Of the run", Object.keys(FIELDS).filter(wanted).map((key) => box(key, FIELDS[key]))),
       section("Configuration that is the same", equal.map(keyRow)),
     );

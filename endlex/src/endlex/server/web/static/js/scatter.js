@@ -96,8 +96,7 @@ export class ScatterView extends KeysView {
   }
 
   first(config, metrics) {
-    const x = config[0] ? `config.${config[0]}` : metrics[1] || metrics[0];
-    return [x, metrics[0]];
+    return [config[0] ? `config.${config[0]}` : metrics[1] || metrics[0], metrics[0]];
   }
 
   draw() {
