@@ -8,8 +8,9 @@ For each tool, in processes of its own, with what it does by default and no serv
     log()    10 scalars per call, a call every 5 ms: median, p99 and longest
     lost     calls, of 1,000 at full speed, that are not on the disk when the process is killed
              (SIGKILL) right behind the last one, and cannot be read from there
-    stored   points per second from the first of 10,000 calls until `finish` returns: 100,000 points
-    chart    until one metric of 10,000 points is there as arrays, read by the tool's own means
+    stored   points per second from the first of 10,000 calls (or of those that 30 s allow) until
+             `finish` returns: 100,000 points
+    chart    until one metric of them is there as arrays, read by the tool's own means
 
 Endlex's `stored` and `chart` go by its server: until it has acknowledged every point, and as a
 chart asks for it. wandb reads nothing back offline. A tool that is not installed is left out. The
@@ -39,6 +40,8 @@ from measuring import percentile
 
 SCALARS = 10
 PACE_SECONDS = 0.005
+BURST_SECONDS = 30.0
+"""After which a burst ends, however many of its calls were made."""
 
 TRAINER = """
 import json, os, signal, sys, time
@@ -55,6 +58,8 @@ for step in range(steps):
     start = time.perf_counter()
     log(values, step)
     taken.append(time.perf_counter() - start)
+    if mode == "burst" and time.perf_counter() - began > {longest}:
+        break
 if mode == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 finish()
@@ -185,7 +190,7 @@ def run_python(code: str, folder: Path, *words: object, url: str | None = None) 
 
 def train(tool: str, folder: Path, mode: str, steps: int, pace: float, url: str | None) -> str:
     """Run a trainer; return the JSON of its calls' seconds and of all of it."""
-    code = TRAINER.format(setup=SETUPS[tool], scalars=SCALARS)
+    code = TRAINER.format(setup=SETUPS[tool], scalars=SCALARS, longest=BURST_SECONDS)
     return run_python(code, folder, mode, steps, pace, url=url)
 
 
@@ -221,16 +226,15 @@ def measure(tool: str, folder: Path, calls: int, url: str | None) -> Figures:
     """Take a tool's figures, one after the other."""
     taken = json.loads(train(tool, folder / "paced", "paced", calls, PACE_SECONDS, None))[0]
     train(tool, folder / "killed", "kill", 1000, 0.0, None)
-    burst = 10 * calls
-    seconds = json.loads(train(tool, folder / "burst", "burst", burst, 0.0, url))[1]
-    chart = time_chart(tool, folder / "burst", burst, url)
+    made, seconds = json.loads(train(tool, folder / "burst", "burst", 10 * calls, 0.0, url))
+    chart = time_chart(tool, folder / "burst", len(made), url)
     return Figures(
-        importlib.metadata.version(LIBRARIES.get(tool, tool)),
+        importlib.metadata.version(tool),
         round(median(taken) * 1e6, 1),
         round(percentile(taken, 0.99) * 1e6, 1),
         round(max(taken) * 1e3, 2),
         1000 - count_found(tool, folder / "killed"),
-        round(burst * SCALARS / seconds),
+        round(len(made) * SCALARS / seconds),
         chart,
     )
 

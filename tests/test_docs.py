@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import shlex
 import subprocess
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+
+from archerchat.dial import DialConfig, build_hyperparameters
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(ROOT.glob("runs/*.sh")), ROOT / ".ci" / "run"]
@@ -21,6 +24,8 @@ DOCUMENTS = [
 ]
 
 SHELL_BLOCK = re.compile(r"^ *```(?:bash|sh|shell|console)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+TOUR = ROOT / "docs" / "TOUR.md"
+INLINE_COMMAND = re.compile(r"(?<!`)`(archerchat [^`]+)`(?!`)")
 ASSIGNMENT = re.compile(r"^(?:export )?(\w+)=[\"']?([\w./-]*)", re.MULTILINE)
 VARIABLE = re.compile(r"\$\{?(\w+)[^}\s\"]*\}|\$(\w+)")
 # A number stands for these in a document; any other placeholder (RUN, DIR) is a name as it is.
@@ -38,12 +43,11 @@ def shell_texts() -> Iterator[tuple[str, int, str]]:
         yield path.relative_to(ROOT).as_posix(), 1, path.read_text(encoding="utf-8")
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        for block in SHELL_BLOCK.finditer(text):
-            yield (
-                path.relative_to(ROOT).as_posix(),
-                1 + text.count("\n", 0, block.start(1)),
-                block[1],
-            )
+        found = [(block.start(1), block[1]) for block in SHELL_BLOCK.finditer(text)]
+        inline = INLINE_COMMAND.finditer(text) if path == TOUR else ()
+        found += [(span.start(1), " ".join(span[1].split())) for span in inline]
+        for start, commands in found:
+            yield path.relative_to(ROOT).as_posix(), 1 + text.count("\n", 0, start), commands
 
 
 def commands() -> list[Command]:
@@ -173,12 +177,64 @@ def test_cited_sections_exist() -> None:
     assert len(cited) > 5
 
 
-def test_paths_in_the_specification_exist() -> None:
-    """A path is a code span that ends on .py, .md or /, from the package or the repository."""
-    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", SPEC.read_text(encoding="utf-8"))
-    paths = [span for span in spans if re.fullmatch(r"[\w./-]+(\.py|\.md|/)", span)]
-    for path in paths:
-        places = [ROOT / path, ROOT / "src" / "archerchat" / path]
-        if path != "eval_data/":  # a folder of CORE's bundle
-            assert any(place.exists() for place in places), f"docs/SPEC.md: no {path}"
-    assert len(paths) > 30
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMED_FILE = re.compile(r"(?<!`)`([\w./-]+\.(?:py|sh|md|toml|svg|png))(?:::([\w.]+))?`(?!`)")
+PLACES = (ROOT, ROOT / "src" / "archerchat", ROOT / "benchmarks")
+"""Where a path in a guide may begin."""
+
+
+@cache
+def definitions(module: Path) -> set[str]:
+    """The functions, classes and constants of a module; members of a class as `Class.name`."""
+    found = set()
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update(prefix + each.id for each in targets if isinstance(each, ast.Name))
+
+    collect(ast.parse(module.read_text(encoding="utf-8")).body, "")
+    return found
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_named_files_and_functions_exist(guide: Path) -> None:
+    """Guides name code as `path.py` or `path.py::function`, and folders of it as `path/`."""
+    text = guide.read_text(encoding="utf-8")
+    for path, name in NAMED_FILE.findall(text):
+        file = next((place / path for place in PLACES if (place / path).exists()), None)
+        assert file, f"{guide.name} names {path}, which does not exist"
+        assert not name or name in definitions(file), f"{guide.name}: {path} has no {name}"
+    folders = re.findall(r"(?<!`)`([\w./-]+/)`(?!`)", text) if guide == SPEC else []
+    for folder in folders:
+        if folder != "eval_data/":  # a folder of CORE's bundle
+            assert any((place / folder).is_dir() for place in PLACES), f"SPEC.md: no {folder}"
+
+
+def test_every_section_of_the_tour_has_code_and_proof() -> None:
+    sections = re.split(r"^## (\d+)\. ", TOUR.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    numbers, texts = sections[::2], sections[1::2]
+    assert numbers == [str(n) for n in range(1, 16)]
+    for number, text in zip(numbers, texts, strict=True):
+        paths = [f"{path}::{name}" for path, name in NAMED_FILE.findall(text) if name]
+        assert [path for path in paths if "/test_" not in path], f"section {number} names no code"
+        assert [path for path in paths if "::test_" in path], f"section {number} names no test"
+
+
+def test_the_tour_s_python_runs_and_its_figures_are_the_dial_s() -> None:
+    """Its blocks are one session, and their assertions the claims of the text."""
+    text = TOUR.read_text(encoding="utf-8")
+    session: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(block, str(TOUR), "exec"), session)
+    assert "evaluate" in session
+    for depth in (4, 12, 24):
+        dial = build_hyperparameters(DialConfig(depth=depth), vocab_size=32768)
+        counts = dial.parameters.total, dial.parameters.scaling, dial.target_tokens
+        row = depth, dial.model.model_dim, *counts, dial.total_batch_tokens, dial.num_iterations
+        assert "| " + " | ".join(f"{value:,}" for value in row) + " |" in text

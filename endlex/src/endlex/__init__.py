@@ -14,7 +14,6 @@ and names of the run in a directory. `endlex.Api` reads the runs of a server.
 
 from typing import TYPE_CHECKING, Any
 
-from endlex.client.environment import describe_environment
 from endlex.client.run import Run
 from endlex.client.run_directory import given_run_id, read_run_file
 from endlex.client.tracker import (
@@ -35,6 +34,7 @@ from endlex.reading import read_run
 
 if TYPE_CHECKING:
     from endlex.api import Api
+    from endlex.client.environment import describe_environment
 
     run: Run | None
     __version__: str
@@ -60,14 +60,16 @@ __all__ = [
     "save",
 ]
 
+LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.environment"}
+
 
 def __getattr__(name: str) -> Any:
     if name == "run":
         return current_run()
-    if name == "Api":
-        from endlex.api import Api
+    if name in LATE:  # what a trainer rarely needs: importing it takes long
+        from importlib import import_module
 
-        return Api
+        return getattr(import_module(LATE[name]), name)
     if name == "__version__":
         from importlib.metadata import version
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from endlex.client.run_directory import server_token, server_url
 from endlex.client.transport import Refused, Retry, Transport, Unreachable, quoted
-from endlex.protocol import RUN_ID, EndlexError
+from endlex.protocol import CONSOLE, RUN_ID, EndlexError
 
 PAGE = 200
 NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
@@ -229,9 +229,21 @@ class RunInfo:
         return points if long else points.pivot("metric", index="step", values="value").sort("step")
 
     def texts(self, name: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-        """Return the latest texts, of one name if it is given: name, step, time, text."""
+        """Return the latest texts, of one name if it is given: name, step, time, text.
+
+        Endlex's own are told by name alone: run/environment, run/changes, run/exception.
+        """
         query = {"name": name, "limit": limit}
         return list(self._api.get(run_path(self.id, "texts"), query)["texts"])
+
+    def console(self) -> str:
+        """Return what the run printed, as far as it was kept."""
+        pieces: list[dict[str, Any]] = []
+        query: dict[str, Any] = {"name": CONSOLE, "limit": 1000}
+        while page := self._api.get(run_path(self.id, "texts"), query)["texts"]:
+            pieces += page
+            query["before_step"] = page[-1]["step"]
+        return "\n".join(piece["text"] for piece in reversed(pieces))
 
     def download(self, which: str, directory: Path | str) -> list[Path]:
         """Download a checkpoint, verified, and return its files.

@@ -177,7 +177,7 @@ def gone_reason(path: Path) -> str:
         if stack:
             said = "" if stack.startswith("Fatal") else "ended by a signal (SIGTERM or SIGHUP)\n"
             return said + stack
-    return "killed without a word (SIGKILL, or its machine stopped)"
+    return "killed (SIGKILL, or its machine stopped)"
 
 
 def writer_is_alive(path: Path) -> bool:

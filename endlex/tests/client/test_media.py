@@ -41,7 +41,7 @@ def test_arrays_become_png(shape: tuple[int, ...]) -> None:
 def test_equal_files_are_kept_once_and_named_by_their_content(
     run: endlex.Run, tmp_path: Path
 ) -> None:
-    import torch
+    torch = pytest.importorskip("torch")
     from matplotlib.figure import Figure
 
     figure = Figure()

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
@@ -61,6 +62,30 @@ def test_every_float_comes_back_as_it_was(run: endlex.Run) -> None:
     numbers = [0.1, 1e-320, 1.7976931348623157e308, 5e-324, 1 / 3, 123456789.123456789, -1e16]
     run.log({f"m{i}": number for i, number in enumerate(numbers)})
     assert list(values(run).values()) == numbers
+
+
+def test_scalars_of_every_library_are_numbers(run: endlex.Run) -> None:
+    torch = pytest.importorskip("torch")
+
+    class JaxScalar:
+        """As jax.Array is: with item() and no type of Python's."""
+
+        def item(self) -> float:
+            return 1.5
+
+    run.log(
+        {
+            "decimal": Decimal("0.25"),
+            "bool": np.bool_(True),
+            "half": np.float16(0.5),
+            "int8": np.int8(-3),
+            "torch": torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True),
+            "torch_bool": torch.tensor([[True]]),
+            "jax": JaxScalar(),
+        }
+    )
+    assert list(values(run).values()) == [0.25, 1.0, 0.5, -3, 2.5, 1.0, 1.5]
+    assert not run.refused
 
 
 def test_nested_values_are_named_by_their_path(run: endlex.Run) -> None:

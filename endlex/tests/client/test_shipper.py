@@ -174,7 +174,7 @@ def test_finish_does_not_wait_for_a_server_that_does_not_answer(
     assert time.monotonic() - began < 2
     said = capfd.readouterr().err
     assert "records (" in said
-    assert "and 1 checkpoint files are not on the server yet" in said
+    assert "and 1 files of checkpoints and pictures are not on the server yet" in said
     assert f"to send them later: endlex sync {directory}" in said
 
 

@@ -70,7 +70,7 @@ def test_each_end_says_why(tmp_path: Path, script: str, status: str, reason: str
     [
         (signal.SIGTERM, "ended by a signal (SIGTERM or SIGHUP)"),
         (signal.SIGSEGV, "Fatal Python error: Segmentation fault"),
-        (signal.SIGKILL, "killed without a word"),
+        (signal.SIGKILL, "killed (SIGKILL"),
     ],
 )
 def test_a_signal_leaves_its_stack_behind(
@@ -106,12 +106,18 @@ def test_a_run_knows_its_commit_changes_command_and_packages(tmp_path: Path) -> 
     found = json.loads(environment)
     assert (found["commit"], found["branch"]) == (git("rev-parse", "HEAD"), "main")
     assert found["command"] == "train.py --lr '1 2'"
-    assert found["uncommitted_files"] == 1
     assert "+# changed" in texts(directory, "run/changes")[0]
     assert "pytest==" in texts(directory, "run/packages")[0]
     assert uncommitted_changes(checkout).startswith("diff --git")
     assert "commit" not in describe_environment(tmp_path)
     assert installed_packages()
+    git("pack-refs", "--all")
+    assert describe_environment(script)["commit"] == found["commit"]
+    git("worktree", "add", "-q", "-b", "other", str(tmp_path / "second"))
+    second = describe_environment(tmp_path / "second")
+    assert (second["commit"], second["branch"]) == (found["commit"], "other")
+    git("checkout", "-q", "--detach")
+    assert describe_environment(script)["commit"] == found["commit"]
 
 
 def test_the_console_is_bounded_and_keeps_its_end(
@@ -160,3 +166,24 @@ def test_alerts_are_records_and_repeat_once_a_minute(tmp_path: Path) -> None:
     (alert,) = [record for record in read_run(tmp_path) if record["type"] == "alert"]
     assert (alert["title"], alert["text"], alert["level"]) == ("NaN", "at step 3", "error")
     assert run.refused["alert"] == 1
+
+
+def test_a_forked_child_prints_and_its_lines_are_not_the_runs(tmp_path: Path) -> None:
+    script = (
+        "print('parent')\nchild = os.fork()\nif not child:\n    print('child')\n"
+        "    sys.stdout.flush()\n    os._exit(0)\nos.waitpid(child, 0)"
+    )
+    ended = run_script(tmp_path, script)
+    assert "child" in ended.stdout
+    assert texts(tmp_path, "run/console") == ["parent"]
+
+
+def test_the_end_of_a_forked_child_is_not_the_runs(tmp_path: Path) -> None:
+    script = (
+        "import signal, time\nchild = os.fork()\nif not child:\n    time.sleep(60)\n"
+        "os.kill(child, signal.SIGTERM)\nassert os.waitpid(child, 0)[1] == signal.SIGTERM\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert run_script(tmp_path, script).returncode == -signal.SIGKILL
+    (journal,) = session_files(tmp_path)
+    assert gone_reason(journal).startswith("killed (SIGKILL")

@@ -121,3 +121,15 @@ def test_an_ambiguous_name_lists_the_ids(cli: Any, train: Any, online: str) -> N
     status, _, err = cli("show", "none-such")
     assert status == 1
     assert "endlex ls" in err
+
+
+def test_the_log_is_the_same_of_a_directory_and_of_the_server(
+    cli: Any, online: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = endlex.init("logs", "d12", mode="offline", console=True)
+    for step in range(3):
+        print(f"step {step}")
+    run.finish()
+    assert cli("sync", run.directory)[0] == 0
+    assert cli("show", run.directory, "--log")[1] == "step 0\nstep 1\nstep 2\n"
+    assert cli("show", run.id, "--log")[1] == "step 0\nstep 1\nstep 2\n"

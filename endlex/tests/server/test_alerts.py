@@ -99,7 +99,7 @@ def test_a_crash_and_the_session_that_goes_on(box: Any, make_box: Any) -> None:
     box.client.post(url, json={"status": "crashed"})
     assert kinds(box.client) == [("crashed", "")]
     (alert,) = box.client.get("/api/v1/alerts", params={"open": True}).json()["alerts"]
-    assert alert["message"] == "the trainer is gone without a word: out of memory"
+    assert alert["message"] == "the trainer is gone: out of memory"
     make_box(box.client, session="000002-resumed").begin()
     assert kinds(box.client) == []
 

@@ -9,6 +9,7 @@ colours are left out. A run keeps `MAX_CONSOLE_CHARS`, and after that its last l
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import threading
@@ -45,12 +46,15 @@ class Console:
         self._flushed = time.monotonic()
         self._lock = threading.RLock()
         self._busy = False
+        self._pid = os.getpid()
         self._streams = [
             (stream, _wrap(stream, partial(self._add, name)))
             for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr))
         ]
 
     def _add(self, stream: str, text: str) -> None:
+        if os.getpid() != self._pid:  # a forked child's, and the lock may never be free there
+            return
         with self._lock:
             if self._busy:  # recording printed something, or a signal handler did meanwhile
                 return
@@ -87,7 +91,7 @@ class Console:
     def close(self) -> None:
         """Stop listening, and record what is left."""
         for stream, wrapper in self._streams:
-            if vars(stream).get("write") is wrapper if wrapper else False:
+            if wrapper is not None and getattr(stream, "__dict__", {}).get("write") is wrapper:
                 del stream.write  # else another wrapper is around this one, which hears on
         with self._lock:
             self._busy = True

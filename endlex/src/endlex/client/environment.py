@@ -1,13 +1,15 @@
 """What a run was: commit, uncommitted changes, command, versions, machine.
 
-Nothing here stops a run: what cannot be found out is left out. git is asked twice, a few
-milliseconds each; ENDLEX_ENVIRONMENT=0 leaves all of it away.
+Nothing here stops a run: what cannot be found out is left out. Only the changes need a process,
+`git diff`, for a few milliseconds. ENDLEX_ENVIRONMENT=0 leaves all of it away.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from typing import Any
 from endlex.protocol import MAX_TEXT_CHARS
 
 GIT_SECONDS = 5.0
+COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 
 
 def describe_environment(place: Path | str | None = None) -> dict[str, Any]:
@@ -38,24 +41,58 @@ def describe_environment(place: Path | str | None = None) -> dict[str, Any]:
         "cpus": os.cpu_count(),
     }
     if root is not None:
-        status = _git(root, "status", "--porcelain", "--branch", "--untracked-files=no")
-        head, *changed = (status or "").splitlines() or [""]
-        found |= {
-            "commit": (_git(root, "rev-parse", "HEAD") or "").strip() or None,
-            "branch": head.removeprefix("## ").partition("...")[0] or None,
-            "uncommitted_files": len(changed),
-        }
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            commit, found["branch"] = _head(_git_directory(root))
+            found["commit"] = commit if COMMIT.fullmatch(commit or "") else None
     return found
+
+
+def _git_directory(root: Path) -> Path:
+    entry = root / ".git"
+    if entry.is_dir():
+        return entry
+    return (root / entry.read_text().removeprefix("gitdir:").strip()).resolve()  # of a worktree
+
+
+def _head(directory: Path) -> tuple[str | None, str | None]:
+    """Return commit and branch from git's own files: no process is started for it."""
+    head = (directory / "HEAD").read_text().strip()
+    if not head.startswith("ref:"):
+        return head, None
+    name = head.removeprefix("ref:").strip()
+    shared = directory / "commondir"
+    common = (directory / shared.read_text().strip()) if shared.is_file() else directory
+    for place in (directory / name, common / name):
+        if place.is_file():
+            return place.read_text().strip(), name.removeprefix("refs/heads/")
+    packed = common / "packed-refs"
+    for line in packed.read_text().splitlines() if packed.is_file() else ():
+        commit, _, packed_name = line.partition(" ")
+        if packed_name == name:
+            return commit, name.removeprefix("refs/heads/")
+    return None, name.removeprefix("refs/heads/")
 
 
 def uncommitted_changes(place: Path | str | None = None) -> str:
     """Return the checkout's `git diff HEAD`; empty outside one, cut where it is very long."""
+    import subprocess  # takes longer to import than the rest of the client
+
     root = _checkout(place)
-    return (
-        (_git(root, "diff", "HEAD", "--no-color", "--no-ext-diff") or "")[:MAX_TEXT_CHARS]
-        if root
-        else ""
-    )
+    if root is None:
+        return ""
+    command = ["git", "-C", str(root), "diff", "HEAD", "--no-color", "--no-ext-diff"]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=GIT_SECONDS,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.decode(errors="replace")[:MAX_TEXT_CHARS]
 
 
 def installed_packages() -> str:
@@ -83,21 +120,3 @@ def _checkout(place: Path | str | None) -> Path | None:
             if (parent / ".git").exists():
                 return parent
     return None
-
-
-def _git(root: Path, *words: str) -> str | None:
-    import subprocess  # takes longer to import than the rest of the client
-
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words],
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=GIT_SECONDS,
-            env=environment,
-            check=False,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else None

@@ -47,16 +47,25 @@ class Journal:
     Args:
         directory: the run's; made if missing.
         start: of the first record, without `type`, `session`, `seq` and `time`.
+        session: its id, for a journal that an importer makes; a new one if not given.
+        moment: of the first record, likewise.
 
     Raises:
         OSError: the file cannot be made.
     """
 
-    def __init__(self, directory: Path, start: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        start: Mapping[str, Any],
+        *,
+        session: str | None = None,
+        moment: float | None = None,
+    ) -> None:
         folder = directory / JOURNAL_DIR
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((session_number(path) for path in session_files(directory)), default=0)
-        self.session = f"{number:06d}-{os.urandom(6).hex()}"
+        self.session = session or f"{number:06d}-{os.urandom(6).hex()}"
         self.path = folder / f"{self.session}.jsonl"
         self.inherited = False
         self._heads: dict[str, str] = {}
@@ -71,26 +80,27 @@ class Journal:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
         self._descriptor = os.open(hidden, flags, 0o644)
         try_lock(self._descriptor)
-        self.append(SESSION, start)
+        self.append(SESSION, start, moment)
         hidden.rename(self.path)
         _watch_forks()
         OPENED.add(self)
 
-    def append(self, kind: str, content: Mapping[str, Any]) -> None:
+    def append(self, kind: str, content: Mapping[str, Any], moment: float | None = None) -> None:
         """Write one record; when this returns, killing the process does not lose it.
 
         Args:
             kind: the record's type (`protocol.TEXT` and so on).
             content: the rest of it; what JSON cannot hold is stored as its `str`, and non-finite
                 floats as `protocol` says.
+            moment: when it was, in Unix seconds; now if not given.
 
         Raises:
             EndlexError: the record is too large to be sent. Nothing is written.
             OSError: the disk has refused more than `LARGEST_BACKLOG` bytes; this record is lost.
         """
-        self.append_members(kind, f",{to_json(content)[1:-1]}" if content else "")
+        self.append_members(kind, f",{to_json(content)[1:-1]}" if content else "", moment)
 
-    def append_members(self, kind: str, members: str) -> None:
+    def append_members(self, kind: str, members: str, moment: float | None = None) -> None:
         """Do what `append` does for content that is already JSON: `,"key":value` for each."""
         head = self._heads.get(kind)
         if head is None:
@@ -108,7 +118,8 @@ class Journal:
             return
         with self.lock:
             number = next(self._numbers)
-            line = f'{head}{number},"time":{time.time()!r}{members}}}\n'
+            moment = time.time() if moment is None else moment
+            line = f'{head}{number},"time":{moment!r}{members}}}\n'
             self._write(line.encode(errors="replace"))
             self.count = max(self.count, number + 1)
 

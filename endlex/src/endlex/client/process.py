@@ -260,6 +260,14 @@ def watch_faults(path: Path) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
                 faulthandler.register(number, file, all_threads=False, chain=True)
+        os.register_at_fork(after_in_child=_leave_faults)
+
+
+def _leave_faults() -> None:
+    """Keep the end of a forked child, such as a data loader's, out of the parent's file."""
+    faulthandler.disable()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        faulthandler.unregister(number)
 
 
 _FAULTS: list[IO[str]] = []

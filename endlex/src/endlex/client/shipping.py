@@ -315,12 +315,13 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
     if left:
         error = read_state(directory).get("error")
         warn(
-            f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} checkpoint"
-            f" files are not on the server yet{f' ({error})' if error else ''}. The shipper goes "
-            f"on in the background; to send them later: {sync_command(directory)}"
+            f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
+            f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
+            f"The shipper goes on in the background; to send them later: {sync_command(directory)}"
         )
 
 
 def _still_sending(directory: Path) -> bool:
     staged = staged_names(directory)
-    return bool(staged) and not set(staged) <= set(failed_checkpoints(directory))
+    waits = bool(staged) and not set(staged) <= set(failed_checkpoints(directory))
+    return waits or any((directory / MEDIA_DIR).glob("*"))

@@ -23,7 +23,8 @@ from endlex.commands.targets import (
     local_runs,
 )
 from endlex.commands.usage import UsageError
-from endlex.reading import summarize
+from endlex.protocol import CONSOLE, TEXT
+from endlex.reading import iter_session, session_files, summarize
 from endlex.search import flatten, matches, parse_search
 
 SHOWN_METRICS = ("val/bpb", "train/loss", "loss")
@@ -114,8 +115,11 @@ def load_run(text: str, url: str | None) -> dict[str, Any]:
     return find_server_run(find_server(url), text)
 
 
-def show(run: str, url: str | None, as_json: bool) -> int:
-    """Print one run."""
+def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
+    """Print one run, or what it printed."""
+    if log:
+        print(_console(run, url))
+        return 0
     found = load_run(run, url)
     if as_json:
         print_json(found)
@@ -129,6 +133,13 @@ def show(run: str, url: str | None, as_json: bool) -> int:
             print(f"{key}: {printable(', '.join(value) if isinstance(value, list) else value)}")
     _print_sections(found)
     return 0
+
+
+def _console(run: str, url: str | None) -> str:
+    if not is_run_directory(Path(run)):
+        return find_server(url).run(run).console()
+    records = (record for path in session_files(Path(run)) for record in iter_session(path))
+    return "\n".join(r["text"] for r in records if r["type"] == TEXT and r["name"] == CONSOLE)
 
 
 def _print_sections(found: dict[str, Any]) -> None:

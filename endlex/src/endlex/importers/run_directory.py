@@ -15,15 +15,14 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
+from endlex.client.journal import Journal
 from endlex.client.journal_sync import renew_session
 from endlex.client.media import keep_media
-from endlex.client.process import fsync
 from endlex.client.run_directory import claim_directory, register
 from endlex.client.values import tidy_name, to_json
 from endlex.protocol import (
@@ -37,11 +36,11 @@ from endlex.protocol import (
     METRICS,
     PROTOCOL,
     RUN_ID,
-    SESSION,
     SYSTEM,
     TABLE,
     TEXT,
     TRAINER,
+    EndlexError,
     Status,
     encode_number,
 )
@@ -109,29 +108,24 @@ class RunWriter:
         final = next(folder.glob(f"*-{identity}"), folder / f"{name.strip('.')[:80]}-{identity}")
         self.imported = Imported(final, identity)
         self._building = final.with_name(f".{final.name}.importing-{os.urandom(4).hex()}")
-        self._files: dict[str, BinaryIO] = {}
-        self._sessions: dict[str, str] = {}
-        self._seq: Counter[str] = Counter()
-        self._resources = ExitStack()
+        self._journals: dict[str, Journal] = {}
 
     def __enter__(self) -> RunWriter:
-        (self._building / JOURNAL_DIR).mkdir(parents=True)
         source, identity = self.source, self.imported.run
         claim_directory(self._building, identity, source.project, source.name, source.created)
         return self
 
     def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
         """Open a session file with its session record; `first` is the record after that."""
-        if kind != TRAINER and TRAINER not in self._files:
+        if kind != TRAINER and TRAINER not in self._journals:
             self._begin(TRAINER, {})
         content = self._session_content(kind)
         digest = hashlib.sha256(to_json({"session": content, "first": first}).encode()).hexdigest()
         # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
         session = f"{max(int(self.source.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
-        path = self._building / JOURNAL_DIR / f"{session}.jsonl"
-        self._sessions[kind] = session
-        self._files[kind] = self._resources.enter_context(path.open("wb"))
-        self._append(kind, SESSION, self.source.created, content)
+        self._journals[kind] = Journal(
+            self._building, content, session=session, moment=self.source.created
+        )
 
     def _session_content(self, kind: str) -> dict[str, Any]:
         source = self.source
@@ -152,18 +146,13 @@ class RunWriter:
         }
 
     def _append(self, kind: str, record: str, time: float, content: Mapping[str, Any]) -> None:
-        if kind not in self._files:
+        if kind not in self._journals:
             self._begin(kind, {"time": time, **content})
-        head = {
-            "type": record,
-            "session": self._sessions[kind],
-            "seq": self._seq[kind],
-            "time": time,
-        }
-        line = to_json(head | dict(content))
-        self._files[kind].write(line.encode("utf-8", "replace") + b"\n")
-        self._seq[kind] += 1
-        self.imported.counts[record] += 1
+        try:
+            self._journals[kind].append(record, content, time)
+            self.imported.counts[record] += 1
+        except EndlexError:
+            self.skip("record that is too large to be sent")
 
     def config(self, time: float, changed: Mapping[str, Any]) -> None:
         """Record what was added to the configuration after the first record."""
@@ -207,9 +196,9 @@ class RunWriter:
 
     def finish(self, time: float, status: Status) -> None:
         """Record the end of the run, in every session that it has: nothing may follow."""
-        if TRAINER not in self._files:
+        if TRAINER not in self._journals:
             self._begin(TRAINER, {})
-        for kind in list(self._files):
+        for kind in list(self._journals):
             self._append(kind, FINISH, time, {"status": status})
 
     def skip(self, reason: str) -> None:
@@ -228,14 +217,10 @@ class RunWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None and TRAINER not in self._files:
-                self._begin(TRAINER, {})
-            for file in self._files.values():
-                file.flush()
-                fsync(file.fileno())
-        finally:
-            self._resources.close()
+        if kind is None and TRAINER not in self._journals:
+            self._begin(TRAINER, {})
+        for journal in self._journals.values():
+            journal.close()
         if kind is None:
             self._publish()
             register(self.imported.directory)

@@ -60,7 +60,7 @@ DISK_FREE = re.compile(r"(?:disk|home).*free.*(bytes|gib|gb)")
 DISK_FREE_BYTES = 2 * 2**30
 ENDS = {
     "failed": "the trainer ended by an error",
-    "crashed": "the trainer is gone without a word",
+    "crashed": "the trainer is gone",
     "interrupted": "the trainer was interrupted",
     "finished": "the trainer has finished",
 }
