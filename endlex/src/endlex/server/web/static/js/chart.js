@@ -17,7 +17,7 @@ import {
 
 const HEIGHT = 210;
 const TALL = 460;
-const MOST_POINTS = 12000; // of all lines together, before any zooming: what a frame can draw
+const PER_PIXEL = 16; // points of all lines together, before any zooming: what a frame can draw
 // With more points than this in view lines are one device pixel wide. Browsers draw such hairlines
 // segment by segment; anything wider becomes an outline that is filled, ten times the work.
 const THIN_FROM_POINTS = 2500;
@@ -156,7 +156,7 @@ export class Chart {
   startData(width) {
     this.data?.stop();
     for (const line of this.lines) Object.assign(line, { whole: null, detail: null });
-    const share = Math.min(2 * width, MOST_POINTS / this.lines.length);
+    const share = width * Math.min(2, PER_PIXEL / this.lines.length);
     const points = Math.max(200, Math.min(2000, Math.ceil(share / 100) * 100));
     this.data = new ChartData(this.loader, this.lines, {
       x: this.settings.x,

@@ -12,8 +12,7 @@ export const X_KINDS = {
   "train/flops": { label: "FLOPs", format: (x) => `${formatNumber(x)} FLOPs` },
 };
 
-const MINUTE = 60;
-const HOUR = 3600;
+const [MINUTE, HOUR] = [60, 3600];
 const DAY = 86400;
 const DURATION_STEPS = [
   0.001, 0.01, 0.1, 1, 2, 5, 10, 20, 30, MINUTE, 2 * MINUTE, 5 * MINUTE, 10 * MINUTE, 20 * MINUTE,

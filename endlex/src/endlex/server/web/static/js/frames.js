@@ -1,9 +1,10 @@
 // When charts are drawn: at most once a frame each. While one is moved under the pointer it comes
-// first and at most one other goes with it, none in a frame that follows a late one: what scripts do
+// first and at most one other goes with it, none with many lines or after a late frame: what scripts do
 // takes little of a frame, what the browser then does to put lines on canvases takes most.
 
 const BUDGET_MS = 8;
 const LATE_MS = 22; // a frame at 60 Hz, and a little
+const MANY_LINES = 20;
 const dirtyCharts = new Set();
 let urgentChart = null;
 let frameAsked = false;
@@ -30,7 +31,7 @@ function drawFrame(now) {
   const late = now - lastFrame > LATE_MS;
   lastFrame = now;
   const urgent = dirtyCharts.has(urgentChart);
-  const most = urgent ? (late ? 1 : 2) : dirtyCharts.size;
+  const most = urgent ? (late || urgentChart.lines.length > MANY_LINES ? 1 : 2) : dirtyCharts.size;
   const start = performance.now();
   let drawn = 0;
   for (const chart of urgent ? [urgentChart, ...dirtyCharts] : [...dirtyCharts]) {
