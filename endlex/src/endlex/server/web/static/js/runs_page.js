@@ -38,7 +38,7 @@ class RunsPage {
     this.error = el("p", { class: "bad", role: "alert", hidden: true });
     this.help = el("details", { class: "picker" }, el("summary", { class: "button", title: "What can be searched for" }, "?"), el("div", { class: "picker-list" }, el("pre", {}, help?.content.textContent.trim())));
     const archived = el("input", { type: "checkbox", checked: this.archived, onchange: () => this.show({ archived: archived.checked }) });
-    this.projects = el("select", { "aria-label": "Project", onchange: () => location.assign(listLink({ project: this.projects.value })) });
+    this.projects = el("select", { hidden: true, "aria-label": "Project", onchange: () => location.assign(listLink({ project: this.projects.value })) });
     this.saved = el("details", { class: "picker" });
     this.picker = columnPicker(() => this, (columns) => this.show({ columns }));
     this.count = el("span", { class: "quiet", role: "status" });
