@@ -1,4 +1,4 @@
-"""`archerchat export huggingface | conversations` and `archerchat push`: for other tools."""
+"""For other tools: `archerchat export huggingface`, `export conversations` and `push`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from jinja2 import Environment, StrictUndefined
 
-from archerchat.checkpoint import find_checkpoint, find_model, list_models, load_checkpoint
+from archerchat.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    find_model,
+    list_models,
+    load_checkpoint,
+)
 from archerchat.config import Config, DtypeName
 from archerchat.console import build_console, bytes_text, duration_text
 from archerchat.data.hub import task_files
@@ -183,7 +189,7 @@ def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> No
         checkpoint.state["model"],
         config,
         tokenizer,
-        _render_card(home, name, stage, path, checkpoint.meta, config, model_type == OURS),
+        _render_card(home, name, stage, checkpoint, config, model_type == OURS),
         about,
         model_type=model_type,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
@@ -191,28 +197,22 @@ def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> No
 
 
 def _render_card(
-    home: Home,
-    name: str,
-    stage: str,
-    path: Path,
-    meta: Mapping[str, Any],
-    config: ModelConfig,
-    ours: bool,
+    home: Home, name: str, stage: str, checkpoint: Checkpoint, config: ModelConfig, ours: bool
 ) -> str:
     """Return the model card: what the model is, how it was trained, what it scored."""
-    results = load_results(home, stage, path.parent.name)
+    results = load_results(home, stage, checkpoint.path.parent.name)
     found = [latest(results, kind) for kind in SCORES]
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
     environment = Environment(trim_blocks=True, undefined=StrictUndefined)
     return environment.from_string(template).render(
         name=name,
         stage=stage,
-        step=int(path.name.rpartition("_")[2]),
+        step=checkpoint.step,
         parameters=count_parameters(config).total,
         config=config,
         parts=[part.partition(" (")[0].replace("_", " ") for part in lost_parts(config)],
         ours=ours,
-        training=list(_training(path, meta)),
+        training=list(_training(checkpoint.path, checkpoint.meta)),
         results=[result for result in found if result],
         scores=SCORES,
     )

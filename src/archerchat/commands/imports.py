@@ -1,4 +1,4 @@
-"""`archerchat import nanochat | huggingface DIR` and `archerchat pull`: other people's models."""
+"""Import other people's models: `archerchat import nanochat`, `import huggingface` and `pull`."""
 
 from __future__ import annotations
 

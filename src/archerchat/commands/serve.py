@@ -29,6 +29,7 @@ def serve(config: ServeConfig, home: Home) -> None:
 
         from archerchat.serving.app import build_app
         from archerchat.serving.copies import build_front
+        from archerchat.serving.guard import Connection
     except ModuleNotFoundError as error:
         raise UsageError(
             f"serve needs {error.name}: install the extra, pip install 'archerchat[serve]'"
@@ -49,6 +50,7 @@ def serve(config: ServeConfig, home: Home) -> None:
           f"the API is under /v1", flush=True)  # fmt: skip
     settings = uvicorn.Config(
         app,
+        http=Connection,
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         limit_concurrency=MAX_CONNECTIONS,

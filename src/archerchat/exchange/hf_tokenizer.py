@@ -100,8 +100,8 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
             raise TokenizerError("its merges are not in the order of its ids")
     except (OSError, ValueError, KeyError, TypeError, TokenizerError) as error:
         raise UsageError(
-            f"{path} is no tokenizer that gives the same ids here ({error}): import the model with "
-            "the tokenizer that it was exported with"
+            f"{path} cannot be used with the same ids here ({error}): restore the tokenizer that "
+            "the model was exported with"
         ) from error
     return tokenizer
 

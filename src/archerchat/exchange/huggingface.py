@@ -69,11 +69,8 @@ FIXED = {
 
 def lost_parts(config: ModelConfig) -> list[str]:
     """Return what a model has that `NanoChatForCausalLM` lacks."""
-    lost = [
-        f"{name} ({getattr(config, name)})"
-        for name in PLAIN
-        if getattr(config, name) != PLAIN[name]
-    ]
+    values = asdict(config)
+    lost = [f"{name} ({values[name]})" for name, plain in PLAIN.items() if values[name] != plain]
     short = min(config.windows) < config.sequence_length
     return lost + [f"sliding windows ({config.window_pattern})"] * short
 
@@ -112,63 +109,62 @@ def write_folder(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: "
             "export the model with its own"
         )
-    state = {
-        name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()
-    }
+    state = {name: t if dtype is None else t.to(dtype) for name, t in tensors.items()}
     if model_type == THEIRS:
         state = rename(state, {ours: theirs for theirs, ours in NAMES.items()})
         for table in ("model.embed_tokens.weight", "lm_head.weight"):  # there is no padding there
             state[table] = state[table][: config.vocab_size].clone()
-    bos, end = tokenizer.bos_id, tokenizer.special_id("<|assistant_end|>")
-    ends: dict[str, Any] = {"bos_token_id": bos, "eos_token_id": [end, bos]}
-    content = _config(config, model_type) | ends | {"archerchat": dict(about)}
-    content["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
-    special = {f"{kind}_token": MARK + "<|bos|>" for kind in ("bos", "pad")}
-    special["eos_token"] = MARK + (
-        "<|bos|>" if about.get("stage") == "base" else "<|assistant_end|>"
-    )
     package = Path(__file__).parent
     with new_directory(directory) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, content)
-        generation = ends | {"pad_token_id": bos, "max_new_tokens": 256}
-        write_json(temporary / "generation_config.json", generation)
-        write_json(temporary / TOKENIZER_FILE, tokenizer_json(tokenizer))
-        write_json(
-            temporary / "tokenizer_config.json",
-            special
-            | {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": config.sequence_length,
-                "padding_side": "left",
-                "clean_up_tokenization_spaces": False,
-            },
-        )
+        for name, content in _describe(config, tokenizer, about, model_type, dtype).items():
+            write_json(temporary / name, content)
         shutil.copy(package / "chat_template.jinja", temporary)
         if model_type == OURS:
             shutil.copy(package / "modeling_archerchat.py", temporary)
         write_bytes(temporary / "README.md", card.encode())
 
 
-def _config(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """Return the fields of config.json that decide what the model computes."""
-    values = asdict(config)
+def _describe(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    about: Mapping[str, Any],
+    model_type: str,
+    dtype: torch.dtype | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the folder's JSON files by name."""
+    values, bos, end = asdict(config), "<|bos|>", "<|assistant_end|>"
     content: dict[str, Any] = {theirs: values.pop(ours) for theirs, ours in SIZES.items()}
+    content["dtype"] = str(dtype or torch.float32).removeprefix("torch.")
     if model_type == THEIRS:
         content |= FIXED | {"intermediate_size": 4 * config.model_dim}
-        return content | {"model_type": THEIRS, "architectures": ["NanoChatForCausalLM"]}
-    classes = {"AutoConfig": "ArcherChatConfig", "AutoModelForCausalLM": "ArcherChatForCausalLM"}
-    return (
-        content
-        | values
-        | {
-            "model_type": OURS,
-            "architectures": ["ArcherChatForCausalLM"],
-            "auto_map": {auto: f"modeling_archerchat.{name}" for auto, name in classes.items()},
-            "windows": list(config.windows),
-            "tie_word_embeddings": False,
-        }
-    )
+        content["architectures"] = ["NanoChatForCausalLM"]
+    else:
+        content |= values | {"windows": config.windows, "tie_word_embeddings": False}
+        content["architectures"] = ["ArcherChatForCausalLM"]
+        classes = (
+            ("AutoConfig", "ArcherChatConfig"),
+            ("AutoModelForCausalLM", "ArcherChatForCausalLM"),
+        )
+        content["auto_map"] = {auto: f"modeling_archerchat.{name}" for auto, name in classes}
+    ids = {name: tokenizer.special_id(name) for name in (bos, end)}
+    ends = {"bos_token_id": ids[bos], "eos_token_id": [ids[end], ids[bos]]}
+    # No padding id for the model: the library would give that row of the table no gradient.
+    content |= ends | {"pad_token_id": None, "model_type": model_type, "archerchat": dict(about)}
+    return {
+        CONFIG: content,
+        "generation_config.json": ends | {"pad_token_id": ids[bos], "max_new_tokens": 256},
+        TOKENIZER_FILE: tokenizer_json(tokenizer),
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": MARK + bos,
+            "eos_token": MARK + (bos if about.get("stage") == "base" else end),
+            "pad_token": MARK + bos,
+            "model_max_length": config.sequence_length,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+        },
+    }
 
 
 def read_folder(directory: Path) -> ImportedModel:
@@ -190,8 +186,9 @@ def read_folder(directory: Path) -> ImportedModel:
         tensors = fit(state, config)
     except CheckpointError as error:
         raise UsageError(f"{directory}: {error}") from error
-    about = content.get("archerchat") or {}
-    return ImportedModel(directory, int(about.get("step", 0)), config, tensors, (), about)
+    about = content.get("archerchat")
+    about = about if isinstance(about, dict) and isinstance(about.get("step"), int) else {"step": 0}
+    return ImportedModel(directory, about["step"], config, tensors, (), about)
 
 
 def _parse_config(content: Mapping[str, Any], path: Path) -> ModelConfig:

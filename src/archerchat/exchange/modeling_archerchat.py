@@ -34,6 +34,9 @@ class ArcherChatConfig(PretrainedConfig):
 
     model_type = "archerchat"
 
+    def has_value_embedding(self, layer: int) -> bool:
+        return bool(self.value_embeddings) and layer % 2 == (self.num_hidden_layers - 1) % 2
+
 
 def norm(x: Tensor) -> Tensor:
     """Divide by the root mean square over the last dimension."""
@@ -57,11 +60,6 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
-def has_value_embedding(config: Any, layer: int) -> bool:
-    last = config.num_hidden_layers - 1
-    return bool(config.value_embeddings) and layer % 2 == last % 2
-
-
 class ArcherChatAttention(nn.Module):
     """Causal attention over the keys that a mask shows."""
 
@@ -73,59 +71,50 @@ class ArcherChatAttention(nn.Module):
         self.query, self.output = linear(dim, dim), linear(dim, dim)
         self.key = linear(dim, self.num_kv_heads * self.head_dim)
         self.value = linear(dim, self.num_kv_heads * self.head_dim)
-        if has_value_embedding(config, layer):
+        if config.has_value_embedding(layer):
             self.value_gate = linear(VALUE_GATE_CHANNELS, self.num_kv_heads)
 
     def forward(
-        self,
-        h: Tensor,
-        value_embedding: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        visible: Tensor,
-        cache: Cache | None,
-        slots: Tensor,
+        self, h: Tensor, table: Tensor | None, rotary: Any, mask: Tensor, cache: Any, slots: Tensor
     ) -> Tensor:
-        batch, length, _ = h.shape
-        q = self.query(h).view(batch, length, self.num_heads, self.head_dim)
-        k = self.key(h).view(batch, length, self.num_kv_heads, self.head_dim)
-        v = self.value(h).view(batch, length, self.num_kv_heads, self.head_dim)
-        if value_embedding is not None:
+        q, k, v = (
+            each(h).view(*h.shape[:2], -1, self.head_dim)
+            for each in (self.query, self.key, self.value)
+        )  # (B, T, H or K, D)
+        if table is not None:
             gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
-            v = v + gate[..., None] * value_embedding.view_as(v)
+            v = v + gate[..., None] * table.view_as(v)
         q, k = (norm(rotate(x, *rotary)) * self.qk_gain for x in (q, k))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
             k, v = cache.update(k, v, self.layer, {"cache_position": slots})
         shared = self.num_heads != self.num_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=shared)
-        out: Tensor = self.output(y.transpose(1, 2).reshape(batch, length, -1))
-        return out
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=shared)
+        return self.output(y.transpose(1, 2).flatten(2))
 
 
 class ArcherChatMLP(nn.Module):
     """Widen four times, square the positive part, narrow again."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
-        self.up = linear(config.hidden_size, 4 * config.hidden_size)
-        self.down = linear(4 * config.hidden_size, config.hidden_size)
+        self.up, self.down = linear(dim, 4 * dim), linear(4 * dim, dim)
 
     def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = self.down(F.relu(self.up(h)).square())
-        return out
+        return self.down(F.relu(self.up(h)).square())
 
 
 class ArcherChatBlock(nn.Module):
-    """One layer."""
+    """One layer, without the lambdas."""
 
     def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
-        self.attention, self.mlp = ArcherChatAttention(config, layer), ArcherChatMLP(config)
+        self.attention = ArcherChatAttention(config, layer)
+        self.mlp = ArcherChatMLP(config.hidden_size)
 
     def forward(self, x: Tensor, *of_attention: Any) -> Tensor:
         x = x + self.attention(norm(x), *of_attention)
-        out: Tensor = x + self.mlp(norm(x))
-        return out
+        return x + self.mlp(norm(x))
 
 
 class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
@@ -137,17 +126,16 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ("ArcherChatBlock",)
 
     def __init__(self, config: Any) -> None:
-        precise = ["residual_lambdas", "input_lambdas"]
-        self._keep_in_fp32_modules_strict = precise if config.residual_lambdas else None
         super().__init__(config)
         layers, dim = range(config.num_hidden_layers), config.hidden_size
         kv_dim = dim // config.num_attention_heads * config.num_key_value_heads
         vocab = -(-config.vocab_size // VOCAB_ALIGNMENT) * VOCAB_ALIGNMENT
         self.token_embedding, self.unembedding = nn.Embedding(vocab, dim), linear(dim, vocab)
         self.blocks = nn.ModuleList(ArcherChatBlock(config, layer) for layer in layers)
-        own = [layer for layer in layers if has_value_embedding(config, layer)]
+        own = filter(config.has_value_embedding, layers)
         self.value_embeddings = nn.ModuleDict({str(i): nn.Embedding(vocab, kv_dim) for i in own})
         if config.residual_lambdas:
+            self._keep_in_fp32_modules_strict = {"residual_lambdas", "input_lambdas"}
             self.residual_lambdas = nn.Parameter(torch.ones(len(layers)))
             self.input_lambdas = nn.Parameter(torch.zeros(len(layers)))
         if config.smear:
@@ -195,9 +183,7 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T), shifted here; -100 is ignored.
         """
         if input_ids is None:
-            raise ValueError(
-                "ArcherChat needs input_ids: its layers look up tokens, not embeddings"
-            )
+            raise ValueError("ArcherChat needs input_ids: its layers look tokens up")
         if self.dtype == torch.float16:
             raise ValueError("ArcherChat overflows in float16: load it in bfloat16 or float32")
         cache = past_key_values if cache is None else cache
@@ -209,8 +195,9 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None:
             tokens = torch.where(attention_mask[:, slots] > 0, input_ids, -1)
         if cache is not None:
-            tokens = self._remember(cache, tokens, slots)  # from the row's first on
-        hidden = self._hidden(input_ids, tokens, attention_mask, position_ids, cache, slots)
+            tokens = self._remember(cache, tokens, slots)
+        positions = slots[None] if position_ids is None else position_ids
+        hidden = self._hidden(input_ids, tokens, attention_mask, positions, cache, slots)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.unembedding(hidden[:, kept])[..., : self.config.vocab_size]
         logits = LOGIT_CAP * torch.tanh(logits.float() / LOGIT_CAP)
@@ -220,7 +207,7 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _remember(self, cache: Cache, tokens: Tensor, slots: Tensor) -> Tensor:
-        """Add token ids (B, T), -1 for padding, to those in the cache, and return all."""
+        """Add token ids (B, T), -1 for padding, to those in the cache; return the whole rows."""
         layer = self.config.num_hidden_layers
         if 0 < len(cache.layers) <= layer:
             length = getattr(cache.layers[0], "max_cache_len", None)
@@ -229,42 +216,33 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
         return cache.update(state, state, layer, {"cache_position": slots})[0][:, 0, :, 0]
 
     def _hidden(
-        self,
-        input_ids: Tensor,
-        tokens: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        slots: Tensor,
+        self, ids: Tensor, row: Tensor, real: Tensor | None, at: Tensor, cache: Any, slots: Tensor
     ) -> Tensor:
-        """Return the unembedding's input (B, T, C).
+        """Return the unembedding's input (B, T, C) for token ids (B, T).
 
         Args:
-            tokens: (B, S) of the whole row, -1 for padding; `slots` (T,) are the new ones' places.
+            row: (B, S) ids from the first on, -1 for padding; `slots` (T,) are the given ones'.
+            real: the attention mask; `at`: positions (B, T) or (1, T).
         """
-        config, x = self.config, norm(self.token_embedding(input_ids))
+        config, x = self.config, norm(self.token_embedding(ids))
         if config.smear:
-            before = F.pad(tokens, (1, 0), value=-1)[:, slots]
+            before = F.pad(row, (1, 0), value=-1)[:, slots]
             gate = (
                 torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS])) * (before >= 0)[..., None]
             )
             x = x + self.smear_lambda * gate * norm(self.token_embedding(before.clamp(min=0)))
-        distance = slots[:, None] - torch.arange(tokens.size(1), device=x.device)  # (T, S)
+        distance = slots[:, None] - torch.arange(row.size(1), device=x.device)  # (T, S)
         visible = (distance >= 0)[None, None]
-        if attention_mask is not None:  # padding sees itself, or its softmax would be empty
-            real = attention_mask[:, None, None, : tokens.size(1)] > 0
-            visible = visible & real | (distance == 0)
+        if real is not None:  # padding sees itself, or its softmax would be empty
+            visible = visible & (real[:, None, None, : row.size(1)] > 0) | (distance == 0)
         masks = {window: visible & (distance <= window) for window in set(config.windows)}
-        positions = slots[None] if position_ids is None else position_ids
-        head_dim = config.hidden_size // config.num_attention_heads
-        rotary = rotary_tables(positions, head_dim, x.dtype)
+        rotary = rotary_tables(at, config.hidden_size // config.num_attention_heads, x.dtype)
         x0, middle = x, x
         for i, block in enumerate(self.blocks):
             if config.residual_lambdas:
                 x = self.residual_lambdas[i] * x + self.input_lambdas[i] * x0
-            known = has_value_embedding(config, i)
-            value = self.value_embeddings[str(i)](input_ids) if known else None
-            x = block(x, value, rotary, masks[config.windows[i]], cache, slots)
+            table = self.value_embeddings[str(i)](ids) if config.has_value_embedding(i) else None
+            x = block(x, table, rotary, masks[config.windows[i]], cache, slots)
             if i == config.num_hidden_layers // 2:
                 middle = x
         return norm(x - self.backout_lambda * middle if config.backout else x)

@@ -121,9 +121,10 @@ async def _start_chat(
     except ContextFull as error:
         problem = f"do not fit: {error}"
         raise asked.BadRequest("messages", problem, "context_length_exceeded") from error
-    if (schema := body.response_format.schema_content) is not None:
+    schema = body.response_format.schema_content if body.response_format else None
+    if schema is not None:
         try:
-            mask = await asyncio.to_thread(build_mask, model.vocabulary, schema)
+            mask = await asyncio.to_thread(lambda: build_mask(model.vocabulary, schema))
         except UsageError as error:
             raise asked.BadRequest("response_format", f"cannot be kept to: {error}") from error
         request = replace(request, mask=mask, hook=None)

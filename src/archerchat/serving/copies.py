@@ -30,8 +30,8 @@ from archerchat.home import Home
 from archerchat.runtime import build_runtime, prepare_process
 from archerchat.serving.app import SEND_SECONDS, build_app, protect, until_gone
 from archerchat.serving.config import ServeConfig
-from archerchat.serving.guard import AsciiJSON, refusal
-from archerchat.serving.info import as_metrics
+from archerchat.serving.guard import refusal
+from archerchat.serving.info import show_stats
 
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
@@ -82,7 +82,8 @@ class Copy:
                 started = True
                 async for chunk in found.aiter_raw():
                     message = {"type": "http.response.body", "body": chunk, "more_body": True}
-                    await asyncio.wait_for(send(message), SEND_SECONDS)
+                    async with asyncio.timeout(SEND_SECONDS):  # wait_for may lose a cancellation
+                        await send(message)
                 await send({"type": "http.response.body", "body": b""})
         except httpx.TransportError:
             if started:
@@ -154,7 +155,7 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
             is_list = isinstance(values[0], list)
             add = max if name == "uptime_seconds" else sum
             total[name] = sorted(set().union(*values)) if is_list else add(values)
-        return as_metrics(total) if request.url.path == "/metrics" else AsciiJSON(total)
+        return show_stats(request, total)
 
     async def forward(scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)

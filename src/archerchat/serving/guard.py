@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.serving.models import UnknownModel
@@ -21,8 +22,26 @@ from archerchat.serving.worker import Overloaded
 
 MAX_BODY_BYTES = 8 * 2**20
 BODY_SECONDS = 30.0
+HEADER_SECONDS = 15.0
 RETRY_SECONDS = 1
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """A connection that closes unless a request is on it when `HEADER_SECONDS` have passed.
+
+    Uvicorn itself waits for ever for the end of a request's headers.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(HEADER_SECONDS, self._look)
+
+    def _look(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(HEADER_SECONDS, self._look)
 
 
 class AsciiJSON(Response):

@@ -38,10 +38,9 @@ Shared = Annotated[Server, Depends(_server)]
 @router.get("/v1/models")
 async def list_models(server: Shared) -> Response:
     """List the models on offer; the first answers requests that name none."""
-    data = [
-        {**card.describe(), "loaded": card.name in server.models.loaded}
-        for card in server.models.cards.values()
-    ]
+    loaded = server.models.loaded
+    cards = server.models.cards.values()
+    data = [{**card.describe(), "loaded": card.name in loaded} for card in cards]
     return AsciiJSON({"object": "list", "data": data})
 
 
@@ -92,30 +91,14 @@ async def health() -> Response:
 
 
 @router.get("/stats")
-async def stats(server: Shared) -> Response:
-    """Return what is loaded, what is at work, and counts since the start."""
-    return AsciiJSON(_stats(server))
-
-
 @router.get("/metrics")
-async def metrics(server: Shared) -> Response:
-    """Return the numbers of /stats in the form that Prometheus reads."""
-    return as_metrics(_stats(server))
+async def stats(request: Request, server: Shared) -> Response:
+    """Return what is loaded, what is at work, and counts since the start.
 
-
-def as_metrics(stats: dict[str, Any]) -> Response:
-    """Write the numbers of /stats in the form that Prometheus reads."""
-    lines = []
-    for name, value in stats.items():
-        if isinstance(value, int | float):
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# TYPE archerchat_{name} {kind}", f"archerchat_{name} {value}"]
-    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
-
-
-def _stats(server: Server) -> dict[str, Any]:
+    /metrics has the numbers in the form that Prometheus reads.
+    """
     worker, loaded = server.worker, list(server.models.loaded.values())
-    return {
+    found = {
         "uptime_seconds": round(time.monotonic() - server.started, 3),
         "rows": sum(each.engine.num_running for each in loaded),
         "waiting": sum(each.engine.num_waiting for each in loaded),
@@ -127,3 +110,16 @@ def _stats(server: Server) -> dict[str, Any]:
         "generated_tokens_total": worker.generated_tokens,
         "models": [each.card.name for each in loaded],
     }
+    return show_stats(request, found)
+
+
+def show_stats(request: Request, found: dict[str, Any]) -> Response:
+    """Return figures as the path of the request says."""
+    if request.url.path == "/stats":
+        return AsciiJSON(found)
+    lines = []
+    for name, value in found.items():
+        if isinstance(value, int | float):
+            kind = "counter" if name.endswith("_total") else "gauge"
+            lines += [f"# TYPE archerchat_{name} {kind}", f"archerchat_{name} {value}"]
+    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")

@@ -147,7 +147,7 @@ class ChatRequest(Sampled, ConversationRequest):
     tools: list[Any] | None = None
     """Clients offer them unasked; the model calls none of them."""
     tool_choice: Literal["none", "auto"] | None = None
-    response_format: ResponseFormat = ResponseFormat()
+    response_format: ResponseFormat | None = None
 
     def params(self) -> SamplingParams:
         """Return the engine's parameters."""

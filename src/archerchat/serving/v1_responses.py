@@ -34,7 +34,7 @@ class TextFormat(BaseModel):
 
 
 class TextOptions(BaseModel):
-    format: TextFormat = TextFormat(schema={})
+    format: TextFormat | None = None
 
 
 class ResponsesRequest(Sampled):
@@ -47,7 +47,7 @@ class ResponsesRequest(Sampled):
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=2**31)
     truncation: Literal["auto", "disabled"] = "auto"
-    text: TextOptions = TextOptions()
+    text: TextOptions | None = None
     tools: list[Any] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     previous_response_id: None = None
@@ -62,14 +62,10 @@ class ResponsesRequest(Sampled):
         if self.instructions:
             messages.insert(0, Message(role="system", content=self.instructions))
         shared = self.model_dump(include=Sampled.model_fields.keys() | {"truncation"})
-        form = self.text.format
-        wanted = {"type": form.type, "json_schema": {"schema": form.content}}
-        return ChatRequest(
-            **shared,
-            messages=messages,
-            max_tokens=self.max_output_tokens,
-            response_format=ResponseFormat.model_validate(wanted),
-        )
+        if self.text and (form := self.text.format):
+            wanted = {"type": form.type, "json_schema": {"schema": form.content}}
+            shared["response_format"] = ResponseFormat.model_validate(wanted)
+        return ChatRequest(**shared, messages=messages, max_tokens=self.max_output_tokens)
 
 
 def _plain(content: str | list[Part]) -> str | list[Part]:

@@ -46,21 +46,22 @@ class Stream:
     """What happens to the requests of one HTTP request.
 
     Attributes:
+        numbers: those of the requests.
         started, first_token, last_token: `time.monotonic()` of its start and its tokens.
+        cached: prompt tokens that were not run again, by request.
+        tokens: said so far, stop tokens included.
     """
 
     worker: Worker
     engine: Engine
     requests: Sequence[Request]
-    first_number: int
+    numbers: range
     open_samples: int
     started: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     last_token: float = 0.0
     cached: dict[int, int] = field(default_factory=dict)
-    """Prompt tokens that were not run again, by request."""
     tokens: int = 0
-    """Tokens said so far, stop tokens included."""
     queue: asyncio.Queue[list[Event] | Exception] = field(default_factory=asyncio.Queue)
 
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
@@ -79,8 +80,7 @@ class Stream:
 
     def choice(self, event: Event) -> int:
         """Return the number of the sample among all of this stream's."""
-        number = event.request - self.first_number
-        before = self.requests[:number]
+        before = self.requests[: self.numbers.index(event.request)]
         return sum(request.params.num_samples for request in before) + event.sample
 
     def close(self) -> None:
@@ -89,19 +89,20 @@ class Stream:
 
     def timings(self) -> dict[str, float]:
         """Return counts and speeds, under llama.cpp's names."""
-        prompt = sum(len(request.prompt) for request in self.requests)
         cached, first = sum(self.cached.values()), self.first_token or time.monotonic()
-        waited, decoded = first - self.started, max(self.last_token - first, 1e-9)
+        run = sum(len(request.prompt) for request in self.requests) - cached
+        waited, decoded = first - self.started, self.last_token - first
         decoding = max(self.tokens - len(self.requests), 0)
-        return {
+        found = {
             "cache_n": cached,
-            "prompt_n": prompt - cached,
-            "prompt_ms": round(1000 * waited, 3),
-            "prompt_per_second": round((prompt - cached) / max(waited, 1e-9), 3),
+            "prompt_n": run,
+            "prompt_ms": 1000 * waited,
+            "prompt_per_second": run / max(waited, 1e-9),
             "predicted_n": self.tokens,
-            "predicted_ms": round(1000 * decoded, 3) if decoding else 0.0,
-            "predicted_per_second": round(decoding / decoded, 3) if decoding else 0.0,
+            "predicted_ms": 1000 * decoded if decoding else 0.0,
+            "predicted_per_second": decoding / max(decoded, 1e-9),
         }
+        return {name: round(value, 3) for name, value in found.items()}
 
 
 class Worker:
@@ -165,9 +166,9 @@ class Worker:
             raise Overloaded(f"{self.samples} answers are in work: try again in a moment")
         for request in requests:
             engine.check(request)
-        stream = Stream(self, engine, requests, self._next_number, samples)
         numbers = range(self._next_number, self._next_number + len(requests))
-        self._next_number += len(requests)
+        self._next_number = numbers.stop
+        stream = Stream(self, engine, requests, numbers, samples)
         self._streams |= dict.fromkeys(numbers, stream)
         self.samples += samples
         self.requests += 1
@@ -183,16 +184,15 @@ class Worker:
 
     def close(self, stream: Stream) -> None:
         """Forget a stream; cancel what is still running of it."""
-        numbers = range(stream.first_number, stream.first_number + len(stream.requests))
-        if self._streams.get(stream.first_number) is not stream:
+        if stream.numbers.start not in self._streams:
             return
-        for number in numbers:
+        for number in stream.numbers:
             del self._streams[number]
         self.samples -= sum(request.params.num_samples for request in stream.requests)
         if stream.open_samples:
 
             def cancel() -> None:
-                for number in numbers:
+                for number in stream.numbers:
                     stream.engine.cancel(number)
 
             self._inbox.put(cancel)
@@ -233,9 +233,8 @@ class Worker:
         for event in events:
             if (stream := self._streams.get(event.request)) is None:
                 continue
-            number = event.request - stream.first_number
-            if number not in stream.cached:
-                stream.cached[number] = event.cached
+            if event.request not in stream.cached:
+                stream.cached[event.request] = event.cached
                 self.cached_tokens += event.cached
             stream.tokens += 1
             self.generated_tokens += 1

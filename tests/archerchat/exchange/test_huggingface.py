@@ -90,11 +90,20 @@ def test_a_model_that_the_library_lacks_is_not_written_as_its(
     assert not (tmp_path / "hf").exists()
 
 
-def test_the_card_has_what_the_checkpoint_knows(trained_home: TinyHome, tmp_path: Path) -> None:
+def test_the_card_has_what_training_and_evaluations_left(
+    trained_home: TinyHome, tmp_path: Path
+) -> None:
+    task = {"accuracy": 0.5, "correct": 2, "examples": 4, "random_baseline": 0.25, "seconds": 1.0}
+    result = {"step": 4, "core": 0.3333, "num_tasks": 1, "tasks": {"arc_easy": task}}
+    path = trained_home.eval_dir("base", "tiny") / "core_000004.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(result))
     assert trained_home.run("export", "huggingface", "tiny", str(tmp_path / "hf")) == 0
     card = (tmp_path / "hf" / "README.md").read_text()
     for line in ("| Tokens | 2,048 |", "| Data | tiny |", "| Stage | base, step 4 |"):
         assert line in card
+    assert "## CORE 0.3333" in card
+    assert "| arc_easy | 0.5000 | 0.150 to 0.850 | 4 | 0.25 |" in card
     assert 'from_pretrained("hf", trust_remote_code=True)' in card
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +104,7 @@ def test_logits_equal_ours(name: str, tokenizer: Tokenizer, tmp_path: Path, ids:
 def test_a_plain_model_loads_without_our_code(
     tokenizer: Tokenizer, tmp_path: Path, ids: Tensor
 ) -> None:
+    pytest.importorskip("transformers.models.nanochat")  # since version 5
     from transformers import AutoModelForCausalLM
 
     model = build(replace(WHOLE, **PLAIN, window_pattern="L"))
@@ -280,3 +283,17 @@ def test_a_pipeline_answers(exported: Path) -> None:
     answer = pipeline("text-generation", model=str(exported), trust_remote_code=True)
     (said,) = answer([{"role": "user", "content": "Hi"}], max_new_tokens=4, do_sample=False)
     assert said["generated_text"][-1]["role"] == "assistant"
+
+
+@pytest.mark.slow
+def test_the_benchmark_ends_with_its_figures() -> None:
+    script = Path(__file__).resolve().parents[3] / "benchmarks" / "export.py"
+    sizes = ["--depth", "2", "--vocab-size", "512", "--tokens", "4", "--max-seq-len", "128"]
+    done = subprocess.run(
+        [sys.executable, script, *sizes], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["max_logit_difference"] < 1e-4
+    assert figures["tokens_equal"]
+    assert figures["round_trip_equal"]

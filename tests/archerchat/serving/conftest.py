@@ -23,6 +23,7 @@ from archerchat.home import Home
 from archerchat.runtime import build_runtime
 from archerchat.serving.app import build_app
 from archerchat.serving.config import ServeConfig
+from archerchat.serving.guard import Connection
 
 Open = Callable[..., TestClient]
 URL = "http://127.0.0.1"
@@ -59,7 +60,7 @@ def client(served_home: Home) -> Iterator[TestClient]:
 def listening(app: FastAPI) -> Iterator[tuple[str, int]]:
     """Run an application on a free port; yield its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    running = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="warning"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

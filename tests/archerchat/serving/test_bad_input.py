@@ -28,6 +28,10 @@ def schema(content: Any) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "a", "schema": content}}
 
 
+def deep(depth: int) -> dict[str, Any]:
+    return {"items": deep(depth - 1)} if depth else {}
+
+
 REFUSED = [
     (CHAT, {}, 400, "messages"),
     (CHAT, {"messages": []}, 400, "messages"),
@@ -60,6 +64,7 @@ REFUSED = [
      "response_format"),
     (CHAT, {"messages": HELLO, "response_format": schema({"type": "string", "pattern": "("})}, 400,
      "response_format"),
+    (CHAT, {"messages": HELLO, "response_format": schema(deep(400))}, 400, "response_format"),
     (CHAT, {"messages": HELLO, "response_format": schema({"title": "a" * 70_000})}, 400,
      "response_format.json_schema.schema"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema":

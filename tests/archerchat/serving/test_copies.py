@@ -22,12 +22,14 @@ TEXT = "/v1/completions"
 
 @pytest.fixture(scope="module")
 def client(served_home: Any, listen: Any) -> Iterator[httpx.Client]:
-    config = ServeConfig(device="cpu", dtype="float32", api_key="secret")
+    config = ServeConfig(device="cpu", dtype="float32", api_key="secret", max_batch=1)
     with (
         listen(build_front(served_home, config, 2)) as address,
         httpx.Client(base_url="http://{}:{}".format(*address), timeout=60) as found,
     ):
         found.headers["authorization"] = "Bearer secret"
+        for prompt in "abcdefgh":  # so that both copies have loaded the model
+            found.post(TEXT, json={"prompt": prompt, "max_tokens": 1})
         yield found
 
 
@@ -54,8 +56,8 @@ def test_requests_at_once_are_shared_and_a_prompt_finds_its_copy(client: httpx.C
     assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
     stats = client.get("/stats").json()
     assert (stats["copies"], stats["rows"], stats["samples_in_work"]) == (2, 0, 0)
-    assert stats["requests_total"] == before["requests_total"] + 1 == 5
-    assert "archerchat_requests_total 5\n" in client.get("/metrics").text
+    assert stats["requests_total"] == before["requests_total"] + 1 == 13
+    assert "archerchat_requests_total 13\n" in client.get("/metrics").text
     lines = client.post(TEXT, json=body | {"stream": True, "n": 1}).text.split("\n\n")
     assert len(lines) == 22
     assert client.post(TEXT, json={"prompt": 3}).json()["error"]["param"] == "prompt"
@@ -64,14 +66,14 @@ def test_requests_at_once_are_shared_and_a_prompt_finds_its_copy(client: httpx.C
 
 
 def test_a_client_that_leaves_frees_its_row_in_the_copy(client: httpx.Client) -> None:
-    body = {"prompt": "ab", "max_tokens": 50, "n": 64, "stream": True}
+    body = {"prompt": "ab", "max_tokens": 50, "n": 128, "stream": True}
+    body |= {"logit_bias": {"351": -100}}  # no BOS, which would end it
+    before = client.get("/stats").json()["generated_tokens_total"]
     with client.stream("POST", TEXT, json=body) as response:
-        next(response.iter_lines())
-        assert client.get("/stats").json()["samples_in_work"] > 0
-    until = time.monotonic() + 5
-    while client.get("/stats").json()["samples_in_work"] and time.monotonic() < until:
+        assert next(response.iter_lines()).startswith("data: {")
+    while (stats := client.get("/stats").json())["samples_in_work"]:
         time.sleep(0.01)
-    assert client.get("/stats").json()["samples_in_work"] == 0
+    assert stats["generated_tokens_total"] - before < 0.9 * 128 * 50
 
 
 def test_a_copy_that_ends_is_started_again(client: httpx.Client) -> None:

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ import pytest
 pytest.importorskip("sse_starlette")
 import httpx
 
+from archerchat import load
+from archerchat.evals.core.bundle import OFFLINE_BUNDLE, load_bundle
 from archerchat.runtime import build_runtime
+from archerchat.serving import guard
 from archerchat.serving.app import build_app
 from archerchat.serving.config import ServeConfig
 
@@ -90,6 +94,20 @@ def test_slow_and_silent_clients_hold_nobody_up(server: Any) -> None:
         assert client.get("/health").status_code == 200
 
 
+def test_headers_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that takes longer than headers may is not."""
+    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.2)
+    client, address = server
+    with (
+        opened(address, "GET /health HTTP/1.1") as slow,
+        httpx.Client(base_url=client.base_url) as other,
+    ):
+        answer = other.post("/v1/completions", json=LONG | {"stream": False})
+        assert answer.elapsed.total_seconds() > 0.5
+        assert answer.json()["usage"]["completion_tokens"] == 50
+        assert slow.recv(1) == b""
+
+
 def test_a_body_of_100_mb_is_refused_unread(server: Any) -> None:
     _, address = server
     head = b"Content-Type: application/json\r\nContent-Length: 104857600\r\n\r\n"
@@ -130,3 +148,63 @@ def test_the_openai_client(server: Any) -> None:
     assert "".join(deltas) == text
     with pytest.raises(openai.NotFoundError, match="there is no model 'x'"):
         client.chat.completions.create(model="x", messages=messages)
+
+
+def test_what_open_webui_sends(server: Any) -> None:
+    """Recorded of 0.12: it offers tools with each message, and asks for a title in one piece."""
+    client, _ = server
+    names = [model["id"] for model in client.get("/v1/models").json()["data"]]
+    tool = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
+    body = {"model": names[0], "messages": [{"role": "user", "content": "ab"}], "stream": True,
+            "tools": [tool], "max_tokens": 5}  # fmt: skip
+    assert client.post("/v1/chat/completions", json=body).text.rstrip().endswith("[DONE]")
+    title = body | {"stream": False, "max_completion_tokens": 1000}
+    del title["tools"], title["max_tokens"]
+    answer = client.post("/v1/chat/completions", json=title).json()
+    assert answer["choices"][0]["message"]["role"] == "assistant"
+
+
+@pytest.mark.slow
+def test_the_harness_scores_what_our_evaluation_scores(
+    server: Any, served_home: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EleutherAI's `local-completions` over HTTP, on a task of the offline bundle."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    pytest.importorskip("aiohttp")
+    harness = pytest.importorskip("lm_eval")
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    tasks = load_bundle(OFFLINE_BUNDLE).tasks
+    task = next(each for each in tasks if each.label == "offline_closing_bracket")
+    configuration = {
+        "task": "closing",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(task.path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "query",
+        "target_delimiter": task.delimiter,
+        "doc_to_choice": "choices",
+        "doc_to_target": "gold",
+    }
+    (tmp_path / "closing.yaml").write_text(json.dumps(configuration))
+    found = harness.simple_evaluate(
+        model="local-completions",
+        model_args={
+            "model": "tiny:base",
+            "base_url": f"{server[0].base_url}/v1/completions",
+            "tokenizer_backend": "remote",
+            "tokenized_requests": False,
+        },
+        tasks=["closing"],
+        task_manager=manager(include_path=str(tmp_path), include_defaults=False),
+        limit=12,
+        bootstrap_iters=0,
+    )
+    model = load("tiny", device="cpu", dtype="float32", home=served_home.root)
+    for sample in found["samples"]["closing"]:
+        query, choices = sample["doc"]["query"], sample["doc"]["choices"]
+        scores = model.score(query, *(task.delimiter + choice for choice in choices))
+        theirs = [result[0] for result in sample["filtered_resps"]]
+        assert theirs == pytest.approx(scores, abs=1e-3)

@@ -135,6 +135,31 @@ def test_extend_goes_on_and_says_what_the_rate_will_do(
     assert "already trained: step 6 is in" in capsys.readouterr().out
 
 
+def test_extend_continues_an_imported_run(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a checkpoint has weights and moments only."""
+    directory = trained_home.checkpoint_dir("base", "tiny")
+    saved = load_checkpoint(directory / "step_000004", sections=("model", "optimizer"))
+    meta = {name: saved.meta[name] for name in ("model_config", "tokenizer", "stage")}
+
+    def save(*sections: str) -> None:
+        save_checkpoint(directory, 4, {name: saved.state[name] for name in sections}, meta)
+
+    save("model")
+    assert trained_home.pretrain(num_iterations=6, extend=True) == 2
+    assert "imported without optimizer state" in capsys.readouterr().err
+    save("model", "optimizer")
+    assert trained_home.pretrain(num_iterations=6, aspect_ratio=32, extend=True) == 2
+    assert "model_config.model_dim: 32 saved, 64 now" in capsys.readouterr().err
+    assert trained_home.pretrain(num_iterations=6, extend=True) == 0
+    loop = load_checkpoint(directory / "step_000006", sections=("loop",)).state["loop"]
+    assert (loop["step"], loop["tokens"]) == (6, 6 * 512)
+    last = load_checkpoint(directory / "step_000006", sections=("optimizer",)).state["optimizer"]
+    assert last["steps_taken"] == 6
+    assert re.search(r"step 6/6 .*loss [56]\.", capsys.readouterr().out)
+
+
 def test_extend_warns_of_a_jump_back_to_a_high_rate(
     tiny_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -294,6 +294,23 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(
     assert steps(trained_home) == []
 
 
+def test_a_file_in_another_layout_is_learned_and_named(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And the exported model's card says what it came from."""
+    line = json.dumps({"instruction": "a b c", "input": "", "output": "d e f"})
+    path, folder = tmp_path / "talks.jsonl", tmp_path / "hf"
+    path.write_text(f"{line}\n" * 40)
+    more = {"num_iterations": 2, "total_batch_size": 256, "sample_every": "none"}
+    assert trained_home.run(*words(mixture="none", jsonl=path, **more)) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "talks.jsonl: 40 in Alpaca layout" in output
+    assert trained_home.run("export", "huggingface", "tiny", str(folder)) == 0
+    card = (folder / "README.md").read_text()
+    assert "| Started from | base model tiny, step 4 |" in card
+    assert "apply_chat_template" in card
+
+
 # Bad input
 
 
