@@ -7,6 +7,7 @@ time is the distance between two callbacks of requestAnimationFrame while the in
 
     python benchmarks/endlex_page.py                     20 runs of 1,000,000 points
     python benchmarks/endlex_page.py --points 20000      a quick look
+    python benchmarks/endlex_page.py --runs 50 --metrics 300 --points 100000   many of both
 
 Needs the extra endlex[server], Playwright's Python package and a Chromium on PATH. The last line
 is JSON; `p95_frame_ms` is the worse of the two pages.
@@ -55,17 +56,20 @@ def main() -> None:
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as directory, running_server(Path(directory)) as url:
         began = time.perf_counter()
-        runs = [load_run(url, number, options.points) for number in range(options.runs)]
+        sizes = (options.points, options.metrics)
+        runs = [load_run(url, number, *sizes) for number in range(options.runs)]
         seconds = time.perf_counter() - began
         print(f"loaded {options.runs} runs of {options.points:,} points in {seconds:.0f} s")
         result = measure(url, runs, options.seconds)
-    print(json.dumps({**result, "runs": options.runs, "points": options.points}))
+    asked = {"runs": options.runs, "points": options.points, "metrics": options.metrics}
+    print(json.dumps({**result, **asked}))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--points", type=int, default=1_000_000, help="of each metric of a run")
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--metrics", type=int, default=0, help="more of them, of 100 points each")
     parser.add_argument("--seconds", type=float, default=8.0, help="of panning and of zooming")
     return parser.parse_args()
 
@@ -73,11 +77,11 @@ def parse_arguments() -> argparse.Namespace:
 # ---- loading
 
 
-def load_run(url: str, number: int, points: int) -> str:
+def load_run(url: str, number: int, points: int, metrics: int) -> str:
     """Send one run whole and return its id."""
     run = f"benchrun{number:02d}"
     offset = 0
-    for body in iter_batches(run, number, points):
+    for body in iter_batches(run, number, points, metrics):
         crc = f"{zlib.crc32(body):08x}"
         address = f"{url}/api/v1/runs/{run}/sessions/{SESSION}/journal?offset={offset}&crc={crc}"
         request = urllib.request.Request(address, data=body, method="POST")
@@ -86,7 +90,7 @@ def load_run(url: str, number: int, points: int) -> str:
     return run
 
 
-def iter_batches(run: str, number: int, points: int) -> Iterator[bytes]:
+def iter_batches(run: str, number: int, points: int, metrics: int) -> Iterator[bytes]:
     """Yield the run's journal in pieces of whole lines: noisy losses with a few spikes."""
     draw = random.Random(number)
     session: dict[str, Any] = {"type": "session", "session": SESSION, "seq": 0, "time": 1.7e9}
@@ -94,6 +98,10 @@ def iter_batches(run: str, number: int, points: int) -> Iterator[bytes]:
     session |= {"config": {"seed": number}, "tags": [], "group": None, "notes": "", "host": "here"}
     session |= {"pid": 1, "rank": 0, "kind": "trainer"}
     lines = [json.dumps(session)]
+    head = {"type": "metrics", "session": SESSION, "seq": 0, "time": 1.7e9}
+    for step in range(100 if metrics else 0):
+        many = {f"layer{n // 50}/norm{n % 50:02d}": draw.gauss(n, 1) for n in range(metrics)}
+        lines.append(json.dumps({**head, "step": step * points // 100, "values": many}))
     size = 0
     first, second = METRICS
     for step in range(points):

@@ -140,6 +140,17 @@ def test_endlex_stands_alone() -> None:
             assert not [i for i in imports(name) if i.startswith("endlex.server")], name
 
 
+def test_the_rooms_of_the_server_import_downwards() -> None:
+    rooms = ("web", "api", "watch", "store")
+    for name in modules():
+        room = [*name.split("."), "", ""][2]
+        if name.startswith("endlex.server.") and room in rooms:
+            above = {f"endlex.server.{other}" for other in rooms[: rooms.index(room)]}
+            wrong = [i for i in imports(name) if ".".join(i.split(".")[:3]) in above]
+            # An export hands out the page that `web` makes.
+            assert not wrong or name == "endlex.server.api.export", f"{name} -> {wrong}"
+
+
 def test_one_module_talks_to_endlex() -> None:
     """And uses only what `endlex.__all__` offers: its modules may move."""
     door = "archerchat.training.telemetry"

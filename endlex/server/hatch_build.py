@@ -2,7 +2,7 @@
 
 The library is not kept in the repository. When a wheel, an editable install or an sdist is built
 and the files are not there yet, npm fetches the pinned version, its known hash is checked, and the
-three files that the pages use go to `server/static/vendor/uplot`. Where there is no npm on PATH, a
+three files that the pages use go to `server/web/static/vendor/uplot`. Where npm is not on PATH, a
 Node that installs from the Python index is a requirement of the build alone; who installs a built
 wheel needs neither. A build that cannot fetch it goes on with a warning, since all else of
 the server works, unless ENDLEX_REQUIRE_ASSETS=1 (set it for a release).
@@ -55,7 +55,7 @@ class AssetError(Exception):
 class CustomBuildHook(BuildHookInterface[Any]):
     """What hatchling calls; its name is hatchling's choice."""
 
-    FOLDER = "src/endlex/server/static/vendor/uplot"
+    FOLDER = "src/endlex/server/web/static/vendor/uplot"
     PACKAGES: tuple[Package, ...] = (UPLOT,)
     WITHOUT = "endlex: the pages will draw no charts"
 

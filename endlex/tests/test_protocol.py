@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from endlex import protocol
-from endlex.protocol import EndlexError, decode_number, encode_number
+from endlex.protocol import EndlexError, decode_number, encode_number, move_aliases
 
 DIGEST = "a" * 64
 
@@ -133,3 +133,16 @@ def test_numbers_travel_as_json() -> None:
     assert decode_number(decode_number("-Infinity")) == -math.inf
     with pytest.raises(EndlexError, match="'infinity' is not a number"):
         decode_number("infinity")
+
+
+def test_an_alias_is_that_of_the_newest_published_checkpoint() -> None:
+    def saved(name: str, created: float, state: str, *aliases: str) -> dict[str, Any]:
+        return {"name": name, "created": created, "state": state, "aliases": list(aliases)}
+
+    found = [
+        saved("a", 1.0, "published", "best", "last", "keep"),
+        saved("c", 3.0, "announced", "last"),
+        saved("b", 2.0, "published", "last", "keep"),
+    ]
+    move_aliases(found)
+    assert [one["aliases"] for one in found] == [["best", "keep"], [], ["last", "keep"]]

@@ -9,36 +9,49 @@
 
 `endlex.run` is the run that `init` returned last, and `endlex.log` and so on act on it. What is
 on the disk can be read back: `read_run` yields a run's records, and `read_run_file` returns the id
-and names of the run in a directory.
+and names of the run in a directory. `endlex.Api` reads the runs of a server.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from endlex.client.journal import read_run
 from endlex.client.run import Run
 from endlex.client.run_directory import given_run_id, read_run_file
 from endlex.client.tracker import (
+    alert,
     current_run,
     finish,
     init,
     log,
+    log_file,
+    log_histogram,
+    log_image,
     log_table,
     log_text,
     save,
 )
 from endlex.protocol import EndlexError
+from endlex.reading import read_run
 
 if TYPE_CHECKING:
+    from endlex.api import Api
+    from endlex.client.environment import describe_environment
+
     run: Run | None
     __version__: str
 
 __all__ = [
+    "Api",
     "EndlexError",
     "Run",
+    "alert",
+    "describe_environment",
     "finish",
     "given_run_id",
     "init",
     "log",
+    "log_file",
+    "log_histogram",
+    "log_image",
     "log_table",
     "log_text",
     "read_run",
@@ -47,10 +60,16 @@ __all__ = [
     "save",
 ]
 
+LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.environment"}
+
 
 def __getattr__(name: str) -> Any:
     if name == "run":
         return current_run()
+    if name in LATE:  # what a trainer rarely needs: importing it takes long
+        from importlib import import_module
+
+        return getattr(import_module(LATE[name]), name)
     if name == "__version__":
         from importlib.metadata import version
 

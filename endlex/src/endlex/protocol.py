@@ -11,7 +11,9 @@ the session) and `time` (Unix seconds); the other keys depend on the type:
     text        step, name, text
     table       step, name, columns, rows
     checkpoint  step, name, files [{path, bytes}], aliases, metadata
-    finish      status
+    media       step, name, kind, mime, bytes, parts [{sha256, bytes}], caption
+    alert       title, text, level
+    finish      status, reason
 
 `session` is the first of every session. A journal's content is its bytes up to the last line end:
 what follows is torn. Readers keep and ignore types that they do not know.
@@ -38,7 +40,16 @@ METRICS = "metrics"
 TEXT = "text"
 TABLE = "table"
 CHECKPOINT = "checkpoint"
+MEDIA = "media"
+ALERT = "alert"
 FINISH = "finish"
+
+CONSOLE, EXCEPTION = "run/console", "run/exception"
+ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages"
+"""Texts that Endlex records itself: what was printed (in chunks), what ended the run, and what it
+was. Their steps are the session's number, of the console's chunks a million times that and more."""
+LEVELS = ("info", "warning", "error")
+"""Of an alert."""
 
 TRAINER = "trainer"
 SYSTEM = "system"
@@ -65,12 +76,15 @@ SCOPES: dict[Scope, str] = {
 
 REPLACES = "replaces"
 """Key in a checkpoint's metadata: once published, it replaces the older ones with the same word."""
+KEEP = "keep"
+"""Alias of checkpoints that no rule removes; the only one that several may have."""
 REMOVED = "removed"
 """State of a checkpoint that was published and that a rule or a person let go of since."""
 
 RUN_FILE = "run.json"
 JOURNAL_DIR = "journal"
 STAGED_DIR = "staged"
+MEDIA_DIR = "media"
 MANIFEST_DIR = "manifests"
 
 MAX_NAME_CHARS = 200
@@ -78,6 +92,9 @@ MAX_NAME_CHARS = 200
 MAX_STEP = 2**62
 MAX_TEXT_CHARS = 1_000_000
 """Of one logged text."""
+MAX_CONSOLE_CHARS = 4 * 2**20
+"""Of one session's console; then only its last lines are kept."""
+MAX_REASON_CHARS = 1000
 MAX_BATCH_BYTES = 8 * 2**20
 """Of one batch of journal lines, uncompressed; so also of one record."""
 PART_BYTES = 16 * 2**20
@@ -257,6 +274,19 @@ def _check_distinct(paths: list[str]) -> None:
     directories = {path[:i] for path in paths for i, c in enumerate(path) if c == "/"}
     for path in directories.intersection(paths):
         raise EndlexError(f"{path!r} is a file and a directory in one checkpoint")
+
+
+def move_aliases(checkpoints: list[dict[str, Any]]) -> None:
+    """Leave each alias with the checkpoint that has it now: the newest published one, else any."""
+    owners: dict[str, dict[str, Any]] = {}
+    for checkpoint in sorted(checkpoints, key=lambda c: (c["state"] == "published", c["created"])):
+        owners |= dict.fromkeys(checkpoint["aliases"] or (), checkpoint)
+    for checkpoint in checkpoints:
+        checkpoint["aliases"] = [
+            alias
+            for alias in checkpoint["aliases"] or ()
+            if alias == KEEP or owners[alias] is checkpoint
+        ]
 
 
 def encode_number(value: float) -> float | str:

@@ -70,27 +70,106 @@ def test_the_cursor_names_every_run(
     box = page.locator("figure[data-metric='train/loss'] .u-over").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
     tip = page.locator("figure[data-metric='train/loss'] .chart-tip")
-    expect(tip.locator(".tip-label")).to_have_text(["run 0", "run 1", "run 2"])
+    expect(tip.locator(".tip-label")).to_have_count(3)
+    expect(tip.locator(".tip-closest .tip-label")).to_have_text("run 1")
+    # Below the nearest the best, which of a loss is the lowest, not the highest.
+    assert tip.locator(".tip-label").all_inner_texts() == ["run 1", "run 2", "run 0"]
+    expect(tip.locator(".tip-row", has_text="★")).to_contain_text("run 2")
     # A cursor at the same step stands in the other charts too, without a box.
     other = page.locator("figure[data-metric='val/bpb']")
     expect(other.locator(".chart-value")).to_contain_text("step")
     expect(other.locator(".chart-tip")).to_be_hidden()
 
 
-def test_only_differing_keys_are_shown(page: Any, compared: Any) -> None:
-    open_comparison(page, compared, "#config")
-    keys = page.locator("tbody th")
-    expect(keys).to_have_text(["optim.lr"])
-    page.get_by_label("show equal keys too").check()
-    expect(keys).to_have_text(["depth", "optim.kind", "optim.lr"])
+def test_the_table_has_differing_keys_marks_the_best_and_shows_differences(
+    page: Any, compared: Any
+) -> None:
+    open_comparison(page, compared, "#table")
+    heads = page.locator("thead .sort")
+    expect(heads).to_have_text(
+        ["Name", "optim.lr", "val/bpb", "train/loss", "Group", "Tags", "Duration"]
+    )
+    row = page.locator(f"tr[data-run={RUNS[2]}]")
+    expect(row.locator(".best")).to_have_text(["2.71"])
+    page.locator(f"tr[data-run={RUNS[0]}]").get_by_role("button", name="baseline").click()
+    expect(row.locator("td[data-label='train/loss'] .delta.good")).to_have_text("−2.2")
+    expect(row.locator("td[data-label='optim.lr'] strong")).to_have_text("0.3")
+    page.reload()  # the address keeps it
+    expect(page.locator("tr.baseline")).to_have_attribute("data-run", RUNS[0])
+    page.get_by_role("button", name="train/loss").click()
+    names = page.locator("tbody .run-name")
+    expect(names).to_have_text(["run 2", "run 1", "run 0"])
 
 
-def test_the_summary_has_last_lowest_and_highest(page: Any, compared: Any) -> None:
-    open_comparison(page, compared, "#summary")
-    cells = page.locator("tr[data-metric='train/loss'] td")
-    expect(cells).to_have_text(["4.91", "3.81", "2.71"])
-    page.get_by_label("Which figure").select_option("max")
-    expect(cells).to_have_text(["5", "4", "3"])
+def test_runs_are_added_and_removed_in_place(
+    page: Any, compared: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    page.goto(f"{compared.url}/compare?runs={RUNS[0]},{RUNS[1]}")
+    wait_for_chart(page, "train/loss")
+    page.get_by_label("Add a run").fill("run 2")
+    option = page.locator("#runs-to-add option")
+    expect(option).to_have_count(1)
+    page.get_by_label("Add a run").fill(RUNS[2])
+    page.get_by_label("Add a run").dispatch_event("change")
+    expect(page.locator(".legend li")).to_have_count(3)
+    assert len(wait_for_chart(page, "train/loss", "chart.lines.length === 3")["lines"]) == 3
+    wait_for_chart(page, "val/bpb")
+    page.get_by_label("Remove run 0").click()
+    lines = wait_for_chart(page, "train/loss", "chart.lines.length === 2")["lines"]
+    assert [line["run"] for line in lines] == [RUNS[1], RUNS[2]]
+    assert RUNS[0] not in page.url
+    assert RUNS[2] in page.url
+
+
+def test_groups_are_a_mean_with_a_band(
+    page: Any, compared: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_comparison(page, compared)
+    wait_for_chart(page, "train/loss", "chart.lines.every((line) => line.x.length)")
+    page.get_by_label("Group runs by").select_option("group")
+    (line,) = wait_for_chart(page, "train/loss", "chart.lines.length === 1")["lines"]
+    assert line["label"] == "no group"
+    assert (line["x"][0], line["y"][0]) == (0, pytest.approx(4.0))
+    assert (line["band"]["low"][0], line["band"]["high"][0]) == (3.0, 5.0)
+    assert line["y"][-1] == pytest.approx(2.71)  # there is one run alone so far
+    page.get_by_label("Band of a group").select_option("error")
+    (line,) = wait_for_chart(page, "train/loss", "chart.lines[0].band.high[0] < 5")["lines"]
+    assert line["band"]["high"][0] == pytest.approx(4 + 1 / 3**0.5)
+    page.reload()
+    wait_for_chart(page, "train/loss", "chart.lines.length === 1")
+    page.get_by_label("Group runs by").select_option("config.optim.lr")
+    lines = wait_for_chart(page, "train/loss", "chart.lines.length === 3")["lines"]
+    assert lines[1]["label"] == "optim.lr = 0.2"
+
+
+def test_a_chosen_colour_is_the_run_s_on_every_page(
+    page: Any, compared: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_comparison(page, compared)
+    first = wait_for_chart(page, "train/loss")["lines"][1]["color"]
+    page.goto(f"{compared.url}/runs/{RUNS[1]}")
+    assert wait_for_chart(page, "train/loss")["lines"][0]["color"] == first
+    open_comparison(page, compared)
+    wait_for_chart(page, "train/loss")
+    page.get_by_label("Colour of run 1").evaluate(
+        "(box) => ((box.value = '#123456'), box.dispatchEvent(new Event('change')))"
+    )
+    wait_for_chart(page, "train/loss", "chart.lines[1].color === '#123456'")
+    page.goto(f"{compared.url}/runs/{RUNS[1]}")
+    assert wait_for_chart(page, "train/loss")["lines"][0]["color"] == "#123456"
+
+
+def test_configuration_against_results(page: Any, compared: Any) -> None:
+    open_comparison(page, compared, "#scatter")
+    expect(page.locator("circle")).to_have_count(1)  # one run has val/bpb
+    page.get_by_label("y", exact=True).select_option("min:train/loss")
+    expect(page.locator("circle")).to_have_count(3)
+    expect(page.locator("circle title").first).to_contain_text("optim.lr: 0.1")
+    page.get_by_role("tab", name="Parallel").click()
+    page.get_by_role("button", name="val/bpb ✕").click()
+    page.get_by_label("add", exact=True).select_option("train/loss")
+    expect(page.locator(".run-line")).to_have_count(3)
+    expect(page.locator(".axis-name")).to_have_text(["optim.lr", "train/loss"])
 
 
 def test_runs_that_are_not_there_are_left_out(

@@ -25,6 +25,9 @@ def exported(new_page: Callable[..., Any], server: Any, tmp_path: Path) -> Any:
     server.log(RUN, {"train/loss": values, "train/tokens": {s: s * 64.0 for s in range(5000)}})
     server.record(RUN, "text", step=3, name="prompt", text=HOSTILE)
     server.record(RUN, "table", step=4, name="tasks", columns=["task"], rows=[[HOSTILE]])
+    panel = {"metrics": ["train/tokens"], "title": HOSTILE}
+    place = {"project": "tests", "kind": "panels", "name": "charts"}
+    server.client.put("/settings", params=place, json={"list": [panel]})
     answer = server.client.get(f"/runs/{RUN}/export", params={"format": "html"})
     assert answer.status_code == 200
     assert "attachment" in answer.headers["content-disposition"]
@@ -46,8 +49,9 @@ def test_charts_samples_tables_and_config_are_inside(
     assert line["x"][0] == 0
     assert line["x"][-1] == 4999
     assert line["y"][-1] == pytest.approx(499.9)
-    assert line["nonfinite"] == [[77, "Infinity"]]
+    assert line["nonfinite"] == [[77, 77, "Infinity"]]
     expect(page.locator("h1")).to_have_text(HOSTILE)
+    expect(page.locator(".panel-chart .chart-title")).to_have_text(HOSTILE)
     page.get_by_role("tab", name="Samples").click()
     expect(page.locator(".sample")).to_have_text(HOSTILE)
     page.get_by_role("tab", name="Tables").click()

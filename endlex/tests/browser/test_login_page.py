@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from endlex.server.auth import create_token
+from endlex.server.api.auth import create_token
 from endlex.server.settings import Settings
 
 playwright_api = pytest.importorskip("playwright.sync_api")

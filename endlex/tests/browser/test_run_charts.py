@@ -66,8 +66,8 @@ def test_charts_hold_the_series_with_spike_and_nan(
     assert line["sampled"]
     assert len(line["x"]) <= 2000
     assert line["y"][line["x"].index(SPIKE_STEP)] == SPIKE
-    assert line["nonfinite"] == [[NAN_STEP, "NaN"]]
-    assert chart["axes"]["y"][1] > SPIKE
+    assert line["nonfinite"] == [[NAN_STEP, NAN_STEP, "NaN"]]
+    assert chart["axes"]["y"][1] < 10  # the spike is marked at the edge
     assert chart["axes"]["x"] == [0, POINTS - 1]
     short = wait_for_chart(page, "val/bpb")["lines"][0]
     assert short["x"] == list(range(0, POINTS, 1000))
@@ -79,8 +79,9 @@ def test_charts_hold_the_series_with_spike_and_nan(
 def test_the_spike_and_the_nan_are_drawn(
     page: Any, charts: Any, wait_for_chart: Callable[..., Any]
 ) -> None:
-    open_run(page, charts)
-    wait_for_chart(page, "train/loss")
+    page.goto(f"{charts.url}/runs/{RUN}?fit=all")
+    chart = wait_for_chart(page, "train/loss")
+    assert chart["axes"]["y"][1] > SPIKE
     page.wait_for_timeout(100)  # two frames and more: the canvas shows what the chart holds
     drawn = page.evaluate(
         """() => {
@@ -192,6 +193,78 @@ def test_smoothing_is_the_bias_corrected_average(
     assert expected[0] == chart["lines"][0]["y"][0]  # no pull towards zero at the start
 
 
+def test_a_spike_does_not_stay_in_the_average(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    page.goto(f"{charts.url}/runs/{RUN}?smooth=0.99")
+    expect(page.get_by_label("Strength as a number")).to_have_value("0.99")
+    (line,) = wait_for_chart(page, "train/loss", "chart.lines[0].smoothed")["lines"]
+    at = line["y"].index(SPIKE)
+    after = line["smoothed"][at : at + 20]
+    assert max(after) < 2.5  # with it, the average would be 0.5 higher for long
+    assert min(after) > 2
+
+
+def test_the_address_keeps_what_is_looked_at(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    page.get_by_label("Horizontal axis").select_option("train/tokens")
+    page.get_by_label("Strength as a number").fill("0.5")
+    page.keyboard.press("Tab")
+    page.get_by_label("Filter charts").fill("^val bpb$")
+    expect(page.locator("figure")).to_have_count(1)
+    page.locator(".chart-body").focus()
+    page.keyboard.press("+")
+    wait_for_chart(page, "val/bpb", "chart.view")
+    page.wait_for_function("() => location.search.includes('zoom=')")
+    zoomed = page.evaluate("() => endlexCharts.find((c) => c.metric === 'val/bpb').view")
+    page.evaluate("() => localStorage.clear()")
+    page.reload()
+    chart = wait_for_chart(page, "val/bpb", "chart.view && chart.lines[0].smoothed")
+    assert chart["x"] == "train/tokens"
+    assert chart["view"]["from"] == pytest.approx(zoomed["from"], rel=1e-6)
+    expect(page.locator("figure")).to_have_count(1)
+
+
+def test_panels_are_put_together_moved_and_kept(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    page.get_by_role("button", name="+ panel").click()
+    page.get_by_label("Metrics").fill("val/bpb, train/l*")
+    page.get_by_label("Title").fill("Quality")
+    page.get_by_label("Horizontal axis").last.fill("train/tokens")
+    page.get_by_label("y to").fill("8")
+    page.get_by_role("button", name="Save").click()
+    panels = page.locator(".panel-chart .chart-title")
+    expect(panels).to_have_text(["Quality"])
+    found = "() => endlexCharts.find((chart) => chart.title === 'Quality')"
+    page.wait_for_function(f"() => ({found})()?.lines.every((line) => line.x.length)")
+    chart = page.evaluate(found)
+    assert [line["label"] for line in chart["lines"]] == ["val/bpb", "train/loss"]
+    assert chart["x"] == "train/tokens"
+    assert chart["axes"]["y"][1] == 8
+    assert len({line["color"] for line in chart["lines"]}) == 2
+    page.locator("figure[data-metric='train/tokens']").last.hover()
+    page.get_by_label("Pin to the panels: train/tokens").click()
+    expect(panels).to_have_text(["Quality", "train/tokens"])
+    page.get_by_label("Move to the left: train/tokens").focus()
+    page.keyboard.press("Enter")
+    expect(panels).to_have_text(["train/tokens", "Quality"])
+    panels.nth(1).drag_to(panels.nth(0))
+    expect(panels).to_have_text(["Quality", "train/tokens"])
+    page.goto(f"{charts.url}/compare?runs={RUN}")
+    expect(panels).to_have_text(["Quality", "train/tokens"])
+    page.get_by_label("Remove panel: Quality").focus()
+    page.keyboard.press("Enter")
+    expect(panels).to_have_text(["train/tokens"])
+    page.reload()
+    expect(panels).to_have_text(["train/tokens"])
+
+
 def test_axes_switch_to_time_tokens_and_logarithms(
     page: Any, charts: Any, wait_for_chart: Callable[..., Any]
 ) -> None:
@@ -236,6 +309,17 @@ def test_only_charts_on_the_screen_are_built(page: Any, server: Any) -> None:
     last.scroll_into_view_if_needed()
     expect(last.locator("canvas")).to_have_count(1)
     page.wait_for_function("() => document.querySelectorAll('canvas').length < 40")
+
+
+def test_groups_beyond_sixty_charts_are_closed(page: Any, server: Any) -> None:
+    server.begin(RUN, "many")
+    names = [f"layer{group}/metric{number:03}" for group in range(6) for number in range(50)]
+    server.log(RUN, {name: {0: 1.0, 1: 2.0} for name in names})
+    open_run(page, server)
+    page.wait_for_function("() => window.endlexCharts?.some((chart) => chart.built)")
+    assert len(page.evaluate("() => endlexCharts")) == 50
+    page.get_by_label("Filter charts").fill("layer[3-5] metric04[89]")
+    expect(page.locator("figure")).to_have_count(6)
 
 
 def test_groups_collapse_and_stay_so(

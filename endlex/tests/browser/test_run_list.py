@@ -20,7 +20,9 @@ def listed(server: Any) -> Any:
     """Three runs, of which the middle one is the best."""
     for number, (name, loss) in enumerate([("d8", 3.0), ("d12", 2.5), ("d20", 2.75)]):
         run = f"listrun{number}"
-        server.begin(run, name, tags=["good"] if name == "d12" else [], time=1.7e9 + number)
+        config = {"lr": 0.3 - number / 10, "depth": 12}
+        tags = ["good"] if name == "d12" else []
+        server.begin(run, name, tags=tags, time=1.7e9 + number, config=config)
         server.log(run, {"train/loss": {0: 9.0, 1: loss}})
     server.record("listrun0", "finish", status="finished")
     return server
@@ -42,14 +44,19 @@ def test_runs_are_listed_newest_first_with_status_and_last_values(page: Any, lis
 
 def test_any_column_sorts_both_ways(page: Any, listed: Any) -> None:
     page.goto(listed.url)
+    names = page.locator("tbody .run-name")
     head = page.get_by_role("button", name="train/loss")
     head.click()
-    assert names(page) == ["d12", "d20", "d8"]
+    expect(names).to_have_text(["d12", "d20", "d8"])
     expect(page.locator("th", has_text="train/loss")).to_have_attribute("aria-sort", "ascending")
     head.click()
-    assert names(page) == ["d8", "d20", "d12"]
+    expect(names).to_have_text(["d8", "d20", "d12"])
     page.get_by_role("button", name="Name").click()
-    assert names(page) == ["d8", "d12", "d20"]  # by number, not by letter
+    expect(names).to_have_text(["d8", "d12", "d20"])  # by number, not by letter
+    page.get_by_role("button", name="lr").click()
+    expect(names).to_have_text(["d20", "d12", "d8"])  # a key of the configuration
+    page.reload()  # the address keeps it
+    expect(names).to_have_text(["d20", "d12", "d8"])
 
 
 @pytest.mark.parametrize(
@@ -58,7 +65,8 @@ def test_any_column_sorts_both_ways(page: Any, listed: Any) -> None:
         ("d1", ["d12"]),
         ("tag:good", ["d12"]),
         ("train/loss<2.8", ["d20", "d12"]),
-        ("train/loss<2.8 d2", ["d20"]),
+        ("train/loss < 2.8 -d12", ["d20"]),
+        ("lr >= 0.3 OR tag:good", ["d12", "d8"]),
     ],
 )
 def test_the_search_box_takes_words_tags_and_conditions(
@@ -75,9 +83,80 @@ def test_the_search_box_takes_words_tags_and_conditions(
 
 def test_a_wrong_condition_is_explained(page: Any, listed: Any) -> None:
     page.goto(listed.url)
-    page.get_by_role("searchbox").fill("train/loss<abc")
-    expect(page.locator(".list-toolbar [role=status]")).to_contain_text("not a number")
+    page.get_by_role("searchbox").fill("train/los<3")
+    expect(page.get_by_role("alert")).to_contain_text("did you mean train/loss?")
     expect(page.locator("tbody tr")).to_have_count(3)
+    page.get_by_role("searchbox").fill("train/loss<9")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.locator("summary[title='What can be searched for']").click()
+    expect(page.locator(".picker[open] pre")).to_contain_text("d12 OR d20")
+
+
+def test_columns_are_chosen_and_kept_in_a_saved_view(page: Any, listed: Any) -> None:
+    page.goto(listed.url)
+    heads = page.locator("thead .sort")
+    expect(heads).to_have_text(
+        ["Name", "Status", "Created↓", "lr", "train/loss", "Group", "Tags", "Duration", "Notes"]
+    )
+    page.locator("summary", has_text="Columns").click()
+    page.get_by_label("Figure of train/loss").select_option("max:")
+    expect(heads).to_contain_text(["train/loss highest"])
+    expect(page.locator("tr[data-run=listrun0] td[data-label='max:train/loss']")).to_have_text("9")
+    page.locator(".picker-rows").get_by_label("depth").check()
+    expect(heads).to_contain_text(["depth"])
+    page.locator("summary", has_text="Columns").click()
+    page.get_by_role("searchbox", name="Search runs").fill("tag:good")
+    expect(page.locator("tbody tr")).to_have_count(1)
+    page.locator("summary", has_text="Views").click()
+    page.get_by_role("button", name="Save this view").click()
+    page.get_by_role("dialog").locator("input").fill("good ones")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.locator("summary", has_text="Views (1)")).to_be_visible()
+    page.evaluate("() => localStorage.clear()")
+    page.goto(listed.url)
+    expect(page.locator("tbody tr")).to_have_count(3)
+    page.locator("summary", has_text="Views (1)").click()
+    page.get_by_role("link", name="good ones").click()
+    expect(page.locator("tbody tr")).to_have_count(1)
+    expect(heads).to_contain_text(["train/loss highest"])
+
+
+def test_many_runs_are_tagged_grouped_and_exported_at_once(page: Any, listed: Any) -> None:
+    page.goto(listed.url)
+    page.get_by_label("Select all runs").check()
+    page.get_by_role("button", name="Tag", exact=True).click()
+    page.get_by_label("Add").fill("ladder, new")
+    page.get_by_label("Remove").fill("good")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("tr[data-run=listrun1] .tag")).to_have_text(["ladder", "new"])
+    page.locator(".bulk").get_by_role("button", name="Group").click()
+    page.get_by_role("dialog").locator("input").fill("all of them")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator("tr[data-run=listrun0] td.cell-group")).to_have_text("all of them")
+    with page.expect_download() as started:
+        page.get_by_role("button", name="Export table").click()
+    rows = started.value.path().read_text().splitlines()
+    assert rows[0].startswith('"run","name","status"')
+    assert len(rows) == 4
+    page.locator(".bulk").get_by_role("button", name="Delete").click()
+    expect(page.locator("tbody tr")).to_have_count(0)
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("tbody tr")).to_have_count(3)
+
+
+def test_letters_move_through_the_list(page: Any, listed: Any) -> None:
+    page.goto(listed.url)
+    expect(page.locator("tbody tr")).to_have_count(3)
+    for key in "jjx":
+        page.keyboard.press(key)
+    expect(page.get_by_label("Select d12")).to_be_checked()
+    page.keyboard.press("Escape")
+    expect(page.get_by_label("Select d12")).not_to_be_checked()
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keys")).to_contain_text("compare the selected runs")
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    expect(page.get_by_role("searchbox", name="Search runs")).to_be_focused()
 
 
 def test_tags_groups_and_notes_are_edited_in_place(page: Any, listed: Any) -> None:

@@ -48,6 +48,75 @@ def test_tables_are_shown_with_their_cells_as_text(page: Any, logged: Any) -> No
     expect(cells).to_have_text(["arc", "0.41", HOSTILE, "null"])
 
 
+def test_tables_are_sorted_filtered_and_downloaded(page: Any, logged: Any) -> None:
+    rows = [["arc", 9], ["mmlu", 41], ["core", 10]]
+    logged.record(RUN, "table", step=5, name="tasks", columns=["task", "n"], rows=rows)
+    open_run(page, logged, "#tables")
+    page.get_by_role("button", name="n", exact=True).click()
+    first = page.locator(".record td:first-child")
+    expect(first).to_have_text(["arc", "core", "mmlu"])
+    page.get_by_label("Filter tasks").fill("1")
+    expect(first).to_have_text(["core", "mmlu"])
+    with page.expect_download() as started:
+        page.get_by_role("button", name="CSV").click()
+    assert started.value.path().read_text().splitlines() == [
+        '"task","n"',
+        '"core","10"',
+        '"mmlu","41"',
+    ]
+
+
+def test_a_histogram_is_drawn(page: Any, logged: Any) -> None:
+    rows = [[0, 1, 5], [1, 2, 10]]
+    logged.record(RUN, "table", step=5, name="norms", columns=["low", "high", "count"], rows=rows)
+    open_run(page, logged, "#tables")
+    bars = page.locator(".bar")
+    expect(bars).to_have_count(2)
+    heights = bars.evaluate_all("(all) => all.map((bar) => Number(bar.getAttribute('height')))")
+    assert heights[0] == heights[1] / 2
+
+
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+    "0000000c49444154789c63f8cfc000000301010018dd8db00000000049454e44ae426082"
+)
+
+
+def test_pictures_follow_the_step_slider_and_markup_is_only_offered(page: Any, logged: Any) -> None:
+    for step, mime, content in ((1, "image/png", PIXEL), (2, "image/svg+xml", b"<svg/>")):
+        digest = hashlib.sha256(content).hexdigest()
+        sent = logged.client.put(f"/parts/{digest}?offset=0", content=content)
+        assert sent.status_code in (200, 201)
+        about = {"kind": "image", "mime": mime, "bytes": len(content), "caption": HOSTILE}
+        about["parts"] = [{"sha256": digest, "bytes": len(content)}]
+        logged.send(
+            RUN, [{"type": "media", "time": 1.7e9, "step": step, "name": "sample", **about}]
+        )
+    open_run(page, logged, "#media")
+    expect(page.get_by_role("link", name="image/svg+xml")).to_be_visible()
+    assert page.locator("img.media").count() == 0
+    page.get_by_label("Step").press("ArrowLeft")
+    picture = page.locator("img.media")
+    expect(picture).to_have_js_property("naturalWidth", 1)
+    expect(page.locator("figcaption")).to_contain_text(HOSTILE)
+
+
+def test_what_the_run_printed_is_searched_and_is_no_sample(page: Any, logged: Any) -> None:
+    for step, text in enumerate(["first\nsecond ", "line\nthird\n"]):
+        logged.record(RUN, "text", step=step, name="run/console", text=text)
+    logged.record(RUN, "text", step=1, name="run/environment", text="commit abc")
+    logged.record(RUN, "text", step=0, name="sample", text="a sample")
+    open_run(page, logged, "#samples")
+    expect(page.locator(".sample")).to_have_text(["a sample"])
+    page.get_by_role("tab", name="Log").click()
+    console = page.locator(".sample").first
+    expect(console).to_have_text("first\nsecond line\nthird\n")
+    page.get_by_label("Filter lines of run/console").fill("line")
+    expect(console).to_have_text("second line")
+    page.get_by_text("environment").click()
+    expect(page.locator(".sample").last).to_have_text("commit abc")
+
+
 def test_the_configuration_is_searched(page: Any, logged: Any) -> None:
     open_run(page, logged, "#config")
     rows = page.locator(".config-row")

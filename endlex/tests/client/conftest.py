@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 from endlex.client.transport import Transport
 from endlex.protocol import METRICS, check_manifest
 
@@ -32,6 +32,8 @@ def _no_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith("ENDLEX_") or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ENDLEX_ENVIRONMENT", "0")
+    monkeypatch.setenv("ENDLEX_CONSOLE", "0")
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from endlex.client.backoff import Backoff
-from endlex.client.transport import Retry
+from endlex.client.transport import Backoff, Retry
 
 
 def test_waits_double_up_to_a_bound_and_heed_the_server() -> None:

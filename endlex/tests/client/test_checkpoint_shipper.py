@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import manifests, parts, staging
-from endlex.client.backoff import Backoff
-from endlex.client.checkpoint_shipper import CheckpointShipper, send_staged
-from endlex.client.journal import read_run
+from endlex.client import checkpoints, manifests, uploads
+from endlex.client.checkpoints import read_note, staged_names
 from endlex.client.manifests import CheckpointFailed, FileChanged, manifest_path
-from endlex.client.staging import read_note, staged_names
-from endlex.client.transport import Refused, Retry, Transport
+from endlex.client.shipper import CheckpointShipper, send_staged
+from endlex.client.transport import Backoff, Refused, Retry, Transport
+from endlex.reading import read_run
 
 PART = 64 * 1024
 
@@ -29,8 +28,8 @@ PART = 64 * 1024
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifests, "PART_BYTES", PART)
     monkeypatch.setattr("endlex.client.transport.SEND_BYTES", 8 * 1024)
-    monkeypatch.setattr(parts, "Backoff", lambda: Backoff(0.001, 0.01))
-    monkeypatch.setattr(parts, "VERIFY_SECONDS", (0.001, 0.01))
+    monkeypatch.setattr(uploads, "Backoff", lambda: Backoff(0.001, 0.01))
+    monkeypatch.setattr(uploads, "VERIFY_SECONDS", (0.001, 0.01))
 
 
 @pytest.fixture
@@ -145,7 +144,7 @@ def test_a_file_rewritten_in_place_is_reported_and_never_published(
     monkeypatch: pytest.MonkeyPatch,
     when: str,
 ) -> None:
-    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)  # links, on any file system
+    monkeypatch.setattr(checkpoints, "_clone", lambda *_: False)  # links, on any file system
     source = checkpoint(tmp_path / "step_1", 3 * PART)
     name = run.save(source, step=1, link=True)
     if when == "after hashing":
@@ -163,7 +162,7 @@ def test_a_file_rewritten_in_place_is_reported_and_never_published(
 def test_a_change_that_the_time_does_not_show_is_found_by_the_hash(
     stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     source = checkpoint(tmp_path / "step_1", 3 * PART)
     name = run.save(source, step=1, link=True)
     manifests.staged_manifest(run.directory, name)  # type: ignore[arg-type]
@@ -195,7 +194,7 @@ def test_without_links_files_are_copied(
     def refuse(*arguments: Any) -> None:
         raise OSError("cross-device link")
 
-    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     monkeypatch.setattr(os, "link", refuse)
     source = checkpoint(tmp_path / "step_1", 1000)
     name = run.save(source, step=1, link=True)
@@ -208,7 +207,7 @@ def test_without_links_files_are_copied(
 def test_a_trainer_that_writes_each_checkpoint_over_the_one_before_loses_none(
     stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     names = []
     for step in range(3):
         (tmp_path / "last.pt").write_bytes(content(1000 + step))
@@ -225,7 +224,7 @@ def test_without_room_for_a_copy_a_link_is_taken(
         target.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     monkeypatch.setattr(shutil, "copy2", fill_the_disk)
     (tmp_path / "last.pt").write_bytes(content(1000))
     name = run.save(tmp_path / "last.pt", step=1)
@@ -257,8 +256,8 @@ def test_a_token_without_the_scope_is_refused(
 def test_the_thread_sends_in_order_and_goes_on_after_failures(
     stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("endlex.client.checkpoint_shipper.POLL_SECONDS", 0.01)
-    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr("endlex.client.shipper.CHECKPOINT_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     names = [
         run.save(checkpoint(tmp_path / f"step_{step}", 100 + step), step=step, link=True)
         for step in range(3)

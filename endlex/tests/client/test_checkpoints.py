@@ -11,17 +11,14 @@ import pytest
 
 import endlex
 from endlex.client import downloads, manifests
-from endlex.client.checkpoints import (
-    pull_checkpoint,
-    push_checkpoint,
-    sync_directory,
-    verify_directory,
-)
-from endlex.client.journal import session_files
+from endlex.client.downloads import pull_checkpoint
 from endlex.client.manifests import CheckpointFailed
 from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
+from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Refused, Transport, Unreachable
+from endlex.client.verify import verify_directory
 from endlex.protocol import EndlexError
+from endlex.reading import session_files
 
 RUN = "abcdefgh"
 PART = 64 * 1024

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from endlex.client.journal import end_status, session_files, writer_is_alive
+from endlex.reading import end_status, session_files, writer_is_alive
 
 START = """
 import endlex, sys

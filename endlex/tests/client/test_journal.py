@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from endlex.client.journal import (
+from endlex.client.journal import Journal
+from endlex.client.process import process_name
+from endlex.protocol import FINISH, METRICS, EndlexError
+from endlex.reading import (
     content_length,
     end_status,
     iter_last_records,
@@ -20,9 +23,6 @@ from endlex.client.journal import (
     session_files,
     writer_is_alive,
 )
-from endlex.client.journal_writer import Journal
-from endlex.client.process import process_name
-from endlex.protocol import FINISH, METRICS, EndlexError
 
 WriteSteps = Callable[[Path, range], Path]
 

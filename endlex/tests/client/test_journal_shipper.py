@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from endlex.client.journal_shipper import JournalShipper
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
+from endlex.client.journal_sync import JournalShipper
 from endlex.client.transport import Retry, Transport, Unreachable
 from endlex.protocol import METRICS
 

@@ -15,16 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from endlex.client import journal_writer
-from endlex.client.journal import (
-    content_length,
-    read_journal,
-    read_run,
-    session_files,
-    writer_is_alive,
-)
-from endlex.client.journal_writer import Journal
+from endlex.client import journal
+from endlex.client.journal import Journal
 from endlex.protocol import MAX_BATCH_BYTES, METRICS, TEXT, EndlexError
+from endlex.reading import content_length, read_journal, read_run, session_files, writer_is_alive
 
 WriteSteps = Callable[[Path, range], Path]
 
@@ -156,7 +150,7 @@ def test_a_backlog_that_grows_too_large_loses_what_comes_then(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", refuse)
-    monkeypatch.setattr(journal_writer, "LARGEST_BACKLOG", 500)
+    monkeypatch.setattr(journal, "LARGEST_BACKLOG", 500)
     opened.append(METRICS, {"text": "a" * 200})
     with pytest.raises(OSError, match="No space"):
         opened.append(METRICS, {"text": "a" * 200})
@@ -182,7 +176,7 @@ def test_threads_share_a_journal(tmp_path: Path) -> None:
 TRAINER = """
 import sys
 from pathlib import Path
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 journal = Journal(Path(sys.argv[1]), {})
 step = int(sys.argv[2])
 while True:

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import disk
-from endlex.client.journal import session_files, writer_is_alive
-from endlex.client.process import is_running, process_name
+from endlex.client import process
+from endlex.client.process import is_running, process_name, warn_once
 from endlex.client.run_directory import SHIPPER_LOCK
 from endlex.client.shipping import BACKGROUND, shipper_process, stop_shipper, take_lock
 from endlex.client.sync import sync_directory
-from endlex.client.warning import warn_once
 from endlex.protocol import EndlexError
+from endlex.reading import session_files, writer_is_alive
 
 
 @pytest.fixture
@@ -109,7 +108,7 @@ def test_only_what_says_taken_means_taken(tmp_path: Path, monkeypatch: pytest.Mo
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(fcntl, "flock", answer)
-        taken = disk.try_lock(0) is False
+        taken = process.try_lock(0) is False
         assert taken == (number not in (errno.ENOSYS, errno.ENOLCK))
 
 
@@ -126,7 +125,7 @@ def test_a_file_system_that_cannot_fsync_is_no_fault_and_a_failing_disk_is(
     endlex.init("p", "r", directory=tmp_path / "run").finish()
     monkeypatch.setattr(os, "fsync", answer(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
-        disk.fsync(0)
+        process.fsync(0)
 
 
 def test_two_containers_do_not_share_names_of_temporary_files(
@@ -136,7 +135,7 @@ def test_two_containers_do_not_share_names_of_temporary_files(
     opened: list[str] = []
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda s, t: (opened.append(s.name), replace(s, t))[1])
-    from endlex.client.run_directory import write_whole
+    from endlex.client.process import write_whole
 
     threads = [threading.Thread(target=write_whole, args=(tmp_path / "f", b"x")) for _ in range(4)]
     for thread in threads:

@@ -13,6 +13,7 @@ import threading
 import time
 import types
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
 from pathlib import Path
@@ -22,9 +23,9 @@ import numpy as np
 import pytest
 
 import endlex
-from endlex.client.journal import read_run, session_files
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 from endlex.protocol import MAX_BATCH_BYTES, MAX_NAME_CHARS, MAX_TEXT_CHARS
+from endlex.reading import read_run, session_files
 
 
 @pytest.fixture
@@ -61,6 +62,30 @@ def test_every_float_comes_back_as_it_was(run: endlex.Run) -> None:
     numbers = [0.1, 1e-320, 1.7976931348623157e308, 5e-324, 1 / 3, 123456789.123456789, -1e16]
     run.log({f"m{i}": number for i, number in enumerate(numbers)})
     assert list(values(run).values()) == numbers
+
+
+def test_scalars_of_every_library_are_numbers(run: endlex.Run) -> None:
+    torch = pytest.importorskip("torch")
+
+    class JaxScalar:
+        """As jax.Array is: with item() and no type of Python's."""
+
+        def item(self) -> float:
+            return 1.5
+
+    run.log(
+        {
+            "decimal": Decimal("0.25"),
+            "bool": np.bool_(True),
+            "half": np.float16(0.5),
+            "int8": np.int8(-3),
+            "torch": torch.tensor(2.5, dtype=torch.bfloat16, requires_grad=True),
+            "torch_bool": torch.tensor([[True]]),
+            "jax": JaxScalar(),
+        }
+    )
+    assert list(values(run).values()) == [0.25, 1.0, 0.5, -3, 2.5, 1.0, 1.5]
+    assert not run.refused
 
 
 def test_nested_values_are_named_by_their_path(run: endlex.Run) -> None:
@@ -102,7 +127,7 @@ def test_strict_raises_for_what_is_not_recorded_otherwise(tmp_path: Path) -> Non
         ("  ", "unnamed"),
         ("a\tb", "a_b"),
         ("\0", "_"),
-        ("x" * (MAX_NAME_CHARS + 1), "x" * MAX_NAME_CHARS),
+        ("x" * (MAX_NAME_CHARS + 1), "x" * (MAX_NAME_CHARS - 9) + "~84a0678c"),
         (3, "3"),
     ],
 )
@@ -355,9 +380,13 @@ def test_links_pipes_and_empty_directories_stop_nobody(
     os.mkfifo(source / "pipe")
     for name, target in (("up", ".."), ("again", "part"), ("t", "../elsewhere"), ("gone", "no")):
         (source / name).symlink_to(target)
-    run.save(source)
+    with pytest.raises(
+        endlex.EndlexError, match=r"'t/tokenizer' leads out of .*outside_links=True"
+    ):
+        run.save(source)
+    run.save(source, outside_links=True)
     files = [file["path"] for file in of_type(run, "checkpoint")[0]["files"]]
-    assert files == ["model", "part/a", "t/tokenizer"]
+    assert files == ["again/a", "model", "part/a", "t/tokenizer"]
     err = capsys.readouterr().err
     assert "pipe' is neither a file nor a directory" in err
     assert "gone' links to nothing" in err
@@ -373,7 +402,7 @@ def test_a_linked_file_is_saved_as_what_it_links_to(run: endlex.Run, tmp_path: P
     source.mkdir()
     (tmp_path / "blob").write_text("weights")
     (source / "model.bin").symlink_to(tmp_path / "blob")
-    name = run.save(source, step=1)
+    name = run.save(source, step=1, outside_links=True)
     (tmp_path / "blob").unlink()
     staged = run.directory / "staged" / name / "model.bin"  # type: ignore[operator]
     assert not staged.is_symlink()

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from endlex.client import session_sync
-from endlex.client.journal_writer import Journal
-from endlex.client.session_sync import SessionSync, read_batch
+from endlex.client import journal_sync
+from endlex.client.journal import Journal
+from endlex.client.journal_sync import SessionSync, read_batch
 from endlex.client.transport import Retry, Transport
 from endlex.protocol import MAX_BATCH_BYTES, METRICS, EndlexError
 
@@ -87,7 +87,7 @@ def test_faults_before_and_after_the_effect(
     fault: int | str,
     when: str,
 ) -> None:
-    monkeypatch.setattr(session_sync, "BATCH_BYTES", 200)
+    monkeypatch.setattr(journal_sync, "BATCH_BYTES", 200)
     path, rng = journal(tmp_path, 40), random.Random(0)
     setattr(
         stub,

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.journal import read_run, session_files
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
 from endlex.client.shipping import (
     BACKGROUND,
     read_state,
@@ -26,6 +25,7 @@ from endlex.client.shipping import (
     stop_shipper,
     take_lock,
 )
+from endlex.reading import read_run, session_files
 
 Until = Callable[..., None]
 
@@ -95,7 +95,7 @@ def test_a_run_arrives_while_it_goes_on_and_the_shipper_ends_with_it(
     assert (run.session, "finished") in stub.states
     assert {session for session, _ in stub.states} == {p.stem for p in session_files(directory)}
     assert read_state(directory)["state"] == "done"
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == f"endlex: p/d4 is at {stub.url}/runs/{run.id}\n"
 
 
 def test_a_killed_trainer_is_reported_and_all_that_it_logged_arrives(
@@ -174,7 +174,7 @@ def test_finish_does_not_wait_for_a_server_that_does_not_answer(
     assert time.monotonic() - began < 2
     said = capfd.readouterr().err
     assert "records (" in said
-    assert "and 1 checkpoint files are not on the server yet" in said
+    assert "and 1 files of checkpoints and pictures are not on the server yet" in said
     assert f"to send them later: endlex sync {directory}" in said
 
 
@@ -189,7 +189,7 @@ def test_finish_starts_no_second_shipper_while_the_first_begins(
     run.log({"loss": 1.0})
     monkeypatch.setenv("ENDLEX_URL", stub.url)
     start_shipper(directory)  # has no lock yet when `finish` looks
-    run.go_online()
+    run.go_online(stub.url)
     assert started == [directory]
     run.finish()
     assert started == [directory]
@@ -215,14 +215,14 @@ def test_finish_starts_a_shipper_that_was_killed(
 def test_finish_says_what_can_never_be_sent_and_waits_for_no_more(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("endlex.client.staging._clone", lambda *arguments: False)
+    monkeypatch.setattr("endlex.client.checkpoints._clone", lambda *arguments: False)
     monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 60.0)
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "last.pt").write_bytes(b"first")
     run.save(tmp_path / "last.pt", step=1, link=True)
     (tmp_path / "last.pt").write_bytes(b"over the first")
     monkeypatch.setenv("ENDLEX_URL", stub.url)
-    run.go_online()
+    run.go_online(stub.url)
     began = time.monotonic()
     run.finish()
     assert time.monotonic() - began < 30
@@ -385,7 +385,7 @@ def test_a_full_disk_delays_a_checkpoint_and_does_not_lose_it(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from endlex.client import manifests
-    from endlex.client.checkpoint_shipper import CheckpointShipper
+    from endlex.client.shipper import CheckpointShipper
     from endlex.client.transport import Transport
 
     write, refusals = manifests.write_whole, iter([OSError("No space left on device")])

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from endlex.client import system_stats
-from endlex.client.journal import end_status, read_journal
 from endlex.client.run_directory import claim_directory
 from endlex.client.system_stats import Sampler, SystemRecorder, sensors
+from endlex.reading import end_status, read_journal
 
 
 class Nvml:

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.journal import read_run, session_files
-from endlex.client.registry import register, registered, registry
-from endlex.client.run_directory import read_run_file
+from endlex.client.run_directory import read_run_file, register, registered, registry
 from endlex.protocol import MAX_NAME_CHARS
+from endlex.reading import read_run, session_files
 
 
 def records(directory: Path) -> list[dict[str, Any]]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import socket
+import ssl
+import subprocess
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from endlex.client.transport import Gap, Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import Gap, Refused, Retry, Transport, Unreachable, proxy_for, quoted
 from endlex.protocol import EndlexError
 
 TOKEN = "endlex_secret-0123"
@@ -138,3 +142,76 @@ def test_a_redirect_is_named_and_not_followed(stub: Any, transport: Transport) -
     with pytest.raises(Refused, match="set ENDLEX_URL to that"):
         transport.request("GET", PATH)
     assert len(stub.requests) == 1
+
+
+class Proxy(threading.Thread):
+    """Answers every connection with what it is told, and keeps what was asked."""
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__(daemon=True)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+        self.answer, self.asked = answer, b""
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            connection, _ = self.listener.accept()
+            self.asked += connection.recv(4096)
+            connection.sendall(self.answer)
+            connection.close()
+
+
+def test_a_proxy_of_the_environment_is_used_but_not_for_this_machine(
+    stub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b'{"status": "ok"}'
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    plain, tunnel = Proxy(answer), Proxy(b"HTTP/1.1 407 No\r\n\r\n")
+    monkeypatch.setenv("http_proxy", f"http://me:p%40ss@{plain.address}")
+    monkeypatch.setenv("https_proxy", f"http://{tunnel.address}")
+    assert Transport("http://endlex.example").request("GET", "/health").content == {"status": "ok"}
+    assert plain.asked.startswith(b"GET http://endlex.example:80/health HTTP/1.1")
+    assert b"Proxy-Authorization: Basic bWU6cEBzcw==" in plain.asked
+    with pytest.raises(Unreachable, match=r"407 No \(that is the proxy's answer: see HTTPS_PROXY"):
+        Transport("https://endlex.example").request("GET", "/health")
+    assert tunnel.asked.startswith(b"CONNECT endlex.example:443")
+    Transport(stub.url).request("POST", "/parts/missing", json_body={"parts": []})
+    monkeypatch.setenv("no_proxy", "endlex.example")
+    assert proxy_for("https://endlex.example") is None
+
+
+def test_a_certificate_of_ones_own_is_called_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    words = [*command.split(), "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    try:
+        subprocess.run(
+            [*words, "-keyout", key, "-out", certificate], check=True, capture_output=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("there is no openssl here to make a certificate with")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"https://localhost:{server.server_address[1]}"
+    with pytest.raises(Unreachable, match=r"certificate is self-signed.*SSL_CERT_FILE"):
+        Transport(url).request("GET", "/health")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert Transport(url).request("GET", "/health").content == {}
+    server.shutdown()

@@ -61,6 +61,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.delenv(f"ENDLEX_{name}", raising=False)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ENDLEX_ENVIRONMENT", "0")
+    monkeypatch.setenv("ENDLEX_CONSOLE", "0")
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

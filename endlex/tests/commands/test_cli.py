@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.cli import COMMANDS, IMPORTS, TOKENS, build_parser
+from endlex.cli import build_parser, read_spec
 
 SOURCES = Path(endlex.__file__).parent
 QUOTED = re.compile(r"`(endlex [^`]+)`|: (endlex [a-z]+ .*)$")
 PLACEHOLDERS = {"N": "1", "STEP": "1", "SCOPE": "write", "PORT": "0"}
+SPEC = read_spec()
 
 
 def strings(tree: ast.AST) -> Iterator[str]:
@@ -44,10 +45,10 @@ def test_some_commands_are_quoted() -> None:
 
 @pytest.mark.parametrize("command", quoted_commands())
 def test_a_command_that_is_written_somewhere_parses(command: str) -> None:
-    words = re.sub(r"\s*\|.*|[\[\]()]", "", command).split()[1:]
+    words = shlex.split(re.sub(r"\s*\|.*|[\[\]()]", "", command))[1:]
     words = [PLACEHOLDERS.get(word, word) for word in words]
     parser: Any = build_parser()
-    names = {name for name, *_ in COMMANDS} | {"import", "token"}
+    names = {*SPEC["commands"], *SPEC["groups"]}
     assert words[0] in names, command
     if words[1:] not in ([], ["create"]):  # a bare name, as in "see `endlex pull`", is enough
         parser.parse_args(words)
@@ -76,7 +77,7 @@ def documented_commands() -> list[list[str]]:
 
 def test_every_command_is_documented() -> None:
     shown = {words[0] for words in documented_commands()}
-    assert shown == {name for name, *_ in COMMANDS} | {"import", "token"}
+    assert shown == {*SPEC["commands"], *SPEC["groups"]}
 
 
 @pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
@@ -84,11 +85,21 @@ def test_a_command_of_the_documentation_parses(words: list[str]) -> None:
     build_parser().parse_args([PLACEHOLDERS.get(word, word) for word in words])
 
 
-@pytest.mark.parametrize("entry", [*COMMANDS, *IMPORTS, *TOKENS], ids=lambda entry: entry[0])
-def test_every_command_has_a_function(entry: tuple[str, str, str, Any]) -> None:
-    module, _, function = entry[1].partition(":")
+@pytest.mark.parametrize(
+    "command",
+    [
+        *SPEC["commands"].values(),
+        *(c for g in SPEC["groups"].values() for c in g["commands"].values()),
+    ],
+    ids=lambda command: command["does"],
+)
+def test_every_command_has_a_function_that_takes_its_arguments(command: dict[str, Any]) -> None:
+    module, _, function = command["does"].partition(":")
     tree = ast.parse((SOURCES / "commands" / f"{module}.py").read_text(encoding="utf-8"))
-    assert function in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    given = [SPEC["shared"][a] if isinstance(a, str) else a for a in command["args"]]
+    names = {a.get("dest") or a["name"].split()[-1].strip("-").replace("-", "_") for a in given}
+    assert names == {argument.arg for argument in found.args.args}
 
 
 def test_help_needs_neither_server_nor_network_modules() -> None:
@@ -115,7 +126,7 @@ def test_a_reader_that_goes_away_is_no_error(train: Any) -> None:
     directory = train(steps=20_000)
     command = f'"{sys.executable}" -m endlex export "{directory}" | head -1'
     found = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert (found.stdout, found.stderr) == ("step,time,train/loss,val/bpb\n", "")
+    assert (found.stdout, found.stderr) == ("metric,step,time,value\n", "")
 
 
 def test_no_token_is_taken_as_an_argument_or_shown(cli: Any, monkeypatch: Any) -> None:

@@ -49,7 +49,10 @@ def test_ls_local_needs_no_server(cli: Any, train: Any) -> None:
     (run,) = json.loads(cli("ls", "--local", "--json")[1])
     assert (run["run"], run["status"], run["name"]) == (run_of(directory), "finished", "here")
     assert run["summary"] == {"train/loss": 0.6, "val/bpb": 0.6}
-    assert cli("ls", "--local", "word")[0] == 2
+    assert run_of(directory) in cli("ls", "--local", "here", "val/bpb < 0.7", "--ids")[1]
+    assert cli("ls", "--local", "-here", "--ids")[1] == ""
+    assert cli("ls", "--local", "val/bpb <")[0] == 2
+    assert "min:val/bpb" in cli("ls", "--help")[1]
 
 
 def test_show_says_the_same_of_a_directory_and_of_the_server(
@@ -118,3 +121,15 @@ def test_an_ambiguous_name_lists_the_ids(cli: Any, train: Any, online: str) -> N
     status, _, err = cli("show", "none-such")
     assert status == 1
     assert "endlex ls" in err
+
+
+def test_the_log_is_the_same_of_a_directory_and_of_the_server(
+    cli: Any, online: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = endlex.init("logs", "d12", mode="offline", console=True)
+    for step in range(3):
+        print(f"step {step}")
+    run.finish()
+    assert cli("sync", run.directory)[0] == 0
+    assert cli("show", run.directory, "--log")[1] == "step 0\nstep 1\nstep 2\n"
+    assert cli("show", run.id, "--log")[1] == "step 0\nstep 1\nstep 2\n"

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.checkpoint_shipper import send_staged
-from endlex.client.checkpoints import verify_directory
-from endlex.client.replacement import drop_replaced
-from endlex.client.staging import note_path, staged_names
+from endlex.client.checkpoints import drop_replaced, note_path, staged_names
+from endlex.client.shipper import send_staged
 from endlex.client.transport import Transport
+from endlex.client.verify import verify_directory
 
 
 def save(run: endlex.Run, step: int, replaces: str | None = "last", text: str = "") -> None:

@@ -12,12 +12,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 import endlex
 from endlex.client.run_directory import read_run_file
 from endlex.client.system_stats import SystemRecorder
-from endlex.server.auth import list_tokens
+from endlex.server.api.auth import list_tokens
 
 
 def run_of(directory: Path) -> str:
@@ -77,7 +78,7 @@ def test_export_writes_a_whole_file(
     assert (status, out) == (0, "")
     assert f"run.{kind}" in err
     content = (place / f"run.{kind}").read_bytes()
-    starts = {"csv": b"step,time,", "json": b"{", "parquet": b"PAR1", "html": b"<!"}
+    starts = {"csv": b"metric,step,time,value", "json": b"{", "parquet": b"PAR1", "html": b"<!"}
     assert content.startswith(starts[kind])
     assert [p.name for p in place.iterdir() if p.name.startswith(".run")] == []
 
@@ -96,7 +97,9 @@ def test_csv_of_a_directory_is_that_of_the_server(
         list(csv.DictReader((place / f"{side}.csv").open())) for side in ("here", "there")
     )
     assert here == there
-    assert here[3]["train/loss"] == "NaN"
+    values = {(row["metric"], row["step"]): row["value"] for row in here}
+    assert len(values) == len(here) == 11
+    assert values["train/loss", "3"] == "NaN"
 
 
 def test_what_a_directory_is_exported_as_is_what_the_server_makes_of_it(
@@ -125,14 +128,16 @@ def test_what_a_directory_is_exported_as_is_what_the_server_makes_of_it(
     again.log({"loss": math.nan, "late": 1e300}, step=1)
     again.finish("failed")
     assert cli("sync", run.directory)[0] == 0
-    for kind in ("json", "csv"):
+    for kind in ("json", "csv", "parquet"):
         assert cli("export", owner["run"], "-o", f"there.{kind}")[0] == 0
         assert cli("export", run.directory, "-o", f"here.{kind}")[0] == 0
     assert (place / "here.csv").read_text() == (place / "there.csv").read_text()
+    tables = [pq.read_table(place / f"{side}.parquet") for side in ("here", "there")]
+    assert str(tables[0].to_pylist()) == str(tables[1].to_pylist())
     here, there = (json.loads((place / f"{side}.json").read_text()) for side in ("here", "there"))
     assert here == there
     assert here["series"]["system/load"] == {
-        "step": [1, 1],
+        "step": [1, 2],
         "time": here["series"]["system/load"]["time"],
         "value": [1.0, 2.0],
     }

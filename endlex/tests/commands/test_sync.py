@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -14,9 +16,9 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client.journal import session_files
 from endlex.client.shipping import read_state, unsent
 from endlex.commands import sync as syncing
+from endlex.reading import session_files
 
 
 def test_several_directories_and_a_folder_of_them(cli: Any, train: Any, online: str) -> None:
@@ -132,3 +134,38 @@ def test_a_journal_that_differs_is_not_called_sent_and_there_is_a_way_out(
     (renewed,) = session_files(directory)
     assert renewed.stem != path.stem
     assert renewed.read_bytes().replace(renewed.stem.encode(), path.stem.encode()) == edited
+
+
+def test_a_directory_that_can_only_be_read_is_sent(
+    cli: Any, train: Any, online: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = train("snapshot", save=b"weights")
+    before = sorted(path.name for path in directory.rglob("*"))
+    plain = io.open
+
+    def is_here(path: Any) -> bool:
+        return str(path).startswith(str(directory))
+
+    def opened(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if is_here(path) and any(letter in mode for letter in "wax+"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return plain(path, mode, *rest, **more)
+
+    def refused(name: str) -> Any:
+        call = getattr(os, name)
+
+        def act(path: Any, *rest: Any, **more: Any) -> Any:
+            if is_here(path) or more.get("dir_fd") is not None:
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            return call(path, *rest, **more)
+
+        return act
+
+    with monkeypatch.context() as read_only:
+        read_only.setattr(io, "open", opened)
+        for name in ("mkdir", "unlink", "rename", "replace", "rmdir"):
+            read_only.setattr(os, name, refused(name))
+        status, out, _ = cli("sync", directory)
+    assert (status, "all on" in out) == (0, True)
+    assert sorted(path.name for path in directory.rglob("*")) == before
+    assert cli("show", "snapshot", "--json")[1].count('"published"') == 1

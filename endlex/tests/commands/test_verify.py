@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import staging
-from endlex.client.journal import session_files
+from endlex.client import checkpoints
 from endlex.client.run_directory import read_run_file
 from endlex.client.shipping import unsent
+from endlex.reading import session_files
 
 
 def test_what_is_not_sent_is_not_safe_and_named(cli: Any, train: Any, online: str) -> None:
@@ -194,7 +194,7 @@ def test_other_files_under_a_removed_name_are_no_copy(
 def test_a_checkpoint_that_can_never_be_sent_is_named_and_may_be_given_up(
     cli: Any, train: Any, online: str, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(staging, "_clone", lambda *arguments: False)
+    monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     run = endlex.init("demo", "rewritten", mode="offline")
     (place / "last.pt").write_bytes(b"first")
     run.save("last.pt", step=1, name="first", link=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from endlex.client.journal import content_length, read_journal, session_files
 from endlex.client.run_directory import read_run_file
 from endlex.protocol import METRICS, SESSION, SYSTEM, decode_number
+from endlex.reading import content_length, read_journal, session_files
 
 RANGE = 25_000
 """Steps asked for at once: few enough to come without downsampling."""

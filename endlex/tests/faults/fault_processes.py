@@ -13,9 +13,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from endlex.client.journal import session_files, writer_is_alive
 from endlex.client.run_directory import read_run_file
 from endlex.client.shipping import shipper_process
+from endlex.reading import session_files, writer_is_alive
 
 TRAINER = Path(__file__).with_name("faulty_trainer.py")
 START_SECONDS = 60.0

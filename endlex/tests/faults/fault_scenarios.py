@@ -32,9 +32,10 @@ from fault_processes import (
 from fault_proxy import FaultProxy, Seen, always_pass, random_faults
 from fault_uploads import Upload
 
-from endlex.client.checkpoints import sync_directory, verify_directory
-from endlex.client.journal import session_files
+from endlex.client.sync import sync_directory
 from endlex.client.transport import Transport
+from endlex.client.verify import verify_directory
+from endlex.reading import session_files
 
 Report = Callable[[str], None]
 

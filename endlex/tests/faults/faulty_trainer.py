@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import endlex
-from endlex.client.journal import read_run
+from endlex.reading import read_run
 
 NAMES = tuple(f"train/metric_{i}" for i in range(10))
 

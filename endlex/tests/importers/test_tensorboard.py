@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from endlex.client.journal import session_files
-from endlex.commands.local_run import session_status
+pytest.importorskip("tensorboard", reason="the importers need the extra endlex[import]")
+
 from endlex.importers.tensorboard import (
     find_event_directories,
     import_tensorboard,
     iter_events,
-    masked_crc,
     run_name,
 )
 from endlex.protocol import EndlexError
+from endlex.reading import session_files, session_status
 
 FIXTURE = Path(__file__).parent / "fixtures" / "tensorboard"
 FILE = FIXTURE / "torch" / "events.out.tfevents.1.box.1"
@@ -40,7 +40,9 @@ def test_scalars_of_both_kinds_and_texts(tmp_path: Path) -> None:
     assert rows[10]["values"] == {"train/loss": "NaN", "double": 1 / 3}
     (text,) = records(imported.directory, "text")
     assert (text["name"], text["step"], text["text"]) == ("sample", 3, "Once upon <b>a</b> time")
-    assert imported.skipped == {"histogram": 1}
+    (histogram,) = records(imported.directory, "table")
+    assert sum(row[2] for row in histogram["rows"]) == 10
+    assert imported.skipped == {}
     assert not records(imported.directory, "finish")  # it may be written still
     assert session_status(session_files(imported.directory)[0]) == "finished"
 
@@ -72,20 +74,44 @@ def test_a_torn_file_is_read_to_where_it_is_whole(tmp_path: Path) -> None:
         assert whole - 10 < len(list(iter_events(torn))) < whole
 
 
-@pytest.mark.parametrize("place", [3, 20])
-def test_damage_is_told_with_its_place(tmp_path: Path, place: int) -> None:
-    content = bytearray(FILE.read_bytes())
-    content[place] ^= 1
+@pytest.mark.parametrize("inside", [3, 9, 20])
+def test_what_is_whole_around_a_damaged_record_is_kept(tmp_path: Path, inside: int) -> None:
+    """Of the third record: a byte of its length, of that's checksum, of its content."""
+    content, whole, start = bytearray(FILE.read_bytes()), list(iter_events(FILE)), 0
+    for _ in range(2):
+        start += int.from_bytes(content[start : start + 8], "little") + 16
+    content[start + inside] ^= 1
     damaged = tmp_path / "events.out.tfevents.damaged"
     damaged.write_bytes(content)
-    with pytest.raises(EndlexError, match="damaged"):
+    skipped: list[str] = []
+    found = list(iter_events(damaged, skipped.append))
+    assert found == whole[:2] + whole[3:]
+    assert skipped == ["damaged record"]
+    assert import_tensorboard(tmp_path, tmp_path / "out").skipped["damaged record"] == 1
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "events.out.tfevents.other").write_bytes(b"PK\3\4" * 50)
+    with pytest.raises(EndlexError, match="not an event file"):
         import_tensorboard(tmp_path, tmp_path / "out")
 
 
-def test_checksum_is_the_standard_one() -> None:
-    # RFC 3720, B.4: the CRC-32C of 32 zero bytes is 0x8A9136AA; masked as TFRecords do.
-    crc = 0x8A9136AA
-    assert masked_crc(bytes(32)) == (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+def test_images_are_files(tmp_path: Path) -> None:
+    summary = pytest.importorskip("tensorboard.compat.proto.summary_pb2")
+    event = pytest.importorskip("tensorboard.compat.proto.event_pb2")
+    checksum = pytest.importorskip("tensorboard.compat.tensorflow_stub.pywrap_tensorflow")
+    value = summary.Summary.Value(tag="sample")
+    value.image.encoded_image_string = b"\x89PNG"
+    body = event.Event(step=3, wall_time=2.0, summary=summary.Summary(value=[value]))
+    content = body.SerializeToString()
+    head = len(content).to_bytes(8, "little")
+    record = [head, checksum.masked_crc32c(head).to_bytes(4, "little"), content]
+    record.append(checksum.masked_crc32c(content).to_bytes(4, "little"))
+    (tmp_path / "events.out.tfevents.1").write_bytes(b"".join(record))
+    imported = import_tensorboard(tmp_path, tmp_path / "out")
+    (media,) = records(imported.directory, "media")
+    assert (media["name"], media["step"], media["mime"]) == ("sample", 3, "image/png")
+    assert len(list((imported.directory / "media").iterdir())) == 1
 
 
 def test_an_empty_directory_is_said(tmp_path: Path) -> None:

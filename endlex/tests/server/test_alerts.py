@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from endlex.server import notify
+from endlex.protocol import EndlexError
+from endlex.server.watch import notify
 
 RUN = "testrun001"
 
@@ -94,9 +95,11 @@ def test_silence_is_a_stall_until_something_is_logged(
 def test_a_crash_and_the_session_that_goes_on(box: Any, make_box: Any) -> None:
     box.begin()
     url = f"/api/v1/runs/{RUN}/sessions/{box.session}/state"
-    box.client.post(url, json={"status": "crashed"})
+    box.client.post(url, json={"status": "crashed", "reason": "out of memory"})
     box.client.post(url, json={"status": "crashed"})
     assert kinds(box.client) == [("crashed", "")]
+    (alert,) = box.client.get("/api/v1/alerts", params={"open": True}).json()["alerts"]
+    assert alert["message"] == "the trainer is gone: out of memory"
     make_box(box.client, session="000002-resumed").begin()
     assert kinds(box.client) == []
 
@@ -118,11 +121,14 @@ def test_a_trainer_that_ends_by_an_error_is_an_alert(box: Any, make_box: Any) ->
     def finish(status: str, **changes: Any) -> dict[str, Any]:
         return {"type": "finish", "time": time.time(), "status": status, **changes}
 
-    box.send([box.session_record(), finish("failed")])
-    assert kinds(box.client) == [("crashed", "")]
+    box.send([box.session_record(), finish("failed", reason="ValueError: bad")])
+    assert kinds(box.client) == [("failed", "")]
+    (alert,) = box.client.get("/api/v1/alerts", params={"open": True}).json()["alerts"]
+    assert alert["message"] == "the trainer ended by an error: ValueError: bad"
     again = make_box(box.client, session="000002-resumed")
     again.send([again.session_record(), finish("interrupted")])
     assert kinds(box.client) == []
+    assert ("interrupted", "") in kinds(box.client, only_open=False)
     old = make_box(box.client, session="000003-imported")
     old.send([old.session_record(), finish("failed", time=1.6e9)])
     assert kinds(box.client) == []
@@ -208,6 +214,42 @@ def receiver() -> Iterator[Receiver]:
     running.server.server_close()
 
 
+def test_a_projects_rule_must_hold_for_as_long_as_it_says(box: Any) -> None:
+    box.begin()
+    where = {"kind": "rules", "name": "val/* > 2"}
+    box.client.put("/api/v1/settings", params=where, json={"minutes": 10}).raise_for_status()
+    where = {"kind": "rules", "name": "loss<1", "project": "another"}
+    box.client.put("/api/v1/settings", params=where, json={}).raise_for_status()
+
+    def log(minute: float, value: float) -> list[tuple[str, str]]:
+        box.send([{**box.metrics(int(minute), {"val/bpb": value}), "time": minute * 60}])
+        return kinds(box.client)
+
+    assert log(0, 3.0) == log(9, 3.0) == log(10, 1.0) == log(11, 3.0) == log(20, 3.0) == []
+    assert log(21, 3.0) == [("rule", "val/bpb: val/* > 2")]
+    (alert,) = box.client.get("/api/v1/alerts", params={"open": True}).json()["alerts"]
+    assert alert["message"] == "val/bpb is 3 at step 21: val/* > 2 for 10 minutes"
+    assert log(22, 1.0) == []
+
+
+def test_what_the_trainer_says_stays_until_it_says_it_again_or_begins_anew(
+    box: Any, make_box: Any
+) -> None:
+    box.begin()
+
+    def alert(text: str, level: str = "warning") -> dict[str, Any]:
+        content = {"title": "odd", "text": text, "level": level}
+        return {"type": "alert", "time": time.time(), **content}
+
+    box.send([alert("one"), alert("two"), alert("bad", "loud")])
+    found = box.client.get("/api/v1/alerts", params={"open": True}).json()["alerts"]
+    assert [(a["kind"], a["metric"], a["message"]) for a in found] == [
+        ("warning", "odd", "odd: two")
+    ]
+    make_box(box.client, session="000002-resumed").begin()
+    assert kinds(box.client) == []
+
+
 def test_alerts_reach_a_webhook_and_a_topic(
     start: Callable[..., Any],
     make_box: Any,
@@ -230,3 +272,56 @@ def test_alerts_reach_a_webhook_and_a_topic(
     assert b"loss is nan at step 7" in got["/topic"]
     time.sleep(0.1)
     assert len(receiver.got) == 2, "each was delivered once"
+
+
+def test_a_crash_reaches_slack_discord_and_mail_with_its_last_lines(
+    start: Callable[..., Any],
+    make_box: Any,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mails: list[Any] = []
+
+    class Smtp:
+        def __init__(self, host: str, port: int, timeout: float) -> None:
+            self.said: list[Any] = [host, port]
+
+        def __enter__(self) -> Smtp:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            mails.append(self.said)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *words: self.said.append((name, *map(str, words)))
+
+    monkeypatch.setattr(notify.smtplib, "SMTP", Smtp)
+    monkeypatch.setattr(notify, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(notify, "FIRST_PAUSE", 0.05)
+    kinds = ("slack", "discord")
+    targets = [f"{kind}+{receiver.url}/{kind}" for kind in kinds]
+    client = start(alerts=(*targets, "smtp://me%40b:pw@mail.example.org:25/?to=you@example.org"))
+    box = make_box(client)
+    box.begin()
+    text = {"type": "text", "step": 1, "time": 1.0}
+    box.send(
+        [
+            {**text, "name": "run/console", "text": "step 1\nstep 2"},
+            {**text, "name": "run/exception", "text": "Traceback\nValueError: `bad`"},
+            {"type": "finish", "time": time.time(), "status": "failed", "reason": "ValueError"},
+        ]
+    )
+    deadline = time.monotonic() + 10
+    while (len(receiver.got) < 2 or not mails) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    got = {path: json.loads(body) for path, body in receiver.got}
+    for said in (got["/slack"]["text"], got["/discord"]["content"]):
+        assert "failed*" in said
+        assert "```\nTraceback\nValueError: 'bad'\n```\n```\nstep 1\nstep 2\n```" in said
+    host, port, tls, login, (_, mail) = mails[0]
+    assert (host, port, tls) == ("mail.example.org", 25, ("starttls",))
+    assert login == ("login", "me@b", "pw")
+    assert "Subject: Endlex: " in mail
+    assert "step 2" in mail
+    with pytest.raises(EndlexError, match="alerts cannot go to ftp://x"):
+        notify.check_target("ftp://x/secret")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from endlex.protocol import SCOPES, EndlexError
+from endlex.server.api.auth import create_token, grant_runs, list_tokens, revoke_token
 from endlex.server.app import serve
-from endlex.server.auth import create_token, grant_runs, list_tokens, revoke_token
-from endlex.server.database import connect
 from endlex.server.settings import DataDir, Settings
+from endlex.server.store.database import connect
 
 RUN = "testrun001"
 HASH = "0" * 64
@@ -23,6 +23,8 @@ ROUTES = [
     ("PATCH", f"/api/v1/runs/{RUN}", {"annotate", "manage"}),
     ("GET", f"/api/v1/runs/{RUN}/series?metric=a", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/texts", {"read"}),
+    ("GET", f"/api/v1/runs/{RUN}/media", {"read"}),
+    ("GET", f"/api/v1/runs/{RUN}/media/1", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/tables", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/export?format=csv", {"read"}),
     ("GET", f"/api/v1/runs/{RUN}/sessions", {"read", "write"}),
@@ -40,6 +42,10 @@ ROUTES = [
     ("POST", "/api/v1/prune", {"manage"}),
     ("GET", "/api/v1/alerts", {"read"}),
     ("POST", "/api/v1/alerts/1/dismiss", {"annotate", "manage"}),
+    ("PATCH", "/api/v1/runs", {"annotate", "manage"}),
+    ("GET", "/api/v1/settings", {"read"}),
+    ("PUT", "/api/v1/settings?kind=view&name=x", {"annotate", "manage"}),
+    ("DELETE", "/api/v1/settings?kind=view&name=x", {"annotate", "manage"}),
 ]
 
 
@@ -52,7 +58,7 @@ def test_every_route_of_the_api_is_in_the_list(client: Any) -> None:
     known = {path.split("?")[0].replace(RUN, "{run}") for _, path, _ in ROUTES}
     for old, new in (("/s1", "/{session}"), ("checkpoints/c", "checkpoints/{name}")):
         known |= {path.replace(old, new) for path in known}
-    known.add("/api/v1/parts/{sha256}")
+    known |= {"/api/v1/parts/{sha256}", "/api/v1/runs/{run}/media/{item}"}
     known |= {"/api/v1/alerts/{alert}/dismiss", "/api/v1/events"}
     known.add("/api/v1/runs/{run}/checkpoints/{name}/files/{path:path}")
     paths = set(_paths(client.app.routes))
@@ -85,6 +91,21 @@ def test_a_token_opens_its_scope_and_no_other(
         else:
             assert answer.status_code == 403, (method, path, answer.text)
             assert scope in answer.json()["error"]
+
+
+@pytest.mark.parametrize("scope", list(SCOPES))
+def test_one_scope_alone_deletes_runs(
+    start: Callable[..., Any], data_dir: Path, make_box: Callable[..., Any], scope: str
+) -> None:
+    make_box(start(), run=RUN).begin()
+    client = start(public=True)
+    who = bearer(create_token(data_dir, "who", [scope]))
+    one = client.patch(f"/api/v1/runs/{RUN}", json={"deleted": True}, headers=who)
+    changes = {"runs": [RUN], "changes": {"deleted": True, "archived": True}}
+    many = client.patch("/api/v1/runs", json=changes, headers=who)
+    pruned = client.post("/api/v1/prune", json={"deleted": True}, headers=who)
+    expected = 200 if scope == "manage" else 403
+    assert [one.status_code, many.status_code, pruned.status_code] == [expected] * 3
 
 
 @pytest.fixture
@@ -178,6 +199,9 @@ def test_tokens_of_before_keep_their_boxes_at_work_and_lose_the_rest(
         connection.execute("DROP TABLE token_run")
         connection.execute("ALTER TABLE token DROP COLUMN runs_before")
         connection.execute("ALTER TABLE session DROP COLUMN heard")
+        for table in ("run_config", "setting", "media", "media_part"):
+            connection.execute(f"DROP TABLE {table}")
+        connection.execute("ALTER TABLE run DROP COLUMN color")
         connection.execute("PRAGMA user_version=2")
     client = start(public=True)
     box.client = _Signed(client, old)

@@ -12,8 +12,8 @@ import pytest
 from starlette.requests import ClientDisconnect
 
 from endlex.protocol import MAX_PART_BYTES
-from endlex.server import blobs
 from endlex.server.errors import ApiError
+from endlex.server.store import blobs
 
 
 async def receive(

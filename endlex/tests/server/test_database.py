@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from endlex.protocol import EndlexError
-from endlex.server import ingest
-from endlex.server.database import Database, connect
+from endlex.server.api import ingest
+from endlex.server.store.database import Database, connect
 
 RUN = "testrun001"
 
@@ -110,6 +110,15 @@ def test_an_earlier_version_s_database_is_brought_up_to_date(tmp_path: Path) -> 
     connection.execute("DROP TABLE token_run")
     connection.execute("ALTER TABLE token DROP COLUMN runs_before")
     connection.execute("ALTER TABLE session DROP COLUMN heard")
+    connection.execute("DROP TABLE run_config")
+    for table in ("setting", "media", "media_part"):
+        connection.execute(f"DROP TABLE {table}")
+    connection.execute("ALTER TABLE run DROP COLUMN color")
+    connection.execute("INSERT INTO run (id, project, name, created, updated) VALUES (1,1,1,1,1)")
+    connection.execute(
+        "INSERT INTO session (run, id, kind, config, started, last_seen) "
+        """VALUES (1, 's', 'trainer', '{"optim": {"lr": 0.5}}', 1, 1)"""
+    )
     connection.execute("PRAGMA user_version=1")
     connection.execute("INSERT INTO token (name, hash, scopes, created) VALUES ('a','h','read',1)")
     connection.close()
@@ -118,6 +127,8 @@ def test_an_earlier_version_s_database_is_brought_up_to_date(tmp_path: Path) -> 
         columns = [row[1] for row in connection.execute("PRAGMA table_info(checkpoint)")]
         assert columns[-2:] == ["removed", "reason"]
         assert connection.execute("SELECT count(*) FROM token").fetchone()[0] == 1
+        config = connection.execute("SELECT * FROM run_config").fetchall()
+        assert config == [(1, "optim.lr", 0.5, "0.5")]
         connection.close()
     assert "removed REAL, reason TEXT" in new
 

@@ -14,7 +14,7 @@ import pytest
 from fastapi import Request
 
 from endlex.protocol import MAX_BATCH_BYTES
-from endlex.server import bodies
+from endlex.server.api import bodies
 from endlex.server.errors import ApiError
 
 RUN = "testrun001"
@@ -144,7 +144,9 @@ def test_markup_and_sql_in_names_are_text(client: Any, make_box: Any, name: str)
     box.begin(name=name, project=name, notes=name, group=name, tags=[name])
     text = {"type": "text", "time": 1.0, "step": 1, "name": name, "text": name}
     box.send([text, box.metrics(1, {name: 1.0})])
-    answer = client.get("/api/v1/runs", params={"q": f'"{name}"', "sort": name})
+    answer = client.get(
+        "/api/v1/runs", params={"q": '"{}"'.format(name.replace('"', "")), "sort": name}
+    )
     assert answer.headers["content-type"] == "application/json"
     found = answer.json()["runs"][0]
     assert (found["name"], found["tags"], found["summary"]) == (name, [name], {name: 1.0})

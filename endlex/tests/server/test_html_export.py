@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from endlex.server import html_export, pages
+from endlex.server.web import html_export, pages
 
 HOSTILE = "</script><script>alert(1)</script><!--"
 RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name": HOSTILE}]}

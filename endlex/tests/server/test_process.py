@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from endlex.server.auth import create_token
+from endlex.server.api.auth import create_token
 
 RUN = "testrun001"
 SESSION = "000001-abcdef012345"

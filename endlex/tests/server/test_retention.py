@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from endlex.server import blobs
-from endlex.server.retention import collect_parts
+from endlex.server.store import blobs
+from endlex.server.store.retention import collect_parts
 
 RUN = "testrun001"
 URL = f"/api/v1/runs/{RUN}/checkpoints"

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from endlex.server import retention
+from endlex.server.store import retention
 
 RUN = "testrun001"
 
@@ -27,8 +27,13 @@ def three(client: Any, make_box: Any) -> Any:
     for i, name in enumerate(["alpha", "beta", "gamma"]):
         box = make_box(client, run=f"run0000{i}x")
         project = "odd" if i % 2 else "even"
-        box.begin(name=name, project=project, tags=[f"t{i}", "all"], group=f"g{i}", time=1.7e9 + i)
+        optim = {"lr": (i + 1) / 10, "kind": "adam" if i % 2 else "muon"}
+        config = {"optim": optim, "lr": 10 if i == 0 else 20, "fused": bool(i % 2), "depth": 12}
+        facts = {"name": name, "project": project, "config": config, "time": 1.7e9 + i}
+        box.begin(**facts, tags=[f"t{i}", "all"], group=f"g{i}")
         box.send([box.metrics(0, {"val/bpb": 1.0 - i / 10, "lr": i})])
+        if i == 0:
+            box.send([box.metrics(1, {"top": "NaN"})])
     return client
 
 
@@ -49,8 +54,19 @@ def three(client: Any, make_box: Any) -> Any:
         ("val/bpb>0.8 val/bpb<1", ["beta"]),
         ("lr=1", ["beta"]),
         ("lr!=1", ["gamma", "alpha"]),
-        ("unknown>0", []),
         ("%", []),
+        ("-tag:t1", ["gamma", "alpha"]),
+        ("alpha OR tag:t2", ["gamma", "alpha"]),
+        ("val/bpb < 0.95 OR lr = 0", ["gamma", "beta", "alpha"]),
+        ("name:*a group:g*", ["gamma", "beta", "alpha"]),
+        ("optim.lr >= 0.2", ["gamma", "beta"]),
+        ("config.lr = 10", ["alpha"]),
+        ("optim.kind = muon", ["gamma", "alpha"]),
+        ("optim.kind != MUON", ["beta"]),
+        ("fused = true", ["beta"]),
+        ("-min:val/bpb < 0.95", ["alpha"]),
+        ("val/* < 0.85", ["gamma"]),
+        ("top = NaN", ["alpha"]),
         ('"alp ha"', []),
     ],
 )
@@ -58,7 +74,67 @@ def test_search(three: Any, q: str, expected: list[str]) -> None:
     assert names(three, q=q) == expected
 
 
+def test_a_name_that_no_run_has_is_told_with_the_nearest(three: Any) -> None:
+    for wrong in ({"q": "val/bbp < 1"}, {"sort": "-val/bbp"}):
+        answer = three.get("/api/v1/runs", params=wrong)
+        assert (answer.status_code, "did you mean val/bpb" in answer.json()["error"]) == (422, True)
+
+
+def test_columns_are_figures_of_metrics_and_keys_of_the_configuration(three: Any) -> None:
+    columns = ["val/bpb", "max:val/bpb", "lr", "config.lr", "optim.kind", "top", "nothing"]
+    found = three.get("/api/v1/runs", params={"column": columns, "sort": "name"}).json()
+    assert "summary" not in found["runs"][0]
+    alpha = {"val/bpb": 1.0, "max:val/bpb": 1.0, "lr": 0, "config.lr": 10}
+    assert found["runs"][0]["values"] == {**alpha, "optim.kind": "muon", "top": "NaN"}
+    named = three.get("/api/v1/runs", params={"names": True, "q": "tag:t0 OR tag:t1"}).json()
+    assert named["metrics"] == [["lr", 2], ["top", 1], ["val/bpb", 2]]
+    differing = [key for key, _, different in named["config"] if different > 1]
+    assert differing == ["fused", "lr", "optim.kind", "optim.lr"]
+    assert ["depth", 2, 1] in named["config"]
+    ids = three.get("/api/v1/runs", params={"ids": "run00000x,run00002x"}).json()
+    assert [run["name"] for run in ids["runs"]] == ["gamma", "alpha"]
+
+
+def test_many_runs_are_changed_at_once_or_none(three: Any) -> None:
+    ids = ["run00000x", "run00001x"]
+    changes = {"add_tags": ["new"], "remove_tags": ["all"], "group": "g", "color": "#102030"}
+    answer = three.patch("/api/v1/runs", json={"runs": ids, "changes": changes})
+    assert answer.json() == {"changed": ids}
+    shown = three.get("/api/v1/runs/run00001x").json()
+    assert (shown["tags"], shown["group"], shown["color"]) == (["t1", "new"], "g", "#102030")
+    wrong = {"runs": [*ids, "unknown000"], "changes": {"group": "other"}}
+    assert three.patch("/api/v1/runs", json=wrong).status_code == 404
+    assert three.get("/api/v1/runs/run00001x").json()["group"] == "g"
+    for bad in ({"color": "red"}, {"add_tags": "x"}, {"add_tags": [str(n) for n in range(60)]}):
+        assert three.patch("/api/v1/runs", json={"runs": ids, "changes": bad}).status_code == 422
+
+
+def test_settings_are_saved_by_project(three: Any) -> None:
+    place = {"project": "a/b", "kind": "view", "name": "best first"}
+    assert three.put("/api/v1/settings", params=place, json={"sort": "x"}).status_code == 200
+    three.put("/api/v1/settings", params=place, json={"sort": "y"})
+    saved = three.get("/api/v1/settings", params={"project": "a/b"}).json()
+    assert saved == {"view": {"best first": {"sort": "y"}}, "panels": {}, "rules": {}}
+    assert three.get("/api/v1/settings").json()["view"] == {}
+    three.delete("/api/v1/settings", params=place)
+    assert three.get("/api/v1/settings", params={"project": "a/b"}).json()["view"] == {}
+    wrong = [{"kind": "other"}, {"name": ""}, {"project": "a\nb"}]
+    for change in wrong:
+        answer = three.put("/api/v1/settings", params={**place, **change}, json={})
+        assert answer.status_code == 422, change
+    big = {"x": "x" * 300_000}
+    assert three.put("/api/v1/settings", params=place, json=big).status_code == 422
+
+
 def test_sorting_and_pages(three: Any) -> None:
+    assert names(three, sort="optim.lr") == ["alpha", "beta", "gamma"]
+    assert names(three, sort="-max:val/bpb") == ["alpha", "beta", "gamma"]
+    assert names(three, sort="top") == ["gamma", "beta", "alpha"]
+    three.patch("/api/v1/runs/run00000x", json={"name": "d12"})
+    three.patch("/api/v1/runs/run00001x", json={"name": "d8"})
+    assert names(three, sort="name") == ["d8", "d12", "gamma"]
+    three.patch("/api/v1/runs/run00000x", json={"name": "alpha"})
+    three.patch("/api/v1/runs/run00001x", json={"name": "beta"})
     assert names(three, sort="name") == ["alpha", "beta", "gamma"]
     assert names(three, sort="-val/bpb") == ["alpha", "beta", "gamma"]
     assert names(three, sort="val/bpb") == ["gamma", "beta", "alpha"]
@@ -102,10 +178,10 @@ def test_a_deleted_run_goes_for_good_after_a_week(
     for table, left in (
         ("session", 2),
         ("segment", 2),
-        ("series", 4),
-        ("chunk", 4),
-        ("peak", 4),
-        ("metric", 4),
+        ("series", 5),
+        ("chunk", 5),
+        ("peak", 5),
+        ("metric", 5),
     ):
         assert reader.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == left, table
 
@@ -161,10 +237,12 @@ def test_exports_hold_every_point(box: Any, make_box: Any, tmp_path: Any) -> Non
     machine.send([machine.metrics(0, {"system/cpu": 50.0})])
     url = f"/api/v1/runs/{RUN}/export"
     rows = list(csv.reader(io.StringIO(box.client.get(url).text)))
-    assert rows[0] == ["step", "time", "loss", "val", "system/cpu"]
-    assert [float(row[2]) for row in rows[1:5]] == [0, 1 / 3, 2 / 3, 1]
-    assert [row[3] for row in rows[1:5]] == ["", "", "NaN", ""]
-    assert rows[5] == ["0", "1700000000.0", "", "", "50.0"]
+    assert rows[0] == ["metric", "step", "time", "value"]
+    assert [row[1::2] for row in rows[1:5]] == [[str(s), str(s / 3)] for s in range(4)]
+    assert rows[5] == ["system/cpu", "0", "1700000000.0", "50.0"]
+    assert rows[6] == ["val", "2", "1700000002.0", "NaN"]
+    one = box.client.get(url, params={"metric": "val"}).text
+    assert one.splitlines()[1:] == ["val,2,1700000002.0,NaN"]
     whole = box.client.get(url, params={"format": "json"}).json()
     assert whole["series"]["loss"]["value"] == [0, 1 / 3, 2 / 3, 1]
     assert whole["series"]["val"] == {"step": [2], "time": [1_700_000_002.0], "value": ["NaN"]}

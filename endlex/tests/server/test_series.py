@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from endlex.server import export
-from endlex.server.charts import ChartQuery, read_chart
-from endlex.server.database import connect
-from endlex.server.downsample import choose_points, round_axis, round_significant
-from endlex.server.peaks import read_sampled
-from endlex.server.records import Points
-from endlex.server.series import append_points, chunk_keys
+from endlex.server.store import export
+from endlex.server.store.charts import (
+    ChartQuery,
+    choose_points,
+    read_chart,
+    round_axis,
+    round_significant,
+)
+from endlex.server.store.database import connect
+from endlex.server.store.peaks import read_sampled
+from endlex.server.store.records import Points
+from endlex.server.store.series import append_points, chunk_keys
 
 RUN = "testrun001"
 
@@ -95,12 +100,12 @@ def test_the_machine_s_sessions_do_not_overwrite_one_another(
         [0, 5, 100, 105],
     )
     text = box.client.get(f"/api/v1/runs/{RUN}/export").text
-    assert [line.split(",")[2] for line in text.splitlines()] == [
-        "system/cpu",
-        "0.0",
-        "5.0",
-        "100.0",
-        "105.0",
+    assert [line.split(",")[1::2] for line in text.splitlines()] == [
+        ["step", "value"],
+        ["0", "0.0"],
+        ["5", "5.0"],
+        ["1000", "100.0"],
+        ["1005", "105.0"],
     ]
     whole = box.client.get(f"/api/v1/runs/{RUN}/export?format=json").json()
     assert whole["series"]["system/cpu"]["value"] == [0, 5, 100, 105]
@@ -122,7 +127,7 @@ def test_numbers_that_are_not_finite_are_stored_and_shown(box: Any) -> None:
     box.send([box.metrics(s, {"loss": value}) for s, value in enumerate(values)])
     found = series(box, metric="loss")["series"]["loss"]
     assert found["y"] == [1.0, None, 2.0, None, None, 3.0]
-    assert found["nonfinite"] == [[1, "NaN"], [3, "Infinity"], [4, "-Infinity"]]
+    assert found["nonfinite"] == [[1, 1, "NaN"], [3, 3, "Infinity"], [4, 4, "-Infinity"]]
     metric = box.client.get(f"/api/v1/runs/{RUN}").json()["metrics"][0]
     assert (metric["min"], metric["max"], metric["last"]) == (1.0, 3.0, 3.0)
     box.send([box.metrics(9, {"loss": "NaN"})])
@@ -302,10 +307,37 @@ def test_what_is_not_finite_shows_in_long_series(store: Any) -> None:
     query = ChartQuery(("m",), points=100)
     assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100)
     found = read_chart(connection, 1, query)["m"]
-    assert [x for x, _ in found["nonfinite"]] == points.steps[strange].tolist()
+    ends = [(7, 7), (8, 8), (5000, 5000), (19_998, 19_999)]
+    steps = points.steps
+    assert [(a, b) for a, b, _ in found["nonfinite"]] == [(steps[a], steps[b]) for a, b in ends]
     assert found["count"] == 20_000
     finite = points.numbers[np.isfinite(points.numbers)]
     assert max(y for y in found["y"] if y is not None) == pytest.approx(finite.max(), rel=1e-6)
+
+
+def test_what_is_not_finite_is_told_over_the_whole_run_in_few_ranges(store: Any) -> None:
+    connection, add = store
+    points = many(20_000, 5)
+    points.numbers[1000:2000] = np.nan
+    points.numbers[10_000::2] = np.inf  # five thousand of them, each alone
+    add(points)
+    found = read_chart(connection, 1, ChartQuery(("m",), points=100))["m"]["nonfinite"]
+    steps = points.steps
+    assert found[0] == (steps[1000], steps[1999], "NaN")
+    assert found[-1][1] == steps[19_998]
+    assert 1 < len(found) <= 502
+    assert {kind for *_, kind in found[1:]} == {"Infinity"}
+
+
+def test_a_logarithmic_axis_has_points_at_small_steps(store: Any) -> None:
+    connection, add = store
+    points = many(100_000, 5)
+    add(points)
+    found = read_chart(connection, 1, ChartQuery(("m",), points=2000, log=True))["m"]
+    assert found["x"][:100] == points.steps[:100].tolist()
+    assert len(found["x"]) <= 2000
+    assert found["x"] == sorted(set(found["x"]))
+    assert max(found["y"]) == pytest.approx(points.numbers.max(), rel=1e-6)
 
 
 def test_a_series_that_is_not_sampled_holds_what_was_recorded(store: Any) -> None:

@@ -20,11 +20,6 @@ machine and the command line; its group is the command.
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
-import re
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +37,6 @@ Status = Literal["finished", "failed", "interrupted"]
 PushCheckpoints = Literal["auto", "all", "last", "best", "none"]
 Occasion = Literal["last", "best"]
 """Of a push: the checkpoint was just saved, or just found to be the best."""
-COMMIT = re.compile(r"[0-9a-f]{40}(?:[0-9a-f]{24})?")
 TOKENIZER = "tokenizer"
 """The name under which a run's tokenizer is pushed."""
 
@@ -174,6 +168,7 @@ def open_run(
             id=_run_to_join(directory, tag, resumed_from),
             tags=telemetry.tags,
             group=group,
+            save_code=False,  # it takes a process, and a run starts none of its own accord
         )
     except endlex.EndlexError as error:
         raise UsageError(f"{error}; or choose another name for the run") from error
@@ -195,61 +190,29 @@ def _run_to_join(directory: Path, tag: str, resumed_from: Path | None) -> str | 
 def read_records(home: Home, tag: str) -> Iterator[dict[str, Any]]:
     """Yield what run `tag` recorded, session after session, as `endlex.read_run` reads it.
 
+    Texts that Endlex records itself are left out.
+
     Raises:
         DataError: a journal is damaged or cannot be read.
     """
     try:
-        yield from endlex.read_run(home.run_dir(tag))
+        for record in endlex.read_run(home.run_dir(tag)):
+            if not str(record.get("name", "")).startswith("run/"):  # console, diff, packages
+                yield record
     except (endlex.EndlexError, OSError) as error:
         raise DataError(f"cannot read the run {tag!r}: {error}") from error
 
 
 def describe_environment() -> dict[str, str | int | None]:
     """Return what a session's config says of the machine; the device is in its `hardware`."""
+    found = endlex.describe_environment(Path(__file__))
     return {
         "archerchat": __version__,
-        "python": platform.python_version(),
+        "python": found["python"],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "git_commit": find_commit(Path(__file__)),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "system": found["system"],
+        "cpus": found["cpus"],
+        "git_commit": found.get("commit"),
+        "command": found["command"],
     }
-
-
-def find_commit(path: Path) -> str | None:
-    """Return the commit that is checked out around `path`; None outside a checkout.
-
-    It is read from git's files: a run starts no process.
-    """
-    for parent in path.resolve().parents:
-        entry = parent / ".git"
-        try:
-            if entry.is_file():  # of a worktree: `gitdir: PLACE`
-                place = entry.read_text().removeprefix("gitdir:").strip()
-                return _head((parent / place).resolve())
-            if entry.is_dir():
-                return _head(entry)
-        except (OSError, UnicodeDecodeError):
-            return None
-    return None
-
-
-def _head(directory: Path) -> str | None:
-    head = (directory / "HEAD").read_text().strip()
-    if not head.startswith("ref:"):
-        return head if COMMIT.fullmatch(head) else None
-    name = head.removeprefix("ref:").strip()
-    shared = directory / "commondir"
-    common = (directory / shared.read_text().strip()) if shared.is_file() else directory
-    for place in (directory, common):
-        if (place / name).is_file():
-            commit = (place / name).read_text().strip()
-            return commit if COMMIT.fullmatch(commit) else None
-    packed = common / "packed-refs"
-    for line in packed.read_text().splitlines() if packed.is_file() else ():
-        commit, _, packed_name = line.partition(" ")
-        if packed_name == name and COMMIT.fullmatch(commit):
-            return commit
-    return None

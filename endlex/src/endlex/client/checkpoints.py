@@ -1,243 +1,336 @@
-"""What the command line does with checkpoints and whole directories: push, pull, verify, sync."""
+"""Checkpoints that wait to be sent: links to the trainer's files, and a note of what they were.
+
+    staged/NAME/...       copies of the files (clones where the file system has them), so that what
+                          the trainer does to its own after `run.save` changes nothing
+    staged/.NAME.json     step, aliases, metadata, and each file's size and time of change
+
+Many trainers write each checkpoint over the one before, so a copy is what is safe. Who never
+rewrites a file in place asks for hard links: they cost a few system calls a file and no space. A
+link shares its content with the trainer's file: if that is rewritten all the same, size or time
+differ from the note, and the checkpoint is reported instead of sent.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypedDict, cast
 
-from endlex.client.downloads import Removed, fetch_manifest, pull_checkpoint
-from endlex.client.journal import parse_record, session_files, session_kind, writer_is_alive
-from endlex.client.manifests import build_manifest, load_manifest, manifest_path
-from endlex.client.parts import PartSource, Progress, Upload
-from endlex.client.process import describe
-from endlex.client.replacement import is_replaced
-from endlex.client.run_directory import require_run_file
-from endlex.client.session_sync import SessionSync
-from endlex.client.shipping import failed_checkpoints, shipper_process
-from endlex.client.staging import Staged, files_of, given_up, staged_names
-from endlex.client.sync import sync_directory
-from endlex.client.transport import Refused, Retry, Transport
+from endlex.client.process import warn, write_whole
 from endlex.protocol import (
+    CHECKPOINT_NAME,
     MANIFEST_DIR,
+    MAX_FILES,
     REPLACES,
-    SYSTEM,
+    STAGED_DIR,
     EndlexError,
-    Manifest,
     check_checkpoint_name,
-    check_run_id,
+    check_checkpoint_path,
 )
 
-__all__ = [
-    "Missing",
-    "fetch_manifest",
-    "pull_checkpoint",
-    "push_checkpoint",
-    "sync_directory",
-    "verify_directory",
-]
+if sys.platform == "linux":
+    import fcntl
+
+FICLONE = 0x40049409
+"""The request of linux/fs.h that makes one file's content another's, copied when written."""
+
+GIVEN_UP = ".given-up"
+"""End of the name of the note, beside the manifests, that a checkpoint was given up."""
 
 
-CHECKPOINT_START = b'{"type":"checkpoint",'
-"""Of the lines that the journal writes for checkpoints: the others need no parsing."""
+class NothingToSave(EndlexError):
+    """A directory holds no files."""
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Why a directory may not be deleted yet; as text, one line for people."""
+class StagedFile(TypedDict):
+    """What a file was when it was saved; `changed` is its modification time in nanoseconds."""
 
-    kind: Literal["journal", "checkpoint", "live"]
+    path: str
+    bytes: int
+    changed: int
+
+
+class Staged(TypedDict):
+    """The note beside the files; `created` is in Unix seconds."""
+
     name: str
-    """A session, a checkpoint, or what lives: a session, or `shipper`."""
-    reason: str
-    bytes: int = 0
-    """Not on the server, as far as that is known."""
-    hopeless: bool = False
-    """Whether sending again does not help."""
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.name}: {self.reason}"
+    step: int
+    created: float
+    aliases: list[str]
+    metadata: dict[str, Any]
+    files: list[StagedFile]
 
 
-def push_checkpoint(
-    run: str,
+def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Path]]:
+    """Yield the path inside the checkpoint, and the place, of each file that `source` names.
+
+    A file goes by its own name, a directory's files by their paths in it. Links are followed, but
+    not to a directory that is around them. Links to nothing, sockets and pipes are left out with a
+    warning.
+
+    Args:
+        outside_links: also follow links that lead out of the directory.
+
+    Raises:
+        EndlexError: there is nothing at `source`, or a link leads out of it.
+    """
+    if source.is_file():
+        yield check_checkpoint_path(source.name), source
+        return
+    if not source.is_dir():
+        raise EndlexError(f"{str(source)!r} is neither a file nor a directory: nothing to save")
+    root = source.resolve()
+    for inside, path in _files_in(source, "", (root,)):
+        if not outside_links and not (place := path.resolve()).is_relative_to(root):
+            raise EndlexError(
+                f"{inside!r} leads out of {str(source)!r}, to {str(place)!r}: give "
+                "outside_links=True if that belongs to the checkpoint"
+            )
+        yield inside, path
+
+
+def _files_in(folder: Path, prefix: str, around: tuple[Path, ...]) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.iterdir()):
+        inside = f"{prefix}{path.name}"
+        if path.is_file():
+            yield check_checkpoint_path(inside), path
+        elif not path.is_dir():
+            kind = "links to nothing" if path.is_symlink() else "is neither a file nor a directory"
+            warn(f"{str(path)!r} {kind}: it is left out of the checkpoint")
+        elif (place := path.resolve()) not in around and not around[0].is_relative_to(place):
+            yield from _files_in(path, f"{inside}/", (*around, place))
+
+
+def stage(
+    directory: Path,
     source: Path,
-    name: str,
-    transport: Transport,
     *,
-    step: int = 0,
-    aliases: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Manifest:
-    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
+    name: str | None,
+    step: int,
+    created: float,
+    aliases: Sequence[str],
+    metadata: Mapping[str, Any],
+    link: bool = False,
+    outside_links: bool = True,
+) -> Staged:
+    """Keep `source` as checkpoint `name` of a run's directory until it is sent.
 
-    Nothing is staged: the files must not change meanwhile, which is noticed.
+    A name that the directory has used already gets `-2`, `-3` and so on; the note has the result.
 
-    Raises:
-        CheckpointFailed: it cannot be published, such as when another one has the name.
-        Retry: not now; calling again sends only what is left.
-        Refused: the token does not allow it, or the server does not know the run.
-        EndlexError: there is nothing to push, or a name is not one.
-    """
-    check_run_id(run)
-    files = list(files_of(source))
-    if not files:
-        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
-    states = [(inside, path.stat()) for inside, path in files]
-    note: Staged = {
-        "name": check_checkpoint_name(name),
-        "step": step,
-        # That of the newest file, not now, so that the same push again is the same manifest.
-        "created": max(state.st_mtime for _, state in states),
-        "aliases": [check_checkpoint_name(alias) for alias in aliases],
-        "metadata": dict(metadata or {}),
-        "files": [
-            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
-            for inside, state in states
-        ],
-    }
-    root = source if source.is_dir() else source.parent
-    manifest = build_manifest(root, note)
-    source_parts = PartSource(root, manifest, note)
-    Upload(run, manifest, source_parts, transport, progress=progress).run()
-    return manifest
-
-
-@dataclass(frozen=True)
-class LetGo:
-    """A checkpoint that the server published and let go of since, by a rule or by hand."""
-
-    name: str
-    removed: float
-    """Unix seconds."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A run's directory beside what the server has; safe to delete when nothing is missing."""
-
-    missing: list[Missing]
-    let_go: list[LetGo]
-    given_up: list[str]
-    """Checkpoints that somebody decided to do without, since they could not be sent."""
-
-
-def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
-    """Return what `compare_directory` finds missing; an empty list means safe to delete."""
-    return compare_directory(directory, transport).missing
-
-
-def require_all_sent(directory: Path, transport: Transport) -> None:
-    """Make sure that the server has what was here: what a live trainer adds meanwhile is no fault.
+    Args:
+        name: made from the path and the step if not given.
+        link: whether the files are never rewritten in place, so that links to them are enough.
 
     Raises:
-        EndlexError: `verify_directory` finds something missing.
-        TransportError: the server cannot be asked.
+        NothingToSave: a directory holds no files.
+        EndlexError: the path does not exist, or a name or alias is not one.
+        OSError: the directory cannot be written, or a file not read.
     """
-    missing = verify_directory(directory, transport)
-    if any(found.kind == "live" for found in missing):
-        missing = [found for found in missing if found.kind == "journal" and not found.bytes]
-    if missing:
-        raise EndlexError("; ".join(map(str, missing)))
+    name = check_checkpoint_name(name or _name_of(source, step))
+    found = list(files_of(source, outside_links))
+    if not found:
+        raise NothingToSave(f"{str(source)!r} holds no files: nothing to save")
+    if len(found) > MAX_FILES:
+        raise EndlexError(
+            f"{str(source)!r} has {len(found):,} files; a checkpoint has at most {MAX_FILES:,}"
+        )
+    folder = directory / STAGED_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    name = _unused(directory, name)
+    building = folder / f".{name}.{os.urandom(4).hex()}.building"
+    try:
+        files = [_keep(path, inside, building / inside, link) for inside, path in found]
+        note: Staged = {
+            "name": name,
+            "step": step,
+            "created": created,
+            "aliases": [check_checkpoint_name(alias) for alias in aliases],
+            "metadata": dict(metadata),
+            "files": files,
+        }
+        write_whole(note_path(directory, name), json.dumps(note).encode(), durable=False)
+        building.rename(folder / name)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return note
 
 
-def compare_directory(directory: Path, transport: Transport) -> Comparison:
-    """Compare a run's directory with the server by hash.
-
-    Every session's journal must be there and equal, every checkpoint that was saved be published
-    with the files that were hashed here, or have been until it was let go of on purpose, no
-    checkpoint wait, no trainer write and no shipper work.
-
-    Raises:
-        EndlexError: the directory is no run's.
-        TransportError: the server cannot be asked.
-    """
-    owner = require_run_file(directory)
-    shipper = shipper_process(directory)
-    missing = [
-        found
-        for path in session_files(directory)
-        for found in _verify_journal(owner["run"], path, transport, bool(shipper))
-    ]
-    staged = staged_names(directory)
-    failed, dropped = failed_checkpoints(directory), given_up(directory)
-    missing += [_waiting(name, failed.get(name)) for name in staged]
-    let_go: list[LetGo] = []
-    for name, saved in sorted(_saved(directory).items()):
-        if name not in staged and name not in dropped:
-            found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
-            let_go += [found] if isinstance(found, LetGo) else []
-            missing += [found] if isinstance(found, Missing) else []
-    if shipper is not None:
-        reason = f"{describe(shipper.name)} is still at work: wait for it"
-        missing.append(Missing("live", "shipper", reason))
-    return Comparison(missing, let_go, sorted(dropped))
+def announcement(note: Staged) -> dict[str, Any]:
+    """What the journal says of a checkpoint that was staged."""
+    files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
+    kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
+    return {"step": note["step"], "name": note["name"], "files": files, **kept}
 
 
-def _waiting(name: str, failure: str | None) -> Missing:
-    if failure is None:
-        return Missing("checkpoint", name, "not sent yet, or not published")
-    return Missing("checkpoint", name, f"it cannot be sent: {failure}", hopeless=True)
+def _name_of(source: Path, step: int) -> str:
+    """A name from the path, with the step unless it ends with that already."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.resolve().name).strip("-.")[:100] or "checkpoint"
+    digits = stem[len(stem.rstrip("0123456789")) :]
+    return stem if digits and int(digits) == step else f"{stem}-{step}"
 
 
-def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
+def has_saved(directory: Path, name: str) -> bool:
+    """Whether a run's directory has a checkpoint of this name: waiting, sent or given up."""
+    staged, sent = directory / STAGED_DIR / name, directory / MANIFEST_DIR / f"{name}.json"
+    return staged.exists() or sent.exists() or name in given_up(directory)
+
+
+def _unused(directory: Path, name: str) -> str:
+    candidate, count = name, 1
+    while has_saved(directory, candidate):
+        count += 1
+        candidate = f"{name[:110]}-{count}"
+    return candidate
+
+
+def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
+    source = source.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    status = source.stat()
+    if not _clone(source, target, status):
+        first, second = (_link, _copy) if link else (_copy, _link)
+        try:
+            first(source, target)
+        except OSError:  # no links to there, or no space for a copy
+            second(source, target)
+    kept = target.stat()
+    return {"path": inside, "bytes": kept.st_size, "changed": kept.st_mtime_ns}
+
+
+def _link(source: Path, target: Path) -> None:
+    os.link(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)  # the content alone: exFAT and the like refuse permissions
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _clone(source: Path, target: Path, status: os.stat_result) -> bool:
+    """Share the content until one side writes; where that works, later writes are harmless."""
+    if sys.platform != "linux" or not stat.S_ISREG(status.st_mode) or not status.st_size:
+        return False
+    try:
+        with source.open("rb") as content, target.open("xb") as clone:
+            fcntl.ioctl(clone.fileno(), FICLONE, content.fileno())
+        os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))
+    except OSError:
+        target.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def note_path(directory: Path, name: str) -> Path:
+    """Where the note of a staged checkpoint is; no checkpoint's name starts with a dot."""
+    return directory / STAGED_DIR / f".{name}.json"
+
+
+def staged_names(directory: Path) -> list[str]:
+    """Names of the checkpoints that wait to be sent, oldest first."""
+    try:
+        entries = [entry for entry in os.scandir(directory / STAGED_DIR) if entry.is_dir()]
+    except FileNotFoundError:
+        return []
     found = []
-    is_shippers = has_shipper and session_kind(path) == SYSTEM
-    if not is_shippers and writer_is_alive(path):
-        found.append(Missing("live", path.stem, "a process still writes this session: end it"))
+    for entry in entries:
+        if CHECKPOINT_NAME.fullmatch(entry.name):
+            try:
+                age = note_path(directory, entry.name).stat().st_mtime_ns
+            except OSError:
+                age = 0
+            found.append((age, entry.name))
+    return [name for _, name in sorted(found)]
+
+
+def read_note(directory: Path, name: str) -> Staged:
+    """The note of a staged checkpoint.
+
+    Raises:
+        EndlexError: it is missing or damaged.
+    """
+    path = note_path(directory, name)
     try:
-        left = SessionSync(run, path, transport).missing_bytes()
-    except (Retry, Refused):
-        raise
-    except EndlexError as error:
-        return [*found, Missing("journal", path.stem, str(error))]
-    if left:
-        found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent", left))
-    return found
+        note = json.loads(path.read_bytes())
+        for file in note["files"]:
+            check_checkpoint_path(file["path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EndlexError(f"{path} cannot be read ({error}): save the checkpoint again") from error
+    return cast(Staged, note)
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What this side knows of a checkpoint without its files."""
+def staged_change(directory: Path, name: str) -> str | None:
+    """What happened to a staged checkpoint's files since they were saved, or None.
 
-    replaces: object = None
-    time: float = 0.0
-
-
-def _saved(directory: Path) -> dict[str, _Saved]:
-    """Checkpoints that the journals or the kept manifests name."""
-    found = {path.stem: _Saved() for path in (directory / MANIFEST_DIR).glob("*.json")}
-    for path in session_files(directory):
-        with path.open("rb") as file:
-            for line in file:
-                if line.startswith(CHECKPOINT_START) and line.endswith(b"\n"):
-                    record = parse_record(line) or {}
-                    metadata, time = record.get("metadata"), record.get("time")
-                    found[str(record.get("name"))] = _Saved(
-                        metadata.get(REPLACES) if isinstance(metadata, dict) else None,
-                        time if isinstance(time, int | float) else 0.0,
-                    )
-    return found
-
-
-def _verify_checkpoint(
-    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
-) -> Missing | LetGo | None:
-    let_go: LetGo | None = None
+    One that is being removed, since the server has it, may lack files or its note by now.
+    """
     try:
-        ours = load_manifest(manifest_path(directory, name))
-        theirs = fetch_manifest(run, name, transport)
-    except (Retry, Refused):
-        raise
-    except Removed as error:
-        theirs, let_go = error.manifest, LetGo(name, error.removed, error.reason)
-    except EndlexError as error:
-        if is_replaced(run, saved.replaces, saved.time, transport):
-            return None
-        return Missing("checkpoint", name, str(error))
-    if ours is not None and ours["files"] != theirs["files"]:
-        return Missing("checkpoint", name, "the server's files differ from those saved here")
-    return let_go
+        note = read_note(directory, name)
+    except EndlexError:
+        return None
+    for file in note["files"]:
+        try:
+            status = (directory / STAGED_DIR / name / file["path"]).stat()
+        except OSError:
+            continue
+        if (status.st_size, status.st_mtime_ns) != (file["bytes"], file["changed"]):
+            return (
+                f"file {file['path']!r} was rewritten in place after it was saved with link=True: "
+                "save it again, without that"
+            )
+    return None
+
+
+def give_up(directory: Path, name: str, reason: str) -> None:
+    """Drop a staged checkpoint that can never be sent, and note that this was decided."""
+    path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps({"reason": reason}).encode())
+    manifest = directory / MANIFEST_DIR / f"{name}.json"
+    manifest.unlink(missing_ok=True)
+    unstage(directory, name)
+
+
+def given_up(directory: Path) -> set[str]:
+    """Names of the checkpoints that `give_up` dropped here."""
+    found = (directory / MANIFEST_DIR).glob(f".*{GIVEN_UP}")
+    return {path.name[1:].removesuffix(GIVEN_UP) for path in found}
+
+
+def unstage(directory: Path, name: str) -> None:
+    """Drop the links of a checkpoint that the server has, or that was never whole."""
+    folder = directory / STAGED_DIR
+    shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):  # a directory that can only be read
+        note_path(directory, name).unlink(missing_ok=True)
+
+
+def drop_replaced(directory: Path) -> list[str]:
+    """Drop the staged checkpoints that a later staged one replaces, and return their names.
+
+    Only the process that sends may call it: it must not be in the middle of one.
+    """
+    newest: set[str] = set()
+    dropped = []
+    names = staged_names(directory)
+    for name in reversed(names) if len(names) > 1 else ():
+        try:
+            word = read_note(directory, name)["metadata"].get(REPLACES)
+        except (EndlexError, KeyError, AttributeError):
+            continue  # damaged: whoever sends it says so
+        if isinstance(word, str):
+            if word in newest:
+                unstage(directory, name)
+                dropped.append(name)
+            newest.add(word)
+    return dropped

@@ -14,9 +14,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from endlex.client.backoff import Backoff
-from endlex.client.disk import fsync
-from endlex.client.transport import Refused, Retry, Transport, quoted
+from endlex.client.process import fsync
+from endlex.client.transport import Backoff, Refused, Retry, Transport, quoted
 from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
 
 CONNECTIONS = 4

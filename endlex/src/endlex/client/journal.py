@@ -1,171 +1,186 @@
-"""The journal: append-only files of JSON lines, the only truth about a run.
+"""The journal's one writer: a record is a line, and a line is one `os.write`.
 
-Each process that records opens its own file, one session, and holds its lock (`flock`) while it
-lives, so that others see when it is gone. `journal_writer` writes a record, one line, at once: a
-process may be killed at any moment, what was written stays, and at most the last line is torn. What
-follows the last line end is not content: it is neither read nor shipped. All that is here reads.
+A journal is an append-only file of JSON lines, the only truth about a run. Each recording process
+opens its own, one session, and holds its lock (`flock`) while it lives, so that others see when it
+is gone. The file is opened with O_APPEND, and appears under its name with its lock held and its
+first record written. There is no thread, no queue and no network here. The process may be killed at
+any moment: what was written stays, and at most the last line is torn. `endlex.reading` reads.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
-from collections.abc import Iterator
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from endlex.client.disk import try_lock
-from endlex.client.process import is_running
+from endlex.client.process import FULL, fsync, try_lock, warn, warn_once
+from endlex.client.values import to_json
 from endlex.protocol import (
-    CRASHED,
     FINISH,
     JOURNAL_DIR,
     MAX_BATCH_BYTES,
-    METRICS,
-    NON_FINITE,
-    SESSION_ID,
-    STATUSES,
-    SYSTEM,
+    SESSION,
     EndlexError,
 )
+from endlex.reading import session_files, session_number
+
+LARGEST_BACKLOG = 16 * 2**20
+"""Bytes of records held in memory while the disk refuses them."""
+
+OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
+"""Those of this process, for a fork to let go of; empty until one is opened."""
 
 
-def session_files(directory: Path) -> list[Path]:
-    """The journals of a run's directory, in the order in which their sessions began."""
-    found = [
-        path
-        for path in (directory / JOURNAL_DIR).glob("*.jsonl")
-        if SESSION_ID.fullmatch(path.stem)
-    ]
-    return sorted(found, key=lambda path: (session_number(path), path.stem))
+class Journal:
+    """Append records to a new file of a run's directory, as one session.
 
+    A full disk does not stop the trainer at once: what could not be written is kept in memory,
+    with one warning, and goes out before the next record. In a forked child the journal is shut:
+    it belongs to the parent.
 
-def session_number(path: Path) -> int:
-    """The number that a session's id begins with; 0 if it has none."""
-    number = path.stem.partition("-")[0]
-    return int(number) if number.isdecimal() else 0
-
-
-def content_length(path: Path) -> int:
-    """Bytes of a journal up to its last line end; what follows is torn, or not yet written."""
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        while end:
-            start = max(0, end - 65536)
-            file.seek(start)
-            found = file.read(end - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            end = start
-    return 0
-
-
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of one session, oldest first, without changing them.
+    Args:
+        directory: the run's; made if missing.
+        start: of the first record, without `type`, `session`, `seq` and `time`.
+        session: its id, for a journal that an importer makes; a new one if not given.
+        moment: of the first record, likewise.
 
     Raises:
-        EndlexError: a line before the last line end is damaged; the message gives its number.
-        OSError: the file cannot be read.
+        OSError: the file cannot be made.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            record = parse_record(line)
-            if record is None:
+
+    def __init__(
+        self,
+        directory: Path,
+        start: Mapping[str, Any],
+        *,
+        session: str | None = None,
+        moment: float | None = None,
+    ) -> None:
+        folder = directory / JOURNAL_DIR
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((session_number(path) for path in session_files(directory)), default=0)
+        self.session = session or f"{number:06d}-{os.urandom(6).hex()}"
+        self.path = folder / f"{self.session}.jsonl"
+        self.inherited = False
+        self._heads: dict[str, str] = {}
+        self._numbers = itertools.count()
+        self.lock = threading.RLock()
+        """Held while a record is written. A signal handler may log in the middle of that."""
+        self.count = 0
+        """How many records were appended."""
+        self._backlog = b""
+        self._warned = False
+        hidden = folder / f".{self.session}.new"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL
+        self._descriptor = os.open(hidden, flags, 0o644)
+        try_lock(self._descriptor)
+        self.append(SESSION, start, moment)
+        hidden.rename(self.path)
+        _watch_forks()
+        OPENED.add(self)
+
+    def append(self, kind: str, content: Mapping[str, Any], moment: float | None = None) -> None:
+        """Write one record; when this returns, killing the process does not lose it.
+
+        Args:
+            kind: the record's type (`protocol.TEXT` and so on).
+            content: the rest of it; what JSON cannot hold is stored as its `str`, and non-finite
+                floats as `protocol` says.
+            moment: when it was, in Unix seconds; now if not given.
+
+        Raises:
+            EndlexError: the record is too large to be sent. Nothing is written.
+            OSError: the disk has refused more than `LARGEST_BACKLOG` bytes; this record is lost.
+        """
+        self.append_members(kind, f",{to_json(content)[1:-1]}" if content else "", moment)
+
+    def append_members(self, kind: str, members: str, moment: float | None = None) -> None:
+        """Do what `append` does for content that is already JSON: `,"key":value` for each."""
+        head = self._heads.get(kind)
+        if head is None:
+            head = self._heads[kind] = f'{{"type":"{kind}","session":"{self.session}","seq":'
+        if len(members) > MAX_BATCH_BYTES // 4:  # else it is short enough however it is encoded
+            size = len(members.encode(errors="replace")) + len(head) + 100
+            if size > MAX_BATCH_BYTES:
                 raise EndlexError(
-                    f"{path}, line {number} is not a record: the file was altered, or the disk is "
-                    "failing"
+                    f"a {kind} record of {size:,} bytes is larger than {MAX_BATCH_BYTES:,}: log "
+                    "less at once"
                 )
-            yield record
+        if self.inherited:
+            if kind != FINISH:
+                warn_once("this process was forked from the one that records: it records nothing")
+            return
+        with self.lock:
+            number = next(self._numbers)
+            moment = time.time() if moment is None else moment
+            line = f'{head}{number},"time":{moment!r}{members}}}\n'
+            self._write(line.encode(errors="replace"))
+            self.count = max(self.count, number + 1)
+
+    def _write(self, record: bytes) -> None:
+        if self._descriptor < 0:
+            return  # a signal handler finished the run in the middle of this
+        waiting, self._backlog = self._backlog, b""
+        content = waiting + record if waiting else record
+        try:
+            written = os.write(self._descriptor, content)
+        except OSError as error:
+            is_lost = len(content) > LARGEST_BACKLOG
+            self._backlog = (waiting if is_lost else content) + self._backlog
+            self._warn(error)
+            if is_lost:
+                raise
+        else:
+            self._backlog = content[written:] + self._backlog
+
+    def _warn(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            remedy = ": free some space" if error.errno in FULL else ""
+            warn(
+                f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
+                f"trying again with each new one{remedy}"
+            )
+
+    def close(self) -> None:
+        """Put everything on the disk and close the file; a second call does nothing.
+
+        Raises:
+            OSError: records that the disk refused are lost.
+        """
+        with self.lock:
+            if self._descriptor < 0:
+                return
+            descriptor, self._descriptor = self._descriptor, -1
+            try:
+                while self._backlog:
+                    self._backlog = self._backlog[os.write(descriptor, self._backlog) :]
+                fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def abandon(self) -> None:
+        """Let go of the file in a forked child: the parent keeps it, and its lock."""
+        self.lock = threading.RLock()  # a thread that no longer exists may have held the old one
+        self.inherited = True
+        self._backlog = b""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
-def read_run(directory: Path | str) -> Iterator[dict[str, Any]]:
-    """Yield a run's records as `endlex.protocol` describes them, session after session.
-
-    The values of metrics are numbers, NaN and infinities too. A directory without journals yields
-    nothing.
-
-    Raises:
-        EndlexError: as `read_journal`.
-        OSError: a file cannot be read.
-    """
-    for path in session_files(Path(directory)):
-        for record in read_journal(path):
-            values = record.get("values")
-            if record["type"] == METRICS and isinstance(values, dict):
-                for name in [name for name, value in values.items() if isinstance(value, str)]:
-                    values[name] = NON_FINITE.get(values[name], values[name])
-            yield record
+@cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_abandon_all)
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """The record of one line, or None if it is not one."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) and "type" in record else None
-
-
-def first_record(path: Path) -> dict[str, Any] | None:
-    """The record that says whose session this is, or None while it is not written."""
-    with path.open("rb") as file:
-        line = file.readline(MAX_BATCH_BYTES)
-    return parse_record(line) if line.endswith(b"\n") else None
-
-
-def session_kind(path: Path) -> str:
-    """What wrote this journal, `TRAINER` or `SYSTEM`; empty while that is not written."""
-    return str((first_record(path) or {}).get("kind", ""))
-
-
-def iter_last_records(path: Path, tail: int = 2**20) -> Iterator[dict[str, Any]]:
-    """Yield the records whose lines lie in the last `tail` bytes of a journal, newest first."""
-    end = content_length(path)
-    with path.open("rb") as file:
-        start = file.seek(max(0, end - tail))
-        lines = file.read(end - start).splitlines()
-    for line in reversed(lines[1:] if start else lines):
-        record = parse_record(line)
-        if record is not None:
-            yield record
-
-
-def last_step(directory: Path) -> int:
-    """The last step that a run's trainers logged metrics of, or -1."""
-    for path in reversed(session_files(directory)):
-        if session_kind(path) == SYSTEM:
-            continue  # whose steps are seconds
-        for record in iter_last_records(path):
-            if record["type"] == METRICS and isinstance(record.get("step"), int):
-                return int(record["step"])
-    return -1
-
-
-def end_status(path: Path) -> str | None:
-    """How the session says that it ended, or None if it has not said."""
-    last = next(iter_last_records(path, 4096), {})
-    ended = last.get("type") == FINISH and last.get("status") in STATUSES
-    return str(last["status"]) if ended else None
-
-
-def gone_status(path: Path) -> str:
-    """What to say of a session whose writer is gone without having said how it ended.
-
-    An import's first record says it in `ended`. A shipper that was killed is no fault of the run's.
-    """
-    begun = first_record(path) or {}
-    ended = begun.get("ended")
-    if ended in STATUSES:
-        return str(ended)
-    return "interrupted" if begun.get("kind") == SYSTEM else CRASHED
-
-
-def writer_is_alive(path: Path) -> bool:
-    """Whether the process that writes this journal still runs on this machine."""
-    with path.open("rb") as file:
-        locked = try_lock(file, shared=True)
-    if locked is None:  # no locks here: ask for the process instead
-        return is_running((first_record(path) or {}).get("process"))
-    return not locked
+def _abandon_all() -> None:
+    for journal in list(OPENED):
+        journal.abandon()

@@ -8,8 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from endlex.client.run_directory import write_whole
-from endlex.client.staging import Staged, read_note
+from endlex.client.checkpoints import Staged, read_note
+from endlex.client.process import READ_ONLY, write_whole
 from endlex.protocol import (
     MANIFEST_DIR,
     PART_BYTES,
@@ -139,6 +139,10 @@ def staged_manifest(directory: Path, name: str) -> Manifest:
     if kept is not None:
         return kept
     manifest = build_manifest(directory / STAGED_DIR / name, read_note(directory, name))
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, json.dumps(manifest).encode())
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(manifest).encode())
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
     return manifest

@@ -1,10 +1,109 @@
-"""Which process holds a file: a bare id means another process in another container or boot."""
+"""What a process needs of its system: warnings, locks, names of processes, and its own end.
+
+Locks (Lustre, NFS) and writes to the disk on request (FUSE) are not everywhere: where they are
+missing, work goes on without them, with one warning.
+
+A run that the program did not finish is recorded as it exits, with what ended it: `sys.excepthook`
+notes the exception that nobody caught, `sys.exit` its code, and `atexit` finishes the runs that are
+left. Python tells nobody of a `SystemExit` that is raised without `sys.exit`: a run that it ends
+counts as finished. A process that is killed does nothing of this; the shipper sees then that the
+writer is gone.
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import errno
+import faulthandler
+import io
 import os
+import select
+import signal
+import sys
+import threading
+from functools import cache, wraps
 from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, ClassVar, NoReturn, Protocol
+
+from endlex.protocol import EndlexError, Status
+
+
+def warn(message: str) -> None:
+    """Print a line, also in a signal handler, and where stderr is closed."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: it was printing
+        print(f"endlex: {message}", file=sys.stderr)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Print a line, once per process."""
+    warn(message)
+
+
+def replace_unencodable() -> None:
+    """Let stdout and stderr show another character for one that they cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+if sys.platform != "win32":
+    import fcntl
+
+TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+"""What `flock` answers if another process has the lock; anything else means that there is none."""
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""How a directory that can only be read, such as a snapshot, refuses: it is sent all the same."""
+
+
+def try_lock(file: Any, *, shared: bool = False) -> bool | None:
+    """Lock an open file until it is closed.
+
+    Returns:
+        False if another process has the lock; None if files cannot be locked here.
+    """
+    if sys.platform == "win32":
+        return None
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        warn_once(f"files cannot be locked here ({error.strerror}): going on without locks")
+        return None
+    return True
+
+
+def fsync(descriptor: int) -> None:
+    """Put an open file or directory on the disk, where the file system can.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        warn_once(f"this file system cannot be told to write to its disk ({error.strerror})")
+
+
+def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Replace a file by a temporary name and a rename, so that readers never see a part."""
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def process_name(pid: int | None = None) -> str:
@@ -40,3 +139,143 @@ def describe(name: str) -> str:
     pid, _, host, *_ = [*name.split(), "", "", ""]
     here = "" if is_running(name) else " (not a process of this machine, or of this container)"
     return f"process {pid or 'unknown'}{host and ' on '}{host}{here}"
+
+
+class Stop:
+    """Like `threading.Event`, but without a lock that a signal handler could find taken."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._is_set = False
+
+    def set(self) -> None:
+        """Ask everyone to stop."""
+        self._is_set = True
+        with contextlib.suppress(OSError):
+            os.write(self._writing, b"x")
+
+    def is_set(self) -> bool:
+        """Whether someone asked."""
+        return self._is_set
+
+    def wait(self, seconds: float) -> bool:
+        """Wait that long at most, and return whether someone asked; nothing is taken back."""
+        if not self._is_set and seconds > 0:
+            select.select([self._reading], [], [], seconds)
+        return self._is_set
+
+
+class Finishable(Protocol):
+    """A run, as far as this module cares."""
+
+    @property
+    def recorded(self) -> int:
+        """How many records its program made."""
+
+    def finish(self, status: Status = ..., *, error: BaseException | None = ...) -> None:
+        """Record the end."""
+
+
+class _Ending:
+    """What this process knows about its end."""
+
+    unfinished: ClassVar[list[Finishable]] = []
+    error: ClassVar[BaseException | None] = None
+    exits: ClassVar[list[tuple[Finishable, int, SystemExit]]] = []
+    """The runs that `sys.exit` left, with what they had recorded by then."""
+
+
+def status_of(error: BaseException | None) -> Status:
+    """How a run ended that this exception left: `sys.exit()` is an end like any other."""
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return "finished"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def finish_at_exit(run: Finishable) -> None:
+    """Finish `run` when the interpreter exits, unless it is finished by then."""
+    _watch_exit()
+    _Ending.unfinished.append(run)
+
+
+def forget(run: Finishable) -> None:
+    """Leave `run` alone at exit: it is finished."""
+    with contextlib.suppress(ValueError):
+        _Ending.unfinished.remove(run)
+
+
+@cache
+def _watch_exit() -> None:
+    atexit.register(_finish_all)
+    previous = sys.excepthook
+
+    def note_exception(
+        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> Any:
+        _Ending.error = error
+        return previous(kind, error, traceback)
+
+    sys.excepthook = note_exception
+    plain_exit = sys.exit
+
+    @wraps(plain_exit)
+    def note_exit(status: Any = None, /) -> NoReturn:
+        if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
+            ended = SystemExit(status)
+            _Ending.exits = [(run, run.recorded, ended) for run in _Ending.unfinished]
+        plain_exit(status)
+
+    sys.exit = note_exit
+
+
+def _error_of(run: Finishable) -> BaseException | None:
+    for left, recorded, ended in _Ending.exits:
+        # One that has recorded more since went on: something caught that exit.
+        if left is run and left.recorded == recorded and _Ending.error is None:
+            return ended
+    return _Ending.error
+
+
+def _finish_all() -> None:
+    for run in list(_Ending.unfinished):
+        try:
+            error = _error_of(run)
+            run.finish(status_of(error), error=error)
+        except (EndlexError, OSError) as error:
+            warn(f"the end of the run could not be recorded: {error}")
+
+
+def watch_faults(path: Path) -> None:
+    """Have the interpreter write its stack to a file when a signal ends this process.
+
+    It does so in C, at once, whatever the program is in: a segmentation fault, an abort, SIGTERM or
+    SIGHUP. A program that has asked for the same itself keeps what it has.
+    """
+    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+        if faulthandler.is_enabled() or _FAULTS:
+            return
+        _FAULTS.append(file := path.open("w"))
+        faulthandler.enable(file, all_threads=False)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                faulthandler.register(number, file, all_threads=False, chain=True)
+        os.register_at_fork(after_in_child=_leave_faults)
+
+
+def _leave_faults() -> None:
+    """Keep the end of a forked child, such as a data loader's, out of the parent's file."""
+    faulthandler.disable()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        faulthandler.unregister(number)
+
+
+_FAULTS: list[IO[str]] = []
+"""The open file, for as long as the process lives."""
+
+
+def oom_kills() -> int:
+    """How many processes the kernel of this machine has ended for lack of memory."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/vmstat").read_text().partition("\noom_kill ")[2].split()[0])
+    return 0

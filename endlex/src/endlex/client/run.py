@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from collections import Counter
+import traceback as tracebacks
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from endlex.client import exits
-from endlex.client.journal import last_step
-from endlex.client.journal_writer import Journal
+from endlex.client.console import Console
+from endlex.client.journal import Journal
+from endlex.client.process import forget, status_of, warn, watch_faults
+from endlex.client.recorder import Recorder
 from endlex.client.values import (
-    MetricKeys,
     RunConfig,
-    accepted_name,
     as_config,
     as_list,
-    checked_step,
-    encode_members,
     plain,
 )
-from endlex.client.warning import warn
 from endlex.protocol import (
+    CHANGES,
     CHECKPOINT,
     CONFIG,
+    CONSOLE,
+    ENVIRONMENT,
+    EXCEPTION,
     FINISH,
-    MAX_STEP,
+    MAX_REASON_CHARS,
     MAX_TEXT_CHARS,
-    METRICS,
+    PACKAGES,
     REPLACES,
     STATUSES,
-    TABLE,
     TEXT,
     EndlexError,
     Status,
     check_checkpoint_name,
 )
+from endlex.reading import session_number
 
 WATCH_SECONDS = 60.0
 """How often `log` looks whether the shipper still lives."""
+CHUNKS_PER_SESSION = 1_000_000
 
 
-class Run:
+class Run(Recorder):
     """One session of a run; `init` makes it. One that is disabled takes every call, does nothing.
-
-    Nothing that is logged stops the trainer: what cannot be recorded is left out, with one warning
-    per name, and counted in `refused`. With `strict=True` it raises an `EndlexError` instead.
 
     As a context manager it finishes the run: as failed when an exception leaves the block, as
     interrupted when that is Ctrl-C.
@@ -65,127 +63,26 @@ class Run:
         id: str = "",
         strict: bool = False,
     ) -> None:
-        self.directory, self.project, self.name, self.id = directory, project, name, id
+        super().__init__(directory, journal, name, strict)
+        self.project, self.id = project, id
         self.config = RunConfig(as_config(config), self._record_config)
         """As given to `init`. What is changed here is recorded: at once for its own keys, at the
         next `save` or `finish` for what is inside their values."""
-        self.refused: Counter[str] = Counter()
-        """How often something could not be recorded as it was, by name."""
-        self._strict = strict
+        self.url: str | None = None
+        """The run's page on the server; None while none is told of it."""
         self._recorded_config = plain(self.config)
-        self._journal = journal
-        self._keys = MetricKeys(self._refuse)
-        self._last_step: int | None = None
-        self._finished = False
-        self._online = False
-        self._next_watch = math.inf
-
-    @property
-    def disabled(self) -> bool:
-        """Whether nothing is recorded: by `mode`, or because another rank does."""
-        return self._journal is None
+        self._console: Console | None = None
+        self._chunks = 0
 
     @property
     def online(self) -> bool:
         """Whether a server gets what is recorded while the run goes on."""
-        return self._online
+        return self.url is not None
 
     @property
     def recorded(self) -> int:
-        """How many records this session has."""
-        return self._journal.count if self._journal else 0
-
-    @property
-    def session(self) -> str:
-        """This session's id, unlike any other's; empty for a disabled run."""
-        return self._journal.session if self._journal else ""
-
-    def log(
-        self, values: Mapping[str, Any], *, step: int | None = None, commit: bool | None = None
-    ) -> None:
-        """Record metrics of one step; a later value of the same metric and step replaces it.
-
-        Args:
-            values: by metric name, such as "train/loss"; anything that `float` takes (an array of
-                one element too), NaN and infinities included, but not text. A mapping in place of
-                a value is a prefix: `{"train": {"loss": 1.0}}` is "train/loss".
-            step: counts from 0; one more than the last one if not given.
-            commit: False leaves the step open: the next call without a step is of the same one.
-        """
-        journal, keys = self._journal, self._keys
-        if journal is None or self._is_over():
-            return
-        members = []
-        try:
-            for name, value in values.items():
-                if type(value) is float and -math.inf < value < math.inf:
-                    members.append(keys[name] + repr(value))
-                else:
-                    members += encode_members(keys, name, value)
-            with journal.lock:
-                number = self._number(step)
-                self._last_step = number - 1 if commit is False else number
-                journal.append_members(
-                    METRICS, f',"step":{number},"values":{{{",".join(members)}}}'
-                )
-        except (AttributeError, EndlexError, OSError) as error:
-            self._refuse("log", error)  # no mapping, too much at once, or a disk that stays full
-        if time.monotonic() > self._next_watch:
-            self._watch_shipper()
-
-    def log_text(self, name: str, text: str, *, step: int | None = None) -> None:
-        """Record a text of one step, such as a sample.
-
-        Text that is too long is cut.
-        """
-        text = str(text)
-        if len(text) > MAX_TEXT_CHARS:
-            message = f"text {name!r} has {len(text):,} characters: the first {MAX_TEXT_CHARS:,}"
-            self._refuse(name, EndlexError(f"{message} are kept"))
-        self._record(TEXT, "text name", name, step, {"text": text[:MAX_TEXT_CHARS]})
-
-    def log_table(
-        self,
-        name: str,
-        columns: Sequence[str],
-        rows: Sequence[Sequence[Any]],
-        *,
-        step: int | None = None,
-    ) -> None:
-        """Record a table of one step, such as scores by task.
-
-        Args:
-            rows: one value per column; what JSON cannot hold is kept as its `str`. Rows of another
-                length are left out.
-        """
-        kept = []
-        try:
-            columns = [str(column) for column in as_list(columns)]
-            for number, row in enumerate(map(list, rows)):
-                if len(row) == len(columns):
-                    kept.append(row)
-                    continue
-                has = f"has {len(row)} values for {len(columns)} columns"
-                self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
-        except TypeError as error:
-            self._refuse(name, error)
-            return
-        self._record(TABLE, "table name", name, step, {"columns": columns, "rows": kept})
-
-    def _record(
-        self, kind: str, what: str, name: str, step: int | None, content: Mapping[str, Any]
-    ) -> None:
-        """Record a text or a table."""
-        if self._journal is None or self._is_over():
-            return
-        head = {
-            "step": self._number(step, after=0),
-            "name": accepted_name(name, what, self._refuse),
-        }
-        try:
-            self._journal.append(kind, head | dict(content))
-        except (EndlexError, OSError) as error:
-            self._refuse(name, error)
+        """How many records this session has, without those of the console."""
+        return self._journal.count - self._chunks if self._journal else 0
 
     def save(
         self,
@@ -197,6 +94,7 @@ class Run:
         metadata: Mapping[str, Any] | None = None,
         replaces: str | None = None,
         link: bool = False,
+        outside_links: bool = False,
     ) -> str:
         """Keep a file, or all files of a directory, as a checkpoint, to be sent in the background.
 
@@ -207,20 +105,24 @@ class Run:
             step: the last logged one if not given.
             name: unlike that of another checkpoint of the run; made from the path and the step if
                 not given.
-            aliases: such as "best"; what is saved as "keep" is not removed by `endlex prune`.
+            aliases: such as "best", which this one has from now on, and the one before no more;
+                what is saved as "keep" is not removed by `endlex prune`.
             metadata: kept with it, such as the loss.
             replaces: a word such as "last": of the run's checkpoints saved with the same word only
                 the newest stays on the server, once it is published there.
             link: take hard links instead of copies, for files that are never rewritten in place,
                 such as those that are written under another name and renamed. They may be deleted
                 or replaced. It costs a few system calls a file, and no space.
+            outside_links: follow symbolic links that lead out of the directory. Those inside it
+                always are.
 
         Returns:
             The checkpoint's name: `name`, with a number after it if the directory has one already.
             Empty if a directory holds no files: nothing is saved then, with a warning.
 
         Raises:
-            EndlexError: the path does not exist, a name is not one, or the run is finished.
+            EndlexError: the path does not exist, a name is not one, a link leads out of the
+                directory, or the run is finished.
             OSError: the files cannot be linked or copied.
         """
         if self._journal is None or self._journal.inherited:
@@ -228,7 +130,7 @@ class Run:
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
-        from endlex.client.staging import NothingToSave, announcement, stage
+        from endlex.client.checkpoints import NothingToSave, announcement, stage
 
         if replaces is not None:
             metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
@@ -243,6 +145,7 @@ class Run:
                 aliases=as_list(aliases),
                 metadata=plain(metadata or {}),
                 link=link,
+                outside_links=outside_links,
             )
         except NothingToSave as error:
             self._refuse(str(path), error)
@@ -252,15 +155,18 @@ class Run:
 
     def has_saved(self, name: str) -> bool:
         """Whether this machine has saved a checkpoint `name` of the run, sent or not."""
-        from endlex.client.staging import has_saved
+        from endlex.client.checkpoints import has_saved
 
         return self.directory is not None and has_saved(self.directory, name)
 
-    def finish(self, status: Status = "finished") -> None:
+    def finish(self, status: Status = "finished", *, error: BaseException | None = None) -> None:
         """Record the run's end; a second call does nothing.
 
         An online run waits a few seconds at most for the server to have everything, and says
         what it does not have and how to send it.
+
+        Args:
+            error: what ended it, to be recorded with its traceback.
 
         Raises:
             EndlexError: `status` is not one.
@@ -271,29 +177,69 @@ class Run:
             self._finished = True
             return
         self._record_config()
+        if self._console is not None:
+            self._console.close()
         self._finished = True
         try:
-            self._journal.append(FINISH, {"status": status})
+            self._record_end(self._journal, status, error)
             self._journal.close()
-        except (EndlexError, OSError) as error:
-            self._refuse("finish", error)
+            self._journal.path.with_suffix(".fault").unlink(missing_ok=True)
+        except (EndlexError, OSError) as problem:
+            self._refuse("finish", problem)
         if self.refused:
             names = ", ".join(
                 f"{name[:40]!r} ({count:,})" for name, count in self.refused.most_common(5)
             )
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
-        exits.forget(self)
-        if self._online and not self._journal.inherited and self.directory is not None:
+        forget(self)
+        if self.online and not self._journal.inherited and self.directory is not None:
             from endlex.client.shipping import wait_until_shipped
 
             wait_until_shipped(self.directory, self._journal.path)
 
-    def go_online(self) -> None:
+    def _record_end(self, journal: Journal, status: Status, error: BaseException | None) -> None:
+        end: dict[str, Any] = {"status": status}
+        if error is not None and status != "finished":
+            end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
+            if not isinstance(error, SystemExit):
+                lines = "".join(tracebacks.format_exception(error))[-MAX_TEXT_CHARS:]
+                journal.append(TEXT, self._own_text(EXCEPTION, lines))
+        journal.append(FINISH, end)
+
+    def go_online(self, url: str) -> None:
         """Have a shipper send what this run records; without one it is recorded all the same."""
         from endlex.client.shipping import start_shipper
 
-        self._online = True
+        self.url = url
         self._with_shipper(start_shipper)
+
+    def record_surroundings(self, *, environment: bool, code: bool, console: bool) -> None:
+        """Record what the run is: commit, command, packages; and from now on what it prints."""
+        if self._journal is None:
+            return
+        watch_faults(self._journal.path.with_suffix(".fault"))
+        if environment:
+            from endlex.client import environment as found
+
+            texts = {ENVIRONMENT: json.dumps(found.describe_environment(), indent=1)}
+            texts |= {CHANGES: found.uncommitted_changes() if code else ""}
+            texts |= {PACKAGES: found.installed_packages()}
+            for name, text in texts.items():
+                if text:
+                    self._journal.append(TEXT, self._own_text(name, text))
+        if console:
+            self._console = Console(self._record_console)
+
+    def _own_text(self, name: str, text: str) -> dict[str, Any]:
+        assert self._journal is not None
+        return {"step": session_number(self._journal.path), "name": name, "text": text}
+
+    def _record_console(self, text: str) -> None:
+        if self._journal is not None and not self._journal.inherited and not self._finished:
+            content = self._own_text(CONSOLE, text)
+            content["step"] = content["step"] * CHUNKS_PER_SESSION + self._chunks
+            self._chunks += 1
+            self._journal.append(TEXT, content)
 
     def _watch_shipper(self) -> None:
         """Start another shipper if this run's was killed; asking costs a few system calls."""
@@ -310,23 +256,6 @@ class Run:
         except (OSError, ValueError) as error:
             warn(f"the shipper does not start ({error})")
 
-    def _number(self, step: Any, after: int = 1) -> int:
-        """Return the step as a number; without a good one, that many `after` the last one."""
-        if type(step) is int and 0 <= step <= MAX_STEP:
-            return step
-        following = min(max(self._latest_step() + after, 0), MAX_STEP)
-        try:
-            return following if step is None else checked_step(step)
-        except EndlexError as error:
-            self._refuse("step", EndlexError(f"{error}; recorded as step {following}"))
-            return following
-
-    def _latest_step(self) -> int:
-        """The step logged last, here or in a session before this one, or -1."""
-        if self._last_step is not None:
-            return self._last_step
-        return last_step(self.directory) if self.directory is not None else -1
-
     def _record_config(self) -> None:
         """Record which keys of the configuration have changed."""
         if self._journal is None or self._finished:
@@ -340,23 +269,6 @@ class Run:
             except (EndlexError, OSError) as error:
                 self._refuse("config", error)
 
-    def _refuse(self, name: str, error: Exception) -> None:
-        """Count what cannot be recorded as it is, and say so once per name, or raise if strict."""
-        if self._strict:
-            raise error
-        self.refused[name] += 1
-        if self.refused[name] == 1:
-            warn(str(error))
-
-    def _is_over(self) -> bool:
-        """Whether the run is finished, which counts as a fault of who logs."""
-        if self._finished:
-            self._refuse("log", self._is_finished())
-        return self._finished
-
-    def _is_finished(self) -> EndlexError:
-        return EndlexError(f"run {self.name!r} is finished: call endlex.init again to go on")
-
     def __enter__(self) -> Run:
         return self
 
@@ -366,4 +278,14 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.finish(exits.status_of(error))
+        self.finish(status_of(error), error=error)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return what ended a program, on one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by Ctrl-C"
+    if isinstance(error, SystemExit):
+        word = "exit status " if isinstance(error.code, int) else "exit: "
+        return f"{word}{error.code}"
+    return " ".join("".join(tracebacks.format_exception_only(error)).split())

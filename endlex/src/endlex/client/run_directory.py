@@ -1,16 +1,19 @@
-"""A run's directory: where it is, and whose it is.
+"""A run's directory: where it is, and whose it is; and the list of all of this machine's.
 
     run.json                 the run's id, project and name, written once
-    journal/*.jsonl          one file a session
+    journal/*.jsonl          one file per session
     staged/NAME/             files of checkpoints that the server does not have yet
     manifests/NAME.json      what each checkpoint's files were, as hashed here
     shipper.lock .json .log  the process that sends all this: its lock, state and log
 
-The same directory is the same run. Another machine joins a run by its id.
+The same directory is the same run. Another machine joins a run by its id. `endlex verify` must know
+every run on the machine, wherever it was recorded: `endlex.init` adds each directory to the list
+`endlex/directories` under `XDG_STATE_HOME` (or `~/.local/state`), one path per line, as JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -19,8 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
-from endlex.client.disk import fsync
-from endlex.client.process import process_name
+from endlex.client.process import process_name, warn, write_whole
 from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
@@ -98,14 +100,20 @@ def read_run_file(directory: Path | str) -> RunFile | None:
     return cast(RunFile, content)
 
 
-def claim_directory(directory: Path, run: str, project: str, name: str) -> RunFile:
+def claim_directory(
+    directory: Path, run: str, project: str, name: str, created: float | None = None
+) -> RunFile:
     """Write `run.json`, once and whole; of several processes the first one's stays.
+
+    Args:
+        created: Unix seconds; now if not given.
 
     Raises:
         OSError: the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    content: RunFile = {"run": run, "project": project, "name": name, "created": time.time()}
+    created = time.time() if created is None else created
+    content: RunFile = {"run": run, "project": project, "name": name, "created": created}
     temporary = directory / f".{RUN_FILE}.{os.urandom(4).hex()}.tmp"
     try:
         write_whole(temporary, json.dumps(content).encode())
@@ -133,30 +141,32 @@ def require_run_file(directory: Path) -> RunFile:
     return owner
 
 
-def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace a file by a temporary name and a rename, so that readers never see a part."""
-    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def runs_folder() -> Path:
+    """Where runs live that were given no directory: `$ENDLEX_DIR` or `./endlex-runs`."""
+    return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
 
 
-def default_directory(project: str, name: str, run: str) -> Path:
-    """Where a run lives that was given no directory: in `$ENDLEX_DIR` or `./endlex-runs`.
+def default_directory(folder: Path, project: str, name: str, run: str) -> Path:
+    """Where a run lives in a folder of many.
 
     A run that is there under its id keeps its directory, whatever it is called now.
     """
-    folder = Path(os.environ.get("ENDLEX_DIR") or "endlex-runs") / _as_file_name(project)
+    folder = folder / _as_file_name(project)
     for existing in sorted(folder.glob(f"*-{run}")):
         if (existing / RUN_FILE).exists():
             return existing
     return folder / f"{_as_file_name(name)}-{run}"
+
+
+def newest_directory(folder: Path, project: str, name: str | None) -> Path | None:
+    """The directory of the newest run of a project, and of a name if one is given; or None."""
+    found = []
+    for path in (folder / _as_file_name(project)).glob(f"*/{RUN_FILE}"):
+        with contextlib.suppress(EndlexError):
+            owner = read_run_file(path.parent)
+            if owner and owner["project"] == project and name in (None, owner["name"]):
+                found.append((owner["created"], path.parent))
+    return max(found)[1] if found else None
 
 
 def _as_file_name(name: str) -> str:
@@ -189,3 +199,51 @@ def server_token() -> str | None:
         except (OSError, ValueError, RuntimeError):
             return None
     return token or None
+
+
+def registry() -> Path:
+    """Return where the list is.
+
+    Raises:
+        RuntimeError: the user has no home directory.
+    """
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(state) / "endlex" / "directories"
+
+
+def register(directory: Path) -> None:
+    """Add a run's directory to the list, or say on stderr why that is not possible."""
+    try:
+        path, line = registry(), json.dumps(str(directory.absolute())).encode()
+        if path.exists() and line in path.read_bytes().splitlines():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, b"\n" + line + b"\n")  # apart from a line that was torn
+        finally:
+            os.close(descriptor)
+    except (OSError, RuntimeError) as error:
+        warn(
+            f"cannot note {directory} in the list of this machine's runs ({error}): "
+            "`endlex verify` finds it there only if you name it"
+        )
+
+
+def registered() -> list[Path]:
+    """Return the directories of the list, oldest first.
+
+    Raises:
+        OSError: the list cannot be read.
+    """
+    try:
+        lines = registry().read_bytes().splitlines()
+    except (FileNotFoundError, RuntimeError):
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(Path(json.loads(line)))
+        except (ValueError, TypeError):  # empty, or torn by a full disk
+            continue
+    return list(dict.fromkeys(found))

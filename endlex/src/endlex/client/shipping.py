@@ -8,6 +8,7 @@ it may be killed and started again at any moment.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,13 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client.disk import try_lock
-from endlex.client.journal import content_length, session_files
-from endlex.client.process import describe, is_running, process_name
-from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE, write_whole
-from endlex.client.staging import read_note, staged_change, staged_names
-from endlex.client.warning import warn
-from endlex.protocol import EndlexError
+from endlex.client.checkpoints import read_note, staged_change, staged_names
+from endlex.client.process import (
+    READ_ONLY,
+    describe,
+    is_running,
+    process_name,
+    try_lock,
+    warn,
+    write_whole,
+)
+from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
+from endlex.protocol import MEDIA_DIR, EndlexError
+from endlex.reading import content_length, session_files
 
 FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
@@ -48,7 +55,7 @@ class Unsent:
     records: int
     bytes: int
     files: int
-    """Of checkpoints."""
+    """Of checkpoints and media."""
 
     def __bool__(self) -> bool:
         return bool(self.bytes or self.files)
@@ -64,7 +71,12 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
     Returns:
         The open lock, or None if another process keeps it.
     """
-    lock = (directory / SHIPPER_LOCK).open("a+")
+    try:
+        lock = (directory / SHIPPER_LOCK).open("a+")
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+        return Path(os.devnull).open("a+")  # nobody else can write here either: no lock is needed
     deadline = time.monotonic() + seconds
     while _holder(lock) is not None:
         if time.monotonic() >= deadline:
@@ -117,7 +129,9 @@ def shipper_process(directory: Path) -> Holder | None:
         try:
             with (directory / SHIPPER_LOCK).open("r+") as lock:
                 holder = _holder(lock)
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, *READ_ONLY):
+                raise
             return None
         if holder is None or holder.pid:
             return holder
@@ -250,7 +264,7 @@ def unsent(directory: Path) -> Unsent:
         if end > acknowledged:
             size += end - acknowledged
             records += _count_lines(path, acknowledged, end)
-    files = 0
+    files = len(list((directory / MEDIA_DIR).glob("*")))
     for name in sorted(set(staged_names(directory)) - set(failed_checkpoints(directory))):
         try:
             files += len(read_note(directory, name)["files"])
@@ -301,12 +315,13 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
     if left:
         error = read_state(directory).get("error")
         warn(
-            f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} checkpoint"
-            f" files are not on the server yet{f' ({error})' if error else ''}. The shipper goes "
-            f"on in the background; to send them later: {sync_command(directory)}"
+            f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
+            f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
+            f"The shipper goes on in the background; to send them later: {sync_command(directory)}"
         )
 
 
 def _still_sending(directory: Path) -> bool:
     staged = staged_names(directory)
-    return bool(staged) and not set(staged) <= set(failed_checkpoints(directory))
+    waits = bool(staged) and not set(staged) <= set(failed_checkpoints(directory))
+    return waits or any((directory / MEDIA_DIR).glob("*"))

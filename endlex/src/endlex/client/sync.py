@@ -1,24 +1,34 @@
 """Send all that a run's directory holds now, in the foreground: what `endlex sync DIR` does.
 
 A shipper that is at work there is ended first, and started again afterwards if a trainer still
-writes; so a new address or token counts at once. Ctrl-C loses nothing.
+writes; so a new address or token counts at once. Ctrl-C loses nothing. `push_checkpoint` sends
+files that are in no run's directory.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from endlex.client.backoff import Backoff
-from endlex.client.checkpoint_shipper import send_staged
-from endlex.client.journal import content_length, session_files, writer_is_alive
-from endlex.client.journal_shipper import JournalShipper, Session
-from endlex.client.manifests import CheckpointFailed
-from endlex.client.replacement import drop_replaced
+from endlex.client.checkpoints import (
+    Staged,
+    drop_replaced,
+    files_of,
+    give_up,
+    staged_names,
+)
+from endlex.client.journal_sync import (
+    JournalShipper,
+    Session,
+    SessionDiffers,
+    SessionSync,
+    renew_session,
+)
+from endlex.client.manifests import CheckpointFailed, build_manifest
 from endlex.client.run_directory import require_run_file
-from endlex.client.session_sync import SessionDiffers, SessionSync, renew_session
+from endlex.client.shipper import send_staged
 from endlex.client.shipping import (
     DONE,
     FOREGROUND,
@@ -28,9 +38,19 @@ from endlex.client.shipping import (
     take_lock,
     write_state,
 )
-from endlex.client.staging import give_up, staged_names
-from endlex.client.transport import Retry, Transport
-from endlex.protocol import EndlexError
+from endlex.client.transport import Backoff, Retry, Transport
+from endlex.client.uploads import PartSource, Progress, Upload, send_media
+from endlex.protocol import (
+    EndlexError,
+    Manifest,
+    check_checkpoint_name,
+    check_run_id,
+)
+from endlex.reading import (
+    content_length,
+    session_files,
+    writer_is_alive,
+)
 
 SyncProgress = Callable[[str, int, int], None]
 """Told what is sent ("journal" or a checkpoint's name), the bytes that are there, and all."""
@@ -47,7 +67,7 @@ def sync_directory(
     patience: float = PATIENCE_SECONDS,
     drop_failed: bool = False,
     resend: bool = False,
-) -> None:
+) -> set[str]:
     """Send what is there now, and return when the server has acknowledged and published it.
 
     Args:
@@ -55,6 +75,9 @@ def sync_directory(
         drop_failed: give up the checkpoints that can never be published, such as those whose files
             were rewritten before they were sent.
         resend: send journals that differ from the server's copies as new sessions.
+
+    Returns:
+        The checkpoints that were published: a directory that can only be read still holds them.
 
     Raises:
         EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
@@ -80,6 +103,7 @@ def sync_directory(
     errors += [f"checkpoint {name}: {error}" for name, error in sync.failed.items()]
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
+    return sync.published
 
 
 def _take_over(directory: Path) -> tuple[bool, IO[str]]:
@@ -107,6 +131,7 @@ class _Sync:
         self._directory, self._run, self._transport = directory, run, transport
         self._progress, self._patience = progress, patience
         self.journals = JournalShipper(directory, run, transport)
+        self.published: set[str] = set()
         self.failed: dict[str, str] = {}
         """Checkpoints that cannot be sent, with the reason."""
         self._backoff = Backoff(longest=5.0)
@@ -152,11 +177,21 @@ class _Sync:
                 return
 
     def send_checkpoints(self, drop_failed: bool) -> None:
-        """Send what is staged."""
+        """Send what is staged, and media."""
+        while True:
+            try:
+                send_media(self._directory, self._transport)
+                break
+            except Retry as error:
+                self._wait(error)
+            except EndlexError as error:
+                self.failed["media"] = str(error)
+                break
         drop_replaced(self._directory)
         for name in staged_names(self._directory):
             try:
                 self._send_checkpoint(name)
+                self.published.add(name)
             except Retry:
                 raise
             except (EndlexError, OSError) as error:
@@ -191,3 +226,48 @@ def _is_sent(session: Session, target: int) -> bool:
     """Whether the server has what was there, and of a session that is over how it ended."""
     has_all = (session.sync.acknowledged or 0) >= target
     return session.done or (has_all and writer_is_alive(session.sync.path))
+
+
+def push_checkpoint(
+    run: str,
+    source: Path,
+    name: str,
+    transport: Transport,
+    *,
+    step: int = 0,
+    aliases: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Manifest:
+    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
+
+    Nothing is staged: the files must not change meanwhile, which is noticed.
+
+    Raises:
+        CheckpointFailed: it cannot be published, such as when another one has the name.
+        Retry: not now; calling again sends only what is left.
+        Refused: the token does not allow it, or the server does not know the run.
+        EndlexError: there is nothing to push, or a name is not one.
+    """
+    check_run_id(run)
+    files = list(files_of(source))
+    if not files:
+        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
+    states = [(inside, path.stat()) for inside, path in files]
+    note: Staged = {
+        "name": check_checkpoint_name(name),
+        "step": step,
+        # That of the newest file, not now, so that the same push again is the same manifest.
+        "created": max(state.st_mtime for _, state in states),
+        "aliases": [check_checkpoint_name(alias) for alias in aliases],
+        "metadata": dict(metadata or {}),
+        "files": [
+            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
+            for inside, state in states
+        ],
+    }
+    root = source if source.is_dir() else source.parent
+    manifest = build_manifest(root, note)
+    source_parts = PartSource(root, manifest, note)
+    Upload(run, manifest, source_parts, transport, progress=progress).run()
+    return manifest

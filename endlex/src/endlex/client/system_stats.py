@@ -21,10 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endlex.client.journal_writer import Journal
+from endlex.client.journal import Journal
+from endlex.client.process import Stop
 from endlex.client.run_directory import RunFile, session_start
 from endlex.client.shipping import say
-from endlex.client.stopping import Stop
 from endlex.protocol import FINISH, METRICS, SYSTEM
 
 SAMPLE_SECONDS = 10.0
@@ -45,7 +45,7 @@ def sensors(directory: Path) -> list[Sensor]:
         found.append(lambda: {"system/load": os.getloadavg()[0]})
     psutil = _library("psutil")
     if psutil is not None:
-        found += [lambda: _processors(psutil), lambda: _memory(psutil), _Network(psutil)]
+        found += [lambda: _machine(psutil), _Network(psutil)]
     nvml = _library("pynvml")
     if nvml is not None:
         found += _cards(nvml)
@@ -66,13 +66,10 @@ def _disks(directory: Path) -> dict[str, float]:
     }
 
 
-def _processors(psutil: Any) -> dict[str, float]:
-    return {"system/cpu_percent": psutil.cpu_percent(None)}
-
-
-def _memory(psutil: Any) -> dict[str, float]:
+def _machine(psutil: Any) -> dict[str, float]:
     memory = psutil.virtual_memory()
     return {
+        "system/cpu_percent": psutil.cpu_percent(None),
         "system/memory_percent": memory.percent,
         "system/memory_bytes": memory.total - memory.available,
     }
@@ -116,25 +113,24 @@ def _cards(nvml: Any) -> list[Sensor]:
 
 
 def _card_sensors(nvml: Any, index: int, card: Any) -> list[Sensor]:
-    """One sensor a figure: cards differ in what they can tell."""
-    prefix = f"system/gpu.{index}"
-
-    def utilization() -> dict[str, float]:
-        return {f"{prefix}/utilization_percent": nvml.nvmlDeviceGetUtilizationRates(card).gpu}
+    """One sensor per figure: cards differ in what they can tell."""
+    kind = nvml.NVML_TEMPERATURE_GPU
 
     def memory() -> dict[str, float]:
         info = nvml.nvmlDeviceGetMemoryInfo(card)
-        percent = 100 * info.used / info.total
-        return {f"{prefix}/memory_bytes": info.used, f"{prefix}/memory_percent": percent}
+        return {"memory_bytes": info.used, "memory_percent": 100 * info.used / info.total}
 
-    def power() -> dict[str, float]:
-        return {f"{prefix}/power_watts": nvml.nvmlDeviceGetPowerUsage(card) / 1000}
+    figures: list[Sensor] = [
+        lambda: {"utilization_percent": nvml.nvmlDeviceGetUtilizationRates(card).gpu},
+        memory,
+        lambda: {"power_watts": nvml.nvmlDeviceGetPowerUsage(card) / 1000},
+        lambda: {"temperature_c": nvml.nvmlDeviceGetTemperature(card, kind)},
+    ]
 
-    def temperature() -> dict[str, float]:
-        kind = nvml.NVML_TEMPERATURE_GPU
-        return {f"{prefix}/temperature_c": nvml.nvmlDeviceGetTemperature(card, kind)}
+    def named(read: Sensor) -> Sensor:
+        return lambda: {f"system/gpu.{index}/{key}": value for key, value in read().items()}
 
-    return [utilization, memory, power, temperature]
+    return [named(read) for read in figures]
 
 
 class Sampler:

@@ -13,9 +13,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
-from endlex.client import exits
-from endlex.client.journal_writer import Journal
-from endlex.client.registry import register
+from endlex.client.journal import Journal
+from endlex.client.process import finish_at_exit, warn_once
+from endlex.client.process import warn as say
 from endlex.client.run import Run
 from endlex.client.run_directory import (
     RunFile,
@@ -23,7 +23,10 @@ from endlex.client.run_directory import (
     default_directory,
     given_run_id,
     new_run_id,
+    newest_directory,
     read_run_file,
+    register,
+    runs_folder,
     server_url,
     session_start,
 )
@@ -41,13 +44,19 @@ def init(
     config: Any = None,
     *,
     directory: Path | str | None = None,
+    dir: Path | str | None = None,
     id: str | None = None,
+    resume: bool | str | None = None,
     tags: str | Sequence[str] = (),
     group: str | None = None,
+    job_type: str | None = None,
     notes: str | None = None,
     all_ranks: bool = False,
     mode: Mode | None = None,
     strict: bool = False,
+    save_code: bool = True,
+    console: bool | None = None,
+    **of_wandb: Any,
 ) -> Run:
     """Start a run, or go on with it: the same directory is the same run, with a new session.
 
@@ -56,12 +65,16 @@ def init(
         name: the run's; that of the directory's run, or one made from its id, if not given.
         config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
             is kept as its `str`.
-        directory: the run's own, made if missing; otherwise one under `$ENDLEX_DIR` or
-            `./endlex-runs`.
+        directory: the run's own, made if missing; otherwise one under `dir`.
+        dir: where runs' directories go; `$ENDLEX_DIR` or `./endlex-runs` if not given.
         id: of the run to go on with, when its directory is on another machine; also taken from
             `ENDLEX_RUN_ID`.
+        resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
+            or True goes on with the newest run of that project and name in `dir`. Not given, or
+            "allow": what is there decides.
         tags: words by which the dashboard finds runs.
         group: of runs that belong together.
+        job_type: what the run is for, such as "train"; kept as a tag.
         notes: free text.
         all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
             in a session of its own.
@@ -69,12 +82,17 @@ def init(
             that for `endlex sync`, `disabled` records nothing. Not given: `ENDLEX_MODE`, then
             online when there is a URL.
         strict: raise an `EndlexError` for what cannot be recorded as it is, instead of a warning.
+        save_code: keep the uncommitted changes of the program's git checkout with the run.
+        console: keep what the program prints; not given: unless `ENDLEX_CONSOLE` is 0.
+        of_wandb: what else `wandb.init` takes is ignored, with one warning.
 
     Raises:
-        EndlexError: a name or id is not one, the directory is another run's, or several ranks
-            were not told which run they share.
+        EndlexError: a name or id is not one, the directory is another run's or not as `resume`
+            wants it, or several ranks were not told which run they share.
         OSError: the directory cannot be written.
+        TypeError: an argument is unknown here and to wandb.
     """
+    _ignore(of_wandb)
     mode = _mode(mode)
     check_name(project, "project")
     if name is not None:
@@ -85,23 +103,54 @@ def init(
     run_id = given_run_id(id)
     if all_ranks and directory is None and run_id is None and _rank(os.environ.get("WORLD_SIZE")):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
-    place, owner = _claim(project, name, run_id, None if directory is None else Path(directory))
+    folder = Path(dir) if dir is not None else runs_folder()
+    if resume in (True, "auto") and directory is None and run_id is None:
+        directory = newest_directory(folder, project, name)
+    place, owner = _claim(
+        project, name, run_id, None if directory is None else Path(directory), folder, resume
+    )
     register(place)
     start = session_start(
         owner,
         TRAINER,
         config=as_config(config),
-        tags=as_list(tags),
+        tags=[*as_list(tags or ()), *([job_type] if job_type else [])],
         group=group,
         notes=notes,
         rank=rank,
     )
     journal = Journal(place, start)
     run = Run(place, journal, project, owner["name"], config, id=owner["run"], strict=strict)
-    exits.finish_at_exit(run)
+    run.record_surroundings(
+        environment=rank == 0 and _is_on("ENVIRONMENT"),
+        code=save_code,
+        console=_is_on("CONSOLE") if console is None else console,
+    )
+    finish_at_exit(run)
     if mode == "online":
-        run.go_online()
+        run.go_online(f"{server_url()}/runs/{run.id}")
+        say(f"{project}/{run.name} is at {run.url}")
     return _remember(run)
+
+
+OF_WANDB = {
+    *("allow_val_change", "anonymous", "config_exclude_keys", "config_include_keys", "entity"),
+    *("force", "fork_from", "magic", "monitor_gym", "reinit", "resume_from", "settings"),
+    *("sync_tensorboard", "tensorboard"),
+}
+"""Arguments of `wandb.init` that mean nothing here."""
+
+
+def _ignore(arguments: dict[str, Any]) -> None:
+    unknown = [name for name in arguments if name not in OF_WANDB]
+    if unknown:
+        raise TypeError(f"init() has no argument {unknown[0]!r}")
+    if given := sorted(name for name, value in arguments.items() if value is not None):
+        warn_once(f"init ignores what means nothing here: {', '.join(given)}")
+
+
+def _is_on(name: str) -> bool:
+    return os.environ.get(f"ENDLEX_{name}", "").strip().lower() not in ("0", "false", "off", "no")
 
 
 def _mode(mode: str | None) -> Mode:
@@ -120,12 +169,26 @@ def _rank(text: str | None = None) -> int:
 
 
 def _claim(
-    project: str, name: str | None, run_id: str | None, directory: Path | None
+    project: str,
+    name: str | None,
+    run_id: str | None,
+    directory: Path | None,
+    folder: Path,
+    resume: bool | str | None,
 ) -> tuple[Path, RunFile]:
+    if resume not in (None, True, False, "allow", "must", "never", "auto"):
+        raise EndlexError(f"resume {resume!r} must be allow, must, never or auto")
     new_id = run_id or new_run_id()
-    place = directory or default_directory(project, name or "run", new_id)
+    place = directory or default_directory(folder, project, name or "run", new_id)
     place = place.absolute()
     owner = read_run_file(place)
+    if owner is None and resume == "must":
+        raise EndlexError(
+            f"{place} holds no run to go on with (resume='must'): give its directory; a run of "
+            "another machine is joined by its id alone"
+        )
+    if owner is not None and resume == "never":
+        raise EndlexError(f"{place} holds a run already (resume='never'): give another directory")
     if owner is None:
         owner = claim_directory(place, new_id, project, name or f"run-{new_id}")
     wanted = (project, name or owner["name"])
@@ -173,5 +236,9 @@ def _of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
 log = _of_current(Run.log)
 log_text = _of_current(Run.log_text)
 log_table = _of_current(Run.log_table)
+log_histogram = _of_current(Run.log_histogram)
+log_image = _of_current(Run.log_image)
+log_file = _of_current(Run.log_file)
+alert = _of_current(Run.alert)
 save = _of_current(Run.save)
 finish = _of_current(Run.finish)

@@ -3,18 +3,22 @@
 A fault is one of three kinds, and what to do about it is in the type: `Retry` (no answer, or one
 that says later) is tried again with a growing wait (`backoff`), `Gap` names the offset to go on
 from, and `Refused` will not be cured by asking again soon. No message holds the token.
-"""
+
+
+How long to wait before the next try, after a fault that `transport` calls a `Retry`."""
 
 from __future__ import annotations
 
+import base64
 import http.client
 import itertools
 import json
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from endlex.protocol import EndlexError
 
@@ -23,6 +27,22 @@ READ_SECONDS = 60.0
 SEND_BYTES = 256 * 1024
 """Of a body at a time: the wait is bounded for each, not for the whole."""
 LARGEST_ANSWER = 64 * 2**20
+HINTS = {
+    "Connection refused": "is `endlex serve` running there?",
+    "self-signed certificate": "the server's certificate is self-signed, or signed by an authority "
+    "of your own: set SSL_CERT_FILE to its file",
+    "self signed certificate": "the server's certificate is self-signed: set SSL_CERT_FILE to it",
+    "unable to get local issuer": "this machine does not know who signed the certificate: set "
+    "SSL_CERT_FILE to that authority's file",
+    "mismatch": "the server's certificate is for another name",
+    "has expired": "the server's certificate has expired, or this machine's clock is wrong",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS: is the address http:// instead of https://?",
+    "Tunnel connection failed": "that is the proxy's answer: see HTTPS_PROXY",
+    "not known": "is the name right, and is there a network? Behind a proxy, set HTTPS_PROXY",
+    "name resolution": "is there a network? Behind a proxy, set HTTPS_PROXY",
+    "no answer in time": "behind a proxy, set HTTPS_PROXY",
+}
+"""What helps, by a part of what the system says."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -74,10 +94,14 @@ class Answer:
     status: int
     content: Any
     """Decoded from JSON; None if there was none."""
+    date: str | None = None
+    """When the server sent it, as it says."""
 
 
 class Transport:
-    """One connection to a server, for one thread.
+    """One connection to a server, for one thread, by way of HTTPS_PROXY or HTTP_PROXY if set.
+
+    Certificates are checked against the system's, or those of SSL_CERT_FILE.
 
     Args:
         url: `http://` or `https://`, a host, and where the server does not live at the top of it
@@ -112,6 +136,8 @@ class Transport:
         self._token = token
         self._waits = connect_seconds, read_seconds
         self._connection: http.client.HTTPConnection | None = None
+        self._way, self._proxy_headers = "", dict[str, str]()
+        """In front of a request's path, and its headers, for a proxy that is asked for http."""
 
     def __repr__(self) -> str:
         return f"Transport({self.url!r})"
@@ -241,7 +267,8 @@ class Transport:
             headers["Content-Length"] = str(len(body))
         blocks = None if body is None else _blocks_of(body)
         try:
-            connection.request(method, target, body=blocks, headers=headers)
+            given = headers | self._proxy_headers
+            connection.request(method, self._way + target, body=blocks, headers=given)
         except (BrokenPipeError, ConnectionResetError):
             if body is None:
                 raise
@@ -254,16 +281,35 @@ class Transport:
     def _connected(self) -> http.client.HTTPConnection:
         if self._connection is None:
             connect, read = self._waits
-            kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-            connection = kind(self.host, self.port, timeout=connect)
+            connection = self._new_connection(connect)
             connection.connect()
             connection.sock.settimeout(read)
             self._connection = connection
         return self._connection
 
+    def _new_connection(self, seconds: float) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        proxy = None if self.is_local else proxy_for(self.url)
+        if proxy is None:
+            return kind(self.host, self.port, timeout=seconds)
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        headers = {}
+        if parts.username:
+            secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            basic = base64.b64encode(secret.encode()).decode()
+            headers = {"Proxy-Authorization": f"Basic {basic}"}
+        connection = kind(parts.hostname or "", parts.port or 80, timeout=seconds)
+        if self._secure:
+            connection.set_tunnel(self.host, self.port, headers)
+        else:
+            self._way, self._proxy_headers = f"http://{self.host}:{self.port}", headers
+        return connection
+
     def _unreachable(self, error: Exception) -> Unreachable:
         reason = "no answer in time" if isinstance(error, TimeoutError) else str(error)
-        return Unreachable(f"cannot reach {self.url}: {reason or type(error).__name__}")
+        hint = next((hint for sign, hint in HINTS.items() if sign in reason), None)
+        hint = f" ({hint})" if hint and not (self.is_local and "proxy" in hint) else ""
+        return Unreachable(f"cannot reach {self.url}: {reason or type(error).__name__}{hint}")
 
     def ill_answer(self) -> Retry:
         """The error for an answer that went well and is not what an Endlex server says."""
@@ -275,6 +321,16 @@ class Transport:
             with suppress(OSError):
                 self._connection.close()
             self._connection = None
+
+
+def proxy_for(url: str) -> str | None:
+    """Return the proxy that the environment names for an address, if any."""
+    from urllib.request import getproxies, proxy_bypass
+
+    parts, proxies = urlsplit(url), getproxies()
+    if proxy_bypass(parts.netloc):
+        return None
+    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 def _is_token(token: str) -> bool:
@@ -294,7 +350,7 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
     except ValueError:
         decoded = None
     if 200 <= status < 300:
-        return Answer(status, decoded)
+        return Answer(status, decoded, response.getheader("Date"))
     said = decoded if isinstance(decoded, dict) else {}
     reason = str(said.get("error") or response.reason or "")[:500]
     message = f"{url} answered {asked} with {status}: {reason}"
@@ -317,3 +373,25 @@ def _seconds(header: str | None) -> float | None:
 def quoted(*parts: str) -> str:
     """A path of these parts, each of them quoted: `quoted("runs", run)` is `/runs/<run>`."""
     return "".join(f"/{quote(part, safe='')}" for part in parts)
+
+
+LONGEST_WAIT = 30.0
+
+
+class Backoff:
+    """Waits that double from 0.2 s to 30 s, each shortened at random by up to a half."""
+
+    def __init__(self, first: float = 0.2, longest: float = LONGEST_WAIT) -> None:
+        self._first, self._longest = first, longest
+        self._next = first
+
+    def reset(self) -> None:
+        """Start over: something worked."""
+        self._next = self._first
+
+    def wait(self, error: TransportError | None = None) -> float:
+        """Seconds to wait now; at least those that the server asked for."""
+        seconds = self._next * random.uniform(0.5, 1.0)
+        self._next = min(2 * self._next, self._longest)
+        asked = error.retry_after if isinstance(error, Retry) else None
+        return max(seconds, asked or 0.0)

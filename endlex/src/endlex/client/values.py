@@ -32,9 +32,17 @@ class MetricKeys(dict[str, str]):
 
 
 def tidy_name(name: Any, default: str) -> str:
-    """Make a name printable and short enough, as `protocol.check_name` wants it."""
-    text = "".join(c if c.isprintable() else "_" for c in str(name))
-    return text.strip()[:MAX_NAME_CHARS] or default
+    """Make a name printable and short enough, as `protocol.check_name` wants it.
+
+    Of one that is too long, the end is a hash of the whole, so that two of them stay apart.
+    """
+    text = "".join(c if c.isprintable() else "_" for c in str(name)).strip()
+    if len(text) > MAX_NAME_CHARS:
+        import hashlib
+
+        digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:8]
+        text = f"{text[: MAX_NAME_CHARS - 9]}~{digest}"
+    return text or default
 
 
 def accepted_name(name: Any, what: str, refuse: Refuse) -> str:

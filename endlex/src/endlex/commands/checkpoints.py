@@ -8,16 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.client.checkpoints import pull_checkpoint, push_checkpoint, sync_directory
+from endlex.api import LAST, Api, choose_checkpoint, helpful, run_path
+from endlex.client.downloads import pull_checkpoint
 from endlex.client.run_directory import claim_directory, read_run_file
+from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Retry
 from endlex.commands.rendering import ProgressLine, count, format_bytes
-from endlex.commands.server_api import Server, explain, find_server, run_path
-from endlex.commands.targets import find_server_run, is_run_directory, open_run_directory
+from endlex.commands.targets import (
+    find_server,
+    find_server_run,
+    is_run_directory,
+    open_run_directory,
+)
 from endlex.commands.usage import UsageError
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError
-
-LAST, BEST = "last", "best"
 
 
 def pull(run: str, directory: Path, url: str | None) -> int:
@@ -35,7 +39,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
         pull_checkpoint(found["run"], checkpoint["name"], directory, server.transport, show)
     except Retry as error:
         line.clear()
-        raise EndlexError(f"{explain(error)}; the same command goes on where it stopped") from error
+        raise EndlexError(f"{helpful(error)}; the same command goes on where it stopped") from error
     line.clear()
     print(
         f"{directory}: checkpoint {checkpoint['name']} (step {checkpoint['step']:,}, {size}) of "
@@ -45,7 +49,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
     return 0
 
 
-def _find(server: Server, word: str, whole: str, which: str) -> dict[str, Any]:
+def _find(server: Api, word: str, whole: str, which: str) -> dict[str, Any]:
     """Return the run; a name may hold an @ itself."""
     try:
         return find_server_run(server, word)
@@ -53,35 +57,6 @@ def _find(server: Server, word: str, whole: str, which: str) -> dict[str, Any]:
         if "@" in whole and "has no run" in str(error) and not which.isdecimal():
             raise EndlexError(f"{error} (for the run named {whole!r} give {whole}@last)") from error
         raise
-
-
-def choose_checkpoint(
-    checkpoints: Sequence[dict[str, Any]], which: str, run: str
-) -> dict[str, Any]:
-    """Return the published checkpoint that STEP, `last`, `best` or a name means.
-
-    Raises:
-        EndlexError: none is meant, or several of one step; the message lists what there is.
-    """
-    published = [c for c in checkpoints if c["state"] == "published"]
-    if not published:
-        waiting = ", ".join(f"{c['name']} is {c['state']}" for c in checkpoints)
-        raise EndlexError(f"run {run} has no published checkpoint{waiting and f' ({waiting})'}")
-    newest = sorted(published, key=lambda c: (c["step"], c["created"]))
-    named = [c for c in newest if c["name"] == which]
-    aliased = [c for c in newest if which in (c.get("aliases") or ())]
-    if named or aliased:
-        return (named or aliased)[-1]
-    if which == LAST:
-        return newest[-1]
-    listed = ", ".join(f"{c['name']} (step {c['step']:,})" for c in newest[-20:])
-    at_step = [c for c in newest if which.isdecimal() and c["step"] == int(which)]
-    if len(at_step) > 1:
-        raise EndlexError(f"run {run} has several checkpoints of step {which}: {listed}")
-    if not at_step:
-        hint = "; no checkpoint has the alias best" if which == BEST else ""
-        raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
-    return at_step[0]
 
 
 def _join_run(directory: Path, found: dict[str, Any]) -> str:
@@ -128,7 +103,7 @@ def push(
             identity = _push_to(server, run, path, checkpoint, step, alias, line)
     except Retry as error:
         line.clear()
-        raise EndlexError(f"{explain(error)}; the same command goes on where it stopped") from error
+        raise EndlexError(f"{helpful(error)}; the same command goes on where it stopped") from error
     line.clear()
     published = server.get(run_path(identity, "checkpoints", checkpoint))
     files = published["files"]
@@ -146,7 +121,7 @@ def _checkpoint_name(path: Path) -> str:
 
 
 def _push_to(
-    server: Server,
+    server: Api,
     run: str,
     path: Path,
     name: str,
@@ -164,7 +139,7 @@ def _push_to(
 
 
 def _push_new(
-    server: Server,
+    server: Api,
     path: Path,
     project: str | None,
     name: str,

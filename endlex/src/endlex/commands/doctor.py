@@ -9,30 +9,46 @@ import importlib.util
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
-from urllib.request import ProxyHandler, build_opener
 
-from endlex.client.checkpoints import verify_directory
-from endlex.client.journal import content_length, parse_record, session_files
+from endlex.api import Api
 from endlex.client.process import describe
-from endlex.client.run_directory import server_token, server_url
+from endlex.client.run_directory import runs_folder, server_token, server_url
 from endlex.client.shipping import read_state, shipper_process, sync_command
-from endlex.client.transport import TransportError
+from endlex.client.transport import Refused, TransportError
+from endlex.client.verify import verify_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.server_api import Refused, Server, find_server, find_transport
-from endlex.commands.targets import local_runs, open_run_directory, runs_folder
+from endlex.commands.targets import find_server, local_runs, open_run_directory
 from endlex.protocol import PROTOCOL, EndlexError
+from endlex.reading import summarize
 
 LITTLE_SPACE = 2 * 2**30
 CLOCK_SECONDS = 5.0
-SYSTEM_LIBRARIES = {"psutil": "psutil", "pynvml": "nvidia-ml-py"}
-SERVER_LIBRARIES = ("fastapi", "uvicorn", "sse_starlette", "orjson", "numpy", "pyarrow")
+LIBRARIES: dict[str, tuple[dict[str, str], str]] = {
+    "system": (
+        {"psutil": "psutil", "pynvml": "nvidia-ml-py"},
+        "some figures of this machine are not recorded",
+    ),
+    "watch": ({"plotext": "plotext"}, "`endlex watch` prints lines only"),
+    "import": (
+        {"wandb": "wandb", "tensorboard": "tensorboard", "pyarrow": "pyarrow"},
+        "not every tool's runs can be imported",
+    ),
+    "server": (
+        {
+            name: name
+            for name in ("fastapi", "uvicorn", "sse_starlette", "orjson", "numpy", "pyarrow")
+        },
+        "this machine cannot be the server",
+    ),
+}
+"""By extra: its packages by module, and what is missing without them."""
 
 
 @dataclass(frozen=True)
@@ -67,41 +83,26 @@ def _versions() -> Iterator[Finding]:
     yield ok("version", f"endlex {version}, protocol {PROTOCOL}; {python}")
 
 
+def _lacking(libraries: Mapping[str, str]) -> str:
+    """Return the packages, by module, that are not installed here."""
+    absent = [name for name in libraries if importlib.util.find_spec(name) is None]
+    return ", ".join(libraries[name] for name in absent)
+
+
 def _libraries() -> Iterator[Finding]:
-    missing = [name for name in SYSTEM_LIBRARIES if importlib.util.find_spec(name) is None]
-    if missing:
-        names = ", ".join(SYSTEM_LIBRARIES[name] for name in missing)
-        what = "GPU figures" if missing == ["pynvml"] else "some system figures"
-        yield note("system", f"no {names}: {what} are not recorded; pip install 'endlex[system]'")
-    else:
-        yield ok("system", "psutil and nvidia-ml-py are here")
-    if importlib.util.find_spec("plotext") is None:
-        yield note(
-            "watch", "no plotext: `endlex watch` prints lines only; pip install 'endlex[watch]'"
-        )
-    else:
-        yield ok("watch", "plotext is here")
-    if importlib.util.find_spec("endlex.server") is None:
-        yield note("serve", "only the client is here; pip install 'endlex[server]' for the server")
+    for extra, (libraries, without) in LIBRARIES.items():
+        lacking = _lacking(libraries)
+        remedy = f"no {lacking}: {without}; pip install 'endlex[{extra}]'"
+        yield note(extra, remedy) if lacking else ok(extra, "its packages are here")
+    if importlib.util.find_spec("endlex.server") is None or _lacking(LIBRARIES["server"][0]):
         return
-    absent = [name for name in SERVER_LIBRARIES if importlib.util.find_spec(name) is None]
-    if absent:
-        yield note(
-            "serve",
-            f"no {', '.join(absent)}: this machine cannot be the "
-            "server; pip install 'endlex[server]' if it should",
-        )
-        return
-    pages = importlib.import_module("endlex.server.pages")
-    assets = pages.missing_assets()
+    assets = importlib.import_module("endlex.server.web.pages").missing_assets()
     if assets:
         yield fault(
-            "serve",
+            "server",
             f"the dashboard's charts lack {', '.join(assets)}: install "
             "endlex again where the build can reach npm's registry, or from a wheel",
         )
-    else:
-        yield ok("serve", "the server's packages and the chart library are here")
 
 
 def _server(url: str | None) -> Iterator[Finding]:
@@ -134,32 +135,29 @@ def _server(url: str | None) -> Iterator[Finding]:
     yield (
         ok("server", said) if enough else fault("server", f"{said}: free some with `endlex prune`")
     )
-    yield from _clock(server)
+    yield _clock(server)
     yield from _scopes(server)
 
 
-def _clock(server: Server) -> Iterator[Finding]:
+def _clock(server: Api) -> Finding:
     """Compare clocks by the answer's Date header, which counts whole seconds."""
-    try:
-        before = time.time()
-        with build_opener(ProxyHandler({})).open(f"{server.url}/health", timeout=5) as answer:
-            said = parsedate_to_datetime(answer.headers["Date"]).timestamp()
-        after = time.time()
-    except (OSError, TypeError, ValueError):
-        yield note("clock", "the server's answer has no date to compare with")
-        return
+    before = time.time()
+    date = server.transport.request("GET", "/health").date
+    after = time.time()
+    if not date:
+        return note("clock", "the server's answer has no date to compare with")
+    said = parsedate_to_datetime(date).timestamp()
     apart = max(0.0, said - after, before - said - 1)
-    if apart > CLOCK_SECONDS:
-        yield note(
-            "clock",
-            f"this machine's and the server's are {apart:,.0f} s apart: "
-            "times on charts are this machine's; nothing else depends on them",
-        )
-    else:
-        yield ok("clock", "equal to the server's")
+    if apart <= CLOCK_SECONDS:
+        return ok("clock", "equal to the server's")
+    return note(
+        "clock",
+        f"this machine's and the server's are {apart:,.0f} s apart: "
+        "times on charts are this machine's; nothing else depends on them",
+    )
 
 
-def _scopes(server: Server) -> Iterator[Finding]:
+def _scopes(server: Api) -> Iterator[Finding]:
     """Find out what the token may do by asking for things that change nothing."""
     nobody = "0" * 10
     questions: dict[str, tuple[str, str, Any]] = {
@@ -227,10 +225,10 @@ def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]
 
 
 def _damage(directory: Path) -> Iterator[Finding]:
-    for path in session_files(directory):
-        lines = _damaged_lines(path)
-        if lines:
-            what = f"{path} has {count(lines, 'damaged line')}"
+    for session in summarize(directory)["sessions"]:
+        if session["damaged_lines"]:
+            lines = count(session["damaged_lines"], "damaged line")
+            what = f"session {session['session']} of {directory} has {lines}"
             remedy = "the disk may be failing; the rest is sent all the same"
             yield fault("journals", f"{what}: {remedy}")
 
@@ -244,7 +242,7 @@ def _sending(directory: Path, url: str | None) -> Finding:
     if shipper is not None:
         return ok("journals", f"{directory}: its shipper, {describe(shipper.name)}, sends it")
     try:
-        missing = verify_directory(directory, find_transport(url))
+        missing = verify_directory(directory, find_server(url).transport)
     except TransportError:
         return note("journals", f"{directory}: cannot be compared with the server now")
     except EndlexError as reason:
@@ -254,15 +252,3 @@ def _sending(directory: Path, url: str | None) -> Finding:
         what = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
         return note("journals", f"{directory}: {what}: {remedy}")
     return ok("journals", f"{directory}: all of it is on the server")
-
-
-def _damaged_lines(path: Path) -> int:
-    end = content_length(path)
-    damaged = position = 0
-    with path.open("rb") as file:
-        for line in file:
-            position += len(line)
-            if position > end:
-                break
-            damaged += parse_record(line) is None
-    return damaged

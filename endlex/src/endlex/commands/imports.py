@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from endlex.client.run_directory import runs_folder
 from endlex.commands.rendering import count, printable
-from endlex.commands.targets import runs_folder
 from endlex.commands.usage import UsageError
 from endlex.importers.run_directory import Imported
 from endlex.protocol import EndlexError
@@ -18,17 +18,15 @@ def from_wandb(path: Path, project: str | None, to: Path | None) -> int:
     """Import every `.wandb` file at or below a path."""
     from endlex.importers.wandb import find_wandb_files, import_wandb
 
-    root = to or runs_folder()
     files = find_wandb_files(_existing(path))
-    return _import_all([(file, partial(import_wandb, file, root, project)) for file in files])
+    return _import_all([(f, partial(import_wandb, f, to or runs_folder(), project)) for f in files])
 
 
 def from_tensorboard(path: Path, project: str | None, to: Path | None) -> int:
     """Import every directory with event files at or below a path."""
     from endlex.importers.tensorboard import find_event_directories, import_tensorboard, run_name
 
-    root = to or runs_folder()
-    top = _existing(path)
+    top, root = _existing(path), to or runs_folder()
     if not top.is_dir():
         raise UsageError(f"{path} is a file: give the directory that holds the event files")
     group = project or top.resolve().name
@@ -40,35 +38,60 @@ def from_tensorboard(path: Path, project: str | None, to: Path | None) -> int:
     )
 
 
+def from_trackio(path: Path, project: str | None, to: Path | None) -> int:
+    """Import every run of trackio's databases in a directory."""
+    from endlex.importers.trackio import find_trackio_files, import_trackio
+
+    files = find_trackio_files(_existing(path))
+    return _import_all(
+        [(f, partial(import_trackio, f, to or runs_folder(), project)) for f in files]
+    )
+
+
+def from_neptune(path: Path, project: str | None, to: Path | None) -> int:
+    """Import every run of neptune-exporter's Parquet files at or below a path."""
+    from endlex.importers.neptune import find_neptune_runs, import_neptune
+
+    runs = find_neptune_runs(_existing(path))
+    return _import_all(
+        [(run[0], partial(import_neptune, run, to or runs_folder(), project)) for run in runs]
+    )
+
+
 def _existing(path: Path) -> Path:
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     return path
 
 
-def _import_all(tasks: Sequence[tuple[Path, Callable[[], Imported]]]) -> int:
+def _import_all(
+    tasks: Sequence[tuple[Path, Callable[[], Imported | list[Imported]]]],
+) -> int:
     """Import one after the other; one that fails does not keep the others back."""
     imported: list[Imported] = []
     failed = 0
     for place, task in tasks:
         try:
             done = task()
-        except EndlexError as error:
+        except Exception as error:  # whatever a damaged file makes of a library
             failed += 1
-            print(f"{place}: not imported: {error}")
+            known = isinstance(error, EndlexError | OSError)
+            said = str(error) if known else f"{type(error).__name__}: {error}"
+            print(f"{place}: not imported: {printable(said)}")
             continue
-        imported.append(done)
-        counts = ", ".join(count(done.counts[kind], noun) for kind, noun in _shown(done))
-        print(f"{place} -> {done.directory}: {counts}")
-        if done.skipped:
-            left = ", ".join(f"{n:,} x {printable(what)}" for what, n in done.skipped.items())
-            print(f"  left out: {left}")
+        for one in done if isinstance(done, list) else [done]:
+            imported.append(one)
+            counts = ", ".join(count(one.counts[kind], noun) for kind, noun in _shown(one))
+            print(f"{place} -> {one.directory}: {counts}")
+            if one.skipped:
+                left = ", ".join(f"{n:,} x {printable(what)}" for what, n in one.skipped.items())
+                print(f"  left out: {left}")
     if imported:
-        directories = " ".join(shlex.quote(str(done.directory)) for done in imported)
+        directories = " ".join(dict.fromkeys(shlex.quote(str(one.directory)) for one in imported))
         print(f"ship with: endlex sync {directories}")
     return 1 if failed else 0
 
 
 def _shown(done: Imported) -> list[tuple[str, str]]:
-    nouns = {"metrics": "metrics record", "text": "text", "table": "table"}
+    nouns = {"metrics": "metrics record", "text": "text", "table": "table", "media": "file"}
     return [(kind, noun) for kind, noun in nouns.items() if done.counts[kind] or kind == "metrics"]

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from endlex.commands.local_run import summarize
 from endlex.commands.rendering import (
     count,
     format_age,
@@ -17,13 +16,16 @@ from endlex.commands.rendering import (
     printable,
     render_table,
 )
-from endlex.commands.server_api import find_server
 from endlex.commands.targets import (
+    find_server,
     find_server_run,
     is_run_directory,
     local_runs,
 )
 from endlex.commands.usage import UsageError
+from endlex.protocol import CONSOLE, TEXT
+from endlex.reading import iter_session, session_files, summarize
+from endlex.search import flatten, matches, parse_search
 
 SHOWN_METRICS = ("val/bpb", "train/loss", "loss")
 CELL = 40
@@ -36,15 +38,16 @@ def ls(
     sort: str | None,
     archived: bool,
     limit: int,
+    ids: bool,
     local: bool,
     url: str | None,
     as_json: bool,
 ) -> int:
     """Print a table of runs, of the server or of this machine's run directories."""
     if local:
-        if query or sort or archived:
-            raise UsageError("--local lists every run here: it takes no query, sort or --archived")
-        return _ls_local(project, group, limit, as_json)
+        if sort or archived:
+            raise UsageError("--local lists what is here: it takes no --sort or --archived")
+        return _ls_local(" ".join(query), project, group, limit, ids, as_json)
     asked = {
         "q": " ".join(query) or None,
         "project": project,
@@ -57,21 +60,34 @@ def ls(
     if as_json:
         print_json(page)
         return 0
+    if ids:
+        return _print_ids(page["runs"])
     print(_run_table(page["runs"]) if page["runs"] else "no runs")
     if page["total"] > len(page["runs"]):
         print(f"{len(page['runs']):,} of {count(page['total'], 'run')}: --limit shows more")
     return 0
 
 
-def _ls_local(project: str | None, group: str | None, limit: int, as_json: bool) -> int:
-    known, runs = local_runs(), []
+def _print_ids(runs: Sequence[dict[str, Any]]) -> int:
+    for run in runs:
+        print(run["run"])
+    return 0
+
+
+def _ls_local(
+    query: str, project: str | None, group: str | None, limit: int, ids: bool, as_json: bool
+) -> int:
+    known, runs, terms = local_runs(), [], parse_search(query)
     for directory in known.found:
         run = summarize(directory) | {"directory": str(directory)}
-        if project in (None, run["project"]) and group in (None, run["group"]):
+        is_of = project in (None, run["project"]) and group in (None, run["group"])
+        if is_of and matches(terms, run):
             runs.append(run)
     runs.sort(key=lambda run: -run["updated"])
     if as_json:
         print_json(runs[:limit])
+    elif ids:
+        return _print_ids(runs[:limit])
     elif runs:
         print(_run_table(runs[:limit]))
     if known.gone or known.unreadable or not runs:
@@ -99,8 +115,11 @@ def load_run(text: str, url: str | None) -> dict[str, Any]:
     return find_server_run(find_server(url), text)
 
 
-def show(run: str, url: str | None, as_json: bool) -> int:
-    """Print one run."""
+def show(run: str, log: bool, url: str | None, as_json: bool) -> int:
+    """Print one run, or what it printed."""
+    if log:
+        print(_console(run, url))
+        return 0
     found = load_run(run, url)
     if as_json:
         print_json(found)
@@ -114,6 +133,13 @@ def show(run: str, url: str | None, as_json: bool) -> int:
             print(f"{key}: {printable(', '.join(value) if isinstance(value, list) else value)}")
     _print_sections(found)
     return 0
+
+
+def _console(run: str, url: str | None) -> str:
+    if not is_run_directory(Path(run)):
+        return find_server(url).run(run).console()
+    records = (record for path in session_files(Path(run)) for record in iter_session(path))
+    return "\n".join(r["text"] for r in records if r["type"] == TEXT and r["name"] == CONSOLE)
 
 
 def _print_sections(found: dict[str, Any]) -> None:
@@ -132,7 +158,7 @@ def _print_sections(found: dict[str, Any]) -> None:
             for c in found["checkpoints"]
         ]
         print("\n" + render_table(headers, rows, right=(1, 2)))
-    flat = flatten_config(found["config"])
+    flat = flatten(found["config"])
     if flat:
         print("\n" + render_table(["CONFIG", ""], [[k, str(v)[:80]] for k, v in flat.items()]))
     names = [*found.get("texts", []), *found.get("tables", [])]
@@ -140,23 +166,12 @@ def _print_sections(found: dict[str, Any]) -> None:
         print("\ntexts and tables: " + ", ".join(map(printable, names)))
 
 
-def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a configuration's leaves by their keys, joined with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten_config(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def compare(runs: Sequence[str], metric: Sequence[str], url: str | None, as_json: bool) -> int:
     """Print the metrics of runs side by side, and the configuration where it differs."""
     if len(runs) < 2:
         raise UsageError(f"{runs[0]!r} alone cannot be compared: give two runs or more")
     loaded = [load_run(text, url) for text in runs]
-    configs = [flatten_config(run["config"]) for run in loaded]
+    configs = [flatten(run["config"]) for run in loaded]
     keys = list(dict.fromkeys(key for config in configs for key in config))
     differing: dict[str, list[Any]] = {}
     for key in keys:

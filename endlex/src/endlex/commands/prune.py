@@ -6,8 +6,7 @@ import sys
 from typing import Any
 
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.server_api import find_server
-from endlex.commands.targets import find_server_run
+from endlex.commands.targets import find_server, find_server_run
 from endlex.commands.usage import UsageError
 
 PRUNE = "/prune"

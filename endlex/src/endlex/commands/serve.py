@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,10 @@ def serve(
     data: Path | None,
     public: bool,
     trusted_proxy: str | None,
+    root_path: str,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    alerts: Sequence[str],
     alert_webhook: str | None,
     ntfy: str | None,
     stall_minutes: float,
@@ -55,11 +61,18 @@ def serve(
     """Serve until a signal ends it."""
     server = import_server("app")
     settings = import_server("settings")
+    alerts = [*alerts, *os.environ.get("ENDLEX_ALERTS", "").split()]
+    for target in alerts:
+        import_server("watch.notify").check_target(target)
     chosen = settings.Settings(
         host=host,
         port=settings.DEFAULT_PORT if port is None else port,
         public=public,
         trusted_proxy=trusted_proxy,
+        root_path=root_path,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        alerts=tuple(alerts),
         alert_webhook=alert_webhook,
         ntfy=ntfy,
         stall_minutes=stall_minutes,

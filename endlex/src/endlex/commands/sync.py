@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from endlex.client.checkpoints import require_all_sent
+from endlex.api import helpful
 from endlex.client.sync import sync_directory
 from endlex.client.transport import Retry
+from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, format_bytes
-from endlex.commands.server_api import explain, find_server
 from endlex.commands.targets import (
     find_run_directories,
+    find_server,
     is_run_directory,
     local_runs,
     open_run_directory,
@@ -43,8 +44,10 @@ def sync(directories: Sequence[Path], drop_failed: bool, resend: bool, url: str 
             line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
 
         try:
-            sync_directory(directory, transport, show, drop_failed=drop_failed, resend=resend)
-            require_all_sent(directory, transport)
+            sent = sync_directory(
+                directory, transport, show, drop_failed=drop_failed, resend=resend
+            )
+            require_all_sent(directory, transport, sent)
         except KeyboardInterrupt:
             line.clear()
             again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
@@ -52,7 +55,7 @@ def sync(directories: Sequence[Path], drop_failed: bool, resend: bool, url: str 
             return 130
         except (EndlexError, OSError) as error:
             line.clear()
-            said = explain(error) if isinstance(error, Retry) else error
+            said = helpful(error) if isinstance(error, Retry) else error
             print(f"{place}: not all sent: {said}")
             failed += 1
         else:

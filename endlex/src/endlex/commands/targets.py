@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.journal import session_files
-from endlex.client.registry import registered
-from endlex.client.run_directory import RunFile, read_run_file
+from endlex.api import Api
+from endlex.client.run_directory import RunFile, read_run_file, registered, runs_folder
 from endlex.commands.rendering import count
-from endlex.commands.server_api import Refused, Server, run_path
 from endlex.commands.usage import UsageError
-from endlex.protocol import RUN_FILE, RUN_ID, EndlexError
-
-PAGE = 200
-
-
-def runs_folder() -> Path:
-    """Return where runs live that were given no directory."""
-    return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
+from endlex.protocol import RUN_FILE, EndlexError
+from endlex.reading import session_files
 
 
 def is_run_directory(path: Path) -> bool:
@@ -115,41 +106,15 @@ def find_local_run(text: str) -> Path | None:
     return found[0] if found else None
 
 
-def find_server_run(server: Server, text: str) -> dict[str, Any]:
-    """Return the run of the server that a word means, as `GET /runs/{run}` tells it.
-
-    Args:
-        server: where to look.
-        text: an id, a name, or project/name.
+def find_server(url: str | None) -> Api:
+    """Return the server named on the command line or in the environment.
 
     Raises:
-        EndlexError: there is none, or several have that name; the message lists their ids.
+        EndlexError: none was named, or the address or the token is not one.
     """
-    if RUN_ID.fullmatch(text):
-        try:
-            return dict(server.get(run_path(text)))
-        except Refused as refusal:
-            if refusal.status != 404:
-                raise
-    found = _find_named(server, text)
-    if not found:
-        raise EndlexError(f"{server.url} has no run {text!r}: `endlex ls` lists what is there")
-    if len(found) > 1:
-        listed = ", ".join(f"{run['run']} ({run['project']}/{run['name']})" for run in found[:20])
-        raise EndlexError(f"{text!r} is the name of {len(found)} runs: give an id of {listed}")
-    return dict(server.get(run_path(found[0]["run"])))
+    return Api(url, read_only=False)
 
 
-def _find_named(server: Server, text: str) -> list[dict[str, Any]]:
-    """Return the runs whose name, or project and name, are the text; projects may hold a slash."""
-    found = []
-    for archived in (None, "true"):
-        offset, total = 0, 1
-        while offset < total:
-            query = {"limit": PAGE, "offset": offset, "archived": archived}
-            page = server.get("/runs", query)
-            for run in page["runs"]:
-                if text in (run["name"], f"{run['project']}/{run['name']}", run["run"]):
-                    found.append(run)
-            total, offset = page["total"], offset + PAGE
-    return list({run["run"]: run for run in found}.values())
+def find_server_run(server: Api, text: str) -> dict[str, Any]:
+    """Return the run of the server that a word means, as `GET /runs/{run}` tells it."""
+    return server.run(text).whole

@@ -22,7 +22,7 @@ def create(name: str, scope: str, run: Sequence[str], data: Path | None) -> int:
     unknown = [part for part in scopes if part not in SCOPES]
     if unknown or not scopes:
         raise UsageError(f"--scope {scope!r} has no such scope: give some of {','.join(SCOPES)}")
-    secret = import_server("auth").create_token(data_directory(data), name, scopes, run)
+    secret = import_server("api.auth").create_token(data_directory(data), name, scopes, run)
     print(secret)
     return 0
 
@@ -30,14 +30,14 @@ def create(name: str, scope: str, run: Sequence[str], data: Path | None) -> int:
 def grant(token: str, runs: Sequence[str], data: Path | None) -> int:
     """Make runs a token's own."""
     key = int(token) if token.isdecimal() else token
-    import_server("auth").grant_runs(data_directory(data), key, list(runs))
+    import_server("api.auth").grant_runs(data_directory(data), key, list(runs))
     print(f"token {token} may add to {count(len(runs), 'more run')}")
     return 0
 
 
 def list_all(data: Path | None, as_json: bool) -> int:
     """Print what tokens there are: names, scopes, own runs, when they were made and last used."""
-    infos = import_server("auth").list_tokens(data_directory(data))
+    infos = import_server("api.auth").list_tokens(data_directory(data))
     tokens: list[dict[str, Any]] = [info.as_json() for info in infos]
     if as_json:
         print_json(tokens)
@@ -79,6 +79,6 @@ def _own_runs(token: dict[str, Any]) -> str:
 def revoke(token: str, data: Path | None) -> int:
     """Make a token worthless from now on."""
     key = int(token) if token.isdecimal() else token
-    revoked = import_server("auth").revoke_token(data_directory(data), key)
+    revoked = import_server("api.auth").revoke_token(data_directory(data), key)
     print(f"revoked {count(revoked, 'token')}")
     return 0

@@ -16,29 +16,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.checkpoints import LetGo, Missing, compare_directory
-from endlex.client.journal import (
-    content_length,
-    session_files,
-    session_kind,
-    writer_is_alive,
-)
+from endlex.api import helpful
+from endlex.client.checkpoints import staged_names
 from endlex.client.manifests import manifest_path
+from endlex.client.run_directory import runs_folder
 from endlex.client.shipping import BACKGROUND, read_state, shipper_process
-from endlex.client.staging import staged_names
 from endlex.client.transport import Retry, Transport, TransportError
+from endlex.client.verify import LetGo, Missing, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
-from endlex.commands.server_api import explain, find_transport
 from endlex.commands.targets import (
     LocalRuns,
     find_local_run,
     find_run_directories,
+    find_server,
     local_runs,
     open_run_directory,
-    runs_folder,
 )
 from endlex.commands.usage import UsageError
 from endlex.protocol import SYSTEM, EndlexError
+from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
 SAFE = "safe to tear down"
 NOT_SAFE = "NOT safe to tear down"
@@ -93,7 +89,7 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     transport: Transport | None = None
     no_server = ""
     try:
-        transport = find_transport(url)
+        transport = find_server(url).transport
     except EndlexError as error:
         no_server = str(error)
     verdicts = [_judge(directory, transport, no_server) for directory in directories]
@@ -157,7 +153,7 @@ def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verd
             verdict.given_up = found.given_up
             verdict.lost = [m for m in verdict.missing if _was_published(directory, m)]
         except Retry as error:
-            verdict.error = str(explain(error))
+            verdict.error = str(helpful(error))
         except (TransportError, EndlexError, OSError) as error:
             verdict.error = str(error)
     return verdict

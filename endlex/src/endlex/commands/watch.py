@@ -7,6 +7,7 @@ watch a run beside its trainer. Plots are drawn by plotext, the extra `endlex[wa
 from __future__ import annotations
 
 import importlib
+import math
 import shutil
 import sys
 import time
@@ -15,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from endlex.client.journal import session_files
-from endlex.commands.local_run import iter_session, session_status, summarize, values_of
+from endlex.api import Api, ServerUnreachable, run_path
 from endlex.commands.rendering import format_age, format_number, printable
-from endlex.commands.server_api import Server, ServerUnreachable, find_server, run_path
-from endlex.commands.targets import find_server_run, is_run_directory
+from endlex.commands.targets import find_server, find_server_run, is_run_directory
 from endlex.commands.usage import UsageError
-from endlex.protocol import METRICS, EndlexError
+from endlex.protocol import EndlexError
+from endlex.reading import read_points, session_files, session_status, summarize
 
 PLOTS = 4
 ENDED = ("finished", "failed", "interrupted", "crashed")
@@ -43,7 +43,7 @@ class Look:
 class ServerSource:
     """A run of a server."""
 
-    def __init__(self, server: Server, text: str) -> None:
+    def __init__(self, server: Api, text: str) -> None:
         self._server = server
         self._run = find_server_run(server, text)["run"]
 
@@ -78,15 +78,11 @@ class DirectorySource:
 
     def series(self, name: str, width: int) -> tuple[list[float], list[float]]:
         """Return the steps and finite values of a metric, thinned to about `width` of them."""
-        points: dict[int, float] = {}
-        for path in session_files(self._directory):
-            for record in iter_session(path):
-                if record["type"] == METRICS:
-                    points.update((record["step"], v) for n, v in values_of(record) if n == name)
-        steps = sorted(step for step, value in points.items() if abs(value) < float("inf"))
+        points = read_points(self._directory).get(name, {})
+        steps = sorted(step for step, (_, value) in points.items() if math.isfinite(value))
         stride = max(1, len(steps) // max(1, width))
         kept = steps[::-stride][::-1]
-        return [float(step) for step in kept], [points[step] for step in kept]
+        return [float(step) for step in kept], [points[step][1] for step in kept]
 
 
 def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> int:

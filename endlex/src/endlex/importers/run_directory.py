@@ -9,23 +9,21 @@ are several sessions of it.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
-from endlex.client.disk import fsync
-from endlex.client.journal import session_files
-from endlex.client.registry import register
-from endlex.client.session_sync import renew_session
+from endlex.client.journal import Journal
+from endlex.client.journal_sync import renew_session
+from endlex.client.media import keep_media
+from endlex.client.run_directory import claim_directory, register
 from endlex.client.values import tidy_name, to_json
 from endlex.protocol import (
     CONFIG,
@@ -33,18 +31,20 @@ from endlex.protocol import (
     JOURNAL_DIR,
     MAX_STEP,
     MAX_TEXT_CHARS,
+    MEDIA,
+    MEDIA_DIR,
     METRICS,
     PROTOCOL,
-    RUN_FILE,
     RUN_ID,
-    SESSION,
     SYSTEM,
     TABLE,
     TEXT,
     TRAINER,
+    EndlexError,
     Status,
     encode_number,
 )
+from endlex.reading import session_files
 
 LARGEST_EXACT = 2**53
 
@@ -54,7 +54,7 @@ class Source:
     """What the other tool says about a run."""
 
     tool: str
-    """"wandb" or "tensorboard": becomes a tag."""
+    """Such as "wandb": becomes a tag."""
     identity: str
     """What makes the run itself: equal for every import of it."""
     project: str
@@ -91,17 +91,6 @@ def run_id(source: Source) -> str:
     return hashlib.sha256(f"{source.tool}\0{source.identity}".encode()).hexdigest()[:10]
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Join the keys of nested mappings with "/"."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 class RunWriter:
     """Build one run directory; as a context manager it appears whole, or not at all.
 
@@ -119,37 +108,24 @@ class RunWriter:
         final = next(folder.glob(f"*-{identity}"), folder / f"{name.strip('.')[:80]}-{identity}")
         self.imported = Imported(final, identity)
         self._building = final.with_name(f".{final.name}.importing-{os.urandom(4).hex()}")
-        self._files: dict[str, BinaryIO] = {}
-        self._sessions: dict[str, str] = {}
-        self._seq: Counter[str] = Counter()
-        self._resources = ExitStack()
+        self._journals: dict[str, Journal] = {}
 
     def __enter__(self) -> RunWriter:
-        (self._building / JOURNAL_DIR).mkdir(parents=True)
-        source = self.source
-        self._write_json(
-            RUN_FILE,
-            {
-                "run": self.imported.run,
-                "project": source.project,
-                "name": source.name,
-                "created": source.created,
-            },
-        )
+        source, identity = self.source, self.imported.run
+        claim_directory(self._building, identity, source.project, source.name, source.created)
         return self
 
     def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
         """Open a session file with its session record; `first` is the record after that."""
-        if kind != TRAINER and TRAINER not in self._files:
+        if kind != TRAINER and TRAINER not in self._journals:
             self._begin(TRAINER, {})
         content = self._session_content(kind)
         digest = hashlib.sha256(to_json({"session": content, "first": first}).encode()).hexdigest()
         # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
         session = f"{max(int(self.source.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
-        path = self._building / JOURNAL_DIR / f"{session}.jsonl"
-        self._sessions[kind] = session
-        self._files[kind] = self._resources.enter_context(path.open("wb"))
-        self._append(kind, SESSION, self.source.created, content)
+        self._journals[kind] = Journal(
+            self._building, content, session=session, moment=self.source.created
+        )
 
     def _session_content(self, kind: str) -> dict[str, Any]:
         source = self.source
@@ -170,18 +146,13 @@ class RunWriter:
         }
 
     def _append(self, kind: str, record: str, time: float, content: Mapping[str, Any]) -> None:
-        if kind not in self._files:
+        if kind not in self._journals:
             self._begin(kind, {"time": time, **content})
-        head = {
-            "type": record,
-            "session": self._sessions[kind],
-            "seq": self._seq[kind],
-            "time": time,
-        }
-        line = to_json(head | dict(content))
-        self._files[kind].write(line.encode("utf-8", "replace") + b"\n")
-        self._seq[kind] += 1
-        self.imported.counts[record] += 1
+        try:
+            self._journals[kind].append(record, content, time)
+            self.imported.counts[record] += 1
+        except EndlexError:
+            self.skip("record that is too large to be sent")
 
     def config(self, time: float, changed: Mapping[str, Any]) -> None:
         """Record what was added to the configuration after the first record."""
@@ -199,30 +170,35 @@ class RunWriter:
 
     def text(self, step: int, time: float, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
-        if self._is_step(step):
-            if len(text) > MAX_TEXT_CHARS:
-                self.skip("end of a text that is too long")
-            content = {"step": step, "name": tidy_name(name, "text"), "text": text[:MAX_TEXT_CHARS]}
-            self._append(TRAINER, TEXT, time, content)
+        if len(text) > MAX_TEXT_CHARS:
+            self.skip("end of a text that is too long")
+        self._record(TEXT, step, time, name, {"text": text[:MAX_TEXT_CHARS]})
 
     def table(
         self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
     ) -> None:
         """Record a table."""
+        self._record(TABLE, step, time, name, {"columns": columns, "rows": rows})
+
+    def media(
+        self, step: int, time: float, name: str, content: bytes, mime: str, caption: str | None
+    ) -> None:
+        """Record a picture, a sound or another file."""
+        kept = keep_media(self._building, content, mime, caption)
+        self._record(MEDIA, step, time, name, kept)
+
+    def _record(
+        self, kind: str, step: int, time: float, name: str, content: Mapping[str, Any]
+    ) -> None:
         if self._is_step(step):
-            content = {
-                "step": step,
-                "name": tidy_name(name, "table"),
-                "columns": columns,
-                "rows": rows,
-            }
-            self._append(TRAINER, TABLE, time, content)
+            head = {"step": step, "name": tidy_name(name, kind)}
+            self._append(TRAINER, kind, time, head | dict(content))
 
     def finish(self, time: float, status: Status) -> None:
         """Record the end of the run, in every session that it has: nothing may follow."""
-        if TRAINER not in self._files:
+        if TRAINER not in self._journals:
             self._begin(TRAINER, {})
-        for kind in list(self._files):
+        for kind in list(self._journals):
             self._append(kind, FINISH, time, {"status": status})
 
     def skip(self, reason: str) -> None:
@@ -235,26 +211,16 @@ class RunWriter:
         self.skip("step below 0 or above 2**62")
         return False
 
-    def _write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        with (self._building / name).open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            fsync(file.fileno())
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None and TRAINER not in self._files:
-                self._begin(TRAINER, {})
-            for file in self._files.values():
-                file.flush()
-                fsync(file.fileno())
-        finally:
-            self._resources.close()
+        if kind is None and TRAINER not in self._journals:
+            self._begin(TRAINER, {})
+        for journal in self._journals.values():
+            journal.close()
         if kind is None:
             self._publish()
             register(self.imported.directory)
@@ -265,6 +231,9 @@ class RunWriter:
         if not final.exists():
             self._building.rename(final)
             return
+        for path in (self._building / MEDIA_DIR).glob("*"):
+            (final / MEDIA_DIR).mkdir(exist_ok=True)
+            path.replace(final / MEDIA_DIR / path.name)
         for path in session_files(self._building):
             there = final / JOURNAL_DIR / path.name
             old, new = there.read_bytes() if there.exists() else b"", path.read_bytes()

@@ -1,12 +1,9 @@
-"""Read TensorBoard event files into run directories, without TensorBoard.
+"""Read TensorBoard event files into run directories, with TensorBoard's own messages.
 
 An event file is a sequence of TFRecords (length, masked CRC-32C of the length, content, masked
-CRC-32C of the content), each an `Event` protocol-buffer message; field numbers are those of
-TensorFlow's published event.proto, summary.proto and tensor.proto. Scalars (old `simple_value`
-and new tensors), texts and the hyperparameters of the hparams plugin are taken; images, audio,
-histograms and graphs are counted in what `endlex import` prints.
-
-Each directory that holds event files is one run, as TensorBoard itself has it.
+CRC-32C of the content). Scalars, texts, images, audio, histograms and the hyperparameters of the
+hparams plugin are taken; graphs and the like are counted. What is whole around a damaged record is
+kept. Each directory that holds event files is one run, as TensorBoard itself has it.
 
     endlex import tensorboard runs/
 """
@@ -15,27 +12,21 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from endlex.client.media import HISTOGRAM
 from endlex.client.values import tidy_name
-from endlex.importers.protobuf import Message
+from endlex.importers.rows import load
 from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
 
+HEAD = struct.Struct("<QI")
 LARGEST_EVENT = 2**30
 LARGEST_CHECKED = 2**20
-"""Contents above this are images or graphs, which are not taken: their checksum is not computed."""
-
-# Tensor types that a scalar or a text has: the number in DataType, where its values are.
-STRUCT_OF_TYPE = {1: "f", 2: "d", 3: "i", 4: "B", 5: "h", 6: "b", 9: "q", 10: "?", 19: "e"}
-STRUCT_OF_TYPE |= {22: "I", 23: "Q"}
-BFLOAT16 = 14
-STRING = 7
-INTEGER_FIELDS = {3: 7, 4: 7, 5: 7, 6: 7, 9: 10, 10: 11, 22: 16, 23: 17}
+"""Contents above this are images or graphs: their checksum takes too long in Python."""
 
 
 def find_event_directories(path: Path) -> list[Path]:
@@ -50,57 +41,70 @@ def find_event_directories(path: Path) -> list[Path]:
     return sorted(found)
 
 
-def iter_events(path: Path) -> Iterator[Message]:
+def run_name(top: Path, directory: Path) -> str:
+    """Name a directory's run as TensorBoard does: its path below the directory that was given."""
+    relative = os.path.relpath(directory, top)
+    return directory.resolve().name if relative == "." else relative.replace(os.sep, "/")
+
+
+def iter_events(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
     """Yield a file's events; what is torn at its end (a killed run) is passed over.
 
+    Args:
+        skip: told of each damaged stretch; the events before and after it are yielded.
+
     Raises:
-        EndlexError: it is no event file, or it is damaged before its end.
+        EndlexError: TensorBoard's library is not installed.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position = 0
-        while len(head := file.read(12)) == 12:
-            length, length_crc = struct.unpack("<QI", head)
-            if masked_crc(head[:8]) != length_crc or length > LARGEST_EVENT:
-                raise EndlexError(
-                    f"{path} is damaged at byte {position:,}, or it is not an event file"
-                )
-            body = file.read(length + 4)
-            if len(body) < length + 4:
+    event = load("tensorboard.compat.proto.event_pb2").Event
+    checksum = load("tensorboard.compat.tensorflow_stub.pywrap_tensorflow").masked_crc32c
+    content, position = path.read_bytes(), 0
+    while position + HEAD.size <= len(content):
+        length, crc = HEAD.unpack_from(content, position)
+        start = position + HEAD.size
+        end = start + length + 4
+        if length > LARGEST_EVENT or checksum(content[position : position + 8]) != crc:
+            found = _next_head(content, position + 1, checksum)
+            if found is None:
+                if any(content[position:]) and position:
+                    skip("damaged end")
+                elif position == 0:
+                    raise EndlexError(f"{path} is not an event file, or damaged from its start")
                 return
-            content, position = body[:length], position + length + 16
-            if length <= LARGEST_CHECKED:
-                (crc,) = struct.unpack("<I", body[length:])
-                if masked_crc(content) != crc:
-                    if position >= size:  # the last record, written in part over zeros
-                        return
-                    raise EndlexError(f"{path} is damaged before byte {position:,}: wrong checksum")
-            yield Message(content)
+            skip("damaged record")
+            position = found
+            continue
+        if end > len(content):
+            return
+        body, position = content[start : end - 4], end
+        if length <= LARGEST_CHECKED and checksum(body) != int.from_bytes(
+            content[end - 4 : end], "little"
+        ):
+            if end < len(content):  # else the last record, written in part over zeros
+                skip("damaged record")
+            continue
+        try:
+            yield event.FromString(body)
+        except Exception:  # protobuf's own
+            skip("damaged record")
 
 
-@cache
-def _crc_table() -> tuple[int, ...]:
-    """The byte table of CRC-32C (Castagnoli), reflected polynomial 0x82F63B78."""
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return tuple(table)
-
-
-def masked_crc(content: bytes) -> int:
-    """Return the CRC-32C of `content`, rotated and shifted as TFRecords store it."""
-    table, crc = _crc_table(), 0xFFFFFFFF
-    for byte in content:
-        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) -> int | None:
+    """Return where the next sound record begins: no record is as long as 2**32 bytes."""
+    while (zeros := content.find(bytes(4), position + 4)) >= 0:
+        position = zeros - 4
+        head = content[position : position + HEAD.size]
+        if len(head) < HEAD.size:
+            return None
+        if checksum(head[:8]) == HEAD.unpack(head)[1]:
+            return position
+        position += 1
+    return None
 
 
 @dataclass
 class _Contents:
-    """What the files of one directory say, in the order of their names and records."""
+    """What the files of one directory say about the run, before anything is written."""
 
     created: float = 0.0
     ended: float = 0.0
@@ -120,10 +124,12 @@ def import_tensorboard(
         name: the run's; the directory's without it.
 
     Raises:
-        EndlexError: a file is damaged.
+        EndlexError: no file is an event file, or TensorBoard's library is not installed.
     """
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
-    contents = _read_contents(files)
+    contents = _Contents()
+    for file in files:
+        _read_contents(file, contents)
     place = directory.resolve()
     project = tidy_name(project or place.parent.name, "tensorboard")
     name = tidy_name(name or place.name, "run")
@@ -143,106 +149,78 @@ def import_tensorboard(
     return writer.imported
 
 
-def _read_contents(files: Iterable[Path]) -> _Contents:
-    contents = _Contents()
-    for file in files:
-        for event in iter_events(file):
-            time = (event.floats(1, "d") or [0.0])[-1]
-            contents.created = min(contents.created or time, time)
-            contents.ended = max(contents.ended, time)
-            for value in event.message(5).messages(1):
-                _read_hparams(value, contents)
-    return contents
-
-
-def _plugin(value: Message) -> Message:
-    return value.message(9).message(1)
-
-
-def _read_hparams(value: Message, contents: _Contents) -> None:
-    """Take the configuration and the status that the hparams plugin keeps in metadata."""
-    plugin = _plugin(value)
-    if plugin.string(1) != "hparams":
-        return
-    for content in plugin.contents(2)[-1:]:
-        data = Message(content)
-        for entry in data.message(3).messages(1):
-            contents.config[entry.string(1)] = _hparam(entry.message(2))
-        contents.failed = contents.failed or data.message(4).integer(1) == 2
-
-
-def _hparam(value: Message) -> Any:
-    """Decode a `google.protobuf.Value`."""
-    if 2 in value:
-        return value.floats(2, "d")[-1]
-    if 4 in value:
-        return bool(value.integer(4))
-    return value.string(3) if 3 in value else None
+def _read_contents(path: Path, contents: _Contents) -> None:
+    plugins = load("tensorboard.plugins.hparams.plugin_data_pb2")
+    for event in iter_events(path):
+        contents.created = min(contents.created or event.wall_time, event.wall_time)
+        contents.ended = max(contents.ended, event.wall_time)
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name != "hparams":
+                continue
+            data = plugins.HParamsPluginData.FromString(value.metadata.plugin_data.content)
+            for key, given in data.session_start_info.hparams.items():
+                kind = given.WhichOneof("kind")
+                contents.config[key] = (
+                    None if kind in (None, "null_value") else getattr(given, kind)
+                )
+            contents.failed |= data.session_end_info.status == 2
 
 
 def _write_file(path: Path, writer: RunWriter) -> None:
     """Write a file's values; successive scalars of one step become one record."""
     step, time, waiting = -1, 0.0, dict[str, float]()
-    for event in iter_events(path):
-        event_step = event.integer(2)
-        event_time = (event.floats(1, "d") or [0.0])[-1]
-        for value in event.message(5).messages(1):
-            tag = value.string(1)
-            read = _read_value(value)
-            if isinstance(read, float):
-                if event_step != step or tag in waiting:
-                    writer.metrics(step, time, waiting)
-                    step, time, waiting = event_step, event_time, {}
-                waiting[tag] = read
-            elif isinstance(read, list):
-                text = "\n".join(part.decode("utf-8", "replace") for part in read)
-                writer.text(event_step, event_time, tag.removesuffix("/text_summary"), text)
-            elif read:
-                writer.skip(read)
+    for event in iter_events(path, writer.skip):
+        for value in event.summary.value:
+            number = _scalar(value)
+            if number is None:
+                _write_other(value, event.step, event.wall_time, writer)
+                continue
+            if event.step != step or value.tag in waiting:
+                writer.metrics(step, time, waiting)
+                step, time, waiting = event.step, event.wall_time, {}
+            waiting[value.tag] = number
     writer.metrics(step, time, waiting)
 
 
-def _read_value(value: Message) -> float | list[bytes] | str:
-    """Return a scalar, a text's parts, or what kind of value it is that is not taken."""
-    plugin = _plugin(value).string(1)
-    if 2 in value:
-        return value.floats(2, "f")[-1]
-    for number, kind in ((4, "image"), (5, "histogram"), (6, "audio")):
-        if number in value:
-            return kind
-    if 8 not in value or plugin == "hparams":
-        return ""
-    tensor = value.message(8)
-    if plugin == "text" and tensor.integer(1) == STRING:
-        return tensor.contents(8)
-    numbers = _numbers(tensor) if plugin in ("scalars", "") else []
-    return numbers[0] if len(numbers) == 1 else (plugin or "tensor")
+def _array(tensor: Any) -> Any:
+    return load("tensorboard.util.tensor_util").make_ndarray(tensor)
 
 
-def _numbers(tensor: Message) -> list[float]:
-    """Return a tensor's values, wherever its writer put them."""
-    kind = tensor.integer(1)
-    raw = b"".join(tensor.contents(4))
-    if raw and kind == BFLOAT16:
-        return [struct.unpack("<f", b"\0\0" + raw[i : i + 2])[0] for i in range(0, len(raw) - 1, 2)]
-    if raw and kind in STRUCT_OF_TYPE:
-        form = struct.Struct("<" + STRUCT_OF_TYPE[kind])
-        return [float(form.unpack_from(raw, i)[0]) for i in range(0, len(raw), form.size)]
-    if kind == 1:
-        return tensor.floats(5, "f")
-    if kind == 2:
-        return tensor.floats(6, "d")
-    if kind in (19, BFLOAT16):  # 16 bits in an integer field
-        return [
-            struct.unpack("<e", struct.pack("<H", bits))[0]
-            if kind == 19
-            else struct.unpack("<f", struct.pack("<I", bits << 16))[0]
-            for bits in tensor.integers(13)
-        ]
-    return [float(number) for number in tensor.integers(INTEGER_FIELDS.get(kind, 0))]
+def _scalar(value: Any) -> float | None:
+    if value.HasField("simple_value"):
+        return float(value.simple_value)
+    if not value.HasField("tensor") or value.metadata.plugin_data.plugin_name not in (
+        "scalars",
+        "",
+    ):
+        return None
+    array = _array(value.tensor)
+    return float(array.item()) if array.size == 1 and array.dtype.kind in "fiub" else None
 
 
-def run_name(top: Path, directory: Path) -> str:
-    """Name a directory's run as TensorBoard does: its path below the directory that was given."""
-    relative = os.path.relpath(directory, top)
-    return directory.resolve().name if relative == "." else relative.replace(os.sep, "/")
+def _write_other(value: Any, step: int, time: float, writer: RunWriter) -> None:
+    """Write a text, a histogram, an image or a sound, in its old form or as a tensor."""
+    plugin, name = value.metadata.plugin_data.plugin_name, value.tag
+    array = _array(value.tensor) if value.HasField("tensor") else None
+    if value.HasField("histo"):
+        limits, counts = list(value.histo.bucket_limit), list(value.histo.bucket)
+        lows = [min(value.histo.min, limits[0] if limits else 0.0), *limits]
+        rows = [list(row) for row in zip(lows, limits, counts, strict=False) if row[2]]
+        writer.table(step, time, name, HISTOGRAM, rows)
+    elif plugin == "histograms" and array is not None and array.ndim == 2:
+        writer.table(step, time, name, HISTOGRAM, array.tolist())
+    elif value.HasField("image"):
+        writer.media(step, time, name, value.image.encoded_image_string, "image/png", None)
+    elif value.HasField("audio"):
+        writer.media(step, time, name, value.audio.encoded_audio_string, "audio/wav", None)
+    elif plugin == "text" and array is not None:
+        parts = [part.decode("utf-8", "replace") for part in array.ravel().tolist()]
+        writer.text(step, time, name.removesuffix("/text_summary"), "\n".join(parts))
+    elif plugin in ("images", "audio") and array is not None:
+        items = array.ravel().tolist()
+        items = items[2:] if plugin == "images" else items[::2]  # width, height; or label pairs
+        mime = "image/png" if plugin == "images" else "audio/wav"
+        for item in items:
+            writer.media(step, time, name, item, mime, None)
+    elif plugin != "hparams" and (array is not None or plugin):
+        writer.skip(plugin or "tensor")

@@ -1,10 +1,9 @@
-"""Read wandb's offline runs (`.wandb` files) into run directories, without wandb.
+"""Read wandb's offline runs (`.wandb` files) into run directories.
 
 A `.wandb` file is a LevelDB log (blocks of 32 KiB, records cut into fragments, each with its CRC)
-of protocol-buffer messages; field numbers are those of wandb's published `wandb_internal.proto`.
-Metrics, texts, tables, configuration, tags, notes, group and system statistics are taken. Media,
-artifacts and console output stay where they are, counted in what `endlex import` prints, and so do
-host details such as the command line and the installed packages.
+of messages that wandb's own library decodes. Metrics, summaries, texts, tables, histograms, media,
+configuration, tags, notes, group, system statistics and the console are taken; artifacts are
+counted. What is whole around a damaged record is kept.
 
     endlex import wandb wandb/offline-run-20260101_120000-abcdefgh
 """
@@ -14,28 +13,24 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from endlex.client.values import tidy_name
-from endlex.importers.protobuf import Message
-from endlex.importers.run_directory import Imported, RunWriter, Source, flatten
-from endlex.protocol import EndlexError
+from endlex.importers.rows import load, numbers_of, write_row
+from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.protocol import CONSOLE, EndlexError
 
 MAGIC = b":W&B"
 HEADER_BYTES = 7
 BLOCK_BYTES = 32768
 FRAGMENT = struct.Struct("<IHB")  # crc32 of type and content, length, type
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-LARGEST_TABLE_FILE = 64 * 2**20
-
-# Field numbers of Record, and of the records in it.
-HISTORY, OUTPUT, CONFIG, STATS, ARTIFACT, RUN, EXIT = 2, 4, 5, 7, 8, 17, 18
-OUTPUT_RAW = 13
-KEY, NESTED_KEY, VALUE_JSON = 1, 2, 16
 INTERNAL = ("_wandb", "_step", "_timestamp", "_runtime")
+CONSOLE_LINES = 200
+"""In one text."""
 
 
 def find_wandb_files(path: Path) -> list[Path]:
@@ -52,34 +47,61 @@ def find_wandb_files(path: Path) -> list[Path]:
     return found
 
 
-def iter_records(path: Path) -> Iterator[bytes]:
+def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[bytes]:
     """Yield a `.wandb` file's messages; what is torn at its end (a killed run) is passed over.
 
+    Args:
+        skip: told of each damaged stretch; the records before and after it are yielded.
+
     Raises:
-        EndlexError: it is no `.wandb` file, or it is damaged before its end.
+        EndlexError: it is no `.wandb` file.
     """
     content = path.read_bytes()
     if content[: len(MAGIC)] != MAGIC:
         raise EndlexError(f"{path} is not a .wandb file: it does not begin with {MAGIC.decode()!r}")
-    position, parts = HEADER_BYTES, b""
+    position, parts = HEADER_BYTES, None
     while position + FRAGMENT.size <= len(content):
         room = BLOCK_BYTES - position % BLOCK_BYTES
-        if room < FRAGMENT.size:
-            position += room
+        if room < FRAGMENT.size or not any(content[position : position + FRAGMENT.size]):
+            position += room  # the end of a block, or the zeros of a preallocated one
             continue
-        checksum, length, kind = FRAGMENT.unpack_from(content, position)
-        start = position + FRAGMENT.size
-        body = content[start : start + length]
-        if len(body) < length or kind == 0:  # torn, or the zeros of a preallocated block
-            return
-        if kind > LAST or zlib.crc32(body, zlib.crc32(bytes([kind]))) != checksum:
-            if start + length >= len(content):
+        body, kind = _fragment(content, position)
+        if body is None:
+            end = position + FRAGMENT.size + FRAGMENT.unpack_from(content, position)[1]
+            if end >= len(content):
                 return
-            raise EndlexError(f"{path} is damaged at byte {position:,}: the checksum is wrong")
-        parts = body if kind in (FULL, FIRST) else parts + body
-        if kind in (FULL, LAST):
+            skip("damaged record")
+            parts = None
+            # Its length may be sound: then a whole fragment follows. Else go to the next block.
+            position = end if _fragment(content, end)[0] is not None else position + room
+            continue
+        if kind in (FULL, FIRST):
+            parts = body
+        elif parts is not None:
+            parts += body
+        if kind in (FULL, LAST) and parts is not None:
             yield parts
-        position = start + length
+            parts = None
+        position += FRAGMENT.size + len(body)
+
+
+def _fragment(content: bytes, position: int) -> tuple[bytes | None, int]:
+    """Return a fragment's content and type; None for what is damaged or cut off."""
+    if position + FRAGMENT.size > len(content):
+        return None, 0
+    checksum, length, kind = FRAGMENT.unpack_from(content, position)
+    body = content[position + FRAGMENT.size : position + FRAGMENT.size + length]
+    sound = len(body) == length and zlib.crc32(body, zlib.crc32(bytes([kind]))) == checksum
+    return (body if sound and FULL <= kind <= LAST else None), kind
+
+
+def _iter_messages(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[Any]:
+    messages = load("wandb.proto.wandb_internal_pb2")
+    for content in iter_records(path, skip):
+        try:
+            yield messages.Record.FromString(content)
+        except Exception:  # protobuf's own: the record is whole, and none of this library's
+            skip("record that wandb's library does not know")
 
 
 @dataclass
@@ -87,7 +109,7 @@ class _Head:
     """What the whole file says about the run, gathered before anything is written."""
 
     config: dict[str, Any] = field(default_factory=dict)
-    run: Message | None = None
+    run: Any = None
     exit_code: int | None = None
     began: float = 0.0
     ended: float = 0.0
@@ -102,26 +124,25 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported
         project: instead of the run's own.
 
     Raises:
-        EndlexError: the file is damaged or holds no run.
+        EndlexError: the file holds no run, or wandb's library is not installed.
     """
     head = _read_head(path)
     if head.run is None:
         raise EndlexError(f"{path} names no run: it was cut off in its first records")
     run = head.run
-    identity = run.string(1)
-    created = _timestamp(run.message(17)) or head.began or path.stat().st_mtime
+    created = _seconds(run.start_time) or head.began or path.stat().st_mtime
     source = Source(
         tool="wandb",
-        identity=f"{run.string(3)}/{identity}",
-        project=tidy_name(project or run.string(3), "uncategorized"),
-        name=tidy_name(run.string(8), "") or tidy_name(identity, "run"),
+        identity=f"{run.project}/{run.run_id}",
+        project=tidy_name(project or run.project, "uncategorized"),
+        name=tidy_name(run.display_name, "") or tidy_name(run.run_id, "run"),
         created=created,
         config=head.config,
-        tags=tuple(tidy_name(tag, "tag") for tag in run.strings(10)),
-        group=tidy_name(run.string(6), "") or None,
-        notes=run.string(9) or None,
-        host=run.string(13),
-        run=identity,
+        tags=tuple(tidy_name(tag, "tag") for tag in (*run.tags, run.job_type) if tag),
+        group=tidy_name(run.run_group, "") or None,
+        notes=run.notes or None,
+        host=run.host,
+        run=run.run_id,
         ended="interrupted",
     )
     with RunWriter(root, source) as writer:
@@ -133,118 +154,70 @@ def import_wandb(path: Path, root: Path, project: str | None = None) -> Imported
 
 def _read_head(path: Path) -> _Head:
     head = _Head()
-    for content in iter_records(path):
-        record = Message(content)
-        if RUN in record:
-            head.run = record.message(RUN)
-            _update_config(head.config, head.run.message(4))
-        elif CONFIG in record and not head.began:
-            _update_config(head.config, record.message(CONFIG))
-        elif EXIT in record:
-            head.exit_code = record.message(EXIT).integer(1)
-        elif HISTORY in record:
-            values = _items(record.message(HISTORY).messages(1))
-            time = float(values.get("_timestamp", 0))
+    for record in _iter_messages(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            head.run = record.run
+            _update_config(head.config, record.run.config)
+        elif kind == "config" and not head.began:
+            _update_config(head.config, record.config)
+        elif kind == "exit":
+            head.exit_code = record.exit.exit_code
+        elif kind == "history":
+            time = float(_items(record.history.item).get("_timestamp", 0))
             head.began, head.ended = head.began or time, max(head.ended, time)
     head.config.pop("_wandb", None)
     return head
 
 
-def _update_config(config: dict[str, Any], update: Message) -> None:
-    changed = _items(update.messages(1))
-    config |= {
-        key: config[key] | value
-        if isinstance(config.get(key), dict) and isinstance(value, dict)
-        else value
-        for key, value in changed.items()
-    }
-    for key in _items(update.messages(2)):
+def _update_config(config: dict[str, Any], update: Any) -> None:
+    for key, value in _items(update.update).items():
+        both = isinstance(config.get(key), dict) and isinstance(value, dict)
+        config[key] = config[key] | value if both else value
+    for key in _items(update.remove):
         config.pop(key, None)
 
 
 def _write_records(path: Path, writer: RunWriter, created: float, config: dict[str, Any]) -> None:
-    last_step, time = -1, created
-    for content in iter_records(path):
-        record = Message(content)
-        if HISTORY in record:
-            history = record.message(HISTORY)
-            values = _items(history.messages(1))
-            step = values.get("_step", history.message(2).integer(1, last_step + 1))
-            last_step = int(step)
+    last_step, time, logged = -1, created, set[str]()
+    summary: dict[str, Any] = {}
+    console: list[str] = []
+    for record in _iter_messages(path, writer.skip):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            values = _items(record.history.item)
+            last_step = int(values.get("_step", record.history.step.num or last_step + 1))
             time = float(values.get("_timestamp", created))
-            shown = {k: v for k, v in values.items() if k not in INTERNAL}
-            _write_row(path, writer, last_step, time, shown)
-        elif CONFIG in record and last_step >= 0:
-            _update_config(config, record.message(CONFIG))
-            keys = _items(record.message(CONFIG).messages(1)).keys() - {"_wandb"}
+            row = {k: v for k, v in values.items() if k not in INTERNAL}
+            logged |= row.keys()
+            write_row(writer, last_step, time, row, path.parent / "files")
+        elif kind == "config" and last_step >= 0:
+            _update_config(config, record.config)
+            keys = _items(record.config.update).keys() - {"_wandb"}
             if keys:
                 writer.config(time, {key: config[key] for key in sorted(keys)})
-        elif STATS in record:
-            stats = record.message(STATS)
-            moment = _timestamp(stats.message(2)) or created
-            names = _items(stats.messages(3))
-            numbers = {f"system/{k}": v for k, v in flatten(names).items() if _is_number(v)}
+        elif kind == "summary":
+            summary |= _items(record.summary.update)
+        elif kind == "stats":
+            moment = _seconds(record.stats.timestamp) or created
+            numbers = numbers_of(_items(record.stats.item), "system/")
             writer.metrics(max(0, round(moment - created)), moment, numbers, system=True)
-        elif ARTIFACT in record:
+        elif kind in ("output", "output_raw"):
+            console.append(getattr(record, kind).line)
+        elif kind == "artifact":
             writer.skip("artifact")
-        elif OUTPUT in record or OUTPUT_RAW in record:
-            writer.skip("line of console output")
+    own = {k: v for k, v in summary.items() if k not in logged and k not in INTERNAL}
+    write_row(writer, max(last_step, 0), time, own, path.parent / "files")
+    lines = "".join(console).splitlines()
+    for start in range(0, len(lines), CONSOLE_LINES):
+        writer.text(start, time, CONSOLE, "\n".join(lines[start : start + CONSOLE_LINES]))
 
 
-def _write_row(path: Path, writer: RunWriter, step: int, time: float, row: dict[str, Any]) -> None:
-    """Write one call of wandb.log: numbers together, texts and tables one by one."""
-    numbers: dict[str, float] = {}
-    for name, value in row.items():
-        if isinstance(value, Mapping) and "_type" in value:
-            _write_media(path, writer, step, time, name, value)
-        elif isinstance(value, Mapping):
-            nested = flatten(value, f"{name}/")
-            numbers |= {key: item for key, item in nested.items() if _is_number(item)}
-        elif isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity"):
-            writer.text(step, time, name, value)
-        elif isinstance(value, str):
-            numbers[name] = float(value)
-        elif _is_number(value):
-            numbers[name] = value
-        elif value is not None:
-            writer.skip(f"value of type {type(value).__name__}")
-    writer.metrics(step, time, numbers)
-
-
-def _write_media(
-    path: Path, writer: RunWriter, step: int, time: float, name: str, value: Mapping[str, Any]
-) -> None:
-    """Write a table from the file that it is kept in; count other media."""
-    kind = str(value["_type"])
-    table = _read_table(path.parent / "files", str(value.get("path", "")))
-    if "table" not in kind or table is None:
-        writer.skip(kind)
-        return
-    writer.table(step, time, name, [str(c) for c in table["columns"]], table["data"])
-
-
-def _read_table(files: Path, relative: str) -> dict[str, Any] | None:
-    """Read a table's file; None where there is none, or its path leads out of the run."""
-    target = (files / relative).resolve()
-    if not relative or not target.is_relative_to(files.resolve()) or not target.is_file():
-        return None
-    if target.stat().st_size > LARGEST_TABLE_FILE:
-        return None
-    try:
-        table = json.loads(target.read_bytes())
-    except ValueError:
-        return None
-    whole = isinstance(table, dict) and all(
-        isinstance(table.get(k), list) for k in ("columns", "data")
-    )
-    return table if whole else None
-
-
-def _items(items: list[Message]) -> dict[str, Any]:
+def _items(items: Any) -> dict[str, Any]:
     """Decode key and value pairs; a nested key makes nested mappings."""
     found: dict[str, Any] = {}
     for item in items:
-        keys = item.strings(NESTED_KEY) or [item.string(KEY)]
+        keys = list(getattr(item, "nested_key", ())) or [item.key]
         level = found
         for key in keys[:-1]:
             deeper = level.get(key)
@@ -255,30 +228,20 @@ def _items(items: list[Message]) -> dict[str, Any]:
     return found
 
 
-def _value(item: Message) -> Any:
+def _value(item: Any) -> Any:
     """Decode a value: JSON in a string, or one of the typed fields of newer writers."""
-    if VALUE_JSON not in item:
-        if 4 in item:
-            return bool(item.integer(4))
-        if 5 in item:  # sint64: zigzag
-            raw = item.integer(5) & (2**64 - 1)
-            return (raw >> 1) ^ -(raw & 1)
-        if 6 in item:
-            return item.floats(6, "d")[-1]
-        if 7 in item:
-            return item.string(7)
-        if 8 not in item:
-            return None
-    text = item.string(VALUE_JSON) or item.string(8)
+    fields = type(item).DESCRIPTOR.oneofs_by_name
+    kind = item.WhichOneof(next(iter(fields))) if fields else None
+    if kind in ("boolean", "integer", "number", "text"):
+        return getattr(item, kind)
+    if kind == "none":
+        return None
+    text = item.value_json or getattr(item, "json", "")
     try:
         return json.loads(text)
     except ValueError:
-        return text
+        return text or None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _timestamp(message: Message) -> float:
-    return message.integer(1) + message.integer(2) / 1e9
+def _seconds(timestamp: Any) -> float:
+    return float(timestamp.seconds + timestamp.nanos / 1e9)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import logging
 import shutil
 import socket
@@ -25,14 +24,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server import api_checkpoints, api_export, api_journal, api_login, api_runs
-from endlex.server.auth import list_tokens
-from endlex.server.bodies import json_response
-from endlex.server.handlers import install_handlers
-from endlex.server.retention import sweep
-from endlex.server.security import Guard, is_loopback
+from endlex.server.api import checkpoints, export, journal, login, media, runs
+from endlex.server.api.auth import list_tokens
+from endlex.server.api.bodies import json_response
+from endlex.server.api.handlers import install_handlers
+from endlex.server.api.security import Guard, is_loopback
 from endlex.server.settings import DataDir, Settings
-from endlex.server.state import Server, open_server
+from endlex.server.state import Server
+from endlex.server.store.retention import sweep
+from endlex.server.web.pages import build_router
 
 logger = logging.getLogger("endlex")
 
@@ -59,21 +59,19 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     )
     app.state.data, app.state.settings = data, settings
     app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
-    app.state.batches = asyncio.Semaphore(api_journal.MOST_BATCHES_AT_ONCE)
+    app.state.batches = asyncio.Semaphore(journal.MOST_BATCHES_AT_ONCE)
     app.add_middleware(Guard, settings=settings)
     install_handlers(app)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (api_journal, api_runs, api_checkpoints, api_export, api_login):
+    for module in (journal, runs, checkpoints, media, export, login):
         app.include_router(module.router)
-    if importlib.util.find_spec("endlex.server.pages") is not None:
-        pages = importlib.import_module("endlex.server.pages")
-        app.include_router(pages.build_router())
+    app.include_router(build_router(settings.root_path))
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    server = await asyncio.to_thread(open_server, app.state.data, app.state.settings)
+    server = await asyncio.to_thread(Server, app.state.data, app.state.settings)
     app.state.server = server
     server.hub.start(asyncio.get_running_loop())
     timers = [asyncio.create_task(run(server)) for run in (_watch_forever, _clean_forever)]
@@ -90,7 +88,7 @@ async def _watch_forever(server: Server) -> None:
     """Look for what no request brings: silence, and a disk that fills up."""
     while True:
         try:
-            events = await asyncio.wrap_future(server.database.write(server.watch.sweep))
+            events = await server.write(server.watch.sweep)
             for kind, content in events:
                 server.hub.publish(kind, content)
         except (sqlite3.Error, OSError) as error:
@@ -139,8 +137,11 @@ def serve(data_dir: Path | str, settings: Settings) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         timeout_keep_alive=75,
         limit_concurrency=MOST_CONNECTIONS,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
-    print(f"endlex: serving {data_dir} on http://{shown}:{port}", flush=True)
+    kind = "https" if settings.tls_cert else "http"
+    print(f"endlex: serving {data_dir} on {kind}://{shown}:{port}", flush=True)
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
 

@@ -8,6 +8,7 @@ partial/<sha256>       parts that are still arriving
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from endlex.protocol import EndlexError
 
 GIB = 2**30
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 DEFAULT_PORT = 8817
 
 
@@ -30,6 +32,14 @@ class Settings:
     """Serve other machines, or a proxy that does: every request needs a token."""
     trusted_proxy: str | None = None
     """The address of the proxy in front, whose X-Forwarded headers are believed."""
+    root_path: str = ""
+    """The path under which a proxy shows the server, such as /endlex, cut off or not."""
+    tls_cert: Path | None = None
+    """A certificate's file (PEM), with which the server speaks HTTPS itself."""
+    tls_key: Path | None = None
+    """The file of its private key."""
+    alerts: tuple[str, ...] = ()
+    """Addresses that get each alert, as `watch.notify` knows them."""
     alert_webhook: str | None = None
     """A URL that gets each alert as JSON."""
     ntfy: str | None = None
@@ -38,6 +48,18 @@ class Settings:
     """How long a running run may be silent before that is an alert."""
     min_free_bytes: int | None = None
     """Disk space that uploads leave free; None is 1 GiB or 2 % of the disk, whichever is less."""
+
+    def __post_init__(self) -> None:
+        root = self.root_path
+        if root and not ROOT_PATH.fullmatch(root):
+            raise EndlexError(
+                f"root path {root!r} must begin with a slash and end without one: /endlex"
+            )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise EndlexError("a certificate and its key come together: --tls-cert and --tls-key")
+        for path in filter(None, (self.tls_cert, self.tls_key)):
+            if not path.is_file():
+                raise EndlexError(f"there is no file {path}: give a certificate and its key as PEM")
 
     def reserve(self, directory: Path) -> int:
         """Return how many bytes uploads leave free on the disk of `directory`."""

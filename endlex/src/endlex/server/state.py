@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
 
 from fastapi import Request
 
-from endlex.server.alerts import Watch
-from endlex.server.auth import Auth
-from endlex.server.blobs import Blobs
-from endlex.server.checkpoints import Checkpoints
-from endlex.server.database import Database
+from endlex.server.api.auth import Auth
+from endlex.server.api.ingest import Ingest
 from endlex.server.events import Hub
-from endlex.server.ingest import Ingest
-from endlex.server.journals import JournalHashes
-from endlex.server.notify import Notifier
 from endlex.server.settings import DataDir, Settings
-from endlex.server.verification import Verifier
+from endlex.server.store.blobs import Blobs
+from endlex.server.store.checkpoints import Checkpoints
+from endlex.server.store.database import Database
+from endlex.server.store.journals import JournalHashes
+from endlex.server.store.verification import Verifier
+from endlex.server.watch.alerts import Watch
+from endlex.server.watch.notify import Notifier
 from endlex.server.workers import Workers
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
 class Server:
-    """The parts, built once; `open_server` makes them and `close` ends them."""
+    """The parts of a server on a data directory, which is made if missing; `close` ends them.
 
-    settings: Settings
-    data: DataDir
-    database: Database
-    workers: Workers
-    hub: Hub
-    watch: Watch
-    ingest: Ingest
-    hashes: JournalHashes
-    auth: Auth
-    blobs: Blobs
-    verifier: Verifier
-    checkpoints: Checkpoints
-    notifier: Notifier
+    Raises:
+        EndlexError: the database is a later version's.
+        OSError, sqlite3.Error: the directory cannot be used.
+    """
+
+    def __init__(self, data: DataDir, settings: Settings) -> None:
+        data.create()
+        self.settings, self.data = settings, data
+        self.database = Database(data.database)
+        self.workers, self.hub, self.watch = Workers(), Hub(), Watch(settings, data)
+        self.hashes = JournalHashes(self.database)
+        self.auth = Auth(settings, self.database, self.workers)
+        self.ingest = Ingest(settings, data, self.database, self.workers, self.hub, self.watch)
+        self.blobs = Blobs(settings, data, self.workers)
+        self.verifier = Verifier(self.database, self.blobs, self.hub)
+        self.checkpoints = Checkpoints(self.database, self.blobs, self.verifier)
+        self.notifier = Notifier(settings, self.database)
+        self.verifier.start()
+        self.notifier.start()
 
     async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
         """Return the answer to a question about one state of the database, read in a thread."""
@@ -52,6 +57,10 @@ class Server:
 
         return await self.workers.read(read)
 
+    async def write(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        """Run what changes the database, and return its result once that is on the disk."""
+        return await asyncio.wrap_future(self.database.write(job))
+
     def close(self) -> None:
         """Finish what was begun; nothing is taken in any more."""
         self.hub.stop()
@@ -59,38 +68,6 @@ class Server:
         self.notifier.stop()
         self.workers.close()
         self.database.close()
-
-
-def open_server(data: DataDir, settings: Settings) -> Server:
-    """Open the data directory, made if missing, and build the parts.
-
-    Raises:
-        EndlexError: the database is a later version's.
-        OSError, sqlite3.Error: the directory cannot be used.
-    """
-    data.create()
-    database = Database(data.database)
-    workers, hub, watch = Workers(), Hub(), Watch(settings, data)
-    blobs = Blobs(settings, data, workers)
-    verifier = Verifier(database, blobs, hub)
-    verifier.start()
-    notifier = Notifier(settings, database)
-    notifier.start()
-    return Server(
-        settings=settings,
-        data=data,
-        database=database,
-        workers=workers,
-        hub=hub,
-        watch=watch,
-        ingest=Ingest(settings, data, database, workers, hub, watch),
-        hashes=JournalHashes(database),
-        auth=Auth(settings, database, workers),
-        blobs=blobs,
-        verifier=verifier,
-        checkpoints=Checkpoints(database, blobs, verifier),
-        notifier=notifier,
-    )
 
 
 def server_of(request: Request) -> Server:

@@ -17,35 +17,30 @@ T = TypeVar("T")
 
 
 class Workers:
-    """The pools; each method runs a function in one and awaits its result."""
+    """The pools: each attribute runs a function in one and awaits its result."""
 
     def __init__(self) -> None:
-        self._reads = ThreadPoolExecutor(4, "endlex-read")
-        self._files = ThreadPoolExecutor(4, "endlex-file")
-        self._batches = ThreadPoolExecutor(2, "endlex-batch")
-        self._quick = ThreadPoolExecutor(1, "endlex-quick")
-
-    async def read(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what reads the database."""
-        return await _run(self._reads, lambda: function(*args, **kwargs))
-
-    async def file(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what reads or writes files."""
-        return await _run(self._files, lambda: function(*args, **kwargs))
-
-    async def batch(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what decodes an incoming batch."""
-        return await _run(self._batches, lambda: function(*args, **kwargs))
-
-    async def quick(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what takes a millisecond at most, and must not wait behind a long read."""
-        return await _run(self._quick, lambda: function(*args, **kwargs))
+        self.read = Pool(4, "endlex-read")
+        """For what reads the database."""
+        self.file = Pool(4, "endlex-file")
+        """For what reads or writes files."""
+        self.batch = Pool(2, "endlex-batch")
+        """For what decodes an incoming batch."""
+        self.quick = Pool(1, "endlex-quick")
+        """For what takes a millisecond at most, and must not wait behind a long read."""
 
     def close(self) -> None:
         """Wait for what runs; what has not begun never will."""
-        for pool in (self._reads, self._files, self._batches, self._quick):
-            pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self.read, self.file, self.batch, self.quick):
+            pool.executor.shutdown(wait=True, cancel_futures=True)
 
 
-async def _run(pool: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(pool, function)
+class Pool:
+    """Some threads; calling it runs a function in one of them."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self.executor = ThreadPoolExecutor(threads, name)
+
+    async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.executor, lambda: function(*args, **kwargs))

@@ -1,0 +1,323 @@
+"""Runs of a server, for programs and for the command line: lists, configuration, history, files.
+
+    api = endlex.Api()                                  # ENDLEX_URL and the token, as always
+    for run in api.runs("tag:baseline val/bpb < 0.9", sort="val/bpb"):
+        print(run.name, run.config["depth"], run.summary["val/bpb"])
+    frame = api.run("my-project/d12").history(["train/loss"])    # pandas, or polars
+    api.run("my-project/d12").download("best", "checkpoints")
+
+It only reads, unless it is told otherwise. The token travels in a header; no message holds it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from endlex.client.run_directory import server_token, server_url
+from endlex.client.transport import Refused, Retry, Transport, Unreachable, quoted
+from endlex.protocol import CONSOLE, RUN_ID, EndlexError
+
+PAGE = 200
+NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
+TOKEN_HINT = "set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
+LAST, BEST = "last", "best"
+
+
+class ServerUnreachable(EndlexError):
+    """There is no answer: wrong address, no network, or no server."""
+
+
+class Api:
+    """One server's runs.
+
+    Args:
+        url: its address; `ENDLEX_URL` if not given.
+        token: `ENDLEX_TOKEN`, or the file `~/.config/endlex/token`, if not given.
+        read_only: refuse to change anything.
+
+    Raises:
+        EndlexError: no server is named, or the address or the token is not one.
+    """
+
+    def __init__(
+        self, url: str | None = None, token: str | None = None, *, read_only: bool = True
+    ) -> None:
+        named = url or server_url()
+        if named is None:
+            raise EndlexError("no server is known: give --url or set ENDLEX_URL (http://HOST:8817)")
+        self.transport = Transport(named, token or server_token())
+        self.read_only = read_only
+
+    @property
+    def url(self) -> str:
+        """Where the server is."""
+        return self.transport.url
+
+    def runs(
+        self,
+        query: str = "",
+        *,
+        project: str | None = None,
+        sort: str = "-created",
+        archived: bool = False,
+        limit: int | None = None,
+    ) -> list[RunInfo]:
+        """Return the runs that a search finds.
+
+        Args:
+            query: as in the dashboard and `endlex ls`.
+            sort: `created`, `name`, a metric, `min:METRIC`, a configuration key; "-" in front for
+                descending.
+            limit: most of them; all if not given.
+
+        Raises:
+            EndlexError: the search is not one, or the server refuses; `ServerUnreachable` where
+                there is none.
+        """
+        found: list[RunInfo] = []
+        while True:
+            size = PAGE if limit is None else min(PAGE, limit - len(found))
+            asked = {"q": query or None, "project": project, "sort": sort, "offset": len(found)}
+            asked |= {"archived": "true" if archived else None, "limit": size}
+            page = self.get("/runs", asked)
+            found += [RunInfo(self, run) for run in page["runs"]]
+            if not page["runs"] or len(found) >= min(page["total"], limit or page["total"]):
+                return found
+
+    def run(self, word: str) -> RunInfo:
+        """Return a run by its id, its name, or project/name; a whole one, archived or not.
+
+        Raises:
+            EndlexError: there is none, or several have that name; the message lists their ids.
+        """
+        if RUN_ID.fullmatch(word):
+            try:
+                return RunInfo(self, self.get(run_path(word)))
+            except Refused as refusal:
+                if refusal.status != 404:
+                    raise
+        named = [run for archived in (False, True) for run in self.runs(archived=archived)]
+        found = [run for run in named if word in (run.name, f"{run.project}/{run.name}", run.id)]
+        if not found:
+            raise EndlexError(f"{self.url} has no run {word!r}: `endlex ls` lists what is there")
+        if len(found) > 1:
+            listed = ", ".join(f"{run.id} ({run.project}/{run.name})" for run in found[:20])
+            raise EndlexError(f"{word!r} is the name of {len(found)} runs: give an id of {listed}")
+        return RunInfo(self, self.get(run_path(found[0].id)))
+
+    def get(self, path: str, query: Mapping[str, Any] | None = None) -> Any:
+        """Return what `GET path` answers; query values that are None are left out.
+
+        Raises:
+            ServerUnreachable: no answer.
+            EndlexError: an error as the answer; a `Refused` where asking again is no use.
+        """
+        return self.send("GET", path, query=query)
+
+    def send(
+        self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Send a request with a JSON body, and return what it answers; raises as `get`."""
+        if self.read_only and method != "GET":
+            raise EndlexError("this Api only reads: make it with endlex.Api(read_only=False)")
+        given = {name: value for name, value in (query or {}).items() if value is not None}
+        try:
+            answer = self.transport.request(method, path, query=given, json_body=body)
+        except Retry as error:
+            raise helpful(error) from error
+        except Refused as error:
+            raise _with_hint(error) from error
+        if answer.content is None:
+            raise EndlexError(
+                f"{self.url} does not answer as an Endlex server: what it sent for {path} is not "
+                "JSON"
+            )
+        return answer.content
+
+    def download(self, path: str, file: IO[bytes]) -> None:
+        """Write what `GET path` answers to a file; raises as `get`."""
+        try:
+            with self.transport.download(path) as blocks:
+                for block in blocks:
+                    file.write(block)
+        except Retry as error:
+            raise helpful(error) from error
+        except Refused as error:
+            raise _with_hint(error) from error
+
+
+class RunInfo:
+    """A run of a server; what a list does not tell is asked for when it is needed."""
+
+    def __init__(self, api: Api, content: Mapping[str, Any]) -> None:
+        self._api, self._listed = api, dict(content)
+        self.id, self.name, self.project = content["run"], content["name"], content["project"]
+        self.status, self.tags = content["status"], content["tags"]
+        self.summary: dict[str, Any] = content["summary"]
+        """Each metric's last value."""
+
+    def __repr__(self) -> str:
+        return f"<run {self.project}/{self.name} {self.id} {self.status}>"
+
+    def __getitem__(self, key: str) -> Any:
+        """Return one key of what `GET /runs/RUN` answers, such as "created" or "group"."""
+        return self._listed[key] if key in self._listed and key != "config" else self.whole[key]
+
+    @cached_property
+    def whole(self) -> dict[str, Any]:
+        """All that `GET /runs/RUN` answers."""
+        known = "sessions" in self._listed
+        return self._listed if known else dict(self._api.get(run_path(self.id)))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration, whole."""
+        return dict(self.whole["config"])
+
+    @property
+    def metrics(self) -> dict[str, dict[str, Any]]:
+        """By name: last, min, max, count and last_step."""
+        return {metric["name"]: metric for metric in self.whole["metrics"]}
+
+    @property
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """Name, step, state, bytes, aliases and metadata of each, by step."""
+        return list(self.whole["checkpoints"])
+
+    @property
+    def url(self) -> str:
+        """The run's page."""
+        return f"{self._api.url}/runs/{self.id}"
+
+    def history(
+        self,
+        metrics: Sequence[str] = (),
+        *,
+        frame: str | None = None,
+        long: bool = False,
+    ) -> Any:
+        """Return every point, none left out, as a frame with a row per step.
+
+        Args:
+            metrics: all if none is named.
+            frame: "pandas" or "polars"; the one that is installed if not given.
+            long: a row per point instead: metric, step, time, value.
+
+        Raises:
+            EndlexError: neither library is installed.
+        """
+        query = "".join(f"&metric={quoted(name)[1:]}" for name in metrics)
+        content = io.BytesIO()
+        self._api.download(f"{run_path(self.id, 'export')}?format=csv{query}", content)
+        content.seek(0)
+        name, library = _frames(frame)
+        numbers = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": -float("inf")}
+        points = library.read_csv(content)
+        if name == "pandas":
+            points["value"] = points["value"].replace(numbers).astype(float)
+            if long:
+                return points
+            wide = points.pivot(index="step", columns="metric", values="value")
+            return wide.rename_axis(columns=None).reset_index()
+        text = points["value"].cast(library.String).replace("Infinity", "inf")
+        points = points.with_columns(text.replace("-Infinity", "-inf").cast(library.Float64))
+        return points if long else points.pivot("metric", index="step", values="value").sort("step")
+
+    def texts(self, name: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
+        """Return the latest texts, of one name if it is given: name, step, time, text.
+
+        Endlex's own are told by name alone: run/environment, run/changes, run/exception.
+        """
+        query = {"name": name, "limit": limit}
+        return list(self._api.get(run_path(self.id, "texts"), query)["texts"])
+
+    def console(self) -> str:
+        """Return what the run printed, as far as it was kept."""
+        pieces: list[dict[str, Any]] = []
+        query: dict[str, Any] = {"name": CONSOLE, "limit": 1000}
+        while page := self._api.get(run_path(self.id, "texts"), query)["texts"]:
+            pieces += page
+            query["before_step"] = page[-1]["step"]
+        return "\n".join(piece["text"] for piece in reversed(pieces))
+
+    def download(self, which: str, directory: Path | str) -> list[Path]:
+        """Download a checkpoint, verified, and return its files.
+
+        Args:
+            which: its name, a step, "last", "best" or another alias.
+        """
+        from endlex.client.downloads import pull_checkpoint
+
+        chosen = choose_checkpoint(self.checkpoints, which, self.name)
+        return pull_checkpoint(self.id, chosen["name"], Path(directory), self._api.transport)
+
+    def update(self, **changes: Any) -> None:
+        """Change name, tags, group, notes or archived; the `Api` must not be read-only."""
+        self._listed = dict(self._api.send("PATCH", run_path(self.id), changes))
+        self.__dict__.pop("whole", None)
+        self.name, self.tags = self._listed["name"], self._listed["tags"]
+
+
+def _frames(wanted: str | None) -> tuple[str, Any]:
+    names = ("pandas", "polars")
+    if wanted not in (None, *names):
+        raise EndlexError(f"frame {wanted!r} must be pandas or polars")
+    for name in names if wanted is None else (wanted,):
+        try:
+            return name, importlib.import_module(name)
+        except ModuleNotFoundError:
+            continue
+    asked = wanted or "pandas or polars"
+    raise EndlexError(f"history needs {asked}: pip install {wanted or names[0]}")
+
+
+def choose_checkpoint(
+    checkpoints: Sequence[dict[str, Any]], which: str, run: str
+) -> dict[str, Any]:
+    """Return the published checkpoint that STEP, `last`, `best` or a name means.
+
+    Raises:
+        EndlexError: none is meant, or several of one step; the message lists what there is.
+    """
+    published = [c for c in checkpoints if c["state"] == "published"]
+    if not published:
+        waiting = ", ".join(f"{c['name']} is {c['state']}" for c in checkpoints)
+        raise EndlexError(f"run {run} has no published checkpoint{waiting and f' ({waiting})'}")
+    newest = sorted(published, key=lambda c: (c["step"], c["created"]))
+    named = [c for c in newest if c["name"] == which]
+    aliased = [c for c in newest if which in (c.get("aliases") or ())]
+    if named or aliased:
+        return (named or aliased)[-1]
+    if which == LAST:
+        return newest[-1]
+    listed = ", ".join(f"{c['name']} (step {c['step']:,})" for c in newest[-20:])
+    at_step = [c for c in newest if which.isdecimal() and c["step"] == int(which)]
+    if len(at_step) > 1:
+        raise EndlexError(f"run {run} has several checkpoints of step {which}: {listed}")
+    if not at_step:
+        hint = "; no checkpoint has the alias best" if which == BEST else ""
+        raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
+    return at_step[0]
+
+
+def helpful(error: Retry) -> EndlexError:
+    """Return the error of a request that got no answer, or one that says later."""
+    kind = ServerUnreachable if isinstance(error, Unreachable) else EndlexError
+    return kind(str(error))
+
+
+def _with_hint(error: Refused) -> Refused:
+    if error.status not in (401, 403):
+        return error
+    hint = TOKEN_HINT if error.status == 401 else NAME_HINT if "scope read" in str(error) else ""
+    return Refused(f"{error}{hint and '; '}{hint}", error.status, error.content)
+
+
+def run_path(run: str, *rest: str) -> str:
+    """Return the API's path of a run, or of something below it."""
+    return quoted("runs", run, *rest)

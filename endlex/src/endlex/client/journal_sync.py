@@ -1,0 +1,317 @@
+"""Journals on their way: from the offset that the server has acknowledged, in batches.
+
+The server is asked once how much it has of a session, with the hash of it: nothing is added to
+another content under the same id. Then each batch is whole lines from that offset on, with a
+checksum; the answer is the next offset. A batch sent twice does no harm, so after any fault the
+same is simply done again. A network fault ends a look at all sessions with a `Retry`; what the
+server refuses concerns one session, which is tried again rarely, while the others go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from endlex.client.process import oom_kills, write_whole
+from endlex.client.transport import Answer, Refused, Retry, Transport, Unreachable, quoted
+from endlex.protocol import CRASHED, MAX_BATCH_BYTES, SYSTEM, EndlexError
+from endlex.reading import (
+    content_length,
+    end_status,
+    gone_reason,
+    gone_status,
+    session_files,
+    session_kind,
+    writer_is_alive,
+)
+
+BATCH_BYTES = 2**20
+DEFLATE_LEVEL = 6
+
+
+class SessionDiffers(EndlexError):
+    """The server has another content under the session's id."""
+
+
+class SessionSync:
+    """How far one journal is on the server.
+
+    Args:
+        path: of the journal; its stem is the session.
+    """
+
+    def __init__(self, run: str, path: Path, transport: Transport) -> None:
+        self.path, self.session = path, path.stem
+        self._transport = transport
+        self._where = quoted("runs", run, "sessions", self.session)
+        self.acknowledged: int | None = None
+        """Bytes that the server has; None until it was asked."""
+
+    def ask(self) -> int:
+        """Ask the server how much it has, and compare that with the journal by hash.
+
+        Raises:
+            SessionDiffers: what both have is not the same.
+            TransportError: it does not say.
+        """
+        length = content_length(self.path)
+        try:
+            query = {"upto": length}
+            answer = self._transport.request("GET", f"{self._where}/journal", query=query)
+            offset, theirs = int(answer.content["offset"]), answer.content["sha256"]
+        except Refused as error:
+            if error.status != 404:
+                raise
+            offset, theirs = 0, None
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._transport.ill_answer() from error
+        if offset and _digest(self.path, min(offset, length)) != theirs:
+            raise SessionDiffers(
+                f"the server's copy of session {self.session} differs from {self.path}: to keep "
+                "both, send the file as a new session with `endlex sync --resend DIR`"
+            )
+        self.acknowledged = offset
+        return offset
+
+    def ship(self) -> int:
+        """Send the next batch, and return its bytes: 0 if there is nothing to send.
+
+        Raises:
+            TransportError: it did not arrive; `acknowledged` is right all the same.
+            EndlexError: the journal has a line that no server takes.
+            OSError: the journal cannot be read.
+        """
+        start = self.ask() if self.acknowledged is None else self.acknowledged
+        batch = read_batch(self.path, start, BATCH_BYTES)
+        if not batch:
+            return 0
+        try:
+            answer = self._post(batch, start)
+            offset = int(answer.content["offset"])
+        except Refused as error:
+            if error.status == 409:
+                self.acknowledged = None  # it has another offset in mind: ask, and go on from it
+                raise Retry(str(error)) from error
+            if error.status == 400:  # damaged on the way
+                raise Retry(str(error)) from error
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._transport.ill_answer() from error
+        if offset <= start:
+            raise Retry(f"{self._transport.url} took nothing of session {self.session}")
+        self.acknowledged = offset
+        return len(batch)
+
+    def _post(self, batch: bytes, offset: int) -> Answer:
+        query = {"offset": offset, "crc": f"{zlib.crc32(batch):08x}"}
+        headers = {"Content-Type": "application/x-ndjson"}
+        if not self._transport.is_local:
+            batch = zlib.compress(batch, DEFLATE_LEVEL)
+            headers["Content-Encoding"] = "deflate"
+        return self._transport.request(
+            "POST", f"{self._where}/journal", query=query, body=batch, headers=headers
+        )
+
+    def report(self, status: str, unsent_bytes: int, reason: str | None = None) -> None:
+        """Tell the server how the session is: `running`, or how it ended, and why.
+
+        Raises:
+            TransportError: it did not arrive.
+        """
+        body = {"status": status, "unsent_bytes": unsent_bytes, "reason": reason}
+        self._transport.request("POST", f"{self._where}/state", json_body=body)
+
+    def missing_bytes(self) -> int:
+        """Compare both sides by hash, and return how many bytes the server lacks.
+
+        Where this side lost its last lines (power failed after they were sent), nothing is
+        missing as long as the rest is equal.
+
+        Raises:
+            SessionDiffers: the two differ.
+            TransportError: the server does not say.
+        """
+        return max(content_length(self.path) - self.ask(), 0)
+
+
+def renew_session(path: Path) -> Path:
+    """Give a journal that nobody writes another session id, made from its content.
+
+    What a server has under the old id stays there.
+    """
+    content = path.read_bytes()
+    number = path.stem.partition("-")[0]
+    session = f"{number}-{hashlib.sha256(content).hexdigest()[:12]}"
+    renewed = path.with_name(f"{session}.jsonl")
+    write_whole(renewed, content.replace(path.stem.encode(), session.encode()))
+    path.unlink()
+    return renewed
+
+
+def read_batch(path: Path, start: int, size: int) -> bytes:
+    """Whole lines from `start` on: as many as fit, but at least one if there is one.
+
+    Raises:
+        EndlexError: a line is longer than any server takes.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        batch = file.read(size)
+        end = batch.rfind(b"\n") + 1
+        if not end and len(batch) == size:
+            batch += file.read(MAX_BATCH_BYTES - size)
+            end = batch.find(b"\n", size) + 1
+            if not end and len(batch) == MAX_BATCH_BYTES:
+                raise EndlexError(
+                    f"{path} has a line of more than {MAX_BATCH_BYTES:,} bytes from byte {start} "
+                    "on: the file was altered"
+                )
+    return batch[:end]
+
+
+def _digest(path: Path, length: int) -> str:
+    """SHA-256 of a file's first bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while length and (block := file.read(min(length, 2**20))):
+            digest.update(block)
+            length -= len(block)
+    return digest.hexdigest()
+
+
+HEARTBEAT_SECONDS = 20.0
+REFUSED_SECONDS = 30.0
+
+
+@dataclass
+class Session:
+    """One journal and how far it is."""
+
+    sync: SessionSync
+    kind: str
+    settled_size: int = -1
+    """Of the file when nothing whole was left to send."""
+    alive: bool = True
+    done: bool = False
+    """Everything acknowledged, the writer gone, and the server told how it ended."""
+    error: str | None = None
+    retry_at: float = 0.0
+    beat_at: float = 0.0
+
+
+class JournalShipper:
+    """Ship the journals of a run's directory; new sessions are found as they appear.
+
+    Args:
+        reported: sessions of whose end this server was told before.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        run: str,
+        transport: Transport,
+        *,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+        refused_seconds: float = REFUSED_SECONDS,
+        reported: Collection[str] = (),
+    ) -> None:
+        self._directory, self._run, self._transport = directory, run, transport
+        self._heartbeat, self._patience = heartbeat_seconds, refused_seconds
+        self._reported = set(reported)
+        self._oom_kills = oom_kills()
+        self.sessions: dict[str, Session] = {}
+        self.denied = False
+        """Whether the last refusal was of the token."""
+
+    def tick(self) -> bool:
+        """Look at every session once; whether there is more to send right away.
+
+        Raises:
+            Retry: the server is not there, or says later.
+        """
+        self._find()
+        more, later = False, None
+        for session in self.sessions.values():
+            if session.done or time.monotonic() < session.retry_at:
+                continue
+            try:
+                more |= self._advance(session)
+                session.error = None
+            except Unreachable:
+                raise
+            except Retry as error:  # said of one session: the others go on
+                later = error
+            except (EndlexError, OSError) as error:
+                self.denied = isinstance(error, Refused) and error.status in (401, 403)
+                session.error = str(error)
+                session.retry_at = time.monotonic() + self._patience
+        if later is not None and not more:
+            raise later
+        return more
+
+    def _find(self) -> None:
+        for path in session_files(self._directory):
+            if path.stem not in self.sessions:
+                sync = SessionSync(self._run, path, self._transport)
+                self.sessions[path.stem] = Session(sync, session_kind(path))
+
+    def _advance(self, session: Session) -> bool:
+        sync = session.sync
+        size = sync.path.stat().st_size
+        if size != session.settled_size or sync.acknowledged is None:
+            sent = sync.ship()
+            if sent:
+                self._reported.discard(sync.session)
+                self._beat(session, size)
+                return sent >= BATCH_BYTES // 2
+            session.settled_size = size
+        session.alive = writer_is_alive(sync.path)
+        if session.alive:
+            self._beat(session, size)
+        elif sync.path.stat().st_size == size:  # else it wrote once more before it went
+            self._say_how_it_ended(session)
+        return False
+
+    def _beat(self, session: Session, size: int) -> None:
+        now = time.monotonic()
+        acknowledged = session.sync.acknowledged
+        if acknowledged and now >= session.beat_at:
+            session.sync.report("running", max(size - acknowledged, 0))
+            session.beat_at = now + self._heartbeat
+
+    def _say_how_it_ended(self, session: Session) -> None:
+        if session.sync.acknowledged and session.sync.session not in self._reported:
+            path = session.sync.path
+            status = end_status(path) or gone_status(path)
+            session.sync.report(status, 0, self._reason(path) if status == CRASHED else None)
+        session.done = True
+
+    def _reason(self, path: Path) -> str:
+        killed = oom_kills() > self._oom_kills
+        memory = "the kernel ended a process of this machine for lack of memory; " if killed else ""
+        return memory + gone_reason(path)
+
+    def states(self) -> dict[str, dict[str, Any]]:
+        """By session: `acknowledged` bytes, whether it is `done`, and `error`."""
+        return {
+            name: {
+                "acknowledged": session.sync.acknowledged or 0,
+                "done": session.done,
+                "error": session.error,
+            }
+            for name, session in self.sessions.items()
+        }
+
+    def has_live_trainer(self) -> bool:
+        """Whether a process other than a shipper still writes here, as of the last tick."""
+        return any(s.kind != SYSTEM and s.alive and not s.done for s in self.sessions.values())
+
+    def all_found(self) -> bool:
+        """Whether no session began since the last tick."""
+        return {path.stem for path in session_files(self._directory)} <= set(self.sessions)

@@ -1,0 +1,237 @@
+"""Compare a run's directory with the server by hash: may this machine be torn down?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from endlex.client.checkpoints import (
+    given_up,
+    staged_names,
+)
+from endlex.client.downloads import Removed, fetch_manifest
+from endlex.client.journal_sync import (
+    SessionSync,
+)
+from endlex.client.manifests import load_manifest, manifest_path
+from endlex.client.process import describe
+from endlex.client.run_directory import require_run_file
+from endlex.client.shipping import (
+    failed_checkpoints,
+    shipper_process,
+)
+from endlex.client.transport import Refused, Retry, Transport, quoted
+from endlex.client.uploads import missing_parts
+from endlex.protocol import (
+    MANIFEST_DIR,
+    MAX_PARTS_ASKED,
+    REPLACES,
+    SYSTEM,
+    EndlexError,
+)
+from endlex.reading import (
+    parse_record,
+    session_files,
+    session_kind,
+    writer_is_alive,
+)
+
+CHECKPOINT_START, MEDIA_START = b'{"type":"checkpoint",', b'{"type":"media",'
+"""Of the lines that the journal writes for checkpoints and media: the others need no parsing."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a directory may not be deleted yet; as text, one line for people."""
+
+    kind: Literal["journal", "checkpoint", "media", "live"]
+    name: str
+    """A session, a checkpoint, or what lives: a session, or `shipper`."""
+    reason: str
+    bytes: int = 0
+    """Not on the server, as far as that is known."""
+    hopeless: bool = False
+    """Whether sending again does not help."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LetGo:
+    """A checkpoint that the server published and let go of since, by a rule or by hand."""
+
+    name: str
+    removed: float
+    """Unix seconds."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run's directory beside what the server has; safe to delete when nothing is missing."""
+
+    missing: list[Missing]
+    let_go: list[LetGo]
+    given_up: list[str]
+    """Checkpoints that somebody decided to do without, since they could not be sent."""
+
+
+def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
+    """Return what `compare_directory` finds missing; an empty list means safe to delete."""
+    return compare_directory(directory, transport).missing
+
+
+def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
+    """Make sure that the server has what was here: what a live trainer adds meanwhile is no fault.
+
+    Args:
+        published: checkpoints that are known to be, though they are still staged.
+
+    Raises:
+        EndlexError: `verify_directory` finds something missing.
+        TransportError: the server cannot be asked.
+    """
+    missing = [
+        found
+        for found in verify_directory(directory, transport)
+        if found.kind != "checkpoint" or found.name not in published
+    ]
+    if any(found.kind == "live" for found in missing):
+        missing = [found for found in missing if found.kind == "journal" and not found.bytes]
+    if missing:
+        raise EndlexError("; ".join(map(str, missing)))
+
+
+def compare_directory(directory: Path, transport: Transport) -> Comparison:
+    """Compare a run's directory with the server by hash.
+
+    Every session's journal must be there and equal, every checkpoint that was saved be published
+    with the files that were hashed here, or have been until it was let go of on purpose, no
+    checkpoint wait, no trainer write and no shipper work.
+
+    Raises:
+        EndlexError: the directory is no run's.
+        TransportError: the server cannot be asked.
+    """
+    owner = require_run_file(directory)
+    shipper = shipper_process(directory)
+    missing = [
+        found
+        for path in session_files(directory)
+        for found in _verify_journal(owner["run"], path, transport, bool(shipper))
+    ]
+    staged = staged_names(directory)
+    failed, dropped = failed_checkpoints(directory), given_up(directory)
+    missing += [_waiting(name, failed.get(name)) for name in staged]
+    let_go: list[LetGo] = []
+    for name, saved in sorted(_saved(directory).items()):
+        if name not in staged and name not in dropped:
+            found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
+            let_go += [found] if isinstance(found, LetGo) else []
+            missing += [found] if isinstance(found, Missing) else []
+    missing += _verify_media(directory, transport)
+    if shipper is not None:
+        reason = f"{describe(shipper.name)} is still at work: wait for it"
+        missing.append(Missing("live", "shipper", reason))
+    return Comparison(missing, let_go, sorted(dropped))
+
+
+def _verify_media(directory: Path, transport: Transport) -> Iterator[Missing]:
+    parts: dict[str, str] = {}
+    for record in _iter_records(directory, MEDIA_START):
+        parts |= {str(part.get("sha256")): str(record.get("name")) for part in record["parts"]}
+    asked = list(parts)
+    for start in range(0, len(asked), MAX_PARTS_ASKED):
+        lacking, _ = missing_parts(transport, asked[start : start + MAX_PARTS_ASKED])
+        for name in dict.fromkeys(parts[sha256] for sha256 in lacking):
+            yield Missing("media", name, "a file of it is not sent yet")
+
+
+def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the records of one type of a run's journals."""
+    for path in session_files(directory):
+        with path.open("rb") as file:
+            for line in file:
+                if line.startswith(start) and line.endswith(b"\n"):
+                    yield parse_record(line) or {}
+
+
+def _waiting(name: str, failure: str | None) -> Missing:
+    if failure is None:
+        return Missing("checkpoint", name, "not sent yet, or not published")
+    return Missing("checkpoint", name, f"it cannot be sent: {failure}", hopeless=True)
+
+
+def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
+    found = []
+    is_shippers = has_shipper and session_kind(path) == SYSTEM
+    if not is_shippers and writer_is_alive(path):
+        found.append(Missing("live", path.stem, "a process still writes this session: end it"))
+    try:
+        left = SessionSync(run, path, transport).missing_bytes()
+    except (Retry, Refused):
+        raise
+    except EndlexError as error:
+        return [*found, Missing("journal", path.stem, str(error))]
+    if left:
+        found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent", left))
+    return found
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What this side knows of a checkpoint without its files."""
+
+    replaces: object = None
+    time: float = 0.0
+
+
+def _saved(directory: Path) -> dict[str, _Saved]:
+    """Checkpoints that the journals or the kept manifests name."""
+    found = {path.stem: _Saved() for path in (directory / MANIFEST_DIR).glob("*.json")}
+    for record in _iter_records(directory, CHECKPOINT_START):
+        metadata, time = record.get("metadata"), record.get("time")
+        found[str(record.get("name"))] = _Saved(
+            metadata.get(REPLACES) if isinstance(metadata, dict) else None,
+            time if isinstance(time, int | float) else 0.0,
+        )
+    return found
+
+
+def _verify_checkpoint(
+    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+) -> Missing | LetGo | None:
+    let_go: LetGo | None = None
+    try:
+        ours = load_manifest(manifest_path(directory, name))
+        theirs = fetch_manifest(run, name, transport)
+    except (Retry, Refused):
+        raise
+    except Removed as error:
+        theirs, let_go = error.manifest, LetGo(name, error.removed, error.reason)
+    except EndlexError as error:
+        if is_replaced(run, saved.replaces, saved.time, transport):
+            return None
+        return Missing("checkpoint", name, str(error))
+    if ours is not None and ours["files"] != theirs["files"]:
+        return Missing("checkpoint", name, "the server's files differ from those saved here")
+    return let_go
+
+
+def is_replaced(run: str, word: object, saved: float, transport: Transport) -> bool:
+    """Whether the server has a checkpoint that replaced one saved at a moment (Unix seconds)."""
+    if not isinstance(word, str):
+        return False
+    try:
+        listed = transport.request("GET", quoted("runs", run, "checkpoints")).content
+    except Refused:
+        return False
+    return any(
+        other["state"] == "published"
+        and other["created"] > saved
+        and (other.get("metadata") or {}).get(REPLACES) == word
+        for other in (listed if isinstance(listed, list) else [])
+    )

@@ -1,0 +1,110 @@
+"""Change runs of the server, many at once (`endlex tag`, `note`, ...), and a project's alert rules.
+
+endlex ls --ids tag:old | xargs endlex archive
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from endlex.commands.rendering import count, print_json, printable, render_table
+from endlex.commands.targets import find_server, find_server_run
+from endlex.commands.usage import UsageError
+from endlex.protocol import EndlexError
+from endlex.search import SearchError, parse_search
+
+RULES = "rules"
+
+
+def _change(runs: Sequence[str], changes: dict[str, Any], url: str | None, done: str) -> int:
+    server = find_server(url)
+    ids = [find_server_run(server, run)["run"] for run in runs]
+    server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
+    print(f"{count(len(ids), 'run')} {done}")
+    return 0
+
+
+def tag(runs: Sequence[str], add: Sequence[str], remove: Sequence[str], url: str | None) -> int:
+    """Add and remove tags."""
+    if not (add or remove):
+        raise UsageError("give tags with --add TAG or --remove TAG")
+    return _change(runs, {"add_tags": list(add), "remove_tags": list(remove)}, url, "tagged")
+
+
+def note(run: str, text: str, url: str | None) -> int:
+    """Replace a run's notes."""
+    return _change([run], {"notes": sys.stdin.read() if text == "-" else text}, url, "noted")
+
+
+def group(runs: Sequence[str], name: str, url: str | None) -> int:
+    """Put runs into a group; an empty name takes them out of theirs."""
+    return _change(
+        runs, {"group": name or None}, url, f"in group {name!r}" if name else "ungrouped"
+    )
+
+
+def rename(run: str, name: str, url: str | None) -> int:
+    """Give a run another name."""
+    return _change([run], {"name": name}, url, f"renamed to {printable(name)}")
+
+
+def archive(runs: Sequence[str], undo: bool, url: str | None) -> int:
+    """Hide runs from the lists, or show them again."""
+    return _change(runs, {"archived": not undo}, url, "back" if undo else "archived")
+
+
+def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
+    """Delete runs, or bring them back while they are not pruned."""
+    if not (yes or undo):
+        if not sys.stdin.isatty():
+            raise UsageError("nobody is there to confirm: give --yes")
+        if input(f"delete {count(len(runs), 'run')}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was deleted")
+            return 1
+    done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
+    return _change(runs, {"deleted": not undo}, url, done)
+
+
+def alert(
+    action: str,
+    rule: str | None,
+    project: str | None,
+    minutes: float,
+    level: str,
+    url: str | None,
+    as_json: bool,
+) -> int:
+    """List, add or remove the rules by which a project's runs raise alerts."""
+    server, where = find_server(url), {"project": project or ""}
+    if action == "ls":
+        rules = server.get("/settings", where).get(RULES, {})
+        if as_json:
+            print_json(rules)
+        elif rules:
+            rows = [[n, r.get("minutes") or 0, r.get("level") or "rule"] for n, r in rules.items()]
+            print(render_table(["RULE", "MINUTES", "LEVEL"], rows))
+        else:
+            print("no rules: `endlex alert add 'val/bpb > 2' --minutes 10` makes one")
+        return 0
+    if not rule:
+        raise UsageError(f"alert {action} needs a rule, such as 'val/bpb > 2'")
+    where |= {"kind": RULES, "name": rule}
+    if action == "remove":
+        server.send("DELETE", "/settings", query=where)
+    else:
+        _check_rule(rule)
+        server.send("PUT", "/settings", {"minutes": minutes, "level": level}, query=where)
+    print(f"rule {printable(rule)}: {'removed' if action == 'remove' else 'added'}")
+    return 0
+
+
+def _check_rule(rule: str) -> None:
+    try:
+        groups = parse_search(rule)
+    except SearchError as error:
+        raise UsageError(str(error)) from error
+    terms = [term for group in groups for term in group]
+    if len(terms) != 1 or terms[0].key is None or terms[0].number is None:
+        raise EndlexError(f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'")

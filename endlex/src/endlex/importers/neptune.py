@@ -1,0 +1,125 @@
+"""Read the Parquet files of `neptune-exporter` into run directories, one for each run in them.
+
+A row is one value of one attribute of a run; its columns are those of the exporter's documentation.
+Series become metrics, texts and histograms, single values the configuration; files and series of
+files are taken from the directory `files` beside that of the Parquet files.
+
+    endlex import neptune exports/data
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from endlex.client.media import HISTOGRAM, read_file
+from endlex.client.values import tidy_name
+from endlex.importers.rows import inside, load
+from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.protocol import EndlexError
+
+SINGLE = ("float", "int", "string", "bool", "datetime", "string_set")
+Row = dict[str, Any]
+
+
+def find_neptune_runs(path: Path) -> list[list[Path]]:
+    """Return the Parquet files of each run at or below `path`: a long run is several files.
+
+    Raises:
+        EndlexError: there is none.
+    """
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    runs: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        runs[str(file).rpartition("_part_")[0] or str(file)].append(file)
+    if not runs:
+        raise EndlexError(f"{path} holds no .parquet file: give neptune-exporter's data directory")
+    return list(runs.values())
+
+
+def import_neptune(paths: list[Path], root: Path, project: str | None = None) -> Imported:
+    """Turn the Parquet files of one run into a run directory below `root`.
+
+    Raises:
+        EndlexError: a file is damaged or not the exporter's, or pyarrow is not installed.
+    """
+    rows = list(_iter_rows(paths))
+    if not rows:
+        raise EndlexError(f"{paths[0]} is empty")
+    first = rows[0]
+    config = {row["attribute_path"]: _single(row) for row in rows if _kind(row) in SINGLE}
+    times = [row["timestamp"].timestamp() for row in rows if row.get("timestamp")]
+    created = config.get("sys/creation_time")
+    began = min(times, default=created.timestamp() if isinstance(created, datetime) else 0.0)
+    source = Source(
+        tool="neptune",
+        identity=f"{first['project_id']}/{first['run_id']}",
+        project=tidy_name(project or first["project_id"], "neptune"),
+        name=tidy_name(config.get("sys/name") or first["run_id"], "run"),
+        created=began,
+        config={key: value for key, value in config.items() if not key.startswith("sys/")},
+        tags=tuple(tidy_name(tag, "tag") for tag in config.get("sys/tags") or ()),
+        notes=str(config["sys/description"]) if config.get("sys/description") else None,
+        run=first["run_id"],
+    )
+    files = next((p / "files" for p in paths[0].parents if (p / "files").is_dir()), None)
+    with RunWriter(root, source) as writer:
+        for row in rows:
+            if _kind(row) not in SINGLE:
+                _write_row(writer, row, began, files)
+    return writer.imported
+
+
+def _iter_rows(paths: list[Path]) -> Iterator[Row]:
+    parquet = load("pyarrow.parquet")
+    for path in paths:
+        try:
+            table = parquet.read_table(path)
+            lacking = {"project_id", "run_id", "attribute_path", "attribute_type"} - {
+                *table.column_names
+            }
+        except Exception as error:  # pyarrow's own
+            raise EndlexError(f"{path} cannot be read: {error}") from error
+        if lacking:
+            raise EndlexError(f"{path} is not neptune-exporter's: it has no column {lacking.pop()}")
+        yield from table.to_pylist()
+
+
+def _kind(row: Row) -> str:
+    return str(row["attribute_type"])
+
+
+def _single(row: Row) -> Any:
+    return row.get(f"{_kind(row)}_value")
+
+
+def _write_row(writer: RunWriter, row: Row, began: float, files: Path | None) -> None:
+    kind, name = _kind(row), row["attribute_path"]
+    step = row.get("step") or Decimal(0)
+    if step != int(step):
+        writer.skip("step that is not whole")
+        return
+    at = int(step), row["timestamp"].timestamp() if row.get("timestamp") else began
+    if kind == "float_series":
+        value = row["float_value"]
+        writer.metrics(*at, {name: math.nan if value is None else value})
+    elif kind == "string_series":
+        writer.text(*at, name, str(row["string_value"]))
+    elif kind == "histogram_series":
+        edges, counts = row["histogram_value"]["edges"], row["histogram_value"]["values"]
+        bins = [list(bin) for bin in zip(edges, edges[1:], counts, strict=False)]
+        writer.table(*at, name, HISTOGRAM, bins)
+    elif kind in ("file", "file_series"):
+        path = (row.get("file_value") or {}).get("path")
+        place = inside(files, path) if files and path else None
+        if place is not None:
+            writer.media(*at, name, *read_file(place), None)
+        else:
+            writer.skip("file that is not here")
+    else:
+        writer.skip(kind)

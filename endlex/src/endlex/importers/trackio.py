@@ -1,0 +1,108 @@
+"""Read trackio's SQLite files into run directories, one for each run in them.
+
+Metrics, texts, tables, histograms, media, configuration and the machine's metrics are taken. A
+file is `~/.cache/huggingface/trackio/PROJECT.db`, its media are in `media` beside it.
+
+    endlex import trackio ~/.cache/huggingface/trackio
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from endlex.client.values import tidy_name
+from endlex.importers.rows import numbers_of, write_row
+from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.protocol import EndlexError
+
+
+def find_trackio_files(path: Path) -> list[Path]:
+    """Return the databases in a directory, or the one that is named.
+
+    Raises:
+        EndlexError: there is none.
+    """
+    found = [path] if path.is_file() else sorted(path.glob("*.db"))
+    if not found:
+        raise EndlexError(f"{path} holds no .db file: give trackio's directory or one of its files")
+    return found
+
+
+def import_trackio(path: Path, root: Path, project: str | None = None) -> list[Imported]:
+    """Turn each run of a database into a run directory below `root`.
+
+    Raises:
+        EndlexError: it is not trackio's, or damaged.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            database.row_factory = sqlite3.Row
+            names = {_identity(row): str(row["run_name"]) for row in _rows(database, "metrics")}
+            return [
+                _import_run(database, path, root, project or path.stem, run, name)
+                for run, name in names.items()
+            ]
+    except (sqlite3.Error, KeyError, IndexError) as error:
+        raise EndlexError(f"{path} is no database of trackio's, or damaged: {error}") from error
+
+
+def _rows(database: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
+    there = "SELECT 1 FROM sqlite_master WHERE name=?"
+    if table == "metrics" or database.execute(there, (table,)).fetchone():
+        yield from database.execute(f"SELECT * FROM {table} ORDER BY id")
+
+
+def _identity(row: sqlite3.Row) -> str:
+    """A run's id; earlier versions know runs by their names."""
+    return str(row["run_id"] if "run_id" in row.keys() else row["run_name"])  # noqa: SIM118
+
+
+def _of_run(
+    database: sqlite3.Connection, table: str, run: str, writer: RunWriter | None = None
+) -> Iterator[tuple[sqlite3.Row, dict[str, Any]]]:
+    """Yield a run's rows with what their JSON says."""
+    column = "config" if table == "configs" else "metrics"
+    for row in _rows(database, table):
+        if _identity(row) == run:
+            try:
+                content = json.loads(row[column])
+            except (ValueError, TypeError):
+                content = None
+            if isinstance(content, dict):
+                yield row, content
+            elif writer is not None:
+                writer.skip("damaged row")
+
+
+def _import_run(
+    database: sqlite3.Connection, path: Path, root: Path, project: str, run: str, name: str
+) -> Imported:
+    config = dict(next((found for _, found in _of_run(database, "configs", run)), {}))
+    created = min(_time(row) for row, _ in _of_run(database, "metrics", run))
+    source = Source(
+        tool="trackio",
+        identity=f"{project}/{run}",
+        project=tidy_name(project, "trackio"),
+        name=tidy_name(name, "run"),
+        created=created,
+        config={key: value for key, value in config.items() if not key.startswith("_")},
+        group=config.get("_Group") or None,
+        run=run,
+    )
+    with RunWriter(root, source) as writer:
+        for row, values in _of_run(database, "metrics", run, writer):
+            write_row(writer, int(row["step"]), _time(row), values, path.parent / "media")
+        for row, values in _of_run(database, "system_metrics", run, writer):
+            step = max(0, round(_time(row) - created))
+            writer.metrics(step, _time(row), numbers_of(values, "system/"), system=True)
+    return writer.imported
+
+
+def _time(row: sqlite3.Row) -> float:
+    return datetime.fromisoformat(str(row["timestamp"])).timestamp()

@@ -1,0 +1,336 @@
+"""The one reader of run directories: journals record by record, and a run as a whole.
+
+What follows a journal's last line end is torn, or not written yet: it is neither read nor shipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from endlex.client.process import is_running, try_lock
+from endlex.client.run_directory import require_run_file
+from endlex.protocol import (
+    CHECKPOINT,
+    CONFIG,
+    CRASHED,
+    FINISH,
+    JOURNAL_DIR,
+    MAX_BATCH_BYTES,
+    MAX_REASON_CHARS,
+    METRICS,
+    NON_FINITE,
+    SESSION,
+    SESSION_ID,
+    STATUSES,
+    SYSTEM,
+    TABLE,
+    TEXT,
+    EndlexError,
+    decode_number,
+    encode_number,
+    move_aliases,
+)
+
+
+def session_files(directory: Path) -> list[Path]:
+    """The journals of a run's directory, in the order in which their sessions began."""
+    found = [
+        path
+        for path in (directory / JOURNAL_DIR).glob("*.jsonl")
+        if SESSION_ID.fullmatch(path.stem)
+    ]
+    return sorted(found, key=lambda path: (session_number(path), path.stem))
+
+
+def session_number(path: Path) -> int:
+    """The number that a session's id begins with; 0 if it has none."""
+    number = path.stem.partition("-")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def content_length(path: Path) -> int:
+    """Bytes of a journal up to its last line end; what follows is torn, or not yet written."""
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - 65536)
+            file.seek(start)
+            found = file.read(end - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+    return 0
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of one session, oldest first, without changing them.
+
+    Raises:
+        EndlexError: a line before the last line end is damaged; the message gives its number.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            record = parse_record(line)
+            if record is None:
+                raise EndlexError(
+                    f"{path}, line {number} is not a record: the file was altered, or the disk is "
+                    "failing"
+                )
+            yield record
+
+
+def read_run(directory: Path | str) -> Iterator[dict[str, Any]]:
+    """Yield a run's records as `endlex.protocol` describes them, session after session.
+
+    The values of metrics are numbers, NaN and infinities too. A directory without journals yields
+    nothing.
+
+    Raises:
+        EndlexError: as `read_journal`.
+        OSError: a file cannot be read.
+    """
+    for path in session_files(Path(directory)):
+        for record in read_journal(path):
+            values = record.get("values")
+            if record["type"] == METRICS and isinstance(values, dict):
+                for name in [name for name, value in values.items() if isinstance(value, str)]:
+                    values[name] = NON_FINITE.get(values[name], values[name])
+            yield record
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record of one line, or None if it is not one."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and "type" in record else None
+
+
+def first_record(path: Path) -> dict[str, Any] | None:
+    """The record that says whose session this is, or None while it is not written."""
+    with path.open("rb") as file:
+        line = file.readline(MAX_BATCH_BYTES)
+    return parse_record(line) if line.endswith(b"\n") else None
+
+
+def session_kind(path: Path) -> str:
+    """What wrote this journal, `TRAINER` or `SYSTEM`; empty while that is not written."""
+    return str((first_record(path) or {}).get("kind", ""))
+
+
+def iter_last_records(path: Path, tail: int = 2**20) -> Iterator[dict[str, Any]]:
+    """Yield the records whose lines lie in the last `tail` bytes of a journal, newest first."""
+    end = content_length(path)
+    with path.open("rb") as file:
+        start = file.seek(max(0, end - tail))
+        lines = file.read(end - start).splitlines()
+    for line in reversed(lines[1:] if start else lines):
+        record = parse_record(line)
+        if record is not None:
+            yield record
+
+
+def last_step(directory: Path) -> int:
+    """The last step that a run's trainers logged metrics of, or -1."""
+    for path in reversed(session_files(directory)):
+        if session_kind(path) == SYSTEM:
+            continue  # whose steps are seconds
+        for record in iter_last_records(path):
+            if record["type"] == METRICS and isinstance(record.get("step"), int):
+                return int(record["step"])
+    return -1
+
+
+def end_status(path: Path) -> str | None:
+    """How the session says that it ended, or None if it has not said."""
+    last = next(iter_last_records(path, 4096), {})
+    ended = last.get("type") == FINISH and last.get("status") in STATUSES
+    return str(last["status"]) if ended else None
+
+
+def gone_status(path: Path) -> str:
+    """What to say of a session whose writer is gone without having said how it ended.
+
+    An import's first record says it in `ended`. A shipper that was killed is no fault of the run's.
+    """
+    begun = first_record(path) or {}
+    ended = begun.get("ended")
+    if ended in STATUSES:
+        return str(ended)
+    return "interrupted" if begun.get("kind") == SYSTEM else CRASHED
+
+
+def gone_reason(path: Path) -> str:
+    """Why a session's writer is gone that has not said it: the stack that a signal left behind."""
+    with contextlib.suppress(OSError):
+        stack = path.with_suffix(".fault").read_text(errors="replace")[:MAX_REASON_CHARS].strip()
+        if stack:
+            said = "" if stack.startswith("Fatal") else "ended by a signal (SIGTERM or SIGHUP)\n"
+            return said + stack
+    return "killed (SIGKILL, or its machine stopped)"
+
+
+def writer_is_alive(path: Path) -> bool:
+    """Whether the process that writes this journal still runs on this machine."""
+    with path.open("rb") as file:
+        locked = try_lock(file, shared=True)
+    if locked is None:  # no locks here: ask for the process instead
+        return is_running((first_record(path) or {}).get("process"))
+    return not locked
+
+
+def iter_session(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a session's records; damaged lines are passed over, as the server does."""
+    with path.open("rb") as file:
+        for line in file:
+            record = parse_record(line) if line.endswith(b"\n") else None
+            if record is not None:
+                yield record
+
+
+def session_status(path: Path) -> str:
+    """Return how a session stands: its own word, else running, or how it broke off."""
+    return end_status(path) or ("running" if writer_is_alive(path) else gone_status(path))
+
+
+def summarize(directory: Path) -> dict[str, Any]:
+    """Read a run's journals and return what they say.
+
+    Raises:
+        EndlexError: it is not a run's directory.
+    """
+    owner = require_run_file(directory)
+    summary: dict[str, Any] = {
+        **{key: owner[key] for key in ("run", "project", "name", "created")},
+        "status": "empty",
+        "updated": owner["created"],
+        **{"tags": [], "group": None, "notes": None, "host": "", "config": {}, "sessions": []},
+        **{"texts": [], "tables": [], "checkpoints": []},
+    }
+    metrics: dict[str, dict[int, float]] = {}
+    for path in session_files(directory):
+        begun: dict[str, Any] = {}
+        for record in iter_session(path):
+            begun = record if record["type"] == SESSION else begun
+            _add_record(summary, metrics, record, begun.get("kind", ""))
+        summary["sessions"].append(_describe_session(path, begun))
+    trainers = [session for session in summary["sessions"] if session["kind"] != SYSTEM]
+    # The newest trainer speaks for the run; of several ranks the first.
+    for session in [s for s in trainers if s["rank"] == 0][-1:] or trainers[-1:]:
+        summary["status"] = session["status"]
+    for session in summary["sessions"][:1]:
+        summary["created"] = session["started"] or summary["created"]
+    move_aliases(summary["checkpoints"])
+    summary["metrics"] = [_describe(name, series) for name, series in sorted(metrics.items())]
+    summary["summary"] = {m["name"]: m["last"] for m in summary["metrics"]}
+    return summary
+
+
+def _describe_session(path: Path, begun: dict[str, Any]) -> dict[str, Any]:
+    end = content_length(path)
+    with path.open("rb") as file:
+        whole = (line for line in file if line.endswith(b"\n"))
+        damaged = sum(parse_record(line) is None for line in whole)
+    return {
+        "session": path.stem,
+        "kind": begun.get("kind", ""),
+        "rank": begun.get("rank", 0),
+        "host": begun.get("host"),
+        "started": begun.get("time"),
+        "offset": end,
+        "damaged_lines": damaged,
+        "status": session_status(path),
+    }
+
+
+def _add_record(
+    summary: dict[str, Any], metrics: dict[str, dict[int, float]], record: dict[str, Any], kind: str
+) -> None:
+    summary["updated"] = max(summary["updated"], record.get("time", 0))
+    if record["type"] == SESSION and kind != SYSTEM:
+        summary["config"] = summary["config"] | (record.get("config") or {})
+        for key in ("tags", "group", "notes", "host"):
+            summary[key] = summary[key] or record.get(key) or summary[key]
+    elif record["type"] == CONFIG:
+        summary["config"] = summary["config"] | (record.get("config") or {})
+    elif record["type"] == METRICS:
+        for name, value in values_of(record):
+            metrics.setdefault(name, {})[record["step"]] = value
+    elif record["type"] in (TEXT, TABLE):
+        names = summary[f"{record['type']}s"]
+        if record.get("name") not in names:
+            names.append(record.get("name"))
+    elif record["type"] == CHECKPOINT:
+        size = sum(file.get("bytes", 0) for file in record.get("files", []))
+        kept = {key: record.get(key) for key in ("name", "step", "aliases", "metadata")}
+        summary["checkpoints"].append(
+            {**kept, "created": record["time"], "bytes": size, "state": "local"}
+        )
+
+
+def values_of(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield a metrics record's names and numbers; what is no number is passed over."""
+    if not isinstance(record.get("step"), int):
+        return
+    for name, value in (record.get("values") or {}).items():
+        try:
+            yield name, float(decode_number(value))
+        except (EndlexError, TypeError, ValueError, OverflowError):
+            continue
+
+
+def _describe(name: str, series: dict[int, float]) -> dict[str, Any]:
+    finite = [value for value in series.values() if math.isfinite(value)]
+    last_step = max(series)
+    return {
+        "name": name,
+        "count": len(series),
+        "last": encode_number(series[last_step]),
+        "min": min(finite, default=None),
+        "max": max(finite, default=None),
+        "last_step": last_step,
+    }
+
+
+Points = dict[int, tuple[float, float]]
+"""By step: time and value."""
+
+
+def read_points(directory: Path) -> dict[str, Points]:
+    """Return a run's points by metric and step; of two values at one step the later counts.
+
+    The steps of the machine's own metrics, seconds since their session began, go on from session to
+    session, as the server exports them.
+    """
+    trainer: dict[str, Points] = {}
+    machine: dict[str, list[tuple[float, int, float]]] = {}
+    for path in session_files(directory):
+        is_machine = session_kind(path) == SYSTEM
+        seen: dict[str, Points] = {}
+        for record in iter_session(path):
+            if record["type"] == METRICS:
+                for name, value in values_of(record):
+                    found = seen if is_machine else trainer
+                    found.setdefault(name, {})[record["step"]] = (record["time"], value)
+        for name, points in seen.items():
+            rows = ((time, step, value) for step, (time, value) in sorted(points.items()))
+            machine.setdefault(name, []).extend(rows)
+    return trainer | {name: _in_seconds(rows) for name, rows in machine.items()}
+
+
+def _in_seconds(rows: list[tuple[float, int, float]]) -> Points:
+    start, last, points = min(time - step for time, step, _ in rows), -1, Points()
+    for time, _, value in sorted(rows, key=lambda row: row[0]):
+        last = max(last + 1, round(time - start))
+        points[last] = (time, value)
+    return points

@@ -1,0 +1,278 @@
+"""The search language of runs: one grammar for the dashboard's box, the API and `endlex ls`.
+
+`parse_search` turns a text into terms, which the server makes SQL of and `matches` applies to runs
+at hand. `HELP` shows the grammar where people type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from endlex.protocol import EndlexError
+
+HELP = """\
+d12              in the name, project, group, notes, host, tags or id
+tag:baseline     also project: group: status: name: host: id:
+val/bpb < 0.9    a metric's last value: < <= > >= = != ; min:val/bpb and max:val/bpb too
+depth >= 12      a key of the configuration; config.depth where a metric has the same name
+optimizer = muon a text of the configuration
+-tag:old         not
+d12 OR d20       one of the two; all other words must hold
+"two words"      taken as they are; * outside quotes is any text: name:d1*"""
+
+FIELDS = ("project", "group", "status", "tag", "name", "host", "id")
+ANYWHERE = ("name", "project", "notes", "group", "host", "tag", "id")
+"""What a bare word is looked for in."""
+OPERATORS = ("<", "<=", ">", ">=", "=", "!=")
+MOST_TERMS = 50
+KEYS_OF_RUN = {"tag": "tags", "id": "run"}
+CONFIG = "config."
+
+TOKEN = re.compile(r'(?P<operator><=|>=|!=|[<>=])|(?P<word>(?:[^\s"<>=!]|"[^"]*"?|!(?!=))+)|\S')
+
+Kind = Literal["field", "last", "min", "max", "config", "any"]
+
+
+class SearchError(EndlexError):
+    """The search is not one; the message says what is wrong with it."""
+
+    exit_status = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to look for: what stands between its `*`, each of which is any text."""
+
+    parts: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "*".join(self.parts)
+
+    @property
+    def is_pattern(self) -> bool:
+        """Whether it has a `*`."""
+        return len(self.parts) > 1
+
+    def like(self, anywhere: bool = False) -> str:
+        r"""Return it as a pattern for SQL: `LIKE ? ESCAPE '\'`."""
+        pattern = "%".join(re.sub(r"([\\%_])", r"\\\1", part) for part in self.parts)
+        return f"%{pattern}%" if anywhere else pattern
+
+    def matches(self, text: object, anywhere: bool = False) -> bool:
+        """Whether it is the text, or somewhere in it; upper and lower case are the same."""
+        pattern = re.compile(".*".join(map(re.escape, self.parts)), re.IGNORECASE | re.DOTALL)
+        found = pattern.search if anywhere else pattern.fullmatch
+        return text is not None and found(str(text)) is not None
+
+
+@dataclass(frozen=True)
+class Key:
+    """What is compared, sorted by, or shown in a column: a field, a metric or a configuration key.
+
+    `any` is a metric's last value or, where a run has none of that name, a configuration key.
+    """
+
+    kind: Kind
+    name: Text
+
+    def __str__(self) -> str:
+        prefix = {"min": "min:", "max": "max:", "last": "last:", "config": CONFIG}
+        return f"{prefix.get(self.kind, '')}{self.name}"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One condition; `key` is None for a bare word, and `number` what `text` says if it is one."""
+
+    negated: bool
+    key: Key | None
+    operator: str
+    text: Text
+    number: float | None = None
+
+
+Query = tuple[tuple[Term, ...], ...]
+"""All of these must hold, of each at least one."""
+
+
+def parse_key(text: str, literal: bool = False) -> Key:
+    """Return what a name stands for: `status`, `val/bpb`, `min:val/bpb`, `config.lr`."""
+    prefix, colon, rest = text.partition(":")
+    if colon and rest and prefix in ("min", "max", "last"):
+        return Key(prefix, _text(rest, literal))  # type: ignore[arg-type]
+    if text.startswith(CONFIG) and text != CONFIG:
+        return Key("config", _text(text.removeprefix(CONFIG), literal))
+    return Key("field" if text in FIELDS else "any", _text(text, literal))
+
+
+def parse_search(text: str) -> Query:
+    """Return the terms of a search.
+
+    Raises:
+        SearchError: an operator lacks a side, a text is compared by size, or there are too many.
+    """
+    tokens = list(TOKEN.finditer(text))
+    groups: list[tuple[Term, ...]] = []
+    position, joined = 0, False
+    while position < len(tokens):
+        if tokens[position].group() == "OR" and groups and position + 1 < len(tokens):
+            position, joined = position + 1, True
+            continue
+        term, position = _parse_term(tokens, position)
+        if joined:
+            groups[-1] += (term,)
+        else:
+            groups.append((term,))
+        joined = False
+    if sum(map(len, groups)) > MOST_TERMS:
+        raise SearchError(f"the search has more than {MOST_TERMS} words")
+    return tuple(groups)
+
+
+def _parse_term(tokens: list[re.Match[str]], position: int) -> tuple[Term, int]:
+    word = tokens[position].group("word")
+    if word is None:
+        raise SearchError(
+            f"{tokens[position].group()!r} has no name before it: compare like val/bpb < 0.9"
+        )
+    negated = len(word) > 1 and word.startswith("-")
+    word = word[1:] if negated else word
+    literal = word.startswith('"')
+    plain = word.replace('"', "")
+    if position + 1 < len(tokens) and (operator := tokens[position + 1].group("operator")):
+        value = tokens[position + 2].group("word") if position + 2 < len(tokens) else None
+        if value is None:
+            raise SearchError(f"{plain!r} {operator} lacks a value: compare like val/bpb < 0.9")
+        return _compare(negated, parse_key(plain, literal), operator, value), position + 3
+    field, colon, value = word.partition(":")
+    if colon and value and field.lower() in FIELDS:
+        given = _text(value.replace('"', ""), value.startswith('"'))
+        return Term(negated, Key("field", Text((field.lower(),))), "=", given), position + 1
+    return Term(negated, None, "=", _text(plain, literal)), position + 1
+
+
+def _text(text: str, literal: bool) -> Text:
+    return Text((text,) if literal else tuple(text.split("*")))
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None  # those are words in JSON
+
+
+def _compare(negated: bool, key: Key, operator: str, value: str) -> Term:
+    text = _text(value.replace('"', ""), value.startswith('"'))
+    number = _number(str(text))
+    if operator in ("=", "!="):
+        return Term(negated, key, operator, text, number)
+    if number is None or key.kind == "field":
+        raise SearchError(
+            f"{str(key)!r} {operator} {str(text)!r}: only numbers of metrics and of the "
+            "configuration are larger or smaller; compare like val/bpb < 0.9"
+        )
+    return Term(negated, key, operator, text, number)
+
+
+def names_in(query: Query) -> Iterator[Key]:
+    """Yield the metrics and configuration keys that a search names."""
+    for group in query:
+        for term in group:
+            if term.key is not None and term.key.kind != "field":
+                yield term.key
+
+
+def check_names(keys: Iterable[Key], metrics: Iterable[str], config: Iterable[str]) -> None:
+    """Make sure that what is searched or sorted by is there.
+
+    Raises:
+        SearchError: no run has a metric or key of that name; the message has the nearest ones.
+    """
+    known = {"config": list(config), "last": list(metrics)}
+    known["any"] = [*known["last"], *known["config"]]
+    for key in keys:
+        there = known.get(key.kind, known["last"])
+        if key.kind != "field" and not any(key.name.matches(name) for name in there):
+            raise SearchError(f"no run has {str(key)!r}{did_you_mean(str(key.name), there)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the names that are near, else nothing."""
+    by_case = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), by_case, 3, 0.6)
+    near = near or [one for one in by_case if name.lower() in one.split("/")[-1]][:3]
+    return f"; did you mean {' or '.join(by_case[one] for one in near)}?" if near else ""
+
+
+def matches(query: Query, run: Mapping[str, Any]) -> bool:
+    """Whether a run, as the API tells of it, is one that is searched for."""
+    return all(any(_holds(term, run) != term.negated for term in group) for group in query)
+
+
+def _holds(term: Term, run: Mapping[str, Any]) -> bool:
+    if term.key is None:
+        return any(_in_field(term.text, field, run, anywhere=True) for field in ANYWHERE)
+    if term.key.kind == "field":
+        return _in_field(term.text, str(term.key.name), run) != (term.operator == "!=")
+    return any(compare(value, term) for value in values_of(term.key, run))
+
+
+def _in_field(text: Text, field: str, run: Mapping[str, Any], anywhere: bool = False) -> bool:
+    value = run.get(KEYS_OF_RUN.get(field, field))
+    return any(text.matches(v, anywhere) for v in (value if isinstance(value, list) else [value]))
+
+
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "=": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+}
+
+
+def compare(value: Any, term: Term) -> bool:
+    """Whether a metric's or the configuration's value is as a term says."""
+    if isinstance(value, bool) or value is None:
+        value = str(value)  # true = True = TRUE, and None
+    elif isinstance(value, str) and term.number is not None:
+        number = _number(value)
+        value = value if number is None else number
+    if isinstance(value, int | float) and term.number is not None:
+        return COMPARISONS[term.operator](value, term.number)
+    if term.operator not in ("=", "!="):
+        return False
+    return term.text.matches(value) != (term.operator == "!=")
+
+
+def values_of(key: Key, run: Mapping[str, Any]) -> list[Any]:
+    """Return the values that a key has in a run: none, one, or several for a pattern."""
+    if key.kind == "field":
+        return [run.get(KEYS_OF_RUN.get(str(key.name), str(key.name)))]
+    found: list[Any] = []
+    if key.kind in ("min", "max"):
+        found = [m[key.kind] for m in run.get("metrics", ()) if key.name.matches(m["name"])]
+    elif key.kind != "config":
+        found = [v for name, v in run.get("summary", {}).items() if key.name.matches(name)]
+    if found or key.kind not in ("config", "any"):
+        return [value for value in found if value is not None]
+    return [v for name, v in flatten(run.get("config", {})).items() if key.name.matches(name)]
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a configuration's leaves by their keys, joined with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,1 @@
+"""Answer HTTP requests: routes, their guards, and the way in for journals."""

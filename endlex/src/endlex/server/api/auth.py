@@ -1,0 +1,366 @@
+"""Who may do what: tokens with scopes, kept as hashes, and browsers' logins.
+
+With `write` and `checkpoint` a token adds to its own runs, those that it created or was given, and
+learns nothing of others: this is what a rented box gets. `protocol.SCOPES` has the other scopes.
+
+A token is `endlex_` and 32 random bytes; only its SHA-256 is stored. A browser sends a token once
+and gets a cookie with a random session id, stored hashed too, that dies with the token. On loopback
+with no token ever made, nothing is asked. Tokens are read from the database anew after a second, so
+that one made or revoked on the command line counts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import sqlite3
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+
+from endlex.protocol import SCOPES, EndlexError, Scope, check_name, check_run_id
+from endlex.server.errors import ApiError
+from endlex.server.settings import DataDir, Settings
+from endlex.server.store.database import Database, connect
+from endlex.server.workers import Workers
+
+Granted = tuple[int, frozenset[str]]
+"""A token's key and its scopes."""
+BOX_SCOPES = frozenset({"write", "checkpoint"})
+"""Scopes that open a token's own runs only."""
+PREFIX = "endlex_"
+COOKIE = "endlex_session"
+LOGIN_SECONDS = 30 * 86400
+KNOWN_FOR_SECONDS = 1.0
+LAST_USED_EVERY = 60.0
+FAILURES = 10
+FAILURE_SECONDS = 300.0
+ADDRESSES_KEPT = 10_000
+
+
+@dataclass(frozen=True)
+class TokenInfo:
+    """A token as it may be shown; times in Unix seconds."""
+
+    id: int
+    name: str
+    scopes: tuple[str, ...]
+    created: float
+    last_used: float | None
+    revoked: float | None
+    older_runs: bool
+    """Whether its own runs include all that were there before runs had owners."""
+    runs: tuple[str, ...]
+    """Its own runs otherwise, by id."""
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def create_token(
+    data_dir: Path,
+    name: str,
+    scopes: tuple[str, ...] | list[str],
+    runs: tuple[str, ...] | list[str] = (),
+) -> str:
+    """Make a token and return it; this is the only time that it is seen.
+
+    Args:
+        data_dir: the server's; made if missing. The server may be running.
+        name: for people, such as the box that it is for.
+        scopes: of `SCOPES`.
+        runs: ids of runs that become its own, as if it had created them.
+
+    Raises:
+        EndlexError: the name, a scope or an id is not one.
+    """
+    check_name(name, "token name")
+    runs = [check_run_id(run) for run in runs]
+    unknown = [scope for scope in scopes if scope not in SCOPES]
+    if unknown or not scopes:
+        given = ", ".join(map(repr, unknown)) or "no scope"
+        raise EndlexError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
+    token = PREFIX + secrets.token_urlsafe(32)
+    kept = ",".join(scope for scope in SCOPES if scope in scopes)
+    with _database(data_dir) as connection:
+        pk = connection.execute(
+            "INSERT INTO token (name, hash, scopes, created) VALUES (?, ?, ?, ?)",
+            (name, hash_secret(token), kept, time.time()),
+        ).lastrowid
+        connection.executemany("INSERT INTO token_run VALUES (?, ?)", [(pk, r) for r in {*runs}])
+    return token
+
+
+def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
+    """Make runs a token's own, by the token's id or name and the runs' ids.
+
+    Raises:
+        EndlexError: no token of that id or name is in use, or an id is not one.
+    """
+    column = "pk" if isinstance(token, int) else "name"
+    with _database(data_dir) as connection:
+        found = connection.execute(
+            f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL", (token,)
+        ).fetchall()
+        if not found:
+            raise _unknown_token(token)
+        pairs = [(pk, check_run_id(run)) for (pk,) in found for run in runs]
+        connection.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
+
+
+def _unknown_token(token: int | str) -> EndlexError:
+    return EndlexError(f"no token {token!r} is in use: `endlex token list` shows them")
+
+
+def list_tokens(data_dir: Path) -> list[TokenInfo]:
+    """Return every token that was made, the revoked ones too, oldest first."""
+    with _database(data_dir) as connection:
+        rows = connection.execute(
+            "SELECT pk, name, scopes, created, last_used, revoked, runs_before != 0, "
+            "(SELECT group_concat(run, ' ') FROM token_run WHERE token=pk) FROM token ORDER BY pk"
+        ).fetchall()
+    return [
+        TokenInfo(pk, name, (*s.split(","),), made, used, gone, bool(old), (*(runs or "").split(),))
+        for pk, name, s, made, used, gone, old, runs in rows
+    ]
+
+
+def revoke_token(data_dir: Path, token: int | str) -> int:
+    """Revoke by id or by name and return how many that were; logins with them end.
+
+    Raises:
+        EndlexError: there is none of that id or name that still counts.
+    """
+    column = "pk" if isinstance(token, int) else "name"
+    with _database(data_dir) as connection:
+        changed = connection.execute(
+            f"UPDATE token SET revoked=? WHERE {column}=? AND revoked IS NULL", (time.time(), token)
+        ).rowcount
+    if not changed:
+        raise _unknown_token(token)
+    return changed
+
+
+@contextmanager
+def _database(data_dir: Path) -> Iterator[sqlite3.Connection]:
+    """Open the database of a data directory for a moment, beside a server or without one."""
+    data = DataDir(Path(data_dir))
+    data.create()
+    with closing(connect(data.database)) as connection:
+        yield connection
+
+
+def hash_secret(secret: str) -> str:
+    """Return what is stored of a token or a login: they are random, so one hash is enough."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The tokens that count and the logins made with them, by hash, as read at one moment."""
+
+    read: float
+    any_made: bool
+    tokens: dict[str, Granted]
+    logins: dict[str, tuple[Granted, float]]
+    """With when each expires."""
+
+
+class Failures:
+    """Counts wrong tokens by address over the last five minutes. A right one always passes: who
+    shares an address with a badly set-up box is not locked out."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, list[float]] = {}
+
+    def add(self, address: str) -> int:
+        """Count one more and return how many there were lately."""
+        now = time.monotonic()
+        recent = [t for t in self._times.pop(address, []) if now - t < FAILURE_SECONDS]
+        self._times[address] = [*recent, now][-FAILURES - 1 :]
+        if len(self._times) > ADDRESSES_KEPT:
+            self._times.pop(next(iter(self._times)))
+        return len(self._times[address])
+
+
+class Auth:
+    """Judges requests; one per server."""
+
+    def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
+        self._settings, self._database, self._workers = settings, database, workers
+        self._known = _Known(0, True, {}, {})
+        self._used: dict[int, float] = {}
+        self._own: set[tuple[int, str]] = set()
+        """Tokens with runs that were found to be theirs: this never changes back."""
+        self._failures = Failures()
+
+    async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
+        """Let a request pass that has one of `scopes`, for the run that its path names.
+
+        Args:
+            creates: whether the request may create that run, which is then the token's own.
+
+        Raises:
+            ApiError: 401 without a token that counts, 403 with one of other scopes or for a run
+                that is not its own, 429.
+        """
+        known = await self._read()
+        if not self._settings.public and not known.any_made:
+            return
+        secret, cookie = _bearer(request), request.cookies.get(COOKIE)
+        found = _find(known, secret, cookie)
+        if found is None and (secret or cookie):
+            found = _find(await self._read(anew=True), secret, cookie)  # made a moment ago?
+        if found is None:
+            raise self._refusal(request, secret)
+        token, granted = found
+        self._note_use(token)
+        usable = granted.intersection(scopes)
+        if not usable:
+            wanted, has = (
+                " or ".join(scopes),
+                ", ".join(scope for scope in SCOPES if scope in granted),
+            )
+            raise ApiError(403, f"this token has no scope {wanted}: it has {has}")
+        run = request.path_params.get("run")
+        if run is not None and usable <= BOX_SCOPES and "manage" not in granted:
+            await self._check_run(token, run, creates)
+
+    async def _check_run(self, token: int, run: str, creates: bool) -> None:
+        if (token, run) in self._own:
+            return
+        own: bool | None
+        if creates:
+            own = await asyncio.wrap_future(self._database.write(lambda c: _claim(c, token, run)))
+        else:
+            own = await self._workers.quick(lambda: _owns(self._database.reader(), token, run))
+        if own:
+            self._own.add((token, run))
+        elif own is False:
+            raise ApiError(
+                403,
+                f"run {run[:40]!r} is not one of this token's own: `endlex token grant TOKEN RUN` "
+                "on the server's machine makes it one",
+            )
+
+    async def login(self, request: Request, token: str) -> str:
+        """Return the cookie for a browser that gave a token.
+
+        Raises:
+            ApiError: 401, it does not count; 429.
+        """
+        found = _find(await self._read(anew=True), token, None)
+        if found is None:
+            raise self._refusal(request, token)
+        secret = secrets.token_urlsafe(32)
+        now = time.time()
+        row = (hash_secret(secret), found[0], now, now + LOGIN_SECONDS)
+
+        def job(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM login WHERE expires < ?", (now,))
+            connection.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
+
+        await asyncio.wrap_future(self._database.write(job))
+        await self._read(anew=True)
+        return secret
+
+    def _refusal(self, request: Request, secret: str | None) -> ApiError:
+        headers = {"WWW-Authenticate": "Bearer"}
+        if not secret:
+            return ApiError(401, "a token is needed: set ENDLEX_TOKEN, or log in", headers)
+        address = request.client.host if request.client else ""
+        if self._failures.add(address) > FAILURES:
+            wait = {"Retry-After": "60"}
+            return ApiError(429, "too many wrong tokens from this address: wait a while", wait)
+        message = "the token is not known, or revoked: make one with `endlex token create`"
+        return ApiError(401, message, headers)
+
+    async def logout(self, cookie: str) -> None:
+        """Forget a browser's login."""
+        digest = hash_secret(cookie)
+
+        def job(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM login WHERE hash=?", (digest,))
+
+        await asyncio.wrap_future(self._database.write(job))
+        await self._read(anew=True)
+
+    async def _read(self, anew: bool = False) -> _Known:
+        if anew or time.monotonic() - self._known.read > KNOWN_FOR_SECONDS:
+            self._known = await self._workers.quick(_read_known, self._database)
+        return self._known
+
+    def _note_use(self, token: int) -> None:
+        now = time.time()
+        if now - self._used.get(token, 0) > LAST_USED_EVERY:
+            self._used[token] = now
+            self._database.write(
+                lambda c: (
+                    c.execute("UPDATE token SET last_used=? WHERE pk=?", (now, token)).rowcount
+                )
+            )
+
+
+def _owns(connection: sqlite3.Connection, token: int, run: str) -> bool | None:
+    """Whether a run is a token's own; None if there is no such run, and it is nobody's."""
+    claims = connection.execute(
+        "SELECT token FROM token_run JOIN token ON pk = token WHERE run=? AND revoked IS NULL",
+        (run,),
+    ).fetchall()
+    row = connection.execute(
+        "SELECT run.pk <= token.runs_before FROM run, token WHERE run.id=? AND token.pk=?",
+        (run, token),
+    ).fetchone()
+    if (token,) in claims or (row and row[0]):
+        return True
+    return False if row or claims else None
+
+
+def _claim(connection: sqlite3.Connection, token: int, run: str) -> bool:
+    """Make a run that a token is about to create its own; False if it is another's."""
+    if _owns(connection, token, run) is False:
+        return False
+    connection.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
+    return True
+
+
+def _read_known(database: Database) -> _Known:
+    read = time.monotonic()
+    with database.snapshot() as connection:
+        rows = connection.execute("SELECT hash, pk, scopes, revoked FROM token").fetchall()
+        logins = connection.execute("SELECT hash, token, expires FROM login").fetchall()
+    granted = {pk: (h, (pk, frozenset(s.split(",")))) for h, pk, s, revoked in rows if not revoked}
+    return _Known(
+        read,
+        bool(rows),
+        dict(granted.values()),
+        {h: (granted[token][1], expires) for h, token, expires in logins if token in granted},
+    )
+
+
+def _find(known: _Known, secret: str | None, cookie: str | None) -> Granted | None:
+    """Return the token that a request carries; what is compared are hashes of random secrets."""
+    if secret:
+        return known.tokens.get(hash_secret(secret))
+    granted, expires = known.logins.get(hash_secret(cookie or ""), (None, 0.0))
+    return granted if expires > time.time() else None
+
+
+def _bearer(request: Request) -> str | None:
+    kind, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() if kind.lower() == "bearer" and secret.strip() else None
+
+
+def require(*scopes: Scope, creates: bool = False) -> Callable[[Request], Awaitable[None]]:
+    """Return the dependency of a route that any one of `scopes` opens (`Auth.check`)."""
+
+    async def check(request: Request) -> None:
+        await request.app.state.server.auth.check(request, scopes, creates)
+
+    return check

@@ -1,0 +1,50 @@
+"""What goes wrong in a route, as an answer: a message that names the value and the remedy."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from endlex.protocol import EndlexError
+from endlex.server.api.bodies import json_response
+from endlex.server.errors import ApiError, disk_full, is_disk_full
+
+logger = logging.getLogger("endlex")
+
+
+HANDLED = (ApiError, EndlexError, RequestValidationError, HTTPException, ClientDisconnect)
+STORAGE = (sqlite3.Error, OSError)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Let the application answer every exception as JSON."""
+    for kind in (*HANDLED, *STORAGE, Exception):
+        app.add_exception_handler(kind, _answer)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, STORAGE) and is_disk_full(error):
+        error = disk_full()
+    if isinstance(error, ApiError):
+        return json_response(error.body(), error.status, error.headers)
+    if isinstance(error, EndlexError):
+        return json_response({"error": str(error)}, 422)
+    if isinstance(error, RequestValidationError):
+        wrong = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+        return json_response({"error": "; ".join(wrong)}, 422)
+    if isinstance(error, HTTPException):
+        message = f"{request.method} {request.url.path[:200]!r}: {error.detail}"
+        return json_response({"error": message}, error.status_code, dict(error.headers or {}))
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=400)  # nobody is there to read it
+    if isinstance(error, STORAGE):
+        logger.error("%s %s: %s", request.method, request.url.path, error, exc_info=error)
+        message = "the server cannot use its disk or database; its log says more: try again later"
+        return json_response({"error": message}, 503, {"Retry-After": "10"})
+    return json_response({"error": "the server failed at this; its log says more"}, 500)

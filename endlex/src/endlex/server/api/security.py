@@ -1,0 +1,107 @@
+"""What stands before every route: who a request is addressed to, where it comes from, headers.
+
+On loopback without tokens anything that runs on the machine may read and write. What must not get
+there are pages of other sites in the owner's browser: a request must name a loopback host (DNS
+rebinding), and one that changes something must not come from another origin.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from endlex.server.settings import Settings
+
+POLICY = (
+    "default-src 'self'; img-src 'self' data:; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+SECURITY_HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address, without a port, is this machine's own."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def host_name(value: str) -> str:
+    """Return a Host header's value without its port and brackets."""
+    try:
+        return urlsplit(f"//{value}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class Guard:
+    """ASGI middleware that refuses what is misaddressed or foreign, and adds security headers."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app, self._settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        root = self._settings.root_path
+        if root and (scope["path"] == root or scope["path"].startswith(f"{root}/")):
+            scope = {**scope, "path": scope["path"].removeprefix(root) or "/"}
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                if scope["path"].startswith("/api/"):
+                    headers.setdefault("Cache-Control", "no-store")
+            await send(message)
+
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
+        if refusal is None:
+            await self._app(scope, receive, send_with_headers)
+        else:
+            await _refuse(send_with_headers, refusal)
+
+    def _refusal(self, method: str, headers: Headers) -> str | None:
+        host = headers.get("host", "")
+        if not self._settings.public and not is_loopback(host_name(host)):
+            return (
+                f"host {host[:80]!r} is not a name of this machine: serve others with "
+                "`endlex serve --public` and tokens"
+            )
+        if method in SAFE_METHODS:
+            return None
+        if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return "a page of another site may not write here"
+        origin = headers.get("origin")
+        if origin is None:
+            return None
+        hosts = {host.lower()}
+        if self._settings.trusted_proxy:
+            hosts.add(headers.get("x-forwarded-host", host).lower())
+        if origin == "null" or urlsplit(origin).netloc.lower() not in hosts:
+            return f"origin {origin[:80]!r} may not write here: open the page at {host[:80]!r}"
+        return None
+
+
+async def _refuse(send: Send, message: str) -> None:
+    body = orjson.dumps({"error": message})
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": 403, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

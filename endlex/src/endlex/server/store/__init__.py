@@ -1,0 +1,1 @@
+"""Keep runs, journals, series and checkpoints on disk, and read them back."""

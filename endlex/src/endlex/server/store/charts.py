@@ -1,0 +1,234 @@
+"""What a chart asks for: several metrics of a run against steps, time or another metric.
+
+From a million points to the two thousand that a screen can show, with every spike kept: points in
+order are cut into buckets of equal counts, and of each bucket its lowest and its highest value
+stay. Everything is a handful of numpy passes, of which the long ones run outside the interpreter's
+lock. `log` keeps more of the small x, where a logarithmic axis has its room.
+"""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from endlex.protocol import NON_FINITE
+from endlex.server.store.peaks import Sampled, read_sampled
+from endlex.server.store.series import StepRange, chunk_keys, read_all_points, read_points
+
+STEP = "step"
+TIME = "time"
+MOST_RANGES = 200
+"""Stretches of NaN, or of an infinity, that are told apart; more are joined where they are near."""
+RANGE_RESOLUTION = 500
+LOG_PARTS = (1000, 100, 10, 1)
+"""For a logarithmic x: the first thousandth of the points, the first hundredth and so on get equal
+shares of what is shown."""
+SAMPLED_DIGITS = 7
+"""Significant digits of a sampled series, whose readers zoom in for more: 2,000 points in 50 KB.
+Where every point is there, its value is the recorded one."""
+X_RESOLUTION = 20_000
+"""Into how many steps an axis of times or of numbers is divided at least."""
+
+
+@dataclass(frozen=True)
+class ChartQuery:
+    """One request: `x` is `step`, `time` or a metric's name; the range is of x, both ends in."""
+
+    metrics: tuple[str, ...]
+    x: str = STEP
+    first: float = -np.inf
+    last: float = np.inf
+    points: int = 2000
+    log: bool = False
+
+
+def find_metric(connection: sqlite3.Connection, run: int, name: str) -> int | None:
+    """Return a metric's key, or None where the run has none of the name."""
+    row = connection.execute("SELECT pk FROM metric WHERE run=? AND name=?", (run, name)).fetchone()
+    return row[0] if row else None
+
+
+def read_chart(connection: sqlite3.Connection, run: int, query: ChartQuery) -> dict[str, Any]:
+    """Return for each metric its x and y, downsampled, and what in it is not finite."""
+    axis = None
+    if query.x not in (STEP, TIME):
+        axis = _xy(connection, run, query.x, ChartQuery((query.x,)), None)
+    return {name: _read_one(connection, run, name, query, axis) for name in query.metrics}
+
+
+def _read_one(
+    connection: sqlite3.Connection,
+    run: int,
+    name: str,
+    query: ChartQuery,
+    axis: tuple[NDArray[Any], NDArray[np.float64]] | None,
+) -> dict[str, Any]:
+    drawn = _from_peaks(connection, run, name, query)
+    x, y = (drawn.x, drawn.y) if drawn else _xy(connection, run, name, query, axis)
+    count = drawn.count if drawn else len(y)
+    choose = choose_log_points if query.log else choose_points
+    chosen = choose(y, query.points)
+    sampled = len(chosen) < count
+    shown_x = x[chosen]
+    return {
+        "x": shown_x.tolist() if query.x == STEP else round_axis(shown_x.astype(np.float64)),
+        "y": round_significant(y[chosen], SAMPLED_DIGITS) if sampled else finite_or_none(y),
+        "count": count,
+        "sampled": sampled,
+        "nonfinite": non_finite_ranges(x, y),
+    }
+
+
+def _from_peaks(
+    connection: sqlite3.Connection, run: int, name: str, query: ChartQuery
+) -> Sampled | None:
+    """Return a long series as its summaries have it; None where its points are to be read."""
+    usable = query.x in (STEP, TIME) and not query.log
+    metric = find_metric(connection, run, name) if usable else None
+    if metric is None:
+        return None
+    keys = chunk_keys(connection, metric)
+    by_time = query.x == TIME
+    return read_sampled(connection, keys, by_time, query.first, query.last, query.points)
+
+
+def _xy(
+    connection: sqlite3.Connection,
+    run: int,
+    name: str,
+    query: ChartQuery,
+    axis: tuple[NDArray[Any], NDArray[np.float64]] | None,
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Return every point of a metric in the wanted range, sorted by x."""
+    metric = find_metric(connection, run, name)
+    if metric is None:
+        return np.empty(0), np.empty(0)
+    if query.x == STEP:
+        points = read_points(connection, metric, StepRange(query.first, query.last), times=False)
+        return points.steps, points.numbers
+    if query.x == TIME:
+        points = read_all_points(connection, metric)
+        return _sorted_range(points.times, points.numbers, query)
+    points = read_points(connection, metric, times=False)
+    if axis is None:
+        return points.steps, points.numbers
+    return _sorted_range(*_joined(points.steps, points.numbers, axis), query)
+
+
+def _joined(
+    steps: NDArray[np.int64],
+    numbers: NDArray[np.float64],
+    axis: tuple[NDArray[Any], NDArray[np.float64]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pair y with the x metric's value at the same step; steps without one are left out."""
+    axis_steps, axis_numbers = axis
+    if not len(axis_steps):
+        return np.empty(0), np.empty(0)
+    places = np.minimum(np.searchsorted(axis_steps, steps), len(axis_steps) - 1)
+    there = (axis_steps[places] == steps) & np.isfinite(axis_numbers[places])
+    return axis_numbers[places[there]], numbers[there]
+
+
+def _sorted_range(
+    x: NDArray[np.float64], y: NDArray[np.float64], query: ChartQuery
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if len(x) > 1 and not bool((x[1:] >= x[:-1]).all()):
+        order = np.argsort(x, kind="stable")
+        x, y = x[order], y[order]
+    start = int(np.searchsorted(x, query.first, "left"))
+    stop = int(np.searchsorted(x, query.last, "right"))
+    return x[start:stop], y[start:stop]
+
+
+def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
+    """Return the indices of at most `points` values that show the shape of `y`, in order.
+
+    Of each bucket the lowest and highest finite value, and the first and last of all.
+
+    Args:
+        y: in the order of its x; may hold NaN and infinities.
+        points: at least 4.
+    """
+    total = len(y)
+    if total <= points:
+        return np.arange(total)
+    buckets = (points - 2) // 2
+    width = -(-total // buckets)
+    whole = total // width
+    finite = np.isfinite(y)
+    everything = bool(finite.all())
+    found = [np.array([0, total - 1], np.intp)]
+    for pick, stand_in in ((np.argmin, np.inf), (np.argmax, -np.inf)):
+        usable = y if everything else np.where(finite, y, stand_in)
+        body = usable[: whole * width].reshape(whole, width)
+        found.append(pick(body, axis=1) + np.arange(whole) * width)
+        if whole * width < total:
+            found.append(np.array([whole * width + pick(usable[whole * width :])]))
+    return np.unique(np.concatenate(found))
+
+
+def choose_log_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
+    """Return indices as `choose_points` does, most of them among the first values."""
+    total = len(y)
+    if total <= points:
+        return np.arange(total)
+    ends = [0, *(total // part for part in LOG_PARTS)]
+    share = max(4, points // len(LOG_PARTS))
+    parts = [start + choose_points(y[start:end], share) for start, end in pairwise(ends)]
+    return np.concatenate(parts)
+
+
+def non_finite_ranges(
+    x: NDArray[Any], y: NDArray[np.float64]
+) -> list[tuple[float | int, float | int, str]]:
+    """Return where values are not finite: from which x to which they follow one another, and what.
+
+    Args:
+        x: ascending.
+        y: of the same length.
+    """
+    finite = np.isfinite(y)
+    if finite.all():
+        return []
+    near = (x[-1] - x[0]) / RANGE_RESOLUTION
+    found: list[tuple[float | int, float | int, str]] = []
+    for kind, value in NON_FINITE.items():
+        at = np.flatnonzero(np.isnan(y) if math.isnan(value) else y == value)
+        apart = np.diff(at) > 1
+        if apart.sum() >= MOST_RANGES:
+            apart &= np.diff(x[at]) > near
+        breaks = np.flatnonzero(apart)
+        first, last = np.append(at[:1], at[breaks + 1]), np.append(at[breaks], at[-1:])
+        found += [(x[a].item(), x[b].item(), kind) for a, b in zip(first, last, strict=True)]
+    return sorted(found)
+
+
+def finite_or_none(values: NDArray[np.float64]) -> list[float | None]:
+    """Return values as they are; None where one is not finite."""
+    return [v if math.isfinite(v) else None for v in values.tolist()]
+
+
+def round_significant(values: NDArray[np.float64], digits: int) -> list[float | None]:
+    """Return values with so many significant digits; None where one is not finite."""
+    form = f"%.{digits}g"
+    return [float(form % v) if math.isfinite(v) else None for v in values.tolist()]
+
+
+def round_axis(x: NDArray[np.float64]) -> list[float]:
+    """Return x with as many decimals as telling its points apart on a screen needs."""
+    if not len(x):
+        return []
+    span = float(x[-1] - x[0])
+    if not span > 0:
+        return [float(v) for v in x]
+    decimals = max(0, math.ceil(math.log10(X_RESOLUTION / span)))
+    if decimals > 12:
+        return [float(v) for v in x]
+    rounded: list[float] = np.round(x, decimals).tolist()
+    return [int(v) for v in rounded] if decimals == 0 else rounded

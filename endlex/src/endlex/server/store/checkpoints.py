@@ -1,0 +1,178 @@
+"""Checkpoints: manifests that are accepted, verified (`verification`), and then published.
+
+States: `announced` (only the journal speaks of it), `incomplete` (parts are missing), `verifying`,
+`published`, `failed`, `removed` (published once; its manifest says what it was, and why it went).
+Only a published one can be read.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from concurrent.futures import Future
+from typing import Any
+
+import orjson
+
+from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFile, check_manifest
+from endlex.server.errors import ApiError
+from endlex.server.store.blobs import Blobs
+from endlex.server.store.database import Database
+from endlex.server.store.queries import find_run
+from endlex.server.store.verification import Verifier
+
+STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
+
+
+class Checkpoints:
+    """The checkpoints of one server: what is accepted, and what can be had."""
+
+    def __init__(self, database: Database, blobs: Blobs, verifier: Verifier) -> None:
+        self._database, self._blobs, self._verifier = database, blobs, verifier
+
+    def put(self, run: str, name: str, content: Any) -> Future[None] | None:
+        """Accept a manifest; call it in a thread, and `describe` tells what became of it.
+
+        Returns:
+            What ends when it is verified, or None where that was done before.
+
+        Raises:
+            ApiError: 404, 409 or 422.
+        """
+        try:
+            manifest = check_manifest(content)
+        except EndlexError as error:
+            raise ApiError(422, str(error), state="failed") from error
+        if manifest["name"] != name:
+            raise ApiError(422, f"the manifest is of {manifest['name']!r}, not of {name!r}")
+        sizes = {p["sha256"]: p["bytes"] for file in manifest["files"] for p in file["parts"]}
+        with self._blobs.lock:  # no part may go between this look and the commit
+            missing, wrong = self._look(sizes)
+            future = self._database.write(
+                lambda c: _accept(c, run, manifest, sizes, bool(missing), wrong)
+            )
+            pk, state = future.result()
+        if state == "incomplete":
+            message = f"{len(missing)} parts of {name!r} are not here: send them, then this again"
+            raise ApiError(409, message, state="incomplete", missing=missing)
+        return self._verifier.enqueue(pk) if state == "verifying" else None
+
+    def _look(self, sizes: dict[str, int]) -> tuple[list[str], str | None]:
+        """Return the parts that are not here, and what is wrong with those that are."""
+        missing: list[str] = []
+        wrong: str | None = None
+        for sha256, size in sizes.items():
+            try:
+                found = self._blobs.path(sha256).stat().st_size
+            except FileNotFoundError:
+                missing.append(sha256)
+                continue
+            if found != size:
+                wrong = f"part {sha256} has {found:,} bytes, and the manifest says {size:,}"
+        return missing, wrong
+
+    def describe(self, run: str, name: str, *, whole: bool = True) -> dict[str, Any]:
+        """Return a checkpoint's state and, if `whole`, its manifest's keys.
+
+        Raises:
+            ApiError: 404.
+        """
+        with self._database.snapshot() as connection:
+            row = connection.execute(
+                "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
+                "FROM checkpoint "
+                "WHERE run=? AND name=? AND manifest IS NOT NULL",
+                (find_run(connection, run), name),
+            ).fetchone()
+        if row is None:
+            raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
+        pk, state, error, total, manifest, aliases, metadata, removed, reason = row
+        answer: dict[str, Any] = {"state": state, "bytes": total}
+        if state == REMOVED:
+            answer |= {"removed": removed, "reason": reason}
+        if error is not None:
+            answer["error"] = error
+        if state == "verifying":
+            answer |= {"done_bytes": self._verifier.hashed_bytes(pk), "total_bytes": total}
+        if not whole:
+            return answer
+        kept = {"aliases": orjson.loads(aliases), "metadata": orjson.loads(metadata)}
+        return {**orjson.loads(manifest), **kept, **answer}
+
+    def find_file(self, run: str, name: str, path: str) -> ManifestFile:
+        """Return a file of a published checkpoint.
+
+        Raises:
+            ApiError: 404, there is none, or it is not published.
+        """
+        manifest = self.describe(run, name)
+        if manifest["state"] != "published":
+            raise ApiError(404, f"checkpoint {name!r} is {manifest['state']}, not published")
+        for file in manifest["files"]:
+            if file["path"] == path:
+                found: ManifestFile = file
+                return found
+        raise ApiError(404, f"checkpoint {name!r} has no file {path[:400]!r}")
+
+
+def _accept(
+    connection: sqlite3.Connection,
+    run: str,
+    manifest: Manifest,
+    sizes: dict[str, int],
+    missing: bool,
+    error: str | None,
+) -> tuple[int, str]:
+    """Store a manifest with its state; return the checkpoint's key and that state."""
+    run_pk = find_run(connection, run)
+    name = manifest["name"]
+    row = connection.execute(
+        "SELECT pk, state, manifest FROM checkpoint WHERE run=? AND name=?", (run_pk, name)
+    ).fetchone()
+    if row is not None and row[2] is not None:
+        known = orjson.loads(row[2])
+        same = known["files"] == manifest["files"] and known["step"] == manifest["step"]
+        if row[1] == "published" and not same:
+            message = f"another checkpoint {name!r} is published: save under another name"
+            raise ApiError(409, message, state="published")
+        if same and row[1] in ("published", "verifying", "failed"):
+            _describe_anew(connection, row[0], manifest, known)
+            return row[0], row[1]
+    state = "failed" if error else "incomplete" if missing else "verifying"
+    pk: int = connection.execute(
+        "INSERT INTO checkpoint (run, name, step, created, state, error, bytes, aliases, metadata, "
+        "manifest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
+        "step=excluded.step, created=excluded.created, state=excluded.state, "
+        "error=excluded.error, bytes=excluded.bytes, aliases=excluded.aliases, "
+        "metadata=excluded.metadata, manifest=excluded.manifest, removed=NULL, reason=NULL "
+        "RETURNING pk",
+        (
+            run_pk,
+            name,
+            manifest["step"],
+            manifest["created"],
+            state,
+            error,
+            sum(file["bytes"] for file in manifest["files"]),
+            orjson.dumps(manifest["aliases"]).decode(),
+            orjson.dumps(manifest["metadata"]).decode(),
+            orjson.dumps(manifest).decode(),
+        ),
+    ).fetchone()[0]
+    connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
+    connection.executemany(
+        "INSERT INTO checkpoint_part VALUES (?, ?, ?)",
+        [(pk, sha256, size) for sha256, size in sizes.items()],
+    )
+    return pk, state
+
+
+def _describe_anew(
+    connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
+) -> None:
+    """Take other aliases and metadata, but leave what it replaces, and what replaces it."""
+    metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
+    metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
+    connection.execute(
+        "UPDATE checkpoint SET aliases=?, metadata=? WHERE pk=?",
+        (orjson.dumps(manifest["aliases"]).decode(), orjson.dumps(metadata).decode(), pk),
+    )

@@ -1,0 +1,175 @@
+"""A search (`endlex.search`), a sort key and table columns, as SQL with the values apart."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable
+from typing import Any
+
+from endlex.search import ANYWHERE, Key, Query, Term, check_names, names_in
+
+Condition = tuple[str, list[Any]]
+
+COLUMNS = {
+    "name": "run.name",
+    "project": "run.project",
+    "group": "run.group_name",
+    "status": "run.status",
+    "host": "run.host",
+    "notes": "run.notes",
+    "id": "run.id",
+    "created": "run.created",
+    "updated": "run.updated",
+    "duration": "(run.updated - run.created)",
+    "tag": "run.tags",
+    "tags": "run.tags",
+}
+NAMED = {True: "{} LIKE ? ESCAPE '\\'", False: "{} = ? COLLATE NOCASE"}
+METRIC = "SELECT 1 FROM metric WHERE metric.run = run.pk AND "
+CONFIG = "SELECT 1 FROM run_config WHERE run_config.run = run.pk AND "
+
+
+def search_condition(query: Query) -> Condition:
+    """Return the condition on `run` that a search is."""
+    groups = [[_term(term) for term in group] for group in query]
+    texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
+    return " AND ".join(texts) or "1", [
+        v for group in groups for _, values in group for v in values
+    ]
+
+
+def require_names(connection: sqlite3.Connection, keys: Iterable[Key]) -> None:
+    """Raise a `SearchError` with the nearest names where no run has a key."""
+    keys = [key for key in keys if key.kind != "field"]
+    if keys:
+        metrics = [n for (n,) in connection.execute("SELECT DISTINCT name FROM metric")]
+        config = [n for (n,) in connection.execute("SELECT DISTINCT key FROM run_config")]
+        check_names(keys, metrics, config)
+
+
+def checked_condition(connection: sqlite3.Connection, query: Query) -> Condition:
+    """Return `search_condition`, once what the search names is known to be there."""
+    require_names(connection, names_in(query))
+    return search_condition(query)
+
+
+def _term(term: Term) -> Condition:
+    if term.key is None:
+        pattern = term.text.like(anywhere=True)
+        found = " OR ".join(_in_field(field, "LIKE ? ESCAPE '\\'") for field in ANYWHERE)
+        condition, values = f"({found})", [pattern] * len(ANYWHERE)
+    elif term.key.kind == "field":
+        condition = _in_field(str(term.key.name), "LIKE ? ESCAPE '\\'")
+        condition = f"NOT {condition}" if term.operator == "!=" else condition
+        values = [term.text.like()]
+    else:
+        condition, values = _compared(term, term.key)
+    return f"NOT {condition}" if term.negated else condition, values
+
+
+def _in_field(field: str, test: str) -> str:
+    if field == "tag":
+        return f"EXISTS (SELECT 1 FROM json_each(run.tags) WHERE value {test})"
+    return f"coalesce({COLUMNS[field]} {test}, 0)"
+
+
+def _compared(term: Term, key: Key) -> Condition:
+    """Return a condition on a metric, a configuration key, or the first of them that there is."""
+    named = NAMED[key.name.is_pattern]
+    name = key.name.like() if key.name.is_pattern else str(key.name)
+    metric = METRIC + named.format("metric.name")
+    config = CONFIG + named.format("run_config.key")
+    column = key.kind if key.kind in ("min", "max") else "last"
+    text = "metric.last_text" if column == "last" else "NULL"
+    compare_metric, values = _compare(f"metric.{column}", text, term)
+    compare_config, _ = _compare("run_config.number", "run_config.text", term)
+    in_metric = f"EXISTS ({metric} AND {compare_metric})"
+    in_config = f"EXISTS ({config} AND {compare_config})"
+    if key.kind == "config":
+        return in_config, [name, *values]
+    if key.kind != "any":
+        return in_metric, [name, *values]
+    either = f"(CASE WHEN EXISTS ({metric}) THEN {in_metric} ELSE {in_config} END)"
+    return either, [name, name, *values, name, *values]
+
+
+def _compare(number: str, text: str, term: Term) -> Condition:
+    if term.operator not in ("=", "!="):
+        return f"{number} {term.operator} ?", [term.number]
+    # A metric that is NaN is a text; one without a text is compared as the number that it is.
+    negation = "NOT " if term.operator == "!=" else ""
+    as_text = f"coalesce({text}, {number}) {negation}LIKE ? ESCAPE '\\'"
+    if term.number is None:
+        return as_text, [term.text.like()]
+    as_number = f"{number} {term.operator} ?"
+    condition = f"(CASE WHEN {number} IS NULL THEN {as_text} ELSE {as_number} END)"
+    return condition, [term.text.like(), term.number]
+
+
+def sort_expression(key: Key, name: str) -> Condition:
+    """Return what to order by: a column of the run, a metric's figure, or a configuration key."""
+    if name in COLUMNS:
+        return f"{COLUMNS[name]} COLLATE PEOPLE", []
+    column = key.kind if key.kind in ("min", "max") else "last"
+    metric = f"(SELECT {column} FROM metric WHERE metric.run = run.pk AND metric.name = ?)"
+    config = (
+        "(SELECT coalesce(number, text) FROM run_config "
+        "WHERE run_config.run = run.pk AND run_config.key = ?) COLLATE PEOPLE"
+    )
+    plain = str(key.name)
+    if key.kind == "config":
+        return config, [plain]
+    return (
+        (f"coalesce({metric}, {config})", [plain] * 2) if key.kind == "any" else (metric, [plain])
+    )
+
+
+def read_values(
+    connection: sqlite3.Connection, runs: list[int], keys: dict[str, Key]
+) -> dict[int, dict[str, Any]]:
+    """Return by run the values of columns; a metric comes before a key of the same name."""
+    names = list({str(key.name) for key in keys.values()})
+    marks = ",".join("?" * len(runs)), ",".join("?" * len(names))
+    found: dict[int, dict[str, Any]] = {run: {} for run in runs}
+    config: dict[tuple[int, str], Any] = {}
+    for run, key, value in connection.execute(
+        "SELECT run, key, coalesce(number, text) FROM run_config "
+        f"WHERE run IN ({marks[0]}) AND key IN ({marks[1]})",
+        [*runs, *names],
+    ):
+        config[run, key] = value
+    metrics = {
+        (run, name): {"last": last, "min": low, "max": high}
+        for run, name, last, low, high in connection.execute(
+            "SELECT run, name, coalesce(last_text, last), min, max FROM metric "
+            f"WHERE run IN ({marks[0]}) AND name IN ({marks[1]})",
+            [*runs, *names],
+        )
+    }
+    for run in runs:
+        for column, key in keys.items():
+            place = (run, str(key.name))
+            figure = key.kind if key.kind in ("min", "max") else "last"
+            if key.kind != "config" and place in metrics:
+                found[run][column] = metrics[place][figure]
+            elif key.kind in ("config", "any") and place in config:
+                found[run][column] = config[place]
+    return found
+
+
+def count_names(connection: sqlite3.Connection, where: Condition) -> dict[str, Any]:
+    """Return the metrics of the runs found, with the number of runs that have each, and the keys
+    of their configurations, with the number of runs and of different values; and every project."""
+    chosen = f"run IN (SELECT pk FROM run WHERE {where[0]})"
+    metrics = connection.execute(
+        f"SELECT name, count(*) FROM metric WHERE {chosen} GROUP BY name ORDER BY name", where[1]
+    ).fetchall()
+    config = connection.execute(
+        "SELECT key, count(*), count(DISTINCT coalesce(number, text)) FROM run_config "
+        f"WHERE {chosen} GROUP BY key ORDER BY key",
+        where[1],
+    ).fetchall()
+    projects = connection.execute(
+        "SELECT project, count(*) FROM run WHERE deleted IS NULL GROUP BY project ORDER BY project"
+    ).fetchall()
+    return {"metrics": metrics, "config": config, "projects": projects}

@@ -1,0 +1,1 @@
+"""Notice what needs a person: alerts, and the ways to send them."""

@@ -1,0 +1,208 @@
+"""Alerts to people, by a thread of its own: nothing else ever waits for it.
+
+Where they go are addresses whose scheme, or host, says how:
+
+    https://...                            JSON
+    https://hooks.slack.com/...            Slack's form; slack+https:// for others that take it
+    https://discord.com/api/webhooks/...   Discord's; discord+https:// for others
+    ntfy+https://...                       an ntfy topic
+    smtps://USER:PASSWORD@HOST/?to=ADDRESS e-mail (smtp:// with STARTTLS where there is a password)
+
+What was not delivered is tried again with growing pauses for about half an hour, and after a
+restart, so an alert may arrive twice but is not lost to a short outage. An alert that is older than
+an hour when the server starts is no news. Addresses may hold secrets, so logs name the host alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import smtplib
+import sqlite3
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from email.message import EmailMessage
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from endlex.protocol import CONSOLE, EXCEPTION, EndlexError
+from endlex.server.settings import Settings
+from endlex.server.store.database import Database
+
+logger = logging.getLogger("endlex")
+
+LOOK_SECONDS = 2.0
+TIMEOUT_SECONDS = 10.0
+FIRST_PAUSE = 5.0
+ATTEMPTS = 9
+NEWS_SECONDS = 3600.0
+DELIVERED, GIVEN_UP = 1, 2
+WITH_DETAILS = ("failed", "crashed", "interrupted", "lost", "stall")
+DETAIL_CHARS = 1500
+LOG_LINES = 20
+HOSTS = {"hooks.slack.com": "slack", "discord.com": "discord", "discordapp.com": "discord"}
+
+
+@dataclass
+class _Pending:
+    """An alert on its way; `left` are the targets that do not have it."""
+
+    left: set[str]
+    attempts: int = 0
+    due: float = 0.0
+
+
+class Notifier:
+    """Delivers what `alerts` opens; does nothing where no target is set."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._database = database
+        ntfy = f"ntfy+{settings.ntfy}" if settings.ntfy else None
+        self._targets = {*settings.alerts, *filter(None, (settings.alert_webhook, ntfy))}
+        self._pending: dict[int, _Pending] = {}
+        self._stopping = threading.Event()
+        self._since = time.time() - NEWS_SECONDS
+        self._thread = threading.Thread(target=self._work, name="endlex-notify", daemon=True)
+
+    def start(self) -> None:
+        """Begin, if there is anybody to tell."""
+        if self._targets:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what was not delivered is at the next start."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(TIMEOUT_SECONDS)
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._deliver_all()
+            except (sqlite3.Error, OSError, EndlexError) as error:
+                logger.warning("cannot look for alerts to deliver: %s", error)
+            self._stopping.wait(LOOK_SECONDS)
+
+    def _deliver_all(self) -> None:
+        reader = self._database.reader()
+        rows = reader.execute(
+            "SELECT alert.pk, run.id, run.project, run.name, kind, metric, message, opened, run.pk "
+            "FROM alert LEFT JOIN run ON run.pk = alert.run "
+            "WHERE sent=0 AND dismissed IS NULL AND opened > ? ORDER BY alert.pk",
+            (self._since,),
+        )
+        names = ("id", "run", "project", "name", "kind", "metric", "message", "opened")
+        for *row, run in rows.fetchall():
+            if self._stopping.is_set():
+                return
+            alert = dict(zip(names, row, strict=True))
+            pending = self._pending.setdefault(alert["id"], _Pending(set(self._targets)))
+            if time.monotonic() >= pending.due:
+                if run is not None and alert["kind"] in WITH_DETAILS:
+                    alert |= read_details(reader, run)
+                self._deliver(alert, pending)
+
+    def _deliver(self, alert: dict[str, Any], pending: _Pending) -> None:
+        for target in sorted(pending.left):
+            try:
+                send(target, alert)
+                pending.left.discard(target)
+            except (OSError, ValueError, smtplib.SMTPException) as error:
+                # An error of the opener may name the whole address.
+                reason = getattr(error, "reason", None) or type(error).__name__
+                host = urlsplit(target).hostname
+                logger.warning("alert %s not delivered to %s: %s", alert["id"], host, reason)
+        pending.attempts += 1
+        pending.due = time.monotonic() + FIRST_PAUSE * 2 ** (pending.attempts - 1)
+        if pending.left and pending.attempts < ATTEMPTS:
+            return
+        job_values = (GIVEN_UP if pending.left else DELIVERED, alert["id"])
+        self._database.write(
+            lambda c: c.execute("UPDATE alert SET sent=? WHERE pk=?", job_values).rowcount
+        ).result()
+        self._pending.pop(alert["id"], None)
+
+
+def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
+    """Return the exception that ended a run, and the last lines it printed, as far as known."""
+    found = {}
+    query = "SELECT text FROM text WHERE run=? AND name=? ORDER BY step DESC, pk DESC LIMIT 2"
+    for key, name, pieces in (("exception", EXCEPTION, 1), ("log", CONSOLE, 2)):
+        rows = [text for (text,) in connection.execute(query, (run, name))][:pieces]
+        lines = "\n".join(reversed(rows)).splitlines()[-LOG_LINES:]
+        if lines:
+            found[key] = "\n".join(lines)[-DETAIL_CHARS:]
+    return found
+
+
+def check_target(target: str) -> tuple[str, str]:
+    """Return how an address is told of alerts, and the address without that word.
+
+    Raises:
+        EndlexError: it is none of those that this module knows.
+    """
+    kind, plus, address = target.partition("+")
+    if not plus or "/" in kind:
+        kind, address = HOSTS.get(urlsplit(target).hostname or "", "json"), target
+    parts = urlsplit(address)
+    if parts.scheme in ("smtp", "smtps") and parts.hostname and parse_qs(parts.query).get("to"):
+        return "mail", address
+    if kind in ("json", "slack", "discord", "ntfy") and parts.scheme in ("http", "https"):
+        return kind, address
+    raise EndlexError(
+        f"alerts cannot go to {parts.scheme}://{parts.hostname}: give https://..., "
+        "slack+https://..., discord+https://..., ntfy+https://... or smtps://...?to=ADDRESS"
+    )
+
+
+def send(target: str, alert: dict[str, Any]) -> None:
+    """Tell one target of an alert.
+
+    Raises:
+        OSError, ValueError, smtplib.SMTPException: it did not take it.
+    """
+    try:
+        kind, address = check_target(target)
+    except EndlexError as error:
+        raise ValueError(str(error)) from error
+    where = f"{alert['project']}/{alert['name']}" if alert["run"] else "server"
+    title = f"Endlex: {where}: {alert['kind']}"
+    details = [alert[key].replace("`", "'") for key in ("exception", "log") if key in alert]
+    if kind == "mail":
+        _send_mail(address, title, "\n\n".join([alert["message"], *details]))
+        return
+    headers = {"Content-Type": "application/json"}
+    quoted = "".join(f"\n```\n{detail}\n```" for detail in details)
+    if kind == "json":
+        body = json.dumps({"source": "endlex", **alert})
+    elif kind == "slack":
+        body = json.dumps({"text": f"*{title}*\n{alert['message']}{quoted}"})
+    elif kind == "discord":
+        text = f"**{title}**\n{alert['message']}{quoted}"
+        body = json.dumps({"content": text if len(text) <= 2000 else f"{text[:1990]}\n```"})
+    else:
+        body = "\n\n".join([f"{where}: {alert['message']}", *details])
+        headers = {"Title": f"Endlex: {alert['kind']}", "Tags": "warning"}
+    request = urllib.request.Request(address, body.encode(), headers, method="POST")
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
+        pass
+
+
+def _send_mail(address: str, title: str, text: str) -> None:
+    parts = urlsplit(address)
+    query = parse_qs(parts.query)
+    message = EmailMessage()
+    message["Subject"] = " ".join(title.split())
+    message["To"] = ", ".join(query["to"])
+    message["From"] = query.get("from", [unquote(parts.username or "") or query["to"][0]])[0]
+    message.set_content(text)
+    kind = smtplib.SMTP_SSL if parts.scheme == "smtps" else smtplib.SMTP
+    assert parts.hostname is not None
+    with kind(parts.hostname, parts.port or 0, timeout=TIMEOUT_SECONDS) as server:
+        if parts.username:
+            if parts.scheme == "smtp":
+                server.starttls()
+            server.login(unquote(parts.username), unquote(parts.password or ""))
+        server.send_message(message)

@@ -1,0 +1,50 @@
+"""Runs are tagged, noted, grouped, renamed, archived and deleted; rules of alerts are kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+
+def test_runs_are_changed_many_at_once(cli: Any, train: Any, online: str) -> None:
+    directories = [train(f"edit-{n}", project="edited") for n in range(2)]
+    assert cli("sync", *directories)[0] == 0
+    ids = cli("ls", "--ids", "project:edited")[1].split()
+    assert len(ids) == 2
+
+    def shown(key: str) -> list[Any]:
+        return [json.loads(cli("show", run, "--json")[1])[key] for run in ids]
+
+    assert cli("tag", *ids, "--add", "a", "--add", "b")[1] == "2 runs tagged\n"
+    assert cli("tag", ids[0], "--remove", "a")[0] == 0
+    assert shown("tags") == [["b"], ["a", "b"]]
+    assert cli("note", ids[0], "first try")[0] == 0
+    assert cli("group", *ids, "--name", "sweep")[0] == 0
+    assert cli("rename", "edited/edit-1", "renamed")[0] == 0
+    assert (shown("notes"), shown("group")) == (["first try", None], ["sweep"] * 2)
+    assert "renamed" in shown("name")
+    assert cli("archive", *ids)[0] == 0
+    assert cli("ls", "project:edited")[1] == "no runs\n"
+    assert cli("archive", *ids, "--undo")[0] == 0
+    assert cli("delete", ids[0])[0] == 2
+    assert cli("delete", ids[0], "--yes")[0] == 0
+    assert cli("ls", "--ids", "project:edited")[1].split() == [ids[1]]
+    assert cli("delete", ids[0], "--undo")[0] == 0
+    assert cli("tag", ids[0])[0] == 2
+
+
+def test_an_unknown_metric_says_what_was_meant(cli: Any, train: Any, online: str) -> None:
+    assert cli("sync", train("one", project="meant"))[0] == 0
+    status, _, err = cli("ls", "val/bbp<1")
+    assert (status, "did you mean val/bpb?" in err) == (1, True)
+
+
+@pytest.mark.parametrize("rule", ["word", "a > 1 b > 2", "a > b"])
+def test_rules_are_kept_by_project(cli: Any, online: str, rule: str) -> None:
+    assert cli("alert", "add", rule)[0] in (1, 2)
+    assert cli("alert", "add", "val/bpb > 2", "--project", "p", "--minutes", 5)[0] == 0
+    assert "val/bpb > 2  5.0      warning" in cli("alert", "ls", "--project", "p")[1]
+    assert cli("alert", "remove", "val/bpb > 2", "--project", "p")[0] == 0
+    assert "no rules" in cli("alert", "ls", "--project", "p")[1]
