@@ -157,6 +157,14 @@ def main() -> None:
         if given.kills:
             result |= measure_kills(home, given.kills)
     print(json.dumps(result))
+    held = (
+        result.get("ratio", 1) >= 0.9,
+        result.get("save_stall_steps", 0) <= 1,
+        result.get("max_difference", 0) < 1e-4,
+        result.get("kills", given.kills) == given.kills,
+        result.get("equal", True),
+    )
+    sys.exit(0 if all(held) else 1)
 
 
 if __name__ == "__main__":

@@ -193,6 +193,11 @@ def build_model_config(config: DialConfig, vocab_size: int) -> ModelConfig:
     """
     num_heads = math.ceil(config.depth * config.aspect_ratio / config.head_dim)
     whole = config.preset == "nanochat"
+    if not whole and (config.window_pattern not in ("SSSL", "L") or config.qk_gain not in (1.2, 1)):
+        raise UsageError(
+            f"--preset {config.preset} means full attention and a gain of 1: leave "
+            "--window-pattern and --qk-gain out, or the preset"
+        )
     try:
         return ModelConfig(
             sequence_length=config.max_seq_len,

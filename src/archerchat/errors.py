@@ -28,3 +28,7 @@ class TokenizerError(ArcherChatError):
 
 class CheckpointError(ArcherChatError):
     """Report a checkpoint that cannot be read, written or resumed from."""
+
+
+class MemoryExceededError(ArcherChatError):
+    """The device ran out of memory."""

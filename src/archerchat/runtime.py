@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 
 from archerchat.distributed import Place, read_place
-from archerchat.errors import ArcherChatError, UsageError
+from archerchat.errors import MemoryExceededError, UsageError
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -305,14 +305,14 @@ def explained_memory() -> Iterator[None]:
     """Turn running out of memory into advice.
 
     Raises:
-        ArcherChatError: instead of torch's error, on accelerators and on CPUs.
+        MemoryExceededError: instead of torch's error, on accelerators and on CPUs.
     """
     try:
         yield
     except RuntimeError as error:  # OutOfMemoryError is one; CPUs raise nothing more special
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
-        raise ArcherChatError(
+        raise MemoryExceededError(
             "out of memory: lower --device-batch-size (`archerchat plan` estimates what fits; a "
             "run that has begun takes another one with --extend). With one row, "
             "--activation-checkpointing and --optimizer-state bfloat16 save more. Checkpoints are "

@@ -12,6 +12,7 @@ import pytest
 
 from archerchat import files
 from archerchat.errors import DataError, UsageError
+from archerchat.files import hash_ends
 from archerchat.home import Home
 
 
@@ -202,3 +203,15 @@ def test_space_is_advised_only_where_it_is_missing(
     with pytest.raises(DataError) as refused, files.explained_writes(tmp_path / "x"):
         raise OSError(number, os.strerror(number))
     assert ("free some space" in str(refused.value)) == is_full
+
+
+def test_hashes_of_ends_tell_files_apart(tmp_path: Path) -> None:
+    content = bytes(5 * 2**20)
+    paths = [tmp_path / str(i) for i in range(4)]
+    for path in paths:
+        path.write_bytes(content)
+    assert hash_ends(paths[0]) == hash_ends(paths[1])
+    paths[1].write_bytes(content[:-1] + b"x")
+    paths[2].write_bytes(b"x" + content[1:])
+    paths[3].write_bytes(content + bytes(1))
+    assert len({hash_ends(path) for path in paths}) == 4

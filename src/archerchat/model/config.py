@@ -52,6 +52,8 @@ class ModelConfig:
             )
         if self.smear and self.model_dim < 24:
             raise ValueError(f"model_dim is {self.model_dim}; the smear gate reads 24 channels")
+        if self.value_embeddings and self.model_dim < 12:
+            raise ValueError(f"model_dim is {self.model_dim}; value gates read 12 channels")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"

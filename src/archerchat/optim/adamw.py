@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HASH = -0x61C88647
-"""2^32 over the golden ratio, as a signed number: spreads low bits over high ones."""
+GOLDEN = -0x61C88647
+"""2^32 over the golden ratio, as a signed number."""
+MIX = (0x7FEB352D, -0x7B935975)
+"""Factors that mix 32 bits well, found by search: https://github.com/skeeto/hash-prospector."""
 
 
 def adamw_update(
@@ -23,6 +25,7 @@ def adamw_update(
     beta2: Tensor,
     correction1: Tensor,
     correction2: Tensor,
+    step: Tensor,
     epsilon: float,
 ) -> None:
     """Update one parameter and its two moments in place, in float32 whatever is stored.
@@ -33,27 +36,32 @@ def adamw_update(
         rate, weight_decay, beta1, beta2: 0-dim float32 tensors, so that a new value does not
             recompile.
         correction1, correction2: 1 - beta^t, t counted from 1.
+        step: t, 0-dim int32.
     """
     g = gradient.float()
     new_mean = mean.float().lerp(g, 1 - beta1)
     new_square = square.float().lerp(g.square(), 1 - beta2)
-    store(mean, new_mean)
-    store(square, new_square)
+    mean.copy_(new_mean)
+    store_square(square, new_square, step)
     denominator = (new_square / correction2).sqrt() + epsilon
     decayed = parameter.float() * (1 - rate * weight_decay)
     parameter.copy_(decayed - rate * (new_mean / correction1) / denominator)
 
 
-def store(target: Tensor, value: Tensor) -> None:
-    """Copy float32 values into a buffer, rounding up or down at random where it is bfloat16.
+def store_square(target: Tensor, value: Tensor, step: Tensor) -> None:
+    """Copy float32 values into a buffer; where it is bfloat16, round up or down at random.
 
-    To the nearest, an average would stand still as soon as its changes are under half of the last
-    bit. Up with the probability of the part that is cut off, it is right on average. The draw is a
-    hash of the value's own bits, so that a resumed run repeats it.
+    An average that changes by half a percent a step would stand still if it were rounded to the
+    nearest. Up with the probability of the part that is cut off, it is right on average. The draw
+    is a hash of the step and of the place in the buffer, so that a resumed run repeats it.
     """
     if target.dtype == torch.float32:
         target.copy_(value)
         return
-    bits = value.view(torch.int32)
-    noise = ((bits * HASH) >> 16) & 0xFFFF
+    places = torch.arange(value.numel(), dtype=torch.int32, device=value.device).view(value.shape)
+    x = places * GOLDEN + step * MIX[1]
+    for shift, factor in ((16, MIX[0]), (15, MIX[1])):
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    noise = (x >> 16) & 0xFFFF
+    bits = value.contiguous().view(torch.int32)
     target.copy_(((bits + noise) & ~0xFFFF).view(torch.float32))

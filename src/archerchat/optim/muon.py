@@ -14,8 +14,6 @@ import math
 import torch
 from torch import Tensor
 
-from archerchat.optim.adamw import store
-
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -71,7 +69,7 @@ def muon_update(
     """
     rows, columns = parameters.shape[-2:]
     average = momentum_buffer.float().lerp(gradients, 1 - momentum)
-    store(momentum_buffer, average)
+    momentum_buffer.copy_(average)
     g = torch.lerp(gradients, average, momentum)
     squares = g.square().sum(dim=-1, keepdim=True)
     row_norms = squares.sqrt().clamp(min=1e-6)

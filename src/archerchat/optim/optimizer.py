@@ -254,7 +254,8 @@ class Optimizer:
             1 - beta2**self.steps_taken,
         )
         moments = self.state[f"mean.{name}"], self.state[f"square.{name}"]
-        update(own, gradient, *moments, *map(_scalar, scalars), EPSILON)
+        step = torch.tensor(self.steps_taken, dtype=torch.int32)
+        update(own, gradient, *moments, *map(_scalar, scalars), step, EPSILON)
         return own
 
     def _step_muon(

@@ -40,7 +40,7 @@ from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.base_metrics import build_bits_metric, build_core_metric
-from archerchat.training.fitting import fit_rows, speed_of_fp8
+from archerchat.training.fitting import choose_precision, fit_rows, run_with_fewer_rows
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import describe_extension, set_aside_later
 from archerchat.training.stage import Stage, StageConfig
@@ -67,7 +67,7 @@ class PretrainConfig(StageConfig):
     """Name of the model. Defaults to d<depth>."""
     seed: Seed = 42
     """Random seed for the initial weights."""
-    device_batch_size: PositiveInt | None = None
+    device_batch_size: PositiveInt | Literal["auto"] | None = "auto"
     """Rows per micro-batch; gradient accumulation keeps the total batch the same. Defaults to
     `archerchat plan`'s, halved on a GPU until it fits."""
     fp8: bool = False
@@ -146,10 +146,12 @@ class Pretraining(Stage):
         home: Home,
         console: Console | None = None,
         tokenizer: Tokenizer | None = None,
+        most_rows: int | None = None,
     ) -> None:
         """Decide everything about the run.
 
         Args:
+            most_rows: bound on the rows per micro-batch, if they are chosen here.
             tokenizer: used instead of the one that the configuration names.
         """
         super().__init__(config, home, console)
@@ -159,7 +161,9 @@ class Pretraining(Stage):
         self.schedule = build_schedule(dial, self.hp)
         self.tag = config.model_tag or f"d{dial.depth}"
         self.recomputes = config.activation_checkpointing
-        self.rows = config.device_batch_size or self._choose_rows()
+        given = config.device_batch_size
+        self.chooses_rows = given in (None, "auto")
+        self.rows = given if isinstance(given, int) else self._choose_rows(most_rows)
         self.grad_accum_steps = self._count_micro_batches()
         self.files = list_shards(data_directory(config.data, home))
         self.shards = split_shards(self.files)
@@ -237,7 +241,7 @@ class Pretraining(Stage):
             self.hp.total_batch_tokens, self.rows, length, self.runtime.world_size
         )
 
-    def _choose_rows(self) -> int:
+    def _choose_rows(self, most: int | None) -> int:
         """Return the saved run's rows per micro-batch, or of a new one as many as fit; and see
         whether layers have to be computed again."""
         model, runtime, self.rows = self.hp.model, self.runtime, 1
@@ -251,7 +255,7 @@ class Pretraining(Stage):
         chosen = saved if saved and rows % saved == 0 else fitting or 1
         # Ranks of unlike cards agree, and all of them ask: one may lack the saved run.
         self.recomputes = self.ranks.any(self.recomputes)[0]
-        least: int = min(self.ranks.gather(chosen))
+        least: int = min(self.ranks.gather(min(chosen, most or chosen)))
         return least
 
     def _take_rows(self, recipe: Recipe, rows: int) -> None:
@@ -262,16 +266,6 @@ class Pretraining(Stage):
             saved["device_batch_size"] = rows
         recipe.loader.close()
         recipe.loader = self._open_streams(None)
-
-    def _choose_precision(self, recipe: Recipe, start: Checkpoint | None) -> None:
-        """Train in 8 bits if a forward and a backward pass take less time so; a run that is there
-        goes on as it began."""
-        if start is None:
-            self.fp8_speed = speed_of_fp8(recipe, self.rows)
-            self.meta["fp8"] = self.fp8_speed > 1
-        else:
-            self.meta["fp8"] = start.meta["fp8"]
-        recipe.model.use_fp8(self.meta["fp8"])
 
     def _data_name(self) -> str:
         """Return the source's name, which stays valid if the home moves, or an absolute path."""
@@ -300,12 +294,13 @@ class Pretraining(Stage):
             total_batch_tokens=self.hp.total_batch_tokens,
             prompts=config.sample_prompt or SAMPLE_PROMPTS,
         )
-        if start is None and config.device_batch_size is None and runtime.device.type == "cuda":
+        if start is None and self.chooses_rows and runtime.device.type == "cuda":
             rows = fit_rows(recipe, self.rows, self.home.cache_dir, self.console.print)
             if rows < self.rows:
                 self._take_rows(recipe, rows)
         if config.fp8:
-            self._choose_precision(recipe, start)
+            saved = start.meta.get("fp8") if start else None
+            self.meta["fp8"], self.fp8_speed = choose_precision(recipe, self.rows, saved)
         measure_bits = build_bits_metric(
             recipe,
             lambda: self._open_loader(validation, 0, 1),
@@ -397,4 +392,4 @@ def pretrain(config: PretrainConfig, home: Home, console: Console | None = None)
         UsageError: the settings contradict each other or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
-    return Pretraining(config, home, console).run()
+    return run_with_fewer_rows(lambda most: Pretraining(config, home, console, most_rows=most))

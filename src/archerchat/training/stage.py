@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from rich.console import Console
 
-from archerchat import __version__
+import archerchat
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
 from archerchat.config import (
     AttentionName,
@@ -30,7 +30,7 @@ from archerchat.config import (
 from archerchat.console import ProgressLine, build_console, bytes_text
 from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
-from archerchat.files import exclusive, remove_directory, write_json
+from archerchat.files import exclusive, hash_ends, remove_directory, write_json
 from archerchat.home import Home
 from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
@@ -246,10 +246,12 @@ class Stage(ABC):
         Raises:
             UsageError: on all ranks, where one differs.
         """
-        names = ("identity", "validation", "compile")
+        if self.ranks.world_size == 1:
+            return
+        names, code = ("identity", "validation", "compile"), Path(archerchat.__file__).parent
         own = {name: self.meta[name] for name in names} | {
-            "archerchat": __version__,
-            "data": {path.name: path.stat().st_size for path in self.files},
+            "archerchat": f"{archerchat.__version__} {hash_ends(*sorted(code.rglob('*.py')))}",
+            "data": {path.name: hash_ends(path) for path in self.files},
             "step": start.step if start else 0,
         }
         runs = self.ranks.gather(own)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from archerchat.dial import DialConfig, build_hyperparameters, build_model_config
+from archerchat.errors import UsageError
 from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import Prompt, build_tree
 from archerchat.evals.core.scoring import iter_outcomes
@@ -106,3 +107,7 @@ def test_the_presets_and_the_flags_reach_the_model() -> None:
     plain = build_model_config(DialConfig(depth=4, preset="transformers"), 300)
     assert not any(getattr(plain, name) for name in SWITCHES)
     assert (plain.qk_gain, plain.window_pattern) == (1.0, "L")
+    with pytest.raises(UsageError, match="leave --window-pattern and --qk-gain out"):
+        build_model_config(DialConfig(depth=4, preset="transformers", qk_gain=1.5), 300)
+    with pytest.raises(ValueError, match="value gates read 12 channels"):
+        ModelConfig(64, 300, 2, 1, 1, 8, smear=False)

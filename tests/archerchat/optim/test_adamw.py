@@ -22,7 +22,8 @@ def step(
 ) -> None:
     corrections = (1 - betas[0] ** t, 1 - betas[1] ** t)
     scalars = map(torch.tensor, (rate, weight_decay, *betas, *corrections))
-    adamw_update(parameter, gradient, *moments, *scalars, EPSILON)
+    step = torch.tensor(t, dtype=torch.int32)
+    adamw_update(parameter, gradient, *moments, *scalars, step, EPSILON)
 
 
 def fresh_moments(parameter: Tensor) -> tuple[Tensor, Tensor]:

@@ -207,6 +207,29 @@ def test_rows_are_halved_until_they_fit(
     assert "do not fit" not in capsys.readouterr().out  # what fits was remembered
 
 
+def test_a_first_step_that_does_not_fit_begins_again_with_half_the_rows(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Recipe.loss
+
+    def small_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 2:
+            raise torch.OutOfMemoryError("8 GiB")
+        return loss(recipe, inputs, targets)
+
+    monkeypatch.setattr(Recipe, "loss", small_card)
+    assert tiny_home.pretrain(device_batch_size="auto") == 0
+    assert "starting again with 2 rows per micro-batch\n" in capsys.readouterr().out
+    directory = tiny_home.checkpoint_dir("base", "tiny")
+    meta = load_checkpoint(find_checkpoint(directory), ()).meta
+    assert meta["identity"]["device_batch_size"] == 2
+    monkeypatch.undo()
+    assert tiny_home.pretrain(device_batch_size="auto") == 0  # done, as it began
+    monkeypatch.setattr(Recipe, "loss", small_card)
+    assert tiny_home.pretrain(device_batch_size=4, overwrite=True) == 1
+    assert "lower --device-batch-size" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("speed", "chosen"), [(1.25, "fp8 and float32"), (0.8, "float32")])
 def test_8_bits_are_kept_only_where_they_are_faster(
     tiny_home: Any,

@@ -182,6 +182,8 @@ def test_attention_that_cannot_mask_documents_gives_way(monkeypatch: pytest.Monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # Triton is there
     assert choose(CPU, None, masks=True)[0] == "matmul"
     assert choose(cuda, "flex", masks=True)[0] == "flex"
+    old = Runtime(torch.device("cuda"), torch.float32, "a T4", "forced")
+    assert choose(old, None, masks=False)[0] == "flex"  # torch's kernel needs 16 bits
     monkeypatch.setattr("archerchat.training.fitting.runs_varlen", lambda device, dtype: True)
     assert choose(cuda, None, masks=True, compile=False) == ("varlen", "not compiled")
     with pytest.raises(UsageError, match="'flahs' is not one of"):
