@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from archerchat.checkpoint import list_checkpoints
 from archerchat.cli import main
-from archerchat.exchange.nanochat import CONFIG_NAMES, to_archerchat_names
+from archerchat.exchange.nanochat import CONFIG_NAMES, NAMES, to_archerchat_names
+from archerchat.exchange.weights import rename
 from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.model.attention import Backend
@@ -29,6 +30,11 @@ from archerchat.model.transformer import Transformer
 from archerchat.planning.peak_flops import CACHE_FILE, cache_key
 from archerchat.runtime import DTYPES, build_runtime
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
+
+
+def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the tensors of our state dict as the reference saves them."""
+    return rename(state, {ours: theirs for theirs, ours in NAMES.items()})
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from jinja2 import Environment, StrictUndefined
 
 from archerchat.checkpoint import (
@@ -24,8 +22,8 @@ from archerchat.checkpoint import (
 )
 from archerchat.config import Config, DtypeName
 from archerchat.console import build_console, bytes_text, duration_text
-from archerchat.data.hub import task_files
-from archerchat.errors import CheckpointError, DataError, UsageError
+from archerchat.data.hub import explained_hub, task_files
+from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
 from archerchat.files import write_bytes
 from archerchat.home import Home
@@ -72,13 +70,15 @@ class ExportConfig(ExportOptions):
 class PushConfig(ExportOptions):
     """Export a model and upload it to the Hugging Face hub: `archerchat push TAG REPO`.
 
-    A repeated call uploads only what is missing. Log in by `hf auth login` first.
+    After an interruption repeat it: files that arrived whole are not sent twice.
+    Log in by `hf auth login` first.
     """
 
     repo: str
     """Name of the repository, OWNER/NAME; created if missing."""
     public: bool = False
-    """Let everyone see a repository that is created. By default it is private."""
+    """Let everyone see the model. By default a new repository is private, and one that everyone
+    can see is refused."""
 
 
 def export_huggingface(config: ExportConfig, home: Home) -> None:
@@ -96,16 +96,23 @@ def push(config: PushConfig, home: Home) -> None:
     """Upload the folder.
 
     Raises:
-        UsageError: as for the export; or there is no login, or no right to write there.
+        UsageError: as for the export; there is no login, or no right to write there; or everyone
+            can see the repository and `public` is off.
         DataError: the hub cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="archerchat-push-") as temporary:
-        directory = Path(temporary) / "model"
+        directory, api = Path(temporary) / "model", HfApi()
+        message = f"Upload {config.tag} from ArcherChat"
         _write(config, home, directory, config.repo)
         with explained_hub(config.repo):
-            api = HfApi()
             api.create_repo(config.repo, private=not config.public, exist_ok=True)
-            message = f"Upload {config.tag} from ArcherChat"
+            private = api.model_info(config.repo).private
+        if not (private or config.public):
+            raise UsageError(
+                f"{config.repo} is there already and everyone can see it: upload to it by "
+                "--public, or choose another name"
+            )
+        with explained_hub(config.repo):
             done = api.upload_folder(
                 repo_id=config.repo, folder_path=directory, commit_message=message
             )
@@ -150,27 +157,6 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
     ]
     write_bytes(config.file, "".join(f"{line}\n" for line in lines).encode())
     build_console().print(f"wrote {len(rows):,} conversations to {config.file}")
-
-
-@contextmanager
-def explained_hub(repo: str) -> Iterator[None]:
-    """Turn what the hub's library says into an error with a remedy."""
-    try:
-        yield
-    except HFValidationError as error:
-        raise UsageError(f"{repo!r} is no repository's name, OWNER/NAME: {error}") from error
-    except Exception as error:  # httpx's or httpx2's, by the library's version
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        if 400 <= status < 500 or isinstance(error, LocalTokenNotFoundError):
-            raise UsageError(
-                f"the hub refused {repo!r} ({status or 'no token'}): check the name, and log in by "
-                "`hf auth login` with a token that may use it"
-            ) from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise DataError(
-            f"{repo!r} could not be transferred ({reason}): run the same command again, which "
-            "sends or fetches only what is missing"
-        ) from error
 
 
 def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> None:

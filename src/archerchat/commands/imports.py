@@ -9,19 +9,20 @@ from typing import Any, Literal
 from huggingface_hub import snapshot_download
 
 from archerchat.checkpoint import list_checkpoints, save_checkpoint
-from archerchat.commands.exports import explained_hub
 from archerchat.config import Config, PositiveFloat
 from archerchat.console import build_console
+from archerchat.data.hub import explained_hub
 from archerchat.errors import UsageError
 from archerchat.exchange.hf_tokenizer import load_hf_tokenizer
-from archerchat.exchange.huggingface import read_folder
+from archerchat.exchange.huggingface import read_about, read_folder
 from archerchat.exchange.nanochat import (
     TOKENIZER_FILE,
-    ImportedModel,
     load_model,
     load_optimizer,
     load_tokenizer,
 )
+from archerchat.exchange.weights import ImportedModel
+from archerchat.files import remove_directory
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.tokenizer.bpe import Tokenizer
@@ -64,7 +65,7 @@ class ImportHuggingFaceConfig(Config):
 
 @dataclass(frozen=True)
 class PullConfig(Config):
-    """Download a model from the Hugging Face hub and import it; a repeated call resumes.
+    """Download a model from the Hugging Face hub and import it.
 
     `archerchat pull REPO`
     """
@@ -116,12 +117,13 @@ def import_huggingface(config: ImportHuggingFaceConfig, home: Home) -> None:
         UsageError: the folder is incomplete or another architecture's, or the tag is taken.
     """
     source = config.directory.resolve()
-    model = read_folder(source)
-    tag, said = config.tag or source.name, model.meta.get("stage")
+    tag, about = config.tag or source.name, read_about(source)
+    said = about.get("stage")
     stage = config.stage or (said if said in ("base", "sft", "rl") else "base")
     _require_free(home, stage, tag)
+    model = read_folder(source)
     tokenizer = load_hf_tokenizer(source, {"source": "huggingface"})
-    if model.meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+    if about.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UsageError(
             f"{source / 'tokenizer.json'} is not the tokenizer that the model was exported with: "
             "its ids differ; copy it again"
@@ -174,9 +176,8 @@ def _save(
     optimizer: dict[str, Any],
     **more: Any,
 ) -> None:
-    """Write the tokenizer and the checkpoint."""
-    if tokenizer is not None:
-        _save_tokenizer(tokenizer, model, tag, home)
+    """Write the tokenizer and the checkpoint, or neither."""
+    wrote = tokenizer is not None and _save_tokenizer(tokenizer, model, tag, home)
     meta = {
         "model_config": asdict(model.config),
         "tokenizer": tokenizer and {"name": tag, "fingerprint": tokenizer.fingerprint},
@@ -185,7 +186,12 @@ def _save(
         **more,
     }
     sections = {"model": model.tensors} | ({"optimizer": optimizer} if optimizer else {})
-    path = save_checkpoint(home.checkpoint_dir(stage, tag), model.step, sections, meta)
+    try:
+        path = save_checkpoint(home.checkpoint_dir(stage, tag), model.step, sections, meta)
+    except BaseException:
+        if wrote:
+            remove_directory(home.tokenizer_dir(tag))
+        raise
     parameters = sum(tensor.numel() for tensor in model.tensors.values())
     build_console().print(
         f"imported step {model.step}: {model.config.num_layers} layers, width "
@@ -193,7 +199,8 @@ def _save(
     )
 
 
-def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: Home) -> None:
+def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: Home) -> bool:
+    """Write a tokenizer unless it is there already; return whether it was written."""
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -203,5 +210,6 @@ def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: 
     if directory.exists():
         if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
             raise UsageError(f"{directory} is another tokenizer: choose another --tag")
-        return
+        return False
     tokenizer.save(directory)
+    return True

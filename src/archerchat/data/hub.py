@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -20,7 +21,11 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
 from archerchat.data.shards import Shard
@@ -294,3 +299,24 @@ class _Download:
         except (_Damaged, DataError, pa.ArrowException) as error:
             part.unlink()
             raise _Damaged(f"what arrived is unusable: {error}") from error
+
+
+@contextmanager
+def explained_hub(repo: str) -> Iterator[None]:
+    """Turn what the hub's library says into an error with a remedy."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise UsageError(f"{repo!r} is no repository's name, OWNER/NAME: {error}") from error
+    except Exception as error:  # httpx's or httpx2's, by the library's version
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        if 400 <= status < 500 or isinstance(error, LocalTokenNotFoundError):
+            raise UsageError(
+                f"the hub refused {repo!r} ({status or 'no token'}): check the name, and log in by "
+                "`hf auth login` with a token that may use it"
+            ) from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(
+            f"{repo!r} could not be transferred ({reason}): run the same command again; files "
+            "that arrived whole are not transferred twice"
+        ) from error

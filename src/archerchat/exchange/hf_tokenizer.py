@@ -79,6 +79,8 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
     try:
         content = json.loads(path.read_bytes())
         model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
+        if model["type"] != "BPE":
+            raise TokenizerError(f"it is {model['type']}, not BPE")
         ranks = {
             bytes(BYTES[character] for character in token): rank
             for token, rank in model["vocab"].items()
@@ -86,7 +88,6 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
         }
         steps = content["pre_tokenizer"]["pretokenizers"]
         (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
-        merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
         specials = sorted(added, key=added.__getitem__)
         if content["normalizer"] is not None:
             raise TokenizerError("it changes texts before it splits them (normalizer)")
@@ -96,9 +97,17 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
         if missing := [name for name in SPECIAL_TOKENS if name not in names]:
             raise TokenizerError(f"it lacks {missing[0]}")
         tokenizer = Tokenizer(ranks, pattern=pattern, special_tokens=names, provenance=provenance)
-        if merges != _merges(ranks):
-            raise TokenizerError("its merges are not in the order of its ids")
-    except (OSError, ValueError, KeyError, TypeError, TokenizerError) as error:
+        merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+        expected = tokenizer_json(tokenizer)
+        same = {"vocab": expected["model"]["vocab"], "merges": merges}  # vocab is what it read
+        given = {name: value for name, value in model.items() if value} | same
+        if other := [
+            n for n in given | expected["model"] if given.get(n) != expected["model"].get(n)
+        ]:
+            raise TokenizerError(f"it does not merge in the order of its ids ({', '.join(other)})")
+        if content["pre_tokenizer"] != expected["pre_tokenizer"]:
+            raise TokenizerError("it splits texts in another way (pre_tokenizer)")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, TokenizerError) as error:
         raise UsageError(
             f"{path} cannot be used with the same ids here ({error}): restore the tokenizer that "
             "the model was exported with"

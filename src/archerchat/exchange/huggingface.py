@@ -20,8 +20,8 @@ from torch import Tensor
 
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.hf_tokenizer import MARK, TOKENIZER_FILE, tokenizer_json
-from archerchat.exchange.nanochat import ImportedModel, fit, rename
-from archerchat.files import new_directory, write_bytes, write_json
+from archerchat.exchange.weights import ImportedModel, fit, parse_config, rename
+from archerchat.files import exclusive, fsync_dir, new_directory, write_bytes, write_json
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import LOGIT_CAP
 from archerchat.model.transformer import NORM_EPSILON, ROTARY_BASE
@@ -114,15 +114,20 @@ def write_folder(
         state = rename(state, {ours: theirs for theirs, ours in NAMES.items()})
         for table in ("model.embed_tokens.weight", "lm_head.weight"):  # there is no padding there
             state[table] = state[table][: config.vocab_size].clone()
-    package = Path(__file__).parent
-    with new_directory(directory) as temporary:
-        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        for name, content in _describe(config, tokenizer, about, model_type, dtype).items():
-            write_json(temporary / name, content)
-        shutil.copy(package / "chat_template.jinja", temporary)
-        if model_type == OURS:
-            shutil.copy(package / "modeling_archerchat.py", temporary)
-        write_bytes(temporary / "README.md", card.encode())
+    package, part = Path(__file__).parent, directory / "part"
+    with exclusive(directory):  # it may be a mount point, or somebody's current directory
+        with new_directory(part) as temporary:
+            save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+            for name, content in _describe(config, tokenizer, about, model_type, dtype).items():
+                write_json(temporary / name, content)
+            shutil.copy(package / "chat_template.jinja", temporary)
+            if model_type == OURS:
+                shutil.copy(package / "modeling_archerchat.py", temporary)
+            write_bytes(temporary / "README.md", card.encode())
+        for file in [*part.iterdir()]:
+            file.rename(directory / file.name)
+        part.rmdir()
+        fsync_dir(directory)
 
 
 def _describe(
@@ -167,13 +172,26 @@ def _describe(
     }
 
 
+def read_about(directory: Path) -> dict[str, Any]:
+    """Return what an export says of its model: at least the step, which is 0 for other folders.
+
+    Raises:
+        UsageError: it has no configuration, or no step's number there.
+    """
+    about = _read_json(directory / CONFIG).get("archerchat")
+    about = {"step": 0} | (about if isinstance(about, dict) else {})
+    if type(about["step"]) is not int or about["step"] < 0:
+        raise UsageError(f"{directory / CONFIG} has the step {about['step']!r}: export it again")
+    return about
+
+
 def read_folder(directory: Path) -> ImportedModel:
     """Read the model of a folder of either format; its tokenizer is `load_hf_tokenizer`'s.
 
     Raises:
         UsageError: the weights are missing or incomplete, or it is another architecture's.
     """
-    content = _read_json(directory / CONFIG)
+    about, content = read_about(directory), _read_json(directory / CONFIG)
     config = _parse_config(content, directory / CONFIG)
     state = _load_state(directory)
     try:
@@ -186,8 +204,6 @@ def read_folder(directory: Path) -> ImportedModel:
         tensors = fit(state, config)
     except CheckpointError as error:
         raise UsageError(f"{directory}: {error}") from error
-    about = content.get("archerchat")
-    about = about if isinstance(about, dict) and isinstance(about.get("step"), int) else {"step": 0}
     return ImportedModel(directory, about["step"], config, tensors, (), about)
 
 
@@ -198,23 +214,24 @@ def _parse_config(content: Mapping[str, Any], path: Path) -> ModelConfig:
             f"{path} is of a model of type {kind!r}; only {OURS} and {THEIRS} can be imported"
         )
     try:
-        sizes: dict[str, Any] = {ours: content[theirs] for theirs, ours in SIZES.items()}
         if kind == OURS:
-            return ModelConfig(**sizes, **{n: content[n] for n in (*PLAIN, "window_pattern")})
-        expected = FIXED | {"intermediate_size": 4 * content["hidden_size"]}
-        if other := [f"{n} {content[n]!r}" for n, value in expected.items() if content[n] != value]:
-            raise ValueError(f"it has {', '.join(other)}, which no model here can have")
-        return ModelConfig(**sizes, **PLAIN, window_pattern="L")
-    except KeyError as error:
-        raise UsageError(f"{path} lacks {error}: export the model again") from error
-    except (TypeError, ValueError) as error:
+            return parse_config(content, SIZES | {n: n for n in (*PLAIN, "window_pattern")})
+        config = parse_config(content, SIZES, **PLAIN, window_pattern="L")
+        for name, value in (FIXED | {"intermediate_size": 4 * config.model_dim}).items():
+            if content.get(name) != value:
+                raise ValueError(f"{name} is {content.get(name)!r}; models here have {value!r}")
+    except ValueError as error:
         raise UsageError(f"{path} cannot be imported: {error}") from error
+    return config
 
 
 def _load_state(directory: Path) -> dict[str, Tensor]:
     """Read the weights, of one file or of the shards that an index lists."""
     index = directory / INDEX
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else [WEIGHTS]
+    files = _read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise UsageError(f"{index} lists no files of weights: copy it again")
+    names = sorted(set(files.values()))
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise UsageError(f"{directory} lacks {', '.join(missing)}: copy its weights again")
     state: dict[str, Tensor] = {}

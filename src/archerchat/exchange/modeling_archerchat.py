@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 NORM_EPSILON = 1.1920929e-07
@@ -104,7 +105,7 @@ class ArcherChatMLP(nn.Module):
         return self.down(F.relu(self.up(h)).square())
 
 
-class ArcherChatBlock(nn.Module):
+class ArcherChatBlock(GradientCheckpointingLayer):
     """One layer, without the lambdas."""
 
     def __init__(self, config: Any, layer: int) -> None:
@@ -122,6 +123,7 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = ArcherChatConfig
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     _can_compile_fullgraph = True
     _no_split_modules = ("ArcherChatBlock",)
 
@@ -196,6 +198,8 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
             tokens = torch.where(attention_mask[:, slots] > 0, input_ids, -1)
         if cache is not None:
             tokens = self._remember(cache, tokens, slots)
+        if attention_mask is not None:  # a static cache has room for more
+            attention_mask = F.pad(attention_mask, (0, tokens.size(1) - attention_mask.size(1)))
         positions = slots[None] if position_ids is None else position_ids
         hidden = self._hidden(input_ids, tokens, attention_mask, positions, cache, slots)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -222,7 +226,7 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             row: (B, S) ids from the first on, -1 for padding; `slots` (T,) are the given ones'.
-            real: the attention mask; `at`: positions (B, T) or (1, T).
+            real: the attention mask (B, S); `at`: positions (B, T) or (1, T).
         """
         config, x = self.config, norm(self.token_embedding(ids))
         if config.smear:
@@ -234,7 +238,7 @@ class ArcherChatForCausalLM(PreTrainedModel, GenerationMixin):
         distance = slots[:, None] - torch.arange(row.size(1), device=x.device)  # (T, S)
         visible = (distance >= 0)[None, None]
         if real is not None:  # padding sees itself, or its softmax would be empty
-            visible = visible & (real[:, None, None, : row.size(1)] > 0) | (distance == 0)
+            visible = visible & (real[:, None, None] > 0) | (distance == 0)
         masks = {window: visible & (distance <= window) for window in set(config.windows)}
         rotary = rotary_tables(at, config.hidden_size // config.num_attention_heads, x.dtype)
         x0, middle = x, x

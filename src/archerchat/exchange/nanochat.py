@@ -4,7 +4,7 @@ Its checkpoint is a directory with `model_<step>.pt` (a state dict) and `meta_<s
 tokenizer is a pickled `tiktoken.Encoding`. Nothing that these files hold is ever called: the
 state dict goes through `torch.load(weights_only=True)`, and the tokenizer through an unpickler
 that knows a handful of opcodes and one class, a stand-in of ours that only keeps its state.
-One table (`NAMES`) relates the names of the tensors, in both directions.
+One table (`NAMES`) relates the names of the tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import json
 import pickle
 import pickletools
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from archerchat.dial import LearningRates
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
+from archerchat.exchange.weights import ImportedModel, fit, listed, parse_config, rename
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import Optimizer, build_groups
@@ -92,20 +93,6 @@ ALLOWED_OPCODES = frozenset({
 """What a `tiktoken.Encoding` is made of since pickle's protocol 4, the default; no calls."""
 
 
-@dataclass(frozen=True)
-class ImportedModel:
-    """One of the reference's checkpoints, with our names and shapes."""
-
-    path: Path
-    step: int
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    lacking: tuple[str, ...]
-    """The parts of a model that the file does not have; its config switches them off."""
-    meta: dict[str, Any]
-    """The reference's own JSON, as it was."""
-
-
 def to_archerchat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the tensors of the reference's state dict, compiled or not, to ours.
 
@@ -114,36 +101,6 @@ def to_archerchat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     plain = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in state.items()}
     return rename(plain, NAMES)
-
-
-def to_nanochat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of our state dict to the reference's names.
-
-    Raises:
-        CheckpointError: a name is not ours.
-    """
-    return rename(state, {ours: theirs for theirs, ours in NAMES.items()})
-
-
-def rename(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Rename tensors by a table whose {i} is a layer, or raise `CheckpointError` for others."""
-    renamed, unknown = {}, []
-    for name, tensor in state.items():
-        layer = re.search(r"(?<=\.)\d+(?=\.)", name)
-        pattern = name.replace(f".{layer[0]}.", ".{i}.") if layer else name
-        if pattern in names:
-            renamed[names[pattern].format(i=layer[0] if layer else "")] = tensor
-        else:
-            unknown.append(name)
-    if unknown:
-        raise CheckpointError(f"unknown tensors: {_listed(unknown)}; is this another model's file?")
-    return renamed
-
-
-def _listed(names: Iterable[str], most: int = 8) -> str:
-    ordered = sorted(names)
-    rest = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return ", ".join(ordered[:most]) + rest
 
 
 def load_model(
@@ -203,15 +160,11 @@ def _parse_config(given: Mapping[str, Any], path: Path) -> ModelConfig:
     unknown, missing = settings.keys() - CONFIG_NAMES, CONFIG_NAMES.keys() - settings
     if unknown or missing:
         raise CheckpointError(
-            f"{path}: model_config lacks {_listed(missing) or 'nothing'} and has the unknown "
-            f"{_listed(unknown) or 'nothing'}: it is of another version of nanochat"
+            f"{path}: model_config lacks {listed(missing) or 'nothing'} and has the unknown "
+            f"{listed(unknown) or 'nothing'}: it is of another version of nanochat"
         )
-    for name, value in settings.items():
-        kind = str if name == "window_pattern" else int
-        if type(value) is not kind:
-            raise CheckpointError(f"{path}: {name} is {value!r}, which is not {kind.__name__}")
     try:
-        return ModelConfig(**{CONFIG_NAMES[name]: value for name, value in settings.items()})
+        return parse_config(settings, CONFIG_NAMES)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -231,31 +184,6 @@ def _load_state(path: Path) -> dict[str, Tensor]:
     ):
         raise CheckpointError("it does not hold a state dict of named tensors")
     return state
-
-
-def fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Compare names, shapes and dtypes with the model's own."""
-    with torch.device("meta"):
-        expected = Transformer(config).state_dict()
-    missing, unexpected = expected.keys() - state, state.keys() - expected
-    if unexpected or missing:
-        raise CheckpointError(
-            f"its tensors are not those of {config}: it lacks {_listed(missing) or 'none'} and has "
-            f"also {_listed(unexpected) or 'none'} (our names)"
-        )
-    tensors = {}
-    for name, wanted in expected.items():
-        tensor = state[name]
-        if tensor.shape != wanted.shape:
-            raise CheckpointError(
-                f"{name} has shape {list(tensor.shape)}; {config} implies {list(wanted.shape)}"
-            )
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise CheckpointError(f"{name} is {tensor.dtype}; weights are float32 or bfloat16")
-        is_table = name.startswith(("token_embedding.", "value_embeddings."))
-        keep = is_table and tensor.dtype == torch.bfloat16
-        tensors[name] = tensor if keep else tensor.float()
-    return tensors
 
 
 def load_optimizer(model: ImportedModel) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from archerchat.errors import DataError
-from archerchat.tasks.conversation import Conversation, assistant, text_of, user
+from archerchat.errors import DataError, UsageError
+from archerchat.tasks.conversation import Conversation, assistant, part, user
 
 Layout = Literal["openai", "sharegpt", "alpaca"]
 NAMES: dict[Layout, str] = {"openai": "OpenAI", "sharegpt": "ShareGPT", "alpaca": "Alpaca"}
@@ -39,7 +39,8 @@ def parse_layout(value: Any, layout: Layout, where: str) -> Any:
     if layout == "alpaca":
         fields = [value.get(name) or "" for name in ("instruction", "input", "output", "system")]
         history = value.get("history") or []
-        if not all(isinstance(each, str) for each in fields) or not all(map(_is_pair, history)):
+        pairs = isinstance(history, list) and all(map(_is_pair, history))
+        if not pairs or not all(isinstance(each, str) for each in fields):
             raise DataError(f"{where}: instruction, input and output are text, history pairs of it")
         question, given, answer, system = fields
         turns = [*history, ("\n\n".join(filter(None, [question, given])), answer)]
@@ -51,7 +52,8 @@ def parse_layout(value: Any, layout: Layout, where: str) -> Any:
             if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
                 raise DataError(f'{where}: turn {number} must be {{"from": ..., "value": ...}}')
             role = ROLES.get(str(turn["from"]), turn["from"])
-            messages.append({"role": role, "content": turn["value"]})
+            more = {key: turn[key] for key in turn.keys() - {"from", "value"}}
+            messages.append({**more, "role": role, "content": turn["value"]})
     others = {key: value[key] for key in value.keys() - {"conversations", "system"}}
     start = [{"role": "system", "content": system}] if system else []
     return {**others, "messages": [*start, *messages]}
@@ -63,17 +65,39 @@ def _is_pair(value: Any) -> bool:
 
 
 def render_layout(conversation: Conversation, layout: Layout) -> dict[str, Any]:
-    """Return a conversation as a line of a layout. Calculations of the assistant become text."""
-    messages = [(m["role"], text_of(m["content"])) for m in conversation["messages"]]
+    """Return a conversation as a line of a layout.
+
+    In other layouts than OpenAI's, which is ours too, an answer's calculations become text.
+
+    Raises:
+        UsageError: it ends with a question, and Alpaca's has no place for one.
+    """
     if layout == "openai":
-        return {"messages": [{"role": role, "content": text} for role, text in messages]}
+        return {"messages": conversation["messages"]}
+    messages = [(m["role"], _mark_calculations(m["content"])) for m in conversation["messages"]]
     if layout == "sharegpt":
         names = {"user": "human", "assistant": "gpt"}
         turns = [{"from": names.get(role, role), "value": text} for role, text in messages]
         return {"conversations": turns}
     system = [text for role, text in messages if role == "system"]
     texts = [text for role, text in messages if role != "system"]
-    pairs = list(zip(texts[::2], texts[1::2], strict=False))
-    line: dict[str, Any] = {"instruction": pairs[-1][0], "input": "", "output": pairs[-1][1]}
+    if len(texts) % 2:
+        raise UsageError(
+            f"no answer follows {texts[-1][:60]!r}, which Alpaca's layout cannot hold: choose "
+            "another --layout"
+        )
+    *history, (question, answer) = zip(texts[::2], texts[1::2], strict=True)
+    line: dict[str, Any] = {"instruction": question, "input": "", "output": answer}
     line |= {"system": system[0]} if system else {}
-    return line | ({"history": [list(pair) for pair in pairs[:-1]]} if pairs[:-1] else {})
+    return line | ({"history": [list(pair) for pair in history]} if history else {})
+
+
+def _mark_calculations(content: str | list[dict[str, str]]) -> str:
+    """Return a message as text; its calculations are marked as GSM8K does, <<2*3=6>>."""
+    text = ""
+    for each in [part("text", content)] if isinstance(content, str) else content:
+        if each["type"] == "python_output":
+            text = f"{text.removesuffix('>>')}{each['text']}>>"
+        else:
+            text += f"<<{each['text']}=>>" if each["type"] == "python" else each["text"]
+    return text

@@ -187,8 +187,12 @@ def find_start(
             f"settings by --resume {directory.name}, {remedy}choose another {_tag_flag(meta)} for "
             "a new run, or start this one over by --overwrite"
         )
-    start = load_checkpoint(path)
-    horizon = identity["num_iterations"]
+    return _load_start(path, identity)
+
+
+def _load_start(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
+    """Load a checkpoint that is not past the run's horizon."""
+    start, horizon = load_checkpoint(path), identity["num_iterations"]
     if horizon is not None and start.step > horizon:
         raise UsageError(
             f"{path} is past the horizon of {horizon} steps: give more steps, "
@@ -201,10 +205,16 @@ def _continue_imported(
     path: Path, meta: Mapping[str, Any], current: Mapping[str, Any]
 ) -> Checkpoint:
     """Load another trainer's checkpoint as a step of this run: it has weights and moments only."""
-    same = ("model_config", "tokenizer")
-    if differences := compare_configs({n: meta[n] for n in same}, {n: current[n] for n in same}):
+    saved, now = (
+        {
+            "model_config": each["model_config"],
+            "tokenizer": {"fingerprint": (each["tokenizer"] or {}).get("fingerprint")},
+        }
+        for each in (meta, current)
+    )
+    if differences := compare_configs(saved, now):
         raise UsageError(f"{path} is another model than this run's: {'; '.join(differences)}")
-    start = load_checkpoint(path)
+    start = _load_start(path, current["identity"])
     if "optimizer" not in start.state:
         raise UsageError(
             f"{path} was imported without optimizer state, so its run cannot be continued: import "

@@ -13,12 +13,13 @@ import pytest
 import tiktoken
 import torch
 import tyro
+from tests.archerchat.conftest import to_nanochat_names
 
 from archerchat.checkpoint import find_checkpoint, find_model, load_checkpoint
 from archerchat.commands.imports import ImportNanochatConfig, import_nanochat
 from archerchat.dial import LearningRates
 from archerchat.errors import ArcherChatError, CheckpointError, TokenizerError, UsageError
-from archerchat.exchange.nanochat import BUFFERS, to_nanochat_names
+from archerchat.exchange.nanochat import BUFFERS
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
@@ -179,6 +180,18 @@ def test_nothing_is_written_when_anything_is_wrong(
     with pytest.raises(error):
         import_nanochat(ImportNanochatConfig(source, tokenizer=place), home)
     assert not home.root.exists()
+
+
+def test_a_full_disk_leaves_no_half_import(
+    home: Home, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr("archerchat.commands.imports.save_checkpoint", fail)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        import_nanochat(ImportNanochatConfig(source), home)
+    assert not home.tokenizer_dir("d2").exists()
 
 
 def test_a_tag_that_is_a_path_is_refused(home: Home, source: Path) -> None:

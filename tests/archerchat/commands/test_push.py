@@ -32,6 +32,7 @@ class Hub(BaseHTTPRequestHandler):
     created: list[dict[str, Any]]
     puts: list[str]
     fail_puts: int
+    private: bool
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -109,9 +110,8 @@ class Hub(BaseHTTPRequestHandler):
             return
         if re.search(r"/api/models/[^/]+/[^/]+(/revision/.*)?$", self.path.partition("?")[0]):
             siblings = [{"rfilename": name} for name in self.files]
-            self.answer(
-                {"id": REPO, "modelId": REPO, "sha": COMMIT, "siblings": siblings, "tags": []}
-            )
+            about = {"id": REPO, "sha": COMMIT, "private": self.private, "tags": []}
+            self.answer(about | {"siblings": siblings})
         elif "/tree/" in self.path:
             self.answer(
                 [
@@ -128,7 +128,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
-    empty = {"files": {}, "stored": {}, "created": [], "puts": [], "fail_puts": 0}
+    empty = {"files": {}, "stored": {}, "created": [], "puts": [], "fail_puts": 0, "private": True}
     handler = type("ThisHub", (Hub,), empty)
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -185,3 +185,14 @@ def test_refusals_are_explained(
     for words in (["push", "tiny", REPO], ["pull", REPO]):
         assert trained_home.run(*words) == 2
         assert "hf auth login" in capsys.readouterr().err
+
+
+def test_nothing_goes_to_a_public_repository_unasked(
+    trained_home: TinyHome, hub: type[Hub], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.private = False
+    assert trained_home.run("push", "tiny", REPO) == 2
+    assert "everyone can see it" in capsys.readouterr().err
+    assert not hub.files
+    assert trained_home.run("push", "tiny", REPO, "--public") == 0
+    assert hub.files

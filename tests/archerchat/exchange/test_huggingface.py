@@ -136,17 +136,30 @@ def lose_a_shard(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"weight_map": names}))
 
 
-def swap_ids(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text())
+def change_tokenizer(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return damage
+
+
+def swap_ids(content: dict[str, Any]) -> None:
     vocab = content["model"]["vocab"]
     vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
-def reorder_merges(folder: Path) -> None:
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["merges"].reverse()
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+def split_digits(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits"})
+
+
+def add_spaces(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["pretokenizers"][-1]["add_prefix_space"] = True
+
+
+def write_index(content: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / INDEX).write_text(json.dumps(content))
 
 
 BAD = {
@@ -155,9 +168,22 @@ BAD = {
     "cut": (lambda folder: (folder / WEIGHTS).write_bytes(b"12345678" * 9), "is damaged"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "architecture": (change_json("config.json", model_type="llama"), "'llama'"),
-    "other ids": (swap_ids, "its ids differ"),
-    "other merges": (reorder_merges, "merges are not in the order"),
+    "other ids": (change_tokenizer(swap_ids), "its ids differ"),
+    "merges": (change_tokenizer(lambda c: c["model"]["merges"].reverse()), "its ids (merges)"),
+    "dropout": (change_tokenizer(lambda c: c["model"].update(dropout=0.1)), "its ids (dropout)"),
+    "unigram": (change_tokenizer(lambda c: c["model"].update(type="Unigram")), "it is Unigram"),
+    "vocab": (change_tokenizer(lambda c: c["model"].update(vocab=[])), "tokenizer.json cannot"),
+    "digits": (change_tokenizer(split_digits), "splits texts in another way"),
+    "spaces": (change_tokenizer(add_spaces), "splits texts in another way"),
+    "index": (write_index({}), "lists no files"),
+    "index list": (write_index({"weight_map": []}), "lists no files"),
+    "index number": (write_index({"weight_map": {"a": 1}}), "lists no files"),
     "vocabulary": (change_json("config.json", vocab_size=361), "360 tokens and the model 361"),
+    "float layers": (change_json("config.json", num_hidden_layers=2.0), "is 2.0, which is not int"),
+    "word": (change_json("config.json", smear="no"), "smear is 'no', which is not bool"),
+    "list": (change_json("config.json", window_pattern=["S", "L"]), "which is not str"),
+    "step": (change_json("config.json", archerchat={"step": -1}), "has the step -1"),
+    "true step": (change_json("config.json", archerchat={"step": True}), "has the step True"),
     "shape": (change_json("config.json", num_hidden_layers=5), "tensors are not those of"),
 }
 
@@ -186,6 +212,29 @@ def test_bad_folders_are_named_and_leave_nothing(
     assert tiny_home.listing() == before
 
 
+def test_an_empty_directory_is_filled_and_stays_the_same(
+    trained_home: TinyHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a mount point, or the current directory."""
+    (tmp_path / "hf").mkdir()
+    monkeypatch.chdir(tmp_path / "hf")
+    before = Path().stat().st_ino
+    assert trained_home.run("export", "huggingface", "tiny", ".") == 0
+    assert (tmp_path / "hf").stat().st_ino == before
+    assert (tmp_path / "hf" / WEIGHTS).exists()
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not (tmp_path / "hf" / "part").exists()
+
+
+def test_a_taken_name_is_refused_before_weights_are_read(
+    trained_home: TinyHome, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(folder, tmp_path / "tiny")
+    (copy / WEIGHTS).unlink()
+    assert trained_home.run("import", "huggingface", str(copy)) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
 def test_a_nanochat_model_of_another_kind_is_refused(
     tiny_home: TinyHome, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,8 +243,5 @@ def test_a_nanochat_model_of_another_kind_is_refused(
     other = {"rope_type": "default", "rope_theta": 10000.0}
     change_json("config.json", rope_parameters=other)(tmp_path / "hf")
     assert tiny_home.run("import", "huggingface", str(tmp_path / "hf"), "--tag", "two") == 2
-    assert "rope_parameters" in capsys.readouterr().err
-
-
-def test_a_taken_name_is_refused(trained_home: TinyHome, folder: Path) -> None:
-    assert trained_home.run("import", "huggingface", str(folder), "--tag", "tiny") == 2
+    said = capsys.readouterr().err
+    assert "'rope_theta': 10000.0}; models here have" in said

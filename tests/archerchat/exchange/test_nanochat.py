@@ -15,6 +15,7 @@ import pytest
 import tiktoken
 import torch
 from safetensors.torch import load_file
+from tests.archerchat.conftest import to_nanochat_names
 from torch import Tensor
 
 from archerchat.errors import CheckpointError, TokenizerError, UsageError
@@ -23,7 +24,6 @@ from archerchat.exchange.nanochat import (
     load_model,
     load_tokenizer,
     to_archerchat_names,
-    to_nanochat_names,
 )
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer

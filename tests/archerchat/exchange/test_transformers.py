@@ -152,8 +152,24 @@ def test_greedy_tokens_equal_ours_in_a_padded_batch(
     assert torch.equal(*beams)
 
 
-def test_gradients_equal_ours(exported: Path, model: Transformer, ids: Tensor) -> None:
+def test_a_static_cache_takes_a_mask_of_the_ids_alone(exported: Path, ids: Tensor) -> None:
+    from transformers import StaticCache
+
+    theirs, mask = load(exported), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :5] = 0
+    cache = StaticCache(config=theirs.config, max_cache_len=64)
+    given = {"attention_mask": mask, "past_key_values": cache}
+    expected = logits(theirs, ids[:, :20], attention_mask=mask)
+    torch.testing.assert_close(logits(theirs, ids[:, :20], **given), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_equal_ours(
+    exported: Path, model: Transformer, ids: Tensor, checkpointing: bool
+) -> None:
     theirs = load(exported).train()
+    if checkpointing:
+        theirs.gradient_checkpointing_enable()
     theirs(ids, labels=ids).loss.backward()
     own = build(WHOLE)
     F.cross_entropy(own(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()

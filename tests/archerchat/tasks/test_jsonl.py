@@ -13,7 +13,7 @@ from archerchat.cli import main
 from archerchat.errors import DataError
 from archerchat.tasks.base import Task
 from archerchat.tasks.collected import JsonlTask
-from archerchat.tasks.conversation import assistant, user
+from archerchat.tasks.conversation import assistant, part, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
@@ -143,6 +143,11 @@ def test_layouts_of_other_tools_are_read_and_named(tmp_path: Path) -> None:
         ({"conversations": [{"from": "observation", "value": "x"}]}, "'observation'"),
         ({"instruction": ["Hi"], "output": "Hello"}, "are text"),
         ({"instruction": "Hi"}, "content is empty"),
+        ({"instruction": "Hi", "output": "Hello", "history": 5}, "history pairs"),
+        (
+            {"conversations": [{"from": "human", "value": "Hi", "weight": 0}]},
+            "messages of weight 0",
+        ),
     ],
 )
 def test_bad_lines_of_other_layouts_are_named(tmp_path: Path, line: Any, message: str) -> None:
@@ -160,3 +165,19 @@ def test_an_exported_layout_is_read_again(tmp_path: Path, layout: str) -> None:
     (again,) = JsonlTask(tmp_path / "out.jsonl")
     assert again["messages"] == JsonlTask(source)[0]["messages"]
     assert main([*words, "--layout", layout]) == 2
+
+
+def test_exported_calculations_are_kept_or_marked(tmp_path: Path, capsys: Any) -> None:
+    parts = [part("python", "2*3"), part("python_output", "6")]
+    source = write(tmp_path / "sums.jsonl", [user("2 times 3?"), assistant(parts)])
+    expected = {"openai": parts, "sharegpt": "<<2*3=6>>", "alpaca": "<<2*3=6>>"}
+    for layout, content in expected.items():
+        file = tmp_path / f"{layout}.jsonl"
+        words = ["export", "conversations", str(source), str(file), "--layout", layout]
+        assert main(words) == 0
+        (again,) = JsonlTask(file)
+        assert again["messages"][-1]["content"] == content
+    write(source, [user("2 times 3?"), assistant(parts), user("And 4?")])
+    (tmp_path / "alpaca.jsonl").unlink()
+    assert main(words) == 2
+    assert "no answer follows 'And 4?'" in capsys.readouterr().err

@@ -17,13 +17,14 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tests.archerchat.conftest import to_nanochat_names
 from torch import Tensor
 
 from archerchat.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from archerchat.commands.imports import ImportNanochatConfig, import_nanochat
 from archerchat.console import ProgressLine
 from archerchat.dial import DialConfig
-from archerchat.exchange.nanochat import BUFFERS, to_archerchat_names, to_nanochat_names
+from archerchat.exchange.nanochat import BUFFERS, to_archerchat_names
 from archerchat.home import Home
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.tokenizer.bpe import Tokenizer, load_ranks

@@ -142,6 +142,7 @@ def test_extend_continues_an_imported_run(
     directory = trained_home.checkpoint_dir("base", "tiny")
     saved = load_checkpoint(directory / "step_000004", sections=("model", "optimizer"))
     meta = {name: saved.meta[name] for name in ("model_config", "tokenizer", "stage")}
+    meta["tokenizer"] = meta["tokenizer"] | {"name": "imported"}  # its content decides
 
     def save(*sections: str) -> None:
         save_checkpoint(directory, 4, {name: saved.state[name] for name in sections}, meta)
@@ -150,6 +151,8 @@ def test_extend_continues_an_imported_run(
     assert trained_home.pretrain(num_iterations=6, extend=True) == 2
     assert "imported without optimizer state" in capsys.readouterr().err
     save("model", "optimizer")
+    assert trained_home.pretrain(num_iterations=3, extend=True) == 2
+    assert "step_000004 is past the horizon of 3 steps" in capsys.readouterr().err
     assert trained_home.pretrain(num_iterations=6, aspect_ratio=32, extend=True) == 2
     assert "model_config.model_dim: 32 saved, 64 now" in capsys.readouterr().err
     assert trained_home.pretrain(num_iterations=6, extend=True) == 0
