@@ -30,7 +30,7 @@ from archerchat.errors import UsageError
 T = TypeVar("T")
 ARRIVAL_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for the last of them to start."""
-CONNECT_TIMEOUT, CONNECT_ATTEMPTS = timedelta(seconds=4), 4
+CONNECT_TIMEOUT, CONNECT_ATTEMPTS = timedelta(seconds=2), 6
 """How long gloo tries a connection, five times, before all is begun again. After a restart it may
 wait for one in vain (docs/LOG.md, 2026-11-27)."""
 WORKING_TIMEOUT = timedelta(hours=2)
