@@ -249,6 +249,8 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
             group=group,
             device_group=dist.new_group(backend="nccl") if on_cuda else group,
         )
+        if made:
+            dist.barrier(group=group)  # a rank whose peer closes its end first may abort
     finally:
         if made:
             dist.destroy_process_group()
