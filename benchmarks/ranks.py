@@ -112,7 +112,7 @@ def measure_kills(home: Home, kills: int) -> dict[str, Any]:
     small = ["--depth", "2", "--total-batch-size", "2048", "--save-every", "2", "--keep-last", "2"]
     run(home, pretrain(home, 2, "quiet", KILLED_STEPS, *small), threads=1)
     line = pretrain(home, 2, "killed", KILLED_STEPS, *small)
-    line = command(2, line[line.index("archerchat.cli") + 1 :], restarts=kills + 1)
+    line = command(2, line[line.index("archerchat.cli") + 1 :], restarts=20 * kills)
     environment = os.environ | {"ARCHERCHAT_HOME": str(home.root), "OMP_NUM_THREADS": "1"}
     done, chooser, directory = 0, random.Random(0), home.checkpoint_dir("base", "killed")
     with (home.root / "killed.log").open("w") as log:

@@ -513,7 +513,9 @@ def test_a_dry_run_walks_through_and_resumes(sandbox: Sandbox, name: str) -> Non
         sandbox.root / ".venv/bin/python",
         f'#!/bin/sh\n{NO_INSTALL}\nexec {sys.executable} "$@"\n',
     )
-    stamped = sandbox.run("-c", '. runs/environment.sh; write_stamp ""; write_stamp dashboard')
+    stamped = sandbox.run(
+        "-c", '. runs/environment.sh; write_stamp ""; write_stamp dashboard,serve'
+    )
     assert stamped.returncode == 0, stamped.stderr
     home = {"ARCHERCHAT_HOME": str(sandbox.root / "home"), "ARCHERCHAT_DRY_RUN": "1"}
     clean = {"ENDLEX_URL": "", "XDG_STATE_HOME": str(sandbox.root), "OMP_NUM_THREADS": "1"}

@@ -181,6 +181,7 @@ def test_a_forked_child_prints_and_its_lines_are_not_the_runs(tmp_path: Path) ->
 def test_the_end_of_a_forked_child_is_not_the_runs(tmp_path: Path) -> None:
     script = (
         "import signal, time\nchild = os.fork()\nif not child:\n    time.sleep(60)\n"
+        "time.sleep(1)\n"  # a child that has barely begun still has its parent's handlers
         "os.kill(child, signal.SIGTERM)\nassert os.waitpid(child, 0)[1] == signal.SIGTERM\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

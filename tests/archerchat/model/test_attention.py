@@ -408,7 +408,7 @@ def test_varlen_is_given_the_right_rows_documents_and_windows(
         assert torch.equal(starts, k_starts)
         pairs = list(itertools.pairwise(starts.tolist()))
         assert max(stop - start for start, stop in pairs) <= min(most)
-        parts = [(x[None, a:b] for x in (q, k, v)) for a, b in pairs if b > a]
+        parts = [tuple(x[None, a:b] for x in (q, k, v)) for a, b in pairs if b > a]
         return torch.cat([naive(*part, given["window_size"][0])[0] for part in parts])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)

@@ -76,7 +76,12 @@ def test_a_rank_that_would_train_on_other_data_is_named(
         starts = isinstance(value, dict) and "archerchat" in value
         return [value, {**value, "data": {"shard_00000.parquet": 1}}] if starts else [value]
 
+    @contextmanager
+    def joined(*place: Any) -> Iterator[Ranks]:
+        yield Ranks(world_size=2)
+
     monkeypatch.setattr(Ranks, "gather", gather)
+    monkeypatch.setattr("archerchat.training.stage.joined_ranks", joined)
     assert tiny_home.pretrain() == 2
     message = capsys.readouterr().err
     assert "rank 1 would train another run than rank 0" in message
