@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
@@ -30,7 +29,7 @@ from archerchat.errors import UsageError
 T = TypeVar("T")
 ARRIVAL_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for the last of them to start."""
-CONNECT_TIMEOUT, CONNECT_ATTEMPTS = timedelta(seconds=2), 6
+CONNECT_TIMEOUT, CONNECT_ATTEMPTS = timedelta(seconds=4), 6
 """How long gloo tries a connection, five times, before all is begun again. After a restart it may
 wait for one in vain (docs/LOG.md, 2026-11-27)."""
 WORKING_TIMEOUT = timedelta(hours=2)
@@ -123,29 +122,28 @@ class Ranks(Place):
     Every rank calls the same verbs in the same order, or all of them wait.
     """
 
-    group: Any = None
-    """Group of torch.distributed for tensors on the CPU; None for one process."""
-    device_group: Any = None
-    """Group for tensors on this rank's device."""
+    joined: bool = False
+    """Whether torch's default group connects the ranks. Nothing here holds the group itself: it has
+    to end with `joined_ranks`, not with the interpreter, which its threads still need."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, which are on the CPU."""
-        if self.group is None:
+        if not self.joined:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total, group=self.group)
+        dist.all_reduce(total)
         return total
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Return which of the flags are set on some rank."""
-        if self.group is None:
+        if not self.joined:
             return flags
         counts = self.sum(torch.tensor(flags, dtype=torch.int64))
         return tuple(count > 0 for count in counts.tolist())
 
     def mean(self, *values: float) -> tuple[float, ...]:
         """Return the mean of each value over the ranks, the same everywhere."""
-        if self.group is None:
+        if not self.joined:
             return values
         total = self.sum(torch.tensor(values, dtype=torch.float64)) / self.world_size
         return tuple(total.tolist())
@@ -155,73 +153,86 @@ class Ranks(Place):
 
         They are pickled between the processes of this job, as torchrun's own messages are.
         """
-        if self.group is None:
+        if not self.joined:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.group)
+        dist.all_gather_object(values, value)
         return values
 
     def start_sum(self, tensor: Tensor) -> Collective:
         """Start summing the ranks' tensors of one shape in place."""
         work = None
-        if self.device_group is not None:
-            work = dist.all_reduce(tensor, group=self.device_group, async_op=True)
+        if self.joined:
+            work = dist.all_reduce(tensor, async_op=True)
         return Collective(work, None, tensor)
 
     def start_reduce_scatter(self, tensor: Tensor) -> Collective:
         """Start summing the ranks' tensors (W * n, ...), of which each receives its n rows."""
-        if self.device_group is None:
+        if not self.joined:
             return Collective(None, None, tensor)
         own = tensor.new_empty(tensor.size(0) // self.world_size, *tensor.shape[1:])
-        work = _reduce_scatter(own, tensor, group=self.device_group, async_op=True)
+        work = _reduce_scatter(own, tensor, async_op=True)
         return Collective(work, tensor, own)
 
     def start_gather(self, own: Tensor) -> Collective:
         """Start collecting the ranks' rows (n, ...) into (W * n, ...) on each."""
-        if self.device_group is None:
+        if not self.joined:
             return Collective(None, None, own)
         own = own.contiguous()
         whole = own.new_empty(own.size(0) * self.world_size, *own.shape[1:])
-        work = _all_gather(whole, own, group=self.device_group, async_op=True)
+        work = _all_gather(whole, own, async_op=True)
         return Collective(work, own, whole)
 
     def first_alone(self, work: Callable[[], T]) -> T:
         """Do `work` on the first rank, then on the others, which find what it downloaded."""
-        if self.group is None:
+        if not self.joined:
             return work()
         if self.rank > 0:
-            dist.barrier(group=self.group)
+            self.sum(torch.zeros(1))
         result = work()
         if self.rank == 0:
-            dist.barrier(group=self.group)
+            self.sum(torch.zeros(1))
         return result
 
 
-def _meet(place: Place) -> None:
+def _meet(place: Place, backend: str) -> None:
     """Build the process group once all ranks are there; begin again where connecting fails.
 
     Raises:
         RuntimeError: they did not find each other.
     """
     store, _, _ = next(rendezvous("env://", timeout=ARRIVAL_TIMEOUT))
+    failure: RuntimeError | None = None
     for attempt in range(CONNECT_ATTEMPTS):
-        meeting = PrefixStore(f"meeting {attempt}", store)
-        here, deadline = meeting.add("arrived", 1), time.monotonic() + ARRIVAL_TIMEOUT.seconds
-        while here < place.world_size and time.monotonic() < deadline:
-            time.sleep(0.02)
-            here = meeting.add("arrived", 0)
+        meeting = dist.PrefixStore(f"meeting {attempt}", store)  # type: ignore[attr-defined]
+        _await_all(meeting, "arrived", place)
         try:
             dist.init_process_group(
-                "gloo",
+                backend,
                 store=meeting,
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=CONNECT_TIMEOUT,
             )
+        except RuntimeError as error:
+            failure = error
+            meeting.add("failed", 1)
+        _await_all(meeting, "tried", place)
+        if not meeting.add("failed", 0):
             return
-        except RuntimeError:
-            if attempt == CONNECT_ATTEMPTS - 1:
-                raise
+        if dist.is_initialized():  # another rank's connection failed
+            dist.destroy_process_group()
+    raise RuntimeError(f"the ranks did not connect in {CONNECT_ATTEMPTS} attempts") from failure
+
+
+def _await_all(store: Any, event: str, place: Place) -> None:
+    """Wait until every rank has come as far as this."""
+    deadline, count = time.monotonic() + ARRIVAL_TIMEOUT.total_seconds(), store.add(event, 1)
+    while count < place.world_size:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"only {count} of {place.world_size} ranks {event}")
+        time.sleep(0.02)
+        count = store.add(event, 0)
 
 
 @contextmanager
@@ -237,20 +248,16 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
         return
     made = not dist.is_initialized()
     if made:
-        _meet(place)
-    try:
-        group = dist.group.WORLD if made else dist.new_group(backend="gloo")
-        _set_pg_timeout(WORKING_TIMEOUT, group)
         on_cuda = device is not None and device.type == "cuda"
-        yield Ranks(
-            rank=place.rank,
-            local_rank=place.local_rank,
-            world_size=place.world_size,
-            group=group,
-            device_group=dist.new_group(backend="nccl") if on_cuda else group,
+        _meet(place, "cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+    _set_pg_timeout(WORKING_TIMEOUT)
+    try:
+        ranks = Ranks(
+            rank=place.rank, local_rank=place.local_rank, world_size=place.world_size, joined=True
         )
+        yield ranks
         if made:
-            dist.barrier(group=group)  # a rank whose peer closes its end first may abort
+            ranks.any(False)  # nobody closes connections that another still reads
     finally:
         if made:
             dist.destroy_process_group()

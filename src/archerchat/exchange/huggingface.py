@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def write_folder(
     model_type: str = OURS,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the whole folder, or nothing.
+    """Write the whole folder, or nothing; into an empty one that is there, config.json comes last.
 
     Args:
         tensors: the model's state dict.
@@ -114,8 +115,9 @@ def write_folder(
         state = rename(state, {ours: theirs for theirs, ours in NAMES.items()})
         for table in ("model.embed_tokens.weight", "lm_head.weight"):  # there is no padding there
             state[table] = state[table][: config.vocab_size].clone()
-    package, part = Path(__file__).parent, directory / "part"
-    with exclusive(directory):  # it may be a mount point, or somebody's current directory
+    package, there = Path(__file__).parent, directory.exists()
+    part = directory / "part" if there else directory
+    with exclusive(directory) if there else nullcontext():
         with new_directory(part) as temporary:
             save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
             for name, content in _describe(config, tokenizer, about, model_type, dtype).items():
@@ -124,10 +126,11 @@ def write_folder(
             if model_type == OURS:
                 shutil.copy(package / "modeling_archerchat.py", temporary)
             write_bytes(temporary / "README.md", card.encode())
-        for file in [*part.iterdir()]:
-            file.rename(directory / file.name)
-        part.rmdir()
-        fsync_dir(directory)
+        if there:  # it may be a mount point, or somebody's current directory
+            for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
+                file.rename(directory / file.name)
+            part.rmdir()
+            fsync_dir(directory)
 
 
 def _describe(

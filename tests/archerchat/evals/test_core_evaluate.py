@@ -104,8 +104,10 @@ class Meeting:
 class ThreadRanks(Ranks):
     """Ranks that are threads."""
 
+    meeting: Any = None
+
     def sum(self, tensor: Tensor) -> Tensor:
-        total: Tensor = self.group.sum(self.rank, tensor)
+        total: Tensor = self.meeting.sum(self.rank, tensor)
         return total
 
 
@@ -118,7 +120,7 @@ def test_ranks_find_together_what_one_finds(
     meeting = Meeting(size)
 
     def run(rank: int) -> CoreResult:
-        ranks = ThreadRanks(rank=rank, world_size=size, group=meeting)
+        ranks = ThreadRanks(rank=rank, world_size=size, meeting=meeting)
         evaluation = CoreEvaluation(bundle, small_tokenizer, CoreOptions(max_length=30), ranks)
         return evaluation.run(model)
 
@@ -140,7 +142,7 @@ def test_ranks_skip_what_the_first_has_kept(
         if rank == 0:
             kept.add(expected.tasks[1])
         evaluation = CoreEvaluation(
-            bundle, small_tokenizer, ranks=ThreadRanks(rank=rank, world_size=2, group=meeting)
+            bundle, small_tokenizer, ranks=ThreadRanks(rank=rank, world_size=2, meeting=meeting)
         )
         return evaluation.run(
             model, kept, on_progress=lambda label, share: seen[rank].append(label)
