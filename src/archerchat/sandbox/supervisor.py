@@ -164,15 +164,15 @@ def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bo
         if not confined:
             os.chown(request["directory"], user, user)
     facts = {"network": apart, "processes": apart, "files": confined}
+    started = {"started": time.monotonic(), "isolation": facts}  # before the program can flood us
+    os.write(news, json.dumps(started).encode() + b"\n")
     program = os.fork()
     if program == 0:
         os.close(news)
         _never_return(lambda: _be_program(request, verdict, user if root else None, facts))
     os.close(verdict)
-    started = {"started": time.monotonic(), "isolation": facts}
     if not apart:
-        started["process"] = program
-    os.write(news, json.dumps(started).encode() + b"\n")
+        os.write(news, json.dumps({"process": program}).encode() + b"\n")
     while True:
         ended, status = os.wait()
         if ended == program:
