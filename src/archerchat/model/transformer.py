@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +55,12 @@ def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float()[..., None] * ROTARY_BASE ** (-exponents / head_dim)
     return angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :]
+
+
+def rotary_of(rotary: tuple[Tensor, Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tables of some of their tokens (n,)."""
+    cos, sin = rotary
+    return cos.index_select(-3, kept), sin.index_select(-3, kept)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -112,22 +117,28 @@ class Attention(nn.Module):
         mask: Any = None,
         past: Past | None = None,
         segments: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Map normalised activations (B, T, C) to the branch's output (B, T, C)."""
+        """Map normalised activations (B, T, C) to the branch's output (B, T, C), or (B, n, C)
+        where only n tokens are `kept`."""
         batch, length, _ = h.shape
-        q = self.query(h).view(batch, length, self.num_heads, self.head_dim)
+        asking, of_queries = h, rotary
+        if kept is not None:
+            asking, of_queries = h.index_select(1, kept), rotary_of(rotary, kept)
+        q = self.query(asking).view(batch, asking.size(1), self.num_heads, self.head_dim)
         k = self.key(h).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.value(h).view(batch, length, self.num_kv_heads, self.head_dim)
         if self.value_gate is not None:
             assert value_embedding is not None
             gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embedding.view_as(v)
-        q, k = (norm(rotate(x, *rotary)) * self.qk_gain for x in (q, k))
+        q = norm(rotate(q, *of_queries)) * self.qk_gain
+        k = norm(rotate(k, *rotary)) * self.qk_gain
         if past is None:
             y = attend(q, k, v, self.window, self.backend, mask, segments)
         else:
             y = past.attend(q, k, v)
-        out: Tensor = self.output(y.reshape(batch, length, -1))
+        out: Tensor = self.output(y.flatten(2))
         return out
 
 
@@ -163,11 +174,14 @@ class Block(nn.Module):
         mask: Any = None,
         past: Past | None = None,
         segments: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Map the residual stream and the model's input (B, T, C) to the new stream."""
+        """Map the residual stream and the model's input (B, T, C) to the new stream, of the
+        `kept` tokens (n,) where these are given."""
         if residual_lambda is not None and input_lambda is not None:
             x = residual_lambda * x + input_lambda * x0
-        x = x + self.attention(norm(x), value_embedding, rotary, mask, past, segments)
+        branch = self.attention(norm(x), value_embedding, rotary, mask, past, segments, kept)
+        x = (x if kept is None else x.index_select(1, kept)) + branch
         out: Tensor = x + self.mlp(norm(x))
         return out
 
@@ -182,14 +196,15 @@ def smear(
     """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before.
 
     Args:
-        previous: (B, C), the normalised embedding before the first; zeros where there is none.
+        previous: (B, T, C), normalised embeddings of the tokens before each; zeros where there
+            is none. By default a row's tokens follow one another, and the first has none.
         segments: (B, T) numbers of packed documents, whose first tokens have none before them.
     """
     x = norm(x)
     if previous is None:
         first, here, before = x[:, :1], x[:, 1:], x[:, :-1]
     else:
-        first, here, before = x[:, :0], x, torch.cat([previous[:, None], x[:, :-1]], dim=1)
+        first, here, before = x[:, :0], x, previous
     gate = torch.sigmoid(F.linear(here[..., :SMEAR_CHANNELS], gate_weight.to(x.dtype)))
     if segments is not None:
         assert previous is None, "packed rows begin at their first token"
@@ -204,13 +219,17 @@ def back_out(x: Tensor, middle: Tensor, backout_lambda: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Before:
-    """The past of the tokens that a forward pass is given."""
+    """What comes before each of the tokens that a forward pass is given."""
 
     positions: Tensor
     """(T,) or (B, T): positions of the given tokens."""
     previous: Tensor
-    """(B, C): normalised embedding of the token before them, zeros where there is none."""
+    """(B, T, C): normalised embedding of the token before each, zeros where there is none."""
     layers: Sequence[Past]
+    kept: Sequence[Tensor | None] = ()
+    """Per layer the tokens (n,) that come out of it, by their place among those that went in, if
+    only these matter later; None keeps all. Empty: every layer does. The others are not computed
+    beyond their keys and values."""
 
 
 @dataclass(frozen=True)
@@ -341,21 +360,11 @@ class Transformer(nn.Module):
                 seeing each other; without it they do.
         """
         assert before is None or segments is None, "a cache holds one document per row"
-        # Left out where there are none, so that what is compiled stays the same.
-        documents = {} if segments is None else {"segments": segments}
-        run, dtype = regions or Regions(), self.compute_dtype
-        positions = torch.arange(token_ids.size(1), device=token_ids.device)
-        rotary = rotary_tables(
-            before.positions if before else positions, self.config.head_dim, dtype
-        )
-        x = self.token_embedding(token_ids).to(dtype)
-        if self.smear_gate is None:
-            x = norm(x)
-        elif before:
-            x = run.smear(x, self.smear_gate.weight, self.smear_lambda, before.previous)
-        else:
-            x = run.smear(x, self.smear_gate.weight, self.smear_lambda, **documents)
-        x0, middle = x, x
+        run, positions = regions or Regions(), torch.arange(token_ids.size(1), device=self.device)
+        if before:
+            positions = before.positions
+        rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
+        x0 = x = middle = self._embed(token_ids, run, before, segments)
         lambdas: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.blocks)
         if self.residual_lambdas is not None and self.input_lambdas is not None:
             residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
@@ -365,19 +374,32 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
-                value = self.value_embeddings[str(i)](token_ids).to(dtype)
-            past = (before.layers[i],) if before else ()
-            inputs_of_block = block, x, x0, value, rotary, *lambdas[i], masks[i], *past
+                value = self.value_embeddings[str(i)](token_ids).to(self.compute_dtype)
+            past = before.layers[i] if before else None
+            kept = before.kept[i] if before and before.kept else None
+            given = block, x, x0, value, rotary, *lambdas[i], masks[i], past, segments, kept
             if self.recomputes and torch.is_grad_enabled():  # https://arxiv.org/abs/1604.06174
-                block_run = partial(run.block, **documents)
-                x = checkpoint(block_run, *inputs_of_block, use_reentrant=False)
+                x = checkpoint(run.block, *given, use_reentrant=False)
             else:
-                x = run.block(*inputs_of_block, **documents)
+                x = run.block(*given)
+            if kept is not None:
+                token_ids, x0, middle = (t.index_select(1, kept) for t in (token_ids, x0, middle))
+                rotary = rotary_of(rotary, kept)
             if i == self.config.num_layers // 2:
                 middle = x
         if self.backout_lambda is None:
             return norm(x)
         return run.back_out(x, middle, self.backout_lambda)
+
+    def _embed(
+        self, token_ids: Tensor, run: Regions, before: Before | None, segments: Tensor | None
+    ) -> Tensor:
+        """Return the first layer's input (B, T, C)."""
+        x = self.token_embedding(token_ids).to(self.compute_dtype)
+        if self.smear_gate is None:
+            return norm(x)
+        previous = before.previous if before else None
+        return run.smear(x, self.smear_gate.weight, self.smear_lambda, previous, segments)
 
     def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:
         """Return one prepared mask per layer, for compiled regions."""
