@@ -19,17 +19,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from endlex.client.run_directory import server_token, server_url
-from endlex.client.transport import Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import Refused, Transport, quoted
 from endlex.protocol import CONSOLE, RUN_ID, EndlexError
 
 PAGE = 200
 NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
 TOKEN_HINT = "set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
 LAST, BEST = "last", "best"
-
-
-class ServerUnreachable(EndlexError):
-    """There is no answer: wrong address, no network, or no server."""
 
 
 class Api:
@@ -76,8 +72,7 @@ class Api:
             limit: most of them; all if not given.
 
         Raises:
-            EndlexError: the search is not one, or the server refuses; `ServerUnreachable` where
-                there is none.
+            EndlexError: the search is not one, or the server refuses or cannot be reached.
         """
         found: list[RunInfo] = []
         while True:
@@ -114,8 +109,8 @@ class Api:
         """Return what `GET path` answers; query values that are None are left out.
 
         Raises:
-            ServerUnreachable: no answer.
-            EndlexError: an error as the answer; a `Refused` where asking again is no use.
+            Retry: no answer, or one that says later.
+            Refused: an answer that asking again will not change.
         """
         return self.send("GET", path, query=query)
 
@@ -128,8 +123,6 @@ class Api:
         given = {name: value for name, value in (query or {}).items() if value is not None}
         try:
             answer = self.transport.request(method, path, query=given, json_body=body)
-        except Retry as error:
-            raise helpful(error) from error
         except Refused as error:
             raise _with_hint(error) from error
         if answer.content is None:
@@ -145,8 +138,6 @@ class Api:
             with self.transport.download(path) as blocks:
                 for block in blocks:
                     file.write(block)
-        except Retry as error:
-            raise helpful(error) from error
         except Refused as error:
             raise _with_hint(error) from error
 
@@ -303,12 +294,6 @@ def choose_checkpoint(
         hint = "; no checkpoint has the alias best" if which == BEST else ""
         raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
     return at_step[0]
-
-
-def helpful(error: Retry) -> EndlexError:
-    """Return the error of a request that got no answer, or one that says later."""
-    kind = ServerUnreachable if isinstance(error, Unreachable) else EndlexError
-    return kind(str(error))
 
 
 def _with_hint(error: Refused) -> Refused:

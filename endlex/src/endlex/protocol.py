@@ -119,6 +119,14 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 class EndlexError(Exception):
     """Stop with a message for the user: a wrong name or value, or a damaged journal."""
 
+    exit_status = 1
+
+
+class UsageError(EndlexError):
+    """Stop with a message and the exit status of wrong usage, as a parser would."""
+
+    exit_status = 2
+
 
 class Part(TypedDict):
     """A stretch of a file, named by its content."""

@@ -1,12 +1,13 @@
-"""Checkpoints that wait to be sent: links to the trainer's files, and a note of what they were.
+"""Checkpoints in a run's directory: those that wait to be sent, and what is known of the others.
 
     staged/NAME/...       copies of the files (clones where the file system has them), so that what
                           the trainer does to its own after `run.save` changes nothing
     staged/.NAME.json     step, aliases, metadata, and each file's size and time of change
+    manifests/NAME.json   the hashes of its files, kept after it was sent
 
-Many trainers write each checkpoint over the one before, so a copy is what is safe. Who never
-rewrites a file in place asks for hard links: they cost a few system calls a file and no space. A
-link shares its content with the trainer's file: if that is rewritten all the same, size or time
+Many trainers overwrite the previous checkpoint, so copies are the default. A trainer that never
+rewrites a file in place can ask for hard links: they cost a few system calls per file and no space.
+A link shares its content with the trainer's file: if that is rewritten all the same, size or time
 differ from the note, and the checkpoint is reported instead of sent.
 """
 
@@ -28,11 +29,15 @@ from endlex.protocol import (
     CHECKPOINT_NAME,
     MANIFEST_DIR,
     MAX_FILES,
+    MEDIA_DIR,
     REPLACES,
+    SHA256,
     STAGED_DIR,
     EndlexError,
+    Manifest,
     check_checkpoint_name,
     check_checkpoint_path,
+    check_manifest,
 )
 
 if sys.platform == "linux":
@@ -179,8 +184,28 @@ def _name_of(source: Path, step: int) -> str:
 
 def has_saved(directory: Path, name: str) -> bool:
     """Whether a run's directory has a checkpoint of this name: waiting, sent or given up."""
-    staged, sent = directory / STAGED_DIR / name, directory / MANIFEST_DIR / f"{name}.json"
+    staged, sent = directory / STAGED_DIR / name, manifest_path(directory, name)
     return staged.exists() or sent.exists() or name in given_up(directory)
+
+
+def manifest_path(directory: Path, name: str) -> Path:
+    """Where the hashes of a checkpoint are kept."""
+    return directory / MANIFEST_DIR / f"{name}.json"
+
+
+def load_manifest(directory: Path, name: str) -> Manifest | None:
+    """Return the manifest of a checkpoint, or None if it was not hashed here.
+
+    Raises:
+        EndlexError: it is damaged.
+    """
+    path = manifest_path(directory, name)
+    try:
+        return check_manifest(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, EndlexError) as error:
+        raise EndlexError(f"{path} is damaged ({error}): delete it, it is made again") from error
 
 
 def _unused(directory: Path, name: str) -> str:
@@ -196,17 +221,13 @@ def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
     target.parent.mkdir(parents=True, exist_ok=True)
     status = source.stat()
     if not _clone(source, target, status):
-        first, second = (_link, _copy) if link else (_copy, _link)
+        first, second = (os.link, _copy) if link else (_copy, os.link)
         try:
             first(source, target)
         except OSError:  # no links to there, or no space for a copy
             second(source, target)
     kept = target.stat()
     return {"path": inside, "bytes": kept.st_size, "changed": kept.st_mtime_ns}
-
-
-def _link(source: Path, target: Path) -> None:
-    os.link(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -253,6 +274,12 @@ def staged_names(directory: Path) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
+def waiting_media(directory: Path) -> list[str]:
+    """Return the parts of media, by hash, that wait in a run's directory."""
+    folder = directory / MEDIA_DIR
+    return [path.name for path in folder.glob("*") if SHA256.fullmatch(path.name)]
+
+
 def read_note(directory: Path, name: str) -> Staged:
     """The note of a staged checkpoint.
 
@@ -296,8 +323,7 @@ def give_up(directory: Path, name: str, reason: str) -> None:
     path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"reason": reason}).encode())
-    manifest = directory / MANIFEST_DIR / f"{name}.json"
-    manifest.unlink(missing_ok=True)
+    manifest_path(directory, name).unlink(missing_ok=True)
     unstage(directory, name)
 
 

@@ -16,11 +16,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client.checkpoints import read_note, staged_change, staged_names
+from endlex.client.checkpoints import (
+    read_note,
+    staged_change,
+    staged_names,
+    waiting_media,
+)
 from endlex.client.process import (
     READ_ONLY,
     describe,
@@ -31,7 +35,7 @@ from endlex.client.process import (
     write_whole,
 )
 from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
-from endlex.protocol import MEDIA_DIR, EndlexError
+from endlex.protocol import EndlexError
 from endlex.reading import content_length, session_files
 
 FINISH_SECONDS = 4.0
@@ -46,19 +50,6 @@ STOPPED = "stopped"
 """State of a shipper that was told to end."""
 FOREGROUND = "foreground"
 BACKGROUND = "background"
-
-
-@dataclass(frozen=True)
-class Unsent:
-    """What the server has not acknowledged, and may yet."""
-
-    records: int
-    bytes: int
-    files: int
-    """Of checkpoints and media."""
-
-    def __bool__(self) -> bool:
-        return bool(self.bytes or self.files)
 
 
 def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:
@@ -254,33 +245,40 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
     return had_one
 
 
+class Unsent(NamedTuple):
+    """What the server has not acknowledged, and may yet."""
+
+    records: int
+    bytes: int
+    files: int
+    """Of checkpoints and media."""
+
+    def __bool__(self) -> bool:
+        return bool(self.bytes or self.files)
+
+
 def unsent(directory: Path) -> Unsent:
-    """What the server has not acknowledged, as far as this side knows."""
+    """Return what the server has not acknowledged, as far as this side knows."""
     known = read_state(directory).get("sessions", {})
     records = size = 0
     for path in session_files(directory):
         acknowledged = known.get(path.stem, {}).get("acknowledged", 0)
-        end = content_length(path)
-        if end > acknowledged:
-            size += end - acknowledged
-            records += _count_lines(path, acknowledged, end)
-    files = len(list((directory / MEDIA_DIR).glob("*")))
-    for name in sorted(set(staged_names(directory)) - set(failed_checkpoints(directory))):
+        size += max(content_length(path) - acknowledged, 0)
+        with path.open("rb") as file:
+            file.seek(acknowledged)
+            records += sum(line.endswith(b"\n") for line in file)
+    return Unsent(records, size, _count_files(directory))
+
+
+def _count_files(directory: Path) -> int:
+    """Return how many files of checkpoints and media wait, and can be sent."""
+    files = len(waiting_media(directory))
+    for name in set(staged_names(directory)) - set(failed_checkpoints(directory)):
         try:
             files += len(read_note(directory, name)["files"])
-        except EndlexError:  # the shipper names what is wrong with it
+        except EndlexError:  # the shipper says what is wrong with it
             files += 1
-    return Unsent(records, size, files)
-
-
-def _count_lines(path: Path, start: int, end: int) -> int:
-    count = 0
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end and (block := file.read(min(2**20, end - start))):
-            count += block.count(b"\n")
-            start += len(block)
-    return count
+    return files
 
 
 def sync_command(directory: Path) -> str:
@@ -303,7 +301,7 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
     is_sent = False
     while not is_sent and time.monotonic() < deadline:
         session = read_state(directory).get("sessions", {}).get(journal.stem, {})
-        is_sent = session.get("acknowledged", 0) >= end and not _still_sending(directory)
+        is_sent = session.get("acknowledged", 0) >= end and not _count_files(directory)
         if not is_sent:
             time.sleep(POLL_SECONDS)
         if not is_sent and time.monotonic() >= restart_at:
@@ -311,17 +309,10 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             restart_shipper_if_killed(directory)
     for name, reason in failed_checkpoints(directory).items():
         warn(f"checkpoint {name} cannot be sent: {reason}")
-    left = None if is_sent else unsent(directory)
-    if left:
+    if not is_sent and (left := unsent(directory)):
         error = read_state(directory).get("error")
         warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
             f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
             f"The shipper goes on in the background; to send them later: {sync_command(directory)}"
         )
-
-
-def _still_sending(directory: Path) -> bool:
-    staged = staged_names(directory)
-    waits = bool(staged) and not set(staged) <= set(failed_checkpoints(directory))
-    return waits or any((directory / MEDIA_DIR).glob("*"))

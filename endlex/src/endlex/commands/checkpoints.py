@@ -8,20 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.api import LAST, Api, choose_checkpoint, helpful, run_path
+from endlex.api import LAST, choose_checkpoint, run_path
 from endlex.client.downloads import pull_checkpoint
-from endlex.client.run_directory import claim_directory, read_run_file
+from endlex.client.run_directory import claim_directory
 from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Retry
 from endlex.commands.rendering import ProgressLine, count, format_bytes
 from endlex.commands.targets import (
     find_server,
-    find_server_run,
     is_run_directory,
     open_run_directory,
 )
-from endlex.commands.usage import UsageError
-from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError
+from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError, UsageError
 
 
 def pull(run: str, directory: Path, url: str | None) -> int:
@@ -30,7 +28,12 @@ def pull(run: str, directory: Path, url: str | None) -> int:
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file: give a directory")
     server = find_server(url)
-    found = _find(server, word, run, which)
+    try:
+        found = server.run(word).whole
+    except EndlexError as error:
+        if "@" in run and "has no run" in str(error) and not which.isdecimal():
+            raise EndlexError(f"{error} (for the run named {run!r} give {run}@last)") from error
+        raise
     checkpoint = choose_checkpoint(found["checkpoints"], which, word)
     size = format_bytes(checkpoint["bytes"])
     line = ProgressLine()
@@ -39,7 +42,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
         pull_checkpoint(found["run"], checkpoint["name"], directory, server.transport, show)
     except Retry as error:
         line.clear()
-        raise EndlexError(f"{helpful(error)}; the same command goes on where it stopped") from error
+        raise EndlexError(f"{error}; the same command goes on where it stopped") from error
     line.clear()
     print(
         f"{directory}: checkpoint {checkpoint['name']} (step {checkpoint['step']:,}, {size}) of "
@@ -49,29 +52,17 @@ def pull(run: str, directory: Path, url: str | None) -> int:
     return 0
 
 
-def _find(server: Api, word: str, whole: str, which: str) -> dict[str, Any]:
-    """Return the run; a name may hold an @ itself."""
-    try:
-        return find_server_run(server, word)
-    except EndlexError as error:
-        if "@" in whole and "has no run" in str(error) and not which.isdecimal():
-            raise EndlexError(f"{error} (for the run named {whole!r} give {whole}@last)") from error
-        raise
-
-
 def _join_run(directory: Path, found: dict[str, Any]) -> str:
     """Write run.json unless the place is taken, and say how a resumed run joins the old one."""
     identity = found["run"]
     resume = f"ENDLEX_RUN_ID={identity} makes a run that is resumed elsewhere join it"
     path = directory / RUN_FILE
-    if path.exists():
-        try:
-            owner = read_run_file(directory)
-        except EndlexError:
-            owner = None
-        if owner is None or owner["run"] != identity:
-            return f"{path} is something else and stays as it is; {resume}"
-    claim_directory(directory, identity, found["project"], found["name"])
+    try:
+        owner = claim_directory(directory, identity, found["project"], found["name"])
+    except EndlexError:  # a run.json, but not of Endlex
+        owner = None
+    if owner is None or owner["run"] != identity:
+        return f"{path} is something else and stays as it is; {resume}"
     return (
         f"{path} is written: endlex.init with directory={str(directory)!r} goes on with run "
         f"{identity}; {resume}"
@@ -98,12 +89,18 @@ def push(
     line = ProgressLine()
     try:
         if run is None:
-            identity = _push_new(server, path, project, checkpoint, step, alias, line)
+            directory = _save(path, project, checkpoint, step, alias)
+            sync_directory(directory, server.transport, line.show_bytes)
+            identity = open_run_directory(directory)["run"]
         else:
-            identity = _push_to(server, run, path, checkpoint, step, alias, line)
+            here = is_run_directory(Path(run))
+            identity = open_run_directory(Path(run))["run"] if here else server.run(run).id
+            show = partial(line.show_bytes, checkpoint)
+            send = partial(push_checkpoint, identity, path, checkpoint, server.transport)
+            send(step=step, aliases=alias, progress=show)
     except Retry as error:
         line.clear()
-        raise EndlexError(f"{helpful(error)}; the same command goes on where it stopped") from error
+        raise EndlexError(f"{error}; the same command goes on where it stopped") from error
     line.clear()
     published = server.get(run_path(identity, "checkpoints", checkpoint))
     files = published["files"]
@@ -120,40 +117,12 @@ def _checkpoint_name(path: Path) -> str:
     return tidy if CHECKPOINT_NAME.fullmatch(tidy) else ""
 
 
-def _push_to(
-    server: Api,
-    run: str,
-    path: Path,
-    name: str,
-    step: int,
-    alias: Sequence[str],
-    line: ProgressLine,
-) -> str:
-    if is_run_directory(Path(run)):
-        identity = open_run_directory(Path(run))["run"]
-    else:
-        identity = str(find_server_run(server, run)["run"])
-    show = partial(line.show_bytes, name)
-    push_checkpoint(identity, path, name, server.transport, step=step, aliases=alias, progress=show)
-    return identity
-
-
-def _push_new(
-    server: Api,
-    path: Path,
-    project: str | None,
-    name: str,
-    step: int,
-    alias: Sequence[str],
-    line: ProgressLine,
-) -> str:
-    """Make a run here that holds nothing but the checkpoint, and send it."""
+def _save(path: Path, project: str | None, name: str, step: int, alias: Sequence[str]) -> Path:
+    """Make a run here that holds nothing but the checkpoint, and return its directory."""
     import endlex
 
-    with endlex.init(project or path.resolve().parent.name, name, mode="offline") as started:
-        started.save(path, step=step, name=name, aliases=alias)
-        directory = started.directory
-    if directory is None:  # RANK names another rank than 0
+    with endlex.init(project or path.resolve().parent.name, name, mode="offline") as run:
+        run.save(path, step=step, name=name, aliases=alias)
+    if run.directory is None:  # RANK names another rank than 0
         raise UsageError("RANK is set, and only rank 0 records: give --run, or unset RANK")
-    sync_directory(directory, server.transport, line.show_bytes)
-    return open_run_directory(directory)["run"]
+    return run.directory

@@ -9,18 +9,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from endlex.commands.rendering import count, print_json, printable, render_table
-from endlex.commands.targets import find_server, find_server_run
-from endlex.commands.usage import UsageError
-from endlex.protocol import EndlexError
-from endlex.search import SearchError, parse_search
+from endlex.commands.rendering import confirm, count, print_json, printable, render_table
+from endlex.commands.targets import find_server
+from endlex.protocol import EndlexError, UsageError
+from endlex.search import parse_search
 
 RULES = "rules"
 
 
 def _change(runs: Sequence[str], changes: dict[str, Any], url: str | None, done: str) -> int:
     server = find_server(url)
-    ids = [find_server_run(server, run)["run"] for run in runs]
+    ids = [server.run(run).id for run in runs]
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
     print(f"{count(len(ids), 'run')} {done}")
     return 0
@@ -57,12 +56,9 @@ def archive(runs: Sequence[str], undo: bool, url: str | None) -> int:
 
 def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
     """Delete runs, or bring them back while they are not pruned."""
-    if not (yes or undo):
-        if not sys.stdin.isatty():
-            raise UsageError("nobody is there to confirm: give --yes")
-        if input(f"delete {count(len(runs), 'run')}? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("nothing was deleted")
-            return 1
+    if not confirm(f"delete {count(len(runs), 'run')}?", yes or undo):
+        print("nothing was deleted")
+        return 1
     done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
     return _change(runs, {"deleted": not undo}, url, done)
 
@@ -101,10 +97,6 @@ def alert(
 
 
 def _check_rule(rule: str) -> None:
-    try:
-        groups = parse_search(rule)
-    except SearchError as error:
-        raise UsageError(str(error)) from error
-    terms = [term for group in groups for term in group]
+    terms = [term for group in parse_search(rule) for term in group]
     if len(terms) != 1 or terms[0].key is None or terms[0].number is None:
         raise EndlexError(f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'")

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from endlex.client.run_directory import runs_folder
 from endlex.commands.rendering import count, printable
-from endlex.commands.usage import UsageError
 from endlex.importers.run_directory import Imported
-from endlex.protocol import EndlexError
+from endlex.protocol import EndlexError, UsageError
 
 
 def from_wandb(path: Path, project: str | None, to: Path | None) -> int:

@@ -18,12 +18,11 @@ from endlex.commands.rendering import (
 )
 from endlex.commands.targets import (
     find_server,
-    find_server_run,
     is_run_directory,
+    load_run,
     local_runs,
 )
-from endlex.commands.usage import UsageError
-from endlex.protocol import CONSOLE, TEXT
+from endlex.protocol import CONSOLE, TEXT, UsageError
 from endlex.reading import iter_session, session_files, summarize
 from endlex.search import flatten, matches, parse_search
 
@@ -106,13 +105,6 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> str:
         row += [format_age(run["updated"]), tags]
         rows.append(row + ([format_number(run["summary"].get(metric))] if metric else []))
     return render_table(headers, rows, right=(6,))
-
-
-def load_run(text: str, url: str | None) -> dict[str, Any]:
-    """Return what there is to know of a run: from its directory here, else from the server."""
-    if is_run_directory(Path(text)):
-        return summarize(Path(text))
-    return find_server_run(find_server(url), text)
 
 
 def show(run: str, log: bool, url: str | None, as_json: bool) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.targets import find_server, find_server_run
-from endlex.commands.usage import UsageError
+from endlex.commands.rendering import confirm, count, format_bytes, print_json, printable
+from endlex.commands.targets import find_server
+from endlex.protocol import UsageError
 
 PRUNE = "/prune"
 
@@ -37,32 +36,24 @@ def prune(
     if not (run or project or deleted):
         raise UsageError("give --run or --project: pruning everything at once is not offered")
     server = find_server(url)
-    request: dict[str, Any] = {key: value for key, value in rules.items() if value is not None}
-    if keep_best:
-        request["mode"] = mode
-    if deleted:
-        request["deleted"] = True
-    if run:
-        request["run"] = find_server_run(server, run)["run"]
-    elif project:
-        request["project"] = project
+    asked = rules | {
+        "mode": mode if keep_best else None,
+        "deleted": deleted or None,
+        "run": server.run(run).id if run else None,
+        "project": project,
+    }
+    request = {key: value for key, value in asked.items() if value is not None}
     plan = server.send("POST", PRUNE, request | {"dry_run": True})
     if dry_run or not plan["removed"]:
         _print_outcome(plan, "would be removed", as_json)
         return 0
     if not yes:
         _print_outcome(plan, "would be removed", False)
-        if not _confirmed():
+        if not confirm("remove them?", yes):
             print("nothing was removed")
             return 1
     _print_outcome(server.send("POST", PRUNE, request | {"dry_run": False}), "removed", as_json)
     return 0
-
-
-def _confirmed() -> bool:
-    if not sys.stdin.isatty():
-        raise UsageError("nobody is there to confirm: give --yes, or --dry-run to look only")
-    return input("remove them? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _print_outcome(outcome: dict[str, Any], verb: str, as_json: bool) -> None:

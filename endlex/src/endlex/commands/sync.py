@@ -6,9 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from endlex.api import helpful
 from endlex.client.sync import sync_directory
-from endlex.client.transport import Retry
 from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, format_bytes
 from endlex.commands.targets import (
@@ -55,8 +53,7 @@ def sync(directories: Sequence[Path], drop_failed: bool, resend: bool, url: str 
             return 130
         except (EndlexError, OSError) as error:
             line.clear()
-            said = helpful(error) if isinstance(error, Retry) else error
-            print(f"{place}: not all sent: {said}")
+            print(f"{place}: not all sent: {error}")
             failed += 1
         else:
             line.clear()

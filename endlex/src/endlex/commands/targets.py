@@ -9,9 +9,8 @@ from typing import Any
 from endlex.api import Api
 from endlex.client.run_directory import RunFile, read_run_file, registered, runs_folder
 from endlex.commands.rendering import count
-from endlex.commands.usage import UsageError
-from endlex.protocol import RUN_FILE, EndlexError
-from endlex.reading import session_files
+from endlex.protocol import RUN_FILE, EndlexError, UsageError
+from endlex.reading import session_files, summarize
 
 
 def is_run_directory(path: Path) -> bool:
@@ -115,6 +114,8 @@ def find_server(url: str | None) -> Api:
     return Api(url, read_only=False)
 
 
-def find_server_run(server: Api, text: str) -> dict[str, Any]:
-    """Return the run of the server that a word means, as `GET /runs/{run}` tells it."""
-    return server.run(text).whole
+def load_run(text: str, url: str | None) -> dict[str, Any]:
+    """Return what there is to know of a run: from its directory here, else from the server."""
+    if is_run_directory(Path(text)):
+        return summarize(Path(text))
+    return find_server(url).run(text).whole

@@ -12,8 +12,7 @@ from typing import Any
 
 from endlex.commands.rendering import count, format_age, print_json, render_table
 from endlex.commands.serve import data_directory, import_server
-from endlex.commands.usage import UsageError
-from endlex.protocol import SCOPES
+from endlex.protocol import SCOPES, UsageError
 
 
 def create(name: str, scope: str, run: Sequence[str], data: Path | None) -> int:
