@@ -186,11 +186,7 @@ class RunInfo:
         return f"{self._api.url}/runs/{self.id}"
 
     def history(
-        self,
-        metrics: Sequence[str] = (),
-        *,
-        frame: str | None = None,
-        long: bool = False,
+        self, metrics: Sequence[str] = (), *, frame: str | None = None, long: bool = False
     ) -> Any:
         """Return every point, none left out, as a frame with a row per step.
 

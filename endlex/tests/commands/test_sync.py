@@ -57,7 +57,7 @@ def test_a_server_that_is_not_there_is_told_at_once(cli: Any, train: Any) -> Non
 def test_what_is_no_run_is_wrong_usage(cli: Any, online: str, place: Path) -> None:
     status, _, err = cli("sync", "nowhere")
     assert status == 2
-    assert "not a directory" in err
+    assert "'nowhere' is no run's directory" in err
     (place / "empty").mkdir()
     status, _, err = cli("sync", "empty")
     assert status == 2

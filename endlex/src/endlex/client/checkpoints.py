@@ -14,6 +14,7 @@ differ from the note, and the checkpoint is reported instead of sent.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -39,9 +40,6 @@ from endlex.protocol import (
     check_checkpoint_path,
     check_manifest,
 )
-
-if sys.platform == "linux":
-    import fcntl
 
 FICLONE = 0x40049409
 """The request of linux/fs.h that makes one file's content another's, copied when written."""

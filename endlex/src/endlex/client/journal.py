@@ -21,13 +21,7 @@ from typing import Any
 
 from endlex.client.process import FULL, fsync, try_lock, warn, warn_once
 from endlex.client.values import to_json
-from endlex.protocol import (
-    FINISH,
-    JOURNAL_DIR,
-    MAX_BATCH_BYTES,
-    SESSION,
-    EndlexError,
-)
+from endlex.protocol import FINISH, JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, EndlexError
 from endlex.reading import session_files, session_number
 
 LARGEST_BACKLOG = 16 * 2**20
@@ -177,8 +171,7 @@ class Journal:
 
 @cache
 def _watch_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_abandon_all)
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 def _abandon_all() -> None:

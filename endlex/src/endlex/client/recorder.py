@@ -201,10 +201,7 @@ class Recorder:
             self._refuse(name, error)
 
     def alert(
-        self,
-        title: str,
-        text: str = "",
-        level: Literal["info", "warning", "error"] = "warning",
+        self, title: str, text: str = "", level: Literal["info", "warning", "error"] = "warning"
     ) -> None:
         """Tell whoever watches: the server shows it, and sends it where alerts go.
 

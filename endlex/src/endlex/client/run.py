@@ -14,12 +14,7 @@ from endlex.client.console import Console
 from endlex.client.journal import Journal
 from endlex.client.process import forget, status_of, warn, watch_faults
 from endlex.client.recorder import Recorder
-from endlex.client.values import (
-    RunConfig,
-    as_config,
-    as_list,
-    plain,
-)
+from endlex.client.values import RunConfig, as_config, as_list, plain
 from endlex.protocol import (
     CHANGES,
     CHECKPOINT,

@@ -65,7 +65,7 @@ def session_start(
         "tags": [check_name(tag, "tag") for tag in tags],
         "group": group,
         "notes": notes,
-        "host": os.uname().nodename if hasattr(os, "uname") else "",
+        "host": os.uname().nodename,
         "pid": os.getpid(),
         "process": process_name(),
         "rank": rank,

@@ -19,12 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client.checkpoints import (
-    read_note,
-    staged_change,
-    staged_names,
-    waiting_media,
-)
+from endlex.client.checkpoints import read_note, staged_change, staged_names, waiting_media
 from endlex.client.process import (
     READ_ONLY,
     describe,

@@ -304,11 +304,7 @@ def send_media(
     folder, places = directory / MEDIA_DIR, dict[str, _Place]()
     for name in waiting_media(directory):
         status = (folder / name).stat()
-        file: StagedFile = {
-            "path": name,
-            "bytes": status.st_size,
-            "changed": status.st_mtime_ns,
-        }
+        file: StagedFile = {"path": name, "bytes": status.st_size, "changed": status.st_mtime_ns}
         places[name] = _Place(folder, file, 0, status.st_size)
     _send_parts(places, transport, progress, stopped)
     for name in places:

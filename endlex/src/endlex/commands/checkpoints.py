@@ -10,15 +10,11 @@ from typing import Any
 
 from endlex.api import LAST, choose_checkpoint, run_path
 from endlex.client.downloads import pull_checkpoint
-from endlex.client.run_directory import claim_directory
+from endlex.client.run_directory import claim_directory, require_run_file
 from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Retry
 from endlex.commands.rendering import ProgressLine, count, format_bytes
-from endlex.commands.targets import (
-    find_server,
-    is_run_directory,
-    open_run_directory,
-)
+from endlex.commands.targets import find_server, is_run_directory
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError, UsageError
 
 
@@ -91,10 +87,10 @@ def push(
         if run is None:
             directory = _save(path, project, checkpoint, step, alias)
             sync_directory(directory, server.transport, line.show_bytes)
-            identity = open_run_directory(directory)["run"]
+            identity = require_run_file(directory)["run"]
         else:
             here = is_run_directory(Path(run))
-            identity = open_run_directory(Path(run))["run"] if here else server.run(run).id
+            identity = require_run_file(Path(run))["run"] if here else server.run(run).id
             show = partial(line.show_bytes, checkpoint)
             send = partial(push_checkpoint, identity, path, checkpoint, server.transport)
             send(step=step, aliases=alias, progress=show)

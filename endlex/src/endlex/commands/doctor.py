@@ -24,7 +24,7 @@ from endlex.client.shipping import read_state, shipper_process, sync_command
 from endlex.client.transport import Refused, TransportError
 from endlex.client.verify import verify_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.targets import find_server, local_runs, open_run_directory
+from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import PROTOCOL, EndlexError
 from endlex.reading import summarize
 
@@ -63,7 +63,7 @@ class Finding:
 ok, note, fault = (partial(Finding, state) for state in ("ok", "note", "fault"))
 
 
-def doctor(directories: Sequence[Path], url: str | None, as_json: bool) -> int:
+def doctor(directories: Sequence[str], url: str | None, as_json: bool) -> int:
     """Run every check; 1 when one of them found a fault."""
     findings = [*_versions(), *_libraries(), *_server(url), *_disk(), *_journals(directories, url)]
     if as_json:
@@ -212,11 +212,10 @@ def _disk() -> Iterator[Finding]:
         yield ok("disk", f"{format_bytes(free)} free in {folder}")
 
 
-def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]:
-    known = local_runs()
-    for directory in directories or known.found:
+def _journals(directories: Sequence[str], url: str | None) -> Iterator[Finding]:
+    known = local_runs(directories)
+    for directory in known.found:
         try:
-            open_run_directory(directory)
             yield from _damage(directory)
             yield _sending(directory, url)
         except (EndlexError, OSError) as error:

@@ -63,9 +63,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _import_all(
-    tasks: Sequence[tuple[Path, Callable[[], Imported | list[Imported]]]],
-) -> int:
+def _import_all(tasks: Sequence[tuple[Path, Callable[[], Imported | list[Imported]]]]) -> int:
     """Import one after the other; one that fails does not keep the others back."""
     imported: list[Imported] = []
     failed = 0

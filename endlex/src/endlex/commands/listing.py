@@ -16,12 +16,7 @@ from endlex.commands.rendering import (
     printable,
     render_table,
 )
-from endlex.commands.targets import (
-    find_server,
-    is_run_directory,
-    load_run,
-    local_runs,
-)
+from endlex.commands.targets import find_server, is_run_directory, load_run, local_runs
 from endlex.protocol import CONSOLE, TEXT, UsageError
 from endlex.reading import iter_session, session_files, summarize
 from endlex.search import flatten, matches, parse_search

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from endlex.client.sync import sync_directory
 from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, format_bytes
-from endlex.commands.targets import (
-    find_run_directories,
-    find_server,
-    is_run_directory,
-    local_runs,
-    open_run_directory,
-)
+from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import EndlexError
 
 
-def sync(directories: Sequence[Path], drop_failed: bool, resend: bool, url: str | None) -> int:
+def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str | None) -> int:
     """Send every directory, by default every run of this machine.
 
     One that cannot be sent does not keep the others back.
     """
-    todo = [run for given in directories for run in _runs_at(given)]
-    unreadable = False
+    known = local_runs(directories)
+    todo = list(known.found)
     if not directories:
-        known = local_runs()
-        todo, unreadable = list(known.found), bool(known.unreadable)
         print(known)
     server = find_server(url)
     server.get("/health")  # a wrong address is told at once; later faults are waited out
@@ -58,12 +49,4 @@ def sync(directories: Sequence[Path], drop_failed: bool, resend: bool, url: str 
         else:
             line.clear()
             print(f"{place}: all on {transport.url}")
-    return 1 if failed or unreadable else 0
-
-
-def _runs_at(given: Path) -> list[Path]:
-    """Return the directory itself, or the run directories in it."""
-    if not is_run_directory(given) and given.is_dir() and (inside := find_run_directories(given)):
-        return inside
-    open_run_directory(given)
-    return [given]
+    return 1 if failed or known.unreadable else 0

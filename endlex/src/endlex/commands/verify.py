@@ -21,14 +21,7 @@ from endlex.client.shipping import BACKGROUND, read_state, shipper_process
 from endlex.client.transport import Transport
 from endlex.client.verify import Comparison, LetGo, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
-from endlex.commands.targets import (
-    LocalRuns,
-    find_local_run,
-    find_run_directories,
-    find_server,
-    local_runs,
-    open_run_directory,
-)
+from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import SYSTEM, EndlexError, UsageError
 from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
@@ -73,26 +66,32 @@ class Verdict:
 
 def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     """Print the verdict; 0 only when everything that was asked about is safe."""
-    known = None if runs else local_runs()
-    directories = _directories(runs) if known is None else _all_of(known)
+    known = local_runs(runs)
+    if not known.found and not known.unreadable:
+        raise UsageError(
+            f"{known}: none in {runs_folder()} (ENDLEX_DIR), and none in the list that endlex.init "
+            "keeps; give a run's directory"
+        )
     transport: Transport | None = None
     no_server = ""
     try:
         transport = find_server(url).transport
     except EndlexError as error:
         no_server = str(error)
-    verdicts = [_judge(directory, transport, no_server) for directory in directories]
-    safe = all(verdict.is_safe for verdict in verdicts) and not (known and known.unreadable)
+    verdicts = [_judge(*run, transport, no_server) for run in known.found.items()]
+    safe = all(verdict.is_safe for verdict in verdicts) and not known.unreadable
     if as_json:
-        answer = {"safe": safe, "runs": [verdict.as_json() for verdict in verdicts]}
-        if known is not None:
-            answer["gone"] = list(map(str, known.gone))
-            answer["unreadable"] = {str(place): why for place, why in known.unreadable.items()}
+        answer = {
+            "safe": safe,
+            "runs": [verdict.as_json() for verdict in verdicts],
+            "gone": list(map(str, known.gone)),
+            "unreadable": {str(place): why for place, why in known.unreadable.items()},
+        }
         print_json(answer)
         return 0 if safe else 1
     for verdict in verdicts:
         _print(verdict, transport.url if transport else "")
-    if known is not None:
+    if not runs or known.unreadable:
         print(known)
     print(SAFE if safe else NOT_SAFE)
     if not safe:
@@ -100,35 +99,7 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     return 0 if safe else 1
 
 
-def _all_of(known: LocalRuns) -> list[Path]:
-    if not known.found and not known.unreadable:
-        raise UsageError(
-            f"{known}: none in {runs_folder()} (ENDLEX_DIR), and none in the list that endlex.init "
-            "keeps; give a run's directory"
-        )
-    return list(known.found)
-
-
-def _directories(runs: Sequence[str]) -> list[Path]:
-    """Return the run directories on this machine that the words mean."""
-    directories = []
-    for text in runs:
-        directory = find_local_run(text)
-        if directory is None:
-            inside = find_run_directories(Path(text)) if Path(text).is_dir() else []
-            if not inside:
-                raise UsageError(
-                    f"{text!r} is no run's directory, nor a run in {runs_folder()}: verify looks "
-                    "at what is on this machine"
-                )
-            directories += inside
-        else:
-            directories.append(directory)
-    return directories
-
-
-def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verdict:
-    owner = open_run_directory(directory)
+def _judge(directory: Path, owner: RunFile, transport: Transport | None, no_server: str) -> Verdict:
     found, error, size = Comparison(), no_server or None, 0
     paths = session_files(directory)
     if transport is not None:

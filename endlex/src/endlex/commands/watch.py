@@ -85,12 +85,7 @@ def _import_plotext() -> Any:
 
 
 def _watch(
-    run: str,
-    url: str | None,
-    metric: Sequence[str],
-    every: float,
-    once: bool,
-    plotext: Any,
+    run: str, url: str | None, metric: Sequence[str], every: float, once: bool, plotext: Any
 ) -> None:
     printed = None
     while True:
