@@ -157,11 +157,7 @@ class Manifest(TypedDict):
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name` if it may name a project, a run or a metric.
-
-    Raises:
-        EndlexError: it is empty, too long, or holds control characters.
-    """
+    """Return `name` if it may name a project, a run or a metric."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise EndlexError(f"{what} {name!r} must be printable text on one line, and not empty")
     if len(name) > MAX_NAME_CHARS:
@@ -305,11 +301,7 @@ def encode_number(value: float) -> float | str:
 
 
 def decode_number(value: float | str) -> float:
-    """Undo `encode_number`.
-
-    Raises:
-        EndlexError: a string that stands for no number.
-    """
+    """Undo `encode_number`."""
     if not isinstance(value, str):
         return value
     if value not in NON_FINITE:

@@ -73,7 +73,6 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         EndlexError: a line before the last line end is damaged; the message gives its number.
-        OSError: the file cannot be read.
     """
     for number, (_, record) in enumerate(iter_lines(path), 1):
         if record is None:
@@ -204,11 +203,7 @@ def session_status(path: Path) -> str:
 
 
 def summarize(directory: Path) -> dict[str, Any]:
-    """Read a run's journals and return what they say.
-
-    Raises:
-        EndlexError: it is not a run's directory.
-    """
+    """Read a run's journals and return what they say."""
     owner = require_run_file(directory)
     summary: dict[str, Any] = {
         **{key: owner[key] for key in ("run", "project", "name", "created")},

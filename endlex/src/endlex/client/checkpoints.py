@@ -134,7 +134,6 @@ def stage(
     Raises:
         NothingToSave: a directory holds no files.
         EndlexError: the path does not exist, or a name or alias is not one.
-        OSError: the directory cannot be written, or a file not read.
     """
     name = check_checkpoint_name(name or _name_of(source, step))
     found = list(files_of(source, outside_links))
@@ -192,11 +191,7 @@ def manifest_path(directory: Path, name: str) -> Path:
 
 
 def load_manifest(directory: Path, name: str) -> Manifest | None:
-    """Return the manifest of a checkpoint, or None if it was not hashed here.
-
-    Raises:
-        EndlexError: it is damaged.
-    """
+    """Return the manifest of a checkpoint, or None if it was not hashed here."""
     path = manifest_path(directory, name)
     try:
         return check_manifest(json.loads(path.read_bytes()))
@@ -279,11 +274,7 @@ def waiting_media(directory: Path) -> list[str]:
 
 
 def read_note(directory: Path, name: str) -> Staged:
-    """The note of a staged checkpoint.
-
-    Raises:
-        EndlexError: it is missing or damaged.
-    """
+    """The note of a staged checkpoint."""
     path = note_path(directory, name)
     try:
         note = json.loads(path.read_bytes())

@@ -43,9 +43,6 @@ class Journal:
         start: of the first record, without `type`, `session`, `seq` and `time`.
         session: its id, for a journal that an importer makes; a new one if not given.
         moment: of the first record, likewise.
-
-    Raises:
-        OSError: the file cannot be made.
     """
 
     def __init__(

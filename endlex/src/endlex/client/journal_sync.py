@@ -63,7 +63,6 @@ class SessionSync:
 
         Raises:
             SessionDiffers: what both have is not the same.
-            TransportError: it does not say.
         """
         length = content_length(self.path)
         try:
@@ -90,7 +89,6 @@ class SessionSync:
         Raises:
             TransportError: it did not arrive; `acknowledged` is right all the same.
             EndlexError: the journal has a line that no server takes.
-            OSError: the journal cannot be read.
         """
         start = self.ask() if self.acknowledged is None else self.acknowledged
         batch = read_batch(self.path, start, BATCH_BYTES)
@@ -120,11 +118,7 @@ class SessionSync:
         return len(batch)
 
     def report(self, status: str, unsent_bytes: int, reason: str | None = None) -> None:
-        """Tell the server how the session is: `running`, or how it ended, and why.
-
-        Raises:
-            TransportError: it did not arrive.
-        """
+        """Tell the server how the session is: `running`, or how it ended, and why."""
         body = {"status": status, "unsent_bytes": unsent_bytes, "reason": reason}
         self._transport.request("POST", f"{self._where}/state", json_body=body)
 
@@ -133,10 +127,6 @@ class SessionSync:
 
         Where this side lost its last lines (power failed after they were sent), nothing is
         missing as long as the rest is equal.
-
-        Raises:
-            SessionDiffers: the two differ.
-            TransportError: the server does not say.
         """
         return max(content_length(self.path) - self.ask(), 0)
 
@@ -156,11 +146,7 @@ def renew_session(path: Path) -> Path:
 
 
 def read_batch(path: Path, start: int, size: int) -> bytes:
-    """Whole lines from `start` on: as many as fit, but at least one if there is one.
-
-    Raises:
-        EndlexError: a line is longer than any server takes.
-    """
+    """Whole lines from `start` on: as many as fit, but at least one if there is one."""
     with path.open("rb") as file:
         file.seek(start)
         batch = file.read(size)

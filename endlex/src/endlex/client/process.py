@@ -74,11 +74,7 @@ def try_lock(file: Any, *, shared: bool = False) -> bool | None:
 
 
 def fsync(descriptor: int) -> None:
-    """Put an open file or directory on the disk, where the file system can.
-
-    Raises:
-        OSError: the disk failed.
-    """
+    """Put an open file or directory on the disk, where the file system can."""
     try:
         os.fsync(descriptor)
     except OSError as error:

@@ -52,11 +52,7 @@ class Patience:
             self._deadline = time.monotonic() + self._seconds
 
     def keep_trying(self, act: Callable[[], T]) -> T:
-        """Return what `act` returns, after as many faults as there is patience for.
-
-        Raises:
-            Retry: the last fault.
-        """
+        """Return what `act` returns, after as many faults as there is patience for."""
         while True:
             try:
                 return act()

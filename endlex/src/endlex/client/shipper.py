@@ -177,9 +177,6 @@ class Shipper:
 
     Args:
         directory: whose lock the caller holds.
-
-    Raises:
-        EndlexError: the directory is no run's.
     """
 
     def __init__(self, directory: Path, transport: Transport, stop: Stop) -> None:

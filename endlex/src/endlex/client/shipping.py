@@ -169,9 +169,6 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
 
     Args:
         url: of the server, if not that of the environment.
-
-    Raises:
-        OSError: no process can be started.
     """
     import subprocess
 

@@ -1,8 +1,8 @@
 """HTTP to the server, with the standard library: connections kept alive, with bounded waits.
 
-A fault is one of three kinds, and what to do about it is in the type: `Retry` (no answer, or one
-that says later) is tried again with a growing wait (`retrying`), `Gap` names the offset
-to go on from, and `Refused` will not be cured by asking again soon. No message holds the token.
+A fault is one of two kinds, and what to do about it is in the type: `Retry` (no answer, or one
+that says later) is tried again with a growing wait (`retrying`), and `Refused` will not be cured by
+asking again soon. Whatever asks the server raises these. No message holds the token.
 """
 
 from __future__ import annotations
@@ -76,19 +76,10 @@ class Refused(TransportError):
         self.status, self.content = status, dict(content)
 
 
-class Gap(Refused):
-    """The server holds another number of bytes than was assumed: `offset` of them."""
-
-    def __init__(self, message: str, status: int, content: Mapping[str, Any]) -> None:
-        super().__init__(message, status, content)
-        self.offset = int(content["offset"])
-
-
 @dataclass(frozen=True)
 class Answer:
     """A request that went well."""
 
-    status: int
     content: Any
     """Decoded from JSON; None if there was none."""
     date: str | None = None
@@ -167,7 +158,6 @@ class Transport:
 
         Raises:
             Retry: no answer, or a 5xx, 408, 425 or 429.
-            Gap: a 409 with an offset.
             Refused: any other status than 2xx.
         """
         given = dict(headers or {})
@@ -342,7 +332,7 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
     except ValueError:
         decoded = None
     if 200 <= status < 300:
-        return Answer(status, decoded, response.getheader("Date"))
+        return Answer(decoded, response.getheader("Date"))
     said = decoded if isinstance(decoded, dict) else {}
     reason = str(said.get("error") or response.reason or "")[:500]
     message = f"{url} answered {asked} with {status}: {reason}"
@@ -350,8 +340,6 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
         raise Retry(message, _seconds(response.getheader("Retry-After")))
     if 300 <= status < 400:
         message += f" (it points to {response.getheader('Location')!r}: set ENDLEX_URL to that)"
-    if status == 409 and isinstance(said.get("offset"), int):
-        raise Gap(message, status, said)
     raise Refused(message, status, said)
 
 

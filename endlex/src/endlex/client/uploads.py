@@ -30,7 +30,7 @@ from endlex.client.checkpoints import (
 )
 from endlex.client.process import READ_ONLY, write_whole
 from endlex.client.retrying import in_parallel
-from endlex.client.transport import Gap, Refused, Retry, Transport, quoted
+from endlex.client.transport import Refused, Retry, Transport, quoted
 from endlex.protocol import (
     MAX_PARTS_ASKED,
     MEDIA_DIR,
@@ -92,9 +92,6 @@ def build_manifest(root: Path, note: Staged) -> Manifest:
 
     Args:
         root: holds them under the paths of the note.
-
-    Raises:
-        CheckpointFailed: one is not what the note says.
     """
     return {
         "protocol": PROTOCOL,
@@ -120,12 +117,7 @@ def _hash_file(root: Path, file: StagedFile) -> ManifestFile:
 
 
 def staged_manifest(directory: Path, note: Staged) -> Manifest:
-    """Return the manifest of a staged checkpoint; it is made and kept when it is first needed.
-
-    Raises:
-        CheckpointFailed: a file is not what it was when it was saved.
-        OSError: the manifest cannot be written.
-    """
+    """Return the manifest of a staged checkpoint; it is made and kept when it is first needed."""
     with contextlib.suppress(EndlexError):  # a damaged one is made again
         if (kept := load_manifest(directory, note["name"])) is not None:
             return kept
@@ -259,22 +251,16 @@ def _send_part(sha256: str, place: _Place, start: int, transport: Transport) -> 
             body=memoryview(content)[start:],
             headers={"Content-Type": "application/octet-stream"},
         )
-    except Gap as error:
-        raise Retry(str(error)) from error
     except Refused as error:
-        if error.status != 400:
+        if error.status not in (400, 409):
             raise
         if hashlib.sha256(content).hexdigest() != sha256:
             raise FileChanged(place.file["path"]) from error
-        raise Retry(str(error)) from error  # it was damaged on the way
+        raise Retry(str(error)) from error  # damaged on the way, or from another offset
 
 
 def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], dict[str, int]]:
-    """Ask which of these parts the server lacks, and how many bytes it holds of those.
-
-    Raises:
-        TransportError: it does not say.
-    """
+    """Ask which of these parts the server lacks, and how many bytes it holds of those."""
     missing, partial = list[str](), dict[str, int]()
     for start in range(0, len(parts), MAX_PARTS_ASKED):
         asked = parts[start : start + MAX_PARTS_ASKED]
@@ -295,12 +281,7 @@ def send_media(
     progress: Progress = lambda done, total: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Send the media that wait in a run's directory.
-
-    Raises:
-        TransportError: not now.
-        FileChanged: a part was altered here.
-    """
+    """Send the media that wait in a run's directory."""
     folder, places = directory / MEDIA_DIR, dict[str, _Place]()
     for name in waiting_media(directory):
         status = (folder / name).stat()
@@ -321,13 +302,7 @@ def send_staged(
     progress: Progress = lambda done, total: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Hash a staged checkpoint, send it, and drop its files here once it is published.
-
-    Raises:
-        CheckpointFailed: it never will be.
-        TransportError: not now.
-        EndlexError: its note is damaged.
-    """
+    """Hash a staged checkpoint, send it, and drop its files here once it is published."""
     note = read_note(directory, name)
     manifest, root = staged_manifest(directory, note), directory / STAGED_DIR / name
     upload_checkpoint(run, manifest, root, note, transport, progress=progress, stopped=stopped)

@@ -78,11 +78,7 @@ def as_number(value: Any) -> float:
 
 
 def checked_step(step: Any) -> int:
-    """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`.
-
-    Raises:
-        EndlexError: it is not.
-    """
+    """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`."""
     if type(step) is int and 0 <= step <= MAX_STEP:
         return step
     try:

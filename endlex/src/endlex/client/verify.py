@@ -69,10 +69,6 @@ def require_all_sent(directory: Path, transport: Transport, published: Collectio
 
     Args:
         published: checkpoints that are known to be, though they are still staged.
-
-    Raises:
-        EndlexError: `verify_directory` finds something missing.
-        TransportError: the server cannot be asked.
     """
     missing = [
         found
@@ -91,10 +87,6 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     Every session's journal must be there and equal, every checkpoint that was saved be published
     with the files that were hashed here, or have been until it was let go of on purpose, no
     checkpoint wait, no trainer write and no shipper work.
-
-    Raises:
-        EndlexError: the directory is no run's.
-        TransportError: the server cannot be asked.
     """
     owner = require_run_file(directory)
     shipper = shipper_process(directory)
@@ -133,8 +125,9 @@ def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
     for path in session_files(directory):
         with path.open("rb") as file:
             for line in file:
-                if line.startswith(start) and line.endswith(b"\n"):
-                    yield parse_record(line) or {}
+                whole = line.startswith(start) and line.endswith(b"\n")
+                if whole and (record := parse_record(line)) is not None:
+                    yield record
 
 
 def _waiting(name: str, failure: str | None) -> Missing:
@@ -157,28 +150,15 @@ def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: boo
     return found
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What this side knows of a checkpoint without its files."""
-
-    replaces: object = None
-    time: float = 0.0
-
-
-def _saved(directory: Path) -> dict[str, _Saved]:
-    """Checkpoints that the journals or the kept manifests name."""
-    found = {path.stem: _Saved() for path in (directory / MANIFEST_DIR).glob("*.json")}
-    for record in _iter_records(directory, CHECKPOINT_START):
-        metadata, time = record.get("metadata"), record.get("time")
-        found[str(record.get("name"))] = _Saved(
-            metadata.get(REPLACES) if isinstance(metadata, dict) else None,
-            time if isinstance(time, int | float) else 0.0,
-        )
-    return found
+def _saved(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the journal's record of each checkpoint; empty where only its hashes were kept."""
+    found: dict[str, dict[str, Any]]
+    found = {path.stem: {} for path in (directory / MANIFEST_DIR).glob("*.json")}
+    return found | {r["name"]: r for r in _iter_records(directory, CHECKPOINT_START)}
 
 
 def _verify_checkpoint(
-    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+    run: str, directory: Path, name: str, saved: dict[str, Any], transport: Transport
 ) -> Missing | LetGo | None:
     let_go, ours = None, None
     try:
@@ -189,7 +169,7 @@ def _verify_checkpoint(
     except Removed as error:
         theirs, let_go = error.manifest, LetGo(name, error.removed, error.reason)
     except EndlexError as error:
-        if is_replaced(run, saved.replaces, saved.time, transport):
+        if _is_replaced(run, saved, transport):
             return None
         if ours is not None and isinstance(error, Unknown):
             said = f"{error}, though it was published there once"
@@ -200,9 +180,10 @@ def _verify_checkpoint(
     return let_go
 
 
-def is_replaced(run: str, word: object, saved: float, transport: Transport) -> bool:
-    """Whether the server has a checkpoint that replaced one saved at a moment (Unix seconds)."""
-    if not isinstance(word, str):
+def _is_replaced(run: str, saved: dict[str, Any], transport: Transport) -> bool:
+    """Whether the server has a later checkpoint that was saved to replace this one."""
+    word = saved.get("metadata", {}).get(REPLACES)
+    if word is None:
         return False
     try:
         listed = transport.request("GET", quoted("runs", run, "checkpoints")).content
@@ -210,7 +191,7 @@ def is_replaced(run: str, word: object, saved: float, transport: Transport) -> b
         return False
     return any(
         other["state"] == "published"
-        and other["created"] > saved
+        and other["created"] > saved["time"]
         and (other.get("metadata") or {}).get(REPLACES) == word
-        for other in (listed if isinstance(listed, list) else [])
+        for other in listed
     )

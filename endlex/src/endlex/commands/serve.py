@@ -15,11 +15,7 @@ GB = 10**9
 
 
 def import_server(module: str) -> Any:
-    """Return a module of the server.
-
-    Raises:
-        EndlexError: it, or what it needs, is not installed.
-    """
+    """Return a module of the server."""
     try:
         return importlib.import_module(f"endlex.server.{module}")
     except ModuleNotFoundError as error:

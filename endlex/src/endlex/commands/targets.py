@@ -55,7 +55,6 @@ def local_runs(words: Sequence[str] = ()) -> LocalRuns:
     Raises:
         UsageError: a word means none.
         EndlexError: a word is the name of several runs.
-        OSError: the list of runs cannot be read.
     """
     places = [*registered(), *find_run_directories(runs_folder())]
     if words:
@@ -99,11 +98,7 @@ def _find_places(word: str) -> list[Path]:
 
 
 def find_server(url: str | None) -> Api:
-    """Return the server named on the command line or in the environment.
-
-    Raises:
-        EndlexError: none was named, or the address or the token is not one.
-    """
+    """Return the server named on the command line or in the environment."""
     return Api(url, read_only=False)
 
 
