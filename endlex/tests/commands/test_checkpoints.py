@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import endlex
+from endlex.api import choose_checkpoint
 from endlex.client.run_directory import read_run_file
-from endlex.commands.checkpoints import choose_checkpoint
 from endlex.protocol import EndlexError
 
 

@@ -1,8 +1,11 @@
-"""`endlex pull` and `endlex push`: one checkpoint from the server, or to it, verified by hash."""
+"""`endlex sync` sends run directories in the foreground; `endlex pull` and `endlex push` move one
+checkpoint from the server or to it, verified by hash.
+"""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,9 +16,50 @@ from endlex.client.downloads import pull_checkpoint
 from endlex.client.run_directory import claim_directory, require_run_file
 from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Retry
+from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, count, format_bytes
-from endlex.commands.targets import find_server, is_run_directory
+from endlex.commands.targets import find_server, is_run_directory, local_runs
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError, UsageError
+
+
+def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str | None) -> int:
+    """Send every directory, by default every run of this machine.
+
+    One that cannot be sent does not keep the others back.
+    """
+    known = local_runs(directories)
+    todo = list(known.found)
+    if not directories:
+        print(known)
+    server = find_server(url)
+    server.get("/health")  # a wrong address is told at once; later faults are waited out
+    transport = server.transport
+    line = ProgressLine()
+    failed = 0
+    for number, directory in enumerate(todo, 1):
+        place = f"[{number}/{len(todo)}] {directory}" if len(todo) > 1 else str(directory)
+
+        def show(what: str, done: int, total: int, place: str = place) -> None:
+            line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
+
+        try:
+            sent = sync_directory(
+                directory, transport, show, drop_failed=drop_failed, resend=resend
+            )
+            require_all_sent(directory, transport, sent)
+        except KeyboardInterrupt:
+            line.clear()
+            again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
+            print(f"stopped; what was sent stays sent. To go on: endlex sync {again}")
+            return 130
+        except (EndlexError, OSError) as error:
+            line.clear()
+            print(f"{place}: not all sent: {error}")
+            failed += 1
+        else:
+            line.clear()
+            print(f"{place}: all on {transport.url}")
+    return 1 if failed or known.unreadable else 0
 
 
 def pull(run: str, directory: Path, url: str | None) -> int:
