@@ -6,7 +6,8 @@
     frame = api.run("my-project/d12").history(["train/loss"])    # pandas, or polars
     api.run("my-project/d12").download("best", "checkpoints")
 
-It only reads, unless it is told otherwise. The token travels in a header; no message holds it.
+It only reads, unless made with `read_only=False`. The token travels in a header; no message holds
+it.
 """
 
 from __future__ import annotations
@@ -218,7 +219,7 @@ class RunInfo:
     def texts(self, name: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
         """Return the latest texts, of one name if it is given: name, step, time, text.
 
-        Endlex's own are told by name alone: run/environment, run/changes, run/exception.
+        Endlex's own texts are returned only by name: run/environment, run/changes, run/exception.
         """
         query = {"name": name, "limit": limit}
         return list(self._api.get(run_path(self.id, "texts"), query)["texts"])

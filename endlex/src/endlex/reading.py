@@ -167,7 +167,7 @@ def end_status(path: Path) -> str | None:
 
 
 def gone_status(path: Path) -> str:
-    """What to say of a session whose writer is gone without having said how it ended.
+    """Return the status of a session whose writer is gone without having recorded its end.
 
     An import's first record says it in `ended`. A shipper that was killed is no fault of the run's.
     """
@@ -179,7 +179,7 @@ def gone_status(path: Path) -> str:
 
 
 def gone_reason(path: Path) -> str:
-    """Why a session's writer is gone that has not said it: the stack that a signal left behind."""
+    """Return why such a writer is gone: the stack that a signal left behind."""
     with contextlib.suppress(OSError):
         stack = path.with_suffix(".fault").read_text(errors="replace")[:MAX_REASON_CHARS].strip()
         if stack:
@@ -198,7 +198,7 @@ def writer_is_alive(path: Path) -> bool:
 
 
 def session_status(path: Path) -> str:
-    """Return how a session stands: its own word, else running, or how it broke off."""
+    """Return a session's status: the recorded one, else running, or how it broke off."""
     return end_status(path) or ("running" if writer_is_alive(path) else gone_status(path))
 
 
@@ -301,8 +301,8 @@ Points = dict[int, tuple[float, float]]
 def read_points(directory: Path) -> dict[str, Points]:
     """Return a run's points by metric and step; of two values at one step the later counts.
 
-    The steps of the machine's own metrics, seconds since their session began, go on from session to
-    session, as the server exports them.
+    The steps of the machine's own metrics are seconds since their session began; they continue from
+    session to session, as the server exports them.
     """
     trainer: dict[str, Points] = {}
     machine: dict[str, list[tuple[float, int, float]]] = {}

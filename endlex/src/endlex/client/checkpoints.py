@@ -342,7 +342,7 @@ def drop_replaced(directory: Path) -> list[str]:
         try:
             word = read_note(directory, name)["metadata"].get(REPLACES)
         except (EndlexError, KeyError, AttributeError):
-            continue  # damaged: whoever sends it says so
+            continue  # damaged: sending it will report that
         if isinstance(word, str):
             if word in newest:
                 unstage(directory, name)

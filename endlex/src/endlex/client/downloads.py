@@ -34,7 +34,7 @@ class _Piece:
 
 
 class Removed(EndlexError):
-    """The server published this checkpoint, and let go of it since, on purpose.
+    """The server published this checkpoint and removed it since, on purpose.
 
     Attributes:
         removed: Unix seconds.
@@ -56,7 +56,7 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
 
     Raises:
         Unknown: there is none of this name.
-        Removed: a rule or a person let go of it.
+        Removed: a rule or a person removed it.
         EndlexError: it is not published.
         Retry: the server is not there.
     """

@@ -28,7 +28,7 @@ LARGEST_BACKLOG = 16 * 2**20
 """Bytes of records held in memory while the disk refuses them."""
 
 OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
-"""Those of this process, for a fork to let go of; empty until one is opened."""
+"""The journals of this process, which a forked child must abandon."""
 
 
 class Journal:
@@ -157,7 +157,7 @@ class Journal:
                 os.close(descriptor)
 
     def abandon(self) -> None:
-        """Let go of the file in a forked child: the parent keeps it, and its lock."""
+        """Give up the file in a forked child: the parent keeps it, and its lock."""
         self.lock = threading.RLock()  # a thread that no longer exists may have held the old one
         self.inherited = True
         self._backlog = b""

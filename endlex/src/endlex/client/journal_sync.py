@@ -54,7 +54,7 @@ class SessionSync:
         """Size of the file when nothing whole was left to send."""
         self.alive = True
         self.done = False
-        """Everything acknowledged, the writer gone, and the server told how it ended."""
+        """Everything is acknowledged, the writer is gone, and its end was reported."""
         self.error: str | None = None
         self.retry_at = self.beat_at = 0.0
 
@@ -180,7 +180,7 @@ class JournalShipper:
     """Ship the journals of a run's directory; new sessions are found as they appear.
 
     Args:
-        reported: sessions of whose end this server was told before.
+        reported: sessions whose end was reported to this server before.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What a process needs of its system: warnings, locks, names of processes, and its own end.
 
 Locks (Lustre, NFS) and writes to the disk on request (FUSE) are not everywhere: where they are
-missing, work goes on without them, with one warning.
+missing, Endlex works without them, with one warning.
 
 A run that the program did not finish is recorded as it exits, with what ended it: the interpreter
 keeps the exception that nobody caught in `sys.last_value`, `sys.exit` is wrapped to note its code,
@@ -68,7 +68,7 @@ def try_lock(file: Any, *, shared: bool = False) -> bool | None:
     except OSError as error:
         if error.errno in TAKEN:
             return False
-        warn_once(f"files cannot be locked here ({error.strerror}): going on without locks")
+        warn_once(f"files cannot be locked here ({error.strerror}): continuing without locks")
         return None
     return True
 
@@ -80,7 +80,7 @@ def fsync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        warn_once(f"this file system cannot be told to write to its disk ({error.strerror})")
+        warn_once(f"this file system cannot flush to its disk ({error.strerror})")
 
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:

@@ -7,7 +7,7 @@ journals' sizes twice a second and sends what is new from the offset that the se
 after any fault it does the same again, forever, with growing waits. Checkpoints go in a thread of
 their own, oldest first; one that can never be published is reported and kept. All that it knows is
 on the disk or on the server, so it may be killed at any moment. It ends when every session's writer
-is gone and everything is acknowledged; a run that goes on meanwhile starts another one, which
+is gone and everything is acknowledged; a run that is resumed meanwhile starts another one, which
 waits for the lock: what begins before the lock is given up is sent by the old, the rest by the new.
 """
 
@@ -218,7 +218,7 @@ class Shipper:
         backoff.reset()
         self._report(next(iter(self._journals.errors()), None))
         if self._journals.denied:
-            self._transport.renew_token(server_token())  # its file may have been written anew
+            self._transport.renew_token(server_token())  # its file may have been rewritten
         self._watch_system()
         if more:
             return 0.0
@@ -263,7 +263,7 @@ class Shipper:
 
 
 def _reported(directory: Path, url: str) -> list[str]:
-    """Sessions of whose end an earlier shipper told the same server."""
+    """Return the sessions whose end an earlier shipper reported to the same server."""
     state = read_state(directory)
     if state.get("url") != url:
         return []

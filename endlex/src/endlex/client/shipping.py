@@ -42,7 +42,7 @@ NAMING_POLLS = 10
 DONE = "done"
 """State of one that ended because nothing was left to do."""
 STOPPED = "stopped"
-"""State of a shipper that was told to end."""
+"""State of a shipper that was asked to end."""
 FOREGROUND = "foreground"
 BACKGROUND = "background"
 
@@ -98,7 +98,7 @@ class Holder(NamedTuple):
 
 
 def _holder(lock: IO[str]) -> Holder | None:
-    """Lock the open file, and return None; or who has it."""
+    """Lock the open file and return None, or return the process that has it."""
     locked = try_lock(lock)
     if locked:
         return None
@@ -179,7 +179,7 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
         environment["ENDLEX_URL"] = url
     shipper = [sys.executable, "-P", "-m", "endlex.client.shipper", str(directory)]
     with (directory / SHIPPER_LOG).open("ab") as log:
-        subprocess.run(  # by a shell that ends at once: nobody's child, whoever kills our children
+        subprocess.run(  # by a shell that ends at once: then it is not our child
             ["/bin/sh", "-c", '"$@" &', "sh", *shipper],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -191,7 +191,7 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
 
 
 def restart_shipper_if_killed(directory: Path) -> None:
-    """Start a shipper unless one lives, or the last one was told to end.
+    """Start a shipper unless one lives, or the last one was asked to end.
 
     `log` does this once a minute: asking takes tens of microseconds, and starting one that was
     killed under two milliseconds.
@@ -306,5 +306,5 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
         warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
             f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
-            f"The shipper goes on in the background; to send them later: {sync_command(directory)}"
+            f"The shipper keeps trying; to send them later: {sync_command(directory)}"
         )

@@ -23,7 +23,7 @@ from endlex.protocol import EndlexError
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 SEND_BYTES = 256 * 1024
-"""Of a body at a time: the wait is bounded for each, not for the whole."""
+"""Bytes of a body sent at a time: the wait is bounded for each, not for the whole."""
 LARGEST_ANSWER = 64 * 2**20
 HINTS = {
     "Connection refused": "is `endlex serve` running there?",
@@ -113,7 +113,7 @@ class Transport:
             shown = url.rpartition("@")[2]
             raise EndlexError(f"the server's URL {shown!r} must look like https://host[:port]")
         if token is not None and not _is_token(token):
-            raise EndlexError("the token has characters that no token has: copy it again")
+            raise EndlexError("the token holds characters that no token has: copy it again")
         try:
             self.port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as error:
@@ -295,7 +295,7 @@ class Transport:
 
     def ill_answer(self) -> Retry:
         """The error for an answer that went well and is not what an Endlex server says."""
-        return Retry(f"{self.url} is no Endlex server, or an ill one")
+        return Retry(f"{self.url} does not answer like an Endlex server")
 
     def close(self) -> None:
         """Close this thread's connection; its next request opens another one."""

@@ -34,7 +34,7 @@ class MetricKeys(dict[str, str]):
 def tidy_name(name: Any, default: str) -> str:
     """Make a name printable and short enough, as `protocol.check_name` wants it.
 
-    Of one that is too long, the end is a hash of the whole, so that two of them stay apart.
+    A name that is too long ends with a hash of the whole, so that two of them stay apart.
     """
     text = "".join(c if c.isprintable() else "_" for c in str(name)).strip()
     if len(text) > MAX_NAME_CHARS:

@@ -41,7 +41,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class LetGo:
-    """A checkpoint that the server published and let go of since, by a rule or by hand."""
+    """A checkpoint that the server published and that a rule or a person removed since."""
 
     name: str
     removed: float
@@ -65,7 +65,7 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
 
 
 def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
-    """Make sure that the server has what was here: what a live trainer adds meanwhile is no fault.
+    """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
 
     Args:
         published: checkpoints that are known to be, though they are still staged.
@@ -85,7 +85,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     """Compare a run's directory with the server by hash.
 
     Every session's journal must be there and equal, every checkpoint that was saved be published
-    with the files that were hashed here, or have been until it was let go of on purpose, no
+    with the files that were hashed here, or have been until it was removed on purpose, no
     checkpoint wait, no trainer write and no shipper work.
     """
     owner = require_run_file(directory)
@@ -117,7 +117,7 @@ def _verify_media(directory: Path, transport: Transport) -> Iterator[Missing]:
         parts |= {str(part.get("sha256")): str(record.get("name")) for part in record["parts"]}
     lacking, _ = missing_parts(transport, list(parts))
     for name in dict.fromkeys(parts[sha256] for sha256 in lacking):
-        yield Missing("media", name, "a file of it is not sent yet")
+        yield Missing("media", name, "one of its files is not sent yet")
 
 
 def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:

@@ -60,7 +60,7 @@ class Finding:
 
 
 def finding(check: str, good: bool, message: str, remedy: str = "") -> Finding:
-    """Return what a check found; the remedy is told where something is not good."""
+    """Return what a check found, with the remedy if something is not good."""
     if good:
         return Finding("ok", check, message)
     return Finding("fault", check, f"{message}: {remedy}" if remedy else message)

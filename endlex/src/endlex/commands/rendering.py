@@ -1,6 +1,6 @@
 """Turn values into text for a terminal: tables, sizes, ages, numbers.
 
-Names, notes and samples come from whoever logged them: control characters, which could move the
+Names, notes and samples come from any program that logs: control characters, which could move the
 cursor or retitle the window, are shown as escapes.
 """
 

@@ -32,7 +32,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
     if not directories:
         print(known)
     server = find_server(url)
-    server.get("/health")  # a wrong address is told at once; later faults are waited out
+    server.get("/health")  # a wrong address fails at once; later faults are waited out
     transport = server.transport
     line = ProgressLine()
     failed = 0
@@ -50,7 +50,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
         except KeyboardInterrupt:
             line.clear()
             again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
-            print(f"stopped; what was sent stays sent. To go on: endlex sync {again}")
+            print(f"stopped; what was sent stays sent. To resume: endlex sync {again}")
             return 130
         except (EndlexError, OSError) as error:
             line.clear()
@@ -63,7 +63,7 @@ def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str |
 
 
 def pull(run: str, directory: Path, url: str | None) -> int:
-    """Download a checkpoint into a directory, and let a run that is resumed there be the same."""
+    """Download a checkpoint into a directory, so that a run resumed there joins the old one."""
     word, _, which = run.rpartition("@") if "@" in run else (run, "", LAST)
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"{directory} is a file: give a directory")
@@ -82,7 +82,7 @@ def pull(run: str, directory: Path, url: str | None) -> int:
         pull_checkpoint(found["run"], checkpoint["name"], directory, server.transport, show)
     except Retry as error:
         line.clear()
-        raise EndlexError(f"{error}; the same command goes on where it stopped") from error
+        raise EndlexError(f"{error}; run the same command to resume") from error
     line.clear()
     print(
         f"{directory}: checkpoint {checkpoint['name']} (step {checkpoint['step']:,}, {size}) of "
@@ -95,16 +95,16 @@ def pull(run: str, directory: Path, url: str | None) -> int:
 def _join_run(directory: Path, found: dict[str, Any]) -> str:
     """Write run.json unless the place is taken, and say how a resumed run joins the old one."""
     identity = found["run"]
-    resume = f"ENDLEX_RUN_ID={identity} makes a run that is resumed elsewhere join it"
+    resume = f"ENDLEX_RUN_ID={identity} makes a run on another machine join it"
     path = directory / RUN_FILE
     try:
         owner = claim_directory(directory, identity, found["project"], found["name"])
     except EndlexError:  # a run.json, but not of Endlex
         owner = None
     if owner is None or owner["run"] != identity:
-        return f"{path} is something else and stays as it is; {resume}"
+        return f"{path} belongs to something else and is left as it is; {resume}"
     return (
-        f"{path} is written: endlex.init with directory={str(directory)!r} goes on with run "
+        f"{path} is written: endlex.init with directory={str(directory)!r} resumes run "
         f"{identity}; {resume}"
     )
 
@@ -118,7 +118,7 @@ def push(
     alias: Sequence[str],
     url: str | None,
 ) -> int:
-    """Upload a file or a directory as a checkpoint, of a run that is there or of a new one."""
+    """Upload a file or a directory as a checkpoint of an existing run, or of a new one."""
     if not path.exists():
         raise UsageError(f"{path} does not exist")
     if run and project:
@@ -140,7 +140,7 @@ def push(
             send(step=step, aliases=alias, progress=show)
     except Retry as error:
         line.clear()
-        raise EndlexError(f"{error}; the same command goes on where it stopped") from error
+        raise EndlexError(f"{error}; run the same command to resume") from error
     line.clear()
     published = server.get(run_path(identity, "checkpoints", checkpoint))
     files = published["files"]

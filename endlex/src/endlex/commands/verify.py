@@ -3,7 +3,7 @@
 The answer is yes only when the server was asked just now and holds, with equal SHA-256, every byte
 of every journal and every checkpoint that was saved, and nothing is at work here that could add to
 them. Everything else, an unreachable server too, is a no, with what is missing and the command
-that sends it. A checkpoint that the server published and let go of by a rule or by hand is named,
+that sends it. A checkpoint that the server published and that a rule or a person removed is named,
 and no loss; one that it published and knows nothing of any more is.
 """
 

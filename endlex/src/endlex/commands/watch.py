@@ -1,4 +1,4 @@
-"""`endlex watch`: plot a run in the terminal while it goes on, or print a line a look on a pipe.
+"""`endlex watch`: plot a run in the terminal while it is going; when piped, print lines.
 
 A run of the server is polled, and so is a run's directory on this machine: no server is needed to
 watch a run beside its trainer. Plots are drawn by plotext, the extra `endlex[watch]`.
