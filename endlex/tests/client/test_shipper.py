@@ -399,9 +399,8 @@ def test_a_full_disk_delays_a_checkpoint_and_does_not_lose_it(
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "weights").write_bytes(b"w")
     name = run.save(tmp_path / "weights", step=1)
-    shipper = CheckpointShipper(
-        directory, run.id, Transport(stub.url), ready=lambda: True, refused_seconds=0.01
-    )
+    monkeypatch.setattr("endlex.client.shipper.REFUSED_SECONDS", 0.01)
+    shipper = CheckpointShipper(directory, run.id, Transport(stub.url))
     shipper.start()
     stub.wait_for(lambda: (run.id, name) in stub.manifests)
     shipper.stop()

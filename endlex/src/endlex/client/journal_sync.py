@@ -188,13 +188,9 @@ class JournalShipper:
         directory: Path,
         run: str,
         transport: Transport,
-        *,
-        heartbeat_seconds: float = HEARTBEAT_SECONDS,
-        refused_seconds: float = REFUSED_SECONDS,
         reported: Collection[str] = (),
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
-        self._heartbeat, self._patience = heartbeat_seconds, refused_seconds
         self._reported = set(reported)
         self._oom_kills = oom_kills()
         self.sessions: dict[str, SessionSync] = {}
@@ -224,7 +220,7 @@ class JournalShipper:
             except (EndlexError, OSError) as error:
                 self.denied = isinstance(error, Refused) and error.status in (401, 403)
                 session.error = str(error)
-                session.retry_at = time.monotonic() + self._patience
+                session.retry_at = time.monotonic() + REFUSED_SECONDS
         if later is not None and not more:
             raise later
         return more
@@ -249,7 +245,7 @@ class JournalShipper:
         now = time.monotonic()
         if session.acknowledged and now >= session.beat_at:
             session.report("running", max(size - session.acknowledged, 0))
-            session.beat_at = now + self._heartbeat
+            session.beat_at = now + HEARTBEAT_SECONDS
 
     def _report_end(self, session: SessionSync) -> None:
         if session.acknowledged and session.session not in self._reported:

@@ -55,7 +55,6 @@ class CheckpointShipper:
 
     Args:
         ready: asked whether the server knows the run by now.
-        refused_seconds: wait after what is no fault of the network.
     """
 
     def __init__(
@@ -65,10 +64,9 @@ class CheckpointShipper:
         transport: Transport,
         *,
         ready: Callable[[], bool] = lambda: True,
-        refused_seconds: float = REFUSED_SECONDS,
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
-        self._ready, self._patience = ready, refused_seconds
+        self._ready = ready
         self._stop = Stop()
         self._backoff = Backoff()
         self._states: dict[str, dict[str, Any]] = {}
@@ -154,7 +152,7 @@ class CheckpointShipper:
                 return self._backoff.wait(error)
             except Exception as error:
                 if isinstance(error, Refused) or not isinstance(error, EndlexError):
-                    return self._patience  # such as a full disk: nothing ends the thread
+                    return REFUSED_SECONDS  # such as a full disk: nothing ends the thread
                 say(f"checkpoint {name} failed: {error}")
             else:
                 self._backoff.reset()
