@@ -62,7 +62,6 @@ CRASHED = "crashed"
 """What is said of a session whose writer is gone without a word."""
 LOST = "lost"
 """What a server says of a session of whose machine it heard nothing for a while; it may return."""
-SESSION_STATES = ("running", *STATUSES, CRASHED)
 
 Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]
 SCOPES: dict[Scope, str] = {

@@ -24,7 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server.api import checkpoints, export, journal, login, media, runs
+from endlex.server.api import checkpoints, export, journal, login, runs
 from endlex.server.api.auth import list_tokens
 from endlex.server.api.bodies import json_response
 from endlex.server.api.handlers import install_handlers
@@ -32,7 +32,7 @@ from endlex.server.api.security import Guard, is_loopback
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server
 from endlex.server.store.retention import sweep
-from endlex.server.web.pages import build_router
+from endlex.server.web.pages import install_pages
 
 logger = logging.getLogger("endlex")
 
@@ -63,9 +63,9 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.add_middleware(Guard, settings=settings)
     install_handlers(app)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (journal, runs, checkpoints, media, export, login):
+    for module in (journal, runs, checkpoints, export, login):
         app.include_router(module.router)
-    app.include_router(build_router(settings.root_path))
+    install_pages(app, settings.root_path)
     return app
 
 
@@ -100,7 +100,7 @@ async def _clean_forever(server: Server) -> None:
     """Remove what nothing uses any more."""
     while True:
         try:
-            await server.workers.file(sweep, server.database, server.hashes, server.blobs)
+            await server.workers.file(sweep, server.database, server.blobs)
         except (sqlite3.Error, OSError) as error:
             logger.warning("cannot remove what is not used any more: %s", error)
         await asyncio.sleep(CLEAN_SECONDS)
