@@ -41,7 +41,6 @@ class Server:
         self.verifier = Verifier(self.database, self.blobs, self.hub)
         self.checkpoints = Checkpoints(self.database, self.blobs, self.verifier)
         self.notifier = Notifier(settings, self.database)
-        self.notifier.start()
 
     async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
         """Return the answer to a question about one state of the database, read in a thread."""

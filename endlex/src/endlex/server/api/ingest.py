@@ -79,11 +79,7 @@ async def append(
         ApiError: 400, 409, 413, 422 or 507, as the protocol says.
     """
     prepared = await server.workers.batch(_prepare, offset, crc, body, deflated)
-    try:
-        reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
-    except (sqlite3.Error, OSError):
-        server.database.write(lambda _: server.watch.forget())
-        raise
+    reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
     for kind, content in news:
         server.hub.publish(kind, content)
     return reached
