@@ -26,22 +26,8 @@ from endlex.server.settings import DataDir, Settings
 from endlex.server.workers import Workers
 
 PIECE = 2**20
-QUIET_SECONDS = 3.0
-"""After so long without a byte an upload is taken for cut, and another may go on with the part."""
 KEPT_SECONDS = 86400.0
 """How long a part that nothing uses yet, or a partial one, is kept for who may be sending."""
-
-
-class _Upload:
-    """One request that is writing a partial file."""
-
-    def __init__(self) -> None:
-        self.active = time.monotonic()
-        self.writing = False
-
-    @property
-    def quiet(self) -> bool:
-        return not self.writing and time.monotonic() - self.active > QUIET_SECONDS
 
 
 class Blobs:
@@ -50,7 +36,7 @@ class Blobs:
     def __init__(self, settings: Settings, data: DataDir, workers: Workers) -> None:
         self._data, self._workers = data, workers
         self._reserve = settings.reserve(data.root)
-        self._uploads: dict[str, _Upload] = {}
+        self._uploads: set[str] = set()
         self.lock = threading.Lock()
 
     def path(self, sha256: str) -> Path:
@@ -91,27 +77,19 @@ class Blobs:
         """
         if await self._workers.file(_touch, self.path(sha256)) is not None:
             return False
-        running = self._uploads.get(sha256)
-        if running is not None and not running.quiet:
+        if sha256 in self._uploads:  # one that stands still is given up by `bodies.iter_body`
             message = f"part {sha256} is being sent by another connection: ask again"
             raise ApiError(429, message, {"Retry-After": "1"})
-        mine = self._uploads[sha256] = _Upload()
+        self._uploads.add(sha256)
         try:
-            await self._append(sha256, offset, length, body, mine)
-            mine.writing = True  # hashing may take long: nobody goes on with it meanwhile
+            await self._append(sha256, offset, length, body)
             await self._workers.file(self._publish, sha256)
         finally:
-            if self._uploads.get(sha256) is mine:
-                del self._uploads[sha256]
+            self._uploads.remove(sha256)
         return True
 
     async def _append(
-        self,
-        sha256: str,
-        offset: int,
-        length: int | None,
-        body: AsyncIterator[bytes],
-        mine: _Upload,
+        self, sha256: str, offset: int, length: int | None, body: AsyncIterator[bytes]
     ) -> None:
         held = await self._workers.file(self._prepare, sha256, length or 0)
         if offset != held:
@@ -120,17 +98,11 @@ class Blobs:
         too_long = ApiError(413, f"a part has at most {MAX_PART_BYTES:,} bytes: cut the file finer")
         if held + (length or 0) > MAX_PART_BYTES:
             raise too_long
-        async for piece in _in_pieces(body, mine):
+        async for piece in _in_pieces(body):
             held += len(piece)
             if held > MAX_PART_BYTES:
                 raise too_long
-            if self._uploads.get(sha256) is not mine:
-                raise ApiError(409, f"another connection went on with part {sha256}", offset=held)
-            mine.writing = True
-            try:
-                await self._workers.file(_append_to, self._partial(sha256), piece)
-            finally:
-                mine.writing, mine.active = False, time.monotonic()
+            await self._workers.file(_append_to, self._partial(sha256), piece)
 
     def _prepare(self, sha256: str, length: int) -> int:
         """Return how many bytes have come; there must be room for the rest."""
@@ -201,13 +173,12 @@ class Blobs:
         return freed
 
 
-async def _in_pieces(body: AsyncIterator[bytes], upload: _Upload) -> AsyncIterator[bytes]:
+async def _in_pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Gather what the network brings into pieces worth a write; the rest comes at a cut, too."""
     waiting = bytearray()
     fault: Exception | None = None
     try:
         async for chunk in body:
-            upload.active = time.monotonic()
             waiting += chunk
             if len(waiting) >= PIECE:
                 yield bytes(waiting)

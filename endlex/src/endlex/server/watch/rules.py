@@ -17,7 +17,7 @@ from endlex.search import COMPARISONS, SearchError, Term, parse_search
 from endlex.server.store.records import Batch, Points
 
 Rule = tuple[str, Term, float]
-"""A rule's name, its comparison of a metric with a number, and the seconds for which it must hold."""
+"""A rule's name, its comparison of a metric with a number, and the seconds it must hold for."""
 
 
 def read_rules(connection: sqlite3.Connection, run: int) -> Iterator[Rule]:
@@ -33,8 +33,9 @@ def read_rules(connection: sqlite3.Connection, run: int) -> Iterator[Rule]:
             seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
         except (SearchError, TypeError, ValueError):
             continue
-        if len(terms) == len(terms[0]) == 1 and terms[0][0].key and terms[0][0].number is not None:
-            yield name, terms[0][0], seconds
+        (term, *others), *more = terms
+        if term.key and term.number is not None and not others and not more:
+            yield name, term, seconds
 
 
 class RuleWatch:
@@ -65,7 +66,7 @@ class RuleWatch:
 
     def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
         """Return since when a rule holds without a break, or None."""
-        holds = COMPARISONS[term.operator](points.numbers, term.number) != term.negated
+        holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
         breaks = np.flatnonzero(~holds)
         if len(breaks) and breaks[-1] == len(holds) - 1:
             self._since.pop(key, None)
