@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import orjson
 
-from endlex.protocol import MAX_BATCH_BYTES, encode_number
+from endlex.protocol import CHECKPOINT, MAX_BATCH_BYTES, MEDIA, TEXT, encode_number
 from endlex.server.errors import ApiError, disk_full
 from endlex.server.events import Event
 from endlex.server.state import Server
@@ -138,8 +138,8 @@ def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Bat
     for name, points in batch.points.items():
         metric = _update_metric(connection, state.run, name, points)
         append_points(connection, metric, state.pk, points)
-    store_records(connection, state.run, batch.texts, batch.tables, batch.media)
-    for record in batch.checkpoints:
+    store_records(connection, state.run, batch.records)
+    for record in batch.records[CHECKPOINT]:
         size = sum(file["bytes"] for file in record["files"])
         aliases = orjson.dumps(record.get("aliases") or []).decode()
         metadata = orjson.dumps(record.get("metadata") or {}).decode()
@@ -175,9 +175,9 @@ def _news(run: str, status: str, batch: Batch) -> list[Event]:
     if batch.points:
         last = max(int(points.steps[-1]) for points in batch.points.values())
         news.append(("metrics", {"run": run, "metrics": list(batch.points), "last_step": last}))
-    for kind, records in (("text", batch.texts), ("media", batch.media)):
-        for name, record in {record["name"]: record for record in records}.items():
+    for kind in (TEXT, MEDIA):
+        for name, record in {record["name"]: record for record in batch.records[kind]}.items():
             news.append((kind, {"run": run, "name": name, "step": record["step"]}))
-    for record in batch.checkpoints:
-        news.append(("checkpoint", {"run": run, "name": record["name"], "state": "announced"}))
+    for record in batch.records[CHECKPOINT]:
+        news.append((CHECKPOINT, {"run": run, "name": record["name"], "state": "announced"}))
     return news

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +25,6 @@ from endlex.protocol import (
     CONFIG,
     FINISH,
     LEVELS,
-    MAX_REASON_CHARS,
     MAX_STEP,
     MAX_TEXT_CHARS,
     MEDIA,
@@ -85,32 +85,19 @@ class Points:
         return cls(np.frombuffer(steps, np.int64), *columns)
 
 
-LISTS = {
-    **{SESSION: "sessions", CONFIG: "configs", TEXT: "texts", TABLE: "tables"},
-    **{CHECKPOINT: "checkpoints", ALERT: "alerts", MEDIA: "media"},
-}
-"""Where a `Batch` has the records of each type."""
-
-
 @dataclass
 class Batch:
     """What the whole lines of one body say."""
 
     damaged: int = 0
     points: dict[str, Points] = field(default_factory=dict)
-    sessions: list[Record] = field(default_factory=list)
-    configs: list[Record] = field(default_factory=list)
-    texts: list[Record] = field(default_factory=list)
-    tables: list[Record] = field(default_factory=list)
-    checkpoints: list[Record] = field(default_factory=list)
-    alerts: list[Record] = field(default_factory=list)
-    media: list[Record] = field(default_factory=list)
-    status: str | None = None
-    """How the session ended, when a finish record is among the lines."""
-    reason: str | None = None
-    """Why it ended, as the finish record says."""
-    ended: float | None = None
-    """When it did; the writer's clock."""
+    records: defaultdict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
+    """By type, the records that are not of metrics."""
+
+    @property
+    def finish(self) -> Record | None:
+        """How the session ended, if a line says so."""
+        return self.records[FINISH][-1] if self.records[FINISH] else None
 
 
 class _Block:
@@ -169,18 +156,8 @@ def _gather(records: list[Any], batch: Batch) -> None:
             block.values.extend(values.values())
         else:
             _check_other(record)
-            _place(record, batch)
+            batch.records[record["type"]].append(record)
     batch.points = _to_points(list(blocks.values()))
-
-
-def _place(record: Record, batch: Batch) -> None:
-    kind = record["type"]
-    if kind == FINISH:
-        batch.status, batch.ended = record["status"], record["time"]
-        reason = record.get("reason")
-        batch.reason = reason[:MAX_REASON_CHARS] if isinstance(reason, str) else None
-    elif kind in LISTS:
-        getattr(batch, LISTS[kind]).append(record)
 
 
 def _to_points(blocks: list[_Block]) -> dict[str, Points]:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from endlex.protocol import (
+    CONFIG,
     CRASHED,
     LOST,
     SYSTEM,
@@ -111,7 +112,7 @@ def advance_session(
     connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
 ) -> None:
     """Note that a session is here up to `reached`, with what the new lines say of it."""
-    for record in batch.configs:
+    for record in batch.records[CONFIG]:
         if state.kind != SYSTEM:
             store_config(connection, state.run, record["config"])
         query = "SELECT config FROM session WHERE pk=?"
@@ -119,7 +120,9 @@ def advance_session(
         merged = orjson.dumps(known | record["config"]).decode()
         connection.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
     # Bytes from a session that was taken for dead show that it is not.
-    status = batch.status or ("running" if state.status in (CRASHED, LOST) else state.status)
+    status = "running" if state.status in (CRASHED, LOST) else state.status
+    if batch.finish:
+        status = batch.finish["status"]
     now = time.time()
     connection.execute(
         "UPDATE session SET offset=?, damaged_lines=damaged_lines+?, last_seen=?, heard=?, "

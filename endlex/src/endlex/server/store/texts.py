@@ -7,13 +7,13 @@ The content of media (pictures, sound, video, other files) is parts like those o
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, Field
 
-from endlex.protocol import MAX_STEP
+from endlex.protocol import MAX_STEP, MEDIA, TABLE, TEXT
 from endlex.server.errors import ApiError
 
 OWN_PREFIX = "run/"
@@ -66,13 +66,9 @@ def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Pag
 
 
 def store_records(
-    connection: sqlite3.Connection,
-    run: int,
-    texts: Sequence[Record],
-    tables: Sequence[Record],
-    media: Sequence[Record],
+    connection: sqlite3.Connection, run: int, records: Mapping[str, Sequence[Record]]
 ) -> None:
-    """Keep what records of a journal say, and that the parts of media are used."""
+    """Keep a batch's texts, tables and media, and that the parts of media are used."""
 
     def insert(table: str, column: str, rows: list[tuple[Record, str]]) -> None:
         connection.executemany(
@@ -83,12 +79,12 @@ def store_records(
     def chosen(record: Record, *keys: str) -> str:
         return orjson.dumps({key: record.get(key) for key in keys}).decode()
 
-    insert("text", "text", [(r, r["text"]) for r in texts])
-    insert("data_table", "content", [(r, chosen(r, "columns", "rows")) for r in tables])
-    insert("media", "content", [(r, chosen(r, *MEDIA_KEYS)) for r in media])
+    insert("text", "text", [(r, r["text"]) for r in records[TEXT]])
+    insert("data_table", "content", [(r, chosen(r, "columns", "rows")) for r in records[TABLE]])
+    insert("media", "content", [(r, chosen(r, *MEDIA_KEYS)) for r in records[MEDIA]])
     connection.executemany(
         "INSERT OR IGNORE INTO media_part VALUES (?, ?, ?)",
-        [(part["sha256"], run, part["bytes"]) for r in media for part in r["parts"]],
+        [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
     )
 
 

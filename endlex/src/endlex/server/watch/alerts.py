@@ -37,7 +37,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from endlex.protocol import LEVELS, LOST, SYSTEM, TRAINER
+from endlex.protocol import ALERT, LEVELS, LOST, MAX_REASON_CHARS, SESSION, SYSTEM, TRAINER
 from endlex.server.events import Event
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.records import Batch, Points
@@ -118,17 +118,19 @@ class Watch:
                 _watch_disk(book, name, float(points.numbers[-1]))
             return book.events
         book.resolve("stall", "lost")
-        if batch.sessions:
+        if batch.records[SESSION]:
             book.resolve(*ENDS, *LEVELS, "nan")
         for name, points in batch.points.items():
             self._watch_metric(book, state.run, name, points)
-        for record in batch.alerts:
+        for record in batch.records[ALERT]:
             if time.time() - record["time"] < QUIET_AFTER:
                 book.tell(record["level"], record["title"], None)  # the latest one is told
                 said = ": ".join(filter(None, (record["title"], record["text"])))
                 book.tell(record["level"], record["title"], said)
-        if batch.status and time.time() - (batch.ended or 0) < QUIET_AFTER:
-            book.events += self.ended(connection, state, run_id, batch.status, batch.reason)
+        end = batch.finish
+        if end and time.time() - end["time"] < QUIET_AFTER:
+            reason = str(end.get("reason") or "")[:MAX_REASON_CHARS]
+            book.events += self.ended(connection, state, run_id, end["status"], reason)
         return book.events
 
     def ended(
