@@ -29,13 +29,9 @@ from endlex.protocol import (
     MAX_TEXT_CHARS,
     MEDIA,
     METRICS,
-    PROTOCOL,
-    SESSION,
     STATUSES,
-    SYSTEM,
     TABLE,
     TEXT,
-    TRAINER,
     EndlexError,
     check_checkpoint_name,
     check_name,
@@ -238,29 +234,3 @@ def _check_other(record: Record) -> None:
         sound = record["status"] in STATUSES
     if not sound:
         raise EndlexError(f"not a record of type {kind}")
-
-
-def check_session(record: Any, run: str, session: str) -> Record:
-    """Return a session's first record, checked against where it was sent.
-
-    Raises:
-        EndlexError: it is another's, or not one; the message says what is wrong.
-    """
-    if not isinstance(record, dict) or record.get("type") != SESSION:
-        raise EndlexError("a session's first line must be its session record")
-    if record.get("protocol") != PROTOCOL:
-        raise EndlexError(
-            f"the session speaks protocol {record.get('protocol')!r}, and this server "
-            f"{PROTOCOL}: upgrade the older side"
-        )
-    for key, sent in (("run", run), ("session", session)):
-        if record.get(key) != sent:
-            raise EndlexError(f"the session record's {key} is {record.get(key)!r}, not {sent!r}")
-    check_name(record.get("project", ""), "project")
-    check_name(record.get("name", ""), "run name")
-    if record.get("kind", TRAINER) not in (TRAINER, SYSTEM):
-        raise EndlexError(f"the session's kind is {record.get('kind')!r}: trainer or system")
-    if not isinstance(record.get("config") or {}, dict):
-        raise EndlexError("the session's config must be an object")
-    _check_moment(record)
-    return record

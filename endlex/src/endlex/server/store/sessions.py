@@ -5,21 +5,38 @@ from __future__ import annotations
 import sqlite3
 import time
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import orjson
+from pydantic import AfterValidator, BaseModel, FiniteFloat, ValidationError
 
-from endlex.protocol import (
-    CONFIG,
-    CRASHED,
-    LOST,
-    SYSTEM,
-    TRAINER,
-    EndlexError,
-)
+from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
 from endlex.server.store.config import store_config
-from endlex.server.store.records import Batch, Record, check_session
+from endlex.server.store.records import Batch
+
+MOST_NOTES_CHARS = 10_000
+
+
+class SessionRecord(BaseModel):
+    """The first record of a journal, as far as the server reads it (`protocol`)."""
+
+    type: Literal["session"]
+    protocol: int
+    run: str
+    session: str
+    time: FiniteFloat
+    project: Annotated[str, AfterValidator(partial(check_name, what="project"))]
+    name: Annotated[str, AfterValidator(partial(check_name, what="run name"))]
+    kind: Literal["trainer", "system"] = "trainer"
+    config: dict[str, Any] | None = None
+    tags: list[str] | None = None
+    group: str | None = None
+    notes: str | None = None
+    host: str | None = None
+    rank: int | None = None
+    pid: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,46 +83,43 @@ def begin_session(
     Raises:
         ApiError: 422, it does not say that.
     """
-    try:
-        record = check_session(orjson.loads(first), run, session)
-    except (ValueError, KeyError, TypeError, EndlexError) as error:
-        raise ApiError(422, f"cannot begin session {session}: {error}") from error
-    now = time.time()
-    group, notes, host = (_text(record.get(key)) for key in ("group", "notes", "host"))
-    facts = (record["project"], record["name"], group, notes)
+    record = _check_first(first, run, session)
+    now, notes = time.time(), record.notes and record.notes[:MOST_NOTES_CHARS]
+    config, tags = orjson.dumps(record.config or {}).decode(), orjson.dumps(record.tags or [])
+    about = (record.project, record.name, record.group, notes, tags.decode(), record.host)
     connection.execute(
         "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
         "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run, *facts, orjson.dumps(_tags(record)).decode(), host, record["time"], now),
+        (run, *about, record.time, now),
     )
     run_pk = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
-    if record.get("kind") != SYSTEM:
-        store_config(connection, run_pk, record.get("config") or {})
-    return _insert_session(connection, run_pk, session, record, now)
-
-
-def _insert_session(
-    connection: sqlite3.Connection, run: int, session: str, record: Record, now: float
-) -> SessionState:
-    kind = record.get("kind", TRAINER)
-    rank, pid = (v if type(v) is int else None for v in (record.get("rank"), record.get("pid")))
-    config, host = orjson.dumps(record.get("config") or {}).decode(), _text(record.get("host"))
+    if record.kind != SYSTEM:
+        store_config(connection, run_pk, record.config or {})
+    process = (record.kind, record.rank or 0, record.host, record.pid)
     pk = connection.execute(
         "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run, session, kind, rank or 0, host, pid, config, record["time"], now),
+        (run_pk, session, *process, config, record.time, now),
     ).lastrowid
     assert pk is not None
-    return SessionState(pk, run, kind, 0, "running")
+    return SessionState(pk, run_pk, record.kind, 0, "running")
 
 
-def _text(value: Any) -> str | None:
-    return value[:10_000] if isinstance(value, str) else None
-
-
-def _tags(record: Record) -> list[str]:
-    tags = record.get("tags")
-    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
+    try:
+        record = SessionRecord.model_validate_json(line)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        message = f"the first line of session {session} is not its session record: {said}"
+        raise ApiError(422, message) from error
+    if record.protocol != PROTOCOL:
+        message = f"the session speaks protocol {record.protocol}, and this server {PROTOCOL}"
+        raise ApiError(422, f"{message}: upgrade the older side")
+    if (record.run, record.session) != (run, session):
+        message = f"the record is of session {record.session} of run {record.run}"
+        raise ApiError(422, f"{message}, and it was sent as {session} of {run}")
+    return record
 
 
 def advance_session(
