@@ -1,4 +1,4 @@
-"""The application: routes, errors, timers and their beginning and end, put together.
+"""The application: puts routes, errors and timers together, and starts and stops them.
 
     from endlex.server.app import build_app, serve
     serve(data_dir, Settings(port=8817))          # what `endlex serve` does
@@ -39,8 +39,8 @@ logger = logging.getLogger("endlex")
 WATCH_SECONDS = 15.0
 CLEAN_SECONDS = 3600.0
 SWITCH_SECONDS = 0.001
-"""How long a thread may keep the interpreter from the one that answers; Python's default of 5 ms
-adds up to a slow page while several threads work."""
+"""How long a thread may hold the interpreter; with Python's default of 5 ms, pages are slow while
+several threads work."""
 SHUTDOWN_SECONDS = 10
 MOST_CONNECTIONS = 1000
 
@@ -85,7 +85,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _watch_forever(server: Server) -> None:
-    """Look for what no request brings: silence, and a disk that fills up."""
+    """Look for problems that no request brings up: silent runs, and a disk that fills up."""
     while True:
         try:
             events = await server.write(server.watch.sweep)

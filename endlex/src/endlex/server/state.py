@@ -56,7 +56,7 @@ class Server:
         return await asyncio.wrap_future(self.database.write(job))
 
     def close(self) -> None:
-        """Finish what was begun; nothing is taken in any more."""
+        """Finish what has begun and accept nothing more."""
         self.hub.stop()
         self.verifier.stop()
         self.notifier.stop()

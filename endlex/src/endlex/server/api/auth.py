@@ -55,9 +55,9 @@ class TokenInfo:
     last_used: float | None
     revoked: float | None
     older_runs: bool
-    """Whether its own runs include all that were there before runs had owners."""
+    """Whether it also owns all runs from before runs had owners."""
     runs: tuple[str, ...]
-    """Its other own runs, by id."""
+    """Ids of the other runs that it owns."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -107,7 +107,7 @@ def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
 
 
 def revoke_token(data_dir: Path, token: int | str) -> int:
-    """Revoke by id or by name and return how many that were; logins with them end.
+    """Revoke tokens by id or by name, end their logins, and return how many they were.
 
     Raises:
         EndlexError: there is none of that id or name that still counts.
@@ -156,8 +156,10 @@ def hash_secret(secret: str) -> str:
 
 
 class Failures:
-    """Counts wrong tokens by address over the last five minutes. A right one always passes: who
-    shares an address with a badly set-up box is not locked out."""
+    """Counts wrong tokens per address over the last five minutes.
+
+    A right token always passes, so a badly set-up box locks out nobody who shares its address.
+    """
 
     def __init__(self) -> None:
         self._times: dict[str, list[float]] = {}
@@ -173,7 +175,7 @@ class Failures:
 
 
 class Auth:
-    """Judges requests; one per server."""
+    """Decides which requests may pass; one per server."""
 
     def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
         self._settings, self._database, self._workers = settings, database, workers

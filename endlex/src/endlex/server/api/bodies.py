@@ -1,4 +1,4 @@
-"""Requests' bodies with a bound on memory, and answers as JSON."""
+"""Request bodies read with a bound on memory, and answers as JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 MOST_JSON_BYTES = 2**20
 SILENCE_SECONDS = 20.0
-"""How long a body may stand still before it is taken for cut."""
+"""How long a body may stand still before the connection counts as lost."""
 DRAINED_BYTES = 64 * 2**20
-"""What is read and dropped of a body that was refused: a client that is still sending would see a
-broken connection instead of the answer."""
+"""How much of a refused body is still read: a client that is sending would otherwise see a broken
+connection instead of the answer."""
 
 
 async def iter_body(request: Request) -> AsyncIterator[bytes]:

@@ -37,7 +37,7 @@ DESTROY = [Depends(require("manage"))]
 
 MOST_MANIFEST_BYTES = 64 * 2**20
 PATIENCE = 0.5
-"""Seconds that a PUT waits for the verification: most are small, and spare a second question."""
+"""Seconds that a PUT waits for the verification: small checkpoints need no second request."""
 SHOWN = ("image/png", "image/jpeg", "image/gif", "image/webp", "audio/", "video/")
 """Types that a page may show: they hold no scripts."""
 BYTES = "application/octet-stream"

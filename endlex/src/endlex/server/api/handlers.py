@@ -1,4 +1,4 @@
-"""What goes wrong in a route, as an answer: a message that names the value and the remedy."""
+"""Turn exceptions into JSON answers whose message names the value and the remedy."""
 
 from __future__ import annotations
 

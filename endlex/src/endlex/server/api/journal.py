@@ -33,7 +33,7 @@ router = APIRouter(prefix="/api/v1/runs/{run}")
 READ_OR_WRITE = [Depends(require("read", "write"))]
 
 MOST_BATCHES_AT_ONCE = 64
-"""Bodies held in memory together; more wait until one is stored."""
+"""Bodies held in memory at once; further requests wait until one is stored."""
 PIECE = 2**20
 
 

@@ -1,4 +1,4 @@
-"""What stands before every route: who a request is addressed to, where it comes from, headers.
+"""Checks before every route: to whom a request is addressed and where it comes from.
 
 On loopback without tokens anything that runs on the machine may read and write. What must not get
 there are pages of other sites in the owner's browser: a request must name a loopback host (DNS

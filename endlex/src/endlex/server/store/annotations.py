@@ -24,7 +24,7 @@ MOST_NOTES_CHARS = 100_000
 SETTING_KINDS = ("view", "panels", "rules")
 MAX_SETTING_BYTES = 256 * 1024
 MOST_SETTINGS = 200
-"""Of one project and kind."""
+"""Settings of one kind per project."""
 
 RunName = Annotated[str, AfterValidator(partial(check_name, what="run name"))]
 Tags = list[Annotated[str, AfterValidator(partial(check_name, what="tag"))]]

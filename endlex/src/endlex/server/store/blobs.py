@@ -1,8 +1,9 @@
 """Parts of checkpoints' files, each stored once under its SHA-256, and those still arriving.
 
-A part arrives in a partial file that only grows, so that a cut upload goes on where it stopped.
-When its last byte is there the whole file is hashed, put on the disk and renamed to its place: a
-part that can be seen is whole and right. Memory for an upload is one piece, however large the part.
+A part arrives in a partial file that only grows, so that an interrupted upload resumes where it
+stopped. When its last byte is there the whole file is hashed, put on the disk and renamed to its
+place: a part that can be seen is whole and right. An upload takes the memory of one piece, however
+large the part.
 
 `lock` is held where somebody asks whether parts are there, and where one is deleted: a part that a
 client was just told about, or that a manifest was just accepted for, is not deleted in between.
@@ -27,7 +28,7 @@ from endlex.server.workers import Workers
 
 PIECE = 2**20
 KEPT_SECONDS = 86400.0
-"""How long a part that nothing uses yet, or a partial one, is kept for who may be sending."""
+"""How long unused and partial parts are kept for a client that may still be sending."""
 
 
 class Blobs:
@@ -49,7 +50,7 @@ class Blobs:
     def find_missing(self, asked: Iterable[str]) -> tuple[list[str], dict[str, int]]:
         """Return which parts are not here, and how many bytes of each have come.
 
-        What is here, whole or in part, is kept for a day from now: somebody counts on it.
+        What is here, whole or in part, is kept for another day, since a client counts on it.
         """
         missing, partial = [], {}
         with self.lock:
@@ -111,7 +112,7 @@ class Blobs:
         return _touch(self._partial(sha256)) or 0
 
     def _publish(self, sha256: str) -> None:
-        """Hash a partial file, and give it its place or drop it."""
+        """Hash a partial file, and move it to its place or drop it."""
         partial = self._partial(sha256)
         if not partial.exists():
             raise ApiError(400, f"part {sha256} is empty: send its bytes")
@@ -174,7 +175,7 @@ class Blobs:
 
 
 async def _in_pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Gather what the network brings into pieces worth a write; the rest comes at a cut, too."""
+    """Gather network chunks into pieces worth a write; the rest of a broken body is one, too."""
     waiting = bytearray()
     fault: Exception | None = None
     try:

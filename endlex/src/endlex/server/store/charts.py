@@ -24,7 +24,7 @@ from endlex.server.store.series import chunk_keys, read_all_points, read_points,
 STEP = "step"
 TIME = "time"
 MOST_RANGES = 200
-"""Stretches of NaN, or of an infinity, that are told apart; more are joined where they are near."""
+"""Stretches of NaN, or of an infinity, that are shown apart; beyond that, near ones are joined."""
 RANGE_RESOLUTION = 500
 LOG_PARTS = (1000, 100, 10, 1)
 """For a logarithmic x: the first thousandth of the points, the first hundredth and so on get equal
@@ -33,7 +33,7 @@ SAMPLED_DIGITS = 7
 """Significant digits of a sampled series, whose readers zoom in for more: 2,000 points in 50 KB.
 Where every point is there, its value is the recorded one."""
 X_RESOLUTION = 20_000
-"""Into how many steps an axis of times or of numbers is divided at least."""
+"""How many values an axis of times or numbers can tell apart at least."""
 
 XY = tuple[NDArray[Any], NDArray[np.float64]]
 

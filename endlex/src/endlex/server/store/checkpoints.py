@@ -25,7 +25,7 @@ STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "faile
 
 
 class Checkpoints:
-    """The checkpoints of one server: what is accepted, and what can be had."""
+    """Accepts and describes the checkpoints of one server."""
 
     def __init__(self, database: Database, blobs: Blobs, verifier: Verifier) -> None:
         self._database, self._blobs, self._verifier = database, blobs, verifier
@@ -154,7 +154,7 @@ def _accept(
 def _describe_anew(
     connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
 ) -> None:
-    """Take other aliases and metadata, but leave what it replaces, and what replaces it."""
+    """Update aliases and metadata, but not which older checkpoints it replaces."""
     metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
     metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
     connection.execute(

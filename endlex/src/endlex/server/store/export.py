@@ -38,7 +38,7 @@ RECORDS_AT_ONCE = 200
 
 
 def export_points(connection: sqlite3.Connection, metric: int) -> Points:
-    """Return a metric's points by rising steps; the machine's in seconds since its first one."""
+    """Return a metric's points by rising steps; a machine's are seconds since its first point."""
     points = read_all_points(connection, metric)
     if not machine_sessions(connection, metric):
         return points

@@ -1,4 +1,4 @@
-"""What the pages and commands ask about runs: lists, one run whole, its parts, alerts."""
+"""Questions of the pages and commands: lists of runs, one run as a whole, alerts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SHORT_CONFIG_KEYS = 200
 SHORT_CONFIG_CHARS = 100
 MOST_ALERTS = 500
 OPEN = "resolved IS NULL AND dismissed IS NULL"
-"""An alert that is."""
+"""The condition for an alert that is open."""
 RUN_COLUMNS = f"""
     run.pk AS number, run.id AS run, project, name, status, created, updated, tags,
     group_name AS "group", notes, archived, deleted, host, color,
@@ -158,7 +158,7 @@ def _configs(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[
 
 
 def _shortened(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a configuration fits a row of a list."""
+    """Return the part of a configuration that fits a row of a list."""
     short: dict[str, Any] = {}
     for key, value in config.items():
         if len(short) == SHORT_CONFIG_KEYS:

@@ -1,4 +1,4 @@
-"""From a batch of journal lines to columns: what one POST brought, ready to be stored.
+"""Parse a batch of journal lines, what one POST brought, into columns ready to be stored.
 
 Metrics records that carry the same names are gathered into one block, so that ten thousand of them
 become three arrays without a look at each value. Only when something in the batch is unusual (a
@@ -41,7 +41,7 @@ from endlex.protocol import (
 
 MOST_MEDIA_PARTS = 10_000
 UNSOUND = (ValueError, TypeError, KeyError, AttributeError, OverflowError, EndlexError)
-"""What a record that is not as it must be raises."""
+"""What reading a damaged record raises."""
 
 Record = dict[str, Any]
 
@@ -137,7 +137,7 @@ def parse_batch(body: bytes) -> Batch:
 
 
 def _gather(records: list[Any], batch: Batch) -> None:
-    """Sort sound records into `batch`; raises at whatever is not as it must be."""
+    """Sort records into `batch`; raises one of `UNSOUND` at a damaged one."""
     blocks: dict[tuple[str, ...], _Block] = {}
     for position, record in enumerate(records):
         if record["type"] == METRICS:

@@ -1,4 +1,4 @@
-"""What may go: checkpoints that no rule keeps, runs that were deleted, parts that nothing uses.
+"""Removal of checkpoints that no rule keeps, of deleted runs, and of parts that nothing uses.
 
 A checkpoint stays when any of the rules keeps it: the last N by step, the one where a metric was
 best, or every step that is a multiple of something. Only published ones are removed. Their
@@ -33,12 +33,12 @@ from endlex.server.store.series import delete_series, read_points
 UNDO_SECONDS = 7 * 86400.0
 """For how long a deleted run can be brought back."""
 SLICE = 200
-"""Rows of series or segments deleted in one transaction, so that others get their turn."""
+"""Rows of series or segments deleted per transaction, so that other writes get their turn."""
 OF_A_RUN = (
     *("metric", "text", "data_table", "media", "media_part", "alert"),
     *("session", "run_config", "checkpoint"),
 )
-"""Tables whose rows name their run."""
+"""Tables with a column `run`."""
 
 Saved = dict[str, Any]
 """A published checkpoint: pk, run (its id), name, step, bytes, aliases, metadata."""

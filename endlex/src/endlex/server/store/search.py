@@ -1,4 +1,4 @@
-"""A search (`endlex.search`), a sort key and table columns, as SQL with the values apart."""
+"""Translate a search (`endlex.search`), a sort key and table columns into SQL."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def marks(values: Sequence[Any]) -> str:
 
 
 def search_condition(query: Query) -> Condition:
-    """Return the condition on `run` that a search is."""
+    """Return a search as a condition on the table `run`, with the values apart."""
     groups = [[_term(term) for term in group] for group in query]
     texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
     return " AND ".join(texts) or "1", [

@@ -1,4 +1,4 @@
-"""Sessions and the runs they belong to, as the rows that a batch of journal lines changes."""
+"""The rows of sessions and of their runs, as batches of journal lines change them."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
 def advance_session(
     connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
 ) -> None:
-    """Note that a session is here up to `reached`, with what the new lines say of it."""
+    """Record that a session is stored up to byte `reached`, and what the new lines say of it."""
     for record in batch.records[CONFIG]:
         if state.kind != SYSTEM:
             store_config(connection, state.run, record["config"])
@@ -146,7 +146,7 @@ def advance_session(
 
 
 def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
-    """Whether a later trainer has the session's place: one that is told of late is no news."""
+    """Whether a later session has resumed this one, so that its end is no news."""
     query = (
         "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
         "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
@@ -156,10 +156,10 @@ def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
 
 
 def update_run(connection: sqlite3.Connection, run: int, now: float | None = None) -> str:
-    """Give a run the status of its newest trainer (the lowest rank of the newest), and the time.
+    """Set a run's status to that of its newest trainer session, of the lowest rank, and return it.
 
     Args:
-        now: the time, if it is another one.
+        now: when the run was last updated; the present if not given.
     """
     row = connection.execute(
         "SELECT status FROM session WHERE run=? ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1",

@@ -30,9 +30,9 @@ MEDIA_KEYS = ("kind", "mime", "bytes", "caption", "parts")
 
 
 class Page(BaseModel, frozen=True):
-    """Which of them: `limit` of the latest steps, of one name, below a step, if these are given.
+    """Which records to list: `limit` of the latest, optionally of one name and below a step.
 
-    A step comes whole, though that be more than `limit`: the next page goes on below it.
+    A step comes whole, even beyond `limit`; the next page continues below it.
     """
 
     name: str | None = None

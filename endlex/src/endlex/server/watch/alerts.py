@@ -1,4 +1,4 @@
-"""Alerts: what is worth waking somebody for, found while data comes in and by a timer.
+"""Alerts: what is worth waking somebody for, found as data arrives and by a timer.
 
 The rules, each for one run (and metric):
 
@@ -62,9 +62,9 @@ ENDS = {
     "interrupted": "the trainer was interrupted",
     "finished": "the trainer has finished",
 }
-"""Each end of a session, and what is said of it."""
+"""The message for each way in which a session ends."""
 LOST_SECONDS = 900.0
-"""Without a heartbeat, which comes every 20 seconds, before a session counts as lost."""
+"""How long after its last heartbeat (one comes every 20 seconds) a session counts as lost."""
 METRICS_WATCHED = 10_000
 QUIET_AFTER = 7 * 86400.0
 """Seconds after which a run that fell silent is history, not news."""
@@ -96,7 +96,7 @@ class _Trend:
 
 
 class Watch:
-    """Judges what comes in. All but the constructor runs in the database's writer thread."""
+    """Opens and resolves alerts. All but the constructor runs in the database's writer thread."""
 
     def __init__(self, settings: Settings, data: DataDir) -> None:
         self._data = data
@@ -141,7 +141,7 @@ class Watch:
         status: str,
         reason: str | None,
     ) -> list[Event]:
-        """Say that a trainer is gone, and why, unless a later one has its place by now."""
+        """Alert that a trainer ended, and why, unless a later session has resumed the run."""
         book = _Book(connection, state.run, run_id)
         if state.kind == TRAINER and not was_resumed(connection, state):
             book.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
@@ -150,13 +150,13 @@ class Watch:
         return book.events
 
     def returned(self, connection: sqlite3.Connection, run: int, run_id: str) -> list[Event]:
-        """Resolve the alert of a machine that is heard of again."""
+        """Resolve the `lost` alert of a run whose machine reports again."""
         book = _Book(connection, run, run_id)
         book.resolve("lost")
         return book.events
 
     def sweep(self, connection: sqlite3.Connection) -> list[Event]:
-        """Look for what shows in no data: silence, and the server's own disk."""
+        """Look for problems that no data shows: silence, and the server's own disk filling up."""
         now = time.time()
         book = _Book(connection, None, None)
         free = shutil.disk_usage(self._data.root).free
@@ -180,7 +180,7 @@ class Watch:
         return events
 
     def _lost(self, connection: sqlite3.Connection, now: float) -> list[Event]:
-        """Give up running sessions of which nothing was heard; the server itself was there."""
+        """Mark running sessions as lost that sent nothing although the server was up."""
         if now - self._started < LOST_SECONDS:
             return []
         events: list[Event] = []

@@ -1,6 +1,6 @@
-"""Alerts to people, by a thread of its own: nothing else ever waits for it.
+"""Deliver alerts to people, in a thread of its own so that nothing else waits for it.
 
-Where they go are addresses whose scheme, or host, says how:
+The scheme of a target's address, or its host, says how it is told:
 
     https://...                            JSON
     https://hooks.slack.com/...            Slack's form; slack+https:// for others that take it
@@ -8,9 +8,9 @@ Where they go are addresses whose scheme, or host, says how:
     ntfy+https://...                       an ntfy topic
     smtps://USER:PASSWORD@HOST/?to=ADDRESS e-mail (smtp:// with STARTTLS where there is a password)
 
-What was not delivered is tried again with growing pauses for about half an hour, and after a
-restart, so an alert may arrive twice but is not lost to a short outage. An alert that is older than
-an hour when the server starts is no news. Addresses may hold secrets, so logs name the host alone.
+A failed delivery is retried with growing pauses for about half an hour, and after a restart, so an
+alert may arrive twice but is not lost to a short outage. Alerts that are older than an hour when
+the server starts are not sent. Addresses may hold secrets, so logs name only the host.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ HOSTS = {"hooks.slack.com": "slack", "discord.com": "discord", "discordapp.com":
 
 @dataclass
 class _Pending:
-    """An alert on its way; `left` are the targets that do not have it."""
+    """An alert to deliver; `left` are the targets that have not received it."""
 
     left: set[str]
     attempts: int = 0
@@ -56,7 +56,7 @@ class _Pending:
 
 
 class Notifier:
-    """Delivers what `alerts` opens; does nothing where no target is set."""
+    """Delivers the alerts that `alerts` opens; does nothing if no target is set."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
@@ -70,7 +70,7 @@ class Notifier:
             self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; what was not delivered is at the next start."""
+        """End the thread; alerts that were not delivered are sent after the next start."""
         self._stopping.set()
         if self._targets:
             self._thread.join(TIMEOUT_SECONDS)
@@ -131,7 +131,7 @@ def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
 
 
 def check_target(target: str) -> tuple[str, str]:
-    """Return how an address is told of alerts, and the address without that word.
+    """Return how to tell an address of alerts, and the address without the prefix that says so.
 
     Raises:
         EndlexError: it is none of those that this module knows.

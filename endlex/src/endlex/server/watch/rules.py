@@ -1,4 +1,4 @@
-"""Rules that people set for a project's alerts: `val/bpb > 2`, and for how long that must hold.
+"""Alert rules that people set for a project, such as `val/bpb > 2` for ten minutes.
 
 They are settings of kind `rules` (`PUT /settings`, `endlex alert`): the name is the comparison, as
 `endlex.search` reads it, and the content may have `minutes`. For how long it has held is kept in
@@ -21,7 +21,7 @@ Rule = tuple[str, Term, float]
 
 
 def read_rules(connection: sqlite3.Connection, run: int) -> Iterator[Rule]:
-    """Yield the rules of a run's project, and those of all; what is none is passed over."""
+    """Yield the rules for a run's project and for all projects; unreadable ones are skipped."""
     rows = connection.execute(
         "SELECT setting.name, content FROM setting JOIN run ON setting.project IN (run.project, '')"
         " WHERE run.pk=? AND kind='rules'",
@@ -47,9 +47,9 @@ class RuleWatch:
     def judge(
         self, connection: sqlite3.Connection, run: int, batch: Batch
     ) -> Iterator[tuple[str, str, str | None]]:
-        """Yield rule, metric and what to say for a batch's points; None where a rule is broken off.
+        """Yield rule, metric and message for a batch's points; None where the rule does not hold.
 
-        A rule that holds, but not for long enough yet, is passed over.
+        A rule that has not held for long enough yet is skipped.
         """
         for rule, term, seconds in read_rules(connection, run) if batch.points else ():
             assert term.key is not None

@@ -21,10 +21,10 @@ from endlex.server.web.pages import CHART_ASSETS, STATIC, STYLES, TEMPLATES
 
 ENTRY = "export_page.js"
 POINTS = 2000
-"""Of each series; as many as a chart of the live page gets at first."""
+"""Points per series; as many as a chart of the live page gets at first."""
 FEWEST_POINTS = 200
 MOST_POINTS = 200_000
-"""Of all series together, at about 40 bytes each, where the run has many metrics."""
+"""Points of all series together, at about 40 bytes each, in a run of many metrics."""
 
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([a-z_]+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(
