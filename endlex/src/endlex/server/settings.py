@@ -33,7 +33,7 @@ class Settings:
     trusted_proxy: str | None = None
     """The address of the proxy in front, whose X-Forwarded headers are believed."""
     root_path: str = ""
-    """The path under which a proxy shows the server, such as /endlex, whether it cuts it off or not."""
+    """The path under which a proxy shows the server, such as /endlex, cut off by it or not."""
     tls_cert: Path | None = None
     """A certificate's file (PEM), with which the server speaks HTTPS itself."""
     tls_key: Path | None = None
