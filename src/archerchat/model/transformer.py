@@ -24,13 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archerchat.model import fp8
-from archerchat.model.attention import (
-    Backend,
-    Past,
-    attend,
-    prepare_document_mask,
-    prepare_mask,
-)
+from archerchat.model.attention import Backend, Past, attend, prepare_document_mask, prepare_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
@@ -84,13 +78,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class Embedding(nn.Embedding):
-    """A table that gathers in its storage dtype."""
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
-
-
 class Attention(nn.Module):
     """Causal attention with rotary positions, normalised queries and keys, and GQA."""
 
@@ -119,8 +106,7 @@ class Attention(nn.Module):
         segments: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Tensor:
-        """Map normalised activations (B, T, C) to the branch's output (B, T, C), or (B, n, C)
-        where only n tokens are `kept`."""
+        """Map normalised activations (B, T, C) to the output (B, T, C) of the `kept` tokens."""
         batch, length, _ = h.shape
         asking, of_queries = h, rotary
         if kept is not None:
@@ -176,8 +162,7 @@ class Block(nn.Module):
         segments: Tensor | None = None,
         kept: Tensor | None = None,
     ) -> Tensor:
-        """Map the residual stream and the model's input (B, T, C) to the new stream, of the
-        `kept` tokens (n,) where these are given."""
+        """Map the stream and the model's input (B, T, C) to the new stream, `kept` tokens only."""
         if residual_lambda is not None and input_lambda is not None:
             x = residual_lambda * x + input_lambda * x0
         branch = self.attention(norm(x), value_embedding, rotary, mask, past, segments, kept)
@@ -273,14 +258,11 @@ class Transformer(nn.Module):
         self.recomputes = False
         """Whether the backward pass computes each layer again instead of keeping its values."""
         layers, dim, vocab = range(config.num_layers), config.model_dim, config.padded_vocab_size
-        self.token_embedding = Embedding(vocab, dim)
+        self.token_embedding = nn.Embedding(vocab, dim)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in layers)
+        mixing = filter(config.has_value_embedding, layers)
         self.value_embeddings = nn.ModuleDict(
-            {
-                str(i): Embedding(vocab, config.kv_dim)
-                for i in layers
-                if config.has_value_embedding(i)
-            }
+            {str(i): nn.Embedding(vocab, config.kv_dim) for i in mixing}
         )
         self.unembedding = Linear(dim, vocab)
 
@@ -311,31 +293,29 @@ class Transformer(nn.Module):
         """Draw the initial values of SPEC section 2, the same on every device for one seed."""
         generator = torch.Generator().manual_seed(seed)
 
-        def fill(parameter: Tensor, kind: str, low: float, high: float) -> None:
-            draw = torch.empty(parameter.shape)
-            if kind == "normal":
-                draw.normal_(low, high, generator=generator)
-            else:
-                draw.uniform_(low, high, generator=generator)
-            parameter.copy_(draw)
+        def normal(parameter: Tensor, std: float) -> None:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+        def uniform(parameter: Tensor, low: float, high: float) -> None:
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
 
         layers, bound = self.config.num_layers, math.sqrt(3 / self.config.model_dim)
-        fill(self.token_embedding.weight, "normal", 0.0, 0.8)
-        fill(self.unembedding.weight, "normal", 0.0, 0.001)
+        normal(self.token_embedding.weight, 0.8)
+        normal(self.unembedding.weight, 0.001)
         for block in self.blocks:
             assert isinstance(block, Block)
             for matrix in (block.attention.query, block.attention.key, block.attention.value):
-                fill(matrix.weight, "uniform", -bound, bound)
-            fill(block.mlp.up.weight, "uniform", -0.4 * bound, 0.4 * bound)
+                uniform(matrix.weight, -bound, bound)
+            uniform(block.mlp.up.weight, -0.4 * bound, 0.4 * bound)
             block.attention.output.weight.zero_()
             block.mlp.down.weight.zero_()
             if block.attention.value_gate is not None:
-                fill(block.attention.value_gate.weight, "uniform", 0.0, 0.02)
+                uniform(block.attention.value_gate.weight, 0.0, 0.02)
         for table in self.value_embeddings.values():
-            assert isinstance(table, Embedding)
-            fill(table.weight, "uniform", -bound, bound)
+            assert isinstance(table, nn.Embedding)
+            uniform(table.weight, -bound, bound)
         if self.smear_gate is not None and self.smear_lambda is not None:
-            fill(self.smear_gate.weight, "uniform", 0.0, 0.02)
+            uniform(self.smear_gate.weight, 0.0, 0.02)
             self.smear_lambda.zero_()
         depth = torch.arange(layers) / max(layers - 1, 1)
         if self.residual_lambdas is not None and self.input_lambdas is not None:

@@ -18,7 +18,7 @@ from archerchat.distributed import Ranks
 from archerchat.evals.core.bundle import Bundle, CoreTask, read_examples
 from archerchat.evals.core.layout import tokens_to_run
 from archerchat.evals.core.prompts import Prompter, Tree, choose_examples
-from archerchat.evals.core.results import NEAR_TIE, CoreResult, PartialResults, TaskResult
+from archerchat.evals.core.results import NEAR_TIE, CoreResult, CoreTaskResult, PartialResults
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
@@ -76,7 +76,7 @@ class CoreEvaluation:
         self,
         model: Transformer,
         kept: PartialResults | None = None,
-        on_task: Callable[[TaskResult], None] = lambda result: None,
+        on_task: Callable[[CoreTaskResult], None] = lambda result: None,
         on_progress: Progress = lambda label, share: None,
     ) -> CoreResult:
         """Evaluate every task that is not kept already.
@@ -102,7 +102,9 @@ class CoreEvaluation:
                 on_task(results[-1])
         return CoreResult(tuple(results))
 
-    def _run_task(self, model: Transformer, task: CoreTask, on_progress: Progress) -> TaskResult:
+    def _run_task(
+        self, model: Transformer, task: CoreTask, on_progress: Progress
+    ) -> CoreTaskResult:
         on_progress(task.label, 0.0)
         started = time.perf_counter()
         gold, trees, cropped = self.prepare(task)
@@ -124,7 +126,7 @@ class CoreEvaluation:
             "unscored": sum(tree.has_unscored for tree in trees),
         }
         sums = self.ranks.sum(torch.tensor(list(counts.values()), dtype=torch.float64))
-        return TaskResult(
+        return CoreTaskResult(
             label=task.label,
             task_type=task.task_type,
             num_fewshot=task.num_fewshot,
