@@ -62,7 +62,6 @@ CRASHED = "crashed"
 """Status of a session whose writer is gone without having recorded its end."""
 LOST = "lost"
 """Status of a session whose machine the server has not heard of for a while; it may return."""
-SESSION_STATES = ("running", *STATUSES, CRASHED)
 
 Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]
 SCOPES: dict[Scope, str] = {
