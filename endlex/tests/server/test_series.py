@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from endlex.server.store import export
+from endlex import formats
 from endlex.server.store.charts import (
     ChartQuery,
     choose_points,
@@ -112,7 +112,7 @@ def test_the_machine_s_sessions_do_not_overwrite_one_another(
 
 
 def test_json_is_whole_however_it_is_cut(box: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "POINTS_AT_ONCE", 3)
+    monkeypatch.setattr(formats, "POINTS_AT_ONCE", 3)
     box.begin()
     box.send([box.metrics(s, {"loss": s / 8 if s else "NaN"}) for s in range(10)])
     whole = box.client.get(f"/api/v1/runs/{RUN}/export?format=json").json()["series"]["loss"]
