@@ -163,14 +163,10 @@ def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
 
 def _listen(settings: Settings) -> socket.socket:
     try:
-        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
-        listener.listen(1024)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
         raise EndlexError(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}): "
             "choose another with --port"
         ) from error
-    return listener

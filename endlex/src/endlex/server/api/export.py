@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 
 from endlex.server.api.auth import require
+from endlex.server.api.bodies import json_response
 from endlex.server.errors import ApiError
 from endlex.server.state import Here, Server
 from endlex.server.store.annotations import list_settings
@@ -92,4 +93,4 @@ def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]
         "alerts": list_alerts(connection, run, open_only=True),
         "settings": {"panels": list_settings(connection, whole["project"])["panels"]},
     }
-    return html_export.render(whole["name"], data)
+    return html_export.render(whole["name"], bytes(json_response(data).body).decode())
