@@ -239,8 +239,8 @@ def group_by_prefix(
 ) -> list[PrefixGroup]:
     """Group prompts so that shared beginnings save tokens.
 
-    Sorted, prompts that begin alike are neighbours. They are cut apart where the least is shared, and
-    the parts again, until a group as a whole saves more, (members - 1) * shared, than its parts.
+    Sorted, prompts that begin alike are neighbours. They are cut apart where the least is shared,
+    and the parts again, until a whole saves more, (members - 1) * shared, than its parts.
 
     The groups are in the order of their first member; every prompt is in one.
     """
