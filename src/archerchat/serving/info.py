@@ -27,7 +27,7 @@ class Server:
     started: float = field(default_factory=time.monotonic)
 
 
-def _server(request: Request) -> Server:
+async def _server(request: Request) -> Server:  # a plain function would run in another thread
     server: Server = request.app.state.server
     return server
 
