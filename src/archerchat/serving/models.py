@@ -31,7 +31,7 @@ from archerchat.tokenizer.bpe import Tokenizer
 STAGES = ("rl", "sft", "base")
 """The first that there is answers requests that name no model."""
 KEPT_CONTEXTS = 4
-"""Prompts that are kept for conversations that go on, in contexts of tokens."""
+"""How many contexts of tokens to keep of prompts, for the next turns of conversations."""
 
 
 class UnknownModel(UsageError):
