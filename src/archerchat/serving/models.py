@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,10 +16,10 @@ from archerchat.checkpoint import (
     load_checkpoint,
     saved_at,
 )
-from archerchat.errors import CheckpointError, UsageError
+from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import load_model, read_model_config
+from archerchat.inference.loading import load_model, read_bits_per_byte, read_model_config
 from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
 from archerchat.serving.config import ServeConfig
@@ -129,11 +128,7 @@ def _read_card(home: Home, name: str) -> Card:
     if stage not in STAGES or (step and not step.isdecimal()) or not tag:
         raise UsageError(f"--model {name!r} is not TAG:STAGE or TAG:STAGE@STEP, such as d12:sft")
     path = find_checkpoint(find_model(home, stage, tag), int(step) if step else None)
-    try:
-        checkpoint = load_checkpoint(path, sections=("loop",))
-        value = checkpoint.state["loop"].get("last_val", math.nan)
-    except CheckpointError:  # imported, so without a loop; or damaged, which is said now
-        checkpoint, value = load_checkpoint(path, sections=()), math.nan
+    checkpoint = load_checkpoint(path, sections=())
     config = read_model_config(checkpoint)
     return {
         "id": name,
@@ -146,5 +141,5 @@ def _read_card(home: Home, name: str) -> Card:
         "depth": config.num_layers,
         "parameters": count_parameters(config).total,
         "context": config.sequence_length,
-        "val_bpb": value if math.isfinite(value) and stage != "rl" else None,
+        "val_bpb": read_bits_per_byte(path),
     }
