@@ -232,7 +232,7 @@ def test_a_taken_name_is_refused_before_weights_are_read(
     copy = shutil.copytree(folder, tmp_path / "tiny")
     (copy / WEIGHTS).unlink()
     assert trained_home.run("import", "huggingface", str(copy)) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_nanochat_model_of_another_kind_is_refused(
