@@ -21,7 +21,7 @@ from archerchat.checkpoint import (
 )
 from archerchat.config import Config, DtypeName
 from archerchat.console import build_console, bytes_text, duration_text
-from archerchat.data.hub import explained_hub, task_files
+from archerchat.downloads import explained_hub
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
 from archerchat.files import write_bytes
@@ -34,6 +34,7 @@ from archerchat.report.results import SCORES, latest, load_results
 from archerchat.report.runs import STAGES
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.collected import JsonlTask
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.layouts import Layout, render_layout
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
@@ -150,7 +151,8 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
         rows = JsonlTask(Path(config.source))
     else:
         mixture = MixtureConfig(mixture=config.source, data_dir=config.data_dir)
-        rows, _ = build_mixtures(mixture, task_files(home, config.data_dir, notify=print))
+        files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=print)
+        rows, _ = build_mixtures(mixture, files)
     lines = [
         json.dumps(render_layout(rows[index], config.layout), ensure_ascii=False)
         for index in range(len(rows))

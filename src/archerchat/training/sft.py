@@ -26,13 +26,13 @@ from archerchat.data.conversation_loader import (
     describe_mixture,
     render_whole,
 )
-from archerchat.data.hub import task_files
 from archerchat.data.prefetch import Batch
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.conversation import Conversation, user
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 from archerchat.training.base_model import (
     build_model,
@@ -144,7 +144,7 @@ class FinetuneRecipe(Recipe):
 
     def used(self) -> Used:
         """Return what became of the conversations of all ranks, which ask at the same steps."""
-        own = [(each.counts, each.consumed, each.share) for each in self.loader.own]
+        own = [each.used for each in self.loader.own]
         return Used.of([part for parts in self.optimizer.ranks.gather(own) for part in parts])
 
     def progress_at(self, step: int) -> float:
@@ -195,7 +195,7 @@ class Finetuning(Stage):
         super().__init__(config, home, console)
         self.config = config
         self.base = base = find_base_model(home, "base", config.model_tag, config.model_step)
-        files = task_files(home, config.data.data_dir, notify=self.console.print)
+        files = TaskFiles(home.cache_dir / "tasks", config.data.data_dir, notify=self.console.print)
         self.train, self.validation = self.ranks.first_alone(
             lambda: build_mixtures(config.data, files)
         )
@@ -373,7 +373,7 @@ def _iter_shown(loader: ConversationLoader, count: int, recipe: Recipe) -> Itera
     for done, batch in zip(range(1, count + 1), loader, strict=False):
         if done % ranks.world_size == ranks.rank:
             yield batch
-        recipe.show_progress("evaluating", max(done / count, loader.progress))
+        recipe.show_progress("evaluating", max(done / count, loader.used.progress))
 
 
 def _names(mixture: TaskMixture) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from archerchat.data.conversation_loader import Counts
+from archerchat.data.conversation_loader import Counts, Used
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
@@ -67,7 +67,7 @@ def recipe(
 ) -> FinetuneRecipe:
     """A recipe of nothing but a position in its data."""
     made = object.__new__(FinetuneRecipe)
-    stream = SimpleNamespace(counts=Counts(), consumed=1000 * progress, share=1000)
+    stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), 1000, progress))
     made.loader = cast(Any, SimpleNamespace(own=[stream]))
     made.optimizer = cast(Any, SimpleNamespace(ranks=Ranks()))
     made.num_iterations, made.num_epochs, made.first_estimate = num_iterations, num_epochs, 70
