@@ -1,17 +1,16 @@
 """Read what evaluations left under `evals/<stage>/<tag>`: CORE, the offline tasks, ChatCORE.
 
 A file's name begins with its kind: `core_000960.json`, `offline_000960_max8.json`,
-`chat_step_000420.json`, `chat_step_000420_Arithmetic-10.json`. While an evaluation runs,
-`core_000960.partial.json` has the tasks that are done, and CORE's has under `key` what they belong
-to.
+`chat_step_000420.json`, `chat_step_000420_Arithmetic-10.json`. While an evaluation runs, its
+`.partial.json` has the tasks that are done; CORE's has under `key` what they belong to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from archerchat.evals.chat import ANSWER_TOKENS
@@ -53,9 +52,9 @@ class Result:
     step: int
     score: float | None
     """CORE, ChatCORE or the offline tasks' mean centred accuracy; None if tasks are missing."""
-    tasks: tuple[TaskScore, ...]
+    tasks: list[TaskScore]
     complete: bool
-    conditions: tuple[str, ...]
+    conditions: list[str]
     """How it differs from the published evaluation, such as "at most 8 per task"."""
 
     @property
@@ -67,56 +66,54 @@ class Result:
 def load_results(home: Home, stage: str, tag: str) -> list[Result]:
     """Return the evaluations of a model at a stage: by step, the fullest of a step last.
 
-    Those without a score, since tasks are missing, come first. Files that are damaged, or no
-    evaluation, are skipped.
+    Those without a score, since tasks are missing, come first. Damaged files are skipped.
     """
     results = []
     for kind in SCORES:
+        read = _read_chat if kind == "chat" else _read_core
         for path in (home.root / "evals" / stage / tag).glob(f"{kind}_*.json"):
-            try:
-                results.append(_read_result(path, kind, stage, tag))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-                continue
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                results.append(read(kind, stage, tag, json.loads(path.read_bytes())))
     return sorted(results, key=lambda result: result._fullness)
 
 
-def _read_result(path: Path, kind: Kind, stage: str, tag: str) -> Result:
-    content = json.loads(path.read_bytes())
+def _read_core(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
+    """Read what `archerchat eval base` writes of CORE or of the offline tasks."""
     about, tasks = content.get("key", content), content["tasks"]
-    by_label = tasks if isinstance(tasks, dict) else {task["label"]: task for task in tasks}
-    complete = about is content and content.get("complete", True)
-    return Result(
-        kind,
-        stage,
-        tag,
-        int(about["step"]),
-        content.get("chatcore" if kind == "chat" else "core") if complete else None,
-        tuple(_read_task(label, task) for label, task in by_label.items()),
-        complete,
-        tuple(_read_conditions(content, about, kind)),
-    )
+    complete, options = about is content, about["options"]
+    conditions = []
+    if cap := options["max_per_task"]:
+        conditions.append(f"at most {cap:,} per task")
+    if length := options["max_length"]:
+        conditions.append(f"prompts of at most {length:,} tokens")
+    if kind == "core" and complete and len(tasks) != FULL_TASKS:
+        conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
+    scores = []
+    for task in tasks:
+        interval = wilson_interval(task["correct"], task["examples"])
+        scores.append(_task(task["label"], task, task["examples"], interval))
+    score = content["core"] if complete else None
+    return Result(kind, stage, tag, about["step"], score, scores, complete, conditions)
 
 
-def _read_conditions(
-    content: Mapping[str, Any], about: Mapping[str, Any], kind: Kind
-) -> Iterator[str]:
-    options, sampling = about.get("options", {}), about.get("sampling", {})
-    limits = [limit for limit in about.get("limits", {}).values() if limit is not None]
-    if cap := options.get("max_per_task") or max(limits, default=None):
-        yield f"at most {cap:,} per task"
-    if length := options.get("max_length"):
-        yield f"prompts of at most {length:,} tokens"
-    if kind == "core" and (tasks := content.get("num_tasks", FULL_TASKS)) != FULL_TASKS:
-        yield f"{tasks} of {FULL_TASKS} tasks"
-    if temperature := sampling.get("temperature"):
-        yield f"{sampling['num_samples']} sample(s) at temperature {temperature:g}"
-    if (tokens := sampling.get("max_new_tokens", ANSWER_TOKENS)) < ANSWER_TOKENS:
-        yield f"answers of at most {tokens:,} tokens"
+def _read_chat(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
+    """Read what `archerchat eval chat` writes."""
+    complete, sampling = content["complete"], content["sampling"]
+    conditions = []
+    if cap := max((limit for limit in content["limits"].values() if limit), default=None):
+        conditions.append(f"at most {cap:,} per task")
+    if temperature := sampling["temperature"]:
+        conditions.append(f"{sampling['num_samples']} sample(s) at temperature {temperature:g}")
+    if (tokens := sampling["max_new_tokens"]) < ANSWER_TOKENS:
+        conditions.append(f"answers of at most {tokens:,} tokens")
+    tasks = content["tasks"].items()
+    scores = [_task(name, task, task["problems"], task["interval_95"]) for name, task in tasks]
+    score = content.get("chatcore") if complete else None
+    return Result(kind, stage, tag, content["step"], score, scores, complete, conditions)
 
 
-def _read_task(label: str, task: Mapping[str, Any]) -> TaskScore:
-    examples = task["problems"] if "problems" in task else task["examples"]
-    low, high = task.get("interval_95") or wilson_interval(task["correct"], examples)
+def _task(label: str, task: dict[str, Any], examples: int, interval: Sequence[float]) -> TaskScore:
+    low, high = interval
     baseline, seconds = task["random_baseline"], task["seconds"]
     return TaskScore(label, task["accuracy"], baseline, examples, (low, high), seconds)
 
