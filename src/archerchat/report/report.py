@@ -36,7 +36,7 @@ TITLES = {
 }
 """By a run's stage, and by an evaluation's kind."""
 WARMUP_POINTS = 5
-"""Steps after a start that are left out of typical speeds."""
+"""Steps after the start that do not count for typical speeds."""
 GROUPS = (
     ("Rollouts", "share", {
         "rollout/reward": "mean reward",
@@ -49,7 +49,7 @@ GROUPS = (
 )  # fmt: skip
 """Metrics that share a chart: title, label of the axis, and labels by metric."""
 NOT_DRAWN = ("train/", "data/", "core/", "eval/", "val/bpb")
-"""Beginnings of metrics that have a chart of their own, or are not worth one."""
+"""Prefixes of metrics that have a chart of their own, or need none."""
 MAX_OTHERS = 12
 MAX_LABEL = 32
 """Characters of a task's name beside its bar."""
@@ -74,7 +74,7 @@ REFERENCES: dict[int, tuple[str, dict[str, float]]] = {
 
 
 class Spending(NamedTuple):
-    """What one stage took: training steps, evaluations, and the rest of its sessions."""
+    """Time of one stage: training steps, evaluations, and the rest of its sessions."""
 
     name: str
     training_seconds: float
@@ -88,7 +88,7 @@ def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
     """Read the runs of a model, as `load_family` does, and the results of its stages."""
     runs = load_family(home, tag)
     places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
-    # An evaluation may be there without the journal of the run, as after a part of a pull.
+    # After a partial pull an evaluation may exist without the journal of its run.
     places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGES)
     return runs, [r for stage, tag in places for r in load_results(home, stage, tag)]
 

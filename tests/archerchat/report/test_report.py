@@ -146,7 +146,7 @@ def test_a_capped_core_is_not_set_against_gpt2(full_home: Home) -> None:
     (full_home.eval_dir("base", "d8") / "core_30.json").unlink()
     text = render(full_home, "d8").markdown
     assert "| CORE | 0.9000 (at most 4 per task) | – | 0.0976 | – |" in text
-    assert "It is not the whole evaluation: at most 4 per task." in text
+    assert "This is not the whole evaluation: at most 4 per task." in text
     assert "of GPT-2 XL's" not in text
 
 
