@@ -281,14 +281,8 @@ def _throughput_chart(run: Run) -> Lines:
 
 def result_chart(result: Result) -> Bars:
     """Return the centred accuracies of an evaluation's tasks, the highest first."""
-    ranked = sorted(result.tasks, key=lambda task: task.centred, reverse=True)
-    bars = [
-        (
-            task.label[:MAX_LABEL],
-            task.centred,
-            (centred(task.interval[0], task.baseline), centred(task.interval[1], task.baseline)),
-            f"{task.accuracy:.1%}",
-        )
-        for task in ranked
-    ]
+    bars = []
+    for task in sorted(result.tasks, key=lambda task: task.centred, reverse=True):
+        low, high = (centred(limit, task.random_baseline) for limit in task.interval)
+        bars.append((task.label[:MAX_LABEL], task.centred, (low, high), f"{task.accuracy:.1%}"))
     return Bars("Centred accuracy", bars)

@@ -15,31 +15,12 @@ from typing import Any, Literal
 
 from archerchat.evals.chat import ANSWER_TOKENS
 from archerchat.evals.core.results import FULL_TASKS
-from archerchat.evals.statistics import centred, wilson_interval
+from archerchat.evals.statistics import TaskResult
 from archerchat.home import Home
 
 Kind = Literal["core", "chat", "offline"]
 SCORES: dict[Kind, str] = {"core": "CORE", "chat": "ChatCORE", "offline": "offline tasks"}
 """What an evaluation's score is called. Offline tasks are generated, and are not CORE."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task's outcome."""
-
-    label: str
-    accuracy: float
-    baseline: float
-    """Accuracy of guessing."""
-    examples: int
-    interval: tuple[float, float]
-    """95 % confidence interval of the accuracy."""
-    seconds: float
-
-    @property
-    def centred(self) -> float:
-        """Accuracy on a scale where guessing is 0 and perfection 1."""
-        return centred(self.accuracy, self.baseline)
 
 
 @dataclass(frozen=True)
@@ -52,7 +33,7 @@ class Result:
     step: int
     score: float | None
     """CORE, ChatCORE or the offline tasks' mean centred accuracy; None if tasks are missing."""
-    tasks: list[TaskScore]
+    tasks: list[TaskResult]
     complete: bool
     conditions: list[str]
     """How it differs from the published evaluation, such as "at most 8 per task"."""
@@ -88,12 +69,10 @@ def _read_core(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Res
         conditions.append(f"prompts of at most {length:,} tokens")
     if kind == "core" and complete and len(tasks) != FULL_TASKS:
         conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
-    scores = []
-    for task in tasks:
-        interval = wilson_interval(task["correct"], task["examples"])
-        scores.append(_task(task["label"], task, task["examples"], interval))
+    names = ("label", "task_type", "examples", "correct", "random_baseline", "seconds")
+    done = [TaskResult(**{name: task[name] for name in names}) for task in tasks]
     score = content["core"] if complete else None
-    return Result(kind, stage, tag, about["step"], score, scores, complete, conditions)
+    return Result(kind, stage, tag, about["step"], score, done, complete, conditions)
 
 
 def _read_chat(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
@@ -106,16 +85,22 @@ def _read_chat(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Res
         conditions.append(f"{sampling['num_samples']} sample(s) at temperature {temperature:g}")
     if (tokens := sampling["max_new_tokens"]) < ANSWER_TOKENS:
         conditions.append(f"answers of at most {tokens:,} tokens")
-    tasks = content["tasks"].items()
-    scores = [_task(name, task, task["problems"], task["interval_95"]) for name, task in tasks]
     score = content.get("chatcore") if complete else None
-    return Result(kind, stage, tag, content["step"], score, scores, complete, conditions)
+    tasks = [_read_chat_task(name, task) for name, task in content["tasks"].items()]
+    return Result(kind, stage, tag, content["step"], score, tasks, complete, conditions)
 
 
-def _task(label: str, task: dict[str, Any], examples: int, interval: Sequence[float]) -> TaskScore:
-    low, high = interval
-    baseline, seconds = task["random_baseline"], task["seconds"]
-    return TaskScore(label, task["accuracy"], baseline, examples, (low, high), seconds)
+def _read_chat_task(name: str, task: dict[str, Any]) -> TaskResult:
+    examples, samples = task["problems"], task.get("num_samples", 1)
+    return TaskResult(
+        label=name,
+        task_type=task["kind"],
+        examples=examples,
+        correct=round(task["accuracy"] * examples * samples),
+        random_baseline=task["random_baseline"],
+        seconds=task["seconds"],
+        num_samples=samples,
+    )
 
 
 def latest(results: Sequence[Result], kind: Kind, *stages: str) -> Result | None:

@@ -62,11 +62,8 @@ def build_core_metric(
             InferenceModel(recipe.model).model,
             on_progress=lambda label, share: recipe.show_progress(f"CORE, {label}", share),
         )
-        figures = {
-            "core/score": result.core,
-            "core/low": result.core - result.half_width,
-            "core/high": result.core + result.half_width,
-        }
+        low, high = result.interval
+        figures = {"core/score": result.core, "core/low": low, "core/high": high}
         return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
 
     return measure

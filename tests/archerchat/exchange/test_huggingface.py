@@ -93,9 +93,9 @@ def test_a_model_that_the_library_lacks_is_not_written_as_its(
 def test_the_card_has_what_training_and_evaluations_left(
     trained_home: TinyHome, tmp_path: Path
 ) -> None:
-    task = {"accuracy": 0.5, "correct": 2, "examples": 4, "random_baseline": 0.25, "seconds": 1.0}
     options = {"max_per_task": None, "max_length": None}
-    tasks = [task | {"label": "arc_easy"}]
+    task = {"label": "arc_easy", "task_type": "multiple_choice", "random_baseline": 0.25}
+    tasks = [task | {"correct": 2, "examples": 4, "seconds": 1.0}]
     result = {"step": 4, "core": 0.3333, "tasks": tasks, "options": options}
     path = trained_home.eval_dir("base", "tiny") / "core_000004.json"
     path.parent.mkdir(parents=True)

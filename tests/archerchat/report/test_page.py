@@ -36,10 +36,8 @@ def page_file(home: Home, session: Callable[..., None], tmp_path: Path) -> Path:
     text = '</pre><script>document.title="run"</script><img src=x onerror="document.title=1">' * 3
     session(home, "d8", range(400), text=text)
     names = [*(f"task_{i}" for i in range(9)), "bigbench_language_identification"]
-    figures = {"random_baseline": 0.3, "examples": 9, "seconds": 1}
-    tasks = [
-        figures | {"label": name, "accuracy": i / 9, "correct": i} for i, name in enumerate(names)
-    ]
+    figures = {"task_type": "", "random_baseline": 0.3, "examples": 9, "seconds": 1}
+    tasks = [figures | {"label": name, "correct": i} for i, name in enumerate(names)]
     options = {"max_per_task": None, "max_length": None}
     result = {"core": 0.1, "tasks": tasks, "step": 4, "options": options}
     write_json(home.eval_dir("base", "d8") / "core_4.json", result)

@@ -29,13 +29,19 @@ HOSTILE = (
 )
 TASK = {
     "label": "copa",
-    "accuracy": 0.5,
+    "task_type": "multiple_choice",
     "random_baseline": 0.25,
     "examples": 8,
     "correct": 4,
     "seconds": 14400.0 / 22,
 }
-MMLU = TASK | {"problems": 8, "interval_95": [0.2, 0.8], "seconds": 7200.0}
+MMLU = {
+    "kind": "categorical",
+    "problems": 8,
+    "accuracy": 0.5,
+    "random_baseline": 0.25,
+    "seconds": 7200,
+}
 WHOLE = {"max_per_task": None, "max_length": None}
 GREEDY = {"temperature": 0.0, "num_samples": 1, "max_new_tokens": 512}
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from archerchat.evals.chat import TaskResult as ChatTask
-from archerchat.evals.core.results import CoreResult, PartialResults, TaskResult
+from archerchat.evals.chat import ChatTaskResult
+from archerchat.evals.core.results import CoreResult, CoreTaskResult, PartialResults
 from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.report.results import Result, latest, load_results
 
 TASK = {
     "label": "copa",
-    "accuracy": 0.5,
+    "task_type": "multiple_choice",
     "random_baseline": 0.25,
     "examples": 8,
     "correct": 4,
@@ -23,6 +23,18 @@ TASK = {
 WHOLE = {"max_per_task": None, "max_length": None}
 """Options of an evaluation of everything, as are its sampling parameters."""
 GREEDY = {"temperature": 0.0, "num_samples": 1, "max_new_tokens": 512}
+
+
+def mmlu(correct: int, examples: int) -> dict[str, Any]:
+    return ChatTaskResult(
+        label="MMLU",
+        task_type="categorical",
+        examples=examples,
+        correct=correct,
+        random_baseline=0.25,
+        seconds=2.0,
+        pass_at={},
+    ).to_json()
 
 
 def load(home: Home, name: str, **content: Any) -> Result | None:
@@ -47,7 +59,17 @@ def test_what_an_evaluation_writes_is_read(home: Home) -> None:
     """Through the evaluations' own code: CORE, the offline tasks, and one that is unfinished."""
     folder = home.eval_dir("base", "d8")
     folder.mkdir(parents=True)
-    task = TaskResult("copa", "multiple_choice", 0, 200, 30, 0.5, 3.0, 10, 10)
+    task = CoreTaskResult(
+        label="copa",
+        task_type="multiple_choice",
+        examples=200,
+        correct=30,
+        random_baseline=0.5,
+        seconds=3.0,
+        num_fewshot=0,
+        prompt_tokens=10,
+        tokens_run=10,
+    )
     about = {"step": 6, "options": WHOLE}
     write_json(folder / "core_000006.json", {**about, **CoreResult((task,)).to_json()})
     write_json(folder / "offline_000006.json", {**about, **CoreResult((task, task)).to_json()})
@@ -62,7 +84,7 @@ def test_what_an_evaluation_writes_is_read(home: Home) -> None:
 
 
 def test_chat(home: Home) -> None:
-    task = ChatTask("MMLU", "categorical", 0.25, (1, 0, 1, 1), 1, seconds=2.0).to_json()
+    task = mmlu(3, 4)
     folder = "chat_step_000004.json"
     about = {"sampling": GREEDY, "limits": {"MMLU": None}, "step": 4, "complete": False}
     result = load(home, folder, tasks={"MMLU": task}, **about)
@@ -75,7 +97,7 @@ def test_chat(home: Home) -> None:
 
 def test_the_fullest_chat_evaluation_of_a_step_counts(home: Home) -> None:
     def task(problems: int) -> dict[str, Any]:
-        return ChatTask("MMLU", "categorical", 0.25, (1,) * problems, 1).to_json()
+        return mmlu(problems, problems)
 
     folder = home.eval_dir("sft", "d8")
     for name, score, problems, limit, sampling in (
