@@ -121,7 +121,8 @@ class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
         fit is a KeyError, TypeError or ValueError."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the batch after the saved one.
+        """Continue with the row after the saved batch; rows are whole between batches, so batches
+        may be of another size.
 
         Raises:
             CheckpointError: the state is broken, or this loader would not yield the same batches;
@@ -134,6 +135,8 @@ class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
                 f"the saved state of the data loader is broken ({error!r}): resume from an "
                 "earlier checkpoint"
             ) from error
+        if "batch_size" in identity:
+            identity["batch_size"] = self._plan.identity.get("batch_size")
         plan, saved = self._reconcile(identity)
         if differences := compare_configs(saved, plan.identity):
             raise CheckpointError(

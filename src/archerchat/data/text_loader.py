@@ -99,10 +99,9 @@ class TextLoader(PrefetchingLoader[_Plan, _State]):
         buffer_size: documents that best fit chooses from.
         tokenizer_batch: documents that enter the buffer together, never across row groups.
         prefetch, num_threads: batches prepared ahead, and threads that tokenize.
-        extend: continue a saved state into shards that follow the saved ones, and accept another
-            batch size (rows are whole between batches). By default shards that the saved state
-            does not name, such as those downloaded since, are left out, so that the batches stay
-            the same.
+        extend: continue a saved state into shards that follow the saved ones. By default shards
+            that the saved state does not name, such as those downloaded since, are left out, so
+            that the rows stay the same.
 
     Raises:
         DataError: a shard is missing or broken (from the constructor or from `next`), or no
@@ -174,7 +173,6 @@ class TextLoader(PrefetchingLoader[_Plan, _State]):
         saved, known = dict(identity), identity.get("shards", [])
         paths = dict(zip(map(tuple, now["shards"]), plan.shards, strict=True))
         if self._extend:
-            saved["batch_size"] = now["batch_size"]
             if known == now["shards"][: len(known)]:
                 saved["shards"] = now["shards"]
         elif paths.keys() >= set(map(tuple, known)):

@@ -1,4 +1,4 @@
-"""The model that fine-tuning and reinforcement start from, and what they take over from it."""
+"""What fine-tuning and reinforcement share: the saved model that they start from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
-from archerchat.dial import DialConfig, LearningRates, build_hyperparameters, grad_accum_steps
-from archerchat.distributed import Ranks
+from archerchat.dial import DialConfig, LearningRates, build_hyperparameters
 from archerchat.errors import CheckpointError
 from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
-from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
-from archerchat.optim.optimizer import AdamGroup, MuonGroup, Optimizer, build_groups
-from archerchat.runtime import Runtime
+from archerchat.optim.optimizer import AdamGroup, Optimizer, build_groups
 from archerchat.tokenizer.bpe import Tokenizer
+from archerchat.training.stage import Stage, StageConfig
 
 DEVICE_BATCH_SIZE = 32
 """Rows per micro-batch where the base model does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(StageConfig):
+    """Options of the stages that start from a saved model."""
+
+    model_tag: str | None = None
+    """Name of the model to start from. Defaults to the one that was saved last."""
+    model_step: int | None = None
+    """Step of its checkpoint. Defaults to the latest."""
+    output_tag: str | None = None
+    """Name of the new model. Defaults to the first model's name."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,11 @@ class BaseModel:
     def tag(self) -> str:
         """Name of the model."""
         return self.path.parent.name
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether the optimizer's state was saved with it."""
+        return (self.path / "optimizer.safetensors").exists()
 
     def describe(self) -> dict[str, Any]:
         """Return what tells this base model from any other."""
@@ -63,21 +80,16 @@ def find_base_model(home: Home, stage: str, tag: str | None, step: int | None) -
 
 @dataclass(frozen=True)
 class Inheritance:
-    """How to train, as the base model and the overrides have it."""
+    """How to train, as the base model has it."""
 
     device_batch_size: int
     total_batch_tokens: int
-    grad_accum_steps: int
     learning_rates: LearningRates
-    """The base model's rates, scaled down."""
+    """The base model's rates, scaled."""
 
 
 def inherit(
-    base: BaseModel,
-    runtime: Runtime,
-    rate_scale: float,
-    device_batch_size: int | None = None,
-    total_batch_tokens: int | None = None,
+    base: BaseModel, rate_scale: float, total_batch_tokens: int | None = None
 ) -> Inheritance:
     """Take batch and rates from the base checkpoint, or from the dial if it has none.
 
@@ -85,19 +97,16 @@ def inherit(
     as the dial does.
 
     Raises:
-        UsageError: the batch is not a whole number of micro-batches.
         CheckpointError: what the checkpoint says of its rates cannot be read.
     """
     identity, model = base.meta.get("identity"), base.config
     if identity is None:  # imported
         rates, batch = _rates_of_the_dial(model, total_batch_tokens)
-        rows = device_batch_size or DEVICE_BATCH_SIZE
-        rows = min(rows, max(1, batch // model.sequence_length))
+        rows = min(DEVICE_BATCH_SIZE, max(1, batch // model.sequence_length))
     else:
         try:
             rates = LearningRates(**identity["learning_rates"])
-            batch = int(identity["total_batch_size"])
-            rows = device_batch_size or int(identity["device_batch_size"])
+            batch, rows = int(identity["total_batch_size"]), int(identity["device_batch_size"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{base.path} does not say how it was trained ({error!r}): use a base model of "
@@ -107,8 +116,7 @@ def inherit(
     scale = math.sqrt(tokens / batch)
     scaled = {name: rate * rate_scale * scale for name, rate in asdict(rates).items()}
     scaled["smear"] = rates.smear * rate_scale  # never scaled for the batch
-    accum = grad_accum_steps(tokens, rows, model.sequence_length, runtime.world_size)
-    return Inheritance(rows, tokens, accum, LearningRates(**scaled))
+    return Inheritance(rows, tokens, LearningRates(**scaled))
 
 
 def _rates_of_the_dial(model: ModelConfig, batch: int | None) -> tuple[LearningRates, int]:
@@ -126,60 +134,65 @@ def _rates_of_the_dial(model: ModelConfig, batch: int | None) -> tuple[LearningR
     return hp.learning_rates, hp.total_batch_tokens
 
 
-def build_model(
-    base: BaseModel, start: Checkpoint | None, runtime: Runtime, backend: Backend
-) -> Transformer:
-    """Return the model to be trained, with the base model's weights.
+class Tuning(Stage):
+    """A stage that starts from a saved model.
 
-    A resumed run has the weights in its own checkpoint, so the base model's are not read then.
-
-    Raises:
-        CheckpointError: the base model's weights are damaged.
+    Args:
+        source: that model's stage.
     """
-    model = Transformer(base.config, runtime.compute_dtype, backend)
-    if start is None:
-        model.load_state_dict(load_checkpoint(base.path, sections=("model",)).state["model"])
-    return model.to(runtime.device)
 
+    config: TuneConfig
+    rates: LearningRates
 
-def build_optimizer(
-    model: Transformer,
-    rates: LearningRates,
-    runtime: Runtime,
-    compile: bool,
-    ranks: Ranks | None = None,
-) -> Optimizer:
-    """Return an optimizer in which nothing decays."""
-    groups: list[AdamGroup | MuonGroup] = [
-        replace(group, weight_decay=0.0) if isinstance(group, AdamGroup) else group
-        for group in build_groups(model, rates)
-    ]
-    return Optimizer(model, groups, runtime.compute_dtype, compile=compile, ranks=ranks)
+    def __init__(
+        self,
+        config: TuneConfig,
+        home: Home,
+        console: Console | None,
+        most_rows: int | None,
+        source: str,
+    ) -> None:
+        super().__init__(config, home, console, most_rows)
+        self.base = find_base_model(home, source, config.model_tag, config.model_step)
+        self.tokenizer, self.sequence_length = self.base.tokenizer, self.base.config.sequence_length
+        self.tag = config.output_tag or self.base.tag
 
+    def facts(self) -> dict[str, Any]:
+        """Return what is the base model's."""
+        return {name: self.base.meta[name] for name in ("model_config", "tokenizer")}
 
-def describe_moments(base: BaseModel, warm_start: bool) -> str:
-    """Say where the optimizer's moments start from."""
-    if not warm_start:
-        return "from zero"
-    if not _has_moments(base):
-        return "from zero: the base checkpoint has no optimizer state"
-    return f"from the base model's step {base.step}"
+    def build_model(self, start: Checkpoint | None) -> None:
+        """Build the model with the base model's weights, and an optimizer in which nothing decays.
 
+        A resumed run has the weights in its own checkpoint, so the base model's are not read then.
 
-def load_moments(optimizer: Optimizer, base: BaseModel) -> None:
-    """Take over the moments of the base model's training where its checkpoint has them.
+        Raises:
+            CheckpointError: the base model's weights are damaged.
+        """
+        base, runtime = self.base, self.runtime
+        model = Transformer(base.config, runtime.compute_dtype, self.backend)
+        if start is None:
+            model.load_state_dict(load_checkpoint(base.path, sections=("model",)).state["model"])
+        model.to(runtime.device).recomputes = self.recomputes
+        groups = [
+            replace(group, weight_decay=0.0) if isinstance(group, AdamGroup) else group
+            for group in build_groups(model, self.rates)
+        ]
+        self.model = model
+        self.optimizer = Optimizer(
+            model, groups, runtime.compute_dtype, self.config.compile, self.ranks
+        )
 
-    Raises:
-        CheckpointError: they do not fit the model.
-    """
-    if not _has_moments(base):
-        return
-    saved = load_checkpoint(base.path, sections=("optimizer",))
-    try:
-        optimizer.load_state_dict(saved.state["optimizer"])
-    except ValueError as error:
-        raise CheckpointError(f"{base.path} does not fit its own model: {error}") from error
+    def load_moments(self) -> None:
+        """Continue with the moments of the base model's optimizer.
 
-
-def _has_moments(base: BaseModel) -> bool:
-    return (base.path / "optimizer.safetensors").exists()
+        Raises:
+            CheckpointError: they do not fit the model.
+        """
+        saved = load_checkpoint(self.base.path, sections=("optimizer",))
+        try:
+            self.optimizer.load_state_dict(saved.state["optimizer"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.base.path} does not fit its own model: {error}"
+            ) from error

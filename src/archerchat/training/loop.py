@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -25,10 +25,10 @@ from archerchat.errors import ArcherChatError, CheckpointError
 from archerchat.optim.optimizer import MuonGroup
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import StopRequest, explained_memory
+from archerchat.training.outcome import OVERFITTING, LoopState, Outcome, Throughput
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog, Occasion
-from archerchat.training.throughput import Outcome, Throughput
 
 T = TypeVar("T")
 SMOOTHING = 0.9
@@ -37,40 +37,8 @@ SAVE_SECONDS = 900.0
 """Time between checkpoints that are saved by time."""
 OVERFIT_SHARE = 0.002
 """How much worse than its best the metric has to be for a warning: more than a step's noise."""
-OVERFITTING = (
-    "{} gets worse while the training loss falls: the model learns its text by heart. More text or "
-    "fewer steps would help"
-)
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
-
-
-@dataclass
-class LoopState:
-    """What a checkpoint holds of the loop itself."""
-
-    step: int = 0
-    """Updates done."""
-    smooth_loss: float = 0.0
-    """Exponential average of the training loss, not yet corrected for its start at 0."""
-    first_smoothed: int = 0
-    """Step at which that average began: later for an imported run."""
-    first_val: float = math.nan
-    """The recipe's metric when it was first measured."""
-    last_val: float = math.nan
-    best_val: float = math.inf
-    """Its best value as `Metric.score` turns it: lower is better."""
-    best_smooth_loss: float = math.nan
-    """The average training loss when the metric was best; infinite before the first step."""
-    overfitting: bool = False
-    """Whether the metric is worse than its best although the training loss fell since."""
-    best_saved: float = math.inf
-    """The score of the best checkpoint, measured right after it was saved."""
-    tokens: int = 0
-    """Tokens trained on, over all ranks."""
-    flops: int = 0
-    training_seconds: float = 0.0
-    """Time in training steps, without evaluations and saving."""
 
 
 class Loop(Stateful):

@@ -7,14 +7,14 @@ A run's identity is everything that decides its weights. `--extend` allows part 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+import archerchat
 from archerchat.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -25,9 +25,10 @@ from archerchat.checkpoint import (
     save_checkpoint,
 )
 from archerchat.config import compare_configs, from_json
+from archerchat.distributed import Ranks
 from archerchat.errors import CheckpointError, UsageError
+from archerchat.files import hash_ends
 from archerchat.home import Home
-from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
 
 EXTENDABLE = (
@@ -135,9 +136,6 @@ def _identity(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             f"choose another {_tag_flag(meta)} for a new run"
         )
     identity: dict[str, Any] = meta["identity"]
-    if "model" in identity:  # saved before these settings existed, perhaps
-        model = {"model": asdict(ModelConfig(**identity["model"]))}
-        identity = {"fp8": False, "optimizer_state": "float32"} | identity | model
     return identity
 
 
@@ -145,8 +143,18 @@ def _tag_flag(meta: Mapping[str, Any]) -> str:
     return "--model-tag" if meta.get("stage", "base") == "base" else "--output-tag"
 
 
+def saved_rows(meta: Mapping[str, Any]) -> int:
+    """Return the rows per micro-batch of a saved run; 0 where it has none, as an imported one."""
+    identity = meta.get("identity", {})
+    return int(identity.get("rollouts", identity).get("device_batch_size", 0))
+
+
 def find_start(
-    directory: Path, current: Mapping[str, Any], step: int | None, extend: bool = False
+    directory: Path,
+    current: Mapping[str, Any],
+    step: int | None,
+    extend: bool = False,
+    any_rows: bool = False,
 ) -> Checkpoint | None:
     """Load the checkpoint to resume from, or return None if the model has none yet.
 
@@ -156,6 +164,7 @@ def find_start(
             where the data decides the end.
         step: the checkpoint to take; None takes the latest.
         extend: allow differences in what `EXTENDABLE` names.
+        any_rows: allow other rows per micro-batch: this machine's were chosen by `choose_rows`.
 
     Raises:
         UsageError: the run there is another one, and how; or there is no such step; or it is past
@@ -174,8 +183,10 @@ def find_start(
         return _continue_imported(path, meta, current)
     identity = current["identity"]
     differences = compare_configs(_identity(path, meta), identity)
-    # A base model of the same weights may have been renamed.
-    differences = [d for d in differences if not d.startswith("base.tag:")]
+    free = ["base.tag:"]  # a base model of the same weights may have been renamed
+    if any_rows:
+        free += ["device_batch_size:", "rollouts.device_batch_size:"]
+    differences = [d for d in differences if not d.startswith(tuple(free))]
     refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
     if refused:
         base = meta.get("stage", "base") == "base"  # the only stage that has --extend
@@ -240,6 +251,34 @@ def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend:
         if not (same or allowed or FREE_FLAGS.fullmatch(flag) or values.startswith("absent")):
             lines.append(f"--{flag.replace('_', '-')}: {values.replace('None', 'none')}")
     return lines
+
+
+def require_same_run(
+    ranks: Ranks, meta: Mapping[str, Any], step: int, files: Sequence[Path]
+) -> None:
+    """Compare what the ranks are about to do: settings, code, data and the step to begin with.
+
+    Args:
+        files: that hold the data.
+
+    Raises:
+        UsageError: on all ranks, where one differs.
+    """
+    if ranks.world_size == 1:
+        return
+    code = sorted(Path(archerchat.__file__).parent.rglob("*.py"))
+    own = {name: meta[name] for name in ("identity", "validation", "compile")} | {
+        "archerchat": f"{archerchat.__version__} {hash_ends(*code)}",
+        "data": {path.name: hash_ends(path) for path in files},
+        "step": step,
+    }
+    runs = ranks.gather(own)
+    for rank, run in enumerate(runs):
+        if differences := compare_configs(runs[0], run):
+            raise UsageError(
+                f"rank {rank} would train another run than rank 0 (there saved, here now): "
+                f"{'; '.join(differences)}. Start all ranks with the same command, code and data"
+            )
 
 
 def describe_extension(
