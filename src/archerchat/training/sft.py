@@ -118,14 +118,13 @@ class Finetuning(Tuning):
             lambda: build_mixtures(config.data, files)
         )
         self.seed, self.num_iterations = config.data.mixture_seed, None
-        inherited = inherit(self.base, config.lr_scale, config.total_batch_size)
-        self.total_batch_tokens, self.rates = inherited.total_batch_tokens, inherited.learning_rates
+        usual_rows, self.total_batch_tokens, self.rates = inherit(
+            self.base, self.model_config, config.lr_scale, config.total_batch_size
+        )
         # Micro-batches count alike, however much of each is learned: more rows would be another
         # loss.
-        usual_rows = saved_rows(self.saved.meta) if self.saved else inherited.device_batch_size
-        self.fit_to_device(
-            self.base.config, usual_rows=usual_rows, document_masking=config.document_masking
-        )
+        usual_rows = saved_rows(self.saved.meta) if self.saved else usual_rows
+        self.fit_to_device(usual_rows=usual_rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
         self.meta = self.describe()
 
@@ -133,7 +132,7 @@ class Finetuning(Tuning):
         config, passes = self.config, self.config.passes
         # One pass is not named: the first runs knew no other.
         return ({} if passes == 1 else {"num_epochs": passes}) | {
-            "base": self.base.describe(),
+            "base": self.describe_base(),
             "tokenizer": self.tokenizer.fingerprint,
             "mixture": describe_mixture(self.train),
             "device_batch_size": self.rows,
@@ -151,7 +150,7 @@ class Finetuning(Tuning):
 
     def build_model(self, start: Checkpoint | None) -> None:
         super().build_model(start)
-        if start is None and self.config.warm_start and self.base.has_moments:
+        if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
             self.load_moments()
 
     def open_data(self, start: Checkpoint | None) -> None:
@@ -181,9 +180,6 @@ class Finetuning(Tuning):
         """Return what became of the conversations of all ranks, which ask at the same steps."""
         own = [(each.counts, each.consumed, each.share) for each in self.loader.own]
         return Used.of([part for parts in self.ranks.gather(own) for part in parts])
-
-    def step_tokens(self) -> int:
-        return self.total_batch_tokens
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return what became of the conversations so far."""
@@ -269,9 +265,9 @@ class Finetuning(Tuning):
         moments = "from zero"
         if self.config.warm_start:
             moments = f"from the base model's step {base.step}"
-            if not base.has_moments:
+            if "optimizer" not in base.hashes:
                 moments = "from zero: the base checkpoint has no optimizer state"
-        yield "base", f"{base.tag}, step {base.step}; optimizer moments {moments}"
+        yield "base", f"{self.base_tag}, step {base.step}; optimizer moments {moments}"
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
         for label, kind in (("found", "found"), ("left out", "left_out")):
