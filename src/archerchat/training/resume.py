@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -313,15 +314,12 @@ def set_aside_later(path: Path) -> list[Path]:
         Their new places, in `<tag>.before-step-<step>` beside the model's directory.
     """
     directory, step = path.parent, int(path.name.removeprefix("step_"))
-    later = [find_checkpoint(directory, other) for other in list_checkpoints(directory)]
-    later = [other for other in later if int(other.name.removeprefix("step_")) > step]
+    later = [find_checkpoint(directory, s) for s in list_checkpoints(directory) if s > step]
     if not later:
         return []
-    aside = directory.with_name(f"{directory.name}.before-step-{step}")
-    suffix = 1
-    while aside.exists():
-        suffix += 1
-        aside = directory.with_name(f"{directory.name}.before-step-{step}.{suffix}")
+    name = f"{directory.name}.before-step-{step}"
+    names = chain([name], (f"{name}.{number}" for number in count(2)))
+    aside = next(place for place in map(directory.with_name, names) if not place.exists())
     aside.mkdir()
     return [other.rename(aside / other.name) for other in later]
 
