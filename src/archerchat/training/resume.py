@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from archerchat.distributed import Ranks
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import hash_ends
 from archerchat.home import Home
+from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
 
 EXTENDABLE = (
@@ -137,6 +139,9 @@ def _identity(path: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
             f"choose another {_tag_flag(meta)} for a new run"
         )
     identity: dict[str, Any] = meta["identity"]
+    if "model" in identity:  # saved before these settings existed, perhaps
+        model = {"model": asdict(ModelConfig(**identity["model"]))}
+        identity = {"fp8": False, "optimizer_state": "float32"} | identity | model
     return identity
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from archerchat.checkpoint import Checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
-from archerchat.data.hub import task_files
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.chat import evaluate_task, limited
 from archerchat.home import Home
@@ -34,6 +33,7 @@ from archerchat.model.loss import IGNORED, weighted_loss
 from archerchat.planning.memory import kv_cache_bytes
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, user
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
 from archerchat.training.outcome import Outcome
@@ -150,7 +150,7 @@ class Reinforcement(Tuning):
             DataError: its files are missing or broken, or hold nothing.
         """
         config = self.config
-        files = task_files(self.home, config.data_dir, notify=self.console.print)
+        files = TaskFiles(self.home.cache_dir / "tasks", config.data_dir, notify=self.console.print)
         train, test = (build_task(config.task, split, files) for split in ("train", "test"))
         if train.kind != "generative":
             raise UsageError(

@@ -27,12 +27,12 @@ from archerchat.data.conversation_loader import (
     describe_mixture,
     render_whole,
 )
-from archerchat.data.hub import task_files
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.conversation import Conversation, user
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
 from archerchat.training.outcome import Outcome
@@ -113,7 +113,7 @@ class Finetuning(Tuning):
         most_rows: int | None = None,
     ) -> None:
         super().__init__(config, home, console, most_rows, "base")
-        files = task_files(home, config.data.data_dir, notify=self.console.print)
+        files = TaskFiles(home.cache_dir / "tasks", config.data.data_dir, notify=self.console.print)
         self.train, self.validation = self.ranks.first_alone(
             lambda: build_mixtures(config.data, files)
         )
@@ -178,7 +178,7 @@ class Finetuning(Tuning):
 
     def used(self) -> Used:
         """Return what became of the conversations of all ranks, which ask at the same steps."""
-        own = [(each.counts, each.consumed, each.share) for each in self.loader.own]
+        own = [each.used for each in self.loader.own]
         return Used.of([part for parts in self.ranks.gather(own) for part in parts])
 
     def step_metrics(self) -> Mapping[str, float]:
@@ -248,7 +248,7 @@ class Finetuning(Tuning):
         """Measure bits per byte of the validation mixture, which is read at most once."""
         count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
         with self._open_loader(self.validation, False, 0, 1) as loader:
-            batches = self.iter_validation(loader, count, lambda batch: loader.progress)
+            batches = self.iter_validation(loader, count, lambda batch: loader.used.progress)
             return {"val/bpb": self.bits_per_byte(batches)}
 
     def sample(self, step: int) -> Mapping[str, str]:

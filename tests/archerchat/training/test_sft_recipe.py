@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from archerchat.checkpoint import Checkpoint
-from archerchat.data.conversation_loader import Counts
+from archerchat.data.conversation_loader import Counts, Used
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
@@ -56,7 +56,7 @@ def test_the_momentum_rises_over_300_steps(step: int, expected: float) -> None:
 def recipe(progress: float, num_iterations: int | None, num_epochs: int | None = 1) -> Finetuning:
     """A stage of nothing but a position in its data, whose pass takes about 70 steps."""
     made = object.__new__(Finetuning)
-    stream = SimpleNamespace(counts=Counts(), consumed=1000 * progress, share=1000)
+    stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), 1000, progress))
     made.loader = cast(Any, SimpleNamespace(own=[stream]))
     made.ranks, made.pass_tokens, made.total_batch_tokens = Ranks(), 70.0, 1
     made.config = cast(Any, SimpleNamespace(num_iterations=num_iterations, passes=num_epochs))
