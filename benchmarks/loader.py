@@ -51,7 +51,6 @@ def main() -> int:
     settings = {
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
-        "num_threads": options.num_threads,
         "vocab_size": tokenizer.vocab_size,
         "step_tokens_per_second": options.step_tokens_per_second,
     }
@@ -71,7 +70,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory, ours or the oracle's")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--num-threads", type=int, default=1, help="threads that tokenize")
     parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure each")
     parser.add_argument(
         "--step-tokens-per-second",
@@ -108,7 +106,6 @@ def measure(
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         packing=packing,
-        num_threads=options.num_threads,
     ) as loader:
         began = time.perf_counter()
         next(loader)

@@ -6,10 +6,12 @@
 The server is a process of its own; clients stream over loopback from this one. `ratio` is the total
 tokens/s of all clients at once over that of one after another; `efficiency` is the same total over
 what the engine's own batch makes in this process without HTTP. `first_token_ratio` is the 95th
-percentile of the time to the first token with all clients over that of a quarter of them. Then
-requests come whose clients leave at random: `leaked_rows` are rows still in use afterwards,
-`errors` failed requests, `memory_growth` the server's memory at the end over that at a third. The
-last line is one JSON object. Run it alone: a second busy process slows two threads many times over.
+percentile of the time to the first token under load, with all clients over a quarter of them: each
+asks again as soon as it has its answer, and answers are of many lengths, so that a request meets
+others at work. `burst_first_token_ratio` is the same where all ask at one moment. Then requests
+come whose clients leave at random: `leaked_rows` are rows still in use afterwards, `errors` failed
+requests, `memory_growth` the server's memory at the end over that at a third. The last line is one
+JSON object. Run it alone: a second busy process slows two threads many times over.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from archerchat.inference.sequence import Request
 from archerchat.runtime import build_runtime, prepare_process
 from measuring import percentile, timed
 
-PROMPT_TOKENS = 16
+PROMPT_TOKENS, PROMPT_IDS = 16, 256
+LOADED_ANSWERS = 6
+"""Answers of each client under load."""
 
 
 @dataclass
@@ -54,16 +58,19 @@ async def ask(port: int, body: dict[str, Any], leave_after: int | None = None) -
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(content)}\r\n"
     writer.write(f"{head}Content-Type: application/json\r\n\r\n".encode() + content)
-    ok = b" 200 " in await reader.readline()
-    while ok and not done and tokens != leave_after:
-        line = await reader.readline()
-        if line.startswith(b"data: {"):
-            first = first or time.perf_counter() - started
-            tokens += 1
-        done = line.startswith(b"data: [DONE]")
-        ok = bool(line) and b'"error"' not in line[:20]
+    received = b""
+    while not received.endswith(b"[DONE]\n\n\r\n0\r\n\r\n") and tokens != leave_after:
+        part = await reader.read(2**16)
+        received += part
+        if not part or b'data: {"error"' in received or b" 200 " not in received[:20]:
+            break
+        tokens = received.count(b"data: {")
+        first = first or (time.perf_counter() - started if tokens else 0.0)
+        tokens = tokens if leave_after is None else min(tokens, leave_after)
+    else:
+        done = True
     writer.close()
-    return Answer(tokens, first, not ok)
+    return Answer(tokens, first, not done)
 
 
 async def ask_at_once(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
@@ -72,6 +79,22 @@ async def ask_at_once(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answe
 
 async def ask_in_turn(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
     return [await ask(port, body) for body in bodies]
+
+
+async def keep_asking(port: int, body: dict[str, Any], clients: int, answers: int) -> list[float]:
+    """Let each client ask for one answer after another; return the times to the first token."""
+
+    async def client(number: int) -> list[float]:
+        random, times = Random(number), []
+        for _ in range(answers + 1):
+            length = random.randrange(body["max_tokens"] // 2, body["max_tokens"] * 3 // 2)
+            prompt = [random.randrange(PROMPT_IDS) for _ in range(PROMPT_TOKENS)]
+            given = body | {"prompt": prompt, "max_tokens": length}
+            times.append((await ask(port, given)).first_token_seconds)
+        return times[1:]  # all begin at one moment
+
+    found = await asyncio.gather(*(client(number) for number in range(clients)))
+    return [seconds for times in found for seconds in times]
 
 
 async def leave_at_random(port: int, bodies: Sequence[dict[str, Any]], clients: int) -> int:
@@ -133,6 +156,10 @@ def measure_server(
         first += [answer.first_token_seconds for answer in answers]
     quarter = [a.first_token_seconds for _ in range(options.rounds)
                for a in asyncio.run(ask_at_once(port, few))]  # fmt: skip
+    loaded, lightly = (
+        percentile(asyncio.run(keep_asking(port, bodies[0], count, LOADED_ANSWERS)), 0.95)
+        for count in (len(bodies), len(few))
+    )
     started = time.perf_counter()
     alone = asyncio.run(ask_in_turn(port, few))
     alone_speed = sum(answer.tokens for answer in alone) / (time.perf_counter() - started)
@@ -146,8 +173,10 @@ def measure_server(
     return {
         "tokens_per_second": len(bodies) * options.tokens / seconds,
         "one_by_one_tokens_per_second": alone_speed,
-        "first_token_p95": percentile(first, 0.95),
-        "first_token_ratio": percentile(first, 0.95) / percentile(quarter, 0.95),
+        "first_token_p95": loaded,
+        "first_token_ratio": loaded / lightly,
+        "burst_first_token_p95": percentile(first, 0.95),
+        "burst_first_token_ratio": percentile(first, 0.95) / percentile(quarter, 0.95),
         "requests": options.requests,
         "errors": errors,
         "leaked_rows": left["rows"] + left["samples_in_work"],
@@ -179,7 +208,7 @@ def main() -> None:
             loaded = load_model(Home.from_environment(), build_runtime("cpu"), stage, tag)
             random, size = Random(0), loaded.tokenizer.bos_id
             prompts = [
-                [random.randrange(size) for _ in range(PROMPT_TOKENS)]
+                [random.randrange(PROMPT_IDS) for _ in range(PROMPT_TOKENS)]
                 for _ in range(options.clients)
             ]
             result = measure_server(options, port, server.pid, prompts, size)

@@ -35,7 +35,7 @@ LAYERS = (
     {"optim", "tokenizer", "checkpoint"},
     {"tasks"},
     {"dial", "sandbox"},
-    {"runtime", "console"},
+    {"runtime", "console", "downloads"},
     {"files", "text_files", "home", "config", "distributed"},
     {"model"},
     {"errors", "__init__"},

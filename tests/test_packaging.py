@@ -11,10 +11,12 @@ import sys
 import sysconfig
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from archerchat import __version__
 from archerchat.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,40 +82,79 @@ def test_the_image_is_built_from_files_that_exist_and_serves() -> None:
     assert (command.function.__name__, command.config.host) == ("serve", "0.0.0.0")
 
 
-@pytest.mark.slow
-def test_the_readme_s_command_installs_and_keeps_torch(tmp_path: Path) -> None:
-    """From wheels built here, without an index, beside the packages that the tests run with."""
+def run(*words: str | Path, cwd: Path, **environment: str) -> str:
+    """Run a command away from this checkout's sources, and return what it prints."""
+    outer = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        list(map(str, words)),
+        cwd=cwd,
+        env=outer | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+PIP = (sys.executable, "-m", "pip")
+OFFLINE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # 0 means: no isolation
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """An environment without an index, beside the packages that the tests run with."""
     pytest.importorskip("hatchling")
     pytest.importorskip("pip")
     venv.create(tmp_path / "own", symlinks=True)
-    python = tmp_path / "own" / "bin" / "python"
     (packages,) = (tmp_path / "own" / "lib").glob("python*/site-packages")
-    outer = sysconfig.get_paths()["purelib"]
-    (packages / "outer.pth").write_text(f"{outer}\n")
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    (packages / "outer.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
+    return tmp_path / "own"
 
-    def run(*words: str | Path, cwd: Path = tmp_path, **more: str) -> str:
-        done = subprocess.run(
-            list(map(str, words)),
-            cwd=cwd,
-            env=environment | more,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
-    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0"}  # 0 means: no isolation
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    run(*pip, *COMMAND.split()[1:], cwd=ROOT, **offline)
-    assert run(tmp_path / "own" / "bin" / "archerchat", "--version").startswith("archerchat ")
+@pytest.mark.slow
+def test_the_readme_s_command_installs_and_keeps_torch(own: Path) -> None:
+    python, outer = own / "bin" / "python", sysconfig.get_paths()["purelib"]
+    (packages,) = (own / "lib").glob("python*/site-packages")
+    run(*PIP, "--python", python, *COMMAND.split()[1:], cwd=ROOT, **OFFLINE)
+    assert run(own / "bin" / "archerchat", "--version", cwd=own).startswith("archerchat ")
     code = "import archerchat, endlex, torch as t; print(archerchat, endlex, t, sep='\\n')"
-    *own, torch = re.findall(r"from '(.*)'", run(python, "-c", code))
-    assert [Path(path).parent.parent for path in own] == [packages] * 2
+    *ours, torch = re.findall(r"from '(.*)'", run(python, "-c", code, cwd=own))
+    assert [Path(path).parent.parent for path in ours] == [packages] * 2
     assert Path(torch).is_relative_to(outer)
     source = ROOT / "src" / "archerchat"
     for path in source.rglob("*"):  # templates and word lists too
         if path.is_file() and path.suffix != ".pyc":
             assert (packages / "archerchat" / path.relative_to(source)).is_file(), path
+
+
+@pytest.mark.slow
+def test_a_release_is_three_wheels_of_one_version(own: Path) -> None:
+    """A wheel built from its sdist equals the one built here; together they install and run."""
+    release, rebuilt = own / "release", own / "rebuilt"
+    for folder in ("", "endlex", "endlex/server"):
+        words = (sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-t", "wheel")
+        run(*words, "-d", release, cwd=ROOT / folder)
+    names = [f"{name}-{__version__}" for name in ("archerchat", "endlex", "endlex_server")]
+    wheels = [release / f"{name}-py3-none-any.whl" for name in names]
+    sdists = [release / f"{name}.tar.gz" for name in names]
+    assert sorted(release.iterdir()) == sorted([*wheels, *sdists])
+    run(*PIP, "wheel", "--no-deps", "-w", rebuilt, *sdists, cwd=own, **OFFLINE)
+    for wheel in wheels:
+        first, second = zipfile.ZipFile(wheel), zipfile.ZipFile(rebuilt / wheel.name)
+        assert {name: first.read(name) for name in first.namelist()} == {
+            name: second.read(name) for name in second.namelist()
+        }
+    run(*PIP, "--python", own / "bin" / "python", "install", *wheels, cwd=own, **OFFLINE)
+    for command in ("archerchat", "endlex"):
+        said = run(own / "bin" / command, "--version", cwd=own)
+        assert said == f"{command} {__version__}\n"
+    home = {"ARCHERCHAT_HOME": str(own / "home")}
+    said = json.loads(run(own / "bin" / "archerchat", "doctor", "--json", cwd=own, **home))
+    assert said["machine"]["archerchat"] == said["packages"]["endlex"] == __version__
+
+
+def test_the_changelog_has_this_version() -> None:
+    log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(rf"^## {re.escape(__version__)}, \d{{4}}-\d\d-\d\d$", log, re.MULTILINE)

@@ -16,7 +16,6 @@ turns it back into the float.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -33,6 +32,7 @@ from torch import Tensor
 from archerchat.config import decode_json, encode_json
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import (
+    FULL,
     STALE,
     current,
     new_directory,
@@ -193,7 +193,7 @@ def _explain_failed_save(error: Exception, path: Path, needed: int) -> str:
     # safetensors reports the system's error only in its text.
     code = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
-    if number not in (errno.ENOSPC, errno.EDQUOT):
+    if number not in FULL:
         return f"cannot save {path}: {error}; {intact}; check its permissions and its disk"
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
     return (
@@ -302,7 +302,10 @@ def load_checkpoint(path: Path, sections: Iterable[str] | None = None) -> Checkp
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """Return meta.json's content without its own checksum, after comparing it."""
+    """Return meta.json's content without its own checksum, after comparing it.
+
+    The content of format 1 is returned as format 2 has it.
+    """
     file = path / META
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
@@ -311,14 +314,23 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise _Damaged(f"{file} is missing") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise _Damaged(f"{file} is not a checkpoint's JSON ({error})") from error
-    if format_version != FORMAT:
+    if format_version not in (1, FORMAT):
         raise CheckpointError(
-            f"{file} has format {format_version!r}, this version of archerchat reads {FORMAT}: "
-            "read it with the version that wrote it"
+            f"{file} has format {format_version!r}, this version of archerchat reads 1 to "
+            f"{FORMAT}: read it with the version that wrote it"
         )
     if digest != _digest(content):
         raise _Damaged(f"{file} does not match its checksum")
-    return content
+    return _upgrade(content) if format_version == 1 else content
+
+
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    """Move the state that format 1 kept among the caller's meta to its sections."""
+    meta = dict(content["meta"])
+    state = {name: meta.pop(name) for name in ("loop", "loader", "scaler") if name in meta}
+    if "optimizer_steps" in meta:
+        state["optimizer"] = {"steps_taken": meta.pop("optimizer_steps")}
+    return content | {"state": state, "meta": meta}
 
 
 def _check_file(file: Path, entry: Mapping[str, Any], verify: bool) -> None:

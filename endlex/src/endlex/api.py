@@ -6,7 +6,8 @@
     frame = api.run("my-project/d12").history(["train/loss"])    # pandas, or polars
     api.run("my-project/d12").download("best", "checkpoints")
 
-It only reads, unless it is told otherwise. The token travels in a header; no message holds it.
+It only reads, unless made with `read_only=False`. The token travels in a header; no message holds
+it.
 """
 
 from __future__ import annotations
@@ -19,17 +20,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from endlex.client.run_directory import server_token, server_url
-from endlex.client.transport import Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import Refused, Transport, quoted
 from endlex.protocol import CONSOLE, RUN_ID, EndlexError
 
 PAGE = 200
 NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
 TOKEN_HINT = "set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
 LAST, BEST = "last", "best"
-
-
-class ServerUnreachable(EndlexError):
-    """There is no answer: wrong address, no network, or no server."""
 
 
 class Api:
@@ -76,8 +73,7 @@ class Api:
             limit: most of them; all if not given.
 
         Raises:
-            EndlexError: the search is not one, or the server refuses; `ServerUnreachable` where
-                there is none.
+            EndlexError: the search is not one, or the server refuses or cannot be reached.
         """
         found: list[RunInfo] = []
         while True:
@@ -114,8 +110,8 @@ class Api:
         """Return what `GET path` answers; query values that are None are left out.
 
         Raises:
-            ServerUnreachable: no answer.
-            EndlexError: an error as the answer; a `Refused` where asking again is no use.
+            Retry: no answer, or one that says later.
+            Refused: an answer that asking again will not change.
         """
         return self.send("GET", path, query=query)
 
@@ -128,8 +124,6 @@ class Api:
         given = {name: value for name, value in (query or {}).items() if value is not None}
         try:
             answer = self.transport.request(method, path, query=given, json_body=body)
-        except Retry as error:
-            raise helpful(error) from error
         except Refused as error:
             raise _with_hint(error) from error
         if answer.content is None:
@@ -145,8 +139,6 @@ class Api:
             with self.transport.download(path) as blocks:
                 for block in blocks:
                     file.write(block)
-        except Retry as error:
-            raise helpful(error) from error
         except Refused as error:
             raise _with_hint(error) from error
 
@@ -195,11 +187,7 @@ class RunInfo:
         return f"{self._api.url}/runs/{self.id}"
 
     def history(
-        self,
-        metrics: Sequence[str] = (),
-        *,
-        frame: str | None = None,
-        long: bool = False,
+        self, metrics: Sequence[str] = (), *, frame: str | None = None, long: bool = False
     ) -> Any:
         """Return every point, none left out, as a frame with a row per step.
 
@@ -231,7 +219,7 @@ class RunInfo:
     def texts(self, name: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
         """Return the latest texts, of one name if it is given: name, step, time, text.
 
-        Endlex's own are told by name alone: run/environment, run/changes, run/exception.
+        Endlex's own texts are returned only by name: run/environment, run/changes, run/exception.
         """
         query = {"name": name, "limit": limit}
         return list(self._api.get(run_path(self.id, "texts"), query)["texts"])
@@ -303,12 +291,6 @@ def choose_checkpoint(
         hint = "; no checkpoint has the alias best" if which == BEST else ""
         raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
     return at_step[0]
-
-
-def helpful(error: Retry) -> EndlexError:
-    """Return the error of a request that got no answer, or one that says later."""
-    kind = ServerUnreachable if isinstance(error, Unreachable) else EndlexError
-    return kind(str(error))
 
 
 def _with_hint(error: Refused) -> Refused:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(command(**options))
     except EndlexError as error:
         print(f"endlex: {error}", file=sys.stderr)
-        return int(getattr(error, "exit_status", 1))
+        return error.exit_status
     except BrokenPipeError:  # `endlex ls | head`: no error, and nobody to flush the rest to
         os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
         return 1

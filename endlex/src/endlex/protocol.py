@@ -1,6 +1,6 @@
 """Names, limits, record types and wire types: what both halves of Endlex agree on.
 
-A run's directory holds one journal file a session (a process that writes), and a journal is a
+A run's directory holds one journal file per session (a process that writes), and a journal is a
 file of JSON lines. Each record is one object with `type`, `session`, `seq` (0, 1, 2, ... within
 the session) and `time` (Unix seconds); the other keys depend on the type:
 
@@ -19,7 +19,7 @@ the session) and `time` (Unix seconds); the other keys depend on the type:
 what follows is torn. Readers keep and ignore types that they do not know.
 
 JSON has no NaN and no infinities: in `values` and in `config` they are the strings "NaN",
-"Infinity" and "-Infinity". A number in `values` is never a string otherwise, so reading it back
+"Infinity" and "-Infinity". No other number in `values` is a string, so reading it back
 is not ambiguous; in `config` they stay strings.
 
 A checkpoint is a set of files, each cut into parts that are named by their SHA-256; its manifest
@@ -49,7 +49,7 @@ ENVIRONMENT, CHANGES, PACKAGES = "run/environment", "run/changes", "run/packages
 """Texts that Endlex records itself: what was printed (in chunks), what ended the run, and what it
 was. Their steps are the session's number, of the console's chunks a million times that and more."""
 LEVELS = ("info", "warning", "error")
-"""Of an alert."""
+"""Levels of an alert."""
 
 TRAINER = "trainer"
 SYSTEM = "system"
@@ -59,10 +59,9 @@ Status = Literal["finished", "failed", "interrupted"]
 """How a session says that it ended."""
 STATUSES: tuple[Status, ...] = ("finished", "failed", "interrupted")
 CRASHED = "crashed"
-"""What is said of a session whose writer is gone without a word."""
+"""Status of a session whose writer is gone without having recorded its end."""
 LOST = "lost"
-"""What a server says of a session of whose machine it heard nothing for a while; it may return."""
-SESSION_STATES = ("running", *STATUSES, CRASHED)
+"""Status of a session whose machine the server has not heard of for a while; it may return."""
 
 Scope = Literal["write", "checkpoint", "read", "annotate", "manage"]
 SCOPES: dict[Scope, str] = {
@@ -79,7 +78,7 @@ REPLACES = "replaces"
 KEEP = "keep"
 """Alias of checkpoints that no rule removes; the only one that several may have."""
 REMOVED = "removed"
-"""State of a checkpoint that was published and that a rule or a person let go of since."""
+"""State of a checkpoint that was published and that a rule or a person removed since."""
 
 RUN_FILE = "run.json"
 JOURNAL_DIR = "journal"
@@ -88,25 +87,25 @@ MEDIA_DIR = "media"
 MANIFEST_DIR = "manifests"
 
 MAX_NAME_CHARS = 200
-"""Of a project's, run's or metric's name."""
+"""Length of a project's, run's or metric's name."""
 MAX_STEP = 2**62
 MAX_TEXT_CHARS = 1_000_000
-"""Of one logged text."""
+"""Length of one logged text."""
 MAX_CONSOLE_CHARS = 4 * 2**20
-"""Of one session's console; then only its last lines are kept."""
+"""Length of one session's console output; then only its last lines are kept."""
 MAX_REASON_CHARS = 1000
 MAX_BATCH_BYTES = 8 * 2**20
-"""Of one batch of journal lines, uncompressed; so also of one record."""
+"""Size of one batch of journal lines, uncompressed, and so of one record."""
 PART_BYTES = 16 * 2**20
-"""Of every part of a file but its last, as the client cuts them."""
+"""Size of every part of a file but its last, as the client cuts them."""
 MAX_PART_BYTES = 32 * 2**20
-"""Of any part that a server takes."""
+"""Size of the largest part that a server takes."""
 MAX_PARTS_ASKED = 4096
-"""Of one question which parts are missing."""
+"""Most parts that one "which are missing?" request may ask about."""
 MAX_FILES = 10_000
-"""In one checkpoint."""
+"""Most files in one checkpoint."""
 MAX_PATH_CHARS = 400
-"""Of a file's path inside a checkpoint."""
+"""Length of a file's path inside a checkpoint."""
 
 NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -118,6 +117,14 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class EndlexError(Exception):
     """Stop with a message for the user: a wrong name or value, or a damaged journal."""
+
+    exit_status = 1
+
+
+class UsageError(EndlexError):
+    """Stop with a message and the exit status of wrong usage, as a parser would."""
+
+    exit_status = 2
 
 
 class Part(TypedDict):
@@ -149,11 +156,7 @@ class Manifest(TypedDict):
 
 
 def check_name(name: str, what: str) -> str:
-    """Return `name` if it may name a project, a run or a metric.
-
-    Raises:
-        EndlexError: it is empty, too long, or holds control characters.
-    """
+    """Return `name` if it may name a project, a run or a metric."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise EndlexError(f"{what} {name!r} must be printable text on one line, and not empty")
     if len(name) > MAX_NAME_CHARS:
@@ -297,11 +300,7 @@ def encode_number(value: float) -> float | str:
 
 
 def decode_number(value: float | str) -> float:
-    """Undo `encode_number`.
-
-    Raises:
-        EndlexError: a string that stands for no number.
-    """
+    """Undo `encode_number`."""
     if not isinstance(value, str):
         return value
     if value not in NON_FINITE:

@@ -73,19 +73,27 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         EndlexError: a line before the last line end is damaged; the message gives its number.
-        OSError: the file cannot be read.
     """
+    for number, (_, record) in enumerate(iter_lines(path), 1):
+        if record is None:
+            raise EndlexError(
+                f"{path}, line {number} is not a record: the file was altered, or the disk is "
+                "failing"
+            )
+        yield record
+
+
+def iter_session(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield a session's records; damaged lines are passed over, as the server does."""
+    return (record for _, record in iter_lines(path) if record is not None)
+
+
+def iter_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Yield the whole lines of a journal, each with its record; None if it is damaged."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            record = parse_record(line)
-            if record is None:
-                raise EndlexError(
-                    f"{path}, line {number} is not a record: the file was altered, or the disk is "
-                    "failing"
-                )
-            yield record
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line, parse_record(line)
 
 
 def read_run(directory: Path | str) -> Iterator[dict[str, Any]]:
@@ -159,7 +167,7 @@ def end_status(path: Path) -> str | None:
 
 
 def gone_status(path: Path) -> str:
-    """What to say of a session whose writer is gone without having said how it ended.
+    """Return the status of a session whose writer is gone without having recorded its end.
 
     An import's first record says it in `ended`. A shipper that was killed is no fault of the run's.
     """
@@ -171,7 +179,7 @@ def gone_status(path: Path) -> str:
 
 
 def gone_reason(path: Path) -> str:
-    """Why a session's writer is gone that has not said it: the stack that a signal left behind."""
+    """Return why such a writer is gone: the stack that a signal left behind."""
     with contextlib.suppress(OSError):
         stack = path.with_suffix(".fault").read_text(errors="replace")[:MAX_REASON_CHARS].strip()
         if stack:
@@ -189,68 +197,52 @@ def writer_is_alive(path: Path) -> bool:
     return not locked
 
 
-def iter_session(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield a session's records; damaged lines are passed over, as the server does."""
-    with path.open("rb") as file:
-        for line in file:
-            record = parse_record(line) if line.endswith(b"\n") else None
-            if record is not None:
-                yield record
-
-
 def session_status(path: Path) -> str:
-    """Return how a session stands: its own word, else running, or how it broke off."""
+    """Return a session's status: the recorded one, else running, or how it broke off."""
     return end_status(path) or ("running" if writer_is_alive(path) else gone_status(path))
 
 
 def summarize(directory: Path) -> dict[str, Any]:
-    """Read a run's journals and return what they say.
-
-    Raises:
-        EndlexError: it is not a run's directory.
-    """
+    """Read a run's journals and return what they say."""
     owner = require_run_file(directory)
     summary: dict[str, Any] = {
         **{key: owner[key] for key in ("run", "project", "name", "created")},
         "status": "empty",
         "updated": owner["created"],
-        **{"tags": [], "group": None, "notes": None, "host": "", "config": {}, "sessions": []},
+        **{"tags": [], "group": None, "notes": None, "host": "", "config": {}},
         **{"texts": [], "tables": [], "checkpoints": []},
     }
     metrics: dict[str, dict[int, float]] = {}
-    for path in session_files(directory):
-        begun: dict[str, Any] = {}
-        for record in iter_session(path):
-            begun = record if record["type"] == SESSION else begun
-            _add_record(summary, metrics, record, begun.get("kind", ""))
-        summary["sessions"].append(_describe_session(path, begun))
-    trainers = [session for session in summary["sessions"] if session["kind"] != SYSTEM]
+    sessions = [_read_session(path, summary, metrics) for path in session_files(directory)]
+    trainers = [session for session in sessions if session["kind"] != SYSTEM]
     # The newest trainer speaks for the run; of several ranks the first.
     for session in [s for s in trainers if s["rank"] == 0][-1:] or trainers[-1:]:
         summary["status"] = session["status"]
-    for session in summary["sessions"][:1]:
+    for session in sessions[:1]:
         summary["created"] = session["started"] or summary["created"]
+    summary["sessions"] = sessions
     move_aliases(summary["checkpoints"])
     summary["metrics"] = [_describe(name, series) for name, series in sorted(metrics.items())]
     summary["summary"] = {m["name"]: m["last"] for m in summary["metrics"]}
     return summary
 
 
-def _describe_session(path: Path, begun: dict[str, Any]) -> dict[str, Any]:
-    end = content_length(path)
-    with path.open("rb") as file:
-        whole = (line for line in file if line.endswith(b"\n"))
-        damaged = sum(parse_record(line) is None for line in whole)
-    return {
-        "session": path.stem,
-        "kind": begun.get("kind", ""),
-        "rank": begun.get("rank", 0),
-        "host": begun.get("host"),
-        "started": begun.get("time"),
-        "offset": end,
-        "damaged_lines": damaged,
-        "status": session_status(path),
-    }
+def _read_session(
+    path: Path, summary: dict[str, Any], metrics: dict[str, dict[int, float]]
+) -> dict[str, Any]:
+    """Add a journal's records to the summary and the metrics, and return its session."""
+    session: dict[str, Any] = {"session": path.stem, "kind": "", "rank": 0, "host": None}
+    session |= {"started": None, "offset": 0, "damaged_lines": 0, "status": session_status(path)}
+    for line, record in iter_lines(path):
+        session["offset"] += len(line)
+        if record is None:
+            session["damaged_lines"] += 1
+            continue
+        if record["type"] == SESSION:
+            kept = {key: record.get(key, session[key]) for key in ("kind", "rank", "host")}
+            session |= {**kept, "started": record.get("time")}
+        _add_record(summary, metrics, record, session["kind"])
+    return session
 
 
 def _add_record(
@@ -309,8 +301,8 @@ Points = dict[int, tuple[float, float]]
 def read_points(directory: Path) -> dict[str, Points]:
     """Return a run's points by metric and step; of two values at one step the later counts.
 
-    The steps of the machine's own metrics, seconds since their session began, go on from session to
-    session, as the server exports them.
+    The steps of the machine's own metrics are seconds since their session began; they continue from
+    session to session, as the server exports them.
     """
     trainer: dict[str, Points] = {}
     machine: dict[str, list[tuple[float, int, float]]] = {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from endlex.protocol import EndlexError
+from endlex.protocol import UsageError
 
 HELP = """\
 d12              in the name, project, group, notes, host, tags or id
@@ -38,10 +38,8 @@ TOKEN = re.compile(r'(?P<operator><=|>=|!=|[<>=])|(?P<word>(?:[^\s"<>=!]|"[^"]*"
 Kind = Literal["field", "last", "min", "max", "config", "any"]
 
 
-class SearchError(EndlexError):
+class SearchError(UsageError):
     """The search is not one; the message says what is wrong with it."""
-
-    exit_status = 2
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import checkpoints, manifests, uploads
-from endlex.client.checkpoints import read_note, staged_names
-from endlex.client.manifests import CheckpointFailed, FileChanged, manifest_path
-from endlex.client.shipper import CheckpointShipper, send_staged
-from endlex.client.transport import Backoff, Refused, Retry, Transport
+from endlex.client import checkpoints, uploads
+from endlex.client.checkpoints import manifest_path, read_note, staged_names
+from endlex.client.shipper import CheckpointShipper
+from endlex.client.transport import Refused, Retry, Transport
+from endlex.client.uploads import CheckpointFailed, FileChanged, send_staged, staged_manifest
 from endlex.reading import read_run
 
 PART = 64 * 1024
@@ -26,9 +26,8 @@ PART = 64 * 1024
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifests, "PART_BYTES", PART)
+    monkeypatch.setattr(uploads, "PART_BYTES", PART)
     monkeypatch.setattr("endlex.client.transport.SEND_BYTES", 8 * 1024)
-    monkeypatch.setattr(uploads, "Backoff", lambda: Backoff(0.001, 0.01))
     monkeypatch.setattr(uploads, "VERIFY_SECONDS", (0.001, 0.01))
 
 
@@ -148,7 +147,7 @@ def test_a_file_rewritten_in_place_is_reported_and_never_published(
     source = checkpoint(tmp_path / "step_1", 3 * PART)
     name = run.save(source, step=1, link=True)
     if when == "after hashing":
-        manifests.staged_manifest(run.directory, name)  # type: ignore[arg-type]
+        staged_manifest(run.directory, read_note(run.directory, name))  # type: ignore[arg-type]
     with (source / "model.bin").open("r+b") as file:
         file.write(b"changed")
         if when == "shorter":
@@ -165,7 +164,7 @@ def test_a_change_that_the_time_does_not_show_is_found_by_the_hash(
     monkeypatch.setattr(checkpoints, "_clone", lambda *arguments: False)
     source = checkpoint(tmp_path / "step_1", 3 * PART)
     name = run.save(source, step=1, link=True)
-    manifests.staged_manifest(run.directory, name)  # type: ignore[arg-type]
+    staged_manifest(run.directory, read_note(run.directory, name))  # type: ignore[arg-type]
     before = (source / "model.bin").stat()
     with (source / "model.bin").open("r+b") as file:
         file.write(b"changed")

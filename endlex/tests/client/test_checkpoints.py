@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import downloads, manifests
+from endlex.client import downloads, uploads
 from endlex.client.downloads import pull_checkpoint
-from endlex.client.manifests import CheckpointFailed
 from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
 from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Refused, Transport, Unreachable
+from endlex.client.uploads import CheckpointFailed
 from endlex.client.verify import verify_directory
 from endlex.protocol import EndlexError
 from endlex.reading import session_files
@@ -26,7 +26,7 @@ PART = 64 * 1024
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifests, "PART_BYTES", PART)
+    monkeypatch.setattr(uploads, "PART_BYTES", PART)
 
 
 def checkpoint(folder: Path, size: int = 5 * PART + 7) -> Path:
@@ -80,7 +80,6 @@ def test_a_pull_that_was_cut_goes_on(
 ) -> None:
     source = checkpoint(tmp_path / "source")
     push_checkpoint(RUN, source, "best", transport)
-    monkeypatch.setattr(downloads, "ATTEMPTS", 1)
     monkeypatch.setattr(downloads, "CONNECTIONS", 1)
     served = []
 
@@ -91,7 +90,7 @@ def test_a_pull_that_was_cut_goes_on(
     stub.before = third_fails
     target = tmp_path / "target"
     with pytest.raises(Unreachable):
-        pull_checkpoint(RUN, "best", target, transport)
+        pull_checkpoint(RUN, "best", target, transport, patience=0.1)
     assert not target.exists()
     stub.before = lambda method, path: None
     stub.requests.clear()
@@ -100,15 +99,12 @@ def test_a_pull_that_was_cut_goes_on(
     assert 0 < sum("/files/" in path for _, path in stub.requests) < 6
 
 
-def test_damage_on_the_way_is_noticed(
-    stub: Any, transport: Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_on_the_way_is_noticed(stub: Any, transport: Transport, tmp_path: Path) -> None:
     push_checkpoint(RUN, checkpoint(tmp_path / "source"), "best", transport)
-    monkeypatch.setattr(downloads, "ATTEMPTS", 2)
     for sha256, part in stub.parts.items():
         stub.parts[sha256] = bytes([part[0] ^ 1]) + part[1:]
     with pytest.raises(EndlexError, match="something else than part"):
-        pull_checkpoint(RUN, "best", tmp_path / "target", transport)
+        pull_checkpoint(RUN, "best", tmp_path / "target", transport, patience=0.5)
     assert not (tmp_path / "target").exists()
 
 

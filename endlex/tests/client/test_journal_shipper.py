@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from endlex.client import journal_sync
 from endlex.client.journal import Journal
 from endlex.client.journal_sync import JournalShipper
 from endlex.client.transport import Retry, Transport, Unreachable
@@ -45,17 +46,19 @@ def test_a_fault_of_one_session_leaves_the_others_to_go_on(
 
 
 def test_what_was_refused_waits_and_works_later(
-    stub: Any, transport: Transport, tmp_path: Path
+    stub: Any, transport: Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = journal(tmp_path)
     stub.before = lambda method, path: 403
-    shipper = JournalShipper(tmp_path, RUN, transport, refused_seconds=0.0)
+    monkeypatch.setattr(journal_sync, "REFUSED_SECONDS", 0.0)
+    shipper = JournalShipper(tmp_path, RUN, transport)
     shipper.tick()
     assert shipper.denied
     stub.before = lambda method, path: None
     settle(shipper)
     assert stub.content(opened.session) == opened.path.read_bytes()
     assert shipper.sessions[opened.session].error is None
+    monkeypatch.setattr(journal_sync, "REFUSED_SECONDS", 30.0)
     patient = JournalShipper(tmp_path, RUN, transport)
     stub.before = lambda method, path: 403
     patient.tick()
@@ -95,9 +98,12 @@ def test_the_server_hears_of_life_and_of_the_end_once(
     assert len(stub.states) > len(told)
 
 
-def test_a_heartbeat_says_what_is_unsent(stub: Any, transport: Transport, tmp_path: Path) -> None:
+def test_a_heartbeat_says_what_is_unsent(
+    stub: Any, transport: Transport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened = journal(tmp_path)
-    shipper = JournalShipper(tmp_path, RUN, transport, heartbeat_seconds=0.0)
+    monkeypatch.setattr(journal_sync, "HEARTBEAT_SECONDS", 0.0)
+    shipper = JournalShipper(tmp_path, RUN, transport)
     settle(shipper)
     assert len(stub.states) == 3
     opened.close()
@@ -107,9 +113,9 @@ def test_new_sessions_are_found(stub: Any, transport: Transport, tmp_path: Path)
     journal(tmp_path).close()
     shipper = JournalShipper(tmp_path, RUN, transport)
     settle(shipper)
-    assert shipper.all_found()
+    assert shipper.all_done()
     second = journal(tmp_path)
-    assert not shipper.all_found()
+    assert not shipper.all_done()
     settle(shipper)
     assert stub.content(second.session) == second.path.read_bytes()
     second.close()

@@ -154,5 +154,5 @@ def test_a_server_that_is_none_is_tried_again(
     monkeypatch.setattr(stub, "_http", stub._http)
     handler = stub._http.RequestHandlerClass
     monkeypatch.setattr(handler, "_route", lambda *arguments: (200, answer))
-    with pytest.raises(Retry, match="no Endlex server"):
+    with pytest.raises(Retry, match="does not answer like an Endlex server"):
         SessionSync(RUN, journal(tmp_path), transport).ship()

@@ -384,24 +384,23 @@ def test_a_full_disk_on_this_side_stops_no_shipping(
 def test_a_full_disk_delays_a_checkpoint_and_does_not_lose_it(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from endlex.client import manifests
+    from endlex.client import uploads
     from endlex.client.shipper import CheckpointShipper
     from endlex.client.transport import Transport
 
-    write, refusals = manifests.write_whole, iter([OSError("No space left on device")])
+    write, refusals = uploads.write_whole, iter([OSError("No space left on device")])
 
     def limited(*arguments: Any) -> None:
         for error in refusals:
             raise error
         write(*arguments)
 
-    monkeypatch.setattr(manifests, "write_whole", limited)
+    monkeypatch.setattr(uploads, "write_whole", limited)
     run = endlex.init("p", "d4", directory=directory)
     (tmp_path / "weights").write_bytes(b"w")
     name = run.save(tmp_path / "weights", step=1)
-    shipper = CheckpointShipper(
-        directory, run.id, Transport(stub.url), ready=lambda: True, refused_seconds=0.01
-    )
+    monkeypatch.setattr("endlex.client.shipper.REFUSED_SECONDS", 0.01)
+    shipper = CheckpointShipper(directory, run.id, Transport(stub.url))
     shipper.start()
     stub.wait_for(lambda: (run.id, name) in stub.manifests)
     shipper.stop()

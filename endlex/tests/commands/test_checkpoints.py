@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import endlex
+from endlex.api import choose_checkpoint
 from endlex.client.run_directory import read_run_file
-from endlex.commands.checkpoints import choose_checkpoint
 from endlex.protocol import EndlexError
 
 
@@ -67,7 +67,7 @@ def test_another_run_s_run_file_stays(cli: Any, train: Any, online: str, place: 
     other.write_text('{"run":"aaaaaaaaaa","project":"p","name":"n","created":1}')
     status, out, _ = cli("pull", run_of(directory), "out")
     assert status == 0
-    assert "stays as it is" in out
+    assert "left as it is" in out
     assert "aaaaaaaaaa" in other.read_text()
 
 

@@ -21,7 +21,7 @@ def test_a_picture_is_sent_verified_and_shown(cli: Any, place: Path, server: str
     run.log_file("drawing", page, step=3)
     run.finish()
     status, out, _ = cli("verify", run.directory, "--url", server)
-    assert (status, "media sample: a file of it is not sent yet" in out) == (1, True)
+    assert (status, "media sample: one of its files is not sent yet" in out) == (1, True)
     assert cli("sync", run.directory, "--url", server)[0] == 0
     assert cli("verify", run.directory, "--url", server)[0] == 0
     assert not list((run.directory / "media").iterdir())  # type: ignore[operator]

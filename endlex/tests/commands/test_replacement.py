@@ -10,8 +10,8 @@ import pytest
 
 import endlex
 from endlex.client.checkpoints import drop_replaced, note_path, staged_names
-from endlex.client.shipper import send_staged
 from endlex.client.transport import Transport
+from endlex.client.uploads import send_staged
 from endlex.client.verify import verify_directory
 
 

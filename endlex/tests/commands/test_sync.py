@@ -17,7 +17,7 @@ import pytest
 
 import endlex
 from endlex.client.shipping import read_state, unsent
-from endlex.commands import sync as syncing
+from endlex.commands import transfer
 from endlex.reading import session_files
 
 
@@ -57,7 +57,7 @@ def test_a_server_that_is_not_there_is_told_at_once(cli: Any, train: Any) -> Non
 def test_what_is_no_run_is_wrong_usage(cli: Any, online: str, place: Path) -> None:
     status, _, err = cli("sync", "nowhere")
     assert status == 2
-    assert "not a directory" in err
+    assert "'nowhere' is no run's directory" in err
     (place / "empty").mkdir()
     status, _, err = cli("sync", "empty")
     assert status == 2
@@ -68,14 +68,14 @@ def test_ctrl_c_names_the_command_that_goes_on(
     cli: Any, train: Any, online: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = train("one"), train("two")
-    send = syncing.sync_directory
+    send = transfer.sync_directory
 
     def interrupt(directory: Path, *rest: Any, **options: Any) -> None:
         if directory == two:
             raise KeyboardInterrupt
         send(directory, *rest, **options)
 
-    monkeypatch.setattr(syncing, "sync_directory", interrupt)
+    monkeypatch.setattr(transfer, "sync_directory", interrupt)
     status, out, _ = cli("sync", one, two)
     assert status == 130
     assert out.splitlines()[-1].endswith(f"endlex sync {two}")

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -17,39 +16,34 @@ HOSTILE = "</script><script>alert(1)</script><!--"
 RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name": HOSTILE}]}
 
 
-def read_series(names: Sequence[str], x: str, points: int) -> Mapping[str, Mapping[str, Any]]:
-    values = [0, 1] if x == "step" else [1e9, 1e9 + 1]
-    return {name: {"x": values, "y": [1.5, None], "count": 2} for name in names}
+def page(name: str, *texts: dict[str, Any]) -> str:
+    values = {"x": [0, 1], "y": [1.5, None], "count": 2}
+    series = {"a": {"step": values}, HOSTILE: {"time": values}}
+    return html_export.render(name, {"run": RUN, "series": series, "texts": texts})
 
 
 def test_the_data_inside_is_what_was_given() -> None:
     text = {"step": 1, "name": HOSTILE, "text": HOSTILE}
-    content = html_export.render(RUN, read_series, [text], [], [])
-    inside = re.search(r'id="endlex-data">(.*?)</script>', content, re.DOTALL)
+    inside = re.search(r'id="endlex-data">(.*?)</script>', page(HOSTILE, text), re.DOTALL)
     assert inside is not None
     data = json.loads(inside[1])
     assert data["run"] == RUN
     assert data["texts"] == [text]
     assert data["series"]["a"]["step"] == {"x": [0, 1], "y": [1.5, None], "count": 2}
-    assert data["series"][HOSTILE]["time"]["x"] == [1e9, 1e9 + 1]
+    assert data["series"][HOSTILE]["time"]["x"] == [0, 1]
 
 
 def test_a_run_of_many_metrics_gets_fewer_points_of_each() -> None:
-    asked = []
-
-    def reader(names: Sequence[str], x: str, points: int) -> Mapping[str, Mapping[str, Any]]:
-        asked.append(points)
-        return {name: {} for name in names}
-
-    for count in (1, 400, 5000):
-        metrics = [{"name": f"m{number}"} for number in range(count)]
-        html_export.render({**RUN, "metrics": metrics}, reader)
-    assert asked == [2000, 2000, 500, 500, 200, 200]
+    assert [html_export.points_of_each(count) for count in (0, 1, 400, 5000)] == [
+        2000,
+        2000,
+        500,
+        200,
+    ]
 
 
 def test_nothing_given_ends_an_element_or_asks_for_anything() -> None:
-    plain = html_export.render({**RUN, "name": "plain", "metrics": []}, read_series)
-    hostile = html_export.render(RUN, read_series, [{"step": 1, "name": "x", "text": HOSTILE}])
+    plain, hostile = page("plain"), page(HOSTILE, {"step": 1, "name": "x", "text": HOSTILE})
     elements = re.compile(r"</?(?:script|style|title)\b|<!--", re.IGNORECASE)
     assert elements.findall(hostile) == elements.findall(plain)
     assert "default-src 'none'" in hostile

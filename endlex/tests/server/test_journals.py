@@ -103,7 +103,7 @@ def test_compressed_batches_are_the_same_batches(box: Any) -> None:
         ({"project": ""}, "project"),
         ({"kind": "robot"}, "kind"),
         ({"config": [1]}, "config"),
-        ({"time": "now"}, "session"),
+        ({"time": "now"}, "time"),
     ],
 )
 def test_a_session_begins_with_its_own_record(

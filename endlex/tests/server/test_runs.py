@@ -168,11 +168,11 @@ def test_a_deleted_run_goes_for_good_after_a_week(
 ) -> None:
     server = three.app.state.server
     three.patch("/api/v1/runs/run00001x", json={"deleted": True})
-    retention.sweep(server.database, server.hashes, server.blobs)
+    retention.sweep(server.database, server.blobs)
     assert names(three, deleted="true") == ["beta"]
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + retention.UNDO_SECONDS + 1)
-    retention.sweep(server.database, server.hashes, server.blobs)
+    retention.sweep(server.database, server.blobs)
     assert names(three, deleted="any") == ["gamma", "alpha"]
     reader = server.database.reader()
     for table, left in (

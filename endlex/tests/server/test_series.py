@@ -112,7 +112,7 @@ def test_the_machine_s_sessions_do_not_overwrite_one_another(
 
 
 def test_json_is_whole_however_it_is_cut(box: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "NUMBERS_AT_ONCE", 3)
+    monkeypatch.setattr(export, "POINTS_AT_ONCE", 3)
     box.begin()
     box.send([box.metrics(s, {"loss": s / 8 if s else "NaN"}) for s in range(10)])
     whole = box.client.get(f"/api/v1/runs/{RUN}/export?format=json").json()["series"]["loss"]
@@ -262,7 +262,7 @@ def test_long_series_drawn_from_summaries_show_what_all_points_show(store: Any) 
     for _ in range(30):
         for x, axis in (("step", points.steps), ("time", points.times)):
             low, high = np.sort(rng.choice(axis, 2, replace=False))
-            query = ChartQuery(("m",), x, float(low), float(high), points=100)
+            query = ChartQuery(metric=["m"], x=x, first=low, last=high, points=100)
             found = read_chart(connection, 1, query)["m"]
             inside = (axis >= low) & (axis <= high)
             numbers = points.numbers[inside]
@@ -291,10 +291,12 @@ def test_summaries_are_not_used_where_they_would_be_wrong(store: Any) -> None:
     steps = resumed.steps + first.steps[15_000]
     add(Points(steps, resumed.numbers, resumed.times + 1e6), session=2)
     assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100) is None
-    found = read_chart(connection, 1, ChartQuery(("m",), points=100))["m"]
+    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=100))["m"]
     assert found["count"] == len(np.union1d(first.steps, steps))
     before = float(first.times[-1]) + 1  # the points that were replaced are not shown here either
-    found = read_chart(connection, 1, ChartQuery(("m",), "time", last=before, points=100))["m"]
+    found = read_chart(connection, 1, ChartQuery(metric=["m"], x="time", last=before, points=100))[
+        "m"
+    ]
     assert found["count"] == len(np.setdiff1d(first.steps, steps))
 
 
@@ -304,7 +306,7 @@ def test_what_is_not_finite_shows_in_long_series(store: Any) -> None:
     strange = [7, 8, 5000, 19_998, 19_999]
     points.numbers[strange] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
     add(points)
-    query = ChartQuery(("m",), points=100)
+    query = ChartQuery(metric=["m"], points=100)
     assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100)
     found = read_chart(connection, 1, query)["m"]
     ends = [(7, 7), (8, 8), (5000, 5000), (19_998, 19_999)]
@@ -321,7 +323,7 @@ def test_what_is_not_finite_is_told_over_the_whole_run_in_few_ranges(store: Any)
     points.numbers[1000:2000] = np.nan
     points.numbers[10_000::2] = np.inf  # five thousand of them, each alone
     add(points)
-    found = read_chart(connection, 1, ChartQuery(("m",), points=100))["m"]["nonfinite"]
+    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=100))["m"]["nonfinite"]
     steps = points.steps
     assert found[0] == (steps[1000], steps[1999], "NaN")
     assert found[-1][1] == steps[19_998]
@@ -333,7 +335,7 @@ def test_a_logarithmic_axis_has_points_at_small_steps(store: Any) -> None:
     connection, add = store
     points = many(100_000, 5)
     add(points)
-    found = read_chart(connection, 1, ChartQuery(("m",), points=2000, log=True))["m"]
+    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=2000, log=True))["m"]
     assert found["x"][:100] == points.steps[:100].tolist()
     assert len(found["x"]) <= 2000
     assert found["x"] == sorted(set(found["x"]))
@@ -345,7 +347,7 @@ def test_a_series_that_is_not_sampled_holds_what_was_recorded(store: Any) -> Non
     numbers = np.array([100_000.0625, 1 / 3, 5_368_709_121.0, np.nan, -1e-300])
     steps = np.arange(100_000, 100_005)
     add(Points(steps, numbers, steps.astype(np.float64)))
-    found = read_chart(connection, 1, ChartQuery(("m",), points=100))["m"]
+    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=100))["m"]
     assert found["x"] == steps.tolist()
     assert found["y"] == [100_000.0625, 1 / 3, 5_368_709_121.0, None, -1e-300]
     assert not found["sampled"]

@@ -12,13 +12,11 @@ from archerchat.console import build_console
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
-from archerchat.report.charts import draw
 from archerchat.report.comparison import (
-    BITS,
     LIMITS,
-    chart,
     compare,
     compute_multiplier,
+    draw_comparison,
     read_course,
 )
 
@@ -77,8 +75,7 @@ def run_comparison(config: CompareConfig, home: Home) -> None:
         }
         write_json(config.json, figures)
     if config.plot is not None:
-        enough = min(len(first.bits), len(second.bits)) > 1
-        write_bytes(config.plot, draw(chart(first, second, BITS if enough else "loss")).encode())
+        write_bytes(config.plot, draw_comparison(first, second).encode())
     if differing := [row.name for row in rows if row.agrees is False]:
         raise ArcherChatError(
             f"{first.name} and {second.name} do not agree in {', '.join(differing)}"

@@ -150,7 +150,7 @@ def build(config: DataBuildConfig, home: Home) -> None:
         root = stdlib_directory()
         files = list_stdlib(root)
         recipe, groups = describe_stdlib(root, files), iter_stdlib(root, files)
-        # An update of Python changes the sources a little; that is no reason to break the runs that
+        # An update of Python changes the sources a little. That is no reason to break the runs that
         # read what an earlier one built.
         there = None if config.force else find_recipe(directory)
         if there is not None and "python" in there and there != recipe:
@@ -165,13 +165,11 @@ def build(config: DataBuildConfig, home: Home) -> None:
             recipe |= {"text_column": config.text_column, "skip_bad": config.skip_bad}
         for left_out in folder.left_out:
             console.print(f"left out: {left_out}")
-        groups, held_out = (
-            ([text] for text in reading.iter_texts(paths))
-            for paths in (folder.train, folder.held_out)
-        )
         if folder.held_out:
-            named = f"{folder.held_out[0].relative_to(root)}"
+            named = folder.held_out[0].relative_to(root)
             console.print(f"validation: {len(folder.held_out):,} files named so, such as {named}")
+        groups = ([text] for text in reading.iter_texts(folder.train))
+        held_out = ([text] for text in reading.iter_texts(folder.held_out))
     with LiveLine(console, f"building {directory.name}") as line:
         written = build_corpus(
             _counted(groups, line, directory.name),
@@ -220,8 +218,15 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
     for flag, value in values.items():
         if not value:
             raise UsageError(f"--{flag} is empty: give the assistant's {flag}")
-    text = default_template() if config.template is None else _read(config.template)
-    where = "the template" if config.template is None else str(config.template)
+    text, where = default_template(), "the template"
+    if config.template is not None:
+        where = str(config.template)
+        try:
+            text = config.template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(
+                f"cannot read the template {where} ({error}): give a TOML file"
+            ) from error
     template = parse_template(text, values, where)
     conversations = draw_identity(template, config.num_conversations, config.seed)
     lines = [json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations]
@@ -229,13 +234,6 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
     console.print(
         f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the template {path} ({error}): give a TOML file") from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -270,26 +268,26 @@ def _describe(directory: Path, *, list_each: bool = False) -> Table:
     table = Table("split", title=str(directory), title_justify="left")
     for column in ("shards", "row groups", "documents", "text MB", "file MB"):
         table.add_column(column, justify="right")
+
+    def add(name: str, count: str, figures: Sequence[float]) -> None:
+        whole, megabytes = figures[:2], figures[2:]
+        table.add_row(
+            name, count, *(f"{n:,}" for n in whole), *(f"{n / 1e6:,.1f}" for n in megabytes)
+        )
+
     train, validation = split_shards(list_shards(directory))
     for split, shards in (("train", train), ("validation", validation)):
         measured = [_measure(shard) for shard in shards]
-        totals = [sum(figures) for figures in zip(*measured, strict=True)]
-        table.add_row(split, f"{len(shards):,}", *_format(totals))
-        if list_each:
-            for shard, figures in zip(shards, measured, strict=True):
-                table.add_row(f"  {shard.stem}", "", *_format(figures))
+        add(split, f"{len(shards):,}", [sum(column) for column in zip(*measured, strict=True)])
+        for shard, figures in zip(shards, measured, strict=True) if list_each else ():
+            add(f"  {shard.stem}", "", figures)
     return table
 
 
-def _measure(path: Path) -> list[int]:
+def _measure(path: Path) -> tuple[int, int, int, int]:
+    """Return a shard's row groups, documents, bytes of text and bytes on disk."""
     with Shard(path) as shard:
-        counts = [shard.num_row_groups, shard.num_documents, shard.text_bytes]
-        return [*counts, path.stat().st_size]
-
-
-def _format(figures: Sequence[int]) -> list[str]:
-    row_groups, documents, text, size = figures
-    return [f"{row_groups:,}", f"{documents:,}", f"{text / 1e6:,.1f}", f"{size / 1e6:,.1f}"]
+        return shard.num_row_groups, shard.num_documents, shard.text_bytes, path.stat().st_size
 
 
 class _DownloadProgress:
@@ -300,25 +298,23 @@ class _DownloadProgress:
 
     def __init__(self, line: LiveLine, num_files: int) -> None:
         self._line, self._num_files, self._lock = line, num_files, threading.Lock()
-        self._files: dict[str, tuple[int, int, int]] = {}
-        """By name: bytes that had arrived at first, that have arrived now, and size."""
-        self._began = time.monotonic()
+        self._files: dict[str, tuple[int, int]] = {}
+        """By name: bytes that have arrived, and size."""
+        self._began, self._received = time.monotonic(), 0
 
     def report(self, name: str, arrived: int, size: int) -> None:
         with self._lock:
-            first, *_ = self._files.get(name, (arrived,))
-            self._files[name] = (first, arrived, size)
-            files = self._files.values()
-            starts, arrivals, sizes = (sum(column) for column in zip(*files, strict=True))
-            finished = sum(done == size for _, done, size in files)
             # What an earlier command had fetched is not part of this one's rate.
-            done = arrivals - starts
-            total = sizes * self._num_files / len(self._files) - starts
-            rate = max(done, 1) / max(time.monotonic() - self._began, 1e-9)
+            before, _ = self._files.get(name, (arrived, size))
+            self._received += arrived - before
+            self._files[name] = (arrived, size)
+            done, known = (sum(column) for column in zip(*self._files.values(), strict=True))
+            finished = sum(arrived == size for arrived, size in self._files.values())
+            total = known * self._num_files / len(self._files)
+            rate = max(self._received, 1) / max(time.monotonic() - self._began, 1e-9)
             self._line.show(
-                f"{finished} of {self._num_files} shards, {done / 1e6:,.0f} of "
-                f"{total / 1e6:,.0f} MB at {rate / 1e6:,.1f} MB/s, "
-                f"{duration_text((total - done) / rate)} left",
+                f"{finished} of {self._num_files} shards, {done / 1e6:,.0f} of {total / 1e6:,.0f} "
+                f"MB at {rate / 1e6:,.1f} MB/s, {duration_text((total - done) / rate)} left",
                 done,
                 total,
             )

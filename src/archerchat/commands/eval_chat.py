@@ -21,7 +21,6 @@ from rich.table import Table
 
 from archerchat.config import PositiveInt
 from archerchat.console import LiveLine, build_console, duration_text
-from archerchat.data.hub import task_files
 from archerchat.distributed import Ranks, joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.chat import (
@@ -39,6 +38,7 @@ from archerchat.inference.loading import LoadedModel, ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import dtype_name
 from archerchat.tasks.base import Task
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task, parse_choices
 
 SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=50)
@@ -89,7 +89,7 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     console = build_console(quiet=not runtime.is_master)
 
     def build_tasks() -> list[Task]:
-        files = task_files(home, config.data_dir, notify=console.print)
+        files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=console.print)
         return [limited(build_task(name, "test", files), limit) for name, limit in limits.items()]
 
     about = {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from huggingface_hub import HfApi
@@ -22,7 +21,7 @@ from archerchat.checkpoint import (
 )
 from archerchat.config import Config, DtypeName
 from archerchat.console import build_console, bytes_text, duration_text
-from archerchat.data.hub import explained_hub, task_files
+from archerchat.downloads import explained_hub
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
 from archerchat.files import write_bytes
@@ -35,6 +34,7 @@ from archerchat.report.results import SCORES, latest, load_results
 from archerchat.report.runs import STAGES
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.collected import JsonlTask
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.layouts import Layout, render_layout
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
@@ -150,7 +150,8 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
         rows = JsonlTask(Path(config.source))
     else:
         mixture = MixtureConfig(mixture=config.source, data_dir=config.data_dir)
-        rows, _ = build_mixtures(mixture, task_files(home, config.data_dir, notify=print))
+        files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=print)
+        rows, _ = build_mixtures(mixture, files)
     lines = [
         json.dumps(render_layout(rows[index], config.layout), ensure_ascii=False)
         for index in range(len(rows))
@@ -187,9 +188,13 @@ def _render_card(
 ) -> str:
     """Return the model card: what the model is, how it was trained, what it scored."""
     results = load_results(home, stage, checkpoint.path.parent.name)
-    found = [latest(results, kind) for kind in SCORES]
+    try:
+        loop = load_checkpoint(checkpoint.path, sections=("loop",)).state["loop"]
+    except CheckpointError:  # an imported model has none
+        loop = None
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"compact": compact, "duration": duration_text}
     template = Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")
-    environment = Environment(trim_blocks=True, undefined=StrictUndefined)
     return environment.from_string(template).render(
         name=name,
         stage=stage,
@@ -198,29 +203,11 @@ def _render_card(
         config=config,
         parts=[part.partition(" (")[0].replace("_", " ") for part in lost_parts(config)],
         ours=ours,
-        training=list(_training(checkpoint.path, checkpoint.meta)),
-        results=[result for result in found if result],
+        identity=checkpoint.meta.get("identity", {}),
+        data=checkpoint.meta.get("config", {}).get("data"),
+        hardware=checkpoint.meta.get("hardware"),
+        source=checkpoint.meta.get("source", "?"),
+        loop=loop,
+        results=[found for kind in SCORES if (found := latest(results, kind))],
         scores=SCORES,
     )
-
-
-def _training(path: Path, meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what a checkpoint says of its training."""
-    try:
-        loop = load_checkpoint(path, sections=("loop",)).state["loop"]
-    except CheckpointError:  # an imported model has none
-        loop = {}
-    if base := meta.get("identity", {}).get("base"):
-        yield "Started from", f"base model {base['tag']}, step {base['step']}"
-    if data := meta.get("config", {}).get("data"):
-        yield "Data", Path(data).name if isinstance(data, str) else data.get("mixture", "")
-    if loop:
-        yield "Tokens", f"{loop['tokens']:,}"
-        yield "Training FLOPs", compact(loop["flops"])
-        yield "Training time", duration_text(loop["training_seconds"])
-        if loop["last_val"] == loop["last_val"]:  # not NaN
-            what = "Pass rate" if meta.get("stage") == "rl" else "Validation bits per byte"
-            yield what, f"{loop['last_val']:.4f}"
-    if hardware := meta.get("hardware"):
-        yield "Device", f"{hardware['device']}, {meta['identity']['dtype']}"
-    yield "Source", str(meta.get("source", "?")).partition(" /")[0]

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from archerchat.checkpoint import list_checkpoints, save_checkpoint
 from archerchat.config import Config, PositiveFloat
 from archerchat.console import build_console
-from archerchat.data.hub import explained_hub
+from archerchat.downloads import explained_hub
 from archerchat.errors import UsageError
 from archerchat.exchange.hf_tokenizer import load_hf_tokenizer
 from archerchat.exchange.huggingface import read_about, read_folder

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
 from archerchat.console import bytes_text, duration_text
 from archerchat.data.hub import SOURCES
 from archerchat.data.shards import data_directory, list_shards, split_shards
-from archerchat.data.text_sample import measure_text
+from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.home import Home
 from archerchat.planning.memory import RESERVED_SHARE
 from archerchat.planning.plan import Plan, PlanConfig, build_plan
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
-
-Row = tuple[str, str, str]
-"""Quantity, value, note."""
 
 
 def plan(config: PlanConfig, home: Home) -> None:
@@ -36,30 +36,16 @@ def plan(config: PlanConfig, home: Home) -> None:
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
         text = measure_text(shards, tokenizer, config.dial.max_seq_len + 1)
     result = build_plan(config, home.cache_dir)
-    content, data_rows = plan_as_json(result), _data_rows(result)
-    if text is not None:
-        tokens = result.hyperparameters.total_tokens
-        packing = "best-fit" if config.data in SOURCES else text.packing
-        content["text"] = dataclasses.asdict(text) | {
-            "packing": packing,
-            "passes": text.passes(tokens, packing),
-        }
-        data_rows = [
-            ("text", config.data or "", text.describe(tokens, packing)),
-            ("packing", packing, f"best-fit would keep {text.kept:.1%} of the text"),
-        ]
+    packing = "best-fit" if config.data in SOURCES or text is None else text.packing
     if config.json:
+        content = plan_as_json(result)
+        if text is not None:
+            passes = text.passes(result.hyperparameters.total_tokens, packing)
+            content["text"] = dataclasses.asdict(text) | {"packing": packing, "passes": passes}
         print(json.dumps(content, allow_nan=False))
         return
     console = Console()
-    for title, rows in (
-        ("Model", _model_rows(result)),
-        ("Run", _run_rows(result)),
-        ("Schedule", _schedule_rows(result)),
-        ("Data", data_rows),
-        ("Memory of one card (estimate)", _memory_rows(result)),
-        ("Time and cost", _time_rows(result, config.mfu is None)),
-    ):
+    for title, rows in _tables(config, result, text, packing):
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
         table.add_column(style="cyan", min_width=20)
         table.add_column(justify="right", min_width=14)
@@ -70,6 +56,34 @@ def plan(config: PlanConfig, home: Home) -> None:
     console.print("[bold]Commands[/bold]")
     for line in _commands(config, result):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _tables(
+    config: PlanConfig, plan: Plan, text: TextSample | None, packing: str
+) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield each table's title and rows, as the template `plan.txt` beside this module has them."""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters |= {"bytes": bytes_text, "short": _short, "days": _days}
+    template = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
+    hp, layers = plan.hyperparameters, range(plan.hyperparameters.model.num_layers)
+    values = {
+        "config": config,
+        "plan": plan,
+        "hp": hp,
+        "model": hp.model,
+        "counts": hp.parameters,
+        "embedded": sum(map(hp.model.has_value_embedding, layers)),
+        "machine": plan.machine,
+        "memory": plan.memory,
+        "estimate": plan.memory.estimate,
+        "time": plan.time,
+        "text": text,
+        "packing": packing,
+        "free": RESERVED_SHARE,
+    }
+    for part in environment.from_string(template).render(values).strip().split("\n\n"):
+        title, *rows = part.split("\n")
+        yield title, [[cell.rstrip() for cell in row.split(" | ")] for row in rows]
 
 
 def _commands(config: PlanConfig, plan: Plan) -> list[str]:
@@ -108,125 +122,6 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     counts["parameters"] |= {n: getattr(hp.parameters, n) for n in ("total", "scaling")}
     content["memory"]["estimate"]["fixed"] = plan.memory.estimate.fixed
     return content
-
-
-def _model_rows(plan: Plan) -> list[Row]:
-    hp = plan.hyperparameters
-    model, counts = hp.model, hp.parameters
-    long = sum(window == model.sequence_length for window in model.windows)
-    windows = f"{long} of them see {model.sequence_length} tokens back"
-    if long < model.num_layers:
-        windows += f", the others {min(model.windows)}"
-    embedded = sum(model.has_value_embedding(i) for i in range(model.num_layers))
-    return [
-        ("layers", str(model.num_layers), windows),
-        ("width", str(model.model_dim), f"{model.num_heads} heads of {model.head_dim}"),
-        ("key/value heads", str(model.num_kv_heads), ""),
-        ("vocabulary", str(model.vocab_size), f"tables have {model.padded_vocab_size} rows"),
-        ("parameters", _short(counts.total), ""),
-        ("  block matrices", _short(counts.block_matrices), "Muon"),
-        ("  unembedding", _short(counts.unembedding), "AdamW"),
-        ("  embedding", _short(counts.embedding), "AdamW"),
-        ("  value embeddings", _short(counts.value_embeddings), f"AdamW; {embedded} layers"),
-        ("  scalars", _short(counts.scalars), "AdamW"),
-        ("scaling parameters", _short(counts.scaling), "block matrices and unembedding"),
-    ]
-
-
-def _run_rows(plan: Plan) -> list[Row]:
-    hp = plan.hyperparameters
-    rates = hp.learning_rates
-    ratio = hp.total_tokens / hp.parameters.scaling
-    return [
-        ("batch", f"{hp.total_batch_tokens:,}", "tokens per step"),
-        ("iterations", f"{hp.num_iterations:,}", ""),
-        ("tokens", _short(hp.total_tokens), f"{ratio:.2f} per scaling parameter"),
-        ("FLOPs per token", _short(hp.flops_per_token), "forward and backward"),
-        ("FLOPs", f"{hp.total_flops:.3g}", ""),
-        ("rate: matrices", f"{rates.matrix:.4g}", f"batch scale {hp.batch_lr_scale:.4g}"),
-        ("rate: embedding", f"{rates.embedding:.4g}", f"width scale {hp.width_lr_scale:.4g}"),
-        ("rate: unembedding", f"{rates.unembedding:.4g}", ""),
-        ("rate: scalars", f"{rates.input_lambdas:.4g}", ""),
-        ("weight decay", f"{hp.weight_decay:.4g}", "Muon's, at the first step"),
-    ]
-
-
-def _schedule_rows(plan: Plan) -> list[Row]:
-    return [
-        (
-            f"iteration {it:,}",
-            f"rate x {rate:.3g}",
-            f"Muon momentum {momentum:.3g}, weight decay {decay:.3g}",
-        )
-        for it, rate, momentum, decay in plan.schedule_points
-    ]
-
-
-def _data_rows(plan: Plan) -> list[Row]:
-    data = plan.data
-    note = f"training and validation, about {data.download_bytes / 1e9:.1f} GB"
-    if data.epochs > 1:
-        note += f"; {data.epochs:.1f} epochs, because the source has no more"
-    per_shard = _short(data.tokens_per_shard)
-    return [
-        ("shards to download", f"{data.train_shards} + 1", note),
-        ("tokens per shard", per_shard, "after packing; --tokens-per-shard sets it"),
-    ]
-
-
-def _memory_rows(plan: Plan) -> list[Row]:
-    memory, estimate = plan.memory, plan.memory.estimate
-    size, row_tokens = memory.device_batch_size, plan.hyperparameters.model.sequence_length
-    remedy = (
-        "not even one row: try --optimizer-state bfloat16, a smaller --depth or --max-seq-len, or "
-        "a larger card"
-    )
-    again = "layers are computed again" if memory.recomputes else "nothing is computed again"
-    batch = f"{memory.grad_accum_steps} micro-batches per step; the largest power of two that fits"
-    free = f"of {bytes_text(memory.device_bytes)}; {RESERVED_SHARE:.0%} is left free"
-    cache = f"{bytes_text(memory.kv_cache_bytes)} per full row, since windowed layers keep less"
-    return [
-        ("weights", bytes_text(estimate.weights), "float32 masters; tables in the compute dtype"),
-        ("gradients", bytes_text(estimate.gradients), ""),
-        (
-            "optimizer state",
-            bytes_text(estimate.optimizer_state),
-            f"shared by {plan.num_gpus} card(s)",
-        ),
-        ("weight copies", bytes_text(estimate.weight_casts), f"in {plan.machine.compute_dtype}"),
-        ("workspace", bytes_text(estimate.workspace), "loss chunks, Muon's products"),
-        (
-            "activations",
-            bytes_text(estimate.activations_per_row),
-            f"per row of {row_tokens} tokens; fused attention, {again}",
-        ),
-        ("device batch size", str(size or "does not fit"), batch if size else remedy),
-        ("peak", bytes_text(memory.peak_bytes), free),
-        ("KV cache", bytes_text(memory.kv_bytes_per_token), f"per generated token; {cache}"),
-    ]
-
-
-def _time_rows(plan: Plan, mfu_is_assumed: bool) -> list[Row]:
-    machine, time = plan.machine, plan.time
-    mfu_note = "assumed for this kind of device; --mfu sets it" if mfu_is_assumed else "given"
-    rows: list[Row] = [
-        ("device", f"{plan.num_gpus} x {machine.name}", machine.compute_dtype),
-        ("peak", f"{machine.flops_per_second / 1e12:.4g} TFLOP/s", machine.flops_source),
-        ("MFU", f"{time.mfu:.0%}", mfu_note),
-        ("tokens per second", f"{time.tokens_per_second:,.0f}", ""),
-        ("training", _days(time.hours - time.evaluation_hours), ""),
-        (
-            f"{time.num_evaluations} evaluations",
-            _days(time.evaluation_hours),
-            "of bits per byte; --eval-every and --eval-tokens set them",
-        ),
-        ("all of it", _days(time.hours), "CORE, samples and checkpoints are extra"),
-        ("cost", "unknown" if time.cost is None else f"${time.cost:,.2f}", time.price_note),
-    ]
-    if time.kwh is not None and machine.gpu is not None:
-        note = f"at {machine.gpu.board_watts} W per card; the rest of the machine is not counted"
-        rows.append(("energy", f"{time.kwh:.1f} kWh", note))
-    return rows
 
 
 def _short(count: int) -> str:

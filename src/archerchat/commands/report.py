@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from archerchat.config import Config
 from archerchat.console import build_console
@@ -14,7 +13,7 @@ from archerchat.home import Home, check_name
 from archerchat.planning.gpus import Prices
 from archerchat.report.document import CHARTS, HTML, MARKDOWN
 from archerchat.report.report import build_training_report, gather
-from archerchat.report.scaling_report import (
+from archerchat.report.scaling import (
     Parameters,
     build_scaling_report,
     fit_runs,
@@ -111,27 +110,17 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
     if twice := [tag for tag in tags if tags.count(tag) > 1]:
         raise UsageError(f"run {twice[0]!r} is named twice: name each once")
     runs = gather_sizes(home, tags, config.metric, config.parameters)
-    fit = fit_runs(runs)
+    law, reason = fit_runs(runs)
     directory = target_directory(config.out, home, "scaling")
-    paths = build_scaling_report(runs, fit, config.metric).write(directory)
+    paths = build_scaling_report(runs, law, reason, config.metric).write(directory)
     if config.json is not None:
-        figures: dict[str, Any] = {
+        figures = {
             "metric": config.metric,
-            "over": ["parameters", "tokens"] if fit.both else ["flops"],
-            "floor": fit.law.floor,
-            "factors": fit.law.factors,
-            "exponents": fit.law.exponents,
-            "runs": [
-                {
-                    "tag": run.tag,
-                    "parameters": run.parameters,
-                    "tokens": run.tokens,
-                    "flops": run.flops,
-                    "loss": run.loss,
-                    "predicted": fit.predict(run),
-                }
-                for run in runs
-            ],
+            "over": ["parameters", "tokens"] if law.both else ["flops"],
+            "floor": law.floor,
+            "factors": law.factors,
+            "exponents": law.exponents,
+            "runs": [asdict(run) | {"predicted": law.predict_run(run)} for run in runs],
         }
         write_json(config.json, figures)
-    build_console().print("\n  ".join([f"{fit.formula}\n{fit.reason}", *map(str, paths)]))
+    build_console().print("\n  ".join([f"{law}\n{reason}", *map(str, paths)]))

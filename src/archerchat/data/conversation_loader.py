@@ -19,20 +19,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from archerchat.data.packing import (
-    BestFitPacker,
-    Buffered,
-    Document,
-    Row,
-    join_documents,
-    split_documents,
-)
-from archerchat.data.prefetch import Batch, Plan, PrefetchingLoader
+from archerchat.data.packing import BestFitPacker, Document, Row
+from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
 from archerchat.errors import DataError, UsageError
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import TaskMixture
@@ -74,23 +68,26 @@ class Counts:
 
 @dataclass(frozen=True)
 class Used:
-    """How far several loaders are together: all that share a mixture."""
+    """How far one loader is, or several that share a mixture."""
 
     counts: Counts
     consumed: int
+    """Conversations that are in the rows returned, or dropped."""
     share: int
     """Conversations of a pass."""
     progress: float
-    """Share of the pass's conversations that the slowest loader has used."""
+    """Share of a pass's conversations that the slowest loader has used; 1 or more after a pass."""
 
     @classmethod
-    def of(cls, parts: Sequence[tuple[Counts, int, int]]) -> Used:
-        """Add up loaders' counts, consumed conversations and shares."""
-        counts, consumed, share = zip(*parts, strict=True)
-        names = (each.name for each in fields(Counts))
-        totals = {name: sum(getattr(each, name) for each in counts) for name in names}
-        slowest = min(done / size for done, size in zip(consumed, share, strict=True))
-        return cls(Counts(**totals), sum(consumed), sum(share), slowest)
+    def of(cls, parts: Sequence[Used]) -> Used:
+        """Add up what several loaders have used."""
+        columns = zip(*(astuple(part.counts) for part in parts), strict=True)
+        return cls(
+            Counts(*map(sum, columns)),
+            sum(part.consumed for part in parts),
+            sum(part.share for part in parts),
+            min(part.progress for part in parts),
+        )
 
 
 def render_whole(
@@ -125,34 +122,14 @@ def fit_conversation(
     return np.where(learned, tokens, ~tokens), cut
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
-    counts: Counts
-    """Those of the batches so far; `read` is also the position."""
-    documents: tuple[Buffered, ...]
-    """What the packer has buffered, in its order."""
-
-
 @dataclass(frozen=True)
-class _Plan(Plan):
-    mixture: TaskMixture
-    tokenizer: Tokenizer
-    repeat: bool
-
-    @property
-    def row_length(self) -> int:
-        return int(self.identity["sequence_length"]) + 1
-
-    @property
-    def indices(self) -> range:
-        """This rank's conversations of a pass."""
-        return range(self.identity["rank"], len(self.mixture), self.identity["world_size"])
+class _Progress:
+    counts: Counts = Counts()
+    """Those of the batches so far; `read` is also the position."""
 
 
-class ConversationLoader(PrefetchingLoader[_Plan, _State]):
+class ConversationLoader(PrefetchingLoader[_Progress]):
     """Iterate over batches of packed conversations.
-
-    The thread starts at the first `next` and stops with `close`.
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
@@ -178,58 +155,50 @@ class ConversationLoader(PrefetchingLoader[_Plan, _State]):
         prefetch: int = 4,
         repeat: bool = True,
     ) -> None:
-        sizes = {
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
-            "buffer_size": buffer_size,
-        }
-        assert min(*sizes.values(), prefetch) >= 1
+        assert min(batch_size, sequence_length, buffer_size, prefetch) >= 1
         assert 0 <= rank < world_size
         if len(mixture) < world_size:
             raise UsageError(
                 f"{len(mixture)} conversations cannot be shared by {world_size} ranks: use fewer "
                 "ranks or more conversations"
             )
-        identity = sizes | {
+        identity = {
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "buffer_size": buffer_size,
             "mixture": describe_mixture(mixture),
             "tokenizer": tokenizer.fingerprint,
             "rank": rank,
             "world_size": world_size,
         }
-        plan = _Plan(identity, mixture, tokenizer, repeat)
-        super().__init__(plan, _State(Counts(), ()), prefetch)
+        super().__init__(identity, _Progress(), prefetch, np.int32)
+        self._mixture, self._tokenizer, self._repeat = mixture, tokenizer, repeat
+        self._indices = range(rank, len(mixture), world_size)
 
     @property
-    def counts(self) -> Counts:
-        """What became of the conversations up to the last batch returned."""
-        return self._state.counts
+    def used(self) -> Used:
+        """What became of this rank's conversations up to the last batch returned."""
+        counts, share = self._state.progress.counts, len(self._indices)
+        consumed = counts.read - len(self._state.documents)
+        return Used(counts, consumed, share, consumed / share)
 
-    @property
-    def consumed(self) -> int:
-        """How many conversations are in the rows returned, or dropped."""
-        return self.counts.read - len(self._state.documents)
+    def _parse(self, state: Mapping[str, Any]) -> _Progress:
+        return _Progress(Counts(**state["counts"]))
 
-    @property
-    def share(self) -> int:
-        """How many conversations a pass has for this rank."""
-        return len(self._plan.indices)
-
-    @property
-    def progress(self) -> float:
-        """Share of the pass's conversations that are used so far; 1 or more after a pass."""
-        return self.consumed / self.share
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return `identity` and `counts`, as JSON, and the buffered conversations: `tokens`, end
-        to end (int32), and their `lengths` (int64)."""
-        documents = join_documents(self._state.documents, np.int32)
-        return {"identity": dict(self._plan.identity), "counts": asdict(self.counts), **documents}
-
-    def _parse(self, state: Mapping[str, Any]) -> _State:
-        return _State(Counts(**state["counts"]), split_documents(state, self._plan.row_length))
-
-    def _iter_after(self, state: _State) -> Iterator[tuple[Batch, _State]]:
-        return _RowSource(self._plan, state).iter_batches()
+    def _open(self, state: State[_Progress]) -> _Conversations:
+        packer = BestFitPacker(
+            self._identity["sequence_length"] + 1, self._identity["buffer_size"], PADDING
+        )
+        for document in state.documents:
+            packer.add(document.tokens)
+        return _Conversations(
+            self._mixture,
+            self._indices,
+            self._tokenizer,
+            packer,
+            state.progress.counts,
+            None if self._repeat else self._identity["batch_size"],
+        )
 
 
 def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
@@ -238,84 +207,75 @@ def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
     return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}
 
 
-class _RowSource:
+@dataclass
+class _Conversations(RowSource[_Progress]):
     """Read, render and pack, counting what happens."""
 
-    def __init__(self, plan: _Plan, state: _State) -> None:
-        self._plan, self._counts = plan, state.counts
-        self._packer = BestFitPacker(plan.row_length, plan.identity["buffer_size"], PADDING)
-        for document in state.documents:
-            self._packer.add(document.tokens)
-        self._end_id = plan.tokenizer.special_id("<|assistant_end|>")
+    mixture: TaskMixture
+    indices: range
+    """This rank's conversations of a pass."""
+    tokenizer: Tokenizer
+    packer: BestFitPacker
+    counts: Counts
+    last_batch: int | None
+    """Rows to fill up the last batch to; None for pass after pass."""
 
-    def iter_batches(self) -> Iterator[tuple[Batch, _State]]:
-        """Yield batches, each with the state after it."""
-        size, pending = self._plan.identity["batch_size"], list[Row]()
-        for row in self.iter_rows():
-            pending.append(row)
-            if len(pending) == size:
-                yield self._batch(pending), _State(self._counts, self._packer.documents())
-                pending = []
-        if pending:
-            empty = np.full(self._plan.row_length, PADDING, np.int64)
-            pending += [empty] * (size - len(pending))
-            yield self._batch(pending), _State(self._counts, self._packer.documents())
-
-    def _batch(self, pending: list[Row]) -> Batch:
-        """Turn rows into inputs and targets, and count their positions."""
-        rows, counts = np.stack(pending), self._counts  # (B, T + 1)
-        ids = np.where(
-            rows >= 0, rows, np.where(rows == PADDING, self._plan.tokenizer.bos_id, ~rows)
-        )
+    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, _Progress]:
+        ids = np.where(rows == PADDING, self.tokenizer.bos_id, np.where(rows >= 0, rows, ~rows))
         targets = np.where(rows >= 0, rows, IGNORED)[:, 1:]
-        self._counts = replace(
-            counts,
-            targets=counts.targets + targets.size,
-            padding=counts.padding + int((rows[:, 1:] == PADDING).sum()),
-            trained=counts.trained + int((targets >= 0).sum()),
+        self._count(
+            targets=targets.size,
+            padding=int((rows[:, 1:] == PADDING).sum()),
+            trained=int((targets >= 0).sum()),
         )
-        return Batch(np.stack((ids[:, :-1], targets)))
+        return Batch(np.stack((ids[:, :-1], targets))), _Progress(self.counts)
 
     def iter_rows(self) -> Iterator[Row]:
         """Yield the rows of this pass from where it is, and those of the passes that follow."""
-        share = len(self._plan.indices)
+        share, num_rows = len(self.indices), 0
         while True:
-            passes, rest = divmod(self._counts.read, share)
-            draining = rest == 0 and len(self._packer) > 0  # the pass is read, but not yet packed
-            end = (passes if draining else passes + 1) * share
-            whole, empty = rest == 0 and not draining, True
-            while True:
-                self._fill(end)
-                more = len(self._packer) > 0
-                row = self._packer.place() if more else self._packer.finish()
-                if row is not None:
-                    # Fill now, so that conversations to be dropped at the end of the pass are
-                    # read with its last row, and the pass is then known to be over.
-                    self._fill(end)
-                    empty = False
-                    yield row
-                elif not more:
-                    break
-            if whole and empty:
+            passes, rest = divmod(self.counts.read, share)
+            draining = rest == 0 and len(self.packer) > 0  # the pass is read, but not yet packed
+            whole, before = rest == 0 and not draining, num_rows
+            for row in self._iter_pass((passes if draining else passes + 1) * share):
+                num_rows += 1
+                yield row
+            if whole and num_rows == before:
                 raise DataError(
                     f"none of {share} conversations has a word of the assistant to learn within "
-                    f"{self._plan.row_length - 1} tokens: give others, or a longer row"
+                    f"{self.packer.row_length - 1} tokens: give others, or a longer row"
                 )
-            if not self._plan.repeat:
+            if self.last_batch is not None:
+                for _ in range(-num_rows % self.last_batch):
+                    yield np.full(self.packer.row_length, PADDING, np.int64)
                 return
+
+    def _iter_pass(self, end: int) -> Iterator[Row]:
+        """Yield the rows until `end` conversations have been read and packed."""
+        self._fill(end)
+        while len(self.packer):
+            row = self.packer.place()
+            # Fill now, so that conversations to be dropped at the end of the pass are read with its
+            # last row, and the pass is then known to be over.
+            self._fill(end)
+            if row is not None:
+                yield row
+        if (row := self.packer.finish()) is not None:
+            yield row
 
     def _fill(self, end: int) -> None:
         """Fill the buffer up, but not beyond the pass that ends at `end`."""
-        plan = self._plan
-        while (counts := self._counts).read < end and self._packer.needs_documents():
-            index = plan.indices[counts.read % len(plan.indices)]
-            rendered = render_whole(plan.tokenizer, plan.mixture, index)
-            document, cut = fit_conversation(*rendered, plan.row_length, self._end_id)
-            self._counts = replace(
-                counts,
-                read=counts.read + 1,
-                cut=counts.cut + (cut and document is not None),
-                dropped=counts.dropped + (document is None),
-            )
-            if document is not None:
-                self._packer.add(document)
+        end_id = self.tokenizer.special_id("<|assistant_end|>")
+        while self.counts.read < end and self.packer.needs_documents():
+            index = self.indices[self.counts.read % len(self.indices)]
+            rendered = render_whole(self.tokenizer, self.mixture, index)
+            document, cut = fit_conversation(*rendered, self.packer.row_length, end_id)
+            if document is None:
+                self._count(read=1, dropped=1)
+            else:
+                self._count(read=1, cut=int(cut))
+                self.packer.add(document)
+
+    def _count(self, **more: int) -> None:
+        totals = {name: getattr(self.counts, name) + number for name, number in more.items()}
+        self.counts = replace(self.counts, **totals)

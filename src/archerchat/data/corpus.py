@@ -16,6 +16,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -23,7 +24,7 @@ from typing import Annotated, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from archerchat.config import Config, Limit, PositiveInt, Seed
+from archerchat.config import Config, Limit, PositiveInt, Seed, compare_configs
 from archerchat.data.shards import TEXT_COLUMN, write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import current, explained_writes, new_directory, remove_leftovers, write_json
@@ -86,16 +87,13 @@ def build_corpus(
         DataError: there are not two groups, or the disk is full.
     """
     remove_leftovers(directory.parent)
-    made_from = json.loads(json.dumps({"recipe": recipe, "options": asdict(options)}))
     if not force and (manifest := _load_manifest(directory)) is not None:
-        if any(manifest[part] != made_from[part] for part in made_from):
-            from archerchat.config import compare_configs  # imports torch, which takes seconds
-
-            saved, asked = ({**m["recipe"], **m["options"]} for m in (manifest, made_from))
+        saved = manifest["recipe"] | manifest["options"]
+        if differences := compare_configs(saved, {**recipe, **asdict(options)}):
             raise UsageError(
                 f"{directory} was built from other text or with other settings: "
-                f"{'; '.join(compare_configs(saved, asked))}. Give another --name, or replace it "
-                "with --force (runs that read it can then not be resumed)"
+                f"{'; '.join(differences)}. Give another --name, or replace it with --force (runs "
+                "that read it can then not be resumed)"
             )
         if _is_whole(directory, manifest):
             return False
@@ -109,6 +107,7 @@ def build_corpus(
             spill = Path(scratch)
             shards = _write_corpus(groups, held_out, temporary, spill, options, input_bytes)
         sizes = {shard.name: shard.stat().st_size for shard in shards}
+        made_from = {"recipe": recipe, "options": asdict(options)}
         write_json(temporary / MANIFEST, {"format": FORMAT, **made_from, "shards": sizes})
     return True
 
@@ -138,7 +137,7 @@ def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
 
 def _write_corpus(
     groups: Iterable[Group],
-    given: Iterable[Group],
+    held_out: Iterable[Group],
     directory: Path,
     scratch: Path,
     options: CorpusOptions,
@@ -147,17 +146,25 @@ def _write_corpus(
     generator = random.Random(options.seed)
     num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
     buckets = [scratch / f"{index}.parquet" for index in range(num_buckets)]
-    sizes, num_train = _spill(groups, given, buckets, generator)
+    sizes, num_train = _spill(groups, held_out, buckets, generator)
     if len(sizes) < 2 or not num_train:
         raise DataError(
             "at least two documents are needed, one of them for validation; found "
             f"{sum(sizes)}: give more text"
         )
     validation = _choose_validation(sizes, num_train, options, generator)
-    train_groups = set(range(num_train)) - validation
-    held_out: list[str] = []
-    num_validation = sum(sizes[group] for group in validation)
-    train = _iter_train(buckets, train_groups, validation, held_out, generator)
+    train = set(range(num_train)) - validation
+    validation_texts: list[str] = []
+
+    def iter_train() -> Iterator[str]:
+        """Yield the train documents, each bucket shuffled; set those of validation aside."""
+        for path in buckets:
+            columns = (column.to_pylist() for column in pq.read_table(path).columns)
+            documents = list(zip(*columns, strict=True))
+            validation_texts.extend(text for group, text in documents if group in validation)
+            texts = [text for group, text in documents if group in train]
+            generator.shuffle(texts)
+            yield from texts
 
     def write(documents: Iterable[str], count: int, per_shard: int, first: int) -> list[Path]:
         group = options.documents_per_row_group or min(256, max(1, count // 8))
@@ -169,49 +176,45 @@ def _write_corpus(
             first_index=first,
         )
 
-    num_documents = sum(sizes[group] for group in train_groups)
-    shards = write(train, num_documents, options.documents_per_shard, 0)
-    generator.shuffle(held_out)
-    return shards + write(held_out, num_validation, num_validation, len(shards))
+    num_documents = sum(sizes[group] for group in train)
+    shards = write(iter_train(), num_documents, options.documents_per_shard, 0)
+    generator.shuffle(validation_texts)
+    count = len(validation_texts)
+    return shards + write(validation_texts, count, count, len(shards))
 
 
 def _spill(
     groups: Iterable[Group],
-    given: Iterable[Group],
+    held_out: Iterable[Group],
     buckets: Sequence[Path],
     generator: random.Random,
 ) -> tuple[list[int], int]:
     """Put each group into a random bucket.
 
     Returns:
-        The sizes of the groups, none empty, and how many of them are not of `given`.
+        The sizes of the groups, none empty, and how many of them are not of `held_out`.
     """
-    sizes: list[int] = []
-    pending: list[tuple[list[int], list[str]]] = [([], []) for _ in buckets]
+    sizes, num_train = list[int](), 0
+    pending: list[list[tuple[int, str]]] = [[] for _ in buckets]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(pq.ParquetWriter(path, _SPILL_SCHEMA)) for path in buckets]
 
         def flush(index: int) -> None:
-            columns = dict(zip(_SPILL_SCHEMA.names, pending[index], strict=True))
-            writers[index].write_table(pa.table(columns, _SPILL_SCHEMA))
-            pending[index] = ([], [])
+            rows = [{"group": group, TEXT_COLUMN: text} for group, text in pending[index]]
+            writers[index].write_table(pa.Table.from_pylist(rows, _SPILL_SCHEMA))
+            pending[index] = []
 
-        def put(group: Group) -> None:
+        marked = chain(zip(groups, repeat(True)), zip(held_out, repeat(False)))
+        for group, is_train in marked:
             texts = [replace_surrogates(text) for text in group if text and not text.isspace()]
             if not texts:
-                return
+                continue
             index = generator.randrange(len(buckets))
-            pending[index][0].extend([len(sizes)] * len(texts))
-            pending[index][1].extend(texts)
+            pending[index] += [(len(sizes), text) for text in texts]
             sizes.append(len(texts))
-            if len(pending[index][0]) >= SPILL_DOCUMENTS:
+            num_train += is_train
+            if len(pending[index]) >= SPILL_DOCUMENTS:
                 flush(index)
-
-        for group in groups:
-            put(group)
-        num_train = len(sizes)
-        for group in given:
-            put(group)
         for index in range(len(buckets)):
             flush(index)
     return sizes, num_train
@@ -224,35 +227,14 @@ def _choose_validation(
 
     They hold enough documents, or are all but one, which is left for training.
     """
-    given = range(num_train, len(sizes))
-    share = MAX_VAL_DOCUMENTS if given else round(options.val_fraction * sum(sizes))
+    held_out = range(num_train, len(sizes))
+    share = MAX_VAL_DOCUMENTS if held_out else round(options.val_fraction * sum(sizes))
     wanted = options.val_documents or min(share, MAX_VAL_DOCUMENTS)
-    chosen: set[int] = set()
-    found = 0
-    candidates = given or range(len(sizes))
-    for group in generator.sample(candidates, len(given) or len(sizes) - 1):
+    chosen, found = set[int](), 0
+    candidates = held_out or range(len(sizes))
+    for group in generator.sample(candidates, len(held_out) or len(sizes) - 1):
         if chosen and found >= wanted:
             break
         chosen.add(group)
         found += sizes[group]
     return chosen
-
-
-def _iter_train(
-    buckets: Sequence[Path],
-    train_groups: set[int],
-    validation: set[int],
-    held_out: list[str],
-    generator: random.Random,
-) -> Iterator[str]:
-    """Yield the train documents, each bucket shuffled; put those of validation in `held_out`."""
-    for path in buckets:
-        table = pq.read_table(path)
-        train: list[str] = []
-        for group, text in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            if group in train_groups:
-                train.append(text)
-            elif group in validation:
-                held_out.append(text)
-        generator.shuffle(train)
-        yield from train

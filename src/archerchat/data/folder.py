@@ -1,8 +1,8 @@
 """Read documents from any folder of Parquet, JSON, CSV or text files, compressed or not.
 
-Rows hold a document each, in a column or key `text` or in one that is named. `.txt` and `.md` files
-hold running text, which is cut at paragraphs into documents of a useful size. Null and blank texts
-are left out and counted, whatever the file.
+Each row holds a document, in the column or key `text` or in one that is named. `.txt` and `.md`
+files hold running text, which is cut at paragraphs into documents of a useful size. Null and blank
+texts are left out and counted, whatever the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from archerchat.text_files import (
     JSON_KINDS,
     TABLE_KINDS,
     Folder,
-    Place,
     file_kind,
     iter_lines,
     iter_rows,
@@ -54,7 +53,7 @@ class Reading:
         """Iterate over the documents of `files` in order."""
         for path in files:
             for where, text in self._iter_file(path):
-                if text is None or not text or text.isspace():
+                if not text or text.isspace():
                     self.num_empty += 1
                     self.first_empty = self.first_empty or where
                 else:
@@ -87,6 +86,7 @@ class Reading:
         return lines
 
     def _iter_file(self, path: Path) -> Iterator[tuple[str, str | None]]:
+        """Yield each text with its place."""
         kind = file_kind(path)
         if kind == ".parquet":
             try:
@@ -95,42 +95,38 @@ class Reading:
             except DataError as error:
                 self.refuse(str(error))
         elif kind in (*JSON_KINDS, *TABLE_KINDS):
-            yield from self._iter_column(iter_rows(path, self.refuse))
+            yield from self._iter_column(path)
         else:
-            text = "".join(line for _, line in iter_lines(path, self.refuse))
-            pieces = list(split_text(text))
+            pieces = list(split_text("".join(line for _, line in iter_lines(path, self.refuse))))
             if len(pieces) > 1:
                 self.num_long += 1
                 self.num_pieces += len(pieces)
             yield from ((str(path), piece) for piece in pieces)
 
-    def _iter_column(self, rows: Iterator[Place]) -> Iterator[tuple[str, str | None]]:
-        for where, row in rows:
+    def _iter_column(self, path: Path) -> Iterator[tuple[str, str | None]]:
+        for where, row in iter_rows(path, self.refuse):
             value: Any = row.get(self.column, row) if isinstance(row, dict) else row
             if value is None or isinstance(value, str):
                 yield where, value
-                continue
-            names = ", ".join(map(str, row)) if isinstance(row, dict) else "nothing"
-            self.refuse(
-                f"{where}: no text in {self.column!r} (it has {names}): fix it, or give "
-                "--text-column"
-            )
+            else:
+                names = ", ".join(map(str, row)) if isinstance(row, dict) else "nothing"
+                self.refuse(
+                    f"{where}: no text in {self.column!r} (it has {names}): fix it, or give "
+                    "--text-column"
+                )
 
 
 def list_files(source: Path) -> Folder:
-    """Return the files below `source`, or `source`, that can be read, at least one.
+    """Return the files below `source`, or `source` itself, that can be read.
 
     Raises:
         DataError: there is none.
     """
     folder = list_folder(source, KINDS)
-    if not source.exists() or not folder.train:
-        raise DataError(
-            f"nothing to read in {source}: it needs {', '.join(KINDS)} files"
-            if source.exists()
-            else f"{source} does not exist: give a folder of {', '.join(KINDS)} files"
-        )
-    return folder
+    if source.exists() and folder.train:
+        return folder
+    problem = f"nothing to read in {source}" if source.exists() else f"{source} does not exist"
+    raise DataError(f"{problem}: give a folder of {', '.join(KINDS)} files")
 
 
 def describe_files(source: Path, files: Sequence[Path]) -> dict[str, Any]:

@@ -61,6 +61,10 @@ class _OpenRow:
         """Tokens that were cut off and are in no row."""
 
     @property
+    def row_length(self) -> int:
+        return len(self._row)
+
+    @property
     def _space(self) -> int:
         """Free tokens in the open row."""
         return len(self._row) - self._used

@@ -1,73 +1,35 @@
-"""Run an iterator ahead of its consumer in a background thread.
+"""What the loaders of text and of conversations share: packing ahead of the step, and resuming.
 
-`Prefetcher` is the thread. `PrefetchingLoader` is what the loaders of text and of conversations
-share: batches that travel with the state after them. A checkpoint's state is therefore that of the
-last batch that the caller got, however far the thread has run ahead.
+A background thread reads, tokenizes and packs, so that the step finds its batch ready. Every batch
+comes with the state after it: a checkpoint's state is that of the last batch that the caller got,
+however far the thread has run ahead. A state is a tuple of references, which become tensors only
+when a checkpoint asks.
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from archerchat.config import compare_configs
+from archerchat.data.packing import (
+    BestFitPacker,
+    Buffered,
+    ConcatPacker,
+    Row,
+    join_documents,
+    split_documents,
+)
 from archerchat.errors import CheckpointError
 
-T = TypeVar("T")
-PlanT = TypeVar("PlanT", bound="Plan")
-StateT = TypeVar("StateT")
-
-
-class Prefetcher(Generic[T]):
-    """Iterate over `source`, whose next items a thread prepares meanwhile.
-
-    What `source` raises, `next` raises after the items before it. The thread ends with `close`,
-    when this object is collected, or before the interpreter exits.
-
-    Attributes:
-        wait_seconds: how long `next` has waited, in all.
-    """
-
-    def __init__(self, source: Iterator[T], depth: int) -> None:
-        self.wait_seconds = 0.0
-        self._source = source
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._finalizer = weakref.finalize(self, _stop, self._pool)
-        self._pending = deque(self._pool.submit(next, source) for _ in range(depth))
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if not self._finalizer.alive:
-            raise StopIteration
-        began = time.perf_counter()
-        error = self._pending[0].exception()
-        self.wait_seconds += time.perf_counter() - began
-        if error is not None:  # stays first, to be raised again
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            raise error
-        self._pending.append(self._pool.submit(next, self._source))
-        return self._pending.popleft().result()
-
-    def close(self) -> None:
-        """Stop the thread; `next` then raises StopIteration. May be called again."""
-        self._finalizer()
-
-
-def _stop(pool: ThreadPoolExecutor) -> None:
-    with contextlib.suppress(RuntimeError):  # collected by the thread, which cannot join itself
-        pool.shutdown(cancel_futures=True)
+ProgressT = TypeVar("ProgressT")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,37 +50,68 @@ class Batch:
         return np.asarray(self.stacked[1])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the thread needs; it must not refer to the loader, or the loader is never collected."""
+@dataclass(frozen=True, eq=False)
+class State(Generic[ProgressT]):
+    """What decides the batches that follow, beside a loader's identity."""
 
-    identity: Mapping[str, Any]
-    """What decides which batches are yielded, as JSON."""
+    progress: ProgressT
+    """How far the documents have been read: a dataclass of JSON values."""
+    documents: tuple[Buffered, ...] = ()
+    """What the packer has buffered, in its order."""
 
 
-class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
-    """Iterate over batches that a thread prepares; a checkpoint holds the state after the last one.
+class RowSource(ABC, Generic[ProgressT]):
+    """Read documents and pack them into rows, in the thread."""
 
-    The thread starts at the first `next`, stays `depth` batches ahead, and stops with `close`.
+    packer: BestFitPacker | ConcatPacker
+
+    @abstractmethod
+    def iter_rows(self) -> Iterator[Row]:
+        """Yield rows of T + 1 tokens."""
+
+    @abstractmethod
+    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, ProgressT]:
+        """Turn the last rows that were yielded, (B, T + 1), into a batch, and say how far the
+        documents have been read."""
+
+
+class PrefetchingLoader(ABC, Generic[ProgressT]):
+    """Iterate over batches that a thread prepares.
+
+    The thread starts at the first `next` and ends with `close`, or after the loader is forgotten.
+
+    Args:
+        identity: what decides which batches are yielded, as JSON; `batch_size` and
+            `sequence_length` are among it.
+        progress: that of a new loader.
+        prefetch: batches prepared ahead.
+        dtype: of the state's tokens while no document is buffered.
     """
 
-    def __init__(self, plan: PlanT, state: StateT, depth: int) -> None:
-        self._plan, self._state, self._depth = plan, state, depth
-        self._prefetcher: Prefetcher[tuple[Batch, StateT]] | None = None
-        self._waited = 0.0
+    def __init__(
+        self, identity: Mapping[str, Any], progress: ProgressT, prefetch: int, dtype: DTypeLike
+    ) -> None:
+        self._identity, self._prefetch, self._dtype = identity, prefetch, dtype
+        self._state = State(progress)
+        self._pool: ThreadPoolExecutor | None = None
+        self._batches: Iterator[tuple[Batch, State[ProgressT]]] = iter(())
+        self._pending = deque[Future[tuple[Batch, State[ProgressT]]]]()
 
     @abstractmethod
-    def _iter_after(self, state: StateT) -> Iterator[tuple[Batch, StateT]]:
-        """Yield each batch after `state` with the state after it, without referring to `self`."""
+    def _open(self, state: State[ProgressT]) -> RowSource[ProgressT]:
+        """Return what yields the rows after `state`."""
 
     @abstractmethod
+    def _parse(self, state: Mapping[str, Any]) -> ProgressT:
+        """Read the progress out of what `state_dict` returned; what is missing or does not fit is
+        a KeyError, TypeError or ValueError."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what decides the batch after the last one returned: tensors and JSON values."""
-
-    @abstractmethod
-    def _parse(self, state: Mapping[str, Any]) -> StateT:
-        """Read what `state_dict` returned, except for the identity; what is missing or does not
-        fit is a KeyError, TypeError or ValueError."""
+        """Return what decides the batch after the last one returned: the `identity` and the
+        progress as JSON; of the buffered documents `tokens`, end to end, and `lengths` (int64)."""
+        progress: Any = self._state.progress
+        documents = join_documents(self._state.documents, self._dtype)
+        return {"identity": dict(self._identity), **asdict(progress), **documents}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the row after the saved batch; rows are whole between batches, so batches
@@ -129,50 +122,64 @@ class PrefetchingLoader(ABC, Generic[PlanT, StateT]):
                 the message says what differs.
         """
         try:
-            identity, parsed = dict(state["identity"]), self._parse(state)
+            saved = dict(state["identity"])
+            documents = split_documents(state, saved["sequence_length"] + 1)
+            loaded = State(self._parse(state), documents)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the saved state of the data loader is broken ({error!r}): resume from an "
                 "earlier checkpoint"
             ) from error
-        if "batch_size" in identity:
-            identity["batch_size"] = self._plan.identity.get("batch_size")
-        plan, saved = self._reconcile(identity)
-        if differences := compare_configs(saved, plan.identity):
+        saved["batch_size"] = self._identity["batch_size"]
+        saved, identity = self._reconcile(saved)
+        if differences := compare_configs(saved, identity):
             raise CheckpointError(
                 f"the data loader cannot resume: {'; '.join(differences)}. Restore the old "
                 "settings or data, or start a new run"
             )
         self.close()
-        self._plan, self._state = plan, parsed
+        self._identity, self._state = identity, loaded
 
-    def _reconcile(self, identity: Mapping[str, Any]) -> tuple[PlanT, Mapping[str, Any]]:
-        """Return the plan to continue with, and the saved identity less what may differ."""
-        return self._plan, identity
+    def _reconcile(self, saved: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        """Return the saved identity less what may differ, and the identity to continue with."""
+        return saved, self._identity
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._iter_after(self._state), self._depth)
-        batch, self._state = next(self._prefetcher)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+            self._batches = _iter_batches(self._open(self._state), self._identity["batch_size"])
+            for _ in range(self._prefetch):
+                self._pending.append(self._pool.submit(next, self._batches))
+        batch, self._state = self._pending[0].result()  # an error stays first, to be raised again
+        self._pending.popleft()
+        self._pending.append(self._pool.submit(next, self._batches))
         return batch
-
-    @property
-    def wait_seconds(self) -> float:
-        """How long `next` has waited for the background, in all."""
-        return self._waited + (self._prefetcher.wait_seconds if self._prefetcher else 0.0)
 
     def close(self) -> None:
         """Stop the background thread; a later `next` starts it again where it was."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._waited = self.wait_seconds
-            self._prefetcher = None
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            self._pending.clear()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _iter_batches(
+    source: RowSource[ProgressT], batch_size: int
+) -> Iterator[tuple[Batch, State[ProgressT]]]:
+    """Yield each batch with the state after it; without the loader, so that it can be forgotten."""
+    rows: list[Row] = []
+    for row in source.iter_rows():
+        rows.append(row)
+        if len(rows) == batch_size:
+            batch, progress = source.build_batch(np.stack(rows))
+            yield batch, State(progress, source.packer.documents())
+            rows = []

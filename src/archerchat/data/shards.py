@@ -1,4 +1,4 @@
-"""Text shards on disk: Parquet files with a column `text`, one document a row (SPEC section 4).
+"""Text shards on disk: Parquet files with a column `text`, one document per row (SPEC section 4).
 
 A data directory's shards are read in name order and the last one is validation. The row group
 is the unit of reading: one at a time is in memory, and ranks share a shard by taking every
@@ -96,36 +96,28 @@ class Shard:
         self.path, self._column = path, column
         with self._explained():
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
-            schema = self._file.schema_arrow
-        names = schema.names
-        kind = schema.field(column).type if column in names else None
+            self._metadata, schema = self._file.metadata, self._file.schema_arrow
+        self.num_row_groups: int = self._metadata.num_row_groups
+        self.num_documents: int = self._metadata.num_rows
+        kind = schema.field(column).type if column in schema.names else None
         if kind is not None and _holds_text(kind):
             return
         self.close()
         if kind is not None:
             raise DataError(f"{path}: column {column!r} holds {kind}: it must hold strings")
         raise DataError(
-            f"{path} has no column {column!r} (it has {', '.join(names) or 'none'}): name the one "
-            "that holds the documents, `archerchat data build DIRECTORY --text-column NAME`"
+            f"{path} has no column {column!r} (it has {', '.join(schema.names) or 'none'}): name "
+            "the one that holds the documents, `archerchat data build DIRECTORY --text-column NAME`"
         )
 
     @property
-    def num_row_groups(self) -> int:
-        return int(self._file.num_row_groups)
-
-    @property
     def documents_per_row_group(self) -> list[int]:
-        metadata = self._file.metadata
-        return [int(metadata.row_group(i).num_rows) for i in range(self.num_row_groups)]
-
-    @property
-    def num_documents(self) -> int:
-        return int(self._file.metadata.num_rows)
+        return [self._metadata.row_group(i).num_rows for i in range(self.num_row_groups)]
 
     @property
     def text_bytes(self) -> int:
         """About how many bytes the text takes uncompressed, lengths and headers counted too."""
-        groups = map(self._file.metadata.row_group, range(self.num_row_groups))
+        groups = map(self._metadata.row_group, range(self.num_row_groups))
         columns = (group.column(i) for group in groups for i in range(group.num_columns))
         named = (each for each in columns if each.path_in_schema == self._column)
         return sum(int(each.total_uncompressed_size) for each in named)

@@ -9,7 +9,7 @@ shares a stream with others reads all of it and drops what is theirs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +21,7 @@ from archerchat.data.prefetch import Batch, PrefetchingLoader
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 
-L = TypeVar("L", bound=PrefetchingLoader[Any, Any])
+L = TypeVar("L", bound=PrefetchingLoader[Any])
 COUNT = "streams"
 
 
@@ -58,11 +58,14 @@ class Streams(Stateful, Generic[L]):
             )
         self._ranks, self._num_streams = ranks, num_streams
         self._per_stream = per_step // num_streams
-        first = ranks.rank * grad_accum_steps
-        self._turns = [divmod(i, self._per_stream) for i in range(first, first + grad_accum_steps)]
-        self._turn, self._taken = 0, 0
-        self.loaders = {s: open_stream(s, num_streams) for s in sorted({s for s, _ in self._turns})}
+        own = range(ranks.rank * grad_accum_steps, (ranks.rank + 1) * grad_accum_steps)
+        self._own = dict[int, list[int]]()
+        """By stream: which of its micro-batches of a step are this rank's."""
+        for stream, index in (divmod(place, self._per_stream) for place in own):
+            self._own.setdefault(stream, []).append(index)
+        self.loaders = {stream: open_stream(stream, num_streams) for stream in self._own}
         """The streams that this rank reads."""
+        self._step: Iterator[Batch] = iter(())
 
     @property
     def first(self) -> L:
@@ -72,29 +75,28 @@ class Streams(Stateful, Generic[L]):
     @property
     def own(self) -> list[L]:
         """The streams that no lower rank reads, to count each once."""
-        return [x for stream, x in self.loaders.items() if (stream, 0) in self._turns]
+        return [self.loaders[stream] for stream, places in self._own.items() if places[0] == 0]
 
     def __next__(self) -> Batch:
-        stream, index = self._turns[self._turn]
-        loader = self.loaders[stream]
-        while self._taken < index:
-            next(loader)
-            self._taken += 1
-        batch = next(loader)
-        self._taken += 1
-        self._turn += 1
-        ended = self._turn == len(self._turns)
-        if ended or self._turns[self._turn][0] != stream:
-            for _ in range(self._taken, self._per_stream):
-                next(loader)
-            self._taken = 0
-        if ended:
-            self._turn = 0
+        if (batch := next(self._step, None)) is None:
+            self._step = self._iter_step()
+            batch = next(self._step)
         return batch
+
+    def _iter_step(self) -> Iterator[Batch]:
+        """Yield this rank's micro-batches of a step; with the last of a stream the stream's step
+        is over, whatever other ranks take of it."""
+        for stream, places in self._own.items():
+            loader = self.loaders[stream]
+            _skip(loader, places[0])
+            for _ in places[1:]:
+                yield next(loader)
+            batch = next(loader)
+            _skip(loader, self._per_stream - 1 - places[-1])
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Return every stream's state, on all ranks, which call this between two steps."""
-        assert self._turn == 0, "saved in the middle of a step"
         own = {
             f"{stream}/{key}": value.numpy() if isinstance(value, Tensor) else value
             for stream, loader in self.loaders.items()
@@ -115,14 +117,17 @@ class Streams(Stateful, Generic[L]):
             CheckpointError: it does not fit the loaders.
         """
         assert saved_streams(state) == self._num_streams
+        self._step = iter(())
         for stream, loader in self.loaders.items():
-            own = {
-                key.removeprefix(f"{stream}/"): value
-                for key, value in state.items()
-                if key.startswith(f"{stream}/") or (self._num_streams == 1 and key != COUNT)
-            }
+            prefix = "" if self._num_streams == 1 else f"{stream}/"
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             loader.load_state_dict(own)
 
     def close(self) -> None:
         for loader in self.loaders.values():
             loader.close()
+
+
+def _skip(loader: Iterator[Batch], count: int) -> None:
+    for _ in range(count):
+        next(loader)

@@ -1,12 +1,9 @@
 """Turn text shards into training batches, ahead of the step and resumable exactly (SPEC section 4).
 
-A background thread reads row groups, tokenizes 128 documents at a time and packs them, so that
-the training step finds its batch ready; `TextLoader.wait_seconds` says how long it did not.
-
-The reference saves a position only and loses the documents that its packer had buffered (1,041 of
-them in the golden). Here a state is the position, the buffered documents, and the identity of
-shards, tokenizer and settings, which a resumed loader must share. It travels with each batch as a
-tuple of references, which become tensors only when a checkpoint asks.
+Row groups are read, 128 documents at a time tokenized, and packed. The reference saves a position
+only and loses the documents that its packer had buffered (1,041 of them in the golden). Here a
+state is the position, the buffered documents, and the identity of shards, tokenizer and settings,
+which a resumed loader must share.
 
     loader = TextLoader(train_shards, tokenizer, batch_size=8, sequence_length=256)
     batch = next(loader)  # batch.inputs, batch.targets: (B, T)
@@ -14,26 +11,23 @@ tuple of references, which become tensors only when a checkpoint asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from archerchat.data.packing import (
     BUFFER_SIZE,
     BestFitPacker,
-    Buffered,
     ConcatPacker,
     Packing,
     Row,
-    join_documents,
-    split_documents,
 )
-from archerchat.data.prefetch import Batch, Plan, PrefetchingLoader
+from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
 from archerchat.data.shards import MAKE_DATA, Shard
 from archerchat.errors import DataError
 from archerchat.tokenizer.bpe import Tokenizer
@@ -68,37 +62,26 @@ class Usage:
         return min(1.0, self.epochs) * self.used / max(1, self.used + self.dropped)
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
+@dataclass(frozen=True)
+class _Progress:
     position: Position
-    next_document: int
+    next_document: int = 0
     """How many documents of the position's row group have been read."""
-    documents: tuple[Buffered, ...] = ()
-    """What the packer has buffered, in its order."""
     usage: Usage = Usage()
 
 
-@dataclass(frozen=True)
-class _Plan(Plan):
-    """The identity has the name and size of each shard."""
-
-    shards: tuple[Path, ...]
-    tokenizer: Tokenizer
-    num_threads: int
-
-
-class TextLoader(PrefetchingLoader[_Plan, _State]):
+class TextLoader(PrefetchingLoader[_Progress]):
     """Iterate over batches of packed tokens, epoch after epoch, without end.
 
     Rank r of W reads row groups r, r + W, ... of each shard. An empty text is a document too:
-    a lone BOS. The thread starts at the first `next` and stops with `close`.
+    a lone BOS.
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
         packing: `best-fit` drops what does not fit, `concat` continues it in the next row.
         buffer_size: documents that best fit chooses from.
         tokenizer_batch: documents that enter the buffer together, never across row groups.
-        prefetch, num_threads: batches prepared ahead, and threads that tokenize.
+        prefetch: batches prepared ahead.
         extend: continue a saved state into shards that follow the saved ones. By default shards
             that the saved state does not name, such as those downloaded since, are left out, so
             that the rows stay the same.
@@ -121,67 +104,52 @@ class TextLoader(PrefetchingLoader[_Plan, _State]):
         buffer_size: int = BUFFER_SIZE,
         tokenizer_batch: int = 128,
         prefetch: int = 4,
-        num_threads: int = 1,
         extend: bool = False,
     ) -> None:
-        sizes = {
+        assert min(batch_size, sequence_length, buffer_size, tokenizer_batch, prefetch) >= 1
+        assert 0 <= rank < world_size
+        _check_ranks(shards, world_size)
+        identity: dict[str, Any] = {
             "batch_size": batch_size,
             "sequence_length": sequence_length,
             "buffer_size": buffer_size,
             "tokenizer_batch": tokenizer_batch,
-        }
-        assert min(*sizes.values(), prefetch, num_threads) >= 1
-        assert 0 <= rank < world_size
-        _check_ranks(shards, world_size)
-        identity = sizes | {
             "packing": packing,
             "rank": rank,
             "world_size": world_size,
             "tokenizer": tokenizer.fingerprint,
             "shards": _names_and_sizes(shards),
         }
-        self._given = _Plan(identity, tuple(shards), tokenizer, num_threads)
-        self._extend = extend
-        super().__init__(self._given, _State(Position(0, rank, 1), 0), prefetch)
+        dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+        super().__init__(identity, _Progress(Position(0, rank, 1)), prefetch, dtype)
+        self._given, self._shards = identity, tuple(shards)
+        self._tokenizer, self._extend = tokenizer, extend
 
     @property
     def usage(self) -> Usage:
         """What the batches so far took of the text."""
-        return self._state.usage
+        return self._state.progress.usage
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return `identity`, `position`, `next_document` and `usage`, as JSON, and the buffered
-        documents: `tokens`, end to end (uint16 or uint32), and their `lengths` (int64)."""
-        return {
-            "identity": dict(self._plan.identity),
-            "position": asdict(self._state.position),
-            "next_document": self._state.next_document,
-            "usage": asdict(self._state.usage),
-            **join_documents(self._state.documents, np.uint16),
-        }
-
-    def _parse(self, state: Mapping[str, Any]) -> _State:
-        return _State(
+    def _parse(self, state: Mapping[str, Any]) -> _Progress:
+        return _Progress(
             Position(**state["position"]),
             int(state["next_document"]),
-            split_documents(state, state["identity"]["sequence_length"] + 1),
             Usage(**state.get("usage", {})),  # older checkpoints have none
         )
 
-    def _reconcile(self, identity: Mapping[str, Any]) -> tuple[_Plan, Mapping[str, Any]]:
-        plan, now = self._given, self._given.identity
-        saved, known = dict(identity), identity.get("shards", [])
-        paths = dict(zip(map(tuple, now["shards"]), plan.shards, strict=True))
+    def _reconcile(self, saved: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+        now, known = self._given, saved.get("shards", [])
         if self._extend:
             if known == now["shards"][: len(known)]:
                 saved["shards"] = now["shards"]
-        elif paths.keys() >= set(map(tuple, known)):
-            shards = tuple(paths[name, size] for name, size in known)
-            plan = replace(plan, identity={**now, "shards": known}, shards=shards)
-        return plan, saved
+        elif set(map(tuple, known)) <= set(map(tuple, now["shards"])):
+            now = {**now, "shards": known}
+        return saved, now
 
-    def _iter_after(self, state: _State) -> Iterator[tuple[Batch, _State]]:
-        return _iter_batches(self._plan, state)
+    def _open(self, state: State[_Progress]) -> _Documents:
+        paths = {path.name: path for path in self._shards}
+        shards = [paths[name] for name, _ in self._identity["shards"]]
+        return _Documents(self._identity, shards, self._tokenizer, self._dtype, state)
 
 
 def _check_ranks(shards: Sequence[Path], world_size: int) -> None:
@@ -209,84 +177,88 @@ def _names_and_sizes(shards: Sequence[Path]) -> list[list[Any]]:
         raise DataError(f"cannot read {error.filename}: {error.strerror}; {MAKE_DATA}") from error
 
 
-def _iter_batches(plan: _Plan, state: _State) -> Iterator[tuple[Batch, _State]]:
-    """Yield each batch after `state` with the state after it."""
-    identity, best_fit = plan.identity, plan.identity["packing"] == "best-fit"
-    packer: BestFitPacker | ConcatPacker = ConcatPacker(identity["sequence_length"] + 1)
-    if best_fit:
-        packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"])
-    dtype = np.uint16 if plan.tokenizer.vocab_size <= 1 << 16 else np.uint32
-    for document in state.documents:
-        packer.add(document.rest(), document.length)
-    # The order decides what concat does, so no document has to wait for others.
-    size = identity["tokenizer_batch"] if best_fit else plan.num_threads
-    chunks = _iter_chunks(plan, state, size)
-    position, next_document, usage = state.position, state.next_document, state.usage
-    epochs = _build_meter(plan)
-    rows: list[Row] = []
-    while True:
-        while packer.needs_documents():
-            position, next_document, texts = next(chunks)
-            for ids in plan.tokenizer.encode_batch(texts, plan.num_threads):
-                packer.add(np.array(ids, dtype))
-        if (row := packer.place()) is not None:
-            rows.append(row)
-        if len(rows) == identity["batch_size"]:
-            tokens, documents = np.stack(rows), packer.documents()  # (B, T + 1)
-            rows = []
-            batch = Batch(np.stack((tokens[:, :-1], tokens[:, 1:])))
-            usage = Usage(
-                epochs(position, next_document, len(documents) if best_fit else 0),
-                usage.used + tokens.size,
-                state.usage.dropped + packer.dropped,
-            )
-            yield batch, _State(position, next_document, documents, usage)
+class _Documents(RowSource[_Progress]):
+    """Read, tokenize and pack, counting what happens."""
 
+    def __init__(
+        self,
+        identity: Mapping[str, Any],
+        shards: Sequence[Path],
+        tokenizer: Tokenizer,
+        dtype: DTypeLike,
+        state: State[_Progress],
+    ) -> None:
+        self._shards, self._tokenizer, self._dtype = shards, tokenizer, dtype
+        self._rank, self._world_size = identity["rank"], identity["world_size"]
+        self._progress, self._dropped_before = state.progress, state.progress.usage.dropped
+        self._sizes = [size for _, size in identity["shards"]]
+        self._documents_before: dict[int, list[int]] = {}
+        """Of the shard that was read last: documents before each of its row groups."""
+        row_length = identity["sequence_length"] + 1
+        if identity["packing"] == "best-fit":
+            self.packer = BestFitPacker(row_length, identity["buffer_size"])
+            self._chunk: int = identity["tokenizer_batch"]
+        else:
+            self.packer = ConcatPacker(row_length)
+            self._chunk = 1  # in order, so that no document has to wait for others
+        for document in state.documents:
+            self.packer.add(document.rest(), document.length)
 
-def _build_meter(plan: _Plan) -> Callable[[Position, int, int], float]:
-    """Return what tells the passes at a position, less waiting documents, by the shards' sizes."""
-    sizes = [size for _, size in plan.identity["shards"]]
-    starts = [0, *accumulate(sizes)]
+    def iter_rows(self) -> Iterator[Row]:
+        chunks = self._iter_chunks()
+        while True:
+            while self.packer.needs_documents():
+                for ids in self._tokenizer.encode_batch(next(chunks)):
+                    self.packer.add(np.array(ids, self._dtype))
+            if (row := self.packer.place()) is not None:
+                yield row
 
-    @lru_cache(maxsize=1)
-    def documents_before(index: int) -> list[int]:
-        with Shard(plan.shards[index]) as shard:
-            return [0, *accumulate(shard.documents_per_row_group)]
+    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, _Progress]:
+        used = self._progress.usage.used + rows.size
+        usage = Usage(self._measure_epochs(), used, self._dropped_before + self.packer.dropped)
+        self._progress = replace(self._progress, usage=usage)
+        return Batch(np.stack((rows[:, :-1], rows[:, 1:]))), self._progress
 
-    def epochs(position: Position, next_document: int, waiting: int) -> float:
-        documents = documents_before(position.shard)
-        mean_size = sizes[position.shard] / documents[-1]
-        read = documents[position.row_group] + next_document
-        read -= waiting * plan.identity["world_size"]
-        done = starts[position.shard] + mean_size * read
-        return float(max(0.0, position.epoch - 1 + done / starts[-1]))
+    def _iter_chunks(self) -> Iterator[list[str]]:
+        """Yield this rank's documents, those that are tokenized together."""
+        skip = self._progress.next_document
+        for position, texts in self._iter_row_groups(self._progress.position):
+            for start in range(skip, len(texts), self._chunk):
+                end = min(start + self._chunk, len(texts))
+                self._progress = replace(self._progress, position=position, next_document=end)
+                yield texts[start:end]
+            skip = 0
 
-    return epochs
+    def _iter_row_groups(self, first: Position) -> Iterator[tuple[Position, list[str]]]:
+        """Yield this rank's row groups from `first` on, epoch after epoch."""
+        first_shard, first_group = first.shard, first.row_group
+        for epoch in count(first.epoch):
+            num_documents = 0
+            for index in range(first_shard, len(self._shards)):
+                with Shard(self._shards[index]) as shard:
+                    for group in range(first_group, shard.num_row_groups, self._world_size):
+                        texts = shard.read_row_group(group)
+                        num_documents += len(texts)
+                        yield Position(index, group, epoch), texts
+                first_group = self._rank
+            first_shard = 0
+            if not num_documents and epoch > first.epoch:
+                raise DataError(
+                    f"rank {self._rank} of {self._world_size} finds no document in the shards in "
+                    f"{self._shards[0].parent}: use fewer ranks, or {MAKE_DATA}"
+                )
 
-
-def _iter_chunks(
-    plan: _Plan, state: _State, size: int
-) -> Iterator[tuple[Position, int, list[str]]]:
-    """Yield this rank's documents after `state` in chunks, each with its position and end."""
-    rank, world_size = plan.identity["rank"], plan.identity["world_size"]
-    position, skip = state.position, state.next_document
-    while True:
-        whole_epoch = (position.shard, position.row_group, skip) == (0, rank, 0)
-        empty = True
-        for index in range(position.shard, len(plan.shards)):
-            with Shard(plan.shards[index]) as shard:
-                for row_group in range(position.row_group, shard.num_row_groups, world_size):
-                    texts = shard.read_row_group(row_group)
-                    position = Position(index, row_group, position.epoch)
-                    for start in range(skip, len(texts), size):
-                        end = min(start + size, len(texts))
-                        empty = False
-                        yield position, end, texts[start:end]
-                    skip = 0
-            position, skip = replace(position, row_group=rank), 0
-        if whole_epoch and empty:
-            raise DataError(
-                f"rank {rank} of {world_size} finds no document in the shards in "
-                f"{plan.shards[0].parent}: use fewer ranks, or {MAKE_DATA}"
-            )
-        position = Position(0, rank, position.epoch + 1)
+    def _measure_epochs(self) -> float:
+        """Return the passes over the text, by the shards' sizes, less what waits in the buffer."""
+        position = self._progress.position
+        if position.shard not in self._documents_before:
+            with Shard(self._shards[position.shard]) as shard:
+                before = [0, *accumulate(shard.documents_per_row_group)]
+            self._documents_before = {position.shard: before}
+        before = self._documents_before[position.shard]
+        read = before[position.row_group] + self._progress.next_document
+        if isinstance(self.packer, BestFitPacker):
+            read -= len(self.packer) * self._world_size
+        mean_size = self._sizes[position.shard] / before[-1]
+        done = sum(self._sizes[: position.shard]) + mean_size * read
+        return float(max(0.0, position.epoch - 1 + done / sum(self._sizes)))

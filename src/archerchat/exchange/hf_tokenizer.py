@@ -78,41 +78,39 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
     path = directory / TOKENIZER_FILE
     try:
         content = json.loads(path.read_bytes())
-        model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
-        if model["type"] != "BPE":
-            raise TokenizerError(f"it is {model['type']}, not BPE")
+        added = {t["content"]: t["id"] for t in content["added_tokens"]}
         ranks = {
             bytes(BYTES[character] for character in token): rank
-            for token, rank in model["vocab"].items()
+            for token, rank in content["model"]["vocab"].items()
             if token not in added
         }
         steps = content["pre_tokenizer"]["pretokenizers"]
         (pattern,) = (step["pattern"]["Regex"] for step in steps if step["type"] == "Split")
-        specials = sorted(added, key=added.__getitem__)
-        if content["normalizer"] is not None:
-            raise TokenizerError("it changes texts before it splits them (normalizer)")
-        if sorted(added.values()) != list(range(len(ranks), len(ranks) + len(added))):
-            raise TokenizerError("its special tokens do not follow the others")
-        names = [name.removeprefix(MARK) for name in specials]
+        names = [name.removeprefix(MARK) for name in sorted(added, key=added.__getitem__)]
         if missing := [name for name in SPECIAL_TOKENS if name not in names]:
             raise TokenizerError(f"it lacks {missing[0]}")
         tokenizer = Tokenizer(ranks, pattern=pattern, special_tokens=names, provenance=provenance)
-        merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
-        expected = tokenizer_json(tokenizer)
-        same = {"vocab": expected["model"]["vocab"], "merges": merges}  # vocab is what it read
-        given = {name: value for name, value in model.items() if value} | same
-        if other := [
-            n for n in given | expected["model"] if given.get(n) != expected["model"].get(n)
-        ]:
-            raise TokenizerError(f"it does not merge in the order of its ids ({', '.join(other)})")
-        if content["pre_tokenizer"] != expected["pre_tokenizer"]:
-            raise TokenizerError("it splits texts in another way (pre_tokenizer)")
+        if differing := _differences(content, tokenizer):
+            raise TokenizerError(f"it differs in {', '.join(differing)}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, TokenizerError) as error:
         raise UsageError(
             f"{path} cannot be used with the same ids here ({error}): restore the tokenizer that "
             "the model was exported with"
         ) from error
     return tokenizer
+
+
+def _differences(content: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
+    """Name what a file that `tokenizer` was read from says otherwise than ours would."""
+    model, ours = content["model"], tokenizer_json(tokenizer)
+    merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
+    # It may list special tokens in the vocabulary too, and what is switched off.
+    given = {name: value for name, value in model.items() if value}
+    given |= {"vocab": ours["model"]["vocab"], "merges": merges}
+    differing = [n for n in given | ours["model"] if given.get(n) != ours["model"].get(n)]
+    parts = [part for part in ("normalizer", "pre_tokenizer") if content[part] != ours[part]]
+    ids = [sorted(token["id"] for token in each["added_tokens"]) for each in (content, ours)]
+    return differing + parts + ["added_tokens"] * (ids[0] != ids[1])
 
 
 def _spell(token: bytes) -> str:

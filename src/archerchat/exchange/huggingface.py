@@ -231,18 +231,15 @@ def _parse_config(content: Mapping[str, Any], path: Path) -> ModelConfig:
 def _load_state(directory: Path) -> dict[str, Tensor]:
     """Read the weights, of one file or of the shards that an index lists."""
     index = directory / INDEX
-    files = _read_json(index).get("weight_map") if index.exists() else {"": WEIGHTS}
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
-        raise UsageError(f"{index} lists no files of weights: copy it again")
-    names = sorted(set(files.values()))
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        raise UsageError(f"{directory} lacks {', '.join(missing)}: copy its weights again")
     state: dict[str, Tensor] = {}
-    for name in names:
-        try:
+    try:
+        names = _read_json(index)["weight_map"].values() if index.exists() else [WEIGHTS]
+        for name in sorted(set(names)):
             state |= load_file(directory / name)
-        except (OSError, SafetensorError) as error:
-            raise UsageError(f"{directory / name} is damaged ({error}): copy it again") from error
+    except (OSError, SafetensorError, KeyError, AttributeError, TypeError) as error:
+        raise UsageError(
+            f"the weights in {directory} are missing or damaged ({error}): copy them again"
+        ) from error
     return state
 
 

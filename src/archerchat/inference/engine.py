@@ -158,14 +158,28 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Admit waiting requests, advance every sequence by a token, return what happened."""
+        return [*self.admit(), *self.advance()]
+
+    def admit(self) -> list[Event]:
+        """Fill free rows with waiting requests; return what happened, first tokens included.
+
+        The first half of a step; those who show tokens at once need not wait for the second.
+        """
         self._compact()
-        self._admit()
+        self._start_waiting()
         if not self.overlap or any(sequence.mask for sequence in self._running):
             self._read_all(but=0)  # first tokens: some sequences end with theirs; masks need all
+        return self._take_events()
+
+    def advance(self) -> list[Event]:
+        """Advance every sequence by a token; return what happened: the second half of a step."""
         self._compact()
         if self._running:
             self._launch()
         self._read_all(but=1 if self.overlap and self._running else 0)
+        return self._take_events()
+
+    def _take_events(self) -> list[Event]:
         events, self._events = self._events, []
         return events
 
@@ -183,7 +197,7 @@ class Engine:
                 self._runner.move(len(self._running), row, last.num_cached)
                 self._running[row] = last
 
-    def _admit(self) -> None:
+    def _start_waiting(self) -> None:
         """Fill free places with samples of waiting requests and sample their first tokens."""
         first = len(self._running)
         logits = []

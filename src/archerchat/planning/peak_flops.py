@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from archerchat.files import recall, write_json
+from archerchat.files import recall, remember
 from archerchat.planning.gpus import find_gpu
 from archerchat.runtime import Runtime, dtype_name
 
 CACHE_FILE = "peak_flops.json"
-Shape = tuple[int, int, int]
+Shape = Sequence[int]
 """Rows, inputs and outputs of a linear layer."""
 CPU_SHAPES: tuple[Shape, ...] = (
     (512, 512, 512), (2048, 256, 1024), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 2048),
@@ -30,8 +31,6 @@ ACCELERATOR_SHAPES: tuple[Shape, ...] = (
 )  # fmt: skip
 ROUNDS = 3
 MEASURE_SECONDS = 1.5
-ABSURD_RATE = 1e20
-"""No one device multiplies this fast: a cached rate beyond it is corrupt."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ def peak_flops(runtime: Runtime, cache_dir: Path) -> PeakFlops:
     """Look up, recall or measure the peak rate of `runtime`'s device in its compute dtype.
 
     Args:
-        cache_dir: holds `peak_flops.json`; an entry that cannot be used is measured again, and a
-            directory that cannot be written only costs the next run a second.
+        cache_dir: holds `peak_flops.json`; one that cannot be written costs the next run a second.
     """
     dtype = runtime.compute_dtype
     if runtime.device.type == "cuda":
@@ -68,17 +66,14 @@ def peak_flops(runtime: Runtime, cache_dir: Path) -> PeakFlops:
             source = f"table: {gpu.name}, dense {dtype_name(dtype)}, float32 accumulate"
             return PeakFlops(published, source)
     path, key = cache_dir / CACHE_FILE, cache_key(runtime)
-    entries = _load_entries(path)
-    measured, origin = entries.get(key), "cached"
-    remedy = f" (machine busy then? delete {path})"
-    if measured is None:
+    try:
+        measured, origin = Measurement(**recall(path)[key]), "cached"
+    except (KeyError, TypeError):  # not measured yet, or written by another version
         measured, origin = measure_peak(runtime), "just now"
-        try:
-            write_json(path, {name: asdict(m) for name, m in (entries | {key: measured}).items()})
-        except OSError as error:
-            remedy, origin = "", f"just now, not cached ({error.strerror})"
+        remember(path, key, asdict(measured))
     shape = "x".join(map(str, measured.shape))
     product = f"{shape} {measured.dtype} product on {runtime.device_name}"
+    remedy = f" (machine busy then? delete {path})" if path.exists() else ""
     return PeakFlops(measured.flops_per_second, f"measured: {product}{remedy}, {origin}")
 
 
@@ -140,17 +135,3 @@ def _product_rate(runtime: Runtime, shape: Shape, dtype: torch.dtype, seconds: f
 
 def _flops(shape: Shape) -> int:
     return 2 * math.prod(shape)
-
-
-def _load_entries(path: Path) -> dict[str, Measurement]:
-    """Return the usable entries of the cache; a file that is not one counts as empty."""
-    entries = {}
-    for key, entry in recall(path).items():
-        match entry:
-            case {
-                "flops_per_second": float(rate),
-                "shape": [int(rows), int(inputs), int(outputs)],
-                "dtype": str(dtype),
-            } if 0 < rate < ABSURD_RATE:
-                entries[key] = Measurement(rate, (rows, inputs, outputs), dtype)
-    return entries

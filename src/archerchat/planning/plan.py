@@ -25,7 +25,7 @@ from archerchat.planning.memory import (
     kv_cache_bytes,
 )
 from archerchat.planning.peak_flops import peak_flops
-from archerchat.runtime import DTYPES, build_runtime, dtype_name, training_dtype
+from archerchat.runtime import DTYPES, Runtime, build_runtime, dtype_name, training_dtype
 
 SHARD_BYTES = 100_000_000
 """Compressed size of one of the hub's shards, which holds `CHARACTERS_PER_SHARD`."""
@@ -191,32 +191,27 @@ def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: 
     """Look a card up that must be known, or describe the device of this machine."""
     if gpu_name is None:
         runtime = build_runtime()
-        name, kind, dtype = runtime.device_name, runtime.device.type, runtime.compute_dtype
-        gpu, peak = find_gpu(name) if kind == "cuda" else None, peak_flops(runtime, cache_dir)
-        rate, source, memory_bytes = (
-            peak.flops_per_second,
-            peak.source,
-            runtime.total_memory_bytes(),
-        )
+        gpu = find_gpu(runtime.device_name) if runtime.device.type == "cuda" else None
+        memory_bytes = runtime.total_memory_bytes()
     else:
         gpu = find_gpu(gpu_name) or find_gpu(f"RTX {gpu_name}")
         if gpu is None:
             known = ", ".join(gpu.name for gpu in GPUS)
             raise UsageError(f"no published figures for GPU {gpu_name!r}; known are: {known}")
-        name, kind, dtype = gpu.name, "cuda", training_dtype(gpu.capability)
-        published, memory_bytes = gpu.flops_per_second(dtype), gpu.memory_gib * 2**30
-        assert published is not None  # a test holds the table to it
-        rate, source = published, f"table: dense {dtype_name(dtype)}, float32 accumulate"
+        dtype = training_dtype(gpu.capability)
+        runtime = Runtime(torch.device("cuda"), dtype, gpu.name, "published")
+        memory_bytes = gpu.memory_gib * 2**30
+    kind, peak = runtime.device.type, peak_flops(runtime, cache_dir)
     mfu = MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
     return Machine(
-        name,
-        kind,
-        dtype_name(dtype),
-        rate,
-        source,
-        int(memory_gib * 2**30) if memory_gib else memory_bytes,
-        mfu if kind == "cuda" else MFU_CPU,
-        gpu,
+        name=runtime.device_name,
+        device_type=kind,
+        compute_dtype=dtype_name(runtime.compute_dtype),
+        flops_per_second=peak.flops_per_second,
+        flops_source=peak.source,
+        memory_bytes=int(memory_gib * 2**30) if memory_gib else memory_bytes,
+        assumed_mfu=mfu if kind == "cuda" else MFU_CPU,
+        gpu=gpu,
     )
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from archerchat.errors import DataError
 from archerchat.home import Home
-from archerchat.report.charts import Lines, Series
+from archerchat.report.charts import Lines, Series, draw
 from archerchat.report.report import gather
 from archerchat.report.results import latest
 from archerchat.report.runs import Run
@@ -35,22 +35,26 @@ LIMITS = {
     CHATCORE: 0.01,
 }
 """By how much runs that agree may differ. CORE of single runs has a sigma of 0.004 to 0.005."""
-_NAMES = {
-    "loss": ("loss", "train_loss"),
-    BITS: ("val_bpb", "bpb", "validation_bpb"),
-    CORE: ("core", "core_metric", "core_score"),
-    CHATCORE: ("chatcore", "chatcore_metric", "chatcore_score"),
-    SPEED: ("tok_sec", "tok_per_sec", "tokens_per_second"),
-    MFU: ("mfu",),
-    "flops": ("total_flops", "total_training_flops", "total_training_flops_estimate"),
-    "flops_per_token": ("flops_per_token", "num_flops_per_token", "estimated_flops_per_token"),
-    "batch": ("total_batch_size",),
-    "step": ("step",),
+QUANTITIES = {
+    name: quantity
+    for quantity, names in {
+        "loss": "loss train_loss",
+        BITS: "val_bpb bpb validation_bpb",
+        CORE: "core core_metric core_score",
+        CHATCORE: "chatcore chatcore_metric chatcore_score",
+        SPEED: "tok_sec tok_per_sec tokens_per_second",
+        MFU: "mfu",
+        "flops": "total_flops total_training_flops total_training_flops_estimate",
+        "flops_per_token": "flops_per_token num_flops_per_token estimated_flops_per_token",
+        "batch": "total_batch_size",
+        "step": "step",
+    }.items()
+    for name in names.split()
 }
-"""What a log may call each of its figures, in lower case and with _ for all else."""
-_QUANTITY = {name: quantity for quantity, names in _NAMES.items() for name in names}
-_NUMBER = r"([-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?)"
-_TAGGED = re.compile(r"\W*(step|eval|core|params|chatcore|bench|summary)\b.*?\s\S+=", re.I)
+"""Our name of a figure by what a log may call it, in lower case and with _ for all else."""
+NUMBER = r"\"?([-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?)"
+PAIR = re.compile(rf"([\w./-]+)={NUMBER}|([A-Za-z][\w/ ]*?)(?:\s*:\s*|\s+){NUMBER}")
+"""`val_bpb=0.93`, `tok/sec: 106,000` or `Total batch size 524,288`."""
 
 
 @dataclass
@@ -138,9 +142,7 @@ def parse_log(name: str, text: str) -> Course:
         if stage == 1 and BITS in found:
             found[SFT_BITS] = found.pop(BITS)
         known |= {name: v for name, v in found.items() if stage == 0 or name not in (SPEED, MFU)}
-    course.scores = {
-        n: known[n] for n in (BITS, CORE, SFT_BITS, CHATCORE, SPEED, MFU) if n in known
-    }
+    course.scores = {name: known[name] for name in SCORES if name in known}
     if course.scores.get(MFU, 0.0) > 1.5:  # a percentage
         course.scores[MFU] /= 100
     if not course.losses and not course.scores:
@@ -158,17 +160,14 @@ def parse_log(name: str, text: str) -> Course:
 
 def _read_line(line: str) -> dict[str, float]:
     """Return the figures of a line by our names for them."""
-    tagged = _TAGGED.match(line)
-    pattern = (
-        rf"([\w./-]+)=\"?{_NUMBER}" if tagged else rf"([A-Za-z][\w/ ]*?)(?:\s*:\s*|\s+){_NUMBER}"
-    )
+    tag = re.match(r"\W*(core|chatcore)\b", line, re.IGNORECASE)
     found: dict[str, float] = {}
-    for name, number in re.findall(pattern, line):
-        key = re.sub(r"\W+", "_", name.strip().lower())
-        if tagged and key in ("score", "metric"):
-            key = tagged[1].lower()
-        if quantity := _QUANTITY.get(key):
-            found[quantity] = float(number.replace(",", ""))
+    for match in PAIR.finditer(line):
+        key = re.sub(r"\W+", "_", (match[1] or match[3]).strip().lower())
+        if tag and key in ("score", "metric"):
+            key = tag[1].lower()
+        if quantity := QUANTITIES.get(key):
+            found[quantity] = float((match[2] or match[4]).replace(",", ""))
     return found
 
 
@@ -195,39 +194,30 @@ def compute_multiplier(first: Course, second: Course) -> tuple[str, float] | Non
 
     That is the other side's FLOPs over those with which this side reached the same bits per byte,
     interpolated in log-log. A side that does not say its FLOPs is taken to spend the other's per
-    step. None where the curves do not tell.
+    step. None where the curves cannot tell.
     """
-    per_step = first.flops_per_step or second.flops_per_step
-    sides = [replace(c, flops_per_step=c.flops_per_step or per_step) for c in (first, second)]
-    if not per_step or not all(side.bits for side in sides):
+    if not first.bits or not second.bits:
         return None
-    better, worse = sorted(sides, key=lambda side: side.bits[max(side.bits)])
+    better, worse = sorted((first, second), key=lambda side: side.bits[max(side.bits)])
+    per_step = [side.flops_per_step for side in (better, worse)]
+    ours, theirs = per_step[0] or per_step[1], per_step[1] or per_step[0]
+    curve = sorted((step, bits) for step, bits in better.bits.items() if step > 0)
     target = worse.bits[max(worse.bits)]
-    curve = [(float(step), bits) for step, bits in sorted(better.bits.items()) if step > 0]
-    step = _crossing(curve, target)
-    if step is None or better.flops_per_step is None or worse.flops_per_step is None:
+    if not ours or not theirs or not curve or curve[0][1] < target:
         return None
-    spent = max(worse.bits) * worse.flops_per_step
-    return better.name, spent / (step * better.flops_per_step)
+    steps, bits = np.log(curve).T
+    # Where the curve first falls to the target.
+    step = np.exp(np.interp(-np.log(target), -np.minimum.accumulate(bits), steps))
+    return better.name, max(worse.bits) * theirs / (float(step) * ours)
 
 
-def _crossing(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Return where a falling curve first reaches a target, interpolated in log-log."""
-    for (x0, y0), (x1, y1) in pairwise(curve):
-        if y0 >= target >= y1:
-            share = math.log(y0 / target) / math.log(y0 / y1) if y0 > y1 else 0.0
-            return float(x0 * (x1 / x0) ** share)
-    return None
-
-
-def chart(first: Course, second: Course, quantity: str = "loss") -> Lines:
-    """Return both curves of the loss, or of bits per byte."""
-    curves: list[Mapping[int, float]] = [
-        side.losses if quantity == "loss" else side.bits for side in (first, second)
-    ]
-    series = (
+def draw_comparison(first: Course, second: Course) -> str:
+    """Draw both curves of bits per byte, or of the loss if one has too few, as SVG."""
+    enough = min(len(first.bits), len(second.bits)) > 1
+    name, unit = (BITS, BITS) if enough else ("loss", "nats per token")
+    curves = [side.bits if enough else side.losses for side in (first, second)]
+    series = [
         Series(side.name, sorted(curve.items()), color=i)
         for i, (side, curve) in enumerate(zip((first, second), curves, strict=True))
-    )
-    unit = "nats per token" if quantity == "loss" else BITS
-    return Lines(f"{first.name} and {second.name}: {quantity}", "step", tuple(series), unit)
+    ]
+    return draw(Lines(f"{first.name} and {second.name}: {name}", "step", series, unit))

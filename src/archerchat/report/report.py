@@ -19,6 +19,13 @@ from archerchat.report.runs import STAGES, Run, load_family
 
 GPT2_CORE = 0.256525
 """CORE of GPT-2 XL (1.5B parameters), SPEC section 9."""
+LADDER = (
+    ("GPT-2 124M", 0.1139), ("GPT-3 125M", 0.148), ("GPT-2 355M", 0.1849), ("GPT-2 774M", 0.2146),
+    ("GPT-3 350M", 0.216), ("GPT-2 XL, 1558M", 0.2565), ("GPT-3 760M", 0.266),
+    ("GPT-3 1.3B", 0.291), ("GPT-3 2.7B", 0.329), ("GPT-3 6.7B", 0.361), ("GPT-3 13B", 0.385),
+    ("GPT-3 175B", 0.427),
+)  # fmt: skip
+"""CORE of well-known models: GPT-2's is measured, GPT-3's estimated (SPEC section 11)."""
 TITLES = {
     "base": "Pretraining",
     "sft": "Supervised fine-tuning",
@@ -107,6 +114,7 @@ def build_training_report(
         reference=REFERENCES.get(depth or 0),
         depths=list(REFERENCES),
         gpt2=GPT2_CORE,
+        ladder=_ladder(latest(results, "core", "base")),
         titles=TITLES,
         typical=_typical,
         samples=[sample for run in runs for sample in _samples(run)],
@@ -117,6 +125,17 @@ def build_training_report(
         run_charts=run_charts,
         bars=result_chart,
     )
+
+
+def _ladder(core: Result | None) -> list[tuple[str, float, str]]:
+    """Return models by their CORE, this one among them: name, CORE, where the figure is from.
+
+    Empty without the whole CORE: only that can be compared.
+    """
+    if core is None or core.score is None or core.conditions:
+        return []
+    known = [(n, v, "measured" if n.startswith("GPT-2") else "estimated") for n, v in LADDER]
+    return sorted([*known, (core.tag, core.score, "this model")], key=lambda rung: rung[1])
 
 
 def _typical(run: Run, metric: str) -> float | None:

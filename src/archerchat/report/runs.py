@@ -167,40 +167,37 @@ def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
     run = Run(tag)
     is_trainer, has_trained, last = False, False, 0.0
     for record in records:
-        kind, time = record.get("type"), float(record.get("time", 0.0))
+        kind, time = record["type"], record["time"]
         if kind == "session" and (is_trainer := record.get("kind", "trainer") == "trainer"):
-            config = record.get("config")
-            run.config = config if isinstance(config, Mapping) else {}
-            run.host, run.status = str(record.get("host") or ""), "not finished"
+            run.config, run.host = record.get("config") or {}, str(record.get("host") or "")
+            run.status = "not finished"
             run.num_sessions += 1
             run.start, last, has_trained = min(run.start, time), time, False
         if not is_trainer:
             continue
         run.wall_seconds += max(0.0, time - last)
         run.end, last = max(run.end, time), max(last, time)
-        step, logged = record.get("step"), record.get("values")
-        if kind == "metrics" and isinstance(step, int) and isinstance(logged, Mapping):
-            if STEP_METRIC in logged and not has_trained:
-                _forget_after(run, step)
+        if kind == "metrics":
+            if STEP_METRIC in record["values"] and not has_trained:
+                _forget_after(run, record["step"])
                 has_trained = True
-            _take_metrics(run, step, logged)
-        elif kind == "text" and isinstance(step, int):
-            run.texts.setdefault(str(record.get("name")), {})[step] = str(record.get("text"))
+            _take_metrics(run, record["step"], record["values"])
+        elif kind == "text":
+            run.texts.setdefault(record["name"], {})[record["step"]] = record["text"]
         elif kind == "finish":
-            run.status = str(record.get("status"))
+            run.status = record["status"]
     run.metrics = {name: dict(sorted(v.items())) for name, v in run.metrics.items() if v}
     run.texts = {name: dict(sorted(t.items())) for name, t in run.texts.items() if t}
     return run if run.num_sessions else None
 
 
-def _take_metrics(run: Run, step: int, logged: Mapping[str, Any]) -> None:
-    values = {n: float(v) for n, v in logged.items() if type(v) in (int, float)}
+def _take_metrics(run: Run, step: int, values: Mapping[str, float]) -> None:
     if CLOCK in values:
         start = values[CLOCK] if step else 0.0  # where the step before is not known
         run.training_seconds += values[CLOCK] - run.metrics.get(CLOCK, {}).get(step - 1, start)
     run.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
     for name, value in values.items():
-        run.metrics.setdefault(name, {})[step] = value
+        run.metrics.setdefault(name, {})[step] = float(value)
 
 
 def _forget_after(run: Run, step: int) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
-from sse_starlette import EventSourceResponse
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from archerchat.errors import UsageError
 from archerchat.home import Home
@@ -32,15 +30,14 @@ from archerchat.inference.chat import ChatSession, ContextFull
 from archerchat.inference.prefill import iter_batches, score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
-from archerchat.serving import info, v1_responses
+from archerchat.serving import answers, info
 from archerchat.serving import requests as asked
+from archerchat.serving.answers import Answer, ChatChoice, TextChoice
 from archerchat.serving.config import LOOPBACK, ServeConfig
 from archerchat.serving.grammar import build_mask
-from archerchat.serving.guard import AsciiJSON, Guard, error_body, install_handlers
+from archerchat.serving.guard import MAX_BODY_BYTES, AsciiJSON, Guard, install_handlers
 from archerchat.serving.info import Server, Shared
 from archerchat.serving.models import Models, ServedModel
-from archerchat.serving.responses import Answer, ChatChoice, Choice, TextChoice
-from archerchat.serving.v1_responses import ResponsesRequest
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
 
 PAGE = Path(__file__).parent / "page"
@@ -53,6 +50,7 @@ PAGE_HEADERS = {
     "cache-control": "no-cache",
 }
 PING_SECONDS = 15
+"""How often a silent stream sends a comment, to keep proxies awake."""
 SEND_SECONDS = 60.0
 """How long a client may leave a chunk unread."""
 T = TypeVar("T")
@@ -73,18 +71,18 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
         yield
         await asyncio.to_thread(worker.stop)
 
-    app = FastAPI(title="ArcherChat", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = build_guarded(config, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.server = Server(worker, models)
-    install_handlers(app)
     app.include_router(router)
     app.include_router(info.router)
     app.mount("/page", _PageFiles(directory=PAGE), name="page")
-    protect(app, config)
     return app
 
 
-def protect(app: FastAPI, config: ServeConfig) -> None:
-    """Put what stands before every handler before those of `app`."""
+def build_guarded(config: ServeConfig, **options: Any) -> FastAPI:
+    """Return an application without routes, with what stands before all handlers."""
+    app = FastAPI(title="ArcherChat", max_body_size=MAX_BODY_BYTES, **options)
+    install_handlers(app)
     hosts = LOOPBACK if config.is_local and config.key is None else None
     app.add_middleware(Guard, api_key=config.key, hosts=hosts)
     if config.cors_origin:
@@ -94,6 +92,7 @@ def protect(app: FastAPI, config: ServeConfig) -> None:
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
+    return app
 
 
 class _PageFiles(StaticFiles):
@@ -109,71 +108,48 @@ async def show_page() -> Response:
     return Response(content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
 
-async def _start_chat(
-    body: asked.ChatRequest, server: Server
-) -> tuple[Stream, list[ChatChoice], Answer, dict[str, str]]:
-    """Start an answer to a conversation; return also its choices and headers."""
-    model = await server.models.get(body.model)
-    session = ChatSession(model.engine, model.tokenizer, body.params())
-    message, said = session.resume(asked.read_conversation(body.messages))
-    try:
-        request = session.build_request(message, said, forget=body.truncation == "auto")
-    except ContextFull as error:
-        problem = f"do not fit: {error}"
-        raise asked.BadRequest("messages", problem, "context_length_exceeded") from error
-    schema = body.response_format.schema_content if body.response_format else None
-    if schema is not None:
-        try:
-            mask = await asyncio.to_thread(lambda: build_mask(model.vocabulary, schema))
-        except UsageError as error:
-            raise asked.BadRequest("response_format", f"cannot be kept to: {error}") from error
-        request = replace(request, mask=mask, hook=None)
-    stream = server.worker.submit(model.engine, [request])
-    samples = range(session.params.num_samples)
-    choices = [ChatChoice(model.tokenizer, index, request) for index in samples]
-    dropped = 2 * session.forgotten
-    answer = Answer("chat.completion", model.card.name, [request], dropped)
-    headers = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
-    return stream, choices, answer, headers
-
-
 @router.post("/v1/chat/completions")
 async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
     """Answer a conversation."""
-    stream, choices, answer, headers = await _start_chat(body, server)
-    if body.stream:
-        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), headers)
-    return await _finish(request, stream, choices, lambda: answer.whole(choices, stream), headers)
-
-
-@router.post("/v1/responses")
-async def respond(body: ResponsesRequest, request: Request, server: Shared) -> Response:
-    """Answer a conversation in the form of OpenAI's responses."""
-    try:
-        stream, choices, answer, headers = await _start_chat(body.to_chat(), server)
-    except asked.BadRequest as error:
-        names = {"messages": "input", "response_format.json_schema": "text.format",
-                 "response_format": "text.format"}  # fmt: skip
-        param = re.sub("|".join(names), lambda found: names[found[0]], error.param)
-        raise asked.BadRequest(param, error.problem, error.code) from error
-    found = v1_responses.Response(choices[0], answer, server.models.find(body.model).name)
-    if body.stream:
-        return _Events(stream, _typed(found, stream), headers)
-    return await _finish(request, stream, choices, lambda: found.whole(stream), headers)
-
-
-async def _typed(found: v1_responses.Response, stream: Stream) -> AsyncIterator[bytes]:
-    number = 0
-    async for event in found.events(stream):
-        yield f"event: {event['type']}\n".encode() + _data({**event, "sequence_number": number})
-        number += 1
+    return await _chat(body, request, server, "chat.completion")
 
 
 @router.post("/chat/completions")
 async def chat_streaming(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
     """Answer a conversation, as a stream unless the request says otherwise."""
-    stream = body.stream is not False
-    return await chat(body.model_copy(update={"stream": stream}), request, server)
+    body.stream = body.stream is not False
+    return await _chat(body, request, server, "chat.completion")
+
+
+@router.post("/v1/responses")
+async def respond(body: asked.ResponsesRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation in the form of OpenAI's responses."""
+    return await _chat(body, request, server, "response")
+
+
+async def _chat(body: asked.ChatRequest, request: Request, server: Server, kind: str) -> Response:
+    model = await server.models.get(body.model)
+    session = ChatSession(model.engine, model.tokenizer, body.params())
+    message, said = session.resume(body.conversation())
+    try:
+        ask = session.build_request(message, said, forget=body.truncation == "auto")
+    except ContextFull as error:
+        problem = f"do not fit: {error}"
+        raise asked.BadRequest(body.MESSAGES, problem, "context_length_exceeded") from error
+    if (schema := body.answer_schema()) is not None:
+        try:
+            mask = await asyncio.to_thread(lambda: build_mask(model.vocabulary, schema))
+        except UsageError as error:
+            raise asked.BadRequest(body.FORMAT, f"cannot be kept to: {error}") from error
+        ask = replace(ask, mask=mask, hook=None)
+    stops, scored = ask.params.stop, ask.params.logprobs is not None
+    samples = range(ask.params.num_samples)
+    choices = [ChatChoice(model.tokenizer, index, stops, scored) for index in samples]
+    stream, dropped = server.worker.submit(model.engine, [ask]), 2 * session.forgotten
+    shape = answers.Response if kind == "response" else Answer
+    answer = shape(kind, model.card.name, stream, choices, body.wants_usage, dropped)
+    headers = {"archerchat-dropped-messages": str(dropped)} if dropped else None
+    return await _respond(request, answer, body.stream, headers)
 
 
 @router.post("/v1/completions")
@@ -196,19 +172,17 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
         for ask, scored in zip(asks, scores, strict=True)
     ]
     choices = [
-        TextChoice(tokenizer, index, asks[number], echoes[number])
+        TextChoice(tokenizer, index, echoes[index // params.num_samples], body.logprobs is not None)
         for index in range(len(asks) * params.num_samples)
-        for number in [index // params.num_samples]
     ]
-    answer = Answer("text_completion", model.card.name, asks)
     if body.max_tokens == 0:  # only the prompt was asked about
+        stream = Stream(server.worker, model.engine, asks)
         for choice in choices:
             choice.finish = "length"
-        return AsciiJSON(answer.whole(choices, None))
-    stream = server.worker.submit(model.engine, asks)
-    if body.stream:
-        return _Events(stream, _chunks(stream, choices, answer, body.wants_usage), {})
-    return await _finish(request, stream, choices, lambda: answer.whole(choices, stream))
+    else:
+        stream = server.worker.submit(model.engine, asks)
+    answer = Answer("text_completion", model.card.name, stream, choices, body.wants_usage)
+    return await _respond(request, answer, body.stream)
 
 
 async def _score(
@@ -223,67 +197,72 @@ async def _score(
     return [found[i] for i in range(len(prompts))]
 
 
-async def _chunks(
-    stream: Stream, choices: Sequence[Choice], answer: Answer, wants_usage: bool
-) -> AsyncIterator[bytes]:
-    """Yield the events of a stream, one for each token of each choice."""
-    for choice in choices:
-        if (first := choice.whole()).get("text"):  # the prompt's echo
-            yield _data(answer.chunk([first]))
-    try:
-        async for events in stream:
-            more = {} if stream.open_samples else {"timings": stream.timings()}
-            shown = [choices[stream.choice(event)].read(event) for event in events]
-            for chunk in shown[:-1]:
-                yield _data(answer.chunk([chunk]))
-            yield _data(answer.chunk(shown[-1:], **more))
-    except GenerationFailed as error:
-        yield _data(error_body(500, str(error)))
-        return
-    if wants_usage:
-        yield _data(answer.chunk([], **answer.totals(stream)))
-    yield b"data: [DONE]\n\n"
-
-
-def _data(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, separators=(",", ":")).encode() + b"\n\n"
-
-
-class _Events(EventSourceResponse):
-    """A stream of chunks; whatever ends it frees its rows."""
-
-    def __init__(
-        self, stream: Stream, chunks: AsyncIterator[bytes], headers: dict[str, str]
-    ) -> None:
-        super().__init__(chunks, headers=headers, ping=PING_SECONDS, send_timeout=SEND_SECONDS)
-        self._stream = stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._stream.close()
-
-
-async def _finish(
-    request: Request,
-    stream: Stream,
-    choices: Sequence[Choice],
-    show: Callable[[], dict[str, Any]],
-    headers: dict[str, str] | None = None,
+async def _respond(
+    request: Request, answer: Answer, streams: bool | None, headers: dict[str, str] | None = None
 ) -> Response:
-    """Return what `show` shows of the answer at its end."""
+    """Return the answer, as it comes or at its end."""
+    if streams:
+        return EventStream(answer, headers)
 
     async def read() -> Response:
-        async for events in stream:
-            for event in events:
-                choices[stream.choice(event)].read(event)
-        return AsciiJSON(show(), headers=headers)
+        while answer.stream.open_samples:
+            for number, event in await answer.stream.next():
+                answer.read(number, event)
+        return AsciiJSON(answer.whole(), headers=headers)
 
     try:
         return await until_gone(request.receive, read()) or Response(status_code=499)
     finally:
-        stream.close()
+        answer.stream.close()
+
+
+class EventStream(StreamingResponse):
+    """An answer as server-sent events; whatever ends the response frees its rows."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, headers: dict[str, str] | None) -> None:
+        super().__init__(_show(answer), headers={"cache-control": "no-store", **(headers or {})})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, in_time(send))
+        finally:
+            self._answer.stream.close()
+
+
+async def _show(answer: Answer) -> AsyncIterator[bytes]:
+    """Yield what a stream shows, in one piece what came at one time."""
+    shown = answer.begin()
+    try:
+        while answer.stream.open_samples:
+            for number, event in await answer.stream.next(PING_SECONDS):
+                shown += answer.read(number, event)
+            yield b"".join(map(_frame, shown)) or b": still at work\n\n"
+            shown = []
+    except GenerationFailed as error:
+        shown += answer.fail(str(error))
+    else:
+        shown += answer.end()
+    yield b"".join(map(_frame, shown))
+
+
+def _frame(shown: Any) -> bytes:
+    if isinstance(shown, str):
+        return f"data: {shown}\n\n".encode()
+    name = f"event: {shown['type']}\n" if "type" in shown else ""
+    return f"{name}data: {json.dumps(shown, separators=(',', ':'))}\n\n".encode()
+
+
+def in_time(send: Send) -> Send:
+    """Return `send`, raising TimeoutError for a client that never reads."""
+
+    async def send_in_time(message: Message) -> None:
+        async with asyncio.timeout(SEND_SECONDS):  # wait_for may lose a cancellation
+            await send(message)
+
+    return send_in_time
 
 
 async def until_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

@@ -12,7 +12,7 @@ import signal
 import tempfile
 import threading
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
@@ -22,13 +22,13 @@ from typing import Any
 import httpx
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.runtime import build_runtime, prepare_process
-from archerchat.serving.app import SEND_SECONDS, build_app, protect, until_gone
+from archerchat.serving.app import build_app, build_guarded, in_time, until_gone
 from archerchat.serving.config import ServeConfig
 from archerchat.serving.guard import refusal
 from archerchat.serving.info import show_stats
@@ -36,7 +36,7 @@ from archerchat.serving.info import show_stats
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5
-OF_ONE_HOP = (b"connection", b"date", b"transfer-encoding")
+OF_ONE_HOP = ("connection", "date", "transfer-encoding")
 
 
 class Copy:
@@ -67,35 +67,33 @@ class Copy:
                 raise UsageError(f"copy {self.index} of the server ended as it started")
             await asyncio.sleep(POLL_SECONDS)
 
-    async def answer(self, request: Request, body: bytes, send: Send) -> None:
-        """Hand on a request, and its answer as it comes."""
-        target = f"{request.scope['raw_path'].decode()}?{request.url.query}".removesuffix("?")
-        headers, started = _without(request.headers.raw), False
-        self.in_flight += 1
+    async def ask(self, request: Request) -> httpx.Response:
+        """Hand on a request; return what is to be streamed."""
+        url, body = str(request.url.replace(scheme="", netloc="")), await request.body()
+        headers = _without_hop(request.headers)
+        asked = self.client.build_request(request.method, url, content=body, headers=headers)
+        return await self.client.send(asked, stream=True)
+
+
+class _Forwarded(StreamingResponse):
+    """A copy's answer as it comes."""
+
+    def __init__(self, copy: Copy, found: httpx.Response) -> None:
+        headers = {**_without_hop(found.headers), "archerchat-copy": str(copy.index)}
+        super().__init__(found.aiter_raw(), found.status_code, headers)
+        self._copy, self._found = copy, found
+        copy.in_flight += 1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with self.client.stream(
-                request.method, target, headers=headers, content=body
-            ) as found:
-                headers = [*_without(found.headers.raw), (b"archerchat-copy", b"%d" % self.index)]
-                begin = {"status": found.status_code, "headers": headers}
-                await send({"type": "http.response.start", **begin})
-                started = True
-                async for chunk in found.aiter_raw():
-                    message = {"type": "http.response.body", "body": chunk, "more_body": True}
-                    async with asyncio.timeout(SEND_SECONDS):  # wait_for may lose a cancellation
-                        await send(message)
-                await send({"type": "http.response.body", "body": b""})
-        except httpx.TransportError:
-            if started:
-                raise
-            response = refusal(503, f"copy {self.index} of the server ended: try again")
-            await response(request.scope, request.receive, send)
+            await super().__call__(scope, receive, in_time(send))
         finally:
-            self.in_flight -= 1
+            self._copy.in_flight -= 1
+            await self._found.aclose()
 
 
-def _without(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    return [(name, value) for name, value in headers if name.lower() not in OF_ONE_HOP]
+def _without_hop(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name.lower() not in OF_ONE_HOP}
 
 
 def _serve(config: ServeConfig, home: Home, index: int, path: Path) -> None:
@@ -142,12 +140,12 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
             copy.process.join()
         scratch.cleanup()
 
-    app = FastAPI(openapi_url=None, lifespan=lifespan)
+    app = build_guarded(config, openapi_url=None, lifespan=lifespan)
 
     @app.get("/stats")
     @app.get("/metrics")
     async def stats(request: Request) -> Response:
-        headers = _without(request.headers.raw)
+        headers = _without_hop(request.headers)
         found = [(await copy.client.get("/stats", headers=headers)).json() for copy in copies]
         total: dict[str, Any] = {"copies": len(found)}
         for name in found[0]:
@@ -157,13 +155,17 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
             total[name] = sorted(set().union(*values)) if is_list else add(values)
         return show_stats(request, total)
 
-    async def forward(scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        body = await request.body()
-        beginning = body[:BEGINNING_BYTES]
+    @app.api_route("/{path:path}", methods=["GET", "POST", "OPTIONS", "HEAD"])
+    async def forward(request: Request) -> Response:
+        beginning = (await request.body())[:BEGINNING_BYTES]
         copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
-        await until_gone(receive, copy.answer(request, body, send))
+        copy.in_flight += 1
+        try:
+            found = await until_gone(request.receive, copy.ask(request))
+        except httpx.TransportError:
+            return refusal(503, f"copy {copy.index} of the server ended: try again")
+        finally:
+            copy.in_flight -= 1
+        return _Forwarded(copy, found) if found else Response(status_code=499)
 
-    app.mount("/", forward)
-    protect(app, config)
     return app

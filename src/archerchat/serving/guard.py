@@ -1,4 +1,4 @@
-"""What stands before every handler: who may ask, and how much; and the form of every refusal."""
+"""What stands before every handler: who may ask, and how long; and the form of every refusal."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from archerchat.errors import ArcherChatError, UsageError
@@ -21,27 +22,27 @@ from archerchat.serving.models import UnknownModel
 from archerchat.serving.worker import Overloaded
 
 MAX_BODY_BYTES = 8 * 2**20
-BODY_SECONDS = 30.0
-HEADER_SECONDS = 15.0
+REQUEST_SECONDS = 15.0
 RETRY_SECONDS = 1
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """A connection that closes unless a request is on it when `HEADER_SECONDS` have passed.
+    """A connection that closes unless a whole request is on it every `REQUEST_SECONDS`.
 
-    Uvicorn itself waits for ever for the end of a request's headers.
+    Uvicorn itself waits for ever for the end of a request's headers and of its body.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEADER_SECONDS, self._look)
+        self.loop.call_later(REQUEST_SECONDS, self._look)
 
     def _look(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
             self.transport.close()
         elif not self.transport.is_closing():
-            self.loop.call_later(HEADER_SECONDS, self._look)
+            self.loop.call_later(REQUEST_SECONDS, self._look)
 
 
 class AsciiJSON(Response):
@@ -53,24 +54,19 @@ class AsciiJSON(Response):
         return json.dumps(content, separators=(",", ":")).encode()
 
 
-def error_body(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """Return an error as OpenAI's API words it."""
-    kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 def refusal(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> Response:
-    """Return the response to a request that is refused."""
-    headers = {"retry-after": str(RETRY_SECONDS)} if status == 429 else None
-    return AsciiJSON(error_body(status, message, param, code), status, headers)
+    """Return the response to a request that is refused, as OpenAI's API words it."""
+    kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    # The rest of a body that is too large is not read.
+    headers = {429: {"retry-after": str(RETRY_SECONDS)}, 413: {"connection": "close"}}
+    return AsciiJSON(body, status, headers.get(status))
 
 
 class Guard:
-    """Check host and key, and read the body within its bounds, before anything else runs.
+    """Check host and key before anything else runs.
 
     Args:
         api_key: asked for everywhere but on the page and at /health; None asks for none.
@@ -82,66 +78,23 @@ class Guard:
         self._app, self._key, self._hosts = app, api_key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
-        refused = self._check(scope, headers)
-        body = b""
-        if refused is None and scope["method"] in ("POST", "PUT", "PATCH"):
-            try:
-                body = await asyncio.wait_for(_read(receive, headers), BODY_SECONDS)
-            except TimeoutError:
-                refused = refusal(408, f"the body took more than {BODY_SECONDS:g} seconds")
-            except _TooLarge:
-                refused = refusal(413, f"the body has more than {MAX_BODY_BYTES} bytes")
-            except ConnectionError:
-                return
-        if refused is not None:
-            refused.headers["connection"] = "close"
-            await refused(scope, receive, send)
-            return
-        ready: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        refused = self._check(scope) if scope["type"] == "http" else None
+        await (refused or self._app)(scope, receive, send)
 
-        async def replay() -> Message:
-            return ready.pop() if ready else await receive()
-
-        await self._app(scope, replay, send)
-
-    def _check(self, scope: Scope, headers: dict[str, bytes]) -> Response | None:
-        host = headers.get("host", b"").decode("latin-1")
-        name = re.sub(r":\d*$", "", host).strip("[]")
+    def _check(self, scope: Scope) -> Response | None:
+        headers = Headers(scope=scope)
+        name = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]")
         if self._hosts is not None and name not in self._hosts:
             return refusal(403, f"this server is not {name!r}: --host or --api-key opens it")
         path: str = scope["path"]
         is_open = path in ("/", "/health", "/favicon.ico") or path.startswith("/page/")
         if self._key is None or is_open or scope["method"] == "OPTIONS":
             return None
-        given = headers.get("authorization", b"").removeprefix(b"Bearer ")
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode()
         if hmac.compare_digest(given, self._key.encode()):
             return None
         return refusal(401, "the API key is missing or wrong: send Authorization: Bearer KEY",
                        code="invalid_api_key")  # fmt: skip
-
-
-class _TooLarge(Exception):
-    pass
-
-
-async def _read(receive: Receive, headers: dict[str, bytes]) -> bytes:
-    length = headers.get("content-length", b"0")
-    if length.isdigit() and int(length[:18]) > MAX_BODY_BYTES:
-        raise _TooLarge
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ConnectionError
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            raise _TooLarge
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 def install_handlers(app: FastAPI) -> None:

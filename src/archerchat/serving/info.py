@@ -80,7 +80,7 @@ async def apply_template(body: asked.ConversationRequest, server: Shared) -> Res
     """Return a conversation as the model reads it."""
     model = await server.models.get(body.model)
     session = ChatSession(model.engine, model.tokenizer)
-    ids = session.render(*session.resume(asked.read_conversation(body.messages)))
+    ids = session.render(*session.resume(body.conversation()))
     return AsciiJSON({"prompt": model.tokenizer.decode(ids), "tokens": ids})
 
 
@@ -97,17 +97,13 @@ async def stats(request: Request, server: Shared) -> Response:
 
     /metrics has the numbers in the form that Prometheus reads.
     """
-    worker, loaded = server.worker, list(server.models.loaded.values())
+    loaded = list(server.models.loaded.values())
     found = {
         "uptime_seconds": round(time.monotonic() - server.started, 3),
         "rows": sum(each.engine.num_running for each in loaded),
         "waiting": sum(each.engine.num_waiting for each in loaded),
-        "samples_in_work": worker.samples,
-        "requests_total": worker.requests,
-        "errors_total": worker.errors,
-        "prompt_tokens_total": worker.prompt_tokens,
-        "cached_tokens_total": worker.cached_tokens,
-        "generated_tokens_total": worker.generated_tokens,
+        "samples_in_work": server.worker.samples,
+        **server.worker.counts,
         "models": [each.card.name for each in loaded],
     }
     return show_stats(request, found)

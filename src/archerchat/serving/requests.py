@@ -11,9 +11,16 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
 
 from archerchat.errors import UsageError
 from archerchat.inference.chat import CHAT_SAMPLING
@@ -28,8 +35,6 @@ MAX_PROMPTS = 256
 MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_SCHEMA_CHARACTERS = 64_000
 MAX_SAMPLES = 128
-SAMPLED = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-           "frequency_penalty"}  # fmt: skip
 COMPLETION_TOKENS = 16
 """Tokens of a completion that names no number, as in OpenAI's API."""
 
@@ -37,6 +42,7 @@ Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
+Tokens = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class BadRequest(UsageError):
@@ -44,7 +50,7 @@ class BadRequest(UsageError):
 
     def __init__(self, param: str, problem: str, code: str | None = None) -> None:
         super().__init__(f"{param} {problem}")
-        self.param, self.problem, self.code = param, problem, code
+        self.param, self.code = param, code
 
 
 class _Body(BaseModel):
@@ -57,7 +63,7 @@ class StreamOptions(BaseModel):
 
 
 class Sampled(_Body):
-    """Options that both kinds of request have; None stands for the default."""
+    """Options that all generating requests have; None stands for the default."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -73,20 +79,28 @@ class Sampled(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def sampling(self, defaults: SamplingParams) -> SamplingParams:
-        """Return the engine's parameters: `defaults`, with what the request gives.
+    def sampling(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
+        """Return the engine's parameters: `defaults`, what the request gives, and `more`.
 
         Raises:
             UsageError: a value, or the text of a token id, is out of range.
         """
-        given = self.model_dump(include=SAMPLED, exclude_none=True)
+        numbers = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                   "frequency_penalty"}  # fmt: skip
+        given = self.model_dump(include=numbers, exclude_none=True)
         if self.top_k is not None:
             given["top_k"] = self.top_k or None
-        bias = {_token_id(key): value for key, value in (self.logit_bias or {}).items()}
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        seed = secrets.randbits(63) if self.seed is None else self.seed % 2**63
+        for key in self.logit_bias or ():
+            if not re.fullmatch(r"[0-9]{1,9}", key):
+                raise BadRequest("logit_bias", f"has {key[:20]!r} where a token id is due")
         return replace(
-            defaults, **given, logit_bias=bias, stop=stop, seed=seed, num_samples=self.n or 1
+            defaults,
+            **given,
+            logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**63,
+            num_samples=self.n or 1,
+            **more,
         )
 
     @property
@@ -101,45 +115,93 @@ class Part(BaseModel):
     type: str
     text: str
 
+    @field_validator("type")
+    @classmethod
+    def _name_text(cls, name: str) -> str:
+        return "text" if name in ("input_text", "output_text") else name
+
 
 class Message(BaseModel):
+    type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
 
 class ConversationRequest(_Body):
+    MESSAGES: ClassVar = "messages"
+    """How the client calls them."""
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """Return the messages in the form that `chat_format` renders.
+
+        Raises:
+            BadRequest: one is empty or too long, its role is not due, or none is the user's.
+        """
+        found: list[dict[str, Any]] = []
+        name, total = self.MESSAGES, 0
+        first = int(self.messages[0].role in ("system", "developer"))
+        for index, message in enumerate(self.messages):
+            where = f"{name}[{index}]"
+            role = "system" if message.role == "developer" else message.role
+            due = "system" if index < first else ("user", "assistant")[(index - first) % 2]
+            if role != due:
+                raise BadRequest(
+                    f"{where}.role",
+                    f"is {role!r} where {due!r} is due: after an optional system message, user and "
+                    "assistant take turns",
+                )
+            content, size = _read_content(f"{where}.content", role, message.content)
+            found.append({"role": role, "content": content})
+            total += size
+        if total > MAX_CONVERSATION_CHARACTERS:
+            raise BadRequest(name, f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
+        if len(found) == first:
+            raise BadRequest(name, "hold nothing to answer: add one of the user's")
+        return found
+
+
+def _read_content(where: str, role: str, content: str | list[Part]) -> tuple[Any, int]:
+    """Return the content as text, or as parts if some are not text; and its characters."""
+    parts = [Part(type="text", text=content)] if isinstance(content, str) else content
+    allowed = PART_TYPES if role == "assistant" else ("text",)
+    for number, part in enumerate(parts):
+        if part.type not in allowed:
+            problem = f"is {part.type[:40]!r}, not {' or '.join(allowed)}"
+            raise BadRequest(f"{where}[{number}].type", problem)
+    text = "".join(part.text for part in parts)
+    if len(text) > MAX_MESSAGE_CHARACTERS:
+        raise BadRequest(where, f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
+    if role != "assistant" and not text.strip():
+        raise BadRequest(where, "is empty: write something")
+    plain = all(part.type == "text" for part in parts)
+    return text if plain else [dict(part) for part in parts], len(text)
+
+
+def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
+    assert len(json.dumps(schema)) <= MAX_SCHEMA_CHARACTERS, "is too long a schema"
+    return schema
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_is_small)]
+FormatName = Literal["text", "json_object", "json_schema"]
 
 
 class JsonSchema(BaseModel):
-    content: dict[str, Any] = Field(alias="schema")
-
-    @field_validator("content")
-    @classmethod
-    def _is_small(cls, content: dict[str, Any]) -> dict[str, Any]:
-        assert len(json.dumps(content)) <= MAX_SCHEMA_CHARACTERS, "is too long a schema"
-        return content
+    content: Schema = Field(alias="schema")
 
 
 class ResponseFormat(BaseModel):
-    type: Literal["text", "json_object", "json_schema"] = "text"
+    type: FormatName = "text"
     json_schema: JsonSchema | None = None
-
-    @property
-    def schema_content(self) -> dict[str, Any] | None:
-        """The schema of the answer; None for text."""
-        if self.type == "json_schema":
-            if self.json_schema is None:
-                raise BadRequest("response_format.json_schema", "is missing")
-            return self.json_schema.content
-        return {"type": "object"} if self.type == "json_object" else None
 
 
 class ChatRequest(Sampled, ConversationRequest):
     """`POST /v1/chat/completions`."""
 
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    FORMAT: ClassVar = "response_format"
+    max_tokens: Tokens | None = None
+    max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     truncation: Literal["auto", "disabled"] = "auto"
@@ -153,7 +215,64 @@ class ChatRequest(Sampled, ConversationRequest):
         """Return the engine's parameters."""
         most = self.max_completion_tokens or self.max_tokens or CHAT_SAMPLING.max_new_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return replace(self.sampling(CHAT_SAMPLING), max_new_tokens=most, logprobs=logprobs)
+        return self.sampling(CHAT_SAMPLING, max_new_tokens=most, logprobs=logprobs)
+
+    def answer_schema(self) -> dict[str, Any] | None:
+        """Return the JSON schema that the answer must fit; None for text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.type == "json_object":
+            return {"type": "object"}
+        if form.json_schema is None:
+            raise BadRequest("response_format.json_schema", "is missing")
+        return form.json_schema.content
+
+
+def _as_messages(given: Any) -> Any:
+    return [{"role": "user", "content": given}] if given and isinstance(given, str) else given
+
+
+class TextFormat(BaseModel):
+    type: FormatName = "text"
+    content: Schema = Field({}, alias="schema")
+
+
+class TextOptions(BaseModel):
+    format: TextFormat | None = None
+
+
+class ResponsesRequest(ChatRequest):
+    """`POST /v1/responses`: a chat under other names; its `input` may be the user's text alone."""
+
+    MESSAGES: ClassVar = "input"
+    FORMAT: ClassVar = "text.format"
+    messages: Annotated[
+        list[Message], BeforeValidator(_as_messages, json_schema_input_type=str | list[Message])
+    ] = Field(alias="input", min_length=1, max_length=MAX_MESSAGES - 1)
+    instructions: str | None = Field(None, max_length=MAX_MESSAGE_CHARACTERS)
+    """A system message, put before that of the input."""
+    max_output_tokens: Tokens | None = None
+    text: TextOptions | None = None
+    previous_response_id: None = None
+    n: None = None
+
+    def conversation(self) -> list[dict[str, Any]]:
+        found = super().conversation()
+        if self.instructions:
+            own = [found.pop(0)["content"]] if found[0]["role"] == "system" else []
+            found.insert(0, {"role": "system", "content": "\n\n".join([self.instructions, *own])})
+        return found
+
+    def params(self) -> SamplingParams:
+        most = self.max_output_tokens or CHAT_SAMPLING.max_new_tokens
+        return self.sampling(CHAT_SAMPLING, max_new_tokens=most)
+
+    def answer_schema(self) -> dict[str, Any] | None:
+        form = self.text.format if self.text else None
+        if form is None or form.type == "text":
+            return None
+        return form.content if form.type == "json_schema" else {"type": "object"}
 
 
 class CompletionRequest(Sampled):
@@ -173,8 +292,10 @@ class CompletionRequest(Sampled):
     def params(self, tokenizer: Tokenizer) -> SamplingParams:
         """Return the engine's parameters; `max_tokens: 0` is for the caller to see."""
         most = COMPLETION_TOKENS if self.max_tokens is None else max(self.max_tokens, 1)
-        params = replace(self.sampling(SamplingParams()), max_new_tokens=most)
-        return replace(params, logprobs=self.logprobs, stop_token_ids=(tokenizer.bos_id,))
+        stops = (tokenizer.bos_id,)
+        return self.sampling(
+            SamplingParams(), max_new_tokens=most, logprobs=self.logprobs, stop_token_ids=stops
+        )
 
     @property
     def is_text(self) -> bool:
@@ -208,48 +329,3 @@ def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """Refuse ids that the vocabulary does not have."""
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
         raise BadRequest(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")
-
-
-def _token_id(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise BadRequest("logit_bias", f"has {text[:20]!r} where a token id is due")
-    return int(text)
-
-
-def read_conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return messages in the form that `chat_format` renders.
-
-    Raises:
-        BadRequest: one is empty or too long, its role is not due, or none is the user's.
-    """
-    found: list[dict[str, Any]] = []
-    first, total = int(messages[0].role in ("system", "developer")), 0
-    for index, message in enumerate(messages):
-        where, content = f"messages[{index}]", message.content
-        role = "system" if message.role == "developer" else message.role
-        due = "system" if index < first else ("user", "assistant")[(index - first) % 2]
-        if role != due:
-            raise BadRequest(
-                f"{where}.role",
-                f"is {role!r} where {due!r} is due: after an optional system message, user and "
-                "assistant take turns",
-            )
-        parts = [Part(type="text", text=content)] if isinstance(content, str) else content
-        allowed = PART_TYPES if role == "assistant" else ("text",)
-        for number, part in enumerate(parts):
-            if part.type not in allowed:
-                place = f"{where}.content[{number}].type"
-                raise BadRequest(place, f"is {part.type[:40]!r}, not {' or '.join(allowed)}")
-        text = "".join(part.text for part in parts)
-        total += len(text)
-        if len(text) > MAX_MESSAGE_CHARACTERS:
-            raise BadRequest(f"{where}.content", f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
-        if role != "assistant" and not text.strip():
-            raise BadRequest(f"{where}.content", "is empty: write something")
-        plain = all(part.type == "text" for part in parts)
-        found.append({"role": role, "content": text if plain else [dict(p) for p in parts]})
-    if total > MAX_CONVERSATION_CHARACTERS:
-        raise BadRequest("messages", f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
-    if len(messages) == first:
-        raise BadRequest("messages", "hold nothing to answer: add one of the user's")
-    return found

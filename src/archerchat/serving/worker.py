@@ -1,13 +1,14 @@
-"""The thread that owns the engines; handlers on the event loop talk to it by two verbs.
+"""The thread that owns the engines, and the streams of events that it sends to the event loop.
 
     stream = worker.submit(engine, requests)    # one HTTP request: a prompt or several
-    async for events in stream: ...             # what happened to them, a step at a time
+    events = await stream.next()                # what happened to them since the last call
     stream.close()                              # their rows are free with the next step
 
     found = await worker.call(function)         # runs between two steps, with the models at rest
 
-Engines and models are touched by this thread alone. What happens in a step crosses over in one call
-of the loop, whatever the number of rows.
+Engines and models are touched by this thread alone. Events cross over in one call of the loop,
+whatever the number of rows. Steps that follow each other fast cross over together: each crossing
+holds up the next step, because only one thread at a time can run Python.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from queue import Empty, SimpleQueue
 from typing import TypeVar
 
@@ -31,6 +33,8 @@ logger = logging.getLogger("archerchat")
 T = TypeVar("T")
 TASK_SECONDS = 0.05
 """How long other work, such as scoring, may hold up the next step; one piece of it always runs."""
+CROSSING_SECONDS = 0.02
+"""Least time between crossings that bring neither the first token nor the end of an answer."""
 
 
 class Overloaded(Exception):
@@ -46,7 +50,8 @@ class Stream:
     """What happens to the requests of one HTTP request.
 
     Attributes:
-        numbers: those of the requests.
+        first_number: the number of the first request; the others follow.
+        open_samples: samples whose last event has not been returned.
         started, first_token, last_token: `time.monotonic()` of its start and its tokens.
         cached: prompt tokens that were not run again, by request.
         tokens: said so far, stop tokens included.
@@ -55,33 +60,55 @@ class Stream:
     worker: Worker
     engine: Engine
     requests: Sequence[Request]
-    numbers: range
-    open_samples: int
+    first_number: int = 0
+    open_samples: int = 0
     started: float = field(default_factory=time.monotonic)
     first_token: float | None = None
     last_token: float = 0.0
     cached: dict[int, int] = field(default_factory=dict)
     tokens: int = 0
-    queue: asyncio.Queue[list[Event] | Exception] = field(default_factory=asyncio.Queue)
 
-    async def __aiter__(self) -> AsyncIterator[list[Event]]:
-        """Yield events until all samples have ended; `choice` numbers them.
+    def __post_init__(self) -> None:
+        samples = [request.params.num_samples for request in self.requests]
+        self.num_samples = sum(samples)
+        self._first_samples = list(accumulate(samples, initial=0))
+        self._events: list[tuple[int, Event]] = []
+        self._error: str | None = None
+        self._arrived = asyncio.Event()
+
+    async def next(self, patience: float | None = None) -> list[tuple[int, Event]]:
+        """Return new events, each with the number of its sample among all of this stream's.
+
+        Args:
+            patience: seconds to wait for one; after that none is returned.
 
         Raises:
             GenerationFailed: the model stopped with an error.
         """
-        while self.open_samples:
-            events = await self.queue.get()
-            if isinstance(events, Exception):
-                raise events
-            self.open_samples -= sum(event.finish_reason is not None for event in events)
-            yield events
-        self.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self._arrived.wait()
+        if self._error is not None:
+            raise GenerationFailed(self._error)
+        self._arrived.clear()
+        events, self._events = self._events, []
+        self.open_samples -= sum(event.finish_reason is not None for _, event in events)
+        return events
 
-    def choice(self, event: Event) -> int:
-        """Return the number of the sample among all of this stream's."""
-        before = self.requests[: self.numbers.index(event.request)]
-        return sum(request.params.num_samples for request in before) + event.sample
+    def put(self, event: Event, now: float) -> None:
+        """Take an event; called on the loop."""
+        index = event.request - self.first_number
+        self.cached.setdefault(index, event.cached)
+        self.tokens += 1
+        self.first_token = self.first_token or now
+        self.last_token = now
+        self._events.append((self._first_samples[index] + event.sample, event))
+        self._arrived.set()
+
+    def fail(self, message: str) -> None:
+        """Let `next` raise; called on the loop."""
+        self._error = message
+        self._arrived.set()
 
     def close(self) -> None:
         """End what is still running; may be called twice."""
@@ -113,7 +140,7 @@ class Worker:
 
     Attributes:
         samples: samples in work, running or waiting.
-        prompt_tokens, cached_tokens, generated_tokens, requests, errors: counts since the start.
+        counts: what happened since the start, under the names of /stats.
     """
 
     def __init__(self, max_waiting: int) -> None:
@@ -121,11 +148,14 @@ class Worker:
         self._inbox: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._streams: dict[int, Stream] = {}  # by the number of each request, on the loop
         self._engines: dict[Engine, None] = {}  # those that may be busy, on the thread
+        self._events: list[Event] = []  # that have not crossed over, on the thread
+        self._crossed = 0.0
         self._next_number = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
-        self.samples = self.requests = self.errors = 0
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.samples = 0
+        names = ("requests", "errors", "prompt_tokens", "cached_tokens", "generated_tokens")
+        self.counts = {f"{name}_total": 0 for name in names}
 
     def start(self) -> None:
         """Start the thread; called on the event loop that will use it."""
@@ -159,7 +189,8 @@ class Worker:
             Overloaded: too many samples are in work.
             UsageError: the engine cannot serve one of them; none is queued.
         """
-        samples = sum(request.params.num_samples for request in requests)
+        stream = Stream(self, engine, requests, self._next_number)
+        samples = stream.open_samples = stream.num_samples
         if samples > self._max_waiting:
             raise UsageError(f"{samples} answers are more than the {self._max_waiting} of a queue")
         if self.samples + samples > self._max_waiting:
@@ -168,11 +199,10 @@ class Worker:
             engine.check(request)
         numbers = range(self._next_number, self._next_number + len(requests))
         self._next_number = numbers.stop
-        stream = Stream(self, engine, requests, numbers, samples)
         self._streams |= dict.fromkeys(numbers, stream)
         self.samples += samples
-        self.requests += 1
-        self.prompt_tokens += sum(len(request.prompt) for request in requests)
+        self.counts["requests_total"] += 1
+        self.counts["prompt_tokens_total"] += sum(len(request.prompt) for request in requests)
 
         def add() -> None:
             self._engines[engine] = None
@@ -184,15 +214,17 @@ class Worker:
 
     def close(self, stream: Stream) -> None:
         """Forget a stream; cancel what is still running of it."""
-        if stream.numbers.start not in self._streams:
+        numbers = [number for number, each in self._streams.items() if each is stream]
+        if not numbers:
             return
-        for number in stream.numbers:
+        for number in numbers:
             del self._streams[number]
-        self.samples -= sum(request.params.num_samples for request in stream.requests)
+        self.samples -= stream.num_samples
+        self.counts["cached_tokens_total"] += sum(stream.cached.values())
         if stream.open_samples:
 
             def cancel() -> None:
-                for number in stream.numbers:
+                for number in numbers:
                     stream.engine.cancel(number)
 
             self._inbox.put(cancel)
@@ -214,13 +246,22 @@ class Worker:
 
     def _step(self, engine: Engine) -> None:
         try:
-            events = engine.step()
+            first = engine.admit()
+            self._cross(first, at_once=bool(first))
+            events = engine.advance()
+            self._cross(events, at_once=any(event.finish_reason is not None for event in events))
         except Exception as error:  # such as a lack of memory: the next request may be smaller
             logger.exception("the engine failed")
             engine.reset()
             self._post(self._fail, engine, f"the model failed: {type(error).__name__}")
-        else:
-            self._post(self._deliver, events, time.monotonic())
+
+    def _cross(self, events: Sequence[Event], at_once: bool) -> None:
+        """Hand events to the loop, now or with those of later steps."""
+        self._events += events
+        now = time.monotonic()
+        if at_once or now - self._crossed >= CROSSING_SECONDS:
+            self._post(self._deliver, self._events, now)
+            self._events, self._crossed = [], now
 
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         assert self._loop is not None
@@ -228,23 +269,12 @@ class Worker:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def _deliver(self, events: Sequence[Event], now: float) -> None:
-        """Hand a step's events to the streams that they belong to."""
-        found: dict[Stream, list[Event]] = {}
         for event in events:
-            if (stream := self._streams.get(event.request)) is None:
-                continue
-            if event.request not in stream.cached:
-                stream.cached[event.request] = event.cached
-                self.cached_tokens += event.cached
-            stream.tokens += 1
-            self.generated_tokens += 1
-            found.setdefault(stream, []).append(event)
-        for stream, of_stream in found.items():
-            stream.first_token = stream.first_token or now
-            stream.last_token = now
-            stream.queue.put_nowait(of_stream)
+            if (stream := self._streams.get(event.request)) is not None:
+                stream.put(event, now)
+                self.counts["generated_tokens_total"] += 1
 
     def _fail(self, engine: Engine, message: str) -> None:
-        self.errors += 1
+        self.counts["errors_total"] += 1
         for stream in {each for each in self._streams.values() if each.engine is engine}:
-            stream.queue.put_nowait(GenerationFailed(message))
+            stream.fail(message)

@@ -1,28 +1,26 @@
 """Where tasks find their rows: the hub's Parquet exports at pinned revisions, or local files.
 
-`tables.toml` lists the data sets. Downloaded files lie under the home's cache, a directory for each
-repository and revision; what fetches them is handed in, as this layer knows no network. A local
-folder may be given instead (`--data-dir`). A row is a dictionary. Parquet stays as it is in memory,
-and one row at a time becomes Python's; JSON lines are parsed when they are read.
+`tables.toml` lists the data sets. Downloads are kept under the home's cache, in a directory for
+each repository and revision. A local folder may be given instead (`--data-dir`). A row is a
+dictionary. Parquet stays as it is in memory, and one row at a time becomes Python's; JSON lines are
+parsed when they are read.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from archerchat.downloads import Notify, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks.base import Rows, Task
 from archerchat.text_files import iter_rows
 
 Row = dict[str, Any]
-
-Fetch = Callable[[str, str, str, Path], None]
-"""Downloads a repository's file at a revision to a path, unless it is there."""
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
 
@@ -64,14 +62,15 @@ def load_tables() -> dict[str, Table]:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """Find a table's files, fetching what is missing."""
+    """Find a table's files, downloading what is missing: with several ranks, by one of them."""
 
     cache: Path
     """Folder for downloads."""
     local: Path | None = None
-    """Folder that stands in for the hub."""
-    fetch: Fetch | None = None
-    """How to download; a local folder needs no way."""
+    """Folder whose files stand in for the hub's; nothing is downloaded then."""
+    endpoint: str | None = None
+    """The hub's address; None leaves it to huggingface_hub (`HF_ENDPOINT`)."""
+    notify: Notify = lambda message: None
 
     def rows(self, table: Table, split: str) -> Rows:
         """Read the rows of a split.
@@ -90,8 +89,18 @@ class TaskFiles:
     def _fetch(self, table: Table, name: str) -> Path:
         path = self.cache / table.repository.replace("/", "--") / table.revision[:12] / name
         if not path.exists():
-            assert self.fetch is not None, f"there is no way to fetch {path}"
-            self.fetch(table.repository, table.revision, name, path)
+            from huggingface_hub import get_token, hf_hub_url
+
+            self.notify(f"fetching {name} of {table.repository}")
+            address = {"repo_type": "dataset", "revision": table.revision}
+            download_file(
+                hf_hub_url(table.repository, name, endpoint=self.endpoint, **address),
+                path,
+                lambda part: _read_parquet([part], table.columns),
+                without_network="--data-dir names a folder with local files instead",
+                token=get_token(),
+                notify=self.notify,
+            )
         return path
 
 

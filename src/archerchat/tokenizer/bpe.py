@@ -16,7 +16,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,16 +168,9 @@ class Tokenizer:
         pieces = cut_long_whitespace(text)
         return [i for piece in pieces for i in self.encoding.encode_ordinary(piece)]
 
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
-        """Encode many documents in parallel, in order, each starting with BOS."""
-        if num_threads <= 1 or len(texts) <= 1:
-            rows = [self.encode(text) for text in texts]
-        else:
-            with ThreadPoolExecutor(num_threads) as pool:
-                rows = list(pool.map(self.encode, texts))
-        for row in rows:
-            row.insert(0, self.bos_id)
-        return rows
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many documents, in order, each starting with BOS."""
+        return [[self.bos_id, *self.encode(text)] for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decode token ids; bytes that are not valid UTF-8 become U+FFFD.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +16,6 @@ from archerchat.inference.loading import find_model_tokenizer, read_model_config
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
 from archerchat.optim.optimizer import AdamGroup, Optimizer, build_groups
-from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.training.stage import Stage, StageConfig
 
 DEVICE_BATCH_SIZE = 32
@@ -36,72 +34,24 @@ class TuneConfig(StageConfig):
     """Name of the new model. Defaults to the first model's name."""
 
 
-@dataclass(frozen=True)
-class BaseModel:
-    """A checkpoint to start from. Its weights stay on disk until they are trained."""
-
-    path: Path
-    step: int
-    meta: dict[str, Any]
-    config: ModelConfig
-    tokenizer: Tokenizer
-    sha256: str
-    """Hash of the weights' file, as it was saved."""
-
-    @property
-    def tag(self) -> str:
-        """Name of the model."""
-        return self.path.parent.name
-
-    @property
-    def has_moments(self) -> bool:
-        """Whether the optimizer's state was saved with it."""
-        return (self.path / "optimizer.safetensors").exists()
-
-    def describe(self) -> dict[str, Any]:
-        """Return what tells this base model from any other."""
-        return {"tag": self.tag, "step": self.step, "sha256": self.sha256}
-
-
-def find_base_model(home: Home, stage: str, tag: str | None, step: int | None) -> BaseModel:
-    """Find model `tag` of a stage, or the one saved last, without reading its weights.
-
-    Raises:
-        UsageError: there is no such model or step.
-        CheckpointError: the checkpoint is damaged.
-        TokenizerError: its tokenizer is missing, or is another one by now.
-    """
-    found = load_checkpoint(find_checkpoint(find_model(home, stage, tag), step), sections=())
-    config, tokenizer = read_model_config(found), find_model_tokenizer(home, found)
-    return BaseModel(
-        found.path, found.step, found.meta, config, tokenizer, found.hashes.get("model", "")
-    )
-
-
-@dataclass(frozen=True)
-class Inheritance:
-    """How to train, as the base model has it."""
-
-    device_batch_size: int
-    total_batch_tokens: int
-    learning_rates: LearningRates
-    """The base model's rates, scaled."""
-
-
 def inherit(
-    base: BaseModel, rate_scale: float, total_batch_tokens: int | None = None
-) -> Inheritance:
-    """Take batch and rates from the base checkpoint, or from the dial if it has none.
+    base: Checkpoint, model: ModelConfig, rate_scale: float, total_batch_tokens: int | None = None
+) -> tuple[int, int, LearningRates]:
+    """Take batch and rates from a base model's checkpoint, or from the dial if it has none.
 
     A batch that differs from the base model's scales the rates by the square root of their ratio,
     as the dial does.
 
+    Returns:
+        Rows per micro-batch, tokens per step, and the base model's rates, scaled.
+
     Raises:
         CheckpointError: what the checkpoint says of its rates cannot be read.
     """
-    identity, model = base.meta.get("identity"), base.config
+    identity = base.meta.get("identity")
     if identity is None:  # imported
-        rates, batch = _rates_of_the_dial(model, total_batch_tokens)
+        hp = build_hyperparameters(_dial_of(model, total_batch_tokens), model.vocab_size)
+        rates, batch = hp.learning_rates, hp.total_batch_tokens
         rows = min(DEVICE_BATCH_SIZE, max(1, batch // model.sequence_length))
     else:
         try:
@@ -116,12 +66,12 @@ def inherit(
     scale = math.sqrt(tokens / batch)
     scaled = {name: rate * rate_scale * scale for name, rate in asdict(rates).items()}
     scaled["smear"] = rates.smear * rate_scale  # never scaled for the batch
-    return Inheritance(rows, tokens, LearningRates(**scaled))
+    return rows, tokens, LearningRates(**scaled)
 
 
-def _rates_of_the_dial(model: ModelConfig, batch: int | None) -> tuple[LearningRates, int]:
-    """Return the default rates of a model of this shape, and their batch."""
-    dial = DialConfig(
+def _dial_of(model: ModelConfig, batch: int | None) -> DialConfig:
+    """Return what would make a model of this shape."""
+    return DialConfig(
         depth=model.num_layers,
         aspect_ratio=max(1, model.model_dim // model.num_layers),
         head_dim=model.head_dim,
@@ -130,8 +80,6 @@ def _rates_of_the_dial(model: ModelConfig, batch: int | None) -> tuple[LearningR
         num_iterations=1,
         total_batch_size=batch,
     )
-    hp = build_hyperparameters(dial, model.vocab_size)
-    return hp.learning_rates, hp.total_batch_tokens
 
 
 class Tuning(Stage):
@@ -139,9 +87,16 @@ class Tuning(Stage):
 
     Args:
         source: that model's stage.
+
+    Raises:
+        UsageError: there is no such model or step.
+        CheckpointError: the checkpoint is damaged.
+        TokenizerError: its tokenizer is missing, or is another one by now.
     """
 
     config: TuneConfig
+    base: Checkpoint
+    """The checkpoint to start from. Its weights stay on disk until they are trained."""
     rates: LearningRates
 
     def __init__(
@@ -153,9 +108,18 @@ class Tuning(Stage):
         source: str,
     ) -> None:
         super().__init__(config, home, console, most_rows)
-        self.base = find_base_model(home, source, config.model_tag, config.model_step)
-        self.tokenizer, self.sequence_length = self.base.tokenizer, self.base.config.sequence_length
-        self.tag = config.output_tag or self.base.tag
+        path = find_checkpoint(find_model(home, source, config.model_tag), config.model_step)
+        self.base = load_checkpoint(path, sections=())
+        self.model_config = read_model_config(self.base)
+        self.tokenizer = find_model_tokenizer(home, self.base)
+        self.sequence_length = self.model_config.sequence_length
+        self.base_tag = path.parent.name
+        self.tag = config.output_tag or self.base_tag
+
+    def describe_base(self) -> dict[str, Any]:
+        """Return what tells the base model from any other."""
+        sha256 = self.base.hashes.get("model", "")
+        return {"tag": self.base_tag, "step": self.base.step, "sha256": sha256}
 
     def facts(self) -> dict[str, Any]:
         """Return what is the base model's."""
@@ -170,7 +134,7 @@ class Tuning(Stage):
             CheckpointError: the base model's weights are damaged.
         """
         base, runtime = self.base, self.runtime
-        model = Transformer(base.config, runtime.compute_dtype, self.backend)
+        model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
         if start is None:
             model.load_state_dict(load_checkpoint(base.path, sections=("model",)).state["model"])
         model.to(runtime.device).recomputes = self.recomputes

@@ -70,9 +70,8 @@ def choose_attention(
     if not compile:  # flex has to be compiled
         varlen = runs_varlen(runtime.device, runtime.compute_dtype)
         return "varlen" if varlen else "sdpa", "not compiled"
-    if document_masking or min(model.windows) == model.sequence_length:
-        return backend, reason
-    if not runs_varlen(runtime.device, runtime.compute_dtype):
+    whole = min(model.windows) == model.sequence_length
+    if document_masking or whole or not runs_varlen(runtime.device, runtime.compute_dtype):
         return backend, reason
     timed = fastest_for_windows(runtime, model, rows, cache_dir)
     first: tuple[Backend, str] = ranks.gather(timed)[0]
@@ -111,11 +110,6 @@ def choose_rows(
         whether the rows are the saved run's.
     """
     memory = runtime.total_memory_bytes() - reserved_bytes
-    streams, began_with = 1, 0
-    if saved:
-        began_with = saved_rows(saved.meta)
-        if "loader" in saved.hashes:
-            streams = saved_streams(load_checkpoint(saved.path, ("loader",)).state["loader"])
     estimate, fitting, recomputes = fit_micro_batch(
         model,
         runtime.compute_dtype,
@@ -123,7 +117,7 @@ def choose_rows(
         runtime.world_size,
         memory,
         # Each stream of data gives a step whole micro-batches.
-        math.gcd(per_step, per_step * runtime.world_size // streams),
+        math.gcd(per_step, per_step * runtime.world_size // _count_streams(saved)),
         recomputes=recomputes,
         state_dtype=state_dtype,
     )
@@ -131,7 +125,7 @@ def choose_rows(
     usual_fits = usual and estimate.total(usual) <= memory * (1 - RESERVED_SHARE)
     if usual and usual_fits and per_step % usual == 0:
         rows = usual
-    keeps = False
+    began_with, keeps = saved_rows(saved.meta) if saved else 0, False
     if saved and began_with and per_step % began_with == 0:
         keeps = saved.meta["hardware"]["device"] == runtime.device_name
     rows = began_with if keeps else min(rows, most or rows)
@@ -140,6 +134,13 @@ def choose_rows(
     rows = min(answer[0] for answer in answers)
     recomputes, keeps = (any(answer[i] for answer in answers) for i in (1, 2))
     return rows, recomputes, keeps
+
+
+def _count_streams(saved: Checkpoint | None) -> int:
+    """Return how many streams of data a run began with."""
+    if saved is None or "loader" not in saved.hashes:
+        return 1
+    return saved_streams(load_checkpoint(saved.path, ("loader",)).state["loader"])
 
 
 def fewer(rows: int) -> int:

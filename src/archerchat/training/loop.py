@@ -71,7 +71,7 @@ class Loop(Stateful):
         self._stop = StopRequest()
         # One rate shows the schedule; the others are multiples of it, and in the config.
         muon = [group.rate for group in self.optimizer.groups if isinstance(group, MuonGroup)]
-        self._rates = {"train/matrix_lr": muon[0]} if muon else {}
+        self._shown_rates = {"train/matrix_lr": muon[0]} if muon else {}
         self._throughput = Throughput(peak.flops_per_second * self.runtime.world_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Loop(Stateful):
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        self._unsettled: list[Callable[[], None]] = []
+        self._unsettled: tuple[int, float, dict[str, float]] | None = None
         with self._stop.listening(), _without_gc(), explained_memory():
             try:
                 return self._run_steps()
@@ -221,7 +221,7 @@ class Loop(Stateful):
                 "train/flops": self.state.flops,
                 "train/memory_bytes": self.runtime.peak_memory_bytes(),
             }
-            | {name: rate * settings.lr_multiplier for name, rate in self._rates.items()}
+            | {name: rate * settings.lr_multiplier for name, rate in self._shown_rates.items()}
             | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
             | own,
             step,
@@ -309,20 +309,18 @@ class Loop(Stateful):
             self.checkpoints.save(step, content, finished)
         self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
-        self._unsettled.append(lambda: self._note_saved(step, seconds))
         metadata = {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()}
-        self._unsettled.append(lambda: self._push(step, "last", metadata))
+        self._unsettled = step, seconds, metadata
 
     def _settle(self) -> None:
-        """Wait for the checkpoint that is being written, and do what had to wait for it."""
+        """Wait for the checkpoint that is being written, then say so and hand it over."""
         if self.ranks.is_master:
             self.checkpoints.wait()
-        for work in self._unsettled:
-            work()
-        self._unsettled.clear()
-
-    def _note_saved(self, step: int, seconds: float) -> None:
-        self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
+        if self._unsettled is not None:
+            step, seconds, metadata = self._unsettled
+            self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
+            self._push(step, "last", metadata)
+            self._unsettled = None
 
     def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
         """Hand the checkpoint of a step over, if it is one to be pushed."""

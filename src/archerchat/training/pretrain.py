@@ -133,8 +133,9 @@ class Pretraining(Stage):
         self.seed, self.num_iterations = config.seed, self.hp.num_iterations
         self.extend = config.extend
         self.total_batch_tokens = self.hp.total_batch_tokens
-        self.sequence_length = self.hp.model.sequence_length
-        self.fit_to_device(self.hp.model, state_dtype=DTYPES[config.optimizer_state])
+        self.model_config = self.hp.model
+        self.sequence_length = self.model_config.sequence_length
+        self.fit_to_device(state_dtype=DTYPES[config.optimizer_state])
         self.files = list_shards(data_directory(config.data, home))
         self.shards, self.validation_shards = split_shards(self.files)
         self.packing, self.packing_reason = self._choose_packing()
@@ -165,7 +166,7 @@ class Pretraining(Stage):
     def identity(self) -> dict[str, Any]:
         config, hp, dial = self.config, self.hp, self.config.dial
         return {
-            "model": asdict(hp.model),
+            "model": asdict(self.model_config),
             "tokenizer": self.tokenizer.fingerprint,
             "packing": self.packing,
             "seed": config.seed,
@@ -184,7 +185,7 @@ class Pretraining(Stage):
     def facts(self) -> dict[str, Any]:
         resolved = {"data": self._data_name(), "packing": self.packing}
         return {
-            "model_config": asdict(self.hp.model),
+            "model_config": asdict(self.model_config),
             "tokenizer": {
                 "name": self.config.tokenizer,
                 "fingerprint": self.tokenizer.fingerprint,
@@ -199,7 +200,7 @@ class Pretraining(Stage):
 
     def build_model(self, start: Checkpoint | None) -> None:
         config, runtime = self.config, self.runtime
-        model = Transformer(self.hp.model, runtime.compute_dtype, self.backend)
+        model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
         model.init_weights(config.seed)
         model.to(runtime.device).recomputes = self.recomputes
         self.model = model
@@ -247,9 +248,6 @@ class Pretraining(Stage):
             packing=self.packing,
             extend=self.config.extend,
         )
-
-    def step_tokens(self) -> int:
-        return self.total_batch_tokens
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return how often the text was passed over, and how much of it was in a row."""

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from archerchat.checkpoint import Checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
-from archerchat.data.hub import task_files
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.chat import evaluate_task, limited
 from archerchat.home import Home
@@ -34,6 +33,7 @@ from archerchat.model.loss import IGNORED, weighted_loss
 from archerchat.planning.memory import kv_cache_bytes
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, user
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
 from archerchat.training.outcome import Outcome
@@ -130,16 +130,15 @@ class Reinforcement(Tuning):
         self.num_iterations: int = config.num_iterations or max(1, steps)
         # Fine-tuning has scaled the rates already; the factor is on pretraining's.
         fine_tuned = float((self.base.meta.get("config") or {}).get("lr_scale") or 1.0)
-        self.rates = inherit(self.base, config.lr_scale / fine_tuned).learning_rates
+        self.rates = inherit(self.base, self.model_config, config.lr_scale / fine_tuned)[2]
         if config.examples_per_step % self.ranks.world_size:
             raise UsageError(
                 f"--examples-per-step is {config.examples_per_step}, which {self.ranks.world_size} "
                 "ranks cannot share: make it a multiple"
             )
-        cache = kv_cache_bytes(
-            self.base.config, self.runtime.compute_dtype, self.base.config.sequence_length
-        )
-        self.fit_to_device(self.base.config, reserved_bytes=cache * config.rollout_batch_size)
+        dtype = self.runtime.compute_dtype
+        cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
+        self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
         self.passed: dict[str, float] = {}  # what the last evaluation found
         self.meta = self.describe()
 
@@ -151,7 +150,7 @@ class Reinforcement(Tuning):
             DataError: its files are missing or broken, or hold nothing.
         """
         config = self.config
-        files = task_files(self.home, config.data_dir, notify=self.console.print)
+        files = TaskFiles(self.home.cache_dir / "tasks", config.data_dir, notify=self.console.print)
         train, test = (build_task(config.task, split, files) for split in ("train", "test"))
         if train.kind != "generative":
             raise UsageError(
@@ -164,22 +163,19 @@ class Reinforcement(Tuning):
         train.reward(train[0], "")  # a task for training only says so here
         return train, limited(test, config.eval_examples)
 
-    @property
-    def rollouts(self) -> RolloutSettings:
-        """How a step's answers are made and batched."""
-        return RolloutSettings(self.config.examples_per_step, self.config.sampling, self.rows)
+    def rollouts(self, rows: int) -> RolloutSettings:
+        """Return how a step's answers are made, in micro-batches of so many rows."""
+        return RolloutSettings(self.config.examples_per_step, self.config.sampling, rows)
 
     def count_micro_batches(self, rows: int) -> int:
-        """Return how many micro-batches hold a rank's answers of a step; the last has fewer."""
-        answers = self.config.examples_per_step * self.config.sampling.num_samples
-        return -(-answers // (self.ranks.world_size * rows))
+        return self.rollouts(rows).batches(self.ranks.world_size)
 
     def identity(self) -> dict[str, Any]:
         return {
-            "base": {"stage": self.config.source, **self.base.describe()},
+            "base": {"stage": self.config.source, **self.describe_base()},
             "tokenizer": self.tokenizer.fingerprint,
             "task": self.train.describe(),
-            "rollouts": self.rollouts.identity(),
+            "rollouts": self.rollouts(self.rows).identity(),
             "rollout_batch_size": self.config.rollout_batch_size,
             "num_iterations": self.num_iterations,
             "learning_rates": asdict(self.rates),
@@ -193,7 +189,8 @@ class Reinforcement(Tuning):
     def open_data(self, start: Checkpoint | None) -> None:
         config, on_cuda = self.config, self.model.device.type == "cuda"
         engine = Engine(self.model, config.rollout_batch_size, compile=on_cuda)
-        self.loader = RolloutLoader(engine, self.tokenizer, self.train, self.rollouts, self.ranks)
+        settings = self.rollouts(self.rows)
+        self.loader = RolloutLoader(engine, self.tokenizer, self.train, settings, self.ranks)
         self.evaluations = [Evaluation(self.measure_pass, config.eval_every)]
 
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
@@ -275,8 +272,8 @@ class Reinforcement(Tuning):
     # What is said about it
 
     def announce(self) -> Iterator[tuple[str, str]]:
-        base, config = self.base, self.config
-        yield "model", f"{config.source} {base.tag}, step {base.step}"
+        config = self.config
+        yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
         yield (
             "questions",
             f"{len(self.train):,} of {self.train.name}; {len(self.test):,} of its test to measure "

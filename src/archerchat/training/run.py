@@ -95,21 +95,20 @@ def _find_start(stage: Stage) -> Checkpoint | None:
         UsageError: the settings contradict each other or the run that is there, or the ranks would
             train different runs.
     """
-    start, config = None, stage.config
+    config = stage.config
     resumes = config.resume or stage.extend or config.resume_from_step is not None
     if config.overwrite and resumes:
         raise UsageError(
             "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
             "and --extend"
         )
-    if not config.overwrite:
-        start = find_start(
-            stage.directory,
-            stage.meta,
-            config.resume_from_step,
-            stage.extend,
-            any_rows=stage.chooses_rows,
-        )
+    for flag, given in (
+        ("--resume-from-step", config.resume_from_step is not None),
+        ("--extend", stage.extend),
+    ):
+        if given and stage.saved is None:
+            raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
+    start = find_start(stage.saved, stage.meta, stage.extend, stage.chooses_rows)
     require_same_run(stage.ranks, stage.meta, start.step if start else 0, stage.files)
     return start
 

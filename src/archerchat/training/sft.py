@@ -27,12 +27,12 @@ from archerchat.data.conversation_loader import (
     describe_mixture,
     render_whole,
 )
-from archerchat.data.hub import task_files
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.conversation import Conversation, user
+from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
 from archerchat.training.outcome import Outcome
@@ -113,19 +113,18 @@ class Finetuning(Tuning):
         most_rows: int | None = None,
     ) -> None:
         super().__init__(config, home, console, most_rows, "base")
-        files = task_files(home, config.data.data_dir, notify=self.console.print)
+        files = TaskFiles(home.cache_dir / "tasks", config.data.data_dir, notify=self.console.print)
         self.train, self.validation = self.ranks.first_alone(
             lambda: build_mixtures(config.data, files)
         )
         self.seed, self.num_iterations = config.data.mixture_seed, None
-        inherited = inherit(self.base, config.lr_scale, config.total_batch_size)
-        self.total_batch_tokens, self.rates = inherited.total_batch_tokens, inherited.learning_rates
+        usual_rows, self.total_batch_tokens, self.rates = inherit(
+            self.base, self.model_config, config.lr_scale, config.total_batch_size
+        )
         # Micro-batches count alike, however much of each is learned: more rows would be another
         # loss.
-        usual_rows = saved_rows(self.saved.meta) if self.saved else inherited.device_batch_size
-        self.fit_to_device(
-            self.base.config, usual_rows=usual_rows, document_masking=config.document_masking
-        )
+        usual_rows = saved_rows(self.saved.meta) if self.saved else usual_rows
+        self.fit_to_device(usual_rows=usual_rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
         self.meta = self.describe()
 
@@ -133,7 +132,7 @@ class Finetuning(Tuning):
         config, passes = self.config, self.config.passes
         # One pass is not named: the first runs knew no other.
         return ({} if passes == 1 else {"num_epochs": passes}) | {
-            "base": self.base.describe(),
+            "base": self.describe_base(),
             "tokenizer": self.tokenizer.fingerprint,
             "mixture": describe_mixture(self.train),
             "device_batch_size": self.rows,
@@ -151,7 +150,7 @@ class Finetuning(Tuning):
 
     def build_model(self, start: Checkpoint | None) -> None:
         super().build_model(start)
-        if start is None and self.config.warm_start and self.base.has_moments:
+        if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
             self.load_moments()
 
     def open_data(self, start: Checkpoint | None) -> None:
@@ -179,11 +178,8 @@ class Finetuning(Tuning):
 
     def used(self) -> Used:
         """Return what became of the conversations of all ranks, which ask at the same steps."""
-        own = [(each.counts, each.consumed, each.share) for each in self.loader.own]
+        own = [each.used for each in self.loader.own]
         return Used.of([part for parts in self.ranks.gather(own) for part in parts])
-
-    def step_tokens(self) -> int:
-        return self.total_batch_tokens
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return what became of the conversations so far."""
@@ -252,7 +248,7 @@ class Finetuning(Tuning):
         """Measure bits per byte of the validation mixture, which is read at most once."""
         count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
         with self._open_loader(self.validation, False, 0, 1) as loader:
-            batches = self.iter_validation(loader, count, lambda batch: loader.progress)
+            batches = self.iter_validation(loader, count, lambda batch: loader.used.progress)
             return {"val/bpb": self.bits_per_byte(batches)}
 
     def sample(self, step: int) -> Mapping[str, str]:
@@ -269,9 +265,9 @@ class Finetuning(Tuning):
         moments = "from zero"
         if self.config.warm_start:
             moments = f"from the base model's step {base.step}"
-            if not base.has_moments:
+            if "optimizer" not in base.hashes:
                 moments = "from zero: the base checkpoint has no optimizer state"
-        yield "base", f"{base.tag}, step {base.step}; optimizer moments {moments}"
+        yield "base", f"{self.base_tag}, step {base.step}; optimizer moments {moments}"
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
         for label, kind in (("found", "found"), ("left out", "left_out")):

@@ -93,6 +93,7 @@ class Stage(Recipe):
     """Seed of torch's generators at the start."""
     num_iterations: int | None
     """Steps of the run; None where the data decides."""
+    model_config: ModelConfig
     total_batch_tokens: int
     sequence_length: int
     extend: bool = False
@@ -195,6 +196,9 @@ class Stage(Recipe):
         path = find_checkpoint(self.directory, self.config.resume_from_step)
         return load_checkpoint(path, sections=())
 
+    def step_tokens(self) -> int:
+        return self.total_batch_tokens
+
     def count_micro_batches(self, rows: int) -> int:
         """Return how many micro-batches of so many rows make a step of one rank."""
         tokens, length = self.total_batch_tokens, self.sequence_length
@@ -202,7 +206,6 @@ class Stage(Recipe):
 
     def fit_to_device(
         self,
-        model: ModelConfig,
         *,
         usual_rows: int | None = None,
         reserved_bytes: int = 0,
@@ -225,7 +228,7 @@ class Stage(Recipe):
             self.rows, self.recomputes, keeps = choose_rows(
                 runtime,
                 self.ranks,
-                model,
+                self.model_config,
                 self.count_micro_batches(1),
                 self.saved,
                 usual_rows,
@@ -240,7 +243,7 @@ class Stage(Recipe):
             runtime,
             self.ranks,
             self.home.cache_dir,
-            model,
+            self.model_config,
             self.rows,
             forced=config.attention,
             compile=config.compile,

@@ -273,7 +273,7 @@ def test_progress_says_rate_and_time_left_when_piped(monkeypatch: pytest.MonkeyP
         progress.report("a", 60_000_000, 100_000_000)
         progress.report("a", 70_000_000, 100_000_000)
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == ("0 of 3 shards, 40 of 280 MB at 4.0 MB/s, 60 s left\n")
+    assert console.file.getvalue() == ("0 of 3 shards, 60 of 300 MB at 4.0 MB/s, 60 s left\n")
 
 
 @pytest.fixture

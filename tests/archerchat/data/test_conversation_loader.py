@@ -145,14 +145,14 @@ def test_every_row_of_any_mixture_has_something_to_learn(
         assert (
             (batch.targets[:, :-1] == -1) | (batch.targets[:, :-1] == batch.inputs[:, 1:])
         ).all()
-    counts = loader.counts
+    counts = loader.used.counts
     assert counts.read == len(conversations)
     assert counts.dropped == len(fitted) - len(kept)
     assert counts.cut == sum(cut for document, cut in fitted if document is not None)
     assert counts.targets == len(batches) * sequence_length
     assert counts.trained == sum(int((document[1:] >= 0).sum()) for document in kept)
     assert counts.padding == counts.targets + len(batches) - sum(map(len, kept))
-    assert loader.progress == 1
+    assert loader.used.progress == 1
 
 
 def test_each_conversation_is_in_the_rows_once_and_whole() -> None:
@@ -161,8 +161,8 @@ def test_each_conversation_is_in_the_rows_once_and_whole() -> None:
         batches = list(loader)
     expected = sorted(render_conversation(BYTES, each)[0] for each in conversations)
     assert sorted(documents_of(batches)) == expected
-    assert 0 < loader.counts.padding_share < 0.5
-    assert 0 < loader.counts.trained_share < 1
+    assert 0 < loader.used.counts.padding_share < 0.5
+    assert 0 < loader.used.counts.trained_share < 1
 
 
 def test_the_padding_is_bos_that_nobody_learns() -> None:
@@ -174,19 +174,19 @@ def test_the_padding_is_bos_that_nobody_learns() -> None:
     # The second row of the batch is there to fill it.
     assert (batch.inputs[1] == BOS).all()
     assert (batch.targets[1] == -1).all()
-    assert loader.counts.padding == 9 + 20
+    assert loader.used.counts.padding == 9 + 20
 
 
 def test_after_a_pass_the_next_begins_and_only_then() -> None:
     conversations = talks(23)
     with open_loader(conversations, batch_size=1) as loader:
         first = []
-        while loader.progress < 1:
+        while loader.used.progress < 1:
             first.append(next(loader))
         assert loader.state_dict()["lengths"].tolist() == []
-        assert loader.consumed == loader.share == 23
+        assert loader.used.consumed == loader.used.share == 23
         second = [next(loader) for _ in first]
-        assert loader.progress == 2
+        assert loader.used.progress == 2
     assert len(documents_of(first)) == 23
     assert all(equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -219,7 +219,7 @@ def test_real_conversations_never_stall(
         for batch in loader:
             assert (batch.targets >= 0).any()
             rows += 1
-    counts = loader.counts
+    counts = loader.used.counts
     assert counts.read == len(task)
     assert counts.cut > len(task) / 4
     assert counts.targets == rows * sequence_length
@@ -301,7 +301,8 @@ def test_a_state_has_the_names_and_types_that_checkpoints_have() -> None:
     for each in (fresh, state):
         assert list(each) == ["identity", "counts", "tokens", "lengths"]
         assert (each["tokens"].dtype, each["lengths"].dtype) == (torch.int32, torch.int64)
-    assert state["counts"]["read"] == loader.counts.read == loader.consumed + len(state["lengths"])
+    used = loader.used
+    assert state["counts"]["read"] == used.counts.read == used.consumed + len(state["lengths"])
 
 
 # Bad input
@@ -347,6 +348,6 @@ def test_impossible_settings_are_refused(changes: dict[str, int]) -> None:
 
 
 def test_shares_of_nothing_are_not_numbers() -> None:
-    counts = open_loader(talks(3)).counts
+    counts = open_loader(talks(3)).used.counts
     assert math.isnan(counts.padding_share)
     assert math.isnan(counts.trained_share)

@@ -23,12 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from archerchat.data import hub as hub_module
-from archerchat.data.hub import SOURCES, HubSource, download_shards, task_files
+from archerchat import downloads
+from archerchat.data.hub import SOURCES, HubSource, download_shards
 from archerchat.data.shards import iter_documents, list_shards, split_shards, write_shards
 from archerchat.errors import DataError, UsageError
-from archerchat.home import Home
-from archerchat.tasks.hub import load_tables
+from archerchat.tasks.hub import TaskFiles, load_tables
 from archerchat.tasks.registry import build_task
 
 SOURCE = HubSource("someone/texts", 6)
@@ -40,8 +39,8 @@ FIRST = "shard_00000.parquet"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up after three attempts, without waiting."""
-    monkeypatch.setattr(hub_module, "ATTEMPTS", 3)
-    monkeypatch.setattr(hub_module, "FIRST_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(downloads, "ATTEMPTS", 3)
+    monkeypatch.setattr(downloads, "FIRST_DELAY_SECONDS", 0.001)
 
 
 class Hub:
@@ -179,7 +178,7 @@ def test_the_validation_shard_comes_first(hub: Hub, tmp_path: Path) -> None:
     hub.files.pop(VALIDATION)
     with pytest.raises(DataError, match=rf"{VALIDATION} answered 404"):
         fetch(hub, tmp_path / "data", num_train=4)
-    assert names(tmp_path / "data") == []
+    assert not (tmp_path / "data").exists()
 
 
 def test_what_is_there_needs_no_network(hub: Hub, tmp_path: Path) -> None:
@@ -317,14 +316,13 @@ def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path
     hub.files[TABLE] = arc_table()
     hub.faults[TABLE] = ["drop", "500"]
     notes: list[str] = []
-    home = Home(tmp_path / "home")
-    files = task_files(home, endpoint=hub.endpoint, notify=notes.append)
+    files = TaskFiles(tmp_path / "cache", endpoint=hub.endpoint, notify=notes.append)
     task = build_task("arc-easy", "test", files)
     assert (len(task), task[499]["messages"][1]["content"]) == (500, "B")
     assert task[7]["messages"][0]["content"].startswith("Multiple Choice question: 7?\n- iron=A")
     assert notes[0] == f"fetching ARC-Easy/{TABLE} of allenai/ai2_arc"
     assert hub.gets[TABLE][1] == f"bytes={len(hub.files[TABLE]) // 2}-"  # it went on
-    cached = home.cache_dir / "tasks" / "allenai--ai2_arc" / table.revision[:12] / "ARC-Easy"
+    cached = tmp_path / "cache" / "allenai--ai2_arc" / table.revision[:12] / "ARC-Easy"
     assert names(cached) == [TABLE]
     before = hub.requests
     assert len(build_task("ARC-Easy", "test", files)) == 500
@@ -332,13 +330,13 @@ def test_a_task_s_table_comes_at_its_pinned_revision_and_once(hub: Hub, tmp_path
 
 
 def test_a_table_that_is_no_parquet_is_refused(hub: Hub, tmp_path: Path) -> None:
+    table = load_tables()["ARC-Easy"]
+    hub.resolve = f"/datasets/{table.repository}/resolve/{table.revision}/ARC-Easy"
     hub.files[TABLE] = b"not found" * 1000
-    path = tmp_path / "tables" / TABLE
-    fetch = task_files(Home(tmp_path), endpoint=hub.endpoint).fetch
-    assert fetch is not None
+    files = TaskFiles(tmp_path / "cache", endpoint=hub.endpoint)
     with pytest.raises(DataError, match=r"what arrived is unusable.*--data-dir names a folder"):
-        fetch(SOURCE.repository, "main", TABLE, path)
-    assert names(path.parent) == []
+        files.rows(table, "test")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("num_train", [0, 6])

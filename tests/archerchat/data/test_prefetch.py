@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
-import gc
-import subprocess
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from archerchat.data.prefetch import Prefetcher
+from archerchat.data.packing import ConcatPacker, Row
+from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
+
+
+@dataclass(frozen=True)
+class Last:
+    number: int
+
+
+@dataclass
+class Rows(RowSource[Last]):
+    """Rows of one number each."""
+
+    numbers: Iterator[int]
+    packer: ConcatPacker = field(default_factory=lambda: ConcatPacker(2))
+
+    def iter_rows(self) -> Iterator[Row]:
+        for number in self.numbers:
+            yield np.full(2, number)
+
+    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, Last]:
+        return Batch(np.stack((rows[:, :1], rows[:, 1:]))), Last(int(rows[0, 0]))
+
+
+class Numbers(PrefetchingLoader[Last]):
+    """Yield the numbers of a source."""
+
+    def __init__(self, source: Callable[[], Iterator[int]], prefetch: int) -> None:
+        super().__init__({"batch_size": 1, "sequence_length": 1}, Last(-1), prefetch, np.uint16)
+        self._source = source
+
+    def _open(self, state: State[Last]) -> Rows:
+        return Rows(self._source())
+
+    def _parse(self, state: Mapping[str, Any]) -> Last:
+        return Last(state["number"])
+
+
+def numbers_of(loader: Numbers) -> list[int]:
+    return [int(batch.inputs[0, 0]) for batch in loader]
 
 
 def prefetch_threads() -> list[threading.Thread]:
@@ -21,34 +61,34 @@ def prefetch_threads() -> list[threading.Thread]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 20
     while not condition():
-        assert time.monotonic() < end, "waited 5 s in vain"
+        assert time.monotonic() < end, "waited 20 s in vain"
         time.sleep(0.001)
 
 
 def test_yields_the_source_in_order_then_stops() -> None:
-    prefetcher = Prefetcher(iter(range(20)), depth=3)
-    assert list(prefetcher) == list(range(20))
-    with pytest.raises(StopIteration):
-        next(prefetcher)
+    with Numbers(lambda: iter(range(20)), 3) as loader:
+        assert numbers_of(loader) == list(range(20))
+        with pytest.raises(StopIteration):
+            next(loader)
+        assert loader.state_dict()["number"] == 19
 
 
 def test_runs_ahead_but_not_beyond_its_depth() -> None:
     made: list[int] = []
 
     def source() -> Iterator[int]:
-        for i in count():
-            made.append(i)
-            yield i
+        for number in count():
+            made.append(number)
+            yield number
 
-    prefetcher = Prefetcher(source(), depth=3)
-    wait_until(lambda: len(made) == 3)
-    time.sleep(0.05)
-    assert len(made) == 3
-    next(prefetcher)
-    wait_until(lambda: len(made) == 4)
-    prefetcher.close()
+    with Numbers(source, 3) as loader:
+        next(loader)
+        wait_until(lambda: len(made) == 4)
+        time.sleep(0.05)
+        assert len(made) == 4
+        assert loader.state_dict()["number"] == 0
 
 
 def test_an_error_comes_after_the_items_before_it() -> None:
@@ -56,65 +96,25 @@ def test_an_error_comes_after_the_items_before_it() -> None:
         yield 1
         raise ValueError("broken shard")
 
-    prefetcher = Prefetcher(source(), depth=5)
-    assert next(prefetcher) == 1
-    for _ in range(2):
-        with pytest.raises(ValueError, match="broken shard"):
-            next(prefetcher)
-
-
-def test_counts_the_seconds_that_next_waits() -> None:
-    made = []
-
-    def slow() -> Iterator[int]:
-        while True:
-            time.sleep(0.3)
-            made.append(0)
-            yield 0
-
-    prefetcher = Prefetcher(slow(), depth=1)
-    next(prefetcher)
-    next(prefetcher)
-    waited = prefetcher.wait_seconds
-    assert 0.3 < waited < 60
-    while len(made) < 3:  # the third is in the queue by then
-        time.sleep(0.01)
-    next(prefetcher)
-    assert prefetcher.wait_seconds - waited < 0.3
-    prefetcher.close()
+    with Numbers(source, 5) as loader:
+        assert next(loader).inputs.tolist() == [[1]]
+        for _ in range(2):
+            with pytest.raises(ValueError, match="broken shard"):
+                next(loader)
 
 
 def test_close_ends_the_thread_even_when_the_queue_is_full() -> None:
-    prefetcher = Prefetcher(count(), depth=2)
-    next(prefetcher)
-    began = time.monotonic()
-    prefetcher.close()
-    prefetcher.close()
-    assert time.monotonic() - began < 30
+    loader = Numbers(count, 2)
+    next(loader)
+    loader.close()
+    loader.close()
     assert not prefetch_threads()
-    with pytest.raises(StopIteration):
-        next(prefetcher)
 
 
-def test_the_thread_ends_when_nobody_refers_to_it() -> None:
-    prefetcher = Prefetcher(count(), depth=2)
-    next(prefetcher)
-    reference = weakref.ref(prefetcher)
-    del prefetcher
-    gc.collect()
+def test_the_thread_ends_when_nobody_refers_to_the_loader() -> None:
+    loader = Numbers(count, 2)
+    next(loader)
+    reference = weakref.ref(loader)
+    del loader
     assert reference() is None
-    assert not prefetch_threads()
-
-
-@pytest.mark.parametrize("depth", [1, 1000])
-def test_an_interpreter_that_leaves_does_not_hang(depth: int) -> None:
-    program = (
-        "from itertools import count\n"
-        "from archerchat.data.prefetch import Prefetcher\n"
-        f"prefetcher = Prefetcher(count(), {depth})\n"
-        "print(next(prefetcher))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+    wait_until(lambda: not prefetch_threads())

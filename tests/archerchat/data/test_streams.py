@@ -4,34 +4,55 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from archerchat.data.prefetch import Batch, Plan, PrefetchingLoader
+from archerchat.data.packing import ConcatPacker, Row
+from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 
 
-class Numbers(PrefetchingLoader[Plan, int]):
+@dataclass(frozen=True)
+class Next:
+    number: int
+
+
+@dataclass
+class Counting(RowSource[Next]):
+    """Yield rows of a number, `step` apart."""
+
+    number: int
+    step: int
+    packer: ConcatPacker = field(default_factory=lambda: ConcatPacker(2))
+
+    def iter_rows(self) -> Iterator[Row]:
+        while True:
+            row = np.full(2, self.number)
+            self.number += self.step
+            yield row
+
+    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, Next]:
+        return Batch(np.stack((rows[:, :1], rows[:, 1:]))), Next(self.number)
+
+
+class Numbers(PrefetchingLoader[Next]):
     """Count in steps: stream s of n yields s, s + n, ..."""
 
     def __init__(self, stream: int, count: int) -> None:
-        super().__init__(Plan({"stream": stream, "count": count}), stream, 2)
+        identity = {"batch_size": 1, "sequence_length": 1, "stream": stream, "count": count}
+        super().__init__(identity, Next(stream), 2, np.uint16)
 
-    def _iter_after(self, state: int) -> Iterator[tuple[Batch, int]]:
-        while True:
-            following = state + self._plan.identity["count"]
-            yield Batch(np.full((2, 1, 1), state)), following
-            state = following
+    def _open(self, state: State[Next]) -> Counting:
+        return Counting(state.progress.number, self._identity["count"])
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"identity": dict(self._plan.identity), "state": self._state}
-
-    def _parse(self, state: Mapping[str, Any]) -> int:
-        return int(state["state"])
+    def _parse(self, state: Mapping[str, Any]) -> Next:
+        return Next(int(state["number"]))
 
 
 class Alone(Ranks):

@@ -41,7 +41,7 @@ class CachedTokenizer:
         self.fingerprint = tokenizer.fingerprint
         self.encode = functools.cache(lambda text: [self.bos_id, *tokenizer.encode(text)])
 
-    def encode_batch(self, texts: Sequence[str], num_threads: int = 1) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from archerchat.data import hub
+from archerchat import downloads
 from archerchat.errors import DataError, UsageError
 from archerchat.evals.core.bundle import check_archive, find_bundle, load_bundle
 
@@ -22,8 +22,8 @@ from archerchat.evals.core.bundle import check_archive, find_bundle, load_bundle
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up after two attempts, without waiting."""
-    monkeypatch.setattr(hub, "ATTEMPTS", 2)
-    monkeypatch.setattr(hub, "FIRST_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(downloads, "ATTEMPTS", 2)
+    monkeypatch.setattr(downloads, "FIRST_DELAY_SECONDS", 0.001)
 
 
 class Server:

@@ -94,22 +94,13 @@ def test_the_key_holds_whatever_changes_the_rate(
         "[1, 2]",
         "\x00\xff",
         '{"KEY": null}',
-        '{"KEY": {"flops_per_second": 0.0, "shape": [1, 2, 3], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": -1.0, "shape": [1, 2, 3], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": NaN, "shape": [1, 2, 3], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": Infinity, "shape": [1, 2, 3], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": 1e300, "shape": [1, 2, 3], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": "fast", "shape": [1, 2, 3], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": true, "shape": [1, 2, 3], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": 2e12}}',
         '{"KEY": {"flops_per_second": 2e12, "size": 512}}',
-        '{"KEY": {"flops_per_second": 2e12, "shape": [1, 2], "dtype": "x"}}',
-        '{"KEY": {"flops_per_second": 2e12, "shape": [1, 2, 3], "dtype": null}}',
     ],
 )
-def test_a_corrupt_cache_is_measured_again(
+def test_a_cache_of_no_use_is_measured_again(
     tmp_path: Path, measured: list[Runtime], content: str
 ) -> None:
+    """A broken file, or an entry of another version."""
     (tmp_path / CACHE_FILE).write_bytes(content.replace("KEY", cache_key(CPU)).encode("latin-1"))
     assert peak_flops(CPU, tmp_path).flops_per_second == 1.5e12
     assert peak_flops(CPU, tmp_path).flops_per_second == 1.5e12
@@ -118,7 +109,7 @@ def test_a_corrupt_cache_is_measured_again(
 
 def test_other_entries_survive(tmp_path: Path, measured: list[Runtime]) -> None:
     entry = {"flops_per_second": 3e12, "shape": [512, 512, 512], "dtype": "float32"}
-    (tmp_path / CACHE_FILE).write_text(json.dumps({"another machine": entry, "broken": 1}))
+    (tmp_path / CACHE_FILE).write_text(json.dumps({"another machine": entry}))
     peak_flops(CPU, tmp_path)
     kept = json.loads((tmp_path / CACHE_FILE).read_text())
     assert kept.keys() == {"another machine", cache_key(CPU)}
@@ -131,7 +122,6 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     (tmp_path / "file").write_text("in the way")
     peak = peak_flops(CPU, tmp_path / "file")
     assert peak.flops_per_second == 1.5e12
-    assert "not cached" in peak.source
     assert "delete" not in peak.source
 
 

@@ -140,6 +140,19 @@ def test_a_capped_core_is_not_set_against_gpt2(full_home: Home) -> None:
     assert "of GPT-2 XL's" not in text
 
 
+def test_a_model_stands_between_gpt2_and_gpt3(full_home: Home) -> None:
+    """On the ladder of SPEC section 11, which says what is measured and what is estimated."""
+    text = render(full_home, "d8").markdown.replace("**", "")
+    rungs = re.findall(r"^\| (.*) \| 0\.(\d{4}) \| (measured|estimated|this model) \|$", text, re.M)
+    assert [core for _, core, _ in rungs] == sorted(core for _, core, _ in rungs)
+    at = rungs.index(("d8", "1234", "this model"))
+    assert rungs[at - 1] == ("GPT-2 124M", "1139", "measured")
+    assert rungs[at + 1] == ("GPT-3 125M", "1480", "estimated")
+    assert len(rungs) == 13
+    (full_home.eval_dir("base", "d8") / "core_30.json").unlink()  # a capped one is left
+    assert "Where it stands" not in render(full_home, "d8").markdown
+
+
 def test_the_page_needs_nothing_else(full_home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """No script, no request, whatever the runs say."""
     monkeypatch.undo()  # real charts

@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
-pytest.importorskip("sse_starlette")
 pytest.importorskip("httpx")
 pytest.importorskip("llguidance")
 import uvicorn

@@ -12,8 +12,8 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from archerchat import load
-from archerchat.inference.sequence import Event, Request
-from archerchat.serving.responses import ChatChoice
+from archerchat.inference.sequence import Event
+from archerchat.serving.answers import ChatChoice
 from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -252,7 +252,7 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
     words = ["a", "<|python_start|>", "6*7", "<|python_end|>", "<|output_start|>", "42",
              "<|output_end|>", "b"]  # fmt: skip
     found = scripted(["a", "b"])
-    choice = ChatChoice(found.tokenizer, 0, Request([1]))
+    choice = ChatChoice(found.tokenizer, 0)
     deltas = [choice.read(Event(0, 0, token))["delta"] for token in found.ids(words)]
     choice.read(Event(0, 0, None, finish_reason="stop"))
     assert "".join(delta.get("content", "") for delta in deltas) == "ab"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("sse_starlette")
+pytest.importorskip("fastapi")
 import httpx
 
 from archerchat import load
@@ -32,13 +32,13 @@ def server(served_home: Any, listen: Any) -> Iterator[Any]:
     with listen(app) as address, httpx.Client(base_url="http://{}:{}".format(*address)) as client:
         client.post("/v1/completions", json={"prompt": "ab", "max_tokens": 1}, timeout=60)
         engine = app.state.server.models.loaded["tiny:sft"].engine
-        step = engine.step
+        advance = engine.advance
 
         def slow() -> Any:
             time.sleep(0.01)
-            return step()
+            return advance()
 
-        engine.step = slow
+        engine.advance = slow
         yield client, address
 
 
@@ -96,7 +96,7 @@ def test_slow_and_silent_clients_hold_nobody_up(server: Any) -> None:
 
 def test_headers_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer that takes longer than headers may is not."""
-    monkeypatch.setattr(guard, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "REQUEST_SECONDS", 0.2)
     client, address = server
     with (
         opened(address, "GET /health HTTP/1.1") as slow,

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from archerchat.errors import DataError, UsageError
+from archerchat.tasks import hub
 from archerchat.tasks.hub import (
     Table,
     TaskFiles,
@@ -38,19 +39,22 @@ def test_files_on_the_hub() -> None:
         GSM8K.files("dev")
 
 
-def test_a_missing_file_is_fetched_once(tmp_path: Path) -> None:
+def test_a_missing_file_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = []
 
-    def fetch(repository: str, revision: str, name: str, path: Path) -> None:
-        fetched.append((repository, revision, name))
+    def fetch(url: str, path: Path, check: object, **options: object) -> None:
+        fetched.append(url)
         path.parent.mkdir(parents=True)
         path.write_bytes(b"")
 
-    files = TaskFiles(tmp_path, fetch=fetch)
+    monkeypatch.setattr(hub, "download_file", fetch)
+    files = TaskFiles(tmp_path)
     for _ in range(2):  # an empty file is no Parquet, but it is there
         with pytest.raises(DataError, match=r"as Parquet .*delete it and run the same command"):
             files.rows(GSM8K, "test")
-    assert fetched == [(GSM8K.repository, GSM8K.revision, "main/test-00000-of-00001.parquet")]
+    (url,) = fetched
+    name = "main/test-00000-of-00001.parquet"
+    assert url.endswith(f"/datasets/{GSM8K.repository}/resolve/{GSM8K.revision}/{name}")
 
 
 def test_a_local_file_that_is_missing_is_named(local_files: TaskFiles) -> None:

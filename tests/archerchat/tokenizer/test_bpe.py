@@ -84,7 +84,7 @@ def test_shard_streams_match_the_reference(
 ) -> None:
     expected = goldens(oracle_dir)["streams"][index]
     texts = shard_texts(oracle_dir / "corpus" / expected["file"])
-    rows = reference_tokenizer.encode_batch(texts, num_threads=2)
+    rows = reference_tokenizer.encode_batch(texts)
     assert [len(row) for row in rows[:20]] == expected["first_20_doc_lengths"]
     stream = np.concatenate([np.array(row, dtype="<u4") for row in rows])
     assert len(stream) == expected["total_tokens_including_bos"]
@@ -120,12 +120,10 @@ def test_special_token_text_is_ordinary_text(small_tokenizer: Tokenizer, text: s
     assert all(i < small_tokenizer.bos_id for i in ids)
 
 
-@given(st.lists(st.text(max_size=20), max_size=8), st.integers(1, 3))
-def test_a_batch_is_its_texts_one_by_one(
-    small_tokenizer: Tokenizer, texts: list[str], threads: int
-) -> None:
+@given(st.lists(st.text(max_size=20), max_size=8))
+def test_a_batch_is_its_texts_one_by_one(small_tokenizer: Tokenizer, texts: list[str]) -> None:
     expected = [[small_tokenizer.bos_id, *small_tokenizer.encode(text)] for text in texts]
-    assert small_tokenizer.encode_batch(texts, threads) == expected
+    assert small_tokenizer.encode_batch(texts) == expected
 
 
 @given(st.lists(st.integers(0, 289)))

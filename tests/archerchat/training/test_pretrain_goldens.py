@@ -201,7 +201,7 @@ def test_an_imported_run_continues_as_the_reference_did(oracle_dir: Path, tmp_pa
     meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
     save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
     stage, recorder = Pretraining(config, home, tokenizer=tokenizer), Recorder(None)
-    start = find_start(stage.directory, stage.meta, None, extend=True)
+    start = find_start(stage.saved, stage.meta, extend=True)
     assert start is not None
     stage.build(start)
     recipe: Recipe = stage

@@ -197,9 +197,9 @@ def test_other_data_is_refused(tiny_home: Any, capsys: pytest.CaptureFixture[str
 
 
 def test_weights_without_training_state_cannot_be_resumed(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 900, {"model": {}}, {"source": "nanochat"})
+    path = save_checkpoint(tmp_path, 900, {"model": {}}, {"source": "nanochat"})
     with pytest.raises(CheckpointError, match=r"no training state to resume \(nanochat\)"):
-        find_start(tmp_path, {"identity": {}}, None)
+        find_start(load_checkpoint(path), {"identity": {}})
 
 
 PEAKS = {"matrix": 0.02, "smear": 0.2, "off": 0.0}

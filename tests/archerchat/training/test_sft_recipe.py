@@ -10,13 +10,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from archerchat.data.conversation_loader import Counts
+from archerchat.checkpoint import Checkpoint
+from archerchat.data.conversation_loader import Counts, Used
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 from archerchat.runtime import Runtime
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.base_model import BaseModel, inherit
+from archerchat.training.base_model import inherit
 from archerchat.training.fitting import choose_attention
 from archerchat.training.sft import Finetuning, lr_multiplier, muon_momentum
 
@@ -25,9 +25,8 @@ DIAL = DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=
 HP = build_hyperparameters(DIAL, 360)
 
 
-def base_model(meta: dict[str, Any]) -> BaseModel:
-    path = Path("base/step_000004")
-    return BaseModel(path, 4, meta, HP.model, cast(Tokenizer, None), "hash")
+def base_model(meta: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(4, Path("base/step_000004"), {}, meta, {})
 
 
 TRAINED = base_model(
@@ -57,7 +56,7 @@ def test_the_momentum_rises_over_300_steps(step: int, expected: float) -> None:
 def recipe(progress: float, num_iterations: int | None, num_epochs: int | None = 1) -> Finetuning:
     """A stage of nothing but a position in its data, whose pass takes about 70 steps."""
     made = object.__new__(Finetuning)
-    stream = SimpleNamespace(counts=Counts(), consumed=1000 * progress, share=1000)
+    stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), 1000, progress))
     made.loader = cast(Any, SimpleNamespace(own=[stream]))
     made.ranks, made.pass_tokens, made.total_batch_tokens = Ranks(), 70.0, 1
     made.config = cast(Any, SimpleNamespace(num_iterations=num_iterations, passes=num_epochs))
@@ -118,26 +117,25 @@ def test_progress_is_that_of_data_or_steps_whichever_ends_first(
 
 
 def test_batch_and_rates_are_the_base_model_s() -> None:
-    inherited = inherit(TRAINED, 0.8)
-    assert (inherited.device_batch_size, inherited.total_batch_tokens) == (4, 512)
+    rows, tokens, found = inherit(TRAINED, HP.model, 0.8)
+    assert (rows, tokens) == (4, 512)
     rates = asdict(HP.learning_rates)
-    assert asdict(inherited.learning_rates) == {n: pytest.approx(r * 0.8) for n, r in rates.items()}
+    assert asdict(found) == {n: pytest.approx(r * 0.8) for n, r in rates.items()}
 
 
 def test_another_batch_scales_the_rates_as_the_dial_does() -> None:
-    inherited = inherit(TRAINED, 1.0, 2048)
+    _, _, found = inherit(TRAINED, HP.model, 1.0, 2048)
     bigger = build_hyperparameters(
         DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=2048), 360
     )
-    rates = asdict(bigger.learning_rates)
-    assert asdict(inherited.learning_rates) == {n: pytest.approx(r) for n, r in rates.items()}
+    assert asdict(found) == {n: pytest.approx(r) for n, r in asdict(bigger.learning_rates).items()}
 
 
 def test_an_imported_model_gets_the_dial_s_rates() -> None:
-    inherited = inherit(base_model({}), 1.0, 512)
-    rates = asdict(HP.learning_rates)
-    assert asdict(inherited.learning_rates) == {n: pytest.approx(r) for n, r in rates.items()}
-    assert 512 % (inherited.device_batch_size * 64) == 0
+    rows, tokens, found = inherit(base_model({}), HP.model, 1.0, 512)
+    assert asdict(found) == {n: pytest.approx(r) for n, r in asdict(HP.learning_rates).items()}
+    assert tokens == 512
+    assert 512 % (rows * 64) == 0
 
 
 def choose(runtime: Runtime, forced: str | None, masks: bool, compile: bool = True) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,33 @@ def test_a_resumed_run_says_where_from_and_what_keeps_it_from_being_exact(
     path = tiny_home.checkpoint_dir("base", "tiny") / "step_000002"
     assert f"resuming from {path}\n" in output
     assert "not bit for bit after this point: compile: False saved, True now" in output
+
+
+def test_a_checkpoint_of_the_format_before_resumes_too(tiny_home: Any) -> None:
+    """Format 1 kept what is not tensors among the meta, under names of its own."""
+    assert tiny_home.pretrain(keep_last=9) == 0
+    assert tiny_home.pretrain(keep_last=9, model_tag="old") == 0
+    path = tiny_home.checkpoint_dir("base", "old") / "step_000002"
+    write_as_format_1(path)
+    assert tiny_home.pretrain(model_tag="old", resume_from_step=2) == 0
+    weights = [
+        (tiny_home.checkpoint_dir("base", tag) / "step_000004" / "model.safetensors").read_bytes()
+        for tag in ("tiny", "old")
+    ]
+    assert weights[0] == weights[1]
+
+
+def write_as_format_1(path: Any) -> None:
+    from archerchat.checkpoint import _digest
+
+    content = json.loads((path / "meta.json").read_text())
+    del content["sha256"]
+    state = content.pop("state")
+    content["format"] = 1
+    content["meta"] |= {name: state[name] for name in ("loop", "loader", "scaler")}
+    content["meta"]["optimizer_steps"] = state["optimizer"]["steps_taken"]
+    del content["meta"]["finished"]
+    (path / "meta.json").write_text(json.dumps(content | {"sha256": _digest(content)}))
 
 
 def test_a_rank_that_would_train_on_other_data_is_named(

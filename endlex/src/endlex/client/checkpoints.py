@@ -1,18 +1,20 @@
-"""Checkpoints that wait to be sent: links to the trainer's files, and a note of what they were.
+"""Checkpoints in a run's directory: those that wait to be sent, and what is known of the others.
 
     staged/NAME/...       copies of the files (clones where the file system has them), so that what
                           the trainer does to its own after `run.save` changes nothing
     staged/.NAME.json     step, aliases, metadata, and each file's size and time of change
+    manifests/NAME.json   the hashes of its files, kept after it was sent
 
-Many trainers write each checkpoint over the one before, so a copy is what is safe. Who never
-rewrites a file in place asks for hard links: they cost a few system calls a file and no space. A
-link shares its content with the trainer's file: if that is rewritten all the same, size or time
+Many trainers overwrite the previous checkpoint, so copies are the default. A trainer that never
+rewrites a file in place can ask for hard links: they cost a few system calls per file and no space.
+A link shares its content with the trainer's file: if that is rewritten all the same, size or time
 differ from the note, and the checkpoint is reported instead of sent.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -28,15 +30,16 @@ from endlex.protocol import (
     CHECKPOINT_NAME,
     MANIFEST_DIR,
     MAX_FILES,
+    MEDIA_DIR,
     REPLACES,
+    SHA256,
     STAGED_DIR,
     EndlexError,
+    Manifest,
     check_checkpoint_name,
     check_checkpoint_path,
+    check_manifest,
 )
-
-if sys.platform == "linux":
-    import fcntl
 
 FICLONE = 0x40049409
 """The request of linux/fs.h that makes one file's content another's, copied when written."""
@@ -131,7 +134,6 @@ def stage(
     Raises:
         NothingToSave: a directory holds no files.
         EndlexError: the path does not exist, or a name or alias is not one.
-        OSError: the directory cannot be written, or a file not read.
     """
     name = check_checkpoint_name(name or _name_of(source, step))
     found = list(files_of(source, outside_links))
@@ -179,8 +181,24 @@ def _name_of(source: Path, step: int) -> str:
 
 def has_saved(directory: Path, name: str) -> bool:
     """Whether a run's directory has a checkpoint of this name: waiting, sent or given up."""
-    staged, sent = directory / STAGED_DIR / name, directory / MANIFEST_DIR / f"{name}.json"
+    staged, sent = directory / STAGED_DIR / name, manifest_path(directory, name)
     return staged.exists() or sent.exists() or name in given_up(directory)
+
+
+def manifest_path(directory: Path, name: str) -> Path:
+    """Where the hashes of a checkpoint are kept."""
+    return directory / MANIFEST_DIR / f"{name}.json"
+
+
+def load_manifest(directory: Path, name: str) -> Manifest | None:
+    """Return the manifest of a checkpoint, or None if it was not hashed here."""
+    path = manifest_path(directory, name)
+    try:
+        return check_manifest(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, EndlexError) as error:
+        raise EndlexError(f"{path} is damaged ({error}): delete it, it is made again") from error
 
 
 def _unused(directory: Path, name: str) -> str:
@@ -196,17 +214,13 @@ def _keep(source: Path, inside: str, target: Path, link: bool) -> StagedFile:
     target.parent.mkdir(parents=True, exist_ok=True)
     status = source.stat()
     if not _clone(source, target, status):
-        first, second = (_link, _copy) if link else (_copy, _link)
+        first, second = (os.link, _copy) if link else (_copy, os.link)
         try:
             first(source, target)
         except OSError:  # no links to there, or no space for a copy
             second(source, target)
     kept = target.stat()
     return {"path": inside, "bytes": kept.st_size, "changed": kept.st_mtime_ns}
-
-
-def _link(source: Path, target: Path) -> None:
-    os.link(source, target)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -253,12 +267,14 @@ def staged_names(directory: Path) -> list[str]:
     return [name for _, name in sorted(found)]
 
 
-def read_note(directory: Path, name: str) -> Staged:
-    """The note of a staged checkpoint.
+def waiting_media(directory: Path) -> list[str]:
+    """Return the parts of media, by hash, that wait in a run's directory."""
+    folder = directory / MEDIA_DIR
+    return [path.name for path in folder.glob("*") if SHA256.fullmatch(path.name)]
 
-    Raises:
-        EndlexError: it is missing or damaged.
-    """
+
+def read_note(directory: Path, name: str) -> Staged:
+    """The note of a staged checkpoint."""
     path = note_path(directory, name)
     try:
         note = json.loads(path.read_bytes())
@@ -296,8 +312,7 @@ def give_up(directory: Path, name: str, reason: str) -> None:
     path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"reason": reason}).encode())
-    manifest = directory / MANIFEST_DIR / f"{name}.json"
-    manifest.unlink(missing_ok=True)
+    manifest_path(directory, name).unlink(missing_ok=True)
     unstage(directory, name)
 
 
@@ -327,7 +342,7 @@ def drop_replaced(directory: Path) -> list[str]:
         try:
             word = read_note(directory, name)["metadata"].get(REPLACES)
         except (EndlexError, KeyError, AttributeError):
-            continue  # damaged: whoever sends it says so
+            continue  # damaged: sending it will report that
         if isinstance(word, str):
             if word in newest:
                 unstage(directory, name)

@@ -34,7 +34,7 @@ class Console:
     """Listen to stdout and stderr until closed.
 
     Args:
-        record: told each chunk of whole lines; what it raises is ignored.
+        record: called with each chunk of whole lines; its exceptions are ignored.
     """
 
     def __init__(self, record: Callable[[str], None]) -> None:
@@ -104,7 +104,7 @@ class Console:
 
 
 def _wrap(stream: Any, listen: Callable[[str], None]) -> Any:
-    """Have `listen` told what is written; None where the stream cannot be wrapped."""
+    """Call `listen` with what is written; return None where the stream cannot be wrapped."""
     if not callable(write := getattr(stream, "write", None)):
         return None
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from endlex.client.process import fsync
-from endlex.client.transport import Backoff, Refused, Retry, Transport, quoted
+from endlex.client.retrying import PATIENCE_SECONDS, Patience, in_parallel
+from endlex.client.transport import Refused, Retry, Transport, quoted
 from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
 
 CONNECTIONS = 4
-ATTEMPTS = 8
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +34,7 @@ class _Piece:
 
 
 class Removed(EndlexError):
-    """The server published this checkpoint, and let go of it since, on purpose.
+    """The server published this checkpoint and removed it since, on purpose.
 
     Attributes:
         removed: Unix seconds.
@@ -48,19 +47,24 @@ class Removed(EndlexError):
         self.removed, self.reason, self.manifest = removed, reason, manifest
 
 
+class Unknown(EndlexError):
+    """The server knows no checkpoint of this name."""
+
+
 def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
     """The manifest of a checkpoint that the server has published.
 
     Raises:
-        Removed: a rule or a person let go of it.
-        EndlexError: there is none of this name, or it is not published.
+        Unknown: there is none of this name.
+        Removed: a rule or a person removed it.
+        EndlexError: it is not published.
         Retry: the server is not there.
     """
     try:
         answer = transport.request("GET", quoted("runs", run, "checkpoints", name))
     except Refused as error:
         if error.status == 404:
-            raise EndlexError(f"the server has no checkpoint {name!r} of run {run}") from error
+            raise Unknown(f"the server has no checkpoint {name!r} of run {run}") from error
         raise
     content = answer.content if isinstance(answer.content, dict) else {}
     state = content.get("state")
@@ -82,12 +86,15 @@ def pull_checkpoint(
     directory: Path,
     transport: Transport,
     progress: Progress = lambda done, total: None,
+    *,
+    patience: float = PATIENCE_SECONDS,
 ) -> list[Path]:
     """Download a checkpoint's files into a directory; each appears whole and verified.
 
     Args:
         directory: made if missing. A file that is there already is kept if it is the same.
-        progress: told the bytes that are here and verified, and all of them.
+        progress: called with the bytes that are here and verified, and all bytes.
+        patience: seconds without any progress after which a fault of the network is raised.
 
     Returns:
         The files.
@@ -96,7 +103,6 @@ def pull_checkpoint(
         EndlexError: there is no such checkpoint, another file is in the way, or what the server
             sends does not have the hashes that it should.
         Retry: the server could not be reached for too long; call again to go on.
-        OSError: the directory cannot be written.
     """
     directory = directory.absolute()
     manifest = fetch_manifest(run, name, transport)
@@ -107,15 +113,18 @@ def pull_checkpoint(
     done = total - sum(piece.bytes for piece in pieces)
     progress(done, total)
     where = quoted("runs", run, "checkpoints", name)
-    with ThreadPoolExecutor(CONNECTIONS) as pool:
-        jobs = [pool.submit(_fetch, piece, building, where, transport) for piece in pieces]
-        try:
-            for job in as_completed(jobs):
-                done += job.result()
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    lock = threading.Lock()
+    waiter = Patience(patience)
+
+    def fetch(piece: _Piece) -> None:
+        nonlocal done
+        waiter.keep_trying(lambda: _fetch(piece, building, where, transport))
+        with lock:
+            done += piece.bytes
+            waiter.progressed(done)
+            progress(done, total)
+
+    in_parallel(fetch, pieces, CONNECTIONS, transport)
     for file in wanted:
         _publish(building, directory, file)
     shutil.rmtree(building, ignore_errors=True)
@@ -150,21 +159,7 @@ def _pieces(building: Path, file: ManifestFile) -> Iterator[_Piece]:
             offset += part["bytes"]
 
 
-def _fetch(piece: _Piece, building: Path, where: str, shared: Transport) -> int:
-    backoff = Backoff(longest=5.0)
-    transport = shared.another()
-    try:
-        for _ in range(ATTEMPTS - 1):
-            try:
-                return _fetch_once(piece, building, where, transport)
-            except Retry as error:
-                time.sleep(backoff.wait(error))
-        return _fetch_once(piece, building, where, transport)
-    finally:
-        transport.close()
-
-
-def _fetch_once(piece: _Piece, building: Path, where: str, transport: Transport) -> int:
+def _fetch(piece: _Piece, building: Path, where: str, transport: Transport) -> None:
     path = f"{where}/files{quoted(*piece.file['path'].split('/'))}"
     digest, held = hashlib.sha256(), 0
     end = piece.offset + piece.bytes
@@ -179,7 +174,6 @@ def _fetch_once(piece: _Piece, building: Path, where: str, transport: Transport)
                 file.write(block)
     if held != piece.bytes or digest.hexdigest() != piece.sha256:
         raise Retry(f"{transport.url} sent something else than part {piece.sha256} of {path}")
-    return held
 
 
 def _publish(building: Path, directory: Path, file: ManifestFile) -> None:

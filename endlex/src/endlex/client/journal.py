@@ -21,20 +21,14 @@ from typing import Any
 
 from endlex.client.process import FULL, fsync, try_lock, warn, warn_once
 from endlex.client.values import to_json
-from endlex.protocol import (
-    FINISH,
-    JOURNAL_DIR,
-    MAX_BATCH_BYTES,
-    SESSION,
-    EndlexError,
-)
+from endlex.protocol import FINISH, JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, EndlexError
 from endlex.reading import session_files, session_number
 
 LARGEST_BACKLOG = 16 * 2**20
 """Bytes of records held in memory while the disk refuses them."""
 
 OPENED: weakref.WeakSet[Journal] = weakref.WeakSet()
-"""Those of this process, for a fork to let go of; empty until one is opened."""
+"""The journals of this process, which a forked child must abandon."""
 
 
 class Journal:
@@ -49,9 +43,6 @@ class Journal:
         start: of the first record, without `type`, `session`, `seq` and `time`.
         session: its id, for a journal that an importer makes; a new one if not given.
         moment: of the first record, likewise.
-
-    Raises:
-        OSError: the file cannot be made.
     """
 
     def __init__(
@@ -166,7 +157,7 @@ class Journal:
                 os.close(descriptor)
 
     def abandon(self) -> None:
-        """Let go of the file in a forked child: the parent keeps it, and its lock."""
+        """Give up the file in a forked child: the parent keeps it, and its lock."""
         self.lock = threading.RLock()  # a thread that no longer exists may have held the old one
         self.inherited = True
         self._backlog = b""
@@ -177,8 +168,7 @@ class Journal:
 
 @cache
 def _watch_forks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_abandon_all)
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 def _abandon_all() -> None:

@@ -13,12 +13,11 @@ import hashlib
 import time
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from endlex.client.process import oom_kills, write_whole
-from endlex.client.transport import Answer, Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import Refused, Retry, Transport, Unreachable, quoted
 from endlex.protocol import CRASHED, MAX_BATCH_BYTES, SYSTEM, EndlexError
 from endlex.reading import (
     content_length,
@@ -39,25 +38,31 @@ class SessionDiffers(EndlexError):
 
 
 class SessionSync:
-    """How far one journal is on the server.
+    """One journal, and how far it is on the server.
 
     Args:
         path: of the journal; its stem is the session.
     """
 
     def __init__(self, run: str, path: Path, transport: Transport) -> None:
-        self.path, self.session = path, path.stem
+        self.path, self.session, self.kind = path, path.stem, session_kind(path)
         self._transport = transport
         self._where = quoted("runs", run, "sessions", self.session)
         self.acknowledged: int | None = None
         """Bytes that the server has; None until it was asked."""
+        self.settled_size = -1
+        """Size of the file when nothing whole was left to send."""
+        self.alive = True
+        self.done = False
+        """Everything is acknowledged, the writer is gone, and its end was reported."""
+        self.error: str | None = None
+        self.retry_at = self.beat_at = 0.0
 
     def ask(self) -> int:
         """Ask the server how much it has, and compare that with the journal by hash.
 
         Raises:
             SessionDiffers: what both have is not the same.
-            TransportError: it does not say.
         """
         length = content_length(self.path)
         try:
@@ -84,22 +89,27 @@ class SessionSync:
         Raises:
             TransportError: it did not arrive; `acknowledged` is right all the same.
             EndlexError: the journal has a line that no server takes.
-            OSError: the journal cannot be read.
         """
         start = self.ask() if self.acknowledged is None else self.acknowledged
         batch = read_batch(self.path, start, BATCH_BYTES)
         if not batch:
             return 0
+        query = {"offset": start, "crc": f"{zlib.crc32(batch):08x}"}
+        headers, body = {"Content-Type": "application/x-ndjson"}, batch
+        if not self._transport.is_local:
+            body = zlib.compress(batch, DEFLATE_LEVEL)
+            headers["Content-Encoding"] = "deflate"
         try:
-            answer = self._post(batch, start)
+            answer = self._transport.request(
+                "POST", f"{self._where}/journal", query=query, body=body, headers=headers
+            )
             offset = int(answer.content["offset"])
         except Refused as error:
-            if error.status == 409:
-                self.acknowledged = None  # it has another offset in mind: ask, and go on from it
-                raise Retry(str(error)) from error
-            if error.status == 400:  # damaged on the way
-                raise Retry(str(error)) from error
-            raise
+            if error.status not in (400, 409):
+                raise
+            if error.status == 409:  # it has another offset in mind: ask, and go on from it
+                self.acknowledged = None
+            raise Retry(str(error)) from error  # or it was damaged on the way
         except (KeyError, TypeError, ValueError) as error:
             raise self._transport.ill_answer() from error
         if offset <= start:
@@ -107,22 +117,8 @@ class SessionSync:
         self.acknowledged = offset
         return len(batch)
 
-    def _post(self, batch: bytes, offset: int) -> Answer:
-        query = {"offset": offset, "crc": f"{zlib.crc32(batch):08x}"}
-        headers = {"Content-Type": "application/x-ndjson"}
-        if not self._transport.is_local:
-            batch = zlib.compress(batch, DEFLATE_LEVEL)
-            headers["Content-Encoding"] = "deflate"
-        return self._transport.request(
-            "POST", f"{self._where}/journal", query=query, body=batch, headers=headers
-        )
-
     def report(self, status: str, unsent_bytes: int, reason: str | None = None) -> None:
-        """Tell the server how the session is: `running`, or how it ended, and why.
-
-        Raises:
-            TransportError: it did not arrive.
-        """
+        """Tell the server how the session is: `running`, or how it ended, and why."""
         body = {"status": status, "unsent_bytes": unsent_bytes, "reason": reason}
         self._transport.request("POST", f"{self._where}/state", json_body=body)
 
@@ -131,10 +127,6 @@ class SessionSync:
 
         Where this side lost its last lines (power failed after they were sent), nothing is
         missing as long as the rest is equal.
-
-        Raises:
-            SessionDiffers: the two differ.
-            TransportError: the server does not say.
         """
         return max(content_length(self.path) - self.ask(), 0)
 
@@ -154,11 +146,7 @@ def renew_session(path: Path) -> Path:
 
 
 def read_batch(path: Path, start: int, size: int) -> bytes:
-    """Whole lines from `start` on: as many as fit, but at least one if there is one.
-
-    Raises:
-        EndlexError: a line is longer than any server takes.
-    """
+    """Whole lines from `start` on: as many as fit, but at least one if there is one."""
     with path.open("rb") as file:
         file.seek(start)
         batch = file.read(size)
@@ -188,27 +176,11 @@ HEARTBEAT_SECONDS = 20.0
 REFUSED_SECONDS = 30.0
 
 
-@dataclass
-class Session:
-    """One journal and how far it is."""
-
-    sync: SessionSync
-    kind: str
-    settled_size: int = -1
-    """Of the file when nothing whole was left to send."""
-    alive: bool = True
-    done: bool = False
-    """Everything acknowledged, the writer gone, and the server told how it ended."""
-    error: str | None = None
-    retry_at: float = 0.0
-    beat_at: float = 0.0
-
-
 class JournalShipper:
     """Ship the journals of a run's directory; new sessions are found as they appear.
 
     Args:
-        reported: sessions of whose end this server was told before.
+        reported: sessions whose end was reported to this server before.
     """
 
     def __init__(
@@ -216,16 +188,12 @@ class JournalShipper:
         directory: Path,
         run: str,
         transport: Transport,
-        *,
-        heartbeat_seconds: float = HEARTBEAT_SECONDS,
-        refused_seconds: float = REFUSED_SECONDS,
         reported: Collection[str] = (),
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
-        self._heartbeat, self._patience = heartbeat_seconds, refused_seconds
         self._reported = set(reported)
         self._oom_kills = oom_kills()
-        self.sessions: dict[str, Session] = {}
+        self.sessions: dict[str, SessionSync] = {}
         self.denied = False
         """Whether the last refusal was of the token."""
 
@@ -235,7 +203,9 @@ class JournalShipper:
         Raises:
             Retry: the server is not there, or says later.
         """
-        self._find()
+        for path in session_files(self._directory):
+            if path.stem not in self.sessions:
+                self.sessions[path.stem] = SessionSync(self._run, path, self._transport)
         more, later = False, None
         for session in self.sessions.values():
             if session.done or time.monotonic() < session.retry_at:
@@ -250,46 +220,38 @@ class JournalShipper:
             except (EndlexError, OSError) as error:
                 self.denied = isinstance(error, Refused) and error.status in (401, 403)
                 session.error = str(error)
-                session.retry_at = time.monotonic() + self._patience
+                session.retry_at = time.monotonic() + REFUSED_SECONDS
         if later is not None and not more:
             raise later
         return more
 
-    def _find(self) -> None:
-        for path in session_files(self._directory):
-            if path.stem not in self.sessions:
-                sync = SessionSync(self._run, path, self._transport)
-                self.sessions[path.stem] = Session(sync, session_kind(path))
-
-    def _advance(self, session: Session) -> bool:
-        sync = session.sync
-        size = sync.path.stat().st_size
-        if size != session.settled_size or sync.acknowledged is None:
-            sent = sync.ship()
+    def _advance(self, session: SessionSync) -> bool:
+        size = session.path.stat().st_size
+        if size != session.settled_size or session.acknowledged is None:
+            sent = session.ship()
             if sent:
-                self._reported.discard(sync.session)
+                self._reported.discard(session.session)
                 self._beat(session, size)
                 return sent >= BATCH_BYTES // 2
             session.settled_size = size
-        session.alive = writer_is_alive(sync.path)
+        session.alive = writer_is_alive(session.path)
         if session.alive:
             self._beat(session, size)
-        elif sync.path.stat().st_size == size:  # else it wrote once more before it went
-            self._say_how_it_ended(session)
+        elif session.path.stat().st_size == size:  # else it wrote once more before it went
+            self._report_end(session)
         return False
 
-    def _beat(self, session: Session, size: int) -> None:
+    def _beat(self, session: SessionSync, size: int) -> None:
         now = time.monotonic()
-        acknowledged = session.sync.acknowledged
-        if acknowledged and now >= session.beat_at:
-            session.sync.report("running", max(size - acknowledged, 0))
-            session.beat_at = now + self._heartbeat
+        if session.acknowledged and now >= session.beat_at:
+            session.report("running", max(size - session.acknowledged, 0))
+            session.beat_at = now + HEARTBEAT_SECONDS
 
-    def _say_how_it_ended(self, session: Session) -> None:
-        if session.sync.acknowledged and session.sync.session not in self._reported:
-            path = session.sync.path
-            status = end_status(path) or gone_status(path)
-            session.sync.report(status, 0, self._reason(path) if status == CRASHED else None)
+    def _report_end(self, session: SessionSync) -> None:
+        if session.acknowledged and session.session not in self._reported:
+            status = end_status(session.path) or gone_status(session.path)
+            reason = self._reason(session.path) if status == CRASHED else None
+            session.report(status, 0, reason)
         session.done = True
 
     def _reason(self, path: Path) -> str:
@@ -301,17 +263,22 @@ class JournalShipper:
         """By session: `acknowledged` bytes, whether it is `done`, and `error`."""
         return {
             name: {
-                "acknowledged": session.sync.acknowledged or 0,
+                "acknowledged": session.acknowledged or 0,
                 "done": session.done,
                 "error": session.error,
             }
             for name, session in self.sessions.items()
         }
 
+    def errors(self) -> list[str]:
+        """Return what keeps sessions from being sent."""
+        return [session.error for session in self.sessions.values() if session.error]
+
     def has_live_trainer(self) -> bool:
         """Whether a process other than a shipper still writes here, as of the last tick."""
         return any(s.kind != SYSTEM and s.alive and not s.done for s in self.sessions.values())
 
-    def all_found(self) -> bool:
-        """Whether no session began since the last tick."""
-        return {path.stem for path in session_files(self._directory)} <= set(self.sessions)
+    def all_done(self) -> bool:
+        """Whether every session, those that began since the last tick too, is over and sent."""
+        found = {path.stem for path in session_files(self._directory)}
+        return found <= {name for name, session in self.sessions.items() if session.done}

@@ -24,11 +24,7 @@ PNG, OTHER = "image/png", "application/octet-stream"
 
 
 def keep_media(directory: Path, content: bytes, mime: str, caption: str | None) -> dict[str, Any]:
-    """Keep a file in a run's directory until it is sent; return what the journal says of it.
-
-    Raises:
-        OSError: the directory cannot be written.
-    """
+    """Keep a file in a run's directory until it is sent; return what the journal says of it."""
     parts: list[Part] = []
     for start in range(0, len(content), PART_BYTES):
         part = content[start : start + PART_BYTES]
@@ -77,11 +73,7 @@ def encode_image(image: Any) -> tuple[bytes, str]:
 
 
 def as_array(value: Any) -> Any:
-    """Return numbers as a NumPy array, wherever they are.
-
-    Raises:
-        EndlexError: NumPy is not installed.
-    """
+    """Return numbers as a NumPy array, wherever they are."""
     try:
         import numpy as np
     except ModuleNotFoundError as error:

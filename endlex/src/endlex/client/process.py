@@ -1,13 +1,13 @@
 """What a process needs of its system: warnings, locks, names of processes, and its own end.
 
 Locks (Lustre, NFS) and writes to the disk on request (FUSE) are not everywhere: where they are
-missing, work goes on without them, with one warning.
+missing, Endlex works without them, with one warning.
 
-A run that the program did not finish is recorded as it exits, with what ended it: `sys.excepthook`
-notes the exception that nobody caught, `sys.exit` its code, and `atexit` finishes the runs that are
-left. Python tells nobody of a `SystemExit` that is raised without `sys.exit`: a run that it ends
-counts as finished. A process that is killed does nothing of this; the shipper sees then that the
-writer is gone.
+A run that the program did not finish is recorded as it exits, with what ended it: the interpreter
+keeps the exception that nobody caught in `sys.last_value`, `sys.exit` is wrapped to note its code,
+and `atexit` finishes the runs that are left. A `SystemExit` that is raised without `sys.exit`
+leaves no trace: a run that it ends counts as finished. A process that is killed does none of this;
+the shipper sees then that the writer is gone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import errno
 import faulthandler
+import fcntl
 import io
 import os
 import select
@@ -24,8 +25,7 @@ import sys
 import threading
 from functools import cache, wraps
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, ClassVar, NoReturn, Protocol
+from typing import IO, Any, ClassVar, NoReturn, Protocol, cast
 
 from endlex.protocol import EndlexError, Status
 
@@ -49,9 +49,6 @@ def replace_unencodable() -> None:
             stream.reconfigure(errors="replace")
 
 
-if sys.platform != "win32":
-    import fcntl
-
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 """What `flock` answers if another process has the lock; anything else means that there is none."""
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -66,30 +63,24 @@ def try_lock(file: Any, *, shared: bool = False) -> bool | None:
     Returns:
         False if another process has the lock; None if files cannot be locked here.
     """
-    if sys.platform == "win32":
-        return None
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in TAKEN:
             return False
-        warn_once(f"files cannot be locked here ({error.strerror}): going on without locks")
+        warn_once(f"files cannot be locked here ({error.strerror}): continuing without locks")
         return None
     return True
 
 
 def fsync(descriptor: int) -> None:
-    """Put an open file or directory on the disk, where the file system can.
-
-    Raises:
-        OSError: the disk failed.
-    """
+    """Put an open file or directory on the disk, where the file system can."""
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        warn_once(f"this file system cannot be told to write to its disk ({error.strerror})")
+        warn_once(f"this file system cannot flush to its disk ({error.strerror})")
 
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -118,8 +109,7 @@ def process_name(pid: int | None = None) -> str:
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = str(Path("/proc/self/ns/pid").readlink())
-    host = os.uname().nodename if hasattr(os, "uname") else "-"
-    return f"{pid} {start} {host} {boot} {namespace}"
+    return f"{pid} {start} {os.uname().nodename} {boot} {namespace}"
 
 
 def is_running(name: object) -> bool:
@@ -181,7 +171,6 @@ class _Ending:
     """What this process knows about its end."""
 
     unfinished: ClassVar[list[Finishable]] = []
-    error: ClassVar[BaseException | None] = None
     exits: ClassVar[list[tuple[Finishable, int, SystemExit]]] = []
     """The runs that `sys.exit` left, with what they had recorded by then."""
 
@@ -208,15 +197,6 @@ def forget(run: Finishable) -> None:
 @cache
 def _watch_exit() -> None:
     atexit.register(_finish_all)
-    previous = sys.excepthook
-
-    def note_exception(
-        kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-    ) -> Any:
-        _Ending.error = error
-        return previous(kind, error, traceback)
-
-    sys.excepthook = note_exception
     plain_exit = sys.exit
 
     @wraps(plain_exit)
@@ -230,11 +210,12 @@ def _watch_exit() -> None:
 
 
 def _error_of(run: Finishable) -> BaseException | None:
+    if (uncaught := getattr(sys, "last_value", None)) is not None:
+        return cast(BaseException, uncaught)
     for left, recorded, ended in _Ending.exits:
-        # One that has recorded more since went on: something caught that exit.
-        if left is run and left.recorded == recorded and _Ending.error is None:
+        if left is run and left.recorded == recorded:  # else something caught that exit
             return ended
-    return _Ending.error
+    return None
 
 
 def _finish_all() -> None:

@@ -165,7 +165,7 @@ class Recorder:
     def log_file(
         self, name: str, path: Path | str, *, step: int | None = None, caption: str | None = None
     ) -> None:
-        """Record a file of one step; what it is (audio, video, an image) its name's end tells."""
+        """Record a file of one step; its suffix says what it is: audio, video, an image."""
         from endlex.client.media import read_file
 
         self._log_media(name, step, caption, lambda: read_file(path))
@@ -201,12 +201,9 @@ class Recorder:
             self._refuse(name, error)
 
     def alert(
-        self,
-        title: str,
-        text: str = "",
-        level: Literal["info", "warning", "error"] = "warning",
+        self, title: str, text: str = "", level: Literal["info", "warning", "error"] = "warning"
     ) -> None:
-        """Tell whoever watches: the server shows it, and sends it where alerts go.
+        """Raise an alert: the server shows it, and sends it where its alerts go.
 
         The same title within a minute counts once.
         """
@@ -253,7 +250,7 @@ class Recorder:
             warn(str(error))
 
     def _is_over(self) -> bool:
-        """Whether the run is finished, which counts as a fault of who logs."""
+        """Whether the run is finished; logging to it counts as a fault."""
         if self._finished:
             self._refuse("log", self._is_finished())
         return self._finished

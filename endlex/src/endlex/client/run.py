@@ -14,12 +14,7 @@ from endlex.client.console import Console
 from endlex.client.journal import Journal
 from endlex.client.process import forget, status_of, warn, watch_faults
 from endlex.client.recorder import Recorder
-from endlex.client.values import (
-    RunConfig,
-    as_config,
-    as_list,
-    plain,
-)
+from endlex.client.values import RunConfig, as_config, as_list, plain
 from endlex.protocol import (
     CHANGES,
     CHECKPOINT,
@@ -69,14 +64,14 @@ class Run(Recorder):
         """As given to `init`. What is changed here is recorded: at once for its own keys, at the
         next `save` or `finish` for what is inside their values."""
         self.url: str | None = None
-        """The run's page on the server; None while none is told of it."""
+        """The address of the run's page; None while the run is not sent to a server."""
         self._recorded_config = plain(self.config)
         self._console: Console | None = None
         self._chunks = 0
 
     @property
     def online(self) -> bool:
-        """Whether a server gets what is recorded while the run goes on."""
+        """Whether what is recorded is sent to a server while the run is going."""
         return self.url is not None
 
     @property
@@ -98,21 +93,20 @@ class Run(Recorder):
     ) -> str:
         """Keep a file, or all files of a directory, as a checkpoint, to be sent in the background.
 
-        The files are copied (cloned, where the file system can), so whatever happens to them
-        afterwards is no matter.
+        The files are copied (cloned, where the file system can), so you may change or delete them
+        afterwards.
 
         Args:
-            step: the last logged one if not given.
-            name: unlike that of another checkpoint of the run; made from the path and the step if
-                not given.
-            aliases: such as "best", which this one has from now on, and the one before no more;
-                what is saved as "keep" is not removed by `endlex prune`.
+            step: by default the last logged one.
+            name: by default made from the path and the step.
+            aliases: such as "best"; an alias moves from the checkpoint that had it before.
+                `endlex prune` keeps checkpoints with the alias "keep".
             metadata: kept with it, such as the loss.
-            replaces: a word such as "last": of the run's checkpoints saved with the same word only
-                the newest stays on the server, once it is published there.
+            replaces: a word such as "last". Once this checkpoint is published, the server drops
+                the run's older ones that were saved with the same word.
             link: take hard links instead of copies, for files that are never rewritten in place,
                 such as those that are written under another name and renamed. They may be deleted
-                or replaced. It costs a few system calls a file, and no space.
+                or replaced. It costs a few system calls per file, and no space.
             outside_links: follow symbolic links that lead out of the directory. Those inside it
                 always are.
 

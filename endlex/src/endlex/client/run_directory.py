@@ -51,11 +51,7 @@ def session_start(
     notes: str | None = None,
     rank: int = 0,
 ) -> dict[str, Any]:
-    """What the first record of a session says when this process writes it.
-
-    Raises:
-        EndlexError: a tag is not one.
-    """
+    """What the first record of a session says when this process writes it."""
     return {
         "protocol": PROTOCOL,
         "run": owner["run"],
@@ -65,7 +61,7 @@ def session_start(
         "tags": [check_name(tag, "tag") for tag in tags],
         "group": group,
         "notes": notes,
-        "host": os.uname().nodename if hasattr(os, "uname") else "",
+        "host": os.uname().nodename,
         "pid": os.getpid(),
         "process": process_name(),
         "rank": rank,
@@ -79,11 +75,7 @@ def new_run_id() -> str:
 
 
 def read_run_file(directory: Path | str) -> RunFile | None:
-    """Return the id, project and name of the run that a directory holds; None if it holds none.
-
-    Raises:
-        EndlexError: `run.json` is damaged.
-    """
+    """Return the id, project and name of the run that a directory holds; None if it holds none."""
     path = Path(directory) / RUN_FILE
     try:
         content = json.loads(path.read_bytes())
@@ -107,9 +99,6 @@ def claim_directory(
 
     Args:
         created: Unix seconds; now if not given.
-
-    Raises:
-        OSError: the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     created = time.time() if created is None else created
@@ -130,11 +119,7 @@ def claim_directory(
 
 
 def require_run_file(directory: Path) -> RunFile:
-    """Whose directory this is.
-
-    Raises:
-        EndlexError: it is nobody's, or `run.json` is damaged.
-    """
+    """Whose directory this is."""
     owner = read_run_file(directory)
     if owner is None:
         raise EndlexError(f"{directory} has no {RUN_FILE}: it is not the directory of a run")
@@ -174,11 +159,7 @@ def _as_file_name(name: str) -> str:
 
 
 def given_run_id(run: str | None = None) -> str | None:
-    """Return the run id given in the call, or else by `ENDLEX_RUN_ID`; None if there is none.
-
-    Raises:
-        EndlexError: it is no run id.
-    """
+    """Return the run id given in the call, or else by `ENDLEX_RUN_ID`; None if there is none."""
     run = run or os.environ.get("ENDLEX_RUN_ID") or None
     if run is not None and not RUN_ID.fullmatch(run):
         check_run_id(run)
@@ -202,11 +183,7 @@ def server_token() -> str | None:
 
 
 def registry() -> Path:
-    """Return where the list is.
-
-    Raises:
-        RuntimeError: the user has no home directory.
-    """
+    """Return where the list is."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state) / "endlex" / "directories"
 
@@ -231,11 +208,7 @@ def register(directory: Path) -> None:
 
 
 def registered() -> list[Path]:
-    """Return the directories of the list, oldest first.
-
-    Raises:
-        OSError: the list cannot be read.
-    """
+    """Return the directories of the list, oldest first."""
     try:
         lines = registry().read_bytes().splitlines()
     except (FileNotFoundError, RuntimeError):

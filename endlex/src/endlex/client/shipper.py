@@ -7,7 +7,7 @@ journals' sizes twice a second and sends what is new from the offset that the se
 after any fault it does the same again, forever, with growing waits. Checkpoints go in a thread of
 their own, oldest first; one that can never be published is reported and kept. All that it knows is
 on the disk or on the server, so it may be killed at any moment. It ends when every session's writer
-is gone and everything is acknowledged; a run that goes on meanwhile starts another one, which
+is gone and everything is acknowledged; a run that is resumed meanwhile starts another one, which
 waits for the lock: what begins before the lock is given up is sent by the old, the rest by the new.
 """
 
@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from endlex.client.checkpoints import drop_replaced, read_note, staged_names, unstage
+from endlex.client.checkpoints import drop_replaced, staged_names, waiting_media
 from endlex.client.journal_sync import JournalShipper
-from endlex.client.manifests import CheckpointFailed, staged_manifest
 from endlex.client.process import Stop, replace_unencodable
+from endlex.client.retrying import Backoff
 from endlex.client.run_directory import require_run_file, server_token, server_url
 from endlex.client.shipping import (
     BACKGROUND,
@@ -38,44 +38,22 @@ from endlex.client.shipping import (
     write_state,
 )
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
-from endlex.client.transport import Backoff, Refused, Retry, Transport
-from endlex.client.uploads import MediaSource, PartSource, Upload, send_media
-from endlex.protocol import STAGED_DIR, EndlexError, Manifest
+from endlex.client.transport import Refused, Retry, Transport
+from endlex.client.uploads import send_media, send_staged
+from endlex.protocol import EndlexError
 
 CHECKPOINT_POLL_SECONDS = 0.5
 REFUSED_SECONDS = 30.0
-
-
-def send_staged(
-    directory: Path,
-    run: str,
-    name: str,
-    transport: Transport,
-    *,
-    progress: Callable[[int, int], None],
-    stopped: Callable[[], bool] = lambda: False,
-) -> Manifest:
-    """Hash a staged checkpoint, send it, and drop its links once it is published.
-
-    Raises:
-        CheckpointFailed: it never will be.
-        TransportError: not now.
-        EndlexError: its note or manifest is damaged.
-    """
-    manifest = staged_manifest(directory, name)
-    note = read_note(directory, name)
-    source = PartSource(directory / STAGED_DIR / name, manifest, note)
-    upload = Upload(run, manifest, source, transport, progress=progress, stopped=stopped)
-    upload.run()
-    unstage(directory, name)
-    return manifest
+MEDIA = "media/"
+"""Stands for all waiting media among the checkpoints, whose names have no slash."""
 
 
 class CheckpointShipper:
-    """Send what is staged in a run's directory until stopped.
+    """Send the checkpoints and media that wait in a run's directory.
+
+    `send` sends one; `start` sends all that comes, in a thread, until `stop`.
 
     Args:
-        transport: told the server's address and token; each attempt opens its own connections.
         ready: asked whether the server knows the run by now.
     """
 
@@ -85,15 +63,13 @@ class CheckpointShipper:
         run: str,
         transport: Transport,
         *,
-        ready: Callable[[], bool],
-        refused_seconds: float = REFUSED_SECONDS,
+        ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
-        self._ready, self._patience = ready, refused_seconds
+        self._ready = ready
         self._stop = Stop()
-        self._lock = threading.Lock()
+        self._backoff = Backoff()
         self._states: dict[str, dict[str, Any]] = {}
-        self._media_error = False
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
     def start(self) -> None:
@@ -107,97 +83,82 @@ class CheckpointShipper:
 
     def states(self) -> dict[str, dict[str, Any]]:
         """By checkpoint: `state`, `done_bytes`, `total_bytes` and `error`."""
-        with self._lock:
-            return {name: dict(state) for name, state in self._states.items()}
+        return dict(self._states)
 
-    def is_idle(self) -> bool:
-        """Whether nothing waits but what has failed for good."""
-        return not self._waiting() and (self._media_error or not list(MediaSource(self._directory)))
+    def waiting(self) -> list[str]:
+        """Return what is here and may be sent: `MEDIA`, and checkpoints, oldest first."""
+        names = [MEDIA] if waiting_media(self._directory) else []
+        names += staged_names(self._directory)
+        states = self.states()
+        return [name for name in names if states.get(name, {}).get("state") != "failed"]
 
-    def _waiting(self) -> list[str]:
-        with self._lock:
-            failed = {n for n, state in self._states.items() if state["state"] == "failed"}
-        return [name for name in staged_names(self._directory) if name not in failed]
+    def forget(self, name: str) -> None:
+        """Drop the state of one that was given up."""
+        self._states.pop(name, None)
 
     def _set(self, name: str, state: str, error: str | None = None, **figures: int) -> None:
-        with self._lock:
-            old = self._states.get(name, {"done_bytes": 0, "total_bytes": 0})
-            self._states[name] = {**old, "state": state, "error": error, **figures}
+        old = self._states.get(name, {"done_bytes": 0, "total_bytes": 0})
+        self._states[name] = {**old, "state": state, "error": error, **figures}
 
-    def _work(self) -> None:
-        backoff = Backoff()
-        wait = 0.0
-        while not self._stop.wait(wait):
-            wait = CHECKPOINT_POLL_SECONDS
-            if not self._ready():
-                continue
-            wait = self._try_media(backoff) or wait
-            for name in drop_replaced(self._directory):
-                self._set(name, "replaced")
-            for name in self._waiting():
-                wait = self._try(name, backoff)
-                if wait or self._stop.is_set():
-                    break
+    def send(self, name: str, progress: Callable[[int, int], None] | None = None) -> None:
+        """Send one of those that wait, and note how that went.
 
-    def _try_media(self, backoff: Backoff) -> float:
-        """Send the media that wait; how long to wait before the next attempt."""
-        transport = self._transport.another()
-        try:
-            send_media(self._directory, transport, self._stop.is_set)
-        except Retry as error:
-            return backoff.wait(error)
-        except (EndlexError, OSError) as error:
-            if not self._media_error:
-                say(f"media cannot be sent: {error}")
-            self._media_error = True
-            return self._patience
-        finally:
-            transport.close()
-        self._media_error = False
-        return 0.0
+        Raises:
+            TransportError: not now.
+            OSError: not now, such as on a full disk.
+            EndlexError: it never can be sent; a `CheckpointFailed` if that is due to its files.
+        """
 
-    def _try(self, name: str, backoff: Backoff) -> float:
-        """Send one checkpoint; how long to wait before the next attempt."""
-
-        def progress(done: int, total: int) -> None:
-            backoff.reset()
+        def note(done: int, total: int) -> None:
+            if done > self._states[name]["done_bytes"]:
+                self._backoff.reset()
             self._set(name, "sending", done_bytes=done, total_bytes=total)
+            if progress is not None:
+                progress(done, total)
 
-        transport = self._transport.another()
+        here, stopped = self._directory, self._stop.is_set
         self._set(name, "hashing")
         try:
-            send_staged(
-                self._directory,
-                self._run,
-                name,
-                transport,
-                progress=progress,
-                stopped=self._stop.is_set,
-            )
-        except Retry as error:
-            self._set(name, "waiting", str(error))
-            return backoff.wait(error)
-        except CheckpointFailed as error:
-            self._fail(name, error)
-            return 0.0
-        except Refused as error:
-            self._set(name, "refused", str(error))
-            return self._patience
+            if name == MEDIA:
+                send_media(here, self._transport, progress=note, stopped=stopped)
+            else:
+                send_staged(here, self._run, name, self._transport, progress=note, stopped=stopped)
         except EndlexError as error:
-            self._fail(name, error)
-            return 0.0
-        except Exception as error:  # a full disk, or a fault of ours: neither ends the thread
+            is_refused = isinstance(error, Refused)
+            state = "refused" if is_refused else "waiting" if isinstance(error, Retry) else "failed"
+            self._set(name, state, str(error))
+            raise
+        except Exception as error:  # a full disk, or a fault of ours
             self._set(name, "waiting", f"{type(error).__name__}: {error}")
-            return self._patience
-        finally:
-            transport.close()
+            raise
         self._set(name, "published")
-        say(f"checkpoint {name} is published")
-        return 0.0
 
-    def _fail(self, name: str, error: Exception) -> None:
-        self._set(name, "failed", str(error))
-        say(f"checkpoint {name} failed: {error}")
+    def _work(self) -> None:
+        wait = 0.0
+        while not self._stop.wait(wait):
+            wait = self._send_waiting() if self._ready() else CHECKPOINT_POLL_SECONDS
+        self._transport.close()
+
+    def _send_waiting(self) -> float:
+        """Send what waits; return the seconds until the next look."""
+        for name in drop_replaced(self._directory):
+            self._set(name, "replaced")
+        for name in self.waiting():
+            if self._stop.is_set():
+                break
+            try:
+                self.send(name)
+            except Retry as error:
+                return self._backoff.wait(error)
+            except Exception as error:
+                if isinstance(error, Refused) or not isinstance(error, EndlexError):
+                    return REFUSED_SECONDS  # such as a full disk: nothing ends the thread
+                say(f"checkpoint {name} failed: {error}")
+            else:
+                self._backoff.reset()
+                if name != MEDIA:
+                    say(f"checkpoint {name} is published")
+        return CHECKPOINT_POLL_SECONDS
 
 
 POLL_SECONDS = 0.5
@@ -214,31 +175,15 @@ class Shipper:
 
     Args:
         directory: whose lock the caller holds.
-        system_seconds: between samples of the machine; None for none.
-
-    Raises:
-        EndlexError: the directory is no run's.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        transport: Transport,
-        stop: Stop,
-        *,
-        poll_seconds: float = POLL_SECONDS,
-        system_seconds: float | None = SAMPLE_SECONDS,
-    ) -> None:
-        owner = require_run_file(directory)
-        self._directory, self._owner = directory, owner
+    def __init__(self, directory: Path, transport: Transport, stop: Stop) -> None:
+        self._directory, self._owner = directory, require_run_file(directory)
         self._transport, self._stop = transport, stop
-        self._poll, self._system_seconds = poll_seconds, system_seconds
-        self._journals = JournalShipper(
-            directory, owner["run"], transport, reported=_reported(directory, transport.url)
-        )
-        self._checkpoints = CheckpointShipper(
-            directory, owner["run"], transport, ready=self._is_known
-        )
+        run = self._owner["run"]
+        reported = _reported(directory, transport.url)
+        self._journals = JournalShipper(directory, run, transport, reported=reported)
+        self._checkpoints = CheckpointShipper(directory, run, transport, ready=self._is_known)
         self._system: SystemRecorder | None = None
         self._error: str | None = None
         self._published: tuple[str, dict[str, Any]] = "", {}
@@ -269,42 +214,34 @@ class Shipper:
             self._report(str(error))
             return backoff.wait(error)
         backoff.reset()
-        self._report(next((s.error for s in self._journals.sessions.values() if s.error), None))
+        self._report(next(iter(self._journals.errors()), None))
         if self._journals.denied:
-            self._transport.renew_token(server_token())  # its file may have been written anew
+            self._transport.renew_token(server_token())  # its file may have been rewritten
         self._watch_system()
         if more:
             return 0.0
-        return None if self._is_done() else self._poll
+        is_done = self._system is None and not self._checkpoints.waiting()
+        return None if is_done and self._journals.all_done() else POLL_SECONDS
 
     def _is_known(self) -> bool:
         """Whether the server has a session of the run, so that checkpoints have a place."""
-        return any(s.sync.acknowledged for s in list(self._journals.sessions.values()))
+        return any(session.acknowledged for session in list(self._journals.sessions.values()))
 
     def _watch_system(self) -> None:
-        if self._system_seconds is None:
-            return
+        """Measure the machine while a trainer runs, or its checkpoints are still on their way."""
         if self._journals.has_live_trainer():
             if self._system is None:
                 with contextlib.suppress(OSError):  # a full disk: the next step tries again
                     self._system = SystemRecorder(
-                        self._directory, self._owner, seconds=self._system_seconds
+                        self._directory, self._owner, seconds=SAMPLE_SECONDS
                     )
-        elif self._checkpoints.is_idle():
+        elif self._system is not None and not self._checkpoints.waiting():
             self._end_system()
 
     def _end_system(self) -> None:
         if self._system is not None:
             self._system.finish()
             self._system = None
-
-    def _is_done(self) -> bool:
-        sessions = self._journals.sessions
-        if self._system is not None or not all(s.done for s in sessions.values()):
-            return False
-        if not self._checkpoints.is_idle():
-            return False
-        return self._journals.all_found()
 
     def _report(self, error: str | None) -> None:
         if error != self._error:
@@ -324,7 +261,7 @@ class Shipper:
 
 
 def _reported(directory: Path, url: str) -> list[str]:
-    """Sessions of whose end an earlier shipper told the same server."""
+    """Return the sessions whose end an earlier shipper reported to the same server."""
     state = read_state(directory)
     if state.get("url") != url:
         return []

@@ -16,11 +16,10 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client.checkpoints import read_note, staged_change, staged_names
+from endlex.client.checkpoints import read_note, staged_change, staged_names, waiting_media
 from endlex.client.process import (
     READ_ONLY,
     describe,
@@ -31,7 +30,7 @@ from endlex.client.process import (
     write_whole,
 )
 from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
-from endlex.protocol import MEDIA_DIR, EndlexError
+from endlex.protocol import EndlexError
 from endlex.reading import content_length, session_files
 
 FINISH_SECONDS = 4.0
@@ -43,22 +42,9 @@ NAMING_POLLS = 10
 DONE = "done"
 """State of one that ended because nothing was left to do."""
 STOPPED = "stopped"
-"""State of a shipper that was told to end."""
+"""State of a shipper that was asked to end."""
 FOREGROUND = "foreground"
 BACKGROUND = "background"
-
-
-@dataclass(frozen=True)
-class Unsent:
-    """What the server has not acknowledged, and may yet."""
-
-    records: int
-    bytes: int
-    files: int
-    """Of checkpoints and media."""
-
-    def __bool__(self) -> bool:
-        return bool(self.bytes or self.files)
 
 
 def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:
@@ -112,7 +98,7 @@ class Holder(NamedTuple):
 
 
 def _holder(lock: IO[str]) -> Holder | None:
-    """Lock the open file, and return None; or who has it."""
+    """Lock the open file and return None, or return the process that has it."""
     locked = try_lock(lock)
     if locked:
         return None
@@ -183,9 +169,6 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
 
     Args:
         url: of the server, if not that of the environment.
-
-    Raises:
-        OSError: no process can be started.
     """
     import subprocess
 
@@ -196,7 +179,7 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
         environment["ENDLEX_URL"] = url
     shipper = [sys.executable, "-P", "-m", "endlex.client.shipper", str(directory)]
     with (directory / SHIPPER_LOG).open("ab") as log:
-        subprocess.run(  # by a shell that ends at once: nobody's child, whoever kills our children
+        subprocess.run(  # by a shell that ends at once: then it is not our child
             ["/bin/sh", "-c", '"$@" &', "sh", *shipper],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -208,7 +191,7 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
 
 
 def restart_shipper_if_killed(directory: Path) -> None:
-    """Start a shipper unless one lives, or the last one was told to end.
+    """Start a shipper unless one lives, or the last one was asked to end.
 
     `log` does this once a minute: asking takes tens of microseconds, and starting one that was
     killed under two milliseconds.
@@ -254,33 +237,40 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
     return had_one
 
 
+class Unsent(NamedTuple):
+    """What the server has not acknowledged, and may yet."""
+
+    records: int
+    bytes: int
+    files: int
+    """Of checkpoints and media."""
+
+    def __bool__(self) -> bool:
+        return bool(self.bytes or self.files)
+
+
 def unsent(directory: Path) -> Unsent:
-    """What the server has not acknowledged, as far as this side knows."""
+    """Return what the server has not acknowledged, as far as this side knows."""
     known = read_state(directory).get("sessions", {})
     records = size = 0
     for path in session_files(directory):
         acknowledged = known.get(path.stem, {}).get("acknowledged", 0)
-        end = content_length(path)
-        if end > acknowledged:
-            size += end - acknowledged
-            records += _count_lines(path, acknowledged, end)
-    files = len(list((directory / MEDIA_DIR).glob("*")))
-    for name in sorted(set(staged_names(directory)) - set(failed_checkpoints(directory))):
+        size += max(content_length(path) - acknowledged, 0)
+        with path.open("rb") as file:
+            file.seek(acknowledged)
+            records += sum(line.endswith(b"\n") for line in file)
+    return Unsent(records, size, _count_files(directory))
+
+
+def _count_files(directory: Path) -> int:
+    """Return how many files of checkpoints and media wait, and can be sent."""
+    files = len(waiting_media(directory))
+    for name in set(staged_names(directory)) - set(failed_checkpoints(directory)):
         try:
             files += len(read_note(directory, name)["files"])
-        except EndlexError:  # the shipper names what is wrong with it
+        except EndlexError:  # the shipper says what is wrong with it
             files += 1
-    return Unsent(records, size, files)
-
-
-def _count_lines(path: Path, start: int, end: int) -> int:
-    count = 0
-    with path.open("rb") as file:
-        file.seek(start)
-        while start < end and (block := file.read(min(2**20, end - start))):
-            count += block.count(b"\n")
-            start += len(block)
-    return count
+    return files
 
 
 def sync_command(directory: Path) -> str:
@@ -303,7 +293,7 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
     is_sent = False
     while not is_sent and time.monotonic() < deadline:
         session = read_state(directory).get("sessions", {}).get(journal.stem, {})
-        is_sent = session.get("acknowledged", 0) >= end and not _still_sending(directory)
+        is_sent = session.get("acknowledged", 0) >= end and not _count_files(directory)
         if not is_sent:
             time.sleep(POLL_SECONDS)
         if not is_sent and time.monotonic() >= restart_at:
@@ -311,17 +301,10 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             restart_shipper_if_killed(directory)
     for name, reason in failed_checkpoints(directory).items():
         warn(f"checkpoint {name} cannot be sent: {reason}")
-    left = None if is_sent else unsent(directory)
-    if left:
+    if not is_sent and (left := unsent(directory)):
         error = read_state(directory).get("error")
         warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
             f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
-            f"The shipper goes on in the background; to send them later: {sync_command(directory)}"
+            f"The shipper keeps trying; to send them later: {sync_command(directory)}"
         )
-
-
-def _still_sending(directory: Path) -> bool:
-    staged = staged_names(directory)
-    waits = bool(staged) and not set(staged) <= set(failed_checkpoints(directory))
-    return waits or any((directory / MEDIA_DIR).glob("*"))

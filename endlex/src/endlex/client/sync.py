@@ -7,28 +7,16 @@ files that are in no run's directory.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from endlex.client.checkpoints import (
-    Staged,
-    drop_replaced,
-    files_of,
-    give_up,
-    staged_names,
-)
-from endlex.client.journal_sync import (
-    JournalShipper,
-    Session,
-    SessionDiffers,
-    SessionSync,
-    renew_session,
-)
-from endlex.client.manifests import CheckpointFailed, build_manifest
+from endlex.client.checkpoints import Staged, drop_replaced, files_of, give_up
+from endlex.client.journal_sync import JournalShipper, SessionDiffers, SessionSync, renew_session
+from endlex.client.retrying import PATIENCE_SECONDS, Patience
 from endlex.client.run_directory import require_run_file
-from endlex.client.shipper import send_staged
+from endlex.client.shipper import MEDIA, CheckpointShipper
 from endlex.client.shipping import (
     DONE,
     FOREGROUND,
@@ -38,23 +26,14 @@ from endlex.client.shipping import (
     take_lock,
     write_state,
 )
-from endlex.client.transport import Backoff, Retry, Transport
-from endlex.client.uploads import PartSource, Progress, Upload, send_media
-from endlex.protocol import (
-    EndlexError,
-    Manifest,
-    check_checkpoint_name,
-    check_run_id,
-)
-from endlex.reading import (
-    content_length,
-    session_files,
-    writer_is_alive,
-)
+from endlex.client.transport import Retry, Transport
+from endlex.client.uploads import CheckpointFailed, Progress, build_manifest, upload_checkpoint
+from endlex.protocol import EndlexError, check_checkpoint_name, check_run_id
+from endlex.reading import content_length, session_files, writer_is_alive
 
 SyncProgress = Callable[[str, int, int], None]
-"""Told what is sent ("journal" or a checkpoint's name), the bytes that are there, and all."""
-PATIENCE_SECONDS = 60.0
+"""Called with what is sent ("journal" or a checkpoint's name), the bytes that have arrived, and
+all bytes."""
 LOCK_SECONDS = 1.0
 ATTEMPTS = 3
 
@@ -86,28 +65,36 @@ def sync_directory(
     """
     run = require_run_file(directory)["run"]
     had_shipper, lock = _take_over(directory)
-    sync = _Sync(directory, run, transport, progress, patience)
+    journals = JournalShipper(directory, run, transport)
+    checkpoints = CheckpointShipper(directory, run, transport)
+    waiter = Patience(patience)
     try:
         with holding(lock):
             try:
                 if resend:
-                    sync.renew_differing()
-                sync.send_journals()
-                sync.send_checkpoints(drop_failed)
+                    _renew_differing(directory, run, transport)
+                _send_journals(directory, journals, waiter, progress)
+                _send_checkpoints(directory, checkpoints, waiter, progress, drop_failed)
             finally:
-                sync.publish()
+                states = {"sessions": journals.states(), "checkpoints": checkpoints.states()}
+                write_state(directory, DONE, {"url": transport.url, "error": None, **states})
     finally:
-        if had_shipper and sync.journals.has_live_trainer():
+        if had_shipper and journals.has_live_trainer():
             start_shipper(directory, url=transport.url)
-    errors = [s.error for s in sync.journals.sessions.values() if s.error]
-    errors += [f"checkpoint {name}: {error}" for name, error in sync.failed.items()]
+    errors, published = journals.errors(), set()
+    for name, state in checkpoints.states().items():
+        if state["state"] == "published":
+            published.add(name)
+        elif state["error"]:
+            what = "media" if name == MEDIA else f"checkpoint {name}"
+            errors.append(f"{what}: {state['error']}")
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
-    return sync.published
+    return published
 
 
 def _take_over(directory: Path) -> tuple[bool, IO[str]]:
-    """The directory's lock, and whether a shipper had to give it up."""
+    """Return whether a shipper had to give up the directory's lock, and the lock."""
     had_shipper = False
     for _ in range(ATTEMPTS):  # another one may have waited for the first
         had_shipper |= stop_shipper(directory)
@@ -117,115 +104,62 @@ def _take_over(directory: Path) -> tuple[bool, IO[str]]:
     raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
 
 
-class _Sync:
-    """One directory on its way."""
-
-    def __init__(
-        self,
-        directory: Path,
-        run: str,
-        transport: Transport,
-        progress: SyncProgress,
-        patience: float,
-    ) -> None:
-        self._directory, self._run, self._transport = directory, run, transport
-        self._progress, self._patience = progress, patience
-        self.journals = JournalShipper(directory, run, transport)
-        self.published: set[str] = set()
-        self.failed: dict[str, str] = {}
-        """Checkpoints that cannot be sent, with the reason."""
-        self._backoff = Backoff(longest=5.0)
-        self._progressed()
-
-    def _progressed(self) -> None:
-        self._backoff.reset()
-        self._deadline = time.monotonic() + self._patience
-
-    def _wait(self, error: Retry) -> None:
-        """Wait after a fault, or raise it when there was no progress for too long."""
-        seconds = self._backoff.wait(error)
-        if time.monotonic() + seconds > self._deadline:
-            raise error
-        time.sleep(seconds)
-
-    def renew_differing(self) -> None:
-        """Give journals that differ from the server's copies another session id."""
-        for path in session_files(self._directory):
-            try:
-                SessionSync(self._run, path, self._transport).ask()
-            except SessionDiffers:
-                if not writer_is_alive(path):
-                    renew_session(path)
-
-    def send_journals(self) -> None:
-        """Send every journal up to where it ends now."""
-        targets = {path.stem: content_length(path) for path in session_files(self._directory)}
-        before = -1
-        while True:
-            try:
-                self.journals.tick()
-            except Retry as error:
-                self._wait(error)
-                continue
-            sessions = self.journals.sessions.values()
-            done = sum(s.sync.acknowledged or 0 for s in sessions)
-            if done != before:
-                before = done
-                self._progressed()
-            self._progress("journal", done, max(done, sum(targets.values())))
-            if all(s.error or _is_sent(s, targets.get(s.sync.session, 0)) for s in sessions):
-                return
-
-    def send_checkpoints(self, drop_failed: bool) -> None:
-        """Send what is staged, and media."""
-        while True:
-            try:
-                send_media(self._directory, self._transport)
-                break
-            except Retry as error:
-                self._wait(error)
-            except EndlexError as error:
-                self.failed["media"] = str(error)
-                break
-        drop_replaced(self._directory)
-        for name in staged_names(self._directory):
-            try:
-                self._send_checkpoint(name)
-                self.published.add(name)
-            except Retry:
-                raise
-            except (EndlexError, OSError) as error:
-                if drop_failed and isinstance(error, CheckpointFailed):
-                    give_up(self._directory, name, str(error))
-                else:
-                    self.failed[name] = str(error)
-
-    def _send_checkpoint(self, name: str) -> None:
-        def report(done: int, total: int) -> None:
-            self._progressed()
-            self._progress(name, done, total)
-
-        while True:
-            try:
-                send_staged(self._directory, self._run, name, self._transport, progress=report)
-                return
-            except Retry as error:
-                self._wait(error)
-
-    def publish(self) -> None:
-        """Leave behind how far this came, as a shipper does."""
-        checkpoints = {
-            name: {"state": "failed", "error": error, "done_bytes": 0, "total_bytes": 0}
-            for name, error in self.failed.items()
-        }
-        content = {"url": self._transport.url, "error": None, "checkpoints": checkpoints}
-        write_state(self._directory, DONE, content | {"sessions": self.journals.states()})
+def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
+    """Give journals that differ from the server's copies another session id."""
+    for path in session_files(directory):
+        try:
+            SessionSync(run, path, transport).ask()
+        except SessionDiffers:
+            if not writer_is_alive(path):
+                renew_session(path)
 
 
-def _is_sent(session: Session, target: int) -> bool:
-    """Whether the server has what was there, and of a session that is over how it ended."""
-    has_all = (session.sync.acknowledged or 0) >= target
-    return session.done or (has_all and writer_is_alive(session.sync.path))
+def _send_journals(
+    directory: Path, journals: JournalShipper, patience: Patience, progress: SyncProgress
+) -> None:
+    """Send every journal up to where it ends now."""
+    targets = {path.stem: content_length(path) for path in session_files(directory)}
+
+    def is_sent(session: SessionSync) -> bool:
+        """Whether the server has what was there, and of a session that is over how it ended."""
+        has_all = (session.acknowledged or 0) >= targets.get(session.session, 0)
+        return bool(session.error or session.done or (has_all and writer_is_alive(session.path)))
+
+    while True:
+        patience.keep_trying(journals.tick)
+        sessions = journals.sessions.values()
+        done = sum(session.acknowledged or 0 for session in sessions)
+        patience.progressed("journal", done)
+        progress("journal", done, max(done, sum(targets.values())))
+        if all(map(is_sent, sessions)):
+            return
+
+
+def _send_checkpoints(
+    directory: Path,
+    checkpoints: CheckpointShipper,
+    patience: Patience,
+    progress: SyncProgress,
+    drop_failed: bool,
+) -> None:
+    """Send what is staged, and media."""
+
+    def report(name: str, done: int, total: int) -> None:
+        patience.progressed(name, done)
+        progress(name, done, total)
+
+    drop_replaced(directory)
+    for name in checkpoints.waiting():
+        try:
+            patience.keep_trying(partial(checkpoints.send, name, partial(report, name)))
+        except Retry:
+            raise
+        except CheckpointFailed as error:
+            if drop_failed:
+                give_up(directory, name, str(error))
+                checkpoints.forget(name)
+        except (EndlexError, OSError):
+            continue  # it is among the states
 
 
 def push_checkpoint(
@@ -238,7 +172,7 @@ def push_checkpoint(
     aliases: Sequence[str] = (),
     metadata: Mapping[str, Any] | None = None,
     progress: Progress = lambda done, total: None,
-) -> Manifest:
+) -> None:
     """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
 
     Nothing is staged: the files must not change meanwhile, which is noticed.
@@ -268,6 +202,11 @@ def push_checkpoint(
     }
     root = source if source.is_dir() else source.parent
     manifest = build_manifest(root, note)
-    source_parts = PartSource(root, manifest, note)
-    Upload(run, manifest, source_parts, transport, progress=progress).run()
-    return manifest
+    patience = Patience()
+
+    def report(done: int, total: int) -> None:
+        patience.progressed(done)
+        progress(done, total)
+
+    send = partial(upload_checkpoint, run, manifest, root, note, transport, progress=report)
+    patience.keep_trying(send)

@@ -12,6 +12,7 @@ installed. A sensor that fails is left out from then on: nothing here stops ship
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -35,20 +36,26 @@ Sensor = Callable[[], dict[str, float]]
 
 
 def sensors(directory: Path) -> list[Sensor]:
-    """What can be measured here; importing the libraries for it is part of this call.
+    """Return what can be measured here; importing the libraries for it is part of this call.
 
     Args:
         directory: on the disk whose free space counts.
     """
-    found: list[Sensor] = [lambda: _disks(directory)]
-    if hasattr(os, "getloadavg"):
-        found.append(lambda: {"system/load": os.getloadavg()[0]})
-    psutil = _library("psutil")
-    if psutil is not None:
+    found: list[Sensor] = [
+        lambda: {
+            "system/disk_free_bytes": shutil.disk_usage(directory).free,
+            "system/home_free_bytes": shutil.disk_usage(Path.home()).free,
+        },
+        lambda: {"system/load": os.getloadavg()[0]},
+    ]
+    if (psutil := _library("psutil")) is not None:
         found += [lambda: _machine(psutil), _Network(psutil)]
-    nvml = _library("pynvml")
-    if nvml is not None:
-        found += _cards(nvml)
+    if (nvml := _library("pynvml")) is not None:
+        with contextlib.suppress(Exception):  # no driver, or no card
+            nvml.nvmlInit()
+            for index in range(nvml.nvmlDeviceGetCount()):
+                card = nvml.nvmlDeviceGetHandleByIndex(index)
+                found += _card_sensors(nvml, card, f"system/gpu.{index}/")
     return found
 
 
@@ -57,13 +64,6 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except Exception:  # a broken installation of an optional library is as good as none
         return None
-
-
-def _disks(directory: Path) -> dict[str, float]:
-    return {
-        "system/disk_free_bytes": shutil.disk_usage(directory).free,
-        "system/home_free_bytes": shutil.disk_usage(Path.home()).free,
-    }
 
 
 def _machine(psutil: Any) -> dict[str, float]:
@@ -76,18 +76,15 @@ def _machine(psutil: Any) -> dict[str, float]:
 
 
 class _Network:
-    """Bytes a second over all interfaces but the loopback one, since the last call."""
+    """Bytes per second over all interfaces but the loopback one, since the last call."""
 
     def __init__(self, psutil: Any) -> None:
         self._psutil = psutil
         self._last = self._count()
 
     def _count(self) -> tuple[float, int, int]:
-        counts = [
-            count
-            for name, count in self._psutil.net_io_counters(pernic=True).items()
-            if not name.startswith("lo")
-        ]
+        interfaces = self._psutil.net_io_counters(pernic=True).items()
+        counts = [count for name, count in interfaces if not name.startswith("lo")]
         sent, received = sum(c.bytes_sent for c in counts), sum(c.bytes_recv for c in counts)
         return time.monotonic(), sent, received
 
@@ -100,56 +97,32 @@ class _Network:
         }
 
 
-def _cards(nvml: Any) -> list[Sensor]:
-    try:
-        nvml.nvmlInit()
-        count = nvml.nvmlDeviceGetCount()
-        cards = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-    except Exception:  # no driver, or no card: nothing to measure
-        return []
-    return [
-        sensor for index, card in enumerate(cards) for sensor in _card_sensors(nvml, index, card)
-    ]
-
-
-def _card_sensors(nvml: Any, index: int, card: Any) -> list[Sensor]:
-    """One sensor per figure: cards differ in what they can tell."""
+def _card_sensors(nvml: Any, card: Any, prefix: str) -> list[Sensor]:
+    """Return one sensor per figure: cards differ in what they can tell."""
     kind = nvml.NVML_TEMPERATURE_GPU
 
     def memory() -> dict[str, float]:
         info = nvml.nvmlDeviceGetMemoryInfo(card)
-        return {"memory_bytes": info.used, "memory_percent": 100 * info.used / info.total}
+        share = 100 * info.used / info.total
+        return {f"{prefix}memory_bytes": info.used, f"{prefix}memory_percent": share}
 
-    figures: list[Sensor] = [
-        lambda: {"utilization_percent": nvml.nvmlDeviceGetUtilizationRates(card).gpu},
+    return [
+        lambda: {f"{prefix}utilization_percent": nvml.nvmlDeviceGetUtilizationRates(card).gpu},
         memory,
-        lambda: {"power_watts": nvml.nvmlDeviceGetPowerUsage(card) / 1000},
-        lambda: {"temperature_c": nvml.nvmlDeviceGetTemperature(card, kind)},
+        lambda: {f"{prefix}power_watts": nvml.nvmlDeviceGetPowerUsage(card) / 1000},
+        lambda: {f"{prefix}temperature_c": nvml.nvmlDeviceGetTemperature(card, kind)},
     ]
 
-    def named(read: Sensor) -> Sensor:
-        return lambda: {f"system/gpu.{index}/{key}": value for key, value in read().items()}
 
-    return [named(read) for read in figures]
-
-
-class Sampler:
-    """Read sensors; one that fails is dropped, with its error kept for the log."""
-
-    def __init__(self, sensors: list[Sensor]) -> None:
-        self._sensors = sensors
-        self.errors: list[str] = []
-
-    def sample(self) -> dict[str, float]:
-        """Values by metric name, as far as the sensors work."""
-        values: dict[str, float] = {}
-        for sensor in list(self._sensors):
-            try:
-                values |= {name: float(value) for name, value in sensor().items()}
-            except Exception as error:
-                self._sensors.remove(sensor)
-                self.errors.append(f"{type(error).__name__}: {error}")
-        return values
+def take_sample(sensors: list[Sensor]) -> dict[str, float]:
+    """Return values by metric name; a sensor that fails is taken off the list."""
+    values: dict[str, float] = {}
+    for sensor in list(sensors):
+        try:
+            values |= {name: float(value) for name, value in sensor().items()}
+        except Exception:
+            sensors.remove(sensor)
+    return values
 
 
 class SystemRecorder:
@@ -166,12 +139,12 @@ class SystemRecorder:
     def _run(self) -> None:
         began = time.monotonic()
         try:
-            sampler = Sampler(sensors(self._directory))
-            sampler.sample()  # rates count from here
+            found = sensors(self._directory)
+            take_sample(found)  # rates count from here
             wait = min(FIRST_SECONDS, self._seconds)
             while not self._stop.wait(wait):
                 step = round(time.monotonic() - began)
-                self._journal.append(METRICS, {"step": step, "values": sampler.sample()})
+                self._journal.append(METRICS, {"step": step, "values": take_sample(found)})
                 wait = self._seconds
         except Exception as error:  # a full disk, or a library that does what none should
             say(f"system metrics end: {type(error).__name__}: {error}")

@@ -58,33 +58,33 @@ def init(
     console: bool | None = None,
     **of_wandb: Any,
 ) -> Run:
-    """Start a run, or go on with it: the same directory is the same run, with a new session.
+    """Start a run, or resume one: the same directory is the same run, with a new session.
 
     Args:
-        project: groups runs.
-        name: the run's; that of the directory's run, or one made from its id, if not given.
+        project: name that groups runs.
+        name: the run's name; by default that of the directory's run, or one made from its id.
         config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
             is kept as its `str`.
-        directory: the run's own, made if missing; otherwise one under `dir`.
-        dir: where runs' directories go; `$ENDLEX_DIR` or `./endlex-runs` if not given.
-        id: of the run to go on with, when its directory is on another machine; also taken from
+        directory: the run's own, made if missing; by default one under `dir`.
+        dir: where runs' directories go; by default `$ENDLEX_DIR` or `./endlex-runs`.
+        id: of the run to resume when its directory is on another machine; also taken from
             `ENDLEX_RUN_ID`.
         resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
-            or True goes on with the newest run of that project and name in `dir`. Not given, or
-            "allow": what is there decides.
-        tags: words by which the dashboard finds runs.
-        group: of runs that belong together.
+            or True resumes the newest run of that project and name in `dir`. By default, or with
+            "allow", a run is resumed if the directory holds one.
+        tags: for filtering runs in the dashboard.
+        group: name of a group of runs that belong together.
         job_type: what the run is for, such as "train"; kept as a tag.
         notes: free text.
         all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
             in a session of its own.
         mode: `online` sends to the server of `ENDLEX_URL` in the background, `offline` leaves
-            that for `endlex sync`, `disabled` records nothing. Not given: `ENDLEX_MODE`, then
-            online when there is a URL.
+            that to `endlex sync`, `disabled` records nothing. By default `ENDLEX_MODE`, else
+            `online` if there is a URL.
         strict: raise an `EndlexError` for what cannot be recorded as it is, instead of a warning.
         save_code: keep the uncommitted changes of the program's git checkout with the run.
-        console: keep what the program prints; not given: unless `ENDLEX_CONSOLE` is 0.
-        of_wandb: what else `wandb.init` takes is ignored, with one warning.
+        console: keep what the program prints; by default unless `ENDLEX_CONSOLE` is 0.
+        of_wandb: other arguments of `wandb.init` are ignored, with one warning.
 
     Raises:
         EndlexError: a name or id is not one, the directory is another run's or not as `resume`
@@ -97,19 +97,13 @@ def init(
     check_name(project, "project")
     if name is not None:
         check_name(name, "run name")
-    rank = _rank()
+    rank = _environment_number("RANK")
     if mode == "disabled" or (rank and not all_ranks):
         return _remember(Run(None, None, project, name or "", config, strict=strict))
     run_id = given_run_id(id)
-    if all_ranks and directory is None and run_id is None and _rank(os.environ.get("WORLD_SIZE")):
+    if all_ranks and not (directory or run_id) and _environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
-    folder = Path(dir) if dir is not None else runs_folder()
-    if resume in (True, "auto") and directory is None and run_id is None:
-        directory = newest_directory(folder, project, name)
-    place, owner = _claim(
-        project, name, run_id, None if directory is None else Path(directory), folder, resume
-    )
-    register(place)
+    place, owner = _claim(project, name, run_id, directory, dir, resume)
     start = session_start(
         owner,
         TRAINER,
@@ -162,29 +156,33 @@ def _mode(mode: str | None) -> Mode:
     return mode  # type: ignore[return-value]
 
 
-def _rank(text: str | None = None) -> int:
-    """A rank, or whether there are several; what launchers leave empty is 0."""
-    text = os.environ.get("RANK", "") if text is None else text
-    return int(text) if text.strip().isdecimal() else 0
+def _environment_number(name: str) -> int:
+    """Return a number that a launcher sets, such as a rank; what it leaves empty is 0."""
+    text = os.environ.get(name, "").strip()
+    return int(text) if text.isdecimal() else 0
 
 
 def _claim(
     project: str,
     name: str | None,
     run_id: str | None,
-    directory: Path | None,
-    folder: Path,
+    directory: Path | str | None,
+    folder: Path | str | None,
     resume: bool | str | None,
 ) -> tuple[Path, RunFile]:
+    """Find or make the run's directory, and return it with whose it is."""
     if resume not in (None, True, False, "allow", "must", "never", "auto"):
         raise EndlexError(f"resume {resume!r} must be allow, must, never or auto")
-    new_id = run_id or new_run_id()
-    place = directory or default_directory(folder, project, name or "run", new_id)
-    place = place.absolute()
+    folder, new_id = Path(folder or runs_folder()), run_id or new_run_id()
+    if directory is None and run_id is None and resume in (True, "auto"):
+        directory = newest_directory(folder, project, name)
+    if directory is None:
+        directory = default_directory(folder, project, name or "run", new_id)
+    place = Path(directory).absolute()
     owner = read_run_file(place)
     if owner is None and resume == "must":
         raise EndlexError(
-            f"{place} holds no run to go on with (resume='must'): give its directory; a run of "
+            f"{place} holds no run to resume (resume='must'): give the run's directory; a run of "
             "another machine is joined by its id alone"
         )
     if owner is not None and resume == "never":
@@ -202,6 +200,7 @@ def _claim(
             f"{place} is the directory of the run with id {owner['run']!r}, not {run_id!r}: give "
             "another directory, or leave the id (ENDLEX_RUN_ID) away"
         )
+    register(place)
     return place, owner
 
 

@@ -1,11 +1,9 @@
-"""HTTP to the server, with the standard library: one connection, kept alive, with bounded waits.
+"""HTTP to the server, with the standard library: connections kept alive, with bounded waits.
 
-A fault is one of three kinds, and what to do about it is in the type: `Retry` (no answer, or one
-that says later) is tried again with a growing wait (`backoff`), `Gap` names the offset to go on
-from, and `Refused` will not be cured by asking again soon. No message holds the token.
-
-
-How long to wait before the next try, after a fault that `transport` calls a `Retry`."""
+A fault is one of two kinds, and what to do about it is in the type: `Retry` (no answer, or one
+that says later) is tried again with a growing wait (`retrying`), and `Refused` will not be cured by
+asking again soon. Whatever asks the server raises these. No message holds the token.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ import base64
 import http.client
 import itertools
 import json
-import random
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,13 +23,12 @@ from endlex.protocol import EndlexError
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 60.0
 SEND_BYTES = 256 * 1024
-"""Of a body at a time: the wait is bounded for each, not for the whole."""
+"""Bytes of a body sent at a time: the wait is bounded for each, not for the whole."""
 LARGEST_ANSWER = 64 * 2**20
 HINTS = {
     "Connection refused": "is `endlex serve` running there?",
-    "self-signed certificate": "the server's certificate is self-signed, or signed by an authority "
-    "of your own: set SSL_CERT_FILE to its file",
-    "self signed certificate": "the server's certificate is self-signed: set SSL_CERT_FILE to it",
+    "signed certificate": "the server's certificate is self-signed, or signed by an authority of "
+    "your own: set SSL_CERT_FILE to its file",
     "unable to get local issuer": "this machine does not know who signed the certificate: set "
     "SSL_CERT_FILE to that authority's file",
     "mismatch": "the server's certificate is for another name",
@@ -79,19 +76,10 @@ class Refused(TransportError):
         self.status, self.content = status, dict(content)
 
 
-class Gap(Refused):
-    """The server holds another number of bytes than was assumed: `offset` of them."""
-
-    def __init__(self, message: str, status: int, content: Mapping[str, Any]) -> None:
-        super().__init__(message, status, content)
-        self.offset = int(content["offset"])
-
-
 @dataclass(frozen=True)
 class Answer:
     """A request that went well."""
 
-    status: int
     content: Any
     """Decoded from JSON; None if there was none."""
     date: str | None = None
@@ -99,7 +87,7 @@ class Answer:
 
 
 class Transport:
-    """One connection to a server, for one thread, by way of HTTPS_PROXY or HTTP_PROXY if set.
+    """A connection to a server for each thread that asks, through HTTPS_PROXY or HTTP_PROXY if set.
 
     Certificates are checked against the system's, or those of SSL_CERT_FILE.
 
@@ -125,7 +113,7 @@ class Transport:
             shown = url.rpartition("@")[2]
             raise EndlexError(f"the server's URL {shown!r} must look like https://host[:port]")
         if token is not None and not _is_token(token):
-            raise EndlexError("the token has characters that no token has: copy it again")
+            raise EndlexError("the token holds characters that no token has: copy it again")
         try:
             self.port = parts.port or (443 if parts.scheme == "https" else 80)
         except ValueError as error:
@@ -135,7 +123,8 @@ class Transport:
         self._prefix = parts.path.rstrip("/")
         self._token = token
         self._waits = connect_seconds, read_seconds
-        self._connection: http.client.HTTPConnection | None = None
+        self._local = threading.local()
+        """Its `connection` is this thread's, if one is open."""
         self._way, self._proxy_headers = "", dict[str, str]()
         """In front of a request's path, and its headers, for a proxy that is asked for http."""
 
@@ -150,11 +139,6 @@ class Transport:
     def renew_token(self, token: str | None) -> None:
         """Use another token from the next request on."""
         self._token = token if token is not None and _is_token(token) else self._token
-
-    def another(self) -> Transport:
-        """A connection of its own to the same server, for another thread."""
-        connect, read = self._waits
-        return Transport(self.url, self._token, connect_seconds=connect, read_seconds=read)
 
     def request(
         self,
@@ -174,7 +158,6 @@ class Transport:
 
         Raises:
             Retry: no answer, or a 5xx, 408, 425 or 429.
-            Gap: a 409 with an offset.
             Refused: any other status than 2xx.
         """
         given = dict(headers or {})
@@ -238,8 +221,17 @@ class Transport:
             target += f"?{urlencode(query, doseq=True)}"
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
+        if body is not None:
+            headers["Content-Length"] = str(len(body))
+        reused = self._connection is not None
         try:
-            return self._send(method, target, body, headers)
+            try:
+                return self._send(method, target, body, headers)
+            except ConnectionError:
+                if not reused:
+                    raise
+                self.close()  # the server closed it while it idled
+                return self._send(method, target, body, headers)
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             self.close()
             raise self._unreachable(error) from error
@@ -250,23 +242,11 @@ class Transport:
     def _send(
         self, method: str, target: str, body: bytes | memoryview | None, headers: dict[str, str]
     ) -> http.client.HTTPResponse:
-        reused = self._connection is not None
+        connection = self._connection
+        if connection is None:
+            connection = self._local.connection = self._connect()
         try:
-            return self._send_once(method, target, body, headers)
-        except (http.client.RemoteDisconnected, ConnectionError):
-            self.close()
-            if not reused:
-                raise
-        return self._send_once(method, target, body, headers)  # it was closed while it idled
-
-    def _send_once(
-        self, method: str, target: str, body: bytes | memoryview | None, headers: dict[str, str]
-    ) -> http.client.HTTPResponse:
-        connection = self._connected()
-        if body is not None:
-            headers["Content-Length"] = str(len(body))
-        blocks = None if body is None else _blocks_of(body)
-        try:
+            blocks = None if body is None else _blocks_of(body)
             given = headers | self._proxy_headers
             connection.request(method, self._way + target, body=blocks, headers=given)
         except (BrokenPipeError, ConnectionResetError):
@@ -278,14 +258,16 @@ class Transport:
             return response
         return connection.getresponse()
 
-    def _connected(self) -> http.client.HTTPConnection:
-        if self._connection is None:
-            connect, read = self._waits
-            connection = self._new_connection(connect)
-            connection.connect()
-            connection.sock.settimeout(read)
-            self._connection = connection
-        return self._connection
+    @property
+    def _connection(self) -> http.client.HTTPConnection | None:
+        return getattr(self._local, "connection", None)
+
+    def _connect(self) -> http.client.HTTPConnection:
+        connect, read = self._waits
+        connection = self._new_connection(connect)
+        connection.connect()
+        connection.sock.settimeout(read)
+        return connection
 
     def _new_connection(self, seconds: float) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
@@ -313,14 +295,14 @@ class Transport:
 
     def ill_answer(self) -> Retry:
         """The error for an answer that went well and is not what an Endlex server says."""
-        return Retry(f"{self.url} is no Endlex server, or an ill one")
+        return Retry(f"{self.url} does not answer like an Endlex server")
 
     def close(self) -> None:
-        """Close the connection; the next request opens another one."""
+        """Close this thread's connection; its next request opens another one."""
         if self._connection is not None:
             with suppress(OSError):
                 self._connection.close()
-            self._connection = None
+            self._local.connection = None
 
 
 def proxy_for(url: str) -> str | None:
@@ -350,7 +332,7 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
     except ValueError:
         decoded = None
     if 200 <= status < 300:
-        return Answer(status, decoded, response.getheader("Date"))
+        return Answer(decoded, response.getheader("Date"))
     said = decoded if isinstance(decoded, dict) else {}
     reason = str(said.get("error") or response.reason or "")[:500]
     message = f"{url} answered {asked} with {status}: {reason}"
@@ -358,8 +340,6 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
         raise Retry(message, _seconds(response.getheader("Retry-After")))
     if 300 <= status < 400:
         message += f" (it points to {response.getheader('Location')!r}: set ENDLEX_URL to that)"
-    if status == 409 and isinstance(said.get("offset"), int):
-        raise Gap(message, status, said)
     raise Refused(message, status, said)
 
 
@@ -373,25 +353,3 @@ def _seconds(header: str | None) -> float | None:
 def quoted(*parts: str) -> str:
     """A path of these parts, each of them quoted: `quoted("runs", run)` is `/runs/<run>`."""
     return "".join(f"/{quote(part, safe='')}" for part in parts)
-
-
-LONGEST_WAIT = 30.0
-
-
-class Backoff:
-    """Waits that double from 0.2 s to 30 s, each shortened at random by up to a half."""
-
-    def __init__(self, first: float = 0.2, longest: float = LONGEST_WAIT) -> None:
-        self._first, self._longest = first, longest
-        self._next = first
-
-    def reset(self) -> None:
-        """Start over: something worked."""
-        self._next = self._first
-
-    def wait(self, error: TransportError | None = None) -> float:
-        """Seconds to wait now; at least those that the server asked for."""
-        seconds = self._next * random.uniform(0.5, 1.0)
-        self._next = min(2 * self._next, self._longest)
-        asked = error.retry_after if isinstance(error, Retry) else None
-        return max(seconds, asked or 0.0)

@@ -1,332 +1,309 @@
-"""Parts of checkpoints and media on their way to the server, as far as it lacks them.
+"""Checkpoints and media on their way to the server: hash them, send what it lacks, publish them.
 
 A checkpoint's manifest is committed first. The server answers that it is published (then nothing is
 sent at all), that it verifies it, or that parts are missing; those go up on two connections, each
-from the byte that the server holds. After any fault the same is simply done again.
+from the byte that the server holds. Nothing here waits after a fault: the caller does, and calls
+again, which sends only the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from endlex.client.checkpoints import Staged
-from endlex.client.manifests import (
-    CheckpointFailed,
-    FileChanged,
-    changed_error,
-    open_unchanged,
-    require_unchanged,
+from endlex.client.checkpoints import (
+    Staged,
+    StagedFile,
+    load_manifest,
+    manifest_path,
+    read_note,
+    unstage,
+    waiting_media,
 )
-from endlex.client.transport import Backoff, Gap, Refused, Retry, Transport, quoted
+from endlex.client.process import READ_ONLY, write_whole
+from endlex.client.retrying import in_parallel
+from endlex.client.transport import Refused, Retry, Transport, quoted
 from endlex.protocol import (
     MAX_PARTS_ASKED,
     MEDIA_DIR,
-    SHA256,
+    PART_BYTES,
+    PROTOCOL,
+    STAGED_DIR,
+    EndlexError,
     Manifest,
+    ManifestFile,
+    Part,
 )
 
 CONNECTIONS = 2
-ATTEMPTS = 5
-"""On one part, before the whole is tried again later."""
 ROUNDS = 5
-"""Of sending what the server says it lacks, before that counts as a fault."""
+"""How often parts are sent that the server says it lacks, before that counts as a fault."""
 VERIFY_SECONDS = (0.05, 2.0)
 """First and longest wait between questions whether the server has verified a checkpoint."""
 
 Progress = Callable[[int, int], None]
-"""Told the bytes that the server has, and all of them."""
+"""Called with the number of bytes that have arrived, and of all bytes."""
 
 
-def _nothing(done: int, total: int) -> None:
-    """Report no progress."""
+class CheckpointFailed(EndlexError):
+    """This checkpoint cannot be published as it is; trying again does not help."""
 
 
-class PartSource:
-    """Where on the disk each part of a checkpoint is.
+class FileChanged(CheckpointFailed):
+    """A file is not what it was when it was saved."""
 
-    Args:
-        root: holds the manifest's files.
-        note: what they were, so that a change is noticed before it is sent.
-    """
-
-    def __init__(self, root: Path, manifest: Manifest, note: Staged) -> None:
-        self._root = root
-        self._was = {file["path"]: (file["bytes"], file["changed"]) for file in note["files"]}
-        self._places: dict[str, tuple[str, int, int]] = {}
-        for file in manifest["files"]:
-            offset = 0
-            for part in file["parts"]:
-                self._places.setdefault(part["sha256"], (file["path"], offset, part["bytes"]))
-                offset += part["bytes"]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def size(self, sha256: str) -> int:
-        """Bytes of one part."""
-        return self._places[sha256][2]
-
-    def read(self, sha256: str) -> bytes:
-        """A part's bytes.
-
-        Raises:
-            FileChanged: its file is not what it was.
-        """
-        inside, offset, length = self._places[sha256]
-        with open_unchanged(self._root / inside, inside, *self._was[inside]) as file:
-            file.seek(offset)
-            content = bytearray()
-            while len(content) < length and (block := file.read(length - len(content))):
-                content += block
-            require_unchanged(file.fileno(), inside, *self._was[inside])
-        if len(content) != length:
-            raise changed_error(inside)
-        return bytes(content)
-
-    def require_intact(self, sha256: str, content: bytes) -> None:
-        """Raise a `FileChanged` if this is not the part's content."""
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise changed_error(self._places[sha256][0])
-
-
-class MediaSource:
-    """The parts of media that wait in a run's directory."""
-
-    def __init__(self, directory: Path) -> None:
-        self._folder = directory / MEDIA_DIR
-
-    def __iter__(self) -> Iterator[str]:
-        return (path.name for path in self._folder.glob("*") if SHA256.fullmatch(path.name))
-
-    def size(self, sha256: str) -> int:
-        """Bytes of one part."""
-        return (self._folder / sha256).stat().st_size
-
-    def read(self, sha256: str) -> bytes:
-        """A part's bytes."""
-        return (self._folder / sha256).read_bytes()
-
-    def require_intact(self, sha256: str, content: bytes) -> None:
-        """Raise a `FileChanged` if this is not the part's content."""
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise FileChanged(f"{self._folder / sha256} was altered: log the file again")
-
-    def drop(self, sha256: str) -> None:
-        """The server has it."""
-        with contextlib.suppress(OSError):  # a directory that can only be read
-            (self._folder / sha256).unlink()
-
-
-class PartUpload:
-    """Parts on their way to the server; sending may be repeated after any fault.
-
-    Args:
-        stopped: asked between requests; when true, the upload ends with a `Retry`.
-    """
-
-    def __init__(
-        self,
-        source: PartSource | MediaSource,
-        transport: Transport,
-        *,
-        progress: Progress = _nothing,
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._source, self._transport = source, transport
-        self._progress, self._stopped = progress, stopped
-        self._total = sum(source.size(sha256) for sha256 in source)
-        self._held = 0
-        self._lock = threading.Lock()
-        self.bytes_sent = 0
-        """Of parts, over the network, those that arrived in vain included."""
-
-    def send_missing(self) -> None:
-        """Send what the server lacks.
-
-        Raises:
-            TransportError: not all of it, now.
-            FileChanged: a part is not what it was.
-        """
-        missing, partial = self._ask()
-        with self._lock:
-            self._held = self._total - sum(map(self._source.size, missing))
-            self._held += sum(partial.values())
-        self._progress(self._held, self._total)
-        self._send_all(missing, partial)
-
-    def _ask(self) -> tuple[list[str], dict[str, int]]:
-        """The parts that the server lacks, and how many bytes it has of some of them."""
-        asked, missing, partial = list(self._source), list[str](), dict[str, int]()
-        for start in range(0, len(asked), MAX_PARTS_ASKED):
-            lacks, holds = missing_parts(self._transport, asked[start : start + MAX_PARTS_ASKED])
-            missing += lacks
-            partial |= holds
-        return missing, partial
-
-    def _send_all(self, missing: list[str], partial: Mapping[str, int]) -> None:
-        connections = min(CONNECTIONS, len(missing))
-        if not connections:
-            return
-        waiting = iter(missing)
-        failed: list[BaseException] = []
-
-        def work() -> None:
-            transport = self._transport.another()
-            try:
-                while not failed:
-                    with self._lock:
-                        sha256 = next(waiting, None)
-                    if sha256 is None:
-                        return
-                    self._send(transport, sha256, partial.get(sha256, 0))
-            except BaseException as error:
-                failed.append(error)
-            finally:
-                transport.close()
-
-        with ThreadPoolExecutor(connections) as pool:
-            for _ in range(connections):
-                pool.submit(work)
-        if failed:
-            raise next((e for e in failed if not isinstance(e, Retry)), failed[0])
-
-    def _send(self, transport: Transport, sha256: str, held: int) -> None:
-        content, backoff, counted = self._source.read(sha256), Backoff(), held
-        for attempt in range(ATTEMPTS):
-            self._require_going()
-            try:
-                if attempt:
-                    lacks, holds = missing_parts(transport, [sha256])
-                    held = holds.get(sha256, 0)
-                    if not lacks:
-                        break
-                # All of it may be held and not taken yet: then nothing but the offset is sent.
-                self._put(transport, sha256, content, held)
-                break
-            except Gap as error:
-                if attempt == ATTEMPTS - 1:
-                    raise Retry(str(error)) from error
-            except Refused as error:
-                if error.status != 400:
-                    raise
-                self._source.require_intact(sha256, content)  # damaged here, or on the way?
-                if attempt == ATTEMPTS - 1:
-                    raise Retry(str(error)) from error
-            except Retry as error:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                time.sleep(backoff.wait(error))
-        with self._lock:
-            self._held += len(content) - counted
-            done = min(self._held, self._total)
-        self._progress(done, self._total)
-
-    def _put(self, transport: Transport, sha256: str, content: bytes, held: int) -> None:
-        with self._lock:
-            self.bytes_sent += max(len(content) - held, 0)
-        body = memoryview(content)[min(held, len(content)) :]
-        where = quoted("parts", sha256)
-        transport.request(
-            "PUT",
-            where,
-            query={"offset": held},
-            body=body,
-            headers={"Content-Type": "application/octet-stream"},
+    def __init__(self, inside: str) -> None:
+        super().__init__(
+            f"file changed: {inside!r} was rewritten in place after it was saved; write "
+            "checkpoints under a temporary name and rename them, and save this one again"
         )
 
-    def _require_going(self) -> None:
-        if self._stopped():
-            raise Retry("the upload was stopped")
+
+@contextlib.contextmanager
+def _open_unchanged(root: Path, file: StagedFile) -> Iterator[BinaryIO]:
+    """Open a file, and check before and after the block that it is what the note says."""
+
+    def check() -> None:
+        status = os.fstat(content.fileno())
+        if (status.st_size, status.st_mtime_ns) != (file["bytes"], file["changed"]):
+            raise FileChanged(file["path"])
+
+    try:
+        content = (root / file["path"]).open("rb")
+    except OSError as error:
+        message = f"{file['path']!r} cannot be read ({error}): save it again"
+        raise CheckpointFailed(message) from error
+    with content:
+        check()
+        yield content
+        check()
 
 
-class Upload(PartUpload):
-    """One checkpoint on its way; `run` may be called again after any fault."""
+def build_manifest(root: Path, note: Staged) -> Manifest:
+    """Hash a checkpoint's files, whole and in parts, reading each once.
 
-    def __init__(
-        self,
-        run: str,
-        manifest: Manifest,
-        source: PartSource,
-        transport: Transport,
-        *,
-        progress: Progress = _nothing,
-        stopped: Callable[[], bool] = lambda: False,
-    ) -> None:
-        super().__init__(source, transport, progress=progress, stopped=stopped)
-        self._where = quoted("runs", run, "checkpoints", manifest["name"])
-        self._manifest = manifest
+    Args:
+        root: holds them under the paths of the note.
+    """
+    return {
+        "protocol": PROTOCOL,
+        "name": note["name"],
+        "step": note["step"],
+        "created": note["created"],
+        "aliases": note["aliases"],
+        "metadata": note["metadata"],
+        "files": [_hash_file(root, file) for file in note["files"]],
+    }
 
-    def run(self) -> None:
-        """Send what the server lacks, and return when it has published the checkpoint.
 
-        Raises:
-            CheckpointFailed: it never will.
-            Retry: not now.
-            Refused: the token does not allow it, or the server does not know the run.
-        """
-        for _ in range(ROUNDS):
-            if self._commit():
-                self._progress(self._total, self._total)
-                return
-            self.send_missing()
-        raise Retry(f"{self._transport.url} says again and again that parts are missing")
+def _hash_file(root: Path, file: StagedFile) -> ManifestFile:
+    whole, parts = hashlib.sha256(), list[Part]()
+    with _open_unchanged(root, file) as content:
+        while part := content.read(PART_BYTES):
+            whole.update(part)
+            parts.append({"sha256": hashlib.sha256(part).hexdigest(), "bytes": len(part)})
+    if sum(part["bytes"] for part in parts) != file["bytes"]:
+        raise FileChanged(file["path"])
+    hashed = whole.hexdigest()
+    return {"path": file["path"], "bytes": file["bytes"], "sha256": hashed, "parts": parts}
 
-    def _commit(self) -> bool:
-        """Send the manifest; whether it is published now, or parts are missing."""
-        wait, longest = VERIFY_SECONDS
-        while True:
-            try:
-                answer = self._transport.request("PUT", self._where, json_body=self._manifest)
-            except Refused as error:
-                if error.content.get("state") == "incomplete":
-                    return False
-                if error.status in (409, 413, 422):
-                    raise CheckpointFailed(str(error)) from error
-                raise
-            state = answer.content.get("state") if isinstance(answer.content, dict) else None
-            if state == "published":
-                return True
-            if state != "verifying":
-                raise self._transport.ill_answer()
-            self._require_going()
-            time.sleep(wait)
-            wait = min(wait * 2, longest)
+
+def staged_manifest(directory: Path, note: Staged) -> Manifest:
+    """Return the manifest of a staged checkpoint; it is made and kept when it is first needed."""
+    with contextlib.suppress(EndlexError):  # a damaged one is made again
+        if (kept := load_manifest(directory, note["name"])) is not None:
+            return kept
+    manifest = build_manifest(directory / STAGED_DIR / note["name"], note)
+    path = manifest_path(directory, note["name"])
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(manifest).encode())
+    except OSError as error:
+        if error.errno not in READ_ONLY:
+            raise
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a part is on the disk."""
+
+    root: Path
+    file: StagedFile
+    offset: int
+    length: int
+
+    def read(self) -> bytes:
+        with _open_unchanged(self.root, self.file) as content:
+            content.seek(self.offset)
+            return content.read(self.length)
+
+
+def upload_checkpoint(
+    run: str,
+    manifest: Manifest,
+    root: Path,
+    note: Staged,
+    transport: Transport,
+    *,
+    progress: Progress = lambda done, total: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Send what the server lacks of a checkpoint, and return when the server has published it.
+
+    Args:
+        root: holds the files.
+        note: what they were, so that a change is noticed before it is sent.
+        stopped: asked between requests; when true, the upload ends with a `Retry`.
+
+    Raises:
+        CheckpointFailed: it never will be published.
+        Retry: not now.
+        Refused: the token does not allow it, or the server does not know the run.
+    """
+    files = {file["path"]: file for file in note["files"]}
+    places: dict[str, _Place] = {}
+    for file in manifest["files"]:
+        offset = 0
+        for part in file["parts"]:
+            place = _Place(root, files[file["path"]], offset, part["bytes"])
+            places.setdefault(part["sha256"], place)
+            offset += part["bytes"]
+    for _ in range(ROUNDS):
+        if _commit(run, manifest, transport, stopped):
+            total = sum(place.length for place in places.values())
+            progress(total, total)
+            return
+        _send_parts(places, transport, progress, stopped)
+    raise Retry(f"{transport.url} says again and again that parts are missing")
+
+
+def _commit(
+    run: str, manifest: Manifest, transport: Transport, stopped: Callable[[], bool]
+) -> bool:
+    """Send the manifest; return whether it is published now, or parts are missing."""
+    where = quoted("runs", run, "checkpoints", manifest["name"])
+    wait, longest = VERIFY_SECONDS
+    while True:
+        try:
+            answer = transport.request("PUT", where, json_body=manifest)
+        except Refused as error:
+            if error.content.get("state") == "incomplete":
+                return False
+            if error.status in (409, 413, 422):
+                raise CheckpointFailed(str(error)) from error
+            raise
+        state = answer.content.get("state") if isinstance(answer.content, dict) else None
+        if state == "published":
+            return True
+        if state != "verifying":
+            raise transport.ill_answer()
+        _check_going(stopped)
+        time.sleep(wait)
+        wait = min(wait * 2, longest)
+
+
+def _check_going(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise Retry("the upload was stopped")
+
+
+def _send_parts(
+    places: Mapping[str, _Place],
+    transport: Transport,
+    progress: Progress,
+    stopped: Callable[[], bool],
+) -> None:
+    missing, partial = missing_parts(transport, list(places))
+    total = sum(place.length for place in places.values())
+    held = total - sum(places[sha256].length for sha256 in missing) + sum(partial.values())
+    progress(held, total)
+    lock = threading.Lock()
+
+    def send(sha256: str) -> None:
+        nonlocal held
+        _check_going(stopped)
+        start = partial.get(sha256, 0)
+        _send_part(sha256, places[sha256], start, transport)
+        with lock:
+            held += places[sha256].length - start
+            progress(held, total)
+
+    in_parallel(send, missing, CONNECTIONS, transport)
+
+
+def _send_part(sha256: str, place: _Place, start: int, transport: Transport) -> None:
+    content = place.read()
+    try:
+        # All of it may be held and not taken yet: then nothing but the offset is sent.
+        transport.request(
+            "PUT",
+            quoted("parts", sha256),
+            query={"offset": start},
+            body=memoryview(content)[start:],
+            headers={"Content-Type": "application/octet-stream"},
+        )
+    except Refused as error:
+        if error.status not in (400, 409):
+            raise
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise FileChanged(place.file["path"]) from error
+        raise Retry(str(error)) from error  # damaged on the way, or from another offset
 
 
 def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], dict[str, int]]:
-    """Ask which of these parts the server lacks, and how many bytes it holds of those.
-
-    Raises:
-        TransportError: it does not say.
-    """
-    answer = transport.request("POST", "/parts/missing", json_body={"parts": parts})
-    try:
-        lacks = set(answer.content["missing"])
-        partial = {str(k): int(v) for k, v in answer.content.get("partial", {}).items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise transport.ill_answer() from error
-    return [part for part in parts if part in lacks], partial
+    """Ask which of these parts the server lacks, and how many bytes it holds of those."""
+    missing, partial = list[str](), dict[str, int]()
+    for start in range(0, len(parts), MAX_PARTS_ASKED):
+        asked = parts[start : start + MAX_PARTS_ASKED]
+        answer = transport.request("POST", "/parts/missing", json_body={"parts": asked})
+        try:
+            lacks = set(answer.content["missing"])
+            partial |= {str(k): int(v) for k, v in answer.content.get("partial", {}).items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise transport.ill_answer() from error
+        missing += [part for part in asked if part in lacks]
+    return missing, partial
 
 
 def send_media(
-    directory: Path, transport: Transport, stopped: Callable[[], bool] = lambda: False
-) -> int:
-    """Send the media that wait in a run's directory, and return how many parts there were.
+    directory: Path,
+    transport: Transport,
+    *,
+    progress: Progress = lambda done, total: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Send the media that wait in a run's directory."""
+    folder, places = directory / MEDIA_DIR, dict[str, _Place]()
+    for name in waiting_media(directory):
+        status = (folder / name).stat()
+        file: StagedFile = {"path": name, "bytes": status.st_size, "changed": status.st_mtime_ns}
+        places[name] = _Place(folder, file, 0, status.st_size)
+    _send_parts(places, transport, progress, stopped)
+    for name in places:
+        with contextlib.suppress(OSError):  # a directory that can only be read
+            (folder / name).unlink()
 
-    Raises:
-        TransportError: not now.
-        FileChanged: a part was altered here.
-    """
-    source = MediaSource(directory)
-    waiting = list(source)
-    if waiting:
-        PartUpload(source, transport, stopped=stopped).send_missing()
-    for sha256 in waiting:
-        source.drop(sha256)
-    return len(waiting)
+
+def send_staged(
+    directory: Path,
+    run: str,
+    name: str,
+    transport: Transport,
+    *,
+    progress: Progress = lambda done, total: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Hash a staged checkpoint, send it, and drop its files here once it is published."""
+    note = read_note(directory, name)
+    manifest, root = staged_manifest(directory, note), directory / STAGED_DIR / name
+    upload_checkpoint(run, manifest, root, note, transport, progress=progress, stopped=stopped)
+    unstage(directory, name)

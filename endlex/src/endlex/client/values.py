@@ -34,7 +34,7 @@ class MetricKeys(dict[str, str]):
 def tidy_name(name: Any, default: str) -> str:
     """Make a name printable and short enough, as `protocol.check_name` wants it.
 
-    Of one that is too long, the end is a hash of the whole, so that two of them stay apart.
+    A name that is too long ends with a hash of the whole, so that two of them stay apart.
     """
     text = "".join(c if c.isprintable() else "_" for c in str(name)).strip()
     if len(text) > MAX_NAME_CHARS:
@@ -78,11 +78,7 @@ def as_number(value: Any) -> float:
 
 
 def checked_step(step: Any) -> int:
-    """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`.
-
-    Raises:
-        EndlexError: it is not.
-    """
+    """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`."""
     if type(step) is int and 0 <= step <= MAX_STEP:
         return step
     try:

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from endlex.client.checkpoints import (
-    given_up,
-    staged_names,
-)
-from endlex.client.downloads import Removed, fetch_manifest
-from endlex.client.journal_sync import (
-    SessionSync,
-)
-from endlex.client.manifests import load_manifest, manifest_path
+from endlex.client.checkpoints import given_up, load_manifest, staged_names
+from endlex.client.downloads import Removed, Unknown, fetch_manifest
+from endlex.client.journal_sync import SessionDiffers, SessionSync
 from endlex.client.process import describe
 from endlex.client.run_directory import require_run_file
-from endlex.client.shipping import (
-    failed_checkpoints,
-    shipper_process,
-)
-from endlex.client.transport import Refused, Retry, Transport, quoted
+from endlex.client.shipping import failed_checkpoints, shipper_process
+from endlex.client.transport import Refused, Transport, TransportError, quoted
 from endlex.client.uploads import missing_parts
-from endlex.protocol import (
-    MANIFEST_DIR,
-    MAX_PARTS_ASKED,
-    REPLACES,
-    SYSTEM,
-    EndlexError,
-)
-from endlex.reading import (
-    parse_record,
-    session_files,
-    session_kind,
-    writer_is_alive,
-)
+from endlex.protocol import MANIFEST_DIR, REPLACES, SYSTEM, EndlexError
+from endlex.reading import parse_record, session_files, session_kind, writer_is_alive
 
 CHECKPOINT_START, MEDIA_START = b'{"type":"checkpoint",', b'{"type":"media",'
-"""Of the lines that the journal writes for checkpoints and media: the others need no parsing."""
+"""How the journal's lines for checkpoints and media begin: the others need no parsing."""
+
+Remedy = Literal["sync", "resend", "wait", "drop", "restore"]
+"""What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +33,7 @@ class Missing:
     name: str
     """A session, a checkpoint, or what lives: a session, or `shipper`."""
     reason: str
-    bytes: int = 0
-    """Not on the server, as far as that is known."""
-    hopeless: bool = False
-    """Whether sending again does not help."""
+    remedy: Remedy = "sync"
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}: {self.reason}"
@@ -61,7 +41,7 @@ class Missing:
 
 @dataclass(frozen=True)
 class LetGo:
-    """A checkpoint that the server published and let go of since, by a rule or by hand."""
+    """A checkpoint that the server published and that a rule or a person removed since."""
 
     name: str
     removed: float
@@ -73,9 +53,9 @@ class LetGo:
 class Comparison:
     """A run's directory beside what the server has; safe to delete when nothing is missing."""
 
-    missing: list[Missing]
-    let_go: list[LetGo]
-    given_up: list[str]
+    missing: list[Missing] = field(default_factory=list)
+    let_go: list[LetGo] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
     """Checkpoints that somebody decided to do without, since they could not be sent."""
 
 
@@ -85,14 +65,10 @@ def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
 
 
 def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
-    """Make sure that the server has what was here: what a live trainer adds meanwhile is no fault.
+    """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
 
     Args:
         published: checkpoints that are known to be, though they are still staged.
-
-    Raises:
-        EndlexError: `verify_directory` finds something missing.
-        TransportError: the server cannot be asked.
     """
     missing = [
         found
@@ -100,7 +76,7 @@ def require_all_sent(directory: Path, transport: Transport, published: Collectio
         if found.kind != "checkpoint" or found.name not in published
     ]
     if any(found.kind == "live" for found in missing):
-        missing = [found for found in missing if found.kind == "journal" and not found.bytes]
+        missing = [found for found in missing if found.remedy == "resend"]
     if missing:
         raise EndlexError("; ".join(map(str, missing)))
 
@@ -109,12 +85,8 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     """Compare a run's directory with the server by hash.
 
     Every session's journal must be there and equal, every checkpoint that was saved be published
-    with the files that were hashed here, or have been until it was let go of on purpose, no
+    with the files that were hashed here, or have been until it was removed on purpose, no
     checkpoint wait, no trainer write and no shipper work.
-
-    Raises:
-        EndlexError: the directory is no run's.
-        TransportError: the server cannot be asked.
     """
     owner = require_run_file(directory)
     shipper = shipper_process(directory)
@@ -135,7 +107,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     missing += _verify_media(directory, transport)
     if shipper is not None:
         reason = f"{describe(shipper.name)} is still at work: wait for it"
-        missing.append(Missing("live", "shipper", reason))
+        missing.append(Missing("live", "shipper", reason, "wait"))
     return Comparison(missing, let_go, sorted(dropped))
 
 
@@ -143,11 +115,9 @@ def _verify_media(directory: Path, transport: Transport) -> Iterator[Missing]:
     parts: dict[str, str] = {}
     for record in _iter_records(directory, MEDIA_START):
         parts |= {str(part.get("sha256")): str(record.get("name")) for part in record["parts"]}
-    asked = list(parts)
-    for start in range(0, len(asked), MAX_PARTS_ASKED):
-        lacking, _ = missing_parts(transport, asked[start : start + MAX_PARTS_ASKED])
-        for name in dict.fromkeys(parts[sha256] for sha256 in lacking):
-            yield Missing("media", name, "a file of it is not sent yet")
+    lacking, _ = missing_parts(transport, list(parts))
+    for name in dict.fromkeys(parts[sha256] for sha256 in lacking):
+        yield Missing("media", name, "one of its files is not sent yet")
 
 
 def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
@@ -155,75 +125,65 @@ def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
     for path in session_files(directory):
         with path.open("rb") as file:
             for line in file:
-                if line.startswith(start) and line.endswith(b"\n"):
-                    yield parse_record(line) or {}
+                whole = line.startswith(start) and line.endswith(b"\n")
+                if whole and (record := parse_record(line)) is not None:
+                    yield record
 
 
 def _waiting(name: str, failure: str | None) -> Missing:
     if failure is None:
         return Missing("checkpoint", name, "not sent yet, or not published")
-    return Missing("checkpoint", name, f"it cannot be sent: {failure}", hopeless=True)
+    return Missing("checkpoint", name, f"it cannot be sent: {failure}", "drop")
 
 
 def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
     found = []
     is_shippers = has_shipper and session_kind(path) == SYSTEM
     if not is_shippers and writer_is_alive(path):
-        found.append(Missing("live", path.stem, "a process still writes this session: end it"))
+        reason = "a process still writes this session: end it"
+        found.append(Missing("live", path.stem, reason, "wait"))
     try:
-        left = SessionSync(run, path, transport).missing_bytes()
-    except (Retry, Refused):
-        raise
-    except EndlexError as error:
-        return [*found, Missing("journal", path.stem, str(error))]
-    if left:
-        found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent", left))
+        if left := SessionSync(run, path, transport).missing_bytes():
+            found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent"))
+    except SessionDiffers as error:
+        found.append(Missing("journal", path.stem, str(error), "resend"))
     return found
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """What this side knows of a checkpoint without its files."""
-
-    replaces: object = None
-    time: float = 0.0
-
-
-def _saved(directory: Path) -> dict[str, _Saved]:
-    """Checkpoints that the journals or the kept manifests name."""
-    found = {path.stem: _Saved() for path in (directory / MANIFEST_DIR).glob("*.json")}
-    for record in _iter_records(directory, CHECKPOINT_START):
-        metadata, time = record.get("metadata"), record.get("time")
-        found[str(record.get("name"))] = _Saved(
-            metadata.get(REPLACES) if isinstance(metadata, dict) else None,
-            time if isinstance(time, int | float) else 0.0,
-        )
-    return found
+def _saved(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the journal's record of each checkpoint; empty where only its hashes were kept."""
+    found: dict[str, dict[str, Any]]
+    found = {path.stem: {} for path in (directory / MANIFEST_DIR).glob("*.json")}
+    return found | {r["name"]: r for r in _iter_records(directory, CHECKPOINT_START)}
 
 
 def _verify_checkpoint(
-    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+    run: str, directory: Path, name: str, saved: dict[str, Any], transport: Transport
 ) -> Missing | LetGo | None:
-    let_go: LetGo | None = None
+    let_go, ours = None, None
     try:
-        ours = load_manifest(manifest_path(directory, name))
+        ours = load_manifest(directory, name)
         theirs = fetch_manifest(run, name, transport)
-    except (Retry, Refused):
+    except TransportError:
         raise
     except Removed as error:
         theirs, let_go = error.manifest, LetGo(name, error.removed, error.reason)
     except EndlexError as error:
-        if is_replaced(run, saved.replaces, saved.time, transport):
+        if _is_replaced(run, saved, transport):
             return None
+        if ours is not None and isinstance(error, Unknown):
+            said = f"{error}, though it was published there once"
+            return Missing("checkpoint", name, said, "restore")
         return Missing("checkpoint", name, str(error))
     if ours is not None and ours["files"] != theirs["files"]:
         return Missing("checkpoint", name, "the server's files differ from those saved here")
     return let_go
 
 
-def is_replaced(run: str, word: object, saved: float, transport: Transport) -> bool:
-    """Whether the server has a checkpoint that replaced one saved at a moment (Unix seconds)."""
-    if not isinstance(word, str):
+def _is_replaced(run: str, saved: dict[str, Any], transport: Transport) -> bool:
+    """Whether the server has a later checkpoint that was saved to replace this one."""
+    word = saved.get("metadata", {}).get(REPLACES)
+    if word is None:
         return False
     try:
         listed = transport.request("GET", quoted("runs", run, "checkpoints")).content
@@ -231,7 +191,7 @@ def is_replaced(run: str, word: object, saved: float, transport: Transport) -> b
         return False
     return any(
         other["state"] == "published"
-        and other["created"] > saved
+        and other["created"] > saved["time"]
         and (other.get("metadata") or {}).get(REPLACES) == word
-        for other in (listed if isinstance(listed, list) else [])
+        for other in listed
     )

@@ -9,10 +9,9 @@ import importlib.util
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from endlex.client.shipping import read_state, shipper_process, sync_command
 from endlex.client.transport import Refused, TransportError
 from endlex.client.verify import verify_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
-from endlex.commands.targets import find_server, local_runs, open_run_directory
+from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import PROTOCOL, EndlexError
 from endlex.reading import summarize
 
@@ -60,12 +59,21 @@ class Finding:
     message: str
 
 
-ok, note, fault = (partial(Finding, state) for state in ("ok", "note", "fault"))
+def finding(check: str, good: bool, message: str, remedy: str = "") -> Finding:
+    """Return what a check found, with the remedy if something is not good."""
+    if good:
+        return Finding("ok", check, message)
+    return Finding("fault", check, f"{message}: {remedy}" if remedy else message)
 
 
-def doctor(directories: Sequence[Path], url: str | None, as_json: bool) -> int:
+def note(check: str, message: str) -> Finding:
+    """Return what works, but less."""
+    return Finding("note", check, message)
+
+
+def doctor(directories: Sequence[str], url: str | None, as_json: bool) -> int:
     """Run every check; 1 when one of them found a fault."""
-    findings = [*_versions(), *_libraries(), *_server(url), *_disk(), *_journals(directories, url)]
+    findings = [_versions(), *_libraries(), *_server(url), _disk(), *_journals(directories, url)]
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -74,35 +82,34 @@ def doctor(directories: Sequence[Path], url: str | None, as_json: bool) -> int:
     return 1 if any(finding.state == "fault" for finding in findings) else 0
 
 
-def _versions() -> Iterator[Finding]:
+def _versions() -> Finding:
     try:
         version = metadata.version("endlex")
     except metadata.PackageNotFoundError:
         version = "not installed as a package"
     python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    yield ok("version", f"endlex {version}, protocol {PROTOCOL}; {python}")
-
-
-def _lacking(libraries: Mapping[str, str]) -> str:
-    """Return the packages, by module, that are not installed here."""
-    absent = [name for name in libraries if importlib.util.find_spec(name) is None]
-    return ", ".join(libraries[name] for name in absent)
+    return Finding("ok", "version", f"endlex {version}, protocol {PROTOCOL}; {python}")
 
 
 def _libraries() -> Iterator[Finding]:
+    here = []
     for extra, (libraries, without) in LIBRARIES.items():
-        lacking = _lacking(libraries)
-        remedy = f"no {lacking}: {without}; pip install 'endlex[{extra}]'"
-        yield note(extra, remedy) if lacking else ok(extra, "its packages are here")
-    if importlib.util.find_spec("endlex.server") is None or _lacking(LIBRARIES["server"][0]):
-        return
-    assets = importlib.import_module("endlex.server.web.pages").missing_assets()
-    if assets:
-        yield fault(
-            "server",
-            f"the dashboard's charts lack {', '.join(assets)}: install "
-            "endlex again where the build can reach npm's registry, or from a wheel",
-        )
+        absent = [name for name in libraries if importlib.util.find_spec(name) is None]
+        if absent:
+            lacking = ", ".join(libraries[name] for name in absent)
+            yield note(extra, f"no {lacking}: {without}; pip install 'endlex[{extra}]'")
+        else:
+            here.append(extra)
+            yield Finding("ok", extra, "its packages are here")
+    if "server" in here and importlib.util.find_spec("endlex.server") is not None:
+        assets = importlib.import_module("endlex.server.web.pages").missing_assets()
+        if assets:
+            yield Finding(
+                "fault",
+                "server",
+                f"the dashboard's charts lack {', '.join(assets)}: install endlex again where the "
+                "build can reach npm's registry, or from a wheel",
+            )
 
 
 def _server(url: str | None) -> Iterator[Finding]:
@@ -113,43 +120,36 @@ def _server(url: str | None) -> Iterator[Finding]:
         return
     try:
         server = find_server(url)
-        health = server.get("/health")
-        theirs = health["protocol"]
+        before = time.time()
+        answer = server.transport.request("GET", "/health")
+        after = time.time()
     except EndlexError as error:
-        yield fault("server", str(error))
+        yield Finding("fault", "server", str(error))
         return
-    except (KeyError, TypeError):
-        yield fault("server", f"{server.url} answers, but not as an Endlex server")
+    health = answer.content if isinstance(answer.content, dict) else {}
+    if (theirs := health.get("protocol")) != PROTOCOL:
+        said = f"{server.url} answers, but not as an Endlex server"
+        if theirs is not None:
+            said = f"{server.url} speaks protocol {theirs}, and this side {PROTOCOL}"
+            said += ": upgrade the older side"
+        yield Finding("fault", "server", said)
         return
-    if theirs != PROTOCOL:
-        yield fault(
-            "server",
-            f"{server.url} speaks protocol {theirs}, and this side "
-            f"{PROTOCOL}: upgrade the older side",
-        )
-        return
-    yield ok("server", f"{server.url}, endlex {health.get('version')}")
+    yield Finding("ok", "server", f"{server.url}, endlex {health.get('version')}")
     free = int(health.get("disk_free_bytes", 0))
     said = f"{format_bytes(free)} free on the server's disk"
-    enough = free > LITTLE_SPACE
-    yield (
-        ok("server", said) if enough else fault("server", f"{said}: free some with `endlex prune`")
-    )
-    yield _clock(server)
+    yield finding("server", free > LITTLE_SPACE, said, "free some with `endlex prune`")
+    yield _clock(answer.date, before, after)
     yield from _scopes(server)
 
 
-def _clock(server: Api) -> Finding:
+def _clock(date: str | None, before: float, after: float) -> Finding:
     """Compare clocks by the answer's Date header, which counts whole seconds."""
-    before = time.time()
-    date = server.transport.request("GET", "/health").date
-    after = time.time()
     if not date:
         return note("clock", "the server's answer has no date to compare with")
     said = parsedate_to_datetime(date).timestamp()
     apart = max(0.0, said - after, before - said - 1)
     if apart <= CLOCK_SECONDS:
-        return ok("clock", "equal to the server's")
+        return Finding("ok", "clock", "equal to the server's")
     return note(
         "clock",
         f"this machine's and the server's are {apart:,.0f} s apart: "
@@ -175,53 +175,41 @@ def _scopes(server: Api) -> Iterator[Finding]:
             if error.status in (401, 403):
                 continue
         except EndlexError as error:
-            yield fault("token", str(error))
+            yield Finding("fault", "token", str(error))
             return
         allowed.append(scope)
     given = "the token" if server_token() else "no token is set, and without one this machine"
-    if not allowed:
-        yield fault(
-            "token",
-            f"{given} may do nothing there: set ENDLEX_TOKEN or "
-            "~/.config/endlex/token to one from `endlex token create`",
-        )
-        return
     lacking = [scope for scope in ("write", "checkpoint") if scope not in allowed]
-    if lacking:
-        yield note(
-            "token",
-            f"{given} may {', '.join(allowed)}, not {', '.join(lacking)}: "
-            "a box that trains needs write and checkpoint",
-        )
+    if not allowed:
+        said = f"{given} may do nothing there"
+        remedy = "set ENDLEX_TOKEN or ~/.config/endlex/token to one from `endlex token create`"
+        yield finding("token", False, said, remedy)
+    elif lacking:
+        said = f"{given} may {', '.join(allowed)}, not {', '.join(lacking)}"
+        yield note("token", f"{said}: a box that trains needs write and checkpoint")
     else:
-        yield ok("token", f"{given} may {', '.join(allowed)}")
+        yield Finding("ok", "token", f"{given} may {', '.join(allowed)}")
 
 
-def _disk() -> Iterator[Finding]:
+def _disk() -> Finding:
     folder = runs_folder().absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if free < LITTLE_SPACE:
-        yield fault(
-            "disk",
-            f"{format_bytes(free)} free in {folder}: journals and "
-            "checkpoints need more; free some, or set ENDLEX_DIR",
-        )
-    else:
-        yield ok("disk", f"{format_bytes(free)} free in {folder}")
+    remedy = "journals and checkpoints need more; free some, or set ENDLEX_DIR"
+    said = f"{format_bytes(free)} free in {folder}"
+    return finding("disk", free >= LITTLE_SPACE, said, remedy)
 
 
-def _journals(directories: Sequence[Path], url: str | None) -> Iterator[Finding]:
-    known = local_runs()
-    for directory in directories or known.found:
+def _journals(directories: Sequence[str], url: str | None) -> Iterator[Finding]:
+    known = local_runs(directories)
+    for directory in known.found:
         try:
-            open_run_directory(directory)
             yield from _damage(directory)
             yield _sending(directory, url)
         except (EndlexError, OSError) as error:
-            yield fault("journals", str(error))
-    yield (fault if known.unreadable else ok)("journals", "; ".join(str(known).splitlines()))
+            yield Finding("fault", "journals", str(error))
+    yield finding("journals", not known.unreadable, "; ".join(str(known).splitlines()))
 
 
 def _damage(directory: Path) -> Iterator[Finding]:
@@ -230,17 +218,16 @@ def _damage(directory: Path) -> Iterator[Finding]:
             lines = count(session["damaged_lines"], "damaged line")
             what = f"session {session['session']} of {directory} has {lines}"
             remedy = "the disk may be failing; the rest is sent all the same"
-            yield fault("journals", f"{what}: {remedy}")
+            yield finding("journals", False, what, remedy)
 
 
 def _sending(directory: Path, url: str | None) -> Finding:
     """Say whether one run's directory is sent, and who sends it."""
     shipper = shipper_process(directory)
-    error = read_state(directory).get("error")
-    if shipper is not None and error:
-        return fault("journals", f"{directory}: its shipper says: {error}")
     if shipper is not None:
-        return ok("journals", f"{directory}: its shipper, {describe(shipper.name)}, sends it")
+        error = read_state(directory).get("error")
+        said = f"{directory}: its shipper, {describe(shipper.name)}, sends it"
+        return finding("journals", not error, said, f"it says: {error}")
     try:
         missing = verify_directory(directory, find_server(url).transport)
     except TransportError:
@@ -248,7 +235,6 @@ def _sending(directory: Path, url: str | None) -> Finding:
     except EndlexError as reason:
         return note("journals", f"{directory}: not compared with a server: {reason}")
     if missing:
-        remedy = sync_command(directory)
-        what = f"{missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        return note("journals", f"{directory}: {what}: {remedy}")
-    return ok("journals", f"{directory}: all of it is on the server")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return note("journals", f"{directory}: {missing[0]}{more}: {sync_command(directory)}")
+    return Finding("ok", "journals", f"{directory}: all of it is on the server")

@@ -1,6 +1,7 @@
-"""Change runs of the server, many at once (`endlex tag`, `note`, ...), and a project's alert rules.
+"""Change what the server holds: runs, many at once (`endlex tag`, `note`, ...), a project's alert
+rules, and which checkpoints are kept (`endlex prune`).
 
-endlex ls --ids tag:old | xargs endlex archive
+    endlex ls --ids tag:old | xargs endlex archive
 """
 
 from __future__ import annotations
@@ -9,18 +10,24 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from endlex.commands.rendering import count, print_json, printable, render_table
-from endlex.commands.targets import find_server, find_server_run
-from endlex.commands.usage import UsageError
-from endlex.protocol import EndlexError
-from endlex.search import SearchError, parse_search
+from endlex.commands.rendering import (
+    confirm,
+    count,
+    format_bytes,
+    print_json,
+    printable,
+    render_table,
+)
+from endlex.commands.targets import find_server
+from endlex.protocol import EndlexError, UsageError
+from endlex.search import parse_search
 
 RULES = "rules"
 
 
 def _change(runs: Sequence[str], changes: dict[str, Any], url: str | None, done: str) -> int:
     server = find_server(url)
-    ids = [find_server_run(server, run)["run"] for run in runs]
+    ids = [server.run(run).id for run in runs]
     server.send("PATCH", "/runs", {"runs": ids, "changes": changes})
     print(f"{count(len(ids), 'run')} {done}")
     return 0
@@ -57,12 +64,9 @@ def archive(runs: Sequence[str], undo: bool, url: str | None) -> int:
 
 def delete(runs: Sequence[str], undo: bool, yes: bool, url: str | None) -> int:
     """Delete runs, or bring them back while they are not pruned."""
-    if not (yes or undo):
-        if not sys.stdin.isatty():
-            raise UsageError("nobody is there to confirm: give --yes")
-        if input(f"delete {count(len(runs), 'run')}? [y/N] ").strip().lower() not in ("y", "yes"):
-            print("nothing was deleted")
-            return 1
+    if not confirm(f"delete {count(len(runs), 'run')}?", yes or undo):
+        print("nothing was deleted")
+        return 1
     done = "back" if undo else "deleted; `endlex prune --deleted` frees their disk space"
     return _change(runs, {"deleted": not undo}, url, done)
 
@@ -101,10 +105,66 @@ def alert(
 
 
 def _check_rule(rule: str) -> None:
-    try:
-        groups = parse_search(rule)
-    except SearchError as error:
-        raise UsageError(str(error)) from error
-    terms = [term for group in groups for term in group]
+    terms = [term for group in parse_search(rule) for term in group]
     if len(terms) != 1 or terms[0].key is None or terms[0].number is None:
         raise EndlexError(f"{rule!r} is no rule: compare one metric with a number: 'val/bpb > 2'")
+
+
+PRUNE = "/prune"
+
+
+def prune(
+    run: str | None,
+    project: str | None,
+    keep_last: int | None,
+    keep_best: str | None,
+    mode: str,
+    keep_every: int | None,
+    deleted: bool,
+    dry_run: bool,
+    yes: bool,
+    url: str | None,
+    as_json: bool,
+) -> int:
+    """Ask the server what the rules remove, ask the user, then remove it."""
+    rules = {"keep_last": keep_last, "keep_best": keep_best, "keep_every": keep_every}
+    if run and project:
+        raise UsageError(f"--run {run} and --project {project}: give one of them")
+    if not deleted and not any(rules.values()):
+        raise UsageError(
+            "no rule says what to keep: give --keep-last, --keep-best or --keep-every (a "
+            "checkpoint stays when any of them keeps it), or --deleted"
+        )
+    if not (run or project or deleted):
+        raise UsageError("give --run or --project: pruning everything at once is not offered")
+    server = find_server(url)
+    asked = rules | {
+        "mode": mode if keep_best else None,
+        "deleted": deleted or None,
+        "run": server.run(run).id if run else None,
+        "project": project,
+    }
+    request = {key: value for key, value in asked.items() if value is not None}
+    plan = server.send("POST", PRUNE, request | {"dry_run": True})
+    if dry_run or not plan["removed"]:
+        _print_outcome(plan, "would be removed", as_json)
+        return 0
+    if not yes:
+        _print_outcome(plan, "would be removed", False)
+        if not confirm("remove them?", yes):
+            print("nothing was removed")
+            return 1
+    _print_outcome(server.send("POST", PRUNE, request | {"dry_run": False}), "removed", as_json)
+    return 0
+
+
+def _print_outcome(outcome: dict[str, Any], verb: str, as_json: bool) -> None:
+    if as_json:
+        print_json(outcome)
+        return
+    for item in outcome["removed"]:
+        what = f"{item['run']} {item.get('name') or '(the whole run)'}"
+        print(f"  {printable(what)}  {format_bytes(item['bytes'])}")
+    removed, kept = len(outcome["removed"]), len(outcome["kept"])
+    freed = format_bytes(outcome["freed_bytes"])
+    print(f"{count(removed, 'checkpoint')} {verb}, {freed} freed; {kept:,} kept")

@@ -19,9 +19,8 @@ from typing import IO, Any
 from endlex.api import run_path
 from endlex.client.process import fsync
 from endlex.commands.rendering import format_bytes
-from endlex.commands.targets import find_server, find_server_run, is_run_directory
-from endlex.commands.usage import UsageError
-from endlex.protocol import TABLE, TEXT, EndlexError, encode_number
+from endlex.commands.targets import find_server, is_run_directory
+from endlex.protocol import TABLE, TEXT, EndlexError, UsageError, encode_number
 from endlex.reading import iter_session, read_points, session_files, summarize
 
 SUFFIXES = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".html": "html", ".htm": "html"}
@@ -42,8 +41,7 @@ def export(run: str, format: str | None, output: Path | None, url: str | None) -
         _write(output, kind, lambda file: LOCAL_FORMATS[kind](Path(run), file))
         return 0
     server = find_server(url)
-    identity = find_server_run(server, run)["run"]
-    path = f"{run_path(identity, 'export')}?format={kind}"
+    path = f"{run_path(server.run(run).id, 'export')}?format={kind}"
     _write(output, kind, lambda file: server.download(path, file))
     return 0
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from endlex.client.run_directory import runs_folder
 from endlex.commands.rendering import count, printable
-from endlex.commands.usage import UsageError
 from endlex.importers.run_directory import Imported
-from endlex.protocol import EndlexError
+from endlex.protocol import EndlexError, UsageError
 
 
 def from_wandb(path: Path, project: str | None, to: Path | None) -> int:
@@ -64,9 +63,7 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _import_all(
-    tasks: Sequence[tuple[Path, Callable[[], Imported | list[Imported]]]],
-) -> int:
+def _import_all(tasks: Sequence[tuple[Path, Callable[[], Imported | list[Imported]]]]) -> int:
     """Import one after the other; one that fails does not keep the others back."""
     imported: list[Imported] = []
     failed = 0

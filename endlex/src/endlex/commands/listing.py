@@ -16,14 +16,8 @@ from endlex.commands.rendering import (
     printable,
     render_table,
 )
-from endlex.commands.targets import (
-    find_server,
-    find_server_run,
-    is_run_directory,
-    local_runs,
-)
-from endlex.commands.usage import UsageError
-from endlex.protocol import CONSOLE, TEXT
+from endlex.commands.targets import find_server, is_run_directory, load_run, local_runs
+from endlex.protocol import CONSOLE, TEXT, UsageError
 from endlex.reading import iter_session, session_files, summarize
 from endlex.search import flatten, matches, parse_search
 
@@ -44,55 +38,40 @@ def ls(
     as_json: bool,
 ) -> int:
     """Print a table of runs, of the server or of this machine's run directories."""
+    words = " ".join(query)
     if local:
         if sort or archived:
             raise UsageError("--local lists what is here: it takes no --sort or --archived")
-        return _ls_local(" ".join(query), project, group, limit, ids, as_json)
-    asked = {
-        "q": " ".join(query) or None,
-        "project": project,
-        "group": group,
-        "sort": sort,
-        "archived": "true" if archived else None,
-        "limit": limit,
-    }
-    page = find_server(url).get("/runs", asked)
+        found = _local_runs(words, project, group)
+        runs, total = found[:limit], len(found)
+    else:
+        asked: dict[str, Any] = {"q": words or None, "project": project, "group": group}
+        asked |= {"sort": sort, "archived": "true" if archived else None, "limit": limit}
+        page = find_server(url).get("/runs", asked)
+        runs, total = page["runs"], page["total"]
     if as_json:
-        print_json(page)
-        return 0
-    if ids:
-        return _print_ids(page["runs"])
-    print(_run_table(page["runs"]) if page["runs"] else "no runs")
-    if page["total"] > len(page["runs"]):
-        print(f"{len(page['runs']):,} of {count(page['total'], 'run')}: --limit shows more")
+        print_json(runs if local else page)
+    elif ids:
+        for run in runs:
+            print(run["run"])
+    else:
+        print(_run_table(runs) if runs else "no runs")
+        if total > len(runs):
+            print(f"{len(runs):,} of {count(total, 'run')}: --limit shows more")
     return 0
 
 
-def _print_ids(runs: Sequence[dict[str, Any]]) -> int:
-    for run in runs:
-        print(run["run"])
-    return 0
-
-
-def _ls_local(
-    query: str, project: str | None, group: str | None, limit: int, ids: bool, as_json: bool
-) -> int:
+def _local_runs(query: str, project: str | None, group: str | None) -> list[dict[str, Any]]:
+    """Return the runs on this machine that a search finds, newest first."""
     known, runs, terms = local_runs(), [], parse_search(query)
     for directory in known.found:
         run = summarize(directory) | {"directory": str(directory)}
         is_of = project in (None, run["project"]) and group in (None, run["group"])
         if is_of and matches(terms, run):
             runs.append(run)
-    runs.sort(key=lambda run: -run["updated"])
-    if as_json:
-        print_json(runs[:limit])
-    elif ids:
-        return _print_ids(runs[:limit])
-    elif runs:
-        print(_run_table(runs[:limit]))
     if known.gone or known.unreadable or not runs:
         print(known, file=sys.stderr)
-    return 0
+    return sorted(runs, key=lambda run: -run["updated"])
 
 
 def _run_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -106,13 +85,6 @@ def _run_table(runs: Sequence[dict[str, Any]]) -> str:
         row += [format_age(run["updated"]), tags]
         rows.append(row + ([format_number(run["summary"].get(metric))] if metric else []))
     return render_table(headers, rows, right=(6,))
-
-
-def load_run(text: str, url: str | None) -> dict[str, Any]:
-    """Return what there is to know of a run: from its directory here, else from the server."""
-    if is_run_directory(Path(text)):
-        return summarize(Path(text))
-    return find_server_run(find_server(url), text)
 
 
 def show(run: str, log: bool, url: str | None, as_json: bool) -> int:

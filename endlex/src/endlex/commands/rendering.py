@@ -1,6 +1,6 @@
 """Turn values into text for a terminal: tables, sizes, ages, numbers.
 
-Names, notes and samples come from whoever logged them: control characters, which could move the
+Names, notes and samples come from any program that logs: control characters, which could move the
 cursor or retitle the window, are shown as escapes.
 """
 
@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+
+from endlex.protocol import UsageError
 
 
 def printable(value: Any) -> str:
@@ -88,6 +90,15 @@ def format_age(moment: float | None, now: float | None = None) -> str:
 def count(number: int, noun: str) -> str:
     """Return a number with its noun, as "1 file" or "2,000 files"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def confirm(question: str, yes: bool) -> bool:
+    """Return whether the user agrees, or has agreed with --yes."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UsageError("nobody is there to confirm: give --yes")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 class ProgressLine:

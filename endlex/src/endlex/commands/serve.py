@@ -1,4 +1,8 @@
-"""`endlex serve`: run the server, which is the extra `endlex[server]`."""
+"""`endlex serve` runs the server, the extra `endlex[server]`; `endlex token` manages its tokens.
+
+Whoever may write the data directory owns the server, so the tokens' commands work on its files, on
+its machine; a running server sees the change at once.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from endlex.protocol import EndlexError
+from endlex.commands.rendering import count, format_age, print_json, render_table
+from endlex.protocol import SCOPES, EndlexError, UsageError
 
 SERVER_PACKAGES = {"fastapi", "uvicorn", "starlette", "sse_starlette", "orjson", "numpy", "pyarrow"}
 GB = 10**9
 
 
 def import_server(module: str) -> Any:
-    """Return a module of the server.
-
-    Raises:
-        EndlexError: it, or what it needs, is not installed.
-    """
+    """Return a module of the server."""
     try:
         return importlib.import_module(f"endlex.server.{module}")
     except ModuleNotFoundError as error:
-        if error.name == "endlex.server":
-            raise EndlexError(
-                "only the client is installed here, and this is the server's: "
-                "pip install 'endlex[server]', or in a clone pip install ./endlex ./endlex/server"
-            ) from error
-        if (error.name or "").partition(".")[0] not in SERVER_PACKAGES:
+        lacking = error.name or ""
+        if lacking != "endlex.server" and lacking.partition(".")[0] not in SERVER_PACKAGES:
             raise
-        raise EndlexError(
-            f"the server needs {error.name}, which is not installed here: "
-            "pip install 'endlex[server]', or in a clone pip install ./endlex ./endlex/server"
-        ) from error
+        what = (
+            "only the client is installed here, and this is the server's"
+            if lacking == "endlex.server"
+            else f"the server needs {lacking}, which is not installed here"
+        )
+        remedy = "pip install 'endlex[server]', or in a clone pip install ./endlex ./endlex/server"
+        raise EndlexError(f"{what}: {remedy}") from error
 
 
 def data_directory(data: Path | None) -> Path:
@@ -44,39 +44,95 @@ def data_directory(data: Path | None) -> Path:
 
 
 def serve(
-    host: str,
-    port: int | None,
     data: Path | None,
-    public: bool,
-    trusted_proxy: str | None,
-    root_path: str,
-    tls_cert: Path | None,
-    tls_key: Path | None,
+    port: int | None,
     alerts: Sequence[str],
-    alert_webhook: str | None,
-    ntfy: str | None,
-    stall_minutes: float,
     min_free_gb: float | None,
+    **given: Any,
 ) -> int:
-    """Serve until a signal ends it."""
+    """Serve until a signal ends it.
+
+    Args:
+        given: the other arguments, which `Settings` takes as they are.
+    """
     server = import_server("app")
     settings = import_server("settings")
     alerts = [*alerts, *os.environ.get("ENDLEX_ALERTS", "").split()]
     for target in alerts:
         import_server("watch.notify").check_target(target)
     chosen = settings.Settings(
-        host=host,
         port=settings.DEFAULT_PORT if port is None else port,
-        public=public,
-        trusted_proxy=trusted_proxy,
-        root_path=root_path,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
         alerts=tuple(alerts),
-        alert_webhook=alert_webhook,
-        ntfy=ntfy,
-        stall_minutes=stall_minutes,
         min_free_bytes=None if min_free_gb is None else int(min_free_gb * GB),
+        **given,
     )
     server.serve(data_directory(data), chosen)
+    return 0
+
+
+def create_token(name: str, scope: str, run: Sequence[str], data: Path | None) -> int:
+    """Make a token and print it; it cannot be shown again."""
+    scopes = list(dict.fromkeys(part.strip() for part in scope.split(",") if part.strip()))
+    unknown = [part for part in scopes if part not in SCOPES]
+    if unknown or not scopes:
+        raise UsageError(f"--scope {scope!r} has no such scope: give some of {','.join(SCOPES)}")
+    secret = import_server("api.auth").create_token(data_directory(data), name, scopes, run)
+    print(secret)
+    return 0
+
+
+def grant_runs(token: str, runs: Sequence[str], data: Path | None) -> int:
+    """Make runs a token's own."""
+    key = int(token) if token.isdecimal() else token
+    import_server("api.auth").grant_runs(data_directory(data), key, list(runs))
+    print(f"token {token} may add to {count(len(runs), 'more run')}")
+    return 0
+
+
+def list_tokens(data: Path | None, as_json: bool) -> int:
+    """Print what tokens there are: names, scopes, own runs, when they were made and last used."""
+    infos = import_server("api.auth").list_tokens(data_directory(data))
+    tokens: list[dict[str, Any]] = [info.as_json() for info in infos]
+    if as_json:
+        print_json(tokens)
+    elif tokens:
+        rows = [
+            [
+                *(
+                    t["id"],
+                    t["name"],
+                    ",".join(t["scopes"]),
+                    _own_runs(t),
+                    format_age(t["created"]),
+                ),
+                *(format_age(t["last_used"]) or "never", format_age(t["revoked"])),
+            ]
+            for t in tokens
+        ]
+        print(
+            render_table(["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"], rows)
+        )
+        if any(t["older_runs"] for t in tokens):
+            print(
+                "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "
+                "which now only add: none of them deletes, prunes, renames, tags or archives."
+            )
+    else:
+        print("no tokens: `endlex token create --name BOX --scope write,checkpoint` makes one")
+    return 0
+
+
+def _own_runs(token: dict[str, Any]) -> str:
+    if not {"write", "checkpoint"} & {*token["scopes"]}:
+        return ""
+    if "manage" in token["scopes"]:
+        return "all"
+    return f"{len(token['runs'])}{' and older ones' if token['older_runs'] else ''}"
+
+
+def revoke_token(token: str, data: Path | None) -> int:
+    """Make a token worthless from now on."""
+    key = int(token) if token.isdecimal() else token
+    revoked = import_server("api.auth").revoke_token(data_directory(data), key)
+    print(f"revoked {count(revoked, 'token')}")
     return 0

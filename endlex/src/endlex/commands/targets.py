@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from endlex.api import Api
 from endlex.client.run_directory import RunFile, read_run_file, registered, runs_folder
 from endlex.commands.rendering import count
-from endlex.commands.usage import UsageError
-from endlex.protocol import RUN_FILE, EndlexError
-from endlex.reading import session_files
+from endlex.protocol import RUN_FILE, EndlexError, UsageError
+from endlex.reading import session_files, summarize
 
 
 def is_run_directory(path: Path) -> bool:
     """Whether a directory holds a run."""
     return path.is_dir() and ((path / RUN_FILE).is_file() or bool(session_files(path)))
-
-
-def open_run_directory(path: Path) -> RunFile:
-    """Return whose directory this is.
-
-    Raises:
-        UsageError: it is not a run's.
-        EndlexError: its run.json is damaged.
-    """
-    if not path.is_dir():
-        raise UsageError(f"{path} is not a directory; a run's is like endlex-runs/PROJECT/NAME-ID")
-    owner = read_run_file(path)
-    if owner is None:
-        inside = find_run_directories(path)
-        hint = f"; give one of those in it, such as {inside[0]}" if inside else ""
-        raise UsageError(f"{path} is not a run's directory: it has no {RUN_FILE}{hint}")
-    return owner
 
 
 def find_run_directories(folder: Path) -> list[Path]:
@@ -47,10 +30,10 @@ def find_run_directories(folder: Path) -> list[Path]:
 class LocalRuns:
     """The run directories that are known on this machine."""
 
-    found: dict[Path, RunFile] = field(default_factory=dict)
-    gone: list[Path] = field(default_factory=list)
+    found: dict[Path, RunFile]
+    gone: list[Path]
     """Directories in which a run was recorded, and where there is none now."""
-    unreadable: dict[Path, str] = field(default_factory=dict)
+    unreadable: dict[Path, str]
     """Directories that cannot be read, with the reason."""
 
     def __str__(self) -> str:
@@ -62,59 +45,65 @@ class LocalRuns:
         return "\n".join(said)
 
 
-def local_runs() -> LocalRuns:
-    """Look at the run directories in `runs_folder()`, and wherever else `endlex.init` made some.
+def local_runs(words: Sequence[str] = ()) -> LocalRuns:
+    """Find the run directories on this machine that words mean.
+
+    Args:
+        words: run directories, folders of some, or ids, names or project/name of runs here. If
+            none is given: all runs in `runs_folder()`, and wherever `endlex.init` made some.
 
     Raises:
-        OSError: the list of them cannot be read.
+        UsageError: a word means none.
+        EndlexError: a word is the name of several runs.
     """
-    runs = LocalRuns()
-    places = [*find_run_directories(runs_folder()), *registered()]
-    for directory in {place.resolve(): place for place in reversed(places)}.values():
+    places = [*registered(), *find_run_directories(runs_folder())]
+    if words:
+        places = [place for word in words for place in _find_places(word)]
+    found: dict[Path, RunFile] = {}
+    gone: list[Path] = []
+    unreadable: dict[Path, str] = {}
+    for directory in {place.resolve(): place for place in places}.values():
         try:
             owner = read_run_file(directory)
             if owner is not None:
-                runs.found[directory] = owner
+                found[directory] = owner
             elif session_files(directory):
-                runs.unreadable[directory] = f"it has journals and no {RUN_FILE}"
+                unreadable[directory] = f"it has journals and no {RUN_FILE}"
             else:
-                runs.gone.append(directory)
+                gone.append(directory)
         except (OSError, EndlexError) as error:
-            runs.unreadable[directory] = str(error)
-    return LocalRuns(dict(sorted(runs.found.items())), sorted(runs.gone), runs.unreadable)
+            unreadable[directory] = str(error)
+    return LocalRuns(found if words else dict(sorted(found.items())), sorted(gone), unreadable)
 
 
-def find_local_run(text: str) -> Path | None:
-    """Return the directory on this machine that a word means; None when there is none.
-
-    Args:
-        text: a path, or the id, name or project/name of one of `local_runs()`.
-
-    Raises:
-        EndlexError: several runs there have that name.
-    """
-    if is_run_directory(Path(text)):
-        return Path(text)
+def _find_places(word: str) -> list[Path]:
+    place = Path(word)
+    inside = [place] if is_run_directory(place) else find_run_directories(place)
+    if inside:
+        return inside
     found = [
         directory
         for directory, owner in local_runs().found.items()
-        if text in (owner["run"], owner["name"], f"{owner['project']}/{owner['name']}")
+        if word in (owner["run"], owner["name"], f"{owner['project']}/{owner['name']}")
     ]
     if len(found) > 1:
         listed = ", ".join(map(str, found))
-        raise EndlexError(f"{text!r} is the name of {len(found)} runs here: give one of {listed}")
-    return found[0] if found else None
+        raise EndlexError(f"{word!r} is the name of {len(found)} runs here: give one of {listed}")
+    if not found:
+        raise UsageError(
+            f"{word!r} is no run's directory (there is no {RUN_FILE} in it), and no run in "
+            f"{runs_folder()} has that id or name: give one that is on this machine"
+        )
+    return found
 
 
 def find_server(url: str | None) -> Api:
-    """Return the server named on the command line or in the environment.
-
-    Raises:
-        EndlexError: none was named, or the address or the token is not one.
-    """
+    """Return the server named on the command line or in the environment."""
     return Api(url, read_only=False)
 
 
-def find_server_run(server: Api, text: str) -> dict[str, Any]:
-    """Return the run of the server that a word means, as `GET /runs/{run}` tells it."""
-    return server.run(text).whole
+def load_run(text: str, url: str | None) -> dict[str, Any]:
+    """Return what there is to know of a run: from its directory here, else from the server."""
+    if is_run_directory(Path(text)):
+        return summarize(Path(text))
+    return find_server(url).run(text).whole

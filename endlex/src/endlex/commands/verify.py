@@ -3,7 +3,7 @@
 The answer is yes only when the server was asked just now and holds, with equal SHA-256, every byte
 of every journal and every checkpoint that was saved, and nothing is at work here that could add to
 them. Everything else, an unreachable server too, is a no, with what is missing and the command
-that sends it. A checkpoint that the server published and let go of by a rule or by hand is named,
+that sends it. A checkpoint that the server published and that a rule or a person removed is named,
 and no loss; one that it published and knows nothing of any more is.
 """
 
@@ -12,28 +12,17 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from endlex.api import helpful
-from endlex.client.checkpoints import staged_names
-from endlex.client.manifests import manifest_path
-from endlex.client.run_directory import runs_folder
+from endlex.client.run_directory import RunFile, runs_folder
 from endlex.client.shipping import BACKGROUND, read_state, shipper_process
-from endlex.client.transport import Retry, Transport, TransportError
-from endlex.client.verify import LetGo, Missing, compare_directory
+from endlex.client.transport import Transport
+from endlex.client.verify import Comparison, LetGo, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
-from endlex.commands.targets import (
-    LocalRuns,
-    find_local_run,
-    find_run_directories,
-    find_server,
-    local_runs,
-    open_run_directory,
-)
-from endlex.commands.usage import UsageError
-from endlex.protocol import SYSTEM, EndlexError
+from endlex.commands.targets import find_server, local_runs
+from endlex.protocol import SYSTEM, EndlexError, UsageError
 from endlex.reading import content_length, session_files, session_kind, writer_is_alive
 
 SAFE = "safe to tear down"
@@ -49,61 +38,60 @@ class Verdict:
     """What was found about one run's directory."""
 
     directory: Path
-    project: str
-    name: str
+    owner: RunFile
     journals: int
     bytes: int
-    missing: list[Missing] = field(default_factory=list)
-    let_go: list[LetGo] = field(default_factory=list)
-    given_up: list[str] = field(default_factory=list)
-    lost: list[Missing] = field(default_factory=list)
-    """Checkpoints among the missing that the server published, and knows nothing of."""
+    found: Comparison
     error: str | None = None
     """Why the server could not be asked."""
 
     @property
     def is_safe(self) -> bool:
         """Whether nothing of value is here only."""
-        return not self.missing and self.error is None
+        return not self.found.missing and self.error is None
 
     def as_json(self) -> dict[str, Any]:
         """Return it for `--json`."""
         return {
             "directory": str(self.directory),
-            "project": self.project,
-            "name": self.name,
+            "project": self.owner["project"],
+            "name": self.owner["name"],
             "journals": self.journals,
             "bytes": self.bytes,
             "safe": self.is_safe,
-            "missing": [vars(missing) for missing in self.missing],
-            "let_go": [vars(let_go) for let_go in self.let_go],
-            "given_up": self.given_up,
+            **asdict(self.found),
             "error": self.error,
         }
 
 
 def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     """Print the verdict; 0 only when everything that was asked about is safe."""
-    known = None if runs else local_runs()
-    directories = _directories(runs) if known is None else _all_of(known)
+    known = local_runs(runs)
+    if not known.found and not known.unreadable:
+        raise UsageError(
+            f"{known}: none in {runs_folder()} (ENDLEX_DIR), and none in the list that endlex.init "
+            "keeps; give a run's directory"
+        )
     transport: Transport | None = None
     no_server = ""
     try:
         transport = find_server(url).transport
     except EndlexError as error:
         no_server = str(error)
-    verdicts = [_judge(directory, transport, no_server) for directory in directories]
-    safe = all(verdict.is_safe for verdict in verdicts) and not (known and known.unreadable)
+    verdicts = [_judge(*run, transport, no_server) for run in known.found.items()]
+    safe = all(verdict.is_safe for verdict in verdicts) and not known.unreadable
     if as_json:
-        answer = {"safe": safe, "runs": [verdict.as_json() for verdict in verdicts]}
-        if known is not None:
-            answer["gone"] = list(map(str, known.gone))
-            answer["unreadable"] = {str(place): why for place, why in known.unreadable.items()}
+        answer = {
+            "safe": safe,
+            "runs": [verdict.as_json() for verdict in verdicts],
+            "gone": list(map(str, known.gone)),
+            "unreadable": {str(place): why for place, why in known.unreadable.items()},
+        }
         print_json(answer)
         return 0 if safe else 1
     for verdict in verdicts:
         _print(verdict, transport.url if transport else "")
-    if known is not None:
+    if not runs or known.unreadable:
         print(known)
     print(SAFE if safe else NOT_SAFE)
     if not safe:
@@ -111,52 +99,17 @@ def verify(runs: Sequence[str], url: str | None, as_json: bool) -> int:
     return 0 if safe else 1
 
 
-def _all_of(known: LocalRuns) -> list[Path]:
-    if not known.found and not known.unreadable:
-        raise UsageError(
-            f"{known}: none in {runs_folder()} (ENDLEX_DIR), and none in the list that endlex.init "
-            "keeps; give a run's directory"
-        )
-    return list(known.found)
-
-
-def _directories(runs: Sequence[str]) -> list[Path]:
-    """Return the run directories on this machine that the words mean."""
-    directories = []
-    for text in runs:
-        directory = find_local_run(text)
-        if directory is None:
-            inside = find_run_directories(Path(text)) if Path(text).is_dir() else []
-            if not inside:
-                raise UsageError(
-                    f"{text!r} is no run's directory, nor a run in {runs_folder()}: verify looks "
-                    "at what is on this machine"
-                )
-            directories += inside
-        else:
-            directories.append(directory)
-    return directories
-
-
-def _judge(directory: Path, transport: Transport | None, no_server: str) -> Verdict:
-    owner = open_run_directory(directory)
+def _judge(directory: Path, owner: RunFile, transport: Transport | None, no_server: str) -> Verdict:
+    found, error, size = Comparison(), no_server or None, 0
     paths = session_files(directory)
-    verdict = Verdict(
-        directory, owner["project"], owner["name"], len(paths), 0, error=no_server or None
-    )
     if transport is not None:
         try:
-            verdict.bytes = sum(content_length(path) for path in paths)
+            size = sum(content_length(path) for path in paths)
             _wait_for_shipper(directory)
             found = compare_directory(directory, transport)
-            verdict.missing, verdict.let_go = found.missing, found.let_go
-            verdict.given_up = found.given_up
-            verdict.lost = [m for m in verdict.missing if _was_published(directory, m)]
-        except Retry as error:
-            verdict.error = str(helpful(error))
-        except (TransportError, EndlexError, OSError) as error:
-            verdict.error = str(error)
-    return verdict
+        except (EndlexError, OSError) as fault:
+            error = str(fault)
+    return Verdict(directory, owner, len(paths), size, found, error)
 
 
 def _wait_for_shipper(directory: Path) -> None:
@@ -172,21 +125,14 @@ def _wait_for_shipper(directory: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _was_published(directory: Path, missing: Missing) -> bool:
-    """Whether a checkpoint was sent: its hashes are kept, its files are not, until it is there."""
-    if missing.kind != "checkpoint" or missing.name in staged_names(directory):
-        return False
-    sent = manifest_path(directory, missing.name).is_file()
-    return sent and "has no checkpoint" in missing.reason
-
-
 def _print(verdict: Verdict, url: str) -> None:
-    print(f"{verdict.directory}  ({printable(verdict.project)}/{printable(verdict.name)})")
+    found, owner = verdict.found, verdict.owner
+    print(f"{verdict.directory}  ({printable(owner['project'])}/{printable(owner['name'])})")
     held = f"{count(verdict.journals, 'journal')}, {format_bytes(verdict.bytes)}"
     if verdict.is_safe:
-        kept = "every checkpoint that is kept" if verdict.let_go else "every checkpoint"
+        kept = "every checkpoint that is kept" if found.let_go else "every checkpoint"
         print(f"  {held} and {kept}: the same on {url}")
-    for reason, gone in _by_reason(verdict.let_go).items():
+    for reason, gone in _by_reason(found.let_go).items():
         names = ", ".join(printable(let_go.name) for let_go in gone[:NAMED])
         names += f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
         when = format_age(max(let_go.removed for let_go in gone))
@@ -194,16 +140,13 @@ def _print(verdict: Verdict, url: str) -> None:
             f"  no longer on the server, on purpose ({printable(reason)}, {when}): "
             f"{count(len(gone), 'checkpoint')}: {names}"
         )
-    if verdict.given_up:
-        names = ", ".join(map(printable, verdict.given_up))
+    if found.given_up:
+        names = ", ".join(map(printable, found.given_up))
         print(f"  given up here, since it could not be sent: {names}")
-    if verdict.is_safe:
-        return
     if verdict.error is not None:
         print(f"  {held}: nothing could be compared: {printable(verdict.error)}")
-    for missing in verdict.missing:
-        said = ", though it was published there once" if missing in verdict.lost else ""
-        print(f"  {missing.kind} {printable(missing.name)}: {printable(missing.reason)}{said}")
+    for missing in found.missing:
+        print(f"  {printable(missing)}")
 
 
 def _by_reason(let_go: Sequence[LetGo]) -> dict[str, list[LetGo]]:
@@ -215,31 +158,30 @@ def _by_reason(let_go: Sequence[LetGo]) -> dict[str, list[LetGo]]:
 
 def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
     """Name the command that sends what is missing, or what to wait for."""
-    address = f" --url {shlex.quote(url)}" if url else ""
-    sending = [
-        verdict
-        for verdict in unsafe
-        if verdict.error is not None
-        or any(
-            m.kind != "live" and m not in verdict.lost and not m.hopeless for m in verdict.missing
-        )
-    ]
-    if any(missing.kind == "live" for verdict in unsafe for missing in verdict.missing):
+    sync = f"endlex sync{f' --url {shlex.quote(url)}' if url else ''}"
+
+    def places(*remedies: str) -> str:
+        """Return the directories where one of these helps."""
+        helped = [
+            verdict.directory
+            for verdict in unsafe
+            if any(missing.remedy in remedies for missing in verdict.found.missing)
+            or (verdict.error is not None and "sync" in remedies)
+        ]
+        return " ".join(shlex.quote(str(directory)) for directory in helped)
+
+    if places("wait"):
         print("something is still at work: end it, or wait for it, and verify again")
-    if any(verdict.lost for verdict in unsafe):
+    if places("restore"):
         print(
             "the server does not have what was published once: is it the right one? Otherwise "
             "restore its data, or `endlex push` the files again under the same name"
         )
-    hopeless = [verdict for verdict in unsafe if any(m.hopeless for m in verdict.missing)]
-    if hopeless:
-        places = " ".join(shlex.quote(str(verdict.directory)) for verdict in hopeless)
+    if hopeless := places("drop"):
         print(
             "what cannot be sent: save it again, then give up the old one with: "
-            f"endlex sync{address} {places} --drop-failed"
+            f"{sync} {hopeless} --drop-failed"
         )
-    if sending:
-        places = " ".join(shlex.quote(str(verdict.directory)) for verdict in sending)
-        differ = any(m.kind == "journal" and not m.bytes for v in sending for m in v.missing)
-        resend = " --resend" if differ else ""
-        print(f"send what is missing with: endlex sync{address}{resend} {places}")
+    if unsent := places("sync", "resend"):
+        resend = " --resend" if places("resend") else ""
+        print(f"send what is missing with: {sync}{resend} {unsent}")

@@ -1,4 +1,4 @@
-"""`endlex watch`: plot a run in the terminal while it goes on, or print a line a look on a pipe.
+"""`endlex watch`: plot a run in the terminal while it is going; when piped, print lines.
 
 A run of the server is polled, and so is a run's directory on this machine: no server is needed to
 watch a run beside its trainer. Plots are drawn by plotext, the extra `endlex[watch]`.
@@ -11,17 +11,17 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.api import Api, ServerUnreachable, run_path
+from endlex.api import run_path
+from endlex.client.transport import Unreachable
 from endlex.commands.rendering import format_age, format_number, printable
-from endlex.commands.targets import find_server, find_server_run, is_run_directory
-from endlex.commands.usage import UsageError
-from endlex.protocol import EndlexError
-from endlex.reading import read_points, session_files, session_status, summarize
+from endlex.commands.targets import find_server, is_run_directory, load_run
+from endlex.protocol import EndlexError, UsageError
+from endlex.reading import read_points, session_files, session_status
 
 PLOTS = 4
 ENDED = ("finished", "failed", "interrupted", "crashed")
@@ -29,73 +29,41 @@ PREFERRED = ("train/loss", "loss", "val/bpb", "val/loss", "train/tokens_per_seco
 PLOT_ROWS = 12
 
 
-@dataclass(frozen=True)
-class Look:
-    """A run at one moment."""
-
-    title: str
-    status: str
-    updated: float
-    metrics: list[dict[str, Any]]
-    """As `GET /runs/{run}` tells them: name, last, last_step and so on."""
+Look = dict[str, Any]
+"""A run at one moment, as `GET /runs/RUN` tells it."""
 
 
-class ServerSource:
-    """A run of a server."""
-
-    def __init__(self, server: Api, text: str) -> None:
-        self._server = server
-        self._run = find_server_run(server, text)["run"]
-
-    def look(self) -> Look:
-        """Return the run as it is now."""
-        run = self._server.get(run_path(self._run))
-        title = f"{run['project']}/{run['name']} {run['run']}"
-        return Look(title, run["status"], run["updated"], run["metrics"])
-
-    def series(self, name: str, width: int) -> tuple[list[float], list[float]]:
-        """Return the steps and values of a metric, at most about `width` of them."""
-        query = {"metric": name, "x": "step", "points": width}
-        found = self._server.get(run_path(self._run, "series"), query)["series"].get(name, {})
-        pairs = zip(found.get("x", []), found.get("y", []), strict=True)
-        kept = [(x, y) for x, y in pairs if x is not None and y is not None]
-        return [x for x, _ in kept], [y for _, y in kept]
+def _look(text: str, url: str | None) -> Look:
+    run = load_run(text, url)
+    sessions = session_files(Path(text)) if is_run_directory(Path(text)) else []
+    if any(session_status(path) == "running" for path in sessions):
+        run["status"] = "running"  # whichever session it is
+    return run
 
 
-class DirectorySource:
-    """A run's directory on this machine."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-
-    def look(self) -> Look:
-        """Return the run as it is now."""
-        run = summarize(self._directory)
-        if any(session_status(path) == "running" for path in session_files(self._directory)):
-            run["status"] = "running"
-        title = f"{run['project']}/{run['name']} {run['run']}"
-        return Look(title, run["status"], run["updated"], run["metrics"])
-
-    def series(self, name: str, width: int) -> tuple[list[float], list[float]]:
-        """Return the steps and finite values of a metric, thinned to about `width` of them."""
-        points = read_points(self._directory).get(name, {})
+def _series(text: str, url: str | None, name: str, width: int) -> tuple[list[float], list[float]]:
+    """Return the steps and values of a metric, about `width` of them at most."""
+    if is_run_directory(Path(text)):
+        points = read_points(Path(text)).get(name, {})
         steps = sorted(step for step, (_, value) in points.items() if math.isfinite(value))
         stride = max(1, len(steps) // max(1, width))
         kept = steps[::-stride][::-1]
         return [float(step) for step in kept], [points[step][1] for step in kept]
+    query = {"metric": name, "x": "step", "points": width}
+    found = find_server(url).get(run_path(text, "series"), query)["series"]
+    found = found.get(name, {"x": [], "y": []})
+    pairs = zip(found["x"], found["y"], strict=True)
+    known = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return [x for x, _ in known], [y for _, y in known]
 
 
 def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | None) -> int:
     """Show a run until it ends, or until Ctrl-C."""
-    source: ServerSource | DirectorySource
-    if is_run_directory(Path(run)):
-        source = DirectorySource(Path(run))
-    else:
-        source = ServerSource(find_server(url), run)
-    terminal = sys.stdout.isatty()
-    plotext = _import_plotext() if terminal else None
+    plotext = _import_plotext() if sys.stdout.isatty() else None
+    if not is_run_directory(Path(run)):
+        run = find_server(url).run(run).id
     try:
-        _watch(source, metric, every, once, plotext)
+        _watch(run, url, metric, every, once, plotext)
     except KeyboardInterrupt:
         print()
     return 0
@@ -117,25 +85,21 @@ def _import_plotext() -> Any:
 
 
 def _watch(
-    source: ServerSource | DirectorySource,
-    metric: Sequence[str],
-    every: float,
-    once: bool,
-    plotext: Any,
+    run: str, url: str | None, metric: Sequence[str], every: float, once: bool, plotext: Any
 ) -> None:
     printed = None
     while True:
         try:
-            look = source.look()
+            look = _look(run, url)
             names = _choose(look, metric)
             if plotext is not None:
-                _draw(plotext, source, look, names)
+                _draw(plotext, look, names, partial(_series, run, url))
             elif (line := _line(look, names)) != printed:
                 print(line, flush=True)
                 printed = line
-            if once or look.status in ENDED:
+            if once or look["status"] in ENDED:
                 return
-        except ServerUnreachable as error:  # the server may come back; the first look must succeed
+        except Unreachable as error:  # the server may come back; the first look must succeed
             if once or (printed is None and plotext is None):
                 raise
             print(f"{error}; trying again", file=sys.stderr)
@@ -144,9 +108,9 @@ def _watch(
 
 def _choose(look: Look, wanted: Sequence[str]) -> list[str]:
     """Return which metrics to show: those asked for, else the usual ones, else the first."""
-    there = [m["name"] for m in look.metrics]
+    there = [m["name"] for m in look["metrics"]]
     unknown = [name for name in wanted if name not in there]
-    if unknown and look.status in ENDED:
+    if unknown and look["status"] in ENDED:
         raise UsageError(f"the run has no metric {', '.join(unknown)}; it has {', '.join(there)}")
     if wanted:
         return [name for name in wanted if name in there]
@@ -155,23 +119,30 @@ def _choose(look: Look, wanted: Sequence[str]) -> list[str]:
     return (usual + rest)[:PLOTS]
 
 
+def _title(look: Look) -> str:
+    return printable(f"{look['project']}/{look['name']} {look['run']}")
+
+
 def _line(look: Look, names: Sequence[str]) -> str:
-    last = {m["name"]: m for m in look.metrics}
+    last = {m["name"]: m for m in look["metrics"]}
     step = max((last[name]["last_step"] for name in names), default=0)
     values = "  ".join(f"{printable(n)} {format_number(last[n]['last'])}" for n in names)
-    return f"{printable(look.title)}  {look.status}  step {step:,}  {values}"
+    return f"{_title(look)}  {look['status']}  step {step:,}  {values}"
 
 
 def _draw(
-    plotext: Any, source: ServerSource | DirectorySource, look: Look, names: Sequence[str]
+    plotext: Any,
+    look: Look,
+    names: Sequence[str],
+    read: Callable[[str, int], tuple[list[float], list[float]]],
 ) -> None:
     """Draw one plot a metric, as many as fit below one another."""
     columns, lines = shutil.get_terminal_size()
     fitting = max(1, (lines - 2) // PLOT_ROWS)
-    last = {m["name"]: m for m in look.metrics}
-    figure = [f"{printable(look.title)}  {look.status}, updated {format_age(look.updated)}"]
+    last = {m["name"]: m for m in look["metrics"]}
+    figure = [f"{_title(look)}  {look['status']}, updated {format_age(look['updated'])}"]
     for name in names[:fitting]:
-        x, y = source.series(name, columns)
+        x, y = read(name, columns)
         plotext.clear_figure()
         plotext.theme("clear")
         plotext.plotsize(columns, min(PLOT_ROWS + 4, (lines - 2) // min(fitting, len(names))))

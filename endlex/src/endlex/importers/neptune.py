@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from endlex.client.media import HISTOGRAM, read_file
-from endlex.client.values import tidy_name
+from endlex.client.media import read_file
 from endlex.importers.rows import inside, load
 from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
 
 SINGLE = ("float", "int", "string", "bool", "datetime", "string_set")
+COLUMNS = {"project_id", "run_id", "attribute_path", "attribute_type"}
 Row = dict[str, Any]
 
 
@@ -48,58 +47,49 @@ def import_neptune(paths: list[Path], root: Path, project: str | None = None) ->
     Raises:
         EndlexError: a file is damaged or not the exporter's, or pyarrow is not installed.
     """
-    rows = list(_iter_rows(paths))
+    rows = _read_rows(paths)
     if not rows:
         raise EndlexError(f"{paths[0]} is empty")
-    first = rows[0]
-    config = {row["attribute_path"]: _single(row) for row in rows if _kind(row) in SINGLE}
+    first, single = rows[0], [row for row in rows if row["attribute_type"] in SINGLE]
+    config = {row["attribute_path"]: row.get(f"{row['attribute_type']}_value") for row in single}
     times = [row["timestamp"].timestamp() for row in rows if row.get("timestamp")]
     created = config.get("sys/creation_time")
     began = min(times, default=created.timestamp() if isinstance(created, datetime) else 0.0)
     source = Source(
         tool="neptune",
         identity=f"{first['project_id']}/{first['run_id']}",
-        project=tidy_name(project or first["project_id"], "neptune"),
-        name=tidy_name(config.get("sys/name") or first["run_id"], "run"),
+        project=project or first["project_id"],
+        name=config.get("sys/name") or first["run_id"],
         created=began,
         config={key: value for key, value in config.items() if not key.startswith("sys/")},
-        tags=tuple(tidy_name(tag, "tag") for tag in config.get("sys/tags") or ()),
+        tags=tuple(config.get("sys/tags") or ()),
         notes=str(config["sys/description"]) if config.get("sys/description") else None,
         run=first["run_id"],
     )
     files = next((p / "files" for p in paths[0].parents if (p / "files").is_dir()), None)
     with RunWriter(root, source) as writer:
         for row in rows:
-            if _kind(row) not in SINGLE:
+            if row["attribute_type"] not in SINGLE:
                 _write_row(writer, row, began, files)
     return writer.imported
 
 
-def _iter_rows(paths: list[Path]) -> Iterator[Row]:
+def _read_rows(paths: list[Path]) -> list[Row]:
+    rows: list[Row] = []
     parquet = load("pyarrow.parquet")
     for path in paths:
         try:
             table = parquet.read_table(path)
-            lacking = {"project_id", "run_id", "attribute_path", "attribute_type"} - {
-                *table.column_names
-            }
         except Exception as error:  # pyarrow's own
             raise EndlexError(f"{path} cannot be read: {error}") from error
-        if lacking:
+        if lacking := COLUMNS - {*table.column_names}:
             raise EndlexError(f"{path} is not neptune-exporter's: it has no column {lacking.pop()}")
-        yield from table.to_pylist()
-
-
-def _kind(row: Row) -> str:
-    return str(row["attribute_type"])
-
-
-def _single(row: Row) -> Any:
-    return row.get(f"{_kind(row)}_value")
+        rows += table.to_pylist()
+    return rows
 
 
 def _write_row(writer: RunWriter, row: Row, began: float, files: Path | None) -> None:
-    kind, name = _kind(row), row["attribute_path"]
+    kind, name = row["attribute_type"], row["attribute_path"]
     step = row.get("step") or Decimal(0)
     if step != int(step):
         writer.skip("step that is not whole")
@@ -111,9 +101,8 @@ def _write_row(writer: RunWriter, row: Row, began: float, files: Path | None) ->
     elif kind == "string_series":
         writer.text(*at, name, str(row["string_value"]))
     elif kind == "histogram_series":
-        edges, counts = row["histogram_value"]["edges"], row["histogram_value"]["values"]
-        bins = [list(bin) for bin in zip(edges, edges[1:], counts, strict=False)]
-        writer.table(*at, name, HISTOGRAM, bins)
+        histogram = row["histogram_value"]
+        writer.histogram(*at, name, histogram["edges"], histogram["values"])
     elif kind in ("file", "file_series"):
         path = (row.get("file_value") or {}).get("path")
         place = inside(files, path) if files and path else None

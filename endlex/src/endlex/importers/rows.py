@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from endlex.client.media import HISTOGRAM, read_file
+from endlex.client.media import read_file
 from endlex.importers.run_directory import RunWriter
 from endlex.protocol import NON_FINITE, EndlexError
 
@@ -76,37 +76,21 @@ def _write_typed(
     kind = str(value["_type"]).removeprefix("trackio.")
     path = str(value.get("path") or value.get("file_path") or "")
     if kind == "histogram" and isinstance(value.get("bins"), list):
-        edges, counts = value["bins"], value.get("values") or []
-        rows = [list(row) for row in zip(edges, edges[1:], counts, strict=False)]
-        writer.table(step, time, name, HISTOGRAM, rows)
+        writer.histogram(step, time, name, value["bins"], value.get("values") or [])
     elif "table" in kind:
-        table = _table_of(value, files, path)
+        table = _table_of(value, inside(files, path))
         if table is None:
             writer.skip(kind)
         else:
             writer.table(step, time, name, *table)
-    elif value.get("filenames"):
-        for one in value["filenames"]:
-            _write_file(writer, step, time, name, kind, files, str(one), None)
     else:
-        _write_file(writer, step, time, name, kind, files, path, value.get("caption"))
-
-
-def _write_file(
-    writer: RunWriter,
-    step: int,
-    time: float,
-    name: str,
-    kind: str,
-    files: Path,
-    path: str,
-    caption: Any,
-) -> None:
-    found = inside(files, path)
-    if found is None:
-        writer.skip(kind)
-    else:
-        writer.media(step, time, name, *read_file(found), str(caption) if caption else None)
+        caption = str(value.get("caption") or "") or None
+        for one in value.get("filenames") or [path]:
+            found = inside(files, str(one))
+            if found is None:
+                writer.skip(kind)
+            else:
+                writer.media(step, time, name, *read_file(found), caption)
 
 
 def inside(files: Path, relative: str) -> Path | None:
@@ -118,17 +102,14 @@ def inside(files: Path, relative: str) -> Path | None:
 
 
 def _table_of(
-    value: Mapping[str, Any], files: Path, path: str
+    value: Mapping[str, Any], file: Path | None
 ) -> tuple[list[str], list[list[Any]]] | None:
     records = value.get("_value")
     if isinstance(records, list):  # trackio's: a list of objects
         columns = list(dict.fromkeys(key for record in records for key in record))
         return columns, [[record.get(column) for column in columns] for record in records]
-    target = inside(files, path)
-    if target is None:
-        return None
     try:
-        table = json.loads(target.read_bytes())
+        table = json.loads(file.read_bytes() if file else b"")
         return [str(column) for column in table["columns"]], [list(row) for row in table["data"]]
     except (ValueError, KeyError, TypeError):
         return None

@@ -14,15 +14,15 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from endlex.client.journal import Journal
 from endlex.client.journal_sync import renew_session
-from endlex.client.media import keep_media
+from endlex.client.media import HISTOGRAM, keep_media
 from endlex.client.run_directory import claim_directory, register
 from endlex.client.values import tidy_name, to_json
 from endlex.protocol import (
@@ -84,52 +84,47 @@ class Imported:
     """What was left out, by reason."""
 
 
-def run_id(source: Source) -> str:
-    """Return the tool's own id where the alphabet allows, else a hash of the identity."""
-    if source.run and RUN_ID.fullmatch(source.run):
-        return source.run
-    return hashlib.sha256(f"{source.tool}\0{source.identity}".encode()).hexdigest()[:10]
-
-
 class RunWriter:
     """Build one run directory; as a context manager it appears whole, or not at all.
 
-    If the run is there already, its new sessions, and what grown ones have more, join it.
+    If the run is there already, its new sessions, and what grown ones have more, join it. Its id
+    is the tool's own where the alphabet allows, else a hash of its identity.
 
     Args:
         root: where it goes, as `root/<project>/<name>-<run id>`.
     """
 
     def __init__(self, root: Path, source: Source) -> None:
-        self.source = source
-        identity = run_id(source)
-        project, name = (re.sub(r"[^\w.-]+", "_", part) for part in (source.project, source.name))
-        folder = root / project.strip(".")[:80]
-        final = next(folder.glob(f"*-{identity}"), folder / f"{name.strip('.')[:80]}-{identity}")
-        self.imported = Imported(final, identity)
+        self.source = source = replace(
+            source,
+            project=tidy_name(source.project, source.tool),
+            name=tidy_name(source.name, "run"),
+            tags=tuple(tidy_name(tag, "tag") for tag in source.tags),
+        )
+        run = source.run
+        if not run or not RUN_ID.fullmatch(run):
+            identity = f"{source.tool}\0{source.identity}"
+            run = hashlib.sha256(identity.encode()).hexdigest()[:10]
+        project, name = (
+            re.sub(r"[^\w.-]+", "_", part).strip(".")[:80] for part in (source.project, source.name)
+        )
+        folder = root / project
+        final = next(folder.glob(f"*-{run}"), folder / f"{name}-{run}")
+        self.imported = Imported(final, run)
         self._building = final.with_name(f".{final.name}.importing-{os.urandom(4).hex()}")
         self._journals: dict[str, Journal] = {}
 
     def __enter__(self) -> RunWriter:
-        source, identity = self.source, self.imported.run
-        claim_directory(self._building, identity, source.project, source.name, source.created)
+        source, run = self.source, self.imported.run
+        claim_directory(self._building, run, source.project, source.name, source.created)
         return self
 
     def _begin(self, kind: str, first: Mapping[str, Any]) -> None:
         """Open a session file with its session record; `first` is the record after that."""
         if kind != TRAINER and TRAINER not in self._journals:
             self._begin(TRAINER, {})
-        content = self._session_content(kind)
-        digest = hashlib.sha256(to_json({"session": content, "first": first}).encode()).hexdigest()
-        # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
-        session = f"{max(int(self.source.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
-        self._journals[kind] = Journal(
-            self._building, content, session=session, moment=self.source.created
-        )
-
-    def _session_content(self, kind: str) -> dict[str, Any]:
         source = self.source
-        return {
+        content = {
             "protocol": PROTOCOL,
             "run": self.imported.run,
             "project": source.project,
@@ -144,6 +139,12 @@ class RunWriter:
             "kind": kind,
             "ended": source.ended,
         }
+        digest = hashlib.sha256(to_json({"session": content, "first": first}).encode()).hexdigest()
+        # Sessions are read in the order of their ids: by their beginnings, the trainer's first.
+        session = f"{max(int(source.created), 1):06d}-{int(kind == SYSTEM)}{digest[:11]}"
+        self._journals[kind] = Journal(
+            self._building, content, session=session, moment=source.created
+        )
 
     def _append(self, kind: str, record: str, time: float, content: Mapping[str, Any]) -> None:
         if kind not in self._journals:
@@ -162,37 +163,46 @@ class RunWriter:
         self, step: int, time: float, values: Mapping[str, float], *, system: bool = False
     ) -> None:
         """Record the metrics of a step; system ones go into a session of their own."""
-        if not values or not self._is_step(step):
-            return
         encoded = {tidy_name(n, "metric"): encode_number(_number(v)) for n, v in values.items()}
-        content = {"step": step, "values": encoded}
-        self._append(SYSTEM if system else TRAINER, METRICS, time, content)
+        if encoded:
+            kind = SYSTEM if system else TRAINER
+            self._record(METRICS, step, time, {"values": encoded}, kind)
 
     def text(self, step: int, time: float, name: str, text: str) -> None:
         """Record a text; one that is too long is cut."""
         if len(text) > MAX_TEXT_CHARS:
             self.skip("end of a text that is too long")
-        self._record(TEXT, step, time, name, {"text": text[:MAX_TEXT_CHARS]})
+        content = {"name": tidy_name(name, TEXT), "text": text[:MAX_TEXT_CHARS]}
+        self._record(TEXT, step, time, content)
 
     def table(
         self, step: int, time: float, name: str, columns: list[str], rows: list[list[Any]]
     ) -> None:
         """Record a table."""
-        self._record(TABLE, step, time, name, {"columns": columns, "rows": rows})
+        content = {"name": tidy_name(name, TABLE), "columns": columns, "rows": rows}
+        self._record(TABLE, step, time, content)
+
+    def histogram(
+        self, step: int, time: float, name: str, edges: Sequence[float], counts: Sequence[float]
+    ) -> None:
+        """Record a histogram by the edges of its bins and the counts between them."""
+        bins = [list(row) for row in zip(edges, edges[1:], counts, strict=False)]
+        self.table(step, time, name, HISTOGRAM, bins)
 
     def media(
         self, step: int, time: float, name: str, content: bytes, mime: str, caption: str | None
     ) -> None:
         """Record a picture, a sound or another file."""
         kept = keep_media(self._building, content, mime, caption)
-        self._record(MEDIA, step, time, name, kept)
+        self._record(MEDIA, step, time, {"name": tidy_name(name, MEDIA), **kept})
 
     def _record(
-        self, kind: str, step: int, time: float, name: str, content: Mapping[str, Any]
+        self, record: str, step: int, time: float, content: dict[str, Any], kind: str = TRAINER
     ) -> None:
-        if self._is_step(step):
-            head = {"step": step, "name": tidy_name(name, kind)}
-            self._append(TRAINER, kind, time, head | dict(content))
+        if 0 <= step <= MAX_STEP:
+            self._append(kind, record, time, {"step": step, **content})
+        else:
+            self.skip("step below 0 or above 2**62")
 
     def finish(self, time: float, status: Status) -> None:
         """Record the end of the run, in every session that it has: nothing may follow."""
@@ -204,12 +214,6 @@ class RunWriter:
     def skip(self, reason: str) -> None:
         """Count something that has no place in a journal."""
         self.imported.skipped[reason] += 1
-
-    def _is_step(self, step: int) -> bool:
-        if 0 <= step <= MAX_STEP:
-            return True
-        self.skip("step below 0 or above 2**62")
-        return False
 
     def __exit__(
         self,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
 
 HEAD = struct.Struct("<QI")
-LARGEST_EVENT = 2**30
 LARGEST_CHECKED = 2**20
 """Contents above this are images or graphs: their checksum takes too long in Python."""
+FAILED = 2
+"""The hparams plugin's word for a run that failed."""
 
 
 def find_event_directories(path: Path) -> list[Path]:
@@ -61,32 +62,26 @@ def iter_events(path: Path, skip: Callable[[str], Any] = lambda reason: None) ->
     content, position = path.read_bytes(), 0
     while position + HEAD.size <= len(content):
         length, crc = HEAD.unpack_from(content, position)
-        start = position + HEAD.size
-        end = start + length + 4
-        if length > LARGEST_EVENT or checksum(content[position : position + 8]) != crc:
+        if checksum(content[position : position + 8]) != crc:
             found = _next_head(content, position + 1, checksum)
-            if found is None:
-                if any(content[position:]) and position:
-                    skip("damaged end")
-                elif position == 0:
-                    raise EndlexError(f"{path} is not an event file, or damaged from its start")
-                return
-            skip("damaged record")
-            position = found
+            if found is None and position == 0:
+                raise EndlexError(f"{path} is not an event file, or damaged from its start")
+            if any(content[position:found]):
+                skip("damaged end" if found is None else "damaged record")
+            position = len(content) if found is None else found
             continue
-        if end > len(content):
+        start = position + HEAD.size
+        position = start + length + 4
+        if position > len(content):
             return
-        body, position = content[start : end - 4], end
-        if length <= LARGEST_CHECKED and checksum(body) != int.from_bytes(
-            content[end - 4 : end], "little"
-        ):
-            if end < len(content):  # else the last record, written in part over zeros
-                skip("damaged record")
-            continue
+        body, crc = content[start : start + length], content[position - 4 : position]
         try:
+            if length <= LARGEST_CHECKED and checksum(body) != int.from_bytes(crc, "little"):
+                raise ValueError("not the content that was written")
             yield event.FromString(body)
-        except Exception:  # protobuf's own
-            skip("damaged record")
+        except Exception:  # protobuf's own, too
+            if position < len(content):  # else the last record, written in part over zeros
+                skip("damaged record")
 
 
 def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) -> int | None:
@@ -94,22 +89,10 @@ def _next_head(content: bytes, position: int, checksum: Callable[[bytes], int]) 
     while (zeros := content.find(bytes(4), position + 4)) >= 0:
         position = zeros - 4
         head = content[position : position + HEAD.size]
-        if len(head) < HEAD.size:
-            return None
-        if checksum(head[:8]) == HEAD.unpack(head)[1]:
+        if len(head) == HEAD.size and checksum(head[:8]) == HEAD.unpack(head)[1]:
             return position
         position += 1
     return None
-
-
-@dataclass
-class _Contents:
-    """What the files of one directory say about the run, before anything is written."""
-
-    created: float = 0.0
-    ended: float = 0.0
-    config: dict[str, Any] = field(default_factory=dict)
-    failed: bool = False
 
 
 def import_tensorboard(
@@ -127,43 +110,39 @@ def import_tensorboard(
         EndlexError: no file is an event file, or TensorBoard's library is not installed.
     """
     files = sorted(file for file in directory.glob("*tfevents*") if file.is_file())
-    contents = _Contents()
-    for file in files:
-        _read_contents(file, contents)
+    config, times, has_failed = dict[str, Any](), [0.0], False
+    for event in chain.from_iterable(map(iter_events, files)):
+        times = [min(times[0] or event.wall_time, event.wall_time), max(times[-1], event.wall_time)]
+        for data in _hyperparameters(event):
+            for key, value in data.session_start_info.hparams.items():
+                kind = value.WhichOneof("kind")
+                config[key] = None if kind in (None, "null_value") else getattr(value, kind)
+            has_failed |= data.session_end_info.status == FAILED
     place = directory.resolve()
     project = tidy_name(project or place.parent.name, "tensorboard")
     name = tidy_name(name or place.name, "run")
     source = Source(
         tool="tensorboard",
-        identity=f"{project}/{name}/{contents.created!r}",
+        identity=f"{project}/{name}/{times[0]!r}",
         project=project,
         name=name,
-        created=contents.created,
-        config=contents.config,
+        created=times[0],
+        config=config,
     )
     with RunWriter(root, source) as writer:
         for file in files:
             _write_file(file, writer)
-        if contents.failed:
-            writer.finish(contents.ended, "failed")
+        if has_failed:
+            writer.finish(times[-1], "failed")
     return writer.imported
 
 
-def _read_contents(path: Path, contents: _Contents) -> None:
+def _hyperparameters(event: Any) -> Iterator[Any]:
     plugins = load("tensorboard.plugins.hparams.plugin_data_pb2")
-    for event in iter_events(path):
-        contents.created = min(contents.created or event.wall_time, event.wall_time)
-        contents.ended = max(contents.ended, event.wall_time)
-        for value in event.summary.value:
-            if value.metadata.plugin_data.plugin_name != "hparams":
-                continue
-            data = plugins.HParamsPluginData.FromString(value.metadata.plugin_data.content)
-            for key, given in data.session_start_info.hparams.items():
-                kind = given.WhichOneof("kind")
-                contents.config[key] = (
-                    None if kind in (None, "null_value") else getattr(given, kind)
-                )
-            contents.failed |= data.session_end_info.status == 2
+    for value in event.summary.value:
+        plugin = value.metadata.plugin_data
+        if plugin.plugin_name == "hparams":
+            yield plugins.HParamsPluginData.FromString(plugin.content)
 
 
 def _write_file(path: Path, writer: RunWriter) -> None:
@@ -189,10 +168,8 @@ def _array(tensor: Any) -> Any:
 def _scalar(value: Any) -> float | None:
     if value.HasField("simple_value"):
         return float(value.simple_value)
-    if not value.HasField("tensor") or value.metadata.plugin_data.plugin_name not in (
-        "scalars",
-        "",
-    ):
+    is_other = value.metadata.plugin_data.plugin_name not in ("scalars", "")
+    if is_other or not value.HasField("tensor"):
         return None
     array = _array(value.tensor)
     return float(array.item()) if array.size == 1 and array.dtype.kind in "fiub" else None

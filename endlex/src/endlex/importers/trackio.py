@@ -16,7 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from endlex.client.values import tidy_name
 from endlex.importers.rows import numbers_of, write_row
 from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
@@ -88,8 +87,8 @@ def _import_run(
     source = Source(
         tool="trackio",
         identity=f"{project}/{run}",
-        project=tidy_name(project, "trackio"),
-        name=tidy_name(name, "run"),
+        project=project,
+        name=name,
         created=created,
         config={key: value for key, value in config.items() if not key.startswith("_")},
         group=config.get("_Group") or None,

@@ -1,4 +1,4 @@
-"""The application: routes, errors, timers and their beginning and end, put together.
+"""The application: puts routes, errors and timers together, and starts and stops them.
 
     from endlex.server.app import build_app, serve
     serve(data_dir, Settings(port=8817))          # what `endlex serve` does
@@ -24,7 +24,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from endlex.protocol import PROTOCOL, EndlexError
-from endlex.server.api import checkpoints, export, journal, login, media, runs
+from endlex.server.api import checkpoints, export, journal, login, runs
 from endlex.server.api.auth import list_tokens
 from endlex.server.api.bodies import json_response
 from endlex.server.api.handlers import install_handlers
@@ -32,15 +32,15 @@ from endlex.server.api.security import Guard, is_loopback
 from endlex.server.settings import DataDir, Settings
 from endlex.server.state import Server
 from endlex.server.store.retention import sweep
-from endlex.server.web.pages import build_router
+from endlex.server.web.pages import install_pages
 
 logger = logging.getLogger("endlex")
 
 WATCH_SECONDS = 15.0
 CLEAN_SECONDS = 3600.0
 SWITCH_SECONDS = 0.001
-"""How long a thread may keep the interpreter from the one that answers; Python's default of 5 ms
-adds up to a slow page while several threads work."""
+"""How long a thread may hold the interpreter; with Python's default of 5 ms, pages are slow while
+several threads work."""
 SHUTDOWN_SECONDS = 10
 MOST_CONNECTIONS = 1000
 
@@ -63,9 +63,9 @@ def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI
     app.add_middleware(Guard, settings=settings)
     install_handlers(app)
     app.add_api_route("/health", _health, methods=["GET"])
-    for module in (journal, runs, checkpoints, media, export, login):
+    for module in (journal, runs, checkpoints, export, login):
         app.include_router(module.router)
-    app.include_router(build_router(settings.root_path))
+    install_pages(app, settings.root_path)
     return app
 
 
@@ -85,7 +85,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _watch_forever(server: Server) -> None:
-    """Look for what no request brings: silence, and a disk that fills up."""
+    """Look for problems that no request brings up: silent runs, and a disk that fills up."""
     while True:
         try:
             events = await server.write(server.watch.sweep)
@@ -100,7 +100,7 @@ async def _clean_forever(server: Server) -> None:
     """Remove what nothing uses any more."""
     while True:
         try:
-            await server.workers.file(sweep, server.database, server.hashes, server.blobs)
+            await server.workers.file(sweep, server.database, server.blobs)
         except (sqlite3.Error, OSError) as error:
             logger.warning("cannot remove what is not used any more: %s", error)
         await asyncio.sleep(CLEAN_SECONDS)

@@ -1,4 +1,4 @@
-"""What the API answers when it refuses, and how those answers look."""
+"""The API's error answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """An answer other than 2xx: `{"error": message}` and whatever the client needs to go on.
+    """An answer other than 2xx: `{"error": message}` and whatever the client needs to continue.
 
     Args:
         status: the HTTP status.
@@ -24,7 +24,7 @@ class ApiError(Exception):
         self.status, self.message, self.headers, self.extra = status, message, headers, extra
 
     def body(self) -> dict[str, Any]:
-        """Return what is sent."""
+        """Return the answer's JSON."""
         return {"error": self.message, **self.extra}
 
 

@@ -1,4 +1,4 @@
-"""What happens, told to whoever watches: at most two messages a second for each run and reader.
+"""Events for pages that watch: at most two messages per second, run and reader.
 
 A reader has a small table of what is new, not a queue: news of one run and kind are merged into
 one entry, so a burst of ten thousand records is one message, and a reader that stands still holds

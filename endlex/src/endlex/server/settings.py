@@ -1,4 +1,4 @@
-"""How a server is run: what `endlex serve` asks, and where everything lies in its data directory.
+"""A server's settings, as `endlex serve` takes them, and the layout of its data directory.
 
 endlex.sqlite3         runs, journals, series, checkpoints' manifests, tokens
 parts/ab/<sha256>      parts of checkpoints' files, each once
@@ -25,15 +25,15 @@ class Settings:
     """What the operator decides; the defaults suit one person on one machine."""
 
     host: str = "127.0.0.1"
-    """The address to listen on; another than loopback needs `public`."""
+    """The address to listen on; any but loopback needs `public`."""
     port: int = DEFAULT_PORT
-    """0 takes a free one."""
+    """The port to listen on; 0 takes a free one."""
     public: bool = False
     """Serve other machines, or a proxy that does: every request needs a token."""
     trusted_proxy: str | None = None
     """The address of the proxy in front, whose X-Forwarded headers are believed."""
     root_path: str = ""
-    """The path under which a proxy shows the server, such as /endlex, cut off or not."""
+    """The path under which a proxy shows the server, such as /endlex, cut off by it or not."""
     tls_cert: Path | None = None
     """A certificate's file (PEM), with which the server speaks HTTPS itself."""
     tls_key: Path | None = None

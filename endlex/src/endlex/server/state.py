@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from endlex.server.api.auth import Auth
-from endlex.server.api.ingest import Ingest
 from endlex.server.events import Hub
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.blobs import Blobs
 from endlex.server.store.checkpoints import Checkpoints
 from endlex.server.store.database import Database
-from endlex.server.store.journals import JournalHashes
 from endlex.server.store.verification import Verifier
 from endlex.server.watch.alerts import Watch
 from endlex.server.watch.notify import Notifier
@@ -38,15 +36,11 @@ class Server:
         self.settings, self.data = settings, data
         self.database = Database(data.database)
         self.workers, self.hub, self.watch = Workers(), Hub(), Watch(settings, data)
-        self.hashes = JournalHashes(self.database)
         self.auth = Auth(settings, self.database, self.workers)
-        self.ingest = Ingest(settings, data, self.database, self.workers, self.hub, self.watch)
         self.blobs = Blobs(settings, data, self.workers)
         self.verifier = Verifier(self.database, self.blobs, self.hub)
         self.checkpoints = Checkpoints(self.database, self.blobs, self.verifier)
         self.notifier = Notifier(settings, self.database)
-        self.verifier.start()
-        self.notifier.start()
 
     async def ask(self, question: Callable[[sqlite3.Connection], T]) -> T:
         """Return the answer to a question about one state of the database, read in a thread."""
@@ -62,7 +56,7 @@ class Server:
         return await asyncio.wrap_future(self.database.write(job))
 
     def close(self) -> None:
-        """Finish what was begun; nothing is taken in any more."""
+        """Finish what has begun and accept nothing more."""
         self.hub.stop()
         self.verifier.stop()
         self.notifier.stop()
@@ -70,7 +64,11 @@ class Server:
         self.database.close()
 
 
-def server_of(request: Request) -> Server:
+async def server_of(request: Request) -> Server:
     """Return the server that a request came to."""
     server: Server = request.app.state.server
     return server
+
+
+Here = Annotated[Server, Depends(server_of)]
+"""The parameter of a route that is the server."""

@@ -21,16 +21,16 @@ class Workers:
 
     def __init__(self) -> None:
         self.read = Pool(4, "endlex-read")
-        """For what reads the database."""
+        """For reads of the database."""
         self.file = Pool(4, "endlex-file")
-        """For what reads or writes files."""
+        """For reads and writes of files."""
         self.batch = Pool(2, "endlex-batch")
-        """For what decodes an incoming batch."""
+        """For decoding incoming batches."""
         self.quick = Pool(1, "endlex-quick")
-        """For what takes a millisecond at most, and must not wait behind a long read."""
+        """For questions that take a millisecond at most and must not wait behind a long read."""
 
     def close(self) -> None:
-        """Wait for what runs; what has not begun never will."""
+        """Wait for what runs, and drop what has not begun."""
         for pool in (self.read, self.file, self.batch, self.quick):
             pool.executor.shutdown(wait=True, cancel_futures=True)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
-from archerchat.data.hub import Notify, download_file
+from archerchat.downloads import Notify, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.files import exclusive, explained_writes, new_directory, sha256_file
 from archerchat.text_files import iter_rows

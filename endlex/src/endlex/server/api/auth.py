@@ -5,8 +5,8 @@ learns nothing of others: this is what a rented box gets. `protocol.SCOPES` has 
 
 A token is `endlex_` and 32 random bytes; only its SHA-256 is stored. A browser sends a token once
 and gets a cookie with a random session id, stored hashed too, that dies with the token. On loopback
-with no token ever made, nothing is asked. Tokens are read from the database anew after a second, so
-that one made or revoked on the command line counts at once.
+with no token ever made, nothing is asked. Each request looks its token up in the database, so that
+one made or revoked on the command line counts at once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import hashlib
 import secrets
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -30,6 +30,7 @@ from endlex.server.settings import DataDir, Settings
 from endlex.server.store.database import Database, connect
 from endlex.server.workers import Workers
 
+T = TypeVar("T")
 Granted = tuple[int, frozenset[str]]
 """A token's key and its scopes."""
 BOX_SCOPES = frozenset({"write", "checkpoint"})
@@ -37,7 +38,6 @@ BOX_SCOPES = frozenset({"write", "checkpoint"})
 PREFIX = "endlex_"
 COOKIE = "endlex_session"
 LOGIN_SECONDS = 30 * 86400
-KNOWN_FOR_SECONDS = 1.0
 LAST_USED_EVERY = 60.0
 FAILURES = 10
 FAILURE_SECONDS = 300.0
@@ -55,19 +55,16 @@ class TokenInfo:
     last_used: float | None
     revoked: float | None
     older_runs: bool
-    """Whether its own runs include all that were there before runs had owners."""
+    """Whether it also owns all runs from before runs had owners."""
     runs: tuple[str, ...]
-    """Its own runs otherwise, by id."""
+    """Ids of the other runs that it owns."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def create_token(
-    data_dir: Path,
-    name: str,
-    scopes: tuple[str, ...] | list[str],
-    runs: tuple[str, ...] | list[str] = (),
+    data_dir: Path, name: str, scopes: Collection[str], runs: Collection[str] = ()
 ) -> str:
     """Make a token and return it; this is the only time that it is seen.
 
@@ -81,13 +78,14 @@ def create_token(
         EndlexError: the name, a scope or an id is not one.
     """
     check_name(name, "token name")
-    runs = [check_run_id(run) for run in runs]
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
         given = ", ".join(map(repr, unknown)) or "no scope"
         raise EndlexError(f"{given}: a token's scopes are of {', '.join(SCOPES)}")
     token = PREFIX + secrets.token_urlsafe(32)
     kept = ",".join(scope for scope in SCOPES if scope in scopes)
+    for run in runs:
+        check_run_id(run)
     with _database(data_dir) as connection:
         pk = connection.execute(
             "INSERT INTO token (name, hash, scopes, created) VALUES (?, ?, ?, ?)",
@@ -103,19 +101,31 @@ def grant_runs(data_dir: Path, token: int | str, runs: list[str]) -> None:
     Raises:
         EndlexError: no token of that id or name is in use, or an id is not one.
     """
-    column = "pk" if isinstance(token, int) else "name"
     with _database(data_dir) as connection:
-        found = connection.execute(
-            f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL", (token,)
-        ).fetchall()
-        if not found:
-            raise _unknown_token(token)
-        pairs = [(pk, check_run_id(run)) for (pk,) in found for run in runs]
+        pairs = [(pk, check_run_id(run)) for pk in _in_use(connection, token) for run in runs]
         connection.executemany("INSERT OR IGNORE INTO token_run VALUES (?, ?)", pairs)
 
 
-def _unknown_token(token: int | str) -> EndlexError:
-    return EndlexError(f"no token {token!r} is in use: `endlex token list` shows them")
+def revoke_token(data_dir: Path, token: int | str) -> int:
+    """Revoke tokens by id or by name, end their logins, and return how many they were.
+
+    Raises:
+        EndlexError: there is none of that id or name that still counts.
+    """
+    with _database(data_dir) as connection:
+        keys = _in_use(connection, token)
+        now = time.time()
+        connection.executemany("UPDATE token SET revoked=? WHERE pk=?", [(now, pk) for pk in keys])
+    return len(keys)
+
+
+def _in_use(connection: sqlite3.Connection, token: int | str) -> list[int]:
+    column = "pk" if isinstance(token, int) else "name"
+    query = f"SELECT pk FROM token WHERE {column}=? AND revoked IS NULL"
+    keys = [pk for (pk,) in connection.execute(query, (token,))]
+    if not keys:
+        raise EndlexError(f"no token {token!r} is in use: `endlex token list` shows them")
+    return keys
 
 
 def list_tokens(data_dir: Path) -> list[TokenInfo]:
@@ -129,22 +139,6 @@ def list_tokens(data_dir: Path) -> list[TokenInfo]:
         TokenInfo(pk, name, (*s.split(","),), made, used, gone, bool(old), (*(runs or "").split(),))
         for pk, name, s, made, used, gone, old, runs in rows
     ]
-
-
-def revoke_token(data_dir: Path, token: int | str) -> int:
-    """Revoke by id or by name and return how many that were; logins with them end.
-
-    Raises:
-        EndlexError: there is none of that id or name that still counts.
-    """
-    column = "pk" if isinstance(token, int) else "name"
-    with _database(data_dir) as connection:
-        changed = connection.execute(
-            f"UPDATE token SET revoked=? WHERE {column}=? AND revoked IS NULL", (time.time(), token)
-        ).rowcount
-    if not changed:
-        raise _unknown_token(token)
-    return changed
 
 
 @contextmanager
@@ -161,20 +155,11 @@ def hash_secret(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Known:
-    """The tokens that count and the logins made with them, by hash, as read at one moment."""
-
-    read: float
-    any_made: bool
-    tokens: dict[str, Granted]
-    logins: dict[str, tuple[Granted, float]]
-    """With when each expires."""
-
-
 class Failures:
-    """Counts wrong tokens by address over the last five minutes. A right one always passes: who
-    shares an address with a badly set-up box is not locked out."""
+    """Counts wrong tokens per address over the last five minutes.
+
+    A right token always passes, so a badly set-up box locks out nobody who shares its address.
+    """
 
     def __init__(self) -> None:
         self._times: dict[str, list[float]] = {}
@@ -190,14 +175,11 @@ class Failures:
 
 
 class Auth:
-    """Judges requests; one per server."""
+    """Decides which requests may pass; one per server."""
 
     def __init__(self, settings: Settings, database: Database, workers: Workers) -> None:
         self._settings, self._database, self._workers = settings, database, workers
-        self._known = _Known(0, True, {}, {})
         self._used: dict[int, float] = {}
-        self._own: set[tuple[int, str]] = set()
-        """Tokens with runs that were found to be theirs: this never changes back."""
         self._failures = Failures()
 
     async def check(self, request: Request, scopes: tuple[str, ...], creates: bool = False) -> None:
@@ -210,44 +192,35 @@ class Auth:
             ApiError: 401 without a token that counts, 403 with one of other scopes or for a run
                 that is not its own, 429.
         """
-        known = await self._read()
-        if not self._settings.public and not known.any_made:
-            return
         secret, cookie = _bearer(request), request.cookies.get(COOKIE)
-        found = _find(known, secret, cookie)
-        if found is None and (secret or cookie):
-            found = _find(await self._read(anew=True), secret, cookie)  # made a moment ago?
+        any_made, found = await self._ask(_find, secret, cookie)
+        if not self._settings.public and not any_made:
+            return
         if found is None:
             raise self._refusal(request, secret)
         token, granted = found
         self._note_use(token)
         usable = granted.intersection(scopes)
         if not usable:
-            wanted, has = (
-                " or ".join(scopes),
-                ", ".join(scope for scope in SCOPES if scope in granted),
-            )
-            raise ApiError(403, f"this token has no scope {wanted}: it has {has}")
+            has = ", ".join(scope for scope in SCOPES if scope in granted)
+            raise ApiError(403, f"this token has no scope {' or '.join(scopes)}: it has {has}")
         run = request.path_params.get("run")
         if run is not None and usable <= BOX_SCOPES and "manage" not in granted:
             await self._check_run(token, run, creates)
 
     async def _check_run(self, token: int, run: str, creates: bool) -> None:
-        if (token, run) in self._own:
-            return
-        own: bool | None
-        if creates:
+        own = await self._ask(_owns, token, run)
+        if own is None and creates:
             own = await asyncio.wrap_future(self._database.write(lambda c: _claim(c, token, run)))
-        else:
-            own = await self._workers.quick(lambda: _owns(self._database.reader(), token, run))
-        if own:
-            self._own.add((token, run))
-        elif own is False:
+        if own is False:
             raise ApiError(
                 403,
                 f"run {run[:40]!r} is not one of this token's own: `endlex token grant TOKEN RUN` "
                 "on the server's machine makes it one",
             )
+
+    async def _ask(self, question: Callable[..., T], *args: Any) -> T:
+        return await self._workers.quick(lambda: question(self._database.reader(), *args))
 
     async def login(self, request: Request, token: str) -> str:
         """Return the cookie for a browser that gave a token.
@@ -255,7 +228,7 @@ class Auth:
         Raises:
             ApiError: 401, it does not count; 429.
         """
-        found = _find(await self._read(anew=True), token, None)
+        _, found = await self._ask(_find, token, None)
         if found is None:
             raise self._refusal(request, token)
         secret = secrets.token_urlsafe(32)
@@ -267,7 +240,6 @@ class Auth:
             connection.execute("INSERT INTO login VALUES (?, ?, ?, ?)", row)
 
         await asyncio.wrap_future(self._database.write(job))
-        await self._read(anew=True)
         return secret
 
     def _refusal(self, request: Request, secret: str | None) -> ApiError:
@@ -283,28 +255,34 @@ class Auth:
 
     async def logout(self, cookie: str) -> None:
         """Forget a browser's login."""
-        digest = hash_secret(cookie)
-
-        def job(connection: sqlite3.Connection) -> None:
-            connection.execute("DELETE FROM login WHERE hash=?", (digest,))
-
-        await asyncio.wrap_future(self._database.write(job))
-        await self._read(anew=True)
-
-    async def _read(self, anew: bool = False) -> _Known:
-        if anew or time.monotonic() - self._known.read > KNOWN_FOR_SECONDS:
-            self._known = await self._workers.quick(_read_known, self._database)
-        return self._known
+        query, values = "DELETE FROM login WHERE hash=?", (hash_secret(cookie),)
+        await asyncio.wrap_future(self._database.write(lambda c: c.execute(query, values).rowcount))
 
     def _note_use(self, token: int) -> None:
         now = time.time()
         if now - self._used.get(token, 0) > LAST_USED_EVERY:
             self._used[token] = now
-            self._database.write(
-                lambda c: (
-                    c.execute("UPDATE token SET last_used=? WHERE pk=?", (now, token)).rowcount
-                )
-            )
+            query = "UPDATE token SET last_used=? WHERE pk=?"
+            self._database.write(lambda c: c.execute(query, (now, token)).rowcount)
+
+
+def _find(
+    connection: sqlite3.Connection, secret: str | None, cookie: str | None
+) -> tuple[bool, Granted | None]:
+    """Return whether any token was ever made, and the one that a request carries.
+
+    What is compared are hashes of random secrets, so the time that it takes tells nothing.
+    """
+    any_made = connection.execute("SELECT 1 FROM token LIMIT 1").fetchone() is not None
+    if secret:
+        query, values = "hash=?", list[str | float]([hash_secret(secret)])
+    else:
+        query = "pk = (SELECT token FROM login WHERE hash=? AND expires > ?)"
+        values = [hash_secret(cookie or ""), time.time()]
+    row = connection.execute(
+        f"SELECT pk, scopes FROM token WHERE revoked IS NULL AND {query}", values
+    ).fetchone()
+    return any_made, (row[0], frozenset(row[1].split(","))) if row else None
 
 
 def _owns(connection: sqlite3.Connection, token: int, run: str) -> bool | None:
@@ -328,28 +306,6 @@ def _claim(connection: sqlite3.Connection, token: int, run: str) -> bool:
         return False
     connection.execute("INSERT OR IGNORE INTO token_run VALUES (?, ?)", (token, run))
     return True
-
-
-def _read_known(database: Database) -> _Known:
-    read = time.monotonic()
-    with database.snapshot() as connection:
-        rows = connection.execute("SELECT hash, pk, scopes, revoked FROM token").fetchall()
-        logins = connection.execute("SELECT hash, token, expires FROM login").fetchall()
-    granted = {pk: (h, (pk, frozenset(s.split(",")))) for h, pk, s, revoked in rows if not revoked}
-    return _Known(
-        read,
-        bool(rows),
-        dict(granted.values()),
-        {h: (granted[token][1], expires) for h, token, expires in logins if token in granted},
-    )
-
-
-def _find(known: _Known, secret: str | None, cookie: str | None) -> Granted | None:
-    """Return the token that a request carries; what is compared are hashes of random secrets."""
-    if secret:
-        return known.tokens.get(hash_secret(secret))
-    granted, expires = known.logins.get(hash_secret(cookie or ""), (None, 0.0))
-    return granted if expires > time.time() else None
 
 
 def _bearer(request: Request) -> str | None:

@@ -1,23 +1,26 @@
-"""Requests' bodies with a bound on memory, and answers as JSON."""
+"""Request bodies read with a bound on memory, and answers as JSON."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
+from pydantic import TypeAdapter
 
 from endlex.server.errors import ApiError
 
+T = TypeVar("T")
+
 MOST_JSON_BYTES = 2**20
 SILENCE_SECONDS = 20.0
-"""How long a body may stand still before it is taken for cut."""
+"""How long a body may stand still before the connection counts as lost."""
 DRAINED_BYTES = 64 * 2**20
-"""What is read and dropped of a body that was refused: a client that is still sending would see a
-broken connection instead of the answer."""
+"""How much of a refused body is still read: a client that is sending would otherwise see a broken
+connection instead of the answer."""
 
 
 async def iter_body(request: Request) -> AsyncIterator[bytes]:
@@ -47,26 +50,18 @@ async def read_body(request: Request, limit: int) -> bytes:
     Raises:
         ApiError: 413, it is longer.
     """
-    pieces: list[bytes] = []
-    size = 0
     declared = request.headers.get("content-length", "0")
+    body, pieces = iter_body(request), bytearray()
     too_long = not declared.isdigit() or int(declared) > limit
-    async for piece in iter_body(request):
-        size += len(piece)
-        too_long = too_long or size > limit
-        if too_long:
-            pieces.clear()
-            if size > DRAINED_BYTES:
-                break
-        else:
-            pieces.append(piece)
+    while not too_long and (piece := await anext(body, None)) is not None:
+        pieces += piece
+        too_long = len(pieces) > limit
     if too_long:
-        raise ApiError(
-            413,
-            f"the body has more than {limit:,} bytes: send less at once",
-            {"Connection": "close"},
-        )
-    return b"".join(pieces)
+        pieces.clear()
+        await drain(body)
+        message = f"the body has more than {limit:,} bytes: send less at once"
+        raise ApiError(413, message, {"Connection": "close"})
+    return bytes(pieces)
 
 
 async def drain(body: AsyncIterator[bytes]) -> None:
@@ -78,20 +73,14 @@ async def drain(body: AsyncIterator[bytes]) -> None:
             return
 
 
-async def read_json(request: Request, limit: int = MOST_JSON_BYTES) -> dict[str, Any]:
-    """Return the body's JSON object.
+async def read_json(request: Request, kind: type[T], limit: int = MOST_JSON_BYTES) -> T:
+    """Return what the body's JSON says, as a model or another type that pydantic knows.
 
     Raises:
-        ApiError: 400, it is none; 413, it is too long.
+        ApiError: 413, it is too long.
+        pydantic.ValidationError: it is something else.
     """
-    body = await read_body(request, limit)
-    try:
-        content = orjson.loads(body)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ApiError(400, f"the body is a JSON {type(content).__name__}, not an object")
-    return content
+    return TypeAdapter(kind).validate_json(await read_body(request, limit))
 
 
 def json_response(

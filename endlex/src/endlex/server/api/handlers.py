@@ -1,13 +1,15 @@
-"""What goes wrong in a route, as an answer: a message that names the value and the remedy."""
+"""Turn exceptions into JSON answers whose message names the value and the remedy."""
 
 from __future__ import annotations
 
 import logging
 import sqlite3
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -17,15 +19,15 @@ from endlex.server.errors import ApiError, disk_full, is_disk_full
 
 logger = logging.getLogger("endlex")
 
-
-HANDLED = (ApiError, EndlexError, RequestValidationError, HTTPException, ClientDisconnect)
+WRONG = (RequestValidationError, ValidationError)
 STORAGE = (sqlite3.Error, OSError)
 
 
 def install_handlers(app: FastAPI) -> None:
     """Let the application answer every exception as JSON."""
-    for kind in (*HANDLED, *STORAGE, Exception):
+    for kind in (ApiError, EndlexError, *WRONG, HTTPException, ClientDisconnect, *STORAGE):
         app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(Exception, _answer)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -35,9 +37,9 @@ async def _answer(request: Request, error: Exception) -> Response:
         return json_response(error.body(), error.status, error.headers)
     if isinstance(error, EndlexError):
         return json_response({"error": str(error)}, 422)
-    if isinstance(error, RequestValidationError):
-        wrong = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
-        return json_response({"error": "; ".join(wrong)}, 422)
+    if isinstance(error, WRONG):
+        wrong = "; ".join(map(_describe, error.errors()))
+        return json_response({"error": wrong}, 422)
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path[:200]!r}: {error.detail}"
         return json_response({"error": message}, error.status_code, dict(error.headers or {}))
@@ -48,3 +50,10 @@ async def _answer(request: Request, error: Exception) -> Response:
         message = "the server cannot use its disk or database; its log says more: try again later"
         return json_response({"error": message}, 503, {"Retry-After": "10"})
     return json_response({"error": "the server failed at this; its log says more"}, 500)
+
+
+def _describe(wrong: Any) -> str:
+    """Return where a query or a body is wrong, what stands there, and what is asked for."""
+    place = ".".join(str(part) for part in wrong["loc"] if part not in ("query", "path"))
+    given = "" if wrong["type"] == "missing" else f" {str(wrong['input'])[:40]!r}"
+    return f"{place or 'the body'}{given}: {wrong['msg']}"

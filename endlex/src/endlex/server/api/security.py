@@ -1,4 +1,4 @@
-"""What stands before every route: who a request is addressed to, where it comes from, headers.
+"""Checks before every route: to whom a request is addressed and where it comes from.
 
 On loopback without tokens anything that runs on the machine may read and write. What must not get
 there are pages of other sites in the owner's browser: a request must name a loopback host (DNS
@@ -10,10 +10,10 @@ from __future__ import annotations
 import ipaddress
 from urllib.parse import urlsplit
 
-import orjson
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from endlex.server.api.bodies import json_response
 from endlex.server.settings import Settings
 
 POLICY = (
@@ -67,15 +67,15 @@ class Guard:
                 headers = MutableHeaders(scope=message)
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
-                if scope["path"].startswith("/api/"):
-                    headers.setdefault("Cache-Control", "no-store")
+                is_data = scope["path"].startswith("/api/")  # the rest has entity tags, or is short
+                headers.setdefault("Cache-Control", "no-store" if is_data else "no-cache")
             await send(message)
 
         refusal = self._refusal(scope["method"], Headers(scope=scope))
-        if refusal is None:
-            await self._app(scope, receive, send_with_headers)
-        else:
-            await _refuse(send_with_headers, refusal)
+        app = self._app
+        if refusal is not None:
+            app = json_response({"error": refusal}, 403, {"Connection": "close"})
+        await app(scope, receive, send_with_headers)
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
         host = headers.get("host", "")
@@ -97,11 +97,3 @@ class Guard:
         if origin == "null" or urlsplit(origin).netloc.lower() not in hosts:
             return f"origin {origin[:80]!r} may not write here: open the page at {host[:80]!r}"
         return None
-
-
-async def _refuse(send: Send, message: str) -> None:
-    body = orjson.dumps({"error": message})
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": 403, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -6,13 +6,14 @@ of a board. An empty project stands for the list of all runs.
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import time
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import orjson
+from pydantic import AfterValidator, BaseModel, Field
 
 from endlex.protocol import check_name
 from endlex.server.errors import ApiError
@@ -20,76 +21,68 @@ from endlex.server.store.queries import find_run
 
 MOST_TAGS = 50
 MOST_NOTES_CHARS = 100_000
-COLOR = re.compile(r"#[0-9a-f]{6}")
 SETTING_KINDS = ("view", "panels", "rules")
 MAX_SETTING_BYTES = 256 * 1024
 MOST_SETTINGS = 200
-"""Of one project and kind."""
+"""Settings of one kind per project."""
+
+RunName = Annotated[str, AfterValidator(partial(check_name, what="run name"))]
+Tags = list[Annotated[str, AfterValidator(partial(check_name, what="tag"))]]
 
 
-def check_changes(changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns that a PATCH sets, with their new values.
+class Changes(BaseModel, extra="forbid", strict=True):
+    """What a PATCH sets of a run; what it does not give stays as it is."""
 
-    Raises:
-        ApiError: 422, a key is not one of a run's, or a value is not of its kind.
-    """
-    if not changes:
-        raise ApiError(422, "nothing to change: give name, tags, group, notes, archived or deleted")
-    return dict(_column(key, value) for key, value in changes.items())
+    name: RunName = ""
+    group: str | None = None
+    notes: Annotated[str, Field(max_length=MOST_NOTES_CHARS)] | None = None
+    color: Annotated[str, Field(pattern="^#[0-9a-f]{6}$")] | None = None
+    archived: bool = False
+    deleted: bool = False
+    tags: Tags = []
+    add_tags: Tags = []
+    remove_tags: Tags = []
 
+    def columns(self, tags: list[str]) -> dict[str, Any]:
+        """Return the columns to set in a run that has some tags.
 
-def _column(key: str, value: Any) -> tuple[str, Any]:
-    if key == "name":
-        return "name", check_name(value, "run name")
-    if key == "group":
-        return "group_name", check_name(value, "group") if value else None
-    if key == "notes" and (value is None or isinstance(value, str)):
-        if len(value or "") > MOST_NOTES_CHARS:
-            raise ApiError(422, f"notes have at most {MOST_NOTES_CHARS:,} characters")
-        return "notes", value
-    if key in ("tags", "add_tags", "remove_tags") and isinstance(value, list):
-        return key, list(dict.fromkeys(check_name(tag, "tag") for tag in value))
-    if key == "color" and (value is None or (isinstance(value, str) and COLOR.fullmatch(value))):
-        return "color", value
-    if key == "archived" and isinstance(value, bool):
-        return "archived", int(value)
-    if key == "deleted" and isinstance(value, bool):
-        return "deleted", time.time() if value else None
-    raise ApiError(
-        422,
-        f"{key[:40]}={str(value)[:40]!r} is no change to a run: name and notes are text, group is "
-        "text or null, tags, add_tags and remove_tags are lists of texts, color is like #2f6feb or "
-        "null, archived and deleted are true or false",
-    )
+        Raises:
+            ApiError: 422, there are too many tags.
+            EndlexError: the group is no name.
+        """
+        given = self.model_dump(exclude_unset=True)
+        tags = [*given.pop("tags", tags), *given.pop("add_tags", ())]
+        gone = given.pop("remove_tags", ())
+        kept = [tag for tag in dict.fromkeys(tags) if tag not in gone]
+        if len(kept) > MOST_TAGS:
+            raise ApiError(422, f"a run has at most {MOST_TAGS} tags, and these are {len(kept)}")
+        if "group" in given:
+            group = given.pop("group")
+            given["group_name"] = check_name(group, "group") if group else None
+        if "deleted" in given:
+            given["deleted"] = time.time() if self.deleted else None
+        return {**given, "tags": orjson.dumps(kept).decode()}
 
 
 def change_runs(
-    connection: sqlite3.Connection, runs: Sequence[str], columns: dict[str, Any]
+    connection: sqlite3.Connection, runs: Sequence[str], changes: Changes
 ) -> dict[str, str]:
-    """Set columns of runs, of all or none, and return the status of each.
+    """Change runs, all or none of them, and return the status of each.
 
     Raises:
-        ApiError: 404, or 422 for too many tags.
+        ApiError: 404, or 422 where there is nothing to change or there are too many tags.
     """
+    if not changes.model_fields_set:
+        raise ApiError(422, "nothing to change: give name, tags, group, notes, archived or deleted")
     statuses: dict[str, str] = {}
     for run in runs:
         pk = find_run(connection, run)
         query = "SELECT status, tags FROM run WHERE pk=?"
         statuses[run], tags = connection.execute(query, (pk,)).fetchone()
-        values = {k: v for k, v in columns.items() if k not in ("add_tags", "remove_tags")}
-        values["tags"] = _new_tags(orjson.loads(tags), columns)
+        values = changes.columns(orjson.loads(tags))
         assignments = ", ".join(f"{column}=?" for column in values)
         connection.execute(f"UPDATE run SET {assignments} WHERE pk=?", [*values.values(), pk])
     return statuses
-
-
-def _new_tags(tags: list[str], columns: dict[str, Any]) -> str:
-    tags = [*columns.get("tags", tags), *columns.get("add_tags", ())]
-    gone = columns.get("remove_tags", ())
-    kept = [tag for tag in dict.fromkeys(tags) if tag not in gone]
-    if len(kept) > MOST_TAGS:
-        raise ApiError(422, f"a run has at most {MOST_TAGS} tags, and these are {len(kept)}")
-    return orjson.dumps(kept).decode()
 
 
 def list_settings(connection: sqlite3.Connection, project: str) -> dict[str, dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Parts of checkpoints' files, each stored once under its SHA-256, and those still arriving.
 
-A part arrives in a partial file that only grows, so that a cut upload goes on where it stopped.
-When its last byte is there the whole file is hashed, put on the disk and renamed to its place: a
-part that can be seen is whole and right. Memory for an upload is one piece, however large the part.
+A part arrives in a partial file that only grows, so that an interrupted upload resumes where it
+stopped. When its last byte is there the whole file is hashed, put on the disk and renamed to its
+place: a part that can be seen is whole and right. An upload takes the memory of one piece, however
+large the part.
 
 `lock` is held where somebody asks whether parts are there, and where one is deleted: a part that a
 client was just told about, or that a manifest was just accepted for, is not deleted in between.
@@ -15,33 +16,19 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from endlex.client.process import fsync
 from endlex.protocol import MAX_PART_BYTES
-from endlex.server.errors import ApiError, disk_full, is_disk_full
+from endlex.server.errors import ApiError, disk_full
 from endlex.server.settings import DataDir, Settings
 from endlex.server.workers import Workers
 
 PIECE = 2**20
-QUIET_SECONDS = 3.0
-"""After so long without a byte an upload is taken for cut, and another may go on with the part."""
 KEPT_SECONDS = 86400.0
-"""How long a part that nothing uses yet, or a partial one, is kept for who may be sending."""
-
-
-class _Upload:
-    """One request that is writing a partial file."""
-
-    def __init__(self) -> None:
-        self.active = time.monotonic()
-        self.writing = False
-
-    @property
-    def quiet(self) -> bool:
-        return not self.writing and time.monotonic() - self.active > QUIET_SECONDS
+"""How long unused and partial parts are kept for a client that may still be sending."""
 
 
 class Blobs:
@@ -50,7 +37,7 @@ class Blobs:
     def __init__(self, settings: Settings, data: DataDir, workers: Workers) -> None:
         self._data, self._workers = data, workers
         self._reserve = settings.reserve(data.root)
-        self._uploads: dict[str, _Upload] = {}
+        self._uploads: set[str] = set()
         self.lock = threading.Lock()
 
     def path(self, sha256: str) -> Path:
@@ -63,7 +50,7 @@ class Blobs:
     def find_missing(self, asked: Iterable[str]) -> tuple[list[str], dict[str, int]]:
         """Return which parts are not here, and how many bytes of each have come.
 
-        What is here, whole or in part, is kept for a day from now: somebody counts on it.
+        What is here, whole or in part, is kept for another day, since a client counts on it.
         """
         missing, partial = [], {}
         with self.lock:
@@ -91,31 +78,19 @@ class Blobs:
         """
         if await self._workers.file(_touch, self.path(sha256)) is not None:
             return False
-        running = self._uploads.get(sha256)
-        if running is not None and not running.quiet:
+        if sha256 in self._uploads:  # one that stands still is given up by `bodies.iter_body`
             message = f"part {sha256} is being sent by another connection: ask again"
             raise ApiError(429, message, {"Retry-After": "1"})
-        mine = self._uploads[sha256] = _Upload()
+        self._uploads.add(sha256)
         try:
-            await self._append(sha256, offset, length, body, mine)
-            mine.writing = True  # hashing may take long: nobody goes on with it meanwhile
+            await self._append(sha256, offset, length, body)
             await self._workers.file(self._publish, sha256)
-        except OSError as error:
-            if is_disk_full(error):
-                raise disk_full() from error
-            raise
         finally:
-            if self._uploads.get(sha256) is mine:
-                del self._uploads[sha256]
+            self._uploads.remove(sha256)
         return True
 
     async def _append(
-        self,
-        sha256: str,
-        offset: int,
-        length: int | None,
-        body: AsyncIterator[bytes],
-        mine: _Upload,
+        self, sha256: str, offset: int, length: int | None, body: AsyncIterator[bytes]
     ) -> None:
         held = await self._workers.file(self._prepare, sha256, length or 0)
         if offset != held:
@@ -124,17 +99,11 @@ class Blobs:
         too_long = ApiError(413, f"a part has at most {MAX_PART_BYTES:,} bytes: cut the file finer")
         if held + (length or 0) > MAX_PART_BYTES:
             raise too_long
-        async for piece in _in_pieces(body, mine):
+        async for piece in _in_pieces(body):
             held += len(piece)
             if held > MAX_PART_BYTES:
                 raise too_long
-            if self._uploads.get(sha256) is not mine:
-                raise ApiError(409, f"another connection went on with part {sha256}", offset=held)
-            mine.writing = True
-            try:
-                await self._workers.file(_append_to, self._partial(sha256), piece)
-            finally:
-                mine.writing, mine.active = False, time.monotonic()
+            await self._workers.file(_append_to, self._partial(sha256), piece)
 
     def _prepare(self, sha256: str, length: int) -> int:
         """Return how many bytes have come; there must be room for the rest."""
@@ -143,91 +112,89 @@ class Blobs:
         return _touch(self._partial(sha256)) or 0
 
     def _publish(self, sha256: str) -> None:
-        """Hash a partial file, and give it its place or drop it."""
+        """Hash a partial file, and move it to its place or drop it."""
         partial = self._partial(sha256)
-        if not partial.exists():  # an empty body
+        if not partial.exists():
             raise ApiError(400, f"part {sha256} is empty: send its bytes")
         with partial.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != sha256:
                 partial.unlink()
-                raise ApiError(
-                    400, f"the bytes have SHA-256 {found}, not {sha256}: send them all again"
-                )
+                message = f"the bytes have SHA-256 {found}, not {sha256}: send them all again"
+                raise ApiError(400, message)
             fsync(file.fileno())
         place = self.path(sha256)
         place.parent.mkdir(exist_ok=True, mode=0o700)
         partial.replace(place)
-        _sync_directory(place.parent)
-
-    def iter_stored(self) -> Iterator[str]:
-        """Yield the digest of every part that is here."""
-        for folder in sorted(self._data.parts.iterdir()):
-            if folder.is_dir():
-                yield from sorted(path.name for path in folder.iterdir())
-
-    def is_young(self, sha256: str) -> bool:
-        """Whether a part came, or was asked for, within the last day."""
+        directory = os.open(place.parent, os.O_RDONLY)
         try:
-            age = time.time() - self.path(sha256).stat().st_mtime
-        except FileNotFoundError:
-            return True
-        return age < KEPT_SECONDS
+            fsync(directory)
+        finally:
+            os.close(directory)
 
-    def delete(self, sha256: str) -> int:
-        """Delete a part and return its size; the caller holds `lock` and knows it is unused."""
-        path = self.path(sha256)
-        try:
-            size = path.stat().st_size
-            path.unlink()
-        except FileNotFoundError:
-            return 0
-        return size
+    def size(self, sha256: str) -> int | None:
+        """Return the bytes of a part; None if it is not here."""
+        with suppress(FileNotFoundError):
+            return self.path(sha256).stat().st_size
+        return None
 
-    def drop_stale_partials(self) -> None:
-        """Delete partial files to which nothing was added for a day."""
-        for path in self._data.partial.iterdir():
-            with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > KEPT_SECONDS:
-                    path.unlink()
+    def read(self, sha256: str, start: int, size: int) -> bytes:
+        """Return a stretch of a part's content.
+
+        Raises:
+            OSError: the part is not here, or shorter.
+        """
+        with self.path(sha256).open("rb") as file:
+            file.seek(start)
+            content = file.read(size)
+        if len(content) != size:
+            raise OSError(f"part {sha256} is shorter than it was")
+        return content
+
+    def iter_part(self, sha256: str) -> Iterator[bytes]:
+        """Yield a part's content in pieces.
+
+        Raises:
+            FileNotFoundError: it is not here.
+        """
+        with self.path(sha256).open("rb") as file:
+            yield from iter(lambda: file.read(PIECE), b"")
+
+    def collect(self, is_used: Callable[[str], bool]) -> int:
+        """Delete the parts that are a day old and unused, and partial ones; return the bytes."""
+        freed = 0
+        for path in [*self._data.parts.glob("*/*"), *self._data.partial.iterdir()]:
+            with self.lock, suppress(FileNotFoundError):
+                known = path.stat()
+                is_part = path.parent != self._data.partial
+                if time.time() - known.st_mtime < KEPT_SECONDS or (is_part and is_used(path.name)):
+                    continue
+                path.unlink()
+                freed += known.st_size if is_part else 0
+        return freed
 
 
-@contextmanager
-def open_part(blobs: Blobs, sha256: str, start: int = 0) -> Iterator[Iterator[bytes]]:
-    """Open a part for reading from a byte on; yields an iterator over its pieces."""
-    with blobs.path(sha256).open("rb") as file:
-        file.seek(start)
-        yield iter(lambda: file.read(PIECE), b"")
-
-
-async def _in_pieces(body: AsyncIterator[bytes], upload: _Upload) -> AsyncIterator[bytes]:
-    """Gather what the network brings into pieces worth a write; the rest comes at a cut, too."""
-    waiting: list[bytes] = []
-    size = 0
+async def _in_pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Gather network chunks into pieces worth a write; the rest of a broken body is one, too."""
+    waiting = bytearray()
+    fault: Exception | None = None
     try:
         async for chunk in body:
-            upload.active = time.monotonic()
-            waiting.append(chunk)
-            size += len(chunk)
-            if size >= PIECE:
-                yield b"".join(waiting)
-                waiting, size = [], 0
-    except Exception:
-        if size:
-            yield b"".join(waiting)
-        raise
-    if size:
-        yield b"".join(waiting)
+            waiting += chunk
+            if len(waiting) >= PIECE:
+                yield bytes(waiting)
+                waiting.clear()
+    except Exception as error:
+        fault = error
+    if waiting:
+        yield bytes(waiting)
+    if fault is not None:
+        raise fault
 
 
 def _append_to(path: Path, piece: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        view = memoryview(piece)
-        while view:
-            view = view[os.write(descriptor, view) :]
-    finally:
-        os.close(descriptor)
+    with path.open("ab") as file:
+        file.write(piece)
 
 
 def _touch(path: Path) -> int | None:
@@ -237,11 +204,3 @@ def _touch(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        fsync(descriptor)
-    finally:
-        os.close(descriptor)

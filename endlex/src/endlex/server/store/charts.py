@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import math
 import sqlite3
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field
 
 from endlex.protocol import NON_FINITE
-from endlex.server.store.peaks import Sampled, read_sampled
-from endlex.server.store.series import StepRange, chunk_keys, read_all_points, read_points
+from endlex.server.store.peaks import read_sampled
+from endlex.server.store.series import chunk_keys, read_all_points, read_points, slice_between
 
 STEP = "step"
 TIME = "time"
 MOST_RANGES = 200
-"""Stretches of NaN, or of an infinity, that are told apart; more are joined where they are near."""
+"""Stretches of NaN, or of an infinity, that are shown apart; beyond that, near ones are joined."""
 RANGE_RESOLUTION = 500
 LOG_PARTS = (1000, 100, 10, 1)
 """For a logarithmic x: the first thousandth of the points, the first hundredth and so on get equal
@@ -33,18 +33,19 @@ SAMPLED_DIGITS = 7
 """Significant digits of a sampled series, whose readers zoom in for more: 2,000 points in 50 KB.
 Where every point is there, its value is the recorded one."""
 X_RESOLUTION = 20_000
-"""Into how many steps an axis of times or of numbers is divided at least."""
+"""How many values an axis of times or numbers can tell apart at least."""
+
+XY = tuple[NDArray[Any], NDArray[np.float64]]
 
 
-@dataclass(frozen=True)
-class ChartQuery:
+class ChartQuery(BaseModel, frozen=True, populate_by_name=True):
     """One request: `x` is `step`, `time` or a metric's name; the range is of x, both ends in."""
 
-    metrics: tuple[str, ...]
+    metric: Annotated[list[str], Field(max_length=500)]
     x: str = STEP
-    first: float = -np.inf
-    last: float = np.inf
-    points: int = 2000
+    first: Annotated[float, Field(alias="from", allow_inf_nan=False)] = -np.inf
+    last: Annotated[float, Field(alias="to", allow_inf_nan=False)] = np.inf
+    points: Annotated[int, Field(ge=4, le=100_000)] = 2000
     log: bool = False
 
 
@@ -58,22 +59,23 @@ def read_chart(connection: sqlite3.Connection, run: int, query: ChartQuery) -> d
     """Return for each metric its x and y, downsampled, and what in it is not finite."""
     axis = None
     if query.x not in (STEP, TIME):
-        axis = _xy(connection, run, query.x, ChartQuery((query.x,)), None)
-    return {name: _read_one(connection, run, name, query, axis) for name in query.metrics}
+        axis = _by_step(connection, find_metric(connection, run, query.x))
+    return {
+        name: _read_one(connection, find_metric(connection, run, name), query, axis)
+        for name in dict.fromkeys(query.metric)
+    }
 
 
 def _read_one(
-    connection: sqlite3.Connection,
-    run: int,
-    name: str,
-    query: ChartQuery,
-    axis: tuple[NDArray[Any], NDArray[np.float64]] | None,
+    connection: sqlite3.Connection, metric: int | None, query: ChartQuery, axis: XY | None
 ) -> dict[str, Any]:
-    drawn = _from_peaks(connection, run, name, query)
-    x, y = (drawn.x, drawn.y) if drawn else _xy(connection, run, name, query, axis)
+    drawn = None
+    if metric is not None and axis is None and not query.log:
+        keys, by_time = chunk_keys(connection, metric), query.x == TIME
+        drawn = read_sampled(connection, keys, by_time, query.first, query.last, query.points)
+    x, y = (drawn.x, drawn.y) if drawn else _read_xy(connection, metric, query, axis)
     count = drawn.count if drawn else len(y)
-    choose = choose_log_points if query.log else choose_points
-    chosen = choose(y, query.points)
+    chosen = (choose_log_points if query.log else choose_points)(y, query.points)
     sampled = len(chosen) < count
     shown_x = x[chosen]
     return {
@@ -85,47 +87,36 @@ def _read_one(
     }
 
 
-def _from_peaks(
-    connection: sqlite3.Connection, run: int, name: str, query: ChartQuery
-) -> Sampled | None:
-    """Return a long series as its summaries have it; None where its points are to be read."""
-    usable = query.x in (STEP, TIME) and not query.log
-    metric = find_metric(connection, run, name) if usable else None
-    if metric is None:
-        return None
-    keys = chunk_keys(connection, metric)
-    by_time = query.x == TIME
-    return read_sampled(connection, keys, by_time, query.first, query.last, query.points)
-
-
-def _xy(
-    connection: sqlite3.Connection,
-    run: int,
-    name: str,
-    query: ChartQuery,
-    axis: tuple[NDArray[Any], NDArray[np.float64]] | None,
-) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Return every point of a metric in the wanted range, sorted by x."""
-    metric = find_metric(connection, run, name)
+def _by_step(
+    connection: sqlite3.Connection, metric: int | None, first: float = -np.inf, last: float = np.inf
+) -> XY:
     if metric is None:
         return np.empty(0), np.empty(0)
+    points = read_points(connection, metric, first, last, times=False)
+    return points.steps, points.numbers
+
+
+def _read_xy(
+    connection: sqlite3.Connection, metric: int | None, query: ChartQuery, axis: XY | None
+) -> XY:
+    """Return every point of a metric in the wanted range, sorted by x."""
     if query.x == STEP:
-        points = read_points(connection, metric, StepRange(query.first, query.last), times=False)
-        return points.steps, points.numbers
-    if query.x == TIME:
+        return _by_step(connection, metric, query.first, query.last)
+    if axis is not None:
+        x, y = _joined(*_by_step(connection, metric), axis)
+    elif metric is not None:
         points = read_all_points(connection, metric)
-        return _sorted_range(points.times, points.numbers, query)
-    points = read_points(connection, metric, times=False)
-    if axis is None:
-        return points.steps, points.numbers
-    return _sorted_range(*_joined(points.steps, points.numbers, axis), query)
+        x, y = points.times, points.numbers
+    else:
+        return np.empty(0), np.empty(0)
+    if not bool((x[1:] >= x[:-1]).all()):
+        order = np.argsort(x, kind="stable")
+        x, y = x[order], y[order]
+    wanted = slice_between(x, query.first, query.last)
+    return x[wanted], y[wanted]
 
 
-def _joined(
-    steps: NDArray[np.int64],
-    numbers: NDArray[np.float64],
-    axis: tuple[NDArray[Any], NDArray[np.float64]],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _joined(steps: NDArray[np.int64], numbers: NDArray[np.float64], axis: XY) -> XY:
     """Pair y with the x metric's value at the same step; steps without one are left out."""
     axis_steps, axis_numbers = axis
     if not len(axis_steps):
@@ -133,17 +124,6 @@ def _joined(
     places = np.minimum(np.searchsorted(axis_steps, steps), len(axis_steps) - 1)
     there = (axis_steps[places] == steps) & np.isfinite(axis_numbers[places])
     return axis_numbers[places[there]], numbers[there]
-
-
-def _sorted_range(
-    x: NDArray[np.float64], y: NDArray[np.float64], query: ChartQuery
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if len(x) > 1 and not bool((x[1:] >= x[:-1]).all()):
-        order = np.argsort(x, kind="stable")
-        x, y = x[order], y[order]
-    start = int(np.searchsorted(x, query.first, "left"))
-    stop = int(np.searchsorted(x, query.last, "right"))
-    return x[start:stop], y[start:stop]
 
 
 def choose_points(y: NDArray[np.float64], points: int) -> NDArray[np.intp]:
@@ -215,7 +195,7 @@ def finite_or_none(values: NDArray[np.float64]) -> list[float | None]:
 
 
 def round_significant(values: NDArray[np.float64], digits: int) -> list[float | None]:
-    """Return values with so many significant digits; None where one is not finite."""
+    """Return values with `digits` significant digits; None where one is not finite."""
     form = f"%.{digits}g"
     return [float(form % v) if math.isfinite(v) else None for v in values.tolist()]
 

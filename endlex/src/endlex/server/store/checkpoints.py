@@ -7,6 +7,7 @@ Only a published one can be read.
 
 from __future__ import annotations
 
+import functools
 import sqlite3
 from concurrent.futures import Future
 from typing import Any
@@ -24,7 +25,7 @@ STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "faile
 
 
 class Checkpoints:
-    """The checkpoints of one server: what is accepted, and what can be had."""
+    """Accepts and describes the checkpoints of one server."""
 
     def __init__(self, database: Database, blobs: Blobs, verifier: Verifier) -> None:
         self._database, self._blobs, self._verifier = database, blobs, verifier
@@ -46,29 +47,19 @@ class Checkpoints:
             raise ApiError(422, f"the manifest is of {manifest['name']!r}, not of {name!r}")
         sizes = {p["sha256"]: p["bytes"] for file in manifest["files"] for p in file["parts"]}
         with self._blobs.lock:  # no part may go between this look and the commit
-            missing, wrong = self._look(sizes)
-            future = self._database.write(
-                lambda c: _accept(c, run, manifest, sizes, bool(missing), wrong)
+            held = {sha256: self._blobs.size(sha256) for sha256 in sizes}
+            missing = [sha256 for sha256, size in held.items() if size is None]
+            wrong = next((s for s in sizes if held[s] not in (None, sizes[s])), None)
+            fault = wrong and (
+                f"part {wrong} has {held[wrong]:,} bytes, and the manifest says {sizes[wrong]:,}"
             )
-            pk, state = future.result()
+            state = "failed" if fault else "incomplete" if missing else "verifying"
+            job = functools.partial(_accept, run=run, manifest=manifest, state=state, error=fault)
+            pk, state = self._database.write(job).result()
         if state == "incomplete":
             message = f"{len(missing)} parts of {name!r} are not here: send them, then this again"
             raise ApiError(409, message, state="incomplete", missing=missing)
         return self._verifier.enqueue(pk) if state == "verifying" else None
-
-    def _look(self, sizes: dict[str, int]) -> tuple[list[str], str | None]:
-        """Return the parts that are not here, and what is wrong with those that are."""
-        missing: list[str] = []
-        wrong: str | None = None
-        for sha256, size in sizes.items():
-            try:
-                found = self._blobs.path(sha256).stat().st_size
-            except FileNotFoundError:
-                missing.append(sha256)
-                continue
-            if found != size:
-                wrong = f"part {sha256} has {found:,} bytes, and the manifest says {size:,}"
-        return missing, wrong
 
     def describe(self, run: str, name: str, *, whole: bool = True) -> dict[str, Any]:
         """Return a checkpoint's state and, if `whole`, its manifest's keys.
@@ -115,14 +106,9 @@ class Checkpoints:
 
 
 def _accept(
-    connection: sqlite3.Connection,
-    run: str,
-    manifest: Manifest,
-    sizes: dict[str, int],
-    missing: bool,
-    error: str | None,
+    connection: sqlite3.Connection, run: str, manifest: Manifest, state: str, error: str | None
 ) -> tuple[int, str]:
-    """Store a manifest with its state; return the checkpoint's key and that state."""
+    """Store a manifest with its state; return the checkpoint's key and the state it has now."""
     run_pk = find_run(connection, run)
     name = manifest["name"]
     row = connection.execute(
@@ -137,31 +123,30 @@ def _accept(
         if same and row[1] in ("published", "verifying", "failed"):
             _describe_anew(connection, row[0], manifest, known)
             return row[0], row[1]
-    state = "failed" if error else "incomplete" if missing else "verifying"
+    values = {
+        "run": run_pk,
+        "name": name,
+        "step": manifest["step"],
+        "created": manifest["created"],
+        "state": state,
+        "error": error,
+        "bytes": sum(file["bytes"] for file in manifest["files"]),
+        "aliases": orjson.dumps(manifest["aliases"]).decode(),
+        "metadata": orjson.dumps(manifest["metadata"]).decode(),
+        "manifest": orjson.dumps(manifest).decode(),
+        "removed": None,
+        "reason": None,
+    }
+    changes = ", ".join(f"{column}=excluded.{column}" for column in values)
     pk: int = connection.execute(
-        "INSERT INTO checkpoint (run, name, step, created, state, error, bytes, aliases, metadata, "
-        "manifest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
-        "step=excluded.step, created=excluded.created, state=excluded.state, "
-        "error=excluded.error, bytes=excluded.bytes, aliases=excluded.aliases, "
-        "metadata=excluded.metadata, manifest=excluded.manifest, removed=NULL, reason=NULL "
-        "RETURNING pk",
-        (
-            run_pk,
-            name,
-            manifest["step"],
-            manifest["created"],
-            state,
-            error,
-            sum(file["bytes"] for file in manifest["files"]),
-            orjson.dumps(manifest["aliases"]).decode(),
-            orjson.dumps(manifest["metadata"]).decode(),
-            orjson.dumps(manifest).decode(),
-        ),
+        f"INSERT INTO checkpoint ({', '.join(values)}) VALUES (:{', :'.join(values)}) "
+        f"ON CONFLICT (run, name) DO UPDATE SET {changes} RETURNING pk",
+        values,
     ).fetchone()[0]
     connection.execute("DELETE FROM checkpoint_part WHERE checkpoint=?", (pk,))
+    parts = {part["sha256"]: part["bytes"] for file in manifest["files"] for part in file["parts"]}
     connection.executemany(
-        "INSERT INTO checkpoint_part VALUES (?, ?, ?)",
-        [(pk, sha256, size) for sha256, size in sizes.items()],
+        "INSERT INTO checkpoint_part VALUES (?, ?, ?)", [(pk, *part) for part in parts.items()]
     )
     return pk, state
 
@@ -169,7 +154,7 @@ def _accept(
 def _describe_anew(
     connection: sqlite3.Connection, pk: int, manifest: Manifest, known: Manifest
 ) -> None:
-    """Take other aliases and metadata, but leave what it replaces, and what replaces it."""
+    """Update aliases and metadata, but not which older checkpoints it replaces."""
     metadata = {k: v for k, v in manifest["metadata"].items() if k != REPLACES}
     metadata |= {k: v for k, v in known["metadata"].items() if k == REPLACES}
     connection.execute(

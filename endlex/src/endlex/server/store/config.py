@@ -1,4 +1,4 @@
-"""Configurations key by key, so that runs can be searched, sorted and shown by them."""
+"""Configurations stored key by key, so that runs can be searched and sorted by them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from endlex.protocol import SYSTEM
 from endlex.search import flatten
 
 MAX_KEYS = 2000
-"""Kept per record of a session."""
+"""Keys kept per record of a session."""
 MAX_TEXT_CHARS = 1000
 
 
@@ -36,7 +36,7 @@ def _columns(value: Any) -> tuple[float | None, str]:
 
 
 def fill_config(connection: sqlite3.Connection) -> None:
-    """Read the configurations of all sessions, for a database from before this table."""
+    """Fill the table in a database that was made before it existed."""
     rows = connection.execute(
         "SELECT run, config FROM session WHERE kind != ? ORDER BY pk", (SYSTEM,)
     )

@@ -21,120 +21,24 @@ from typing import Any, TypeVar
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
 from endlex.server.store.config import fill_config
-from endlex.server.store.media import SCHEMA as MEDIA
 
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
 
+SCHEMA = Path(__file__).with_name("schema.sql")
 SCHEMA_VERSION = 5
 MOST_JOBS_IN_A_COMMIT = 32
-
-RUN_CONFIG = """
-CREATE TABLE run_config (
-    run INTEGER NOT NULL, key TEXT NOT NULL, number REAL, text TEXT NOT NULL, PRIMARY KEY (run, key)
-) WITHOUT ROWID;
-"""
-SETTING = """
-CREATE TABLE setting (
-    project TEXT NOT NULL, kind TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL,
-    changed REAL NOT NULL, PRIMARY KEY (project, kind, name)
-) WITHOUT ROWID;
-"""
-SCHEMA = (
-    RUN_CONFIG
-    + SETTING
-    + MEDIA
-    + """CREATE TABLE run (
-    pk INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, project TEXT NOT NULL,
-    name TEXT NOT NULL, group_name TEXT, notes TEXT, tags TEXT NOT NULL DEFAULT '[]', host TEXT,
-    status TEXT NOT NULL DEFAULT 'running', created REAL NOT NULL, updated REAL NOT NULL,
-    archived INTEGER NOT NULL DEFAULT 0, deleted REAL, color TEXT
-);
-CREATE INDEX run_by_project ON run (project);
-CREATE TABLE session (
-    pk INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER NOT NULL REFERENCES run (pk),
-    id TEXT NOT NULL, kind TEXT NOT NULL, rank INTEGER NOT NULL DEFAULT 0, host TEXT, pid INTEGER,
-    config TEXT NOT NULL DEFAULT '{}', started REAL NOT NULL, last_seen REAL NOT NULL,
-    status TEXT NOT NULL DEFAULT 'running', offset INTEGER NOT NULL DEFAULT 0,
-    damaged_lines INTEGER NOT NULL DEFAULT 0, unsent_bytes INTEGER, heard REAL,
-    UNIQUE (run, id)
-);
-CREATE TABLE segment (
-    session INTEGER NOT NULL, start INTEGER NOT NULL, size INTEGER NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (session, start)
-);
-CREATE TABLE metric (
-    pk INTEGER PRIMARY KEY AUTOINCREMENT, run INTEGER NOT NULL REFERENCES run (pk),
-    name TEXT NOT NULL, count INTEGER NOT NULL DEFAULT 0, last REAL, last_text TEXT,
-    last_step INTEGER, min REAL, max REAL, UNIQUE (run, name)
-);
-CREATE TABLE series (
-    pk INTEGER PRIMARY KEY AUTOINCREMENT, metric INTEGER NOT NULL, session INTEGER NOT NULL,
-    chunks INTEGER NOT NULL DEFAULT 0, tail INTEGER NOT NULL DEFAULT 0,
-    count INTEGER NOT NULL DEFAULT 0, UNIQUE (metric, session)
-);
-CREATE TABLE chunk (
-    pk INTEGER PRIMARY KEY, count INTEGER NOT NULL, min_step INTEGER NOT NULL,
-    max_step INTEGER NOT NULL, steps BLOB NOT NULL, numbers BLOB NOT NULL, times BLOB NOT NULL
-);
-CREATE TABLE peak (
-    pk INTEGER PRIMARY KEY, count INTEGER NOT NULL, first_step INTEGER NOT NULL,
-    last_step INTEGER NOT NULL, first_time REAL NOT NULL, last_time REAL NOT NULL,
-    ordered INTEGER NOT NULL, content BLOB NOT NULL
-);
-CREATE TABLE text (
-    pk INTEGER PRIMARY KEY, run INTEGER NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL,
-    time REAL NOT NULL, text TEXT NOT NULL
-);
-CREATE INDEX text_by_name ON text (run, name, step);
-CREATE TABLE data_table (
-    pk INTEGER PRIMARY KEY, run INTEGER NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL,
-    time REAL NOT NULL, content TEXT NOT NULL
-);
-CREATE INDEX table_by_name ON data_table (run, name, step);
-CREATE TABLE checkpoint (
-    pk INTEGER PRIMARY KEY, run INTEGER NOT NULL, name TEXT NOT NULL, step INTEGER NOT NULL,
-    created REAL NOT NULL, state TEXT NOT NULL, error TEXT, bytes INTEGER NOT NULL,
-    aliases TEXT NOT NULL, metadata TEXT NOT NULL, manifest TEXT, removed REAL, reason TEXT,
-    UNIQUE (run, name)
-);
-CREATE TABLE checkpoint_part (
-    checkpoint INTEGER NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
-    PRIMARY KEY (checkpoint, sha256)
-) WITHOUT ROWID;
-CREATE INDEX checkpoint_by_part ON checkpoint_part (sha256);
-CREATE TABLE alert (
-    pk INTEGER PRIMARY KEY, run INTEGER, kind TEXT NOT NULL, metric TEXT NOT NULL DEFAULT '',
-    message TEXT NOT NULL, opened REAL NOT NULL, resolved REAL, dismissed REAL,
-    sent INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX alert_by_run ON alert (run, kind, metric);
-CREATE TABLE token (
-    pk INTEGER PRIMARY KEY, name TEXT NOT NULL, hash TEXT NOT NULL UNIQUE, scopes TEXT NOT NULL,
-    created REAL NOT NULL, last_used REAL, revoked REAL, runs_before INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE token_run (
-    token INTEGER NOT NULL, run TEXT NOT NULL, PRIMARY KEY (run, token)
-) WITHOUT ROWID;
-CREATE TABLE login (
-    hash TEXT PRIMARY KEY, token INTEGER NOT NULL, created REAL NOT NULL, expires REAL NOT NULL
-);
-"""
-)
 
 UPGRADES = {
     2: "ALTER TABLE checkpoint ADD COLUMN removed REAL;"
     "ALTER TABLE checkpoint ADD COLUMN reason TEXT;",
     3: "ALTER TABLE token ADD COLUMN runs_before INTEGER NOT NULL DEFAULT 0;"
-    "CREATE TABLE token_run (token INTEGER NOT NULL, run TEXT NOT NULL, "
-    "PRIMARY KEY (run, token)) WITHOUT ROWID;"
     "ALTER TABLE session ADD COLUMN heard REAL;"
     # Boxes that are at work keep sending: nobody knows which token sent which of these runs.
     "UPDATE token SET runs_before = (SELECT coalesce(max(pk), -1) FROM run);",
-    4: f"{RUN_CONFIG}{SETTING}ALTER TABLE run ADD COLUMN color TEXT;",
-    5: MEDIA,
+    4: "ALTER TABLE run ADD COLUMN color TEXT;",
 }
-"""What makes a database of the version before into one of this."""
+"""What each version changed in tables that were there before; new ones are in `SCHEMA`."""
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
@@ -179,15 +83,16 @@ def compare_natural(left: str, right: str) -> int:
 
 def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
     """Make the tables, or change those of an earlier version; all of it or nothing."""
-    missing = range(version + 1, SCHEMA_VERSION + 1)
-    changes = "".join(UPGRADES[number] for number in missing) if version else SCHEMA
-    script = f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
+    changes = "".join(sql for number, sql in UPGRADES.items() if 0 < version < number)
+    changes += SCHEMA.read_text(encoding="utf-8")
     try:
-        connection.executescript(script)
+        connection.executescript(
+            f"BEGIN IMMEDIATE;{changes}PRAGMA user_version={SCHEMA_VERSION};COMMIT;"
+        )
         if 0 < version < 4:
             fill_config(connection)
     except sqlite3.OperationalError as error:  # another process was first
-        if "already exists" not in str(error) and "duplicate column" not in str(error):
+        if "duplicate column" not in str(error):
             raise
         connection.execute("ROLLBACK")
 

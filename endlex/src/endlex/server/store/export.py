@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sqlite3
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -24,31 +22,23 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from endlex.protocol import encode_number
 from endlex.server.store.queries import find_run, show_run
 from endlex.server.store.records import Points
 from endlex.server.store.series import machine_sessions, read_all_points
-from endlex.server.store.texts import Page, list_tables, list_texts
+from endlex.server.store.texts import Kind, Page, list_records
 
-FORMATS = {
-    "csv": "text/csv; charset=utf-8",
-    "json": "application/json",
-    "parquet": "application/vnd.apache.parquet",
-    "html": "text/html; charset=utf-8",
-}
 RUN_KEYS = ("run", "project", "name", "status", "created", "tags", "group", "notes", "host")
 SESSION_KEYS = ("session", "kind", "rank", "host", "started", "offset", "damaged_lines", "status")
 CHECKPOINT_KEYS = ("name", "step", "bytes", "aliases", "metadata")
 COLUMNS = ("metric", "step", "time", "value")
-ROWS_AT_ONCE = 20_000
-NUMBERS_AT_ONCE = 20_000
+POINTS_AT_ONCE = 20_000
 RECORDS_AT_ONCE = 200
 
 
 def export_points(connection: sqlite3.Connection, metric: int) -> Points:
-    """Return a metric's points by rising steps; the machine's in seconds since its first one."""
+    """Return a metric's points by rising steps; a machine's are seconds since its first point."""
     points = read_all_points(connection, metric)
     if not machine_sessions(connection, metric):
         return points
@@ -68,112 +58,95 @@ def _iter_metrics(
             yield name, export_points(connection, pk)
 
 
-def iter_csv(
-    connection: sqlite3.Connection, run: str, wanted: Sequence[str] = ()
-) -> Iterator[bytes]:
-    """Yield the lines of a run's CSV.
+def _pieces(points: Points) -> Iterator[Points]:
+    """Yield a few points at a time: encoding many at once would keep every thread waiting."""
+    for start in range(0, len(points), POINTS_AT_ONCE):
+        yield points[start : start + POINTS_AT_ONCE]
+
+
+def _numbers(values: Iterable[Any]) -> list[Any]:
+    return [encode_number(value) for value in values]
+
+
+def iter_csv(connection: sqlite3.Connection, run: str, wanted: Sequence[str]) -> Iterator[bytes]:
+    """Yield a run's CSV in pieces.
 
     Args:
         wanted: names of metrics; all if empty.
-
-    Raises:
-        ApiError: 404.
     """
-    pk = find_run(connection, run)
     yield ",".join(COLUMNS).encode() + b"\r\n"
-    for name, points in _iter_metrics(connection, pk, wanted):
-        for start in range(0, len(points.steps), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
-            steps, times = points.steps[part].tolist(), points.times[part].tolist()
-            numbers = map(encode_number, points.numbers[part].tolist())
+    for name, points in _iter_metrics(connection, find_run(connection, run), wanted):
+        for piece in _pieces(points):
             lines = io.StringIO()
-            rows = zip(repeat(name), steps, times, numbers, strict=False)
-            csv.writer(lines).writerows(rows)
+            columns = (piece.steps.tolist(), piece.times.tolist(), _numbers(piece.numbers.tolist()))
+            csv.writer(lines).writerows(zip(repeat(name), *columns, strict=False))
             yield lines.getvalue().encode()
 
 
-def iter_json(connection: sqlite3.Connection, run: str) -> Iterator[bytes]:
+def iter_json(connection: sqlite3.Connection, run: str, wanted: Sequence[str]) -> Iterator[bytes]:
     """Yield the pieces of one JSON object: the run, its series, texts and tables.
 
     `endlex export` makes the same of the run's directory, so nothing is in it that only the server
     knows, such as when it last heard of the run.
-
-    Raises:
-        ApiError: 404.
     """
-    whole = show_run(connection, run)
-    pk = find_run(connection, run)
+    whole, pk = show_run(connection, run), find_run(connection, run)
     content = {key: whole[key] for key in (*RUN_KEYS, "config")}
     content["sessions"] = [{key: s[key] for key in SESSION_KEYS} for s in whole["sessions"]]
     content["checkpoints"] = [
         {key: c[key] for key in CHECKPOINT_KEYS} for c in whole["checkpoints"]
     ]
     yield orjson.dumps(content)[:-1] + b',"series":{'
-    for number, (name, points) in enumerate(_iter_metrics(connection, pk, ())):
+    for number, (name, points) in enumerate(_iter_metrics(connection, pk, wanted)):
         yield (b"," if number else b"") + orjson.dumps(name) + b":{"
-        yield from _iter_column(b'"step":', points.steps)
-        yield from _iter_column(b',"time":', points.times)
-        yield from _iter_column(b',"value":', points.numbers)
+        for column in ("step", "time", "value"):
+            yield (b"" if column == "step" else b",") + orjson.dumps(column) + b":["
+            for place, piece in enumerate(_pieces(points)):
+                numbers = {"step": piece.steps, "time": piece.times, "value": piece.numbers}[column]
+                encoded = orjson.dumps(_numbers(numbers.tolist()))[1:-1]
+                yield (b"," if place else b"") + encoded
+            yield b"]"
         yield b"}"
     yield b'},"texts":['
-    yield from _joined(_iter_records(connection, pk, list_texts))
+    yield from _iter_records(connection, pk, "texts")
     yield b'],"tables":['
-    yield from _joined(_iter_records(connection, pk, list_tables))
+    yield from _iter_records(connection, pk, "tables")
     yield b"]}\n"
 
 
-def _iter_column(head: bytes, numbers: NDArray[Any]) -> Iterator[bytes]:
-    """Yield a JSON array in pieces: encoding a whole long one would keep every thread waiting."""
-    yield head + b"["
-    for start in range(0, len(numbers), NUMBERS_AT_ONCE):
-        piece = numbers[start : start + NUMBERS_AT_ONCE].tolist()
-        comma = b"," if start else b""
-        yield comma + orjson.dumps([encode_number(number) for number in piece])[1:-1]
-    yield b"]"
-
-
-def _iter_records(connection: sqlite3.Connection, run: int, read: Any) -> Iterator[dict[str, Any]]:
-    before: int | None = None
-    while records := read(connection, run, Page(None, before, RECORDS_AT_ONCE)):
-        yield from records
-        before = records[-1]["step"]
-
-
-def _joined(records: Iterator[dict[str, Any]]) -> Iterator[bytes]:
-    for number, record in enumerate(records):
-        yield (b",\n" if number else b"") + orjson.dumps(record)
+def _iter_records(connection: sqlite3.Connection, run: int, kind: Kind) -> Iterator[bytes]:
+    page, comma = Page(limit=RECORDS_AT_ONCE, own=True), b""
+    while records := list_records(connection, kind, run, page):
+        yield comma + b",\n".join(map(orjson.dumps, records))
+        page, comma = page.model_copy(update={"before_step": records[-1]["step"]}), b",\n"
 
 
 def write_parquet(
-    connection: sqlite3.Connection, run: str, path: Path, wanted: Sequence[str] = ()
+    connection: sqlite3.Connection, run: str, path: Path, wanted: Sequence[str]
 ) -> None:
-    """Write a run's points as Parquet, a row group per metric.
-
-    Raises:
-        ApiError: 404.
-        OSError: the file cannot be written.
-    """
-    pk = find_run(connection, run)
-    schema = pa.schema(
-        [
-            ("metric", pa.dictionary(pa.int32(), pa.string())),
-            ("step", pa.int64()),
-            ("time", pa.float64()),
-            ("value", pa.float64()),
-        ],
-        metadata={"endlex": orjson.dumps(show_run(connection, run)).decode()},
-    )
+    """Write a run's points as Parquet, a row group per metric."""
+    names = pa.dictionary(pa.int32(), pa.string())
+    kinds = (names, pa.int64(), pa.float64(), pa.float64())
+    about = orjson.dumps(show_run(connection, run)).decode()
+    schema = pa.schema(zip(COLUMNS, kinds, strict=True), metadata={"endlex": about})
     with pq.ParquetWriter(path, schema) as writer:
-        for name, points in _iter_metrics(connection, pk, wanted):
-            names = pa.DictionaryArray.from_arrays(
-                np.zeros(len(points.steps), np.int32), pa.array([name])
-            )
-            columns = [names, points.steps, points.times, points.numbers]
+        for name, points in _iter_metrics(connection, find_run(connection, run), wanted):
+            same = np.zeros(len(points), np.int32)
+            metric = pa.DictionaryArray.from_arrays(same, pa.array([name]))
+            columns = [metric, points.steps, points.times, points.numbers]
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def temporary_file(directory: Path) -> Path:
-    """Return an empty file's path for an export on its way; the caller deletes it."""
-    handle, name = tempfile.mkstemp(prefix="export-", dir=directory)
-    os.close(handle)
-    return Path(name)
+def _write_pieces(iterate: Callable[..., Iterator[bytes]]) -> Callable[..., None]:
+    def write(connection: sqlite3.Connection, run: str, path: Path, wanted: Sequence[str]) -> None:
+        with path.open("wb") as file:
+            file.writelines(iterate(connection, run, wanted))
+
+    return write
+
+
+WRITERS = {
+    "csv": (_write_pieces(iter_csv), "text/csv; charset=utf-8"),
+    "json": (_write_pieces(iter_json), "application/json"),
+    "parquet": (write_parquet, "application/vnd.apache.parquet"),
+}
+"""For each format, the function that writes a run to a path, and the type of the file."""

@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterator
-
-from endlex.server.store.database import Database
 
 SHORT_SEGMENT = 64 * 1024
 """Bytes, uncompressed, below which a segment takes what comes next."""
 LEVEL = 1
-HASHES_KEPT = 256
 
 
 def compress(body: bytes) -> bytes:
@@ -59,40 +54,16 @@ def iter_bytes(
             "ORDER BY start DESC LIMIT 1",
             (session, start),
         ).fetchone()
-        if row is None:
-            return
-        content = zlib.decompress(row[1])[start - row[0] : end - row[0]]
+        content = zlib.decompress(row[1])[start - row[0] : end - row[0]] if row else b""
         if not content:
-            return
+            raise RuntimeError(f"the journal of session {session} ends at {start}, before {end}")
         yield content
         start += len(content)
 
 
-class JournalHashes:
-    """SHA-256 of journals' beginnings; one that grew is hashed on from where it was."""
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._lock = threading.Lock()
-        self._known: OrderedDict[int, tuple[int, hashlib._Hash]] = OrderedDict()
-
-    def hash(self, session: int, upto: int) -> str:
-        """Return the hash of the first `upto` bytes, which must be there. Call it in a thread."""
-        with self._lock:
-            start, digest = self._known.get(session, (0, hashlib.sha256()))
-            if start > upto:
-                start, digest = 0, hashlib.sha256()
-            digest = digest.copy()
-        for content in iter_bytes(self._database.reader(), session, start, upto):
-            digest.update(content)
-        with self._lock:
-            self._known[session] = (upto, digest)
-            self._known.move_to_end(session)
-            while len(self._known) > HASHES_KEPT:
-                self._known.popitem(last=False)
-        return digest.hexdigest()
-
-    def forget(self, session: int) -> None:
-        """Drop what is known of a session that was deleted."""
-        with self._lock:
-            self._known.pop(session, None)
+def hash_journal(connection: sqlite3.Connection, session: int, end: int) -> str:
+    """Return the SHA-256 of a journal's first `end` bytes, which must be there."""
+    digest = hashlib.sha256()
+    for content in iter_bytes(connection, session, 0, end):
+        digest.update(content)
+    return digest.hexdigest()

@@ -5,7 +5,7 @@ points the lowest and the highest, with their steps and times, a twenty-fifth of
 chart asks for more points than that, it is drawn from the summaries, and only the chunks at the
 ends of its range are read. A spike is an extreme of its block, so it is never lost.
 
-A summary speaks for its chunk only while the chunk's points are in order and finite, and chunks
+A summary stands for its chunk only while the chunk's points are in order and finite, and chunks
 follow one another. Chunks that hold something else are read; where the chunks themselves overlap (a
 resumed run that repeats steps, a clock that jumped) the caller reads all points.
 """
@@ -22,7 +22,6 @@ from endlex.server.store.records import Points
 
 BLOCK = 50
 POINTS_PER_PEAK = BLOCK // 2
-COLUMNS = 3
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,8 @@ def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> N
     """Store the summary of a chunk, in place of what there was."""
     steps, times = points.steps, points.times
     ordered = bool((steps[1:] > steps[:-1]).all() and (times[1:] >= times[:-1]).all())
-    content = b""
-    if ordered and np.isfinite(points.numbers).all():
-        content = _pack(_extremes(points))
+    usable = ordered and np.isfinite(points.numbers).all()
+    content = b"".join(points[_extremes(points.numbers)].pack()) if usable else b""
     ends = (int(steps[0]), int(steps[-1]), float(times[0]), float(times[-1]))
     connection.execute(
         "INSERT OR REPLACE INTO peak VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -67,30 +65,16 @@ def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> N
     )
 
 
-def _extremes(points: Points) -> Points:
-    """Return the lowest and highest of each block, in order; one point if they are the same."""
-    total = len(points.numbers)
+def _extremes(numbers: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Return where the lowest and highest of each block are, in order."""
+    total = len(numbers)
     blocks = -(-total // BLOCK)
-    padded = np.full(blocks * BLOCK, points.numbers[-1])
-    padded[:total] = points.numbers
+    padded = np.full(blocks * BLOCK, numbers[-1])
+    padded[:total] = numbers
     table = padded.reshape(blocks, BLOCK)
     start = np.arange(blocks) * BLOCK
     chosen = np.concatenate([table.argmin(axis=1) + start, table.argmax(axis=1) + start])
-    chosen = np.unique(np.minimum(chosen, total - 1))
-    return Points(points.steps[chosen], points.numbers[chosen], points.times[chosen])
-
-
-def _pack(points: Points) -> bytes:
-    return points.steps.tobytes() + points.numbers.tobytes() + points.times.tobytes()
-
-
-def _unpack(content: bytes) -> Points:
-    size = len(content) // COLUMNS
-    return Points(
-        np.frombuffer(content[:size], np.int64),
-        np.frombuffer(content[size : 2 * size], np.float64),
-        np.frombuffer(content[2 * size :], np.float64),
-    )
+    return np.unique(np.minimum(chosen, total - 1))
 
 
 def read_sampled(
@@ -147,27 +131,20 @@ def _draw(
         low, high = summary.bounds(by_time)
         inside = first <= low and high <= last
         if inside and summary.content and 0 < number < len(summaries) - 1:
-            pieces.append(_unpack(summary.content))
+            third = len(summary.content) // 3
+            columns = (summary.content[third * i : third * (i + 1)] for i in range(3))
+            pieces.append(Points.unpack(*columns))
             count += summary.count
             continue
-        cropped = _crop(_read_chunk(connection, summary.chunk), by_time, first, last)
-        count += len(cropped.steps)
-        if len(cropped.steps):
-            pieces.append(_with_ends(cropped))
-    steps = np.concatenate([piece.steps for piece in pieces])
-    x = np.concatenate([piece.times for piece in pieces]) if by_time else steps
-    return Sampled(x, np.concatenate([piece.numbers for piece in pieces]), count)
-
-
-def _read_chunk(connection: sqlite3.Connection, chunk: int) -> Points:
-    row = connection.execute("SELECT steps, numbers, times FROM chunk WHERE pk=?", (chunk,))
-    return _unpack(b"".join(row.fetchone()))
-
-
-def _crop(points: Points, by_time: bool, first: float, last: float) -> Points:
-    x = points.times if by_time else points.steps
-    part = slice(int(np.searchsorted(x, first, "left")), int(np.searchsorted(x, last, "right")))
-    return Points(points.steps[part], points.numbers[part], points.times[part])
+        query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
+        chunk = Points.unpack(*connection.execute(query, (summary.chunk,)).fetchone())
+        x = chunk.times if by_time else chunk.steps
+        chunk = chunk[(first <= x) & (x <= last)]
+        count += len(chunk)
+        if len(chunk):
+            pieces.append(_with_ends(chunk))
+    points = Points.joined(pieces)
+    return Sampled(points.times if by_time else points.steps, points.numbers, count)
 
 
 def _with_ends(points: Points) -> Points:
@@ -177,6 +154,5 @@ def _with_ends(points: Points) -> Points:
     keep[[0, -1]] = True
     usable = np.flatnonzero(finite)
     if len(usable):
-        part = Points(points.steps[usable], points.numbers[usable], points.times[usable])
-        keep[np.searchsorted(points.steps, _extremes(part).steps)] = True
-    return Points(points.steps[keep], points.numbers[keep], points.times[keep])
+        keep[usable[_extremes(points.numbers[usable])]] = True
+    return points[keep]

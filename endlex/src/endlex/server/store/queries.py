@@ -1,13 +1,13 @@
-"""What the pages and commands ask about runs: lists, one run whole, its parts, alerts."""
+"""Questions of the pages and commands: lists of runs, one run as a whole, alerts."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import orjson
+from pydantic import BaseModel, Field
 
 from endlex.protocol import REMOVED, SYSTEM
 from endlex.search import flatten, parse_key, parse_search
@@ -17,6 +17,7 @@ from endlex.server.store.search import (
     Condition,
     checked_condition,
     count_names,
+    marks,
     read_values,
     require_names,
     sort_expression,
@@ -24,37 +25,41 @@ from endlex.server.store.search import (
 
 SHORT_CONFIG_KEYS = 200
 SHORT_CONFIG_CHARS = 100
-RUN_COLUMNS = (
-    "run.pk, run.id, project, name, status, created, updated, tags, group_name, notes, archived, "
-    "deleted, host, color"
-)
-RUN_KEYS = (
-    *("number", "run", "project", "name", "status", "created", "updated", "tags", "group"),
-    *("notes", "archived", "deleted", "host", "color"),
-)
+MOST_ALERTS = 500
+OPEN = "resolved IS NULL AND dismissed IS NULL"
+"""The condition for an alert that is open."""
+RUN_COLUMNS = f"""
+    run.pk AS number, run.id AS run, project, name, status, created, updated, tags,
+    group_name AS "group", notes, archived, deleted, host, color,
+    (SELECT count(*) FROM alert WHERE alert.run = run.pk AND {OPEN}) AS alerts
+"""
+DECODED: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("tags", "aliases", "metadata"), orjson.loads),
+    **dict.fromkeys(("archived", "open"), bool),
+}
+"""Columns that the database holds as JSON, or as 0 and 1."""
 
 
-@dataclass(frozen=True)
-class RunQuery:
+class RunQuery(BaseModel, frozen=True):
     """Which runs, in which order; `sort` is a key (`endlex.search`), with "-" in front descending.
 
     `archived` and `deleted`: "true" for those alone, "any" for those too; otherwise neither.
-    With `columns`, a run has the values of these keys in place of its summary and configuration.
+    With `column`, a run has the values of these keys in place of its summary and configuration.
     """
 
-    q: str = ""
+    q: Annotated[str, Field(max_length=1000)] = ""
     project: str | None = None
     group: str | None = None
-    sort: str = "-created"
+    sort: Annotated[str, Field(max_length=300)] = "-created"
     archived: str | None = None
     deleted: str | None = None
-    limit: int = 100
-    offset: int = 0
-    columns: tuple[str, ...] = ()
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    offset: Annotated[int, Field(ge=0, lt=2**62)] = 0
+    column: list[Annotated[str, Field(max_length=200)]] = []
     names: bool = False
     """Whether to tell which metrics and configuration keys all the runs found have."""
-    ids: tuple[str, ...] = ()
-    """These runs alone, archived or not."""
+    ids: Annotated[str, Field(max_length=40_000)] = ""
+    """These runs alone, archived or not; joined with commas."""
 
 
 def find_run(connection: sqlite3.Connection, run: str) -> int:
@@ -79,49 +84,41 @@ def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]
     where, values = _where(connection, query)
     total = connection.execute(f"SELECT count(*) FROM run WHERE {where}", values).fetchone()[0]
     order, order_values = _order(connection, query.sort)
-    rows = connection.execute(
+    runs = dicts(
+        connection,
         f"SELECT {RUN_COLUMNS} FROM run WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
         [*values, *order_values, query.limit, query.offset],
-    ).fetchall()
-    keys = [row[0] for row in rows]
-    alerts = _alert_counts(connection, keys)
-    if query.columns:
-        columns = read_values(connection, keys, {c: parse_key(c, True) for c in query.columns})
-        more = {key: {"values": columns[key]} for key in keys}
+    )
+    keys = [run["number"] for run in runs]
+    if query.column:
+        columns = read_values(connection, keys, {c: parse_key(c, True) for c in query.column})
+        for run in runs:
+            run["values"] = columns[run["number"]]
     else:
         summaries, configs = _summaries(connection, keys), _configs(connection, keys)
-        more = {
-            key: {
-                "summary": summaries.get(key, {}),
-                "config": _shortened(flatten(configs.get(key, {}))),
-            }
-            for key in keys
-        }
-    runs = [{**_run_row(row), **more[row[0]], "alerts": alerts.get(row[0], 0)} for row in rows]
+        for run in runs:
+            run["summary"] = summaries.get(run["number"], {})
+            run["config"] = _shortened(flatten(configs.get(run["number"], {})))
     found = {"runs": runs, "total": total}
     return found | (count_names(connection, (where, values)) if query.names else {})
 
 
 def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
     conditions = [checked_condition(connection, parse_search(query.q))]
-    if query.ids:
-        conditions.append((f"run.id IN ({','.join('?' * len(query.ids))})", list(query.ids)))
+    ids = [one for one in query.ids.split(",") if one]
+    if ids:
+        conditions.append((f"run.id IN ({marks(ids)})", ids))
     else:
-        conditions += _state_conditions(query)
+        if query.deleted != "any":
+            there = "NOT NULL" if query.deleted == "true" else "NULL"
+            conditions.append((f"run.deleted IS {there}", []))
+        if query.archived != "any":
+            conditions.append(("run.archived = ?", [query.archived == "true"]))
     for column, value in (("run.project", query.project), ("run.group_name", query.group)):
         if value is not None:
             conditions.append((f"{column} = ?", [value]))
     values = [value for _, given in conditions for value in given]
     return " AND ".join(text for text, _ in conditions), values
-
-
-def _state_conditions(query: RunQuery) -> Iterable[Condition]:
-    if query.deleted == "true":
-        yield "run.deleted IS NOT NULL", []
-    elif query.deleted != "any":
-        yield "run.deleted IS NULL", []
-    if query.archived != "any":
-        yield "run.archived = ?", [int(query.archived == "true")]
 
 
 def _order(connection: sqlite3.Connection, sort: str) -> Condition:
@@ -135,20 +132,11 @@ def _order(connection: sqlite3.Connection, sort: str) -> Condition:
     return f"{expression} {direction} NULLS LAST, run.pk DESC", values
 
 
-def _run_row(row: tuple[Any, ...]) -> dict[str, Any]:
-    run = dict(zip(RUN_KEYS, row, strict=True))
-    return run | {"tags": orjson.loads(run["tags"]), "archived": bool(run["archived"])}
-
-
-def _marks(keys: list[int]) -> str:
-    return ",".join("?" * len(keys))
-
-
 def _summaries(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
     """Return each run's last values; what is not finite is the string that stands for it."""
     found: dict[int, dict[str, Any]] = {}
     rows = connection.execute(
-        f"SELECT run, name, coalesce(last_text, last) FROM metric WHERE run IN ({_marks(keys)}) "
+        f"SELECT run, name, coalesce(last_text, last) FROM metric WHERE run IN ({marks(keys)}) "
         "ORDER BY name",
         keys,
     )
@@ -157,20 +145,11 @@ def _summaries(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dic
     return found
 
 
-def _alert_counts(connection: sqlite3.Connection, keys: list[int]) -> dict[int, int]:
-    rows = connection.execute(
-        f"SELECT run, count(*) FROM alert WHERE run IN ({_marks(keys)}) "
-        "AND resolved IS NULL AND dismissed IS NULL GROUP BY run",
-        keys,
-    )
-    return dict(rows.fetchall())
-
-
 def _configs(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[str, Any]]:
     """Return each run's configuration: its sessions' joined, where the latest to arrive wins."""
     found: dict[int, dict[str, Any]] = {}
     rows = connection.execute(
-        f"SELECT run, config FROM session WHERE run IN ({_marks(keys)}) AND kind != ? ORDER BY pk",
+        f"SELECT run, config FROM session WHERE run IN ({marks(keys)}) AND kind != ? ORDER BY pk",
         [*keys, SYSTEM],
     )
     for run, config in rows:
@@ -179,7 +158,7 @@ def _configs(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[
 
 
 def _shortened(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what of a configuration fits a row of a list."""
+    """Return the part of a configuration that fits a row of a list."""
     short: dict[str, Any] = {}
     for key, value in config.items():
         if len(short) == SHORT_CONFIG_KEYS:
@@ -198,11 +177,9 @@ def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
         ApiError: 404.
     """
     pk = find_run(connection, run)
-    row = connection.execute(f"SELECT {RUN_COLUMNS} FROM run WHERE pk=?", (pk,)).fetchone()
     return {
-        **_run_row(row),
+        **dicts(connection, f"SELECT {RUN_COLUMNS} FROM run WHERE pk=?", (pk,))[0],
         "summary": _summaries(connection, [pk]).get(pk, {}),
-        "alerts": _alert_counts(connection, [pk]).get(pk, 0),
         "config": _configs(connection, [pk]).get(pk, {}),
         "sessions": list_sessions(connection, pk),
         "metrics": list_metrics(connection, pk),
@@ -213,13 +190,16 @@ def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
     }
 
 
-def _dicts(
-    connection: sqlite3.Connection, query: str, values: Sequence[Any]
+def dicts(
+    connection: sqlite3.Connection, query: str, values: Sequence[Any] | dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Return rows by the names of their columns."""
+    """Return rows by the names of their columns, decoded."""
     cursor = connection.execute(query, values)
     names = [column[0] for column in cursor.description]
-    return [dict(zip(names, row, strict=True)) for row in cursor]
+    found = [dict(zip(names, row, strict=True)) for row in cursor]
+    for row in found:
+        row.update({key: DECODED[key](row[key]) for key in DECODED.keys() & row.keys()})
+    return found
 
 
 def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
@@ -228,7 +208,7 @@ def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, An
         "SELECT id AS session, kind, offset, damaged_lines, status, last_seen, unsent_bytes, "
         "rank, host, started FROM session WHERE run=? ORDER BY pk"
     )
-    return _dicts(connection, query, (run,))
+    return dicts(connection, query, (run,))
 
 
 def list_metrics(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
@@ -237,7 +217,7 @@ def list_metrics(connection: sqlite3.Connection, run: int) -> list[dict[str, Any
         "SELECT name, count, coalesce(last_text, last) AS last, min, max, last_step FROM metric "
         "WHERE run=? ORDER BY name"
     )
-    return _dicts(connection, query, (run,))
+    return dicts(connection, query, (run,))
 
 
 def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
@@ -249,11 +229,7 @@ def list_checkpoints(connection: sqlite3.Connection, run: int) -> list[dict[str,
         "SELECT name, step, created, state, bytes, aliases, metadata, error FROM checkpoint "
         "WHERE run=? AND state != ? ORDER BY step, created"
     )
-    found = _dicts(connection, query, (run, REMOVED))
-    for checkpoint in found:
-        for key in ("aliases", "metadata"):
-            checkpoint[key] = orjson.loads(checkpoint[key])
-    return found
+    return dicts(connection, query, (run, REMOVED))
 
 
 def _names(connection: sqlite3.Connection, table: str, run: int) -> list[str]:
@@ -264,22 +240,15 @@ def _names(connection: sqlite3.Connection, table: str, run: int) -> list[str]:
 
 
 def list_alerts(
-    connection: sqlite3.Connection, run: str | None, open_only: bool, limit: int = 500
+    connection: sqlite3.Connection, run: str | None, open_only: bool
 ) -> list[dict[str, Any]]:
-    """Return alerts, newest first; an open one is neither resolved nor dismissed."""
-    where, values = "1", []
-    if run is not None:
-        where, values = "run.id = ?", [run]
-    if open_only:
-        where += " AND resolved IS NULL AND dismissed IS NULL"
-    found = _dicts(
+    """Return the latest alerts, newest first; an open one is neither resolved nor dismissed."""
+    return dicts(
         connection,
         "SELECT alert.pk AS id, run.id AS run, run.name AS run_name, kind, metric, message, "
-        "opened, resolved, dismissed "
-        f"FROM alert LEFT JOIN run ON run.pk = alert.run WHERE {where} "
-        "ORDER BY alert.pk DESC LIMIT ?",
-        [*values, limit],
+        f"opened, resolved, dismissed, {OPEN} AS open "
+        "FROM alert LEFT JOIN run ON run.pk = alert.run "
+        "WHERE coalesce(run.id = :run, :run IS NULL) AND (NOT :open OR open) "
+        f"ORDER BY alert.pk DESC LIMIT {MOST_ALERTS}",
+        {"run": run, "open": open_only},
     )
-    for alert in found:
-        alert["open"] = alert["resolved"] is None and alert["dismissed"] is None
-    return found

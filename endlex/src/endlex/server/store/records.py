@@ -1,4 +1,4 @@
-"""From a batch of journal lines to columns: what one POST brought, ready to be stored.
+"""Parse a batch of journal lines, what one POST brought, into columns ready to be stored.
 
 Metrics records that carry the same names are gathered into one block, so that ten thousand of them
 become three arrays without a look at each value. Only when something in the batch is unusual (a
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,57 +25,75 @@ from endlex.protocol import (
     CONFIG,
     FINISH,
     LEVELS,
-    MAX_REASON_CHARS,
     MAX_STEP,
     MAX_TEXT_CHARS,
     MEDIA,
     METRICS,
-    PROTOCOL,
-    SESSION,
     STATUSES,
-    SYSTEM,
     TABLE,
     TEXT,
-    TRAINER,
     EndlexError,
     check_checkpoint_name,
     check_name,
+    check_sha256,
     decode_number,
 )
-from endlex.server.store.media import check_media
+
+MOST_MEDIA_PARTS = 10_000
+UNSOUND = (ValueError, TypeError, KeyError, AttributeError, OverflowError, EndlexError)
+"""What reading a damaged record raises."""
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Points:
-    """Points of one metric in the order in which they were logged; three arrays of one length."""
+    """Points of one metric: three arrays of one length, or no times where nobody asked for them."""
 
     steps: NDArray[np.int64]
     numbers: NDArray[np.float64]
     times: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, chosen: slice | NDArray[Any]) -> Points:
+        times = self.times[chosen] if len(self.times) else self.times
+        return Points(self.steps[chosen], self.numbers[chosen], times)
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Points]) -> Points:
+        """Return the points of several, one after the other."""
+        return cls(
+            np.concatenate([piece.steps for piece in pieces]),
+            np.concatenate([piece.numbers for piece in pieces]),
+            np.concatenate([piece.times for piece in pieces]),
+        )
+
+    def pack(self) -> tuple[bytes, bytes, bytes]:
+        """Return the columns as the database holds them."""
+        return self.steps.tobytes(), self.numbers.tobytes(), self.times.tobytes()
+
+    @classmethod
+    def unpack(cls, steps: bytes, numbers: bytes, times: bytes = b"") -> Points:
+        """Undo `pack`."""
+        columns = (np.frombuffer(c, np.float64) for c in (numbers, times))
+        return cls(np.frombuffer(steps, np.int64), *columns)
 
 
 @dataclass
 class Batch:
     """What the whole lines of one body say."""
 
-    lines: int = 0
     damaged: int = 0
     points: dict[str, Points] = field(default_factory=dict)
-    sessions: list[Record] = field(default_factory=list)
-    configs: list[Record] = field(default_factory=list)
-    texts: list[Record] = field(default_factory=list)
-    tables: list[Record] = field(default_factory=list)
-    checkpoints: list[Record] = field(default_factory=list)
-    alerts: list[Record] = field(default_factory=list)
-    media: list[Record] = field(default_factory=list)
-    status: str | None = None
-    """How the session ended, when a finish record is among the lines."""
-    reason: str | None = None
-    """Why it ended, as the finish record says."""
-    ended: float | None = None
-    """When it did; the writer's clock."""
+    records: defaultdict[str, list[Record]] = field(default_factory=lambda: defaultdict(list))
+    """By type, the records that are not of metrics."""
+
+    @property
+    def finish(self) -> Record | None:
+        """How the session ended, if a line says so."""
+        return self.records[FINISH][-1] if self.records[FINISH] else None
 
 
 class _Block:
@@ -107,18 +127,17 @@ class _Block:
 def parse_batch(body: bytes) -> Batch:
     """Read whole journal lines; `body` ends with a line end, or is empty."""
     lines = body.split(b"\n")[:-1]
-    batch = Batch(lines=len(lines))
+    batch = Batch()
     try:
-        records = list(map(orjson.loads, lines))
-        _gather(records, batch)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, EndlexError):
-        batch = Batch(lines=len(lines))
+        _gather(list(map(orjson.loads, lines)), batch)
+    except UNSOUND:
+        batch = Batch()
         _gather([record for line in lines if (record := _careful(line, batch))], batch)
     return batch
 
 
 def _gather(records: list[Any], batch: Batch) -> None:
-    """Sort sound records into `batch`; raises at whatever is not as it must be."""
+    """Sort records into `batch`; raises one of `UNSOUND` at a damaged one."""
     blocks: dict[tuple[str, ...], _Block] = {}
     for position, record in enumerate(records):
         if record["type"] == METRICS:
@@ -133,21 +152,8 @@ def _gather(records: list[Any], batch: Batch) -> None:
             block.values.extend(values.values())
         else:
             _check_other(record)
-            _place(record, batch)
+            batch.records[record["type"]].append(record)
     batch.points = _to_points(list(blocks.values()))
-
-
-def _place(record: Record, batch: Batch) -> None:
-    kind = record["type"]
-    places = {SESSION: batch.sessions, TEXT: batch.texts, TABLE: batch.tables}
-    places |= {CHECKPOINT: batch.checkpoints, CONFIG: batch.configs, ALERT: batch.alerts}
-    places |= {MEDIA: batch.media}
-    if kind == FINISH:
-        batch.status, batch.ended = record["status"], record["time"]
-        reason = record.get("reason")
-        batch.reason = reason[:MAX_REASON_CHARS] if isinstance(reason, str) else None
-    elif kind in places:
-        places[kind].append(record)
 
 
 def _to_points(blocks: list[_Block]) -> dict[str, Points]:
@@ -165,11 +171,7 @@ def _in_order(pieces: list[tuple[list[int], Points]]) -> Points:
     if len(pieces) == 1:
         return pieces[0][1]
     order = np.argsort(np.concatenate([positions for positions, _ in pieces]), kind="stable")
-    return Points(
-        np.concatenate([points.steps for _, points in pieces])[order],
-        np.concatenate([points.numbers for _, points in pieces])[order],
-        np.concatenate([points.times for _, points in pieces])[order],
-    )
+    return Points.joined([points for _, points in pieces])[order]
 
 
 def _careful(line: bytes, batch: Batch) -> Record | None:
@@ -178,15 +180,14 @@ def _careful(line: bytes, batch: Batch) -> Record | None:
         record = orjson.loads(line)
         _check_moment(record)
         if record["type"] == METRICS:
+            _check_step(record)
             values = record["values"]
-            if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
-                raise EndlexError("not a step")
             for name, value in values.items():
                 check_name(name, "metric name")
                 values[name] = float(decode_number(value))
         else:
             _check_other(record)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, EndlexError):
+    except UNSOUND:
         batch.damaged += 1
         return None
     return record  # type: ignore[no-any-return]
@@ -197,62 +198,39 @@ def _check_moment(record: Any) -> None:
         raise EndlexError("not a record")
 
 
+def _check_step(record: Record) -> None:
+    if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
+        raise EndlexError("not a step")
+
+
 def _check_other(record: Record) -> None:
     """Raise at a record, not of metrics, that cannot be stored as what it says it is."""
     _check_moment(record)
-    kind = record["type"]
+    kind, sound = record["type"], True
     if kind in (TEXT, TABLE, CHECKPOINT, MEDIA):
-        if type(record["step"]) is not int or not 0 <= record["step"] <= MAX_STEP:
-            raise EndlexError("not a step")
-        name = record["name"]
-        check_checkpoint_name(name) if kind == CHECKPOINT else check_name(name, "name")
-    if kind == TEXT and not (
-        isinstance(record["text"], str) and len(record["text"]) <= MAX_TEXT_CHARS
-    ):
-        raise EndlexError("not a text")
-    if kind == TABLE and not (
-        isinstance(record["columns"], list)
-        and isinstance(record["rows"], list)
-        and all(isinstance(row, list) for row in record["rows"])
-    ):
-        raise EndlexError("not a table")
-    if kind == CHECKPOINT and not all(type(f["bytes"]) is int for f in record["files"]):
-        raise EndlexError("not a checkpoint")
-    if kind == CONFIG and not isinstance(record["config"], dict):
-        raise EndlexError("not a configuration")
-    if kind == MEDIA:
-        check_media(record)
-    if kind == ALERT and not (
-        record["level"] in LEVELS
-        and isinstance(record["text"], str)
-        and check_name(record["title"], "title")
-    ):
-        raise EndlexError("not an alert")
-    if kind == FINISH and record["status"] not in STATUSES:
-        raise EndlexError("not a status")
-
-
-def check_session(record: Any, run: str, session: str) -> Record:
-    """Return a session's first record, checked against where it was sent.
-
-    Raises:
-        EndlexError: it is another's, or not one; the message says what is wrong.
-    """
-    if not isinstance(record, dict) or record.get("type") != SESSION:
-        raise EndlexError("a session's first line must be its session record")
-    if record.get("protocol") != PROTOCOL:
-        raise EndlexError(
-            f"the session speaks protocol {record.get('protocol')!r}, and this server "
-            f"{PROTOCOL}: upgrade the older side"
-        )
-    for key, sent in (("run", run), ("session", session)):
-        if record.get(key) != sent:
-            raise EndlexError(f"the session record's {key} is {record.get(key)!r}, not {sent!r}")
-    check_name(record.get("project", ""), "project")
-    check_name(record.get("name", ""), "run name")
-    if record.get("kind", TRAINER) not in (TRAINER, SYSTEM):
-        raise EndlexError(f"the session's kind is {record.get('kind')!r}: trainer or system")
-    if not isinstance(record.get("config") or {}, dict):
-        raise EndlexError("the session's config must be an object")
-    _check_moment(record)
-    return record
+        _check_step(record)
+        if kind == CHECKPOINT:
+            check_checkpoint_name(record["name"])
+        else:
+            check_name(record["name"], "name")
+    if kind == TEXT:
+        sound = isinstance(record["text"], str) and len(record["text"]) <= MAX_TEXT_CHARS
+    elif kind == TABLE:
+        rows = record["rows"]
+        sound = all(isinstance(one, list) for one in (record["columns"], rows, *rows))
+    elif kind == CHECKPOINT:
+        sound = all(type(file["bytes"]) is int for file in record["files"])
+    elif kind == CONFIG:
+        sound = isinstance(record["config"], dict)
+    elif kind == MEDIA:
+        sizes = [part["bytes"] for part in record["parts"] if check_sha256(part["sha256"])]
+        sound = len(sizes) <= MOST_MEDIA_PARTS and all(type(n) is int and n > 0 for n in sizes)
+        sound = sound and record["bytes"] == sum(sizes)
+        sound = sound and isinstance(record["kind"], str) and isinstance(record["mime"], str)
+    elif kind == ALERT:
+        check_name(record["title"], "title")
+        sound = record["level"] in LEVELS and isinstance(record["text"], str)
+    elif kind == FINISH:
+        sound = record["status"] in STATUSES
+    if not sound:
+        raise EndlexError(f"not a record of type {kind}")

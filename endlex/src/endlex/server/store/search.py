@@ -1,9 +1,9 @@
-"""A search (`endlex.search`), a sort key and table columns, as SQL with the values apart."""
+"""Translate a search (`endlex.search`), a sort key and table columns into SQL."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from endlex.search import ANYWHERE, Key, Query, Term, check_names, names_in
@@ -29,8 +29,13 @@ METRIC = "SELECT 1 FROM metric WHERE metric.run = run.pk AND "
 CONFIG = "SELECT 1 FROM run_config WHERE run_config.run = run.pk AND "
 
 
+def marks(values: Sequence[Any]) -> str:
+    """Return as many question marks as there are values, for `IN (...)`."""
+    return ",".join("?" * len(values))
+
+
 def search_condition(query: Query) -> Condition:
-    """Return the condition on `run` that a search is."""
+    """Return a search as a condition on the table `run`, with the values apart."""
     groups = [[_term(term) for term in group] for group in query]
     texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
     return " AND ".join(texts) or "1", [
@@ -129,12 +134,11 @@ def read_values(
 ) -> dict[int, dict[str, Any]]:
     """Return by run the values of columns; a metric comes before a key of the same name."""
     names = list({str(key.name) for key in keys.values()})
-    marks = ",".join("?" * len(runs)), ",".join("?" * len(names))
     found: dict[int, dict[str, Any]] = {run: {} for run in runs}
     config: dict[tuple[int, str], Any] = {}
     for run, key, value in connection.execute(
         "SELECT run, key, coalesce(number, text) FROM run_config "
-        f"WHERE run IN ({marks[0]}) AND key IN ({marks[1]})",
+        f"WHERE run IN ({marks(runs)}) AND key IN ({marks(names)})",
         [*runs, *names],
     ):
         config[run, key] = value
@@ -142,7 +146,7 @@ def read_values(
         (run, name): {"last": last, "min": low, "max": high}
         for run, name, last, low, high in connection.execute(
             "SELECT run, name, coalesce(last_text, last), min, max FROM metric "
-            f"WHERE run IN ({marks[0]}) AND name IN ({marks[1]})",
+            f"WHERE run IN ({marks(runs)}) AND name IN ({marks(names)})",
             [*runs, *names],
         )
     }

@@ -1,26 +1,42 @@
-"""Sessions and the runs they belong to, as the rows that a batch of journal lines changes."""
+"""The rows of sessions and of their runs, as batches of journal lines change them."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
 import orjson
+from pydantic import AfterValidator, BaseModel, FiniteFloat, ValidationError
 
-from endlex.protocol import (
-    CRASHED,
-    LOST,
-    SYSTEM,
-    TRAINER,
-    EndlexError,
-    check_run_id,
-    check_session_id,
-)
+from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
 from endlex.server.store.config import store_config
-from endlex.server.store.records import Batch, Record, check_session
+from endlex.server.store.records import Batch
+
+MOST_NOTES_CHARS = 10_000
+
+
+class SessionRecord(BaseModel):
+    """The first record of a journal, as far as the server reads it (`protocol`)."""
+
+    type: Literal["session"]
+    protocol: int
+    run: str
+    session: str
+    time: FiniteFloat
+    project: Annotated[str, AfterValidator(partial(check_name, what="project"))]
+    name: Annotated[str, AfterValidator(partial(check_name, what="run name"))]
+    kind: Literal["trainer", "system"] = "trainer"
+    config: dict[str, Any] | None = None
+    tags: list[str] | None = None
+    group: str | None = None
+    notes: str | None = None
+    host: str | None = None
+    rank: int | None = None
+    pid: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,11 +66,6 @@ def require_session(connection: sqlite3.Connection, run: str, session: str) -> S
     Raises:
         ApiError: 404, nothing of it has arrived.
     """
-    try:
-        check_run_id(run)
-        check_session_id(session)
-    except EndlexError as error:
-        raise ApiError(404, str(error)) from error
     state = find_session(connection, run, session)
     if state.pk == 0:
         raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")
@@ -72,53 +83,50 @@ def begin_session(
     Raises:
         ApiError: 422, it does not say that.
     """
-    try:
-        record = check_session(orjson.loads(first), run, session)
-    except (ValueError, KeyError, TypeError, EndlexError) as error:
-        raise ApiError(422, f"cannot begin session {session}: {error}") from error
-    now = time.time()
-    group, notes, host = (_text(record.get(key)) for key in ("group", "notes", "host"))
-    facts = (record["project"], record["name"], group, notes)
+    record = _check_first(first, run, session)
+    now, notes = time.time(), record.notes and record.notes[:MOST_NOTES_CHARS]
+    config, tags = orjson.dumps(record.config or {}).decode(), orjson.dumps(record.tags or [])
+    about = (record.project, record.name, record.group, notes, tags.decode(), record.host)
     connection.execute(
         "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
         "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run, *facts, orjson.dumps(_tags(record)).decode(), host, record["time"], now),
+        (run, *about, record.time, now),
     )
     run_pk = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()[0]
-    if record.get("kind") != SYSTEM:
-        store_config(connection, run_pk, record.get("config") or {})
-    return _insert_session(connection, run_pk, session, record, now)
-
-
-def _insert_session(
-    connection: sqlite3.Connection, run: int, session: str, record: Record, now: float
-) -> SessionState:
-    kind = record.get("kind", TRAINER)
-    rank, pid = (v if type(v) is int else None for v in (record.get("rank"), record.get("pid")))
-    config, host = orjson.dumps(record.get("config") or {}).decode(), _text(record.get("host"))
+    if record.kind != SYSTEM:
+        store_config(connection, run_pk, record.config or {})
+    process = (record.kind, record.rank or 0, record.host, record.pid)
     pk = connection.execute(
         "INSERT INTO session (run, id, kind, rank, host, pid, config, started, last_seen) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (run, session, kind, rank or 0, host, pid, config, record["time"], now),
+        (run_pk, session, *process, config, record.time, now),
     ).lastrowid
     assert pk is not None
-    return SessionState(pk, run, kind, 0, "running")
+    return SessionState(pk, run_pk, record.kind, 0, "running")
 
 
-def _text(value: Any) -> str | None:
-    return value[:10_000] if isinstance(value, str) else None
-
-
-def _tags(record: Record) -> list[str]:
-    tags = record.get("tags")
-    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
+def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
+    try:
+        record = SessionRecord.model_validate_json(line)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        message = f"the first line of session {session} is not its session record: {said}"
+        raise ApiError(422, message) from error
+    if record.protocol != PROTOCOL:
+        message = f"the session speaks protocol {record.protocol}, and this server {PROTOCOL}"
+        raise ApiError(422, f"{message}: upgrade the older side")
+    if (record.run, record.session) != (run, session):
+        message = f"the record is of session {record.session} of run {record.run}"
+        raise ApiError(422, f"{message}, and it was sent as {session} of {run}")
+    return record
 
 
 def advance_session(
     connection: sqlite3.Connection, state: SessionState, reached: int, batch: Batch
 ) -> None:
-    """Note that a session is here up to `reached`, with what the new lines say of it."""
-    for record in batch.configs:
+    """Record that a session is stored up to byte `reached`, and what the new lines say of it."""
+    for record in batch.records[CONFIG]:
         if state.kind != SYSTEM:
             store_config(connection, state.run, record["config"])
         query = "SELECT config FROM session WHERE pk=?"
@@ -126,7 +134,9 @@ def advance_session(
         merged = orjson.dumps(known | record["config"]).decode()
         connection.execute("UPDATE session SET config=? WHERE pk=?", (merged, state.pk))
     # Bytes from a session that was taken for dead show that it is not.
-    status = batch.status or ("running" if state.status in (CRASHED, LOST) else state.status)
+    status = "running" if state.status in (CRASHED, LOST) else state.status
+    if batch.finish:
+        status = batch.finish["status"]
     now = time.time()
     connection.execute(
         "UPDATE session SET offset=?, damaged_lines=damaged_lines+?, last_seen=?, heard=?, "
@@ -136,7 +146,7 @@ def advance_session(
 
 
 def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
-    """Whether a later trainer has the session's place: one that is told of late is no news."""
+    """Whether a later session has resumed this one, so that its end is no news."""
     query = (
         "SELECT 1 FROM session JOIN session AS later ON later.run = session.run "
         "AND later.kind = session.kind AND later.rank = session.rank AND later.pk > session.pk "
@@ -146,10 +156,10 @@ def was_resumed(connection: sqlite3.Connection, state: SessionState) -> bool:
 
 
 def update_run(connection: sqlite3.Connection, run: int, now: float | None = None) -> str:
-    """Give a run the status of its newest trainer (the lowest rank of the newest), and the time.
+    """Set a run's status to that of its newest trainer session, of the lowest rank, and return it.
 
     Args:
-        now: the time, if it is another one.
+        now: when the run was last updated; the present if not given.
     """
     row = connection.execute(
         "SELECT status FROM session WHERE run=? ORDER BY kind=?, rank=0 DESC, pk DESC LIMIT 1",

@@ -1,46 +1,50 @@
-"""Texts and tables of a run, such as samples and scores by task: latest steps first, in pages."""
+"""Texts, tables and media of a run: latest steps first, in pages.
+
+The content of media (pictures, sound, video, other files) is parts like those of checkpoints' files
+(`blobs`), and as safe from removal.
+"""
 
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import orjson
+from pydantic import BaseModel, Field
+
+from endlex.protocol import MAX_STEP, MEDIA, TABLE, TEXT
+from endlex.server.errors import ApiError
 
 OWN_PREFIX = "run/"
+Kind = Literal["texts", "tables", "media"]
+Record = dict[str, Any]
+
+KINDS: dict[Kind, tuple[str, str]] = {
+    "texts": ("text", "json_object('text', text)"),
+    "tables": ("data_table", "content"),
+    "media": ("media", "json_set(content, '$.id', pk)"),
+}
+"""The table of each kind, and the JSON object that a record is besides name, step and time."""
+MEDIA_KEYS = ("kind", "mime", "bytes", "caption", "parts")
 
 
-@dataclass(frozen=True)
-class Page:
-    """Which of them: `limit` of the latest steps, of one name, below a step, if these are given.
+class Page(BaseModel, frozen=True):
+    """Which records to list: `limit` of the latest, optionally of one name and below a step.
 
-    A step comes whole, though that be more than `limit`: the next page goes on below it.
+    A step comes whole, even beyond `limit`; the next page continues below it.
     """
 
     name: str | None = None
-    before_step: int | None = None
-    limit: int = 100
-    own: bool = True
-    """Whether those are among them that Endlex records itself, such as what a run printed."""
+    before_step: Annotated[int, Field(ge=0, le=MAX_STEP + 1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    own: bool = False
+    """Whether to include those that Endlex records itself, such as what a run printed."""
 
 
-def list_texts(connection: sqlite3.Connection, run: int, page: Page) -> list[dict[str, Any]]:
-    """Return a page of texts; of two under one name and step the later one."""
-    rows = latest(connection, "text", "text", run, page)
-    return [{"name": n, "step": s, "time": t, "text": content} for n, s, t, content in rows]
-
-
-def list_tables(connection: sqlite3.Connection, run: int, page: Page) -> list[dict[str, Any]]:
-    """Return a page of tables as `list_texts` does of texts."""
-    rows = latest(connection, "data_table", "content", run, page)
-    return [{"name": n, "step": s, "time": t, **orjson.loads(content)} for n, s, t, content in rows]
-
-
-def latest(
-    connection: sqlite3.Connection, table: str, column: str, run: int, page: Page
-) -> list[tuple[Any, ...]]:
-    """Return name, step, time and a column of a page of records, the later of two of a step."""
+def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Page) -> list[Record]:
+    """Return a page of texts, tables or media; of two under one name and step the later one."""
+    table, content = KINDS[kind]
     where = "run = ?"
     values: list[Any] = [run]
     if page.name is not None:
@@ -52,15 +56,46 @@ def latest(
         where += " AND step < ?"
         values.append(page.before_step)
     chosen = f"SELECT max(pk) FROM {table} WHERE {where} GROUP BY name, step"
-    lowest = connection.execute(
-        f"SELECT min(step) FROM (SELECT step FROM {table} WHERE pk IN ({chosen}) "
-        "ORDER BY step DESC LIMIT ?)",
-        [*values, page.limit],
-    ).fetchone()[0]
-    if lowest is None:
-        return []
-    return connection.execute(
-        f"SELECT name, step, time, {column} FROM {table} WHERE pk IN ({chosen}) AND step >= ? "
-        "ORDER BY step DESC, name",
-        [*values, lowest],
-    ).fetchall()
+    lowest = f"SELECT step FROM {table} WHERE pk IN ({chosen}) ORDER BY step DESC LIMIT ?"
+    rows = connection.execute(
+        f"SELECT name, step, time, {content} FROM {table} WHERE pk IN ({chosen}) "
+        f"AND step >= (SELECT min(step) FROM ({lowest})) ORDER BY step DESC, name",
+        [*values, *values, page.limit],
+    )
+    return [{"name": n, "step": s, "time": t, **orjson.loads(more)} for n, s, t, more in rows]
+
+
+def store_records(
+    connection: sqlite3.Connection, run: int, records: Mapping[str, Sequence[Record]]
+) -> None:
+    """Keep a batch's texts, tables and media, and that the parts of media are used."""
+
+    def insert(table: str, column: str, rows: list[tuple[Record, str]]) -> None:
+        connection.executemany(
+            f"INSERT INTO {table} (run, name, step, time, {column}) VALUES (?, ?, ?, ?, ?)",
+            [(run, r["name"], r["step"], r["time"], content) for r, content in rows],
+        )
+
+    def chosen(record: Record, *keys: str) -> str:
+        return orjson.dumps({key: record.get(key) for key in keys}).decode()
+
+    insert("text", "text", [(r, r["text"]) for r in records[TEXT]])
+    insert("data_table", "content", [(r, chosen(r, "columns", "rows")) for r in records[TABLE]])
+    insert("media", "content", [(r, chosen(r, *MEDIA_KEYS)) for r in records[MEDIA]])
+    connection.executemany(
+        "INSERT OR IGNORE INTO media_part VALUES (?, ?, ?)",
+        [(part["sha256"], run, part["bytes"]) for r in records[MEDIA] for part in r["parts"]],
+    )
+
+
+def find_media(connection: sqlite3.Connection, run: int, pk: int) -> Record:
+    """Return one record.
+
+    Raises:
+        ApiError: 404.
+    """
+    row = connection.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
+    if row is None:
+        raise ApiError(404, f"the run has no file {pk}: GET .../media lists them")
+    found: Record = orjson.loads(row[0])
+    return found

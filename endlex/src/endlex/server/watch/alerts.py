@@ -1,4 +1,4 @@
-"""Alerts: what is worth waking somebody for, found while data comes in and by a timer.
+"""Alerts: what is worth waking somebody for, found as data arrives and by a timer.
 
 The rules, each for one run (and metric):
 
@@ -6,7 +6,7 @@ The rules, each for one run (and metric):
   session begins.
 - `divergence`: of a metric named `loss` or `.../loss`, the exponential mean (factor 0.9, after 20
   points) is more than twice its lowest so far and at least 0.5 above it. It resolves itself when
-  the mean is below again. The mean is kept in memory: a restarted server begins it anew.
+  the mean is below again. The mean is kept in memory: a restarted server starts a new one.
 - `rising`: a `val/...` metric of which less is better has risen three evaluations in a row. Names
   that speak of accuracy, score, reward or the like are left out. It resolves itself when the
   metric falls.
@@ -31,21 +31,18 @@ import re
 import shutil
 import sqlite3
 import time
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from endlex.protocol import LEVELS, LOST, SYSTEM, TRAINER
+from endlex.protocol import ALERT, LEVELS, LOST, MAX_REASON_CHARS, SESSION, SYSTEM, TRAINER
+from endlex.server.events import Event
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.records import Batch, Points
 from endlex.server.store.sessions import SessionState, update_run, was_resumed
 from endlex.server.watch.rules import RuleWatch
-
-Event = tuple[str, dict[str, Any]]
-Key = tuple[int | None, str, str]
 
 SMOOTHING = 0.9
 WARM_UP = 20
@@ -57,6 +54,7 @@ DISK_PERCENT = re.compile(r"disk.*(percent|used_pct|_pct|%)")
 DISK_FULL_PERCENT = 95.0
 DISK_FINE_PERCENT = 92.0
 DISK_FREE = re.compile(r"(?:disk|home).*free.*(bytes|gib|gb)")
+DISK_UNITS = {"bytes": 1, "gib": 2**30, "gb": 1e9}
 DISK_FREE_BYTES = 2 * 2**30
 ENDS = {
     "failed": "the trainer ended by an error",
@@ -64,76 +62,75 @@ ENDS = {
     "interrupted": "the trainer was interrupted",
     "finished": "the trainer has finished",
 }
-"""Each end of a session, and what is said of it."""
+"""The message for each way in which a session ends."""
 LOST_SECONDS = 900.0
-"""Without a heartbeat, which comes every 20 seconds, before a session counts as lost."""
-LOSSES_WATCHED = 10_000
+"""How long after its last heartbeat (one comes every 20 seconds) a session counts as lost."""
+METRICS_WATCHED = 10_000
 QUIET_AFTER = 7 * 86400.0
 """Seconds after which a run that fell silent is history, not news."""
 
 
 @dataclass
-class _Loss:
+class _Trend:
+    """Where a loss or an evaluation has been heading."""
+
     mean: float = 0.0
     lowest: float = math.inf
     count: int = 0
+    last: list[float] = field(default_factory=list)
 
-    def add(self, numbers: list[float]) -> bool:
-        """Take points in; return whether the loss has diverged at the last of them."""
-        for number in numbers:
-            if not math.isfinite(number):
-                continue
+    def add(self, numbers: list[float]) -> None:
+        finite = [number for number in numbers if math.isfinite(number)]
+        self.last = [*self.last, *finite][-RISES - 1 :]
+        for number in finite:
             self.count += 1
             factor = min(SMOOTHING, 1 - 1 / self.count)
             self.mean = factor * self.mean + (1 - factor) * number
             if self.count >= WARM_UP and self.mean < self.lowest:
                 self.lowest = self.mean
+
+    @property
+    def has_diverged(self) -> bool:
         rise = self.mean - self.lowest
         return self.lowest > 0 and rise > max((DIVERGED_RATIO - 1) * self.lowest, DIVERGED_RISE)
 
 
 class Watch:
-    """Judges what comes in. All but the constructor runs in the database's writer thread."""
+    """Opens and resolves alerts. All but the constructor runs in the database's writer thread."""
 
     def __init__(self, settings: Settings, data: DataDir) -> None:
         self._data = data
         self._stall_seconds = settings.stall_minutes * 60
         self._reserve = settings.reserve(data.root)
-        self._losses: OrderedDict[tuple[int, str], _Loss] = OrderedDict()
-        self._evaluations: OrderedDict[tuple[int, str], list[float]] = OrderedDict()
+        self._trends: defaultdict[tuple[int, str], _Trend] = defaultdict(_Trend)
         self._rules = RuleWatch()
-        self._unresolved: set[Key] | None = None
         self._started = time.time()
-
-    def forget(self) -> None:
-        """Read from the database anew what is unresolved, after a transaction was undone."""
-        self._unresolved = None
 
     def observe(
         self, connection: sqlite3.Connection, state: SessionState, run_id: str, batch: Batch
     ) -> list[Event]:
         """Open and resolve alerts for one batch of a session; return what readers should hear."""
-        book = _Book(connection, self._known(connection), state.run, run_id)
-        self._rules.observe(connection, state.run, batch, book.break_rule, book.keep_rule)
+        book = _Book(connection, state.run, run_id)
+        for rule, name, message in self._rules.judge(connection, state.run, batch):
+            book.tell("rule", f"{name}: {rule}", message)
         if state.kind == SYSTEM:
             for name, points in batch.points.items():
-                self._watch_disk(book, name, points)
+                _watch_disk(book, name, float(points.numbers[-1]))
             return book.events
-        book.resolve("stall")
-        book.resolve("lost")
-        if batch.sessions:
-            for kind in (*ENDS, *LEVELS, "nan"):
-                book.resolve_all(kind)
+        book.resolve("stall", "lost")
+        if batch.records[SESSION]:
+            book.resolve(*ENDS, *LEVELS, "nan")
         for name, points in batch.points.items():
-            if len(points.steps):
-                self._watch_metric(book, state.run, name, points)
-        for record in batch.alerts:
+            self._watch_metric(book, state.run, name, points)
+        for record in batch.records[ALERT]:
             if time.time() - record["time"] < QUIET_AFTER:
-                book.resolve(record["level"], record["title"])  # the latest one is told
+                book.tell(record["level"], record["title"], None)  # the latest one is told
                 said = ": ".join(filter(None, (record["title"], record["text"])))
-                book.open(record["level"], record["title"], said)
-        if batch.status and time.time() - (batch.ended or 0) < QUIET_AFTER:
-            book.events += self.ended(connection, state, run_id, batch.status, batch.reason)
+                book.tell(record["level"], record["title"], said)
+        end = batch.finish
+        if end and time.time() - end["time"] < QUIET_AFTER:
+            reason = str(end.get("reason") or "")[:MAX_REASON_CHARS]
+            book.events += self.ended(connection, state, run_id, end["status"], reason)
         return book.events
 
     def ended(
@@ -144,24 +141,30 @@ class Watch:
         status: str,
         reason: str | None,
     ) -> list[Event]:
-        """Say that a trainer is gone, and why, unless a later one has its place by now."""
-        book = _Book(connection, self._known(connection), state.run, run_id)
+        """Alert that a trainer ended, and why, unless a later session has resumed the run."""
+        book = _Book(connection, state.run, run_id)
         if state.kind == TRAINER and not was_resumed(connection, state):
-            book.open(status, "", ": ".join(filter(None, (ENDS[status], reason))))
+            book.tell(status, "", ": ".join(filter(None, (ENDS[status], reason))))
             if status in ("finished", "interrupted"):
                 book.resolve(status)
         return book.events
 
     def returned(self, connection: sqlite3.Connection, run: int, run_id: str) -> list[Event]:
-        """Resolve the alert of a machine that is heard of again."""
-        book = _Book(connection, self._known(connection), run, run_id)
+        """Resolve the `lost` alert of a run whose machine reports again."""
+        book = _Book(connection, run, run_id)
         book.resolve("lost")
         return book.events
 
     def sweep(self, connection: sqlite3.Connection) -> list[Event]:
-        """Look for what shows in no data: silence, and the server's own disk."""
+        """Look for problems that no data shows: silence, and the server's own disk filling up."""
         now = time.time()
-        events = self._own_disk(connection) + self._lost(connection, now)
+        book = _Book(connection, None, None)
+        free = shutil.disk_usage(self._data.root).free
+        if free < 2 * self._reserve:
+            book.tell("disk", "", f"the server's own disk has {free / 2**30:.2f} GiB left")
+        elif free > 3 * self._reserve:
+            book.resolve("disk")
+        events = book.events + self._lost(connection, now)
         rows = connection.execute(
             "SELECT run.pk, run.id, max(session.last_seen) FROM run JOIN session "
             "ON session.run = run.pk WHERE run.status='running' AND run.archived=0 "
@@ -171,13 +174,15 @@ class Watch:
         for run, run_id, seen in rows:
             silent = now - max(seen, self._started)
             if now - seen < QUIET_AFTER and silent > self._stall_seconds:
-                book = _Book(connection, self._known(connection), run, run_id)
-                book.open("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
+                book = _Book(connection, run, run_id)
+                book.tell("stall", "", f"nothing was logged for {silent / 60:.0f} minutes")
                 events += book.events
         return events
 
     def _lost(self, connection: sqlite3.Connection, now: float) -> list[Event]:
-        """Give up running sessions of which nothing was heard; the server itself was there."""
+        """Mark running sessions as lost that sent nothing although the server was up."""
+        if now - self._started < LOST_SECONDS:
+            return []
         events: list[Event] = []
         rows = connection.execute(
             "SELECT session.pk, run.pk, run.id, session.kind, coalesce(heard, last_seen), updated "
@@ -186,141 +191,88 @@ class Watch:
             (now - LOST_SECONDS,),
         ).fetchall()
         for session, run, run_id, kind, heard, updated in rows:
-            if now - self._started < LOST_SECONDS:
-                break
             connection.execute("UPDATE session SET status=? WHERE pk=?", (LOST, session))
             status = update_run(connection, run, updated)
             events.append(("run", {"run": run_id, "updated": updated, "status": status}))
             if kind == TRAINER and now - heard < QUIET_AFTER:
-                book = _Book(connection, self._known(connection), run, run_id)
+                book = _Book(connection, run, run_id)
                 book.resolve("stall")
                 silent = f"{(now - heard) / 60:.0f} minutes"
-                book.open("lost", "", f"nothing was heard of the training box for {silent}")
+                book.tell("lost", "", f"nothing was heard of the training box for {silent}")
                 events += book.events
         return events
-
-    def _known(self, connection: sqlite3.Connection) -> set[Key]:
-        if self._unresolved is None:
-            rows = connection.execute("SELECT run, kind, metric FROM alert WHERE resolved IS NULL")
-            self._unresolved = set(rows.fetchall())
-        return self._unresolved
 
     def _watch_metric(self, book: _Book, run: int, name: str, points: Points) -> None:
         finite = np.isfinite(points.numbers)
         if not finite.all():
             at = int(np.argmin(finite))
-            step, number = int(points.steps[at]), points.numbers[at]
-            book.open("nan", name, f"{name} is {number} at step {step}")
-        if name == "loss" or name.endswith("/loss"):
-            self._watch_loss(book, run, name, points)
-        if name.startswith("val/") and not MORE_IS_BETTER.search(name.lower()):
-            self._watch_evaluations(book, run, name, points)
+            book.tell("nan", name, f"{name} is {points.numbers[at]} at step {points.steps[at]}")
+        is_loss = name == "loss" or name.endswith("/loss")
+        is_evaluation = name.startswith("val/") and not MORE_IS_BETTER.search(name.lower())
+        if not is_loss and not is_evaluation:
+            return
+        trend = self._trends[run, name]
+        trend.add(points.numbers.tolist())
+        if len(self._trends) > METRICS_WATCHED:
+            del self._trends[next(iter(self._trends))]
+        if is_loss:
+            said = f"{name} is {trend.mean:.4g} (smoothed) at step {points.steps[-1]}; "
+            said += f"its lowest was {trend.lowest:.4g}"
+            book.tell("divergence", name, said if trend.has_diverged else None)
+        if is_evaluation:
+            rises = [later > earlier for earlier, later in pairwise(trend.last)]
+            if len(rises) == RISES and all(rises):
+                shown = ", ".join(f"{n:.5g}" for n in trend.last)
+                said = f"{name} has risen {RISES} evaluations in a row: {shown}"
+                book.tell("rising", name, said)
+            elif rises and not rises[-1]:
+                book.tell("rising", name, None)
 
-    def _watch_loss(self, book: _Book, run: int, name: str, points: Points) -> None:
-        loss = _kept(self._losses, (run, name), _Loss)
-        if loss.add(points.numbers.tolist()):
-            step = int(points.steps[-1])
-            message = f"{name} is {loss.mean:.4g} (smoothed) at step {step}; its lowest was"
-            book.open("divergence", name, f"{message} {loss.lowest:.4g}")
-        else:
-            book.resolve("divergence", name)
 
-    def _watch_evaluations(self, book: _Book, run: int, name: str, points: Points) -> None:
-        last = _kept(self._evaluations, (run, name), list)
-        last += [n for n in points.numbers.tolist() if math.isfinite(n)]
-        del last[: -(RISES + 1)]
-        rises = [later > earlier for earlier, later in pairwise(last)]
-        if len(rises) == RISES and all(rises):
-            shown = ", ".join(f"{n:.5g}" for n in last)
-            book.open("rising", name, f"{name} has risen {RISES} evaluations in a row: {shown}")
-        elif rises and not rises[-1]:
-            book.resolve("rising", name)
-
-    def _watch_disk(self, book: _Book, name: str, points: Points) -> None:
-        last = float(points.numbers[-1])
-        lower = name.lower()
-        if DISK_PERCENT.search(lower):
-            if last >= DISK_FULL_PERCENT:
-                book.open("disk", name, f"a disk of the training box is {last:.0f} % full")
-            elif last < DISK_FINE_PERCENT:
-                book.resolve("disk", name)
-        elif match := DISK_FREE.search(lower):
-            free = last * {"bytes": 1, "gib": 2**30, "gb": 1e9}[match.group(1)]
-            if free < DISK_FREE_BYTES:
-                book.open(
-                    "disk", name, f"a disk of the training box has {free / 2**30:.2f} GiB left"
-                )
-            elif free > 1.5 * DISK_FREE_BYTES:
-                book.resolve("disk", name)
-
-    def _own_disk(self, connection: sqlite3.Connection) -> list[Event]:
-        free = shutil.disk_usage(self._data.root).free
-        book = _Book(connection, self._known(connection), None, None)
-        if free < 2 * self._reserve:
-            book.open("disk", "", f"the server's own disk has {free / 2**30:.2f} GiB left")
-        elif free > 3 * self._reserve:
-            book.resolve("disk")
-        return book.events
+def _watch_disk(book: _Book, name: str, last: float) -> None:
+    lower = name.lower()
+    if DISK_PERCENT.search(lower):
+        if last >= DISK_FULL_PERCENT:
+            book.tell("disk", name, f"a disk of the training box is {last:.0f} % full")
+        elif last < DISK_FINE_PERCENT:
+            book.tell("disk", name, None)
+    elif match := DISK_FREE.search(lower):
+        free = last * DISK_UNITS[match.group(1)]
+        if free < DISK_FREE_BYTES:
+            book.tell("disk", name, f"a disk of the training box has {free / 2**30:.2f} GiB left")
+        elif free > 1.5 * DISK_FREE_BYTES:
+            book.tell("disk", name, None)
 
 
 class _Book:
-    """The alerts of one run, or of the server, as one transaction changes them."""
+    """The unresolved alerts of one run, or of the server, as one transaction changes them."""
 
-    def __init__(
-        self,
-        connection: sqlite3.Connection,
-        unresolved: set[Key],
-        run: int | None,
-        name: str | None,
-    ) -> None:
-        self._connection, self._unresolved = connection, unresolved
-        self._run, self._name = run, name
+    def __init__(self, connection: sqlite3.Connection, run: int | None, name: str | None) -> None:
+        self._connection, self._run, self._name = connection, run, name
+        query = "SELECT kind, metric FROM alert WHERE run IS ? AND resolved IS NULL"
+        self._unresolved: set[tuple[str, str]] = set(connection.execute(query, (run,)))
         self.events: list[Event] = []
 
-    def open(self, kind: str, metric: str, message: str) -> None:
-        """Say it, unless it is being said."""
-        key = (self._run, kind, metric)
-        if key in self._unresolved:
-            return
-        pk = self._connection.execute(
-            "INSERT INTO alert (run, kind, metric, message, opened) VALUES (?, ?, ?, ?, ?)",
-            (*key, message, time.time()),
-        ).lastrowid
-        self._unresolved.add(key)
-        content = {"id": pk, "run": self._name, "kind": kind, "metric": metric, "message": message}
-        self.events.append(("alert", content))
-
-    def break_rule(self, rule: str, metric: str, message: str) -> None:
-        """A rule of the project's holds."""
-        self.open("rule", f"{metric}: {rule}", message)
-
-    def keep_rule(self, rule: str, metric: str) -> None:
-        """It does not, or no more."""
-        self.resolve("rule", f"{metric}: {rule}")
-
-    def resolve(self, kind: str, metric: str = "") -> None:
-        """It is over."""
-        key = (self._run, kind, metric)
-        if key in self._unresolved:
-            self._unresolved.discard(key)
+    def tell(self, kind: str, metric: str, message: str | None) -> None:
+        """Open an alert, unless it is open; with no message it is over."""
+        key = (kind, metric)
+        if message is None and key in self._unresolved:
+            self._unresolved.remove(key)
             self._connection.execute(
                 "UPDATE alert SET resolved=? WHERE run IS ? AND kind=? AND metric=? "
                 "AND resolved IS NULL",
-                (time.time(), *key),
+                (time.time(), self._run, *key),
             )
+        elif message is not None and key not in self._unresolved:
+            self._unresolved.add(key)
+            pk = self._connection.execute(
+                "INSERT INTO alert (run, kind, metric, message, opened) VALUES (?, ?, ?, ?, ?)",
+                (self._run, *key, message, time.time()),
+            ).lastrowid
+            about = {"run": self._name, "kind": kind, "metric": metric, "message": message}
+            self.events.append(("alert", {"id": pk, **about}))
 
-    def resolve_all(self, kind: str) -> None:
-        """It is over for every metric."""
-        for run, other, metric in list(self._unresolved):
-            if (run, other) == (self._run, kind):
-                self.resolve(kind, metric)
-
-
-def _kept(table: OrderedDict[Any, Any], key: tuple[int, str], make: Any) -> Any:
-    """Return the entry of `key`, made if missing; the longest unused go."""
-    if key not in table:
-        table[key] = make()
-    table.move_to_end(key)
-    if len(table) > LOSSES_WATCHED:
-        table.popitem(last=False)
-    return table[key]
+    def resolve(self, *kinds: str) -> None:
+        """Alerts of these kinds are over, whatever their metric."""
+        for kind, metric in [key for key in self._unresolved if key[0] in kinds]:
+            self.tell(kind, metric, None)

@@ -1,6 +1,6 @@
-"""Alerts to people, by a thread of its own: nothing else ever waits for it.
+"""Deliver alerts to people, in a thread of its own so that nothing else waits for it.
 
-Where they go are addresses whose scheme, or host, says how:
+The scheme of a target's address, or its host, says how it is told:
 
     https://...                            JSON
     https://hooks.slack.com/...            Slack's form; slack+https:// for others that take it
@@ -8,9 +8,9 @@ Where they go are addresses whose scheme, or host, says how:
     ntfy+https://...                       an ntfy topic
     smtps://USER:PASSWORD@HOST/?to=ADDRESS e-mail (smtp:// with STARTTLS where there is a password)
 
-What was not delivered is tried again with growing pauses for about half an hour, and after a
-restart, so an alert may arrive twice but is not lost to a short outage. An alert that is older than
-an hour when the server starts is no news. Addresses may hold secrets, so logs name the host alone.
+A failed delivery is retried with growing pauses for about half an hour, and after a restart, so an
+alert may arrive twice but is not lost to a short outage. Alerts that are older than an hour when
+the server starts are not sent. Addresses may hold secrets, so logs name only the host.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from endlex.protocol import CONSOLE, EXCEPTION, EndlexError
 from endlex.server.settings import Settings
 from endlex.server.store.database import Database
+from endlex.server.store.queries import dicts, find_run
 
 logger = logging.getLogger("endlex")
 
@@ -47,7 +48,7 @@ HOSTS = {"hooks.slack.com": "slack", "discord.com": "discord", "discordapp.com":
 
 @dataclass
 class _Pending:
-    """An alert on its way; `left` are the targets that do not have it."""
+    """An alert to deliver; `left` are the targets that have not received it."""
 
     left: set[str]
     attempts: int = 0
@@ -55,7 +56,7 @@ class _Pending:
 
 
 class Notifier:
-    """Delivers what `alerts` opens; does nothing where no target is set."""
+    """Delivers the alerts that `alerts` opens; does nothing if no target is set."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
@@ -65,51 +66,45 @@ class Notifier:
         self._stopping = threading.Event()
         self._since = time.time() - NEWS_SECONDS
         self._thread = threading.Thread(target=self._work, name="endlex-notify", daemon=True)
-
-    def start(self) -> None:
-        """Begin, if there is anybody to tell."""
         if self._targets:
             self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; what was not delivered is at the next start."""
+        """End the thread; alerts that were not delivered are sent after the next start."""
         self._stopping.set()
-        if self._thread.is_alive():
+        if self._targets:
             self._thread.join(TIMEOUT_SECONDS)
 
     def _work(self) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping.wait(LOOK_SECONDS):
             try:
                 self._deliver_all()
             except (sqlite3.Error, OSError, EndlexError) as error:
                 logger.warning("cannot look for alerts to deliver: %s", error)
-            self._stopping.wait(LOOK_SECONDS)
 
     def _deliver_all(self) -> None:
         reader = self._database.reader()
-        rows = reader.execute(
-            "SELECT alert.pk, run.id, run.project, run.name, kind, metric, message, opened, run.pk "
-            "FROM alert LEFT JOIN run ON run.pk = alert.run "
+        alerts = dicts(
+            reader,
+            "SELECT alert.pk AS id, run.id AS run, project, run.name AS name, kind, metric, "
+            "message, opened FROM alert LEFT JOIN run ON run.pk = alert.run "
             "WHERE sent=0 AND dismissed IS NULL AND opened > ? ORDER BY alert.pk",
             (self._since,),
         )
-        names = ("id", "run", "project", "name", "kind", "metric", "message", "opened")
-        for *row, run in rows.fetchall():
-            if self._stopping.is_set():
-                return
-            alert = dict(zip(names, row, strict=True))
+        for alert in alerts:
             pending = self._pending.setdefault(alert["id"], _Pending(set(self._targets)))
-            if time.monotonic() >= pending.due:
-                if run is not None and alert["kind"] in WITH_DETAILS:
-                    alert |= read_details(reader, run)
-                self._deliver(alert, pending)
+            if self._stopping.is_set() or time.monotonic() < pending.due:
+                continue
+            if alert["run"] is not None and alert["kind"] in WITH_DETAILS:
+                alert |= read_details(reader, find_run(reader, alert["run"]))
+            self._deliver(alert, pending)
 
     def _deliver(self, alert: dict[str, Any], pending: _Pending) -> None:
         for target in sorted(pending.left):
             try:
                 send(target, alert)
                 pending.left.discard(target)
-            except (OSError, ValueError, smtplib.SMTPException) as error:
+            except (OSError, EndlexError, ValueError, smtplib.SMTPException) as error:
                 # An error of the opener may name the whole address.
                 reason = getattr(error, "reason", None) or type(error).__name__
                 host = urlsplit(target).hostname
@@ -118,11 +113,9 @@ class Notifier:
         pending.due = time.monotonic() + FIRST_PAUSE * 2 ** (pending.attempts - 1)
         if pending.left and pending.attempts < ATTEMPTS:
             return
-        job_values = (GIVEN_UP if pending.left else DELIVERED, alert["id"])
-        self._database.write(
-            lambda c: c.execute("UPDATE alert SET sent=? WHERE pk=?", job_values).rowcount
-        ).result()
-        self._pending.pop(alert["id"], None)
+        query, sent = "UPDATE alert SET sent=? WHERE pk=?", GIVEN_UP if pending.left else DELIVERED
+        self._database.write(lambda c: c.execute(query, (sent, alert["id"])).rowcount).result()
+        del self._pending[alert["id"]]
 
 
 def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
@@ -138,7 +131,7 @@ def read_details(connection: sqlite3.Connection, run: int) -> dict[str, str]:
 
 
 def check_target(target: str) -> tuple[str, str]:
-    """Return how an address is told of alerts, and the address without that word.
+    """Return how to tell an address of alerts, and the address without the prefix that says so.
 
     Raises:
         EndlexError: it is none of those that this module knows.
@@ -161,30 +154,28 @@ def send(target: str, alert: dict[str, Any]) -> None:
     """Tell one target of an alert.
 
     Raises:
+        EndlexError: it is none.
         OSError, ValueError, smtplib.SMTPException: it did not take it.
     """
-    try:
-        kind, address = check_target(target)
-    except EndlexError as error:
-        raise ValueError(str(error)) from error
+    kind, address = check_target(target)
     where = f"{alert['project']}/{alert['name']}" if alert["run"] else "server"
     title = f"Endlex: {where}: {alert['kind']}"
     details = [alert[key].replace("`", "'") for key in ("exception", "log") if key in alert]
     if kind == "mail":
         _send_mail(address, title, "\n\n".join([alert["message"], *details]))
         return
+    message, quoted = alert["message"], "".join(f"\n```\n{detail}\n```" for detail in details)
     headers = {"Content-Type": "application/json"}
-    quoted = "".join(f"\n```\n{detail}\n```" for detail in details)
-    if kind == "json":
-        body = json.dumps({"source": "endlex", **alert})
+    if kind == "ntfy":
+        headers = {"Title": f"Endlex: {alert['kind']}", "Tags": "warning"}
+        body = "\n\n".join([f"{where}: {message}", *details])
     elif kind == "slack":
-        body = json.dumps({"text": f"*{title}*\n{alert['message']}{quoted}"})
+        body = json.dumps({"text": f"*{title}*\n{message}{quoted}"})
     elif kind == "discord":
-        text = f"**{title}**\n{alert['message']}{quoted}"
+        text = f"**{title}**\n{message}{quoted}"
         body = json.dumps({"content": text if len(text) <= 2000 else f"{text[:1990]}\n```"})
     else:
-        body = "\n\n".join([f"{where}: {alert['message']}", *details])
-        headers = {"Title": f"Endlex: {alert['kind']}", "Tags": "warning"}
+        body = json.dumps({"source": "endlex", **alert})
     request = urllib.request.Request(address, body.encode(), headers, method="POST")
     with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
         pass

@@ -1,62 +1,41 @@
-"""Rules that people set for a project's alerts: `val/bpb > 2`, and for how long that must hold.
+"""Alert rules that people set for a project, such as `val/bpb > 2` for ten minutes.
 
 They are settings of kind `rules` (`PUT /settings`, `endlex alert`): the name is the comparison, as
-`endlex.search` reads it, and the content may have `minutes` and `level`. For how long it has held
-is kept in memory, by the times of the points: a restarted server begins anew.
+`endlex.search` reads it, and the content may have `minutes`. For how long it has held is kept in
+memory, by the times of the points: a restarted server starts counting again.
 """
 
 from __future__ import annotations
 
-import operator
 import sqlite3
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import orjson
 
-from endlex.search import SearchError, Term, parse_search
+from endlex.search import COMPARISONS, SearchError, Term, parse_search
 from endlex.server.store.records import Batch, Points
 
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "<": operator.lt,
-    "<=": operator.le,
-    ">": operator.gt,
-    ">=": operator.ge,
-    "=": operator.eq,
-    "!=": operator.ne,
-}
-RULES = "rules"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One comparison of a metric with a number."""
-
-    name: str
-    term: Term
-    seconds: float
-    level: str
+Rule = tuple[str, Term, float]
+"""A rule's name, its comparison of a metric with a number, and the seconds it must hold for."""
 
 
 def read_rules(connection: sqlite3.Connection, run: int) -> Iterator[Rule]:
-    """Yield the rules of a run's project, and those of all; what is none is passed over."""
+    """Yield the rules for a run's project and for all projects; unreadable ones are skipped."""
     rows = connection.execute(
-        "SELECT setting.name, content FROM setting JOIN run ON setting.project IN (run.project, ?) "
-        "WHERE run.pk=? AND kind=?",
-        ("", run, RULES),
+        "SELECT setting.name, content FROM setting JOIN run ON setting.project IN (run.project, '')"
+        " WHERE run.pk=? AND kind='rules'",
+        (run,),
     )
-    for name, text in rows.fetchall():
-        content = orjson.loads(text)
-        content = content if isinstance(content, dict) else {}
+    for name, content in rows.fetchall():
         try:
             terms = parse_search(name)
-            minutes = float(content.get("minutes") or 0)
+            seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
         except (SearchError, TypeError, ValueError):
             continue
-        if len(terms) == len(terms[0]) == 1 and terms[0][0].key and terms[0][0].number is not None:
-            yield Rule(name, terms[0][0], minutes * 60, str(content.get("level") or "rule"))
+        (term, *others), *more = terms
+        if term.key and term.number is not None and not others and not more:
+            yield name, term, seconds
 
 
 class RuleWatch:
@@ -65,36 +44,29 @@ class RuleWatch:
     def __init__(self) -> None:
         self._since: dict[tuple[int, str, str], float] = {}
 
-    def observe(
-        self,
-        connection: sqlite3.Connection,
-        run: int,
-        batch: Batch,
-        open_alert: Callable[[str, str, str], Any],
-        resolve: Callable[[str, str], Any],
-    ) -> None:
-        """Judge a batch's points; `open_alert` is told rule, metric and message."""
-        if not batch.points:
-            return
-        for rule in read_rules(connection, run):
-            assert rule.term.key is not None
-            for name, points in batch.points.items():
-                if rule.term.key.name.matches(name) and len(points.steps):
-                    key = (run, rule.name, name)
-                    since = self._hold(key, rule, points)
-                    last = float(points.times[-1])
-                    if since is None:
-                        resolve(rule.name, name)
-                    elif last - since >= rule.seconds:
-                        value, step = points.numbers[-1], points.steps[-1]
-                        held = f" for {rule.seconds / 60:g} minutes" if rule.seconds else ""
-                        said = f"{name} is {value:.6g} at step {step}: {rule.name}{held}"
-                        open_alert(rule.name, name, said)
+    def judge(
+        self, connection: sqlite3.Connection, run: int, batch: Batch
+    ) -> Iterator[tuple[str, str, str | None]]:
+        """Yield rule, metric and message for a batch's points; None where the rule does not hold.
 
-    def _hold(self, key: tuple[int, str, str], rule: Rule, points: Points) -> float | None:
+        A rule that has not held for long enough yet is skipped.
+        """
+        for rule, term, seconds in read_rules(connection, run) if batch.points else ():
+            assert term.key is not None
+            for name, points in batch.points.items():
+                if not term.key.name.matches(name):
+                    continue
+                since = self._hold((run, rule, name), term, points)
+                if since is None:
+                    yield rule, name, None
+                elif float(points.times[-1]) - since >= seconds:
+                    value, step = points.numbers[-1], points.steps[-1]
+                    held = f" for {seconds / 60:g} minutes" if seconds else ""
+                    yield rule, name, f"{name} is {value:.6g} at step {step}: {rule}{held}"
+
+    def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
         """Return since when a rule holds without a break, or None."""
-        holds = OPERATORS[rule.term.operator](points.numbers, rule.term.number)
-        holds = ~holds if rule.term.negated else holds
+        holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
         breaks = np.flatnonzero(~holds)
         if len(breaks) and breaks[-1] == len(holds) - 1:
             self._since.pop(key, None)

@@ -9,8 +9,9 @@ request.
 
 from __future__ import annotations
 
+import html
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from string import Template
 from typing import Any
 
@@ -20,13 +21,10 @@ from endlex.server.web.pages import CHART_ASSETS, STATIC, STYLES, TEMPLATES
 
 ENTRY = "export_page.js"
 POINTS = 2000
-"""Of each series; as many as a chart of the live page gets at first."""
+"""Points per series; as many as a chart of the live page gets at first."""
 FEWEST_POINTS = 200
 MOST_POINTS = 200_000
-"""Of all series together, at about 40 bytes each, where the run has many metrics."""
-
-SeriesReader = Callable[[Sequence[str], str, int], Mapping[str, Mapping[str, Any]]]
-"""(metrics, x, points) to what `GET /series` has under "series"; x is "step" or "time"."""
+"""Points of all series together, at about 40 bytes each, in a run of many metrics."""
 
 _IMPORT = re.compile(r'^import (\{[^}]*\}) from "\./([a-z_]+)\.js";$', re.MULTILINE)
 _EXPORT = re.compile(
@@ -34,40 +32,22 @@ _EXPORT = re.compile(
 )
 
 
-def render(
-    run: Mapping[str, Any],
-    read_series: SeriesReader,
-    texts: Sequence[Mapping[str, Any]] = (),
-    tables: Sequence[Mapping[str, Any]] = (),
-    alerts: Sequence[Mapping[str, Any]] = (),
-    settings: Mapping[str, Any] | None = None,
-) -> str:
+def points_of_each(metrics: int) -> int:
+    """Return how many points each series gets in a file with this number of them."""
+    return max(FEWEST_POINTS, min(POINTS, MOST_POINTS // max(1, metrics)))
+
+
+def render(title: str, data: Mapping[str, Any]) -> str:
     """Return the file's content.
 
     Args:
-        run: what `GET /runs/{run}` answers, in full.
-        read_series: asked for all metrics at once, against steps and against time.
-        texts, tables: records with step, name, time and text, or columns and rows; any order.
-        alerts: open ones, as `GET /alerts` answers.
-        settings: of the project, as `GET /settings` answers; its panels are shown.
+        data: what `local_source.js` answers the page's questions with: `run`, `series` (by metric
+            and x), `texts`, `tables`, `alerts` and `settings`, each as the API has it.
     """
-    names = [metric["name"] for metric in run["metrics"]]
-    points = max(FEWEST_POINTS, min(POINTS, MOST_POINTS // max(1, len(names))))
-    by_step = read_series(names, "step", points)
-    by_time = read_series(names, "time", points)
-    data = {
-        "run": dict(run),
-        "series": {name: {"step": by_step[name], "time": by_time[name]} for name in names},
-        "texts": list(texts),
-        "tables": list(tables),
-        "alerts": list(alerts),
-        "settings": {"panels": {}, **(settings or {})},
-    }
-    styles = [_static(name) for name in (CHART_ASSETS[1], *STYLES)]
     template = Template((TEMPLATES / "export.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=_escape_text(str(run.get("name") or run["run"])),
-        styles="\n".join(styles),
+        title=html.escape(title),
+        styles="\n".join(_static(name) for name in (CHART_ASSETS[1], *STYLES)),
         theme=_escape_script(_static("theme.js")),
         chart_library=_escape_script(_static(CHART_ASSETS[0])),
         data=orjson.dumps(data, default=str).decode().replace("<", r"\u003c"),
@@ -96,15 +76,9 @@ def _add_module(name: str, done: dict[str, str], above: tuple[str, ...]) -> None
 
 
 def _static(name: str) -> str:
-    file = STATIC / name
-    # Without the chart library the file still has everything but charts, and says so.
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+    return (STATIC / name).read_text(encoding="utf-8")
 
 
 def _escape_script(content: str) -> str:
     """Keep our own scripts' strings from ending the element that they stand in."""
     return re.sub(r"<(?=/script|!--|script)", r"\\u003c", content, flags=re.IGNORECASE)
-
-
-def _escape_text(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

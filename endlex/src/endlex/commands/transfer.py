@@ -1,0 +1,168 @@
+"""`endlex sync` sends run directories in the foreground; `endlex pull` and `endlex push` move one
+checkpoint from the server or to it, verified by hash.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from endlex.api import LAST, choose_checkpoint, run_path
+from endlex.client.downloads import pull_checkpoint
+from endlex.client.run_directory import claim_directory, require_run_file
+from endlex.client.sync import push_checkpoint, sync_directory
+from endlex.client.transport import Retry
+from endlex.client.verify import require_all_sent
+from endlex.commands.rendering import ProgressLine, count, format_bytes
+from endlex.commands.targets import find_server, is_run_directory, local_runs
+from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError, UsageError
+
+
+def sync(directories: Sequence[str], drop_failed: bool, resend: bool, url: str | None) -> int:
+    """Send every directory, by default every run of this machine.
+
+    One that cannot be sent does not keep the others back.
+    """
+    known = local_runs(directories)
+    todo = list(known.found)
+    if not directories:
+        print(known)
+    server = find_server(url)
+    server.get("/health")  # a wrong address fails at once; later faults are waited out
+    transport = server.transport
+    line = ProgressLine()
+    failed = 0
+    for number, directory in enumerate(todo, 1):
+        place = f"[{number}/{len(todo)}] {directory}" if len(todo) > 1 else str(directory)
+
+        def show(what: str, done: int, total: int, place: str = place) -> None:
+            line.show(f"{place}: {what} {format_bytes(done)} of {format_bytes(total)}")
+
+        try:
+            sent = sync_directory(
+                directory, transport, show, drop_failed=drop_failed, resend=resend
+            )
+            require_all_sent(directory, transport, sent)
+        except KeyboardInterrupt:
+            line.clear()
+            again = " ".join(shlex.quote(str(left)) for left in todo[number - 1 :])
+            print(f"stopped; what was sent stays sent. To resume: endlex sync {again}")
+            return 130
+        except (EndlexError, OSError) as error:
+            line.clear()
+            print(f"{place}: not all sent: {error}")
+            failed += 1
+        else:
+            line.clear()
+            print(f"{place}: all on {transport.url}")
+    return 1 if failed or known.unreadable else 0
+
+
+def pull(run: str, directory: Path, url: str | None) -> int:
+    """Download a checkpoint into a directory, so that a run resumed there joins the old one."""
+    word, _, which = run.rpartition("@") if "@" in run else (run, "", LAST)
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"{directory} is a file: give a directory")
+    server = find_server(url)
+    try:
+        found = server.run(word).whole
+    except EndlexError as error:
+        if "@" in run and "has no run" in str(error) and not which.isdecimal():
+            raise EndlexError(f"{error} (for the run named {run!r} give {run}@last)") from error
+        raise
+    checkpoint = choose_checkpoint(found["checkpoints"], which, word)
+    size = format_bytes(checkpoint["bytes"])
+    line = ProgressLine()
+    show = partial(line.show_bytes, checkpoint["name"])
+    try:
+        pull_checkpoint(found["run"], checkpoint["name"], directory, server.transport, show)
+    except Retry as error:
+        line.clear()
+        raise EndlexError(f"{error}; run the same command to resume") from error
+    line.clear()
+    print(
+        f"{directory}: checkpoint {checkpoint['name']} (step {checkpoint['step']:,}, {size}) of "
+        f"run {found['run']}, every hash verified"
+    )
+    print(_join_run(directory, found))
+    return 0
+
+
+def _join_run(directory: Path, found: dict[str, Any]) -> str:
+    """Write run.json unless the place is taken, and say how a resumed run joins the old one."""
+    identity = found["run"]
+    resume = f"ENDLEX_RUN_ID={identity} makes a run on another machine join it"
+    path = directory / RUN_FILE
+    try:
+        owner = claim_directory(directory, identity, found["project"], found["name"])
+    except EndlexError:  # a run.json, but not of Endlex
+        owner = None
+    if owner is None or owner["run"] != identity:
+        return f"{path} belongs to something else and is left as it is; {resume}"
+    return (
+        f"{path} is written: endlex.init with directory={str(directory)!r} resumes run "
+        f"{identity}; {resume}"
+    )
+
+
+def push(
+    path: Path,
+    run: str | None,
+    project: str | None,
+    name: str | None,
+    step: int,
+    alias: Sequence[str],
+    url: str | None,
+) -> int:
+    """Upload a file or a directory as a checkpoint of an existing run, or of a new one."""
+    if not path.exists():
+        raise UsageError(f"{path} does not exist")
+    if run and project:
+        raise UsageError(f"--run {run} has a project already: leave --project {project} out")
+    if not (checkpoint := name or _checkpoint_name(path)):
+        raise UsageError(f"{path} gives no name for a checkpoint: give one with --name")
+    server = find_server(url)
+    line = ProgressLine()
+    try:
+        if run is None:
+            directory = _save(path, project, checkpoint, step, alias)
+            sync_directory(directory, server.transport, line.show_bytes)
+            identity = require_run_file(directory)["run"]
+        else:
+            here = is_run_directory(Path(run))
+            identity = require_run_file(Path(run))["run"] if here else server.run(run).id
+            show = partial(line.show_bytes, checkpoint)
+            send = partial(push_checkpoint, identity, path, checkpoint, server.transport)
+            send(step=step, aliases=alias, progress=show)
+    except Retry as error:
+        line.clear()
+        raise EndlexError(f"{error}; run the same command to resume") from error
+    line.clear()
+    published = server.get(run_path(identity, "checkpoints", checkpoint))
+    files = published["files"]
+    size = sum(file["bytes"] for file in files)
+    print(
+        f"checkpoint {checkpoint} of run {identity}: {count(len(files), 'file')}, "
+        f"{format_bytes(size)}, published on {server.url}"
+    )
+    return 0
+
+
+def _checkpoint_name(path: Path) -> str:
+    tidy = re.sub(r"[^A-Za-z0-9._-]+", "-", path.resolve().name).lstrip(".")[:120]
+    return tidy if CHECKPOINT_NAME.fullmatch(tidy) else ""
+
+
+def _save(path: Path, project: str | None, name: str, step: int, alias: Sequence[str]) -> Path:
+    """Make a run here that holds nothing but the checkpoint, and return its directory."""
+    import endlex
+
+    with endlex.init(project or path.resolve().parent.name, name, mode="offline") as run:
+        run.save(path, step=step, name=name, aliases=alias)
+    if run.directory is None:  # RANK names another rank than 0
+        raise UsageError("RANK is set, and only rank 0 records: give --run, or unset RANK")
+    return run.directory
