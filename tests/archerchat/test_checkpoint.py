@@ -327,7 +327,7 @@ def test_an_unknown_format_asks_for_the_version_that_wrote_it(tmp_path: Path) ->
     path = save_checkpoint(tmp_path, 10, sections(), {})
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99, this version of archerchat reads 2:"):
+    with pytest.raises(CheckpointError, match="format 99, this version of archerchat reads 1 to 2"):
         load_checkpoint(path)
     later = save_checkpoint(tmp_path, 20, sections(), {})
     (later / "model.safetensors").unlink()
