@@ -76,10 +76,9 @@ class TextLoader(PrefetchingLoader[_Progress]):
         buffer_size: documents that best fit chooses from.
         tokenizer_batch: documents that enter the buffer together, never across row groups.
         prefetch: batches prepared ahead.
-        extend: continue a saved state into shards that follow the saved ones, and accept another
-            batch size (rows are whole between batches). By default shards that the saved state
-            does not name, such as those downloaded since, are left out, so that the batches stay
-            the same.
+        extend: continue a saved state into shards that follow the saved ones. By default shards
+            that the saved state does not name, such as those downloaded since, are left out, so
+            that the rows stay the same.
 
     Raises:
         DataError: a shard is missing or broken (from the constructor or from `next`), or no
@@ -134,7 +133,6 @@ class TextLoader(PrefetchingLoader[_Progress]):
     def _reconcile(self, saved: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
         now, known = self._given, saved.get("shards", [])
         if self._extend:
-            saved["batch_size"] = now["batch_size"]
             if known == now["shards"][: len(known)]:
                 saved["shards"] = now["shards"]
         elif set(map(tuple, known)) <= set(map(tuple, now["shards"])):
