@@ -1,11 +1,10 @@
-"""`archerchat eval base`: measure a base model by CORE, by bits per byte and by samples.
+"""`archerchat eval base`: measure a base model's CORE and bits per byte, and print samples.
 
     archerchat eval base --eval core,bpb,sample --max-per-task 500
     archerchat eval base --eval bpb --text war_and_peace.txt
 
-CORE's figures go to `evals/base/<tag>/core_<step>.json` under the home. Those of another bundle or
-with a limit have it in their name. An evaluation that was interrupted resumes from the
-`.partial.json` beside it.
+CORE's figures go to `evals/base/<tag>/core_<step>.json` under the home. Another bundle or a limit
+adds to the name. An interrupted evaluation resumes from the `.partial.json` beside it.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ class EvalBaseConfig(ModelOptions):
 
 
 def evaluate(config: EvalBaseConfig, home: Home) -> None:
-    """Run the evaluations that are asked for and print their results.
+    """Run the chosen evaluations and print their results.
 
     Raises:
         UsageError: there is no such model, evaluation, split, bundle or text.
@@ -132,7 +131,7 @@ def _evaluate_core(
             "device": runtime.device_name,
             "options": asdict(options),
         }
-        # What is not the whole of CORE has a name of its own, so it never replaces CORE.
+        # Anything but the whole of CORE has its own name, so it never replaces CORE.
         offline = is_offline(tasks.tasks)
         parts = [f"{'offline' if offline else 'core'}_{loaded.step:06d}"]
         parts += [f"max{options.max_per_task}"] if options.max_per_task else []
@@ -214,7 +213,7 @@ def _measure_splits(
     runtime: Runtime,
     console: Console,
 ) -> dict[str, float]:
-    """Measure bits per byte on splits and on the text file, and print them as one table."""
+    """Measure bits per byte on the splits and the text file; print one table."""
     trained = loaded.meta.get("config") or {}
     length, rows = loaded.model.config.sequence_length, config.device_batch_size
     table = Table(title="Bits per byte", title_justify="left")

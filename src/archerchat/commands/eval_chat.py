@@ -1,8 +1,7 @@
 """`archerchat eval chat`: evaluate a chat model on ChatCORE's tasks or others.
 
-The figures go to `evals/<stage>/<tag>/chat_step_<step>.json` under the home. What is not
-the whole of ChatCORE, or is sampled in another way, has a name of its own, so that it replaces
-nothing fuller.
+The figures go to `evals/<stage>/<tag>/chat_step_<step>.json` under the home. Other tasks, limits or
+sampling options have their own file, so that they never replace the whole of ChatCORE.
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ class EvalChatConfig(ModelOptions):
     source: Literal["sft", "rl", "base"] = "sft"
     """Stage to load: base, sft or rl."""
     tasks: str | None = None
-    """Tasks, separated by commas, each with a limit if need be: GSM8K:200,MMLU. Defaults to the
-    six of ChatCORE."""
+    """Tasks, separated by commas, each with an optional limit: GSM8K:200,MMLU. Defaults to the six
+    of ChatCORE."""
     max_problems: PositiveInt | None = None
-    """Number of problems of each task that has no limit of its own. Defaults to all."""
+    """Number of problems per task, for tasks without their own limit. Defaults to all."""
     sampling: SamplingParams = SAMPLING
     device_batch_size: PositiveInt = 64
-    """Most answers to generate at a time."""
+    """Most answers to generate at a time. Halve it if you run out of memory."""
     data_dir: Path | None = None
     """Folder with the tasks' files. By default they are downloaded once."""
     json: Path | None = None
@@ -67,9 +66,9 @@ class EvalChatConfig(ModelOptions):
 
 
 def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
-    """Evaluate the tasks one by one, keeping the results so far on disk; return them.
+    """Evaluate the tasks one by one and return the figures.
 
-    While tasks are left, the results are in a `.partial.json`.
+    After each task the results are written, to a `.partial.json` until all are done.
 
     Raises:
         UsageError: there is no such model or task, or the samples would all be the same.
@@ -141,11 +140,11 @@ def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, 
 
 
 def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, int | None]:
-    """Return each task's limit by its name; None stands for all of it.
+    """Return each task's limit by name; None means the whole task.
 
     Args:
-        text: `GSM8K:200,MMLU`; None stands for ChatCORE's tasks.
-        max_problems: limit of tasks without one of their own.
+        text: `GSM8K:200,MMLU`; None means ChatCORE's tasks.
+        max_problems: limit for tasks without their own.
 
     Raises:
         UsageError: the list cannot be read, or a task is unknown or named twice.
@@ -160,7 +159,7 @@ def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, 
 
 
 def file_name(step: int, limits: Mapping[str, int | None], sampling: SamplingParams) -> str:
-    """Return the name of the file for an evaluation's figures, one for each set of conditions."""
+    """Return the file name for an evaluation's figures, one per set of conditions."""
     name = f"chat_step_{step:06d}"
     if limits != dict.fromkeys(CHATCORE):
         parts = (task if n is None else f"{task}-{n}" for task, n in sorted(limits.items()))

@@ -1,9 +1,9 @@
 """Bits per byte: a loss that does not depend on the tokenizer (SPEC section 5).
 
-Of any text file every byte is predicted exactly once. A row is BOS and T - 1 tokens as inputs and
-T tokens as targets, so that the model sees what rows look like in training; the last row is filled
-up with targets that do not count. The file is read and tokenized in parts, cut before lines that
-begin with something visible: there the split pattern starts afresh.
+Every byte of a text file is predicted exactly once. A row has BOS and T - 1 tokens as inputs and T
+tokens as targets, as in training; the last row is padded with targets that do not count. The file
+is read and tokenized in parts. They are cut before lines that begin with a visible character, since
+the split pattern never joins a token across such a place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def evaluate_bits_per_byte(
         token_losses: maps inputs and targets (B, T) to losses in nats (B, T).
         batches: inputs and targets (B, T); a target of -1 counts in neither sum.
         token_bytes: (V,) byte length of each token, 0 for special ones, which do not count.
-        ranks: those that evaluate together, each its own batches.
+        ranks: processes that evaluate together, each on its own batches.
 
     Raises:
         DataError: no target stands for any byte.
@@ -58,7 +58,7 @@ def evaluate_bits_per_byte(
 def iter_text_batches(
     path: Path, tokenizer: Tokenizer, batch_size: int, sequence_length: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets (B, T) that hold each of a text file's tokens once as a target.
+    """Yield inputs and targets (B, T) that hold each token of a text file once as a target.
 
     Raises:
         DataError: the file cannot be read, or is not text.
@@ -85,10 +85,10 @@ def _rows(ids: list[int], bos_id: int, length: int, device: torch.device) -> tup
 
 
 def iter_text(path: Path, part: int = PART_CHARACTERS) -> Iterator[str]:
-    """Yield a file's text in parts of about `part` characters that can be tokenized apart.
+    """Yield a file's text in parts of about `part` characters that can be tokenized separately.
 
     Raises:
-        DataError: it cannot be read, or is not text.
+        DataError: the file cannot be read, or is not text.
     """
     lines: list[str] = []
     size = 0

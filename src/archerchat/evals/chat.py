@@ -3,12 +3,11 @@
     result = evaluate_task(engine, tokenizer, task, SamplingParams(512, temperature=0))
     print(result.accuracy, result.interval)
 
-A generative task's answers follow from the seed, the problem and the sample alone, so they are the
-same whatever the batch, the order and the number of ranks. Judging may take seconds (HumanEval runs
-programs), so it happens in threads while the next answers are generated. A categorical task asks
-for a letter, and nothing is generated: the answer is the letter with the greatest logit where the
-answer begins. Its prompts run in batches of similar length, padded on the right. ChatCORE is the
-mean over tasks (SPEC section 9).
+In a generative task, an answer depends only on the seed, the problem and the sample, not on the
+batch, the order or the number of ranks. Judging may take seconds (HumanEval runs programs), so it
+happens in threads while the next answers are generated. A categorical task generates nothing: the
+answer is the letter with the highest logit where the answer begins. Its prompts run in batches of
+similar length, padded on the right. ChatCORE is the mean over tasks (SPEC section 9).
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_for_completion
 
 ANSWER_TOKENS = 512
-"""Most tokens of an answer in ChatCORE."""
+"""Most tokens in an answer in ChatCORE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class Answer:
     right: bool
     """Whether it is right by the reference's rule."""
     lenient: bool
-    """Whether it is right by that rule or by the task's lenient one."""
+    """Whether it is right by the reference's rule or by the task's lenient one."""
     prompt_cut: bool
     """Whether its prompt was truncated to leave room for it."""
 
@@ -127,7 +126,7 @@ class Answer:
 def build_request(
     tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams, problem: int
 ) -> Request:
-    """Ask for a problem's samples, with the calculator; each problem has a seed of its own."""
+    """Ask for a problem's samples, with the calculator; each problem has its own seed."""
     params = replace(params, seed=derive_seed(params.seed, problem))
     return build_answer_request(tokenizer, prompt, params)
 
@@ -154,7 +153,7 @@ def answer_problems(
 
     Args:
         problems: indices in `task`.
-        on_progress: called with how many answers are judged.
+        on_progress: called with the number of judged answers.
 
     Returns:
         Answers in the order of `problems`, then of samples.
@@ -212,7 +211,7 @@ LIMIT_SEED = 1337
 """Seed for the shuffle before a limit: data sets are sorted by subject."""
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of answers that this rank has, and that it will have."""
+"""Called with this rank's number of answers so far, and in all."""
 
 
 def limited(task: Task, limit: int | None) -> Task:
@@ -229,12 +228,12 @@ def evaluate_task(
     on_progress: OnProgress = lambda done, total: None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> ChatTaskResult:
-    """Return what the engine's model gets right, over all ranks.
+    """Measure what the engine's model gets right, over all ranks.
 
     Args:
         params: how answers are sampled, if the task is generative.
         ranks: the processes that share the work; by default this one alone.
-        on_answer: given every answer that this rank generated.
+        on_answer: called with every answer that this rank generated.
 
     Raises:
         DataError: the task is empty, or its files are broken.
@@ -290,9 +289,9 @@ def choose_letters(
     """Return the letter that the model prefers after each prompt; the first on ties.
 
     Args:
-        prompts: token ids up to where the assistant is to speak.
+        prompts: token ids up to the assistant's answer.
         letters: each prompt's choices.
-        on_progress: called after each batch with how many prompts are done.
+        on_progress: called after each batch with the number of prompts that are done.
     """
     chosen = [""] * len(prompts)
     done = 0
@@ -308,15 +307,15 @@ def choose_letters(
 
 
 def letter_token(tokenizer: Tokenizer, letter: str) -> int:
-    """Return the one token that an answer of this letter is.
+    """Return the token of a letter.
 
     Raises:
-        DataError: it takes several.
+        DataError: the letter takes several tokens.
     """
     ids = tokenizer.encode(letter)
     if len(ids) != 1:
         raise DataError(
-            f"the letter {letter!r} takes {len(ids)} tokens, so its logit is not to be compared: "
-            "give the choices single letters or digits"
+            f"the letter {letter!r} takes {len(ids)} tokens, so its logit cannot be compared: "
+            "label the choices with single letters or digits"
         )
     return ids[0]

@@ -1,12 +1,12 @@
-"""Let EleutherAI's lm-evaluation-harness evaluate our checkpoints (extra `archerchat[lm-eval]`).
+"""Evaluate checkpoints with EleutherAI's lm-evaluation-harness (extra `archerchat[lm-eval]`).
 
     python -m archerchat.evals.lm_eval_adapter run --model archerchat \\
         --model_args tag=d12,stage=base --tasks arc_easy,hellaswag
 
-This is the harness's own command with one more model; in a script `register()` adds it. Everything
-that the harness asks for is in `HarnessModel`, which knows nothing of the harness and can be tested
-without it. As in CORE every prompt starts with BOS and is not cut, and what the tokens of context
-and continuation do not share with those of the context alone is scored, by CORE's code.
+This is the harness's own command with one more model; in a script, `register()` adds it. Everything
+that the harness asks for is in `HarnessModel`, which does not import the harness and can be tested
+without it. As in CORE, every prompt starts with BOS and is not truncated. Context and continuation
+are tokenized together, and the tokens that differ from those of the context alone are scored.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from archerchat.runtime import build_runtime, prepare_process
 NAME = "archerchat"
 """The model's name in the harness."""
 MAX_NEW_TOKENS = 256
-"""Length of an answer, unless the task has one."""
+"""Length of an answer, unless the task says another."""
 
 
 def score_prompts(
@@ -45,7 +45,7 @@ def score_prompts(
     """Return each prompt's log probability, and whether all its tokens are the likeliest.
 
     Args:
-        batch_tokens: tokens in a forward pass; by default as many as CORE takes.
+        batch_tokens: tokens per forward pass; by default as many as CORE takes.
     """
     trees = [build_tree(index, [prompt]) for index, prompt in enumerate(prompts)]
     scores = [(0.0, True)] * len(prompts)
@@ -70,8 +70,8 @@ class HarnessModel:
             device has a flag of its own, `--device`.
         home: folder of the models; by default from the environment.
         batch_tokens: tokens in a forward pass; by default as many as CORE takes.
-        loaded: a model in memory, instead of all the above.
-        ignored: what the harness hands to every model.
+        loaded: a model in memory, instead of all of the above.
+        ignored: what the harness passes to every model.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class HarnessModel:
         if loaded is None:
             kind = device.partition(":")[0] if device else None
             if kind == "cuda" and not torch.cuda.is_available():
-                kind = None  # the harness asks for it whether it is there or not
+                kind = None  # the harness asks for CUDA even where there is none
             runtime = build_runtime(kind, dtype)
             prepare_process(runtime)
             root = Home(Path(home)) if home else Home.from_environment()
@@ -111,25 +111,25 @@ class HarnessModel:
         return score_prompts(self.model, prompts, self.batch_tokens)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Return for each text its log probability, in stretches of the model's context."""
+        """Return each text's log probability, computed in pieces of the model's context length."""
         pieces = [self.windows(request.args[0]) for request in requests]
         scores = iter(score_prompts(self.model, list(chain(*pieces)), self.batch_tokens))
         return [sum(next(scores)[0] for _ in prompts) for prompts in pieces]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """Continue each context up to one of its stop strings, which is left out."""
+        """Continue each context up to one of its stop strings, which is not returned."""
         engine = self._engine = self._engine or Engine(self.model)
         pairs = [request.args for request in requests]
         asked = [self._request(context, options, engine.max_length) for context, options in pairs]
         return [completion.text for (completion,) in engine.generate(asked)]
 
     def prompt(self, context: str, continuation: str) -> Prompt:
-        """Tokenize context and continuation together; what the continuation changes is scored."""
+        """Tokenize context and continuation together; score the tokens that it adds or changes."""
         before, whole = self._encode(context), self._encode(context + continuation)
         return Prompt(whole, common_prefix([before, whole]))
 
     def windows(self, text: str) -> list[Prompt]:
-        """Cut a text so that each token is scored once, after as much text as there is room for."""
+        """Cut a text so that each token is scored once, after as much context as fits."""
         ids = self._encode(text)
         room, prompts = self.model.config.sequence_length, []
         for first in range(1, len(ids), room):
@@ -149,7 +149,7 @@ class HarnessModel:
         until = options.get("until") or []
         stop = tuple(filter(None, [until] if isinstance(until, str) else until))
         bos = self.tokenizer.bos_id
-        # What is asked is at the end of the context.
+        # The question is at the end of the context: cut its beginning.
         prompt = [bos, *self.tokenizer.encode(context)][new - length :]
         params = SamplingParams(new, temperature, stop=stop, stop_token_ids=(bos,))
         return Request(prompt, params, decode=self.tokenizer.decode)

@@ -26,7 +26,7 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -73,22 +73,8 @@ def choose_backend(
     if forced is not None:
         if forced not in BACKENDS:
             raise ValueError(f"attention backend {forced!r} is not one of {', '.join(BACKENDS)}")
-        if forced == "flash" and flash_module(device, dtype) is None:
-            raise ValueError(
-                "attention backend 'flash' needs a CUDA device, a 16-bit dtype and the "
-                "flash_attn package; leave the backend out to get the best one that works here"
-            )
-        if forced == "varlen" and not runs_varlen(device, dtype):
-            raise ValueError(
-                "attention backend 'varlen' needs a CUDA device of sm80 or newer and a 16-bit "
-                "dtype: use sdpa"
-            )
-        if forced == "flex" and device.type != "cuda":
-            raise ValueError(
-                f"attention backend 'flex' has no gradients on {device.type}: use sdpa"
-            )
-        if forced == "matmul" and dtype == torch.float16:
-            raise ValueError("attention backend 'matmul' overflows in float16: use sdpa")
+        if reason := _why_not(forced, device, dtype):
+            raise ValueError(f"attention backend {forced!r} {reason}: use sdpa")
         return forced, "forced"
     if device.type == "cuda":
         module = flash_module(device, dtype)
@@ -100,6 +86,17 @@ def choose_backend(
     if device.type == "cpu" and dtype != torch.float16:  # exp(16) is not in its range
         return "matmul", f"CPU; rows of more than {MATMUL_MAX_KEYS} keys go to sdpa"
     return "sdpa", f"device {device.type}"
+
+
+def _why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Say why a backend cannot run on a device; None where it can."""
+    if backend == "flash" and flash_module(device, dtype) is None:
+        return "needs a CUDA device, a 16-bit dtype and the flash_attn package"
+    if backend == "varlen" and not runs_varlen(device, dtype):
+        return "needs a CUDA device of sm80 or newer and a 16-bit dtype"
+    if backend == "flex" and device.type != "cuda":
+        return f"has no gradients on {device.type}"
+    return "overflows in float16" if backend == "matmul" and dtype == torch.float16 else None
 
 
 def prepare_mask(length: int, window: int, device: torch.device, backend: Backend) -> Any:
@@ -293,23 +290,27 @@ def _softmax_matmul(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _flex_mask(length: int, window: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (key >= query - window)
 
-    return create_block_mask(visible, None, None, length, length, device=str(device))
+    return _create_block_mask(visible, None, length, device)
 
 
 def _flex_document_mask(segments: Tensor, window: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         near = (key <= query) & (key >= query - window)
         return near & (segments[b, query] == segments[b, key])
 
     batch, length = segments.shape
-    return create_block_mask(visible, batch, None, length, length, device=str(segments.device))
+    return _create_block_mask(visible, batch, length, segments.device)
+
+
+def _create_block_mask(
+    visible: Callable[..., Tensor], batch: int | None, length: int, device: torch.device
+) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(visible, batch, None, length, length, device=str(device))
 
 
 def _attend_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:

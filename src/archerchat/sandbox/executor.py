@@ -1,20 +1,20 @@
-"""Run a program that nobody has read: what a model wrote, in a separate, confined interpreter.
+"""Run a program that a model wrote and nobody has read, in a separate, confined interpreter.
 
     result = run_sandboxed("print(6 * 7)", timeout_s=5)
     result.outcome, result.stdout                        # 'completed', '42\\n'
 
 The program gets a fresh interpreter with the standard library, an empty directory of limited size
 as its working directory and home, no environment, and limits on processor time, memory, processes,
-files and output. On Linux, where the system allows namespaces, it has no network, sees no other
-process, and finds every file outside its directory read-only; a result says in `isolation` what
-of that there was. At the deadline, and when the program ends, whatever it started is killed.
+files and output. On Linux, if the system allows namespaces, it has no network, sees no other
+process, and cannot write outside its directory; a result's `isolation` says which of these held.
+At the deadline, and when the program ends, everything it started is killed.
 
-Where namespaces are not allowed (some containers, macOS) limits and a guard within the interpreter
-remain, which stop accidents and not attacks: run untrusted models on Linux then. A program can read
-what the user can; without network it can tell nobody but the reader of its output.
+Without namespaces (some containers, macOS) only the limits and a guard in the interpreter remain.
+They stop accidents, not attacks: run untrusted models on Linux. A program can read what the user
+can read, but without a network it can pass that on only in its output.
 
-`completed` says that the interpreter reached the program's end; a program that searched the
-interpreter's memory for the supervisor's password could say so too soon.
+`completed` means that the interpreter reached the program's end. A program that searches the
+interpreter's memory for the supervisor's nonce could claim it too soon.
 
 Safe to call from many threads: nothing runs between fork and exec in this process.
 """
@@ -40,7 +40,7 @@ from archerchat.errors import ArcherChatError
 Ending = Literal["completed", "exited", "failed", "timeout", "memory", "output", "killed"]
 
 GRACE_SECONDS = 25.0
-"""How long the supervisor may take beyond the deadline; it needs milliseconds where it can run."""
+"""How long the supervisor may take beyond the deadline; normally it needs milliseconds."""
 LAUNCH = (
     "import sys; sys.path.insert(0, sys.argv[2]); "
     "from archerchat.sandbox import supervisor; "
@@ -58,26 +58,26 @@ class SandboxError(ArcherChatError):
 
 @dataclass(frozen=True)
 class Isolation:
-    """What the system kept the program from, beside its limits."""
+    """What the system denied the program, besides its limits."""
 
     network: bool = False
-    """It had no network."""
+    """Whether it had no network."""
     processes: bool = False
-    """It could neither see nor signal a process outside."""
+    """Whether it could neither see nor signal processes outside."""
     files: bool = False
-    """It could write nowhere but in its directory."""
+    """Whether it could write only in its directory."""
 
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """How a program ended, and what it said."""
+    """How a program ended, and what it printed."""
 
     outcome: Ending
-    """`completed`: it ran to its end. `exited`: it ended itself before. `failed`: an exception.
+    """`completed`: it ran to its end. `exited`: it called exit. `failed`: it raised an exception.
     `timeout`, `memory`, `output`: it reached that limit. `killed`: a signal ended it."""
     stdout: str
     stderr: str
-    """Both cut at the limit of output."""
+    """Like `stdout`, truncated at the limit of output."""
     isolation: Isolation
 
 
@@ -91,16 +91,15 @@ def run_sandboxed(
     max_processes: int = 16,
     namespaces: bool = True,
 ) -> SandboxResult:
-    """Run Python source `program` and return how it ended; nothing of it is left then.
+    """Run Python source `program`, remove everything that it left, and return how it ended.
 
     Args:
-        timeout_s: seconds from the program's start, on the clock; processor time has a limit of
-            the same order.
-        memory_bytes: of address space, for each of its processes; an interpreter needs about 50
-            MiB of it.
-        max_output_bytes: of stdout and of stderr; a program that writes more is stopped.
-        disk_bytes: in its directory altogether, where that can be limited, and in each file.
-        max_processes: threads included.
+        timeout_s: seconds of wall-clock time from the program's start. The limit on processor
+            time is two seconds more.
+        memory_bytes: address space of each of its processes; the interpreter needs about 50 MiB.
+        max_output_bytes: bytes of stdout, and of stderr; a program that writes more is stopped.
+        disk_bytes: bytes in its directory, if the system can limit that, and in each file.
+        max_processes: most processes, threads included.
         namespaces: False does without the kernel's isolation, as on a system that lacks it.
 
     Raises:
@@ -154,7 +153,7 @@ def _exchange(request: dict[str, Any], max_output: int, deadline: float) -> _Sai
 def _collect(
     supervisor: subprocess.Popen[bytes], report: int, max_output: int, deadline: float
 ) -> _Said:
-    """Read what comes until all of it is there, and end a program that writes too much."""
+    """Read output and report to their ends; stop a program that writes too much."""
     assert supervisor.stdin is not None
     assert supervisor.stdout is not None
     assert supervisor.stderr is not None
@@ -182,7 +181,7 @@ def _collect(
 
 
 def _end(supervisor: subprocess.Popen[bytes]) -> None:
-    """Let the supervisor finish, and see to it that it does."""
+    """Let the supervisor finish; kill it if it does not."""
     for stream in (supervisor.stdin, supervisor.stdout, supervisor.stderr):
         if stream:
             with contextlib.suppress(BrokenPipeError):

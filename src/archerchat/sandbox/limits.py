@@ -1,14 +1,13 @@
-"""What keeps a program in: limits on resources, Linux's namespaces and rights, and a guard.
+"""Confine a program: limits on resources, Linux's namespaces and capabilities, and a guard.
 
-Only the supervisor's process imports this. Python 3.11 has no function for namespaces, mounts and
-rights; each function here says by its result, or by an OSError, whether the system allowed it, and
-what to do without is the caller's decision.
+Only the supervisor's process imports this. Python 3.11 has no functions for namespaces, mounts and
+capabilities, so they are called through ctypes. Each function here reports by its result, or by an
+OSError, whether the system allowed it; the caller decides how to do without.
 
-The guard is for systems that cannot confine a program. It is an audit hook within the interpreter,
-which cannot be removed again: what a program does through Python's own functions passes by it. Code
-that brings its own way to the system, native code above all, would get past; so it stops accidents,
-such as a generated program that cleans up too much, and no attacker. Where the kernel confines the
-program, it is not used.
+The guard is for systems that cannot confine a program. It is an audit hook in the interpreter,
+which cannot be removed again and sees everything that Python's own functions do. Native code gets
+past it, so it stops accidents, such as a generated program that deletes too much, but no attacker.
+It is not used where the kernel confines the program.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ FORBIDDEN = re.compile(
     r"os\.(exec|fork|forkpty|kill|killpg|posix_spawn|putenv|spawn|system)|pty\.spawn"
     r"|signal\.pthread_kill|subprocess\.Popen|webbrowser\.open|(ctypes|socket|syslog)\..*"
 )
-"""Audit events that no exercise needs."""
+"""Audit events that no generated solution needs."""
 CHANGES = re.compile(
     r"os\.(chflags|chmod|chown|mkdir|remove|removexattr|rmdir|setxattr|truncate|utime)"
     r"|shutil\.rmtree|sqlite3\.connect"
 )
-"""Audit events that change the file that their first argument names."""
+"""Audit events that change the file in their first argument."""
 MOVES = re.compile(r"os\.(link|rename|symlink)")
-"""Audit events that change the files that their first two arguments name."""
+"""Audit events that change the files in their first two arguments."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -73,12 +72,13 @@ def prctl(option: int, value: int) -> None:
 
 
 def enter_namespaces(*, root: bool) -> bool:
-    """Give this process's children processes, network, mounts and IPC of their own.
+    """Give this process's children their own processes, network, mounts and IPC.
 
-    Root's are made directly, others' within a user namespace where they keep their own id.
+    Root makes the namespaces directly; another user makes them within a user namespace, in which
+    it keeps its own id.
 
     Returns:
-        False, and nothing changed, if the system does not allow it.
+        False if the system does not allow it; nothing has changed then.
     """
     user, group = os.getuid(), os.getgid()
     try:
@@ -98,9 +98,9 @@ def _mount(source: str, target: str, kind: str, flags: int, options: str = "") -
 
 
 def confine_writes(directory: str, size: int, owner: int) -> bool:
-    """Make every file read-only but a new, empty file system of `size` bytes at `directory`.
+    """Make every file read-only except in a new, empty file system of `size` bytes at `directory`.
 
-    Processes outside are hidden too, and the sockets of services below /run.
+    This also hides the processes outside, and the sockets of services under /run.
 
     Returns:
         False if the system does not allow it, in which case files may be writable.
@@ -118,7 +118,7 @@ def confine_writes(directory: str, size: int, owner: int) -> bool:
             ctypes.c_size_t(ctypes.sizeof(attributes)),
         )
         options = f"size={size},nr_inodes=1024,mode=0700,uid={owner},gid={owner}"
-        if os.getuid():  # in a user namespace no id but the own one exists
+        if os.getuid():  # a user namespace has no id but this one
             options = f"size={size},nr_inodes=1024,mode=0700"
         _mount("tmpfs", directory, "tmpfs", MS_NOSUID | MS_NODEV, options)
         _hide("/proc", "proc")
@@ -131,7 +131,7 @@ def confine_writes(directory: str, size: int, owner: int) -> bool:
 
 
 def _hide(target: str, kind: str) -> None:
-    """Mount this namespace's own `kind` on `target`, or else nothing at all."""
+    """Mount this namespace's own `kind` on `target`; if that fails, an empty directory."""
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     try:
         _mount(kind, target, kind, flags | (MS_RDONLY if kind == "tmpfs" else 0))
@@ -145,7 +145,7 @@ def bind(source: str, target: str) -> None:
 
 
 def drop_rights() -> None:
-    """Give up every capability, for good."""
+    """Permanently give up every capability."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0)
     _call("capset", header, (ctypes.c_uint32 * 6)())
@@ -164,7 +164,7 @@ def children(process: int) -> list[int]:
     try:
         listed = Path(f"/proc/{process}/task/{process}/children").read_text()
         return [int(word) for word in listed.split()]
-    except OSError:  # not every kernel has the list
+    except OSError:  # not every kernel has this list
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _parent(path) == process]
 
 
@@ -176,19 +176,19 @@ def _parent(process: Path) -> int:
 
 
 def set_limits(limits: Mapping[str, int]) -> None:
-    """Set resource limits by their names, such as RLIMIT_CPU, for good."""
+    """Permanently set resource limits, by names such as RLIMIT_CPU."""
     for name, value in limits.items():
-        # Not every system has, or enforces, each of them.
+        # Not every system has or enforces all of them.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             resource.setrlimit(getattr(resource, name), (value, value))
 
 
 def install_guard(directory: str) -> None:
-    """Refuse from now on what reaches outside `directory`, by a PermissionError."""
+    """From now on, refuse what reaches outside `directory` with a PermissionError."""
     inside = os.path.realpath(directory)
 
     def check_path(event: str, path: Any) -> None:
-        if isinstance(path, int):  # a file that is open already, and was checked then
+        if isinstance(path, int):  # a file that is already open was checked when it was opened
             return
         real = os.path.realpath(os.fsdecode(path))
         if real != inside and not real.startswith(inside + os.sep) and real != os.devnull:

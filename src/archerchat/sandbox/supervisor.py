@@ -1,17 +1,16 @@
-"""The sandbox's own process: it starts a program under limits and answers for its end.
+"""The sandbox's own process: start a program under limits and make sure that it ends.
 
-`sandbox.run_sandboxed` runs this in a separate interpreter. Standard library only, and one thread,
-so that forking is safe. Four processes, each the parent of the next:
+`sandbox.run_sandboxed` runs this in a separate interpreter. It uses the standard library only, and
+one thread, so that forking is safe. There are four processes, each the parent of the next:
 
-    supervisor   keeps the deadline and reports; watches a pipe that closes when its parent goes
-    keeper       enters namespaces of its own
-    init         process 1 in there: when it ends, the kernel kills all that is left
-    program      has given up its rights, under limits
+    supervisor   keeps the deadline and reports; watches a pipe that closes when its parent ends
+    keeper       enters its own namespaces
+    init         process 1 in these namespaces: when it ends, the kernel kills all that is left
+    program      runs without capabilities, under limits
 
-Where namespaces are not allowed, the supervisor adopts what the program leaves behind and kills
-it, the program may not fork (except where root can give it a user of its own), and a guard within
-the interpreter refuses what would reach outside. That guard stops accidents, not attacks; the
-report says what there was.
+Without namespaces, the supervisor adopts and kills what the program leaves behind, the program may
+not fork (unless root can give it a user of its own), and a guard in the interpreter refuses what
+would reach outside. The guard stops accidents, not attacks; the report says what was in force.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from archerchat.sandbox import limits
 
 LINUX = sys.platform.startswith("linux")
 START_SECONDS = 20.0
-"""How long the program's start may take on a busy machine, before its own time begins."""
+"""How long the program may take to start on a busy machine; its timeout begins after that."""
 PRIVATE_USERS = range(1_000_000_000, 2_000_000_000)
-"""Ids that no account has. One of them belongs to one program: a limit on the number of its
-processes counts nobody else's, and it owns no file."""
+"""User ids that no account has. Each program gets one, so that the limit on its processes counts
+only its own, and no file belongs to it."""
 Request = dict[str, Any]
 
 
 def main() -> None:
-    """Serve the request on standard input; report on the file descriptor in `sys.argv[1]`."""
+    """Serve the request on standard input; report to the file descriptor in `sys.argv[1]`."""
     report = int(sys.argv[1])
     os.set_inheritable(report, False)
     request: Request = json.loads(sys.stdin.buffer.readline())  # the pipe stays open after it
@@ -64,14 +63,14 @@ def main() -> None:
     os.set_blocking(verdict_in, False)
     with contextlib.suppress(BlockingIOError):
         result["verdict"] = _check_verdict(os.read(verdict_in, 4096), request["nonce"])
-    if result["end"] == "cancelled":  # by a parent that may be dead and clears up no more
+    if result["end"] == "cancelled":  # the parent may be dead, so it cleans up nothing
         shutil.rmtree(request["directory"], ignore_errors=True)
     with contextlib.suppress(BrokenPipeError):
         os.write(report, json.dumps(result).encode())
 
 
 def _supervise(timeout: float, news: int) -> dict[str, Any]:
-    """Wait for the program's end, its deadline, or the end of our parent."""
+    """Wait for the program's end, for its deadline, or for the end of our parent."""
     result: dict[str, Any] = {"end": "timeout"}
     deadline = time.monotonic() + START_SECONDS
     lines = b""
@@ -95,7 +94,7 @@ def _supervise(timeout: float, news: int) -> dict[str, Any]:
 
 
 def _kill_all(keeper: int, process: int | None) -> None:
-    """Kill the keeper and what comes to us when it is gone, until there is no child left."""
+    """Kill the keeper, then the children that it leaves to us, until there are none."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(keeper, signal.SIGKILL)
     if process is not None:
@@ -139,7 +138,7 @@ def _die_with_parent() -> None:
 
 
 def _keep(request: Request, news: int, verdict: int) -> None:
-    """The keeper: go where others are out of reach, and wait for process 1."""
+    """Run the keeper: enter namespaces, start process 1 and wait for it."""
     _die_with_parent()
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
@@ -155,7 +154,7 @@ def _keep(request: Request, news: int, verdict: int) -> None:
 
 
 def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bool) -> None:
-    """Process 1: confine files, start the program, reap orphans, tell the program's end."""
+    """Run process 1: confine files, start the program, reap orphans, report the program's end."""
     _die_with_parent()
     user = random.SystemRandom().choice(PRIVATE_USERS) if root else os.getuid()
     confined = apart and limits.confine_writes(request["directory"], request["disk_bytes"], user)
@@ -181,7 +180,7 @@ def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bo
 
 
 def _make_python_readable(directory: str, *, confined: bool) -> None:
-    """See to it that a user with no rights at all can import the standard library."""
+    """Let a user without any rights import the standard library."""
     library = sysconfig.get_path("stdlib")
     if limits.readable_by_all(library):
         return
@@ -197,7 +196,7 @@ def _make_python_readable(directory: str, *, confined: bool) -> None:
 
 
 def _be_program(request: Request, verdict: int, user: int | None, facts: dict[str, bool]) -> None:
-    """Give up all rights, take the limits, and run."""
+    """Give up all rights, set the limits, and run the program."""
     os.setsid()
     os.chdir(request["directory"])
     if user is not None:
@@ -207,7 +206,7 @@ def _be_program(request: Request, verdict: int, user: int | None, facts: dict[st
     if LINUX:
         limits.drop_rights()
         _die_with_parent()
-    processes = 0  # where others' count too, no number is right
+    processes = 0  # the user's other processes would count too
     if user is not None:
         processes = request["max_processes"]
     elif facts["processes"]:
@@ -251,6 +250,6 @@ def _run(program: str, verdict: int, nonce: str) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):
             stream.flush()
-    if os.getpid() == process:  # and not one that the program forked
+    if os.getpid() == process:  # not in a process that the program forked
         os.write(verdict, json.dumps(result | {"nonce": nonce}).encode())
     os._exit(result.get("exit_code", 0))

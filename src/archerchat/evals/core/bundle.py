@@ -5,10 +5,10 @@
     eval_data/            the files that `core.yaml` names, one JSON object per line
 
 A bundle is a folder, or a zip archive with the bundle at its top or in one folder. An archive is
-fetched once, checked, unpacked beside its place, read as a bundle and renamed, so a folder of that
-name is always whole. `load_bundle` reads the two lists and makes sure that every file is there. A
-task's own file is read when its turn comes (`read_examples`), and every line is checked before any
-is scored.
+downloaded once, checked, unpacked to a temporary folder, read as a bundle and renamed, so a folder
+of that name is always complete. `load_bundle` reads the two lists and makes sure that every file
+exists. `read_examples` reads a task's own file just before it is evaluated, and checks every line
+before any is scored.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ BASELINES = "eval_meta_data.csv"
 DATA = "eval_data"
 DEFAULT_DELIMITER = " "
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-"""The archive that the reference evaluates on."""
+"""The reference's archive."""
 MAX_BYTES = 4 * 2**30
-"""Largest unpacked bundle; the reference's takes a small part of that."""
+"""Largest unpacked bundle; the reference's is far smaller."""
 OFFLINE_BUNDLE = Path(__file__).with_name("offline")
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
@@ -46,7 +46,7 @@ COLUMNS: dict[TaskType, tuple[str, str]] = {
     "schema": ("context_options", "continuation"),
     "language_modeling": ("context", "continuation"),
 }
-"""Where a line has its questions and its answers."""
+"""Columns of a line that hold its questions and its answers."""
 OPTIONS = ("choices", "context_options")
 """Columns that hold a list of texts; the others hold one text."""
 
@@ -59,7 +59,7 @@ class CoreTask:
     path: Path
     task_type: TaskType
     num_fewshot: int
-    """Solved examples before the one that is asked, k."""
+    """Solved examples before the question, k."""
     delimiter: str
     """Text between a question and its answer."""
     random_baseline: float
@@ -88,7 +88,7 @@ class Bundle:
     tasks: tuple[CoreTask, ...]
 
     def fingerprint(self) -> str:
-        """Return a hexadecimal SHA-256 over everything that decides the outcomes."""
+        """Return a hexadecimal SHA-256 of everything that decides the outcomes."""
         settings = [
             [t.label, t.task_type, t.num_fewshot, t.delimiter, t.random_baseline]
             for t in self.tasks
@@ -106,12 +106,12 @@ def find_bundle(
 
     Args:
         given: a folder, the address of an archive, `offline` for the package's own tasks, or None
-            for the reference's.
-        cache_dir: holds what is downloaded, by address.
+            for the reference's archive.
+        cache_dir: folder for downloads.
 
     Raises:
         UsageError: there is no such folder.
-        DataError: the archive cannot be had, or is no bundle.
+        DataError: the archive cannot be downloaded, or is no bundle.
     """
     if given == "offline":
         return OFFLINE_BUNDLE
@@ -133,9 +133,9 @@ def find_bundle(
             download_file(url, archive, check_archive, without_network=hint, notify=notify)
             try:
                 with zipfile.ZipFile(archive) as source, new_directory(folder) as temporary:
-                    source.extractall(temporary)  # never writes outside it, whatever the names
+                    source.extractall(temporary)  # never writes outside, whatever the names
                     load_bundle(_find_root(temporary))
-            finally:  # an archive without a bundle is not kept either: the server may get a better
+            finally:  # not kept if it is no bundle, either: the server may replace it
                 archive.unlink()
     return _find_root(folder)
 

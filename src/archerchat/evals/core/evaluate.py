@@ -1,7 +1,6 @@
-"""Evaluate CORE: task after task, on one rank or many, keeping what is done.
+"""Evaluate CORE: one task after another, on one rank or several, keeping finished tasks.
 
-Each rank takes its share of every task's examples, and what the ranks found is added up. Prompts
-are made once: a `CoreEvaluation` that is run again, as in training, has them.
+Each rank takes its share of every task's examples, and the ranks' counts are added up.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class CoreOptions(Config):
 
 @dataclass(frozen=True)
 class Estimate:
-    """How much one task has to do."""
+    """How much work a task is."""
 
     examples: int
     """Examples over all ranks."""
@@ -49,14 +48,14 @@ class Estimate:
 
 
 Progress = Callable[[str, float], None]
-"""Learns a task's label and the share of it that is done."""
+"""Called with a task's label and the share of it that is done."""
 
 
 class CoreEvaluation:
     """Evaluate models on one bundle.
 
     Args:
-        keep_prompts: keep every task's prompts for the next run; by default they are dropped.
+        keep_prompts: keep every task's prompts in memory for the next run, as in training.
     """
 
     def __init__(
@@ -83,8 +82,8 @@ class CoreEvaluation:
 
         Args:
             model: best in the form for inference (`InferenceModel`).
-            kept: finished tasks, which grow by each that is done here; rank 0's count.
-            on_task: learns each result, kept ones too.
+            kept: finished tasks; each that is done here is added. Rank 0's count.
+            on_task: called with each result, kept ones included.
 
         Raises:
             DataError: a task's file is missing or broken.
@@ -139,9 +138,8 @@ class CoreEvaluation:
         )
 
     def prepare(self, task: CoreTask) -> tuple[list[int], list[Tree], int]:
-        """Return the right option of every example of a task, and this rank's examples tokenized.
-
-        The third is how many of these were cropped.
+        """Return the right option of every example of a task, this rank's examples as trees, and
+        how many of these were cropped.
 
         Raises:
             DataError: the file is missing or broken, or holds too few examples.
@@ -161,10 +159,10 @@ class CoreEvaluation:
         return Prompter(task, examples, self.tokenizer, self.options.max_length)
 
     def estimate(self, windows: Sequence[int], done: Collection[str] = ()) -> dict[str, Estimate]:
-        """Return the work of each task that is not done, by label, from a few of its examples.
+        """Estimate the work of each task that is not done, by label, from a few of its examples.
 
         Args:
-            windows: of the model's layers.
+            windows: the model's, per layer.
 
         Raises:
             DataError: a task's file is missing or broken.

@@ -1,15 +1,15 @@
-"""From a task's examples to token ids, the span of each prompt that is scored, and trees.
+"""Turn a task's examples into token ids, the span of each prompt that is scored, and trees.
 
-A prompt is the few-shot examples and the question with an answer, joined by blank lines, after
-BOS; an example has one prompt per option. The same few-shot example stands in many prompts, so it
-is tokenized once: after a line's end the split pattern starts afresh at the next character that
-is not whitespace, so blocks can be tokenized apart and put together. With another pattern, or
-where a block begins with whitespace, the whole text is tokenized instead.
+A prompt is BOS, the few-shot examples, and the question with an answer, joined by blank lines; an
+example has one prompt per option. A few-shot example is part of many prompts, so it is tokenized
+once: no token of the split pattern joins a line's end with a visible character after it, so blocks
+can be tokenized separately and put together. With another pattern, or where a block begins with
+whitespace, the whole text is tokenized instead.
 
 An example's prompts make a tree. The tokens that all options begin with are its trunk, which is
 run once; what follows in each option is a branch. A token's logits come from the position before
 it, so no prompt's last token is run: the options of "Answer: A" have no branch at all and take
-their logits from the trunk's end. A prompt of language modelling is a trunk.
+their logits from the trunk's end. A language-modelling prompt is a trunk.
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ def build_tree(index: int, prompts: Sequence[Prompt]) -> Tree:
 
 
 def choose_examples(examples: Sequence[Example], task: CoreTask, cap: int | None) -> list[Example]:
-    """Shuffle a task's examples as CORE does, and take the first `cap`, which are asked.
+    """Shuffle a task's examples as CORE does, and take the first `cap`, which are evaluated.
 
-    More are returned where the cap leaves too few to draw the few-shot examples from.
+    More are returned if the cap leaves too few to draw the few-shot examples from.
 
     Raises:
-        DataError: there are too few examples whatever the cap.
+        DataError: the task has too few examples, with or without a cap.
     """
     least = task.num_fewshot + 1
     if len(examples) < least:
@@ -122,9 +122,9 @@ def choose_examples(examples: Sequence[Example], task: CoreTask, cap: int | None
 
 
 def fewshot_indices(index: int, count: int, shots: int) -> list[int]:
-    """Draw which of `count` examples go before example `index`.
+    """Draw which of `count` examples precede example `index`.
 
-    The same draw as `sample` makes from a list of the others, without making the list.
+    The same draw as `sample` makes from a list of the others, without making that list.
     """
     drawn = random.Random(FEWSHOT_SEED + index).sample(range(count - 1), shots)
     return [j + (j >= index) for j in drawn]
@@ -135,7 +135,7 @@ class Prompter:
 
     Args:
         examples: what `choose_examples` returned; the few-shot examples come from them too.
-        max_length: longer prompts lose tokens on the left; None keeps them whole.
+        max_length: longer prompts are cropped on the left; None keeps them whole.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Prompter:
         self.task, self.examples, self.tokenizer = task, examples, tokenizer
         self.max_length = max_length
         self.cropped = 0
-        """Examples that lost tokens so far."""
+        """Number of examples that were cropped so far."""
         self._piecewise = tokenizer.pattern == SPLIT_PATTERN
         self._shots: dict[int, tuple[str, list[int]]] = {}
         self._bos = [tokenizer.bos_id]
@@ -183,7 +183,7 @@ class Prompter:
         return self._crop(prompts)
 
     def _continuation(self, index: int, chosen: list[int], example: Example) -> Prompt:
-        """Return the prompt of language modelling; the delimiter's last space is scored too."""
+        """Return a language-modelling prompt; the delimiter's last space is scored too."""
         context = example.questions[0].strip() + self.task.delimiter
         before = context.rstrip()
         first = self._shot(chosen[0])[0] if chosen else context
@@ -224,7 +224,7 @@ class Prompter:
         return self._shots[index]
 
     def _crop(self, prompts: list[Prompt]) -> list[Prompt]:
-        """Shorten an example's prompts by as much as its longest is too long."""
+        """Crop an example's prompts by the excess of the longest."""
         excess = max(len(p.token_ids) for p in prompts) - (self.max_length or 2**62)
         if excess <= 0:
             return prompts

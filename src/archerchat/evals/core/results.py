@@ -1,8 +1,8 @@
-"""What an evaluation found: figures by task, CORE, and the files they are kept in.
+"""CORE's results: figures per task, their mean, and the files that keep them.
 
 `core_<step>.json` has the results. While an evaluation runs, `core_<step>.partial.json` holds the
-finished tasks and their `key`: the model, the bundle and the options they belong to. An evaluation
-with another key starts over.
+finished tasks and their `key`: the model, the bundle and the options that they belong to. An
+evaluation with another key starts over.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from archerchat.evals.statistics import Interval, TaskResult, mean_score
 from archerchat.files import write_json
 
 NEAR_TIE = 1e-5
-"""Mean losses, or logits, that differ by less may change places with any change of arithmetic."""
+"""Mean losses, or logits, that differ by less may swap with any change of arithmetic."""
 FULL_TASKS = 22
 MOST_NAMED = 4
-"""Most tasks that a note lists by name."""
+"""Most tasks that a note names one by one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ class PartialResults:
 
     Args:
         path: file to keep them in; None keeps nothing.
-        key: everything that the figures depend on.
+        key: JSON of everything that the figures depend on.
     """
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
