@@ -46,9 +46,11 @@ def build_recipes(home: Home, dial: DialConfig, rows: int, compile: bool) -> tup
     )  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()):
         pretrain(config, home, Console(file=io.StringIO()))
-    base = Pretraining(config, home).build_recipe(None)
     tuning = FinetuneConfig(data=MixtureConfig("generated"), compile=compile)
-    return base, Finetuning(tuning, home).build_recipe(None)
+    stages = Pretraining(config, home), Finetuning(tuning, home)
+    for stage in stages:
+        stage.build(None)
+    return stages
 
 
 def take_step(recipe: Recipe, runtime: Runtime) -> float:

@@ -107,8 +107,9 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
     recorder = Recorder(None)
     with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
         home = Home(Path(directory))
-        stage = Pretraining(config, home, tokenizer=tokenizer)
-        recipe, runtime = stage.build_recipe(None), stage.runtime
+        recipe = Pretraining(config, home, tokenizer=tokenizer)
+        recipe.build(None)
+        runtime = recipe.runtime
         recipe.sample = lambda step: {}  # type: ignore[method-assign]
         if config.eval_every is None:
             recipe.evaluations = []

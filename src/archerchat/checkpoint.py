@@ -16,7 +16,6 @@ turns it back into the float.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
@@ -33,6 +32,7 @@ from torch import Tensor
 from archerchat.config import decode_json, encode_json
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.files import (
+    FULL,
     STALE,
     current,
     new_directory,
@@ -193,7 +193,7 @@ def _explain_failed_save(error: Exception, path: Path, needed: int) -> str:
     # safetensors reports the system's error only in its text.
     code = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
-    if number not in (errno.ENOSPC, errno.EDQUOT):
+    if number not in FULL:
         return f"cannot save {path}: {error}; {intact}; check its permissions and its disk"
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
     return (

@@ -53,7 +53,7 @@ def refuse(problem: str) -> None:
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
-    import pyarrow as pa  # imported here: training needs no Arrow
+    import pyarrow as pa  # imported here: chats and evaluations need no Arrow
 
     return cast(IO[bytes], pa.input_stream(str(path), compression="zstd"))
 

@@ -114,7 +114,8 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         return {"identity": dict(self._identity), **asdict(progress), **documents}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the batch after the saved one.
+        """Continue with the row after the saved batch; rows are whole between batches, so batches
+        may be of another size.
 
         Raises:
             CheckpointError: the state is broken, or this loader would not yield the same batches;
@@ -129,6 +130,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
                 f"the saved state of the data loader is broken ({error!r}): resume from an "
                 "earlier checkpoint"
             ) from error
+        saved["batch_size"] = self._identity["batch_size"]
         saved, identity = self._reconcile(saved)
         if differences := compare_configs(saved, identity):
             raise CheckpointError(

@@ -76,7 +76,7 @@ def forward_token(
         for i, (k, v) in enumerate(zip(keys, values, strict=True)):
             found[i].append(RingPart(k, v, masks[k.size(2)]))
     layers = [RingLayer(of_layer) for of_layer in found]
-    before = Before(lengths[:, None], previous, layers)
+    before = Before(lengths[:, None], previous[:, None], layers)
     hidden = model.hidden(tokens[:, None], regions, before)
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
     new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]

@@ -5,46 +5,31 @@ What is measured is the same on all ranks, and is kept in the home's cache where
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from rich.console import Console
 
-from archerchat.checkpoint import list_checkpoints
+from archerchat.checkpoint import Checkpoint, load_checkpoint
+from archerchat.data.streams import saved_streams
 from archerchat.distributed import Ranks
-from archerchat.errors import MemoryExceededError, UsageError
+from archerchat.errors import UsageError
 from archerchat.files import recall, remember
 from archerchat.model.attention import Backend, choose_backend, runs_varlen
 from archerchat.model.config import ModelConfig
 from archerchat.model.fp8 import MULTIPLE
+from archerchat.planning.memory import RESERVED_SHARE, fit_micro_batch
 from archerchat.planning.peak_flops import cache_key
 from archerchat.planning.window_speed import fastest_for_windows
 from archerchat.runtime import Runtime
 from archerchat.training.recipe import Recipe
-from archerchat.training.throughput import Outcome
+from archerchat.training.resume import saved_rows
 
 ROWS_FILE = "device_batch_size.json"
 """Which micro-batch fitted for which model on which card, in the home's cache."""
-
-
-class SizedStage(Protocol):
-    """A stage with micro-batches, as `run_with_fewer_rows` needs it."""
-
-    rows: int
-    chooses_rows: bool
-    ranks: Ranks
-    console: Console
-
-    @property
-    def directory(self) -> Path: ...
-
-    def run(self) -> Outcome: ...
 
 
 def choose_attention(
@@ -85,16 +70,85 @@ def choose_attention(
     if not compile:  # flex has to be compiled
         varlen = runs_varlen(runtime.device, runtime.compute_dtype)
         return "varlen" if varlen else "sdpa", "not compiled"
-    if document_masking or min(model.windows) == model.sequence_length:
-        return backend, reason
-    if not runs_varlen(runtime.device, runtime.compute_dtype):
+    whole = min(model.windows) == model.sequence_length
+    if document_masking or whole or not runs_varlen(runtime.device, runtime.compute_dtype):
         return backend, reason
     timed = fastest_for_windows(runtime, model, rows, cache_dir)
     first: tuple[Backend, str] = ranks.gather(timed)[0]
     return first
 
 
-def fit_rows(recipe: Recipe, rows: int, cache_dir: Path, notify: Callable[[str], object]) -> int:
+def choose_rows(
+    runtime: Runtime,
+    ranks: Ranks,
+    model: ModelConfig,
+    per_step: int,
+    saved: Checkpoint | None,
+    usual: int | None = None,
+    most: int | None = None,
+    *,
+    recomputes: bool = False,
+    state_dtype: torch.dtype = torch.float32,
+    reserved_bytes: int = 0,
+) -> tuple[int, bool, bool]:
+    """Estimate how many rows per micro-batch fit.
+
+    A run that is there keeps its rows on the kind of device that it was saved on, so that it
+    resumes bit for bit; on another it gets what fits there.
+
+    Args:
+        per_step: rows per optimizer step of one rank.
+        saved: the checkpoint to resume from.
+        usual: rows to take where they fit; None takes as many as fit.
+        most: bound on the rows of a new run.
+        recomputes: whether the backward pass computes each layer again in any case.
+        state_dtype: of the optimizer's moments.
+        reserved_bytes: what else will be in the device's memory.
+
+    Returns:
+        The rows; whether layers have to be computed again, as one row may not fit without; and
+        whether the rows are the saved run's.
+    """
+    memory = runtime.total_memory_bytes() - reserved_bytes
+    estimate, fitting, recomputes = fit_micro_batch(
+        model,
+        runtime.compute_dtype,
+        runtime.device,
+        runtime.world_size,
+        memory,
+        # Each stream of data gives a step whole micro-batches.
+        math.gcd(per_step, per_step * runtime.world_size // _count_streams(saved)),
+        recomputes=recomputes,
+        state_dtype=state_dtype,
+    )
+    rows = fitting or 1
+    usual_fits = usual and estimate.total(usual) <= memory * (1 - RESERVED_SHARE)
+    if usual and usual_fits and per_step % usual == 0:
+        rows = usual
+    began_with, keeps = saved_rows(saved.meta) if saved else 0, False
+    if saved and began_with and per_step % began_with == 0:
+        keeps = saved.meta["hardware"]["device"] == runtime.device_name
+    rows = began_with if keeps else min(rows, most or rows)
+    # Ranks of unlike cards agree, and all of them ask: one may lack the saved run.
+    answers = ranks.gather((rows, recomputes, keeps))
+    rows = min(answer[0] for answer in answers)
+    recomputes, keeps = (any(answer[i] for answer in answers) for i in (1, 2))
+    return rows, recomputes, keeps
+
+
+def _count_streams(saved: Checkpoint | None) -> int:
+    """Return how many streams of data a run began with."""
+    if saved is None or "loader" not in saved.hashes:
+        return 1
+    return saved_streams(load_checkpoint(saved.path, ("loader",)).state["loader"])
+
+
+def fewer(rows: int) -> int:
+    """Return about half of some rows: a divisor, so that a step stays a whole number of them."""
+    return next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
+
+
+def probe_rows(recipe: Recipe, rows: int, cache_dir: Path, notify: Callable[[str], object]) -> int:
     """Halve the micro-batch until a forward and a backward pass fit on every rank.
 
     Args:
@@ -107,13 +161,14 @@ def fit_rows(recipe: Recipe, rows: int, cache_dir: Path, notify: Callable[[str],
         torch.OutOfMemoryError: not even one does.
     """
     model, runtime, ranks = recipe.model, recipe.runtime, recipe.optimizer.ranks
-    optimizer, path = recipe.optimizer, cache_dir / ROWS_FILE
+    path = cache_dir / ROWS_FILE
     what = {
         **asdict(model.config),
+        "recipe": type(recipe).__name__,
         "backend": model.backend,
         "compile": recipe.compile,
         "recomputes": model.recomputes,
-        "state": str(optimizer.state_dtype),
+        "state": str(recipe.optimizer.state_dtype),
         "ranks": ranks.world_size,
         "memory": runtime.total_memory_bytes(),
     }
@@ -123,28 +178,33 @@ def fit_rows(recipe: Recipe, rows: int, cache_dir: Path, notify: Callable[[str],
     rows = min(ranks.gather(known if usable else rows))
     if usable:
         notify(f"{rows} rows per micro-batch fitted before; to try more, delete {path}")
-    while True:
-        tokens = torch.zeros(
-            rows, model.config.sequence_length, dtype=torch.long, device=runtime.device
-        )
-        too_large = False
-        try:
-            for _ in range(2):  # the second time there are gradients already
-                recipe.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
-        except torch.OutOfMemoryError:
-            if rows == 1:
-                raise
-            too_large = True
-        finally:
-            recipe.optimizer.zero_grad()
-        if not ranks.any(too_large)[0]:
-            if runtime.is_master:
-                remember(path, key, rows)
-            return rows
+    while ranks.any(not _fits(recipe, rows))[0]:
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-        notify(f"{rows} rows per micro-batch do not fit into memory: {rows // 2} now")
-        rows //= 2
+        notify(f"{rows} rows per micro-batch do not fit into memory: trying {fewer(rows)}")
+        rows = fewer(rows)
+    if runtime.is_master:
+        remember(path, key, rows)
+    return rows
+
+
+def _fits(recipe: Recipe, rows: int) -> bool:
+    """Try two passes; the second time there are gradients already.
+
+    The loss is the one over all positions: a stage's own needs no more memory.
+    """
+    length, device = recipe.model.config.sequence_length, recipe.runtime.device
+    tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
+    try:
+        for _ in range(2):
+            Recipe.loss(recipe, tokens, tokens).backward()  # type: ignore[no-untyped-call]
+    except torch.OutOfMemoryError:
+        if rows == 1:
+            raise
+        return False
+    finally:
+        recipe.optimizer.zero_grad()
+    return True
 
 
 def choose_precision(recipe: Recipe, rows: int, saved: bool | None) -> tuple[bool, float | None]:
@@ -192,30 +252,3 @@ def _speed_of_fp8(recipe: Recipe, rows: int) -> float:
             seconds.append(math.inf)
     plain, in_8_bits = ranks.mean(*seconds)
     return plain / in_8_bits
-
-
-def run_with_fewer_rows(build: Callable[[int | None], SizedStage]) -> Outcome:
-    """Run a stage; if memory runs out before its first checkpoint, halve the micro-batch.
-
-    Args:
-        build: makes the stage, with at most that many rows per micro-batch if it may choose.
-
-    Raises:
-        MemoryExceededError: the micro-batch was given, is of one row, or is shared by ranks, which
-            would wait for one that failed.
-    """
-    most = None
-    while True:
-        stage = build(most)
-        try:
-            return stage.run()
-        except MemoryExceededError as error:
-            saved = list_checkpoints(stage.directory)
-            if not stage.chooses_rows or saved or stage.rows == 1 or stage.ranks.world_size > 1:
-                raise
-            most = stage.rows // 2
-            stage.console.print(f"{error}\nstarting again with {most} rows per micro-batch")
-        del stage
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()

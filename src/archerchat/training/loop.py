@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -25,10 +25,10 @@ from archerchat.errors import ArcherChatError, CheckpointError
 from archerchat.optim.optimizer import MuonGroup
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import StopRequest, explained_memory
+from archerchat.training.outcome import OVERFITTING, LoopState, Outcome, Throughput
 from archerchat.training.recipe import Evaluation, Recipe, StepSettings
 from archerchat.training.resume import CheckpointWriter
 from archerchat.training.telemetry import MetricsLog, Occasion
-from archerchat.training.throughput import Outcome, Throughput
 
 T = TypeVar("T")
 SMOOTHING = 0.9
@@ -37,40 +37,8 @@ SAVE_SECONDS = 900.0
 """Time between checkpoints that are saved by time."""
 OVERFIT_SHARE = 0.002
 """How much worse than its best the metric has to be for a warning: more than a step's noise."""
-OVERFITTING = (
-    "{} gets worse while the training loss falls: the model learns its text by heart. More text or "
-    "fewer steps would help"
-)
 SMALLEST_SCALE = 2.0**-10
 """A gradient scale that has been halved to this will not find one that works."""
-
-
-@dataclass
-class LoopState:
-    """What a checkpoint holds of the loop itself."""
-
-    step: int = 0
-    """Updates done."""
-    smooth_loss: float = 0.0
-    """Exponential average of the training loss, not yet corrected for its start at 0."""
-    first_smoothed: int = 0
-    """Step at which that average began: later for an imported run."""
-    first_val: float = math.nan
-    """The recipe's metric when it was first measured."""
-    last_val: float = math.nan
-    best_val: float = math.inf
-    """Its best value as `Metric.score` turns it: lower is better."""
-    best_smooth_loss: float = math.nan
-    """The average training loss when the metric was best; infinite before the first step."""
-    overfitting: bool = False
-    """Whether the metric is worse than its best although the training loss fell since."""
-    best_saved: float = math.inf
-    """The score of the best checkpoint, measured right after it was saved."""
-    tokens: int = 0
-    """Tokens trained on, over all ranks."""
-    flops: int = 0
-    training_seconds: float = 0.0
-    """Time in training steps, without evaluations and saving."""
 
 
 class Loop(Stateful):
@@ -103,7 +71,7 @@ class Loop(Stateful):
         self._stop = StopRequest()
         # One rate shows the schedule; the others are multiples of it, and in the config.
         muon = [group.rate for group in self.optimizer.groups if isinstance(group, MuonGroup)]
-        self._rates = {"train/matrix_lr": muon[0]} if muon else {}
+        self._shown_rates = {"train/matrix_lr": muon[0]} if muon else {}
         self._throughput = Throughput(peak.flops_per_second * self.runtime.world_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,7 +100,7 @@ class Loop(Stateful):
         self.checkpoints, self.metrics, self.progress = checkpoints, metrics, progress
         self.recipe.progress = progress
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
-        self._unsettled: list[Callable[[], None]] = []
+        self._unsettled: tuple[int, float, dict[str, float]] | None = None
         with self._stop.listening(), _without_gc(), explained_memory():
             try:
                 return self._run_steps()
@@ -253,7 +221,7 @@ class Loop(Stateful):
                 "train/flops": self.state.flops,
                 "train/memory_bytes": self.runtime.peak_memory_bytes(),
             }
-            | {name: rate * settings.lr_multiplier for name, rate in self._rates.items()}
+            | {name: rate * settings.lr_multiplier for name, rate in self._shown_rates.items()}
             | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
             | own,
             step,
@@ -341,20 +309,18 @@ class Loop(Stateful):
             self.checkpoints.save(step, content, finished)
         self._saved_step, self._saved_at = step, time.monotonic()
         seconds = time.perf_counter() - started
-        self._unsettled.append(lambda: self._note_saved(step, seconds))
         metadata = {"train/tokens": self.state.tokens, "train/smooth_loss": self._smooth()}
-        self._unsettled.append(lambda: self._push(step, "last", metadata))
+        self._unsettled = step, seconds, metadata
 
     def _settle(self) -> None:
-        """Wait for the checkpoint that is being written, and do what had to wait for it."""
+        """Wait for the checkpoint that is being written, then say so and hand it over."""
         if self.ranks.is_master:
             self.checkpoints.wait()
-        for work in self._unsettled:
-            work()
-        self._unsettled.clear()
-
-    def _note_saved(self, step: int, seconds: float) -> None:
-        self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
+        if self._unsettled is not None:
+            step, seconds, metadata = self._unsettled
+            self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
+            self._push(step, "last", metadata)
+            self._unsettled = None
 
     def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
         """Hand the checkpoint of a step over, if it is one to be pushed."""

@@ -1,14 +1,15 @@
 """What a stage trains: its model, its batches, its loss, its schedule.
 
 The loop asks a `Recipe` for micro-batches, losses and settings, and never looks inside. Each
-stage derives one: `pretrain.py`, `sft.py`, `rl.py`.
+stage is one: `pretrain.py`, `sft.py`, `rl.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -97,10 +98,15 @@ class Recipe(ABC):
     progress: ProgressLine | None = None
     """Shows how far an evaluation is."""
 
-    def __post_init__(self) -> None:
-        self._regions = Regions.compiled() if self.compile else Regions()
-        self._kernels = LossKernels.compiled() if self.compile else LossKernels()
-        self._token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(self.runtime.device)
+    @cached_property
+    def regions(self) -> Regions:
+        """The parts of the forward pass, compiled where that is asked for."""
+        return Regions.compiled() if self.compile else Regions()
+
+    @cached_property
+    def kernels(self) -> LossKernels:
+        """The parts of the loss, compiled where that is asked for."""
+        return LossKernels.compiled() if self.compile else LossKernels()
 
     @abstractmethod
     def total_steps(self, step: int) -> int:
@@ -145,12 +151,12 @@ class Recipe(ABC):
             self.model.unembedding.weight,
             targets,
             self.model.config.vocab_size,
-            kernels=self._kernels,
+            kernels=self.kernels,
         )
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Return the unembedding's input (B, T, C)."""
-        return self.model.hidden(inputs, self._regions)
+        return self.model.hidden(inputs, self.regions)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return each section of a checkpoint."""
@@ -175,9 +181,33 @@ class Recipe(ABC):
 
     def bits_per_byte(self, batches: Iterable[Batch]) -> float:
         """Measure bits per byte of the targets in all ranks' `batches`."""
+        token_bytes = torch.from_numpy(self.tokenizer.token_bytes).to(self.runtime.device)
+        weight, size = self.model.unembedding.weight, self.model.config.vocab_size
+
+        def losses(inputs: Tensor, targets: Tensor) -> Tensor:
+            with torch.enable_grad():  # the graph of training: another would be compiled without
+                hidden = self.hidden(inputs).detach()
+            return token_losses(hidden, weight, targets, size, self.kernels)
+
         pairs = (self.to_device(batch) for batch in batches)
+        return evaluate_bits_per_byte(losses, pairs, token_bytes, self.optimizer.ranks)
+
+    def iter_validation(
+        self, loader: Iterable[Batch], count: int, seen: Callable[[Batch], float]
+    ) -> Iterator[Batch]:
+        """Yield this rank's of `count` batches, or of as many as hold the validation data once.
+
+        Args:
+            seen: returns how much of that data has been read with a batch, from 0 to 1.
+        """
         ranks = self.optimizer.ranks
-        return evaluate_bits_per_byte(self._token_losses, pairs, self._token_bytes, ranks)
+        for done, batch in zip(range(1, count + 1), loader, strict=False):
+            if done % ranks.world_size == ranks.rank:
+                yield batch
+            share = seen(batch)
+            self.show_progress("evaluating", max(done / count, share))
+            if share >= 1:
+                return
 
     def show_progress(self, what: str, share: float | None = None) -> None:
         """Say on the progress line what takes long, and how much of it is done."""
@@ -191,13 +221,6 @@ class Recipe(ABC):
             pair = pair.pin_memory().to(self.runtime.device, non_blocking=True)
         inputs, targets = pair.to(self.runtime.device).unbind()
         return inputs, targets
-
-    def _token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Run the graph of training, gradients and all: another would be compiled without them."""
-        with torch.enable_grad():
-            hidden = self.hidden(inputs).detach()
-        weight, size = self.model.unembedding.weight, self.model.config.vocab_size
-        return token_losses(hidden, weight, targets, size, self._kernels)
 
 
 def rng_state_dict() -> dict[str, Tensor]:

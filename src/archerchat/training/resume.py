@@ -7,14 +7,16 @@ A run's identity is everything that decides its weights. `--extend` allows part 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
+import archerchat
 from archerchat.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -25,7 +27,9 @@ from archerchat.checkpoint import (
     save_checkpoint,
 )
 from archerchat.config import compare_configs, from_json
+from archerchat.distributed import Ranks
 from archerchat.errors import CheckpointError, UsageError
+from archerchat.files import hash_ends
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
@@ -145,37 +149,41 @@ def _tag_flag(meta: Mapping[str, Any]) -> str:
     return "--model-tag" if meta.get("stage", "base") == "base" else "--output-tag"
 
 
+def saved_rows(meta: Mapping[str, Any]) -> int:
+    """Return the rows per micro-batch of a saved run; 0 where it has none, as an imported one."""
+    identity = meta.get("identity", {})
+    return int(identity.get("rollouts", identity).get("device_batch_size", 0))
+
+
 def find_start(
-    directory: Path, current: Mapping[str, Any], step: int | None, extend: bool = False
+    saved: Checkpoint | None,
+    current: Mapping[str, Any],
+    extend: bool = False,
+    any_rows: bool = False,
 ) -> Checkpoint | None:
-    """Load the checkpoint to resume from, or return None if the model has none yet.
+    """Load the checkpoint to resume from; return None for a new run.
 
     Args:
-        directory: the model's checkpoints.
+        saved: that checkpoint, without its state.
         current: meta of the run that is asked for. The `num_iterations` of its identity is None
             where the data decides the end.
-        step: the checkpoint to take; None takes the latest.
         extend: allow differences in what `EXTENDABLE` names.
+        any_rows: allow other rows per micro-batch: this machine's were chosen by `choose_rows`.
 
     Raises:
-        UsageError: the run there is another one, and how; or there is no such step; or it is past
-            the horizon.
+        UsageError: the run there is another one, and how; or it is past the horizon.
         CheckpointError: the checkpoint is damaged, or holds a model without training state.
     """
-    if not list_checkpoints(directory):
-        if step is not None:
-            raise UsageError(f"no checkpoint in {directory}: leave --resume-from-step out")
-        if extend:
-            raise UsageError(f"no checkpoint in {directory} to extend: leave --extend out")
+    if saved is None:
         return None
-    path = find_checkpoint(directory, step)
-    meta = load_checkpoint(path, sections=()).meta
+    path, meta, identity = saved.path, saved.meta, current["identity"]
     if extend and "identity" not in meta:
         return _continue_imported(path, meta, current)
-    identity = current["identity"]
     differences = compare_configs(_identity(path, meta), identity)
-    # A base model of the same weights may have been renamed.
-    differences = [d for d in differences if not d.startswith("base.tag:")]
+    free = ["base.tag:"]  # a base model of the same weights may have been renamed
+    if any_rows:
+        free += ["device_batch_size:", "rollouts.device_batch_size:"]
+    differences = [d for d in differences if not d.startswith(tuple(free))]
     refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
     if refused:
         base = meta.get("stage", "base") == "base"  # the only stage that has --extend
@@ -184,8 +192,8 @@ def find_start(
         shown = _changed_flags(meta, current, extend) or refused
         raise UsageError(
             f"{path} belongs to a different run: {'; '.join(shown)}. Resume it with its saved "
-            f"settings by --resume {directory.name}, {remedy}choose another {_tag_flag(meta)} for "
-            "a new run, or start this one over by --overwrite"
+            f"settings by --resume {path.parent.name}, {remedy}choose another {_tag_flag(meta)} "
+            "for a new run, or start this one over by --overwrite"
         )
     return _load_start(path, identity)
 
@@ -242,6 +250,34 @@ def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend:
     return lines
 
 
+def require_same_run(
+    ranks: Ranks, meta: Mapping[str, Any], step: int, files: Sequence[Path]
+) -> None:
+    """Compare what the ranks are about to do: settings, code, data and the step to begin with.
+
+    Args:
+        files: that hold the data.
+
+    Raises:
+        UsageError: on all ranks, where one differs.
+    """
+    if ranks.world_size == 1:
+        return
+    code = sorted(Path(archerchat.__file__).parent.rglob("*.py"))
+    own = {name: meta[name] for name in ("identity", "validation", "compile")} | {
+        "archerchat": f"{archerchat.__version__} {hash_ends(*code)}",
+        "data": {path.name: hash_ends(path) for path in files},
+        "step": step,
+    }
+    runs = ranks.gather(own)
+    for rank, run in enumerate(runs):
+        if differences := compare_configs(runs[0], run):
+            raise UsageError(
+                f"rank {rank} would train another run than rank 0 (there saved, here now): "
+                f"{'; '.join(differences)}. Start all ranks with the same command, code and data"
+            )
+
+
 def describe_extension(
     before: Schedule,
     after: Schedule,
@@ -283,15 +319,12 @@ def set_aside_later(path: Path) -> list[Path]:
         Their new places, in `<tag>.before-step-<step>` beside the model's directory.
     """
     directory, step = path.parent, int(path.name.removeprefix("step_"))
-    later = [find_checkpoint(directory, other) for other in list_checkpoints(directory)]
-    later = [other for other in later if int(other.name.removeprefix("step_")) > step]
+    later = [find_checkpoint(directory, s) for s in list_checkpoints(directory) if s > step]
     if not later:
         return []
-    aside = directory.with_name(f"{directory.name}.before-step-{step}")
-    suffix = 1
-    while aside.exists():
-        suffix += 1
-        aside = directory.with_name(f"{directory.name}.before-step-{step}.{suffix}")
+    name = f"{directory.name}.before-step-{step}"
+    names = chain([name], (f"{name}.{number}" for number in count(2)))
+    aside = next(place for place in map(directory.with_name, names) if not place.exists())
     aside.mkdir()
     return [other.rename(aside / other.name) for other in later]
 

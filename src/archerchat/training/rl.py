@@ -13,9 +13,9 @@ is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -30,25 +30,21 @@ from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.flops import flops_per_token
 from archerchat.model.loss import IGNORED, weighted_loss
+from archerchat.planning.memory import kv_cache_bytes
 from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import build_task
-from archerchat.training.base_model import (
-    build_model,
-    build_optimizer,
-    find_base_model,
-    inherit,
-)
-from archerchat.training.recipe import Evaluation, Metric, Recipe, StepSettings, answer_questions
+from archerchat.training.base_model import TuneConfig, Tuning, inherit
+from archerchat.training.outcome import Outcome
+from archerchat.training.recipe import Evaluation, Metric, StepSettings, answer_questions
 from archerchat.training.rollouts import (
     SAMPLING,
     RolloutBatch,
     RolloutLoader,
     RolloutSettings,
 )
-from archerchat.training.stage import Stage, StageConfig
-from archerchat.training.throughput import Outcome
+from archerchat.training.run import run_stage
 
 RATE_SCALE = 0.05
 """Factor on the base model's learning rates."""
@@ -59,17 +55,11 @@ SAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReinforceConfig(StageConfig):
+class ReinforceConfig(TuneConfig):
     """Train a chat model by reinforcement, on a task whose answers can be judged."""
 
-    model_tag: str | None = None
-    """Name of the model to start from. Defaults to the one that was saved last."""
     source: Literal["sft", "base"] = "sft"
     """Stage of the model to start from: sft or base."""
-    model_step: int | None = None
-    """Step of its checkpoint. Defaults to the latest."""
-    output_tag: str | None = None
-    """Name of the new model. Defaults to the first model's name."""
     task: str = "GSM8K"
     """Task to train on: GSM8K, SpellingBee, Arithmetic or SimpleSpelling."""
     data_dir: Path | None = None
@@ -78,8 +68,6 @@ class ReinforceConfig(StageConfig):
     """Questions per step."""
     sampling: SamplingParams = SAMPLING
     """How answers are sampled. The answers to one question are compared with each other."""
-    device_batch_size: PositiveInt = 8
-    """Rows per micro-batch. Halve it if you run out of memory."""
     rollout_batch_size: PositiveInt = 128
     """Number of answers to generate at a time."""
     num_epochs: PositiveInt = 1
@@ -115,135 +103,44 @@ def lr_multiplier(step: int, num_iterations: int) -> float:
     return 1 - step / num_iterations
 
 
-@dataclass(kw_only=True)
-class ReinforceRecipe(Recipe):
-    """Train on the model's own answers."""
-
-    metric: ClassVar[Metric] = Metric("val/pass_at_1", "pass@1 on the test", higher_is_better=True)
-
-    loader: RolloutLoader
-    test: Task
-    """Questions to measure on."""
-    num_iterations: int
-    eval_sampling: SamplingParams
-    prompts: tuple[str, ...] = ()
-    """Questions to show answers to; the test's first ones if there are none."""
-    _batch: RolloutBatch | None = field(default=None, init=False)
-    """The micro-batch that `loss` is asked for."""
-    passed: dict[str, float] = field(default_factory=dict, init=False)
-    """What the last evaluation found."""
-
-    def total_steps(self, step: int) -> int:
-        return self.num_iterations
-
-    def settings(self, step: int) -> StepSettings:
-        """Read the schedules at `step`; nothing decays."""
-        return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
-
-    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch of rollouts; a step's first one generates them all."""
-        if self.loader.rolls_out_next:
-            self.show_progress("rolling out")
-        self._batch = next(self.loader)
-        return self.to_device(self._batch)
-
-    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
-        batch = self._batch
-        assert batch is not None, "the loss is that of the batch taken last"
-        # Only tokens that the model chose meet the unembedding, not prompts and tool output.
-        trained = targets != IGNORED
-        advantages = torch.from_numpy(batch.advantages).to(self.runtime.device)
-        return weighted_loss(
-            self.hidden(inputs)[trained],
-            self.model.unembedding.weight,
-            targets[trained],
-            self.model.config.vocab_size,
-            advantages[:, None].expand_as(targets)[trained],
-            batch.scale,
-        )
-
-    def step_tokens(self) -> int:
-        """Return the tokens of the step's rollouts, prompts included."""
-        return self.loader.amounts()[0]
-
-    def step_flops(self) -> int:
-        """Estimate the step's operations: one forward pass for each rollout, and one forward and
-        backward pass, three times as much, for those that were trained on."""
-        rolled_out, trained = self.loader.amounts()
-        return flops_per_token(self.model.config) * (rolled_out + 3 * trained) // 3
-
-    def step_metrics(self) -> Mapping[str, float]:
-        """Return what the step's rollouts were worth."""
-        return self.loader.metrics()
-
-    def shown_metrics(self) -> Mapping[str, float]:
-        return {"reward": self.loader.metrics()["rollout/reward"]}
-
-    def final_metrics(self) -> Mapping[str, float]:
-        """Return the last step's figures and pass@k."""
-        return {**self.step_metrics(), **self.passed}
-
-    def measure_pass(self, step: int) -> Mapping[str, float]:
-        """Measure pass@k on the test."""
-        engine = self.loader.engine
-        engine.refresh_weights()
-
-        def on_progress(done: int, total: int) -> None:
-            self.show_progress("evaluating", done / total)
-
-        sampling = self.eval_sampling
-        result = evaluate_task(
-            engine, self.tokenizer, self.test, sampling, self.optimizer.ranks, on_progress
-        )
-        self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
-        return self.passed
-
-    def sample(self, step: int) -> Mapping[str, str]:
-        """Answer the given or the test's first questions greedily, with the calculator."""
-        engine, count = self.loader.engine, min(SAMPLES, len(self.test))
-        engine.refresh_weights()
-        own: list[Conversation] = [{"messages": [user(prompt)]} for prompt in self.prompts]
-        questions = own or [self.test[index] for index in range(count)]
-        limit = self.eval_sampling.max_new_tokens
-        return answer_questions(engine, self.tokenizer, questions, limit)
-
-
-class Reinforcement(Stage):
+class Reinforcement(Tuning):
     """Train a chat model on its own answers."""
 
     name, command, done = "rl", "rl", "reinforced"
-    metric = ReinforceRecipe.metric
+    metric = Metric("val/pass_at_1", "pass@1 on the test", higher_is_better=True)
 
-    def __init__(self, config: ReinforceConfig, home: Home, console: Console | None = None) -> None:
-        super().__init__(config, home, console)
-        self.config = config
-        self.base = base = find_base_model(home, config.source, config.model_tag, config.model_step)
+    config: ReinforceConfig
+    loader: RolloutLoader
+    _batch: RolloutBatch
+    """The micro-batch that `loss` is asked for."""
+
+    def __init__(
+        self,
+        config: ReinforceConfig,
+        home: Home,
+        console: Console | None = None,
+        most_rows: int | None = None,
+    ) -> None:
+        super().__init__(config, home, console, most_rows, config.source)
+        # Rows differ in length from step to step; each length would be compiled again.
+        self.compile = False
         self.train, self.test = self.ranks.first_alone(self._build_tasks)
         steps = config.num_epochs * len(self.train) // config.examples_per_step
+        self.seed = config.sampling.seed
         self.num_iterations: int = config.num_iterations or max(1, steps)
         # Fine-tuning has scaled the rates already; the factor is on pretraining's.
-        fine_tuned = float((base.meta.get("config") or {}).get("lr_scale") or 1.0)
-        self.rates = inherit(base, self.runtime, config.lr_scale / fine_tuned).learning_rates
-        self.rollouts = RolloutSettings(
-            config.examples_per_step, config.sampling, config.device_batch_size
-        )
+        fine_tuned = float((self.base.meta.get("config") or {}).get("lr_scale") or 1.0)
+        self.rates = inherit(self.base, self.model_config, config.lr_scale / fine_tuned)[2]
         if config.examples_per_step % self.ranks.world_size:
             raise UsageError(
                 f"--examples-per-step is {config.examples_per_step}, which {self.ranks.world_size} "
                 "ranks cannot share: make it a multiple"
             )
-        self.backend, reason = self.choose_attention(base.config, config.device_batch_size)
-        self.tag = config.output_tag or base.tag
-        self.run_name = config.run or f"{self.tag}-rl"
-        self.seed = config.sampling.seed
-        self.meta = self.describe(
-            base.meta["model_config"],
-            base.meta["tokenizer"],
-            self._identity(),
-            validation=self.test.describe(),
-            attention=f"{self.backend} ({reason})",
-        )
+        dtype = self.runtime.compute_dtype
+        cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
+        self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
+        self.passed: dict[str, float] = {}  # what the last evaluation found
+        self.meta = self.describe()
 
     def _build_tasks(self) -> tuple[Task, Task]:
         """Return what is asked in training, and the part of the test that is measured on.
@@ -266,44 +163,117 @@ class Reinforcement(Stage):
         train.reward(train[0], "")  # a task for training only says so here
         return train, limited(test, config.eval_examples)
 
-    def _identity(self) -> dict[str, object]:
+    def rollouts(self, rows: int) -> RolloutSettings:
+        """Return how a step's answers are made, in micro-batches of so many rows."""
+        return RolloutSettings(self.config.examples_per_step, self.config.sampling, rows)
+
+    def count_micro_batches(self, rows: int) -> int:
+        return self.rollouts(rows).batches(self.ranks.world_size)
+
+    def identity(self) -> dict[str, Any]:
         return {
-            "base": {"stage": self.config.source, **self.base.describe()},
-            "tokenizer": self.base.tokenizer.fingerprint,
+            "base": {"stage": self.config.source, **self.describe_base()},
+            "tokenizer": self.tokenizer.fingerprint,
             "task": self.train.describe(),
-            "rollouts": self.rollouts.identity(),
+            "rollouts": self.rollouts(self.rows).identity(),
             "rollout_batch_size": self.config.rollout_batch_size,
             "num_iterations": self.num_iterations,
             "learning_rates": asdict(self.rates),
         }
 
-    def build_recipe(self, start: Checkpoint | None) -> ReinforceRecipe:
-        config, runtime, tokenizer = self.config, self.runtime, self.base.tokenizer
-        model = build_model(self.base, start, runtime, self.backend)
-        model.recomputes = config.activation_checkpointing
-        on_cuda = model.device.type == "cuda"
-        engine = Engine(model, config.rollout_batch_size, compile=on_cuda)
-        recipe = ReinforceRecipe(
-            runtime=runtime,
-            model=model,
-            optimizer=build_optimizer(model, self.rates, runtime, config.compile, self.ranks),
-            loader=RolloutLoader(engine, tokenizer, self.train, self.rollouts, self.ranks),
-            tokenizer=tokenizer,
-            grad_accum_steps=self.rollouts.batches(self.ranks.world_size),
-            # Rows differ in length from step to step; each length would be compiled again.
-            compile=False,
-            test=self.test,
-            num_iterations=self.num_iterations,
-            eval_sampling=replace(config.sampling, num_samples=config.eval_samples),
-            prompts=config.sample_prompt,
-        )
-        recipe.evaluations = [Evaluation(recipe.measure_pass, config.eval_every)]
-        return recipe
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"validation": self.test.describe()}
 
-    def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
-        base, rollouts, config = self.base, self.rollouts, self.config
-        sampling = config.sampling
-        yield "model", f"{config.source} {base.tag}, step {base.step}"
+    # What is trained, and on what
+
+    def open_data(self, start: Checkpoint | None) -> None:
+        config, on_cuda = self.config, self.model.device.type == "cuda"
+        engine = Engine(self.model, config.rollout_batch_size, compile=on_cuda)
+        settings = self.rollouts(self.rows)
+        self.loader = RolloutLoader(engine, self.tokenizer, self.train, settings, self.ranks)
+        self.evaluations = [Evaluation(self.measure_pass, config.eval_every)]
+
+    def next_micro_batch(self) -> tuple[Tensor, Tensor]:
+        """Return a micro-batch of rollouts; a step's first one generates them all."""
+        if self.loader.rolls_out_next:
+            self.show_progress("rolling out")
+        self._batch = next(self.loader)
+        return self.to_device(self._batch)
+
+    def step_tokens(self) -> int:
+        """Return the tokens of the step's rollouts, prompts included."""
+        return self.loader.amounts()[0]
+
+    def step_flops(self) -> int:
+        """Estimate the step's operations: one forward pass for each rollout, and one forward and
+        backward pass, three times as much, for those that were trained on."""
+        rolled_out, trained = self.loader.amounts()
+        return flops_per_token(self.model.config) * (rolled_out + 3 * trained) // 3
+
+    def step_metrics(self) -> Mapping[str, float]:
+        """Return what the step's rollouts were worth."""
+        return self.loader.metrics()
+
+    def shown_metrics(self) -> Mapping[str, float]:
+        return {"reward": self.loader.metrics()["rollout/reward"]}
+
+    # Its loss
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
+        # Only tokens that the model chose meet the unembedding, not prompts and tool output.
+        trained = targets != IGNORED
+        advantages = torch.from_numpy(self._batch.advantages).to(self.runtime.device)
+        return weighted_loss(
+            self.hidden(inputs)[trained],
+            self.model.unembedding.weight,
+            targets[trained],
+            self.model.config.vocab_size,
+            advantages[:, None].expand_as(targets)[trained],
+            self._batch.scale,
+        )
+
+    # Its schedule
+
+    def total_steps(self, step: int) -> int:
+        return self.num_iterations
+
+    def settings(self, step: int) -> StepSettings:
+        """Read the schedules at `step`; nothing decays."""
+        return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
+
+    # What is measured and shown on the way
+
+    def measure_pass(self, step: int) -> Mapping[str, float]:
+        """Measure pass@k on the test."""
+        engine, sampling = self.loader.engine, self.config.sampling
+        engine.refresh_weights()
+        result = evaluate_task(
+            engine,
+            self.tokenizer,
+            self.test,
+            replace(sampling, num_samples=self.config.eval_samples),
+            self.ranks,
+            lambda done, total: self.show_progress("evaluating", done / total),
+        )
+        self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
+        return self.passed
+
+    def sample(self, step: int) -> Mapping[str, str]:
+        """Answer the given or the test's first questions greedily, with the calculator."""
+        engine, count = self.loader.engine, min(SAMPLES, len(self.test))
+        engine.refresh_weights()
+        prompts = self.config.sample_prompt
+        own: list[Conversation] = [{"messages": [user(prompt)]} for prompt in prompts]
+        questions = own or [self.test[index] for index in range(count)]
+        limit = self.config.sampling.max_new_tokens
+        return answer_questions(engine, self.tokenizer, questions, limit)
+
+    # What is said about it
+
+    def announce(self) -> Iterator[tuple[str, str]]:
+        config = self.config
+        yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
         yield (
             "questions",
             f"{len(self.train):,} of {self.train.name}; {len(self.test):,} of its test to measure "
@@ -311,10 +281,15 @@ class Reinforcement(Stage):
         )
         yield (
             "training",
-            f"{self.num_iterations:,} steps of {rollouts.questions_per_step} questions, "
-            f"{sampling.num_samples} answers each, of up to {sampling.max_new_tokens} tokens",
+            f"{self.num_iterations:,} steps of {config.examples_per_step} questions, "
+            f"{config.sampling.num_samples} answers each, of up to "
+            f"{config.sampling.max_new_tokens} tokens ({self.grad_accum_steps} x {self.rows} rows)",
         )
         yield "rates", f"x{config.lr_scale:g} of pretraining's, falling to 0"
+
+    def final_metrics(self) -> Mapping[str, float]:
+        """Return the last step's figures and pass@k."""
+        return {**self.step_metrics(), **self.passed}
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         passed = (
@@ -324,10 +299,9 @@ class Reinforcement(Stage):
         )
         return f"on the test: {', '.join(passed) or 'not measured'}"
 
-    def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
+    def closing_lines(self, finished: bool) -> list[str]:
         """Say what pass@k is for every k."""
-        assert isinstance(recipe, ReinforceRecipe)
-        return [self.describe_result(recipe.passed)] if finished and recipe.passed else []
+        return [self.describe_result(self.passed)] if finished and self.passed else []
 
 
 def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> Outcome:
@@ -337,4 +311,4 @@ def reinforce(config: ReinforceConfig, home: Home, console: Console | None = Non
         UsageError: the settings contradict each other, the model, or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
-    return Reinforcement(config, home, console).run()
+    return run_stage(Reinforcement, config, home, console)

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from archerchat.config import Config, PositiveInt, compare_configs
+from archerchat.config import Config, PositiveInt
 from archerchat.data.prefetch import Batch
 from archerchat.distributed import Ranks
-from archerchat.errors import CheckpointError
 from archerchat.evals.chat import build_request, render_question
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams, derive_seed
@@ -268,41 +267,22 @@ class RolloutLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state between two steps: what is asked, and the steps rolled out."""
+        """Return the state between two steps: how many have been rolled out."""
         assert not self._waiting, "a step's batches are used up together"
-        return {"identity": self._identity(), "steps": torch.tensor([self._steps])}
+        return {"steps": torch.tensor([self._steps])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after `state`.
+        """Continue after `state`; the run's identity says what is asked, and how.
 
         Raises:
-            CheckpointError: it cannot be read, or other questions were asked, or in another way.
+            KeyError, RuntimeError: it cannot be read.
         """
-        try:
-            differences = compare_configs(state["identity"], self._identity())
-            steps = int(state["steps"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"the state of the rollouts cannot be read: {error!r}") from error
-        if differences:
-            raise CheckpointError(
-                f"the checkpoint's rollouts differ: {'; '.join(differences)}. Choose another "
-                "--output-tag for a new run"
-            )
-        self._steps = steps
+        self._steps = int(state["steps"])
         self._waiting.clear()
 
     def close(self) -> None:
         """Drop the waiting batches."""
         self._waiting.clear()
-
-    def __enter__(self) -> RolloutLoader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _identity(self) -> dict[str, Any]:
-        return {"task": self.task.describe(), "settings": self.settings.identity()}
 
 
 def _share(flags: Any) -> float:

@@ -11,9 +11,10 @@ resumes from the last checkpoint, bit for bit; a command that would change the r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 from torch import Tensor
@@ -26,7 +27,6 @@ from archerchat.data.conversation_loader import (
     describe_mixture,
     render_whole,
 )
-from archerchat.data.prefetch import Batch
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
@@ -34,17 +34,11 @@ from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
-from archerchat.training.base_model import (
-    build_model,
-    build_optimizer,
-    describe_moments,
-    find_base_model,
-    inherit,
-    load_moments,
-)
-from archerchat.training.recipe import Evaluation, Recipe, StepSettings, answer_questions
-from archerchat.training.stage import Stage, StageConfig
-from archerchat.training.throughput import Outcome
+from archerchat.training.base_model import TuneConfig, Tuning, inherit
+from archerchat.training.outcome import Outcome
+from archerchat.training.recipe import Evaluation, StepSettings, answer_questions
+from archerchat.training.resume import saved_rows
+from archerchat.training.run import run_stage
 
 RATE_SCALE = 0.8
 """Factor on the base model's learning rates."""
@@ -62,20 +56,12 @@ ESTIMATE_FROM = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(StageConfig):
+class FinetuneConfig(TuneConfig):
     """Fine-tune a base model on conversations."""
 
     data: MixtureConfig
-    model_tag: str | None = None
-    """Name of the base model. Defaults to the one that was saved last."""
-    model_step: int | None = None
-    """Step of the base model's checkpoint. Defaults to the latest."""
-    output_tag: str | None = None
-    """Name of the fine-tuned model. Defaults to the base model's name."""
     document_masking: bool = False
     """Keep conversations that share a row from attending to each other."""
-    device_batch_size: PositiveInt | None = None
-    """Rows per micro-batch. Defaults to the base model's. Halve it if you run out of memory."""
     total_batch_size: PositiveInt | None = None
     """Tokens per optimizer step. Defaults to the base model's."""
     lr_scale: NonNegativeFloat = RATE_SCALE
@@ -111,53 +97,89 @@ def muon_momentum(step: int) -> float:
     return (1 - done) * MOMENTUM_START + done * MOMENTUM_PEAK
 
 
-@dataclass(kw_only=True)
-class FinetuneRecipe(Recipe):
-    """Train on passes over a mixture of conversations."""
+class Finetuning(Tuning):
+    """Train a base model on passes over a mixture of conversations."""
 
+    name, command, done = "sft", "sft", "fine-tuned"
+
+    config: FinetuneConfig
     loader: Streams[ConversationLoader]
-    num_iterations: int | None
-    """Maximum number of steps; None leaves the end to the passes."""
-    num_epochs: int | None
-    """Number of passes; None leaves the end to the steps."""
-    document_masking: bool
-    """Whether the conversations of a row cannot see each other."""
-    total_batch_tokens: int
-    first_estimate: int
-    """About how many steps the run takes, until its own progress shows it."""
-    questions: Sequence[str] = SAMPLE_QUESTIONS
 
-    def total_steps(self, step: int) -> int:
-        """Return the run's length as far as it is known after `step` steps; `step` ends it."""
-        progress = self.data_progress
-        if progress >= 1 or step == self.num_iterations:
-            return step
-        estimate = math.ceil(step / progress) if step and progress else self.first_estimate
-        if self.num_iterations is not None:
-            estimate = min(estimate, self.num_iterations)
-        return max(estimate, step + 1)
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        home: Home,
+        console: Console | None = None,
+        most_rows: int | None = None,
+    ) -> None:
+        super().__init__(config, home, console, most_rows, "base")
+        files = TaskFiles(home.cache_dir / "tasks", config.data.data_dir, notify=self.console.print)
+        self.train, self.validation = self.ranks.first_alone(
+            lambda: build_mixtures(config.data, files)
+        )
+        self.seed, self.num_iterations = config.data.mixture_seed, None
+        usual_rows, self.total_batch_tokens, self.rates = inherit(
+            self.base, self.model_config, config.lr_scale, config.total_batch_size
+        )
+        # Micro-batches count alike, however much of each is learned: more rows would be another
+        # loss.
+        usual_rows = saved_rows(self.saved.meta) if self.saved else usual_rows
+        self.fit_to_device(usual_rows=usual_rows, document_masking=config.document_masking)
+        self.pass_tokens = self._estimate_tokens()
+        self.meta = self.describe()
 
-    @property
-    def data_progress(self) -> float:
-        """Share of the passes that is done; 0 where only steps end the run."""
-        return self.used().progress / self.num_epochs if self.num_epochs else 0.0
+    def identity(self) -> dict[str, Any]:
+        config, passes = self.config, self.config.passes
+        # One pass is not named: the first runs knew no other.
+        return ({} if passes == 1 else {"num_epochs": passes}) | {
+            "base": self.describe_base(),
+            "tokenizer": self.tokenizer.fingerprint,
+            "mixture": describe_mixture(self.train),
+            "device_batch_size": self.rows,
+            "total_batch_size": self.total_batch_tokens,
+            "num_iterations": config.num_iterations,
+            "learning_rates": asdict(self.rates),
+            "warm_start": config.warm_start,
+            "document_masking": config.document_masking,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"validation": describe_mixture(self.validation)}
+
+    # What is trained, and on what
+
+    def build_model(self, start: Checkpoint | None) -> None:
+        super().build_model(start)
+        if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
+            self.load_moments()
+
+    def open_data(self, start: Checkpoint | None) -> None:
+        self.loader = Streams(
+            partial(self._open_loader, self.train, True),
+            saved_streams(start.state["loader"]) if start else self.ranks.world_size,
+            self.grad_accum_steps,
+            self.ranks,
+        )
+        self.evaluations = [Evaluation(self.measure_bits, self.config.eval_every)]
+
+    def _open_loader(
+        self, mixture: TaskMixture, repeat: bool, stream: int, count: int
+    ) -> ConversationLoader:
+        """Open one stream of a mixture."""
+        return ConversationLoader(
+            mixture,
+            self.tokenizer,
+            batch_size=self.rows,
+            sequence_length=self.sequence_length,
+            rank=stream,
+            world_size=count,
+            repeat=repeat,
+        )
 
     def used(self) -> Used:
         """Return what became of the conversations of all ranks, which ask at the same steps."""
         own = [each.used for each in self.loader.own]
-        return Used.of([part for parts in self.optimizer.ranks.gather(own) for part in parts])
-
-    def progress_at(self, step: int) -> float:
-        """Return how much of the run is done before `step`, from 0 to 1."""
-        by_steps = step / self.num_iterations if self.num_iterations else 0.0
-        return max(by_steps, self.data_progress)
-
-    def settings(self, step: int) -> StepSettings:
-        """Read the schedules at `step`; nothing decays."""
-        return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
-
-    def step_tokens(self) -> int:
-        return self.total_batch_tokens
+        return Used.of([part for parts in self.ranks.gather(own) for part in parts])
 
     def step_metrics(self) -> Mapping[str, float]:
         """Return what became of the conversations so far."""
@@ -173,162 +195,96 @@ class FinetuneRecipe(Recipe):
         }
 
     def hidden(self, inputs: Tensor) -> Tensor:
-        if not self.document_masking:
+        if not self.config.document_masking:
             return super().hidden(inputs)
         # Every conversation begins with BOS, and so does every token of padding.
         segments = (inputs == self.tokenizer.bos_id).cumsum(1)
-        return self.model.hidden(inputs, self._regions, segments=segments)
+        return self.model.hidden(inputs, self.regions, segments=segments)
 
-    def sample(self, step: int) -> Mapping[str, str]:
-        """Answer each question greedily, with the calculator."""
-        conversations: list[Conversation] = [{"messages": [user(q)]} for q in self.questions]
-        engine = Engine(self.model, len(conversations))
-        return answer_questions(engine, self.tokenizer, conversations, SAMPLE_TOKENS)
-
-
-class Finetuning(Stage):
-    """Train a base model on conversations."""
-
-    name, command, done = "sft", "sft", "fine-tuned"
-
-    def __init__(self, config: FinetuneConfig, home: Home, console: Console | None = None) -> None:
-        super().__init__(config, home, console)
-        self.config = config
-        self.base = base = find_base_model(home, "base", config.model_tag, config.model_step)
-        files = TaskFiles(home.cache_dir / "tasks", config.data.data_dir, notify=self.console.print)
-        self.train, self.validation = self.ranks.first_alone(
-            lambda: build_mixtures(config.data, files)
-        )
-        self.inherited = inherit(
-            base, self.runtime, config.lr_scale, config.device_batch_size, config.total_batch_size
-        )
-        self.backend, reason = self.choose_attention(
-            base.config, self.inherited.device_batch_size, config.document_masking
-        )
-        self.pass_tokens = self._estimate_tokens()
-        self.tag = config.output_tag or base.tag
-        self.run_name = config.run or f"{self.tag}-sft"
-        self.seed, self.num_iterations = config.data.mixture_seed, None
-        self.meta = self.describe(
-            base.meta["model_config"],
-            base.meta["tokenizer"],
-            self._identity(),
-            validation=describe_mixture(self.validation),
-            attention=f"{self.backend} ({reason})",
-            moments=describe_moments(base, config.warm_start),
-        )
-
-    def _identity(self) -> dict[str, object]:
-        config, inherited = self.config, self.inherited
-        # Runs from before there were passes have none in their identity: theirs was one.
-        passes = {} if config.passes == 1 else {"num_epochs": config.passes}
-        return passes | {
-            "base": self.base.describe(),
-            "tokenizer": self.base.tokenizer.fingerprint,
-            "mixture": describe_mixture(self.train),
-            "device_batch_size": inherited.device_batch_size,
-            "total_batch_size": inherited.total_batch_tokens,
-            "num_iterations": config.num_iterations,
-            "learning_rates": asdict(inherited.learning_rates),
-            "warm_start": config.warm_start,
-            "document_masking": config.document_masking,
-        }
+    # Its schedule
 
     def is_finished(self, start: Checkpoint) -> bool:
         return bool(start.meta.get("finished"))
 
-    def build_recipe(self, start: Checkpoint | None) -> FinetuneRecipe:
-        config, base, inherited, runtime = self.config, self.base, self.inherited, self.runtime
-        model = build_model(base, start, runtime, self.backend)
-        model.recomputes = config.activation_checkpointing
-        optimizer = build_optimizer(
-            model, inherited.learning_rates, runtime, config.compile, self.ranks
-        )
-        if start is None and config.warm_start:
-            load_moments(optimizer, base)
-        recipe = FinetuneRecipe(
-            runtime=runtime,
-            model=model,
-            optimizer=optimizer,
-            loader=Streams(
-                partial(self._open_loader, self.train, True),
-                saved_streams(start.state["loader"]) if start else self.ranks.world_size,
-                inherited.grad_accum_steps,
-                self.ranks,
-            ),
-            tokenizer=base.tokenizer,
-            grad_accum_steps=inherited.grad_accum_steps,
-            compile=config.compile,
-            num_iterations=config.num_iterations,
-            num_epochs=config.passes,
-            document_masking=config.document_masking,
-            total_batch_tokens=inherited.total_batch_tokens,
-            first_estimate=config.num_iterations or self.steps_per_pass * (config.passes or 1),
-            questions=config.sample_prompt or SAMPLE_QUESTIONS,
-        )
-        rows = inherited.device_batch_size * base.config.sequence_length
-        eval_steps = max(1, config.eval_tokens // rows)
-
-        def measure_bits(step: int) -> Mapping[str, float]:
-            with self._open_loader(self.validation, False, 0, 1) as loader:
-                return {"val/bpb": recipe.bits_per_byte(_iter_shown(loader, eval_steps, recipe))}
-
-        recipe.evaluations = [Evaluation(measure_bits, config.eval_every)]
-        return recipe
-
-    def _open_loader(
-        self, mixture: TaskMixture, repeat: bool, stream: int, count: int
-    ) -> ConversationLoader:
-        """Open one stream of a mixture."""
-        return ConversationLoader(
-            mixture,
-            self.base.tokenizer,
-            batch_size=self.inherited.device_batch_size,
-            sequence_length=self.base.config.sequence_length,
-            rank=stream,
-            world_size=count,
-            repeat=repeat,
-        )
+    @property
+    def data_progress(self) -> float:
+        """Share of the passes that is done; 0 where only steps end the run."""
+        return self.used().progress / self.config.passes if self.config.passes else 0.0
 
     @property
-    def steps_per_pass(self) -> int:
-        """About how many steps a pass takes."""
-        return max(1, math.ceil(self.pass_tokens / self.inherited.total_batch_tokens))
+    def first_estimate(self) -> int:
+        """About how many steps the run takes, until its own progress shows it."""
+        per_pass = max(1, math.ceil(self.pass_tokens / self.total_batch_tokens))
+        return self.config.num_iterations or per_pass * (self.config.passes or 1)
 
     def _estimate_tokens(self) -> float:
         """Return about how many tokens a pass has, from a few of its conversations."""
-        base, size = self.base, len(self.train)
+        size = len(self.train)
         indices = range(0, size, math.ceil(size / ESTIMATE_FROM))
-        rows = [render_whole(base.tokenizer, self.train, index)[0] for index in indices]
-        lengths = [min(len(row), base.config.sequence_length) for row in rows]
+        rows = [render_whole(self.tokenizer, self.train, index)[0] for index in indices]
+        lengths = [min(len(row), self.sequence_length) for row in rows]
         return sum(lengths) / len(lengths) * size
 
-    def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
-        assert isinstance(recipe, FinetuneRecipe)
-        inherited, estimate = self.inherited, recipe.first_estimate
-        about = "" if self.config.num_iterations else "about "
-        yield (
-            "base",
-            f"{self.base.tag}, step {self.base.step}; optimizer moments {self.meta['moments']}",
-        )
+    def total_steps(self, step: int) -> int:
+        """Return the run's length as far as it is known after `step` steps; `step` ends it."""
+        progress, most = self.data_progress, self.config.num_iterations
+        if progress >= 1 or step == most:
+            return step
+        estimate = math.ceil(step / progress) if step and progress else self.first_estimate
+        return max(estimate if most is None else min(estimate, most), step + 1)
+
+    def progress_at(self, step: int) -> float:
+        """Return how much of the run is done before `step`, from 0 to 1."""
+        most = self.config.num_iterations
+        return max(step / most if most else 0.0, self.data_progress)
+
+    def settings(self, step: int) -> StepSettings:
+        """Read the schedules at `step`; nothing decays."""
+        return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
+
+    # What is measured and shown on the way
+
+    def measure_bits(self, step: int) -> Mapping[str, float]:
+        """Measure bits per byte of the validation mixture, which is read at most once."""
+        count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
+        with self._open_loader(self.validation, False, 0, 1) as loader:
+            batches = self.iter_validation(loader, count, lambda batch: loader.used.progress)
+            return {"val/bpb": self.bits_per_byte(batches)}
+
+    def sample(self, step: int) -> Mapping[str, str]:
+        """Answer each question greedily, with the calculator."""
+        questions = self.config.sample_prompt or SAMPLE_QUESTIONS
+        conversations: list[Conversation] = [{"messages": [user(q)]} for q in questions]
+        engine = Engine(self.model, len(conversations))
+        return answer_questions(engine, self.tokenizer, conversations, SAMPLE_TOKENS)
+
+    # What is said about it
+
+    def announce(self) -> Iterator[tuple[str, str]]:
+        base, estimate = self.base, self.first_estimate
+        moments = "from zero"
+        if self.config.warm_start:
+            moments = f"from the base model's step {base.step}"
+            if "optimizer" not in base.hashes:
+                moments = "from zero: the base checkpoint has no optimizer state"
+        yield "base", f"{self.base_tag}, step {base.step}; optimizer moments {moments}"
         yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
         yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
         for label, kind in (("found", "found"), ("left out", "left_out")):
             notes = (note for task in self.train.tasks for note in getattr(task, kind))
             yield from ((label, note) for note in dict.fromkeys(notes))
+        about = "" if self.config.num_iterations else "about "
         yield (
             "training",
-            f"{about}{estimate:,} steps of "
-            f"{inherited.total_batch_tokens:,} tokens ({inherited.grad_accum_steps} x "
-            f"{inherited.device_batch_size} rows of {self.base.config.sequence_length})",
+            f"{about}{estimate:,} steps of {self.total_batch_tokens:,} tokens "
+            f"({self.grad_accum_steps} x {self.rows} rows of {self.sequence_length})",
         )
         if estimate < ENOUGH_STEPS:
             yield "warning", self._describe_short_run(estimate)
 
     def _describe_short_run(self, steps: int) -> str:
         """Say how a run of these conversations gets enough steps."""
-        inherited, length = self.inherited, self.base.config.sequence_length
-        batch, smallest = inherited.total_batch_tokens, inherited.device_batch_size * length
+        batch, smallest = self.total_batch_tokens, self.rows * self.sequence_length
         while self.pass_tokens < ENOUGH_STEPS * batch and batch % (2 * smallest) == 0:
             batch //= 2
         passes = max(1, math.ceil(ENOUGH_STEPS * batch / self.pass_tokens))
@@ -337,15 +293,14 @@ class Finetuning(Stage):
             f"--total-batch-size {batch} would be about {ENOUGH_STEPS}"
         )
 
-    def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
+    def closing_lines(self, finished: bool) -> list[str]:
         """Say what became of the conversations."""
-        assert isinstance(recipe, FinetuneRecipe)
-        used = recipe.used()
+        used = self.used()
         counts, more = used.counts, used.consumed - used.share
         if not counts.targets:
             return []
         part = f"{100 * used.progress:.1f} % of the mixture"
-        if more >= 0 and recipe.num_epochs != 1:
+        if more >= 0 and self.config.passes != 1:
             part = f"{used.progress:.1f} passes over the mixture"
         elif more >= 0:
             repeated = f", and {more:,} again to fill the last step" if more else ""
@@ -364,16 +319,7 @@ def finetune(config: FinetuneConfig, home: Home, console: Console | None = None)
         UsageError: the settings contradict each other, the base model, or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
-    return Finetuning(config, home, console).run()
-
-
-def _iter_shown(loader: ConversationLoader, count: int, recipe: Recipe) -> Iterator[Batch]:
-    """Yield this rank's of `count` batches, or of as many as hold the mixture once."""
-    ranks = recipe.optimizer.ranks
-    for done, batch in zip(range(1, count + 1), loader, strict=False):
-        if done % ranks.world_size == ranks.rank:
-            yield batch
-        recipe.show_progress("evaluating", max(done / count, loader.used.progress))
+    return run_stage(Finetuning, config, home, console)
 
 
 def _names(mixture: TaskMixture) -> str:

@@ -1,56 +1,39 @@
-"""What every training command does around the loop: start or resume, announce, train, conclude.
+"""What a training command decides before it trains, and how the three differ.
 
-A stage's own file (`pretrain.py`, `sft.py`, `rl.py`) derives `Stage` and says what is trained on
-what; `Stage.run` is the skeleton that all three share.
+A stage's own file (`pretrain.py`, `sft.py`, `rl.py`) derives `Stage`. Creating one decides
+everything about the run; `build` then makes the model, its optimizer and its data. `run.py` trains
+it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from rich.console import Console
 
-import archerchat
-from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
-from archerchat.config import (
-    AttentionName,
-    DeviceConfig,
-    PositiveInt,
-    as_json,
-    compare_configs,
-)
-from archerchat.console import ProgressLine, build_console, bytes_text
+from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
+from archerchat.config import AttentionName, DeviceConfig, PositiveInt, as_json
+from archerchat.console import build_console
+from archerchat.dial import grad_accum_steps
 from archerchat.distributed import joined_ranks
-from archerchat.errors import UsageError
-from archerchat.files import exclusive, hash_ends, remove_directory, write_json
 from archerchat.home import Home
-from archerchat.model.attention import Backend
 from archerchat.model.config import ModelConfig
-from archerchat.planning.peak_flops import PeakFlops, peak_flops
 from archerchat.runtime import (
     build_runtime,
     describe_hardware,
     dtype_name,
-    explained_memory,
     prepare_process,
 )
-from archerchat.training.fitting import choose_attention
-from archerchat.training.loop import OVERFITTING, Loop
-from archerchat.training.recipe import Metric, Recipe
-from archerchat.training.resume import CheckpointWriter, changed_circumstances, find_start
-from archerchat.training.telemetry import TelemetryConfig, open_run
-from archerchat.training.throughput import Outcome
-
-SUMMARY = "summary.json"
-"""File in the run's directory that is there once the run is finished."""
+from archerchat.training.fitting import choose_attention, choose_rows, probe_rows
+from archerchat.training.recipe import Recipe
+from archerchat.training.telemetry import TelemetryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +44,9 @@ class StageConfig(DeviceConfig):
     """Attention backend. Defaults to the fastest that works on this machine."""
     compile: bool = True
     """Compile the model and the optimizer; plain code runs where there is no compiler."""
+    device_batch_size: PositiveInt | Literal["auto"] | None = "auto"
+    """Rows per micro-batch; gradient accumulation keeps the total batch the same. `auto` takes as
+    many as fit into memory; sft takes the base model's where they fit."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward pass: much less memory, but more time."""
     run: str | None = None
@@ -79,13 +65,16 @@ class StageConfig(DeviceConfig):
     """Step of the checkpoint to resume from. Defaults to the latest, if there is one."""
     resume: str | None = None
     """Name of a model whose run to resume with its saved settings; flags beside it replace them.
-    `auto` means what happens anyway: the same command goes on with its own run."""
+    `auto` resumes this command's own run, as it does without the flag."""
     overwrite: bool = False
     """Start over: the model's checkpoints of this stage are deleted."""
 
 
-class Stage(ABC):
+class Stage(Recipe):
     """One training command. A subclass sets the attributes below when it is built.
+
+    Args:
+        most_rows: bound on the rows per micro-batch, if they are chosen here.
 
     Raises:
         UsageError: the device is not here.
@@ -95,41 +84,60 @@ class Stage(ABC):
     """Directory of its checkpoints: base, sft or rl."""
     command: ClassVar[str]
     done: ClassVar[str]
-    """How its models are called: trained, fine-tuned, reinforced."""
-    metric: ClassVar[Metric] = Recipe.metric
+    """What the command has done to a finished model: trained, fine-tuned, reinforced."""
     evaluates_first: ClassVar[bool] = True
     """Whether the model that training starts from is evaluated."""
 
     tag: str
-    run_name: str
     seed: int
     """Seed of torch's generators at the start."""
     num_iterations: int | None
     """Steps of the run; None where the data decides."""
+    model_config: ModelConfig
+    total_batch_tokens: int
+    sequence_length: int
     extend: bool = False
     files: Sequence[Path] = ()
     """Files that hold the data: every rank needs the same."""
     meta: dict[str, Any]
-    """What every checkpoint and journal says of the run; `identity` in it decides the weights."""
+    """What `describe` returned."""
 
-    def __init__(self, config: StageConfig, home: Home, console: Console | None = None) -> None:
-        self.settings, self.home = config, home
-        self.runtime = runtime = build_runtime(config.device, config.dtype)
-        self.console = console or build_console(quiet=not runtime.is_master)
-        prepare_process(runtime)
-        self._joined = ExitStack()
-        self.ranks = self._joined.enter_context(joined_ranks(runtime, runtime.device))
+    def __init__(
+        self,
+        config: StageConfig,
+        home: Home,
+        console: Console | None = None,
+        most_rows: int | None = None,
+    ) -> None:
+        self.config, self.home, self.most_rows = config, home, most_rows
+        self.runtime, self.compile = build_runtime(config.device, config.dtype), config.compile
+        self.console = console or build_console(quiet=not self.runtime.is_master)
+        prepare_process(self.runtime)
+        self.joined = ExitStack()
+        self.ranks = self.joined.enter_context(joined_ranks(self.runtime, self.runtime.device))
 
     @abstractmethod
-    def build_recipe(self, start: Checkpoint | None) -> Recipe:
-        """Build the model, its optimizer and its loaders.
+    def identity(self) -> dict[str, Any]:
+        """Return everything that decides the weights, as JSON."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return the model's configuration, its tokenizer and what else `describe` adds."""
+
+    @abstractmethod
+    def build_model(self, start: Checkpoint | None) -> None:
+        """Build the model and its optimizer.
 
         Args:
-            start: the checkpoint whose state the recipe will be given; None for a new run.
+            start: the checkpoint whose state will be loaded; None for a new run.
         """
 
     @abstractmethod
-    def announce(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    def open_data(self, start: Checkpoint | None) -> None:
+        """Open the loader and set up the evaluations."""
+
+    @abstractmethod
+    def announce(self) -> Iterator[tuple[str, str]]:
         """Yield a label and a sentence for each choice that was made for the user."""
 
     def is_finished(self, start: Checkpoint) -> bool:
@@ -140,28 +148,13 @@ class Stage(ABC):
         """Do what else a resumed run needs, on the first rank; return lines to print."""
         return []
 
-    def closing_lines(self, recipe: Recipe, finished: bool) -> list[str]:
+    def closing_lines(self, finished: bool) -> list[str]:
         """Return what else to print at a run's end."""
         return []
 
-    def choose_attention(
-        self, model: ModelConfig, rows: int, document_masking: bool = False
-    ) -> tuple[Backend, str]:
-        """Pick the attention backend as the flags and this device have it."""
-        return choose_attention(
-            self.runtime,
-            self.ranks,
-            self.home.cache_dir,
-            model,
-            rows,
-            forced=self.settings.attention,
-            compile=self.settings.compile,
-            document_masking=document_masking,
-        )
-
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         """Say what a finished run's summary holds of the stage's metric."""
-        key = _summary_key(self.metric)
+        key = self.metric.name.replace("/", "_")
         if figures[key] is None:
             return "it was not evaluated"
         return f"{self.metric.name} {figures[f'{key}_first']:.4f} -> {figures[key]:.4f}"
@@ -171,220 +164,97 @@ class Stage(ABC):
         """Directory of the model's checkpoints."""
         return self.home.checkpoint_dir(self.name, self.tag)
 
-    def describe(
-        self,
-        model_config: Mapping[str, Any],
-        tokenizer: Mapping[str, Any],
-        identity: Mapping[str, Any],
-        **facts: Any,
-    ) -> dict[str, Any]:
-        """Return the run's `meta`, with what all stages say in it."""
+    @property
+    def run_name(self) -> str:
+        """Name of the run in the metrics."""
+        return self.config.run or (self.tag if self.name == "base" else f"{self.tag}-{self.name}")
+
+    @property
+    def summary(self) -> Path:
+        """File with the run's figures, which is there once the run is finished."""
+        return self.home.run_dir(self.run_name) / "summary.json"
+
+    def describe(self) -> dict[str, Any]:
+        """Return what every checkpoint and journal says of the run; `identity` decides who may
+        resume it."""
         return {
             "stage": self.name,
             "source": f"archerchat {self.command}",
-            "model_config": dict(model_config),
-            "tokenizer": dict(tokenizer),
-            "identity": {"dtype": dtype_name(self.runtime.compute_dtype), **identity},
-            "config": as_json(self.settings),
-            "compile": self.settings.compile,
+            "identity": {"dtype": dtype_name(self.runtime.compute_dtype), **self.identity()},
+            "config": as_json(self.config),
+            "compile": self.config.compile,
             "hardware": describe_hardware(self.runtime),
-            **facts,
+            "attention": f"{self.backend} ({self.backend_reason})",
+            **self.facts(),
         }
 
-    def run(self) -> Outcome:
-        """Train until the last step, or until a signal stops it; do nothing if it is done already.
-
-        Raises:
-            UsageError: the settings contradict the run that is there.
-            DataError, CheckpointError: something on disk is missing or broken.
-        """
-        self._refuse_contradictions()
-        summary = self.home.run_dir(self.run_name) / SUMMARY
-        alone = exclusive(self.directory) if self.ranks.is_master else nullcontext()
-        with self._joined, alone:
-            start = self._find_start()
-            if start is not None and (result := self._find_result(start, summary)) is not None:
-                self.console.print(
-                    f"model {self.tag!r} is already {self.done}: step {start.step} is in "
-                    f"{self.directory}; {result}"
-                )
-                return Outcome(finished=True)
-            with explained_memory():
-                recipe = self.build_recipe(start)
-            with closing(recipe.loader):
-                loop, outcome = self._train(recipe, start, summary)
-            # Still among the ranks: some figures are sums over all of them.
-            if outcome.finished:
-                figures = summarize(outcome, loop, self.metric) | dict(recipe.final_metrics())
-                if self.ranks.is_master:
-                    write_json(summary, figures)
-            self._report_end(outcome, loop)
-            for line in self.closing_lines(recipe, outcome.finished):
-                self.console.print(line)
-        return outcome
-
-    def _refuse_contradictions(self) -> None:
-        settings = self.settings
-        resumes = settings.resume or self.extend or settings.resume_from_step is not None
-        if settings.overwrite and resumes:
-            raise UsageError(
-                "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
-                "and --extend"
-            )
-
-    def _find_start(self) -> Checkpoint | None:
-        """Return the checkpoint to resume from, the same on all ranks."""
-        start, settings = None, self.settings
-        if not settings.overwrite:
-            start = find_start(self.directory, self.meta, settings.resume_from_step, self.extend)
-        self._require_same_run(start)
-        return start
-
-    def _require_same_run(self, start: Checkpoint | None) -> None:
-        """Compare what the ranks are about to do.
-
-        Raises:
-            UsageError: on all ranks, where one differs.
-        """
-        if self.ranks.world_size == 1:
-            return
-        names, code = ("identity", "validation", "compile"), Path(archerchat.__file__).parent
-        own = {name: self.meta[name] for name in names} | {
-            "archerchat": f"{archerchat.__version__} {hash_ends(*sorted(code.rglob('*.py')))}",
-            "data": {path.name: hash_ends(path) for path in self.files},
-            "step": start.step if start else 0,
-        }
-        runs = self.ranks.gather(own)
-        for rank, run in enumerate(runs):
-            if differences := compare_configs(runs[0], run):
-                raise UsageError(
-                    f"rank {rank} would train another run than rank 0 (there saved, here now): "
-                    f"{'; '.join(differences)}. Start all ranks with the same command, code and "
-                    "data"
-                )
-
-    def _train(
-        self, recipe: Recipe, start: Checkpoint | None, summary: Path
-    ) -> tuple[Loop, Outcome]:
-        """Say what will be trained, restore what was saved, and run the loop."""
-        settings, peak = self.settings, peak_flops(self.runtime, self.home.cache_dir)
-        for label, text in (*self.announce(recipe), *self._announce_device(peak)):
-            self.console.print(f"{label:<10} {text}")
-        loop = Loop(recipe, peak, settings.save_every, settings.sample_every, self.evaluates_first)
-        torch.manual_seed(self.seed)
-        resumed_from = None if start is None else start.path
-        if start is not None:
-            loop.load_state_dict(start.state)
-            start.state.clear()  # copied: it would take its memory until the run ends
-            self._announce_resume(start)
-        if self.ranks.is_master:
-            for line in self.prepare_resume(start) if start else ():
-                self.console.print(line)
-            if settings.overwrite:
-                for step in list_checkpoints(self.directory):
-                    remove_directory(find_checkpoint(self.directory, step))
-            summary.unlink(missing_ok=True)
-        return loop, self._run_loop(loop, resumed_from)
-
-    def _run_loop(self, loop: Loop, resumed_from: Path | None) -> Outcome:
-        """Run the loop and record what it does."""
-        settings, step = self.settings, loop.state.step
-        self.runtime.reset_peak_memory()
-        with (
-            open_run(
-                self.home,
-                self.run_name,
-                self.meta,
-                settings.telemetry,
-                group=self.command,
-                resumed_from=resumed_from,
-                rank=self.ranks.rank,
-            ) as metrics,
-            ProgressLine(self.console, loop.recipe.total_steps(step), step) as progress,
-        ):
-            tokenizer = self.home.tokenizer_dir(self.meta["tokenizer"]["name"])
-            if problem := metrics.push_tokenizer(tokenizer):
-                progress.note(f"the tokenizer is not pushed: {problem}")
-            checkpoints = CheckpointWriter(self.directory, self.meta, settings.keep_last)
-            return loop.run(checkpoints, metrics, progress)
-
-    def _announce_device(self, peak: PeakFlops) -> Iterator[tuple[str, str]]:
-        runtime = self.runtime
-        dtype = dtype_name(runtime.compute_dtype)
-        yield "device", f"{runtime.device_name}, {dtype} ({runtime.dtype_reason})"
-        yield "peak", f"{peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})"
-        yield "attention", self.meta["attention"]
-
-    def _announce_resume(self, start: Checkpoint) -> None:
-        self.console.print(f"resuming from {start.path}")
-        if changed := changed_circumstances(start.meta, self.meta):
-            self.console.print(
-                "note: results will match closely but not bit for bit after this point: "
-                + "; ".join(changed)
-            )
-
-    def _find_result(self, start: Checkpoint, summary: Path) -> str | None:
-        """Return a finished run's result; None where there is something left to do.
-
-        The summary is written last: without it the final evaluation is missing.
-        """
-        if not self.is_finished(start):
+    @cached_property
+    def saved(self) -> Checkpoint | None:
+        """The checkpoint that the run would resume from, without its state; None for a new run."""
+        if self.config.overwrite or not list_checkpoints(self.directory):
             return None
-        try:
-            figures = json.loads(summary.read_text())
-            return self.describe_result(figures) if figures["steps"] == start.step else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        path = find_checkpoint(self.directory, self.config.resume_from_step)
+        return load_checkpoint(path, sections=())
 
-    def _report_end(self, outcome: Outcome, loop: Loop) -> None:
-        """Print how the run ended."""
-        console, state = self.console, loop.state
-        if not outcome.finished:
-            where = f"the checkpoint is in {self.directory}" if state.step else "nothing is saved"
-            given = {
-                "--resume-from-step": self.settings.resume_from_step is not None,
-                "--overwrite": self.settings.overwrite,
-            }
-            again = "".join(f"without {flag} " for flag, is_given in given.items() if is_given)
-            console.print(
-                f"stopped at step {state.step} of {loop.recipe.total_steps(state.step)}; {where}. "
-                f"Run the same command {again}to resume"
+    def step_tokens(self) -> int:
+        return self.total_batch_tokens
+
+    def count_micro_batches(self, rows: int) -> int:
+        """Return how many micro-batches of so many rows make a step of one rank."""
+        tokens, length = self.total_batch_tokens, self.sequence_length
+        return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
+
+    def fit_to_device(
+        self,
+        *,
+        usual_rows: int | None = None,
+        reserved_bytes: int = 0,
+        state_dtype: torch.dtype = torch.float32,
+        document_masking: bool = False,
+    ) -> None:
+        """Choose the rows per micro-batch, whether layers are computed again, and attention.
+
+        Args:
+            usual_rows: taken where they fit; None takes as many as fit.
+            reserved_bytes: what else will be in the device's memory.
+            state_dtype: of the optimizer's moments.
+        """
+        config, runtime = self.config, self.runtime
+        given, self.recomputes = config.device_batch_size, config.activation_checkpointing
+        self.chooses_rows, self.probes = not isinstance(given, int), False
+        if isinstance(given, int):
+            self.rows = given
+        else:
+            self.rows, self.recomputes, keeps = choose_rows(
+                runtime,
+                self.ranks,
+                self.model_config,
+                self.count_micro_batches(1),
+                self.saved,
+                usual_rows,
+                self.most_rows,
+                recomputes=self.recomputes,
+                state_dtype=state_dtype,
+                reserved_bytes=reserved_bytes,
             )
-            return
-        if math.isfinite(outcome.tokens_per_second):
-            console.print(
-                f"trained on {state.tokens:,} tokens in {state.training_seconds / 60:.1f} min: "
-                f"{outcome.tokens_per_second:,.0f} tok/s, mfu {100 * outcome.mfu:.1f} %, "
-                f"{100 * outcome.data_wait_share:.1f} % of the time waiting for data, peak memory "
-                f"{bytes_text(self.runtime.peak_memory_bytes())}"
-            )
-        if math.isfinite(state.last_val):
-            console.print(
-                f"{self.metric.label}: {state.first_val:.4f} -> {state.last_val:.4f} "
-                f"(best {self.metric.score(state.best_val):.4f})"
-            )
-        if state.overfitting:
-            console.print(f"warning: {OVERFITTING.format(self.metric.label)}")
+            self.probes = runtime.device.type == "cuda" and not keeps
+        self.grad_accum_steps = self.count_micro_batches(self.rows)
+        self.backend, self.backend_reason = choose_attention(
+            runtime,
+            self.ranks,
+            self.home.cache_dir,
+            self.model_config,
+            self.rows,
+            forced=config.attention,
+            compile=config.compile,
+            document_masking=document_masking,
+        )
 
-
-def summarize(outcome: Outcome, loop: Loop, metric: Metric) -> dict[str, Any]:
-    """Return the figures of a finished run, for its `summary.json`."""
-    state, key = loop.state, _summary_key(metric)
-    figures = {
-        "steps": state.step,
-        "tokens": state.tokens,
-        f"{key}_first": state.first_val,
-        key: state.last_val,
-        f"{key}_best": metric.score(state.best_val),
-        "overfitting": state.overfitting,
-        "training_seconds": state.training_seconds,
-        "tokens_per_second": outcome.tokens_per_second,
-        "mfu": outcome.mfu,
-        "peak_flops_per_second": loop.peak.flops_per_second,
-        "peak_memory_bytes": loop.runtime.peak_memory_bytes(),
-    }
-    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
-
-
-def _summary_key(metric: Metric) -> str:
-    return metric.name.replace("/", "_")
+    def build(self, start: Checkpoint | None) -> None:
+        """Build what is trained; rows that were chosen are halved until a step fits."""
+        self.build_model(start)
+        if self.probes:
+            self.rows = probe_rows(self, self.rows, self.home.cache_dir, self.console.print)
+            self.grad_accum_steps = self.count_micro_batches(self.rows)
+        self.open_data(start)
+        self.meta = self.describe()

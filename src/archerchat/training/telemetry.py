@@ -1,9 +1,8 @@
-"""The metrics and checkpoints of a run, as Endlex keeps them: their names, and the way to it.
+"""Record a run's metrics, samples and checkpoints with Endlex.
 
-Rank 0 writes one journal per session into the run's directory (`Home.run_dir`, in `journal/`); on
-other ranks every call does nothing. A resumed run adds a session. Without a server (`ENDLEX_URL`)
-that is all: no process, no network. With a server, a process of its own sends the journal and the
-checkpoints. Names are grouped by prefix:
+Rank 0 writes one journal per session into the run's directory (`Home.run_dir`); on other ranks
+every call does nothing. Without a server (`ENDLEX_URL`) that is all: no process, no network. With
+one, a process of its own sends the journal and the checkpoints. Metrics are grouped by prefix:
 
     train/loss  train/last_micro_batch_loss  train/smooth_loss  train/lr_multiplier
     train/matrix_lr  train/muon_momentum  train/muon_weight_decay  train/tokens_per_second
@@ -12,9 +11,6 @@ checkpoints. Names are grouped by prefix:
     data/epochs (passes over the text)  data/text_share (of it in rows, repeats counted once)
     val/bpb  eval/seconds, and what else a stage evaluates
     core/score  core/low  core/high (its 95 % interval)  core/task/<label> (centred)  core/seconds
-
-A text is a sample, under the name of its prompt. A session's config is the resolved one, with the
-machine and the command line; its group is the command.
 """
 
 from __future__ import annotations
@@ -76,16 +72,9 @@ class MetricsLog:
     def push_checkpoint(
         self, path: Path, step: int, occasion: Occasion, metadata: Mapping[str, float]
     ) -> str | None:
-        """Hand a saved checkpoint to Endlex if this is one that is wanted; it may go then.
+        """Hand a saved checkpoint to Endlex if it is wanted; return why it could not be, or None.
 
-        Files are linked, not read: it takes a few system calls a file.
-
-        Args:
-            path: the checkpoint's directory, under its final name.
-            metadata: kept with it.
-
-        Returns:
-            Why it could not be, or None; training goes on in any case.
+        Its files are linked, not read, so it may be deleted then.
         """
         wanted = "last" if self.push_checkpoints == "all" else self.push_checkpoints
         if self.run is None or wanted != occasion:
@@ -100,11 +89,7 @@ class MetricsLog:
         )
 
     def push_tokenizer(self, directory: Path) -> str | None:
-        """Hand the tokenizer to Endlex, once a run, where checkpoints are pushed at all.
-
-        Returns:
-            Why it could not be, or None.
-        """
+        """Hand the tokenizer to Endlex once per run, if checkpoints are pushed; return as above."""
         if self.run is None or self.push_checkpoints == "none" or self.run.has_saved(TOKENIZER):
             return None
         with contextlib.suppress(endlex.EndlexError):  # a run.json of something else
@@ -144,17 +129,17 @@ def open_run(
     resumed_from: Path | None = None,
     rank: int = 0,
 ) -> MetricsLog:
-    """Start a journal of run `tag`, or go on with the run in another one.
+    """Start a session of run `tag`, with a journal of its own.
 
     Args:
         config: the resolved one, kept with the session.
-        group: the recipe.
+        group: the command.
         resumed_from: the checkpoint's directory. If `endlex pull` brought it here, and the run is
-            not on this machine yet, the session joins the run that the checkpoint is of.
+            not on this machine yet, the session joins the checkpoint's run.
         rank: only 0 records.
 
     Raises:
-        UsageError: the run's directory is another run's, or does not say whose it is.
+        UsageError: the directory belongs to another run, or does not say to which.
     """
     if rank:
         return MetricsLog(None)
@@ -179,7 +164,7 @@ def open_run(
 
 
 def _run_to_join(directory: Path, tag: str, resumed_from: Path | None) -> str | None:
-    """Return the id of the run that a pulled checkpoint is of; None where a run is here already."""
+    """Return the id of a pulled checkpoint's run; None where the run is here already."""
     if resumed_from is None or endlex.given_run_id() or endlex.read_run_file(directory):
         return None
     owner = endlex.read_run_file(resumed_from)

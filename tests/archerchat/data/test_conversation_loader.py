@@ -269,11 +269,11 @@ def test_every_moment_of_a_pass_can_be_resumed_from() -> None:
 
 
 def test_other_conversations_are_refused() -> None:
-    with open_loader(talks(43)) as saved, open_loader(talks(44), batch_size=4) as other:
+    with open_loader(talks(43)) as saved, open_loader(talks(44)) as other:
         next(saved)
         with pytest.raises(
             CheckpointError,
-            match=r"batch_size: 2 saved, 4 now; mixture.tasks.0.examples: 43 saved, 44 now\. "
+            match=r"mixture.tasks.0.examples: 43 saved, 44 now\. "
             "Restore the old settings or data",
         ):
             other.load_state_dict(saved.state_dict())

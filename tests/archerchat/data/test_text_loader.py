@@ -125,7 +125,6 @@ def test_a_loader_can_go_back_and_go_on_after_close(
     ("change", "message"),
     [
         ({"sequence_length": 21}, "sequence_length: 20 saved, 21 now"),
-        ({"batch_size": 4}, "batch_size: 3 saved, 4 now"),
         ({"packing": "concat"}, "packing: 'best-fit' saved, 'concat' now"),
         ({"world_size": 2}, "world_size: 1 saved, 2 now"),
         ({"buffer_size": 11}, "buffer_size: 10 saved, 11 now"),

@@ -26,10 +26,10 @@ from archerchat.home import Home
 from archerchat.optim.optimizer import AdamGroup, Optimizer
 from archerchat.planning.peak_flops import PeakFlops
 from archerchat.runtime import Runtime
-from archerchat.training.loop import SAVE_SECONDS, Loop, LoopState
+from archerchat.training.loop import SAVE_SECONDS, Loop
+from archerchat.training.outcome import LoopState, Outcome
 from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.telemetry import MetricsLog, Occasion, open_run
-from archerchat.training.throughput import Outcome
 
 
 @dataclass(frozen=True)

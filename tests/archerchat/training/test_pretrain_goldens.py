@@ -74,7 +74,8 @@ def run_loop(
     prepare: Callable[[Recipe], Saves] = lambda recipe: Saves(),
 ) -> Recorder:
     """Train as `pretrain` does, but into memory."""
-    recipe = Pretraining(config, home, tokenizer=tokenizer).build_recipe(None)
+    recipe = Pretraining(config, home, tokenizer=tokenizer)
+    recipe.build(None)
     saves: Any = prepare(recipe)
     recipe.sample = lambda step: {}  # type: ignore[method-assign]
     recorder = Recorder(None)
@@ -200,9 +201,10 @@ def test_an_imported_run_continues_as_the_reference_did(oracle_dir: Path, tmp_pa
     meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
     save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
     stage, recorder = Pretraining(config, home, tokenizer=tokenizer), Recorder(None)
-    start = find_start(stage.directory, stage.meta, None, extend=True)
+    start = find_start(stage.saved, stage.meta, extend=True)
     assert start is not None
-    recipe = stage.build_recipe(start)
+    stage.build(start)
+    recipe: Recipe = stage
     loop = Loop(recipe, PeakFlops(1e11, "table"))
     loop.load_state_dict(start.state)
     progress: Any = ProgressLine(Console(file=io.StringIO()), 30)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from archerchat.errors import CheckpointError
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Completion
@@ -173,33 +172,6 @@ def test_batches_are_those_of_an_uninterrupted_loader(
         assert np.array_equal(found.targets, expected.targets)
         assert np.array_equal(found.advantages, expected.advantages)
         assert found.scale == expected.scale
-
-
-def test_rollouts_of_something_else_are_refused_with_the_difference(
-    loader: RolloutLoader,
-) -> None:
-    state = loader.state_dict()
-    task = ArithmeticTask("train", 9)
-    other = RolloutLoader(loader.engine, loader.tokenizer, task, SETTINGS)
-    with pytest.raises(CheckpointError, match="rollouts differ: task"):
-        other.load_state_dict(state)
-    changed = replace(SETTINGS, sampling=replace(SAMPLING, top_p=0.9))
-    other = RolloutLoader(loader.engine, loader.tokenizer, loader.task, changed)
-    with pytest.raises(CheckpointError, match=r"settings.top_p: absent saved, 0.9 now"):
-        other.load_state_dict(state)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        other.load_state_dict({})
-
-
-def test_states_of_earlier_versions_are_read(loader: RolloutLoader) -> None:
-    settings = {
-        **{"questions_per_step": 3, "num_samples": 4, "max_new_tokens": 24, "temperature": 1.0},
-        **{"top_k": 50, "device_batch_size": 5, "seed": 1},
-    }
-    identity = {"task": loader.task.describe(), "settings": settings}
-    loader.load_state_dict({"identity": identity, "steps": torch.tensor([7])})
-    assert loader.state_dict()["steps"].tolist() == [7]
-    assert loader.state_dict()["identity"] == identity
 
 
 def test_metrics_of_a_step(loader: RolloutLoader) -> None:

@@ -20,7 +20,9 @@ from archerchat.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    save_checkpoint,
 )
+from archerchat.optim.optimizer import AdamGroup
 from archerchat.tasks.registry import MixtureConfig
 from archerchat.training.recipe import Recipe
 from archerchat.training.sft import FinetuneConfig, Finetuning
@@ -183,13 +185,14 @@ def test_a_fine_tuned_model_is_sampled_by_its_source(
 
 
 def build(home: Any, **changes: Any) -> Any:
-    """Return the recipe of a run."""
+    """Return a run's stage with its model."""
     config = FinetuneConfig(
         data=MixtureConfig(mixture="Arithmetic:60"),
         device="cpu", dtype="float32", compile=False, **changes,
     )  # fmt: skip
     stage = Finetuning(config, home)
-    return stage.build_recipe(None)
+    stage.build(None)
+    return stage
 
 
 def test_moments_go_on_and_rates_are_fresh(trained_home: Any) -> None:
@@ -205,6 +208,21 @@ def test_moments_go_on_and_rates_are_fresh(trained_home: Any) -> None:
     assert rates["unembedding.weight"] == pytest.approx(0.8 * base_rates["unembedding"])
     for name, tensor in saved.state["model"].items():
         assert torch.equal(warm.model.state_dict()[name], tensor)
+
+
+def test_nothing_decays_and_moments_that_are_missing_start_from_zero(
+    trained_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = trained_home.checkpoint_dir("base", "tiny")
+    saved = load_checkpoint(find_checkpoint(directory), sections=("model",))
+    save_checkpoint(directory, 4, saved.state, saved.meta)
+    stage = build(trained_home)
+    adam = [group for group in stage.optimizer.groups if isinstance(group, AdamGroup)]
+    assert len(adam) == 6
+    assert all(group.weight_decay == 0 for group in adam)
+    assert stage.optimizer.steps_taken == 0
+    moments = "optimizer moments from zero: the base checkpoint has no optimizer state"
+    assert moments in dict(stage.announce())["base"]
 
 
 def test_masked_conversations_of_a_row_do_not_touch_each_other(trained_home: Any) -> None:

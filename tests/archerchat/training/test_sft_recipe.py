@@ -10,32 +10,23 @@ from typing import Any, cast
 import pytest
 import torch
 
+from archerchat.checkpoint import Checkpoint
 from archerchat.data.conversation_loader import Counts, Used
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
-from archerchat.model.transformer import Transformer
-from archerchat.optim.optimizer import AdamGroup
 from archerchat.runtime import Runtime
-from archerchat.tokenizer.bpe import Tokenizer
-from archerchat.training.base_model import (
-    BaseModel,
-    build_optimizer,
-    describe_moments,
-    inherit,
-    load_moments,
-)
+from archerchat.training.base_model import inherit
 from archerchat.training.fitting import choose_attention
-from archerchat.training.sft import FinetuneRecipe, lr_multiplier, muon_momentum
+from archerchat.training.sft import Finetuning, lr_multiplier, muon_momentum
 
 CPU = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
 DIAL = DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=512)
 HP = build_hyperparameters(DIAL, 360)
 
 
-def base_model(meta: dict[str, Any]) -> BaseModel:
-    path = Path("base/step_000004")
-    return BaseModel(path, 4, meta, HP.model, cast(Tokenizer, None), "hash")
+def base_model(meta: dict[str, Any]) -> Checkpoint:
+    return Checkpoint(4, Path("base/step_000004"), {}, meta, {})
 
 
 TRAINED = base_model(
@@ -62,15 +53,13 @@ def test_the_momentum_rises_over_300_steps(step: int, expected: float) -> None:
     assert muon_momentum(step) == pytest.approx(expected)
 
 
-def recipe(
-    progress: float, num_iterations: int | None, num_epochs: int | None = 1
-) -> FinetuneRecipe:
-    """A recipe of nothing but a position in its data."""
-    made = object.__new__(FinetuneRecipe)
+def recipe(progress: float, num_iterations: int | None, num_epochs: int | None = 1) -> Finetuning:
+    """A stage of nothing but a position in its data, whose pass takes about 70 steps."""
+    made = object.__new__(Finetuning)
     stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), 1000, progress))
     made.loader = cast(Any, SimpleNamespace(own=[stream]))
-    made.optimizer = cast(Any, SimpleNamespace(ranks=Ranks()))
-    made.num_iterations, made.num_epochs, made.first_estimate = num_iterations, num_epochs, 70
+    made.ranks, made.pass_tokens, made.total_batch_tokens = Ranks(), 70.0, 1
+    made.config = cast(Any, SimpleNamespace(num_iterations=num_iterations, passes=num_epochs))
     return made
 
 
@@ -128,47 +117,25 @@ def test_progress_is_that_of_data_or_steps_whichever_ends_first(
 
 
 def test_batch_and_rates_are_the_base_model_s() -> None:
-    inherited = inherit(TRAINED, CPU, 0.8, None, None)
-    assert (inherited.device_batch_size, inherited.total_batch_tokens) == (4, 512)
-    assert inherited.grad_accum_steps == 2
+    rows, tokens, found = inherit(TRAINED, HP.model, 0.8)
+    assert (rows, tokens) == (4, 512)
     rates = asdict(HP.learning_rates)
-    assert asdict(inherited.learning_rates) == {n: pytest.approx(r * 0.8) for n, r in rates.items()}
+    assert asdict(found) == {n: pytest.approx(r * 0.8) for n, r in rates.items()}
 
 
 def test_another_batch_scales_the_rates_as_the_dial_does() -> None:
-    inherited = inherit(TRAINED, CPU, 1.0, 2, 2048)
-    assert inherited.grad_accum_steps == 16
+    _, _, found = inherit(TRAINED, HP.model, 1.0, 2048)
     bigger = build_hyperparameters(
         DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4, total_batch_size=2048), 360
     )
-    rates = asdict(bigger.learning_rates)
-    assert asdict(inherited.learning_rates) == {n: pytest.approx(r) for n, r in rates.items()}
+    assert asdict(found) == {n: pytest.approx(r) for n, r in asdict(bigger.learning_rates).items()}
 
 
 def test_an_imported_model_gets_the_dial_s_rates() -> None:
-    inherited = inherit(base_model({}), CPU, 1.0, None, 512)
-    rates = asdict(HP.learning_rates)
-    assert asdict(inherited.learning_rates) == {n: pytest.approx(r) for n, r in rates.items()}
-    assert inherited.device_batch_size * inherited.grad_accum_steps * 64 == 512
-
-
-def test_a_batch_that_is_no_multiple_is_refused() -> None:
-    with pytest.raises(UsageError, match="use --total-batch-size 512 or --device-batch-size 1"):
-        inherit(TRAINED, CPU, 0.8, None, 64 * 7)
-
-
-def test_nothing_decays() -> None:
-    optimizer = build_optimizer(Transformer(HP.model), HP.learning_rates, CPU, compile=False)
-    adam = [group for group in optimizer.groups if isinstance(group, AdamGroup)]
-    assert len(adam) == 6
-    assert all(group.weight_decay == 0 for group in adam)
-
-
-def test_without_moments_training_starts_from_zero() -> None:
-    optimizer = build_optimizer(Transformer(HP.model), HP.learning_rates, CPU, compile=False)
-    load_moments(optimizer, TRAINED)
-    assert "from zero: the base checkpoint has no optimizer" in describe_moments(TRAINED, True)
-    assert optimizer.steps_taken == 0
+    rows, tokens, found = inherit(base_model({}), HP.model, 1.0, 512)
+    assert asdict(found) == {n: pytest.approx(r) for n, r in asdict(HP.learning_rates).items()}
+    assert tokens == 512
+    assert 512 % (rows * 64) == 0
 
 
 def choose(runtime: Runtime, forced: str | None, masks: bool, compile: bool = True) -> Any:

@@ -12,20 +12,20 @@ import torch
 
 from archerchat.checkpoint import list_checkpoints
 from archerchat.distributed import Ranks
-from archerchat.training.pretrain import Pretraining
+from archerchat.training import run
 
 
 def test_a_new_run_starts_with_the_seed_s_generators(
     tiny_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[torch.Tensor] = []
-    run_loop = Pretraining._run_loop
+    run_loop = run.run_loop
 
-    def note(stage: Pretraining, *arguments: Any) -> Any:
+    def note(*arguments: Any) -> Any:
         drawn.append(torch.rand(3))
-        return run_loop(stage, *arguments)
+        return run_loop(*arguments)
 
-    monkeypatch.setattr(Pretraining, "_run_loop", note)
+    monkeypatch.setattr(run, "run_loop", note)
     assert tiny_home.pretrain(seed=7) == 0
     assert torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(7)))
 

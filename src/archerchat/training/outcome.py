@@ -1,4 +1,4 @@
-"""How fast training is: the median step's tokens per second, MFU, and the time left."""
+"""How far a run is, how fast, and how it ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,40 @@ WARMUP_STEPS = 5
 """Steps after a start that are left out of speed figures: they compile and fill caches."""
 RECENT_STEPS = 100
 """Steps that the time left is estimated from."""
+
+
+OVERFITTING = (
+    "{} gets worse while the training loss falls: the model learns its text by heart. More text or "
+    "fewer steps would help"
+)
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint holds of the loop itself."""
+
+    step: int = 0
+    """Updates done."""
+    smooth_loss: float = 0.0
+    """Exponential average of the training loss, not yet corrected for its start at 0."""
+    first_smoothed: int = 0
+    """Step at which that average began: later for an imported run."""
+    first_val: float = math.nan
+    """The recipe's metric when it was first measured."""
+    last_val: float = math.nan
+    best_val: float = math.inf
+    """Its best value as `Metric.score` turns it: lower is better."""
+    best_smooth_loss: float = math.nan
+    """The average training loss when the metric was best; infinite before the first step."""
+    overfitting: bool = False
+    """Whether the metric is worse than its best although the training loss fell since."""
+    best_saved: float = math.inf
+    """The score of the best checkpoint, measured right after it was saved."""
+    tokens: int = 0
+    """Tokens trained on, over all ranks."""
+    flops: int = 0
+    training_seconds: float = 0.0
+    """Time in training steps, without evaluations and saving."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from archerchat.training.throughput import RECENT_STEPS, WARMUP_STEPS, Outcome, Throughput
+from archerchat.training.outcome import RECENT_STEPS, WARMUP_STEPS, Outcome, Throughput
 
 
 def timed(*seconds: float) -> Throughput:

@@ -1,0 +1,93 @@
+"""Rows per micro-batch: all stages choose them alike, and a resumed run may choose again."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+from archerchat.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.planning.memory import RESERVED_SHARE, estimate_memory
+from archerchat.runtime import Runtime
+
+SHARED = ["--device", "cpu", "--dtype", "float32", "--no-compile", "--model-tag", "tiny"]
+SHARED += ["--save-every", "1", "--num-iterations", "2", "--eval-every", "none", "--keep-last", "9"]
+WORDS = {
+    "base": ["pretrain", "--data", "tiny", "--tokenizer", "tiny", "--total-batch-size", "512"],
+    "sft": ["sft", "--mixture", "Arithmetic:200"],
+    "rl": ["rl", "--source", "base", "--task", "Arithmetic", "--num-samples", "4"],
+}
+WORDS["base"] += ["--depth", "2", "--aspect-ratio", "16", "--head-dim", "16", "--max-seq-len", "64"]
+WORDS["rl"] += ["--examples-per-step", "4", "--max-new-tokens", "4"]
+
+
+def run(home: Any, stage: str, *more: str) -> int:
+    code: int = home.run(*WORDS[stage], *SHARED, "--sample-every", "none", *more)
+    return code
+
+
+def last(home: Any, stage: str) -> Checkpoint:
+    return load_checkpoint(find_checkpoint(home.checkpoint_dir(stage, "tiny")))
+
+
+def rows(home: Any, stage: str) -> int:
+    identity = last(home, stage).meta["identity"]
+    return int(identity.get("rollouts", identity)["device_batch_size"])
+
+
+def use_rows(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let so many rows be the most that make sense on a CPU."""
+    monkeypatch.setattr("archerchat.planning.memory.CPU_TOKENS", count * 64)
+
+
+@pytest.mark.parametrize("stage", ["base", "rl"])
+def test_a_run_takes_what_fits_and_keeps_it_until_it_moves(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    if stage == "rl":
+        assert tiny_home.pretrain() == 0
+    use_rows(monkeypatch, 2)
+    assert run(tiny_home, stage) == 0
+    assert rows(tiny_home, stage) == 2
+    whole = last(tiny_home, stage).state
+    use_rows(monkeypatch, 8)
+    for machine, expected in ((None, 2), ("another CPU", 8)):
+        shutil.rmtree(tiny_home.checkpoint_dir(stage, "tiny") / "step_000002")
+        if machine:
+            monkeypatch.setattr("archerchat.runtime._device_name", lambda _, name=machine: name)
+        capsys.readouterr()
+        assert run(tiny_home, stage) == 0
+        assert ("not bit for bit after this point" in capsys.readouterr().out) == bool(machine)
+        assert rows(tiny_home, stage) == expected
+        again = last(tiny_home, stage).state
+        assert again["loop"]["tokens"] == whole["loop"]["tokens"]
+        for name, tensor in whole["model"].items():
+            if machine is None:
+                assert torch.equal(again["model"][name], tensor)
+            elif name != "backout_lambda":  # rounding decides its gradient
+                torch.testing.assert_close(again["model"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_fine_tuning_takes_the_base_model_s_rows_where_they_fit(
+    trained_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_rows(monkeypatch, 1)  # says what is useful, not what fits
+    assert run(trained_home, "sft") == 0
+    assert rows(trained_home, "sft") == 4
+    assert run(trained_home, "sft", "--device-batch-size", "8") == 2  # other rows, other loss
+    hp = build_hyperparameters(DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4), 360)
+    estimate = estimate_memory(hp.model, torch.float32, torch.device("cpu"))
+    small = math.ceil(estimate.total(2) / (1 - RESERVED_SHARE))
+    monkeypatch.setattr(Runtime, "total_memory_bytes", lambda runtime: small)
+    use_rows(monkeypatch, 8)
+    assert run(trained_home, "sft", "--overwrite") == 0
+    assert rows(trained_home, "sft") == 2
+    monkeypatch.undo()
+    monkeypatch.setattr("archerchat.runtime._device_name", lambda device: "another CPU")
+    shutil.rmtree(trained_home.checkpoint_dir("sft", "tiny") / "step_000002")
+    assert run(trained_home, "sft") == 0  # as many as it began with, no more
+    assert rows(trained_home, "sft") == 2
