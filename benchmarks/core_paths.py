@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from archerchat.evals.core.bundle import Bundle, CoreTask, load_bundle, read_examples
-from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.layout import needed_trunk
 from archerchat.evals.core.prompts import Prompt, Prompter, Tree, choose_examples
 from archerchat.evals.core.scoring import iter_outcomes
@@ -36,8 +35,8 @@ class Subject:
 
     model: Transformer
     tokenizer: Tokenizer
-    scorer: Scorer
-    """Of our paths."""
+    fast: Transformer
+    """The same for our paths, in the form for inference."""
 
 
 def run_path(options: argparse.Namespace) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def run_path(options: argparse.Namespace) -> dict[str, Any]:
     rate = measure_peak(runtime).flops_per_second
     tokenizer = load_golden_tokenizer(options.oracle)
     model = build_model(options, runtime)
-    subject = Subject(model, tokenizer, Scorer(InferenceModel(model).model))
+    subject = Subject(model, tokenizer, InferenceModel(model).model)
     evaluate = evaluate_plainly if options.path == "plain" else evaluate_task
     tasks = chosen_tasks(load_bundle(options.bundle), options.tasks)
     for task in tasks[:2]:  # not measured: kernels are chosen and memory is claimed at first use
@@ -126,11 +125,10 @@ def evaluate_task(subject: Subject, task: CoreTask, count: int) -> dict[str, Any
     """Run a task's sample as `archerchat eval base` does."""
     everything = choose_examples(read_examples(task), task, None)
     started = time.perf_counter()
-    scorer = subject.scorer
     prompter = Prompter(task, everything, subject.tokenizer)
     sample = range(min(count, len(everything)))
     trees = [prompter.tree(index) for index in sample]
-    found = [o for batch, _ in iter_outcomes(scorer, trees, task.task_type) for o in batch]
+    found = [o for batch in iter_outcomes(subject.fast, trees, task.task_type) for o in batch]
     found.sort(key=lambda outcome: outcome.index)
     seconds = time.perf_counter() - started
     return {
@@ -156,16 +154,12 @@ def plain_flops(config: ModelConfig, lengths: list[int]) -> int:
 def tree_flops(config: ModelConfig, tree: Tree) -> int:
     """Count the products of what is run of a tree."""
     dim, kv = config.model_dim, config.kv_dim
-    needed, branches = needed_trunk(tree, config.windows), sum(map(len, tree.branches))
+    needed, trunk = needed_trunk(tree, config.windows), tree.trunk_length
+    in_branches = tree.positions[trunk:]
     total = 0
     for i, window in enumerate(config.windows):
-        incoming, outgoing = needed[i] + branches, needed[i + 1] + branches
+        incoming, outgoing = (n + len(in_branches) for n in needed[i : i + 2])
         total += 2 * (2 * dim * kv * incoming + 10 * dim * dim * outgoing)
-        first = len(tree.trunk) - needed[i + 1]
-        seen = sum(min(window + 1, t + 1) for t in range(first, len(tree.trunk)))
-        for branch in tree.branches:
-            end = len(tree.trunk) + len(branch)
-            seen += sum(min(window + 1, t + 1) for t in range(len(tree.trunk), end))
-        total += 4 * dim * seen
-    places = set(zip(tree.branch.tolist(), tree.offset.tolist(), strict=True))
-    return total + 2 * dim * config.padded_vocab_size * len(places)
+        queries = [*range(trunk - needed[i + 1], trunk), *in_branches.tolist()]
+        total += 4 * dim * sum(min(window, t) + 1 for t in queries)
+    return total + 2 * dim * config.padded_vocab_size * len(tree.targets)

@@ -75,13 +75,14 @@ def plain_tokens(model: Transformer, request: Request) -> list[int]:
     answer: list[int] = []
     forced: list[int] = []
     given, start = list(request.prompt), 0
-    previous = torch.zeros(1, model.config.model_dim, dtype=model.compute_dtype)
-    previous = previous.to(model.device)
+    last = torch.zeros(1, model.config.model_dim, dtype=model.compute_dtype, device=model.device)
     params = request.params
     most = min(params.max_new_tokens, model.config.sequence_length - len(request.prompt))
     while len(answer) < most:
         ids = torch.tensor([given], device=model.device)
         positions = torch.arange(start, start + len(given), device=model.device)
+        embedded = norm(model.token_embedding(ids).to(model.compute_dtype))
+        previous = torch.cat([last[:, None], embedded[:, :-1]], dim=1)
         hidden = model.hidden(ids, before=Before(positions, previous, layers))
         token = int(model.logits(hidden[:, -1]).argmax())
         if forced:
@@ -92,8 +93,7 @@ def plain_tokens(model: Transformer, request: Request) -> list[int]:
             break
         answer.append(token)
         start += len(given)
-        last = model.token_embedding(ids[:, -1]).to(model.compute_dtype)
-        previous, given = norm(last), [token]
+        last, given = embedded[:, -1], [token]
     return answer
 
 

@@ -32,7 +32,7 @@ Check = Callable[[Path], object]
 Report = Callable[[str, int, int], None]
 """Receives a file's name, how many bytes of it have arrived, and its size; from several threads."""
 Notify = Callable[[str], None]
-"""Receives what went wrong and will be tried again, in words; from several threads."""
+"""Receives a sentence about what went wrong and will be tried again; from several threads."""
 
 
 class _Stopped(Exception):
@@ -57,12 +57,12 @@ def download_file(
     """Fetch one file to `path`, unless it is there.
 
     Args:
-        without_network: ends the message about a server out of reach.
+        without_network: what to do if the server cannot be reached; ends the message.
         token: the user's, for the hub alone.
         stop: ends the download when it is set.
 
     Raises:
-        DataError: the file cannot be had; what arrived is kept for the next attempt.
+        DataError: the download failed; what arrived is kept for the next attempt.
     """
     if path.exists():
         return
@@ -173,7 +173,9 @@ def explained_hub(repo: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise UsageError(f"{repo!r} is no repository's name, OWNER/NAME: {error}") from error
+        raise UsageError(
+            f"{repo!r} is not the name of a repository, OWNER/NAME: {error}"
+        ) from error
     except Exception as error:  # httpx's or httpx2's, by the library's version
         status = status_of(error)
         if 400 <= status < 500 or isinstance(error, LocalTokenNotFoundError):

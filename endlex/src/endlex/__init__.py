@@ -34,7 +34,7 @@ from endlex.reading import read_run
 
 if TYPE_CHECKING:
     from endlex.api import Api
-    from endlex.client.environment import describe_environment
+    from endlex.client.surroundings import describe_environment
 
     run: Run | None
     __version__: str
@@ -60,7 +60,7 @@ __all__ = [
     "save",
 ]
 
-LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.environment"}
+LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.surroundings"}
 
 
 def __getattr__(name: str) -> Any:

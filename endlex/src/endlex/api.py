@@ -25,7 +25,6 @@ from endlex.protocol import CONSOLE, RUN_ID, EndlexError
 
 PAGE = 200
 NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
-TOKEN_HINT = "set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
 LAST, BEST = "last", "best"
 
 
@@ -97,7 +96,12 @@ class Api:
             except Refused as refusal:
                 if refusal.status != 404:
                     raise
-        named = [run for archived in (False, True) for run in self.runs(archived=archived)]
+        try:
+            named = [run for archived in (False, True) for run in self.runs(archived=archived)]
+        except Refused as refusal:
+            if refusal.status != 403:
+                raise
+            raise EndlexError(f"{refusal}; {NAME_HINT}") from refusal
         found = [run for run in named if word in (run.name, f"{run.project}/{run.name}", run.id)]
         if not found:
             raise EndlexError(f"{self.url} has no run {word!r}: `endlex ls` lists what is there")
@@ -122,25 +126,16 @@ class Api:
         if self.read_only and method != "GET":
             raise EndlexError("this Api only reads: make it with endlex.Api(read_only=False)")
         given = {name: value for name, value in (query or {}).items() if value is not None}
-        try:
-            answer = self.transport.request(method, path, query=given, json_body=body)
-        except Refused as error:
-            raise _with_hint(error) from error
+        answer = self.transport.request(method, path, query=given, json_body=body)
         if answer.content is None:
-            raise EndlexError(
-                f"{self.url} does not answer as an Endlex server: what it sent for {path} is not "
-                "JSON"
-            )
+            raise self.transport.ill_answer()
         return answer.content
 
     def download(self, path: str, file: IO[bytes]) -> None:
         """Write what `GET path` answers to a file; raises as `get`."""
-        try:
-            with self.transport.download(path) as blocks:
-                for block in blocks:
-                    file.write(block)
-        except Refused as error:
-            raise _with_hint(error) from error
+        with self.transport.download(path) as blocks:
+            for block in blocks:
+                file.write(block)
 
 
 class RunInfo:
@@ -291,13 +286,6 @@ def choose_checkpoint(
         hint = "; no checkpoint has the alias best" if which == BEST else ""
         raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
     return at_step[0]
-
-
-def _with_hint(error: Refused) -> Refused:
-    if error.status not in (401, 403):
-        return error
-    hint = TOKEN_HINT if error.status == 401 else NAME_HINT if "scope read" in str(error) else ""
-    return Refused(f"{error}{hint and '; '}{hint}", error.status, error.content)
 
 
 def run_path(run: str, *rest: str) -> str:

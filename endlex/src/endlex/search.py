@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import eq, ge, gt, le, lt, ne
 from typing import Any, Literal
 
 from endlex.protocol import UsageError
@@ -227,13 +228,13 @@ def _in_field(text: Text, field: str, run: Mapping[str, Any], anywhere: bool = F
     return any(text.matches(v, anywhere) for v in (value if isinstance(value, list) else [value]))
 
 
-COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-    "=": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
+COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "<": lt,
+    "<=": le,
+    ">": gt,
+    ">=": ge,
+    "=": eq,
+    "!=": ne,
 }
 
 
@@ -245,16 +246,14 @@ def compare(value: Any, term: Term) -> bool:
         number = _number(value)
         value = value if number is None else number
     if isinstance(value, int | float) and term.number is not None:
-        return COMPARISONS[term.operator](value, term.number)
+        return bool(COMPARISONS[term.operator](value, term.number))
     if term.operator not in ("=", "!="):
         return False
     return term.text.matches(value) != (term.operator == "!=")
 
 
 def values_of(key: Key, run: Mapping[str, Any]) -> list[Any]:
-    """Return the values that a key has in a run: none, one, or several for a pattern."""
-    if key.kind == "field":
-        return [run.get(KEYS_OF_RUN.get(str(key.name), str(key.name)))]
+    """Return the values of a metric or configuration key: none, one, or several for a pattern."""
     found: list[Any] = []
     if key.kind in ("min", "max"):
         found = [m[key.kind] for m in run.get("metrics", ()) if key.name.matches(m["name"])]

@@ -16,7 +16,7 @@ from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
 from endlex.client.sync import push_checkpoint, sync_directory
 from endlex.client.transport import Refused, Transport, Unreachable
 from endlex.client.uploads import CheckpointFailed
-from endlex.client.verify import verify_directory
+from endlex.client.verify import compare_directory
 from endlex.protocol import EndlexError
 from endlex.reading import session_files
 
@@ -53,7 +53,7 @@ def finished_run(directory: Path, source: Path | None = None) -> None:
 
 
 def reasons(directory: Path, transport: Transport) -> list[str]:
-    return [str(found) for found in verify_directory(directory, transport)]
+    return [str(found) for found in compare_directory(directory, transport).missing]
 
 
 def test_what_is_pushed_is_pulled(stub: Any, transport: Transport, tmp_path: Path) -> None:
@@ -193,27 +193,29 @@ def test_verify_says_who_is_alive(stub: Any, transport: Transport, tmp_path: Pat
     sync_directory(tmp_path, transport)
     lock = take_lock(tmp_path, BACKGROUND)
     assert lock is not None
-    live = [found for found in verify_directory(tmp_path, transport) if found.kind == "live"]
+    live = [
+        found for found in compare_directory(tmp_path, transport).missing if found.kind == "live"
+    ]
     assert [found.name for found in live] == [run.session, "shipper"]
     lock.close()
     run.finish()
     assert (run.session, "finished") not in stub.states
-    assert [found.kind for found in verify_directory(tmp_path, transport)] == ["journal"]
+    assert [found.kind for found in compare_directory(tmp_path, transport).missing] == ["journal"]
 
 
 def test_a_server_that_cannot_be_asked_is_no_yes(stub: Any, tmp_path: Path) -> None:
     finished_run(tmp_path / "run")
     with pytest.raises(Unreachable):
-        verify_directory(tmp_path / "run", Transport("http://127.0.0.1:9"))
+        compare_directory(tmp_path / "run", Transport("http://127.0.0.1:9"))
     with pytest.raises(Unreachable):
         sync_directory(tmp_path / "run", Transport("http://127.0.0.1:9"), patience=0.3)
     stub.token = "t"
     with pytest.raises(Refused):
-        verify_directory(tmp_path / "run", Transport(stub.url))
+        compare_directory(tmp_path / "run", Transport(stub.url))
     with pytest.raises(EndlexError, match="401"):
         sync_directory(tmp_path / "run", Transport(stub.url))
     with pytest.raises(EndlexError, match=r"no run\.json"):
-        verify_directory(tmp_path, Transport(stub.url))
+        compare_directory(tmp_path, Transport(stub.url))
 
 
 def test_sync_outlasts_an_outage_and_sends_the_rest_when_one_thing_is_refused(

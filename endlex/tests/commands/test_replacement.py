@@ -12,7 +12,7 @@ import endlex
 from endlex.client.checkpoints import drop_replaced, note_path, staged_names
 from endlex.client.transport import Transport
 from endlex.client.uploads import send_staged
-from endlex.client.verify import verify_directory
+from endlex.client.verify import compare_directory
 
 
 def save(run: endlex.Run, step: int, replaces: str | None = "last", text: str = "") -> None:
@@ -68,11 +68,11 @@ def test_a_replaced_one_that_still_waits_is_not_sent(
     run.finish()
     assert drop_replaced(run.directory) == ["step_2", "step_1"]
     assert staged_names(run.directory) == ["step_3", "step_4"]
-    said = {missing.name for missing in verify_directory(run.directory, transport)}
+    said = {missing.name for missing in compare_directory(run.directory, transport).missing}
     assert {"step_1", "step_2", "step_3", "step_4"} <= said  # settled only by what is published
     assert cli("sync", run.directory)[0] == 0
     assert names_on(transport, run) == ["step_3", "step_4"]
-    assert verify_directory(run.directory, transport) == []
+    assert compare_directory(run.directory, transport).missing == []
 
 
 def test_an_older_machine_removes_nothing_of_a_newer_one(

@@ -34,7 +34,7 @@ from fault_uploads import Upload
 
 from endlex.client.sync import sync_directory
 from endlex.client.transport import Transport
-from endlex.client.verify import verify_directory
+from endlex.client.verify import compare_directory
 from endlex.reading import session_files
 
 Report = Callable[[str], None]
@@ -203,7 +203,9 @@ def run_truncations(folder: Path) -> Outcome:
         for cut in range(len(whole[-1]) + 1):
             path.write_bytes(kept + whole[-1][:cut])
             sync_directory(trainer.directory, transport)
-            assert verify_directory(trainer.directory, transport) == [], f"cut at byte {cut}"
+            assert compare_directory(trainer.directory, transport).missing == [], (
+                f"cut at byte {cut}"
+            )
         transport.close()
         outcome.difference = compare(trainer.directory, server.url)
         outcome.seen = proxy.seen
@@ -236,7 +238,7 @@ def _verified(directory: Path, url: str) -> list[str]:
     """Why the machine cannot be torn down, once nothing is at work there."""
     deadline = time.monotonic() + START_SECONDS
     while True:
-        missing = verify_directory(directory, Transport(url))
+        missing = compare_directory(directory, Transport(url)).missing
         if not any(m.kind == "live" for m in missing) or time.monotonic() > deadline:
             return [str(m) for m in missing]
         time.sleep(0.1)  # a shipper that was started as the one before it ended

@@ -134,6 +134,10 @@ def test_wrong_queries_are_refused_in_words(client: Any, box: Any) -> None:
         answer = client.get(path)
         assert answer.status_code == 422, path
         assert answer.json()["error"]
+    said = client.get("/api/v1/runs?limit=ten").json()["error"]
+    assert said.startswith("limit 'ten': ")
+    said = client.post("/api/v1/prune", json={"keep_last": 0}).json()["error"]
+    assert said.startswith("keep_last '0': ")
     for query in ("crc=00000000", "offset=0", "offset=-1&crc=00000000", "offset=0&crc=12"):
         assert client.post(f"{box.url}?{query}", content=b"").status_code == 422
 

@@ -19,7 +19,7 @@ RUN = {"run": "abcdefgh12", "name": HOSTILE, "metrics": [{"name": "a"}, {"name":
 def page(name: str, *texts: dict[str, Any]) -> str:
     values = {"x": [0, 1], "y": [1.5, None], "count": 2}
     series = {"a": {"step": values}, HOSTILE: {"time": values}}
-    return html_export.render(name, {"run": RUN, "series": series, "texts": texts})
+    return html_export.render(name, json.dumps({"run": RUN, "series": series, "texts": texts}))
 
 
 def test_the_data_inside_is_what_was_given() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sqlite3
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from endlex.server.store import export
+from endlex import formats
+from endlex.server.api.bodies import json_response
 from endlex.server.store.charts import (
     ChartQuery,
     choose_points,
     read_chart,
     round_axis,
-    round_significant,
+    shorten,
 )
 from endlex.server.store.database import connect
 from endlex.server.store.peaks import read_sampled
@@ -112,7 +114,7 @@ def test_the_machine_s_sessions_do_not_overwrite_one_another(
 
 
 def test_json_is_whole_however_it_is_cut(box: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "POINTS_AT_ONCE", 3)
+    monkeypatch.setattr(formats, "POINTS_AT_ONCE", 3)
     box.begin()
     box.send([box.metrics(s, {"loss": s / 8 if s else "NaN"}) for s in range(10)])
     whole = box.client.get(f"/api/v1/runs/{RUN}/export?format=json").json()["series"]["loss"]
@@ -201,15 +203,14 @@ def test_a_series_without_a_finite_value_is_sampled_too() -> None:
 
 
 def test_rounding_keeps_what_a_screen_shows() -> None:
-    assert round_significant(np.array([1 / 3, np.nan, 1e-12, 123456789012.0]), 4) == [
-        0.3333,
-        None,
-        1e-12,
-        123500000000.0,
-    ]
-    assert round_axis(np.array([0.0, 0.123456, 1.0])) == [0.0, 0.12346, 1.0]
-    assert round_axis(np.array([1.7e9 + 0.123, 1.7e9 + 1e6])) == [1.7e9, 1.7e9 + 1e6]
-    assert round_axis(np.array([0.5])) == [0.5]
+    values = np.array([1 / 3, np.nan, -np.inf, 1e-12, 123456789012.0])
+    assert json_response(shorten(values)).body == b"[0.33333334,null,null,1e-12,123456790000.0]"
+    assert shorten(np.array([1.0, 1e300])).tolist() == [1.0, 1e300]
+    assert round_axis(np.array([0.0, 0.123456, 1.0])).tolist() == [0.0, 0.12346, 1.0]
+    assert round_axis(np.array([1.7e9 + 0.123, 1.7e9 + 1e6])).tolist() == [1.7e9, 1.7e9 + 1e6]
+    assert round_axis(np.array([0.0, 1e300])).tolist() == [0.0, 1e300]
+    assert round_axis(np.array([0.5])).tolist() == [0.5]
+    assert round_axis(np.array([])).tolist() == []
 
 
 def test_a_sampled_series_fits_fifty_kilobytes(box: Any) -> None:
@@ -226,6 +227,13 @@ def test_a_sampled_series_fits_fifty_kilobytes(box: Any) -> None:
         answer = box.client.get(f"/api/v1/runs/{RUN}/series?metric=loss&x={x}")
         assert len(answer.content) <= 50_000
         assert answer.headers["Server-Timing"].startswith("series;dur=")
+
+
+def chart(connection: sqlite3.Connection, **query: Any) -> dict[str, Any]:
+    """What the API answers for the metric of `store`."""
+    found = read_chart(connection, 1, ChartQuery(metric=["m"], **query))["m"]
+    answer: dict[str, Any] = json.loads(json_response(found).body)
+    return answer
 
 
 def many(count: int, seed: int) -> Points:
@@ -262,8 +270,7 @@ def test_long_series_drawn_from_summaries_show_what_all_points_show(store: Any) 
     for _ in range(30):
         for x, axis in (("step", points.steps), ("time", points.times)):
             low, high = np.sort(rng.choice(axis, 2, replace=False))
-            query = ChartQuery(metric=["m"], x=x, first=low, last=high, points=100)
-            found = read_chart(connection, 1, query)["m"]
+            found = chart(connection, x=x, first=low, last=high, points=100)
             inside = (axis >= low) & (axis <= high)
             numbers = points.numbers[inside]
             assert found["count"] == inside.sum()
@@ -291,12 +298,10 @@ def test_summaries_are_not_used_where_they_would_be_wrong(store: Any) -> None:
     steps = resumed.steps + first.steps[15_000]
     add(Points(steps, resumed.numbers, resumed.times + 1e6), session=2)
     assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100) is None
-    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=100))["m"]
+    found = chart(connection, points=100)
     assert found["count"] == len(np.union1d(first.steps, steps))
     before = float(first.times[-1]) + 1  # the points that were replaced are not shown here either
-    found = read_chart(connection, 1, ChartQuery(metric=["m"], x="time", last=before, points=100))[
-        "m"
-    ]
+    found = chart(connection, x="time", last=before, points=100)
     assert found["count"] == len(np.setdiff1d(first.steps, steps))
 
 
@@ -306,9 +311,8 @@ def test_what_is_not_finite_shows_in_long_series(store: Any) -> None:
     strange = [7, 8, 5000, 19_998, 19_999]
     points.numbers[strange] = [np.nan, np.inf, -np.inf, np.nan, np.nan]
     add(points)
-    query = ChartQuery(metric=["m"], points=100)
     assert read_sampled(connection, chunk_keys(connection, 1), False, -np.inf, np.inf, 100)
-    found = read_chart(connection, 1, query)["m"]
+    found = chart(connection, points=100)
     ends = [(7, 7), (8, 8), (5000, 5000), (19_998, 19_999)]
     steps = points.steps
     assert [(a, b) for a, b, _ in found["nonfinite"]] == [(steps[a], steps[b]) for a, b in ends]
@@ -323,9 +327,9 @@ def test_what_is_not_finite_is_told_over_the_whole_run_in_few_ranges(store: Any)
     points.numbers[1000:2000] = np.nan
     points.numbers[10_000::2] = np.inf  # five thousand of them, each alone
     add(points)
-    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=100))["m"]["nonfinite"]
+    found = chart(connection, points=100)["nonfinite"]
     steps = points.steps
-    assert found[0] == (steps[1000], steps[1999], "NaN")
+    assert found[0] == [steps[1000], steps[1999], "NaN"]
     assert found[-1][1] == steps[19_998]
     assert 1 < len(found) <= 502
     assert {kind for *_, kind in found[1:]} == {"Infinity"}
@@ -335,7 +339,7 @@ def test_a_logarithmic_axis_has_points_at_small_steps(store: Any) -> None:
     connection, add = store
     points = many(100_000, 5)
     add(points)
-    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=2000, log=True))["m"]
+    found = chart(connection, points=2000, log=True)
     assert found["x"][:100] == points.steps[:100].tolist()
     assert len(found["x"]) <= 2000
     assert found["x"] == sorted(set(found["x"]))
@@ -347,7 +351,7 @@ def test_a_series_that_is_not_sampled_holds_what_was_recorded(store: Any) -> Non
     numbers = np.array([100_000.0625, 1 / 3, 5_368_709_121.0, np.nan, -1e-300])
     steps = np.arange(100_000, 100_005)
     add(Points(steps, numbers, steps.astype(np.float64)))
-    found = read_chart(connection, 1, ChartQuery(metric=["m"], points=100))["m"]
+    found = chart(connection, points=100)
     assert found["x"] == steps.tolist()
     assert found["y"] == [100_000.0625, 1 / 3, 5_368_709_121.0, None, -1e-300]
     assert not found["sampled"]

@@ -9,13 +9,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
@@ -165,7 +162,7 @@ def _count_or_none(text: str) -> int | None:
 
 
 def show_answer(session: ChatSession, message: str, console: Console) -> None:
-    """Print the answer as it comes; Ctrl-C stops it, a second one the program.
+    """Print the answer as it comes; Ctrl-C stops it.
 
     Raises:
         UsageError: there is nothing to answer, or no room for an answer.
@@ -176,11 +173,12 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
             f"the context is full: the oldest {session.forgotten} turn(s) are left out", style="dim"
         )
     printer, stopped = _AnswerPrinter(console), False
-    with _stop_request() as asked, contextlib.closing(pieces):  # type: ignore[type-var]
+    try:
         for piece in pieces:
             printer.show(piece)
-            if stopped := asked.is_set():
-                break
+    except KeyboardInterrupt:
+        pieces.close()
+        stopped = True
     printer.end()
     if stopped:
         console.print("stopped", style="dim")
@@ -223,23 +221,6 @@ class _AnswerPrinter:
         style = None if self._open == "text" and text not in ("[", "]", "[= ") else "cyan"
         self._console.print(text, end="", style=style)
         self._console.file.flush()
-
-
-@contextlib.contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into a request."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _keep_history(path: Path) -> None:

@@ -23,9 +23,9 @@ from archerchat.report.comparison import (
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Say whether two runs agree: losses, bits per byte, CORE, fine-tuning, ChatCORE.
+    """Say whether two runs agree in loss, bits per byte, CORE and ChatCORE.
 
-    The exit code is 0 if they do and 1 if they do not.
+    The exit code is 0 if they agree and 1 if they differ.
     """
 
     first: str

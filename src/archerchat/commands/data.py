@@ -1,4 +1,4 @@
-"""`archerchat data download|build|info|identity`: text as shards, what is there, an identity."""
+"""`archerchat data download|build|info|identity`: text as shards, and an identity to learn."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class DataIdentityConfig(Config):
 
 
 def download(config: DataDownloadConfig, home: Home) -> None:
-    """Download the shards that are not there yet.
+    """Download the shards that are missing.
 
     Raises:
         UsageError: the source does not have that many shards.
@@ -129,7 +129,7 @@ def download(config: DataDownloadConfig, home: Home) -> None:
             notify=console.print,
         )
     there = num_shards + 1 - len(fetched)
-    console.print(f"fetched {len(fetched)} shards, {there} were there: {directory}")
+    console.print(f"downloaded {len(fetched)} shards, {there} already existed: {directory}")
 
 
 def build(config: DataBuildConfig, home: Home) -> None:
@@ -252,7 +252,7 @@ def _default_name(source: str) -> str:
     name = path.name if path.is_dir() else path.stem
     if name in {STDLIB, *SOURCES}:
         raise UsageError(
-            f"{source} would be called {name!r}, which is the name of another source: give a --name"
+            f"{source} would be called {name!r}, which is another source's name: give a --name"
         )
     return name
 

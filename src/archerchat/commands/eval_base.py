@@ -35,8 +35,8 @@ from archerchat.evals.core.bundle import find_bundle, load_bundle
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.evals.core.results import (
     CoreResult,
+    CoreTaskResult,
     PartialResults,
-    TaskResult,
     describe,
     is_offline,
 )
@@ -145,7 +145,7 @@ def _evaluate_core(
     kept.remove()
     for note in describe(result):
         console.print(f"note: {note}")
-    low, high = result.core - result.half_width, result.core + result.half_width
+    low, high = result.interval
     title = "offline tasks (not CORE):" if offline else "CORE"
     console.print(
         f"{title} {result.core:.4f} (95 % interval {low:.4f} to {high:.4f}) in "
@@ -180,7 +180,7 @@ def _run_core(
         left = duration_text((total - done) * seconds / done) if done else "?"
         line.show(f"{label} | about {left} left in all", done)
 
-    def on_task(result: TaskResult) -> None:
+    def on_task(result: CoreTaskResult) -> None:
         nonlocal spent
         if result.label in expected:  # it was not kept from an earlier call
             spent += expected[result.label].tokens

@@ -26,7 +26,7 @@ from archerchat.errors import UsageError
 from archerchat.evals.chat import (
     ANSWER_TOKENS,
     Answer,
-    TaskResult,
+    ChatTaskResult,
     chatcore,
     evaluate_task,
     limited,
@@ -87,11 +87,6 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         )
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)
-
-    def build_tasks() -> list[Task]:
-        files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=console.print)
-        return [limited(build_task(name, "test", files), limit) for name, limit in limits.items()]
-
     about = {
         "checkpoint": str(loaded.path),
         "model_tag": loaded.tag,
@@ -106,34 +101,42 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     folder = home.eval_dir(config.source, loaded.tag)
     path = config.json or folder / file_name(loaded.step, limits, sampling)
     partial = path.with_suffix(".partial.json")
-    results: list[TaskResult] = []
-    lines: list[str] = []
-    figures: dict[str, Any] = {}
+    results: list[ChatTaskResult] = []
+    answers: list[str] = []
     with joined_ranks(runtime) as ranks:
         # All files are read before any task is evaluated; one rank downloads what is missing.
-        tasks = ranks.first_alone(build_tasks)
+        tasks = ranks.first_alone(lambda: _build_tasks(config, limits, home, console))
         on_cuda = loaded.model.device.type == "cuda"
         engine = Engine(loaded.model, config.device_batch_size, compile=on_cuda)
         for task in tasks:
-            results.append(_evaluate_task(engine, loaded, task, config, ranks, console, lines))
-            complete = len(results) == len(tasks)
-            figures = {
-                **about,
-                "complete": complete,
-                "tasks": {each.name: each.to_json() for each in results},
-            }
-            if (core := chatcore(results)) is not None:
-                figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
+            results.append(_evaluate_task(engine, loaded, task, sampling, ranks, console, answers))
+            figures = about | _figures(results, complete=len(results) == len(tasks))
             if runtime.is_master:
-                write_json(path if complete else partial, figures)
+                write_json(path if figures["complete"] else partial, figures)
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
                 target = config.answers.with_name(config.answers.name + suffix)
-                write_bytes(target, "".join(lines).encode())
+                write_bytes(target, "".join(answers).encode())
     if runtime.is_master:
         partial.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))
     console.print(f"figures in {path}", style="dim")
+    return figures
+
+
+def _build_tasks(
+    config: EvalChatConfig, limits: Mapping[str, int | None], home: Home, console: Console
+) -> list[Task]:
+    files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=console.print)
+    return [limited(build_task(name, "test", files), limit) for name, limit in limits.items()]
+
+
+def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
+    """Return the results so far as JSON."""
+    tasks = {result.label: result.to_json() for result in results}
+    figures: dict[str, Any] = {"complete": complete, "tasks": tasks}
+    if (core := chatcore(results)) is not None:
+        figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
     return figures
 
 
@@ -171,12 +174,12 @@ def _evaluate_task(
     engine: Engine,
     loaded: LoadedModel,
     task: Task,
-    config: EvalChatConfig,
+    sampling: SamplingParams,
     ranks: Ranks,
     console: Console,
-    lines: list[str],
-) -> TaskResult:
-    """Evaluate one task, showing how far it is; its answers are added to `lines` as JSON."""
+    answers: list[str],
+) -> ChatTaskResult:
+    """Evaluate one task, showing progress; add its answers to `answers`, each a line of JSON."""
     unit = "questions" if task.kind == "categorical" else "answers"
     started = time.monotonic()
 
@@ -185,18 +188,7 @@ def _evaluate_task(
         left = duration_text((total - done) / rate)
         line.show(f"{task.name}: {done}/{total} | {rate:,.1f} {unit}/s | {left} left", done, total)
 
-    answers: list[Answer] = []
-    with LiveLine(console, task.name) as line:
-        result = evaluate_task(
-            engine,
-            loaded.tokenizer,
-            task,
-            config.sampling,
-            ranks,
-            on_progress,
-            answers.append,
-        )
-    for answer in answers:
+    def on_answer(answer: Answer) -> None:
         value = {
             "task": task.name,
             "problem": answer.problem,
@@ -206,16 +198,21 @@ def _evaluate_task(
             "finish_reason": answer.completion.finish_reason,
             "text": answer.text,
         }
-        lines.append(json.dumps(value, ensure_ascii=False) + "\n")
+        answers.append(json.dumps(value, ensure_ascii=False) + "\n")
+
+    with LiveLine(console, task.name) as line:
+        result = evaluate_task(
+            engine, loaded.tokenizer, task, sampling, ranks, on_progress, on_answer
+        )
     console.print(_sentence(result))
     return result
 
 
-def _sentence(result: TaskResult) -> str:
+def _sentence(result: ChatTaskResult) -> str:
     """Summarise a task in one line."""
     low, high = result.interval
     text = (
-        f"{result.name}: {100 * result.accuracy:.2f} % of {len(result.right):,} "
+        f"{result.label}: {100 * result.accuracy:.2f} % of {result.examples:,} "
         f"(95 %: {100 * low:.2f} to {100 * high:.2f}), {result.seconds:.1f} s"
     )
     if result.lenient_accuracy is not None:
@@ -230,7 +227,7 @@ def _sentence(result: TaskResult) -> str:
     return text
 
 
-def _table(results: Sequence[TaskResult], title: str) -> Table:
+def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
     table = Table("task", title=title, title_justify="left", box=SIMPLE, padding=0)  # 80 columns
     names = ("problems", "accuracy", "95 % interval", "lenient", "guessing", "centred")
     for name in names:
@@ -239,12 +236,12 @@ def _table(results: Sequence[TaskResult], title: str) -> Table:
         low, high = result.interval
         lenient = result.lenient_accuracy
         table.add_row(
-            result.name,
-            f"{len(result.right):,}",
+            result.label,
+            f"{result.examples:,}",
             f"{result.accuracy:.4f}",
             f"{low:.4f} .. {high:.4f}",
             "" if lenient is None else f"{lenient:.4f}",
-            f"{result.baseline:.2f}",
+            f"{result.random_baseline:.2f}",
             f"{result.centred:.4f}",
         )
     if (core := chatcore(results)) is not None:

@@ -48,14 +48,15 @@ class ExportOptions(Config):
     tag: str
     """Name of the model."""
     stage: Literal["base", "sft", "rl"] | None = None
-    """Stage to export: base, sft or rl. Defaults to the last that the model went through."""
+    """Stage to export: base, sft or rl. Defaults to the last one that exists."""
     step: int | None = None
     """Step of the checkpoint. Defaults to the latest."""
     format: Literal["archerchat", "transformers"] | None = None
-    """`transformers` is the library's own NanoChatForCausalLM, which has only the plain parts;
-    `archerchat` brings its own code. Defaults to the first where it loses nothing."""
+    """Format of the folder. `transformers` is the library's own NanoChatForCausalLM, for plain
+    models only; `archerchat` adds its own model code. Defaults to `transformers` if that loses
+    nothing."""
     dtype: DtypeName | None = None
-    """Dtype of the weights. Defaults to the checkpoint's, which loses nothing."""
+    """Dtype of the weights. Defaults to the checkpoint's own, which loses nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ class ExportConfig(ExportOptions):
 class PushConfig(ExportOptions):
     """Export a model and upload it to the Hugging Face hub: `archerchat push TAG REPO`.
 
-    After an interruption repeat it: files that arrived whole are not sent twice.
-    Log in by `hf auth login` first.
+    Log in with `hf auth login` first. After an interruption run it again: complete files are not
+    sent twice.
     """
 
     repo: str
@@ -109,8 +110,8 @@ def push(config: PushConfig, home: Home) -> None:
             private = api.model_info(config.repo).private
         if not (private or config.public):
             raise UsageError(
-                f"{config.repo} is there already and everyone can see it: upload to it by "
-                "--public, or choose another name"
+                f"{config.repo} already exists and everyone can see it: add --public to upload to "
+                "it, or choose another name"
             )
         with explained_hub(config.repo):
             done = api.upload_folder(
@@ -133,18 +134,18 @@ class ConversationsConfig(Config):
     layout: Layout = "openai"
     """`openai` (a list of messages), `sharegpt` or `alpaca`."""
     data_dir: Path | None = None
-    """A folder of local files that stands in for the hub's."""
+    """Folder with the tasks' files. By default they are downloaded once."""
 
 
 def export_conversations(config: ConversationsConfig, home: Home) -> None:
-    """Write each conversation of a source as a line.
+    """Write one line per conversation.
 
     Raises:
-        UsageError: the file is there, or the source is nothing.
-        DataError: a line of the source is no conversation.
+        UsageError: the file exists, or there is no such source.
+        DataError: a line of the source is not a conversation.
     """
     if config.file.exists():
-        raise UsageError(f"{config.file} is there already: choose another name, or delete it first")
+        raise UsageError(f"{config.file} already exists: choose another name, or delete it first")
     rows: JsonlTask | TaskMixture
     if Path(config.source).exists():
         rows = JsonlTask(Path(config.source))

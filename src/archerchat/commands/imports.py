@@ -37,30 +37,30 @@ class ImportNanochatConfig(Config):
     directory: Path
     """nanochat's checkpoint directory, which holds model_<step>.pt and meta_<step>.json."""
     tokenizer: Path | None = None
-    """Directory with its tokenizer.pkl; by default DIRECTORY, then ../../tokenizer from there."""
+    """Directory that holds tokenizer.pkl. Defaults to DIRECTORY or its ../../tokenizer."""
     tag: str | None = None
-    """What to call the model and its tokenizer; by default the directory's name."""
+    """Name for the model and its tokenizer. Defaults to the directory's name."""
     step: int | None = None
-    """Which step to import; by default the latest."""
+    """Step to import. Defaults to the latest."""
     stage: StageName = "base"
-    """What kind of model it is."""
+    """Stage of the model: base, sft or rl."""
     qk_gain: PositiveFloat = ModelConfig.qk_gain
-    """Factor on normalised queries and on keys, which nanochat's files do not tell."""
+    """Factor on normalised queries and keys; nanochat's files do not record it."""
 
 
 @dataclass(frozen=True)
 class ImportHuggingFaceConfig(Config):
     """Import a Hugging Face folder: `archerchat import huggingface DIRECTORY`.
 
-    It is one of `archerchat export`, or one of transformers' NanoChatForCausalLM.
+    `archerchat export huggingface` wrote it, or it holds transformers' NanoChatForCausalLM.
     """
 
     directory: Path
     """The folder, with config.json, tokenizer.json and the weights."""
     tag: str | None = None
-    """What to call the model and its tokenizer; by default the directory's name."""
+    """Name for the model and its tokenizer. Defaults to the directory's name."""
     stage: StageName | None = None
-    """What kind of model it is. Defaults to what the folder says, or to base."""
+    """Stage of the model: base, sft or rl. Defaults to what the folder says, or to base."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ class PullConfig(Config):
     repo: str
     """Name of the repository, OWNER/NAME."""
     tag: str | None = None
-    """What to call the model and its tokenizer; by default the repository's name."""
+    """Name for the model and its tokenizer. Defaults to the repository's name."""
     stage: StageName | None = None
-    """What kind of model it is. Defaults to what the repository says, or to base."""
+    """Stage of the model: base, sft or rl. Defaults to what the repository says, or to base."""
     revision: str | None = None
     """Branch, tag or commit. Defaults to the main branch."""
 
 
 def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
-    """Import one step with its optimizer's state and the tokenizer, where they are found.
+    """Import one step, with the optimizer's state and the tokenizer if they are found.
 
     Everything is read and checked before anything is written.
 
@@ -100,13 +100,13 @@ def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
     _save(home, config.stage, tag, f"nanochat {model.path}", model, tokenizer, optimizer, **more)
     console = build_console()
     if tokenizer is None:
-        console.print("no tokenizer.pkl was found: give its directory with --tokenizer to use text")
+        console.print("no tokenizer.pkl was found: to use text, import again with --tokenizer")
     console.print(f"optimizer state: {'imported' if optimizer else 'none was found'}")
     if model.lacking:
         console.print(
-            f"it has no {', '.join(model.lacking)}, as older versions do not: they are switched "
-            "off. Such a version may differ in more than its tensors (--qk-gain, for one): check "
-            "the model's bits per byte before using it"
+            f"the checkpoint is of an older version without {', '.join(model.lacking)}: these "
+            "are switched off. The version may differ in other ways, such as --qk-gain, so check "
+            "the model's bits per byte before you use it"
         )
 
 
@@ -126,7 +126,7 @@ def import_huggingface(config: ImportHuggingFaceConfig, home: Home) -> None:
     if about.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UsageError(
             f"{source / 'tokenizer.json'} is not the tokenizer that the model was exported with: "
-            "its ids differ; copy it again"
+            "its ids differ. Copy it again"
         )
     _save(home, stage, tag, f"huggingface {source.name}", model, tokenizer, {})
 
@@ -151,7 +151,7 @@ def _require_free(home: Home, stage: str, tag: str) -> None:
     target = home.checkpoint_dir(stage, tag)
     if steps := list_checkpoints(target):
         raise UsageError(
-            f"{stage} model {tag!r} is there already ({target}, step {steps[-1]}): "
+            f"{stage} model {tag!r} already exists ({target}, step {steps[-1]}): "
             "choose another --tag, or delete it first"
         )
 
@@ -200,7 +200,7 @@ def _save(
 
 
 def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: Home) -> bool:
-    """Write a tokenizer unless it is there already; return whether it was written."""
+    """Write a tokenizer unless it exists; return whether it was written."""
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UsageError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -209,7 +209,7 @@ def _save_tokenizer(tokenizer: Tokenizer, model: ImportedModel, tag: str, home: 
     directory = home.tokenizer_dir(tag)
     if directory.exists():
         if Tokenizer.load(directory).fingerprint != tokenizer.fingerprint:
-            raise UsageError(f"{directory} is another tokenizer: choose another --tag")
+            raise UsageError(f"{directory} holds a different tokenizer: choose another --tag")
         return False
     tokenizer.save(directory)
     return True

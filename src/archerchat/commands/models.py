@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from archerchat.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     list_models,
-    load_checkpoint,
     prune_checkpoints,
     saved_at,
 )
 from archerchat.config import Config, PositiveInt
 from archerchat.console import bytes_text, duration_text
-from archerchat.errors import CheckpointError, UsageError
+from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home, check_name
+from archerchat.inference.loading import read_bits_per_byte
 from archerchat.report.runs import RENAMES, STAGES, read_renames
 
 
@@ -88,7 +87,9 @@ def show(config: ListConfig, home: Home) -> None:
             shown = ", ".join(map(str, steps[-2:]))
             age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
             more = "… " if len(steps) > 2 else ""
-            table.add_row(stage, path.name, more + shown, _bits(path), _size_text(path), age)
+            bits = read_bits_per_byte(find_checkpoint(path))
+            measured = "–" if bits is None else f"{bits:.4f}"
+            table.add_row(stage, path.name, more + shown, measured, _size_text(path), age)
     if not table.row_count:
         print(f"no models in {home.root}: train one (archerchat pretrain), or import one")
         return
@@ -163,16 +164,6 @@ def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
     raise UsageError(
         f"no {f'{stage} ' if stage else ''}model {tag!r} in {home.root}; there is {names}"
     )
-
-
-def _bits(path: Path) -> str:
-    """Return the last measured bits per byte of a model's latest checkpoint."""
-    try:
-        loop = load_checkpoint(find_checkpoint(path), sections=("loop",)).state["loop"]
-    except CheckpointError:  # imported, or damaged
-        return "–"
-    value = loop.get("last_val", math.nan)
-    return f"{value:.4f}" if math.isfinite(value) and path.parent.name != "rl" else "–"
 
 
 def _size_text(path: Path) -> str:

@@ -71,7 +71,7 @@ def target_directory(out: Path | None, home: Home, name: str) -> Path:
     if out.exists():
         content = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
         if content and not (HTML in content and content <= {HTML, MARKDOWN, CHARTS}):
-            raise UsageError(f"--out {out} exists and is no report; choose another directory")
+            raise UsageError(f"--out {out} exists and is not a report: choose another directory")
     return out
 
 
@@ -85,11 +85,12 @@ class ScalingConfig:
     runs: tuple[str, ...]
     """Names of the runs."""
     metric: str = "val/bpb"
-    """What to fit: the last value that each run logged of it."""
+    """Metric to fit, by the last value that each run logged."""
     parameters: Parameters = "scaling"
-    """Which to count: `scaling` (block matrices and unembedding, as the dial does), or `total`."""
+    """Parameters to count: `scaling` (block matrices and unembedding, as the dial) or `total`."""
     out: Path | None = None
-    """Directory to write to, replaced if it is there; by default under the home's `reports`."""
+    """Directory to write to; an earlier report in it is replaced. Defaults to `reports/scaling` in
+    ArcherChat's home."""
     json: Path | None = None
     """Also write the law and the runs to this file."""
 
@@ -104,8 +105,8 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
     tags = list(config.runs)
     if len(tags) < 2:
         raise UsageError(
-            f"{len(tags)} runs cannot give a law: name at least two, as in `archerchat report "
-            "scaling d6 d8 d10`"
+            f"a law needs more than {len(tags)} run(s): name at least two, as in "
+            "`archerchat report scaling d6 d8 d10`"
         )
     if twice := [tag for tag in tags if tags.count(tag) > 1]:
         raise UsageError(f"run {twice[0]!r} is named twice: name each once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -56,6 +57,7 @@ def serve(config: ServeConfig, home: Home) -> None:
         limit_concurrency=MAX_CONNECTIONS,
         server_header=False,
     )
+    gc.freeze()  # or the collector looks through all libraries' objects while clients wait
     uvicorn.Server(settings).run(sockets=[listener])
 
 

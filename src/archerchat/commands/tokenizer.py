@@ -91,11 +91,16 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
     shards, _ = split_shards(list_shards(data))
     if directory.exists() and not config.force:
         _require_same(Tokenizer.load(directory), config, shards)
-        console.print(f"tokenizer {config.name!r} is there already: nothing to do")
+        console.print(f"tokenizer {config.name!r} already exists: nothing to do")
         return
 
     shards_read: list[Path] = []
     started, characters = time.monotonic(), 0
+
+    def iter_texts() -> Iterator[str]:
+        for shard in shards:
+            shards_read.append(shard)
+            yield from iter_documents([shard])
 
     def report(phase: Phase, read: int) -> None:
         nonlocal characters
@@ -109,7 +114,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
 
     with LiveLine(console, "reading") as line:
         tokenizer = train_tokenizer(
-            _iter_recorded(shards, shards_read),
+            iter_texts(),
             config.vocab_size,
             max_chars=config.max_chars,
             document_chars=config.doc_cap,
@@ -164,13 +169,6 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
         write_json(config.json, figures)
 
 
-def _iter_recorded(shards: Iterable[Path], shards_read: list[Path]) -> Iterator[str]:
-    """Yield the documents of `shards`, noting in `shards_read` each one that is opened."""
-    for shard in shards:
-        shards_read.append(shard)
-        yield from iter_documents([shard])
-
-
 def _identify(shard: Path) -> dict[str, Any]:
     """Identify a shard without reading it all: by name, size, and a hash of its two ends.
 
@@ -194,21 +192,17 @@ def _require_same(
         for key in ("vocab_size", "max_chars", "doc_cap")
         if recorded.get(key) != getattr(config, key)
     ]
-    if not differences and not _reads_same_text(recorded, shards):
-        differences = [f"other text ({recorded['data']}, now {config.data})"]
+    if not differences:
+        before = recorded["shards"]
+        # Shards that were added later count only if there was less text than asked for.
+        same = len(before) == len(shards) or recorded["characters"] >= recorded["max_chars"]
+        if not same or before != [_identify(shard) for shard in shards[: len(before)]]:
+            differences = [f"other text ({recorded['data']}, now {config.data})"]
     if differences:
         raise UsageError(
             f"there is a tokenizer {config.name!r} with {', '.join(differences)}: choose another "
             "--name, or replace it with --force (models trained with it cannot use the new one)"
         )
-
-
-def _reads_same_text(recorded: Mapping[str, Any], shards: Sequence[Path]) -> bool:
-    """Whether training would read the recorded shards; later ones may have been added."""
-    before = recorded["shards"]
-    if len(before) != len(shards) and recorded["characters"] < recorded["max_chars"]:
-        return False
-    return bool(before == [_identify(shard) for shard in shards[: len(before)]])
 
 
 def _find_published(

@@ -120,7 +120,7 @@ def list_files(source: Path) -> Folder:
     """Return the files below `source`, or `source` itself, that can be read.
 
     Raises:
-        DataError: there is none.
+        DataError: there are no such files.
     """
     folder = list_folder(source, KINDS)
     if source.exists() and folder.train:

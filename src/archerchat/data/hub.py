@@ -59,7 +59,7 @@ def download_shards(
 
     Raises:
         UsageError: the source does not have that many shards.
-        DataError: a file cannot be had; what arrived is kept for the next attempt.
+        DataError: a download failed; what arrived is kept for the next attempt.
     """
     from huggingface_hub import get_token, hf_hub_url  # imported here: pretraining needs no hub
 

@@ -4,15 +4,11 @@ The packers are pure: documents go in, one at a time leaves the buffer for the o
 rows come out. Between rows a packer's whole state is the documents it still holds, in order, so
 a snapshot is a tuple of references and a restart is adding them again. Of a document longer than a
 row, best fit keeps the row that a crop can take and the length: long documents cost no memory.
-
-Best fit looks for the longest document that fits. Documents are kept sorted by the integer
-`length << 40 | arrival`, so that choosing one is a binary search and the tie-break by arrival
-is the order itself.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -44,10 +40,6 @@ class Buffered(NamedTuple):
         """Return what is still to come, as a document."""
         joined = (self.tokens[:1], self.tokens[self.start :])
         return np.concatenate(joined) if self.start else self.tokens
-
-
-_ARRIVAL_BITS = 40
-_LAST_ARRIVAL = (1 << _ARRIVAL_BITS) - 1
 
 
 class _OpenRow:
@@ -97,7 +89,8 @@ class BestFitPacker(_OpenRow):
         super().__init__(row_length)
         self._buffer_size, self._padding = buffer_size, padding
         self._by_arrival: dict[int, Buffered] = {}
-        self._keys: list[int] = []
+        self._sorted: list[tuple[int, int]] = []
+        """Length and arrival of each document, in order, so that choosing is a binary search."""
         self._arrivals = 0
 
     def add(self, document: Document, length: int | None = None) -> None:
@@ -107,20 +100,20 @@ class BestFitPacker(_OpenRow):
         assert fits, "no row would ever take it"
         if len(document) > len(self._row):
             document = document[: len(self._row)].copy()
-        insort(self._keys, length << _ARRIVAL_BITS | self._arrivals)
+        insort(self._sorted, (length, self._arrivals))
         self._by_arrival[self._arrivals] = Buffered(document, length)
         self._arrivals += 1
 
     def needs_documents(self) -> bool:
         """Tell whether the buffer must be filled up before the next choice."""
-        return len(self._keys) < self._buffer_size
+        return len(self._sorted) < self._buffer_size
 
     def place(self) -> Row | None:
         """Put a document of the buffer in the open row; return the row once it is full."""
-        fitting = bisect_right(self._keys, self._space << _ARRIVAL_BITS | _LAST_ARRIVAL)
+        fitting = bisect_left(self._sorted, (self._space + 1,))
         if fitting > 0:
-            longest = self._keys[fitting - 1] >> _ARRIVAL_BITS
-            return self._put(self._pop(bisect_left(self._keys, longest << _ARRIVAL_BITS)).tokens)
+            longest = self._sorted[fitting - 1][0]
+            return self._put(self._pop(bisect_left(self._sorted, (longest,))).tokens)
         if self._padding is not None:
             return self.finish()
         shortest = self._pop(0)
@@ -139,10 +132,11 @@ class BestFitPacker(_OpenRow):
 
     def __len__(self) -> int:
         """Return how many documents are buffered."""
-        return len(self._keys)
+        return len(self._sorted)
 
     def _pop(self, index: int) -> Buffered:
-        return self._by_arrival.pop(self._keys.pop(index) & _LAST_ARRIVAL)
+        _, arrival = self._sorted.pop(index)
+        return self._by_arrival.pop(arrival)
 
 
 class ConcatPacker(_OpenRow):

@@ -31,7 +31,7 @@ def data_directory(data: str, home: Home) -> Path:
     name, whatever the working directory holds.
 
     Raises:
-        UsageError: there is no such directory; the message lists the names there are.
+        UsageError: there is no such directory; the message lists the known names.
     """
     if "/" in data or os.sep in data or data.startswith((".", "~")):
         with contextlib.suppress(RuntimeError):  # ~ and a user that does not exist

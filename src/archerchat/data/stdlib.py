@@ -44,7 +44,7 @@ def list_stdlib(root: Path) -> list[Path]:
     """Return the corpus's source files below `root`, in order.
 
     Raises:
-        DataError: there is none, because this Python carries only compiled files.
+        DataError: there are none, because this Python carries only compiled files.
     """
     files = [
         path

@@ -39,7 +39,7 @@ class Streams(Stateful, Generic[L]):
         grad_accum_steps: micro-batches of this rank per step.
 
     Raises:
-        UsageError: a step's micro-batches are no whole number for each stream.
+        UsageError: a step's micro-batches cannot be divided evenly among the streams.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Streams(Stateful, Generic[L]):
         per_step = grad_accum_steps * ranks.world_size
         if per_step % num_streams:
             raise UsageError(
-                f"the run began on {num_streams} ranks, which cannot share a step of {per_step} "
+                f"the run began on {num_streams} ranks, which cannot divide a step of {per_step} "
                 "micro-batches: resume with the --device-batch-size and the --total-batch-size "
                 "that it began with"
             )

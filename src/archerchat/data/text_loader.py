@@ -20,13 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from archerchat.data.packing import (
-    BUFFER_SIZE,
-    BestFitPacker,
-    ConcatPacker,
-    Packing,
-    Row,
-)
+from archerchat.data.packing import BUFFER_SIZE, BestFitPacker, ConcatPacker, Packing, Row
 from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
 from archerchat.data.shards import MAKE_DATA, Shard
 from archerchat.errors import DataError
@@ -108,7 +102,6 @@ class TextLoader(PrefetchingLoader[_Progress]):
     ) -> None:
         assert min(batch_size, sequence_length, buffer_size, tokenizer_batch, prefetch) >= 1
         assert 0 <= rank < world_size
-        _check_ranks(shards, world_size)
         identity: dict[str, Any] = {
             "batch_size": batch_size,
             "sequence_length": sequence_length,
@@ -118,7 +111,7 @@ class TextLoader(PrefetchingLoader[_Progress]):
             "rank": rank,
             "world_size": world_size,
             "tokenizer": tokenizer.fingerprint,
-            "shards": _names_and_sizes(shards),
+            "shards": _describe_shards(shards, world_size),
         }
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         super().__init__(identity, _Progress(Position(0, rank, 1)), prefetch, dtype)
@@ -152,25 +145,23 @@ class TextLoader(PrefetchingLoader[_Progress]):
         return _Documents(self._identity, shards, self._tokenizer, self._dtype, state)
 
 
-def _check_ranks(shards: Sequence[Path], world_size: int) -> None:
-    """Open shards until one has a row group for each rank: usually the first."""
+def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]:
+    """Return names and sizes, once a shard has a row group for each rank: usually the first."""
     most = 0
     for path in shards:
         with Shard(path) as shard:
             most = max(most, shard.num_row_groups)
         if most >= world_size:
-            return
-    directory = shards[0].parent
-    if most == 0:
-        raise DataError(f"no documents in {directory}: {MAKE_DATA}")
-    raise DataError(
-        f"{world_size} ranks cannot share the shards in {directory}: none has more than {most} "
-        f"row groups, so a rank would get nothing. Use at most {most} ranks, or build them again "
-        f"with a smaller --documents-per-row-group"
-    )
-
-
-def _names_and_sizes(shards: Sequence[Path]) -> list[list[Any]]:
+            break
+    else:
+        directory = shards[0].parent
+        if most == 0:
+            raise DataError(f"no documents in {directory}: {MAKE_DATA}")
+        raise DataError(
+            f"{world_size} ranks cannot share the shards in {directory}: none has more than {most} "
+            f"row groups, so a rank would get nothing. Use at most {most} ranks, or build the data "
+            "again with a smaller --documents-per-row-group"
+        )
     try:
         return [[path.name, path.stat().st_size] for path in shards]
     except OSError as error:

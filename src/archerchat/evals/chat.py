@@ -27,11 +27,10 @@ from archerchat.distributed import Ranks
 from archerchat.errors import DataError
 from archerchat.evals.statistics import (
     Interval,
-    centred,
-    mean_interval,
+    TaskResult,
+    mean_score,
     pass_at_k,
     pass_sizes,
-    wilson_interval,
 )
 from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
@@ -40,7 +39,7 @@ from archerchat.inference.sampling_params import SamplingParams, derive_seed
 from archerchat.inference.sequence import Completion, Request
 from archerchat.inference.tools import spoken_text
 from archerchat.model.transformer import Transformer
-from archerchat.tasks.base import Kind, Task
+from archerchat.tasks.base import Task
 from archerchat.tasks.conversation import Conversation
 from archerchat.tasks.registry import CHATCORE
 from archerchat.tokenizer.bpe import Tokenizer
@@ -50,68 +49,40 @@ ANSWER_TOKENS = 512
 """Most tokens of an answer in ChatCORE."""
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """One task's outcome, over all ranks."""
+@dataclass(frozen=True, kw_only=True)
+class ChatTaskResult(TaskResult):
+    """One task of a chat model."""
 
-    name: str
-    kind: Kind
-    baseline: float
-    """The accuracy of guessing."""
-    right: tuple[int, ...]
-    """Right samples of each problem, by the reference's rule."""
-    num_samples: int
-    """Samples per problem."""
+    pass_at: Mapping[int, float]
+    """pass@k by k, up to the number of samples."""
     lenient: int | None = None
-    """Right samples of all problems by the task's lenient rule; None for a task without one."""
+    """Samples that are right by the task's lenient rule; None for a task without one."""
     cut_prompts: int = 0
-    """Prompts that the context had no room for."""
+    """Prompts that were truncated to the context."""
     cut_answers: int = 0
     """Answers that ended by the limit of tokens or at the context's end."""
     answer_tokens: int = 0
-    seconds: float = 0.0
-
-    @property
-    def accuracy(self) -> float:
-        """The share of right answers: pass@1. It can be compared with the reference's."""
-        return sum(self.right) / (len(self.right) * self.num_samples)
 
     @property
     def lenient_accuracy(self) -> float | None:
         """The share of answers that are right by the lenient rule; None without one."""
-        total = len(self.right) * self.num_samples
+        total = self.examples * self.num_samples
         return None if self.lenient is None else self.lenient / total
-
-    @property
-    def interval(self) -> Interval:
-        """95 % confidence of the accuracy, problems counting as trials."""
-        return wilson_interval(sum(self.right) / self.num_samples, len(self.right))
-
-    @property
-    def centred(self) -> float:
-        """The accuracy where guessing is 0 and perfection 1."""
-        return centred(self.accuracy, self.baseline)
-
-    @property
-    def pass_at(self) -> dict[int, float]:
-        """pass@k by k, up to the number of samples."""
-        sizes = pass_sizes(self.num_samples)
-        return {k: pass_at_k(self.right, self.num_samples, k) for k in sizes}
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures."""
         figures: dict[str, Any] = {
-            "kind": self.kind,
-            "problems": len(self.right),
+            "kind": self.task_type,
+            "problems": self.examples,
             "accuracy": self.accuracy,
             "interval_95": list(self.interval),
             "lenient_accuracy": self.lenient_accuracy,
-            "random_baseline": self.baseline,
+            "random_baseline": self.random_baseline,
             "centred": self.centred,
             "cut_prompts": self.cut_prompts,
             "seconds": round(self.seconds, 3),
         }
-        if self.kind == "generative":
+        if self.task_type == "generative":
             figures |= {
                 "num_samples": self.num_samples,
                 "pass_at": {str(k): value for k, value in self.pass_at.items()},
@@ -123,16 +94,9 @@ class TaskResult:
 
 def chatcore(results: Sequence[TaskResult]) -> tuple[float, Interval] | None:
     """Return ChatCORE and its 95 % interval, or None unless all of its tasks are there."""
-    found: Mapping[str, TaskResult] = {result.name: result for result in results}
-    if any(name not in found for name in CHATCORE):
-        return None
-    tasks = [found[name] for name in CHATCORE]
-    scores = [task.centred for task in tasks]
-    intervals = [
-        (centred(task.interval[0], task.baseline), centred(task.interval[1], task.baseline))
-        for task in tasks
-    ]
-    return sum(scores) / len(scores), mean_interval(scores, intervals)
+    found = {result.label: result for result in results}
+    missing = set(CHATCORE) - found.keys()
+    return None if missing else mean_score([found[name] for name in CHATCORE])
 
 
 @dataclass(frozen=True)
@@ -151,6 +115,13 @@ class Answer:
     """Whether it is right by that rule or by the task's lenient one."""
     prompt_cut: bool
     """Whether its prompt was truncated to leave room for it."""
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """What it adds to a task's lenient samples, cut prompts, cut answers and tokens."""
+        cut = self.completion.finish_reason in ("max_tokens", "length")
+        prompt_cut = self.prompt_cut and self.sample == 0
+        return self.lenient, prompt_cut, cut, len(self.completion.token_ids)
 
 
 def build_request(
@@ -200,15 +171,8 @@ def answer_problems(
     pending: deque[Future[Answer]] = deque()
     answers: list[Answer] = []
 
-    def judge(number: int, sample: int) -> Answer:
-        completion, problem = completions[number][sample], problems[number]
-        text = spoken_text(tokenizer, completion.token_ids, params.stop)
-        right = task.evaluate(task[problem], text)
-        lenient = right or (task.is_lenient and task.evaluate_leniently(task[problem], text))
-        return Answer(problem, sample, completion, text, right, lenient, rendered[number][1])
-
     def collect(*, wait: bool) -> None:
-        """Collect judged answers; raises what a judge raised, before more is generated."""
+        # Raises what a judge raised, before more is generated.
         while pending and (wait or pending[0].done()):
             answers.append(pending.popleft().result())
             on_progress(len(answers))
@@ -216,15 +180,32 @@ def answer_problems(
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
         for event in engine.stream(requests):
-            completions[event.request][event.sample].add(event)
+            number, completion = event.request, completions[event.request][event.sample]
+            completion.add(event)
             if event.finish_reason is not None:
-                pending.append(pool.submit(judge, event.request, event.sample))
+                ended = problems[number], event.sample, completion, rendered[number][1]
+                pending.append(pool.submit(_judge, task, tokenizer, params.stop, *ended))
                 collect(wait=False)
         collect(wait=True)
     finally:
         pool.shutdown(cancel_futures=True)
     place = {problem: number for number, problem in enumerate(problems)}
     return sorted(answers, key=lambda answer: (place[answer.problem], answer.sample))
+
+
+def _judge(
+    task: Task,
+    tokenizer: Tokenizer,
+    stop: Sequence[str],
+    problem: int,
+    sample: int,
+    completion: Completion,
+    prompt_cut: bool,
+) -> Answer:
+    text = spoken_text(tokenizer, completion.token_ids, stop)
+    right = task.evaluate(task[problem], text)
+    lenient = right or (task.is_lenient and task.evaluate_leniently(task[problem], text))
+    return Answer(problem, sample, completion, text, right, lenient, prompt_cut)
 
 
 LIMIT_SEED = 1337
@@ -247,7 +228,7 @@ def evaluate_task(
     ranks: Ranks | None = None,
     on_progress: OnProgress = lambda done, total: None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
-) -> TaskResult:
+) -> ChatTaskResult:
     """Return what the engine's model gets right, over all ranks.
 
     Args:
@@ -263,42 +244,39 @@ def evaluate_task(
     if not len(task):
         raise DataError(f"{task.name} has no problem to ask")
     started, ranks = time.perf_counter(), ranks or Ranks()
-    samples = params.num_samples if task.kind == "generative" else 1
-    # Right samples by problem, then the four other counts.
+    generates, share = task.kind == "generative", list(ranks.share(len(task)))
+    samples = params.num_samples if generates else 1
+    # Right samples by problem, then the sums of `Answer.counts`.
     counts = torch.zeros(len(task) + 4, dtype=torch.int64)
-    share = list(ranks.share(len(task)))
 
     def report(done: int) -> None:
         on_progress(done, len(share) * samples)
 
-    if task.kind == "categorical":
+    if generates:
+        for answer in answer_problems(engine, tokenizer, task, share, params, report):
+            counts[answer.problem] += answer.right
+            counts[-4:] += torch.tensor(answer.counts)
+            on_answer(answer)
+    else:
         prompts = [render_for_completion(tokenizer, task[index]) for index in share]
         letters = [task[index]["letters"] for index in share]
         chosen = choose_letters(engine.model, tokenizer, prompts, letters, report)
         for index, letter in zip(share, chosen, strict=True):
             counts[index] = task.evaluate(task[index], letter)
-    else:
-        for answer in answer_problems(engine, tokenizer, task, share, params, report):
-            completion = answer.completion
-            cut = completion.finish_reason in ("max_tokens", "length")
-            prompt_cut = answer.prompt_cut and answer.sample == 0
-            counts[answer.problem] += answer.right
-            counts[-4:] += torch.tensor(
-                [answer.lenient, prompt_cut, cut, len(completion.token_ids)]
-            )
-            on_answer(answer)
     *right, lenient, cut_prompts, cut_answers, tokens = ranks.sum(counts).tolist()
-    return TaskResult(
-        name=task.name,
-        kind=task.kind,
-        baseline=task.random_baseline,
-        right=tuple(right),
+    return ChatTaskResult(
+        label=task.name,
+        task_type=task.kind,
+        examples=len(right),
+        correct=sum(right),
+        random_baseline=task.random_baseline,
+        seconds=time.perf_counter() - started,
         num_samples=samples,
+        pass_at={k: pass_at_k(right, samples, k) for k in pass_sizes(samples)},
         lenient=lenient if task.is_lenient else None,
         cut_prompts=cut_prompts,
         cut_answers=cut_answers,
         answer_tokens=tokens,
-        seconds=time.perf_counter() - started,
     )
 
 

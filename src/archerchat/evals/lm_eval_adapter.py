@@ -23,7 +23,6 @@ import torch
 
 from archerchat.console import LiveLine, build_console
 from archerchat.errors import ArcherChatError, UsageError
-from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import Prompt, build_tree, common_prefix
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.home import Home
@@ -52,9 +51,9 @@ def score_prompts(
     scores = [(0.0, True)] * len(prompts)
     done = 0
     with LiveLine(build_console(stderr=True), "log likelihoods", len(prompts)) as line:
-        for outcomes, _ in iter_outcomes(Scorer(model), trees, "language_modeling", batch_tokens):
+        for outcomes in iter_outcomes(model, trees, "language_modeling", batch_tokens):
             for outcome in outcomes:
-                scored = len(trees[outcome.index].target)
+                scored = len(trees[outcome.index].targets)
                 total = -outcome.losses[0] * scored if scored else 0.0
                 scores[outcome.index] = total, outcome.all_predicted
             done += len(outcomes)

@@ -1,6 +1,6 @@
 """What a number of right answers says: centred accuracy, confidence intervals, pass@k.
 
-Pure functions of counts, for CORE, ChatCORE and the report.
+For CORE, ChatCORE and the report.
 
     wilson_interval(30, 200)         # where the true share lies, 95 times in 100
     pass_at_k([3, 0, 16], 16, 4)     # the chance that one of four samples is right
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from archerchat.errors import UsageError
 
@@ -40,22 +41,6 @@ def wilson_interval(right: float, trials: int, z: float = Z_95) -> Interval:
     low = 0.0 if right == 0 else max(0.0, middle - half)
     high = 1.0 if right == trials else min(1.0, middle + half)
     return low, high
-
-
-def mean_half_width(tasks: Sequence[tuple[int, int, float]], z: float = Z_95) -> float:
-    """Return half the normal interval of a mean centred accuracy, over draws of examples.
-
-    Two right and two wrong answers are added to each task (Agresti and Coull 1998), so that an
-    accuracy of 0 has a variance too.
-
-    Args:
-        tasks: right answers, examples and random baseline of each.
-    """
-    total = 0.0
-    for right, trials, baseline in tasks:
-        share = (right + 2) / (trials + 4)
-        total += share * (1 - share) / (trials + 4) / (1 - baseline) ** 2
-    return z * math.sqrt(total) / len(tasks)
 
 
 def mean_interval(estimates: Sequence[float], intervals: Sequence[Interval]) -> Interval:
@@ -94,3 +79,42 @@ def pass_at_k(right: Sequence[int], samples: int, k: int) -> float:
 def pass_sizes(samples: int) -> list[int]:
     """Return the k to report: the powers of two below `samples`, then `samples` itself."""
     return [1 << i for i in range(samples.bit_length()) if 1 << i < samples] + [samples]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """What a model got right in one task, over all ranks."""
+
+    label: str
+    """The task's name."""
+    task_type: str
+    examples: int
+    correct: int
+    """Right answers, over the samples of all examples."""
+    random_baseline: float
+    """The accuracy of guessing."""
+    seconds: float = 0.0
+    num_samples: int = 1
+    """Samples per example."""
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers: pass@1."""
+        return self.correct / (self.examples * self.num_samples)
+
+    @property
+    def interval(self) -> Interval:
+        """95 % confidence interval of the accuracy, examples counting as trials."""
+        return wilson_interval(self.correct / self.num_samples, self.examples)
+
+    @property
+    def centred(self) -> float:
+        """The accuracy on a scale where guessing is 0 and perfection 1."""
+        return centred(self.accuracy, self.random_baseline)
+
+
+def mean_score(tasks: Sequence[TaskResult]) -> tuple[float, Interval]:
+    """Return the mean centred accuracy, which CORE and ChatCORE are, and its 95 % interval."""
+    scores = [task.centred for task in tasks]
+    limits = [[centred(limit, task.random_baseline) for limit in task.interval] for task in tasks]
+    return sum(scores) / len(scores), mean_interval(scores, [(low, high) for low, high in limits])

@@ -11,7 +11,7 @@ out of the prompt; a system message stays.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -97,7 +97,7 @@ class ChatSession:
         self.turns = [Turn(user["content"], tuple(encode(a["content"]))) for user, a in pairs]
         return turns[-1]["content"], said
 
-    def answer(self, message: str) -> Iterator[Piece]:
+    def answer(self, message: str) -> Generator[Piece]:
         """Yield the answer to `message` as it comes.
 
         Closing the iterator ends the answer there; what was said is kept.
@@ -114,11 +114,11 @@ class ChatSession:
         params = replace(request.params, seed=seed, num_samples=1)
         return self._stream(message, replace(request, params=params))
 
-    def _stream(self, message: str, request: Request) -> Iterator[Piece]:
+    def _stream(self, message: str, request: Request) -> Generator[Piece]:
         self.completion = Completion()
         reader = AnswerReader(self.tokenizer, request.params.stop)
         try:
-            with closing(self.engine.stream([request])) as events:  # type: ignore[type-var]
+            with closing(self.engine.stream([request])) as events:
                 for event in events:
                     self.completion.add(event)
                     if event.token is not None:

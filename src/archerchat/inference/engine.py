@@ -127,7 +127,7 @@ class Engine:
         self._unread.clear()
         self._events.clear()
 
-    def stream(self, requests: abc.Sequence[Request]) -> abc.Iterator[Event]:
+    def stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         """Yield what happens to the requests' sequences as it happens.
 
         Requests are numbered as they are listed. Closing the iterator drops them.
@@ -140,7 +140,7 @@ class Engine:
             self.check(request)
         return self._stream(requests)
 
-    def _stream(self, requests: abc.Sequence[Request]) -> abc.Iterator[Event]:
+    def _stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         try:
             for number, request in enumerate(requests):
                 self.add(number, request)
@@ -245,7 +245,7 @@ class Engine:
         """Read sampled tokens, oldest first, leaving `but` launches in flight."""
         while len(self._unread) > but:
             sequences, fetch = self._unread.popleft()
-            for sequence, sampled in zip(sequences, self._runner.read(fetch), strict=True):
+            for sequence, sampled in zip(sequences, fetch.read(), strict=True):
                 if not sequence.finished:
                     self._events.append(sequence.read(*sampled))
 

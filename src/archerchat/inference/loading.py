@@ -11,6 +11,7 @@ read, where this torch can (docs/LOG.md has figures). In float32 the model itsel
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,15 @@ def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
         return ModelConfig(**checkpoint.meta["model_config"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path} does not hold a model: {error!r}") from error
+
+
+def read_bits_per_byte(path: Path) -> float | None:
+    """Return the bits per byte that a checkpoint's training measured last; None if it did not."""
+    try:
+        value = load_checkpoint(path, sections=("loop",)).state["loop"].get("last_val", math.nan)
+    except CheckpointError:  # imported, or damaged
+        return None
+    return value if math.isfinite(value) and path.parent.parent.name != "rl" else None
 
 
 def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:

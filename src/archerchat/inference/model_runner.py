@@ -76,7 +76,7 @@ def forward_token(
         for i, (k, v) in enumerate(zip(keys, values, strict=True)):
             found[i].append(RingPart(k, v, masks[k.size(2)]))
     layers = [RingLayer(of_layer) for of_layer in found]
-    before = Before(lengths[:, None], previous, layers)
+    before = Before(lengths[:, None], previous[:, None], layers)
     hidden = model.hidden(tokens[:, None], regions, before)
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
     new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]
@@ -85,30 +85,27 @@ def forward_token(
 
 
 class Fetch:
-    """Rows on their way to the host, by pinned buffers that later fetches reuse."""
+    """Sampled tokens on their way to the host, with log probabilities where records are given."""
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self._rows, self._buffers, self._started = rows, list[Tensor](), list[Tensor]()
-        on_cuda = device.type == "cuda"
-        self._arrived: Any = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
-
-    def start(self, *tensors: Tensor) -> None:
-        """Start copying tensors (n, ...); the first ones are of the same kind in every fetch."""
-        for tensor in tensors[len(self._buffers) :]:
-            shape, pinned = (self._rows, *tensor.shape[1:]), self._arrived is not None
-            self._buffers.append(torch.empty(shape, dtype=tensor.dtype, pin_memory=pinned))
-        self._started = [
-            buffer[: len(tensor)].copy_(tensor, non_blocking=True)
-            for buffer, tensor in zip(self._buffers, tensors, strict=False)
+    def __init__(self, tokens: Tensor, records: Tensor | None) -> None:
+        # On CUDA such a copy goes to pinned memory and does not hold up the host.
+        self._copies = [
+            tensor.to("cpu", non_blocking=True, copy=True)
+            for tensor in (tokens, records)
+            if tensor is not None
         ]
-        if self._arrived is not None:
+        self._arrived: Any = None
+        if tokens.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def wait(self) -> list[list[Any]]:
-        """Return the rows of each tensor."""
+    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
+        """Wait for them; return each row's token and log probabilities."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return [tensor.tolist() for tensor in self._started]
+        tokens, *records = (tensor.tolist() for tensor in self._copies)
+        logprobs = map(_read_record, records[0]) if records else [None] * len(tokens)
+        return list(zip(tokens, logprobs, strict=True))
 
 
 def _read_record(record: Sequence[float]) -> TokenLogprobs:
@@ -144,7 +141,6 @@ class ModelRunner:
         self._forward: Forward = partial(forward_token, regions=regions)
         self._pool: Any = None
         self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
-        self._fetches: list[Fetch] = []
 
     @torch.no_grad()
     def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
@@ -230,18 +226,9 @@ class ModelRunner:
 
     def fetch(self, first: int, count: int, plan: SamplingPlan) -> Fetch:
         """Start copying what was sampled last for some rows to the host."""
-        fetch = self._fetches.pop() if self._fetches else Fetch(self.max_rows, self.tokens.device)
         rows, records = slice(first, first + count), self.sampler.records
-        asked = [records[rows]] if plan.logprobs and records is not None else []
-        fetch.start(self.tokens[rows], *asked)
-        return fetch
-
-    def read(self, fetch: Fetch) -> list[tuple[int, TokenLogprobs | None]]:
-        """Return each row's token and log probabilities; keep the buffers for a later fetch."""
-        self._fetches.append(fetch)
-        tokens, *records = fetch.wait()
-        logprobs = map(_read_record, records[0]) if records else [None] * len(tokens)
-        return list(zip(tokens, logprobs, strict=True))
+        asked = None if records is None or not plan.logprobs else records[rows]
+        return Fetch(self.tokens[rows], asked)
 
 
 def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:

@@ -110,9 +110,10 @@ def prefill(
         for i, window in enumerate(model.config.windows)
     ]
     embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
-    previous = torch.zeros_like(embedded[:, 0])
-    if shared:
-        previous = previous + shared.previous
+    first = (
+        shared.previous.expand(len(rows), 1, -1) if shared else torch.zeros_like(embedded[:, :1])
+    )
+    previous = torch.cat([first, embedded[:, :-1]], dim=1)
     positions = torch.arange(start, start + width, device=model.device)
     hidden = model.hidden(token_ids, before=Before(positions, previous, layers))
     return Prefilled(model, lengths, hidden, embedded, layers, shared)

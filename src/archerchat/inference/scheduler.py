@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -236,42 +237,31 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 def group_by_prefix(
     prompts: Sequence[Sequence[int]], min_shared: int = MIN_SHARED
 ) -> list[PrefixGroup]:
-    """Group prompts so that shared beginnings save as many tokens as they can.
+    """Group prompts so that shared beginnings save tokens.
 
-    Sorted, prompts that begin alike are neighbours. Neighbours are joined from the longest common
-    beginning down. Two clusters become one group where their shorter common beginning saves more,
-    (members - 1) * shared, than the two save by themselves.
+    Sorted, prompts that begin alike are neighbours. They are cut apart where the least is shared,
+    and the parts again, until a whole saves more, (members - 1) * shared, than its parts.
 
     The groups are in the order of their first member; every prompt is in one.
     """
     ordered = sorted(range(len(prompts)), key=lambda i: (list(prompts[i]), i))
-    # Of each cluster, at the place of its leftmost prompt: the groups, and the tokens they save.
-    groups = [[PrefixGroup(0, (i,))] for i in ordered]
-    saved = [0] * len(ordered)
-    leftmost = list(range(len(ordered)))
+    # A prompt always runs its own last token: its logits are needed.
+    lengths = [
+        min(common_length(a, b), len(a) - 1, len(b) - 1)
+        for a, b in pairwise(prompts[i] for i in ordered)
+    ]
+    common = [length if length >= min_shared else 0 for length in lengths]
 
-    def cluster_of(i: int) -> int:
-        while leftmost[i] != i:
-            leftmost[i] = leftmost[leftmost[i]]
-            i = leftmost[i]
-        return i
+    def group(first: int, last: int) -> list[PrefixGroup]:
+        if first == last:
+            return [PrefixGroup(0, (ordered[first],))]
+        shared = min(common[first:last])
+        cuts = [i for i in range(first, last) if common[i] == shared]
+        parts = zip([first, *(i + 1 for i in cuts)], [*cuts, last], strict=True)
+        found = [each for part in parts for each in group(*part)]
+        if (last - first) * shared > sum((len(g.members) - 1) * g.shared for g in found):
+            return [PrefixGroup(shared, tuple(sorted(ordered[first : last + 1])))]
+        return found
 
-    def common(i: int) -> int:
-        a, b = prompts[ordered[i]], prompts[ordered[i + 1]]
-        # A prompt always runs its own last token: its logits are needed.
-        return min(common_length(a, b), len(a) - 1, len(b) - 1)
-
-    pairs = sorted(((common(i), -i) for i in range(len(ordered) - 1)), reverse=True)
-    for shared, index in pairs:
-        if shared < min_shared:
-            break
-        left, right = cluster_of(-index), cluster_of(-index + 1)
-        leftmost[right] = left
-        groups[left] += groups[right]
-        saved[left] += saved[right]
-        members = tuple(sorted(i for group in groups[left] for i in group.members))
-        together = (len(members) - 1) * shared
-        if together > saved[left]:
-            groups[left], saved[left] = [PrefixGroup(shared, members)], together
-    found = [group for i, place in enumerate(leftmost) if place == i for group in groups[i]]
+    found = group(0, len(prompts) - 1) if prompts else []
     return sorted(found, key=lambda group: group.members[0])

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from archerchat.inference.sequence import Detokenizer
+from archerchat.tasks.conversation import text_of
 from archerchat.tokenizer.bpe import Tokenizer
 
 Evaluate = Callable[[str], str | None]
@@ -131,5 +132,4 @@ def read_parts(
 
 def spoken_text(tokenizer: Tokenizer, token_ids: Iterable[int], stops: Sequence[str] = ()) -> str:
     """Return an answer's text without expressions and results."""
-    parts = read_parts(tokenizer, token_ids, stops)
-    return "".join(each["text"] for each in parts if each["type"] == "text")
+    return text_of(read_parts(tokenizer, token_ids, stops))

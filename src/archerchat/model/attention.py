@@ -168,21 +168,25 @@ def attend(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or K, T, D)
     if backend == "flex":
         out = _attend_flex(q, k, v, mask)
-    elif segments is None:
-        out = _attend_blocks(q, k, v, window, backend, mask)
     else:
-        out = _attend_documents(q, k, v, window, backend, segments)
+        out = _attend_blocks(q, k, v, window, backend, mask, segments)
     return out.transpose(1, 2)
 
 
 def _attend_blocks(
-    q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend, biases: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    backend: Backend,
+    biases: Any,
+    segments: Tensor | None,
 ) -> Tensor:
-    """Take queries in blocks, each with only the keys it can see."""
+    """Take queries in blocks, each with only the keys that its window reaches."""
     length, before = q.size(2), k.size(2) - q.size(2)
     if backend == "matmul" and length + before > MATMUL_MAX_KEYS:
         backend = "sdpa"
-    if backend == "sdpa" and window >= length - 1 and not before:
+    if backend == "sdpa" and window >= length - 1 and not before and segments is None:
         return _sdpa(q, k, v, None)
     outputs = []
     for i, (start, stop, first) in enumerate(_blocks(length, window, before)):
@@ -193,26 +197,12 @@ def _attend_blocks(
             continue
         offset = before + start - first
         mask = _band_mask(stop - start, before + stop - first, window, offset, q.device)
+        if segments is not None:
+            same = segments[:, None, start:stop, None] == segments[:, None, None, keys]
+            mask = same & mask  # (B, 1, queries, keys)
         outputs.append(
             _sdpa(*part, mask) if backend == "sdpa" else _softmax_matmul(*part, _bias(mask))
         )
-    return torch.cat(outputs, dim=2)
-
-
-def _attend_documents(
-    q: Tensor, k: Tensor, v: Tensor, window: int, backend: Backend, segments: Tensor
-) -> Tensor:
-    """Take queries in blocks; each sees the keys in its window that are of its document."""
-    length, outputs = q.size(2), []
-    for start, stop, first in _blocks(length, window):
-        part = q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop]
-        same = segments[:, None, start:stop, None] == segments[:, None, None, first:stop]
-        band = _band_mask(stop - start, stop - first, window, start - first, q.device)
-        mask = same & band  # (B, 1, queries, keys)
-        if backend == "matmul" and length <= MATMUL_MAX_KEYS:
-            outputs.append(_softmax_matmul(*part, _bias(mask)))
-        else:
-            outputs.append(_sdpa(*part, mask))
     return torch.cat(outputs, dim=2)
 
 

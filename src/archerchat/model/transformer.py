@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archerchat.model import fp8
-from archerchat.model.attention import (
-    Backend,
-    Past,
-    attend,
-    prepare_document_mask,
-    prepare_mask,
-)
+from archerchat.model.attention import Backend, Past, attend, prepare_document_mask, prepare_mask
 from archerchat.model.compiling import compiled
 from archerchat.model.config import ModelConfig
 from archerchat.model.flops import SMEAR_CHANNELS, VALUE_GATE_CHANNELS
@@ -58,6 +51,12 @@ def rotary_tables(positions: Tensor, head_dim: int, dtype: torch.dtype) -> tuple
     return angles.cos().to(dtype)[..., None, :], angles.sin().to(dtype)[..., None, :]
 
 
+def rotary_of(rotary: tuple[Tensor, Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tables of some of their tokens (n,)."""
+    cos, sin = rotary
+    return cos.index_select(-3, kept), sin.index_select(-3, kept)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate (B, T, heads, D) by its positions, pairing the first half with the second."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -77,13 +76,6 @@ class Linear(nn.Linear):
         if self.fp8 and torch.is_grad_enabled():
             return fp8.linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
-
-
-class Embedding(nn.Embedding):
-    """A table that gathers in its storage dtype."""
-
-    def forward(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.weight)
 
 
 class Attention(nn.Module):
@@ -112,22 +104,27 @@ class Attention(nn.Module):
         mask: Any = None,
         past: Past | None = None,
         segments: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Map normalised activations (B, T, C) to the branch's output (B, T, C)."""
+        """Map normalised activations (B, T, C) to the output (B, T, C) of the `kept` tokens."""
         batch, length, _ = h.shape
-        q = self.query(h).view(batch, length, self.num_heads, self.head_dim)
+        asking, of_queries = h, rotary
+        if kept is not None:
+            asking, of_queries = h.index_select(1, kept), rotary_of(rotary, kept)
+        q = self.query(asking).view(batch, asking.size(1), self.num_heads, self.head_dim)
         k = self.key(h).view(batch, length, self.num_kv_heads, self.head_dim)
         v = self.value(h).view(batch, length, self.num_kv_heads, self.head_dim)
         if self.value_gate is not None:
             assert value_embedding is not None
             gate = 3 * torch.sigmoid(self.value_gate(h[..., :VALUE_GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embedding.view_as(v)
-        q, k = (norm(rotate(x, *rotary)) * self.qk_gain for x in (q, k))
+        q = norm(rotate(q, *of_queries)) * self.qk_gain
+        k = norm(rotate(k, *rotary)) * self.qk_gain
         if past is None:
             y = attend(q, k, v, self.window, self.backend, mask, segments)
         else:
             y = past.attend(q, k, v)
-        out: Tensor = self.output(y.reshape(batch, length, -1))
+        out: Tensor = self.output(y.flatten(2))
         return out
 
 
@@ -163,11 +160,13 @@ class Block(nn.Module):
         mask: Any = None,
         past: Past | None = None,
         segments: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Map the residual stream and the model's input (B, T, C) to the new stream."""
+        """Map the stream and the model's input (B, T, C) to the new stream, `kept` tokens only."""
         if residual_lambda is not None and input_lambda is not None:
             x = residual_lambda * x + input_lambda * x0
-        x = x + self.attention(norm(x), value_embedding, rotary, mask, past, segments)
+        branch = self.attention(norm(x), value_embedding, rotary, mask, past, segments, kept)
+        x = (x if kept is None else x.index_select(1, kept)) + branch
         out: Tensor = x + self.mlp(norm(x))
         return out
 
@@ -182,14 +181,15 @@ def smear(
     """Normalise gathered embeddings (B, T, C) and add to each a gated copy of the one before.
 
     Args:
-        previous: (B, C), the normalised embedding before the first; zeros where there is none.
+        previous: (B, T, C), normalised embeddings of the tokens before each; zeros where there
+            is none. By default a row's tokens follow one another, and the first has none.
         segments: (B, T) numbers of packed documents, whose first tokens have none before them.
     """
     x = norm(x)
     if previous is None:
         first, here, before = x[:, :1], x[:, 1:], x[:, :-1]
     else:
-        first, here, before = x[:, :0], x, torch.cat([previous[:, None], x[:, :-1]], dim=1)
+        first, here, before = x[:, :0], x, previous
     gate = torch.sigmoid(F.linear(here[..., :SMEAR_CHANNELS], gate_weight.to(x.dtype)))
     if segments is not None:
         assert previous is None, "packed rows begin at their first token"
@@ -204,13 +204,17 @@ def back_out(x: Tensor, middle: Tensor, backout_lambda: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Before:
-    """The past of the tokens that a forward pass is given."""
+    """What comes before each of the tokens that a forward pass is given."""
 
     positions: Tensor
     """(T,) or (B, T): positions of the given tokens."""
     previous: Tensor
-    """(B, C): normalised embedding of the token before them, zeros where there is none."""
+    """(B, T, C): normalised embedding of the token before each, zeros where there is none."""
     layers: Sequence[Past]
+    kept: Sequence[Tensor | None] = ()
+    """Per layer the tokens (n,) that come out of it, by their place among those that went in, if
+    only these matter later; None keeps all. Empty: every layer does. The others are not computed
+    beyond their keys and values."""
 
 
 @dataclass(frozen=True)
@@ -254,14 +258,11 @@ class Transformer(nn.Module):
         self.recomputes = False
         """Whether the backward pass computes each layer again instead of keeping its values."""
         layers, dim, vocab = range(config.num_layers), config.model_dim, config.padded_vocab_size
-        self.token_embedding = Embedding(vocab, dim)
+        self.token_embedding = nn.Embedding(vocab, dim)
         self.blocks = nn.ModuleList(Block(config, layer, backend) for layer in layers)
+        mixing = filter(config.has_value_embedding, layers)
         self.value_embeddings = nn.ModuleDict(
-            {
-                str(i): Embedding(vocab, config.kv_dim)
-                for i in layers
-                if config.has_value_embedding(i)
-            }
+            {str(i): nn.Embedding(vocab, config.kv_dim) for i in mixing}
         )
         self.unembedding = Linear(dim, vocab)
 
@@ -292,31 +293,29 @@ class Transformer(nn.Module):
         """Draw the initial values of SPEC section 2, the same on every device for one seed."""
         generator = torch.Generator().manual_seed(seed)
 
-        def fill(parameter: Tensor, kind: str, low: float, high: float) -> None:
-            draw = torch.empty(parameter.shape)
-            if kind == "normal":
-                draw.normal_(low, high, generator=generator)
-            else:
-                draw.uniform_(low, high, generator=generator)
-            parameter.copy_(draw)
+        def normal(parameter: Tensor, std: float) -> None:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+        def uniform(parameter: Tensor, low: float, high: float) -> None:
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
 
         layers, bound = self.config.num_layers, math.sqrt(3 / self.config.model_dim)
-        fill(self.token_embedding.weight, "normal", 0.0, 0.8)
-        fill(self.unembedding.weight, "normal", 0.0, 0.001)
+        normal(self.token_embedding.weight, 0.8)
+        normal(self.unembedding.weight, 0.001)
         for block in self.blocks:
             assert isinstance(block, Block)
             for matrix in (block.attention.query, block.attention.key, block.attention.value):
-                fill(matrix.weight, "uniform", -bound, bound)
-            fill(block.mlp.up.weight, "uniform", -0.4 * bound, 0.4 * bound)
+                uniform(matrix.weight, -bound, bound)
+            uniform(block.mlp.up.weight, -0.4 * bound, 0.4 * bound)
             block.attention.output.weight.zero_()
             block.mlp.down.weight.zero_()
             if block.attention.value_gate is not None:
-                fill(block.attention.value_gate.weight, "uniform", 0.0, 0.02)
+                uniform(block.attention.value_gate.weight, 0.0, 0.02)
         for table in self.value_embeddings.values():
-            assert isinstance(table, Embedding)
-            fill(table.weight, "uniform", -bound, bound)
+            assert isinstance(table, nn.Embedding)
+            uniform(table.weight, -bound, bound)
         if self.smear_gate is not None and self.smear_lambda is not None:
-            fill(self.smear_gate.weight, "uniform", 0.0, 0.02)
+            uniform(self.smear_gate.weight, 0.0, 0.02)
             self.smear_lambda.zero_()
         depth = torch.arange(layers) / max(layers - 1, 1)
         if self.residual_lambdas is not None and self.input_lambdas is not None:
@@ -341,21 +340,11 @@ class Transformer(nn.Module):
                 seeing each other; without it they do.
         """
         assert before is None or segments is None, "a cache holds one document per row"
-        # Left out where there are none, so that what is compiled stays the same.
-        documents = {} if segments is None else {"segments": segments}
-        run, dtype = regions or Regions(), self.compute_dtype
-        positions = torch.arange(token_ids.size(1), device=token_ids.device)
-        rotary = rotary_tables(
-            before.positions if before else positions, self.config.head_dim, dtype
-        )
-        x = self.token_embedding(token_ids).to(dtype)
-        if self.smear_gate is None:
-            x = norm(x)
-        elif before:
-            x = run.smear(x, self.smear_gate.weight, self.smear_lambda, before.previous)
-        else:
-            x = run.smear(x, self.smear_gate.weight, self.smear_lambda, **documents)
-        x0, middle = x, x
+        run, positions = regions or Regions(), torch.arange(token_ids.size(1), device=self.device)
+        if before:
+            positions = before.positions
+        rotary = rotary_tables(positions, self.config.head_dim, self.compute_dtype)
+        x0 = x = middle = self._embed(token_ids, run, before, segments)
         lambdas: Sequence[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(self.blocks)
         if self.residual_lambdas is not None and self.input_lambdas is not None:
             residual, inputs = self.residual_lambdas.unbind(), self.input_lambdas.unbind()
@@ -365,19 +354,32 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             value = None
             if self.config.has_value_embedding(i):
-                value = self.value_embeddings[str(i)](token_ids).to(dtype)
-            past = (before.layers[i],) if before else ()
-            inputs_of_block = block, x, x0, value, rotary, *lambdas[i], masks[i], *past
+                value = self.value_embeddings[str(i)](token_ids).to(self.compute_dtype)
+            past = before.layers[i] if before else None
+            kept = before.kept[i] if before and before.kept else None
+            given = block, x, x0, value, rotary, *lambdas[i], masks[i], past, segments, kept
             if self.recomputes and torch.is_grad_enabled():  # https://arxiv.org/abs/1604.06174
-                block_run = partial(run.block, **documents)
-                x = checkpoint(block_run, *inputs_of_block, use_reentrant=False)
+                x = checkpoint(run.block, *given, use_reentrant=False)
             else:
-                x = run.block(*inputs_of_block, **documents)
+                x = run.block(*given)
+            if kept is not None:
+                token_ids, x0, middle = (t.index_select(1, kept) for t in (token_ids, x0, middle))
+                rotary = rotary_of(rotary, kept)
             if i == self.config.num_layers // 2:
                 middle = x
         if self.backout_lambda is None:
             return norm(x)
         return run.back_out(x, middle, self.backout_lambda)
+
+    def _embed(
+        self, token_ids: Tensor, run: Regions, before: Before | None, segments: Tensor | None
+    ) -> Tensor:
+        """Return the first layer's input (B, T, C)."""
+        x = self.token_embedding(token_ids).to(self.compute_dtype)
+        if self.smear_gate is None:
+            return norm(x)
+        previous = before.previous if before else None
+        return run.smear(x, self.smear_gate.weight, self.smear_lambda, previous, segments)
 
     def _masks(self, token_ids: Tensor, segments: Tensor | None) -> list[Any]:
         """Return one prepared mask per layer, for compiled regions."""

@@ -1,4 +1,4 @@
-"""What NVIDIA publishes on its cards: peak matrix rate, memory, power.
+"""Published figures of NVIDIA's cards: peak matrix rate, memory, power.
 
 Rates are dense (no structured sparsity) bfloat16 or float16 tensor-core products that
 accumulate in float32, which is what a training step runs. Two traps, both a factor of two:
@@ -24,7 +24,7 @@ from archerchat.config import Config, NonNegativeFloat
 from archerchat.runtime import training_dtype
 
 DOLLARS_PER_H100_HOUR = 3.0
-"""Eight of them for two hours at $48."""
+"""Eight H100s for two hours cost $48."""
 H100_TFLOPS = 989.4
 
 
@@ -33,7 +33,7 @@ class Gpu:
     """One card's published figures."""
 
     name: str
-    """The words by which the name that the driver reports is recognised."""
+    """Its words must all be in the name that the driver reports."""
     tflops: float
     """Dense 16-bit tensor-core TFLOP/s, float32 accumulate."""
     memory_gib: int
@@ -41,7 +41,7 @@ class Gpu:
     rented: bool = False
     """Whether people usually rent it."""
     capability: tuple[int, int] = (8, 0)
-    """Compute capability; later cards have at least this one."""
+    """Compute capability; a lower bound for cards after the A100."""
     float32_tflops: float | None = None
     """Float32 TFLOP/s, for cards on which training runs in it."""
 
@@ -55,7 +55,7 @@ class Gpu:
 
     @property
     def price_per_hour(self) -> float | None:
-        """Usual rent in dollars, by the rate against an H100's; None for cards that people own."""
+        """Usual rent in dollars, scaled by the rate from an H100's; None for one's own cards."""
         return DOLLARS_PER_H100_HOUR * self.tflops / H100_TFLOPS if self.rented else None
 
 
@@ -146,12 +146,12 @@ def _words(name: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Prices(Config):
-    """What computing costs."""
+    """Prices for estimating costs."""
 
     price_per_hour: NonNegativeFloat | None = None
     """Dollars per hour and device. Defaults to an estimate for cards that are usually rented."""
     price_per_kwh: NonNegativeFloat = 0.30
-    """Dollars per kilowatt-hour, for a card that you own."""
+    """Dollars per kilowatt-hour of electricity, for cards that you own."""
 
     def per_hour(self, gpu: Gpu | None) -> tuple[float | None, str]:
         """Return the dollars per hour of one device, None if unknown, and what they are."""

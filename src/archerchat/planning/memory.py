@@ -23,7 +23,7 @@ from archerchat.model.loss import chunk_tokens
 from archerchat.optim.optimizer import PART_ELEMENTS
 
 CPU_TOKENS = 2**13
-"""Tokens in a micro-batch beyond which processors get no faster, only fuller."""
+"""Tokens in a micro-batch beyond which a CPU gets no faster."""
 RESERVED_SHARE = 0.10
 """Share of the device's memory left for its context, fragmentation and a desktop."""
 LOSS_CHUNK_TENSORS = 4
@@ -134,7 +134,8 @@ def fit_micro_batch(
         The estimate; the rows, None if not even one fits; and whether layers are computed again:
         if `recomputes` asks for it, or if not one row fits without.
     """
-    most = useful_rows(device, config.sequence_length)
+    # More rows make a GPU faster, a CPU only fuller.
+    most = math.inf if device.type == "cuda" else CPU_TOKENS / config.sequence_length
     while True:
         estimate = estimate_memory(
             config, compute_dtype, device, world_size, memory_bytes, recomputes, state_dtype
@@ -157,11 +158,6 @@ def max_device_batch_size(
     while rows % (2 * size) == 0 and 2 * size <= most and estimate.total(2 * size) <= usable:
         size *= 2
     return size if estimate.total(size) <= usable else None
-
-
-def useful_rows(device: torch.device, sequence_length: int) -> float:
-    """Return how many rows of a micro-batch still make training faster."""
-    return math.inf if device.type == "cuda" else CPU_TOKENS / sequence_length
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

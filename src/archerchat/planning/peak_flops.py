@@ -1,9 +1,9 @@
 """How fast one device can multiply matrices: the denominator of MFU.
 
-The figure is the published one if `gpus.py` has the card and the dtype. Anything else, CPUs
-included, is measured: the best rate of several products, square ones and a training step's, each
-tried repeatedly so that a busy moment spoils none. That takes under two seconds and is cached on
-disk, so every run on a machine divides by the same number.
+If `gpus.py` has the card and the dtype, the rate is the published one. Anything else, CPUs
+included, is measured: the best rate of several products, square ones and those of a training step,
+each tried repeatedly so that a busy moment spoils none. Measuring takes under two seconds and is
+cached on disk, so every run on a machine divides by the same number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PeakFlops:
     flops_per_second: float
     """Finite and positive; of one device, not of all ranks."""
     source: str
-    """For people: "table: ..." or "measured: ..."."""
+    """Text for people: "table: ..." or "measured: ..."."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Estimate what training a depth takes: data, memory, hours, money.
+"""Estimate what training a model of some depth takes: data, memory, hours, money.
 
-The dial decides everything about the run exactly; the rest is arithmetic on published or
-measured rates and on assumptions, each of which is a flag or a constant here with its reason.
+The dial gives the run exactly. The rest is arithmetic on published or measured rates and on
+assumptions, each of which is a flag or a constant here with its reason.
 `build_plan` returns plain numbers; `commands/plan.py` prints them.
 """
 
@@ -58,13 +58,13 @@ class PlanConfig(Config):
     """Estimate memory, time and cost of training a model of this depth."""
 
     dial: DialConfig
-    """The run."""
+    """Hyperparameters of the run."""
     data: str | None = None
-    """Data source on this machine whose text is measured. Defaults to an estimate for ClimbMix."""
+    """Data on this machine to measure, by its name. Defaults to an estimate for ClimbMix."""
     tokenizer: str = "default"
-    """Name of the tokenizer that measures --data."""
+    """Name of the tokenizer to measure --data with."""
     vocab_size: PositiveInt = VOCAB_SIZE
-    """Number of tokens in the tokenizer's vocabulary; with --data it is the tokenizer's."""
+    """Size of the vocabulary. With --data it is the tokenizer's."""
     gpu: str | None = None
     """Card to train on, such as "RTX 5060 Ti" or "H100". Defaults to this machine's device."""
     gpu_memory: PositiveFloat | None = None
@@ -72,17 +72,17 @@ class PlanConfig(Config):
     num_gpus: PositiveInt = 1
     """Number of cards, one rank each."""
     activation_checkpointing: bool = False
-    """Compute each layer again in the backward pass; done in any case if not one row fits."""
+    """Recompute layers in the backward pass to save memory. Done anyway if not one row fits."""
     optimizer_state: StateDtypeName = "float32"
-    """Dtype of the optimizer's moments; bfloat16 takes half the memory."""
+    """Dtype of the optimizer's moments; bfloat16 needs half the memory."""
     mfu: Share | None = None
-    """Share of the peak rate that training reaches. Defaults to an estimate by kind of device."""
+    """Share of the peak rate that training reaches. Defaults to an estimate for the device."""
     prices: Prices = field(default_factory=Prices)
     """Prices for the estimated cost."""
     eval_every: PositiveInt | None = EVAL_EVERY
     """Steps between evaluations; `none` for never."""
     eval_tokens: PositiveInt = EVAL_TOKENS
-    """Number of validation tokens of one evaluation."""
+    """Validation tokens per evaluation."""
     tokens_per_shard: PositiveInt | None = None
     """Training tokens in one shard of text. Defaults to an estimate for ClimbMix."""
     json: bool = False
@@ -109,9 +109,9 @@ class Machine:
 class DataPlan:
     tokens_per_shard: int
     train_shards: int
-    """Shards to download; never more than exist."""
+    """Training shards to download, at most all that exist."""
     epochs: float
-    """Passes over them; more than 1 only if the source has too few."""
+    """Passes over these shards; more than 1 only if the source has too few."""
     download_bytes: int
     """Size of the training shards and the validation shard."""
 
@@ -224,7 +224,7 @@ def _schedule_points(schedule: Schedule) -> tuple[tuple[int, float, float, float
 
 
 def shards_for_depth(depth: int, most: int) -> int:
-    """Return the training shards that a model of this depth takes by default, at most `most`."""
+    """Return how many training shards a model of this depth needs by default, at most `most`."""
     tokens = build_hyperparameters(DialConfig(depth), VOCAB_SIZE).total_tokens
     return min(math.ceil(tokens / TOKENS_PER_SHARD), most)
 

@@ -1,4 +1,4 @@
-"""Which attention backend is fastest for windows on a card: timed once, and remembered on disk."""
+"""Choose the fastest attention backend for windows on a card: timed once, remembered on disk."""
 
 from __future__ import annotations
 

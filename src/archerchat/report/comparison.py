@@ -1,4 +1,4 @@
-"""Compare two runs, or a run with the reference's printed log, and what they cost.
+"""Compare two runs, or a run with the reference's printed log.
 
 Losses are smoothed ones, as both sides print them. Correct runs drift apart by rounding, so step by
 step they are compared only at the start; at the end, and for scores, their noise sets the limits
@@ -59,7 +59,7 @@ PAIR = re.compile(rf"([\w./-]+)={NUMBER}|([A-Za-z][\w/ ]*?)(?:\s*:\s*|\s+){NUMBE
 
 @dataclass
 class Course:
-    """What a run or a log says of a training run."""
+    """A training run's curves and final figures, from a journal or a log."""
 
     name: str
     losses: dict[int, float] = field(default_factory=dict)

@@ -21,7 +21,7 @@ GPT2_CORE = 0.256525
 """CORE of GPT-2 XL (1.5B parameters), SPEC section 9."""
 LADDER = (
     ("GPT-2 124M", 0.1139), ("GPT-3 125M", 0.148), ("GPT-2 355M", 0.1849), ("GPT-2 774M", 0.2146),
-    ("GPT-3 350M", 0.216), ("GPT-2 XL, 1558M", 0.2565), ("GPT-3 760M", 0.266),
+    ("GPT-3 350M", 0.216), ("GPT-2 XL, 1558M", GPT2_CORE), ("GPT-3 760M", 0.266),
     ("GPT-3 1.3B", 0.291), ("GPT-3 2.7B", 0.329), ("GPT-3 6.7B", 0.361), ("GPT-3 13B", 0.385),
     ("GPT-3 175B", 0.427),
 )  # fmt: skip
@@ -36,7 +36,7 @@ TITLES = {
 }
 """By a run's stage, and by an evaluation's kind."""
 WARMUP_POINTS = 5
-"""Steps after a start that are left out of typical speeds."""
+"""Steps after the start that do not count for typical speeds."""
 GROUPS = (
     ("Rollouts", "share", {
         "rollout/reward": "mean reward",
@@ -49,7 +49,7 @@ GROUPS = (
 )  # fmt: skip
 """Metrics that share a chart: title, label of the axis, and labels by metric."""
 NOT_DRAWN = ("train/", "data/", "core/", "eval/", "val/bpb")
-"""Beginnings of metrics that have a chart of their own, or are not worth one."""
+"""Prefixes of metrics that have a chart of their own, or need none."""
 MAX_OTHERS = 12
 MAX_LABEL = 32
 """Characters of a task's name beside its bar."""
@@ -74,7 +74,7 @@ REFERENCES: dict[int, tuple[str, dict[str, float]]] = {
 
 
 class Spending(NamedTuple):
-    """What one stage took: training steps, evaluations, and the rest of its sessions."""
+    """Time of one stage: training steps, evaluations, and the rest of its sessions."""
 
     name: str
     training_seconds: float
@@ -88,7 +88,7 @@ def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
     """Read the runs of a model, as `load_family` does, and the results of its stages."""
     runs = load_family(home, tag)
     places = dict.fromkeys((run.stage, run.model_tag) for run in runs)
-    # An evaluation may be there without the journal of the run, as after a part of a pull.
+    # After a partial pull an evaluation may exist without the journal of its run.
     places |= dict.fromkeys((stage, runs[-1].model_tag) for stage in STAGES)
     return runs, [r for stage, tag in places for r in load_results(home, stage, tag)]
 
@@ -281,14 +281,8 @@ def _throughput_chart(run: Run) -> Lines:
 
 def result_chart(result: Result) -> Bars:
     """Return the centred accuracies of an evaluation's tasks, the highest first."""
-    ranked = sorted(result.tasks, key=lambda task: task.centred, reverse=True)
-    bars = [
-        (
-            task.label[:MAX_LABEL],
-            task.centred,
-            (centred(task.interval[0], task.baseline), centred(task.interval[1], task.baseline)),
-            f"{task.accuracy:.1%}",
-        )
-        for task in ranked
-    ]
+    bars = []
+    for task in sorted(result.tasks, key=lambda task: task.centred, reverse=True):
+        low, high = (centred(limit, task.random_baseline) for limit in task.interval)
+        bars.append((task.label[:MAX_LABEL], task.centred, (low, high), f"{task.accuracy:.1%}"))
     return Bars("Centred accuracy", bars)

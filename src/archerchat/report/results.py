@@ -1,46 +1,26 @@
 """Read what evaluations left under `evals/<stage>/<tag>`: CORE, the offline tasks, ChatCORE.
 
 A file's name begins with its kind: `core_000960.json`, `offline_000960_max8.json`,
-`chat_step_000420.json`, `chat_step_000420_Arithmetic-10.json`. While an evaluation runs,
-`core_000960.partial.json` has the tasks that are done, and CORE's has under `key` what they belong
-to.
+`chat_step_000420.json`, `chat_step_000420_Arithmetic-10.json`. While an evaluation runs, its
+`.partial.json` has the tasks that are done; CORE's has under `key` what they belong to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from archerchat.evals.chat import ANSWER_TOKENS
 from archerchat.evals.core.results import FULL_TASKS
-from archerchat.evals.statistics import centred, wilson_interval
+from archerchat.evals.statistics import TaskResult
 from archerchat.home import Home
 
 Kind = Literal["core", "chat", "offline"]
 SCORES: dict[Kind, str] = {"core": "CORE", "chat": "ChatCORE", "offline": "offline tasks"}
 """What an evaluation's score is called. Offline tasks are generated, and are not CORE."""
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task's outcome."""
-
-    label: str
-    accuracy: float
-    baseline: float
-    """Accuracy of guessing."""
-    examples: int
-    interval: tuple[float, float]
-    """95 % confidence interval of the accuracy."""
-    seconds: float
-
-    @property
-    def centred(self) -> float:
-        """Accuracy on a scale where guessing is 0 and perfection 1."""
-        return centred(self.accuracy, self.baseline)
 
 
 @dataclass(frozen=True)
@@ -53,9 +33,9 @@ class Result:
     step: int
     score: float | None
     """CORE, ChatCORE or the offline tasks' mean centred accuracy; None if tasks are missing."""
-    tasks: tuple[TaskScore, ...]
+    tasks: list[TaskResult]
     complete: bool
-    conditions: tuple[str, ...]
+    conditions: list[str]
     """How it differs from the published evaluation, such as "at most 8 per task"."""
 
     @property
@@ -67,58 +47,60 @@ class Result:
 def load_results(home: Home, stage: str, tag: str) -> list[Result]:
     """Return the evaluations of a model at a stage: by step, the fullest of a step last.
 
-    Those without a score, since tasks are missing, come first. Files that are damaged, or no
-    evaluation, are skipped.
+    Those without a score, since tasks are missing, come first. Damaged files are skipped.
     """
     results = []
     for kind in SCORES:
+        read = _read_chat if kind == "chat" else _read_core
         for path in (home.root / "evals" / stage / tag).glob(f"{kind}_*.json"):
-            try:
-                results.append(_read_result(path, kind, stage, tag))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
-                continue
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                results.append(read(kind, stage, tag, json.loads(path.read_bytes())))
     return sorted(results, key=lambda result: result._fullness)
 
 
-def _read_result(path: Path, kind: Kind, stage: str, tag: str) -> Result:
-    content = json.loads(path.read_bytes())
+def _read_core(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
+    """Read what `archerchat eval base` writes of CORE or of the offline tasks."""
     about, tasks = content.get("key", content), content["tasks"]
-    by_label = tasks if isinstance(tasks, dict) else {task["label"]: task for task in tasks}
-    complete = about is content and content.get("complete", True)
-    return Result(
-        kind,
-        stage,
-        tag,
-        int(about["step"]),
-        content.get("chatcore" if kind == "chat" else "core") if complete else None,
-        tuple(_read_task(label, task) for label, task in by_label.items()),
-        complete,
-        tuple(_read_conditions(content, about, kind)),
+    complete, options = about is content, about["options"]
+    conditions = []
+    if cap := options["max_per_task"]:
+        conditions.append(f"at most {cap:,} per task")
+    if length := options["max_length"]:
+        conditions.append(f"prompts of at most {length:,} tokens")
+    if kind == "core" and complete and len(tasks) != FULL_TASKS:
+        conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
+    names = ("label", "task_type", "examples", "correct", "random_baseline", "seconds")
+    done = [TaskResult(**{name: task[name] for name in names}) for task in tasks]
+    score = content["core"] if complete else None
+    return Result(kind, stage, tag, about["step"], score, done, complete, conditions)
+
+
+def _read_chat(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
+    """Read what `archerchat eval chat` writes."""
+    complete, sampling = content["complete"], content["sampling"]
+    conditions = []
+    if cap := max((limit for limit in content["limits"].values() if limit), default=None):
+        conditions.append(f"at most {cap:,} per task")
+    if temperature := sampling["temperature"]:
+        conditions.append(f"{sampling['num_samples']} sample(s) at temperature {temperature:g}")
+    if (tokens := sampling["max_new_tokens"]) < ANSWER_TOKENS:
+        conditions.append(f"answers of at most {tokens:,} tokens")
+    score = content.get("chatcore") if complete else None
+    tasks = [_read_chat_task(name, task) for name, task in content["tasks"].items()]
+    return Result(kind, stage, tag, content["step"], score, tasks, complete, conditions)
+
+
+def _read_chat_task(name: str, task: dict[str, Any]) -> TaskResult:
+    examples, samples = task["problems"], task.get("num_samples", 1)
+    return TaskResult(
+        label=name,
+        task_type=task["kind"],
+        examples=examples,
+        correct=round(task["accuracy"] * examples * samples),
+        random_baseline=task["random_baseline"],
+        seconds=task["seconds"],
+        num_samples=samples,
     )
-
-
-def _read_conditions(
-    content: Mapping[str, Any], about: Mapping[str, Any], kind: Kind
-) -> Iterator[str]:
-    options, sampling = about.get("options", {}), about.get("sampling", {})
-    limits = [limit for limit in about.get("limits", {}).values() if limit is not None]
-    if cap := options.get("max_per_task") or max(limits, default=None):
-        yield f"at most {cap:,} per task"
-    if length := options.get("max_length"):
-        yield f"prompts of at most {length:,} tokens"
-    if kind == "core" and (tasks := content.get("num_tasks", FULL_TASKS)) != FULL_TASKS:
-        yield f"{tasks} of {FULL_TASKS} tasks"
-    if temperature := sampling.get("temperature"):
-        yield f"{sampling['num_samples']} sample(s) at temperature {temperature:g}"
-    if (tokens := sampling.get("max_new_tokens", ANSWER_TOKENS)) < ANSWER_TOKENS:
-        yield f"answers of at most {tokens:,} tokens"
-
-
-def _read_task(label: str, task: Mapping[str, Any]) -> TaskScore:
-    examples = task["problems"] if "problems" in task else task["examples"]
-    low, high = task.get("interval_95") or wilson_interval(task["correct"], examples)
-    baseline, seconds = task["random_baseline"], task["seconds"]
-    return TaskScore(label, task["accuracy"], baseline, examples, (low, high), seconds)
 
 
 def latest(results: Sequence[Result], kind: Kind, *stages: str) -> Result | None:

@@ -1,8 +1,8 @@
-"""Read what runs left: their journals, put together over interruptions.
+"""Read runs from their journals, merged across interruptions.
 
-A run that resumes from a checkpoint repeats the steps after it. `build_run` keeps, for every
-metric, what the last session says of a step, and drops what earlier ones say of later steps: the
-curve of the weights that are there now.
+A run that resumes from a checkpoint repeats the steps after it. `build_run` keeps the value that
+the last session logged for a step, and drops what earlier sessions logged for later steps, so that
+the curves are those of the present weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLOCK = "train/seconds"
 
 @dataclass
 class Run:
-    """Everything a report needs of a run; each of its sessions is a process that wrote to it."""
+    """Everything that a report needs to know of a run, over all of its sessions (processes)."""
 
     tag: str
     num_sessions: int = 0
@@ -39,11 +39,11 @@ class Run:
     """Unix seconds, as `end`."""
     end: float = 0.0
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What the last session ran with; likewise `host` and `status`."""
+    """Settings of the last session, like `host` and `status`."""
     host: str = ""
     status: str = ""
     wall_seconds: float = 0.0
-    """Time within sessions; what was between them does not count."""
+    """Time within sessions; the time between them does not count."""
     training_seconds: float = 0.0
     eval_seconds: float = 0.0
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -51,10 +51,10 @@ class Run:
     texts: dict[str, dict[int, str]] = field(default_factory=dict)
     """Samples by name, then by step in ascending order."""
     renamed: dict[str, str] = field(default_factory=dict)
-    """Present names of models, by those that the journal has."""
+    """Present names of models, by the names in the journal."""
 
     def setting(self, *path: str) -> Any:
-        """Return what the configuration has at `path`, or None."""
+        """Return the value at `path` in the configuration, or None."""
         value: Any = self.config
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def overfitting(self) -> bool:
-        """Whether validation ended worse than its best although the training loss fell since."""
+        """Whether validation got worse after its best step while the training loss kept falling."""
         bits, losses = self.metrics.get("val/bpb", {}), self.metrics.get("train/smooth_loss", {})
         best = min(bits, key=lambda step: bits[step], default=0)
         if not bits or not losses or not bits[max(bits)] > bits[best] * (1 + OVERFIT_SHARE):
@@ -148,7 +148,7 @@ def _read(home: Home, tag: str, records: Iterable[Mapping[str, Any]]) -> Run | N
     """Build a run, with the names that its models have now."""
     if (run := build_run(tag, records)) is None:
         return None
-    # A session adds a file to the journals. What was renamed before it is another model.
+    # A session adds a file to the journals. A rename before the last session was of another model.
     last = (home.run_dir(tag) / "journal").stat().st_mtime
     for rename in read_renames(home):
         if rename["time"] >= last:
@@ -163,7 +163,7 @@ def _no_such_run(home: Home, tag: str) -> UsageError:
 
 
 def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
-    """Put records together, session after session; None without a trainer's session."""
+    """Merge records, session after session; None without a trainer's session."""
     run = Run(tag)
     is_trainer, has_trained, last = False, False, 0.0
     for record in records:
@@ -201,7 +201,7 @@ def _take_metrics(run: Run, step: int, values: Mapping[str, float]) -> None:
 
 
 def _forget_after(run: Run, step: int) -> None:
-    """Drop what was said of training from `step` on, and of weights after it."""
+    """Drop metrics of training from `step` on, and everything else from the step after it."""
     kept: list[tuple[str, dict[int, Any]]] = [*run.metrics.items(), *run.texts.items()]
     for name, points in kept:
         later = step if name.startswith("train/") else step + 1
@@ -212,8 +212,8 @@ def _forget_after(run: Run, step: int) -> None:
 def load_family(home: Home, tag: str | None) -> list[Run]:
     """Return the runs that made model `tag`, stage after stage; of the latest run by default.
 
-    They are those of that name, those that trained a model of that name, and those that trained
-    what it started from.
+    These are the runs of that name, those that trained a model of that name, and those that trained
+    the models it started from.
 
     Raises:
         UsageError: there is no such run.
@@ -223,7 +223,7 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     if tag is None and tags:
         # A session adds a file to the run's journals.
         tag = max(tags, key=lambda name: (home.run_dir(name) / "journal").stat().st_mtime_ns)
-    # The first record says whose run it is; the rest is read of those that are chosen.
+    # The first record says which model a run trained; only the chosen runs are read whole.
     outlines = (_read(home, name, islice(read_records(home, name), 1)) for name in tags)
     known = [run for run in outlines if run is not None]
     chosen = [run for run in known if tag in (run.tag, run.model_tag)]

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from archerchat.inference.sequence import Event, TokenLogprobs
-from archerchat.inference.tools import AnswerReader
+from archerchat.inference.tools import AnswerReader, read_parts
 from archerchat.serving.worker import Stream
+from archerchat.tasks.conversation import text_of
 from archerchat.tokenizer.bpe import Tokenizer
 
 FINISH = {"stop": "stop", "max_tokens": "length", "length": "length", "cancelled": "stop"}
@@ -33,22 +34,21 @@ class ChatChoice:
         self, tokenizer: Tokenizer, index: int, stops: Sequence[str] = (), scored: bool = False
     ) -> None:
         self._tokenizer, self._index, self._scored = tokenizer, index, scored
-        self._reader = AnswerReader(tokenizer, stops)
-        self._parts: list[dict[str, str]] = []
+        self._stops, self._reader = stops, AnswerReader(tokenizer, stops)
+        self._token_ids: list[int] = []
         self._entries: list[dict[str, Any]] = []
         self._begun = False
         self.finish: str | None = None
 
     def read(self, event: Event) -> dict[str, Any]:
         """Take the next event; return the choice of a chunk."""
-        pieces = self._reader.read(event.token) if event.token is not None else []
+        pieces = []
+        if event.token is not None:
+            self._token_ids.append(event.token)
+            pieces = self._reader.read(event.token)
         if event.finish_reason is not None:
             pieces += self._reader.finish()
             self.finish = FINISH[event.finish_reason]
-        for piece in pieces:
-            if piece.starts:
-                self._parts.append({"type": piece.type, "text": ""})
-            self._parts[-1]["text"] += piece.text
         delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
         self._begun = True
         delta["content"] = "".join(piece.text for piece in pieces if piece.type == "text")
@@ -60,10 +60,10 @@ class ChatChoice:
 
     def whole(self) -> dict[str, Any]:
         """Return the choice of an answer in one."""
-        content = "".join(part["text"] for part in self._parts if part["type"] == "text")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if any(part["type"] != "text" for part in self._parts):
-            message["parts"] = self._parts
+        parts = read_parts(self._tokenizer, self._token_ids, self._stops)
+        message: dict[str, Any] = {"role": "assistant", "content": text_of(parts), "refusal": None}
+        if any(part["type"] != "text" for part in parts):
+            message["parts"] = parts
         return self._show("message", message, self._entries)
 
     def _show(self, name: str, said: dict[str, Any], entries: Any) -> dict[str, Any]:

@@ -147,7 +147,7 @@ async def _chat(body: asked.ChatRequest, request: Request, server: Server, kind:
     choices = [ChatChoice(model.tokenizer, index, stops, scored) for index in samples]
     stream, dropped = server.worker.submit(model.engine, [ask]), 2 * session.forgotten
     shape = answers.Response if kind == "response" else Answer
-    answer = shape(kind, model.card.name, stream, choices, body.wants_usage, dropped)
+    answer = shape(kind, model.name, stream, choices, body.wants_usage, dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else None
     return await _respond(request, answer, body.stream, headers)
 
@@ -181,7 +181,7 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
             choice.finish = "length"
     else:
         stream = server.worker.submit(model.engine, asks)
-    answer = Answer("text_completion", model.card.name, stream, choices, body.wants_usage)
+    answer = Answer("text_completion", model.name, stream, choices, body.wants_usage)
     return await _respond(request, answer, body.stream)
 
 

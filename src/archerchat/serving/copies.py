@@ -7,6 +7,7 @@ of its body chooses, so that the turns of a conversation meet the prompts that w
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import tempfile
@@ -112,6 +113,7 @@ def _serve(config: ServeConfig, home: Home, index: int, path: Path) -> None:
         runtime = build_runtime(f"cuda:{index}", config.dtype)
     prepare_process(runtime)
     app = build_app(home, runtime, config)
+    gc.freeze()  # as `commands.serve` does
     uvicorn.run(app, uds=str(path), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
 
 

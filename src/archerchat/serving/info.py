@@ -27,7 +27,7 @@ class Server:
     started: float = field(default_factory=time.monotonic)
 
 
-def _server(request: Request) -> Server:
+async def _server(request: Request) -> Server:  # a plain function would run in another thread
     server: Server = request.app.state.server
     return server
 
@@ -38,16 +38,15 @@ Shared = Annotated[Server, Depends(_server)]
 @router.get("/v1/models")
 async def list_models(server: Shared) -> Response:
     """List the models on offer; the first answers requests that name none."""
-    loaded = server.models.loaded
-    cards = server.models.cards.values()
-    data = [{**card.describe(), "loaded": card.name in loaded} for card in cards]
+    models = server.models
+    data = [{**card, "loaded": name in models.loaded} for name, card in models.cards.items()]
     return AsciiJSON({"object": "list", "data": data})
 
 
 @router.get("/v1/models/{name}")
 async def show_model(name: str, server: Shared) -> Response:
     """Describe a model."""
-    return AsciiJSON(server.models.find(name).describe())
+    return AsciiJSON(server.models.find(name))
 
 
 @router.post("/tokenize")
@@ -97,14 +96,14 @@ async def stats(request: Request, server: Shared) -> Response:
 
     /metrics has the numbers in the form that Prometheus reads.
     """
-    loaded = list(server.models.loaded.values())
+    loaded = dict(server.models.loaded)  # the worker may change it
     found = {
         "uptime_seconds": round(time.monotonic() - server.started, 3),
-        "rows": sum(each.engine.num_running for each in loaded),
-        "waiting": sum(each.engine.num_waiting for each in loaded),
+        "rows": sum(each.engine.num_running for each in loaded.values()),
+        "waiting": sum(each.engine.num_waiting for each in loaded.values()),
         "samples_in_work": server.worker.samples,
         **server.worker.counts,
-        "models": [each.card.name for each in loaded],
+        "models": list(loaded),
     }
     return show_stats(request, found)
 

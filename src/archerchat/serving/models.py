@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from llguidance import LLTokenizer
@@ -18,11 +16,10 @@ from archerchat.checkpoint import (
     load_checkpoint,
     saved_at,
 )
-from archerchat.errors import CheckpointError, UsageError
+from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
-from archerchat.inference.loading import load_model, read_model_config
-from archerchat.model.config import ModelConfig
+from archerchat.inference.loading import load_model, read_bits_per_byte, read_model_config
 from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
 from archerchat.serving.config import ServeConfig
@@ -33,47 +30,22 @@ from archerchat.tokenizer.bpe import Tokenizer
 STAGES = ("rl", "sft", "base")
 """The first that there is answers requests that name no model."""
 KEPT_CONTEXTS = 4
-"""Prompts that are kept for conversations that go on, in contexts of tokens."""
+"""How many contexts of tokens to keep of prompts, for the next turns of conversations."""
 
 
 class UnknownModel(UsageError):
     """Report a model that the server does not offer."""
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """A checkpoint on offer."""
-
-    name: str
-    """TAG:STAGE, or TAG:STAGE@STEP where the step was asked for."""
-    path: Path
-    stage: str
-    step: int
-    config: ModelConfig
-    val_bpb: float | None
-
-    def describe(self) -> dict[str, Any]:
-        """Return it as an entry of `GET /v1/models`."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": saved_at(self.path) // 10**9,
-            "owned_by": "archerchat",
-            "tag": self.path.parent.name,
-            "stage": self.stage,
-            "step": self.step,
-            "depth": self.config.num_layers,
-            "parameters": count_parameters(self.config).total,
-            "context": self.config.sequence_length,
-            "val_bpb": self.val_bpb,
-        }
+Card = dict[str, Any]
+"""What `GET /v1/models` says of a model."""
 
 
 @dataclass(eq=False)
 class ServedModel:
     """A model in memory."""
 
-    card: ModelCard
+    name: str
     tokenizer: Tokenizer
     engine: Engine
     last_used: float
@@ -95,18 +67,19 @@ class Models:
     def __init__(self, home: Home, runtime: Runtime, worker: Worker, config: ServeConfig) -> None:
         self._home, self._runtime, self._worker, self._config = home, runtime, worker, config
         self.cards = {name: _read_card(home, name) for name in config.model or _find_names(home)}
+        """By TAG:STAGE, or TAG:STAGE@STEP where the step was asked for."""
         self.loaded: dict[str, ServedModel] = {}
         if not self.cards:
             raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")
 
-    def find(self, name: str | None) -> ModelCard:
+    def find(self, name: str | None) -> Card:
         """Return the card of a model by its name or its tag alone; of the first one for None.
 
         Raises:
             UnknownModel: there is none.
         """
         for card in self.cards.values():
-            if name in (None, card.name, card.path.parent.name):
+            if name in (None, card["id"], card["tag"]):
                 return card
         raise UnknownModel(f"there is no model {name!r}; there is {', '.join(self.cards)}")
 
@@ -117,28 +90,27 @@ class Models:
             Overloaded: all that may be in memory are at work.
         """
         card = self.find(name)
-        found = self.loaded.get(card.name)
+        found = self.loaded.get(card["id"])
         if found is None:
             found = await self._worker.call(partial(self._load, card))
         found.last_used = time.monotonic()
         return found
 
-    def _load(self, card: ModelCard) -> ServedModel:
+    def _load(self, card: Card) -> ServedModel:
         """Load a model in the place of the one used longest ago; run by the worker's thread."""
-        if card.name in self.loaded:  # by a request that came at the same time
-            return self.loaded[card.name]
-        if len(self.loaded) >= self._config.max_loaded:
+        name, config = card["id"], self._config
+        if name in self.loaded:  # by a request that came at the same time
+            return self.loaded[name]
+        if len(self.loaded) >= config.max_loaded:
             idle = [each for each in self.loaded.values() if not each.engine.busy]
             if not idle:
                 raise Overloaded("the models in memory are at work: try again in a moment")
-            del self.loaded[min(idle, key=lambda each: each.last_used).card.name]
-        tag = card.path.parent.name
-        model = load_model(self._home, self._runtime, card.stage, tag, card.step)
-        kept = KEPT_CONTEXTS * card.config.sequence_length
-        engine = Engine(model.model, max_batch=self._config.max_batch, kept_tokens=kept)
-        served = ServedModel(card, model.tokenizer, engine, time.monotonic())
-        self.loaded[card.name] = served
-        return served
+            del self.loaded[min(idle, key=lambda each: each.last_used).name]
+        found = load_model(self._home, self._runtime, card["stage"], card["tag"], card["step"])
+        kept = KEPT_CONTEXTS * card["context"]
+        engine = Engine(found.model, max_batch=config.max_batch, kept_tokens=kept)
+        self.loaded[name] = ServedModel(name, found.tokenizer, engine, time.monotonic())
+        return self.loaded[name]
 
 
 def _find_names(home: Home) -> list[str]:
@@ -150,16 +122,24 @@ def _find_names(home: Home) -> list[str]:
     return names
 
 
-def _read_card(home: Home, name: str) -> ModelCard:
+def _read_card(home: Home, name: str) -> Card:
     tag, _, rest = name.partition(":")
     stage, _, step = rest.partition("@")
     if stage not in STAGES or (step and not step.isdecimal()) or not tag:
         raise UsageError(f"--model {name!r} is not TAG:STAGE or TAG:STAGE@STEP, such as d12:sft")
     path = find_checkpoint(find_model(home, stage, tag), int(step) if step else None)
-    try:
-        checkpoint = load_checkpoint(path, sections=("loop",))
-        value = checkpoint.state["loop"].get("last_val", math.nan)
-    except CheckpointError:  # imported, so without a loop; or damaged, which is said now
-        checkpoint, value = load_checkpoint(path, sections=()), math.nan
-    bits = value if math.isfinite(value) and stage != "rl" else None
-    return ModelCard(name, path, stage, checkpoint.step, read_model_config(checkpoint), bits)
+    checkpoint = load_checkpoint(path, sections=())
+    config = read_model_config(checkpoint)
+    return {
+        "id": name,
+        "object": "model",
+        "created": saved_at(path) // 10**9,
+        "owned_by": "archerchat",
+        "tag": tag,
+        "stage": stage,
+        "step": checkpoint.step,
+        "depth": config.num_layers,
+        "parameters": count_parameters(config).total,
+        "context": config.sequence_length,
+        "val_bpb": read_bits_per_byte(path),
+    }

@@ -19,7 +19,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    field_validator,
 )
 
 from archerchat.errors import UsageError
@@ -109,21 +108,24 @@ class Sampled(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
+def _as_text(name: str) -> str:
+    return "text" if name in ("input_text", "output_text") else name
+
+
+def _as_system(role: str) -> str:
+    return "system" if role == "developer" else role
+
+
 class Part(BaseModel):
     """A part of a message; users' are text."""
 
-    type: str
+    type: Annotated[str, AfterValidator(_as_text)]
     text: str
-
-    @field_validator("type")
-    @classmethod
-    def _name_text(cls, name: str) -> str:
-        return "text" if name in ("input_text", "output_text") else name
 
 
 class Message(BaseModel):
     type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Annotated[Literal["system", "developer", "user", "assistant"], AfterValidator(_as_system)]
     content: str | list[Part]
 
 
@@ -140,10 +142,9 @@ class ConversationRequest(_Body):
         """
         found: list[dict[str, Any]] = []
         name, total = self.MESSAGES, 0
-        first = int(self.messages[0].role in ("system", "developer"))
+        first = int(self.messages[0].role == "system")
         for index, message in enumerate(self.messages):
-            where = f"{name}[{index}]"
-            role = "system" if message.role == "developer" else message.role
+            where, role = f"{name}[{index}]", message.role
             due = "system" if index < first else ("user", "assistant")[(index - first) % 2]
             if role != due:
                 raise BadRequest(
@@ -184,16 +185,18 @@ def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 Schema = Annotated[dict[str, Any], AfterValidator(_is_small)]
-FormatName = Literal["text", "json_object", "json_schema"]
 
 
 class JsonSchema(BaseModel):
     content: Schema = Field(alias="schema")
 
 
-class ResponseFormat(BaseModel):
-    type: FormatName = "text"
+class AnswerFormat(BaseModel):
+    """The form of an answer; /v1/responses has a schema where chats have another level."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: JsonSchema | None = None
+    content: Schema | None = Field(None, alias="schema")
 
 
 class ChatRequest(Sampled, ConversationRequest):
@@ -209,7 +212,7 @@ class ChatRequest(Sampled, ConversationRequest):
     tools: list[Any] | None = None
     """Clients offer them unasked; the model calls none of them."""
     tool_choice: Literal["none", "auto"] | None = None
-    response_format: ResponseFormat | None = None
+    response_format: AnswerFormat | None = None
 
     def params(self) -> SamplingParams:
         """Return the engine's parameters."""
@@ -217,29 +220,29 @@ class ChatRequest(Sampled, ConversationRequest):
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling(CHAT_SAMPLING, max_new_tokens=most, logprobs=logprobs)
 
+    def answer_format(self) -> AnswerFormat | None:
+        """Return the form of the answer that was asked for."""
+        return self.response_format
+
     def answer_schema(self) -> dict[str, Any] | None:
         """Return the JSON schema that the answer must fit; None for text."""
-        form = self.response_format
+        form = self.answer_format()
         if form is None or form.type == "text":
             return None
         if form.type == "json_object":
             return {"type": "object"}
-        if form.json_schema is None:
-            raise BadRequest("response_format.json_schema", "is missing")
-        return form.json_schema.content
+        schema = form.json_schema.content if form.json_schema else form.content
+        if schema is None:
+            raise BadRequest(f"{self.FORMAT}.json_schema", "is missing")
+        return schema
 
 
 def _as_messages(given: Any) -> Any:
     return [{"role": "user", "content": given}] if given and isinstance(given, str) else given
 
 
-class TextFormat(BaseModel):
-    type: FormatName = "text"
-    content: Schema = Field({}, alias="schema")
-
-
 class TextOptions(BaseModel):
-    format: TextFormat | None = None
+    format: AnswerFormat | None = None
 
 
 class ResponsesRequest(ChatRequest):
@@ -268,11 +271,8 @@ class ResponsesRequest(ChatRequest):
         most = self.max_output_tokens or CHAT_SAMPLING.max_new_tokens
         return self.sampling(CHAT_SAMPLING, max_new_tokens=most)
 
-    def answer_schema(self) -> dict[str, Any] | None:
-        form = self.text.format if self.text else None
-        if form is None or form.type == "text":
-            return None
-        return form.content if form.type == "json_schema" else {"type": "object"}
+    def answer_format(self) -> AnswerFormat | None:
+        return self.text.format if self.text else None
 
 
 class CompletionRequest(Sampled):

@@ -44,8 +44,8 @@ class Task(Sequence[Conversation]):
         split: which part of its data it is, None where there is only one.
         random_baseline: the share of right answers that guessing gives (SPEC section 9).
         is_lenient: whether there is a lenient rule beside the reference's.
-        left_out: what of its files was not read, in words.
-        found: what its files hold, in words.
+        left_out: sentences about what was not read of its files.
+        found: sentences about what its files hold.
     """
 
     rows: Rows
@@ -64,7 +64,7 @@ class Task(Sequence[Conversation]):
         return conversation
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Say whether `completion` answers `conversation` rightly, by the reference's rule.
+        """Return whether `completion` is a right answer by the reference's rule.
 
         Its share of right answers is the figure that can be compared with the reference's.
 
@@ -85,7 +85,7 @@ class Task(Sequence[Conversation]):
         return float(self.evaluate(conversation, completion))
 
     def describe(self) -> dict[str, Any]:
-        """Return a JSON value that tells this task from others: part of a run's identity."""
+        """Return a JSON value that identifies this task: part of a run's identity."""
         description: dict[str, Any] = {
             "task": self.name,
             "split": self.split,
@@ -134,7 +134,7 @@ class CategoricalTask(Task):
         letters = conversation["letters"]
         if completion not in letters:
             raise UsageError(
-                f"{completion!r} is no choice of {self.name}: choose from {', '.join(letters)}"
+                f"{completion!r} is not a choice of {self.name}: choose from {', '.join(letters)}"
             )
         return bool(completion == conversation["messages"][-1]["content"])
 
@@ -189,7 +189,7 @@ class TaskMixture:
     The order depends on the tasks' lengths and `seed` alone.
 
     Raises:
-        UsageError: there is no task.
+        UsageError: no task is given.
         DataError: the tasks are empty.
     """
 
@@ -200,7 +200,7 @@ class TaskMixture:
         self._ends = list(accumulate(map(len, tasks)))
         if not self._ends[-1]:
             names = ", ".join(task.name for task in tasks)
-            raise DataError(f"there is no conversation in {names}: nothing to learn from")
+            raise DataError(f"no conversations in {names}: nothing to learn from")
         self._shuffled = array("Q", range(len(self)))
         Random(seed).shuffle(self._shuffled)
 
@@ -216,7 +216,7 @@ class TaskMixture:
         return task, place - (self._ends[task - 1] if task else 0)
 
     def describe(self) -> dict[str, Any]:
-        """Return a JSON value that tells this mixture from others."""
+        """Return a JSON value that identifies this mixture."""
         return {"tasks": [task.describe() for task in self.tasks], "seed": self._seed}
 
     def __getitem__(self, index: int) -> Conversation:

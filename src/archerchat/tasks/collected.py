@@ -1,4 +1,4 @@
-"""Tasks whose conversations somebody collected: exams, GSM8K, SmolTalk, and one's own JSON lines.
+"""Tasks with collected conversations: exams, GSM8K, SmolTalk, and your own JSON lines.
 
 The answer to an exam's question is a letter alone (SPEC section 6): for MMLU one of A to D, for ARC
 the data's own, mostly A to D, sometimes 1 to 4. GSM8K marks what its authors computed,
@@ -37,13 +37,13 @@ def build_question(
     """Return a question whose right answer is the letter `answer`; each letter follows its choice.
 
     Raises:
-        DataError: `answer` is none of the letters, or these are not as many as the choices.
+        DataError: `answer` is not one of the letters, or there are not as many letters as choices.
     """
     if len(letters) != len(choices):
         raise DataError(f"{len(letters)} letters for {len(choices)} choices of {question[:60]!r}")
     if answer not in letters:
         raise DataError(
-            f"the answer {answer!r} is none of {', '.join(letters)} in the question "
+            f"the answer {answer!r} is not one of {', '.join(letters)} in the question "
             f"{question[:60]!r}: fix or remove it"
         )
     lines = [f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True)]
@@ -108,10 +108,10 @@ class JsonlTask(Task):
 
     Args:
         split: the files to read of a folder that names train and others; None reads all.
-        skip_bad: leave out what is malformed, and list the first of it in `left_out`.
+        skip_bad: leave out malformed lines, and list the first of them in `left_out`.
 
     Raises:
-        DataError: there is none, or one is malformed; the message names the file and the line.
+        DataError: there are no conversations, or one is malformed; the message names the line.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class JsonlTask(Task):
 class SmolTalkTask(TableTask):
     """General conversations of `smol-smoltalk`: 460 thousand, for training only.
 
-    Among local files a folder `chat/` of JSON lines stands in for it where there is no `smoltalk/`.
+    In a local folder without `smoltalk/`, JSON lines in `chat/` are used instead.
     """
 
     name = "SmolTalk"

@@ -40,7 +40,7 @@ def part(kind: str, text: str) -> dict[str, str]:
 
 
 def text_of(content: str | Iterable[Mapping[str, str]]) -> str:
-    """Return what an assistant's message says in words: its text without Python and outputs."""
+    """Return the text of an assistant's message, without Python and outputs."""
     if isinstance(content, str):
         return content
     return "".join(each["text"] for each in content if each["type"] == "text")
@@ -52,7 +52,7 @@ def check_messages(conversation: Any) -> list[dict[str, Any]]:
     They are an optional system message, then user and assistant taking turns.
 
     Raises:
-        DataError: it is none; the message says where and how.
+        DataError: it is malformed; the message says where and how.
     """
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, list) or not messages:

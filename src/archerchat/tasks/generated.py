@@ -1,6 +1,6 @@
 """Tasks that are computed instead of collected: any number of examples, no download.
 
-Example `index` of a split follows from the seed, the split and the index alone, on every machine.
+Example `index` of a split follows from the split and the index alone, on every machine.
 Words and problems are assigned to a split by their hash, so no test question is also a training
 question. Arithmetic is the smallest case of tool use: copy a problem into the calculator, and its
 result out of it. Spelling is harder than it looks, since a model sees tokens and not letters:
@@ -28,6 +28,9 @@ from archerchat.errors import UsageError
 from archerchat.tasks.base import NumberTask, Task
 from archerchat.tasks.conversation import Conversation, assistant, part, user
 
+SEED = 0
+MAX_DIGITS = 2
+"""Digits of a number to calculate with."""
 TEST_SHARE = 10
 """One word or problem in ten belongs to the test."""
 QUOTES = ("", "", "'", '"')
@@ -41,44 +44,37 @@ class GeneratedTask(Task):
         UsageError: the split is neither `train` nor `test`.
     """
 
-    def __init__(self, split: str = "train", size: int = 1000, seed: int = 0) -> None:
+    def __init__(self, split: str = "train", size: int = 1000) -> None:
         check_split(split)
         assert size > 0, f"{self.name} cannot have {size} examples"
         self.split: str = split
-        self.rows, self._seed = range(size), seed
+        self.rows = range(size)
 
     def render(self, row: int) -> Conversation:
-        return self.draw(Random(f"{self.name} {self._seed} {self.split} {row}"))
+        return self.draw(Random(f"{self.name} {SEED} {self.split} {row}"))
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"seed": self._seed}
+        return super().describe() | {"seed": SEED}
 
     @abstractmethod
     def draw(self, random: Random) -> Conversation:
-        """Return a conversation that depends on `random` and the task's settings alone."""
+        """Return a conversation that depends on `random` and the split alone."""
 
 
 class ArithmeticTask(NumberTask, GeneratedTask):
-    """Sums, differences and products of two whole numbers; the answer ends on `#### result`.
-
-    Args:
-        digits: most digits of a number, 1 to 15.
-    """
+    """Sums, differences and products of two whole numbers; the answer ends on `#### result`."""
 
     name = "Arithmetic"
 
-    def __init__(
-        self, split: str = "train", size: int = 1000, seed: int = 0, digits: int = 2
-    ) -> None:
-        super().__init__(split, size, seed)
-        assert 1 <= digits <= 15, f"numbers cannot have {digits} digits here"
-        self._digits = digits
-
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"digits": self._digits}
+        return super().describe() | {"digits": MAX_DIGITS}
 
     def draw(self, random: Random) -> Conversation:
-        left, sign, right = self._draw_problem(random)
+        while True:  # until a problem belongs to this split
+            left, right = (random.randrange(10 ** random.randint(1, MAX_DIGITS)) for _ in range(2))
+            sign = random.choice("+-*")
+            if split_of(f"{left}{sign}{right}") == self.split:
+                break
         result = str({"+": left + right, "-": left - right, "*": left * right}[sign])
         shown = f"{left} {sign} {right}"
         parts = [
@@ -89,16 +85,6 @@ class ArithmeticTask(NumberTask, GeneratedTask):
         ]
         question = random.choice(load_questions("arithmetic")).format(problem=shown)
         return {"messages": [user(question), assistant(parts)]}
-
-    def _draw_problem(self, random: Random) -> tuple[int, str, int]:
-        """Draw until a problem belongs to this split."""
-        while True:
-            left, right = (
-                random.randrange(10 ** random.randint(1, self._digits)) for _ in range(2)
-            )
-            sign = random.choice("+-*")
-            if split_of(f"{left}{sign}{right}") == self.split:
-                return left, sign, right
 
 
 class SpellingBeeTask(NumberTask, GeneratedTask):

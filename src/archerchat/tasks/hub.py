@@ -67,7 +67,7 @@ class TaskFiles:
     cache: Path
     """Folder for downloads."""
     local: Path | None = None
-    """Folder whose files stand in for the hub's; nothing is downloaded then."""
+    """Folder of files to use instead of the hub's; nothing is downloaded then."""
     endpoint: str | None = None
     """The hub's address; None leaves it to huggingface_hub (`HF_ENDPOINT`)."""
     notify: Notify = lambda message: None
@@ -77,7 +77,7 @@ class TaskFiles:
 
         Raises:
             UsageError: the table has no such split.
-            DataError: its file is not there, cannot be had, or is broken.
+            DataError: a file is missing, cannot be downloaded, or is broken.
         """
         names = table.files(split)
         if self.local is not None:

@@ -1,4 +1,4 @@
-"""Conversations in which the assistant says who it is, from a template that anybody can edit.
+"""Conversations in which the assistant says who it is, from a template that you can edit.
 
 A few hundred of them, mixed into fine-tuning, give a model its name. The template is TOML (the
 package's own is `identity.toml` beside this file): greetings and farewells with their answers, and
@@ -52,7 +52,7 @@ def parse_template(text: str, values: Mapping[str, str], where: str) -> Identity
         where: the file to name in errors.
 
     Raises:
-        DataError: the text is no template, or has a placeholder that `values` lack.
+        DataError: the text is not a template, or has a placeholder that `values` lack.
     """
     try:
         content = tomllib.loads(text)
@@ -123,7 +123,7 @@ def _texts(content: Any, name: str, values: Mapping[str, str], where: str) -> tu
 
     for text in texts:
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}, {name}: {text!r} is no wording: write some text")
+            raise DataError(f"{where}, {name}: {text!r} is not a wording: write some text")
     return tuple(_PLACEHOLDER.sub(fill, text) for text in texts)
 
 

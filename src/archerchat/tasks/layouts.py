@@ -20,7 +20,7 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 
 
 def find_layout(value: Any) -> Layout:
-    """Return the layout of a line; what is none of them counts as OpenAI's, to be refused there."""
+    """Return the layout of a line; an unknown one counts as OpenAI's, to be refused there."""
     known = isinstance(value, Mapping) and "messages" not in value
     return next((layout for key, layout in _KEYS.items() if known and key in value), "openai")
 

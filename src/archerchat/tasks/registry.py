@@ -59,10 +59,10 @@ class TaskChoice:
 
 
 def build_task(name: str, split: str, files: TaskFiles) -> Task:
-    """Return a split of the task `name`, whose capitals do not matter.
+    """Return a split of the task `name`, in upper or lower case.
 
     Raises:
-        UsageError: there is no such task or split; the message lists those there are.
+        UsageError: there is no such task or split; the message lists the known ones.
         DataError: its files are missing or broken.
     """
     known = {each.lower(): build for each, build in TASKS.items()}
@@ -76,7 +76,7 @@ def _size(split: str, train: int) -> int:
 
 
 def parse_choices(text: str, flag: str, names: Iterable[str]) -> list[TaskChoice]:
-    """Read a list of tasks such as `GSM8K*4,Arithmetic:20000`, whose capitals do not matter.
+    """Read a list of tasks such as `GSM8K*4,Arithmetic:20000`, in upper or lower case.
 
     Args:
         flag: where the list comes from, for errors.
@@ -117,12 +117,12 @@ class MixtureConfig:
     val_jsonl: tuple[Path, ...] = ()
     """Files of conversations to validate on, instead of the tasks' tests."""
     skip_bad: bool = False
-    """Leave out lines of --jsonl and --val-jsonl that are no conversations, and list the first."""
+    """Leave out lines of --jsonl and --val-jsonl that are not conversations, and list the first."""
     identity: Path | None = None
-    """JSON lines in which the assistant says who it is (`archerchat data identity`); by default
-    the package's."""
+    """JSON lines in which the assistant says who it is (from `archerchat data identity`).
+    Defaults to the package's."""
     data_dir: Path | None = None
-    """A folder of local files that stands in for the hub's."""
+    """Folder of local files to use instead of the hub's."""
     mixture_seed: int = 42
     """Random seed for the order of the conversations."""
 

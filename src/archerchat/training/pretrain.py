@@ -303,11 +303,8 @@ class Pretraining(Stage):
                 InferenceModel(self.model).model,
                 on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
             )
-            figures = {
-                "core/score": result.core,
-                "core/low": result.core - result.half_width,
-                "core/high": result.core + result.half_width,
-            }
+            low, high = result.interval
+            figures = {"core/score": result.core, "core/low": low, "core/high": high}
             return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
 
         return measure

@@ -253,7 +253,7 @@ def test_download_with_everything_there_fetches_nothing(
         (directory / name).touch()
     unreachable = "http://127.0.0.1:9"
     download(DataDownloadConfig(endpoint=unreachable, **given), home)
-    assert f"fetched 0 shards, {count + 1} were there" in capsys.readouterr().out
+    assert f"downloaded 0 shards, {count + 1} already existed" in capsys.readouterr().out
 
 
 def test_download_refuses_numbers_that_the_source_does_not_have(home: Home) -> None:

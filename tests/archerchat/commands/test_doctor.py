@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from archerchat import __version__
 from archerchat.commands import doctor as module
 from archerchat.commands.doctor import OPTIONAL, REQUIRED, DoctorConfig, doctor, examine
 from archerchat.home import Home
@@ -53,6 +54,7 @@ def test_json_is_one_object_with_the_same_parts(
     assert report["home"]["checkpoints"] == "base/tiny"
     assert report["packages"].keys() == {*REQUIRED, *OPTIONAL}
     assert report["packages"]["torch"] == report["machine"]["torch"]
+    assert report["machine"]["archerchat"] == __version__
     assert not {"text", "a tokenizer", "a model"} & {what for what, _ in report["missing"]}
 
 

@@ -19,7 +19,7 @@ from archerchat.commands.eval_base import EvalBaseConfig, evaluate
 from archerchat.data.shards import write_shards
 from archerchat.evals.core.bundle import load_bundle
 from archerchat.evals.core.evaluate import CoreEvaluation
-from archerchat.evals.core.results import TaskResult
+from archerchat.evals.core.results import CoreTaskResult
 from archerchat.exchange.nanochat import to_archerchat_names
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
@@ -195,7 +195,7 @@ def test_an_interruption_keeps_what_is_done(
 ) -> None:
     whole, ran = CoreEvaluation._run_task, []
 
-    def interrupted(self: CoreEvaluation, scorer: Any, task: Any, report: Any) -> TaskResult:
+    def interrupted(self: CoreEvaluation, scorer: Any, task: Any, report: Any) -> CoreTaskResult:
         if len(ran) == 2:
             raise KeyboardInterrupt
         ran.append(task.label)
@@ -221,7 +221,7 @@ def test_another_checkpoint_starts_over(
 ) -> None:
     whole = CoreEvaluation._run_task
 
-    def interrupted(self: CoreEvaluation, scorer: Any, task: Any, report: Any) -> TaskResult:
+    def interrupted(self: CoreEvaluation, scorer: Any, task: Any, report: Any) -> CoreTaskResult:
         if task.label == self.bundle.tasks[1].label:
             raise KeyboardInterrupt
         return whole(self, scorer, task, report)

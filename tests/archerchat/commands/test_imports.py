@@ -153,10 +153,10 @@ def test_the_optimizers_state_arrives_and_is_whole(home: Home, source: Path) -> 
 
 def test_a_taken_tag_is_refused(home: Home, source: Path) -> None:
     import_nanochat(ImportNanochatConfig(source), home)
-    with pytest.raises(UsageError, match="base model 'd2' is there already"):
+    with pytest.raises(UsageError, match="base model 'd2' already exists"):
         import_nanochat(ImportNanochatConfig(source), home)
     Tokenizer({bytes([i]): i for i in range(256)}, pattern=r"\w+").save(home.tokenizer_dir("new"))
-    with pytest.raises(UsageError, match="is another tokenizer: choose another --tag"):
+    with pytest.raises(UsageError, match="holds a different tokenizer: choose another --tag"):
         import_nanochat(ImportNanochatConfig(source, tag="new"), home)
 
 

@@ -60,7 +60,7 @@ def test_a_directory_with_other_things_is_left_alone(
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     assert trained_home.run("report", "--out", str(tmp_path)) == 2
-    assert "is no report" in capsys.readouterr().err
+    assert "is not a report" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 

@@ -80,7 +80,7 @@ def test_training_again_changes_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(command, "train_tokenizer", None)
         train(CONFIG, home)
-    assert "there already" in capsys.readouterr().out
+    assert "already exists" in capsys.readouterr().out
     assert files(home.root) == before
 
     train(replace(CONFIG, force=True), home)

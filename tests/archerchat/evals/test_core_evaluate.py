@@ -21,11 +21,10 @@ from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
 from archerchat.evals.core.prompts import Prompter, choose_examples
 from archerchat.evals.core.results import (
     CoreResult,
+    CoreTaskResult,
     PartialResults,
-    TaskResult,
     describe,
 )
-from archerchat.evals.statistics import Z_95
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -238,26 +237,44 @@ def test_senseless_options_are_refused(options: dict[str, int], message: str) ->
         CoreOptions(**options)
 
 
-def task_result(label: str, correct: int, examples: int, baseline: float = 0.0) -> TaskResult:
-    return TaskResult(label, "schema", 0, examples, correct, baseline, 2.0, 100, 50)
+def task_result(
+    label: str, correct: int, examples: int, baseline: float = 0.0, **more: Any
+) -> CoreTaskResult:
+    return CoreTaskResult(
+        label=label,
+        task_type="schema",
+        examples=examples,
+        correct=correct,
+        random_baseline=baseline,
+        seconds=2.0,
+        num_fewshot=0,
+        prompt_tokens=100,
+        tokens_run=50,
+        **more,
+    )
 
 
 def test_the_interval_is_that_of_a_mean_of_shares() -> None:
-    result = CoreResult((task_result("a", 30, 100, 0.5), task_result("b", 0, 96)))
-    share, zero = 32 / 104, 2 / 100
-    variance = share * (1 - share) / 104 / 0.25 + zero * (1 - zero) / 100
+    tasks = task_result("a", 30, 100, 0.5), task_result("b", 0, 96)
+    result = CoreResult(tasks)
     assert result.core == pytest.approx((-0.4 + 0) / 2)
-    assert result.half_width == pytest.approx(Z_95 * variance**0.5 / 2)
+    (low, high), zero = tasks[0].interval, tasks[1].interval
+    assert (low, zero[0]) == pytest.approx((0.21895, 0), abs=1e-5)
+    below, above = 0.3 - low, high - 0.3  # twice as wide when centred: guessing is right half
+    expected = -0.2 - below, -0.2 + ((2 * above) ** 2 + zero[1] ** 2) ** 0.5 / 2
+    assert result.interval == pytest.approx(expected)
 
 
 def test_results_as_json_and_in_notes() -> None:
-    tied = TaskResult("a", "schema", 1, 4, 3, 0.5, 2.0, 100, 50, near_ties=(1, 2), cropped=1)
+    tied = task_result("a", 3, 4, 0.5, near_ties=(1, 2), cropped=1)
     result = CoreResult((tied, task_result("b", 1, 2)))
     content = json.loads(json.dumps(result.to_json()))
     assert content["num_tasks"] == 2
     assert content["core"] == result.core == 0.5
     assert content["interval"][0] < 0.5 < content["interval"][1]
-    assert TaskResult.from_json(content["tasks"][0]) == tied
+    assert CoreTaskResult.from_json(content["tasks"][0]) == tied
+    without = {k: v for k, v in content["tasks"][0].items() if k != "num_samples"}
+    assert CoreTaskResult.from_json(without) == tied  # as earlier versions wrote it
     notes = describe(result)
     assert any("near-ties (closer than 1e-05), by example: a 1, 2" in note for note in notes)
     assert any("is not the published CORE" in note for note in notes)

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from archerchat.evals.core.bundle import CoreTask, load_bundle, read_examples
 from archerchat.evals.core.evaluate import CoreEvaluation, CoreOptions
-from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import SHUFFLE_SEED, Prompter, fewshot_indices
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.exchange.nanochat import to_archerchat_names
@@ -104,7 +103,7 @@ def test_losses_and_outcomes(
     examples = read_examples(task)[: golden["n"]]
     prompter = Prompter(task, examples, tokenizer)
     trees = [prompter.tree(index) for index in range(len(examples))]
-    found = [o for batch, _ in iter_outcomes(Scorer(model), trees, task.task_type) for o in batch]
+    found = [o for batch in iter_outcomes(model, trees, task.task_type) for o in batch]
     assert len(found) == golden["n"]
     for outcome in found:
         expected = golden["per_example"][outcome.index]

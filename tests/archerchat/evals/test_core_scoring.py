@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.layout import build_layout, needed_trunk, tokens_to_run
 from archerchat.evals.core.prompts import Prompt, Tree, build_tree
 from archerchat.evals.core.scoring import Outcome, iter_batches, iter_outcomes
@@ -42,7 +41,7 @@ def outcomes_of(
     model: Transformer, examples: Sequence[list[Prompt]], kind: str, tokens: int = 300
 ) -> list[Outcome]:
     trees = [build_tree(i, prompts) for i, prompts in enumerate(examples)]
-    found = [o for batch, _ in iter_outcomes(Scorer(model), trees, kind, tokens) for o in batch]  # type: ignore[arg-type]
+    found = [o for batch in iter_outcomes(model, trees, kind, tokens) for o in batch]  # type: ignore[arg-type]
     return sorted(found, key=lambda outcome: outcome.index)
 
 
@@ -63,7 +62,7 @@ def test_trees_score_as_whole_prompts_do(
     score_plainly: Callable[..., tuple[list[float], bool]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("archerchat.evals.core.forward.CPU_BLOCK", block)
+    monkeypatch.setattr("archerchat.evals.core.scoring.CPU_BLOCK", block)
     model, random = build_small_model(**shape), Random(f"{kind} {block}")
     examples = [draw_prompts(random, kind) for _ in range(25)]
     outcomes = outcomes_of(model, examples, kind)
@@ -123,19 +122,20 @@ def test_bfloat16_is_close(build_small_model: Callable[..., Transformer]) -> Non
 def test_options_of_one_token_need_no_branch() -> None:
     prompts = [Prompt(ids(299, 4, 5, option), 3) for option in (7, 8, 9)]
     tree = build_tree(0, prompts)
-    assert tree.trunk.tolist() == [299, 4, 5]
-    assert tree.branches == ()
-    assert tree.offset.tolist() == [2, 2, 2]
-    assert tree.target.tolist() == [7, 8, 9]
-    assert tree.option.tolist() == [0, 1, 2]
+    assert tree.token_ids.tolist() == [299, 4, 5]
+    assert tree.trunk_length == 3
+    assert tree.sources.tolist() == [2, 2, 2]
+    assert tree.targets.tolist() == [7, 8, 9]
+    assert tree.options.tolist() == [0, 1, 2]
 
 
 def test_the_last_token_of_an_option_is_not_run() -> None:
     prompts = [Prompt(ids(299, 4, 7, 8), 2), Prompt(ids(299, 4, 9), 2)]
     tree = build_tree(0, prompts)
-    assert tree.trunk.tolist() == [299, 4]
-    assert [branch.tolist() for branch in tree.branches] == [[7]]
-    assert tree.branch.tolist() == [-1, 0, -1]
+    assert tree.token_ids.tolist() == [299, 4, 7]
+    assert tree.previous_ids.tolist() == [-1, 299, 4]
+    assert tree.branch.tolist() == [-1, -1, 0]
+    assert tree.sources.tolist() == [1, 2, 1]
     assert tree.lengths == (4, 3)
 
 
@@ -154,7 +154,8 @@ def test_layers_that_are_alike_share_a_level() -> None:
     layout = build_layout([tree], (128, 128, 64, 128), 128)
     assert layout.levels[0] is layout.levels[1] is layout.levels[2]
     assert layout.levels[3] is not layout.levels[0]
-    assert layout.levels[3].kept is not None
+    assert layout.levels[0].keeps_all
+    assert not layout.levels[3].keeps_all
 
 
 def test_the_largest_trees_come_first_and_batches_keep_the_budget() -> None:

@@ -16,7 +16,7 @@ from archerchat.evals.core.bundle import (
     load_bundle,
     read_examples,
 )
-from archerchat.evals.core.results import CoreResult, TaskResult, describe, is_offline
+from archerchat.evals.core.results import CoreResult, CoreTaskResult, describe, is_offline
 
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
@@ -82,7 +82,17 @@ def test_the_command_line_finds_it_by_name(tmp_path: Path) -> None:
 
 def test_results_say_that_they_are_not_core(tasks: tuple[CoreTask, ...]) -> None:
     results = [
-        TaskResult(task.label, task.task_type, task.num_fewshot, 48, 24, 0.0, 1.0, 100, 50)
+        CoreTaskResult(
+            label=task.label,
+            task_type=task.task_type,
+            examples=48,
+            correct=24,
+            random_baseline=0.0,
+            seconds=1.0,
+            num_fewshot=task.num_fewshot,
+            prompt_tokens=100,
+            tokens_run=50,
+        )
         for task in tasks
     ]
     assert "not CORE" in describe(CoreResult(tuple(results)))[0]

@@ -93,8 +93,10 @@ def test_a_model_that_the_library_lacks_is_not_written_as_its(
 def test_the_card_has_what_training_and_evaluations_left(
     trained_home: TinyHome, tmp_path: Path
 ) -> None:
-    task = {"accuracy": 0.5, "correct": 2, "examples": 4, "random_baseline": 0.25, "seconds": 1.0}
-    result = {"step": 4, "core": 0.3333, "num_tasks": 1, "tasks": {"arc_easy": task}}
+    options = {"max_per_task": None, "max_length": None}
+    task = {"label": "arc_easy", "task_type": "multiple_choice", "random_baseline": 0.25}
+    tasks = [task | {"correct": 2, "examples": 4, "seconds": 1.0}]
+    result = {"step": 4, "core": 0.3333, "tasks": tasks, "options": options}
     path = trained_home.eval_dir("base", "tiny") / "core_000004.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(result))
@@ -232,7 +234,7 @@ def test_a_taken_name_is_refused_before_weights_are_read(
     copy = shutil.copytree(folder, tmp_path / "tiny")
     (copy / WEIGHTS).unlink()
     assert trained_home.run("import", "huggingface", str(copy)) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_nanochat_model_of_another_kind_is_refused(

@@ -199,6 +199,15 @@ def test_a_common_beginning_runs_once(model: Transformer, prompt: Prompt) -> Non
     assert together == [said(Engine(model).generate([request]))[0] for request in requests]
 
 
+def test_first_tokens_come_before_the_step(model: Transformer, prompt: Prompt) -> None:
+    engine, request = Engine(model), greedy(prompt(9), 4)
+    engine.add(0, request)
+    (first,) = engine.admit()
+    assert engine.steps == 0
+    rest = [event.token for _ in range(3) for event in engine.advance()]
+    assert [[first.token, *rest]] == said(Engine(model).generate([request]))
+
+
 def test_rows_that_end_make_room(model: Transformer, prompt: Prompt) -> None:
     """Eight answers of 10 tokens over two rows take 4 * 10 tokens; the first is the prompt's."""
     engine = Engine(model, max_batch=2)

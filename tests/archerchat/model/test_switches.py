@@ -13,7 +13,6 @@ from torch import Tensor
 
 from archerchat.dial import DialConfig, build_hyperparameters, build_model_config
 from archerchat.errors import UsageError
-from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.prompts import Prompt, build_tree
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.inference.engine import Engine
@@ -71,7 +70,7 @@ def test_what_is_left_is_computed_in_training_decoding_and_core(changes: dict[st
     ids_of = (np.array(row, dtype=np.int32) for row in ([*rows[0], 1, 2], [*rows[0], *rows[1]]))
     tree = build_tree(0, [Prompt(option, len(rows[0])) for option in ids_of])
     found, others = (
-        [o for batch, _ in iter_outcomes(Scorer(m), [tree], "multiple_choice") for o in batch]
+        [o for batch in iter_outcomes(m, [tree], "multiple_choice") for o in batch]
         for m in (model, whole)
     )
     assert found[0].losses == pytest.approx(others[0].losses, abs=1e-5)

@@ -36,13 +36,11 @@ def page_file(home: Home, session: Callable[..., None], tmp_path: Path) -> Path:
     text = '</pre><script>document.title="run"</script><img src=x onerror="document.title=1">' * 3
     session(home, "d8", range(400), text=text)
     names = [*(f"task_{i}" for i in range(9)), "bigbench_language_identification"]
-    tasks = {
-        name: {"accuracy": i / 9, "random_baseline": 0.3, "examples": 9, "correct": i, "seconds": 1}
-        for i, name in enumerate(names)
-    }
-    write_json(
-        home.eval_dir("base", "d8") / "core_4.json", {"core": 0.1, "tasks": tasks, "step": 4}
-    )
+    figures = {"task_type": "", "random_baseline": 0.3, "examples": 9, "seconds": 1}
+    tasks = [figures | {"label": name, "correct": i} for i, name in enumerate(names)]
+    options = {"max_per_task": None, "max_length": None}
+    result = {"core": 0.1, "tasks": tasks, "step": 4, "options": options}
+    write_json(home.eval_dir("base", "d8") / "core_4.json", result)
     page, _ = build_training_report(*gather(home, "d8"), Prices()).write(tmp_path / "report")
     return page
 

@@ -27,7 +27,23 @@ from archerchat.report.runs import load_run
 HOSTILE = (
     "</pre><script>alert(1)</script> | `` ```` \x00 [x](javascript:1) <img src=x onerror=y>\ud800"
 )
-TASK = {"accuracy": 0.5, "random_baseline": 0.25, "examples": 8, "correct": 4, "seconds": 7200.0}
+TASK = {
+    "label": "copa",
+    "task_type": "multiple_choice",
+    "random_baseline": 0.25,
+    "examples": 8,
+    "correct": 4,
+    "seconds": 14400.0 / 22,
+}
+MMLU = {
+    "kind": "categorical",
+    "problems": 8,
+    "accuracy": 0.5,
+    "random_baseline": 0.25,
+    "seconds": 7200,
+}
+WHOLE = {"max_per_task": None, "max_length": None}
+GREEDY = {"temperature": 0.0, "num_samples": 1, "max_new_tokens": 512}
 
 
 @pytest.fixture(autouse=True)
@@ -65,16 +81,16 @@ def full_home(
     session(home, "d8", range(30), last_bits=0.9381)
     tuned = config(stage="sft", identity={"base": {"tag": "d8"}})
     session(home, "d8-sft", range(10), config=tuned, last_bits=0.4321, text=HOSTILE)
-    tasks = {"copa": TASK, "arc_easy": TASK}
     base, sft = home.eval_dir("base", "d8"), home.eval_dir("sft", "d8")
-    write_json(base / "core_30.json", {"core": 0.1234, "tasks": tasks, "step": 30})
-    capped = {"core": 0.9, "tasks": tasks, "step": 30, "options": {"max_per_task": 4}}
-    capped |= {"tasks": {"copa": TASK | {"examples": 4}}}
+    whole = {"core": 0.1234, "tasks": [TASK] * 22, "step": 30, "options": WHOLE}
+    write_json(base / "core_30.json", whole)
+    capped = whole | {"core": 0.9, "options": WHOLE | {"max_per_task": 4}}
+    capped |= {"tasks": [TASK | {"examples": 4}] * 22}
     write_json(base / "core_30_max4.json", capped)
-    chat = {"chatcore": 0.2345, "sampling": {}, "tasks": {"MMLU": TASK}, "step": 10}
-    write_json(sft / "chat_10.json", chat)
-    offline = {"core": 0.7, "tasks": {"offline_copy": TASK}, "step": 30}
-    write_json(base / "offline_30.json", offline)
+    chat = {"sampling": GREEDY, "limits": {"MMLU": None}, "step": 10, "complete": True}
+    write_json(sft / "chat_10.json", chat | {"chatcore": 0.2345, "tasks": {"MMLU": MMLU}})
+    offline = TASK | {"label": "offline_copy", "seconds": 7200.0}
+    write_json(base / "offline_30.json", whole | {"core": 0.7, "tasks": [offline]})
     return home
 
 
@@ -136,7 +152,7 @@ def test_a_capped_core_is_not_set_against_gpt2(full_home: Home) -> None:
     (full_home.eval_dir("base", "d8") / "core_30.json").unlink()
     text = render(full_home, "d8").markdown
     assert "| CORE | 0.9000 (at most 4 per task) | – | 0.0976 | – |" in text
-    assert "It is not the whole evaluation: at most 4 per task." in text
+    assert "This is not the whole evaluation: at most 4 per task." in text
     assert "of GPT-2 XL's" not in text
 
 
@@ -200,7 +216,7 @@ def test_headings_have_the_anchors_that_the_links_name(full_home: Home) -> None:
 
 def test_time_and_cost(full_home: Home) -> None:
     page = render(full_home, "d8", price_per_hour=3.0).html
-    assert "4.0 h" in page  # CORE: two tasks of two hours
+    assert "4.0 h" in page  # CORE: 22 tasks
     assert "$12.00" in page
     assert "$3.00 per hour" in page
     page = render(full_home, "d8", price_per_kwh=0.5).html

@@ -19,7 +19,7 @@ def test_multiple_choice_lists_each_choice_before_its_letter() -> None:
     )
     with pytest.raises(DataError, match="1 letters for 2 choices"):
         build_question("Which is red?", ["A"], ["grass", "blood"], "A")
-    with pytest.raises(DataError, match="answer 'C' is none of A, B in the question 'Which"):
+    with pytest.raises(DataError, match="answer 'C' is not one of A, B in the question 'Which"):
         build_question("Which is red?", ["A", "B"], ["grass", "blood"], "C")
 
 
@@ -57,7 +57,7 @@ def test_an_answer_beyond_the_choices_is_named(local_dir: Path, tmp_path: Path) 
     row = '{"question": "?", "choices": ["a"], "answer": 1, "subject": "s"}\n'
     (local_dir / "mmlu" / "test.jsonl").write_text(row)
     task = MMLUTask(TaskFiles(tmp_path, local_dir))
-    with pytest.raises(DataError, match="the answer '1' is none of A in the question '\\?'"):
+    with pytest.raises(DataError, match="the answer '1' is not one of A in the question '\\?'"):
         task[0]
 
 

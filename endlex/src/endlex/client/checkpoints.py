@@ -252,18 +252,13 @@ def note_path(directory: Path, name: str) -> Path:
 
 def staged_names(directory: Path) -> list[str]:
     """Names of the checkpoints that wait to be sent, oldest first."""
-    try:
-        entries = [entry for entry in os.scandir(directory / STAGED_DIR) if entry.is_dir()]
-    except FileNotFoundError:
-        return []
     found = []
-    for entry in entries:
-        if CHECKPOINT_NAME.fullmatch(entry.name):
-            try:
-                age = note_path(directory, entry.name).stat().st_mtime_ns
-            except OSError:
-                age = 0
-            found.append((age, entry.name))
+    for path in (directory / STAGED_DIR).glob("*"):
+        if CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
+            moment = 0
+            with contextlib.suppress(OSError):
+                moment = note_path(directory, path.name).stat().st_mtime_ns
+            found.append((moment, path.name))
     return [name for _, name in sorted(found)]
 
 

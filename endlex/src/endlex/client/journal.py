@@ -21,7 +21,7 @@ from typing import Any
 
 from endlex.client.process import FULL, fsync, try_lock, warn, warn_once
 from endlex.client.values import to_json
-from endlex.protocol import FINISH, JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, EndlexError
+from endlex.protocol import FINISH, JOURNAL_DIR, MAX_BATCH_BYTES, SESSION, TEXT, EndlexError
 from endlex.reading import session_files, session_number
 
 LARGEST_BACKLOG = 16 * 2**20
@@ -58,6 +58,7 @@ class Journal:
         number = 1 + max((session_number(path) for path in session_files(directory)), default=0)
         self.session = session or f"{number:06d}-{os.urandom(6).hex()}"
         self.path = folder / f"{self.session}.jsonl"
+        self.number = session_number(self.path)
         self.inherited = False
         self._heads: dict[str, str] = {}
         self._numbers = itertools.count()
@@ -90,6 +91,11 @@ class Journal:
             OSError: the disk has refused more than `LARGEST_BACKLOG` bytes; this record is lost.
         """
         self.append_members(kind, f",{to_json(content)[1:-1]}" if content else "", moment)
+
+    def append_own(self, name: str, text: str, step: int | None = None) -> None:
+        """Record a text of Endlex's own; its step is the session's number, if not given."""
+        step = self.number if step is None else step
+        self.append(TEXT, {"step": step, "name": name, "text": text})
 
     def append_members(self, kind: str, members: str, moment: float | None = None) -> None:
         """Do what `append` does for content that is already JSON: `,"key":value` for each."""

@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import time
 import traceback as tracebacks
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from endlex.client.console import Console
 from endlex.client.journal import Journal
 from endlex.client.process import forget, status_of, warn, watch_faults
 from endlex.client.recorder import Recorder
 from endlex.client.values import RunConfig, as_config, as_list, plain
 from endlex.protocol import (
-    CHANGES,
     CHECKPOINT,
     CONFIG,
-    CONSOLE,
-    ENVIRONMENT,
     EXCEPTION,
     FINISH,
     MAX_REASON_CHARS,
     MAX_TEXT_CHARS,
-    PACKAGES,
     REPLACES,
     STATUSES,
-    TEXT,
     EndlexError,
     Status,
     check_checkpoint_name,
 )
-from endlex.reading import session_number
+
+if TYPE_CHECKING:
+    from endlex.client.surroundings import Console
 
 WATCH_SECONDS = 60.0
 """How often `log` looks whether the shipper still lives."""
-CHUNKS_PER_SESSION = 1_000_000
 
 
 class Run(Recorder):
@@ -67,7 +61,6 @@ class Run(Recorder):
         """The address of the run's page; None while the run is not sent to a server."""
         self._recorded_config = plain(self.config)
         self._console: Console | None = None
-        self._chunks = 0
 
     @property
     def online(self) -> bool:
@@ -77,7 +70,8 @@ class Run(Recorder):
     @property
     def recorded(self) -> int:
         """How many records this session has, without those of the console."""
-        return self._journal.count - self._chunks if self._journal else 0
+        chunks = self._console.chunks if self._console else 0
+        return self._journal.count - chunks if self._journal else 0
 
     def save(
         self,
@@ -197,7 +191,7 @@ class Run(Recorder):
             end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
             if not isinstance(error, SystemExit):
                 lines = "".join(tracebacks.format_exception(error))[-MAX_TEXT_CHARS:]
-                journal.append(TEXT, self._own_text(EXCEPTION, lines))
+                journal.append_own(EXCEPTION, lines)
         journal.append(FINISH, end)
 
     def go_online(self, url: str) -> None:
@@ -211,29 +205,13 @@ class Run(Recorder):
         """Record what the run is: commit, command, packages; and from now on what it prints."""
         if self._journal is None:
             return
+        from endlex.client.surroundings import Console, record_environment
+
         watch_faults(self._journal.path.with_suffix(".fault"))
         if environment:
-            from endlex.client import environment as found
-
-            texts = {ENVIRONMENT: json.dumps(found.describe_environment(), indent=1)}
-            texts |= {CHANGES: found.uncommitted_changes() if code else ""}
-            texts |= {PACKAGES: found.installed_packages()}
-            for name, text in texts.items():
-                if text:
-                    self._journal.append(TEXT, self._own_text(name, text))
+            record_environment(self._journal, code)
         if console:
-            self._console = Console(self._record_console)
-
-    def _own_text(self, name: str, text: str) -> dict[str, Any]:
-        assert self._journal is not None
-        return {"step": session_number(self._journal.path), "name": name, "text": text}
-
-    def _record_console(self, text: str) -> None:
-        if self._journal is not None and not self._journal.inherited and not self._finished:
-            content = self._own_text(CONSOLE, text)
-            content["step"] = content["step"] * CHUNKS_PER_SESSION + self._chunks
-            self._chunks += 1
-            self._journal.append(TEXT, content)
+            self._console = Console(self._journal)
 
     def _watch_shipper(self) -> None:
         """Start another shipper if this run's was killed; asking costs a few system calls."""

@@ -136,7 +136,11 @@ class CheckpointShipper:
     def _work(self) -> None:
         wait = 0.0
         while not self._stop.wait(wait):
-            wait = self._send_waiting() if self._ready() else CHECKPOINT_POLL_SECONDS
+            try:
+                wait = self._send_waiting() if self._ready() else CHECKPOINT_POLL_SECONDS
+            except Exception as error:  # such as a full disk: nothing ends the thread
+                say(f"checkpoints wait: {type(error).__name__}: {error}")
+                wait = REFUSED_SECONDS
         self._transport.close()
 
     def _send_waiting(self) -> float:
@@ -150,9 +154,9 @@ class CheckpointShipper:
                 self.send(name)
             except Retry as error:
                 return self._backoff.wait(error)
-            except Exception as error:
-                if isinstance(error, Refused) or not isinstance(error, EndlexError):
-                    return REFUSED_SECONDS  # such as a full disk: nothing ends the thread
+            except Refused:
+                return REFUSED_SECONDS
+            except EndlexError as error:
                 say(f"checkpoint {name} failed: {error}")
             else:
                 self._backoff.reset()

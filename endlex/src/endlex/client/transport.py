@@ -338,6 +338,8 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
     message = f"{url} answered {asked} with {status}: {reason}"
     if status >= 500 or status in (408, 425, 429):
         raise Retry(message, _seconds(response.getheader("Retry-After")))
+    if status == 401:
+        message += "; set ENDLEX_TOKEN, or put a token into ~/.config/endlex/token"
     if 300 <= status < 400:
         message += f" (it points to {response.getheader('Location')!r}: set ENDLEX_URL to that)"
     raise Refused(message, status, said)

@@ -59,11 +59,6 @@ class Comparison:
     """Checkpoints that somebody decided to do without, since they could not be sent."""
 
 
-def verify_directory(directory: Path, transport: Transport) -> list[Missing]:
-    """Return what `compare_directory` finds missing; an empty list means safe to delete."""
-    return compare_directory(directory, transport).missing
-
-
 def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
     """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
 
@@ -72,7 +67,7 @@ def require_all_sent(directory: Path, transport: Transport, published: Collectio
     """
     missing = [
         found
-        for found in verify_directory(directory, transport)
+        for found in compare_directory(directory, transport).missing
         if found.kind != "checkpoint" or found.name not in published
     ]
     if any(found.kind == "live" for found in missing):
@@ -97,7 +92,12 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     ]
     staged = staged_names(directory)
     failed, dropped = failed_checkpoints(directory), given_up(directory)
-    missing += [_waiting(name, failed.get(name)) for name in staged]
+    for name in staged:
+        if name in failed:
+            reason = f"it cannot be sent: {failed[name]}"
+            missing.append(Missing("checkpoint", name, reason, "drop"))
+        else:
+            missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
     let_go: list[LetGo] = []
     for name, saved in sorted(_saved(directory).items()):
         if name not in staged and name not in dropped:
@@ -128,12 +128,6 @@ def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
                 whole = line.startswith(start) and line.endswith(b"\n")
                 if whole and (record := parse_record(line)) is not None:
                     yield record
-
-
-def _waiting(name: str, failure: str | None) -> Missing:
-    if failure is None:
-        return Missing("checkpoint", name, "not sent yet, or not published")
-    return Missing("checkpoint", name, f"it cannot be sent: {failure}", "drop")
 
 
 def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:

@@ -21,7 +21,7 @@ from endlex.client.process import describe
 from endlex.client.run_directory import runs_folder, server_token, server_url
 from endlex.client.shipping import read_state, shipper_process, sync_command
 from endlex.client.transport import Refused, TransportError
-from endlex.client.verify import verify_directory
+from endlex.client.verify import compare_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
 from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import PROTOCOL, EndlexError
@@ -229,7 +229,7 @@ def _sending(directory: Path, url: str | None) -> Finding:
         said = f"{directory}: its shipper, {describe(shipper.name)}, sends it"
         return finding("journals", not error, said, f"it says: {error}")
     try:
-        missing = verify_directory(directory, find_server(url).transport)
+        missing = compare_directory(directory, find_server(url).transport).missing
     except TransportError:
         return note("journals", f"{directory}: cannot be compared with the server now")
     except EndlexError as reason:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.media import read_file
-from endlex.importers.rows import inside, load
+from endlex.importers.rows import find_files, inside, load
 from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
 
@@ -27,17 +27,10 @@ Row = dict[str, Any]
 
 
 def find_neptune_runs(path: Path) -> list[list[Path]]:
-    """Return the Parquet files of each run at or below `path`: a long run is several files.
-
-    Raises:
-        EndlexError: there is none.
-    """
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    """Return the Parquet files of each run at or below `path`: a long run is several files."""
     runs: dict[str, list[Path]] = defaultdict(list)
-    for file in files:
+    for file in find_files(path, ".parquet", "give neptune-exporter's data directory"):
         runs[str(file).rpartition("_part_")[0] or str(file)].append(file)
-    if not runs:
-        raise EndlexError(f"{path} holds no .parquet file: give neptune-exporter's data directory")
     return list(runs.values())
 
 

@@ -30,6 +30,18 @@ def load(module: str) -> Any:
         ) from error
 
 
+def find_files(path: Path, suffix: str, remedy: str) -> list[Path]:
+    """Return the files of a suffix at or below `path`.
+
+    Raises:
+        EndlexError: there is none.
+    """
+    found = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
+    if not found:
+        raise EndlexError(f"{path} holds no {suffix} file: {remedy}")
+    return found
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Join the keys of nested mappings with "/"; what has a `_type` stays whole."""
     flat: dict[str, Any] = {}

@@ -10,27 +10,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from endlex.importers.rows import numbers_of, write_row
+from endlex.importers.rows import find_files, numbers_of, write_row
 from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
 
 
 def find_trackio_files(path: Path) -> list[Path]:
-    """Return the databases in a directory, or the one that is named.
-
-    Raises:
-        EndlexError: there is none.
-    """
-    found = [path] if path.is_file() else sorted(path.glob("*.db"))
-    if not found:
-        raise EndlexError(f"{path} holds no .db file: give trackio's directory or one of its files")
-    return found
+    """Return the databases at or below a directory, or the one that is named."""
+    return find_files(path, ".db", "give trackio's directory or one of its files")
 
 
 def import_trackio(path: Path, root: Path, project: str | None = None) -> list[Imported]:
@@ -58,25 +51,25 @@ def _rows(database: sqlite3.Connection, table: str) -> Iterator[sqlite3.Row]:
 
 
 def _identity(row: sqlite3.Row) -> str:
-    """A run's id; earlier versions know runs by their names."""
+    """Return a run's id; earlier versions know runs by their names."""
     return str(row["run_id"] if "run_id" in row.keys() else row["run_name"])  # noqa: SIM118
 
 
 def _of_run(
-    database: sqlite3.Connection, table: str, run: str, writer: RunWriter | None = None
+    database: sqlite3.Connection, table: str, run: str, skip: Callable[[str], Any] = str
 ) -> Iterator[tuple[sqlite3.Row, dict[str, Any]]]:
     """Yield a run's rows with what their JSON says."""
-    column = "config" if table == "configs" else "metrics"
     for row in _rows(database, table):
-        if _identity(row) == run:
-            try:
-                content = json.loads(row[column])
-            except (ValueError, TypeError):
-                content = None
-            if isinstance(content, dict):
-                yield row, content
-            elif writer is not None:
-                writer.skip("damaged row")
+        if _identity(row) != run:
+            continue
+        try:
+            content = json.loads(row["config" if table == "configs" else "metrics"])
+        except (ValueError, TypeError):
+            content = None
+        if isinstance(content, dict):
+            yield row, content
+        else:
+            skip("damaged row")
 
 
 def _import_run(
@@ -95,9 +88,9 @@ def _import_run(
         run=run,
     )
     with RunWriter(root, source) as writer:
-        for row, values in _of_run(database, "metrics", run, writer):
+        for row, values in _of_run(database, "metrics", run, writer.skip):
             write_row(writer, int(row["step"]), _time(row), values, path.parent / "media")
-        for row, values in _of_run(database, "system_metrics", run, writer):
+        for row, values in _of_run(database, "system_metrics", run, writer.skip):
             step = max(0, round(_time(row) - created))
             writer.metrics(step, _time(row), numbers_of(values, "system/"), system=True)
     return writer.imported

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.values import tidy_name
-from endlex.importers.rows import load, numbers_of, write_row
+from endlex.importers.rows import find_files, load, numbers_of, write_row
 from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import CONSOLE, EndlexError
 
@@ -34,17 +34,8 @@ CONSOLE_LINES = 200
 
 
 def find_wandb_files(path: Path) -> list[Path]:
-    """Return the `.wandb` files below a directory, or the one that is named.
-
-    Raises:
-        EndlexError: there is none.
-    """
-    found = [path] if path.is_file() else sorted(path.rglob("*.wandb"))
-    if not found:
-        raise EndlexError(
-            f"{path} holds no .wandb file: give an offline run's directory (wandb/offline-run-...)"
-        )
-    return found
+    """Return the `.wandb` files below a directory, or the one that is named."""
+    return find_files(path, ".wandb", "give an offline run's directory (wandb/offline-run-...)")
 
 
 def iter_records(path: Path, skip: Callable[[str], Any] = lambda reason: None) -> Iterator[bytes]:

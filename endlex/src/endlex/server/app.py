@@ -14,10 +14,11 @@ import shutil
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -74,7 +75,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     server = await asyncio.to_thread(Server, app.state.data, app.state.settings)
     app.state.server = server
     server.hub.start(asyncio.get_running_loop())
-    timers = [asyncio.create_task(run(server)) for run in (_watch_forever, _clean_forever)]
+    jobs = ((_watch, WATCH_SECONDS), (_clean, CLEAN_SECONDS))
+    timers = [asyncio.create_task(_repeat(job, server, pause)) for job, pause in jobs]
     try:
         yield
     finally:
@@ -84,26 +86,26 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(server.close)
 
 
-async def _watch_forever(server: Server) -> None:
-    """Look for problems that no request brings up: silent runs, and a disk that fills up."""
+async def _repeat(
+    job: Callable[[Server], Coroutine[Any, Any, None]], server: Server, pause: float
+) -> None:
     while True:
         try:
-            events = await server.write(server.watch.sweep)
-            for kind, content in events:
-                server.hub.publish(kind, content)
+            await job(server)
         except (sqlite3.Error, OSError) as error:
-            logger.warning("cannot look for stalled runs: %s", error)
-        await asyncio.sleep(WATCH_SECONDS)
+            logger.warning("cannot %s, will try again: %s", job.__name__.strip("_"), error)
+        await asyncio.sleep(pause)
 
 
-async def _clean_forever(server: Server) -> None:
+async def _watch(server: Server) -> None:
+    """Look for silent runs and full disks."""
+    for kind, content in await server.write(server.watch.sweep):
+        server.hub.publish(kind, content)
+
+
+async def _clean(server: Server) -> None:
     """Remove what nothing uses any more."""
-    while True:
-        try:
-            await server.workers.file(sweep, server.database, server.blobs)
-        except (sqlite3.Error, OSError) as error:
-            logger.warning("cannot remove what is not used any more: %s", error)
-        await asyncio.sleep(CLEAN_SECONDS)
+    await server.workers.file(sweep, server.database, server.blobs)
 
 
 async def _health(request: Request) -> Response:
@@ -163,14 +165,10 @@ def _require_closed_or_tokens(data_dir: Path, settings: Settings) -> None:
 
 def _listen(settings: Settings) -> socket.socket:
     try:
-        family = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
-        listener.listen(1024)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
     except OSError as error:
         raise EndlexError(
             f"cannot listen on {settings.host}:{settings.port} ({error.strerror or error}): "
             "choose another with --port"
         ) from error
-    return listener

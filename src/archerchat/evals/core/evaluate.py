@@ -16,10 +16,9 @@ import torch
 from archerchat.config import Config, Limit, PositiveInt
 from archerchat.distributed import Ranks
 from archerchat.evals.core.bundle import Bundle, CoreTask, read_examples
-from archerchat.evals.core.forward import Scorer
 from archerchat.evals.core.layout import tokens_to_run
 from archerchat.evals.core.prompts import Prompter, Tree, choose_examples
-from archerchat.evals.core.results import NEAR_TIE, CoreResult, PartialResults, TaskResult
+from archerchat.evals.core.results import NEAR_TIE, CoreResult, CoreTaskResult, PartialResults
 from archerchat.evals.core.scoring import iter_outcomes
 from archerchat.model.transformer import Transformer
 from archerchat.tokenizer.bpe import Tokenizer
@@ -77,7 +76,7 @@ class CoreEvaluation:
         self,
         model: Transformer,
         kept: PartialResults | None = None,
-        on_task: Callable[[TaskResult], None] = lambda result: None,
+        on_task: Callable[[CoreTaskResult], None] = lambda result: None,
         on_progress: Progress = lambda label, share: None,
     ) -> CoreResult:
         """Evaluate every task that is not kept already.
@@ -94,38 +93,40 @@ class CoreEvaluation:
         tasks = self.bundle.tasks
         flags = [self.ranks.rank == 0 and task.label in kept.tasks for task in tasks]
         known = self.ranks.sum(torch.tensor(flags, dtype=torch.float64))
-        scorer, results = Scorer(model), []
+        results = []
         for task, is_known in zip(tasks, known.tolist(), strict=True):
             if not is_known:
-                kept.add(self._run_task(scorer, task, on_progress))
+                kept.add(self._run_task(model, task, on_progress))
             if task.label in kept.tasks:  # rank 0 has all
                 results.append(kept.tasks[task.label])
                 on_task(results[-1])
         return CoreResult(tuple(results))
 
-    def _run_task(self, scorer: Scorer, task: CoreTask, on_progress: Progress) -> TaskResult:
+    def _run_task(
+        self, model: Transformer, task: CoreTask, on_progress: Progress
+    ) -> CoreTaskResult:
         on_progress(task.label, 0.0)
         started = time.perf_counter()
         gold, trees, cropped = self.prepare(task)
-        length = scorer.model.config.sequence_length
+        length = model.config.sequence_length
         outcomes = torch.zeros(len(gold), 2, dtype=torch.float64)  # right, near a tie
-        tokens = done = 0
-        for batch, count in iter_outcomes(scorer, trees, task.task_type):
-            tokens, done = tokens + count, done + len(batch)
+        done = 0
+        for batch in iter_outcomes(model, trees, task.task_type):
+            done += len(batch)
             for outcome in batch:
                 outcomes[outcome.index, 0] = outcome.is_correct(gold[outcome.index])
                 outcomes[outcome.index, 1] = outcome.margin < NEAR_TIE
             on_progress(task.label, done / len(trees))
         outcomes = self.ranks.sum(outcomes)
         counts = {
-            "tokens_run": tokens,
+            "tokens_run": sum(tokens_to_run(tree, model.config.windows) for tree in trees),
             "prompt_tokens": sum(sum(tree.lengths) for tree in trees),
             "cropped": cropped,
             "beyond_sequence": sum(max(tree.lengths) > length for tree in trees),
             "unscored": sum(tree.has_unscored for tree in trees),
         }
         sums = self.ranks.sum(torch.tensor(list(counts.values()), dtype=torch.float64))
-        return TaskResult(
+        return CoreTaskResult(
             label=task.label,
             task_type=task.task_type,
             num_fewshot=task.num_fewshot,

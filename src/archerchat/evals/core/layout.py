@@ -1,9 +1,8 @@
-"""Where each token of a batch of trees lies, layer by layer, and who attends to whom.
+"""Lay a batch of trees out for `Transformer.hidden`: which tokens run, and who sees whom.
 
-A batch is a flat list of tokens without padding: each tree's trunk and then its branches. Linear
-layers run over the list as it is. Attention takes it in blocks of queries, each with one range of
-keys that holds all that its queries see and a mask for the rest: a block is a part of a long
-trunk, the branches of one tree, or several small trees.
+A batch is one flat row of tokens without padding: each tree's trunk and then its branches.
+Attention takes it in blocks of queries, each with one range of keys that holds all that its queries
+see, and a mask for the rest.
 
 Nothing is computed that no score depends on. The last layer needs queries at the scored positions
 and keys as far back as its window; the layer below needs outputs there; and so on down. With
@@ -18,77 +17,81 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from archerchat.evals.core.prompts import Ids, Tree
+from archerchat.evals.core.prompts import Tree
 
 Index = NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class QueryBlock:
-    """Queries that attend together, and the keys that they attend to."""
-
-    queries: slice
-    """Among the tokens that go out of the layer."""
-    keys: slice
-    """Among the tokens that come in."""
-    is_band: bool
-    """Whether all of it is one trunk; the last query then is the last key's."""
+ROWS = 64
+"""Rows come in multiples of this: on CPUs every new number of rows costs a product its plan."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """One layer."""
+    """One layer: the tokens that come in and go out, and its blocks of attention."""
 
-    kept: Index | None
-    """The incoming tokens that go out; None is all of them."""
     incoming: Index
-    """The tokens that come in, among those of the first layer."""
-    outgoing: Index
-    """Likewise those that go out."""
+    """The tokens that come in, by their place in the layout."""
+    kept: Index
+    """The tokens that go out, by their place among `incoming`, ascending."""
     window: int
-    """No larger than makes a difference."""
-    blocks: tuple[QueryBlock, ...]
+    """How far back a query sees, no larger than makes a difference."""
+    blocks: tuple[tuple[slice, slice], ...]
+    """Queries, a slice of `kept`, with their keys, a slice of `incoming`."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all tokens go out."""
+        return np.array_equal(self.kept, np.arange(len(self.incoming)))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A batch of trees, laid out."""
+    """A batch of trees. The last token may be repeated at the end; the copies are never read."""
 
     token_ids: Index
     """(N,) of the tokens that the first layer sees."""
     previous_ids: Index
-    """(N,) of the token before each, -1 where there is none."""
+    """(N,), the token before each, -1 where there is none."""
     positions: Index
-    """(N,)."""
+    """(N,), position in the prompt."""
     tree: Index
     """(N,), each token's tree."""
     branch: Index
     """(N,), its branch, numbered over the batch; -1 in a trunk."""
     levels: tuple[Level, ...]
-    """A layer each; layers that are alike share one."""
-    scored: Index
-    """The tokens that give logits, among those that go out of the last layer."""
-    pair_source: Index
-    """For each scored target, which of `scored` predicts it; ascending."""
-    pair_target: Index
-    pair_option: Index
-    """Numbered over the batch's trees in turn."""
+    """One per layer; layers that are alike share one."""
+    sources: Index
+    """For each scored token, the one that predicts it, among those that the last layer keeps."""
+    targets: Index
+    """The scored tokens."""
+    options: Index
+    """For each scored token its option, numbered over the batch."""
+
+    def visible(self, level: Level, queries: slice, keys: slice) -> NDArray[np.bool_]:
+        """Return which keys each query of a block sees, (queries, keys)."""
+        places = level.kept[queries]
+        rows, columns = level.incoming[places][:, None], level.incoming[keys]
+        seen = np.arange(keys.start, keys.stop) <= places[:, None]
+        seen &= self.tree[columns] == self.tree[rows]
+        seen &= (self.branch[columns] < 0) | (self.branch[columns] == self.branch[rows])
+        seen &= self.positions[columns] >= self.positions[rows] - level.window
+        return seen
 
 
 def needed_trunk(tree: Tree, windows: Sequence[int]) -> list[int]:
     """Return how many of a trunk's last tokens come into each layer, and go out of the last."""
-    length = len(tree.trunk)
-    needed = [length - tree.first_scored]
+    scored = tree.sources[tree.sources < tree.trunk_length]
+    needed = [tree.trunk_length - int(scored.min()) if len(scored) else 0]
     for window in reversed(windows):
         queries = needed[-1]
-        reach = queries + window if queries else window if tree.branches else 0
-        needed.append(min(length, reach))
+        has_queries = queries or len(tree.token_ids) > tree.trunk_length
+        needed.append(min(tree.trunk_length, queries + window) if has_queries else 0)
     return needed[::-1]
 
 
 def tokens_to_run(tree: Tree, windows: Sequence[int]) -> int:
     """Return how many tokens the first layer sees of a tree."""
-    return needed_trunk(tree, windows)[0] + sum(map(len, tree.branches))
+    return needed_trunk(tree, windows)[0] + len(tree.token_ids) - tree.trunk_length
 
 
 def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> Layout:
@@ -98,139 +101,71 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
         windows: for each layer the w such that a query at t sees keys t-w .. t.
         block: the most queries that attend together.
     """
-    needed = np.array([needed_trunk(tree, windows) for tree in trees]).T  # (L + 1, B)
-    branched = np.array([sum(map(len, tree.branches)) for tree in trees])
-    deepest = max(len(tree.trunk) + max(map(len, tree.branches), default=0) for tree in trees)
+    needed = np.array([needed_trunk(tree, windows) for tree in trees])  # (B, L + 1)
+    sizes = np.array([len(tree.token_ids) for tree in trees])
+    first_option = _starts([len(tree.lengths) for tree in trees])
+    owner = np.repeat(np.arange(len(trees)), sizes)
+    branch = np.concatenate([tree.branch for tree in trees])
+    position = np.concatenate([tree.positions for tree in trees])
+    # How many of the trunk's last tokens must run for this one to be among them; 0 in branches.
+    depth = np.repeat([tree.trunk_length for tree in trees], sizes) - position
+    depth = np.where(branch < 0, depth, 0)
+    chosen = _rounded(np.flatnonzero(depth <= needed[owner, 0]))
+    owner, depth, position = owner[chosen], depth[chosen], position[chosen]
+
     levels: list[Level] = []
-    tokens = np.arange(int(needed[0].sum() + branched.sum()))
-    made: dict[tuple[int, bytes, bytes], Level] = {}
+    made: dict[tuple[int, int, int], Level] = {}
+    incoming = np.arange(len(chosen))
+    alive = [depth <= needed[owner, i] for i in range(len(windows) + 1)]
     for i, window in enumerate(windows):
-        reach = min(window, deepest)
-        incoming, outgoing = needed[i], needed[i + 1]
-        key = reach, incoming.tobytes(), outgoing.tobytes()
+        window = min(window, int(position.max()))
+        # Tokens only drop out from layer to layer, so equal numbers are equal tokens.
+        key = window, int(alive[i].sum()), int(alive[i + 1].sum())
         if key not in made:
-            kept = None
-            if (incoming != outgoing).any():
-                ends = np.cumsum(incoming + branched)
-                kept = _ranges(ends - branched - outgoing, outgoing + branched)
-            blocks = tuple(_iter_blocks(incoming, outgoing, branched, reach, block))
-            remaining = tokens if kept is None else tokens[kept]
-            made[key] = Level(kept, tokens, remaining, reach, blocks)
+            kept = _rounded(np.flatnonzero(alive[i + 1][incoming]))
+            starts = np.searchsorted(owner[incoming], np.arange(len(trees)))
+            of_query = owner[incoming[kept]]
+            trunk_end = (starts + needed[:, i])[of_query]
+            reach = np.maximum(starts[of_query], np.minimum(kept, trunk_end) - window)
+            blocks = tuple(_iter_blocks(kept, reach, block))
+            made[key] = Level(incoming, kept, window, blocks)
         levels.append(made[key])
-        tokens = made[key].outgoing
-    scored, source = _scored(trees, needed[-1], branched)
-    options = _offsets(np.array([len(tree.lengths) for tree in trees]))
-    pair_option = [tree.option + first for tree, first in zip(trees, options, strict=True)]
-    order = np.argsort(source, kind="stable")
+        incoming = incoming[levels[-1].kept]
+
+    sources = [tree.sources + start for tree, start in zip(trees, _starts(sizes), strict=True)]
+    options = [tree.options + start for tree, start in zip(trees, first_option, strict=True)]
     return Layout(
-        **_tokens(trees, needed[0]),
+        token_ids=np.concatenate([tree.token_ids for tree in trees])[chosen].astype(np.int64),
+        previous_ids=np.concatenate([tree.previous_ids for tree in trees])[chosen].astype(np.int64),
+        positions=position.astype(np.int64),
+        tree=owner,
+        branch=np.where(depth > 0, -1, branch[chosen] + first_option[owner]),
         levels=tuple(levels),
-        scored=scored,
-        pair_source=source[order],
-        pair_target=np.concatenate([tree.target for tree in trees]).astype(np.int64)[order],
-        pair_option=np.concatenate(pair_option)[order],
+        sources=np.searchsorted(chosen[incoming], np.concatenate(sources)),
+        targets=np.concatenate([tree.targets for tree in trees]).astype(np.int64),
+        options=np.concatenate(options),
     )
 
 
-def _tokens(trees: Sequence[Tree], needed: Index) -> dict[str, Index]:
-    """Return the layout's fields that describe its tokens, by name."""
-    ids: list[Ids | Index] = []
-    previous: list[Ids | Index] = []
-    positions, owners, branches = [], [], []
-    none = np.array([-1])
-    number = 0
-    for b, (tree, count) in enumerate(zip(trees, needed, strict=True)):
-        trunk, length = tree.trunk, len(tree.trunk)
-        start = length - count
-        ids.append(trunk[start:])
-        previous += [trunk[start - 1 : -1]] if start else [none[:count], trunk[:-1]]
-        positions.append(np.arange(start, length))
-        branches.append(np.full(count, -1))
-        for branch in tree.branches:
-            ids.append(branch)
-            previous += [trunk[-1:], branch[:-1]]
-            positions.append(np.arange(length, length + len(branch)))
-            branches.append(np.full(len(branch), number))
-            number += 1
-        owners.append(np.full(count + sum(map(len, tree.branches)), b))
-    parts = {
-        "token_ids": ids,
-        "previous_ids": previous,
-        "positions": positions,
-        "tree": owners,
-        "branch": branches,
-    }
-    return {name: np.concatenate(part).astype(np.int64) for name, part in parts.items()}
-
-
-def _iter_blocks(
-    incoming: Index, outgoing: Index, branched: Index, window: int, block: int
-) -> Iterator[QueryBlock]:
-    """Yield a layer's blocks in the order of their queries.
-
-    Trees of few queries and keys go together: what they hide from each other costs less than
-    blocks of their own.
+def _iter_blocks(kept: Index, reach: Index, block: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of queries, each with the range of keys that they see.
 
     Args:
-        incoming: (B,) trunk tokens that come into the layer; outgoing: that go out.
-        branched: (B,) tokens in branches.
+        kept: each query's own place among the keys, ascending.
+        reach: the first key that each sees.
     """
-    query = key = 0  # where the tree begins among those that go out and those that come in
-    pack: tuple[int, int] | None = None  # where the running block of small trees begins
-    for count, queries, branch in zip(
-        incoming.tolist(), outgoing.tolist(), branched.tolist(), strict=True
-    ):
-        next_query, next_key = query + queries + branch, key + count + branch
-        small = next_query - query <= block // 2 and next_key - key <= 2 * block
-        if pack and not (
-            small and next_query - pack[0] <= block and next_key - pack[1] <= 4 * block
-        ):
-            yield QueryBlock(slice(pack[0], query), slice(pack[1], key), False)
-            pack = None
-        if small:
-            pack = pack or (query, key)
-        else:
-            trunk_end = key + count
-            for start in range(0, queries, block):
-                stop = min(start + block, queries)
-                shift = trunk_end - queries  # from a query's place to its key's
-                keys = slice(max(key, shift + start - window), shift + stop)
-                yield QueryBlock(slice(query + start, query + stop), keys, True)
-            first, start = max(key, trunk_end - window), query + queries
-            for step in range(0, branch, block):
-                stop = min(step + block, branch)
-                keys = slice(first, trunk_end + stop)
-                yield QueryBlock(slice(start + step, start + stop), keys, False)
-        query, key = next_query, next_key
-    if pack:
-        yield QueryBlock(slice(pack[0], query), slice(pack[1], key), False)
+    for start in range(0, len(kept), block):
+        stop = min(start + block, len(kept))
+        yield slice(start, stop), slice(int(reach[start:stop].min()), int(kept[stop - 1]) + 1)
 
 
-def _scored(trees: Sequence[Tree], outgoing: Index, branched: Index) -> tuple[Index, Index]:
-    """Return the tokens that give logits, without repetition, and each target's place there.
-
-    Args:
-        outgoing: (B,) trunk tokens that go out of the last layer; branched: (B,) tokens in
-            branches.
-    """
-    places = []
-    for tree, start, count in zip(
-        trees, _offsets(outgoing + branched).tolist(), outgoing.tolist(), strict=True
-    ):
-        trunk_end = start + count
-        first = np.cumsum([0, *map(len, tree.branches)]) + trunk_end
-        in_trunk = trunk_end - len(tree.trunk) + tree.offset
-        places.append(np.where(tree.branch < 0, in_trunk, first[tree.branch] + tree.offset))
-    unique, source = np.unique(np.concatenate(places), return_inverse=True)
-    return unique, source.astype(np.int64)
+def _starts(sizes: Sequence[int] | Index) -> Index:
+    """Return where each part begins when parts of these sizes follow one another."""
+    starts: Index = np.cumsum(sizes) - np.asarray(sizes)
+    return starts
 
 
-def _offsets(counts: Index) -> Index:
-    """Return where each of the parts begins that lie one after the other."""
-    return np.cumsum(counts) - counts
-
-
-def _ranges(starts: Index, counts: Index) -> Index:
-    """Return start .. start + count - 1 of each, one after the other."""
-    shift = np.repeat(starts - _offsets(counts), counts)
-    return shift + np.arange(int(counts.sum()))
+def _rounded(places: Index) -> Index:
+    """Repeat the last place until their number is a multiple of `ROWS`."""
+    rounded: Index = np.pad(places, (0, -len(places) % ROWS), mode="edge")
+    return rounded

@@ -15,8 +15,9 @@ their logits from the trunk's end. A prompt of language modelling is a trunk.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,59 +44,60 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Tree:
-    """One example, ready to run."""
+    """One example, ready to run: what its prompts share once, then the rest of each."""
 
     index: int
     """Index of the example in its task."""
-    trunk: Ids
-    branches: tuple[Ids, ...]
-    """Branches that are not empty."""
+    token_ids: Ids
+    """(n,): the trunk, then each option's branch."""
+    previous_ids: Ids
+    """(n,), the token before each in its prompt, -1 for the first."""
+    positions: Ids
+    """(n,), the position in its prompt."""
     branch: Ids
-    """For each scored token, the branch that its logits come from; -1 is the trunk."""
-    offset: Ids
-    """For each scored token, the position there."""
-    target: Ids
+    """(n,), the option whose branch it is in; -1 is the trunk."""
+    trunk_length: int
+    sources: Ids
+    """For each scored token, which of the tokens above predicts it."""
+    targets: Ids
     """The scored tokens."""
-    option: Ids
+    options: Ids
     """For each scored token, the option that it counts for."""
     lengths: tuple[int, ...]
     """Tokens in each option's prompt."""
 
     @property
-    def first_scored(self) -> int:
-        """The earliest position of the trunk that has to give logits; its length if none has."""
-        inside = self.offset[self.branch < 0]
-        return int(inside.min()) if len(inside) else len(self.trunk)
-
-    @property
     def has_unscored(self) -> bool:
         """Whether an option has nothing to score, as where another one begins with it."""
-        return len(np.unique(self.option)) < len(self.lengths)
+        return len(np.unique(self.options)) < len(self.lengths)
 
 
 def build_tree(index: int, prompts: Sequence[Prompt]) -> Tree:
     """Cut an example's prompts into a trunk and branches."""
     inputs = [prompt.token_ids[:-1] for prompt in prompts]
-    length = common_prefix(inputs)
-    branches: list[Ids] = []
-    branch, offset, target, option = [], [], [], []
-    for number, (prompt, row) in enumerate(zip(prompts, inputs, strict=True)):
-        sources = np.arange(prompt.start - 1, len(row))
-        beyond = sources >= length
-        branch.append(np.where(beyond, len(branches), -1))
-        offset.append(sources - length * beyond)
-        target.append(prompt.token_ids[prompt.start :])
-        option.append(np.full(len(sources), number))
-        if len(row) > length:
-            branches.append(row[length:])
+    trunk = common_prefix(inputs)
+    parts = [(inputs[0], slice(0, trunk), -1)]
+    parts += [(row, slice(trunk, len(row)), option) for option, row in enumerate(inputs)]
+    sources, options, size = [], [], trunk
+    for option, (prompt, row) in enumerate(zip(prompts, inputs, strict=True)):
+        places = np.arange(prompt.start - 1, len(row))
+        sources.append(np.where(places < trunk, places, places - trunk + size))
+        options.append(np.full(len(places), option))
+        size += len(row) - trunk
+
+    def joined(arrays: Iterable[NDArray[Any]]) -> Ids:
+        return np.concatenate(list(arrays)).astype(np.int32)
+
     return Tree(
         index,
-        trunk=inputs[0][:length],
-        branches=tuple(branches),
-        branch=np.concatenate(branch).astype(np.int32),
-        offset=np.concatenate(offset).astype(np.int32),
-        target=np.concatenate(target).astype(np.int32),
-        option=np.concatenate(option).astype(np.int32),
+        token_ids=joined(row[part] for row, part, _ in parts),
+        previous_ids=joined(np.append(-1, row[:-1])[part] for row, part, _ in parts),
+        positions=joined(np.arange(part.start, part.stop) for _, part, _ in parts),
+        branch=joined(np.full(part.stop - part.start, number) for _, part, number in parts),
+        trunk_length=trunk,
+        sources=joined(sources),
+        targets=joined(prompt.token_ids[prompt.start :] for prompt in prompts),
+        options=joined(options),
         lengths=tuple(len(prompt.token_ids) for prompt in prompts),
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.evals.core.bundle import CoreTask
-from archerchat.evals.statistics import centred, mean_half_width
+from archerchat.evals.statistics import Interval, TaskResult, mean_score
 from archerchat.files import write_json
 
 NEAR_TIE = 1e-5
@@ -24,19 +24,11 @@ MOST_NAMED = 4
 """Most tasks that a note lists by name."""
 
 
-@dataclass(frozen=True)
-class TaskResult:
-    """One task's figures."""
+@dataclass(frozen=True, kw_only=True)
+class CoreTaskResult(TaskResult):
+    """One task of CORE."""
 
-    label: str
-    task_type: str
     num_fewshot: int
-    examples: int
-    """Examples evaluated, over all ranks."""
-    correct: int
-    random_baseline: float
-    seconds: float
-    """Time taken, prompts and tokenization included."""
     prompt_tokens: int
     """Tokens in all prompts."""
     tokens_run: int
@@ -51,15 +43,6 @@ class TaskResult:
     """Examples with an option that has nothing to score."""
 
     @property
-    def accuracy(self) -> float:
-        return self.correct / self.examples
-
-    @property
-    def centred(self) -> float:
-        """The accuracy on a scale where guessing is 0 and perfection 1."""
-        return centred(self.accuracy, self.random_baseline)
-
-    @property
     def examples_per_second(self) -> float:
         return self.examples / self.seconds
 
@@ -71,13 +54,9 @@ class TaskResult:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
-        """Read what `to_json` wrote.
-
-        Raises:
-            KeyError, TypeError: it is something else.
-        """
-        given = {field.name: value[field.name] for field in fields(cls)}
+    def from_json(cls, value: Mapping[str, Any]) -> CoreTaskResult:
+        """Read what `to_json` wrote; raises KeyError or TypeError for something else."""
+        given = {field.name: value[field.name] for field in fields(cls) if field.name in value}
         return cls(**given | {"near_ties": tuple(value["near_ties"])})
 
 
@@ -85,17 +64,17 @@ class TaskResult:
 class CoreResult:
     """All tasks of an evaluation."""
 
-    tasks: tuple[TaskResult, ...]
+    tasks: tuple[CoreTaskResult, ...]
 
     @property
     def core(self) -> float:
         """The mean centred accuracy."""
-        return sum(task.centred for task in self.tasks) / len(self.tasks)
+        return mean_score(self.tasks)[0]
 
     @property
-    def half_width(self) -> float:
-        """Half of CORE's 95 % interval: what drawing other examples of these tasks may change."""
-        return mean_half_width([(t.correct, t.examples, t.random_baseline) for t in self.tasks])
+    def interval(self) -> Interval:
+        """CORE's 95 % interval: what drawing other examples of these tasks may change."""
+        return mean_score(self.tasks)[1]
 
     @property
     def seconds(self) -> float:
@@ -104,7 +83,7 @@ class CoreResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "core": self.core,
-            "interval": [self.core - self.half_width, self.core + self.half_width],
+            "interval": list(self.interval),
             "num_tasks": len(self.tasks),
             "seconds": self.seconds,
             "tasks": [task.to_json() for task in self.tasks],
@@ -121,17 +100,17 @@ class PartialResults:
 
     def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
         self._path, self._key = path, json.loads(json.dumps(key))
-        self.tasks: dict[str, TaskResult] = {}
+        self.tasks: dict[str, CoreTaskResult] = {}
         """By label."""
         try:
             content = json.loads(path.read_bytes() if path else b"{}")
             if content["key"] == self._key:
-                found = [TaskResult.from_json(value) for value in content["tasks"]]
+                found = [CoreTaskResult.from_json(value) for value in content["tasks"]]
                 self.tasks = {task.label: task for task in found}
         except (OSError, ValueError, KeyError, TypeError):
             pass  # a missing, broken or foreign file is replaced
 
-    def add(self, result: TaskResult) -> None:
+    def add(self, result: CoreTaskResult) -> None:
         """Keep one more task."""
         self.tasks[result.label] = result
         if self._path is not None:
@@ -144,7 +123,7 @@ class PartialResults:
             self._path.unlink(missing_ok=True)
 
 
-def is_offline(tasks: Sequence[CoreTask | TaskResult]) -> bool:
+def is_offline(tasks: Sequence[CoreTask | CoreTaskResult]) -> bool:
     """Say whether these are the package's own tasks, which are not CORE."""
     return all(task.label.startswith("offline_") for task in tasks)
 

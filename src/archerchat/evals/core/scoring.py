@@ -11,15 +11,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from archerchat.evals.core.bundle import TaskType
-from archerchat.evals.core.forward import Scorer, Scores
-from archerchat.evals.core.layout import Layout, build_layout, tokens_to_run
+from archerchat.evals.core.layout import Index, Layout, Level, build_layout, tokens_to_run
 from archerchat.evals.core.prompts import Tree
+from archerchat.model.transformer import Before, Transformer, norm
 
 CPU_BATCH_TOKENS = 4096
 BATCH_TOKENS = 16_384
 """Tokens in a batch on accelerators, unless a single tree has more."""
+CPU_BLOCK = 128
+"""Queries that attend together on CPUs: small blocks skip more of what windows hide."""
+BLOCK = 2048
+"""The same on accelerators, where a block should fill the device."""
+CPU_LOGITS_BYTES = 4 * 2**20
+"""Bound on the float32 logits that exist at a time on CPUs, where they should stay in the cache."""
+LOGITS_BYTES = 64 * 2**20
+"""The same on accelerators."""
+
+Scores = tuple[Tensor, Tensor | None]
+"""Losses (n,) in nats of a layout's targets, and where they were asked for margins (n,): a
+target's logit less the highest of the others."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,68 @@ class Outcome:
         return self.all_predicted if self.predicted is None else self.predicted == gold
 
 
+class TreeLayer:
+    """One layer's attention in a batch of trees; takes the place of a KV cache (`Past`)."""
+
+    def __init__(self, layout: Layout, level: Level, device: torch.device, dtype: torch.dtype):
+        self.blocks = level.blocks
+        self.masks = []
+        for block in level.blocks:
+            seen = torch.from_numpy(layout.visible(level, *block)).to(device)
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=device)
+            self.masks.append(zeros.masked_fill_(~seen, -math.inf))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend from the kept tokens (1, n, H, D) to the incoming ones (1, N, K, D)."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        parts = [
+            F.scaled_dot_product_attention(
+                q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, enable_gqa=True
+            )
+            for (queries, keys), mask in zip(self.blocks, self.masks, strict=True)
+        ]
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+def hidden_of(model: Transformer, layout: Layout) -> Tensor:
+    """Return the unembedding's input (n, C) that predicts each of the layout's targets."""
+    device, dtype = model.device, model.compute_dtype
+
+    def moved(values: Index) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    token_ids, previous_ids = moved(layout.token_ids)[None], moved(layout.previous_ids)[None]
+    previous = norm(model.token_embedding(previous_ids.clamp(min=0)).to(dtype))
+    previous = previous * (previous_ids >= 0)[..., None]
+    made = {id(level): TreeLayer(layout, level, device, dtype) for level in layout.levels}
+    layers = [made[id(level)] for level in layout.levels]
+    kept = [None if level.keeps_all else moved(level.kept) for level in layout.levels]
+    before = Before(moved(layout.positions), previous, layers, kept)
+    return model.hidden(token_ids, before=before)[0, moved(layout.sources)]
+
+
+@torch.no_grad()
+def score(model: Transformer, layout: Layout, margins: bool) -> Scores:
+    """Score every target of a batch, the logits of some at a time.
+
+    Args:
+        margins: whether to compare each target with the other tokens too.
+    """
+    hidden, targets = hidden_of(model, layout), torch.from_numpy(layout.targets).to(model.device)
+    budget = CPU_LOGITS_BYTES if model.device.type == "cpu" else LOGITS_BYTES
+    chunk = max(1, budget // (4 * model.config.padded_vocab_size))
+    losses, gaps = [], []
+    for start in range(0, len(targets), chunk):
+        labels = targets[start : start + chunk]
+        logits = model.logits(hidden[start : start + chunk])
+        losses.append(F.cross_entropy(logits, labels, reduction="none"))
+        if margins:
+            chosen = logits.gather(1, labels[:, None])
+            rivals = logits.scatter(1, labels[:, None], -math.inf).amax(dim=1)
+            gaps.append(chosen[:, 0] - rivals)
+    return torch.cat(losses), torch.cat(gaps) if margins else None
+
+
 def iter_batches(
     trees: Sequence[Tree], windows: Sequence[int], most_tokens: int
 ) -> Iterator[list[Tree]]:
@@ -59,40 +136,41 @@ def iter_batches(
 
 
 def iter_outcomes(
-    scorer: Scorer,
+    model: Transformer,
     trees: Sequence[Tree],
     task_type: TaskType,
     most_tokens: int | None = None,
-) -> Iterator[tuple[list[Outcome], int]]:
-    """Yield each batch's outcomes and the tokens it took.
+) -> Iterator[list[Outcome]]:
+    """Yield each batch's outcomes.
 
     Args:
+        model: best in the form for inference (`InferenceModel`).
         most_tokens: in a batch; by default what fills the device.
     """
-    if most_tokens is None:
-        most_tokens = CPU_BATCH_TOKENS if scorer.model.device.type == "cpu" else BATCH_TOKENS
+    on_cpu, windows = model.device.type == "cpu", model.config.windows
+    most_tokens = most_tokens or (CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
     compare = task_type == "language_modeling"
-    unscored = [tree for tree in trees if not len(tree.target)]
+    unscored = [tree for tree in trees if not len(tree.targets)]
     if unscored:  # options that are all the same text
         worst = math.inf if compare else None
-        yield [_outcome(tree, [math.nan] * len(tree.lengths), worst) for tree in unscored], 0
+        yield [_outcome(tree, [math.nan] * len(tree.lengths), worst) for tree in unscored]
     running: tuple[list[Tree], Layout, Scores] | None = None
-    for batch in iter_batches([t for t in trees if len(t.target)], scorer.windows, most_tokens):
-        layout = build_layout(batch, scorer.windows, scorer.block)
-        started = batch, layout, scorer.score(layout, compare)
+    for batch in iter_batches([t for t in trees if len(t.targets)], windows, most_tokens):
+        layout = build_layout(batch, windows, CPU_BLOCK if on_cpu else BLOCK)
+        started = batch, layout, score(model, layout, compare)
         if running:
-            yield _outcomes(*running), len(running[1].token_ids)
+            yield _outcomes(*running)
         running = started
     if running:
-        yield _outcomes(*running), len(running[1].token_ids)
+        yield _outcomes(*running)
 
 
 def _outcomes(trees: Sequence[Tree], layout: Layout, scores: Scores) -> list[Outcome]:
     """Sum up a batch's targets by option and options by tree."""
-    options, (losses, margins) = layout.pair_option, scores
+    options, (losses, margins) = layout.options, scores
     total = sum(len(tree.lengths) for tree in trees)
-    sums, counts = np.zeros(total), np.bincount(options, minlength=total)
-    np.add.at(sums, options, losses.double().cpu().numpy())
+    sums = np.bincount(options, losses.double().cpu().numpy(), minlength=total)
+    counts = np.bincount(options, minlength=total)
     means = np.divide(sums, counts, out=np.full(total, np.nan), where=counts > 0).tolist()
     worst = None
     if margins is not None:

@@ -13,7 +13,7 @@ const FIELDS = [
   ["repetition_penalty", "Repetition penalty", "number", "Above 1 repeats less.", { min: 0.1, max: 10, step: 0.05 }],
   ["max_tokens", "Tokens per answer", "number", "", { min: 1 }],
   ["seed", "Seed", "number", "The same seed gives the same answer.", {}],
-  ["tokens", "Token view", "select", "Shade each token by how unlikely it was; a click shows what else was likely, and goes on from there.", ["off", "on"]],
+  ["tokens", "Token view", "select", "Shade each token by how unlikely it was; a click shows what else was likely, and continues from there.", ["off", "on"]],
   ["key", "API key", "password", "If the server asks for one."],
   ["theme", "Theme", "select", "", ["system", "light", "dark"]],
 ];
@@ -323,7 +323,7 @@ async function answer(parent, side, signal, said = "", tokens = []) {
 async function send() {
   const text = $("prompt").value.trim();
   if (!text || running) return;
-  const asked = new Map(); // sides that go on from the same message share the next one
+  const asked = new Map(); // sides that continue the same message share the next one
   const places = Object.keys(sides()).map((side) => {
     let parent = editing === null ? current[side] : store.path(current, side)[editing - 1] ?? -1;
     if (current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent; // it was never answered

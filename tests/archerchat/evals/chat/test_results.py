@@ -6,17 +6,24 @@ from dataclasses import replace
 
 import pytest
 
-from archerchat.evals.chat import TaskResult, chatcore
-from archerchat.evals.statistics import wilson_interval
+from archerchat.evals.chat import ChatTaskResult, chatcore
+from archerchat.evals.statistics import pass_at_k, pass_sizes, wilson_interval
 from archerchat.tasks.registry import CHATCORE
 
 LETTERS = ("ARC-Easy", "ARC-Challenge", "MMLU")
 
 
-def result(name: str, right: tuple[int, ...], num_samples: int = 1) -> TaskResult:
-    letters = name in LETTERS
-    kind, baseline = ("categorical", 0.25) if letters else ("generative", 0.0)
-    return TaskResult(name, kind, baseline, right, num_samples)  # type: ignore[arg-type]
+def result(name: str, right: tuple[int, ...], num_samples: int = 1) -> ChatTaskResult:
+    kind, baseline = ("categorical", 0.25) if name in LETTERS else ("generative", 0.0)
+    return ChatTaskResult(
+        label=name,
+        task_type=kind,
+        examples=len(right),
+        correct=sum(right),
+        random_baseline=baseline,
+        num_samples=num_samples,
+        pass_at={k: pass_at_k(right, num_samples, k) for k in pass_sizes(num_samples)},
+    )
 
 
 def test_one_sample_a_problem() -> None:

@@ -15,11 +15,12 @@ from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 
 from endlex.server.api.auth import require
+from endlex.server.api.bodies import json_response
 from endlex.server.errors import ApiError
 from endlex.server.state import Here, Server
 from endlex.server.store.annotations import list_settings
 from endlex.server.store.charts import ChartQuery, read_chart
-from endlex.server.store.export import WRITERS
+from endlex.server.store.export import export_run
 from endlex.server.store.queries import find_run, list_alerts, show_run
 from endlex.server.store.texts import Page, list_records
 from endlex.server.web import html_export, pages
@@ -28,6 +29,12 @@ router = APIRouter(prefix="/api/v1")
 
 MOST_RECORDS = 1000
 """Texts, and tables, in the HTML file: the latest."""
+MIME = {
+    "csv": "text/csv; charset=utf-8",
+    "json": "application/json",
+    "parquet": "application/vnd.apache.parquet",
+    "html": "text/html; charset=utf-8",
+}
 Format = Literal["csv", "json", "parquet", "html"]
 
 
@@ -44,27 +51,27 @@ async def export(
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     path = await server.workers.read(_write, server, run, format, metric)
     gone = BackgroundTask(path.unlink, missing_ok=True)
-    return FileResponse(path, 200, headers, EXPORTS[format][1], background=gone)
+    return FileResponse(path, 200, headers, MIME[format], background=gone)
 
 
 def _write(server: Server, run: str, format: Format, wanted: Sequence[str]) -> Path:
     """Write a run as it is now to a temporary file, so that no slow reader keeps a transaction."""
     handle, name = tempfile.mkstemp(prefix="export-", dir=server.data.partial)
-    os.close(handle)
     path = Path(name)
     try:
-        with server.database.snapshot() as connection:
-            EXPORTS[format][0](connection, run, path, wanted)
+        with server.database.snapshot() as connection, os.fdopen(handle, "wb") as file:
+            if format == "html":
+                file.write(_render_page(connection, run, wanted).encode())
+            else:
+                export_run(connection, run, format, file, wanted)
     except BaseException:
         path.unlink()
         raise
     return path
 
 
-def _write_page(
-    connection: sqlite3.Connection, run: str, path: Path, wanted: Sequence[str]
-) -> None:
-    """Write the self-contained HTML file, where this installation has the chart library."""
+def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]) -> str:
+    """Return the self-contained HTML file, where this installation has the chart library."""
     if lacking := pages.missing_assets():
         message = f"this installation lacks {', '.join(lacking)}: install endlex[server] again"
         raise ApiError(501, message)
@@ -86,7 +93,4 @@ def _write_page(
         "alerts": list_alerts(connection, run, open_only=True),
         "settings": {"panels": list_settings(connection, whole["project"])["panels"]},
     }
-    path.write_text(html_export.render(whole["name"], data), encoding="utf-8")
-
-
-EXPORTS = {**WRITERS, "html": (_write_page, "text/html; charset=utf-8")}
+    return html_export.render(whole["name"], bytes(json_response(data).body).decode())

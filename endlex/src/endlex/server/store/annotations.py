@@ -129,13 +129,12 @@ def dismiss_alert(connection: sqlite3.Connection, alert: int) -> str | None:
     Raises:
         ApiError: 404.
     """
-    changed = connection.execute(
-        "UPDATE alert SET dismissed=coalesce(dismissed, ?) WHERE pk=?", (time.time(), alert)
-    ).rowcount
-    if not changed:
-        raise ApiError(404, f"there is no alert {alert}: GET /api/v1/alerts lists them")
     row = connection.execute(
-        "SELECT run.id FROM alert LEFT JOIN run ON run.pk = alert.run WHERE alert.pk=?", (alert,)
+        "UPDATE alert SET dismissed=coalesce(dismissed, ?) WHERE pk=? "
+        "RETURNING (SELECT id FROM run WHERE run.pk = alert.run)",
+        (time.time(), alert),
     ).fetchone()
+    if row is None:
+        raise ApiError(404, f"there is no alert {alert}: GET /api/v1/alerts lists them")
     found: str | None = row[0]
     return found

@@ -14,11 +14,11 @@ from typing import Any
 
 import orjson
 
-from endlex.protocol import REMOVED, REPLACES, EndlexError, Manifest, ManifestFile, check_manifest
+from endlex.protocol import REPLACES, EndlexError, Manifest, ManifestFile, check_manifest
 from endlex.server.errors import ApiError
 from endlex.server.store.blobs import Blobs
 from endlex.server.store.database import Database
-from endlex.server.store.queries import find_run
+from endlex.server.store.queries import dicts, find_run
 from endlex.server.store.verification import Verifier
 
 STATUS_OF_STATE = {"published": 200, "verifying": 202, "incomplete": 409, "failed": 422}
@@ -68,26 +68,24 @@ class Checkpoints:
             ApiError: 404.
         """
         with self._database.snapshot() as connection:
-            row = connection.execute(
+            found = dicts(
+                connection,
                 "SELECT pk, state, error, bytes, manifest, aliases, metadata, removed, reason "
-                "FROM checkpoint "
-                "WHERE run=? AND name=? AND manifest IS NOT NULL",
+                "FROM checkpoint WHERE run=? AND name=? AND manifest IS NOT NULL",
                 (find_run(connection, run), name),
-            ).fetchone()
-        if row is None:
+            )
+        if not found:
             raise ApiError(404, f"checkpoint {name[:120]!r} of run {run!r} is not here")
-        pk, state, error, total, manifest, aliases, metadata, removed, reason = row
-        answer: dict[str, Any] = {"state": state, "bytes": total}
-        if state == REMOVED:
-            answer |= {"removed": removed, "reason": reason}
-        if error is not None:
-            answer["error"] = error
-        if state == "verifying":
-            answer |= {"done_bytes": self._verifier.hashed_bytes(pk), "total_bytes": total}
+        known = found[0]
+        answer = {key: known[key] for key in ("state", "bytes")}
+        answer |= {k: known[k] for k in ("removed", "reason", "error") if known[k] is not None}
+        if known["state"] == "verifying":
+            done = self._verifier.hashed_bytes(known["pk"])
+            answer |= {"done_bytes": done, "total_bytes": known["bytes"]}
         if not whole:
             return answer
-        kept = {"aliases": orjson.loads(aliases), "metadata": orjson.loads(metadata)}
-        return {**orjson.loads(manifest), **kept, **answer}
+        kept = {key: known[key] for key in ("aliases", "metadata")}
+        return {**orjson.loads(known["manifest"]), **kept, **answer}
 
     def find_file(self, run: str, name: str, path: str) -> ManifestFile:
         """Return a file of a published checkpoint.

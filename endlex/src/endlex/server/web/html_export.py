@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
 from string import Template
-from typing import Any
-
-import orjson
 
 from endlex.server.web.pages import CHART_ASSETS, STATIC, STYLES, TEMPLATES
 
@@ -37,12 +33,12 @@ def points_of_each(metrics: int) -> int:
     return max(FEWEST_POINTS, min(POINTS, MOST_POINTS // max(1, metrics)))
 
 
-def render(title: str, data: Mapping[str, Any]) -> str:
+def render(title: str, data: str) -> str:
     """Return the file's content.
 
     Args:
-        data: what `local_source.js` answers the page's questions with: `run`, `series` (by metric
-            and x), `texts`, `tables`, `alerts` and `settings`, each as the API has it.
+        data: JSON of the answers of `local_source.js` to the page: `run`, `series` (by metric and
+            x), `texts`, `tables`, `alerts` and `settings`, each as the API has it.
     """
     template = Template((TEMPLATES / "export.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -50,7 +46,7 @@ def render(title: str, data: Mapping[str, Any]) -> str:
         styles="\n".join(_static(name) for name in (CHART_ASSETS[1], *STYLES)),
         theme=_escape_script(_static("theme.js")),
         chart_library=_escape_script(_static(CHART_ASSETS[0])),
-        data=orjson.dumps(data, default=str).decode().replace("<", r"\u003c"),
+        data=data.replace("<", r"\u003c"),
         script=_escape_script(bundle(ENTRY)),
     )
 
