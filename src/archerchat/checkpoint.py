@@ -95,7 +95,7 @@ def save_checkpoint(
     to the CPU.
 
     Args:
-        directory: holds one directory a step; made if missing.
+        directory: holds one directory per step; made if missing.
         step: replaced if it is already there.
         state: each section's state dict: "model", "optimizer", "loader", ...
         meta: anything JSON can hold, non-finite floats included; tuples become lists.

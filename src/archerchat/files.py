@@ -37,11 +37,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @cache
 def _warn_once(what: str, reason: str) -> None:
-    print(f"this file system cannot {what} ({reason}); going on without that", file=sys.stderr)
+    print(f"this file system cannot {what} ({reason}); continuing without it", file=sys.stderr)
 
 
 def _if_offered(what: str, request: Callable[[], None]) -> None:
-    """Ask the file system for something, and go on if it does not offer it."""
+    """Ask the file system for something, and continue if it does not offer it."""
     try:
         request()
     except OSError as error:
@@ -89,7 +89,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         with _locked(directory) as free:
             if not free:
                 raise UsageError(
-                    f"another process works in {directory}: wait for it, or choose another name"
+                    f"another process is using {directory}: wait for it, or choose another name"
                 )
             yield
     finally:

@@ -38,7 +38,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for the two settings of `mallopt`."""
 KEPT_BYTES = 2**31 - 1
 """Blocks up to this size, and so much free memory at the heap's end, are kept."""
-STOPPING = b"\nstopping after this step with a checkpoint; once more ends at once, without\n"
+STOPPING = b"\nstopping after this step, with a checkpoint; a second signal ends at once, without\n"
 SAME_REQUEST_SECONDS = 2.0
 COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
 """Where torch keeps compiled code."""
@@ -313,8 +313,8 @@ def explained_memory() -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         raise MemoryExceededError(
-            "out of memory: lower --device-batch-size (`archerchat plan` estimates what fits; a "
-            "run that has begun takes another one with --extend). With one row, "
+            "out of memory: lower --device-batch-size (`archerchat plan` estimates what fits; "
+            "`pretrain --extend` accepts another one for a run that has begun). With one row, "
             "--activation-checkpointing and --optimizer-state bfloat16 save more. Checkpoints are "
             "intact"
         ) from error

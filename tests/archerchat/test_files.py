@@ -172,7 +172,7 @@ def test_where_files_cannot_be_locked_work_goes_on(
             files.write_json(tmp_path / "run" / "x", 1)
     assert capsys.readouterr().err.count("this file system cannot lock files") == 1
     monkeypatch.setattr(fcntl, "flock", answering(errno.EWOULDBLOCK))
-    with pytest.raises(UsageError, match="another process works in"):
+    with pytest.raises(UsageError, match="another process is using"):
         files.exclusive(tmp_path / "run").__enter__()
 
 

@@ -47,7 +47,7 @@ def test_a_directory_has_one_owner(tmp_path: Path) -> None:
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "in\n"
-        with pytest.raises(UsageError, match="another process works in"), exclusive(directory):
+        with pytest.raises(UsageError, match="another process is using"), exclusive(directory):
             pass
         other.communicate("")
     with exclusive(directory):

@@ -258,7 +258,7 @@ def test_alerts_reach_a_webhook_and_a_topic(
 ) -> None:
     monkeypatch.setattr(notify, "LOOK_SECONDS", 0.02)
     monkeypatch.setattr(notify, "FIRST_PAUSE", 0.05)
-    client = start(alert_webhook=receiver.url + "/hook", ntfy=receiver.url + "/topic")
+    client = start(alerts=(f"{receiver.url}/hook", f"ntfy+{receiver.url}/topic"))
     box = make_box(client)
     box.begin()
     box.send([box.metrics(7, {"loss": "NaN"})])

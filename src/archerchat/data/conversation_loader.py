@@ -20,13 +20,13 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from archerchat.data.packing import BestFitPacker, Document, Row
-from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
+from archerchat.data.prefetch import Batch, PrefetchingLoader, State, stack_rows
 from archerchat.errors import DataError, UsageError
 from archerchat.model.loss import IGNORED
 from archerchat.tasks.base import TaskMixture
@@ -185,20 +185,15 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
     def _parse(self, state: Mapping[str, Any]) -> _Progress:
         return _Progress(Counts(**state["counts"]))
 
-    def _open(self, state: State[_Progress]) -> _Conversations:
-        packer = BestFitPacker(
-            self._identity["sequence_length"] + 1, self._identity["buffer_size"], PADDING
-        )
+    def _iter_after(self, state: State[_Progress]) -> Iterator[tuple[Batch, State[_Progress]]]:
+        identity = self._identity
+        packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"], PADDING)
         for document in state.documents:
             packer.add(document.tokens)
-        return _Conversations(
-            self._mixture,
-            self._indices,
-            self._tokenizer,
-            packer,
-            state.progress.counts,
-            None if self._repeat else self._identity["batch_size"],
+        source = _Conversations(
+            self._mixture, self._indices, self._tokenizer, packer, state.progress.counts
         )
+        return source.iter_batches(identity["batch_size"], self._repeat)
 
 
 def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
@@ -208,7 +203,7 @@ def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
 
 
 @dataclass
-class _Conversations(RowSource[_Progress]):
+class _Conversations:
     """Read, render and pack, counting what happens."""
 
     mixture: TaskMixture
@@ -217,41 +212,32 @@ class _Conversations(RowSource[_Progress]):
     tokenizer: Tokenizer
     packer: BestFitPacker
     counts: Counts
-    last_batch: int | None
-    """Rows to fill up the last batch to; None for pass after pass."""
 
-    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, _Progress]:
-        ids = np.where(rows == PADDING, self.tokenizer.bos_id, np.where(rows >= 0, rows, ~rows))
-        targets = np.where(rows >= 0, rows, IGNORED)[:, 1:]
-        self._count(
-            targets=targets.size,
-            padding=int((rows[:, 1:] == PADDING).sum()),
-            trained=int((targets >= 0).sum()),
-        )
-        return Batch(np.stack((ids[:, :-1], targets))), _Progress(self.counts)
+    def iter_batches(
+        self, batch_size: int, repeat: bool
+    ) -> Iterator[tuple[Batch, State[_Progress]]]:
+        """Yield each batch with the state after it."""
+        # Rows of padding fill the last batch; those that none needs are dropped.
+        padding = np.full(self.packer.row_length, PADDING, np.int64)
+        passes = (row for _ in count() for row in self._iter_pass())
+        source = passes if repeat else chain(self._iter_pass(), [padding] * (batch_size - 1))
+        for rows in stack_rows(source, batch_size):  # (B, T + 1)
+            ids = np.where(rows == PADDING, self.tokenizer.bos_id, np.where(rows >= 0, rows, ~rows))
+            targets = np.where(rows >= 0, rows, IGNORED)[:, 1:]
+            self._count(
+                targets=targets.size,
+                padding=int((rows[:, 1:] == PADDING).sum()),
+                trained=int((targets >= 0).sum()),
+            )
+            batch = Batch(np.stack((ids[:, :-1], targets)))
+            yield batch, State(_Progress(self.counts), self.packer.documents())
 
-    def iter_rows(self) -> Iterator[Row]:
-        """Yield the rows of this pass from where it is, and those of the passes that follow."""
-        share, num_rows = len(self.indices), 0
-        while True:
-            passes, rest = divmod(self.counts.read, share)
-            draining = rest == 0 and len(self.packer) > 0  # the pass is read, but not yet packed
-            whole, before = rest == 0 and not draining, num_rows
-            for row in self._iter_pass((passes if draining else passes + 1) * share):
-                num_rows += 1
-                yield row
-            if whole and num_rows == before:
-                raise DataError(
-                    f"none of {share} conversations has a word of the assistant to learn within "
-                    f"{self.packer.row_length - 1} tokens: give others, or a longer row"
-                )
-            if self.last_batch is not None:
-                for _ in range(-num_rows % self.last_batch):
-                    yield np.full(self.packer.row_length, PADDING, np.int64)
-                return
-
-    def _iter_pass(self, end: int) -> Iterator[Row]:
-        """Yield the rows until `end` conversations have been read and packed."""
+    def _iter_pass(self) -> Iterator[Row]:
+        """Yield the rows of this pass from where it is."""
+        share, empty = len(self.indices), True
+        passes, rest = divmod(self.counts.read, share)
+        draining = rest == 0 and len(self.packer) > 0  # the pass is read, but not yet packed
+        end = (passes if draining else passes + 1) * share
         self._fill(end)
         while len(self.packer):
             row = self.packer.place()
@@ -259,9 +245,16 @@ class _Conversations(RowSource[_Progress]):
             # last row, and the pass is then known to be over.
             self._fill(end)
             if row is not None:
+                empty = False
                 yield row
         if (row := self.packer.finish()) is not None:
+            empty = False
             yield row
+        if empty and rest == 0:
+            raise DataError(
+                f"none of {share} conversations has a word of the assistant to learn within "
+                f"{self.packer.row_length - 1} tokens: give others, or a longer row"
+            )
 
     def _fill(self, end: int) -> None:
         """Fill the buffer up, but not beyond the pass that ends at `end`."""

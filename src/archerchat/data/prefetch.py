@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Self, TypeVar
@@ -19,14 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from archerchat.config import compare_configs
-from archerchat.data.packing import (
-    BestFitPacker,
-    Buffered,
-    ConcatPacker,
-    Row,
-    join_documents,
-    split_documents,
-)
+from archerchat.data.packing import Buffered, Row, join_documents, split_documents
 from archerchat.errors import CheckpointError
 
 ProgressT = TypeVar("ProgressT")
@@ -60,21 +53,6 @@ class State(Generic[ProgressT]):
     """What the packer has buffered, in its order."""
 
 
-class RowSource(ABC, Generic[ProgressT]):
-    """Read documents and pack them into rows, in the thread."""
-
-    packer: BestFitPacker | ConcatPacker
-
-    @abstractmethod
-    def iter_rows(self) -> Iterator[Row]:
-        """Yield rows of T + 1 tokens."""
-
-    @abstractmethod
-    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, ProgressT]:
-        """Turn the last rows that were yielded, (B, T + 1), into a batch, and say how far the
-        documents have been read."""
-
-
 class PrefetchingLoader(ABC, Generic[ProgressT]):
     """Iterate over batches that a thread prepares.
 
@@ -98,8 +76,11 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         self._pending = deque[Future[tuple[Batch, State[ProgressT]]]]()
 
     @abstractmethod
-    def _open(self, state: State[ProgressT]) -> RowSource[ProgressT]:
-        """Return what yields the rows after `state`."""
+    def _iter_after(self, state: State[ProgressT]) -> Iterator[tuple[Batch, State[ProgressT]]]:
+        """Yield each batch after `state` with the state after it, in the thread.
+
+        What is returned must not refer to the loader, or the loader could not be forgotten.
+        """
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> ProgressT:
@@ -150,7 +131,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
     def __next__(self) -> Batch:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-            self._batches = _iter_batches(self._open(self._state), self._identity["batch_size"])
+            self._batches = self._iter_after(self._state)
             for _ in range(self._prefetch):
                 self._pending.append(self._pool.submit(next, self._batches))
         batch, self._state = self._pending[0].result()  # an error stays first, to be raised again
@@ -172,14 +153,11 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         self.close()
 
 
-def _iter_batches(
-    source: RowSource[ProgressT], batch_size: int
-) -> Iterator[tuple[Batch, State[ProgressT]]]:
-    """Yield each batch with the state after it; without the loader, so that it can be forgotten."""
-    rows: list[Row] = []
-    for row in source.iter_rows():
-        rows.append(row)
-        if len(rows) == batch_size:
-            batch, progress = source.build_batch(np.stack(rows))
-            yield batch, State(progress, source.packer.documents())
-            rows = []
+def stack_rows(rows: Iterable[Row], batch_size: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the rows in arrays of (B, T + 1); a rest too small for one is dropped."""
+    pending: list[Row] = []
+    for row in rows:
+        pending.append(row)
+        if len(pending) == batch_size:
+            yield np.stack(pending)
+            pending = []

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from archerchat.data.packing import BUFFER_SIZE, BestFitPacker, ConcatPacker, Packing, Row
-from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
+from archerchat.data.prefetch import Batch, PrefetchingLoader, State, stack_rows
 from archerchat.data.shards import MAKE_DATA, Shard
 from archerchat.errors import DataError
 from archerchat.tokenizer.bpe import Tokenizer
@@ -139,10 +139,12 @@ class TextLoader(PrefetchingLoader[_Progress]):
             now = {**now, "shards": known}
         return saved, now
 
-    def _open(self, state: State[_Progress]) -> _Documents:
+    def _iter_after(self, state: State[_Progress]) -> Iterator[tuple[Batch, State[_Progress]]]:
         paths = {path.name: path for path in self._shards}
         shards = [paths[name] for name, _ in self._identity["shards"]]
-        return _Documents(self._identity, shards, self._tokenizer, self._dtype, state)
+        return _Documents(self._identity, shards, self._tokenizer, self._dtype, state).iter_batches(
+            self._identity["batch_size"]
+        )
 
 
 def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]:
@@ -168,7 +170,7 @@ def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]
         raise DataError(f"cannot read {error.filename}: {error.strerror}; {MAKE_DATA}") from error
 
 
-class _Documents(RowSource[_Progress]):
+class _Documents:
     """Read, tokenize and pack, counting what happens."""
 
     def __init__(
@@ -186,29 +188,33 @@ class _Documents(RowSource[_Progress]):
         self._documents_before: dict[int, list[int]] = {}
         """Of the shard that was read last: documents before each of its row groups."""
         row_length = identity["sequence_length"] + 1
+        # The order decides what concat does, so no document has to wait for others.
+        self._packer: BestFitPacker | ConcatPacker = ConcatPacker(row_length)
+        self._chunk = 1
         if identity["packing"] == "best-fit":
-            self.packer = BestFitPacker(row_length, identity["buffer_size"])
-            self._chunk: int = identity["tokenizer_batch"]
-        else:
-            self.packer = ConcatPacker(row_length)
-            self._chunk = 1  # in order, so that no document has to wait for others
+            self._packer = BestFitPacker(row_length, identity["buffer_size"])
+            self._chunk = identity["tokenizer_batch"]
         for document in state.documents:
-            self.packer.add(document.rest(), document.length)
+            self._packer.add(document.rest(), document.length)
 
-    def iter_rows(self) -> Iterator[Row]:
+    def iter_batches(self, batch_size: int) -> Iterator[tuple[Batch, State[_Progress]]]:
+        """Yield each batch with the state after it."""
+        for rows in stack_rows(self._iter_rows(), batch_size):  # (B, T + 1)
+            used = self._progress.usage.used + rows.size
+            dropped = self._dropped_before + self._packer.dropped
+            usage = Usage(self._measure_epochs(), used, dropped)
+            self._progress = replace(self._progress, usage=usage)
+            batch = Batch(np.stack((rows[:, :-1], rows[:, 1:])))
+            yield batch, State(self._progress, self._packer.documents())
+
+    def _iter_rows(self) -> Iterator[Row]:
         chunks = self._iter_chunks()
         while True:
-            while self.packer.needs_documents():
+            while self._packer.needs_documents():
                 for ids in self._tokenizer.encode_batch(next(chunks)):
-                    self.packer.add(np.array(ids, self._dtype))
-            if (row := self.packer.place()) is not None:
+                    self._packer.add(np.array(ids, self._dtype))
+            if (row := self._packer.place()) is not None:
                 yield row
-
-    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, _Progress]:
-        used = self._progress.usage.used + rows.size
-        usage = Usage(self._measure_epochs(), used, self._dropped_before + self.packer.dropped)
-        self._progress = replace(self._progress, usage=usage)
-        return Batch(np.stack((rows[:, :-1], rows[:, 1:]))), self._progress
 
     def _iter_chunks(self) -> Iterator[list[str]]:
         """Yield this rank's documents, those that are tokenized together."""
@@ -248,8 +254,8 @@ class _Documents(RowSource[_Progress]):
             self._documents_before = {position.shard: before}
         before = self._documents_before[position.shard]
         read = before[position.row_group] + self._progress.next_document
-        if isinstance(self.packer, BestFitPacker):
-            read -= len(self.packer) * self._world_size
+        if isinstance(self._packer, BestFitPacker):
+            read -= len(self._packer) * self._world_size
         mean_size = self._sizes[position.shard] / before[-1]
         done = sum(self._sizes[: position.shard]) + mean_size * read
         return float(max(0.0, position.epoch - 1 + done / sum(self._sizes)))

@@ -1,8 +1,8 @@
 """Write a tokenizer as Hugging Face's `tokenizer.json`, and read one that encodes as ours would.
 
-There a special token is found in any text that spells it. Ours carry `MARK`, a code point that
-Unicode keeps out of texts, before their names, so that no text can spell them, as in ArcherChat.
-The chat template writes the mark, and decoding leaves it out.
+In this format a special token is recognised in any text that spells it. Names of ours begin with
+`MARK`, a code point that Unicode reserves, so that no text can spell them, as in ArcherChat. The
+chat template writes the mark, and decoding leaves it out.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
 
 
 def _differences(content: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """Name what a file that `tokenizer` was read from says otherwise than ours would."""
+    """Name the parts of a file's content that we would write differently for its tokenizer."""
     model, ours = content["model"], tokenizer_json(tokenizer)
     merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
-    # It may list special tokens in the vocabulary too, and what is switched off.
+    # A file may also have special tokens in its vocabulary, and settings that are switched off.
     given = {name: value for name, value in model.items() if value}
     given |= {"vocab": ours["model"]["vocab"], "merges": merges}
     differing = [n for n in given | ours["model"] if given.get(n) != ours["model"].get(n)]

@@ -1,7 +1,7 @@
 """Write a model as a Hugging Face folder that loads anywhere, and read such a folder.
 
-Two formats: the library's own `NanoChatForCausalLM`, which knows only plain models, and our
-`modeling_archerchat.py`, which goes into the folder and knows all. There tensors keep their names.
+There are two formats. The library's own `NanoChatForCausalLM` supports plain models only. Ours adds
+`modeling_archerchat.py` to the folder, supports every model and keeps the tensors' names.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PLAIN: dict[str, Any] = {
     "residual_lambdas": False,
     "qk_gain": 1.0,
 }
-"""What a model must be for `NanoChatForCausalLM`, beside its windows."""
+"""Settings that a model needs for `NanoChatForCausalLM`, besides full windows."""
 FIXED = {
     "hidden_act": "relu2",
     "attention_bias": False,
@@ -65,7 +65,7 @@ FIXED = {
     "rope_parameters": {"rope_type": "default", "rope_theta": ROTARY_BASE},
     "tie_word_embeddings": False,
 }
-"""What its configuration must be for a model of ours."""
+"""Settings with which `NanoChatForCausalLM` computes what our plain models do."""
 
 
 def lost_parts(config: ModelConfig) -> list[str]:
@@ -87,7 +87,7 @@ def write_folder(
     model_type: str = OURS,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write the whole folder, or nothing; into an empty one that is there, config.json comes last.
+    """Write the whole folder, or nothing. In an existing empty one config.json appears last.
 
     Args:
         tensors: the model's state dict.
@@ -100,8 +100,8 @@ def write_folder(
     """
     if model_type == THEIRS and (lost := lost_parts(config)):
         raise UsageError(
-            f"transformers' NanoChatForCausalLM would lose {', '.join(lost)} without a word: leave "
-            "--format out, or train with `pretrain --preset transformers`"
+            f"transformers' NanoChatForCausalLM would silently drop {', '.join(lost)}: leave out "
+            "--format, or train with `pretrain --preset transformers`"
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UsageError(f"{directory} is not empty: choose a new directory")
@@ -176,15 +176,17 @@ def _describe(
 
 
 def read_about(directory: Path) -> dict[str, Any]:
-    """Return what an export says of its model: at least the step, which is 0 for other folders.
+    """Return what an export recorded about its model; other folders have only the step 0.
 
     Raises:
-        UsageError: it has no configuration, or no step's number there.
+        UsageError: it has no configuration, or a step that is not a number.
     """
     about = _read_json(directory / CONFIG).get("archerchat")
     about = {"step": 0} | (about if isinstance(about, dict) else {})
     if type(about["step"]) is not int or about["step"] < 0:
-        raise UsageError(f"{directory / CONFIG} has the step {about['step']!r}: export it again")
+        raise UsageError(
+            f"{directory / CONFIG} has the step {about['step']!r}: export the model again"
+        )
     return about
 
 
@@ -214,7 +216,7 @@ def _parse_config(content: Mapping[str, Any], path: Path) -> ModelConfig:
     kind = content.get("model_type")
     if kind not in (OURS, THEIRS):
         raise UsageError(
-            f"{path} is of a model of type {kind!r}; only {OURS} and {THEIRS} can be imported"
+            f"{path} describes a model of type {kind!r}; only {OURS} and {THEIRS} can be imported"
         )
     try:
         if kind == OURS:

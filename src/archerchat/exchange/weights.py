@@ -25,9 +25,9 @@ class ImportedModel:
     config: ModelConfig
     tensors: dict[str, Tensor]
     lacking: tuple[str, ...]
-    """The parts of a model that the file does not have; its config switches them off."""
+    """Parts of a model that the file does not have; they are switched off in `config`."""
     meta: dict[str, Any]
-    """What the source says beside the weights."""
+    """The source's other data."""
 
 
 def parse_config(given: Mapping[str, Any], names: Mapping[str, str], **others: Any) -> ModelConfig:
@@ -71,7 +71,7 @@ def listed(names: Iterable[str], most: int = 8) -> str:
 
 
 def fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Compare names, shapes and dtypes with the model's own."""
+    """Check names, shapes and dtypes; return float32, but tables in bfloat16 if they were."""
     with torch.device("meta"):
         expected = Transformer(config).state_dict()
     missing, unexpected = expected.keys() - state, state.keys() - expected

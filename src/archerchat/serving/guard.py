@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -28,20 +29,24 @@ TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """A connection that closes unless a whole request is on it every `REQUEST_SECONDS`.
+    """A connection that closes when a request has not arrived whole in `REQUEST_SECONDS`.
 
-    Uvicorn itself waits for ever for the end of a request's headers and of its body.
+    Uvicorn itself waits for ever for the end of a request's headers and of its body. A request gets
+    up to twice that time, as the connection is looked at in intervals.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        self._waiting_for: Any = self
         self.loop.call_later(REQUEST_SECONDS, self._look)
 
     def _look(self) -> None:
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body:
+        request = self.cycle
+        is_whole = request and not request.more_body and not request.response_complete
+        if not is_whole and self._waiting_for is request:
             self.transport.close()
         elif not self.transport.is_closing():
+            self._waiting_for = self if is_whole else request
             self.loop.call_later(REQUEST_SECONDS, self._look)
 
 
@@ -103,7 +108,8 @@ def install_handlers(app: FastAPI) -> None:
     async def refuse(request: Request, error: Exception) -> Response:
         return _explain(error)
 
-    for kind in (RequestValidationError, ArcherChatError, Overloaded, HTTPException, Exception):
+    known = (RequestValidationError, ArcherChatError, Overloaded, HTTPException, ClientDisconnect)
+    for kind in (*known, Exception):
         app.add_exception_handler(kind, refuse)
 
 
@@ -117,6 +123,8 @@ def _explain(error: Exception) -> Response:
         return refusal(404, str(error), "model", "model_not_found")
     if isinstance(error, Overloaded):
         return refusal(429, str(error), code="queue_full")
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
     if isinstance(error, HTTPException):
         return refusal(error.status_code, str(error.detail))
     if not isinstance(error, ArcherChatError):

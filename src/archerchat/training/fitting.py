@@ -29,7 +29,7 @@ from archerchat.training.recipe import Recipe
 from archerchat.training.resume import saved_rows
 
 ROWS_FILE = "device_batch_size.json"
-"""Which micro-batch fitted for which model on which card, in the home's cache."""
+"""File in the home's cache: the rows that fitted, by model and card."""
 
 
 def choose_attention(
@@ -46,7 +46,7 @@ def choose_attention(
     """Pick the attention backend, one that can keep documents apart where that is asked for.
 
     Args:
-        rows: of a micro-batch.
+        rows: rows per micro-batch.
 
     Returns:
         The backend and the reason for it.
@@ -102,7 +102,7 @@ def choose_rows(
         usual: rows to take where they fit; None takes as many as fit.
         most: bound on the rows of a new run.
         recomputes: whether the backward pass computes each layer again in any case.
-        state_dtype: of the optimizer's moments.
+        state_dtype: dtype of the optimizer's moments.
         reserved_bytes: what else will be in the device's memory.
 
     Returns:
@@ -116,7 +116,7 @@ def choose_rows(
         runtime.device,
         runtime.world_size,
         memory,
-        # Each stream of data gives a step whole micro-batches.
+        # A step takes whole micro-batches from each stream of data.
         math.gcd(per_step, per_step * runtime.world_size // _count_streams(saved)),
         recomputes=recomputes,
         state_dtype=state_dtype,
@@ -144,7 +144,7 @@ def _count_streams(saved: Checkpoint | None) -> int:
 
 
 def fewer(rows: int) -> int:
-    """Return about half of some rows: a divisor, so that a step stays a whole number of them."""
+    """Return a divisor of `rows`, about half: a step stays a whole number of micro-batches."""
     return next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
 
 

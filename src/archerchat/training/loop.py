@@ -45,10 +45,9 @@ class Loop(Stateful):
     """Train a recipe to its last step.
 
     Args:
-        peak: of one device.
-        save_every: steps from one checkpoint to the next, or by "time"; one is saved at the end
-            in any case.
-        sample_every: steps from one sample to the next, and one at the end; None never samples.
+        peak: peak rate of one device.
+        save_every: steps between checkpoints, or "time"; one is saved at the end in any case.
+        sample_every: steps between samples, which the end shows too; None never samples.
         evaluates_first: whether step 0 may be evaluated.
     """
 
@@ -323,7 +322,7 @@ class Loop(Stateful):
             self._unsettled = None
 
     def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
-        """Hand the checkpoint of a step over, if it is one to be pushed."""
+        """Push the checkpoint of a step if this occasion asks for it."""
         path = self.checkpoints.find(step) if self.ranks.is_master else None
         if path is not None:
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
@@ -339,7 +338,7 @@ class Loop(Stateful):
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """Collect garbage only when the loop says so: a collection in a step is a stall."""
+    """Collect garbage only when the loop asks for it: a collection would stall a step."""
     gc.disable()
     try:
         yield

@@ -47,7 +47,7 @@ class LoopState:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended."""
+    """How a call of `Loop.run` ended."""
 
     finished: bool
     """False when a signal stopped it."""
@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass
 class Throughput:
-    """Collect the times of a call's steps."""
+    """Collect the times of the steps of one call of `Loop.run`."""
 
     peak: float
     """Floating-point operations per second of all devices together."""

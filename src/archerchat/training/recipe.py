@@ -64,7 +64,7 @@ class Evaluation:
     measure: Callable[[int], Mapping[str, float]]
     """Returns metrics by name, given the step. Names with two slashes are logged, not printed."""
     every: int | None
-    """Steps from one measurement to the next, and one at the end; None never measures."""
+    """Steps between measurements, which the end makes too; None never measures."""
     seconds_name: str = "eval/seconds"
     """The metric that holds how long it took."""
     at_start: bool = True

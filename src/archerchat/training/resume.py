@@ -59,8 +59,8 @@ T = TypeVar("T")
 class CheckpointWriter:
     """Write a run's checkpoints and prune older ones.
 
-    `save` copies the state to the CPU and returns; a thread writes the copy while training goes on.
-    A process that is killed meanwhile leaves the checkpoint before.
+    `save` copies the state to the CPU and returns; a thread writes the copy while training
+    continues. A process that is killed meanwhile leaves the previous checkpoint.
 
     Args:
         meta: kept with each of them; `identity` in it decides who may resume.
@@ -303,7 +303,7 @@ def describe_extension(
     changed = {name: peak for name, peak in new_peaks.items() if peak != old_peaks[name]}
     if changed:
         shown = (f"{name} {old_peaks[name]:.3g} to {peak:.3g}" for name, peak in changed.items())
-        text += f"; x1 itself changes: {', '.join(shown)}"
+        text += f"; the peak rates change: {', '.join(shown)}"
     growth = max((new_peaks[name] / peak for name, peak in old_peaks.items() if peak), default=1.0)
     jump = growth * new / old
     if jump > 1.5:

@@ -164,7 +164,7 @@ class Reinforcement(Tuning):
         return train, limited(test, config.eval_examples)
 
     def rollouts(self, rows: int) -> RolloutSettings:
-        """Return how a step's answers are made, in micro-batches of so many rows."""
+        """Return how a step's answers are made, in micro-batches of `rows` rows."""
         return RolloutSettings(self.config.examples_per_step, self.config.sampling, rows)
 
     def count_micro_batches(self, rows: int) -> int:

@@ -140,7 +140,7 @@ def build_batches(
     padding: int,
     ranks: Ranks | None = None,
 ) -> list[RolloutBatch]:
-    """Return this rank's micro-batches of a step, always as many.
+    """Return this rank's micro-batches of a step: the same number for every step.
 
     Rows of one length stand together. Those whose advantage is 0 have no gradient and are left
     out, though their tokens count in the average; micro-batches that remain are a single position
@@ -176,7 +176,7 @@ class RolloutLoader:
 
     Args:
         task: asks the questions; its `reward` judges the answers.
-        ranks: those that share a step's questions.
+        ranks: the ranks that share a step's questions.
     """
 
     def __init__(

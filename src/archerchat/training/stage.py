@@ -200,7 +200,7 @@ class Stage(Recipe):
         return self.total_batch_tokens
 
     def count_micro_batches(self, rows: int) -> int:
-        """Return how many micro-batches of so many rows make a step of one rank."""
+        """Return how many micro-batches of `rows` rows one rank adds up per step."""
         tokens, length = self.total_batch_tokens, self.sequence_length
         return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
 
@@ -217,7 +217,7 @@ class Stage(Recipe):
         Args:
             usual_rows: taken where they fit; None takes as many as fit.
             reserved_bytes: what else will be in the device's memory.
-            state_dtype: of the optimizer's moments.
+            state_dtype: dtype of the optimizer's moments.
         """
         config, runtime = self.config, self.runtime
         given, self.recomputes = config.device_batch_size, config.activation_checkpointing

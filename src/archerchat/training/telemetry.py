@@ -32,7 +32,7 @@ PROJECT = "archerchat"
 Status = Literal["finished", "failed", "interrupted"]
 PushCheckpoints = Literal["auto", "all", "last", "best", "none"]
 Occasion = Literal["last", "best"]
-"""Of a push: the checkpoint was just saved, or just found to be the best."""
+"""Why a checkpoint is pushed: it was just saved, or just found to be the best."""
 TOKENIZER = "tokenizer"
 """The name under which a run's tokenizer is pushed."""
 
@@ -57,7 +57,7 @@ class MetricsLog:
     """None on ranks that record nothing."""
     push_checkpoints: PushCheckpoints = "none"
     name_suffix: str = ""
-    """Of the checkpoints' names there: another machine may have saved the same step."""
+    """Ends the checkpoints' names on the server: another machine may have saved the same step."""
 
     def log(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Record scalars of one step, non-finite ones too; tensors of one element are read."""

@@ -6,36 +6,19 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from archerchat.data.packing import ConcatPacker, Row
-from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
+from archerchat.data.prefetch import Batch, PrefetchingLoader, State
 
 
 @dataclass(frozen=True)
 class Last:
     number: int
-
-
-@dataclass
-class Rows(RowSource[Last]):
-    """Rows of one number each."""
-
-    numbers: Iterator[int]
-    packer: ConcatPacker = field(default_factory=lambda: ConcatPacker(2))
-
-    def iter_rows(self) -> Iterator[Row]:
-        for number in self.numbers:
-            yield np.full(2, number)
-
-    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, Last]:
-        return Batch(np.stack((rows[:, :1], rows[:, 1:]))), Last(int(rows[0, 0]))
 
 
 class Numbers(PrefetchingLoader[Last]):
@@ -45,8 +28,8 @@ class Numbers(PrefetchingLoader[Last]):
         super().__init__({"batch_size": 1, "sequence_length": 1}, Last(-1), prefetch, np.uint16)
         self._source = source
 
-    def _open(self, state: State[Last]) -> Rows:
-        return Rows(self._source())
+    def _iter_after(self, state: State[Last]) -> Iterator[tuple[Batch, State[Last]]]:
+        return ((Batch(np.full((2, 1, 1), n)), State(Last(n))) for n in self._source())
 
     def _parse(self, state: Mapping[str, Any]) -> Last:
         return Last(state["number"])

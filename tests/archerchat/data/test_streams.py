@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
-from archerchat.data.packing import ConcatPacker, Row
-from archerchat.data.prefetch import Batch, PrefetchingLoader, RowSource, State
+from archerchat.data.prefetch import Batch, PrefetchingLoader, State
 from archerchat.data.streams import Streams, saved_streams
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
@@ -23,24 +22,6 @@ class Next:
     number: int
 
 
-@dataclass
-class Counting(RowSource[Next]):
-    """Yield rows of a number, `step` apart."""
-
-    number: int
-    step: int
-    packer: ConcatPacker = field(default_factory=lambda: ConcatPacker(2))
-
-    def iter_rows(self) -> Iterator[Row]:
-        while True:
-            row = np.full(2, self.number)
-            self.number += self.step
-            yield row
-
-    def build_batch(self, rows: NDArray[np.int64]) -> tuple[Batch, Next]:
-        return Batch(np.stack((rows[:, :1], rows[:, 1:]))), Next(self.number)
-
-
 class Numbers(PrefetchingLoader[Next]):
     """Count in steps: stream s of n yields s, s + n, ..."""
 
@@ -48,8 +29,10 @@ class Numbers(PrefetchingLoader[Next]):
         identity = {"batch_size": 1, "sequence_length": 1, "stream": stream, "count": count}
         super().__init__(identity, Next(stream), 2, np.uint16)
 
-    def _open(self, state: State[Next]) -> Counting:
-        return Counting(state.progress.number, self._identity["count"])
+    def _iter_after(self, state: State[Next]) -> Iterator[tuple[Batch, State[Next]]]:
+        step = self._identity["count"]
+        numbers = itertools.count(state.progress.number, step)
+        return ((Batch(np.full((2, 1, 1), n)), State(Next(n + step))) for n in numbers)
 
     def _parse(self, state: Mapping[str, Any]) -> Next:
         return Next(int(state["number"]))

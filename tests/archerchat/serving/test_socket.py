@@ -94,18 +94,20 @@ def test_slow_and_silent_clients_hold_nobody_up(server: Any) -> None:
         assert client.get("/health").status_code == 200
 
 
-def test_headers_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An answer that takes longer than headers may is not."""
+def test_requests_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that takes longer than a request may is not."""
     monkeypatch.setattr(guard, "REQUEST_SECONDS", 0.2)
     client, address = server
+    half = b"Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
     with (
-        opened(address, "GET /health HTTP/1.1") as slow,
+        opened(address, "GET /health HTTP/1.1") as headers,
+        opened(address, "POST /v1/completions HTTP/1.1", half) as body,
         httpx.Client(base_url=client.base_url) as other,
     ):
         answer = other.post("/v1/completions", json=LONG | {"stream": False})
         assert answer.elapsed.total_seconds() > 0.5
         assert answer.json()["usage"]["completion_tokens"] == 50
-        assert slow.recv(1) == b""
+        assert headers.recv(1) == body.recv(1) == b""
 
 
 def test_a_body_of_100_mb_is_refused_unread(server: Any) -> None:

@@ -221,8 +221,8 @@ LONG = Schedule(num_iterations=1000, weight_decay=0.1)
             200,
             PEAKS | {"matrix": 0.03, "off": 1.0},
             "extending at step 200 of 1000 to 1000 steps: the learning rate goes from x1.000 to "
-            "x1.000, falls from step 350, ends at x0.051; x1 itself changes: matrix 0.02 to 0.03, "
-            "off 0 to 1",
+            "x1.000, falls from step 350, ends at x0.051; the peak rates change: matrix 0.02 to "
+            "0.03, off 0 to 1",
         ),
         (LONG, 10, PEAKS | {"smear": 0.4}, "smear 0.2 to 0.4\nwarning: that is 2.0 times"),
         (replace(LONG, warmdown_ratio=0.1), 700, PEAKS, "from x1.000 to x0.488, ends at x0.051"),

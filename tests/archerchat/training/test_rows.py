@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from archerchat.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from archerchat.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from archerchat.dial import DialConfig, build_hyperparameters
+from archerchat.distributed import Ranks
 from archerchat.planning.memory import RESERVED_SHARE, estimate_memory
 from archerchat.runtime import Runtime
+from archerchat.training.fitting import choose_rows
+from archerchat.training.recipe import Recipe
+from archerchat.training.stage import Stage
 
 SHARED = ["--device", "cpu", "--dtype", "float32", "--no-compile", "--model-tag", "tiny"]
 SHARED += ["--save-every", "1", "--num-iterations", "2", "--eval-every", "none", "--keep-last", "9"]
@@ -72,6 +77,32 @@ def test_a_run_takes_what_fits_and_keeps_it_until_it_moves(
                 torch.testing.assert_close(again["model"][name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", WORDS)
+def test_every_stage_halves_its_rows_until_a_step_fits(
+    trained_home: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stage: str,
+) -> None:
+    fit_to_device, loss = Stage.fit_to_device, Recipe.loss
+
+    def probing(stage: Stage, **options: Any) -> None:
+        fit_to_device(stage, **options)
+        stage.probes = True  # as on a GPU
+
+    def small_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 1:
+            raise torch.OutOfMemoryError
+        return loss(recipe, inputs, targets)
+
+    monkeypatch.setattr(Stage, "fit_to_device", probing)
+    monkeypatch.setattr(Recipe, "loss", small_card)
+    use_rows(monkeypatch, 4)
+    assert run(trained_home, stage, "--overwrite") == 0
+    assert "4 rows per micro-batch do not fit into memory: trying 2" in capsys.readouterr().out
+    assert rows(trained_home, stage) == 1
+
+
 def test_fine_tuning_takes_the_base_model_s_rows_where_they_fit(
     trained_home: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,3 +122,14 @@ def test_fine_tuning_takes_the_base_model_s_rows_where_they_fit(
     shutil.rmtree(trained_home.checkpoint_dir("sft", "tiny") / "step_000002")
     assert run(trained_home, "sft") == 0  # as many as it began with, no more
     assert rows(trained_home, "sft") == 2
+
+
+def test_each_stream_of_data_still_gives_whole_micro_batches(tmp_path: Path) -> None:
+    """Four ranks began a run of 16 rows a step; one process elsewhere may take 4 at a time."""
+    meta = {"identity": {"device_batch_size": 2}, "hardware": {"device": "another CPU"}}
+    loader = {"streams": 4, "tokens": torch.zeros(1)}
+    saved = load_checkpoint(save_checkpoint(tmp_path, 1, {"loader": loader}, meta), sections=())
+    hp = build_hyperparameters(DialConfig(2, 16, 16, max_seq_len=64, num_iterations=4), 360)
+    runtime = Runtime(torch.device("cpu"), torch.float32, "a CPU", "forced")
+    assert choose_rows(runtime, Ranks(), hp.model, 16, None)[0] == 16
+    assert choose_rows(runtime, Ranks(), hp.model, 16, saved) == (4, False, False)

@@ -47,6 +47,8 @@ def serve(
     data: Path | None,
     port: int | None,
     alerts: Sequence[str],
+    alert_webhook: str | None,
+    ntfy: str | None,
     min_free_gb: float | None,
     **given: Any,
 ) -> int:
@@ -58,6 +60,8 @@ def serve(
     server = import_server("app")
     settings = import_server("settings")
     alerts = [*alerts, *os.environ.get("ENDLEX_ALERTS", "").split()]
+    alerts += [f"json+{alert_webhook}"] if alert_webhook else []
+    alerts += [f"ntfy+{ntfy}"] if ntfy else []
     for target in alerts:
         import_server("watch.notify").check_target(target)
     chosen = settings.Settings(

@@ -40,10 +40,6 @@ class Settings:
     """The file of its private key."""
     alerts: tuple[str, ...] = ()
     """Addresses that get each alert, as `watch.notify` knows them."""
-    alert_webhook: str | None = None
-    """A URL that gets each alert as JSON."""
-    ntfy: str | None = None
-    """The URL of an ntfy topic that gets each alert as text."""
     stall_minutes: float = 10.0
     """How long a running run may be silent before that is an alert."""
     min_free_bytes: int | None = None

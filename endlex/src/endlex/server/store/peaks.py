@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sqlite3
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,25 +32,6 @@ class Sampled:
     x: NDArray[np.int64] | NDArray[np.float64]
     y: NDArray[np.float64]
     count: int
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """A chunk's key, count and bounds, and its blocks' extremes where it has them."""
-
-    chunk: int
-    count: int
-    first_step: int
-    last_step: int
-    first_time: float
-    last_time: float
-    ordered: int
-    content: bytes
-
-    def bounds(self, by_time: bool) -> tuple[float, float]:
-        if by_time:
-            return self.first_time, self.last_time
-        return self.first_step, self.last_step
 
 
 def store_peaks(connection: sqlite3.Connection, chunk: int, points: Points) -> None:
@@ -94,57 +76,50 @@ def read_sampled(
         first, last: the range of x; both ends are in it.
         points: how many the chart will have; there must be several candidates for each.
     """
-    found: list[_Summary] = []
+    rows: list[tuple[Any, ...]] = []
     for keys in series_ranges:
-        rows = connection.execute("SELECT * FROM peak WHERE pk >= ? AND pk < ? ORDER BY pk", keys)
-        found += [_Summary(*row) for row in rows.fetchall()]
+        query = "SELECT * FROM peak WHERE pk >= ? AND pk < ? ORDER BY pk"
+        rows += connection.execute(query, keys).fetchall()
+    if not rows:
+        return None
+    _, counts, first_step, last_step, first_time, last_time, ordered, _ = zip(*rows, strict=True)
+    steps, times = np.array([first_step, last_step]), np.array([first_time, last_time])
     # Chunks beyond the range count, too: of points in it, they may be what replaced them.
-    if not all(summary.ordered for summary in found) or not _in_sequence(found, by_time):
+    follow = (steps[0, 1:] > steps[1, :-1]).all()
+    if by_time:
+        follow = follow and (times[0, 1:] >= times[1, :-1]).all()
+    low, high = times if by_time else steps
+    inside = np.flatnonzero((high >= first) & (low <= last))
+    if not all(ordered) or not follow:
         return None
-    inside = [s for s in found if s.bounds(by_time)[1] >= first and s.bounds(by_time)[0] <= last]
-    if sum(summary.count for summary in inside) < 2 * POINTS_PER_PEAK * points:
+    if np.array(counts)[inside].sum() < 2 * POINTS_PER_PEAK * points:
         return None
-    return _draw(connection, inside, by_time, first, last)
-
-
-def _in_sequence(summaries: list[_Summary], by_time: bool) -> bool:
-    """Whether each chunk begins after the one before it: by step, and on a time axis by time."""
-    steps = np.array([(s.first_step, s.last_step) for s in summaries], np.int64)
-    if not bool((steps[1:, 0] > steps[:-1, 1]).all()):
-        return False
-    if not by_time:
-        return True
-    times = np.array([(s.first_time, s.last_time) for s in summaries])
-    return bool((times[1:, 0] >= times[:-1, 1]).all())
+    whole = (first <= low) & (high <= last)
+    whole[inside[[0, -1]]] = False  # the first and last point are in no summary
+    drawn = [_draw(connection, rows[at], by_time, first, last, whole[at]) for at in inside]
+    shape = Points.joined([piece for piece, _ in drawn])
+    count = sum(count for _, count in drawn)
+    return Sampled(shape.times if by_time else shape.steps, shape.numbers, count)
 
 
 def _draw(
     connection: sqlite3.Connection,
-    summaries: list[_Summary],
+    row: tuple[Any, ...],
     by_time: bool,
     first: float,
     last: float,
-) -> Sampled:
-    pieces: list[Points] = []
-    count = 0
-    for number, summary in enumerate(summaries):
-        low, high = summary.bounds(by_time)
-        inside = first <= low and high <= last
-        if inside and summary.content and 0 < number < len(summaries) - 1:
-            third = len(summary.content) // 3
-            columns = (summary.content[third * i : third * (i + 1)] for i in range(3))
-            pieces.append(Points.unpack(*columns))
-            count += summary.count
-            continue
-        query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
-        chunk = Points.unpack(*connection.execute(query, (summary.chunk,)).fetchone())
-        x = chunk.times if by_time else chunk.steps
-        chunk = chunk[(first <= x) & (x <= last)]
-        count += len(chunk)
-        if len(chunk):
-            pieces.append(_with_ends(chunk))
-    points = Points.joined(pieces)
-    return Sampled(points.times if by_time else points.steps, points.numbers, count)
+    whole: bool,
+) -> tuple[Points, int]:
+    """Return points that show a chunk in the range, and how many they stand for."""
+    chunk, count, *_, content = row
+    if content and whole:
+        third = len(content) // 3
+        return Points.unpack(*(content[third * i : third * (i + 1)] for i in range(3))), count
+    query = "SELECT steps, numbers, times FROM chunk WHERE pk=?"
+    points = Points.unpack(*connection.execute(query, (chunk,)).fetchone())
+    x = points.times if by_time else points.steps
+    points = points[(first <= x) & (x <= last)]
+    return _with_ends(points) if len(points) else points, len(points)
 
 
 def _with_ends(points: Points) -> Points:

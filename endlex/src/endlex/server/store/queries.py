@@ -15,11 +15,11 @@ from endlex.server.errors import ApiError
 from endlex.server.store.search import (
     COLUMNS,
     Condition,
-    checked_condition,
     count_names,
     marks,
     read_values,
     require_names,
+    search_condition,
     sort_expression,
 )
 
@@ -104,7 +104,7 @@ def list_runs(connection: sqlite3.Connection, query: RunQuery) -> dict[str, Any]
 
 
 def _where(connection: sqlite3.Connection, query: RunQuery) -> Condition:
-    conditions = [checked_condition(connection, parse_search(query.q))]
+    conditions = [search_condition(connection, parse_search(query.q))]
     ids = [one for one in query.ids.split(",") if one]
     if ids:
         conditions.append((f"run.id IN ({marks(ids)})", ids))

@@ -34,13 +34,17 @@ def marks(values: Sequence[Any]) -> str:
     return ",".join("?" * len(values))
 
 
-def search_condition(query: Query) -> Condition:
-    """Return a search as a condition on the table `run`, with the values apart."""
+def search_condition(connection: sqlite3.Connection, query: Query) -> Condition:
+    """Return a search as a condition on the table `run`, with the values apart.
+
+    Raises:
+        SearchError: it names a metric or a key that no run has.
+    """
+    require_names(connection, names_in(query))
     groups = [[_term(term) for term in group] for group in query]
     texts = ["(" + " OR ".join(text for text, _ in group) + ")" for group in groups]
-    return " AND ".join(texts) or "1", [
-        v for group in groups for _, values in group for v in values
-    ]
+    values = [value for group in groups for _, given in group for value in given]
+    return " AND ".join(texts) or "1", values
 
 
 def require_names(connection: sqlite3.Connection, keys: Iterable[Key]) -> None:
@@ -50,12 +54,6 @@ def require_names(connection: sqlite3.Connection, keys: Iterable[Key]) -> None:
         metrics = [n for (n,) in connection.execute("SELECT DISTINCT name FROM metric")]
         config = [n for (n,) in connection.execute("SELECT DISTINCT key FROM run_config")]
         check_names(keys, metrics, config)
-
-
-def checked_condition(connection: sqlite3.Connection, query: Query) -> Condition:
-    """Return `search_condition`, once what the search names is known to be there."""
-    require_names(connection, names_in(query))
-    return search_condition(query)
 
 
 def _term(term: Term) -> Condition:

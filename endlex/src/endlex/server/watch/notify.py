@@ -2,7 +2,7 @@
 
 The scheme of a target's address, or its host, says how it is told:
 
-    https://...                            JSON
+    https://...                            JSON (json+https:// whatever the host)
     https://hooks.slack.com/...            Slack's form; slack+https:// for others that take it
     https://discord.com/api/webhooks/...   Discord's; discord+https:// for others
     ntfy+https://...                       an ntfy topic
@@ -60,8 +60,7 @@ class Notifier:
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._database = database
-        ntfy = f"ntfy+{settings.ntfy}" if settings.ntfy else None
-        self._targets = {*settings.alerts, *filter(None, (settings.alert_webhook, ntfy))}
+        self._targets = set(settings.alerts)
         self._pending: dict[int, _Pending] = {}
         self._stopping = threading.Event()
         self._since = time.time() - NEWS_SECONDS
