@@ -12,6 +12,7 @@ builds a process group. One process needs no group and makes none.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,9 +30,6 @@ from archerchat.errors import UsageError
 T = TypeVar("T")
 ARRIVAL_TIMEOUT = timedelta(minutes=10)
 """How long ranks wait for the last of them to start."""
-CONNECT_TIMEOUT, CONNECT_ATTEMPTS = timedelta(seconds=4), 6
-"""How long gloo tries a connection, five times, before all is begun again. After a restart it may
-wait for one in vain (docs/LOG.md, 2026-11-27)."""
 WORKING_TIMEOUT = timedelta(hours=2)
 """How long ranks wait for one that works alone, such as for a download."""
 # torch 2.13 renamed them.
@@ -195,44 +193,40 @@ class Ranks(Place):
         return result
 
 
-def _meet(place: Place, backend: str) -> None:
-    """Build the process group once all ranks are there; begin again where connecting fails.
+def _new_store(store: Any, place: Place) -> Any:
+    """Wait for all ranks; return a part of torchrun's store that no earlier start has used.
+
+    With `--max-restarts` the store outlives the ranks, and a rank that reads the address of a rank
+    that has ended never connects. So each rank writes a random word, and rank 0 publishes the list
+    of the words until every rank has confirmed the list that holds its own.
 
     Raises:
-        RuntimeError: they did not find each other.
+        RuntimeError: not all ranks started in time.
     """
-    store, _, _ = next(rendezvous("env://", timeout=ARRIVAL_TIMEOUT))
-    failure: RuntimeError | None = None
-    for attempt in range(CONNECT_ATTEMPTS):
-        meeting = dist.PrefixStore(f"meeting {attempt}", store)  # type: ignore[attr-defined]
-        _await_all(meeting, "arrived", place)
-        try:
-            dist.init_process_group(
-                backend,
-                store=meeting,
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=CONNECT_TIMEOUT,
-            )
-        except RuntimeError as error:
-            failure = error
-            meeting.add("failed", 1)
-        _await_all(meeting, "tried", place)
-        if not meeting.add("failed", 0):
-            return
-        if dist.is_initialized():  # another rank's connection failed
-            dist.destroy_process_group()
-    raise RuntimeError(f"the ranks did not connect in {CONNECT_ATTEMPTS} attempts") from failure
+    word, deadline = uuid.uuid4().hex, time.monotonic() + ARRIVAL_TIMEOUT.total_seconds()
 
+    def read(key: str) -> str:
+        return str(store.get(key).decode())  # waits for the first value
 
-def _await_all(store: Any, event: str, place: Place) -> None:
-    """Wait until every rank has come as far as this."""
-    deadline, count = time.monotonic() + ARRIVAL_TIMEOUT.total_seconds(), store.add(event, 1)
-    while count < place.world_size:
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"only {count} of {place.world_size} ranks {event}")
+    store.set(f"confirmed by {place.rank}", "")
+    store.set(f"word of {place.rank}", word)
+    if place.rank == 0:
+        store.set("agreed", "")
+    others = range(1, place.world_size)
+    while time.monotonic() < deadline:
+        if place.rank == 0:
+            words = " ".join(read(f"word of {rank}") for rank in range(place.world_size))
+            store.set("words", words)
+            if all(read(f"confirmed by {rank}") == words for rank in others):
+                store.set("agreed", words)
+                return dist.PrefixStore(word, store)  # type: ignore[attr-defined]
+        elif word in (words := read("words")).split():
+            store.set(f"confirmed by {place.rank}", words)
+            if read("agreed") == words:
+                first = words.split()[0]
+                return dist.PrefixStore(first, store)  # type: ignore[attr-defined]
         time.sleep(0.02)
-        count = store.add(event, 0)
+    raise RuntimeError(f"not all of {place.world_size} ranks started within {ARRIVAL_TIMEOUT}")
 
 
 @contextmanager
@@ -249,7 +243,14 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
     made = not dist.is_initialized()
     if made:
         on_cuda = device is not None and device.type == "cuda"
-        _meet(place, "cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+        store, _, _ = next(rendezvous("env://", timeout=ARRIVAL_TIMEOUT))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=_new_store(store, place),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=ARRIVAL_TIMEOUT,
+        )
     _set_pg_timeout(WORKING_TIMEOUT)
     try:
         ranks = Ranks(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
+import torch.distributed as dist
 
-from archerchat.distributed import Place, Ranks, joined_ranks, read_place
+from archerchat.distributed import Place, Ranks, _new_store, joined_ranks, read_place
 from archerchat.errors import UsageError
 from archerchat.runtime import build_runtime
 
@@ -48,3 +52,24 @@ def test_ranks_come_from_torchrun() -> None:
 def test_broken_ranks_are_named(environment: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=f"RANK='{environment['RANK']}'.*torchrun"):
         read_place(environment)
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_restart_does_not_read_what_ranks_that_ended_left_in_the_store(late: int) -> None:
+    """torchrun keeps its store when it restarts the ranks."""
+    store, parts = dist.HashStore(), []
+
+    def start(rank: int, number: int) -> None:
+        time.sleep(0.1 * (rank == late))  # the others find what the last start left
+        part = _new_store(store, Place(rank=rank, world_size=3))
+        part.set(f"address of {rank}", str(number))
+        read = [part.get(f"address of {other}").decode() for other in range(3)]
+        parts.append((number, read))
+
+    for number in range(3):
+        threads = [threading.Thread(target=start, args=(rank, number)) for rank in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert parts == [(number, [str(number)] * 3) for number in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
