@@ -70,11 +70,7 @@ class ArithmeticTask(NumberTask, GeneratedTask):
         return super().describe() | {"digits": MAX_DIGITS}
 
     def draw(self, random: Random) -> Conversation:
-        while True:  # until a problem belongs to this split
-            left, right = (random.randrange(10 ** random.randint(1, MAX_DIGITS)) for _ in range(2))
-            sign = random.choice("+-*")
-            if split_of(f"{left}{sign}{right}") == self.split:
-                break
+        left, sign, right = self._draw_problem(random)
         result = str({"+": left + right, "-": left - right, "*": left * right}[sign])
         shown = f"{left} {sign} {right}"
         parts = [
@@ -85,6 +81,13 @@ class ArithmeticTask(NumberTask, GeneratedTask):
         ]
         question = random.choice(load_questions("arithmetic")).format(problem=shown)
         return {"messages": [user(question), assistant(parts)]}
+
+    def _draw_problem(self, random: Random) -> tuple[int, str, int]:
+        while True:  # until a problem belongs to this split
+            left, right = (random.randrange(10 ** random.randint(1, MAX_DIGITS)) for _ in range(2))
+            sign = random.choice("+-*")
+            if split_of(f"{left}{sign}{right}") == self.split:
+                return left, sign, right
 
 
 class SpellingBeeTask(NumberTask, GeneratedTask):

@@ -56,14 +56,14 @@ def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_compiled_run_killed_again_and_again_resumes_bit_for_bit(
-    tiny_home: Any, launch: Launch, dtype: str, assert_same_run: Callable[..., None]
+    tiny_home: Any, launch: Launch, assert_same_run: Callable[..., None]
 ) -> None:
-    run = FORTY_STEPS | {"dtype": dtype, "compile": True, "save_every": 8, "eval_every": 8}
+    """In the default dtype of new CPUs; uncompiled runs above have float32 too."""
+    run = FORTY_STEPS | {"dtype": "bfloat16", "compile": True, "save_every": 8, "eval_every": 8}
     whole = launch(tiny_home.pretrain_words(**run, model_tag="whole"))
     assert whole.wait(timeout=600) == 0
-    for least in (8, 16, 24):
+    for least in (8, 24):
         child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
         wait_for_step(tiny_home, least, child)
         time.sleep(Random().uniform(0, 0.3))
