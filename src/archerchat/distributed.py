@@ -231,7 +231,9 @@ def _new_store(store: Any, place: Place) -> Any:
 
 @contextmanager
 def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[Ranks]:
-    """Join torchrun's processes for the block; an existing group is used and kept.
+    """Join torchrun's processes for the block.
+
+    A group that is there already is used and kept; it has to serve tensors on the CPU too.
 
     Args:
         place: this process's, such as its `Runtime`.
@@ -251,7 +253,7 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
             world_size=place.world_size,
             timeout=ARRIVAL_TIMEOUT,
         )
-    _set_pg_timeout(WORKING_TIMEOUT)
+        _set_pg_timeout(WORKING_TIMEOUT)
     try:
         ranks = Ranks(
             rank=place.rank, local_rank=place.local_rank, world_size=place.world_size, joined=True

@@ -49,7 +49,7 @@ def download_file(
     check: Check,
     *,
     without_network: str,
-    token: str | None = None,
+    token: bool | None = False,
     report: Report = lambda name, arrived, size: None,
     notify: Notify = lambda message: None,
     stop: threading.Event | None = None,
@@ -58,7 +58,7 @@ def download_file(
 
     Args:
         without_network: what to do if the server cannot be reached; ends the message.
-        token: the user's, for the hub alone.
+        token: False keeps the user's token from the server; None leaves it to huggingface_hub.
         stop: ends the download when it is set.
 
     Raises:
@@ -103,12 +103,12 @@ def download_file(
 
 
 def _attempt(
-    url: str, path: Path, check: Check, token: str | None, note: Callable[[int, int], None]
+    url: str, path: Path, check: Check, token: bool | None, note: Callable[[int, int], None]
 ) -> None:
     """Append to the part what it lacks; check it and give it its name."""
     from huggingface_hub import get_hf_file_metadata
 
-    metadata = get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS, token=token or False)
+    metadata = get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS, token=token)
     size, etag = metadata.size, metadata.etag
     if size is None or not etag:
         raise DataError(f"{url} has no size or ETag: is --endpoint a Hugging Face hub?")
@@ -140,14 +140,14 @@ def _attempt(
         fsync_dir(path.parent)
 
 
-def _receive(url: str, file: BinaryIO, token: str | None, note: Callable[[int], None]) -> None:
+def _receive(url: str, file: BinaryIO, token: bool | None, note: Callable[[int], None]) -> None:
     """Append what `file` lacks."""
     from huggingface_hub import get_session
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
     arrived = file.tell()
-    headers = {"Accept-Encoding": "identity"}
+    headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
     headers |= {"Range": f"bytes={arrived}-"} if arrived else {}
-    headers |= {"Authorization": f"Bearer {token}"} if token else {}
     with get_session().stream(
         "GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_SECONDS
     ) as response:

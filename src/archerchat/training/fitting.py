@@ -109,7 +109,7 @@ def choose_rows(
         The rows; whether layers have to be computed again, as one row may not fit without; and
         whether the rows are the saved run's.
     """
-    memory = runtime.total_memory_bytes() - reserved_bytes
+    memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
     estimate, fitting, recomputes = fit_micro_batch(
         model,
         runtime.compute_dtype,
@@ -127,7 +127,7 @@ def choose_rows(
         rows = usual
     began_with, keeps = saved_rows(saved.meta) if saved else 0, False
     if saved and began_with and per_step % began_with == 0:
-        keeps = saved.meta["hardware"]["device"] == runtime.device_name
+        keeps = (saved.meta.get("hardware") or {}).get("device") == runtime.device_name
     rows = began_with if keeps else min(rows, most or rows)
     # Ranks of unlike cards agree, and all of them ask: one may lack the saved run.
     answers = ranks.gather((rows, recomputes, keeps))
@@ -148,11 +148,18 @@ def fewer(rows: int) -> int:
     return next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
 
 
-def probe_rows(recipe: Recipe, rows: int, cache_dir: Path, notify: Callable[[str], object]) -> int:
-    """Halve the micro-batch until a forward and a backward pass fit on every rank.
+def probe_rows(
+    recipe: Recipe,
+    rows: int,
+    cache_dir: Path,
+    notify: Callable[[str], object],
+    reserved_bytes: int = 0,
+) -> int:
+    """Lower the micro-batch to smaller divisors until two passes fit on every rank.
 
     Args:
         rows: to begin with, unless fewer fitted an earlier run of this shape.
+        reserved_bytes: what else will be in the device's memory, and is claimed meanwhile.
 
     Returns:
         The rows that fit.
@@ -171,6 +178,7 @@ def probe_rows(recipe: Recipe, rows: int, cache_dir: Path, notify: Callable[[str
         "state": str(recipe.optimizer.state_dtype),
         "ranks": ranks.world_size,
         "memory": runtime.total_memory_bytes(),
+        "reserved": reserved_bytes,
     }
     key = f"{cache_key(runtime)} | {json.dumps(what)}"
     known = recall(path).get(key)
@@ -178,11 +186,13 @@ def probe_rows(recipe: Recipe, rows: int, cache_dir: Path, notify: Callable[[str
     rows = min(ranks.gather(known if usable else rows))
     if usable:
         notify(f"{rows} rows per micro-batch fitted before; to try more, delete {path}")
+    held = torch.empty(reserved_bytes, dtype=torch.uint8, device=runtime.device)
     while ranks.any(not _fits(recipe, rows))[0]:
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
         notify(f"{rows} rows per micro-batch do not fit into memory: trying {fewer(rows)}")
         rows = fewer(rows)
+    del held
     if runtime.is_master:
         remember(path, key, rows)
     return rows

@@ -44,10 +44,10 @@ IDENTITY_PARAMS = ("num_samples", "max_new_tokens", "temperature", "top_k", "see
 class RolloutSettings(Config):
     """How a step's rollouts are made; all of it decides the weights."""
 
-    questions_per_step: PositiveInt = 16
-    sampling: SamplingParams = SAMPLING
+    questions_per_step: PositiveInt
+    sampling: SamplingParams
     """How answers are sampled; the samples of one question form a group."""
-    device_batch_size: PositiveInt = 8
+    device_batch_size: PositiveInt
     """Rows per micro-batch."""
 
     @property

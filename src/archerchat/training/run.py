@@ -96,6 +96,7 @@ def _find_start(stage: Stage) -> Checkpoint | None:
             train different runs.
     """
     config = stage.config
+    stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
     resumes = config.resume or stage.extend or config.resume_from_step is not None
     if config.overwrite and resumes:
         raise UsageError(

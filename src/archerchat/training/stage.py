@@ -222,6 +222,7 @@ class Stage(Recipe):
         config, runtime = self.config, self.runtime
         given, self.recomputes = config.device_batch_size, config.activation_checkpointing
         self.chooses_rows, self.probes = not isinstance(given, int), False
+        self.reserved_bytes = reserved_bytes
         if isinstance(given, int):
             self.rows = given
         else:
@@ -246,15 +247,17 @@ class Stage(Recipe):
             self.model_config,
             self.rows,
             forced=config.attention,
-            compile=config.compile,
+            compile=self.compile,
             document_masking=document_masking,
         )
 
     def build(self, start: Checkpoint | None) -> None:
-        """Build what is trained; rows that were chosen are halved until a step fits."""
+        """Build what is trained; rows that were chosen are lowered until two passes fit."""
         self.build_model(start)
         if self.probes:
-            self.rows = probe_rows(self, self.rows, self.home.cache_dir, self.console.print)
+            chosen, self.rows = self.rows, 1  # if not even one row fits, a new start cannot help
+            cache, notify = self.home.cache_dir, self.console.print
+            self.rows = probe_rows(self, chosen, cache, notify, self.reserved_bytes)
             self.grad_accum_steps = self.count_micro_batches(self.rows)
         self.open_data(start)
         self.meta = self.describe()

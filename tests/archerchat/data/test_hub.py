@@ -52,6 +52,7 @@ class Hub:
             `stall` (send half, then nothing). After these it behaves.
         gets: by file name, the Range headers of its GETs.
         requests: how many requests came, of any kind.
+        authorizations: what the requests at its own address say of their user.
         resolve: where its files' addresses begin.
     """
 
@@ -60,6 +61,7 @@ class Hub:
         self.faults: dict[str, list[str]] = {}
         self.gets: dict[str, list[str | None]] = {}
         self.requests = 0
+        self.authorizations: set[str | None] = set()
         self.resolve = RESOLVE
         self.closing = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
@@ -88,6 +90,8 @@ def _handler_of(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
         def look_up(self) -> tuple[str, bytes | None]:
             hub.requests += 1
+            if self.path.startswith(hub.resolve):
+                hub.authorizations.add(self.headers.get("Authorization"))
             name = self.path.rpartition("/")[2]
             known = self.path in (f"{hub.resolve}/{name}", f"/storage/{name}")
             return name, hub.files.get(name) if known else None
@@ -256,6 +260,17 @@ def test_a_full_disk_is_named_at_once(
     with pytest.raises(DataError, match=r"cannot write .*\(No space left on device\): free some"):
         fetch(hub, tmp_path / "data")
     assert len(hub.gets[VALIDATION]) == 1
+
+
+@pytest.mark.parametrize("disabled", [True, False])
+def test_the_user_decides_whether_the_hub_gets_the_token(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disabled: bool
+) -> None:
+    """HF_HUB_DISABLE_IMPLICIT_TOKEN, as its library reads it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", disabled)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetch(hub, tmp_path / "data")
+    assert hub.authorizations == {None if disabled else "Bearer hf_secret"}
 
 
 def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:

@@ -83,20 +83,20 @@ def test_a_cap_and_a_length(
 
 @dataclass
 class Meeting:
-    """Adds up what threads bring."""
+    """Collects what threads bring."""
 
     size: int
-    parts: dict[int, Tensor] = field(default_factory=dict)
+    parts: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.size, timeout=30)
 
-    def sum(self, rank: int, tensor: Tensor) -> Tensor:
-        self.parts[rank] = tensor
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.parts[rank] = value
         self.barrier.wait()
-        total = torch.stack([self.parts[r] for r in range(self.size)]).sum(dim=0)
+        values = [self.parts[r] for r in range(self.size)]
         self.barrier.wait()
-        return total
+        return values
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,12 @@ class ThreadRanks(Ranks):
 
     meeting: Any = None
 
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = self.meeting.gather(self.rank, value)
+        return values
+
     def sum(self, tensor: Tensor) -> Tensor:
-        total: Tensor = self.meeting.sum(self.rank, tensor)
-        return total
+        return torch.stack(self.gather(tensor)).sum(dim=0)
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -129,8 +132,13 @@ def test_ranks_find_together_what_one_finds(
         assert figures(result) == figures(expected)
 
 
+@pytest.mark.parametrize("first_kept", [0, 1])
 def test_ranks_skip_what_the_first_has_kept(
-    small_bundle: Path, small_tokenizer: Tokenizer, build_small_model: Build, tmp_path: Path
+    small_bundle: Path,
+    small_tokenizer: Tokenizer,
+    build_small_model: Build,
+    tmp_path: Path,
+    first_kept: int,
 ) -> None:
     bundle, model, meeting = load_bundle(small_bundle), build_small_model(), Meeting(2)
     expected = CoreEvaluation(bundle, small_tokenizer).run(model)
@@ -138,8 +146,8 @@ def test_ranks_skip_what_the_first_has_kept(
 
     def run(rank: int) -> CoreResult:
         kept = PartialResults(tmp_path / "partial.json" if rank == 0 else None, {})
-        if rank == 0:
-            kept.add(expected.tasks[1])
+        for task in expected.tasks[first_kept:] if rank == 0 else ():
+            kept.add(task)
         evaluation = CoreEvaluation(
             bundle, small_tokenizer, ranks=ThreadRanks(rank=rank, world_size=2, meeting=meeting)
         )
@@ -148,9 +156,10 @@ def test_ranks_skip_what_the_first_has_kept(
         )
 
     with ThreadPoolExecutor(2) as pool:
-        first, _ = pool.map(run, range(2))
-    assert figures(first) == figures(expected)
-    assert bundle.tasks[1].label not in seen[0] + seen[1]
+        first, second = pool.map(run, range(2))
+    assert figures(first) == figures(second) == figures(expected)
+    kept = {task.label for task in bundle.tasks[first_kept:]}
+    assert not kept & {*seen[0], *seen[1]}
 
 
 def test_an_interrupted_evaluation_goes_on(

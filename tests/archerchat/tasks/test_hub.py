@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from archerchat.downloads import Check
 from archerchat.errors import DataError, UsageError
 from archerchat.tasks import hub
 from archerchat.tasks.hub import (
@@ -55,6 +56,23 @@ def test_a_missing_file_is_fetched_once(tmp_path: Path, monkeypatch: pytest.Monk
     (url,) = fetched
     name = "main/test-00000-of-00001.parquet"
     assert url.endswith(f"/datasets/{GSM8K.repository}/resolve/{GSM8K.revision}/{name}")
+
+
+def test_a_table_without_its_columns_is_fetched_once_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    def fetch(url: str, path: Path, check: Check, **options: object) -> None:
+        fetched.append(url)
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"question": ["1 + 1?"]}), path)
+        check(path)  # the file is what the hub has
+
+    monkeypatch.setattr(hub, "download_file", fetch)
+    with pytest.raises(DataError, match="answer"):
+        TaskFiles(tmp_path).rows(GSM8K, "test")
+    assert len(fetched) == 1
 
 
 def test_a_local_file_that_is_missing_is_named(local_files: TaskFiles) -> None:

@@ -26,6 +26,7 @@ from archerchat.runtime import Runtime
 from archerchat.training.fitting import probe_rows
 from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
+from archerchat.training.run import run_stage
 
 
 def summary(home: Any, run: str = "tiny") -> dict[str, Any]:
@@ -205,6 +206,58 @@ def test_rows_are_halved_until_they_fit(
     stage.loader.close()
     assert probe_rows(stage, 4, tiny_home.cache_dir, stage.console.print) == 1
     assert "do not fit" not in capsys.readouterr().out  # what fits was remembered
+
+
+def test_rows_are_tried_beside_what_else_will_be_in_memory(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Pretraining(parse(tiny_home.pretrain_words()).config, tiny_home)
+    stage.build(None)
+    claimed, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda size, **how: claimed.append(size) or empty(size))
+    cache, say = tiny_home.cache_dir, stage.console.print
+    monkeypatch.setattr("archerchat.training.fitting._fits", lambda recipe, rows: rows <= 1)
+    assert probe_rows(stage, 4, cache, say, 1000) == 1
+    monkeypatch.setattr("archerchat.training.fitting._fits", lambda recipe, rows: True)
+    assert probe_rows(stage, 4, cache, say, 1000) == 1  # remembered
+    assert probe_rows(stage, 4, cache, say) == 4  # but not without the reservation
+    assert claimed == [1000, 1000, 0]
+    stage.loader.close()
+
+
+def test_a_stage_that_no_rows_cure_is_not_started_again(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_card(recipe: Recipe, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("8 GiB")
+
+    fit = Pretraining.fit_to_device
+
+    def on_a_gpu(stage: Pretraining, **how: Any) -> None:
+        fit(stage, **how)
+        stage.probes = True
+
+    monkeypatch.setattr(Recipe, "loss", no_card)
+    monkeypatch.setattr(Pretraining, "fit_to_device", on_a_gpu)
+    assert tiny_home.pretrain(device_batch_size="auto") == 1
+    assert "starting again" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_came_before_the_lock_is_seen(
+    tiny_home: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process of the same command may end between the choice of rows and the lock."""
+    words = tiny_home.pretrain_words()
+    config = parse(words).config
+
+    def build(*given: Any, **how: Any) -> Pretraining:
+        stage = Pretraining(*given, **how)
+        assert stage.saved is None
+        assert tiny_home.run(*words) == 0
+        return stage
+
+    assert run_stage(build, config, tiny_home, None).finished
+    assert "model 'tiny' is already trained" in capsys.readouterr().out
 
 
 def test_a_first_step_that_does_not_fit_begins_again_with_half_the_rows(

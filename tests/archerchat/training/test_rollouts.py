@@ -72,7 +72,8 @@ def test_forced_tokens_and_the_prompt_are_not_trained_on_but_the_end_is(
     scripted: Callable[[Sequence[str]], Any],
 ) -> None:
     speaker = scripted(SCRIPT)
-    settings = RolloutSettings(1, SamplingParams(24, temperature=0.001, top_k=1, num_samples=2))
+    sampling = SamplingParams(24, temperature=0.001, top_k=1, num_samples=2)
+    settings = RolloutSettings(1, sampling, device_batch_size=8)
     task = ArithmeticTask("train", 1)
     loader = RolloutLoader(Engine(speaker.model), speaker.tokenizer, task, settings)
     rollout = loader.roll_out(0)[0]

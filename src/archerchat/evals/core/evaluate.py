@@ -99,7 +99,7 @@ class CoreEvaluation:
             if task.label in kept.tasks:  # rank 0 has all
                 results.append(kept.tasks[task.label])
                 on_task(results[-1])
-        return CoreResult(tuple(results))
+        return CoreResult(tuple(self.ranks.gather(results)[0]))
 
     def _run_task(
         self, model: Transformer, task: CoreTask, on_progress: Progress
