@@ -71,13 +71,13 @@ print(json.dumps([taken, time.perf_counter() - began]))
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one mode; the calls of `log` in microseconds or milliseconds."""
+    """Durations of the calls of `log` in one mode, and of `finish`."""
 
     median_us: float
     p99_us: float
     max_ms: float
     finish_s: float
-    """Of `run.finish`, which waits up to 4 s for a server that does not answer."""
+    """Duration of `run.finish`, which waits up to 4 s for a server that does not answer."""
 
 
 def figures(seconds: list[float], finish: float) -> Figures:

@@ -3,7 +3,7 @@
 Starts a server on a free port and an empty data directory, sends it RUNS runs of POINTS points
 (through the same journal requests as a shipper's), opens the comparison of all of them and one
 run's page, and zooms and pans the first charts with real mouse and keyboard events. Each frame's
-time is the distance between two callbacks of requestAnimationFrame while the input goes on.
+time is the distance between two callbacks of requestAnimationFrame while the input continues.
 
     python benchmarks/endlex_page.py                     20 runs of 1,000,000 points
     python benchmarks/endlex_page.py --points 20000      a quick look

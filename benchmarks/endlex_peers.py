@@ -134,7 +134,7 @@ rows = database.execute("SELECT step, count(*) FROM metrics GROUP BY step")
 found = {step for step, count in rows if count == 10}
 """,
 }
-"""Which steps are on the disk, `found`, in `folder`."""
+"""By tool, a program that sets `found` to the steps that are on the disk in `folder`."""
 
 CHARTS = {
     "trackio": """
@@ -164,7 +164,7 @@ LIBRARIES = {"tensorboard": "torch"}
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one tool; None where it offers no way."""
+    """Figures of one tool; None where it offers no way to measure one."""
 
     version: str
     log_median_us: float

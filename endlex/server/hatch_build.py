@@ -3,9 +3,9 @@
 The library is not kept in the repository. When a wheel, an editable install or an sdist is built
 and the files are not there yet, npm fetches the pinned version, its known hash is checked, and the
 three files that the pages use go to `server/web/static/vendor/uplot`. Where npm is not on PATH, a
-Node that installs from the Python index is a requirement of the build alone; who installs a built
-wheel needs neither. A build that cannot fetch it goes on with a warning, since all else of
-the server works, unless ENDLEX_REQUIRE_ASSETS=1 (set it for a release).
+Node that installs from the Python index is a requirement of the build alone; installing a built
+wheel needs neither. If the library cannot be fetched, the build continues with a warning, since the
+rest of the server works; with ENDLEX_REQUIRE_ASSETS=1 (set it for a release) it fails.
 """
 
 from __future__ import annotations

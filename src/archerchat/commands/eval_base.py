@@ -85,6 +85,8 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
     asked = _names(config.eval, "--eval", EVALUATIONS)
     default = "" if config.text else ",".join(SPLITS)
     splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []
+    if config.bundle and "core" not in asked:
+        raise UsageError("--bundle is for CORE: add --eval core, or leave --bundle out")
     if config.text and not config.text.is_file():
         raise UsageError(f"--text {config.text}: there is no such file")
     loaded, runtime = config.load(home, "base")

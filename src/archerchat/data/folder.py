@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from archerchat.data.shards import TEXT_COLUMN, iter_documents
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 from archerchat.text_files import (
     JSON_KINDS,
     TABLE_KINDS,
@@ -120,13 +120,16 @@ def list_files(source: Path) -> Folder:
     """Return the files below `source`, or `source` itself, that can be read.
 
     Raises:
-        DataError: there are no such files.
+        UsageError: there is no `source`.
+        DataError: it holds no such files.
     """
+    remedy = f"give a folder of {', '.join(KINDS)} files"
+    if not source.exists():
+        raise UsageError(f"{source} does not exist: {remedy}")
     folder = list_folder(source, KINDS)
-    if source.exists() and folder.train:
-        return folder
-    problem = f"nothing to read in {source}" if source.exists() else f"{source} does not exist"
-    raise DataError(f"{problem}: give a folder of {', '.join(KINDS)} files")
+    if not folder.train:
+        raise DataError(f"nothing to read in {source}: {remedy}")
+    return folder
 
 
 def describe_files(source: Path, files: Sequence[Path]) -> dict[str, Any]:

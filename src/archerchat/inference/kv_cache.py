@@ -1,10 +1,10 @@
 """The keys and values that running rows keep, each row of its own length and age.
 
-A cache has a fixed number of rows. Each layer keeps of a row as many positions as its window
-reaches back, in a ring: position p lies in slot p mod S, so that a windowed layer costs its window
-however long the row gets. A row also keeps its last token's normalised embedding, which the smear
-of the next one adds, and its length; lengths are a tensor, so that a decoding step needs nothing
-from the host and can be captured in a CUDA graph.
+A cache has a fixed number of rows. Each layer keeps as many positions of a row as its window
+reaches back, in a ring: position p is in slot p mod S, so that a windowed layer takes the memory of
+its window however long the row gets. A row also keeps its last token's normalised embedding, which
+the smear of the next one adds, and its length; lengths are a tensor, so that a decoding step needs
+nothing from the host and can be captured in a CUDA graph.
 
 A `Prefix` holds the same for a prompt that is in no row yet: in order of position, shared by the
 samples and by the prompts that begin with it.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 from archerchat.files import sha256_file
 from archerchat.tasks.base import CategoricalTask, NumberTask, Task
 from archerchat.tasks.conversation import Conversation, assistant, check_conversation, part, user
@@ -111,6 +111,7 @@ class JsonlTask(Task):
         skip_bad: leave out malformed lines, and list the first of them in `left_out`.
 
     Raises:
+        UsageError: there is no such file or folder.
         DataError: there are no conversations, or one is malformed; the message names the line.
     """
 
@@ -120,6 +121,8 @@ class JsonlTask(Task):
         split: Literal["train", "validation"] | None = None,
         skip_bad: bool = False,
     ) -> None:
+        if not path.exists():
+            raise UsageError(f"{path} does not exist: give a file or a folder of conversations")
         folder = list_folder(path, JSON_KINDS)
         paths = {"train": folder.train, "validation": folder.held_out}.get(
             split or "", sorted([*folder.train, *folder.held_out])

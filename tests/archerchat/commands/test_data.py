@@ -191,7 +191,7 @@ def test_a_folder_does_not_take_a_sources_name_by_accident(
 
 
 def test_a_folder_with_nothing_usable_leaves_nothing(home: Home, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         build(DataBuildConfig(source=str(tmp_path / "nowhere")), home)
     (tmp_path / "blank.txt").write_text("\n\n")
     with pytest.raises(DataError, match="at least two documents are needed"):

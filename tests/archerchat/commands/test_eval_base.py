@@ -77,6 +77,7 @@ def test_other_data_can_be_measured(
         (("--step", "9"), "it holds 2, 4", 2),
         (("--data", "nowhere"), "no data 'nowhere' under", 2),
         (("--eval", "core", "--bundle", "nowhere"), "--bundle nowhere: there is no such folder", 2),
+        (("--bundle", "offline"), "--bundle is for CORE: add --eval core", 2),
         (("--max-per-task", "0"), "--max-per-task is 0; it must be at least 1", 2),
         (("--max-length", "1"), "--max-length is 1; it must be at least 2", 2),
         (("--split", "test"), "--split test: 'test' is not one of train, val", 2),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from archerchat.data.folder import Reading, describe_files, list_files, split_text
 from archerchat.data.shards import write_shards
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 
 
 def read(source: Path, **options: Any) -> list[str]:
@@ -135,7 +135,7 @@ def test_a_folder_with_nothing_usable_is_named(tmp_path: Path, make: str) -> Non
     if make == "unusable":
         (source / "picture.png").write_bytes(b"png")
     problem = "does not exist" if make == "nothing" else "nothing to read in"
-    with pytest.raises(DataError, match=problem) as caught:
+    with pytest.raises(UsageError if make == "nothing" else DataError, match=problem) as caught:
         list_files(source)
     assert ".parquet, .jsonl, .ndjson, .json, .csv, .tsv, .txt, .md files" in str(caught.value)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from archerchat.cli import main
-from archerchat.errors import DataError
+from archerchat.errors import DataError, UsageError
 from archerchat.tasks.base import Task
 from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.conversation import assistant, part, user
@@ -92,7 +92,7 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
         JsonlTask(tmp_path)
     with pytest.raises(DataError, match="holds no conversation"):
         JsonlTask(write(tmp_path / "empty.jsonl"))
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(UsageError, match=r"none\.jsonl does not exist: give a file or a folder"):
         JsonlTask(tmp_path / "none.jsonl")
 
 

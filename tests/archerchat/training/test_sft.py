@@ -345,7 +345,7 @@ def test_nonsense_is_refused(
         ({"total_batch_size": 100}, 2, "a batch of 100 tokens is not a multiple"),
         ({"lr_scale": "nan"}, 2, "--lr-scale is nan"),
         ({"jsonl": path}, 1, "talks.jsonl:1: message 1 (assistant): content is empty"),
-        ({"jsonl": tmp_path / "no.jsonl"}, 1, "no.jsonl"),
+        ({"jsonl": tmp_path / "no.jsonl"}, 2, "no.jsonl does not exist"),
         ({"data_dir": tmp_path, "mixture": "GSM8K"}, 1, "has no gsm8k/"),
     ):
         assert trained_home.run(*words(**change)) == code, change

@@ -119,7 +119,7 @@ def claim_directory(
 
 
 def require_run_file(directory: Path) -> RunFile:
-    """Whose directory this is."""
+    """Return the content of run.json, which says whose directory this is."""
     owner = read_run_file(directory)
     if owner is None:
         raise EndlexError(f"{directory} has no {RUN_FILE}: it is not the directory of a run")

@@ -2,8 +2,8 @@
 
 The records keep the times of the tool that made them. A directory is built under a temporary name
 and renamed when it is whole. A run's id comes from the source, and a session's from its first
-records: a source that has grown since goes on in the same session, and several sources of one run
-are several sessions of it.
+records: a source that has grown since continues its session, and several sources of one run are
+several sessions of it.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A series holds the points that one session logged of one metric, in chunks of up to a thousand
 points: three packed arrays (steps, numbers, times) per chunk. New points go into the last chunk
 while it is short, so a chunk never stays half empty. A chunk's key is its series' key times 2**20
-plus its number: a series lies in one stretch of the table.
+plus its number, so the chunks of a series are neighbours in the table.
 
 A metric's points are the union of its series in the order in which the sessions arrived, and of
 two points at one step the later one counts: a resumed run overwrites what it repeats.
