@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
@@ -37,7 +37,7 @@ from archerchat.serving.info import show_stats
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5
-OF_ONE_HOP = ("connection", "date", "transfer-encoding")
+OF_ONE_HOP = (b"connection", b"date", b"server", b"transfer-encoding")
 
 
 class Copy:
@@ -70,9 +70,12 @@ class Copy:
 
     async def ask(self, request: Request) -> httpx.Response:
         """Hand on a request; return what is to be streamed."""
-        url, body = str(request.url.replace(scheme="", netloc="")), await request.body()
-        headers = _without_hop(request.headers)
-        asked = self.client.build_request(request.method, url, content=body, headers=headers)
+        path, query = request.scope["raw_path"], request.scope["query_string"]
+        target = path + b"?" + query if query else path
+        asked = self.client.build_request(
+            request.method, "/", content=await request.body(),
+            headers=_without_hop(request.headers.raw), extensions={"target": target},
+        )  # fmt: skip
         return await self.client.send(asked, stream=True)
 
 
@@ -80,8 +83,9 @@ class _Forwarded(StreamingResponse):
     """A copy's answer as it comes."""
 
     def __init__(self, copy: Copy, found: httpx.Response) -> None:
-        headers = {**_without_hop(found.headers), "archerchat-copy": str(copy.index)}
-        super().__init__(found.aiter_raw(), found.status_code, headers)
+        super().__init__(found.aiter_raw(), found.status_code)
+        self.raw_headers = _without_hop(found.headers.raw)
+        self.headers["archerchat-copy"] = str(copy.index)
         self._copy, self._found = copy, found
         copy.in_flight += 1
 
@@ -93,8 +97,8 @@ class _Forwarded(StreamingResponse):
             await self._found.aclose()
 
 
-def _without_hop(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in OF_ONE_HOP}
+def _without_hop(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name not in OF_ONE_HOP]
 
 
 def _serve(config: ServeConfig, home: Home, index: int, path: Path) -> None:
@@ -144,10 +148,14 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
 
     app = build_guarded(config, openapi_url=None, lifespan=lifespan)
 
+    @app.exception_handler(httpx.TransportError)
+    async def explain(request: Request, error: httpx.TransportError) -> Response:
+        return refusal(503, "a copy of the server ended: try again")
+
     @app.get("/stats")
     @app.get("/metrics")
     async def stats(request: Request) -> Response:
-        headers = _without_hop(request.headers)
+        headers = [pair for pair in request.headers.raw if pair[0] == b"authorization"]
         found = [(await copy.client.get("/stats", headers=headers)).json() for copy in copies]
         total: dict[str, Any] = {"copies": len(found)}
         for name in found[0]:
@@ -164,8 +172,6 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
         copy.in_flight += 1
         try:
             found = await until_gone(request.receive, copy.ask(request))
-        except httpx.TransportError:
-            return refusal(503, f"copy {copy.index} of the server ended: try again")
         finally:
             copy.in_flight -= 1
         return _Forwarded(copy, found) if found else Response(status_code=499)
