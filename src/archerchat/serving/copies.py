@@ -14,7 +14,7 @@ import tempfile
 import threading
 import zlib
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -24,6 +24,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from archerchat.errors import UsageError
@@ -37,6 +38,7 @@ from archerchat.serving.info import show_stats
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5
+URL = "http://127.0.0.1"
 OF_ONE_HOP = (b"connection", b"date", b"server", b"transfer-encoding")
 
 
@@ -49,9 +51,7 @@ class Copy:
         self._arguments = (replace(config, copies=1), home, index, self._path)
         limits = httpx.Limits(max_keepalive_connections=0)
         transport = httpx.AsyncHTTPTransport(uds=str(self._path), limits=limits)
-        self.client = httpx.AsyncClient(
-            transport=transport, base_url="http://127.0.0.1", timeout=None
-        )
+        self.client = httpx.AsyncClient(transport=transport, base_url=URL, timeout=None)
 
     async def start(self) -> None:
         """Start the process and wait until it listens.
@@ -79,22 +79,27 @@ class Copy:
         return await self.client.send(asked, stream=True)
 
 
-class _Forwarded(StreamingResponse):
-    """A copy's answer as it comes."""
+class _Front:
+    """Hand each request to a copy, and its answer back as it comes."""
 
-    def __init__(self, copy: Copy, found: httpx.Response) -> None:
-        super().__init__(found.aiter_raw(), found.status_code)
-        self.raw_headers = _without_hop(found.headers.raw)
-        self.headers["archerchat-copy"] = str(copy.index)
-        self._copy, self._found = copy, found
-        copy.in_flight += 1
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self._copies = copies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        beginning = (await request.body())[:BEGINNING_BYTES]
+        copy = min(self._copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
+        copy.in_flight += 1
         try:
-            await super().__call__(scope, receive, in_time(send))
+            if (found := await until_gone(receive, copy.ask(request))) is None:
+                return
+            async with aclosing(found):
+                response = StreamingResponse(found.aiter_raw(), found.status_code)
+                response.raw_headers = _without_hop(found.headers.raw)
+                response.headers["archerchat-copy"] = str(copy.index)
+                await response(scope, receive, in_time(send))
         finally:
-            self._copy.in_flight -= 1
-            await self._found.aclose()
+            copy.in_flight -= 1
 
 
 def _without_hop(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -165,15 +170,5 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
             total[name] = sorted(set().union(*values)) if is_list else add(values)
         return show_stats(request, total)
 
-    @app.api_route("/{path:path}", methods=["GET", "POST", "OPTIONS", "HEAD"])
-    async def forward(request: Request) -> Response:
-        beginning = (await request.body())[:BEGINNING_BYTES]
-        copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
-        copy.in_flight += 1
-        try:
-            found = await until_gone(request.receive, copy.ask(request))
-        finally:
-            copy.in_flight -= 1
-        return _Forwarded(copy, found) if found else Response(status_code=499)
-
+    app.router.routes.append(Route("/{path:path}", _Front(copies)))
     return app
