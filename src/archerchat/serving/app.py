@@ -35,7 +35,7 @@ from archerchat.serving import requests as asked
 from archerchat.serving.answers import Answer, ChatChoice, TextChoice
 from archerchat.serving.config import LOOPBACK, ServeConfig
 from archerchat.serving.grammar import build_mask
-from archerchat.serving.guard import MAX_BODY_BYTES, AsciiJSON, Guard, install_handlers
+from archerchat.serving.guard import AsciiJSON, Guard, install_handlers
 from archerchat.serving.info import Server, Shared
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
@@ -81,7 +81,7 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
 
 def build_guarded(config: ServeConfig, **options: Any) -> FastAPI:
     """Return an application without routes, with what stands before all handlers."""
-    app = FastAPI(title="ArcherChat", max_body_size=MAX_BODY_BYTES, **options)
+    app = FastAPI(title="ArcherChat", **options)
     install_handlers(app)
     hosts = LOOPBACK if config.is_local and config.key is None else None
     app.add_middleware(Guard, api_key=config.key, hosts=hosts)

@@ -13,13 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from archerchat.errors import UsageError
 from archerchat.inference.chat import CHAT_SAMPLING
@@ -180,7 +174,8 @@ def _read_content(where: str, role: str, content: str | list[Part]) -> tuple[Any
 
 
 def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
-    assert len(json.dumps(schema)) <= MAX_SCHEMA_CHARACTERS, "is too long a schema"
+    if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
+        raise ValueError(f"a schema has at most {MAX_SCHEMA_CHARACTERS:,} characters")
     return schema
 
 

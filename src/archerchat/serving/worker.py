@@ -246,20 +246,19 @@ class Worker:
 
     def _step(self, engine: Engine) -> None:
         try:
-            first = engine.admit()
-            self._cross(first, at_once=bool(first))
-            events = engine.advance()
-            self._cross(events, at_once=any(event.finish_reason is not None for event in events))
+            self._cross(engine.admit())
+            self._cross(engine.advance())
         except Exception as error:  # such as a lack of memory: the next request may be smaller
             logger.exception("the engine failed")
             engine.reset()
             self._post(self._fail, engine, f"the model failed: {type(error).__name__}")
 
-    def _cross(self, events: Sequence[Event], at_once: bool) -> None:
+    def _cross(self, events: Sequence[Event]) -> None:
         """Hand events to the loop, now or with those of later steps."""
         self._events += events
         now = time.monotonic()
-        if at_once or now - self._crossed >= CROSSING_SECONDS:
+        at_once = any(event.first or event.finish_reason for event in events)
+        if self._events and (at_once or now - self._crossed >= CROSSING_SECONDS):
             self._post(self._deliver, self._events, now)
             self._events, self._crossed = [], now
 

@@ -110,11 +110,32 @@ def test_requests_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.Mo
         assert headers.recv(1) == body.recv(1) == b""
 
 
-def test_a_body_of_100_mb_is_refused_unread(server: Any) -> None:
+@pytest.mark.parametrize(
+    ("line", "length", "status"),
+    [
+        ("POST /v1/completions HTTP/1.1", "Content-Length: 104857600", 413),
+        ("POST /v1/completions HTTP/1.1\r\nHost: evil.example", "Content-Length: 9", 403),
+        ("POST /nowhere HTTP/1.1", "Transfer-Encoding: chunked", 404),
+        ("POST /health HTTP/1.1", "Content-Length: 9", 405),
+    ],
+)
+def test_a_body_that_nobody_reads_is_not_waited_for(
+    server: Any, line: str, length: str, status: int
+) -> None:
+    """The answer is an error in OpenAI's form, and the connection ends with it."""
     _, address = server
-    head = b"Content-Type: application/json\r\nContent-Length: 104857600\r\n\r\n"
-    with opened(address, "POST /v1/completions HTTP/1.1", head) as connection:
-        assert connection.recv(12) == b"HTTP/1.1 413"
+    with opened(address, line, f"Content-Type: application/json\r\n{length}\r\n\r\n".encode()) as c:
+        head, _, body = b"".join(iter(lambda: c.recv(2**16), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status)
+    assert b"connection: close" in head
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_request_that_was_read_keeps_its_connection(server: Any) -> None:
+    client, _ = server
+    for path, body in (("/tokenize", {"content": "a"}), ("/tokenize", {"content": 1})):
+        assert "connection" not in client.post(path, json=body).headers
+    assert "connection" not in client.get("/nowhere").headers
 
 
 def test_characters_are_not_split(server: Any) -> None:
