@@ -109,8 +109,8 @@ def init(
         TRAINER,
         config=as_config(config),
         tags=[*as_list(tags or ()), *([job_type] if job_type else [])],
-        group=group,
-        notes=notes,
+        group=None if group is None else str(group),
+        notes=None if notes is None else str(notes),
         rank=rank,
     )
     journal = Journal(place, start)
