@@ -18,6 +18,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,9 @@ class CheckpointShipper:
         self._directory, self._run, self._transport = directory, run, transport
         self._ready = ready
         self._stop = Stop()
-        self._backoff = Backoff()
+        self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
+        self._media_at = 0.0
+        """When media may be tried again: their faults hold up no checkpoint."""
         self._states: dict[str, dict[str, Any]] = {}
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
@@ -87,10 +91,10 @@ class CheckpointShipper:
 
     def waiting(self) -> list[str]:
         """Return what is here and may be sent: `MEDIA`, and checkpoints, oldest first."""
-        names = [MEDIA] if waiting_media(self._directory) else []
-        names += staged_names(self._directory)
+        media = [MEDIA] if waiting_media(self._directory) else []
         states = self.states()
-        return [name for name in names if states.get(name, {}).get("state") != "failed"]
+        staged = staged_names(self._directory)
+        return media + [n for n in staged if states.get(n, {}).get("state") != "failed"]
 
     def forget(self, name: str) -> None:
         """Drop the state of one that was given up."""
@@ -111,7 +115,7 @@ class CheckpointShipper:
 
         def note(done: int, total: int) -> None:
             if done > self._states[name]["done_bytes"]:
-                self._backoff.reset()
+                self._backoffs[name].reset()
             self._set(name, "sending", done_bytes=done, total_bytes=total)
             if progress is not None:
                 progress(done, total)
@@ -148,21 +152,34 @@ class CheckpointShipper:
         for name in drop_replaced(self._directory):
             self._set(name, "replaced")
         for name in self.waiting():
-            if self._stop.is_set():
-                break
-            try:
-                self.send(name)
-            except Retry as error:
-                return self._backoff.wait(error)
-            except Refused:
-                return REFUSED_SECONDS
-            except EndlexError as error:
-                say(f"checkpoint {name} failed: {error}")
-            else:
-                self._backoff.reset()
-                if name != MEDIA:
-                    say(f"checkpoint {name} is published")
+            if self._stop.is_set() or (name == MEDIA and time.monotonic() < self._media_at):
+                continue
+            wait = self._attempt(name)
+            if name == MEDIA:
+                self._media_at = time.monotonic() + wait
+            elif wait:
+                return wait
         return CHECKPOINT_POLL_SECONDS
+
+    def _attempt(self, name: str) -> float:
+        """Send one of those that wait; return the seconds to wait after a fault that may pass."""
+        what = "media" if name == MEDIA else f"checkpoint {name}"
+        try:
+            self.send(name)
+        except Retry as error:
+            return self._backoffs[name].wait(error)
+        except Refused:
+            return REFUSED_SECONDS
+        except EndlexError as error:
+            say(f"{what} failed: {error}")
+        except Exception as error:  # such as a full disk
+            say(f"{what} must wait: {type(error).__name__}: {error}")
+            return REFUSED_SECONDS
+        else:
+            self._backoffs.pop(name, None)
+            if name != MEDIA:
+                say(f"{what} is published")
+        return 0.0
 
 
 POLL_SECONDS = 0.5

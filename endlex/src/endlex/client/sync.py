@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from endlex.client.checkpoints import Staged, drop_replaced, files_of, give_up
+from endlex.client.checkpoints import Staged, damaged_media, drop_replaced, files_of, give_up
 from endlex.client.journal_sync import JournalShipper, SessionDiffers, SessionSync, renew_session
 from endlex.client.retrying import PATIENCE_SECONDS, Patience
 from endlex.client.run_directory import require_run_file
@@ -51,8 +51,8 @@ def sync_directory(
 
     Args:
         patience: seconds without any progress after which a fault of the network is raised.
-        drop_failed: give up the checkpoints that can never be published, such as those whose files
-            were rewritten before they were sent.
+        drop_failed: give up the checkpoints and media that can never be sent, such as those whose
+            files were rewritten before that.
         resend: send journals that differ from the server's copies as new sessions.
 
     Returns:
@@ -156,10 +156,13 @@ def _send_checkpoints(
             raise
         except CheckpointFailed as error:
             if drop_failed:
-                give_up(directory, name, str(error))
                 checkpoints.forget(name)
+                if name != MEDIA:
+                    give_up(directory, name, str(error))
         except (EndlexError, OSError):
             continue  # it is among the states
+    for sha256 in damaged_media(directory) if drop_failed else ():
+        give_up(directory, sha256, "damaged before it was sent")
 
 
 def push_checkpoint(

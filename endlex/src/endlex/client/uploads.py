@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from endlex.client.checkpoints import (
+    DAMAGED,
     Staged,
     StagedFile,
     load_manifest,
@@ -221,7 +222,13 @@ def _send_parts(
     transport: Transport,
     progress: Progress,
     stopped: Callable[[], bool],
+    damaged: set[str] | None = None,
 ) -> None:
+    """Send the parts that the server lacks.
+
+    Args:
+        damaged: takes the parts whose files are not what they were, instead of a failure.
+    """
     missing, partial = missing_parts(transport, list(places))
     total = sum(place.length for place in places.values())
     held = total - sum(places[sha256].length for sha256 in missing) + sum(partial.values())
@@ -232,7 +239,12 @@ def _send_parts(
         nonlocal held
         _check_going(stopped)
         start = partial.get(sha256, 0)
-        _send_part(sha256, places[sha256], start, transport)
+        try:
+            _send_part(sha256, places[sha256], start, transport)
+        except CheckpointFailed:
+            if damaged is None:
+                raise
+            damaged.add(sha256)
         with lock:
             held += places[sha256].length - start
             progress(held, total)
@@ -281,16 +293,28 @@ def send_media(
     progress: Progress = lambda done, total: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Send the media that wait in a run's directory."""
+    """Send the media that wait in a run's directory.
+
+    Raises:
+        CheckpointFailed: a logged file was damaged before it was sent. It is put aside, and the
+            others are sent first.
+    """
     folder, places = directory / MEDIA_DIR, dict[str, _Place]()
     for name in waiting_media(directory):
         status = (folder / name).stat()
         file: StagedFile = {"path": name, "bytes": status.st_size, "changed": status.st_mtime_ns}
         places[name] = _Place(folder, file, 0, status.st_size)
-    _send_parts(places, transport, progress, stopped)
+    damaged = set[str]()
+    _send_parts(places, transport, progress, stopped, damaged)
     for name in places:
         with contextlib.suppress(OSError):  # a directory that can only be read
-            (folder / name).unlink()
+            if name in damaged:
+                (folder / name).rename(folder / f"{name}{DAMAGED}")
+            else:
+                (folder / name).unlink()
+    if damaged:
+        shown = ", ".join(str(folder / f"{name}{DAMAGED}") for name in sorted(damaged))
+        raise CheckpointFailed(f"a logged file was damaged before it was sent: {shown}")
 
 
 def send_staged(

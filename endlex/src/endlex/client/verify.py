@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from endlex.client.checkpoints import given_up, load_manifest, staged_names
+from endlex.client.checkpoints import (
+    damaged_media,
+    given_up,
+    load_manifest,
+    staged_names,
+    waiting_media,
+)
 from endlex.client.downloads import Removed, Unknown, fetch_manifest
 from endlex.client.journal_sync import SessionDiffers, SessionSync
 from endlex.client.process import describe
@@ -112,12 +118,18 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
 
 
 def _verify_media(directory: Path, transport: Transport) -> Iterator[Missing]:
-    parts: dict[str, str] = {}
+    """Yield the logged files that the server lacks, or that are not sent as far as one can tell."""
+    names = dict[str, str]()
     for record in _iter_records(directory, MEDIA_START):
-        parts |= {str(part.get("sha256")): str(record.get("name")) for part in record["parts"]}
-    lacking, _ = missing_parts(transport, list(parts))
-    for name in dict.fromkeys(parts[sha256] for sha256 in lacking):
-        yield Missing("media", name, "one of its files is not sent yet")
+        names |= {str(part.get("sha256")): str(record.get("name")) for part in record["parts"]}
+    lacking, _ = missing_parts(transport, list(names))
+    waiting, damaged = waiting_media(directory), damaged_media(directory)
+    for sha256 in dict.fromkeys([*lacking, *waiting, *damaged]):
+        name = names.get(sha256, sha256)
+        if sha256 in damaged:
+            yield Missing("media", name, "one of its files was damaged before it was sent", "drop")
+        elif sha256 in waiting or sha256 not in given_up(directory):
+            yield Missing("media", name, "one of its files is not sent yet")
 
 
 def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
