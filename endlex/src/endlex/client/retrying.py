@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import deque
@@ -15,6 +16,7 @@ T = TypeVar("T")
 
 LONGEST_WAIT = 30.0
 PATIENCE_SECONDS = 60.0
+LEAST_ATTEMPTS = 3
 
 
 class Backoff:
@@ -36,20 +38,27 @@ class Backoff:
 
 
 class Patience:
-    """Try again after faults of the network, until nothing has got further for a while."""
+    """Try again after faults of the network, until nothing has got further for a while.
+
+    The time counts from the first fault after progress, and a few attempts are made however long
+    each one takes.
+    """
 
     def __init__(self, seconds: float = PATIENCE_SECONDS) -> None:
         self._seconds = seconds
-        self._backoff = Backoff(longest=5.0)
         self._progress: object = None
-        self._deadline = time.monotonic() + seconds
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._backoff = Backoff(longest=5.0)
+        self._deadline = math.inf
+        self._faults = 0
 
     def progressed(self, *progress: object) -> None:
-        """Note how far the work is: if that is not where it was, the patience is fresh again."""
+        """Note how far the work is; if that is not where it was, all patience is back."""
         if progress != self._progress:
             self._progress = progress
-            self._backoff.reset()
-            self._deadline = time.monotonic() + self._seconds
+            self._start_over()
 
     def keep_trying(self, act: Callable[[], T]) -> T:
         """Return what `act` returns, after as many faults as there is patience for."""
@@ -57,8 +66,10 @@ class Patience:
             try:
                 return act()
             except Retry as error:
-                seconds = self._backoff.wait(error)
-                if time.monotonic() + seconds > self._deadline:
+                seconds, now = self._backoff.wait(error), time.monotonic()
+                self._deadline = min(self._deadline, now + self._seconds)
+                self._faults += 1
+                if self._faults >= LEAST_ATTEMPTS and now + seconds > self._deadline:
                     raise
                 time.sleep(seconds)
 
