@@ -74,7 +74,8 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
     if manifest["name"] != name:
         raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
     if state == REMOVED:
-        reason, removed = str(content.get("reason")), float(content.get("removed") or 0)
+        reason, removed = str(content.get("reason")), content.get("removed")
+        removed = float(removed) if isinstance(removed, int | float) else 0.0
         message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
         raise Removed(message, removed, reason, manifest)
     return manifest

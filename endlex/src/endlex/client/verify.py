@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from endlex.client.checkpoints import (
     damaged_media,
@@ -21,14 +22,26 @@ from endlex.client.run_directory import require_run_file
 from endlex.client.shipping import failed_checkpoints, shipper_process
 from endlex.client.transport import Refused, Transport, TransportError, quoted
 from endlex.client.uploads import missing_parts
-from endlex.protocol import MANIFEST_DIR, REPLACES, SYSTEM, EndlexError
+from endlex.protocol import (
+    CHECKPOINT,
+    MANIFEST_DIR,
+    MEDIA,
+    METRICS,
+    REPLACES,
+    SYSTEM,
+    TABLE,
+    TEXT,
+    EndlexError,
+    check_sha256,
+)
 from endlex.reading import parse_record, session_files, session_kind, writer_is_alive
 
-CHECKPOINT_START, MEDIA_START = b'{"type":"checkpoint",', b'{"type":"media",'
-"""How the journal's lines for checkpoints and media begin: the others need no parsing."""
+OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in (METRICS, TEXT, TABLE))
+"""How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
 
-Remedy = Literal["sync", "resend", "wait", "drop", "restore"]
-"""What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server."""
+Remedy = Literal["sync", "resend", "wait", "drop", "restore", "look"]
+"""What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server;
+to look at the journal."""
 
 
 @dataclass(frozen=True)
@@ -105,41 +118,75 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
         else:
             missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
     let_go: list[LetGo] = []
-    for name, saved in sorted(_saved(directory).items()):
+    announced = _read_announced(directory)
+    hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+    for name in sorted({*announced.checkpoints, *hashed}):
         if name not in staged and name not in dropped:
+            saved = announced.checkpoints.get(name, _Saved())
             found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
             let_go += [found] if isinstance(found, LetGo) else []
             missing += [found] if isinstance(found, Missing) else []
-    missing += _verify_media(directory, transport)
+    missing += [*_verify_media(directory, announced.media, transport), *announced.damaged]
     if shipper is not None:
         reason = f"{describe(shipper.name)} is still at work: wait for it"
         missing.append(Missing("live", "shipper", reason, "wait"))
     return Comparison(missing, let_go, sorted(dropped))
 
 
-def _verify_media(directory: Path, transport: Transport) -> Iterator[Missing]:
-    """Yield the logged files that the server lacks, or that are not sent as far as one can tell."""
-    names = dict[str, str]()
-    for record in _iter_records(directory, MEDIA_START):
-        names |= {str(part.get("sha256")): str(record.get("name")) for part in record["parts"]}
-    lacking, _ = missing_parts(transport, list(names))
+class _Saved(NamedTuple):
+    """A checkpoint as the journal tells of it."""
+
+    time: float = math.inf
+    replaces: str | None = None
+
+
+@dataclass
+class _Announced:
+    """What a run's journals say of its checkpoints and media."""
+
+    checkpoints: dict[str, _Saved] = field(default_factory=dict)
+    media: dict[str, str] = field(default_factory=dict)
+    """Names of logged files, by the hash of each part."""
+    damaged: list[Missing] = field(default_factory=list)
+
+
+def _read_announced(directory: Path) -> _Announced:
+    """Read what was saved and logged; a damaged line may hide something, so it is missing."""
+    found = _Announced()
+    for path in session_files(directory):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
+                    continue
+                try:
+                    _add_announced(found, parse_record(line))
+                except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
+                    reason = f"line {number} is damaged and may name a checkpoint or a logged file"
+                    found.damaged.append(Missing("journal", path.stem, reason, "look"))
+    return found
+
+
+def _add_announced(found: _Announced, record: Any) -> None:
+    """Add a record; raises what reading a damaged one raises."""
+    if record["type"] == CHECKPOINT:
+        replaces = (record.get("metadata") or {}).get(REPLACES)
+        found.checkpoints[record["name"]] = _Saved(float(record["time"]), replaces)
+    elif record["type"] == MEDIA:
+        found.media |= {check_sha256(p["sha256"]): str(record["name"]) for p in record["parts"]}
+
+
+def _verify_media(
+    directory: Path, announced: dict[str, str], transport: Transport
+) -> Iterator[Missing]:
+    """Yield the logged files that the server lacks, and those that still wait here."""
+    lacking, _ = missing_parts(transport, list(announced))
     waiting, damaged = waiting_media(directory), damaged_media(directory)
     for sha256 in dict.fromkeys([*lacking, *waiting, *damaged]):
-        name = names.get(sha256, sha256)
+        name = announced.get(sha256, sha256)
         if sha256 in damaged:
             yield Missing("media", name, "one of its files was damaged before it was sent", "drop")
         elif sha256 in waiting or sha256 not in given_up(directory):
             yield Missing("media", name, "one of its files is not sent yet")
-
-
-def _iter_records(directory: Path, start: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the records of one type of a run's journals."""
-    for path in session_files(directory):
-        with path.open("rb") as file:
-            for line in file:
-                whole = line.startswith(start) and line.endswith(b"\n")
-                if whole and (record := parse_record(line)) is not None:
-                    yield record
 
 
 def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
@@ -156,15 +203,8 @@ def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: boo
     return found
 
 
-def _saved(directory: Path) -> dict[str, dict[str, Any]]:
-    """Return the journal's record of each checkpoint; empty where only its hashes were kept."""
-    found: dict[str, dict[str, Any]]
-    found = {path.stem: {} for path in (directory / MANIFEST_DIR).glob("*.json")}
-    return found | {r["name"]: r for r in _iter_records(directory, CHECKPOINT_START)}
-
-
 def _verify_checkpoint(
-    run: str, directory: Path, name: str, saved: dict[str, Any], transport: Transport
+    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
 ) -> Missing | LetGo | None:
     let_go, ours = None, None
     try:
@@ -186,18 +226,19 @@ def _verify_checkpoint(
     return let_go
 
 
-def _is_replaced(run: str, saved: dict[str, Any], transport: Transport) -> bool:
+def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
     """Whether the server has a later checkpoint that was saved to replace this one."""
-    word = saved.get("metadata", {}).get(REPLACES)
-    if word is None:
+    if saved.replaces is None:
         return False
     try:
         listed = transport.request("GET", quoted("runs", run, "checkpoints")).content
+        return any(
+            other["state"] == "published"
+            and other["created"] > saved.time
+            and (other["metadata"] or {}).get(REPLACES) == saved.replaces
+            for other in listed
+        )
     except Refused:
         return False
-    return any(
-        other["state"] == "published"
-        and other["created"] > saved["time"]
-        and (other.get("metadata") or {}).get(REPLACES) == word
-        for other in listed
-    )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise transport.ill_answer() from error

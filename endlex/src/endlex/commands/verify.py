@@ -174,8 +174,13 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         print("something is still at work: end it, or wait for it, and verify again")
     if places("restore"):
         print(
-            "the server does not have what was published once: is it the right one? Otherwise "
+            "the server does not have what was published once: is it the right one? If it is, "
             "restore its data, or `endlex push` the files again under the same name"
+        )
+    if places("look"):
+        print(
+            "what a damaged line of a journal names cannot be compared: look at the line, and at "
+            "the run on the server, before you delete anything"
         )
     if hopeless := places("drop"):
         print(
