@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -274,6 +275,21 @@ def test_alerts_reach_a_webhook_and_a_topic(
     assert b"loss is nan at step 7" in got["/topic"]
     time.sleep(0.1)
     assert len(receiver.got) == 2, "each was delivered once"
+
+
+def test_points_whose_commit_failed_count_once(box: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.begin()
+    low = [box.metrics(step, {"loss": 1.0}) for step in range(15)]
+    with monkeypatch.context() as full:
+
+        def fail(*_: Any) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        full.setattr("endlex.server.api.ingest.update_run", fail)
+        assert box.post(box.lines(low), len(box.sent)).status_code == 507
+    box.send(low)
+    box.send([box.metrics(15 + step, {"loss": 9.0}) for step in range(10)])
+    assert kinds(box.client) == [], "20 points come before a divergence is told"
 
 
 def test_delivery_survives_a_deleted_run_and_an_answer_that_is_not_http(

@@ -79,7 +79,13 @@ async def append(
         ApiError: 400, 409, 413, 422 or 507, as the protocol says.
     """
     prepared = await server.workers.batch(_prepare, offset, crc, body, deflated)
-    reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
+    try:
+        reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
+    except ApiError:
+        raise
+    except Exception:
+        server.watch.doubt()
+        raise
     for kind, content in news:
         server.hub.publish(kind, content)
     return reached

@@ -96,7 +96,7 @@ class _Trend:
 
 
 class Watch:
-    """Opens and resolves alerts. All but the constructor runs in the database's writer thread."""
+    """Opens and resolves alerts, in the database's writer thread."""
 
     def __init__(self, settings: Settings, data: DataDir) -> None:
         self._data = data
@@ -105,11 +105,23 @@ class Watch:
         self._trends: defaultdict[tuple[int, str], _Trend] = defaultdict(_Trend)
         self._rules = RuleWatch()
         self._started = time.time()
+        self._is_doubted = False
+
+    def doubt(self) -> None:
+        """Forget trends before the next batch: one that was observed is undone and comes again.
+
+        It may be called in any thread.
+        """
+        self._is_doubted = True
 
     def observe(
         self, connection: sqlite3.Connection, state: SessionState, run_id: str, batch: Batch
     ) -> list[Event]:
         """Open and resolve alerts for one batch of a session; return what readers should hear."""
+        if self._is_doubted:
+            self._is_doubted = False
+            self._trends.clear()
+            self._rules = RuleWatch()
         book = _Book(connection, state.run, run_id)
         for rule, name, message in self._rules.judge(connection, state.run, batch):
             book.tell("rule", f"{name}: {rule}", message)
