@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from endlex.client import retrying
-from endlex.client.retrying import Backoff, Patience
-from endlex.client.transport import Retry
+from endlex.client import transfers
+from endlex.client.transfers import Patience
+from endlex.client.transport import Backoff, Retry
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(retrying, "time", made)
+    monkeypatch.setattr(transfers, "time", made)
     return made
 
 

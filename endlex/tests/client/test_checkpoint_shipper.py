@@ -18,7 +18,7 @@ from endlex.client import checkpoints, uploads
 from endlex.client.checkpoints import manifest_path, read_note, staged_names
 from endlex.client.shipper import MEDIA, CheckpointShipper
 from endlex.client.transport import Refused, Retry, Transport
-from endlex.client.uploads import CheckpointFailed, FileChanged, send_staged, staged_manifest
+from endlex.client.uploads import CheckpointFailed, FileChanged, Uploader, staged_manifest
 from endlex.reading import read_run
 
 PART = 64 * 1024
@@ -54,9 +54,8 @@ def send(run: endlex.Run, name: str, transport: Transport) -> list[tuple[int, in
     assert run.directory is not None
     while True:
         try:
-            send_staged(
-                run.directory, run.id, name, transport, progress=lambda d, t: told.append((d, t))
-            )
+            uploader = Uploader(transport, lambda done, total: told.append((done, total)))
+            uploader.send_staged(run.directory, run.id, name)
             return told
         except Retry:
             continue
@@ -339,7 +338,7 @@ def test_faults_of_media_hold_up_no_checkpoint(
     shipper = CheckpointShipper(run.directory, run.id, transport)
     with monkeypatch.context() as faulty:
         if fault == "disk":
-            faulty.setattr("endlex.client.shipper.send_media", lambda *_, **__: fail_to_read())
+            faulty.setattr(Uploader, "send_media", lambda *_: fail_to_read())
         stub.before = lambda method, path: fault if picture.name in path else None
         shipper._send_waiting()
     assert list(stub.manifests) == [(run.id, name)]

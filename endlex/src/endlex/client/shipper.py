@@ -27,7 +27,6 @@ from typing import Any
 from endlex.client.checkpoints import drop_replaced, staged_names, waiting_media
 from endlex.client.journal_sync import JournalShipper
 from endlex.client.process import Stop, replace_unencodable
-from endlex.client.retrying import Backoff
 from endlex.client.run_directory import require_run_file, server_token, server_url
 from endlex.client.shipping import (
     BACKGROUND,
@@ -40,12 +39,11 @@ from endlex.client.shipping import (
     write_state,
 )
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
-from endlex.client.transport import Refused, Retry, Transport
-from endlex.client.uploads import send_media, send_staged
+from endlex.client.transport import REFUSED_SECONDS, Backoff, Refused, Retry, Transport
+from endlex.client.uploads import Uploader
 from endlex.protocol import EndlexError
 
 CHECKPOINT_POLL_SECONDS = 0.5
-REFUSED_SECONDS = 30.0
 MEDIA = "media/"
 """Stands for all waiting media among the checkpoints, whose names have no slash."""
 
@@ -120,13 +118,13 @@ class CheckpointShipper:
             if progress is not None:
                 progress(done, total)
 
-        here, stopped = self._directory, self._stop.is_set
+        uploader = Uploader(self._transport, note, self._stop.is_set)
         self._set(name, "hashing")
         try:
             if name == MEDIA:
-                send_media(here, self._transport, progress=note, stopped=stopped)
+                uploader.send_media(self._directory)
             else:
-                send_staged(here, self._run, name, self._transport, progress=note, stopped=stopped)
+                uploader.send_staged(self._directory, self._run, name)
         except EndlexError as error:
             is_refused = isinstance(error, Refused)
             state = "refused" if is_refused else "waiting" if isinstance(error, Retry) else "failed"

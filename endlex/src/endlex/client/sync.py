@@ -1,20 +1,18 @@
 """Send all that a run's directory holds now, in the foreground: what `endlex sync DIR` does.
 
 A shipper that is at work there is ended first, and started again afterwards if a trainer still
-writes; so a new address or token counts at once. Ctrl-C loses nothing. `push_checkpoint` sends
-files that are in no run's directory.
+writes; so a new address or token counts at once. Ctrl-C loses nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from endlex.client.checkpoints import Staged, damaged_media, drop_replaced, files_of, give_up
+from endlex.client.checkpoints import damaged_media, drop_replaced, give_up
 from endlex.client.journal_sync import JournalShipper, SessionDiffers, SessionSync, renew_session
-from endlex.client.retrying import PATIENCE_SECONDS, Patience
 from endlex.client.run_directory import require_run_file
 from endlex.client.shipper import MEDIA, CheckpointShipper
 from endlex.client.shipping import (
@@ -26,9 +24,10 @@ from endlex.client.shipping import (
     take_lock,
     write_state,
 )
+from endlex.client.transfers import PATIENCE_SECONDS, Patience
 from endlex.client.transport import Retry, Transport
-from endlex.client.uploads import CheckpointFailed, Progress, build_manifest, upload_checkpoint
-from endlex.protocol import EndlexError, check_checkpoint_name, check_run_id
+from endlex.client.uploads import CheckpointFailed
+from endlex.protocol import EndlexError
 from endlex.reading import content_length, session_files, writer_is_alive
 
 SyncProgress = Callable[[str, int, int], None]
@@ -143,15 +142,11 @@ def _send_checkpoints(
     drop_failed: bool,
 ) -> None:
     """Send what is staged, and media."""
-
-    def report(name: str, done: int, total: int) -> None:
-        patience.progressed(name, done)
-        progress(name, done, total)
-
     drop_replaced(directory)
     for name in checkpoints.waiting():
         try:
-            patience.keep_trying(partial(checkpoints.send, name, partial(report, name)))
+            report = patience.watching(progress, name)
+            patience.keep_trying(partial(checkpoints.send, name, report))
         except Retry:
             raise
         except CheckpointFailed as error:
@@ -163,53 +158,3 @@ def _send_checkpoints(
             continue  # it is among the states
     for sha256 in damaged_media(directory) if drop_failed else ():
         give_up(directory, sha256, "damaged before it was sent")
-
-
-def push_checkpoint(
-    run: str,
-    source: Path,
-    name: str,
-    transport: Transport,
-    *,
-    step: int = 0,
-    aliases: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-    progress: Progress = lambda done, total: None,
-) -> None:
-    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
-
-    Nothing is staged: the files must not change meanwhile, which is noticed.
-
-    Raises:
-        CheckpointFailed: it cannot be published, such as when another one has the name.
-        Retry: not now; calling again sends only what is left.
-        Refused: the token does not allow it, or the server does not know the run.
-        EndlexError: there is nothing to push, or a name is not one.
-    """
-    check_run_id(run)
-    files = list(files_of(source))
-    if not files:
-        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
-    states = [(inside, path.stat()) for inside, path in files]
-    note: Staged = {
-        "name": check_checkpoint_name(name),
-        "step": step,
-        # That of the newest file, not now, so that the same push again is the same manifest.
-        "created": max(state.st_mtime for _, state in states),
-        "aliases": [check_checkpoint_name(alias) for alias in aliases],
-        "metadata": dict(metadata or {}),
-        "files": [
-            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
-            for inside, state in states
-        ],
-    }
-    root = source if source.is_dir() else source.parent
-    manifest = build_manifest(root, note)
-    patience = Patience()
-
-    def report(done: int, total: int) -> None:
-        patience.progressed(done)
-        progress(done, total)
-
-    send = partial(upload_checkpoint, run, manifest, root, note, transport, progress=report)
-    patience.keep_trying(send)

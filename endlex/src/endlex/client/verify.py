@@ -15,11 +15,11 @@ from endlex.client.checkpoints import (
     staged_names,
     waiting_media,
 )
-from endlex.client.downloads import Removed, Unknown, fetch_manifest
 from endlex.client.journal_sync import SessionDiffers, SessionSync
 from endlex.client.process import describe
 from endlex.client.run_directory import require_run_file
 from endlex.client.shipping import failed_checkpoints, shipper_process
+from endlex.client.transfers import Removed, Unknown, fetch_manifest
 from endlex.client.transport import Refused, Transport, TransportError, quoted
 from endlex.client.uploads import missing_parts
 from endlex.protocol import (
