@@ -16,7 +16,7 @@ import pytest
 import endlex
 from endlex.client import checkpoints, uploads
 from endlex.client.checkpoints import manifest_path, read_note, staged_names
-from endlex.client.shipper import MEDIA, CheckpointShipper
+from endlex.client.shipper import ALL_MEDIA, CheckpointShipper
 from endlex.client.transport import Refused, Retry, Transport
 from endlex.client.uploads import CheckpointFailed, FileChanged, Uploader, staged_manifest
 from endlex.reading import read_run
@@ -314,13 +314,13 @@ def test_a_damaged_logged_file_is_put_aside_and_the_others_arrive(
     shipper._send_waiting()
     assert stub.parts == {good.name: b"RIFF2"}
     assert shipper.waiting() == [], "nothing keeps the shipper alive"
-    said = shipper.states()[MEDIA]["error"]
+    said = shipper.states()[ALL_MEDIA]["error"]
     assert said == f"a logged file was damaged before it was sent: {damaged}.damaged"
     again, other = log_files(run, tmp_path, b"RIFF1", b"RIFF3")
     assert again == damaged
     shipper._send_waiting()
     assert set(stub.parts) == {damaged.name, good.name, other.name}
-    assert shipper.states()[MEDIA]["state"] == "published"
+    assert shipper.states()[ALL_MEDIA]["state"] == "published"
 
 
 @pytest.mark.parametrize("fault", [503, 403, "disk"])
@@ -342,7 +342,7 @@ def test_faults_of_media_hold_up_no_checkpoint(
         stub.before = lambda method, path: fault if picture.name in path else None
         shipper._send_waiting()
     assert list(stub.manifests) == [(run.id, name)]
-    assert shipper.states()[MEDIA]["state"] in ("waiting", "refused")
+    assert shipper.states()[ALL_MEDIA]["state"] in ("waiting", "refused")
     stub.before = lambda method, path: None
     monkeypatch.setattr(shipper, "_media_at", 0.0)
     shipper._send_waiting()

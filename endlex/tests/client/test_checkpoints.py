@@ -12,11 +12,10 @@ import pytest
 import endlex
 from endlex.client import transfers, uploads
 from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
-from endlex.client.sync import sync_directory
+from endlex.client.sync import compare_directory, sync_directory
 from endlex.client.transfers import pull_checkpoint, push_checkpoint
 from endlex.client.transport import Refused, Transport, Unreachable
 from endlex.client.uploads import CheckpointFailed
-from endlex.client.verify import compare_directory
 from endlex.protocol import EndlexError
 from endlex.reading import session_files
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from endlex.client.journal import Journal
+from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
 from endlex.client.process import forget, status_of, warn, watch_faults
 from endlex.client.recorder import Recorder
-from endlex.client.values import RunConfig, as_config, as_list, plain
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,

@@ -44,7 +44,7 @@ from endlex.client.uploads import Uploader
 from endlex.protocol import EndlexError
 
 CHECKPOINT_POLL_SECONDS = 0.5
-MEDIA = "media/"
+ALL_MEDIA = "media/"
 """Stands for all waiting media among the checkpoints, whose names have no slash."""
 
 
@@ -88,8 +88,8 @@ class CheckpointShipper:
         return dict(self._states)
 
     def waiting(self) -> list[str]:
-        """Return what is here and may be sent: `MEDIA`, and checkpoints, oldest first."""
-        media = [MEDIA] if waiting_media(self._directory) else []
+        """Return what is here and may be sent: `ALL_MEDIA`, and checkpoints, oldest first."""
+        media = [ALL_MEDIA] if waiting_media(self._directory) else []
         states = self.states()
         staged = staged_names(self._directory)
         return media + [n for n in staged if states.get(n, {}).get("state") != "failed"]
@@ -121,7 +121,7 @@ class CheckpointShipper:
         uploader = Uploader(self._transport, note, self._stop.is_set)
         self._set(name, "hashing")
         try:
-            if name == MEDIA:
+            if name == ALL_MEDIA:
                 uploader.send_media(self._directory)
             else:
                 uploader.send_staged(self._directory, self._run, name)
@@ -150,10 +150,10 @@ class CheckpointShipper:
         for name in drop_replaced(self._directory):
             self._set(name, "replaced")
         for name in self.waiting():
-            if self._stop.is_set() or (name == MEDIA and time.monotonic() < self._media_at):
+            if self._stop.is_set() or (name == ALL_MEDIA and time.monotonic() < self._media_at):
                 continue
             wait = self._attempt(name)
-            if name == MEDIA:
+            if name == ALL_MEDIA:
                 self._media_at = time.monotonic() + wait
             elif wait:
                 return wait
@@ -161,7 +161,7 @@ class CheckpointShipper:
 
     def _attempt(self, name: str) -> float:
         """Send one of those that wait; return the seconds to wait after a fault that may pass."""
-        what = "media" if name == MEDIA else f"checkpoint {name}"
+        what = "media" if name == ALL_MEDIA else f"checkpoint {name}"
         try:
             self.send(name)
         except Retry as error:
@@ -175,7 +175,7 @@ class CheckpointShipper:
             return REFUSED_SECONDS
         else:
             self._backoffs.pop(name, None)
-            if name != MEDIA:
+            if name != ALL_MEDIA:
                 say(f"{what} is published")
         return 0.0
 

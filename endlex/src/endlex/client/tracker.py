@@ -13,7 +13,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
-from endlex.client.journal import Journal
+from endlex.client.journal import Journal, as_config, as_list
 from endlex.client.process import finish_at_exit, warn_once
 from endlex.client.process import warn as say
 from endlex.client.run import Run
@@ -30,7 +30,6 @@ from endlex.client.run_directory import (
     server_url,
     session_start,
 )
-from endlex.client.values import as_config, as_list
 from endlex.protocol import TRAINER, EndlexError, check_name
 
 P = ParamSpec("P")

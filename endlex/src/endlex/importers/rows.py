@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from endlex.client.media import read_file
+from endlex.client.recorder import read_file
 from endlex.importers.run_directory import RunWriter
 from endlex.protocol import NON_FINITE, EndlexError
 

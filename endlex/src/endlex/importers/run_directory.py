@@ -20,11 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from endlex.client.journal import Journal
+from endlex.client.journal import Journal, tidy_name, to_json
 from endlex.client.journal_sync import renew_session
-from endlex.client.media import HISTOGRAM, keep_media
+from endlex.client.recorder import HISTOGRAM, keep_media
 from endlex.client.run_directory import claim_directory, register
-from endlex.client.values import tidy_name, to_json
 from endlex.protocol import (
     CONFIG,
     FINISH,

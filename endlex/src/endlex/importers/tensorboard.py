@@ -17,8 +17,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from endlex.client.media import HISTOGRAM
-from endlex.client.values import tidy_name
+from endlex.client.journal import tidy_name
+from endlex.client.recorder import HISTOGRAM
 from endlex.importers.rows import load
 from endlex.importers.run_directory import Imported, RunWriter, Source
 from endlex.protocol import EndlexError
