@@ -19,8 +19,7 @@ from typing import Any
 
 from endlex.client.journal import tidy_name
 from endlex.client.recorder import HISTOGRAM
-from endlex.importers.rows import load
-from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.importers.run_directory import Imported, RunWriter, Source, load
 from endlex.protocol import EndlexError
 
 HEAD = struct.Struct("<QI")

@@ -23,7 +23,7 @@ from endlex.server.store.charts import ChartQuery, read_chart
 from endlex.server.store.export import export_run
 from endlex.server.store.queries import find_run, list_alerts, show_run
 from endlex.server.store.texts import Page, list_records
-from endlex.server.web import html_export, pages
+from endlex.server.web import pages
 
 router = APIRouter(prefix="/api/v1")
 
@@ -79,7 +79,7 @@ def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]
     names = [
         metric["name"] for metric in whole["metrics"] if not wanted or metric["name"] in wanted
     ]
-    points = html_export.points_of_each(len(names))
+    points = pages.points_of_each(len(names))
     by_step, by_time = (
         read_chart(connection, pk, ChartQuery(metric=names, x=x, points=points))
         for x in ("step", "time")
@@ -93,4 +93,4 @@ def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]
         "alerts": list_alerts(connection, run, open_only=True),
         "settings": {"panels": list_settings(connection, whole["project"])["panels"]},
     }
-    return html_export.render(whole["name"], bytes(json_response(data).body).decode())
+    return pages.render(whole["name"], bytes(json_response(data).body).decode())
