@@ -85,9 +85,17 @@ async def append(
         raise ApiError(415, f"content encoding {encoding!r} is not known: send deflate or none")
     async with request.app.state.batches:
         body = await read_body(request, MAX_BATCH_BYTES)
-        reached = await store(
-            server, run, session, offset, int(crc, 16), body, encoding == "deflate"
-        )
+        deflated = encoding == "deflate"
+        prepared = await server.workers.batch(_prepare, offset, int(crc, 16), body, deflated)
+        try:
+            reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
+        except ApiError:
+            raise
+        except Exception:
+            server.watch.doubt()
+            raise
+    for kind, content in news:
+        server.hub.publish(kind, content)
     return json_response({"offset": reached})
 
 
@@ -189,34 +197,6 @@ class Prepared:
         return Prepared.of(offset, body)
 
 
-async def store(
-    server: Server, run: str, session: str, offset: int, crc: int, body: bytes, deflated: bool
-) -> int:
-    """Store what is new in `body` and return the offset up to which the session is here.
-
-    Args:
-        run, session: checked ids.
-        offset: of the body's first byte in the session's file.
-        crc: CRC-32 of the body, uncompressed.
-        body: whole lines, as they were sent.
-        deflated: whether the body is compressed (zlib).
-
-    Raises:
-        ApiError: 400, 409, 413, 422 or 507, as the protocol says.
-    """
-    prepared = await server.workers.batch(_prepare, offset, crc, body, deflated)
-    try:
-        reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
-    except ApiError:
-        raise
-    except Exception:
-        server.watch.doubt()
-        raise
-    for kind, content in news:
-        server.hub.publish(kind, content)
-    return reached
-
-
 def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
     if deflated:
         body = _inflate(body)
@@ -243,6 +223,7 @@ def _inflate(body: bytes) -> bytes:
 def _store(
     server: Server, connection: sqlite3.Connection, run: str, session: str, prepared: Prepared
 ) -> tuple[int, list[Event]]:
+    """Store what is new in a batch; return the offset up to which the session is here, and news."""
     state = find_session(connection, run, session)
     if prepared.offset > state.offset:
         message = f"session {session} is here up to byte {state.offset}: send from there"

@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, FiniteFloat, Va
 
 from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
-from endlex.server.store.config import store_config
 from endlex.server.store.records import Batch
+from endlex.server.store.search import store_config
 
 MOST_TEXT_CHARS = 10_000
 
