@@ -234,7 +234,7 @@ class RunInfo:
         Args:
             which: its name, a step, "last", "best" or another alias.
         """
-        from endlex.client.downloads import pull_checkpoint
+        from endlex.client.transfers import pull_checkpoint
 
         chosen = choose_checkpoint(self.checkpoints, which, self.name)
         return pull_checkpoint(self.id, chosen["name"], Path(directory), self._api.transport)

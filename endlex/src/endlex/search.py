@@ -29,7 +29,6 @@ d12 OR d20       one of the two; all other words must hold
 FIELDS = ("project", "group", "status", "tag", "name", "host", "id")
 ANYWHERE = ("name", "project", "notes", "group", "host", "tag", "id")
 """What a bare word is looked for in."""
-OPERATORS = ("<", "<=", ">", ">=", "=", "!=")
 MOST_TERMS = 50
 KEYS_OF_RUN = {"tag": "tags", "id": "run"}
 CONFIG = "config."

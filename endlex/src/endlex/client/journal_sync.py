@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.process import oom_kills, write_whole
-from endlex.client.transport import Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import (
+    REFUSED_SECONDS,
+    Refused,
+    Retry,
+    Transport,
+    Unreachable,
+    quoted,
+)
 from endlex.protocol import CRASHED, MAX_BATCH_BYTES, SYSTEM, EndlexError
 from endlex.reading import (
     content_length,
@@ -173,7 +180,6 @@ def _digest(path: Path, length: int) -> str:
 
 
 HEARTBEAT_SECONDS = 20.0
-REFUSED_SECONDS = 30.0
 
 
 class JournalShipper:

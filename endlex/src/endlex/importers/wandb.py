@@ -18,9 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.values import tidy_name
-from endlex.importers.rows import find_files, load, numbers_of, write_row
-from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.client.journal import tidy_name
+from endlex.importers.run_directory import (
+    Imported,
+    RunWriter,
+    Source,
+    find_files,
+    load,
+    numbers_of,
+    write_row,
+)
 from endlex.protocol import CONSOLE, EndlexError
 
 MAGIC = b":W&B"

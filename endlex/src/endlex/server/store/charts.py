@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from endlex.protocol import NON_FINITE
-from endlex.server.store.peaks import read_sampled
-from endlex.server.store.series import chunk_keys, read_all_points, read_points, slice_between
+from endlex.server.store.series import (
+    chunk_keys,
+    read_all_points,
+    read_points,
+    read_sampled,
+    slice_between,
+)
 
 STEP = "step"
 TIME = "time"

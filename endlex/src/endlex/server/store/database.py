@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
-from endlex.server.store.config import fill_config
+from endlex.server.store.search import fill_config
 
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]

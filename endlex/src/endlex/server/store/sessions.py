@@ -9,18 +9,45 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AfterValidator, BaseModel, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
-from endlex.server.store.config import store_config
 from endlex.server.store.records import Batch
+from endlex.server.store.search import store_config
 
-MOST_NOTES_CHARS = 10_000
+MOST_TEXT_CHARS = 10_000
+
+
+def _as_text(value: Any) -> str | None:
+    return None if value is None else str(value)[:MOST_TEXT_CHARS]
+
+
+def _as_texts(value: Any) -> list[str]:
+    return [str(item)[:MOST_TEXT_CHARS] for item in value] if isinstance(value, list) else []
+
+
+def _as_config(value: Any) -> Any:
+    try:
+        orjson.dumps(value)
+    except TypeError:  # it is nested too deeply: all of it is one text
+        return {CONFIG: str(value)[:MOST_TEXT_CHARS]}
+    return value
+
+
+def _as_number(value: Any) -> int | None:
+    return value if type(value) is int and abs(value) < 2**63 else None
+
+
+Text = Annotated[str | None, BeforeValidator(_as_text)]
+Number = Annotated[int | None, BeforeValidator(_as_number)]
 
 
 class SessionRecord(BaseModel):
-    """The first record of a journal, as far as the server reads it (`protocol`)."""
+    """The first record of a journal, as far as the server reads it (`protocol`).
+
+    A field that may be missing takes any value: refusing the record would refuse the whole run.
+    """
 
     type: Literal["session"]
     protocol: int
@@ -30,13 +57,13 @@ class SessionRecord(BaseModel):
     project: Annotated[str, AfterValidator(partial(check_name, what="project"))]
     name: Annotated[str, AfterValidator(partial(check_name, what="run name"))]
     kind: Literal["trainer", "system"] = "trainer"
-    config: dict[str, Any] | None = None
-    tags: list[str] | None = None
-    group: str | None = None
-    notes: str | None = None
-    host: str | None = None
-    rank: int | None = None
-    pid: int | None = None
+    config: Annotated[dict[str, Any] | None, BeforeValidator(_as_config)] = None
+    tags: Annotated[list[str], BeforeValidator(_as_texts)] = []
+    group: Text = None
+    notes: Text = None
+    host: Text = None
+    rank: Number = None
+    pid: Number = None
 
 
 @dataclass(frozen=True)
@@ -84,9 +111,9 @@ def begin_session(
         ApiError: 422, it does not say that.
     """
     record = _check_first(first, run, session)
-    now, notes = time.time(), record.notes and record.notes[:MOST_NOTES_CHARS]
-    config, tags = orjson.dumps(record.config or {}).decode(), orjson.dumps(record.tags or [])
-    about = (record.project, record.name, record.group, notes, tags.decode(), record.host)
+    now, tags = time.time(), orjson.dumps(record.tags).decode()
+    config = orjson.dumps(record.config or {}).decode()
+    about = (record.project, record.name, record.group, record.notes, tags, record.host)
     connection.execute(
         "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
         "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -107,10 +134,13 @@ def begin_session(
 
 def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
     try:
-        record = SessionRecord.model_validate_json(line)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        # By orjson, as all other records: whole numbers beyond 64 bits become floats.
+        record = SessionRecord.model_validate(orjson.loads(line))
+    except ValueError as error:
+        said = str(error)
+        if isinstance(error, ValidationError):
+            wrong = error.errors()[0]
+            said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
         message = f"the first line of session {session} is not its session record: {said}"
         raise ApiError(422, message) from error
     if record.protocol != PROTOCOL:
