@@ -214,7 +214,7 @@ BUDGETS = {
     "optim": (700, 700),
     "tokenizer": (550, 550),
     "data": (1600, 2005),
-    "training": (2100, 3500),
+    "training": (2100, 3450),
     "inference": (1700, 2450),
     "evals": (2000, 2000),
     "tasks": (1300, 1480),
