@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Self
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 KEPT_LINES = 20
 """Lines of a training run that stay readable on a terminal, above the bar."""
@@ -24,6 +26,16 @@ def build_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return Console(
         soft_wrap=True, markup=False, emoji=False, highlight=False, stderr=stderr, quiet=quiet
     )
+
+
+def build_table(*columns: str, title: str | None = None, num_texts: int = 1) -> Table:
+    """Build a table for 80 columns; those after the first `num_texts` hold figures."""
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE, collapse_padding=True, pad_edge=False
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < num_texts else "right", overflow="fold")
+    return table
 
 
 class LiveLine:

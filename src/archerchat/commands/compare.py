@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE
-from rich.table import Table
-
-from archerchat.console import build_console
+from archerchat.console import build_console, build_table
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
@@ -51,9 +48,8 @@ def run_comparison(config: CompareConfig, home: Home) -> None:
     rows, multiplier = compare(first, second), compute_multiplier(first, second)
     if not any(row.agrees is not None for row in rows):
         raise UsageError(f"{first.name} and {second.name} have no figure in common to compare")
-    table = Table("", box=SIMPLE, padding=0)
-    for column in (Path(first.name).name, Path(second.name).name, "difference", "limit", ""):
-        table.add_column(column, justify="right")
+    names = Path(first.name).name, Path(second.name).name
+    table = build_table("", *names, "difference", "limit", "")
     for row in rows:
         verdict = {None: "", True: "agrees", False: "DIFFERS"}[row.agrees]
         values = (

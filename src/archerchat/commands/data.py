@@ -13,7 +13,7 @@ from typing import Literal
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt, Seed
-from archerchat.console import LiveLine, build_console, duration_text
+from archerchat.console import LiveLine, build_console, build_table, duration_text
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import Reading, describe_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
@@ -265,9 +265,8 @@ def _counted(groups: Iterable[Group], line: LiveLine, name: str) -> Iterator[Gro
 
 
 def _describe(directory: Path, *, list_each: bool = False) -> Table:
-    table = Table("split", title=str(directory), title_justify="left")
-    for column in ("shards", "row groups", "documents", "text MB", "file MB"):
-        table.add_column(column, justify="right")
+    columns = ("split", "shards", "row groups", "documents", "text MB", "file MB")
+    table = build_table(*columns, title=str(directory))
 
     def add(name: str, count: str, figures: Sequence[float]) -> None:
         whole, megabytes = figures[:2], figures[2:]

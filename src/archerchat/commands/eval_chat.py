@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from archerchat.config import PositiveInt
-from archerchat.console import LiveLine, build_console, duration_text
+from archerchat.console import LiveLine, build_console, build_table, duration_text
 from archerchat.distributed import Ranks, joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.chat import (
@@ -227,10 +226,8 @@ def _sentence(result: ChatTaskResult) -> str:
 
 
 def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
-    table = Table("task", title=title, title_justify="left", box=SIMPLE, padding=0)  # 80 columns
-    names = ("problems", "accuracy", "95 % interval", "lenient", "guessing", "centred")
-    for name in names:
-        table.add_column(name, justify="right")
+    columns = ("problems", "accuracy", "95 % interval", "lenient", "guessing", "centred")
+    table = build_table("task", *columns, title=title)
     for result in results:
         low, high = result.interval
         lenient = result.lenient_accuracy
@@ -238,7 +235,7 @@ def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
             result.label,
             f"{result.examples:,}",
             f"{result.accuracy:.4f}",
-            f"{low:.4f} .. {high:.4f}",
+            f"{low:.4f}–{high:.4f}",
             "" if lenient is None else f"{lenient:.4f}",
             f"{result.random_baseline:.2f}",
             f"{result.centred:.4f}",
@@ -246,5 +243,5 @@ def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
     if (core := chatcore(results)) is not None:
         low, high = core[1]
         table.add_section()
-        table.add_row("ChatCORE", "", "", f"{low:.4f} .. {high:.4f}", "", "", f"{core[0]:.4f}")
+        table.add_row("ChatCORE", "", "", f"{low:.4f}–{high:.4f}", "", "", f"{core[0]:.4f}")
     return table

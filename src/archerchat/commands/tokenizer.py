@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt
-from archerchat.console import LiveLine, build_console
+from archerchat.console import LiveLine, build_console, build_table
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes, write_json
@@ -255,10 +255,9 @@ def _take(documents: Iterable[str], max_chars: int) -> list[str]:
 
 
 def _table(rows: Sequence[Compression], sizes: Mapping[str, int]) -> Table:
-    table = Table("text", title="Bytes per token (in brackets: ours divided by theirs)")
-    table.title_justify = "left"
-    for column in ("bytes", *(f"{title}\n{size:,} tokens" for title, size in sizes.items())):
-        table.add_column(column, justify="right")
+    columns = (f"{title}\n{size:,} tokens" for title, size in sizes.items())
+    title = "Bytes per token (in brackets: ours divided by theirs)"
+    table = build_table("text", "bytes", *columns, title=title)
     for row in rows:
         cells = [f"{row.bytes_per_token(OURS):.2f}"]
         for title in list(sizes)[1:]:
