@@ -223,7 +223,7 @@ BUDGETS = {
     "exchange": (800, 1025),
     "planning": (700, 850),
     "report": (900, 1480),
-    "commands": (1700, 2640),
+    "commands": (1700, 2510),
     "": (17_000, 25_000),
     "../../endlex/src/endlex": (12_000, 14_450),
 }

@@ -37,13 +37,7 @@ class CompareConfig:
 
 
 def run_comparison(config: CompareConfig, home: Home) -> None:
-    """Print what both have, what differs by too much, and the compute multiplier.
-
-    Raises:
-        ArcherChatError: they do not agree.
-        UsageError: there is no such run, or both have nothing in common.
-        DataError: a log or a journal cannot be read.
-    """
+    """Print what both have, what differs by too much, and the compute multiplier."""
     first, second = read_course(home, config.first), read_course(home, config.second)
     rows, multiplier = compare(first, second), compute_multiplier(first, second)
     if not any(row.agrees is not None for row in rows):

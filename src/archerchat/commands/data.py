@@ -102,12 +102,7 @@ class DataIdentityConfig(Config):
 
 
 def download(config: DataDownloadConfig, home: Home) -> None:
-    """Download the shards that are missing.
-
-    Raises:
-        UsageError: the source does not have that many shards.
-        DataError: the hub cannot be reached, or the disk is full.
-    """
+    """Download the shards that are missing."""
     console = build_console()
     directory, source = home.data_dir(config.source), SOURCES[config.source]
     num_shards = config.num_shards or DEFAULT_SHARDS
@@ -133,13 +128,7 @@ def download(config: DataDownloadConfig, home: Home) -> None:
 
 
 def build(config: DataBuildConfig, home: Home) -> None:
-    """Build shards from the standard library or from a folder of text.
-
-    Raises:
-        UsageError: the name belongs to data from elsewhere or, without `force`, to data that was
-            built from other text or with other settings.
-        DataError: there is nothing to read, a file is broken, or the disk is full.
-    """
+    """Build shards from the standard library or from a folder of text."""
     console = build_console()
     directory = home.data_dir(config.name or _default_name(config.source))
     unchanged = "is built already: nothing to do"
@@ -186,11 +175,7 @@ def build(config: DataBuildConfig, home: Home) -> None:
 
 
 def info(config: DataInfoConfig, home: Home) -> None:
-    """Print a table of sources, splits, shards, row groups, documents and bytes.
-
-    Raises:
-        DataError: there is no data, or a shard is broken.
-    """
+    """Print a table of sources, splits, shards, row groups, documents and bytes."""
     if config.data is not None:
         directories = [data_directory(config.data, home)]
     elif not (directories := list_sources(home)):
@@ -201,12 +186,7 @@ def info(config: DataInfoConfig, home: Home) -> None:
 
 
 def identity(config: DataIdentityConfig, home: Home) -> None:
-    """Draw the conversations and write them, one JSON line each.
-
-    Raises:
-        UsageError: a value is empty, or the template's new file exists.
-        DataError: the template cannot be read, or the output not written.
-    """
+    """Draw the conversations and write them, one JSON line each."""
     console = build_console()
     if config.save_template is not None:
         if config.save_template.exists():

@@ -74,13 +74,7 @@ class EvalBaseConfig(ModelOptions):
 
 
 def evaluate(config: EvalBaseConfig, home: Home) -> None:
-    """Run the chosen evaluations and print their results.
-
-    Raises:
-        UsageError: there is no such model, evaluation, split, bundle or text.
-        DataError: the data is missing or broken.
-        CheckpointError, TokenizerError: the checkpoint is damaged.
-    """
+    """Run the chosen evaluations and print their results."""
     asked = _names(config.eval, "--eval", EVALUATIONS)
     default = "" if config.text else ",".join(SPLITS)
     splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []

@@ -68,12 +68,6 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """Evaluate the tasks one by one and return the figures.
 
     After each task the results are written, to a `.partial.json` until all are done.
-
-    Raises:
-        UsageError: there is no such model or task, or the samples would all be the same.
-        DataError: a task's files are missing or broken.
-        SandboxError: HumanEval is asked for and there is no sandbox on this machine.
-        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
     limits = parse_tasks(config.tasks, config.max_problems)
     sampling = config.sampling

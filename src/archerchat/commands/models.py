@@ -96,11 +96,7 @@ def show(config: ListConfig, home: Home) -> None:
 
 
 def rename(config: RenameConfig, home: Home) -> None:
-    """Rename a model at all stages.
-
-    Raises:
-        UsageError: there is no such model, the new name is taken, or a process works on it.
-    """
+    """Rename a model at all stages."""
     check_name(config.new, "model tag")
     sources = _find(home, config.old, None)
     pairs = [(path, path.with_name(config.new)) for path in sources]
@@ -122,11 +118,7 @@ def rename(config: RenameConfig, home: Home) -> None:
 
 
 def remove(config: RemoveConfig, home: Home) -> None:
-    """Delete a model's checkpoints.
-
-    Raises:
-        UsageError: there is no such model, it is not confirmed, or a process works on it.
-    """
+    """Delete a model's checkpoints."""
     found = {p: f"{p} ({_size_text(p)})" for p in _find(home, config.tag, config.stage)}
     if not config.yes:
         raise UsageError(f"{', '.join(found.values())} would be deleted: confirm it by --yes")
@@ -137,11 +129,7 @@ def remove(config: RemoveConfig, home: Home) -> None:
 
 
 def prune(config: PruneConfig, home: Home) -> None:
-    """Delete a model's older checkpoints.
-
-    Raises:
-        UsageError: there is no such model, or a process works on it.
-    """
+    """Delete a model's older checkpoints."""
     for path in _find(home, config.tag, config.stage):
         before = list_checkpoints(path)
         with exclusive(path):
