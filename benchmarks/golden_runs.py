@@ -107,7 +107,8 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
     recorder = Recorder(None)
     with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
         home = Home(Path(directory))
-        recipe = Pretraining(config, home, tokenizer=tokenizer)
+        tokenizer.save(home.tokenizer_dir(config.tokenizer))
+        recipe = Pretraining(config, home)
         recipe.build(None)
         runtime = recipe.runtime
         recipe.sample = lambda step: {}  # type: ignore[method-assign]

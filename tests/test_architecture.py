@@ -214,7 +214,7 @@ BUDGETS = {
     "optim": (700, 700),
     "tokenizer": (550, 550),
     "data": (1600, 2005),
-    "training": (2100, 3500),
+    "training": (2100, 3450),
     "inference": (1700, 2450),
     "evals": (2000, 2000),
     "tasks": (1300, 1480),
@@ -223,7 +223,7 @@ BUDGETS = {
     "exchange": (800, 1025),
     "planning": (700, 850),
     "report": (900, 1480),
-    "commands": (1700, 2640),
+    "commands": (1700, 2510),
     "": (17_000, 25_000),
     "../../endlex/src/endlex": (12_000, 14_450),
 }

@@ -12,13 +12,15 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from dataclasses import dataclass, field, is_dataclass, replace
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, cast, get_type_hints
 
 import tyro
+from tyro import constructors
 
 from archerchat import __version__
-from archerchat.config import optional_numbers
 from archerchat.errors import ArcherChatError
 from archerchat.home import Home
 
@@ -44,8 +46,8 @@ class Command:
         return function, get_type_hints(function)["config"]
 
 
-OFF = ("-1", "none")
-"""What switches a number off that may be left out."""
+OFF = ("none", "None", "-1")
+"""What switches off an option that may be left out."""
 MAX_TOKENS = {"--max-tokens": "--max-new-tokens"}
 # A subcommand named "" is what its command does where no other follows.
 COMMANDS: dict[str, Command | dict[str, Command]] = {
@@ -166,7 +168,7 @@ def parse(argv: Sequence[str]) -> Parsed:
             raise SystemExit(2)
         level, path = level[name], f"{path} {name}"
     function, configuration = level.load()
-    words = _normalized(words, level.short, configuration)
+    words = _renamed(words, level.short)
     saved = {}
     if level.stage and "--resume" in words[:-1]:
         at = words.index("--resume")
@@ -183,35 +185,74 @@ def parse(argv: Sequence[str]) -> Parsed:
         prog=path,
         args=words,
         config=(tyro.conf.OmitArgPrefixes, *positional),
+        registry=_rules(),
+        compact_help=not {"-h", "-H", "--help-verbose"}.isdisjoint(words),
         **saved,
     )
     return Parsed(function, config)
 
 
-def _normalized(
-    words: Sequence[str], names: Mapping[str, str], configuration: type[Any]
-) -> list[str]:
-    """Split `--flag=value`, use each flag's usual name, and write OFF of a number as None."""
-    optional = {f"--{name.replace('_', '-')}" for name in optional_numbers(configuration)}
+def _renamed(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """Use each flag's usual name, and write `--resume=TAG` as two words."""
     made: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=")
         flag = names.get(flag, flag)
-        if equals and flag in {*optional, "--resume"}:
-            made.append(flag)
-            word = value
-        elif flag.startswith("-"):
-            word = flag + equals + value
-        is_off = word.lower() in OFF and made and made[-1].replace("_", "-") in optional
-        made.append("None" if is_off else word)
+        made += [flag, value] if equals and flag == "--resume" else [flag + equals + value]
     return made
+
+
+def _rules() -> constructors.ConstructorRegistry:
+    """Return how tyro reads `none`, and how it describes fields."""
+    rules, is_nested = constructors.ConstructorRegistry(), False
+
+    @rules.primitive_rule
+    def read_none(
+        info: constructors.PrimitiveTypeInfo,
+    ) -> constructors.PrimitiveConstructorSpec[None] | None:
+        if info.type is not NoneType:
+            return None
+        return constructors.PrimitiveConstructorSpec(
+            1, "{none}", lambda words: None, lambda value: value is None, lambda _: ["none"], OFF
+        )
+
+    @rules.struct_rule
+    def describe_fields(
+        info: constructors.StructTypeInfo,
+    ) -> constructors.StructConstructorSpec | None:
+        nonlocal is_nested
+        if is_nested or not is_dataclass(info.type):
+            return None
+        is_nested = True  # the next call gets tyro's own answer
+        spec = constructors.ConstructorRegistry.get_struct_spec(info)
+        is_nested = False
+        assert isinstance(spec, constructors.StructConstructorSpec)
+        return replace(spec, fields=tuple(map(_described, spec.fields)))
+
+    return rules
+
+
+def _described(field: constructors.StructFieldSpec) -> constructors.StructFieldSpec:
+    """Put a field's help on one line, without a default that says nothing."""
+
+    def describe() -> str:
+        text = field.helptext() if callable(field.helptext) else field.helptext
+        return " ".join((text or "").split())
+
+    says = isinstance(field.default, str | float | int | Path) and field.default is not False
+    hint = None if says else tyro.conf.arg(help_behavior_hint="")
+    return replace(field, helptext=describe, type=cast(Any, Annotated[field.type, hint]))
 
 
 def _overview(
     path: str, level: dict[str, Command] | dict[str, Command | dict[str, Command]]
 ) -> str:
     """Return the help of a command that has subcommands."""
-    lines = [f"usage: {path} COMMAND [OPTIONS]. Run `{path} COMMAND --help` for its options.", ""]
+    lines = [
+        f"usage: {path} COMMAND [OPTIONS]. Run `{path} COMMAND --help` for its options "
+        "(-h only lists them).",
+        "",
+    ]
     for name, entry in level.items():
         if isinstance(entry, Command):
             lines.append(f"  {name:22} {entry.help}")

@@ -17,7 +17,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_type_hints
 
 from archerchat.errors import UsageError
@@ -138,17 +137,6 @@ def _from_json(hint: Any, value: Any) -> Any:
     if isinstance(value, dict):  # JSON turned the token ids of --logit-bias into text
         return {int(key): item for key, item in value.items()}
     return Path(value) if isinstance(value, str) and Path in (hint, *get_args(hint)) else value
-
-
-def optional_numbers(kind: Any) -> set[str]:
-    """Return the fields of a configuration, nested ones included, that hold a number or None."""
-    names = set()
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            names |= optional_numbers(hint)
-        elif NoneType in get_args(hint) and {int, float} & {*get_args(hint)}:
-            names.add(name)
-    return names
 
 
 def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

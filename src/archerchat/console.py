@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Self
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 KEPT_LINES = 20
 """Lines of a training run that stay readable on a terminal, above the bar."""
@@ -24,6 +25,16 @@ def build_console(*, stderr: bool = False, quiet: bool = False) -> Console:
     return Console(
         soft_wrap=True, markup=False, emoji=False, highlight=False, stderr=stderr, quiet=quiet
     )
+
+
+def build_table(*columns: str, title: str | None = None, num_texts: int = 1) -> Table:
+    """Build a table for 80 columns; those after the first `num_texts` hold figures."""
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE, collapse_padding=True, pad_edge=False
+    )
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < num_texts else "right", overflow="fold")
+    return table
 
 
 class LiveLine:
@@ -96,36 +107,33 @@ class ProgressLine(LiveLine):
         self,
         step: int,
         num_iterations: int,
-        *,
-        loss: float,
-        lr_multiplier: float,
-        tokens_per_second: float,
-        mfu: float,
+        metrics: Mapping[str, float],
+        own: Mapping[str, float],
         seconds_left: float | None,
-        more: Mapping[str, float] = MappingProxyType({}),
-        epochs: float | None = None,
     ) -> None:
         """Show the figures of one finished step.
 
         Args:
             step: updates done, this one included.
             num_iterations: may be an estimate that changes.
+            metrics: what is logged of the step.
+            own: the stage's own figures, by the names to show.
             seconds_left: None while there is nothing to estimate it from.
-            more: the stage's own figures.
-            epochs: passes over the data; None where they are not counted.
         """
-        share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
-        figures = "".join(f" | {name} {value:.3f}" for name, value in more.items())
-        left = "?" if seconds_left is None else duration_text(seconds_left)
-        passes = "" if epochs is None else f" | epoch {epochs:.2f}"
+        passes, epochs = "", metrics.get("data/epochs")
         if epochs is not None:
             if self._epochs <= 1 < epochs:
                 self.note(f"step {step}: warning: the second pass over the text begins")
-            self._epochs = epochs
+            self._epochs, passes = epochs, f" | epoch {epochs:.2f}"
+        share = "" if self._live else f" ({100 * step / num_iterations:.1f} %)"
+        loss = f"loss {metrics['train/smooth_loss']:.4f}"
+        more = "".join(f" | {name} {value:.3f}" for name, value in own.items())
+        left = "?" if seconds_left is None else duration_text(seconds_left)
         text = (
-            f"step {step}/{num_iterations}{share}{passes} | loss {loss:.4f}{figures} | "
-            f"lr x{lr_multiplier:.3f} | {tokens_per_second:,.0f} tok/s | mfu {100 * mfu:.1f} % | "
-            f"{left} left"
+            f"step {step}/{num_iterations}{share}{passes} | {loss}{more} | "
+            f"lr x{metrics['train/lr_multiplier']:.3f} | "
+            f"{metrics['train/tokens_per_second']:,.0f} tok/s | "
+            f"mfu {100 * metrics['train/mfu']:.1f} % | {left} left"
         )
         always = self._live or self._first or step == num_iterations
         self._first = False

@@ -68,6 +68,19 @@ def test_every_flag_of_every_command_has_help(
     for field in dataclasses.fields(config):
         shown = GROUPS.get(field.name, field.name)
         assert f"--{shown.replace('_', '-')}" in output or shown.upper() in output
+    for nothing in ("None", "False", ")"):
+        assert f"default: {nothing}" not in output
+
+
+def test_h_lists_the_flags_on_fewer_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = []
+    for word in ("-h", "-H", "--help"):
+        assert exit_of(["pretrain", word]) == 0
+        output = capsys.readouterr().out
+        assert "--final-lr-frac FLOAT" in output
+        assert "--save-every {none}|INT|{time}" in output
+        lengths.append(len(output.splitlines()))
+    assert lengths[0] < 70 < 120 < lengths[1] == lengths[2]
 
 
 def test_the_references_flags_keep_their_names() -> None:

@@ -10,15 +10,15 @@ from rich.console import Console
 from archerchat.console import PLAIN_LINE_SECONDS, LiveLine, ProgressLine
 
 FIGURES = {
-    "loss": 5.12345,
-    "lr_multiplier": 0.25,
-    "tokens_per_second": 12345.6,
-    "mfu": 0.123,
+    "train/smooth_loss": 5.12345,
+    "train/lr_multiplier": 0.25,
+    "train/tokens_per_second": 12345.6,
+    "train/mfu": 0.123,
 }
 
 
 def take_step(line: ProgressLine, step: int = 1, seconds_left: float | None = None) -> None:
-    line.step(step, 40, **FIGURES, seconds_left=seconds_left)
+    line.step(step, 40, FIGURES, {}, seconds_left)
 
 
 class Clock:
@@ -102,7 +102,7 @@ def test_a_terminal_keeps_a_line_every_so_often(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ProgressLine, "note", lambda line, text: kept.append(text))
     with ProgressLine(Console(file=io.StringIO(), force_terminal=True), 400) as line:
         for step in range(1, 401):
-            line.step(step, 400, **FIGURES, seconds_left=None, more={"reward": 0.25})
+            line.step(step, 400, FIGURES, {"reward": 0.25}, None)
     assert [text.split("/")[0] for text in kept] == [
         f"step {step}" for step in (1, *range(20, 400, 20))
     ]

@@ -56,12 +56,7 @@ class ChatConfig(ModelOptions):
 
 
 def chat(config: ChatConfig, home: Home) -> None:
-    """Load a model and answer.
-
-    Raises:
-        UsageError: there is no such model, or a flag has no use here.
-        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
-    """
+    """Load a model and answer."""
     config.sampling.refuse_changes("num_samples", "logprobs")
     loaded, _ = config.load(home, config.source)
     engine = Engine(loaded.model, max_batch=1, compile=config.compile)

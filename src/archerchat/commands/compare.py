@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE
-from rich.table import Table
-
-from archerchat.console import build_console
+from archerchat.console import build_console, build_table
 from archerchat.errors import ArcherChatError, UsageError
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
@@ -40,20 +37,13 @@ class CompareConfig:
 
 
 def run_comparison(config: CompareConfig, home: Home) -> None:
-    """Print what both have, what differs by too much, and the compute multiplier.
-
-    Raises:
-        ArcherChatError: they do not agree.
-        UsageError: there is no such run, or both have nothing in common.
-        DataError: a log or a journal cannot be read.
-    """
+    """Print what both have, what differs by too much, and the compute multiplier."""
     first, second = read_course(home, config.first), read_course(home, config.second)
     rows, multiplier = compare(first, second), compute_multiplier(first, second)
     if not any(row.agrees is not None for row in rows):
         raise UsageError(f"{first.name} and {second.name} have no figure in common to compare")
-    table = Table("", box=SIMPLE, padding=0)
-    for column in (Path(first.name).name, Path(second.name).name, "difference", "limit", ""):
-        table.add_column(column, justify="right")
+    names = Path(first.name).name, Path(second.name).name
+    table = build_table("", *names, "difference", "limit", "")
     for row in rows:
         verdict = {None: "", True: "agrees", False: "DIFFERS"}[row.agrees]
         values = (

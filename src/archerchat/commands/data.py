@@ -13,7 +13,7 @@ from typing import Literal
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt, Seed
-from archerchat.console import LiveLine, build_console, duration_text
+from archerchat.console import LiveLine, build_console, build_table, duration_text
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import Reading, describe_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
@@ -102,12 +102,7 @@ class DataIdentityConfig(Config):
 
 
 def download(config: DataDownloadConfig, home: Home) -> None:
-    """Download the shards that are missing.
-
-    Raises:
-        UsageError: the source does not have that many shards.
-        DataError: the hub cannot be reached, or the disk is full.
-    """
+    """Download the shards that are missing."""
     console = build_console()
     directory, source = home.data_dir(config.source), SOURCES[config.source]
     num_shards = config.num_shards or DEFAULT_SHARDS
@@ -133,13 +128,7 @@ def download(config: DataDownloadConfig, home: Home) -> None:
 
 
 def build(config: DataBuildConfig, home: Home) -> None:
-    """Build shards from the standard library or from a folder of text.
-
-    Raises:
-        UsageError: the name belongs to data from elsewhere or, without `force`, to data that was
-            built from other text or with other settings.
-        DataError: there is nothing to read, a file is broken, or the disk is full.
-    """
+    """Build shards from the standard library or from a folder of text."""
     console = build_console()
     directory = home.data_dir(config.name or _default_name(config.source))
     unchanged = "is built already: nothing to do"
@@ -186,11 +175,7 @@ def build(config: DataBuildConfig, home: Home) -> None:
 
 
 def info(config: DataInfoConfig, home: Home) -> None:
-    """Print a table of sources, splits, shards, row groups, documents and bytes.
-
-    Raises:
-        DataError: there is no data, or a shard is broken.
-    """
+    """Print a table of sources, splits, shards, row groups, documents and bytes."""
     if config.data is not None:
         directories = [data_directory(config.data, home)]
     elif not (directories := list_sources(home)):
@@ -201,12 +186,7 @@ def info(config: DataInfoConfig, home: Home) -> None:
 
 
 def identity(config: DataIdentityConfig, home: Home) -> None:
-    """Draw the conversations and write them, one JSON line each.
-
-    Raises:
-        UsageError: a value is empty, or the template's new file exists.
-        DataError: the template cannot be read, or the output not written.
-    """
+    """Draw the conversations and write them, one JSON line each."""
     console = build_console()
     if config.save_template is not None:
         if config.save_template.exists():
@@ -265,9 +245,8 @@ def _counted(groups: Iterable[Group], line: LiveLine, name: str) -> Iterator[Gro
 
 
 def _describe(directory: Path, *, list_each: bool = False) -> Table:
-    table = Table("split", title=str(directory), title_justify="left")
-    for column in ("shards", "row groups", "documents", "text MB", "file MB"):
-        table.add_column(column, justify="right")
+    columns = ("split", "shards", "row groups", "documents", "text MB", "file MB")
+    table = build_table(*columns, title=str(directory))
 
     def add(name: str, count: str, figures: Sequence[float]) -> None:
         whole, megabytes = figures[:2], figures[2:]

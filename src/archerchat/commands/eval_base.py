@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,7 +23,7 @@ from torch import Tensor
 from archerchat.checkpoint import META
 from archerchat.commands.sample import SampleConfig, print_samples
 from archerchat.config import PositiveInt
-from archerchat.console import LiveLine, build_console, duration_text
+from archerchat.console import LiveLine, build_console, build_table, duration_text
 from archerchat.data.shards import data_directory, list_shards, split_shards
 from archerchat.data.text_loader import TextLoader
 from archerchat.distributed import joined_ranks
@@ -75,13 +74,7 @@ class EvalBaseConfig(ModelOptions):
 
 
 def evaluate(config: EvalBaseConfig, home: Home) -> None:
-    """Run the chosen evaluations and print their results.
-
-    Raises:
-        UsageError: there is no such model, evaluation, split, bundle or text.
-        DataError: the data is missing or broken.
-        CheckpointError, TokenizerError: the checkpoint is damaged.
-    """
+    """Run the chosen evaluations and print their results."""
     asked = _names(config.eval, "--eval", EVALUATIONS)
     default = "" if config.text else ",".join(SPLITS)
     splits = _names(config.split or default, "--split", SPLITS) if config.split or default else []
@@ -169,10 +162,7 @@ def _run_core(
         f"CORE: {examples:,} examples in {len(expected)} tasks, about {total / 1e6:,.1f} million "
         "tokens to run"
     )
-    table = Table(title="CORE", title_justify="left", box=SIMPLE)  # fits in 80 columns
-    table.add_column("task", no_wrap=True)
-    for column in ("examples", "accuracy", "centred", "per second"):
-        table.add_column(column, justify="right")
+    table = build_table("task", "examples", "accuracy", "centred", "per second", title="CORE")
     started = time.monotonic()
 
     def on_progress(label: str, share: float) -> None:
@@ -218,9 +208,7 @@ def _measure_splits(
     """Measure bits per byte on the splits and the text file; print one table."""
     trained = loaded.meta.get("config") or {}
     length, rows = loaded.model.config.sequence_length, config.device_batch_size
-    table = Table(title="Bits per byte", title_justify="left")
-    for column in ("text", "bits per byte", "tokens", "tokens/s"):
-        table.add_column(column, justify="left" if column == "text" else "right")
+    table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")
     results: dict[str, float] = {}
     if splits:
         data = config.data or trained.get("data")

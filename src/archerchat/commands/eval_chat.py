@@ -14,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from archerchat.config import PositiveInt
-from archerchat.console import LiveLine, build_console, duration_text
+from archerchat.console import LiveLine, build_console, build_table, duration_text
 from archerchat.distributed import Ranks, joined_ranks
 from archerchat.errors import UsageError
 from archerchat.evals.chat import (
@@ -69,12 +68,6 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """Evaluate the tasks one by one and return the figures.
 
     After each task the results are written, to a `.partial.json` until all are done.
-
-    Raises:
-        UsageError: there is no such model or task, or the samples would all be the same.
-        DataError: a task's files are missing or broken.
-        SandboxError: HumanEval is asked for and there is no sandbox on this machine.
-        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
     """
     limits = parse_tasks(config.tasks, config.max_problems)
     sampling = config.sampling
@@ -227,10 +220,8 @@ def _sentence(result: ChatTaskResult) -> str:
 
 
 def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
-    table = Table("task", title=title, title_justify="left", box=SIMPLE, padding=0)  # 80 columns
-    names = ("problems", "accuracy", "95 % interval", "lenient", "guessing", "centred")
-    for name in names:
-        table.add_column(name, justify="right")
+    columns = ("problems", "accuracy", "95 % interval", "lenient", "guessing", "centred")
+    table = build_table("task", *columns, title=title)
     for result in results:
         low, high = result.interval
         lenient = result.lenient_accuracy
@@ -238,7 +229,7 @@ def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
             result.label,
             f"{result.examples:,}",
             f"{result.accuracy:.4f}",
-            f"{low:.4f} .. {high:.4f}",
+            f"{low:.4f}–{high:.4f}",
             "" if lenient is None else f"{lenient:.4f}",
             f"{result.random_baseline:.2f}",
             f"{result.centred:.4f}",
@@ -246,5 +237,5 @@ def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
     if (core := chatcore(results)) is not None:
         low, high = core[1]
         table.add_section()
-        table.add_row("ChatCORE", "", "", f"{low:.4f} .. {high:.4f}", "", "", f"{core[0]:.4f}")
+        table.add_row("ChatCORE", "", "", f"{low:.4f}–{high:.4f}", "", "", f"{core[0]:.4f}")
     return table

@@ -83,24 +83,14 @@ class PushConfig(ExportOptions):
 
 
 def export_huggingface(config: ExportConfig, home: Home) -> None:
-    """Write the folder and say what it is.
-
-    Raises:
-        UsageError: there is no such model, the folder is not empty, or the format would lose parts.
-    """
+    """Write the folder and say what it is."""
     _write(config, home, config.directory, config.directory.name)
     size = sum(file.stat().st_size for file in config.directory.iterdir())
     build_console().print(f"exported {config.tag} to {config.directory} ({bytes_text(size)})")
 
 
 def push(config: PushConfig, home: Home) -> None:
-    """Upload the folder.
-
-    Raises:
-        UsageError: as for the export; there is no login, or no right to write there; or everyone
-            can see the repository and `public` is off.
-        DataError: the hub cannot be reached.
-    """
+    """Upload the folder."""
     with tempfile.TemporaryDirectory(prefix="archerchat-push-") as temporary:
         directory, api = Path(temporary) / "model", HfApi()
         message = f"Upload {config.tag} from ArcherChat"
@@ -138,12 +128,7 @@ class ConversationsConfig(Config):
 
 
 def export_conversations(config: ConversationsConfig, home: Home) -> None:
-    """Write one line per conversation.
-
-    Raises:
-        UsageError: the file exists, or there is no such source.
-        DataError: a line of the source is not a conversation.
-    """
+    """Write one line per conversation."""
     if config.file.exists():
         raise UsageError(f"{config.file} already exists: choose another name, or delete it first")
     rows: JsonlTask | TaskMixture

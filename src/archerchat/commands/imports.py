@@ -84,11 +84,6 @@ def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
     """Import one step, with the optimizer's state and the tokenizer if they are found.
 
     Everything is read and checked before anything is written.
-
-    Raises:
-        UsageError: the files are not there, the tag is taken, or the tokenizer is not the model's.
-        CheckpointError: the checkpoint is broken or of an unknown version.
-        TokenizerError: the tokenizer is broken.
     """
     source = config.directory.resolve()
     tag = source.name if config.tag is None else config.tag
@@ -111,11 +106,7 @@ def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
 
 
 def import_huggingface(config: ImportHuggingFaceConfig, home: Home) -> None:
-    """Import the model and the tokenizer of a Hugging Face folder.
-
-    Raises:
-        UsageError: the folder is incomplete or another architecture's, or the tag is taken.
-    """
+    """Import the model and the tokenizer of a Hugging Face folder."""
     source = config.directory.resolve()
     tag, about = config.tag or source.name, read_about(source)
     said = about.get("stage")
@@ -132,12 +123,7 @@ def import_huggingface(config: ImportHuggingFaceConfig, home: Home) -> None:
 
 
 def pull(config: PullConfig, home: Home) -> None:
-    """Download a repository into the hub's own cache and import it.
-
-    Raises:
-        UsageError: there is no such repository, or it cannot be imported.
-        DataError: the hub cannot be reached.
-    """
+    """Download a repository into the hub's own cache and import it."""
     tag = config.tag or config.repo.rpartition("/")[2]
     if config.stage:
         _require_free(home, config.stage, tag)

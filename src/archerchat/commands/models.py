@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
 
 from archerchat.checkpoint import (
     find_checkpoint,
@@ -20,7 +18,7 @@ from archerchat.checkpoint import (
     saved_at,
 )
 from archerchat.config import Config, PositiveInt
-from archerchat.console import bytes_text, duration_text
+from archerchat.console import build_table, bytes_text, duration_text
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home, check_name
@@ -77,9 +75,8 @@ class PruneConfig(ChangeConfig):
 
 def show(config: ListConfig, home: Home) -> None:
     """Print a table of the models."""
-    table = Table("stage", "model", box=SIMPLE, padding=0)  # fits in 80 columns
-    for column in ("steps", "bits/byte", "size", "saved"):
-        table.add_column(column, justify="right")
+    columns = ("stage", "model", "steps", "bits/byte", "size", "saved")
+    table = build_table(*columns, num_texts=2)
     for stage in STAGES:
         found = [(saved_at(find_checkpoint(path)), path) for path in list_models(home, stage)]
         for moment, path in sorted(found, reverse=True):
@@ -99,11 +96,7 @@ def show(config: ListConfig, home: Home) -> None:
 
 
 def rename(config: RenameConfig, home: Home) -> None:
-    """Rename a model at all stages.
-
-    Raises:
-        UsageError: there is no such model, the new name is taken, or a process works on it.
-    """
+    """Rename a model at all stages."""
     check_name(config.new, "model tag")
     sources = _find(home, config.old, None)
     pairs = [(path, path.with_name(config.new)) for path in sources]
@@ -125,11 +118,7 @@ def rename(config: RenameConfig, home: Home) -> None:
 
 
 def remove(config: RemoveConfig, home: Home) -> None:
-    """Delete a model's checkpoints.
-
-    Raises:
-        UsageError: there is no such model, it is not confirmed, or a process works on it.
-    """
+    """Delete a model's checkpoints."""
     found = {p: f"{p} ({_size_text(p)})" for p in _find(home, config.tag, config.stage)}
     if not config.yes:
         raise UsageError(f"{', '.join(found.values())} would be deleted: confirm it by --yes")
@@ -140,11 +129,7 @@ def remove(config: RemoveConfig, home: Home) -> None:
 
 
 def prune(config: PruneConfig, home: Home) -> None:
-    """Delete a model's older checkpoints.
-
-    Raises:
-        UsageError: there is no such model, or a process works on it.
-    """
+    """Delete a model's older checkpoints."""
     for path in _find(home, config.tag, config.stage):
         before = list_checkpoints(path)
         with exclusive(path):

@@ -23,12 +23,7 @@ from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 
 
 def plan(config: PlanConfig, home: Home) -> None:
-    """Print what the run that `config` describes takes.
-
-    Raises:
-        UsageError: the run is impossible, or the card, the data or the tokenizer is unknown.
-        DataError: the data cannot be read.
-    """
+    """Print what the run that `config` describes takes."""
     text = None
     if config.data is not None:
         shards, _ = split_shards(list_shards(data_directory(config.data, home)))

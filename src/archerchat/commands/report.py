@@ -39,12 +39,7 @@ class ReportConfig(Config):
 
 
 def report(config: ReportConfig, home: Home) -> None:
-    """Write the report and print where it is.
-
-    Raises:
-        UsageError: there is no such run, or --out holds something else.
-        DataError: a journal is damaged.
-    """
+    """Write the report and print where it is."""
     if len(config.tag) > 1:
         raise UsageError(
             f"a report is about one model, not {len(config.tag)}; for a law over several runs use "
@@ -96,12 +91,7 @@ class ScalingConfig:
 
 
 def report_scaling(config: ScalingConfig, home: Home) -> None:
-    """Fit the law, write the report, and say what it is and where.
-
-    Raises:
-        UsageError: a run is missing, named twice, or did not log what is needed; or too few.
-        DataError: a journal is damaged.
-    """
+    """Fit the law, write the report, and say what it is and where."""
     tags = list(config.runs)
     if len(tags) < 2:
         raise UsageError(

@@ -42,12 +42,7 @@ class SampleConfig(ModelOptions):
 
 
 def sample(config: SampleConfig, home: Home) -> None:
-    """Load a model and print samples, each token as it comes.
-
-    Raises:
-        UsageError: there is no such model, or the prompt is too long.
-        CheckpointError, TokenizerError: the model or its tokenizer is damaged.
-    """
+    """Load a model and print samples, each token as it comes."""
     config.sampling.refuse_changes("logprobs")
     loaded, _ = config.load(home, config.source)
     console = build_console()

@@ -19,12 +19,7 @@ MAX_CONNECTIONS = 1000
 
 
 def serve(config: ServeConfig, home: Home) -> None:
-    """Serve until Ctrl-C.
-
-    Raises:
-        UsageError: the extra is not installed, there is no such model, or the address is taken.
-        CheckpointError: a model is damaged.
-    """
+    """Serve until Ctrl-C."""
     try:
         import uvicorn
 

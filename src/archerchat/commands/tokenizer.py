@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt
-from archerchat.console import LiveLine, build_console
+from archerchat.console import LiveLine, build_console, build_table
 from archerchat.data.shards import data_directory, iter_documents, list_shards, split_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes, write_json
@@ -77,14 +77,7 @@ class TokenizerEvalConfig(Config):
 
 
 def train(config: TokenizerTrainConfig, home: Home) -> None:
-    """Train a tokenizer and save it under its name; does nothing if that was already done.
-
-    Raises:
-        UsageError: the vocabulary is too small, there is no such data, or another tokenizer has
-            the name and `force` is off.
-        DataError: there are not two shards, one is broken, or their text is too short.
-        TokenizerError: the existing tokenizer is broken, or the disk is full.
-    """
+    """Train a tokenizer and save it under its name; does nothing if that was already done."""
     console = build_console()
     directory = home.tokenizer_dir(config.name)
     data = data_directory(config.data, home)
@@ -136,13 +129,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
 
 
 def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
-    """Print a table of bytes per token, by text and vocabulary, and write it as JSON if asked.
-
-    Raises:
-        UsageError: the tokenizer, the data or a ranks file that was asked for does not exist.
-        TokenizerError: the tokenizer or a ranks file is broken.
-        DataError: the data that was asked for is broken.
-    """
+    """Print a table of bytes per token, by text and vocabulary, and write it as JSON if asked."""
     console = build_console()
     tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
     vocabularies = {OURS: tokenizer}
@@ -255,10 +242,9 @@ def _take(documents: Iterable[str], max_chars: int) -> list[str]:
 
 
 def _table(rows: Sequence[Compression], sizes: Mapping[str, int]) -> Table:
-    table = Table("text", title="Bytes per token (in brackets: ours divided by theirs)")
-    table.title_justify = "left"
-    for column in ("bytes", *(f"{title}\n{size:,} tokens" for title, size in sizes.items())):
-        table.add_column(column, justify="right")
+    columns = (f"{title}\n{size:,} tokens" for title, size in sizes.items())
+    title = "Bytes per token (in brackets: ours divided by theirs)"
+    table = build_table("text", "bytes", *columns, title=title)
     for row in rows:
         cells = [f"{row.bytes_per_token(OURS):.2f}"]
         for title in list(sizes)[1:]:

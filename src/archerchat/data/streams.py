@@ -21,7 +21,7 @@ from archerchat.data.prefetch import Batch, PrefetchingLoader
 from archerchat.distributed import Ranks
 from archerchat.errors import UsageError
 
-L = TypeVar("L", bound=PrefetchingLoader[Any])
+LoaderT = TypeVar("LoaderT", bound=PrefetchingLoader[Any])
 COUNT = "streams"
 
 
@@ -30,7 +30,7 @@ def saved_streams(state: Mapping[str, Any]) -> int:
     return int(state.get(COUNT, 1))
 
 
-class Streams(Stateful, Generic[L]):
+class Streams(Stateful, Generic[LoaderT]):
     """Yield this rank's micro-batches of each step.
 
     Args:
@@ -44,7 +44,7 @@ class Streams(Stateful, Generic[L]):
 
     def __init__(
         self,
-        open_stream: Callable[[int, int], L],
+        open_stream: Callable[[int, int], LoaderT],
         num_streams: int,
         grad_accum_steps: int,
         ranks: Ranks,
@@ -68,12 +68,12 @@ class Streams(Stateful, Generic[L]):
         self._step: Iterator[Batch] = iter(())
 
     @property
-    def first(self) -> L:
+    def first(self) -> LoaderT:
         """The first stream that this rank reads."""
         return next(iter(self.loaders.values()))
 
     @property
-    def own(self) -> list[L]:
+    def own(self) -> list[LoaderT]:
         """The streams that no lower rank reads, to count each once."""
         return [self.loaders[stream] for stream, places in self._own.items() if places[0] == 0]
 

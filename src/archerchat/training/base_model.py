@@ -6,12 +6,9 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rich.console import Console
-
 from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
 from archerchat.dial import DialConfig, LearningRates, build_hyperparameters
 from archerchat.errors import CheckpointError
-from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
@@ -83,31 +80,22 @@ def _dial_of(model: ModelConfig, batch: int | None) -> DialConfig:
 
 
 class Tuning(Stage):
-    """A stage that starts from a saved model.
-
-    Args:
-        source: that model's stage.
-
-    Raises:
-        UsageError: there is no such model or step.
-        CheckpointError: the checkpoint is damaged.
-        TokenizerError: its tokenizer is missing, or is another one by now.
-    """
+    """A stage that starts from a saved model."""
 
     config: TuneConfig
     base: Checkpoint
     """The checkpoint to start from. Its weights stay on disk until they are trained."""
     rates: LearningRates
 
-    def __init__(
-        self,
-        config: TuneConfig,
-        home: Home,
-        console: Console | None,
-        most_rows: int | None,
-        source: str,
-    ) -> None:
-        super().__init__(config, home, console, most_rows)
+    def find_base(self, source: str) -> None:
+        """Read what the chosen model of stage `source` says of itself.
+
+        Raises:
+            UsageError: there is no such model or step.
+            CheckpointError: the checkpoint is damaged.
+            TokenizerError: its tokenizer is missing, or is another one by now.
+        """
+        config, home = self.config, self.home
         path = find_checkpoint(find_model(home, source, config.model_tag), config.model_step)
         self.base = load_checkpoint(path, sections=())
         self.model_config = read_model_config(self.base)

@@ -68,9 +68,6 @@ class Loop(Stateful):
             self.runtime.device.type, enabled=self.runtime.compute_dtype == torch.float16
         )
         self._stop = StopRequest()
-        # One rate shows the schedule; the others are multiples of it, and in the config.
-        muon = [group.rate for group in self.optimizer.groups if isinstance(group, MuonGroup)]
-        self._shown_rates = {"train/matrix_lr": muon[0]} if muon else {}
         self._throughput = Throughput(peak.flops_per_second * self.runtime.world_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,41 +199,31 @@ class Loop(Stateful):
 
     def _report(self, step: int, loss: float, last: float, settings: StepSettings) -> None:
         seconds, tokens = self._throughput.seconds[-1], self.recipe.step_tokens()
-        rate, smooth = tokens / seconds, self._smooth()
-        mfu = self._throughput.mfu(self.recipe.step_flops(), seconds)
-        own = dict(self.recipe.step_metrics())
-        self.metrics.log(
-            {
-                "train/loss": loss,
-                "train/last_micro_batch_loss": last,
-                "train/smooth_loss": smooth,
-                "train/lr_multiplier": settings.lr_multiplier,
-                "train/muon_momentum": settings.muon_momentum,
-                "train/muon_weight_decay": settings.muon_weight_decay,
-                "train/tokens_per_second": rate,
-                "train/mfu": mfu,
-                "train/seconds": self.state.training_seconds,
-                "train/tokens": self.state.tokens,
-                "train/flops": self.state.flops,
-                "train/memory_bytes": self.runtime.peak_memory_bytes(),
-            }
-            | {name: rate * settings.lr_multiplier for name, rate in self._shown_rates.items()}
-            | ({"train/grad_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {})
-            | own,
-            step,
-        )
-        steps = self.recipe.total_steps(self.state.step)
-        self.progress.step(
-            self.state.step,
-            steps,
-            loss=smooth,
-            lr_multiplier=settings.lr_multiplier,
-            tokens_per_second=rate,
-            mfu=mfu,
-            seconds_left=self._throughput.seconds_left(steps - self.state.step),
-            more=self.recipe.shown_metrics(),
-            epochs=own.get("data/epochs"),
-        )
+        metrics: dict[str, float] = {
+            "train/loss": loss,
+            "train/last_micro_batch_loss": last,
+            "train/smooth_loss": self._smooth(),
+            "train/lr_multiplier": settings.lr_multiplier,
+            "train/muon_momentum": settings.muon_momentum,
+            "train/muon_weight_decay": settings.muon_weight_decay,
+            "train/tokens_per_second": tokens / seconds,
+            "train/mfu": self._throughput.mfu(self.recipe.step_flops(), seconds),
+            "train/seconds": self.state.training_seconds,
+            "train/tokens": self.state.tokens,
+            "train/flops": self.state.flops,
+            "train/memory_bytes": self.runtime.peak_memory_bytes(),
+        }
+        # One rate shows the schedule; the others are multiples of it, and in the config.
+        muon = [group for group in self.optimizer.groups if isinstance(group, MuonGroup)]
+        for group in muon[:1]:
+            metrics["train/matrix_lr"] = group.rate * settings.lr_multiplier
+        if self.scaler.is_enabled():
+            metrics["train/grad_scale"] = self.scaler.get_scale()
+        metrics |= self.recipe.step_metrics()
+        self.metrics.log(metrics, step)
+        done, steps = self.state.step, self.recipe.total_steps(self.state.step)
+        left = self._throughput.seconds_left(steps - done)
+        self.progress.step(done, steps, metrics, self.recipe.shown_metrics(), left)
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
         started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from statistics import median_high
 
 WARMUP_STEPS = 5
 """Steps after a start that are left out of speed figures: they compile and fill caches."""
@@ -86,20 +87,16 @@ class Throughput:
         steady = self.seconds[WARMUP_STEPS:][-RECENT_STEPS:]
         if not steady:
             return None if steps else 0.0
-        return steps * _median(steady)
+        return steps * median_high(steady)
 
     def outcome(self, finished: bool) -> Outcome:
         """Return the rate of the median step after the warm-up, and its share of the peak."""
         steps, spent = max(1, len(self.seconds)), sum(self.seconds)
         measured = self.seconds[WARMUP_STEPS:] or self.seconds
-        typical = _median(measured) if measured else math.nan
+        typical = median_high(measured) if measured else math.nan
         return Outcome(
             finished,
             self.tokens / steps / typical,
             self.mfu(self.flops / steps, typical),
             self.wait_seconds / spent if spent else 0.0,
         )
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

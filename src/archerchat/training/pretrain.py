@@ -22,7 +22,7 @@ from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
 from archerchat.data.prefetch import Batch
 from archerchat.data.shards import count_text_bytes, data_directory, list_shards, split_shards
-from archerchat.data.streams import Streams, saved_streams
+from archerchat.data.streams import Streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
 from archerchat.dial import DialConfig, build_hyperparameters
@@ -105,28 +105,14 @@ class Pretraining(Stage):
     fp8_speed: float | None = None
     """How many times as fast 8-bit products turned out; None where that was not measured."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        home: Home,
-        console: Console | None = None,
-        tokenizer: Tokenizer | None = None,
-        most_rows: int | None = None,
-    ) -> None:
-        """Decide everything about the run.
-
-        Args:
-            tokenizer: used instead of the one that the configuration names.
-            most_rows: bound on the rows per micro-batch, if they are chosen here.
-        """
-        super().__init__(config, home, console, most_rows)
-        dial = config.dial
+    def decide(self) -> None:
+        config, home, dial = self.config, self.home, self.config.dial
         if config.fp8 and not supports_fp8(self.runtime.device):
             raise UsageError(
                 f"--fp8 needs an NVIDIA card of sm89 or newer, and this is {self.runtime.device}: "
                 "leave it out"
             )
-        self.tokenizer = tokenizer or Tokenizer.load(find_tokenizer(home, config.tokenizer))
+        self.tokenizer = Tokenizer.load(find_tokenizer(home, config.tokenizer))
         self.hp = build_hyperparameters(dial, self.tokenizer.vocab_size)
         self.schedule = build_schedule(dial, self.hp)
         self.tag = config.model_tag or f"d{dial.depth}"
@@ -139,7 +125,6 @@ class Pretraining(Stage):
         self.files = list_shards(data_directory(config.data, home))
         self.shards, self.validation_shards = split_shards(self.files)
         self.packing, self.packing_reason = self._choose_packing()
-        self.meta = self.describe()
 
     @cached_property
     def text(self) -> TextSample:
@@ -218,13 +203,7 @@ class Pretraining(Stage):
         if config.fp8:
             saved = start.meta.get("fp8") if start else None
             self.uses_fp8, self.fp8_speed = choose_precision(self, self.rows, saved)
-        saved_state = start.state.get("loader") if start else None
-        self.loader = Streams(
-            partial(self._open_loader, self.shards),
-            saved_streams(saved_state) if saved_state else self.ranks.world_size,
-            self.grad_accum_steps,
-            self.ranks,
-        )
+        self.loader = self.open_streams(partial(self._open_loader, self.shards), start)
         self.evaluations = [Evaluation(self.measure_bits, config.eval_every)]
         if config.core_metric_every is not None:
             self.evaluations.append(
@@ -365,10 +344,5 @@ class Pretraining(Stage):
 
 
 def pretrain(config: PretrainConfig, home: Home, console: Console | None = None) -> Outcome:
-    """Train a base model until the horizon is reached or a signal stops it.
-
-    Raises:
-        UsageError: the settings contradict each other or the run that is there.
-        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
-    """
+    """Train a base model until the horizon is reached or a signal stops it, as `run_stage` does."""
     return run_stage(Pretraining, config, home, console)

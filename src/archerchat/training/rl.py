@@ -114,14 +114,9 @@ class Reinforcement(Tuning):
     _batch: RolloutBatch
     """The micro-batch that `loss` is asked for."""
 
-    def __init__(
-        self,
-        config: ReinforceConfig,
-        home: Home,
-        console: Console | None = None,
-        most_rows: int | None = None,
-    ) -> None:
-        super().__init__(config, home, console, most_rows, config.source)
+    def decide(self) -> None:
+        config = self.config
+        self.find_base(config.source)
         # Rows differ in length from step to step; each length would be compiled again.
         self.compile = False
         self.train, self.test = self.ranks.first_alone(self._build_tasks)
@@ -140,7 +135,6 @@ class Reinforcement(Tuning):
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
         self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
         self.passed: dict[str, float] = {}  # what the last evaluation found
-        self.meta = self.describe()
 
     def _build_tasks(self) -> tuple[Task, Task]:
         """Return what is asked in training, and the part of the test that is measured on.
@@ -305,10 +299,5 @@ class Reinforcement(Tuning):
 
 
 def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> Outcome:
-    """Train until the questions are used up or a signal stops it.
-
-    Raises:
-        UsageError: the settings contradict each other, the model, or the run that is there.
-        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
-    """
+    """Train until the questions are used up or a signal stops it, as `run_stage` does."""
     return run_stage(Reinforcement, config, home, console)

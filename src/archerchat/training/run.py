@@ -39,6 +39,8 @@ def run_stage(
     """Run a stage; if memory runs out before its first checkpoint, halve the rows it chose.
 
     Raises:
+        UsageError: the settings contradict each other or the run that is there.
+        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
         MemoryExceededError: the micro-batch was given, is of one row, or is shared by ranks, which
             would wait for one that failed.
     """

@@ -27,7 +27,7 @@ from archerchat.data.conversation_loader import (
     describe_mixture,
     render_whole,
 )
-from archerchat.data.streams import Streams, saved_streams
+from archerchat.data.streams import Streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
@@ -105,15 +105,10 @@ class Finetuning(Tuning):
     config: FinetuneConfig
     loader: Streams[ConversationLoader]
 
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        home: Home,
-        console: Console | None = None,
-        most_rows: int | None = None,
-    ) -> None:
-        super().__init__(config, home, console, most_rows, "base")
-        files = TaskFiles(home.cache_dir / "tasks", config.data.data_dir, notify=self.console.print)
+    def decide(self) -> None:
+        config, cache = self.config, self.home.cache_dir / "tasks"
+        self.find_base("base")
+        files = TaskFiles(cache, config.data.data_dir, notify=self.console.print)
         self.train, self.validation = self.ranks.first_alone(
             lambda: build_mixtures(config.data, files)
         )
@@ -126,7 +121,6 @@ class Finetuning(Tuning):
         usual_rows = saved_rows(self.saved.meta) if self.saved else usual_rows
         self.fit_to_device(usual_rows=usual_rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
-        self.meta = self.describe()
 
     def identity(self) -> dict[str, Any]:
         config, passes = self.config, self.config.passes
@@ -154,12 +148,7 @@ class Finetuning(Tuning):
             self.load_moments()
 
     def open_data(self, start: Checkpoint | None) -> None:
-        self.loader = Streams(
-            partial(self._open_loader, self.train, True),
-            saved_streams(start.state["loader"]) if start else self.ranks.world_size,
-            self.grad_accum_steps,
-            self.ranks,
-        )
+        self.loader = self.open_streams(partial(self._open_loader, self.train, True), start)
         self.evaluations = [Evaluation(self.measure_bits, self.config.eval_every)]
 
     def _open_loader(
@@ -313,12 +302,7 @@ class Finetuning(Tuning):
 
 
 def finetune(config: FinetuneConfig, home: Home, console: Console | None = None) -> Outcome:
-    """Train until the passes or the steps are done, or a signal stops it.
-
-    Raises:
-        UsageError: the settings contradict each other, the base model, or the run that is there.
-        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
-    """
+    """Train until the passes or the steps are done or a signal stops it, as `run_stage` does."""
     return run_stage(Finetuning, config, home, console)
 
 

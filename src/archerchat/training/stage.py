@@ -8,7 +8,7 @@ it.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ from rich.console import Console
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import AttentionName, DeviceConfig, PositiveInt, as_json
 from archerchat.console import build_console
+from archerchat.data.streams import LoaderT, Streams, saved_streams
 from archerchat.dial import grad_accum_steps
 from archerchat.distributed import joined_ranks
 from archerchat.home import Home
@@ -71,13 +72,14 @@ class StageConfig(DeviceConfig):
 
 
 class Stage(Recipe):
-    """One training command. A subclass sets the attributes below when it is built.
+    """One training command; `decide` of a subclass sets the attributes below.
 
     Args:
         most_rows: bound on the rows per micro-batch, if they are chosen here.
 
     Raises:
-        UsageError: the device is not here.
+        UsageError: the device is not here, or the settings contradict each other or what they name.
+        DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
     """
 
     name: ClassVar[str]
@@ -115,6 +117,12 @@ class Stage(Recipe):
         prepare_process(self.runtime)
         self.joined = ExitStack()
         self.ranks = self.joined.enter_context(joined_ranks(self.runtime, self.runtime.device))
+        self.decide()
+        self.meta = self.describe()
+
+    @abstractmethod
+    def decide(self) -> None:
+        """Decide everything about the run, and build nothing yet."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -198,6 +206,14 @@ class Stage(Recipe):
 
     def step_tokens(self) -> int:
         return self.total_batch_tokens
+
+    def open_streams(
+        self, open_stream: Callable[[int, int], LoaderT], start: Checkpoint | None
+    ) -> Streams[LoaderT]:
+        """Open the streams of data that this rank reads, of as many as the run began with."""
+        saved = start.state.get("loader") if start else None
+        count = saved_streams(saved) if saved else self.ranks.world_size
+        return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
 
     def count_micro_batches(self, rows: int) -> int:
         """Return how many micro-batches of `rows` rows one rank adds up per step."""

@@ -43,7 +43,7 @@ def test_it_measures_what_training_measured(
     assert results["checkpoint"].endswith("base/tiny/step_000004")
     for split in ("train", "val"):
         bits = results["bits_per_byte"][split]
-        assert re.search(rf"│ {split} +│ +{bits:.4f} │ +512 │", output)
+        assert re.search(rf" {split} +{bits:.4f} +512 ", output)
     figures = json.loads((trained_home.run_dir("tiny") / "summary.json").read_text())
     assert results["bits_per_byte"]["val"] == pytest.approx(figures["val_bpb"], rel=1e-6)
     assert "no prompt ─" in output

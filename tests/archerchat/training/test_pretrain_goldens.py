@@ -74,7 +74,8 @@ def run_loop(
     prepare: Callable[[Recipe], Saves] = lambda recipe: Saves(),
 ) -> Recorder:
     """Train as `pretrain` does, but into memory."""
-    recipe = Pretraining(config, home, tokenizer=tokenizer)
+    tokenizer.save(home.tokenizer_dir(config.tokenizer))
+    recipe = Pretraining(config, home)
     recipe.build(None)
     saves: Any = prepare(recipe)
     recipe.sample = lambda step: {}  # type: ignore[method-assign]
@@ -200,7 +201,7 @@ def test_an_imported_run_continues_as_the_reference_did(oracle_dir: Path, tmp_pa
     meta = load_checkpoint(path, ()).meta
     meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
     save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
-    stage, recorder = Pretraining(config, home, tokenizer=tokenizer), Recorder(None)
+    stage, recorder = Pretraining(config, home), Recorder(None)
     start = find_start(stage.saved, stage.meta, extend=True)
     assert start is not None
     stage.build(start)
