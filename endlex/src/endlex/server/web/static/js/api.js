@@ -4,7 +4,7 @@ import { ROOT, query } from "./address.js";
 
 const API = `${ROOT}/api/v1`;
 
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;

@@ -8,7 +8,7 @@ import { ChartLine } from "./chart_data.js";
 import { hueAt, systemDark } from "./colors.js";
 import { boardToolbar } from "./chart_toolbar.js";
 import { debounce, el, recall, remember, replaceContent } from "./dom.js";
-import { compareText, flatten, formatValue } from "./format.js";
+import { compareText, configKey, flatten, formatValue } from "./format.js";
 import { Panels, metricsOf, panelsSection } from "./panels.js";
 import { SeriesLoader } from "./series_loader.js";
 
@@ -219,8 +219,8 @@ export class ChartBoard {
 
   // What runs can be grouped by: [key, words].
   groupings() {
-    const differing = [...valuesByKey(this.runs)].filter(([, values]) => values.size > 1).map(([key]) => [`config.${key}`, key]);
-    return [["", "no groups"], ["group", "group"], ["tags", "tags"], ...differing.sort((a, b) => compareText(a[1], b[1]))];
+    const differing = variedKeys(this.runs).sort(compareText).map((key) => [`config.${key}`, key]);
+    return [["", "no groups"], ["group", "group"], ["tags", "tags"], ...differing];
   }
 
   group(chart) {
@@ -344,19 +344,17 @@ function patterns(text) {
   });
 }
 
-export function valuesByKey(runs) {
-  const found = new Map();
-  for (const run of runs) {
-    for (const [key, value] of flatten(run.config || {})) found.set(key, (found.get(key) || new Set()).add(formatValue(value)));
-  }
-  for (const [key, values] of found) if (runs.some((run) => !flatten(run.config || {}).some(([name]) => name === key))) values.add(undefined);
-  return found;
+// The configuration's keys that the runs do not all have the same value of.
+function variedKeys(runs) {
+  const configs = runs.map((run) => new Map(flatten(run.config || {})));
+  const keys = new Set(configs.flatMap((config) => [...config.keys()]));
+  return [...keys].filter((key) => new Set(configs.map((config) => formatValue(config.get(key)))).size > 1);
 }
 
 function labelOf(run, key) {
   if (key === "group") return run.group || "no group";
   if (key === "tags") return (run.tags || []).join(", ") || "no tags";
-  const name = key.replace(/^config\./, "");
+  const name = configKey(key);
   return `${name} = ${formatValue(new Map(flatten(run.config || {})).get(name))}`;
 }
 

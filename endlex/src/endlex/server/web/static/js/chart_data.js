@@ -1,13 +1,12 @@
 // What a chart holds of each of its lines: the whole series at the chart's width, and while it is
 // zoomed the part in view with a margin, fetched anew for every range that needs finer data.
 
-import { joinSeries } from "./series_loader.js";
+import { EMPTY, joinSeries } from "./series_loader.js";
 import { fenceOf, smooth } from "./smoothing.js";
 
 const MARGIN = 0.5; // of the view's width, on either side: room to pan before data is needed
 const COARSER_BY = 2.2; // a view this many times narrower than what was fetched wants finer data
 const REFRESH_MS = 900; // between two looks for new points
-const EMPTY = { x: new Float64Array(), y: new Float64Array(), count: 0, sampled: false, nonfinite: [] };
 
 export class ChartLine {
   // `offset` is taken from x: the run's start, where x is the time since it.

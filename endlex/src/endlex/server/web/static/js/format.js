@@ -75,6 +75,16 @@ export function flatten(value, prefix = "") {
   );
 }
 
+// The key of the configuration that a column shows: "config.lr" and "lr" are the same.
+export function configKey(column) {
+  return column.replace(/^config\./, "");
+}
+
+export function formatCsv(rows) {
+  const quoted = (value) => `"${String(value ?? "").replaceAll('"', '""')}"`;
+  return rows.map((row) => `${row.map(quoted).join(",")}\n`).join("");
+}
+
 // Text with runs of digits in the order of their numbers: "d8" before "d12".
 const COLLATOR = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
 

@@ -2,7 +2,7 @@
 // latest up to there.
 
 import { download, el, fail, replaceContent } from "./dom.js";
-import { compareText, formatBytes, formatDate, formatInteger, formatNumber, formatValue } from "./format.js";
+import { compareText, formatBytes, formatCsv, formatDate, formatInteger, formatNumber, formatValue } from "./format.js";
 import { svg } from "./svg.js";
 
 const PAGE = 200;
@@ -156,7 +156,7 @@ function table({ name, step, columns = [], rows = [] }, state) {
     note.textContent = found.length > ROWS ? `the first ${ROWS} of ${formatInteger(found.length)} rows` : `${formatInteger(found.length)} rows`;
   };
   const filter = el("input", { type: "search", placeholder: "Filter rows", value: state.filter, "aria-label": `Filter ${name}`, oninput: () => ((state.filter = filter.value), fill()) });
-  const csv = () => [columns, ...chosen()].map((row) => row.map((value) => `"${formatValue(value).replaceAll('"', '""')}"`).join(",")).join("\n");
+  const csv = () => formatCsv([columns, ...chosen()].map((row) => row.map(formatValue)));
   const save = el("button", { type: "button", class: "button", onclick: () => download(`${name.replaceAll("/", "-")}-${step}.csv`, csv(), "text/csv") }, "CSV");
   fill();
   return [el("div", { class: "toolbar" }, filter, save, note), el("div", { class: "table-scroll" }, el("table", { class: "plain" }, el("thead", {}, head), body))];

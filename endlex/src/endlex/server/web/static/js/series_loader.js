@@ -85,6 +85,9 @@ function toArrays(series) {
   return { x: Float64Array.from(x), y: values, count, sampled, nonfinite };
 }
 
+// A series without points.
+export const EMPTY = toArrays();
+
 // `old` up to where `fresh` begins, then `fresh`: how a live chart grows.
 export function joinSeries(old, fresh) {
   if (fresh.x.length === 0) return old;

@@ -37,7 +37,6 @@ export function tabList(tabs, label) {
     bar,
     panel,
     open,
-    current: () => tabs[buttons.findIndex((button) => button.getAttribute("aria-selected") === "true")]?.id,
     setCount: (id, count) => {
       const index = tabs.findIndex((tab) => tab.id === id);
       if (index >= 0) buttons[index].querySelector(".count").textContent = String(count);
