@@ -29,13 +29,13 @@ from endlex.server.store.charts import ChartQuery, read_chart
 from endlex.server.store.queries import find_run, list_alerts, show_run
 from endlex.server.store.records import Points
 from endlex.server.store.series import machine_sessions, read_all_points
-from endlex.server.store.texts import Kind, Page, list_records
+from endlex.server.store.texts import OWN_PREFIX, Kind, Page, list_records
 from endlex.server.web import pages
 
 router = APIRouter(prefix="/api/v1")
 
 MOST_RECORDS = 1000
-"""Texts, and tables, in the HTML file: the latest."""
+"""Samples, tables, and chunks of each text of Endlex itself in the HTML file: the latest."""
 MIME = {
     "csv": "text/csv; charset=utf-8",
     "json": "application/json",
@@ -91,11 +91,16 @@ def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]
         read_chart(connection, pk, ChartQuery(metric=names, x=x, points=points))
         for x in ("step", "time")
     )
-    latest = Page(limit=MOST_RECORDS, own=True)
+    latest = Page(limit=MOST_RECORDS)
+    # What a run printed has the highest steps: it must not crowd out the samples.
+    own = [Page(limit=MOST_RECORDS, name=n) for n in whole["texts"] if n.startswith(OWN_PREFIX)]
+    texts = [
+        text for page in (latest, *own) for text in list_records(connection, "texts", pk, page)
+    ]
     data = {
         "run": whole,
         "series": {name: {"step": by_step[name], "time": by_time[name]} for name in names},
-        "texts": list_records(connection, "texts", pk, latest),
+        "texts": texts,
         "tables": list_records(connection, "tables", pk, latest),
         "alerts": list_alerts(connection, run, open_only=True),
         "settings": {"panels": list_settings(connection, whole["project"])["panels"]},

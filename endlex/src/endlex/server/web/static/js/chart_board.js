@@ -24,17 +24,20 @@ export class ChartBoard {
   constructor(source, { key, runs, project, xKinds }) {
     Object.assign(this, { key, runs, source });
     this.addressed = key !== "system";
-    this.settings = { ...DEFAULTS, ...recall(`board.${key}`, {}), ...(this.addressed && settingsOf(readAddress())) };
+    const address = this.addressed ? readAddress() : {};
+    this.settings = { ...DEFAULTS, ...recalled(key, address), ...settingsOf(address) };
     this.xKinds = xKinds || this.usableX();
     if (![...this.xKinds, ...this.metrics].includes(this.settings.x)) this.settings.x = this.xKinds[0];
+    if (!this.groupings().some(([by]) => by === this.settings.groupBy)) this.settings.groupBy = "";
+    if (this.addressed) writeAddress(addressOf(this.settings));
     this.loader = new SeriesLoader(source);
     this.charts = new Map();
     this.panelCharts = [];
     this.roots = new WeakMap();
     this.hidden = new Set();
-    this.filter = (this.addressed && readAddress().filter) || "";
+    this.filter = address.filter || "";
     this.folded = recall(`folded.${key}`, {});
-    this.view = this.addressed ? viewOf(readAddress().zoom) : null;
+    this.view = viewOf(address.zoom);
     this.groups = el("div", { class: "chart-groups" });
     this.panels = project !== undefined && this.addressed ? new Panels(source, project, () => this.makePanels()) : null;
     this.toolbar = boardToolbar(this);
@@ -172,14 +175,16 @@ export class ChartBoard {
   }
 
   seen(entries) {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) this.roots.get(target)?.show();
-      else this.roots.get(target)?.hide();
-    }
+    for (const { target, isIntersecting } of entries) this.roots.get(target)?.[isIntersecting ? "show" : "hide"]();
   }
 
   eachBuilt(call) {
     for (const chart of this.every) if (chart.plot) call(chart);
+  }
+
+  eachLine(change) {
+    for (const chart of this.every) chart.lines.forEach(change);
+    this.eachBuilt((chart) => chart.changed());
   }
 
   // ---- what people change
@@ -239,28 +244,17 @@ export class ChartBoard {
   setHidden(run, hidden) {
     if (hidden) this.hidden.add(run);
     else this.hidden.delete(run);
-    for (const chart of this.every) {
-      for (const line of chart.lines) if (line.run === run) line.hidden = hidden;
-      if (chart.plot) {
-        chart.data.want(chart.view);
-        chart.changed();
-      }
-    }
+    this.eachLine((line) => line.run === run && Object.assign(line, { hidden }));
+    this.eachBuilt((chart) => chart.data.want(chart.view));
   }
 
   emphasize(run) {
-    for (const chart of this.every) {
-      for (const line of chart.lines) line.emphasized = line.run === run;
-      if (chart.plot) chart.changed();
-    }
+    this.eachLine((line) => (line.emphasized = line.run === run));
   }
 
   recolor(run, hue) {
     this.runs.find((known) => known.run === run).hue = hue;
-    for (const chart of this.every) {
-      for (const line of chart.lines) if (line.run === run) line.hue = hue;
-      if (chart.plot) chart.changed();
-    }
+    this.eachLine((line) => line.run === run && Object.assign(line, { hue }));
   }
 
   repaint() {
@@ -308,6 +302,17 @@ export class ChartBoard {
 }
 
 // ---- the address: x, smooth, log (x, y or xy), fit, group, band and zoom
+
+const IN_ADDRESS = ["x", "smooth", "log", "fit", "group", "band", "zoom", "filter"];
+const OF_THE_HAND = ["pan", "together"];
+
+// What this browser remembers. A shared address that says anything about the charts shows them as they
+// were, and only how they are moved stays one's own.
+function recalled(key, address) {
+  const shared = IN_ADDRESS.some((name) => name in address);
+  const known = Object.entries(recall(`board.${key}`, {}));
+  return Object.fromEntries(known.filter(([name]) => !shared || OF_THE_HAND.includes(name)));
+}
 
 function settingsOf({ x, smooth, log, fit, group, band }) {
   const given = { x, groupBy: group, band };

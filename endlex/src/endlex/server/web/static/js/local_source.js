@@ -8,9 +8,7 @@ export class LocalSource {
     this.data = data;
   }
 
-  get live() {
-    return false;
-  }
+  live = false;
 
   async run() {
     return this.data.run;
@@ -47,12 +45,10 @@ export class LocalSource {
     };
   }
 
-  async texts(run, { before_step: before = Infinity } = {}) {
-    return { texts: this.data.texts.filter((text) => text.step < before) };
-  }
-
-  async tables(run, { before_step: before = Infinity } = {}) {
-    return { tables: this.data.tables.filter((table) => table.step < before) };
+  // Texts or tables of one name, or all that Endlex did not record itself.
+  async records(kind, run, { name, before_step: before = Infinity }) {
+    const wanted = (record) => (name ? record.name === name : !record.name.startsWith("run/"));
+    return this.data[kind].filter((record) => record.step < before && wanted(record));
   }
 
   async settings() {

@@ -2,7 +2,7 @@
 
 import { paint, hueOf } from "./colors.js";
 import { runLink } from "./address.js";
-import { el, fail, recall, remember, replaceContent } from "./dom.js";
+import { el, recall, remember, replaceContent, reporting } from "./dom.js";
 import { compareText, configKey, formatNumber, isMoreBetter, numeric } from "./format.js";
 import { bestFirst, differingKeys } from "./run_table.js";
 import { svg } from "./svg.js";
@@ -54,19 +54,15 @@ class KeysView {
     this.refresh();
   }
 
-  async refresh() {
+  refresh = reporting(async () => {
     const { page } = this;
-    try {
-      if (!page.names) await page.fetch(page.ids, { names: "true", column: ["-"] });
-      const [config, metrics] = [differingKeys(page.names), bestFirst(page.names)];
-      this.all = [...config.map((key) => `config.${key}`), ...metrics.flatMap((name) => [name, (isMoreBetter(name) ? "max:" : "min:") + name])];
-      this.keys = (this.chosen || this.first(config, metrics)).filter((key) => this.all.includes(key));
-      this.runs = await page.fetch(page.ids, { column: [...this.keys, "-"] });
-      this.draw();
-    } catch (error) {
-      fail(error);
-    }
-  }
+    if (!page.names) await page.fetch(page.ids, { names: "true", column: ["-"] });
+    const [config, metrics] = [differingKeys(page.names), bestFirst(page.names)];
+    this.all = [...config.map((key) => `config.${key}`), ...metrics.flatMap((name) => [name, (isMoreBetter(name) ? "max:" : "min:") + name])];
+    this.keys = (this.chosen || this.first(config, metrics)).filter((key) => this.all.includes(key));
+    this.runs = await page.fetch(page.ids, { column: [...this.keys, "-"] });
+    this.draw();
+  });
 
   choose(keys) {
     this.chosen = keys;
