@@ -1,8 +1,8 @@
 """Sessions: their rows and their runs', as batches of journal lines change them, and their bytes.
 
-A journal is kept byte for byte as the training box has it, whatever it says, in compressed segments;
-everything else in the database can be made from it. Short segments grow, so that a run that logs
-once a second does not leave a row for every second.
+A journal is kept byte for byte as the training box has it, whatever it says, in compressed
+segments. Everything else in the database can be made from it. Short segments grow, so that a run
+that logs once a second does not leave a row for every second.
 """
 
 from __future__ import annotations
