@@ -17,9 +17,10 @@ import endlex
 from endlex.client import checkpoints, uploads
 from endlex.client.checkpoints import manifest_path, read_note, staged_names
 from endlex.client.shipper import ALL_MEDIA, CheckpointShipper
+from endlex.client.shipping import wait_until_shipped
 from endlex.client.transport import Refused, Retry, Transport
 from endlex.client.uploads import CheckpointFailed, FileChanged, Uploader, staged_manifest
-from endlex.reading import read_run
+from endlex.reading import read_run, session_files
 
 PART = 64 * 1024
 
@@ -305,8 +306,15 @@ def log_files(run: endlex.Run, tmp_path: Path, *contents: bytes) -> list[Path]:
 
 @pytest.mark.parametrize("damage", [b"other", b"longer than it was", b""])
 def test_a_damaged_logged_file_is_put_aside_and_the_others_arrive(
-    stub: Any, transport: Transport, run: endlex.Run, tmp_path: Path, damage: bytes
+    stub: Any,
+    transport: Transport,
+    run: endlex.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: bytes,
 ) -> None:
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 0.0)
     damaged, good = log_files(run, tmp_path, b"RIFF1", b"RIFF2")
     damaged.write_bytes(damage)
     assert run.directory is not None
@@ -316,6 +324,8 @@ def test_a_damaged_logged_file_is_put_aside_and_the_others_arrive(
     assert shipper.waiting() == [], "nothing keeps the shipper alive"
     said = shipper.states()[ALL_MEDIA]["error"]
     assert said == f"a logged file was damaged before it was sent: {damaged}.damaged"
+    wait_until_shipped(run.directory, session_files(run.directory)[0])
+    assert f"damaged before it was sent: media/{damaged.name}.damaged" in capsys.readouterr().err
     again, other = log_files(run, tmp_path, b"RIFF1", b"RIFF3")
     assert again == damaged
     shipper._send_waiting()

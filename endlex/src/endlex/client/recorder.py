@@ -267,7 +267,7 @@ class Recorder:
         return self._finished
 
     def _is_finished(self) -> EndlexError:
-        return EndlexError(f"run {self.name!r} is finished: call endlex.init again to go on")
+        return EndlexError(f"run {self.name!r} is finished: call endlex.init again to resume it")
 
 
 def keep_media(directory: Path, content: bytes, mime: str, caption: str | None) -> dict[str, Any]:

@@ -127,11 +127,7 @@ def find_or_claim(
     folder: Path | str | None,
     resume: bool | str | None,
 ) -> tuple[Path, RunFile]:
-    """Find or make a run's directory as `endlex.init` is asked to; return it with whose it is.
-
-    Args:
-        directory: the run's own, if given.
-        folder: where runs go that were given none.
+    """Find or make a run's directory, in `folder` if none is given; return it with its run.
 
     Raises:
         EndlexError: the directory is another run's, or not as `resume` wants it.
@@ -178,7 +174,7 @@ def require_run_file(directory: Path) -> RunFile:
 
 
 def runs_folder() -> Path:
-    """Where runs live that were given no directory: `$ENDLEX_DIR` or `./endlex-runs`."""
+    """The folder for runs that were given no directory: `$ENDLEX_DIR` or `./endlex-runs`."""
     return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
 
 

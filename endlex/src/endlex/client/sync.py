@@ -289,7 +289,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
 
 
 class _Saved(NamedTuple):
-    """A checkpoint as the journal tells of it."""
+    """A checkpoint as its journal record describes it."""
 
     time: float = math.inf
     replaces: str | None = None

@@ -164,7 +164,7 @@ def pull_checkpoint(
     Raises:
         EndlexError: there is no such checkpoint, another file is in the way, or what the server
             sends does not have the hashes that it should.
-        Retry: the server could not be reached for too long; call again to go on.
+        Retry: the server could not be reached for too long; call again to resume.
     """
     directory = directory.absolute()
     manifest = fetch_manifest(run, name, transport)

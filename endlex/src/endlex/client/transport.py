@@ -40,10 +40,10 @@ HINTS = {
     "name resolution": "is there a network? Behind a proxy, set HTTPS_PROXY",
     "no answer in time": "behind a proxy, set HTTPS_PROXY",
 }
-"""What helps, by a part of what the system says."""
+"""Remedies, by a part of the system's message."""
 LONGEST_WAIT = 30.0
 REFUSED_SECONDS = 30.0
-"""How long what the server refused waits for another try."""
+"""Seconds until something that the server refused is tried again."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -350,7 +350,7 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
 
 
 def _seconds(header: str | None) -> float | None:
-    """The seconds of a Retry-After; a date there is as good as nothing."""
+    """Return the seconds of a Retry-After header; None for a date, which is ignored."""
     if header is None or not header.strip().isdecimal():
         return None
     return float(min(int(header), 300))

@@ -47,7 +47,7 @@ from endlex.protocol import (
 
 CONNECTIONS = 2
 ROUNDS = 5
-"""How often parts are sent that the server says it lacks, before that counts as a fault."""
+"""Times that missing parts are sent before that counts as a fault."""
 VERIFY_SECONDS = (0.05, 2.0)
 """First and longest wait between questions whether the server has verified a checkpoint."""
 
@@ -164,11 +164,7 @@ class Uploader:
     stopped: Callable[[], bool] = lambda: False
 
     def send_staged(self, directory: Path, run: str, name: str) -> None:
-        """Hash a staged checkpoint, publish it, and then drop its files here.
-
-        Raises:
-            As `publish`, and an EndlexError for a note that is damaged.
-        """
+        """Hash a staged checkpoint, publish it (see there), and then drop its files here."""
         note = read_note(directory, name)
         manifest, root = staged_manifest(directory, note), directory / STAGED_DIR / name
         self.publish(run, manifest, root, note)
@@ -182,7 +178,7 @@ class Uploader:
             note: what they were, so that a change is noticed before it is sent.
 
         Raises:
-            CheckpointFailed: it never will be published.
+            CheckpointFailed: it can never be published.
             Retry: not now.
             Refused: the token does not allow it, or the server does not know the run.
         """

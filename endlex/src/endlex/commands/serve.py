@@ -1,7 +1,7 @@
 """`endlex serve` runs the server, the extra `endlex[server]`; `endlex token` manages its tokens.
 
-Whoever may write the data directory owns the server, so the tokens' commands work on its files, on
-its machine; a running server sees the change at once.
+A person who may write the data directory owns the server, so the tokens' commands change its files,
+on its machine. A running server sees the change at once.
 """
 
 from __future__ import annotations

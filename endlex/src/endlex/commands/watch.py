@@ -30,7 +30,7 @@ PLOT_ROWS = 12
 
 
 Look = dict[str, Any]
-"""A run at one moment, as `GET /runs/RUN` tells it."""
+"""A run at one moment, as `GET /runs/RUN` answers."""
 
 
 def _look(text: str, url: str | None) -> Look:

@@ -37,7 +37,7 @@ FRAGMENT = struct.Struct("<IHB")  # crc32 of type and content, length, type
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 INTERNAL = ("_wandb", "_step", "_timestamp", "_runtime")
 CONSOLE_LINES = 200
-"""In one text."""
+"""Most lines of the console per text."""
 
 
 def find_wandb_files(path: Path) -> list[Path]:

@@ -192,7 +192,7 @@ def file_response(
         headers: sent along; with an `ETag`, `If-None-Match` and `If-Range` are answered too.
 
     Raises:
-        ApiError: 416, nothing of the range lies in the file.
+        ApiError: 416, the range is outside the file.
     """
     tag, asked = headers.get("ETag"), request.headers
     if tag and tag in asked.get("if-none-match", ""):
@@ -216,7 +216,7 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     Several ranges, or another unit, are None, which is all of the file.
 
     Raises:
-        ApiError: 416, nothing of it lies in the file.
+        ApiError: 416, the range is outside the file.
     """
     match = SINGLE.fullmatch(header.strip()) if header else None
     if match is None or match.groups() == ("", ""):

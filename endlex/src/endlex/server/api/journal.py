@@ -39,15 +39,18 @@ from endlex.server.api.bodies import json_response, read_body, read_json
 from endlex.server.errors import ApiError, disk_full
 from endlex.server.events import Event
 from endlex.server.state import Here, Server
-from endlex.server.store.journals import append_segment, compress, hash_journal, iter_bytes
 from endlex.server.store.queries import find_run, list_sessions
 from endlex.server.store.records import Batch, Points, parse_batch
 from endlex.server.store.series import append_points
 from endlex.server.store.sessions import (
     SessionState,
     advance_session,
+    append_segment,
     begin_session,
+    compress,
     find_session,
+    hash_journal,
+    iter_bytes,
     require_session,
     update_run,
 )

@@ -37,7 +37,7 @@ shares of what is shown."""
 MOST_DECIMALS = 13
 LARGEST_EXACT = 2**53
 X_RESOLUTION = 20_000
-"""How many values an axis of times or numbers can tell apart at least."""
+"""Fewest values that an axis of times or numbers can distinguish."""
 
 XY = tuple[NDArray[Any], NDArray[np.float64]]
 

@@ -36,7 +36,7 @@ class Checkpoints:
         self._database, self._blobs, self._verifier = database, blobs, verifier
 
     def put(self, run: str, name: str, content: Any) -> Future[None] | None:
-        """Accept a manifest; call it in a thread, and `describe` tells what became of it.
+        """Accept a manifest; call it in a thread, and ask `describe` for the result.
 
         Returns:
             What ends when it is verified, or None where that was done before.

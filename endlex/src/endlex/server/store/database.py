@@ -170,7 +170,7 @@ class Database:
 
     def _commit(self, jobs: list[Job]) -> None:
         done: list[tuple[Future[Any], Any]] = []
-        # Whoever waits may be cancelled, as the sweep is at shutdown, and its job with it. From
+        # A caller that waits may be cancelled, as the sweep is at shutdown, and its job too. From
         # here on none can be: a result that nobody takes must not end the only writer there is.
         jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
         try:

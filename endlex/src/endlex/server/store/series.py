@@ -92,7 +92,7 @@ def read_points(
 
 
 def slice_between(x: NDArray[Any], first: float, last: float) -> slice:
-    """Return the slice of ascending values that lies between `first` and `last`."""
+    """Return the slice of ascending values between `first` and `last`."""
     return slice(int(np.searchsorted(x, first, "left")), int(np.searchsorted(x, last, "right")))
 
 
@@ -109,7 +109,7 @@ def _one_per_step(points: Points) -> Points:
 def read_all_points(connection: sqlite3.Connection, metric: int) -> Points:
     """Return a metric's points, without mixing the sessions that measure the machine.
 
-    A trainer's steps go on from session to session. The steps of a session that measures the
+    A trainer's steps continue from session to session. The steps of a session that measures the
     machine are seconds since it began: there, equal steps of two sessions are two points, and the
     sessions follow one another.
     """
