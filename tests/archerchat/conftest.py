@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from archerchat.checkpoint import list_checkpoints
 from archerchat.cli import main
+from archerchat.data import text_sample
 from archerchat.exchange.nanochat import CONFIG_NAMES, NAMES, to_archerchat_names
 from archerchat.exchange.weights import rename
 from archerchat.files import write_json
@@ -149,6 +151,23 @@ class TinyHome(Home):
         """Return the time and the content of every file."""
         files = (path for path in self.root.rglob("*") if path.is_file())
         return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_starts() -> Iterator[None]:
+    """A training run starts in milliseconds: two thirds of a tiny one went into these.
+
+    What was imported stays frozen (see the root's `conftest.py`), and the simulation of a packing,
+    a pure function of the lengths, runs once for each corpus.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        simulate = functools.cache(text_sample.simulate_best_fit)
+        patch.setattr(
+            text_sample, "simulate_best_fit", lambda lengths, row: simulate(tuple(lengths), row)
+        )
+        yield
 
 
 @pytest.fixture(scope="session")
