@@ -207,14 +207,14 @@ def test_a_file_is_read_in_one_sitting() -> None:
 
 BUDGETS = {
     "cli.py config.py console.py errors.py": (700, 700),
-    "home.py files.py text_files.py checkpoint.py": (750, 885),
-    "runtime.py distributed.py downloads.py": (700, 780),
-    "dial.py": (300, 305),
+    "home.py files.py text_files.py checkpoint.py": (750, 880),
+    "runtime.py distributed.py downloads.py": (700, 765),
+    "dial.py": (300, 300),
     "model": (1200, 1345),
     "optim": (700, 700),
     "tokenizer": (550, 550),
-    "data": (1600, 2005),
-    "training": (2100, 3450),
+    "data": (1600, 1985),
+    "training": (2100, 3400),
     "inference": (1700, 2450),
     "evals": (2000, 2000),
     "tasks": (1300, 1480),
@@ -222,9 +222,9 @@ BUDGETS = {
     "serving": (900, 1880),
     "exchange": (800, 1025),
     "planning": (700, 850),
-    "report": (900, 1480),
+    "report": (900, 1470),
     "commands": (1700, 2510),
-    "": (17_000, 25_000),
+    "": (17_000, 24_750),
     "../../endlex/src/endlex": (12_000, 14_450),
 }
 """Lines of Python per part of `archerchat`: the aim, and the most it may have for now. Lower the

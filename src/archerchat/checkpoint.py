@@ -1,17 +1,16 @@
-"""Checkpoints: safetensors plus JSON, written whole or not at all, verified when read.
+"""Checkpoints: safetensors plus JSON, written atomically, verified when read.
 
     <directory>/step_000020/
         model.safetensors  optimizer.safetensors  loader.safetensors  rng.safetensors ...
         meta.json          format, step, the caller's meta, the state that is not tensors,
                            every file's size and SHA-256, and its own SHA-256
 
-What a checkpoint holds speaks one protocol, `Stateful`. Each section is the `state_dict` of one
-object: its tensors go into the section's file, its other values into `meta.json`.
+Each section is the `state_dict` of one `Stateful` object: its tensors go into the section's file,
+its other values into `meta.json`.
 
-A step appears under its name only after everything in it is on the disk, so a process may be
-killed at any moment and the latest checkpoint still loads. Nothing is pickled. In `meta.json`
-a float that JSON cannot hold is the object {"$float": "inf"} ("-inf", "nan"), and `load_checkpoint`
-turns it back into the float.
+A step gets its name only after everything in it is on the disk, so the latest checkpoint loads even
+if a process is killed at any moment. Nothing is pickled. In `meta.json` a float that JSON cannot
+hold is the object {"$float": "inf"} ("-inf", "nan").
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ STEP_NAME = re.compile(rf"(?:step_(\d{{6,}})|\.step_(\d{{6,}}){re.escape(STALE)}
 
 
 class _Damaged(Exception):
-    """Say what is wrong with a checkpoint, before a remedy has been looked for."""
+    """A problem with a checkpoint, without a remedy yet."""
 
 
 class Stateful(Protocol):
-    """Anything a checkpoint holds: loaders, the optimizer, rollouts, the loop."""
+    """Anything whose state a checkpoint holds: loaders, the optimizer, the loop."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that decides what comes next: tensors and JSON values by name."""
+        """Return the whole state: tensors and JSON values by name."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned.
@@ -69,7 +68,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` read."""
+    """A checkpoint, or some of its sections."""
 
     step: int
     path: Path
@@ -90,24 +89,22 @@ def save_checkpoint(
 ) -> Path:
     """Write one step's checkpoint, then prune older ones.
 
-    Tensors may lie on any device, be strided, and share storage; names that share it are
-    stored once each, and are separate tensors when loaded. One section at a time is copied
-    to the CPU.
+    Tensors may be on any device, strided, and share storage; those that share it are stored
+    separately. One section at a time is copied to the CPU.
 
     Args:
-        directory: holds one directory per step; made if missing.
-        step: replaced if it is already there.
+        directory: holds one directory per step; created if missing.
+        step: replaced if it exists.
         state: each section's state dict: "model", "optimizer", "loader", ...
-        meta: anything JSON can hold, non-finite floats included; tuples become lists.
-        keep_last: delete complete checkpoints of earlier steps beyond this many, the new one
-            counted; None deletes nothing.
+        meta: JSON values, and non-finite floats; tuples become lists.
+        keep_last: number of complete checkpoints to keep, this one included; None keeps all.
 
     Returns:
         The step's directory.
 
     Raises:
-        CheckpointError: the disk is full or cannot be written; the message says how much is
-            needed. Nothing half-written remains, and older checkpoints are untouched.
+        CheckpointError: the disk is full or cannot be written. Nothing half-written remains, and
+            older checkpoints are untouched.
     """
     assert step >= 0, step
     assert keep_last is None or keep_last >= 1, keep_last
@@ -131,7 +128,7 @@ def save_checkpoint(
 
 
 def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Replace what a saved section holds beside tensors, atomically.
+    """Replace a saved section's values other than tensors, atomically.
 
     Raises:
         CheckpointError: the checkpoint cannot be written.
@@ -172,7 +169,7 @@ def _write_sections(
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy what safetensors cannot take as it is: strided, remote or aliased tensors."""
+    """Copy the tensors that safetensors does not accept: strided, remote or aliased ones."""
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -229,7 +226,7 @@ def list_checkpoints(directory: Path) -> list[int]:
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Path:
-    """Return the path of `step` in `directory`, of the latest for None.
+    """Return the path of `step` in `directory`; None means the latest.
 
     Raises:
         UsageError: there is no such step, or none at all.
@@ -250,10 +247,10 @@ def list_models(home: Home, stage: str) -> list[Path]:
 
 
 def find_model(home: Home, stage: str, tag: str | None) -> Path:
-    """Return the directory of the checkpoints of model `tag`, of the last saved for None.
+    """Return the checkpoint directory of model `tag`; None means the model saved last.
 
     Raises:
-        UsageError: there is no such model; the message lists those there are.
+        UsageError: there is no such model; the message lists the others.
     """
     stage_dir, models = home.stage_dir(stage), list_models(home, stage)
     if not models:
@@ -266,7 +263,7 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
 
 
 def saved_at(path: Path) -> int:
-    """Return when a checkpoint was saved, in nanoseconds of Unix time."""
+    """Return the time of saving in nanoseconds since 1970."""
     meta = path / META
     return (meta if meta.exists() else path).stat().st_mtime_ns
 
@@ -279,7 +276,7 @@ def load_checkpoint(path: Path, sections: Iterable[str] | None = None) -> Checkp
 
     Raises:
         CheckpointError: a file is missing, truncated or altered, the format is unknown, or
-            there is no such section; the message names an earlier step that verifies.
+            there is no such section; the message names an earlier intact step.
     """
     try:
         content = _read_meta(path)
@@ -302,10 +299,7 @@ def load_checkpoint(path: Path, sections: Iterable[str] | None = None) -> Checkp
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
-    """Return meta.json's content without its own checksum, after comparing it.
-
-    The content of format 1 is returned as format 2 has it.
-    """
+    """Verify and return meta.json's content, in format 2 and without its checksum."""
     file = path / META
     try:
         content: dict[str, Any] = json.loads(file.read_bytes())
@@ -325,7 +319,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    """Move the state that format 1 kept among the caller's meta to its sections."""
+    """Turn format 1, which kept state in the caller's meta, into format 2."""
     meta = dict(content["meta"])
     state = {name: meta.pop(name) for name in ("loop", "loader", "scaler") if name in meta}
     if "optimizer_steps" in meta:

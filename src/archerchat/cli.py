@@ -33,11 +33,11 @@ class Command:
     """Module below `archerchat` and name, such as "commands.data:build"."""
     help: str
     positional: bool = False
-    """Whether required fields are positional arguments instead of flags."""
+    """Whether required fields are positional arguments."""
     stage: str = ""
-    """Stage whose saved settings `--resume TAG` takes; empty for commands without it."""
+    """Stage whose saved settings `--resume TAG` loads; empty for commands without it."""
     short: Mapping[str, str] = field(default_factory=dict)
-    """Flags by other names for them."""
+    """Usual names of flags by their aliases."""
 
     def load(self) -> tuple[Callable[[Any, Home], object], type[Any]]:
         """Import the function; return it and the type of its configuration."""
@@ -47,7 +47,7 @@ class Command:
 
 
 OFF = ("none", "None", "-1")
-"""What switches off an option that may be left out."""
+"""Words that switch an optional flag off."""
 MAX_TOKENS = {"--max-tokens": "--max-new-tokens"}
 # A subcommand named "" is what its command does where no other follows.
 COMMANDS: dict[str, Command | dict[str, Command]] = {
@@ -56,7 +56,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "build": Command("commands.data:build", "convert text files to shards", positional=True),
         "info": Command("commands.data:info", "list the data on this machine"),
         "identity": Command(
-            "commands.data:identity", "write conversations in which the assistant says who it is"
+            "commands.data:identity", "write conversations about the assistant's identity"
         ),
     },
     "tokenizer": {
@@ -88,9 +88,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
             positional=True,
         ),
     },
-    "compare": Command(
-        "commands.compare:run_comparison", "say whether two runs agree", positional=True
-    ),
+    "compare": Command("commands.compare:run_comparison", "compare two runs", positional=True),
     "models": {
         "": Command("commands.models:show", "list the models on this machine"),
         "rename": Command("commands.models:rename", "rename a model", positional=True),
@@ -142,7 +140,7 @@ class Parsed:
 
 
 def parse(argv: Sequence[str]) -> Parsed:
-    """Turn arguments into a subcommand's configuration, without running anything.
+    """Turn arguments into a subcommand's function and configuration, without running it.
 
     Raises:
         UsageError, CheckpointError: `--resume` names a model without settings.
@@ -262,7 +260,7 @@ def _overview(
 
 
 def _speaker() -> str:
-    """Return which rank reports an error, once it is its turn; nothing for one process."""
+    """Wait for this rank's turn to report an error; return a prefix, "" for a single process."""
     if not os.environ.get("RANK"):
         return ""
     from archerchat.distributed import await_turn
@@ -286,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except OSError as error:  # a full disk or a lacking permission, where no one knew better
+    except OSError as error:  # a full disk or a missing permission that no other code explained
         print(f"error: {error}; check the disk and its permissions", file=sys.stderr)
         return 1
     return 130 if getattr(result, "finished", True) is False else 0

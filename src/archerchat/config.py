@@ -59,7 +59,7 @@ FLOAT = "$float"
 SHORT_LISTS = 4
 """Entries of two lists that a message about their difference shows in full."""
 SHORT_VALUE = 40
-"""Characters of a text that a message about a difference shows, if they tell it apart."""
+"""Characters of a text that a message about a difference shows, if the texts differ in them."""
 MAX_SEED = 2**63 - 1
 PositiveInt = Annotated[int, Limit(1)]
 NonNegativeInt = Annotated[int, Limit(0)]
@@ -114,7 +114,7 @@ class DeviceConfig(Config):
 
 
 def as_json(value: Any) -> Any:
-    """Return a configuration, or a value in one, as JSON can hold it: paths as text."""
+    """Return a configuration, or a value in one, as JSON's types; paths become text."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, list | tuple):
@@ -123,7 +123,7 @@ def as_json(value: Any) -> Any:
 
 
 def from_json(kind: type[T], saved: Mapping[str, Any]) -> T:
-    """Build the configuration that `as_json` turned into `saved`, ignoring names it lacks."""
+    """Build a configuration from what `as_json` returned; missing names get their defaults."""
     hints = get_type_hints(kind)
     names = [field.name for field in fields(cast(Any, kind)) if field.name in saved]
     return kind(**{name: _from_json(hints[name], saved[name]) for name in names})
@@ -142,8 +142,8 @@ def _from_json(hint: Any, value: Any) -> Any:
 def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return one line for each value that differs, nested ones by their dotted names.
 
-    Both sides are compared as they look after a trip through JSON: a tuple equals a list. Of long
-    lists, such as those of shards, only the first difference is shown.
+    Both sides are compared as JSON would hold them, so a tuple equals a list. Of long lists, such
+    as those of shards, only the first difference is shown.
     """
     before, now = (dict(_flatten(json.loads(json.dumps(encode_json(c))))) for c in (saved, current))
     return [

@@ -1,4 +1,4 @@
-"""What people see: consoles, the progress of what takes long, durations and sizes."""
+"""What people see: consoles, tables, progress, durations and sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 KEPT_LINES = 20
-"""Lines of a training run that stay readable on a terminal, above the bar."""
+"""Number of a training run's lines that stay on a terminal, above the bar."""
 PLAIN_LINE_SECONDS = 10.0
 """Time between plain lines; the first and the last step always get one."""
 LIVE_SECONDS = 0.2
@@ -21,7 +21,7 @@ LIVE_SECONDS = 0.2
 
 
 def build_console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    """Build a console that prints text as it is: lines are neither wrapped nor marked up."""
+    """Build a console that prints text unchanged, without wrapping or markup."""
     return Console(
         soft_wrap=True, markup=False, emoji=False, highlight=False, stderr=stderr, quiet=quiet
     )
@@ -38,12 +38,12 @@ def build_table(*columns: str, title: str | None = None, num_texts: int = 1) -> 
 
 
 class LiveLine:
-    """Show how far something long is: a bar with text on a terminal, plain lines elsewhere.
+    """Show the progress of something long: a bar on a terminal, plain lines elsewhere.
 
     A context manager.
 
     Args:
-        total: what is to be done, in any unit; None if that is unknown.
+        total: amount of work, in any unit; None if it is unknown.
         transient: whether the bar disappears at the end.
     """
 
@@ -82,7 +82,7 @@ class LiveLine:
         *,
         always: bool = False,
     ) -> None:
-        """Replace the text, unless it was replaced a moment ago; `always` does so in any case."""
+        """Replace the text, unless that was done a moment ago and `always` is off."""
         now = time.monotonic()
         if not always and now - self._shown < (LIVE_SECONDS if self._live else PLAIN_LINE_SECONDS):
             return

@@ -43,22 +43,23 @@ SMEAR_RATE = 0.2
 
 @dataclass(frozen=True)
 class DialConfig(Config):
-    """Set the depth, and override what it would decide."""
+    """Set the depth, and override what follows from it."""
 
     depth: PositiveInt
-    """Transformer layers; decides everything that is not given."""
+    """Number of transformer layers. Everything that is not given follows from it."""
     aspect_ratio: PositiveInt = 64
     """Model width per layer, before rounding up to whole heads."""
     head_dim: PositiveInt = 128
     """Width of one attention head."""
     num_kv_heads: PositiveInt | None = None
-    """Key/value heads for grouped-query attention; as many as query heads if not given."""
+    """Key/value heads for grouped-query attention. Defaults to as many as query heads."""
     max_seq_len: PositiveInt = 2048
-    """Tokens in a training row."""
+    """Tokens per training row."""
     window_pattern: str = "SSSL"
-    """Attention window of each layer, tiled: L is the whole row, S a quarter; the last is L."""
+    """Attention windows, repeated over the layers: L is the whole row, S a quarter. The last layer
+    always has L."""
     value_embeddings: bool = True
-    """Add an embedding of the token to the values of every second layer."""
+    """Add an embedding of the token to the attention values of every second layer."""
     smear: bool = True
     """Mix part of the previous token's embedding into each token's."""
     backout: bool = True
@@ -68,18 +69,18 @@ class DialConfig(Config):
     qk_gain: PositiveFloat = 1.2
     """Factor on normalised queries and on keys."""
     preset: Literal["nanochat", "transformers"] = "nanochat"
-    """`transformers` switches off the parts that the transformers library's NanoChat model lacks:
-    the five switches above, and windows."""
+    """`transformers` switches off what the transformers library's NanoChat model lacks: the five
+    options above, and windows."""
     num_iterations: PositiveInt | None = None
-    """Optimizer steps; wins over --target-flops and --target-param-data-ratio."""
+    """Optimizer steps. Overrides --target-flops and --target-param-data-ratio."""
     target_flops: PositiveFloat | None = None
-    """Train until this many FLOPs; wins over --target-param-data-ratio."""
+    """FLOPs to train with. Overrides --target-param-data-ratio."""
     target_param_data_ratio: PositiveFloat = 12.0
     """Training tokens per scaling parameter (block matrices and unembedding)."""
     total_batch_size: PositiveInt | None = None
-    """Tokens in one optimizer step over all ranks; follows from the horizon if not given."""
+    """Tokens per optimizer step, over all ranks. Defaults to what suits the number of tokens."""
     embedding_lr: NonNegativeFloat = 0.3
-    """Base learning rate of the embedding; value embeddings take half (AdamW)."""
+    """Base learning rate of the embedding; value embeddings get half of it (AdamW)."""
     unembedding_lr: NonNegativeFloat = 0.008
     """Base learning rate of the unembedding (AdamW)."""
     matrix_lr: NonNegativeFloat = 0.02
@@ -91,9 +92,9 @@ class DialConfig(Config):
     warmup_steps: NonNegativeInt = 40
     """Steps over which the learning rate rises."""
     warmdown_ratio: Fraction = 0.65
-    """Share of the steps, at the end, over which the learning rate falls."""
+    """Share of the steps over which the learning rate falls at the end."""
     final_lr_frac: Fraction = 0.05
-    """Share of the learning rate that is left at the end."""
+    """Share of the peak learning rate that is left after the last step."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Hold everything that a run's depth and overrides decide."""
+    """Everything that follows from a run's depth and overrides."""
 
     model: ModelConfig
     parameters: ParameterCounts
@@ -137,12 +138,12 @@ class Hyperparameters:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens that the run will train on."""
+        """Tokens to train on."""
         return self.num_iterations * self.total_batch_tokens
 
     @property
     def total_flops(self) -> int:
-        """FLOPs that the run will take, evaluation not counted."""
+        """FLOPs of the run without evaluations."""
         return self.total_tokens * self.flops_per_token
 
 
@@ -150,8 +151,7 @@ def build_hyperparameters(config: DialConfig, vocab_size: int) -> Hyperparameter
     """Derive a run's hyperparameters from its depth.
 
     Args:
-        config: the depth and the overrides.
-        vocab_size: tokens that the tokenizer knows, special ones included.
+        vocab_size: number of token ids, special tokens included.
 
     Raises:
         UsageError: a size is impossible, or the horizon is shorter than one batch.
@@ -223,13 +223,7 @@ def build_model_config(config: DialConfig, vocab_size: int) -> ModelConfig:
 def grad_accum_steps(
     total_batch_tokens: int, device_batch_size: int, sequence_length: int, world_size: int
 ) -> int:
-    """Return how many micro-batches each rank adds up for one optimizer step.
-
-    Args:
-        total_batch_tokens: tokens in one step, over all ranks.
-        device_batch_size: rows in a micro-batch of one rank.
-        sequence_length: tokens in a row.
-        world_size: ranks.
+    """Return how many micro-batches of `device_batch_size` rows each rank adds up per step.
 
     Raises:
         UsageError: the batch is not a whole number of micro-batches; names what would work.

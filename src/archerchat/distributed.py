@@ -1,4 +1,4 @@
-"""Ranks: this process's place among torchrun's, its share of the work, and sums over all of them.
+"""Ranks: this process's place among torchrun's, its share of the work, and exchanges with others.
 
     with joined_ranks(runtime) as ranks:
         counts = torch.zeros(len(examples), dtype=torch.int64)
@@ -52,15 +52,12 @@ class Place:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Return which of `count` examples this rank takes: r, r + W, ...
-
-        Every example has one rank, and no rank takes two more than another.
-        """
+        """Return this rank's share of `count` examples: r, r + W, ..."""
         return range(self.rank, count, self.world_size)
 
 
 def read_place(environment: Mapping[str, str]) -> Place:
-    """Return the place that torchrun set in the environment; one process without torchrun.
+    """Return the place that torchrun set in the environment; without torchrun, a single process.
 
     Raises:
         UsageError: torchrun's variables are incomplete, not numbers, or contradict each other.
@@ -83,10 +80,10 @@ def read_place(environment: Mapping[str, str]) -> Place:
 
 
 def await_turn(rank: str, seconds: float = 3.0) -> str:
-    """Let lower ranks report an error first; return whose report follows.
+    """Wait so that lower ranks report an error first; return the prefix of this rank's report.
 
-    Ranks often fail together. The lowest reports and ends, and torchrun ends the others while they
-    wait here.
+    Ranks often fail together. When the lowest one has reported and ended, torchrun ends the others
+    while they wait here.
     """
     number = int(rank) if rank.isdecimal() else 0
     time.sleep(seconds * min(number, 10))
@@ -95,10 +92,9 @@ def await_turn(rank: str, seconds: float = 3.0) -> str:
 
 @dataclass
 class Collective:
-    """An exchange between the ranks that is under way.
+    """An exchange between the ranks that is in progress.
 
-    It keeps the tensors that are sent and received alive and untouched until it is waited for:
-    freed memory would be handed to the next computation while it is still being read.
+    It keeps its tensors alive until `wait`: freed memory would be reused while it is still read.
     """
 
     work: Any
@@ -106,7 +102,7 @@ class Collective:
     received: Tensor
 
     def wait(self) -> Tensor:
-        """Return what was received; what was sent may be overwritten from now on."""
+        """Return the received tensor; the sent one may be overwritten from now on."""
         if self.work is not None:
             self.work.wait()
         self.work = self.sent = None
@@ -115,14 +111,14 @@ class Collective:
 
 @dataclass(frozen=True)
 class Ranks(Place):
-    """A place whose process can talk to the others.
+    """A place whose process can exchange data with the others.
 
-    Every rank calls the same verbs in the same order, or all of them wait.
+    Every rank must call the same methods in the same order, or all of them wait.
     """
 
     joined: bool = False
-    """Whether torch's default group connects the ranks. Nothing here holds the group itself: it has
-    to end with `joined_ranks`, not with the interpreter, which its threads still need."""
+    """Whether torch's default group connects the ranks. The group itself is not held here, because
+    it has to end with `joined_ranks`, before the interpreter."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, which are on the CPU."""
@@ -147,9 +143,9 @@ class Ranks(Place):
         return tuple(total.tolist())
 
     def gather(self, value: Any) -> list[Any]:
-        """Return each rank's value, in order: plain values and NumPy arrays, but no tensors.
+        """Return each rank's value, in order. Values are plain ones or NumPy arrays, not tensors.
 
-        They are pickled between the processes of this job, as torchrun's own messages are.
+        They are pickled between the processes of this job, like torchrun's own messages.
         """
         if not self.joined:
             return [value]
@@ -165,7 +161,7 @@ class Ranks(Place):
         return Collective(work, None, tensor)
 
     def start_reduce_scatter(self, tensor: Tensor) -> Collective:
-        """Start summing the ranks' tensors (W * n, ...), of which each receives its n rows."""
+        """Start summing the ranks' tensors (W * n, ...); each rank receives its n rows."""
         if not self.joined:
             return Collective(None, None, tensor)
         own = tensor.new_empty(tensor.size(0) // self.world_size, *tensor.shape[1:])
@@ -182,7 +178,7 @@ class Ranks(Place):
         return Collective(work, own, whole)
 
     def first_alone(self, work: Callable[[], T]) -> T:
-        """Do `work` on the first rank, then on the others, which find what it downloaded."""
+        """Do `work` on the first rank, then on the others, which find its downloads."""
         if not self.joined:
             return work()
         if self.rank > 0:
@@ -196,12 +192,9 @@ class Ranks(Place):
 def _new_store(store: Any, place: Place) -> Any:
     """Wait for all ranks; return a part of torchrun's store that no earlier start has used.
 
-    With `--max-restarts` the store outlives the ranks, and a rank that reads the address of a rank
-    that has ended never connects. So each rank writes a random word, and rank 0 publishes the list
-    of the words until every rank has confirmed the list that holds its own.
-
-    Raises:
-        RuntimeError: not all ranks started in time.
+    With `--max-restarts` the store outlives the ranks, and a rank that reads the address of an
+    ended rank never connects. So each rank writes a random word, and rank 0 publishes the list of
+    words until every rank has confirmed a list with its own word.
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + ARRIVAL_TIMEOUT.total_seconds()
 
@@ -233,11 +226,11 @@ def _new_store(store: Any, place: Place) -> Any:
 def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[Ranks]:
     """Join torchrun's processes for the block.
 
-    A group that is there already is used and kept; it has to serve tensors on the CPU too.
+    An existing process group is used and kept; it must support tensors on the CPU too.
 
     Args:
-        place: this process's, such as its `Runtime`.
-        device: where the tensors of the `start_` verbs are; NCCL moves those on CUDA.
+        place: of this process, such as its `Runtime`.
+        device: of the tensors that the `start_` methods get; NCCL moves those on CUDA.
     """
     if place.world_size == 1:
         yield Ranks()

@@ -1,10 +1,9 @@
 """Durable files: writes that appear whole or not at all, locks, hashes.
 
 Files are written under a temporary name, fsynced and renamed, so a reader sees the old content
-or the new one, never a part. A writer holds a lock on its temporary entry. The system drops the
-lock when the process dies, which tells a live entry from a leftover. What a file system does not
-offer (locks on Lustre, fsync of directories on CIFS, permissions on exFAT) is skipped, with one
-warning.
+or the new one, never a part. A writer holds a lock on its temporary entry; the system releases it
+when the process dies, so an entry without a lock is a leftover. What a file system does not offer
+(locks on Lustre, fsync of directories on CIFS, permissions on exFAT) is skipped, with one warning.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ TEMPORARY = ".tmp"
 STALE = ".stale" + TEMPORARY
 """Ends the name under which the old content waits while a directory is replaced."""
 TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-"""What `flock` answers if another process has the lock; anything else means that there is none."""
+"""Errors of `flock` if another process has the lock; others mean that locks are not offered."""
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
-"""What a file system answers to a request that it does not know."""
+"""Errors for requests that a file system does not support."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -51,7 +50,7 @@ def _if_offered(what: str, request: Callable[[], None]) -> None:
 
 
 def fsync(descriptor: int) -> None:
-    """Put an open file or directory on the disk, where the file system can."""
+    """Write an open file or directory to the disk, if the file system can."""
     _if_offered("write to the disk on request", lambda: os.fsync(descriptor))
 
 
@@ -65,7 +64,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Mark an open temporary entry as in use, until it is closed; False if it already is."""
+    """Mark an open temporary entry as in use until it is closed; False if it already is."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -77,9 +76,9 @@ def _lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Keep other processes that ask for `directory` out of it for the block.
+    """Reserve `directory` for this process during the block.
 
-    The directory is made if missing, and removed again if the block leaves it empty.
+    The directory is created if missing, and removed if the block leaves it empty.
 
     Raises:
         UsageError: another process has it.
@@ -166,7 +165,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def explained_writes(path: Path, kind: type[ArcherChatError] = DataError) -> Iterator[None]:
-    """Turn what the system says about writing `path` into an error with a remedy."""
+    """Turn the system's error about writing `path` into one with a remedy."""
     try:
         yield
     except OSError as error:
@@ -188,13 +187,13 @@ def _fsync_tree(directory: Path) -> None:
 
 
 def current(path: Path) -> Path:
-    """Return `path`, or where its content is if a process was killed while replacing it."""
+    """Return `path`, or the place of its content if a process was killed while replacing it."""
     stale = path.with_name(f".{path.name}{STALE}")
     return stale if stale.exists() and not path.exists() else path
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory; a kill in the middle leaves nothing under its name."""
+    """Delete a directory; if the process is killed meanwhile, the name is free anyway."""
     doomed = path.with_name(f".{path.name}.removed{TEMPORARY}")
     shutil.rmtree(doomed, ignore_errors=True)
     path.replace(doomed)
@@ -202,9 +201,9 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Clear what killed processes left in `directory`, undoing half-done replacements.
+    """Remove what killed processes left in `directory`, and undo unfinished replacements.
 
-    A temporary entry that a living process still writes is kept.
+    Temporary entries that a running process still writes are kept.
     """
     for entry in directory.glob(f".*{TEMPORARY}"):
         replaced = directory / entry.name.removeprefix(".").removesuffix(STALE)
@@ -225,7 +224,7 @@ def sha256_file(path: Path) -> str:
 
 
 def hash_ends(*paths: Path) -> str:
-    """Return a short hash of files' sizes, first and last MiB: it tells shards apart in no time."""
+    """Return a short hash of files' sizes and of their first and last MiB: fast for shards."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -238,7 +237,7 @@ def hash_ends(*paths: Path) -> str:
 
 
 def recall(path: Path) -> dict[str, Any]:
-    """Return what `remember` kept in a file; nothing if it cannot be read."""
+    """Return the values that `remember` kept in a file; an empty dict if it cannot be read."""
     try:
         kept = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -247,6 +246,6 @@ def recall(path: Path) -> dict[str, Any]:
 
 
 def remember(path: Path, key: str, value: Any) -> None:
-    """Keep a JSON value that can be measured again: one that cannot be written is forgotten."""
+    """Keep a JSON value in a file; does nothing if the file cannot be written."""
     with contextlib.suppress(OSError):
         write_json(path, recall(path) | {key: value})

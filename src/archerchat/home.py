@@ -1,7 +1,7 @@
 """Where everything lives on disk.
 
-One base directory (`ARCHERCHAT_HOME`, default `~/.cache/archerchat`) holds all that
-ArcherChat makes or downloads:
+One base directory (`ARCHERCHAT_HOME`, default `~/.cache/archerchat`) holds everything that
+ArcherChat writes or downloads:
 
     data/<source>/shard_00000.parquet    text shards; the last one is for validation
     tokenizers/<name>/                   ranks and JSON

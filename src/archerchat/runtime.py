@@ -1,7 +1,6 @@
-"""Where a run computes: device, compute dtype, its place among the ranks; and what may stop it.
+"""Where a run computes (device, compute dtype, place among the ranks), and how it is stopped.
 
-A `Runtime` is built once at start-up and passed to whatever needs it; nothing else asks which
-device there is. `distributed` reads the place among the ranks and builds process groups.
+A `Runtime` is built once at start-up and passed on; nothing else chooses a device.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ DTYPES = {
     "float16": torch.float16,
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""glibc's names for the two settings of `mallopt`."""
+"""Numbers of two settings of glibc's `mallopt`."""
 KEPT_BYTES = 2**31 - 1
-"""Blocks up to this size, and so much free memory at the heap's end, are kept."""
+"""Largest blocks, and most free memory at the end of the heap, for glibc to keep."""
 STOPPING = b"\nstopping after this step, with a checkpoint; a second signal ends at once, without\n"
 SAME_REQUEST_SECONDS = 2.0
 COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
-"""Where torch keeps compiled code."""
+"""Environment variable for torch's directory of compiled code."""
 T = TypeVar("T")
 DEVICE_TYPES = ("cuda", "mps", "cpu")
 """Best first."""
@@ -49,23 +48,23 @@ DEVICE_TYPES = ("cuda", "mps", "cpu")
 
 @dataclass(frozen=True)
 class Runtime(Place):
-    """Describe one rank's device and what it computes in."""
+    """One rank's device and compute dtype."""
 
     device: torch.device
     compute_dtype: torch.dtype
     device_name: str
     dtype_reason: str
-    """Why this dtype, for the line that start-up prints."""
+    """Reason for the dtype, which is printed at start-up."""
 
     def synchronize(self) -> None:
-        """Wait until the device has done all that was asked of it."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
             torch.mps.synchronize()
 
     def median_seconds(self, work: Callable[[], object], rounds: int = 5) -> float:
-        """Return how long `work` takes, after three calls that compile and warm up."""
+        """Return the median time of `work`, after three calls that compile and warm up."""
         seconds = []
         for n in range(3 + rounds):
             began = time.perf_counter()
@@ -78,8 +77,8 @@ class Runtime(Place):
     def peak_memory_bytes(self) -> int:
         """Return the most memory that tensors took since the last reset.
 
-        On CPUs that is the process's peak resident size since it started, on MPS what the
-        driver holds now: neither keeps a peak that can be reset.
+        On CPUs it is the process's peak resident size, on MPS what the driver holds now, because
+        neither has a peak that can be reset.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
@@ -88,12 +87,12 @@ class Runtime(Place):
         return _peak_resident_bytes()
 
     def reset_peak_memory(self) -> None:
-        """Count CUDA's peak from here on; does nothing elsewhere."""
+        """Restart the measurement of CUDA's peak; does nothing elsewhere."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def total_memory_bytes(self) -> int:
-        """Return how much memory the device has; on CPUs and MPS the machine's."""
+        """Return the device's memory; for CPUs and MPS, the machine's."""
         if self.device.type == "cuda":
             return int(torch.cuda.get_device_properties(self.device).total_memory)
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -103,10 +102,10 @@ def build_runtime(device: str | None = None, dtype: str | None = None) -> Runtim
     """Choose the device and the compute dtype of this process.
 
     Args:
-        device: "cuda", "cuda:1", "mps" or "cpu"; None takes the best one here. Without an
+        device: "cuda", "cuda:1", "mps" or "cpu"; None means the best one here. Without an
             index, each local rank gets its own CUDA device.
-        dtype: "bfloat16", "float32" or "float16"; None takes bfloat16 where the hardware
-            multiplies it fast, else float32.
+        dtype: a key of `DTYPES`; None means bfloat16 if the hardware multiplies it fast, else
+            float32.
 
     Raises:
         UsageError: the device or dtype is unknown or not here, or torchrun's variables are broken.
@@ -124,12 +123,12 @@ def build_runtime(device: str | None = None, dtype: str | None = None) -> Runtim
 
 
 def prepare_process(runtime: Runtime) -> None:
-    """Set what is global to the process and makes long runs faster; call it once, at start-up.
+    """Apply process-wide settings that make long runs faster; call it once, at start-up.
 
-    On CUDA, float32 products may use TF32. On CPUs with glibc, large blocks are kept instead of
-    being returned to the system after each use: faulting their pages in again took a sixth of a
-    training step (docs/LOG.md, 2026-11-20). Compiled code goes into a directory of its own for
-    each kind of processor: code for another one, from a shared home, corrupts memory.
+    On CUDA, float32 products may use TF32. On CPUs, glibc keeps large blocks instead of returning
+    them to the system: getting their pages back took a sixth of a training step (docs/LOG.md,
+    2026-11-20). Each kind of processor gets its own directory of compiled code, because code for
+    another one, from a shared home, corrupts memory.
     """
     cache = Path(os.environ.get(COMPILED_CODE) or Path(tempfile.gettempdir()) / "torchinductor")
     kind = torch.backends.cpu.get_cpu_capability().replace(" ", "-")
@@ -208,7 +207,7 @@ def choose_dtype(device: torch.device, requested: str | None) -> tuple[torch.dty
 
 
 def describe_hardware(runtime: Runtime) -> dict[str, str | int]:
-    """Return what may change a run's last bits from one machine to the next."""
+    """Return the facts that may change the last bits of a run's results."""
     return {
         "device": runtime.device_name,
         "torch": torch.__version__,
@@ -230,7 +229,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def cpu_name(cpuinfo: Path) -> str:
-    """Return the processor's model name from Linux's `cpuinfo`, else what Python knows."""
+    """Return the processor's model name from Linux's `cpuinfo`, or Python's name for it."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -250,13 +249,13 @@ def _peak_resident_bytes() -> int:
 
 
 class _Stopped(BaseException):
-    """Leave interruptible work; a base exception, so that no handler on the way takes it."""
+    """Leave interruptible work; a BaseException, so that no other handler catches it."""
 
 
 class StopRequest:
-    """Whether the user, or the system, asked the loop to end.
+    """Remember whether the user or the system asked the loop to end.
 
-    Signals within `SAME_REQUEST_SECONDS` are one request: schedulers and terminals send several.
+    Signals within `SAME_REQUEST_SECONDS` count as one, since schedulers and terminals send several.
     """
 
     def __init__(self) -> None:
@@ -276,7 +275,7 @@ class StopRequest:
             raise _Stopped
 
     def interruptible(self, work: Callable[[], T]) -> T | None:
-        """Do long work that changes nothing, or leave it at the first request: then None."""
+        """Do long work that changes nothing; the first request interrupts it and returns None."""
         try:  # no context manager: its own calls would be places for the signal to arrive
             self._interruptible = True
             return work()
@@ -287,7 +286,7 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM as requests; outside the main thread there are none to take."""
+        """Take SIGINT and SIGTERM as requests; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -302,11 +301,7 @@ class StopRequest:
 
 @contextmanager
 def explained_memory() -> Iterator[None]:
-    """Turn running out of memory into advice.
-
-    Raises:
-        MemoryExceededError: instead of torch's error, on accelerators and on CPUs.
-    """
+    """Turn torch's errors about memory, of any device, into a MemoryExceededError with advice."""
     try:
         yield
     except RuntimeError as error:  # OutOfMemoryError is one; CPUs raise nothing more special

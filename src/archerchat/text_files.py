@@ -1,7 +1,7 @@
-"""Read the files that people have: folders with splits, compressed text, JSON, CSV.
+"""Read people's own files: folders with splits, compressed text, JSON, CSV.
 
-One rule for all of them: a byte order mark names the encoding, and without one it is UTF-8. What is
-wrong is named with its file and line, and handed to a `Refuse`.
+A byte order mark decides the encoding; without one it is UTF-8. Problems are reported to a `Refuse`
+with their file and line.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import IO, Any, TextIO, cast
 from archerchat.errors import DataError
 
 Refuse = Callable[[str], None]
-"""Receives what is wrong with a file or a line; if it returns, that is left out."""
+"""Receives a problem with a file or a line, which is left out if the function returns."""
 Place = tuple[str, Any]
-"""Where something was found, such as `talks.jsonl:12`, and what it is."""
+"""The place of a value, such as `talks.jsonl:12`, and the value."""
 JSON_KINDS = (".jsonl", ".ndjson", ".json")
 TABLE_KINDS = (".csv", ".tsv")
 MARKS = (
@@ -40,7 +40,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 CARDS = ("readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""Files that describe a data set; beside its rows they are no text to learn."""
+"""Files that describe a data set; in a folder with its rows they are not read."""
 _UNDECODED = re.compile(r"[\udc80-\udcff]")
 _SPLIT = re.compile(
     r"(?:.*[-_. ])??(train|validation|valid|val|dev|test)(?:[-_. ]\d.*)?", re.IGNORECASE
@@ -48,7 +48,7 @@ _SPLIT = re.compile(
 
 
 def refuse(problem: str) -> None:
-    """Raise a DataError: the default for what is wrong."""
+    """Raise a DataError: the default for problems."""
     raise DataError(problem)
 
 
@@ -67,32 +67,31 @@ _OPENERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _split_name(path: Path) -> tuple[str, str]:
-    """Return a file's name without suffixes, and its suffix less a compression's, in lower case."""
+    """Return a file's name without suffixes, and its suffix without a compression's."""
     bare = Path(path.stem if path.suffix.lower() in _OPENERS else path.name)
     return bare.stem, bare.suffix.lower()
 
 
 def file_kind(path: Path) -> str:
-    """Return the suffix of a file in lower case, less a compression's: `.jsonl` of `A.JSONL.gz`."""
+    """Return a file's suffix in lower case without a compression's: `.jsonl` of `A.JSONL.gz`."""
     return _split_name(path)[1]
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a folder that can be read, by what its names say of them."""
+    """The readable files of a folder, sorted into splits by their names."""
 
     train: list[Path]
     held_out: list[Path]
-    """Those named validation (or valid, val, dev), else those named test; none without train."""
+    """Files named validation (or valid, val, dev), else test; empty if there is no train split."""
     left_out: list[str]
-    """What is not read, in words."""
+    """Descriptions of what is not read."""
 
 
 def list_folder(source: Path, kinds: Collection[str]) -> Folder:
-    """Sort the files below `source` by name into splits; hidden ones are passed over.
+    """Sort the files below `source` into splits by name; hidden files are ignored.
 
-    A file is read if its suffix, less a compression's, is one of `kinds`. A `source` that is no
-    folder is read whatever its suffix.
+    A file is read if `file_kind` is one of `kinds`. A `source` that is a file is always read.
     """
     if not source.is_dir():
         return Folder([source], [], [])
@@ -128,7 +127,7 @@ def list_folder(source: Path, kinds: Collection[str]) -> Folder:
 
 
 def _find_split(path: Path) -> str:
-    """Return train, validation or test if a file's name or a folder's says so, else nothing."""
+    """Return train, validation or test if the name of a file or a folder contains it, else ""."""
     for name in (_split_name(path)[0], *reversed(path.parts[:-1])):
         if match := _SPLIT.fullmatch(name):
             split = match[1].lower()
@@ -138,7 +137,7 @@ def _find_split(path: Path) -> str:
 
 @contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file, decompressed by its suffix; bytes that are no text become surrogates."""
+    """Open a text file, decompressed by its suffix; undecodable bytes become surrogates."""
     opener: Callable[[Path], Any] = _OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))
     with io.BufferedReader(opener(path)) as file:
         start = file.peek(4)
@@ -167,9 +166,9 @@ def iter_lines(
 
 
 def iter_rows(path: Path, bad: Refuse = refuse) -> Iterator[Place]:
-    """Yield each JSON value or row of a table with its place; blank lines are passed over.
+    """Yield each JSON value or row of a table with its place; blank lines are ignored.
 
-    A `.json` file holds a list of values, one value, or one a line.
+    A `.json` file holds a list of values, one value, or one value per line.
     """
     kind = file_kind(path)
     if kind in TABLE_KINDS:

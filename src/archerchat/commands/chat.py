@@ -31,9 +31,9 @@ from archerchat.inference.tools import PartType, Piece
 HELP = """\
 /clear            start a new conversation
 /temperature X    0 always takes the most likely token, larger values vary more
-/top_k N          sample from this many of the most likely tokens; `none` samples from all
+/top_k N          sample from the N most likely tokens; `none` samples from all
 /max_tokens N     most tokens of an answer
-/save FILE        write the conversation as a line of JSON, which training reads
+/save FILE        write the conversation as a line of JSON, which `archerchat sft` can read
 /help             this list
 /quit             leave (or Ctrl-D)
 Ctrl-C stops an answer. To send a message that starts with a slash, type two slashes."""
@@ -49,10 +49,10 @@ class ChatConfig(ModelOptions):
     source: Literal["sft", "rl", "base"] = "sft"
     """Stage to load: base, sft or rl."""
     system: str | None = None
-    """System message, which the model reads before the first message."""
+    """System message, which comes before the first message."""
     sampling: SamplingParams = CHAT_SAMPLING
     compile: bool = False
-    """Compile the model on CPUs: faster answers, after some seconds."""
+    """Compile the model on CPUs: takes some seconds and makes answers faster."""
 
 
 def chat(config: ChatConfig, home: Home) -> None:
@@ -109,7 +109,7 @@ class Dialogue:
         """Answer a message or run a command.
 
         Raises:
-            UsageError: the line makes no sense; the conversation is unchanged.
+            UsageError: the line cannot be understood; the conversation is unchanged.
         """
         word, _, rest = line.strip().partition(" ")
         if not word:
@@ -157,7 +157,7 @@ def _count_or_none(text: str) -> int | None:
 
 
 def show_answer(session: ChatSession, message: str, console: Console) -> None:
-    """Print the answer as it comes; Ctrl-C stops it.
+    """Print the answer while it is generated; Ctrl-C stops it.
 
     Raises:
         UsageError: there is nothing to answer, or no room for an answer.
@@ -184,7 +184,7 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
 
 
 class _AnswerPrinter:
-    """Print pieces; a call of the calculator as `[6*7 = 42]`."""
+    """Print pieces of an answer; a calculator call is shown as `[6*7 = 42]`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -219,7 +219,7 @@ class _AnswerPrinter:
 
 
 def _keep_history(path: Path) -> None:
-    """Let arrow keys recall lines, also those of earlier sessions."""
+    """Let arrow keys recall lines, including those of earlier sessions."""
     try:
         import readline  # here, since importing it changes how `input` reads
     except ImportError:  # not every Python is built with it

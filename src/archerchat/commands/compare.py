@@ -1,4 +1,4 @@
-"""`archerchat compare RUN RUN|LOG`: do two runs agree, and which of them needs less compute?"""
+"""`archerchat compare RUN RUN|LOG`: whether two runs agree, and which needs less compute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from archerchat.report.comparison import (
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Say whether two runs agree in loss, bits per byte, CORE and ChatCORE.
+    """Compare two runs in loss, bits per byte, CORE and ChatCORE.
 
     The exit code is 0 if they agree and 1 if they differ.
     """
@@ -28,7 +28,7 @@ class CompareConfig:
     first: str
     """FIRST: name of a run."""
     second: str
-    """SECOND: name of another run, or the file of the reference's printed log."""
+    """SECOND: name of another run, or a file with the reference's printed log."""
     json: Path | None = None
     """Also write the figures to this file."""
     plot: Path | None = None
@@ -37,7 +37,7 @@ class CompareConfig:
 
 
 def run_comparison(config: CompareConfig, home: Home) -> None:
-    """Print what both have, what differs by too much, and the compute multiplier."""
+    """Print the figures that both have, those that differ too much, and the compute multiplier."""
     first, second = read_course(home, config.first), read_course(home, config.second)
     rows, multiplier = compare(first, second), compute_multiplier(first, second)
     if not any(row.agrees is not None for row in rows):

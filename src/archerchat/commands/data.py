@@ -38,15 +38,15 @@ DEFAULT_SHARDS = 8
 
 @dataclass(frozen=True)
 class DataDownloadConfig(Config):
-    """Download shards from the Hugging Face hub. Existing shards are not fetched again."""
+    """Download text shards from the Hugging Face hub. Existing shards are kept."""
 
     source: Literal["climbmix", "fineweb-edu"] = "climbmix"
-    """Data set to download; its shards are kept under this name."""
+    """Data set to download; also the name of the data."""
     num_shards: PositiveInt | None = None
-    """Number of train shards, of 6542 (climbmix) or 1821 (fineweb-edu). Defaults to what --depth
-    needs, or 8. The validation shard is always downloaded too."""
+    """Number of train shards, at most 6542 (climbmix) or 1821 (fineweb-edu). Defaults to what
+    --depth needs, or 8. The validation shard is always downloaded too."""
     depth: PositiveInt | None = None
-    """Depth of the model to train on it, which decides how many shards are needed."""
+    """Depth of the model to train; decides the number of shards."""
     workers: PositiveInt = 4
     """Files to download at a time."""
     endpoint: str | None = None
@@ -65,10 +65,10 @@ class DataBuildConfig(Config):
     text_column: str = TEXT_COLUMN
     """Column or key that holds the documents."""
     skip_bad: bool = False
-    """Leave out files and rows that cannot be read, and list them, instead of stopping."""
+    """Leave out and list files and rows that cannot be read, instead of stopping."""
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
     force: bool = False
-    """Replace existing data of this name. Runs that read it can then not be resumed."""
+    """Replace existing data of this name. Runs that read it can no longer be resumed."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class DataInfoConfig(Config):
     data: str | None = None
     """Data source, or a directory of shards. Defaults to all sources under ARCHERCHAT_HOME."""
     shards: bool = False
-    """Also print one line per shard."""
+    """Also list the shards."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class DataIdentityConfig(Config):
     template: Path | None = None
     """Your own template (TOML). Defaults to the package's."""
     save_template: Path | None = None
-    """Write the package's template to this new file, for editing, and nothing else."""
+    """Only write the package's template to this new file, for you to edit."""
     seed: Seed = 0
     """Random seed for drawing the conversations."""
 
@@ -139,8 +139,8 @@ def build(config: DataBuildConfig, home: Home) -> None:
         root = stdlib_directory()
         files = list_stdlib(root)
         recipe, groups = describe_stdlib(root, files), iter_stdlib(root, files)
-        # An update of Python changes the sources a little. That is no reason to break the runs that
-        # read what an earlier one built.
+        # An update of Python changes the sources a little. Runs that read what an earlier one built
+        # must not break because of that.
         there = None if config.force else find_recipe(directory)
         if there is not None and "python" in there and there != recipe:
             recipe = there
@@ -175,7 +175,7 @@ def build(config: DataBuildConfig, home: Home) -> None:
 
 
 def info(config: DataInfoConfig, home: Home) -> None:
-    """Print a table of sources, splits, shards, row groups, documents and bytes."""
+    """Print a table of splits, shards, row groups, documents and bytes per source."""
     if config.data is not None:
         directories = [data_directory(config.data, home)]
     elif not (directories := list_sources(home)):
@@ -186,7 +186,7 @@ def info(config: DataInfoConfig, home: Home) -> None:
 
 
 def identity(config: DataIdentityConfig, home: Home) -> None:
-    """Draw the conversations and write them, one JSON line each."""
+    """Draw the conversations and write them, one JSON object per line."""
     console = build_console()
     if config.save_template is not None:
         if config.save_template.exists():
@@ -238,7 +238,7 @@ def _default_name(source: str) -> str:
 
 
 def _counted(groups: Iterable[Group], line: LiveLine, name: str) -> Iterator[Group]:
-    """Yield the groups, saying how many there were."""
+    """Yield the groups, showing their number."""
     for number, group in enumerate(groups, start=1):
         line.show(f"building {name}: {number:,} read")
         yield group
@@ -270,9 +270,9 @@ def _measure(path: Path) -> tuple[int, int, int, int]:
 
 
 class _DownloadProgress:
-    """Say how many bytes have arrived, at what rate, and the time left.
+    """Show the number of bytes that have arrived, their rate and the time left.
 
-    Sizes that are not known yet are taken to be the mean of the known ones.
+    Sizes that are not known yet are estimated by the mean of the known ones.
     """
 
     def __init__(self, line: LiveLine, num_files: int) -> None:
@@ -283,7 +283,7 @@ class _DownloadProgress:
 
     def report(self, name: str, arrived: int, size: int) -> None:
         with self._lock:
-            # What an earlier command had fetched is not part of this one's rate.
+            # Bytes that an earlier command fetched do not count for this one's rate.
             before, _ = self._files.get(name, (arrived, size))
             self._received += arrived - before
             self._files[name] = (arrived, size)

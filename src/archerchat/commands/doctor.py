@@ -1,4 +1,4 @@
-"""`archerchat doctor`: what this machine is, what will run on it and why, and what is missing."""
+"""`archerchat doctor`: describe this machine, what will run on it and why, and what is missing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class DoctorConfig(DeviceConfig):
 
 
 def doctor(config: DoctorConfig, home: Home) -> None:
-    """Print what `examine` finds; a device or dtype that is not here raises UsageError."""
+    """Print the results of `examine`."""
     report = examine(config, home)
     if config.json:
         print(json.dumps(report))
@@ -60,7 +60,7 @@ def doctor(config: DoctorConfig, home: Home) -> None:
 
 
 def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:
-    """Return each section's facts by name, and under `missing` pairs of a lack and its remedy."""
+    """Return each section's facts by name, and `missing` as pairs of a thing and its remedy."""
     runtime, environment = build_runtime(config.device, config.dtype), describe_environment()
     del environment["command"]
     report: dict[str, Any] = {
@@ -139,7 +139,7 @@ def _state(runtime: Runtime, backend: str) -> str:
 
 
 def _version(name: str) -> str | None:
-    """Return a package's version; "here" for one that is imported from its sources."""
+    """Return a package's version; "here" if it is imported from its sources."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

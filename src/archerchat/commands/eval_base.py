@@ -3,8 +3,8 @@
     archerchat eval base --eval core,bpb,sample --max-per-task 500
     archerchat eval base --eval bpb --text war_and_peace.txt
 
-CORE's figures go to `evals/base/<tag>/core_<step>.json` under the home. Another bundle or a limit
-adds to the name. An interrupted evaluation resumes from the `.partial.json` beside it.
+CORE's figures go to `evals/base/<tag>/core_<step>.json` under the home; another bundle or a limit
+adds to the name. An interrupted evaluation resumes from the `.partial.json` in the same folder.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class EvalBaseConfig(ModelOptions):
     downloaded once. `offline` stands for the package's own tasks, which are not CORE."""
     core: CoreOptions = field(default_factory=CoreOptions)
     data: str | None = None
-    """Data for bits per byte. Defaults to what the model was trained on."""
+    """Data for bits per byte. Defaults to the model's training data."""
     split: str | None = None
     """Splits for bits per byte, separated by commas: train, val. Defaults to both, or to none with
     --text."""
@@ -126,7 +126,7 @@ def _evaluate_core(
             "device": runtime.device_name,
             "options": asdict(options),
         }
-        # Anything but the whole of CORE has its own name, so it never replaces CORE.
+        # Partial evaluations have their own names, so they never replace the whole of CORE.
         offline = is_offline(tasks.tasks)
         parts = [f"{'offline' if offline else 'core'}_{loaded.step:06d}"]
         parts += [f"max{options.max_per_task}"] if options.max_per_task else []
@@ -151,7 +151,7 @@ def _evaluate_core(
 def _run_core(
     evaluation: CoreEvaluation, loaded: LoadedModel, kept: PartialResults, console: Console
 ) -> CoreResult:
-    """Evaluate with a bar on a terminal, and one line per task elsewhere."""
+    """Evaluate with a progress bar on a terminal, or with one line per task elsewhere."""
     model = InferenceModel(loaded.model).model
     if kept.tasks:
         console.print(f"resuming after {', '.join(kept.tasks)}")

@@ -1,7 +1,7 @@
 """`archerchat eval chat`: evaluate a chat model on ChatCORE's tasks or others.
 
 The figures go to `evals/<stage>/<tag>/chat_step_<step>.json` under the home. Other tasks, limits or
-sampling options have their own file, so that they never replace the whole of ChatCORE.
+sampling options get another file name, so they never replace the whole of ChatCORE.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class EvalChatConfig(ModelOptions):
     source: Literal["sft", "rl", "base"] = "sft"
     """Stage to load: base, sft or rl."""
     tasks: str | None = None
-    """Tasks, separated by commas, each with an optional limit: GSM8K:200,MMLU. Defaults to the six
-    of ChatCORE."""
+    """Tasks, separated by commas, each with an optional limit, such as GSM8K:200,MMLU. Defaults to
+    the six of ChatCORE."""
     max_problems: PositiveInt | None = None
-    """Number of problems per task, for tasks without their own limit. Defaults to all."""
+    """Most problems per task, for tasks without their own limit. Defaults to all."""
     sampling: SamplingParams = SAMPLING
     device_batch_size: PositiveInt = 64
     """Most answers to generate at a time. Halve it if you run out of memory."""
@@ -67,7 +67,7 @@ class EvalChatConfig(ModelOptions):
 def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """Evaluate the tasks one by one and return the figures.
 
-    After each task the results are written, to a `.partial.json` until all are done.
+    The results are written after each task, to a `.partial.json` until all tasks are done.
     """
     limits = parse_tasks(config.tasks, config.max_problems)
     sampling = config.sampling
@@ -171,7 +171,7 @@ def _evaluate_task(
     console: Console,
     answers: list[str],
 ) -> ChatTaskResult:
-    """Evaluate one task, showing progress; add its answers to `answers`, each a line of JSON."""
+    """Evaluate one task with a progress line; add its answers to `answers` as lines of JSON."""
     unit = "questions" if task.kind == "categorical" else "answers"
     started = time.monotonic()
 

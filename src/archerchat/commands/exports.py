@@ -1,4 +1,4 @@
-"""For other tools: `archerchat export huggingface`, `export conversations` and `push`."""
+"""Exports for other tools: `archerchat export huggingface`, `export conversations`, `push`."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ FORMATS = {"archerchat": OURS, "transformers": THEIRS}
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Config):
-    """Choose a model and how to write it."""
+    """Choose a model and its format."""
 
     tag: str
     """Name of the model."""
     stage: Literal["base", "sft", "rl"] | None = None
-    """Stage to export: base, sft or rl. Defaults to the last one that exists."""
+    """Stage to export: base, sft or rl. Defaults to the latest stage of the model."""
     step: int | None = None
     """Step of the checkpoint. Defaults to the latest."""
     format: Literal["archerchat", "transformers"] | None = None
-    """Format of the folder. `transformers` is the library's own NanoChatForCausalLM, for plain
-    models only; `archerchat` adds its own model code. Defaults to `transformers` if that loses
-    nothing."""
+    """Format of the folder. `transformers` is the library's own NanoChatForCausalLM, which has only
+    some of the model's parts; `archerchat` adds its own model code. Defaults to `transformers` if
+    the model has no other parts."""
     dtype: DtypeName | None = None
-    """Dtype of the weights. Defaults to the checkpoint's own, which loses nothing."""
+    """Dtype of the weights. Defaults to the checkpoint's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +71,19 @@ class ExportConfig(ExportOptions):
 class PushConfig(ExportOptions):
     """Export a model and upload it to the Hugging Face hub: `archerchat push TAG REPO`.
 
-    Log in with `hf auth login` first. After an interruption run it again: complete files are not
-    sent twice.
+    Log in with `hf auth login` first. If the upload is interrupted, run the command again: complete
+    files are not sent twice.
     """
 
     repo: str
     """Name of the repository, OWNER/NAME; created if missing."""
     public: bool = False
-    """Let everyone see the model. By default a new repository is private, and one that everyone
-    can see is refused."""
+    """Upload to a public repository. By default a new repository is private, and an existing public
+    one is refused."""
 
 
 def export_huggingface(config: ExportConfig, home: Home) -> None:
-    """Write the folder and say what it is."""
+    """Write the folder and print its size."""
     _write(config, home, config.directory, config.directory.name)
     size = sum(file.stat().st_size for file in config.directory.iterdir())
     build_console().print(f"exported {config.tag} to {config.directory} ({bytes_text(size)})")
@@ -112,7 +112,7 @@ def push(config: PushConfig, home: Home) -> None:
 
 @dataclass(frozen=True)
 class ConversationsConfig(Config):
-    """Write conversations as JSON lines in a layout that other tools read.
+    """Write conversations as JSON lines in a layout of other tools.
 
     `archerchat export conversations SOURCE FILE --layout sharegpt`
     """
@@ -147,7 +147,7 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
 
 
 def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> None:
-    """Export a model to `directory`, under the name that its users will load it by."""
+    """Export a model to `directory`; users will load it by `name`."""
     if options.dtype == "float16":
         raise UsageError("--dtype float16: its squared ReLUs overflow; choose bfloat16 or float32")
     stages = [s for s in STAGES if options.tag in {path.name for path in list_models(home, s)}]

@@ -52,15 +52,16 @@ class ImportNanochatConfig(Config):
 class ImportHuggingFaceConfig(Config):
     """Import a Hugging Face folder: `archerchat import huggingface DIRECTORY`.
 
-    `archerchat export huggingface` wrote it, or it holds transformers' NanoChatForCausalLM.
+    The folder was written by `archerchat export huggingface`, or holds transformers'
+    NanoChatForCausalLM.
     """
 
     directory: Path
-    """The folder, with config.json, tokenizer.json and the weights."""
+    """Folder with config.json, tokenizer.json and the weights."""
     tag: str | None = None
     """Name for the model and its tokenizer. Defaults to the directory's name."""
     stage: StageName | None = None
-    """Stage of the model: base, sft or rl. Defaults to what the folder says, or to base."""
+    """Stage of the model: base, sft or rl. Defaults to the one that the folder names, or base."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,13 @@ class PullConfig(Config):
     tag: str | None = None
     """Name for the model and its tokenizer. Defaults to the repository's name."""
     stage: StageName | None = None
-    """Stage of the model: base, sft or rl. Defaults to what the repository says, or to base."""
+    """Stage of the model: base, sft or rl. Defaults to the one in the repository, or base."""
     revision: str | None = None
     """Branch, tag or commit. Defaults to the main branch."""
 
 
 def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
-    """Import one step, with the optimizer's state and the tokenizer if they are found.
-
-    Everything is read and checked before anything is written.
-    """
+    """Import one step, with the optimizer's state and the tokenizer if they are found."""
     source = config.directory.resolve()
     tag = source.name if config.tag is None else config.tag
     _require_free(home, config.stage, tag)

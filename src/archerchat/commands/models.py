@@ -35,18 +35,18 @@ class ListConfig:
 class RenameConfig:
     """Rename a model at all stages, with the results of its evaluations.
 
-    `archerchat models rename OLD NEW`: reports find the journals, which keep their names.
+    `archerchat models rename OLD NEW`. Journals keep their names, and reports still find them.
     """
 
     old: str
     """Name of the model."""
     new: str
-    """Name to give it."""
+    """New name."""
 
 
 @dataclass(frozen=True)
 class ChangeConfig(Config):
-    """Name a model."""
+    """Choose a model."""
 
     tag: str
     """Name of the model."""
@@ -62,7 +62,7 @@ class RemoveConfig(ChangeConfig):
     """
 
     yes: bool = False
-    """Confirm that they may be deleted."""
+    """Confirm the deletion."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`archerchat plan --depth N [--gpu NAME]`: what training takes, before it is started."""
+"""`archerchat plan --depth N [--gpu NAME]`: estimate what training takes, before it starts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 
 
 def plan(config: PlanConfig, home: Home) -> None:
-    """Print what the run that `config` describes takes."""
+    """Print the plan of a run."""
     text = None
     if config.data is not None:
         shards, _ = split_shards(list_shards(data_directory(config.data, home)))
@@ -56,7 +56,7 @@ def plan(config: PlanConfig, home: Home) -> None:
 def _tables(
     config: PlanConfig, plan: Plan, text: TextSample | None, packing: str
 ) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield each table's title and rows, as the template `plan.txt` beside this module has them."""
+    """Yield each table's title and rows, from the template `plan.txt` in this folder."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"bytes": bytes_text, "short": _short, "days": _days}
     template = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def _tables(
 
 
 def _commands(config: PlanConfig, plan: Plan) -> list[str]:
-    """Return what to type for this run, from text to a chat model."""
+    """Return the commands for this run, from text to a chat model."""
     dial = config.dial
     given = []
     for field in dataclasses.fields(dial):
@@ -109,7 +109,7 @@ def _commands(config: PlanConfig, plan: Plan) -> list[str]:
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """Return every number of the plan, derived ones included, as JSON's types."""
+    """Return every number of the plan, derived ones included, as JSON types."""
     content = dataclasses.asdict(plan)
     hp, model, counts = plan.hyperparameters, plan.hyperparameters.model, content["hyperparameters"]
     counts |= {name: getattr(hp, name) for name in ("total_tokens", "total_flops")}
@@ -120,7 +120,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _short(count: int) -> str:
-    """Return 286261730 as 286.3M, and what is below 10,000 in full."""
+    """Return 286261730 as 286.3M, and numbers below 10,000 in full."""
     for factor, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if count >= max(factor, 1e4):
             return f"{count / factor:.1f}{letter}"

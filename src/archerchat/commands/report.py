@@ -1,4 +1,4 @@
-"""`archerchat report` and `archerchat report scaling`: a model's page, and a scaling law's."""
+"""`archerchat report` and `archerchat report scaling`: reports of a model and of a scaling law."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from archerchat.report.scaling import (
 class ReportConfig(Config):
     """Write a model's training report from its journals and results (Markdown and HTML).
 
-    `archerchat report TAG` is about one model; `archerchat report scaling RUNS` fits a scaling law
-    to several runs instead.
+    `archerchat report TAG` is about one model. `archerchat report scaling RUNS` fits a scaling law
+    to several runs.
     """
 
     tag: tuple[str, ...]
@@ -39,7 +39,7 @@ class ReportConfig(Config):
 
 
 def report(config: ReportConfig, home: Home) -> None:
-    """Write the report and print where it is."""
+    """Write the report and print its path."""
     if len(config.tag) > 1:
         raise UsageError(
             f"a report is about one model, not {len(config.tag)}; for a law over several runs use "
@@ -55,7 +55,7 @@ def report(config: ReportConfig, home: Home) -> None:
 
 
 def target_directory(out: Path | None, home: Home, name: str) -> Path:
-    """Return where to write: `out`, or the home's directory for a report of this name.
+    """Return `out`, or the home's directory for a report of this name.
 
     Raises:
         UsageError: `out` holds anything but a report.
@@ -72,7 +72,7 @@ def target_directory(out: Path | None, home: Home, name: str) -> Path:
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """Fit loss against parameters and tokens over several runs, and draw it (HTML and Markdown).
+    """Fit a law of loss by parameters and tokens to several runs, and draw it (HTML, Markdown).
 
     `archerchat report scaling RUNS` takes their names, as in `archerchat report scaling d6 d8 d10`.
     """
@@ -80,9 +80,9 @@ class ScalingConfig:
     runs: tuple[str, ...]
     """Names of the runs."""
     metric: str = "val/bpb"
-    """Metric to fit, by the last value that each run logged."""
+    """Metric to fit; the last value of each run counts."""
     parameters: Parameters = "scaling"
-    """Parameters to count: `scaling` (block matrices and unembedding, as the dial) or `total`."""
+    """Parameters to count: `scaling` (block matrices and unembedding) or `total`."""
     out: Path | None = None
     """Directory to write to; an earlier report in it is replaced. Defaults to `reports/scaling` in
     ArcherChat's home."""
@@ -91,7 +91,7 @@ class ScalingConfig:
 
 
 def report_scaling(config: ScalingConfig, home: Home) -> None:
-    """Fit the law, write the report, and say what it is and where."""
+    """Fit the law, write the report, and print both the law and the report's path."""
     tags = list(config.runs)
     if len(tags) < 2:
         raise UsageError(

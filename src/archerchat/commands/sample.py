@@ -1,4 +1,4 @@
-"""`archerchat sample`: print what a model says, with a prompt and without one."""
+"""`archerchat sample`: print text that a model writes, with and without a prompt."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ MAX_ROWS = 16
 """Most samples to generate at a time."""
 
 CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
-"""A model may say any byte; those that a terminal obeys are shown as unprintable."""
+"""A model may write any byte; bytes that control a terminal are replaced."""
 
 
 @dataclass(frozen=True)
 class SampleConfig(ModelOptions):
-    """Print samples of a model, with prompts and without one."""
+    """Print samples of a model, with and without prompts."""
 
     source: Literal["base", "sft", "rl"] = "base"
     """Stage to load: base, sft or rl."""
@@ -42,7 +42,7 @@ class SampleConfig(ModelOptions):
 
 
 def sample(config: SampleConfig, home: Home) -> None:
-    """Load a model and print samples, each token as it comes."""
+    """Load a model and print samples, token by token."""
     config.sampling.refuse_changes("logprobs")
     loaded, _ = config.load(home, config.source)
     console = build_console()
@@ -79,9 +79,9 @@ def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -
 
 
 def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[str]]:
-    """Yield each request's text in order, as it comes; that of later ones waits.
+    """Yield each request's text in order, piece by piece; later requests' pieces wait.
 
-    An iterator must be used up before the next one is taken.
+    An iterator must be exhausted before the next one is taken.
     """
     waiting: list[deque[Event]] = [deque() for _ in range(count)]
 

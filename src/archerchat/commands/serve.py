@@ -52,7 +52,7 @@ def serve(config: ServeConfig, home: Home) -> None:
         limit_concurrency=MAX_CONNECTIONS,
         server_header=False,
     )
-    gc.freeze()  # or the collector looks through all libraries' objects while clients wait
+    gc.freeze()  # so that the collector does not scan all libraries' objects while clients wait
     uvicorn.Server(settings).run(sockets=[listener])
 
 

@@ -1,4 +1,4 @@
-"""`archerchat tokenizer train|eval`: learn a vocabulary, and see how well it compresses."""
+"""`archerchat tokenizer train|eval`: train a tokenizer, and measure its compression."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class TokenizerTrainConfig(Config):
     """Train a tokenizer on the train shards of a data source."""
 
     data: str = "climbmix"
-    """Data source, or a directory of Parquet shards. The last shard is validation and not read."""
+    """Data source or directory of Parquet shards. The last shard, for validation, is not read."""
     name: str = "default"
     """Name to save the tokenizer under."""
     vocab_size: int = 32768
     """Number of token ids, including the nine special tokens."""
     max_chars: PositiveInt = 2_000_000_000
-    """Stop reading after this many characters."""
+    """Characters to read in all."""
     doc_cap: PositiveInt = 10_000
     """Characters to read per document; the rest of a longer one is ignored."""
     force: bool = False
@@ -77,7 +77,7 @@ class TokenizerEvalConfig(Config):
 
 
 def train(config: TokenizerTrainConfig, home: Home) -> None:
-    """Train a tokenizer and save it under its name; does nothing if that was already done."""
+    """Train a tokenizer and save it; do nothing if it exists with the same settings."""
     console = build_console()
     directory = home.tokenizer_dir(config.name)
     data = data_directory(config.data, home)
@@ -129,7 +129,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
 
 
 def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
-    """Print a table of bytes per token, by text and vocabulary, and write it as JSON if asked."""
+    """Print, and optionally write, a table of bytes per token by text and vocabulary."""
     console = build_console()
     tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
     vocabularies = {OURS: tokenizer}
@@ -157,7 +157,7 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
 
 
 def _identify(shard: Path) -> dict[str, Any]:
-    """Identify a shard without reading it all: by name, size, and a hash of its two ends.
+    """Identify a shard without reading all of it: by name, size, and a hash of both ends.
 
     The end of a Parquet file holds the size and place of everything in it.
     """
@@ -195,7 +195,7 @@ def _require_same(
 def _find_published(
     published: PublishedVocabulary, given: Path | None, flag: str, cache_dir: Path, console: Console
 ) -> Tokenizer | None:
-    """Load a vocabulary from the given file, which is then cached, or from the cache."""
+    """Load a vocabulary from the given file, and cache the file, or from the cache."""
     cached = cache_dir / published.file_name
     if given is not None and not given.is_file():
         raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")

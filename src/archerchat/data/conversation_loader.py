@@ -1,14 +1,13 @@
 """Turn conversations into rows for fine-tuning, ahead of the step (SPEC section 7).
 
-A background thread renders the conversations of a mixture and packs them whole: the longest of
-100 that still fits, and padding when none does. Conversations longer than a row are truncated,
-after a complete answer if one fits, so that none stays in the buffer for ever. Conversations
-without a token to learn are dropped. Every row therefore begins with a conversation and has a token
-to learn.
+A background thread renders the conversations of a mixture and packs them whole: a row takes the
+longest of 100 that still fits, and padding when none does. Conversations longer than a row are
+truncated, after a complete answer if one fits. Conversations without a token to learn are dropped,
+so every row begins with a conversation and has a token to learn.
 
 While it is packed, a conversation is one int32 array: a token to learn is its id, any other is
-`~id`. Rank r of W takes conversations r, r + W, ... A pass ends with its last row, padded; what
-follows is the next pass.
+`~id`. Rank r of W takes conversations r, r + W, ... The last row of a pass is padded, and the next
+pass begins.
 
     loader = ConversationLoader(mixture, tokenizer, batch_size=8, sequence_length=256)
     batch = next(loader)  # batch.inputs, batch.targets: (B, T)
@@ -34,30 +33,30 @@ from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_conversation
 
 PADDING = int(np.iinfo(np.int32).min)
-"""Stands in a row for BOS that is there to fill it."""
+"""Marks padding in a row; it becomes BOS in the batch."""
 BUFFER_SIZE = 100
-"""Conversations to choose from."""
+"""Number of conversations to choose from."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of a rank's conversations, over all passes, up to a batch."""
+    """How a rank's conversations were used, over all passes."""
 
     read: int = 0
     cut: int = 0
-    """Conversations longer than a row, which were truncated."""
+    """Conversations that were truncated to a row."""
     dropped: int = 0
-    """Conversations without a token to learn, or with none in what fits a row."""
+    """Conversations without a token to learn, or without one in the part that fits a row."""
     targets: int = 0
     """Positions in all rows, T per row."""
     padding: int = 0
-    """Positions that only fill a row."""
+    """Positions of padding."""
     trained: int = 0
     """Positions that are learned from."""
 
     @property
     def padding_share(self) -> float:
-        """Share of the positions that only fill rows; NaN before the first batch."""
+        """Share of the positions that are padding; NaN before the first batch."""
         return self.padding / self.targets if self.targets else math.nan
 
     @property
@@ -68,19 +67,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class Used:
-    """How far one loader is, or several that share a mixture."""
+    """Progress of one loader, or of several that share a mixture."""
 
     counts: Counts
     consumed: int
-    """Conversations that are in the rows returned, or dropped."""
+    """Conversations that are in returned rows, or were dropped."""
     share: int
-    """Conversations of a pass."""
+    """Conversations per pass."""
     progress: float
     """Share of a pass's conversations that the slowest loader has used; 1 or more after a pass."""
 
     @classmethod
     def of(cls, parts: Sequence[Used]) -> Used:
-        """Add up what several loaders have used."""
+        """Add up the figures of several loaders."""
         columns = zip(*(astuple(part.counts) for part in parts), strict=True)
         return cls(
             Counts(*map(sum, columns)),
@@ -93,7 +92,7 @@ class Used:
 def render_whole(
     tokenizer: Tokenizer, mixture: TaskMixture, index: int
 ) -> tuple[list[int], list[int]]:
-    """Render a conversation of a mixture, however long; an error names its task and place there."""
+    """Render a conversation of a mixture in full; an error names its task and its index there."""
     try:
         return render_conversation(tokenizer, mixture[index], sys.maxsize)
     except DataError as error:
@@ -106,10 +105,10 @@ def fit_conversation(
 ) -> tuple[Document | None, bool]:
     """Truncate a rendered conversation to a row, and encode it for the packer.
 
-    A conversation that is longer is cut after its last `end_id`, `<|assistant_end|>`, that fits.
+    A longer conversation is cut after the last `end_id`, `<|assistant_end|>`, that fits.
 
     Returns:
-        The document, None if nothing to learn is left; and whether it was truncated.
+        The document, None if no token to learn is left; and whether it was truncated.
     """
     tokens, learned = np.asarray(ids, np.int32), np.asarray(mask, bool)
     cut = len(tokens) > row_length
@@ -125,7 +124,7 @@ def fit_conversation(
 @dataclass(frozen=True)
 class _Progress:
     counts: Counts = Counts()
-    """Those of the batches so far; `read` is also the position."""
+    """Counts up to the last batch; `read` is also the position."""
 
 
 class ConversationLoader(PrefetchingLoader[_Progress]):
@@ -134,8 +133,8 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
         prefetch: batches prepared ahead.
-        repeat: begin again after a pass, even inside a batch. If false, the last batch is filled
-            with rows of nothing but padding, and no other follows.
+        repeat: begin again after a pass, even inside a batch. If false, rows of padding fill the
+            last batch.
 
     Raises:
         UsageError: there are fewer conversations than ranks.
@@ -177,7 +176,7 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
 
     @property
     def used(self) -> Used:
-        """What became of this rank's conversations up to the last batch returned."""
+        """How this rank's conversations were used up to the last returned batch."""
         counts, share = self._state.progress.counts, len(self._indices)
         consumed = counts.read - len(self._state.documents)
         return Used(counts, consumed, share, consumed / share)
@@ -197,14 +196,14 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
 
 
 def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
-    """Return what decides a mixture's conversations, each task under its number."""
+    """Identify a mixture's conversations, with each task under its number."""
     described = mixture.describe()
     return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}
 
 
 @dataclass
 class _Conversations:
-    """Read, render and pack, counting what happens."""
+    """Read, render, pack and count."""
 
     mixture: TaskMixture
     indices: range
@@ -257,7 +256,7 @@ class _Conversations:
             )
 
     def _fill(self, end: int) -> None:
-        """Fill the buffer up, but not beyond the pass that ends at `end`."""
+        """Fill the buffer from the pass that ends at `end`."""
         end_id = self.tokenizer.special_id("<|assistant_end|>")
         while self.counts.read < end and self.packer.needs_documents():
             index = self.indices[self.counts.read % len(self.indices)]

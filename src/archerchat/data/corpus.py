@@ -1,12 +1,12 @@
 """Turn any stream of documents into a directory of shuffled shards, once.
 
-Two passes keep memory bounded whatever the size: documents are spilled into buckets, each to be
-shuffled alone, then written as shards. Documents come in groups that must not be torn between
-train and validation, such as a module's source and its documentation, which repeat each other.
+Two passes bound the memory, whatever the size: documents are spilled into buckets, and each bucket
+is shuffled by itself and written as shards. Documents come in groups that stay together in train or
+in validation, such as a module's source and its documentation, which repeat each other.
 
-`corpus.json` beside the shards holds the recipe: what went in and with which options. While the
-recipe is the same, building again does nothing; a corpus of another recipe is replaced only on
-demand, because runs that read it could not be resumed.
+`corpus.json` next to the shards holds the recipe: the sources and the options. Building the same
+recipe again does nothing. A corpus of another recipe is only replaced with `force`, because runs
+that read it could not be resumed.
 """
 
 from __future__ import annotations
@@ -44,15 +44,17 @@ Group = Sequence[str]
 
 @dataclass(frozen=True)
 class CorpusOptions(Config):
-    """How documents become shards."""
+    """Options for shards."""
 
     val_fraction: Annotated[float, Limit(0, 0.99, exclusive=True)] = 0.05
-    """Share of the documents that becomes the validation shard, at most 8192 documents; where files
-    or folders are named train and validation (or test), up to 8192 of those are taken."""
+    """Share of the documents for the validation shard, at most 8192 documents. If files or folders
+    are named train and validation (or test), up to 8192 of the latter are taken instead."""
     val_documents: PositiveInt | None = None
     """Number of documents in the validation shard, instead of a share."""
     documents_per_row_group: PositiveInt | None = None
-    """Documents read at a time. Defaults to 256, or fewer so that 8 ranks can share a split."""
+    """Documents per row group, the unit of reading. Defaults to 256, or less so that 8 ranks can
+    share a split."""
+
     documents_per_shard: PositiveInt = 8192
     """Documents per train shard."""
     seed: Seed = 0
@@ -71,19 +73,18 @@ def build_corpus(
 ) -> bool:
     """Write the documents of `groups`, shuffled, as the shards of `directory`.
 
-    Returns False, without touching `groups`, if `directory` holds what this recipe and these
-    options make. Documents without a visible character are left out. The directory appears, or
-    is replaced, at once and whole.
+    Returns False, without reading `groups`, if `directory` already has this recipe and these
+    options. Documents without a visible character are left out. The directory is written, or
+    replaced, atomically.
 
     Args:
         recipe: a JSON value that changes whenever `groups` or `held_out` would.
-        held_out: what to draw the validation shard from, if not from `groups`.
-        input_bytes: about how much text there is; decides how much is shuffled in memory.
-        force: replace what was built here before, whatever its recipe.
+        held_out: documents for the validation shard, if they are not drawn from `groups`.
+        input_bytes: approximate size of the text; decides the number of buckets.
+        force: replace an earlier corpus, whatever its recipe.
 
     Raises:
-        UsageError: `directory` holds something that was not built here, or, without `force`, was
-            built by another recipe.
+        UsageError: `directory` holds something else, or, without `force`, another recipe's corpus.
         DataError: there are not two groups, or the disk is full.
     """
     remove_leftovers(directory.parent)
@@ -113,13 +114,13 @@ def build_corpus(
 
 
 def find_recipe(directory: Path) -> dict[str, Any] | None:
-    """Return what went into the corpus in `directory`; None where no whole one is."""
+    """Return the recipe of the corpus in `directory`; None if there is no complete one."""
     manifest = _load_manifest(directory)
     return manifest["recipe"] if manifest and _is_whole(directory, manifest) else None
 
 
 def _load_manifest(directory: Path) -> dict[str, Any] | None:
-    """Read what `build_corpus` wrote; None where it is missing or damaged."""
+    """Read the manifest; None if it is missing or damaged."""
     try:
         manifest: dict[str, Any] = json.loads((current(directory) / MANIFEST).read_bytes())
         parts = (manifest["recipe"], manifest["options"], manifest["shards"])
@@ -157,7 +158,7 @@ def _write_corpus(
     validation_texts: list[str] = []
 
     def iter_train() -> Iterator[str]:
-        """Yield the train documents, each bucket shuffled; set those of validation aside."""
+        """Yield the train documents, each bucket shuffled; collect those for validation."""
         for path in buckets:
             columns = (column.to_pylist() for column in pq.read_table(path).columns)
             documents = list(zip(*columns, strict=True))
@@ -192,7 +193,7 @@ def _spill(
     """Put each group into a random bucket.
 
     Returns:
-        The sizes of the groups, none empty, and how many of them are not of `held_out`.
+        The sizes of the non-empty groups, and the number of those that are not from `held_out`.
     """
     sizes, num_train = list[int](), 0
     pending: list[list[tuple[int, str]]] = [[] for _ in buckets]
@@ -223,9 +224,9 @@ def _spill(
 def _choose_validation(
     sizes: Sequence[int], num_train: int, options: CorpusOptions, generator: random.Random
 ) -> set[int]:
-    """Draw groups, of those after the first `num_train` if there are any, for validation.
+    """Draw groups for validation until they hold enough documents, leaving one for training.
 
-    They hold enough documents, or are all but one, which is left for training.
+    Groups after the first `num_train` are held out: if there are any, only they are drawn.
     """
     held_out = range(num_train, len(sizes))
     share = MAX_VAL_DOCUMENTS if held_out else round(options.val_fraction * sum(sizes))

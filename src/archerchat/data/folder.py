@@ -1,8 +1,8 @@
 """Read documents from any folder of Parquet, JSON, CSV or text files, compressed or not.
 
-Each row holds a document, in the column or key `text` or in one that is named. `.txt` and `.md`
-files hold running text, which is cut at paragraphs into documents of a useful size. Null and blank
-texts are left out and counted, whatever the file.
+Each row holds a document, in the column or key `text` or in another given one. `.txt` and `.md`
+files are cut at paragraphs into documents of a useful size. Null and blank texts are left out and
+counted.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from archerchat.text_files import (
 )
 
 MAX_CHARACTERS = 10_000
-"""Longer text is cut; the tokenizer's training reads no more of a document either."""
+"""Longer text is cut. The tokenizer's training reads no more of a document either."""
 MAX_NAMED = 10
-"""Problems that are listed in full."""
+"""Number of problems that are listed."""
 KINDS = (".parquet", *JSON_KINDS, *TABLE_KINDS, ".txt", ".md")
 
 
 @dataclass
 class Reading:
-    """Read files, and remember what was left out or cut.
+    """Read files, and count what was left out or cut.
 
     Raises:
         DataError: a file or a row is broken (from `iter_texts`), unless `skip_bad`.
@@ -60,7 +60,7 @@ class Reading:
                     yield text
 
     def refuse(self, problem: str) -> None:
-        """Raise what is wrong, or note it."""
+        """Raise a problem or, with `skip_bad`, record it."""
         if not self.skip_bad:
             raise DataError(f"{problem}; --skip-bad leaves out what is bad")
         self.num_bad += 1
@@ -68,7 +68,7 @@ class Reading:
             self.bad.append(problem)
 
     def describe(self) -> list[str]:
-        """Say what was left out or cut, a sentence each."""
+        """Describe what was left out or cut, one sentence per kind."""
         lines = []
         if self.num_long:
             lines.append(
@@ -117,7 +117,7 @@ class Reading:
 
 
 def list_files(source: Path) -> Folder:
-    """Return the files below `source`, or `source` itself, that can be read.
+    """Return the readable files below `source`, or `source` itself if it is a file.
 
     Raises:
         UsageError: there is no `source`.

@@ -1,4 +1,4 @@
-"""The text data sets of the Hugging Face hub, and how their shards are downloaded."""
+"""Download shards of text data sets from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -46,20 +46,16 @@ def download_shards(
     report: Report = lambda name, arrived, size: None,
     notify: Notify = lambda message: None,
 ) -> list[Path]:
-    """Fetch what `directory` lacks of the first `num_train` shards and validation, in parallel.
+    """Fetch validation and the first `num_train` other shards, in parallel; return the new ones.
 
-    The validation shard is fetched first and is the same for any `num_train`, so that runs on more
-    or less data are validated alike.
+    The validation shard is the same for any `num_train`, so that all runs are validated alike.
 
     Args:
         endpoint: the hub's address; None leaves it to huggingface_hub (`HF_ENDPOINT`).
 
-    Returns:
-        What was fetched.
-
     Raises:
         UsageError: the source does not have that many shards.
-        DataError: a download failed; what arrived is kept for the next attempt.
+        DataError: a download failed; the next attempt continues it.
     """
     from huggingface_hub import hf_hub_url  # imported here: pretraining needs no hub
 

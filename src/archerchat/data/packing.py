@@ -1,9 +1,9 @@
 """Cut documents into rows of T + 1 tokens, by best fit or one after the other (SPEC section 4).
 
-The packers are pure: documents go in, one at a time leaves the buffer for the open row, full
-rows come out. Between rows a packer's whole state is the documents it still holds, in order, so
-a snapshot is a tuple of references and a restart is adding them again. Of a document longer than a
-row, best fit keeps the row that a crop can take and the length: long documents cost no memory.
+Documents are added to a packer's buffer and move one at a time into the open row; full rows are
+returned. Between rows a packer's whole state is its buffered documents, in order: a snapshot is a
+tuple of references, and a restart adds them again. Of a document longer than a row, best fit keeps
+only its length and the tokens that a row can take.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 Packing = Literal["best-fit", "concat"]
 BUFFER_SIZE = 1000
-"""Documents that best fit chooses from."""
+"""Number of documents that best fit chooses from."""
 Document = NDArray[Any]
 """Token ids of one document, the first being BOS: 1-D, unsigned, never modified."""
 Row = NDArray[np.int64]
@@ -30,14 +30,14 @@ class Buffered(NamedTuple):
     """A document that waits for a row."""
 
     tokens: Document
-    """What a row can take of it."""
+    """Its tokens, at most those that a row can take."""
     length: int
-    """Its tokens when it came, by which best fit chooses."""
+    """Its number of tokens when it was added, by which best fit chooses."""
     start: int = 0
-    """Tokens of it that are in rows already; it continues after another BOS."""
+    """Number of its tokens that are in rows already; the rest follows another BOS."""
 
     def rest(self) -> Document:
-        """Return what is still to come, as a document."""
+        """Return the tokens that are not in a row yet, as a document."""
         joined = (self.tokens[:1], self.tokens[self.start :])
         return np.concatenate(joined) if self.start else self.tokens
 
@@ -50,7 +50,7 @@ class _OpenRow:
         self._row: Row = np.empty(row_length, np.int64)
         self._used = 0
         self.dropped = 0
-        """Tokens that were cut off and are in no row."""
+        """Number of tokens that were cut off."""
 
     @property
     def row_length(self) -> int:
@@ -58,7 +58,7 @@ class _OpenRow:
 
     @property
     def _space(self) -> int:
-        """Free tokens in the open row."""
+        """Free places in the open row."""
         return len(self._row) - self._used
 
     def _put(self, tokens: Document) -> Row | None:
@@ -75,14 +75,14 @@ class _OpenRow:
 class BestFitPacker(_OpenRow):
     """Place the longest buffered document that fits; when none does, fill the row.
 
-    Of documents of equal length the first to arrive is taken. A row is filled by cropping the
-    shortest document (SPEC section 4): what a crop cuts off is dropped, so no row holds padding and
-    every document in a row starts with BOS. With `padding` nothing is cropped (SPEC section 7).
+    Of documents of equal length the first is taken. A row is filled by cropping the shortest
+    document (SPEC section 4): what a crop cuts off is dropped, so no row holds padding and every
+    document in a row starts with BOS. With `padding` nothing is cropped (SPEC section 7).
 
     Args:
         row_length: T + 1, since inputs and targets overlap by one token.
-        buffer_size: how many documents to choose from, at least.
-        padding: what fills a row instead; every document must then fit an empty row.
+        buffer_size: least number of documents to choose from.
+        padding: fills a row instead; every document must then fit into an empty row.
     """
 
     def __init__(self, row_length: int, buffer_size: int, padding: int | None = None) -> None:
@@ -94,7 +94,7 @@ class BestFitPacker(_OpenRow):
         self._arrivals = 0
 
     def add(self, document: Document, length: int | None = None) -> None:
-        """Buffer a document of at least one token, which had `length` if it is cropped already."""
+        """Buffer a document of at least one token; a cropped one had `length`."""
         length = length or len(document)
         fits = self._padding is None or length <= len(self._row)
         assert fits, "no row would ever take it"
@@ -105,11 +105,11 @@ class BestFitPacker(_OpenRow):
         self._arrivals += 1
 
     def needs_documents(self) -> bool:
-        """Tell whether the buffer must be filled up before the next choice."""
+        """Whether documents must be added before the next `place`."""
         return len(self._sorted) < self._buffer_size
 
     def place(self) -> Row | None:
-        """Put a document of the buffer in the open row; return the row once it is full."""
+        """Move a document from the buffer to the open row; return the row once it is full."""
         fitting = bisect_left(self._sorted, (self._space + 1,))
         if fitting > 0:
             longest = self._sorted[fitting - 1][0]
@@ -121,17 +121,16 @@ class BestFitPacker(_OpenRow):
         return self._put(shortest.tokens[: self._space])
 
     def finish(self) -> Row | None:
-        """Pad the open row and return it; None if nothing is in it."""
+        """Pad the open row and return it; None if it is empty."""
         assert self._padding is not None
         return self._put(np.full(self._space, self._padding)) if self._used else None
 
     def documents(self) -> tuple[Buffered, ...]:
-        """Return what is buffered, in the order in which to add it again; only between rows."""
+        """Return the buffered documents, in the order to add them again; only between rows."""
         assert not self._used
         return tuple(self._by_arrival.values())
 
     def __len__(self) -> int:
-        """Return how many documents are buffered."""
         return len(self._sorted)
 
     def _pop(self, index: int) -> Buffered:
@@ -144,7 +143,7 @@ class ConcatPacker(_OpenRow):
 
     A document `BOS a b c` that meets two free tokens leaves `BOS a` at the end of this row and
     starts the next with `BOS b c`. Nothing is dropped: every token after a document's BOS is a
-    target exactly once, and every row starts with BOS. The methods are those of `BestFitPacker`.
+    target exactly once, and every row starts with BOS. It has the methods of `BestFitPacker`.
     """
 
     def __init__(self, row_length: int) -> None:
@@ -172,7 +171,7 @@ class ConcatPacker(_OpenRow):
 
 
 def join_documents(documents: Sequence[Buffered], dtype_if_none: DTypeLike) -> dict[str, Tensor]:
-    """Return documents end to end, `tokens`, and their `lengths` (int64) when they came."""
+    """Return documents end to end, `tokens`, and their original `lengths` (int64)."""
     rests = [document.rest() for document in documents]
     lengths = [len(r) if d.start else d.length for d, r in zip(documents, rests, strict=True)]
     tokens = np.concatenate(rests or [np.empty(0, dtype_if_none)])
@@ -180,10 +179,9 @@ def join_documents(documents: Sequence[Buffered], dtype_if_none: DTypeLike) -> d
 
 
 def split_documents(state: Mapping[str, Any], row_length: int) -> tuple[Buffered, ...]:
-    """Undo `join_documents`; what is missing or does not fit is a KeyError or ValueError.
+    """Undo `join_documents`; a broken state is a KeyError or ValueError.
 
-    Of a document longer than `row_length` there is a row, or, in older checkpoints and with
-    `concat`, all.
+    Of a document longer than `row_length` a row is saved; older checkpoints and `concat` save all.
     """
     tokens, lengths = state["tokens"].numpy(), state["lengths"].tolist()
     sizes = lengths if sum(lengths) == len(tokens) else [min(n, row_length) for n in lengths]

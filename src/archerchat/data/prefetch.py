@@ -1,9 +1,9 @@
-"""What the loaders of text and of conversations share: packing ahead of the step, and resuming.
+"""The base of the loaders of text and of conversations: packing ahead of the step, and resuming.
 
-A background thread reads, tokenizes and packs, so that the step finds its batch ready. Every batch
-comes with the state after it: a checkpoint's state is that of the last batch that the caller got,
-however far the thread has run ahead. A state is a tuple of references, which become tensors only
-when a checkpoint asks.
+A background thread reads, tokenizes and packs, so that batches are ready when a step needs them.
+Every batch comes with the state after it: a checkpoint saves the state of the last batch that the
+caller got, however far the thread has run ahead. A state is a tuple of references, and tensors are
+made of it only for a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ProgressT = TypeVar("ProgressT")
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Hold B rows of T token ids and, below them, the ids to predict, -1 where there are none."""
+    """B rows of T token ids, and the ids to predict, -1 where there is none."""
 
     stacked: NDArray[np.int64]
     """(2, B, T): one contiguous array, so that one copy moves both halves to a device."""
@@ -45,24 +45,24 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class State(Generic[ProgressT]):
-    """What decides the batches that follow, beside a loader's identity."""
+    """Together with a loader's identity, this decides the batches that follow."""
 
     progress: ProgressT
-    """How far the documents have been read: a dataclass of JSON values."""
+    """Position in the documents: a dataclass of JSON values."""
     documents: tuple[Buffered, ...] = ()
-    """What the packer has buffered, in its order."""
+    """Documents in the packer's buffer, in its order."""
 
 
 class PrefetchingLoader(ABC, Generic[ProgressT]):
     """Iterate over batches that a thread prepares.
 
-    The thread starts at the first `next` and ends with `close`, or after the loader is forgotten.
+    The thread starts at the first `next` and ends with `close`, or when the loader is deleted.
 
     Args:
-        identity: what decides which batches are yielded, as JSON; `batch_size` and
-            `sequence_length` are among it.
-        progress: that of a new loader.
-        prefetch: batches prepared ahead.
+        identity: JSON that decides which batches are yielded, `batch_size` and `sequence_length`
+            included.
+        progress: position of a new loader.
+        prefetch: number of batches to prepare ahead.
         dtype: of the state's tokens while no document is buffered.
     """
 
@@ -79,28 +79,26 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
     def _iter_after(self, state: State[ProgressT]) -> Iterator[tuple[Batch, State[ProgressT]]]:
         """Yield each batch after `state` with the state after it, in the thread.
 
-        What is returned must not refer to the loader, or the loader could not be forgotten.
+        The iterator must not refer to the loader, so that the loader can be deleted.
         """
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> ProgressT:
-        """Read the progress out of what `state_dict` returned; what is missing or does not fit is
-        a KeyError, TypeError or ValueError."""
+        """Read the progress from a saved state; a broken one is a KeyError, TypeError or
+        ValueError."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what decides the batch after the last one returned: the `identity` and the
-        progress as JSON; of the buffered documents `tokens`, end to end, and `lengths` (int64)."""
+        """Return the state after the last returned batch: the `identity` and the progress as JSON,
+        and `tokens` and `lengths` of the buffered documents."""
         progress: Any = self._state.progress
         documents = join_documents(self._state.documents, self._dtype)
         return {"identity": dict(self._identity), **asdict(progress), **documents}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue with the row after the saved batch; rows are whole between batches, so batches
-        may be of another size.
+        """Continue with the row after the saved batch; batches may have another size.
 
         Raises:
-            CheckpointError: the state is broken, or this loader would not yield the same batches;
-                the message says what differs.
+            CheckpointError: the state is broken, or this loader would not yield the same rows.
         """
         try:
             saved = dict(state["identity"])
@@ -122,7 +120,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         self._identity, self._state = identity, loaded
 
     def _reconcile(self, saved: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
-        """Return the saved identity less what may differ, and the identity to continue with."""
+        """Return the saved identity without what may differ, and the identity to continue with."""
         return saved, self._identity
 
     def __iter__(self) -> Self:
@@ -140,7 +138,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         return batch
 
     def close(self) -> None:
-        """Stop the background thread; a later `next` starts it again where it was."""
+        """Stop the background thread; a later `next` restarts it."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
@@ -154,7 +152,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
 
 
 def stack_rows(rows: Iterable[Row], batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the rows in arrays of (B, T + 1); a rest too small for one is dropped."""
+    """Yield the rows in arrays (B, T + 1); an incomplete last one is dropped."""
     pending: list[Row] = []
     for row in rows:
         pending.append(row)

@@ -1,8 +1,8 @@
 """Text shards on disk: Parquet files with a column `text`, one document per row (SPEC section 4).
 
-A data directory's shards are read in name order and the last one is validation. The row group
-is the unit of reading: one at a time is in memory, and ranks share a shard by taking every
-W-th of its row groups.
+A data directory's shards are read in the order of their names, and the last one is for validation.
+The row group is the unit of reading: one at a time is in memory, and each rank takes every W-th row
+group of a shard.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ MAKE_DATA = "make some with `archerchat data download` or `archerchat data build
 
 
 def data_directory(data: str, home: Home) -> Path:
-    """Return where `data` is: a path if it is written like one, else a name under the home.
+    """Return the directory of `data`: a path, or the name of a source under the home.
 
-    `./climbmix`, `~/climbmix`, `..` and `/x/climbmix` are paths; `climbmix` is the source of that
-    name, whatever the working directory holds.
+    `./climbmix`, `~/climbmix`, `..` and `/x/climbmix` are paths; `climbmix` is always a name.
 
     Raises:
         UsageError: there is no such directory; the message lists the known names.
@@ -59,7 +58,7 @@ def list_sources(home: Home) -> list[Path]:
 
 
 def list_shards(directory: Path) -> list[Path]:
-    """Return the shards in `directory` by name, at least one; temporary files are excluded."""
+    """Return the shards in `directory` by name, at least one; hidden files are ignored."""
     found = directory.glob("*.parquet") if directory.is_dir() else ()
     shards = sorted(path for path in found if not path.name.startswith("."))
     if not shards:
@@ -68,10 +67,10 @@ def list_shards(directory: Path) -> list[Path]:
 
 
 def split_shards(shards: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the train shards and the validation shard: the last one by name.
+    """Return the train shards and the validation shard, which is the last one by name.
 
     Raises:
-        DataError: one shard cannot be both.
+        DataError: there are fewer than two.
     """
     if len(shards) < 2:
         raise DataError(
@@ -86,7 +85,7 @@ class Shard:
     """Read one Parquet file, a row group at a time; a context manager that closes it.
 
     Args:
-        column: the column of documents, in any of Arrow's ways to hold text or UTF-8.
+        column: the column of documents, of any of Arrow's types for text or UTF-8.
 
     Raises:
         DataError: the file is missing, cut short, corrupt, or has no such column of text.
@@ -116,7 +115,7 @@ class Shard:
 
     @property
     def text_bytes(self) -> int:
-        """About how many bytes the text takes uncompressed, lengths and headers counted too."""
+        """Approximate size of the uncompressed text; includes lengths and headers."""
         groups = map(self._metadata.row_group, range(self.num_row_groups))
         columns = (group.column(i) for group in groups for i in range(group.num_columns))
         named = (each for each in columns if each.path_in_schema == self._column)
@@ -165,7 +164,7 @@ def iter_documents(shards: Sequence[Path], column: str = TEXT_COLUMN) -> Iterato
 
 
 def count_text_bytes(shards: Sequence[Path]) -> int:
-    """Return about how many bytes of text are in `shards`."""
+    """Return the approximate number of bytes of text in `shards`."""
     total = 0
     for path in shards:
         with Shard(path) as shard:
@@ -181,13 +180,9 @@ def write_shards(
     documents_per_shard: int = 8192,
     first_index: int = 0,
 ) -> list[Path]:
-    """Write `documents` in order as `shard_00000.parquet` and up; return the files.
+    """Write `documents` in order as `shard_00000.parquet` and so on; return the files.
 
-    Each file appears whole or not at all. One shard's documents are in memory at a time.
-
-    Args:
-        documents_per_row_group: ranks share row groups, so W ranks want a multiple of W.
-        first_index: the number of the first file.
+    Each file is written atomically. One shard's documents are in memory at a time.
 
     Raises:
         DataError: the disk is full or cannot be written.

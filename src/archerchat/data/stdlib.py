@@ -1,10 +1,9 @@
-"""The built-in corpus: this Python's own standard library, its sources and its documentation.
+"""The built-in corpus: sources and documentation of this Python's standard library.
 
-It needs no network and is the same for the same Python build. The files are read in place and
-only parsed, never imported; what they document is rendered in the manner of `help()`: a
-signature and, indented, the documentation string. The language reference's topics
-(`pydoc_data`) and the built-in types' own documentation complete it. Tests, tables of numbers
-and what describes this one machine are left out.
+It needs no network and is the same for the same Python build. The files are parsed, never
+imported. Their documentation is rendered like `help()`: a signature and, indented, the docstring.
+The language reference's topics (`pydoc_data`) and the built-in types' documentation are added.
+Tests, tables of numbers and descriptions of this machine are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def stdlib_directory() -> Path:
-    """Return where this Python keeps the standard library."""
+    """Return the directory of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
@@ -44,7 +43,7 @@ def list_stdlib(root: Path) -> list[Path]:
     """Return the corpus's source files below `root`, in order.
 
     Raises:
-        DataError: there are none, because this Python carries only compiled files.
+        DataError: this Python has only compiled files.
     """
     files = [
         path
@@ -68,7 +67,7 @@ def describe_stdlib(root: Path, files: Sequence[Path]) -> dict[str, Any]:
 
 
 def iter_stdlib(root: Path, files: Sequence[Path]) -> Iterator[Group]:
-    """Yield a group of documents for each module, topic and built-in, exact duplicates once."""
+    """Yield a group of documents per module, topic and built-in, without exact duplicates."""
     seen: set[str] = set()
     for texts in _iter_texts(root, files):
         pieces = (
@@ -118,14 +117,14 @@ def _list_topics(tree: ast.Module) -> list[str]:
 
 
 def render_help(name: str, tree: ast.Module) -> str:
-    """Render what a module documents, or nothing if it documents nothing."""
+    """Render a module's documentation; "" if it has none."""
     parts = [docstring] if (docstring := ast.get_docstring(tree)) else []
     parts += _render_definitions(tree.body)
     return "\n\n".join([f"Help on module {name}:", *parts]) + "\n" if parts else ""
 
 
 def _render_definitions(body: Sequence[ast.stmt]) -> list[str]:
-    """Render public definitions that have a documentation string, or contain one that has."""
+    """Render public definitions that have a docstring, or contain one that has."""
     rendered = []
     for node in body:
         if not isinstance(node, _Definition) or node.name.startswith("_"):
@@ -144,7 +143,7 @@ def _render_definitions(body: Sequence[ast.stmt]) -> list[str]:
 
 
 def render_builtin(name: str) -> str:
-    """Render the documentation of a built-in class or function; of anything else, nothing."""
+    """Render the documentation of a built-in class or function; "" for anything else."""
     value = getattr(builtins, name)
     if name.startswith("_") or not (inspect.isclass(value) or inspect.isbuiltin(value)):
         return ""

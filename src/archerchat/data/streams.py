@@ -1,10 +1,10 @@
-"""The batches of a run, the same ones whatever the number of ranks that it is resumed on.
+"""The batches of a run, which are the same on any number of ranks that resume it.
 
 A run that begins on N ranks has N streams of micro-batches: stream s reads every Nth row group, or
 conversation, from the sth on. A step takes the next A micro-batches of each stream, N * A in all.
-On M ranks each takes an Mth of these, in order. So ranks may come and go between two calls: every
-step still trains on the same rows, no document is read twice, and none is left out. A rank that
-shares a stream with others reads all of it and drops what is theirs.
+On M ranks each takes an Mth of these, in order. So every step trains on the same rows even if the
+number of ranks changes: no document is read twice, and none is left out. A rank that shares a
+stream with others reads all of it and drops their micro-batches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COUNT = "streams"
 
 
 def saved_streams(state: Mapping[str, Any]) -> int:
-    """Return how many streams a saved state has."""
+    """Return the number of streams in a saved state."""
     return int(state.get(COUNT, 1))
 
 
@@ -60,7 +60,7 @@ class Streams(Stateful, Generic[LoaderT]):
         self._per_stream = per_step // num_streams
         own = range(ranks.rank * grad_accum_steps, (ranks.rank + 1) * grad_accum_steps)
         self._own = dict[int, list[int]]()
-        """By stream: which of its micro-batches of a step are this rank's."""
+        """This rank's micro-batches of a step, as indices by stream."""
         for stream, index in (divmod(place, self._per_stream) for place in own):
             self._own.setdefault(stream, []).append(index)
         self.loaders = {stream: open_stream(stream, num_streams) for stream in self._own}
@@ -74,7 +74,7 @@ class Streams(Stateful, Generic[LoaderT]):
 
     @property
     def own(self) -> list[LoaderT]:
-        """The streams that no lower rank reads, to count each once."""
+        """The streams that no lower rank reads: over all ranks, each stream once."""
         return [self.loaders[stream] for stream, places in self._own.items() if places[0] == 0]
 
     def __next__(self) -> Batch:
@@ -84,8 +84,7 @@ class Streams(Stateful, Generic[LoaderT]):
         return batch
 
     def _iter_step(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of a step; with the last of a stream the stream's step
-        is over, whatever other ranks take of it."""
+        """Yield this rank's micro-batches of a step; skip those of other ranks."""
         for stream, places in self._own.items():
             loader = self.loaders[stream]
             _skip(loader, places[0])
@@ -96,7 +95,7 @@ class Streams(Stateful, Generic[LoaderT]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return every stream's state, on all ranks, which call this between two steps."""
+        """Return every stream's state; all ranks call this between two steps."""
         own = {
             f"{stream}/{key}": value.numpy() if isinstance(value, Tensor) else value
             for stream, loader in self.loaders.items()

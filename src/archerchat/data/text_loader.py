@@ -29,30 +29,30 @@ from archerchat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class Position:
-    """Name the last chunk of documents that entered the packer's buffer."""
+    """Place of the last chunk of documents that entered the packer's buffer."""
 
     shard: int
     """Index in the list of shards."""
     row_group: int
     """Index in that shard."""
     epoch: int
-    """Passes over the data begun, from 1."""
+    """Number of the pass over the data, from 1."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What the batches so far took of the text."""
+    """How much of the text the batches so far have used."""
 
     epochs: float = 0.0
-    """Passes over it, less the documents that wait in the buffer."""
+    """Passes over it, without the documents in the buffer."""
     used: int = 0
-    """Tokens in all rows, repeated ones too."""
+    """Tokens in all rows; repeated ones count again."""
     dropped: int = 0
-    """Tokens that packing cut off and that are in no row."""
+    """Tokens that packing cut off."""
 
     @property
     def text_share(self) -> float:
-        """About which share of the text has been in a row; what is repeated counts once."""
+        """Approximate share of the text that has been in a row; repetitions count once."""
         return min(1.0, self.epochs) * self.used / max(1, self.used + self.dropped)
 
 
@@ -60,29 +60,27 @@ class Usage:
 class _Progress:
     position: Position
     next_document: int = 0
-    """How many documents of the position's row group have been read."""
+    """Number of documents of the position's row group that have been read."""
     usage: Usage = Usage()
 
 
 class TextLoader(PrefetchingLoader[_Progress]):
     """Iterate over batches of packed tokens, epoch after epoch, without end.
 
-    Rank r of W reads row groups r, r + W, ... of each shard. An empty text is a document too:
-    a lone BOS.
+    Rank r of W reads row groups r, r + W, ... of each shard. An empty text is a document of a
+    single BOS.
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
         packing: `best-fit` drops what does not fit, `concat` continues it in the next row.
-        buffer_size: documents that best fit chooses from.
         tokenizer_batch: documents that enter the buffer together, never across row groups.
-        prefetch: batches prepared ahead.
-        extend: continue a saved state into shards that follow the saved ones. By default shards
-            that the saved state does not name, such as those downloaded since, are left out, so
+        extend: continue a saved state with shards that follow the saved ones. By default shards
+            that the saved state does not name, such as those downloaded since, are ignored, so
             that the rows stay the same.
 
     Raises:
-        DataError: a shard is missing or broken (from the constructor or from `next`), or no
-            shard has a row group for each rank.
+        DataError: a shard is missing or broken (also raised by `next`), or no shard has a row
+            group for each rank.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class TextLoader(PrefetchingLoader[_Progress]):
 
     @property
     def usage(self) -> Usage:
-        """What the batches so far took of the text."""
+        """How much of the text the batches so far have used."""
         return self._state.progress.usage
 
     def _parse(self, state: Mapping[str, Any]) -> _Progress:
@@ -148,7 +146,7 @@ class TextLoader(PrefetchingLoader[_Progress]):
 
 
 def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]:
-    """Return names and sizes, once a shard has a row group for each rank: usually the first."""
+    """Return names and sizes, after checking that some shard has a row group for each rank."""
     most = 0
     for path in shards:
         with Shard(path) as shard:
@@ -171,7 +169,7 @@ def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]
 
 
 class _Documents:
-    """Read, tokenize and pack, counting what happens."""
+    """Read, tokenize, pack and count."""
 
     def __init__(
         self,
@@ -186,7 +184,7 @@ class _Documents:
         self._progress, self._dropped_before = state.progress, state.progress.usage.dropped
         self._sizes = [size for _, size in identity["shards"]]
         self._documents_before: dict[int, list[int]] = {}
-        """Of the shard that was read last: documents before each of its row groups."""
+        """For the last shard that was read: documents before each of its row groups."""
         row_length = identity["sequence_length"] + 1
         # The order decides what concat does, so no document has to wait for others.
         self._packer: BestFitPacker | ConcatPacker = ConcatPacker(row_length)
@@ -217,7 +215,7 @@ class _Documents:
                 yield row
 
     def _iter_chunks(self) -> Iterator[list[str]]:
-        """Yield this rank's documents, those that are tokenized together."""
+        """Yield this rank's documents, in lists to tokenize together."""
         skip = self._progress.next_document
         for position, texts in self._iter_row_groups(self._progress.position):
             for start in range(skip, len(texts), self._chunk):
@@ -246,7 +244,7 @@ class _Documents:
                 )
 
     def _measure_epochs(self) -> float:
-        """Return the passes over the text, by the shards' sizes, less what waits in the buffer."""
+        """Return the passes over the text, by the shards' sizes, without the buffer's documents."""
         position = self._progress.position
         if position.shard not in self._documents_before:
             with Shard(self._shards[position.shard]) as shard:

@@ -1,8 +1,7 @@
-"""Measure a source's text by a sample: how many tokens it has, and which packing suits it.
+"""Estimate from a sample how many tokens a source has, and which packing suits it.
 
 Best fit drops what a crop cuts off: little of short texts at 2,048 tokens per row, nearly all of
-books at 128. The lengths of a sample, put through the packer over and over, show the share that
-best fit keeps.
+books at 128. Packing the sample's lengths again and again shows the share that best fit keeps.
 """
 
 from __future__ import annotations
@@ -21,36 +20,36 @@ from archerchat.tokenizer.bpe import Tokenizer
 
 T = TypeVar("T")
 MIN_KEPT = 0.9
-"""Share of the text that best fit has to keep to be chosen."""
+"""Best fit is chosen if it keeps at least this share of the text."""
 PLACES = 8
-"""Row groups that the sample is taken from, each of another shard where there are as many."""
+"""Number of row groups to sample from, in different shards if there are enough."""
 DOCUMENTS_PER_PLACE = 128
 MAX_CHARACTERS = 4000
-"""Characters of a document that are tokenized; the length of the rest is estimated from them."""
+"""Characters per document to tokenize; the number of tokens in the rest is estimated."""
 SIMULATED_DOCUMENTS = 50_000
 
 
 @dataclass(frozen=True)
 class TextSample:
-    """What a sample says of a source's training text."""
+    """Estimates for a source's training text."""
 
     tokens: int
-    """About how many tokens all of it has."""
+    """Number of tokens of all of it."""
     kept: float
     """Share of the tokens that best fit keeps."""
 
     @property
     def packing(self) -> Packing:
-        """The packing that keeps most of the text, best fit where it keeps enough."""
+        """Best fit if it keeps enough of the text, else concat."""
         return "best-fit" if self.kept >= MIN_KEPT else "concat"
 
     def passes(self, tokens: int, packing: str) -> float:
-        """Return how often training on `tokens` goes over the text."""
+        """Return the passes over the text when training on `tokens`."""
         kept = self.tokens * (self.kept if packing == "best-fit" else 1)
         return tokens / max(1, kept)
 
     def describe(self, tokens: int, packing: str) -> str:
-        """Say how much text there is and how often training on `tokens` goes over it."""
+        """Describe the amount of text, and the passes over it when training on `tokens`."""
         passes = self.passes(tokens, packing)
         share = min(1.0, passes) * (self.kept if packing == "best-fit" else 1)
         text = f"about {self.tokens:,} tokens; {passes:.2f} passes, {share:.1%} of the text in rows"
@@ -82,9 +81,9 @@ def measure_text(shards: Sequence[Path], tokenizer: Tokenizer, row_length: int) 
 
 
 def simulate_best_fit(lengths: Sequence[int], row_length: int) -> float:
-    """Return the share that best fit keeps of documents that have these lengths again and again.
+    """Return the share that best fit keeps of documents with these lengths, repeated.
 
-    Its buffer keeps what does not fit, so only the second half of many documents counts.
+    The buffer collects documents that do not fit, so only the second half of many counts.
     """
     packer = BestFitPacker(row_length, BUFFER_SIZE)
     row, used, dropped = np.zeros(row_length, np.uint8), 0, 0

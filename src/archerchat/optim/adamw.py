@@ -49,11 +49,11 @@ def adamw_update(
 
 
 def store_square(target: Tensor, value: Tensor, step: Tensor) -> None:
-    """Copy float32 values into a buffer; where it is bfloat16, round up or down at random.
+    """Copy float32 values into a buffer; if it is bfloat16, round up or down at random.
 
-    An average that changes by half a percent a step would stand still if it were rounded to the
-    nearest. Up with the probability of the part that is cut off, it is right on average. The draw
-    is a hash of the step and of the place in the buffer, so that a resumed run repeats it.
+    An average that changes by half a percent per step would stand still if it were rounded to the
+    nearest. The probability of rounding up is the part that is cut off, so the mean is right. The
+    random number is a hash of the step and of the place in the buffer, so a resumed run repeats it.
     """
     if target.dtype == torch.float32:
         target.copy_(value)

@@ -65,7 +65,7 @@ def muon_update(
         momentum_buffer: of that shape, in float32 or bfloat16.
         variance_buffer: `variance_shape` of that, float32, starting from zero.
         rate, weight_decay, momentum: 0-dim float32 tensors.
-        dtype: what to orthogonalise in, the compute dtype.
+        dtype: of the orthogonalisation.
     """
     rows, columns = parameters.shape[-2:]
     average = momentum_buffer.float().lerp(gradients, 1 - momentum)

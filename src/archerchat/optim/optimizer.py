@@ -1,13 +1,13 @@
 """One optimizer for the whole model: AdamW groups and Muon stacks (SPEC section 3).
 
 `build_groups` sorts a model's parameters into the groups of the specification's table.
-`Optimizer` steps them with the settings that the schedule gives. The learning rates in a group are
-the scaled base rates and never change; the multiplier comes with each step.
+`Optimizer` steps them with the schedule's settings. The learning rates in a group are the scaled
+base rates and never change; the multiplier comes with each step.
 
-Several ranks share the work and the state (ZeRO-2, https://arxiv.org/abs/1910.02054): of a table
-each updates its rows, of a Muon stack its matrices. A step launches all reductions of gradients;
-then waits for each in turn, updates its share and launches the exchange of what it updated; then
-waits for the exchanges. One process does the same without them.
+Several ranks share the work and the state (ZeRO-2, https://arxiv.org/abs/1910.02054): each updates
+some rows of a table, and some matrices of a Muon stack. A step starts all reductions of gradients;
+then it waits for each in turn, updates its share and starts the exchange of the updated values;
+then it waits for the exchanges. A single process does the same without them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from archerchat.optim.muon import muon_update, variance_shape
 
 EPSILON = 1e-10
 WORTH_COMPILING = 2**14
-"""Elements below which compiling an update takes longer than it ever saves."""
+"""Number of elements below which compiling an update does not pay."""
 PART_ELEMENTS = 2**25
-"""Elements of the matrices that a single process updates at a time, if one alone has no more."""
+"""Most elements of matrices that a single process updates at a time, unless one has more."""
 WORTH_SHARING = 1024
-"""Elements below which every rank makes the whole update itself."""
+"""Number of elements below which every rank makes the whole update itself."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,9 @@ class Optimizer:
     """Step all groups; hold their state, or this rank's share of it.
 
     Args:
-        model: its parameters are updated in place.
         groups: from `build_groups`.
-        compute_dtype: Muon orthogonalises in bfloat16 when this is bfloat16, else in float32.
-        compile: fuse each update with `torch.compile`.
-        ranks: those that train this model together; a step sums their gradients.
+        compute_dtype: Muon orthogonalises in bfloat16 if this is bfloat16, else in float32.
+        ranks: a step sums their gradients.
         state_dtype: of the moments; bfloat16 halves their memory.
     """
 
@@ -117,15 +115,15 @@ class Optimizer:
         self._muon: Callable[..., Any] = compiled(muon_update) if compile else muon_update
         self.state_dtype = state_dtype
         self._shapes: dict[str, torch.Size] = {}
-        """Every buffer's shape over all ranks."""
+        """Shape of each buffer over all ranks."""
         self._split: dict[str, range] = {}
-        """The rows of a buffer that this rank has, where ranks share it."""
+        """This rank's rows of each buffer that ranks share."""
         self.state: dict[str, Tensor] = {}
         for unit in self._units():
             self._add_buffers(unit)
 
     def _units(self) -> Iterator[Unit]:
-        """Yield what is reduced and updated at once: a parameter of AdamW, a stack of Muon."""
+        """Yield the units of reducing and updating: parameters of AdamW, stacks of Muon."""
         for group in self.groups:
             if isinstance(group, MuonGroup):
                 yield group.names[0], group
@@ -158,17 +156,16 @@ class Optimizer:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameters as `torch.amp.GradScaler` looks for them."""
+        """The parameters in the form that `torch.amp.GradScaler` needs."""
         return [{"params": list(self.parameters.values())}]
 
     @torch.no_grad()
     def step(self, rate_multiplier: float, momentum: float, muon_weight_decay: float) -> None:
-        """Update every parameter from its `.grad`; a parameter without one counts as zero.
+        """Update every parameter from its `.grad`, or from zero if it has none.
 
         Args:
-            rate_multiplier: the schedule's factor on every group's rate.
-            momentum: Muon's momentum at this step.
-            muon_weight_decay: Muon's weight decay at this step.
+            rate_multiplier: factor on every group's rate.
+            momentum: Muon's momentum.
         """
         self.steps_taken += 1
         settings = rate_multiplier, momentum, muon_weight_decay
@@ -192,7 +189,7 @@ class Optimizer:
     def _step_parts(
         self, group: MuonGroup, multiplier: float, momentum: float, weight_decay: float
     ) -> None:
-        """Update the stack of a single process a part at a time, to bound what it takes beside."""
+        """Update a single process's stack in parts, to bound the memory for temporary values."""
         count, scalars = len(group.names), (group.rate * multiplier, weight_decay, momentum)
         most = max(1, PART_ELEMENTS // self.parameters[group.names[0]].numel())
         size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
@@ -204,7 +201,7 @@ class Optimizer:
             torch._foreach_copy_([member.data for member in members], list(updated.unbind(0)))
 
     def _reduce(self, unit: Unit) -> Collective:
-        """Start summing a unit's gradients over the ranks; each receives those of its share."""
+        """Start summing a unit's gradients over the ranks; each receives its share."""
         name, group = unit
         if isinstance(group, MuonGroup):
             members = [self.parameters[member] for member in group.names]
@@ -240,7 +237,7 @@ class Optimizer:
     def _step_adamw(
         self, name: str, group: AdamGroup, gradient: Tensor, multiplier: float
     ) -> Tensor:
-        """Update this rank's rows of a parameter, which are returned."""
+        """Update and return this rank's rows of a parameter."""
         beta1, beta2 = group.betas
         parameter, rows = self.parameters[name].data, self._split.get(f"mean.{name}")
         own = parameter if rows is None else parameter[rows.start : rows.stop]
@@ -263,8 +260,8 @@ class Optimizer:
     ) -> Tensor:
         """Return the updated matrices (n, out, in) of some rows of the stack.
 
-        They are this rank's, or some of a single process's. Where there are too few matrices for
-        all ranks, the last ones are zero and stay so.
+        The rows are this rank's, or a part of a single process's. If there are too few matrices for
+        all ranks, the last ones are zero and stay zero.
         """
         name = group.names[0]
         first = self._split.get(f"momentum.{name}", range(1)).start
@@ -278,7 +275,7 @@ class Optimizer:
         return update(matrices, gradients, *buffers, *map(_scalar, scalars), self.muon_dtype)
 
     def _store(self, unit: Unit, values: Tensor) -> None:
-        """Write a unit's updated parameters, unless the update did so."""
+        """Write a unit's updated parameters, unless they were updated in place."""
         name, group = unit
         if isinstance(group, MuonGroup):
             members = [self.parameters[member].data for member in group.names]
@@ -292,8 +289,8 @@ class Optimizer:
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return `steps_taken` and the buffers by name: whole, whatever the number of ranks, all of
-        which call this. One process's are not copied."""
+        """Return `steps_taken` and the whole buffers by name; all ranks call this. A single
+        process's buffers are not copied."""
         whole = {}
         for name, buffer in self.state.items():
             if name in self._split:
@@ -303,7 +300,7 @@ class Optimizer:
         return {"steps_taken": self.steps_taken, **whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from saved buffers, of however many ranks they are.
+        """Continue from saved buffers of any number of ranks.
 
         Raises:
             ValueError: a buffer is missing, unknown, or of another shape.

@@ -1,7 +1,7 @@
 """Draw charts as SVG with matplotlib: curves with bands, points, and bars with intervals.
 
-Text stays text, colours follow the reader's light or dark scheme, and a value shows under the
-pointer without a script. Only drawing imports matplotlib, which takes a second.
+Text stays text, colours follow the reader's light or dark scheme, and pointing at a value shows it
+without a script. Only drawing imports matplotlib, which takes a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 MAX_VALUES = 48
-"""Points of a curve that show their value under the pointer."""
+"""Most points of a curve that show their value under the pointer."""
 LINES_SIZE = 340, 215
 BARS_WIDTH, BAR_HEIGHT = 420, 20
 STYLE = Path(__file__).with_name("charts.mplstyle")
@@ -39,12 +39,12 @@ class Series:
 
     label: str
     points: Sequence[tuple[float, float]]
-    """(x, y), by x; those that are not finite are left out."""
+    """(x, y), by x; points that are not finite are left out."""
     kind: Literal["curve", "faint", "dashed", "dots"] = "curve"
     """`faint` is a curve behind the others."""
     color: int = 0
     on_right: bool = False
-    """Measured on an axis of its own, on the right."""
+    """Whether it has its own axis, on the right."""
     band: Sequence[tuple[float, float, float]] = ()
     """An interval around the curve: (x, low, high), by x."""
 
@@ -59,7 +59,7 @@ class Lines:
     y_label: str = ""
     right_label: str = ""
     right_scale: float | None = None
-    """Factor from the left axis to the right one, where both measure the same curve."""
+    """Factor from the left axis to the right one, if both are for the same curve."""
     log_x: bool = False
     log_y: bool = False
     from_zero: bool = False
@@ -71,7 +71,7 @@ class Bars:
 
     title: str
     bars: Sequence[tuple[str, float, tuple[float, float], str]]
-    """Label, value, interval, and the text beside the bar."""
+    """Label, value, interval, and the text next to the bar."""
 
 
 Chart = Lines | Bars
@@ -86,7 +86,7 @@ def compact(value: float, digits: int = 3) -> str:
 
 
 def draw(chart: Chart) -> str:
-    """Return a chart as an `<svg>` element; the same chart always gives the same text."""
+    """Return a chart as a deterministic `<svg>` element."""
     import matplotlib
     from matplotlib.figure import Figure
 

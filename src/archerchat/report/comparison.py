@@ -1,8 +1,8 @@
 """Compare two runs, or a run with the reference's printed log.
 
-Losses are smoothed ones, as both sides print them. Correct runs drift apart by rounding, so step by
-step they are compared only at the start; at the end, and for scores, their noise sets the limits
-(SPEC section 11).
+Losses are smoothed, as both sides print them. Rounding makes correct runs drift apart, so they are
+compared step by step only at the start. The limits for the end and for scores follow from the noise
+between runs (SPEC section 11).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LIMITS = {
     SFT_BITS: 0.01,
     CHATCORE: 0.01,
 }
-"""By how much runs that agree may differ. CORE of single runs has a sigma of 0.004 to 0.005."""
+"""Largest differences between runs that agree. CORE of single runs has a sigma of about 0.005."""
 QUANTITIES = {
     name: quantity
     for quantity, names in {
@@ -51,7 +51,7 @@ QUANTITIES = {
     }.items()
     for name in names.split()
 }
-"""Our name of a figure by what a log may call it, in lower case and with _ for all else."""
+"""Our name of a figure by its names in logs, in lower case and with _ for other characters."""
 NUMBER = r"\"?([-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?)"
 PAIR = re.compile(rf"([\w./-]+)={NUMBER}|([A-Za-z][\w/ ]*?)(?:\s*:\s*|\s+){NUMBER}")
 """`val_bpb=0.93`, `tok/sec: 106,000` or `Total batch size 524,288`."""
@@ -82,17 +82,17 @@ class Row:
 
     @property
     def agrees(self) -> bool | None:
-        """Whether the difference is within the limit; None where there is none."""
+        """Whether the difference is within the limit; None if there is no limit."""
         limit = LIMITS.get(self.name)
         return None if limit is None else abs(self.difference) <= limit
 
 
 def read_course(home: Home, name: str) -> Course:
-    """Read the log at the path `name`, or else the run or model of that name.
+    """Read the log file `name`, or the run or model of that name.
 
     Raises:
         UsageError: there is no such run.
-        DataError: the log has no line that can be read, or a journal is damaged.
+        DataError: the log has no readable line, or a journal is damaged.
     """
     if Path(name).is_file():
         return parse_log(name, Path(name).read_text(encoding="utf-8", errors="replace"))
@@ -159,7 +159,7 @@ def parse_log(name: str, text: str) -> Course:
 
 
 def _read_line(line: str) -> dict[str, float]:
-    """Return the figures of a line by our names for them."""
+    """Return a line's figures, by our names."""
     tag = re.match(r"\W*(core|chatcore)\b", line, re.IGNORECASE)
     found: dict[str, float] = {}
     for match in PAIR.finditer(line):
@@ -190,11 +190,11 @@ def compare(first: Course, second: Course) -> list[Row]:
 
 
 def compute_multiplier(first: Course, second: Course) -> tuple[str, float] | None:
-    """Return the side with fewer bits per byte, and how many times less compute it needs.
+    """Return the side with fewer bits per byte, and by which factor it needs less compute.
 
-    That is the other side's FLOPs over those with which this side reached the same bits per byte,
-    interpolated in log-log. A side that does not say its FLOPs is taken to spend the other's per
-    step. None where the curves cannot tell.
+    The factor is the other side's FLOPs over the FLOPs with which this side reached the same bits
+    per byte, interpolated in log-log. A side without FLOPs is assumed to use the other's per step.
+    None if the curves do not allow it.
     """
     if not first.bits or not second.bits:
         return None

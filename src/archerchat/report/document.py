@@ -1,7 +1,7 @@
-"""Write a report as Markdown from a template, with its charts, and make the HTML page from that.
+"""Render a report as Markdown from a template, with its charts, and convert it to an HTML page.
 
-Text that comes from a run cannot become markup: in Markdown every character that could is escaped,
-and passages stand in fences longer than any of their own. The page needs no script and no network.
+Text from a run cannot become markup: its special characters are escaped in Markdown, and passages
+are in fences longer than any fence in them. The page needs no script and no network.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from archerchat.report.charts import Chart, compact, draw
 
 ABSENT = "–"
 HTML, MARKDOWN, CHARTS = "report.html", "report.md", "charts"
-"""What a report's directory holds."""
+"""Files and folder in a report's directory."""
 FOLDER = Path(__file__).parent
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
 
 
 class Markup(str):
-    """Markdown that is meant as such: all else that a template shows is escaped."""
+    """Markdown. A template escapes every other value that it shows."""
 
 
 class Document:
-    """A report: Markdown by a template beside this module, and the charts that it shows."""
+    """A report: Markdown from a template in this folder, and its charts."""
 
     def __init__(self, template: str, **values: Any) -> None:
         self.charts: dict[str, str] = {}
-        """SVG by its path beside the Markdown."""
+        """SVG by its path relative to the Markdown file."""
         environment = Environment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -69,7 +69,7 @@ class Document:
 
     @property
     def html(self) -> str:
-        """The page, its charts in it."""
+        """The HTML page, including its charts."""
         body = MarkdownIt("commonmark", {"html": False}).enable("table").render(self.markdown)
         # Only the renderer writes the tags that follow: text of a run has its own escaped.
         titles = re.findall(r"<h2>(.*?)</h2>", body)
@@ -100,7 +100,7 @@ class Document:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], figures: bool = True) -> Markup:
-    """Write a table; where all columns but the first hold figures, these are aligned right."""
+    """Render a table; if all columns but the first hold figures, they are aligned right."""
     rule = ["---", *["---:" if figures else "---"] * (len(columns) - 1)]
     cells = [[escaped(cell) for cell in row] for row in (columns, *rows)]
     lines = (f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
@@ -108,14 +108,14 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], figures: bool 
 
 
 def _passage(title: str, text: str, language: str = "text") -> Markup:
-    """Write a text as it is; the page folds JSON away."""
+    """Render a text verbatim; the page folds JSON."""
     text = printable(text)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Markup(f"**{escaped(title)}**\n\n{fence}{language}\n{text}\n{fence}")
 
 
 def _anchor(title: str) -> str:
-    """Return a heading's anchor, made as GitHub makes it."""
+    """Return a heading's anchor, as GitHub makes it."""
     return re.sub(r"[^\w -]", "", title.lower(), flags=re.ASCII).replace(" ", "-")
 
 
@@ -125,10 +125,7 @@ def escaped(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Return text of a model so that any page can show it: control characters as pictures.
-
-    Lone surrogates, which no file can hold, become U+FFFD.
-    """
+    """Return text with pictures for control characters, and U+FFFD for lone surrogates."""
     pictures = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {127: 0x2421}
     text = text.replace("\r\n", "\n").translate(pictures)
     return re.sub(r"[\ud800-\udfff\x80-\x9f]", "\ufffd", text)

@@ -1,4 +1,4 @@
-"""Report how a model was trained and what it is worth: base, SFT and RL in one document."""
+"""Report how a model was trained and how it scored: base, SFT and RL in one document."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ TITLES = {
     "offline": "Offline tasks (not CORE)",
     "chat": "Chat tasks",
 }
-"""By a run's stage, and by an evaluation's kind."""
+"""Titles of a run's stage, and of an evaluation's kind."""
 WARMUP_POINTS = 5
-"""Steps after the start that do not count for typical speeds."""
+"""Steps after the start that typical speeds leave out."""
 GROUPS = (
     ("Rollouts", "share", {
         "rollout/reward": "mean reward",
@@ -49,10 +49,10 @@ GROUPS = (
 )  # fmt: skip
 """Metrics that share a chart: title, label of the axis, and labels by metric."""
 NOT_DRAWN = ("train/", "data/", "core/", "eval/", "val/bpb")
-"""Prefixes of metrics that have a chart of their own, or need none."""
+"""Prefixes of metrics that have their own charts, or need none."""
 MAX_OTHERS = 12
 MAX_LABEL = 32
-"""Characters of a task's name beside its bar."""
+"""Most characters of a task's name next to its bar."""
 BITS_OF_TEXT, BITS_OF_ANSWERS = "val bits per byte, text", "val bits per byte, answers"
 
 
@@ -70,18 +70,18 @@ REFERENCES: dict[int, tuple[str, dict[str, float]]] = {
         {BITS_OF_TEXT: 0.718, "CORE": 0.2626},
     ),
 }
-"""What the reference implementation reached, by depth: how, and its scores (SPEC section 11)."""
+"""Conditions and scores of the reference implementation, by depth (SPEC section 11)."""
 
 
 class Spending(NamedTuple):
-    """Time of one stage: training steps, evaluations, and the rest of its sessions."""
+    """Time of a run or an evaluation: training steps, evaluations, and the rest."""
 
     name: str
     training_seconds: float
     eval_seconds: float
     other_seconds: float
     cost: float | None
-    """Dollars; None where no price is known."""
+    """Dollars; None if no price is known."""
 
 
 def gather(home: Home, tag: str | None) -> tuple[list[Run], list[Result]]:
@@ -128,9 +128,9 @@ def build_training_report(
 
 
 def _ladder(core: Result | None) -> list[tuple[str, float, str]]:
-    """Return models by their CORE, this one among them: name, CORE, where the figure is from.
+    """Return models by their CORE, with this one: name, CORE, and the source of the figure.
 
-    Empty without the whole CORE: only that can be compared.
+    Empty without the whole CORE, since parts of it cannot be compared.
     """
     if core is None or core.score is None or core.conditions:
         return []
@@ -144,7 +144,7 @@ def _typical(run: Run, metric: str) -> float | None:
 
 
 def _samples(run: Run) -> list[tuple[str, str]]:
-    """Return the last text of each prompt, with a title."""
+    """Return the last sample of each prompt, with a title."""
     last = [(name.removeprefix("sample/"), max(texts.items())) for name, texts in run.texts.items()]
     return [(f"{run.stage}, step {step:,} · {name}", text) for name, (step, text) in last]
 
@@ -186,7 +186,7 @@ def _score(result: Result) -> str:
 
 
 def _spendings(runs: Sequence[Run], results: Sequence[Result], prices: Prices) -> list[Spending]:
-    """Return what each run and each evaluation took; time between sessions does not count."""
+    """Return the time and cost of each run and each evaluation."""
 
     def spending(name: str, run: Run, *seconds: *tuple[float, float, float]) -> Spending:
         devices = run.setting("hardware", "world_size") or 1
@@ -208,7 +208,7 @@ def _spendings(runs: Sequence[Run], results: Sequence[Result], prices: Prices) -
 
 
 def _environment(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
-    """Return a table of what is known of where and how each run ran."""
+    """Return a table of each run's machine and software."""
     columns: list[dict[str, Any]] = []
     for run in runs:
         facts = {"host": run.host}
@@ -228,7 +228,7 @@ def _known(value: Any) -> str:
 
 
 def run_charts(run: Run) -> list[Lines]:
-    """Return the charts of what a run logged."""
+    """Return the charts of a run's metrics."""
     rate = "train/matrix_lr" if "train/matrix_lr" in run.metrics else "train/lr_multiplier"
     of_peak = "" if rate == "train/matrix_lr" else "share of the peak"
     low, high = (run.metrics.get(f"core/{end}", {}) for end in ("low", "high"))
@@ -254,10 +254,7 @@ def _series(run: Run, metric: str, label: str = "", **looks: Any) -> Series:
 
 
 def _loss_chart(run: Run) -> Lines:
-    """Return training and validation loss.
-
-    A policy's loss has no unit, and its validation is the pass rate.
-    """
+    """Return the chart of training and validation loss; a policy's loss has no unit."""
     raw = _series(run, "train/loss", kind="faint")
     smooth = _series(run, "train/smooth_loss", "training")
     validation = _series(run, "val/bpb", "validation", color=1, on_right=True)
@@ -270,7 +267,7 @@ def _loss_chart(run: Run) -> Lines:
 
 
 def _throughput_chart(run: Run) -> Lines:
-    """Return tokens per second, with MFU on the right where it is proportional to them."""
+    """Return the chart of tokens per second, with MFU on the right if it is proportional."""
     rates, shares = (run.metrics.get(f"train/{n}", {}) for n in ("tokens_per_second", "mfu"))
     ratios = [shares[step] / rate for step, rate in rates.items() if step in shares and rate > 0]
     scale = 100 * median(ratios) if ratios and max(ratios) <= 1.01 * min(ratios) else None

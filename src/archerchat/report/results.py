@@ -1,8 +1,8 @@
-"""Read what evaluations left under `evals/<stage>/<tag>`: CORE, the offline tasks, ChatCORE.
+"""Read the results of evaluations under `evals/<stage>/<tag>`: CORE, offline tasks, ChatCORE.
 
 A file's name begins with its kind: `core_000960.json`, `offline_000960_max8.json`,
 `chat_step_000420.json`, `chat_step_000420_Arithmetic-10.json`. While an evaluation runs, its
-`.partial.json` has the tasks that are done; CORE's has under `key` what they belong to.
+`.partial.json` has the finished tasks; CORE's describes the evaluation under `key`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from archerchat.home import Home
 
 Kind = Literal["core", "chat", "offline"]
 SCORES: dict[Kind, str] = {"core": "CORE", "chat": "ChatCORE", "offline": "offline tasks"}
-"""What an evaluation's score is called. Offline tasks are generated, and are not CORE."""
+"""Names of the evaluations' scores. Offline tasks are generated, and are not CORE."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Result:
     tasks: list[TaskResult]
     complete: bool
     conditions: list[str]
-    """How it differs from the published evaluation, such as "at most 8 per task"."""
+    """Differences from the published evaluation, such as "at most 8 per task"."""
 
     @property
     def _fullness(self) -> tuple[bool, int, int, int]:
@@ -45,9 +45,9 @@ class Result:
 
 
 def load_results(home: Home, stage: str, tag: str) -> list[Result]:
-    """Return the evaluations of a model at a stage: by step, the fullest of a step last.
+    """Return the evaluations of a model at a stage, by step; of a step, the fullest is last.
 
-    Those without a score, since tasks are missing, come first. Damaged files are skipped.
+    Those without a score, because tasks are missing, come first. Damaged files are skipped.
     """
     results = []
     for kind in SCORES:
@@ -59,7 +59,7 @@ def load_results(home: Home, stage: str, tag: str) -> list[Result]:
 
 
 def _read_core(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
-    """Read what `archerchat eval base` writes of CORE or of the offline tasks."""
+    """Read a file of `archerchat eval base`, with CORE or the offline tasks."""
     about, tasks = content.get("key", content), content["tasks"]
     complete, options = about is content, about["options"]
     conditions = []
@@ -76,7 +76,7 @@ def _read_core(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Res
 
 
 def _read_chat(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
-    """Read what `archerchat eval chat` writes."""
+    """Read a file of `archerchat eval chat`."""
     complete, sampling = content["complete"], content["sampling"]
     conditions = []
     if cap := max((limit for limit in content["limits"].values() if limit), default=None):
@@ -104,6 +104,6 @@ def _read_chat_task(name: str, task: dict[str, Any]) -> TaskResult:
 
 
 def latest(results: Sequence[Result], kind: Kind, *stages: str) -> Result | None:
-    """Return the last evaluation of a kind, a complete one if any is; of any stage by default."""
+    """Return the last evaluation of a kind, preferably complete, at these stages or at any."""
     chosen = [r for r in results if r.kind == kind and (not stages or r.stage in stages)]
     return next(reversed([result for result in chosen if result.complete] or chosen), None)

@@ -1,8 +1,8 @@
 """Read runs from their journals, merged across interruptions.
 
 A run that resumes from a checkpoint repeats the steps after it. `build_run` keeps the value that
-the last session logged for a step, and drops what earlier sessions logged for later steps, so that
-the curves are those of the present weights.
+the last session logged for a step, and drops what earlier sessions logged for later steps, so the
+curves belong to the present weights.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from archerchat.training.telemetry import read_records
 
 STAGES = ("base", "sft", "rl")
 STEP_METRIC = "train/loss"
-"""Logged with every step of training."""
+"""Metric that is logged with every step of training."""
 RENAMES = "renamed.json"
-"""File under the home: which models were renamed, in order (`archerchat models rename`)."""
+"""File under the home that lists renamed models in order (`archerchat models rename`)."""
 CLOCK = "train/seconds"
-"""Time spent in training steps; it continues from the checkpoint that a session resumes from."""
+"""Metric with the time spent in training steps since the beginning of the run."""
 
 
 @dataclass
 class Run:
-    """Everything that a report needs to know of a run, over all of its sessions (processes)."""
+    """Everything that a report needs about a run, over all of its sessions (processes)."""
 
     tag: str
     num_sessions: int = 0
@@ -43,7 +43,7 @@ class Run:
     host: str = ""
     status: str = ""
     wall_seconds: float = 0.0
-    """Time within sessions; the time between them does not count."""
+    """Time within sessions."""
     training_seconds: float = 0.0
     eval_seconds: float = 0.0
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def base(self) -> str | None:
-        """The name of the model that the run started from."""
+        """Name of the model that the run started from."""
         tag = self.setting("identity", "base", "tag")
         return self.renamed.get(tag, str(tag)) if tag else None
 
@@ -78,14 +78,14 @@ class Run:
 
     @property
     def model_tag(self) -> str:
-        """The name of the model that the run trained."""
+        """Name of the model that the run trained."""
         given = self.setting("config", "output_tag" if self.base else "model_tag")
         tag = str(given or self.base or (f"d{self.depth}" if self.depth else self.tag))
         return self.renamed.get(tag, tag)
 
     @property
     def model(self) -> ModelConfig | None:
-        """The shape of the model, if the journal has one."""
+        """Shape of the model, if the journal has it."""
         try:
             return ModelConfig(**self.setting("model_config"))
         except (TypeError, ValueError, ArithmeticError, AssertionError):
@@ -97,7 +97,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps trained; one that was repeated counts once."""
+        """Number of trained steps; repeated ones count once."""
         return max(self.metrics.get(STEP_METRIC, {}), default=-1) + 1
 
     @property
@@ -138,14 +138,14 @@ def load_run(home: Home, tag: str) -> Run:
 
 
 def read_renames(home: Home) -> list[dict[str, Any]]:
-    """Return what was renamed: `from`, `to` and `time` of each."""
+    """Return `from`, `to` and `time` of each renaming."""
     path = home.root / RENAMES
     renames: list[dict[str, Any]] = json.loads(path.read_bytes()) if path.exists() else []
     return renames
 
 
 def _read(home: Home, tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
-    """Build a run, with the names that its models have now."""
+    """Build a run with the present names of its models."""
     if (run := build_run(tag, records)) is None:
         return None
     # A session adds a file to the journals. A rename before the last session was of another model.
@@ -163,7 +163,7 @@ def _no_such_run(home: Home, tag: str) -> UsageError:
 
 
 def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
-    """Merge records, session after session; None without a trainer's session."""
+    """Merge the records of all sessions; None without a trainer's session."""
     run = Run(tag)
     is_trainer, has_trained, last = False, False, 0.0
     for record in records:
@@ -210,7 +210,7 @@ def _forget_after(run: Run, step: int) -> None:
 
 
 def load_family(home: Home, tag: str | None) -> list[Run]:
-    """Return the runs that made model `tag`, stage after stage; of the latest run by default.
+    """Return the runs that made model `tag`, ordered by stage; None means the latest run's model.
 
     These are the runs of that name, those that trained a model of that name, and those that trained
     the models it started from.
@@ -239,7 +239,7 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
 
 
 def _is_ancestor(run: Run, chosen: list[Run]) -> bool:
-    """Say whether one of the chosen runs started from what this one trained."""
+    """Whether one of the chosen runs started from the model that this one trained."""
     if any((run.stage, run.model_tag) == (each.stage, each.model_tag) for each in chosen):
         return False
     later = STAGES[STAGES.index(run.stage) + 1 :]

@@ -2,9 +2,9 @@
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
-N are parameters, D tokens (Hoffmann et al. 2022, section 3.3: Huber loss on log losses). A series
-that cannot tell the two apart gets a law over compute, L(C) = E + A / C^alpha, and a short one a
-law without E.
+N is the number of parameters, D of tokens (Hoffmann et al. 2022, section 3.3: Huber loss on log
+losses). If the effects of N and D cannot be separated, the law is over compute, L(C) = E + A /
+C^alpha. A short series gets a law without E.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from archerchat.report.runs import load_run
 Array = NDArray[np.float64]
 Parameters = Literal["scaling", "total"]
 BOTH_SIZES = 6
-"""Runs that the law of two sizes takes at least: one more than it has unknowns."""
+"""Fewest runs for a law of two sizes: one more than it has unknowns."""
 WITH_FLOOR = 4
-"""Runs that a power law with a floor takes at least, likewise."""
+"""Fewest runs for a power law with a floor: one more than it has unknowns."""
 SAME_DIRECTION = 0.98
-"""Correlation of two sizes from which on their effects cannot be told apart."""
+"""Correlation of two sizes above which their effects cannot be separated."""
 DISTINCT = 3
-"""Values of each size from which on its factor, its exponent and the floor can be told apart."""
+"""Fewest different values of a size that determine its factor, its exponent and the floor."""
 AHEAD = 10.0
-"""How many times the compute of the largest run the law is extrapolated to."""
+"""The law is extrapolated to this multiple of the largest run's compute."""
 MAX_SIZES = 6
-"""Numbers of parameters with a curve of their own."""
+"""Most numbers of parameters that get their own curve."""
 DELTA = 1e-3
-"""Error of log loss from which on Huber's loss is linear."""
+"""Error of the log loss above which Huber's loss is linear."""
 START_EXPONENTS = (0.15, 0.5)
 START_FLOORS = (0.1, 0.5, 0.85)
-"""E's share of the loss where the search starts."""
+"""E's shares of the loss at which the search starts."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class SizedRun:
 
 @dataclass(frozen=True)
 class Law:
-    """What was fitted: floor + sum of factor / size^exponent."""
+    """A fitted law: floor + sum of factor / size^exponent."""
 
     floor: float | None
-    """E, the loss that no size takes away; None where the law has none."""
+    """E, the loss at infinite size; None if the law has no floor."""
     factors: tuple[float, ...]
     exponents: tuple[float, ...]
-    """Of parameters and of tokens, or of compute alone."""
+    """For parameters and tokens, or for compute alone."""
     without_one: tuple[Law, ...] = ()
-    """Laws fitted without one of the runs each; empty where too few would be left."""
+    """Laws fitted without one of the runs each; empty if too few would be left."""
 
     @property
     def both(self) -> bool:
-        """Whether parameters and tokens have terms of their own; if not, it is over compute."""
+        """Whether the law is over parameters and tokens; if not, it is over compute."""
         return len(self.exponents) == 2
 
     def predict(self, *sizes: Array | float) -> Array:
@@ -87,7 +87,7 @@ class Law:
         return float(self.predict(*((run.parameters, run.tokens) if self.both else (run.flops,))))
 
     def optimal_split(self, flops: float) -> tuple[float, float]:
-        """Return the N and D of least loss for FLOPs of 6 N D, by a law of these two terms."""
+        """Return the N and D with the lowest loss for FLOPs of 6 N D."""
         (a, b), (alpha, beta) = self.factors, self.exponents
         share = beta / (alpha + beta)
         parameters = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (flops / 6) ** share
@@ -102,7 +102,7 @@ class Law:
 
     @property
     def unknowns(self) -> list[tuple[str, float, list[float]]]:
-        """Each unknown of the law: name, value, and its values when one run is left out."""
+        """Each unknown of the law: name, value, and its values without one of the runs."""
         laws = (self, *self.without_one)
         floors = [law.floor for law in laws if law.floor is not None]
         names = ("alpha, of parameters", "beta, of tokens") if self.both else ("exponent",)
@@ -171,7 +171,7 @@ def _minimize(target: Array, lines: Array, starts: list[Array]) -> Array:
 def gather_sizes(
     home: Home, tags: Sequence[str], metric: str, parameters: Parameters
 ) -> list[SizedRun]:
-    """Read the end of each run, the smallest compute first.
+    """Read the final figures of each run, ordered by compute.
 
     Raises:
         UsageError: a run does not exist, or did not log what is needed.
@@ -196,7 +196,7 @@ def gather_sizes(
 
 
 def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
-    """Return the richest law that the runs allow, and why it is that one.
+    """Return the most detailed law that the runs allow, and the reason for it.
 
     Raises:
         UsageError: all runs took the same compute.
@@ -211,7 +211,7 @@ def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
 
 
 def _why_compute(logs: Array) -> str:
-    """Say why a law can only be over compute; "" if it can be over both sizes, (2, runs)."""
+    """Return why the law has to be over compute; "" if it can be over both sizes (2, runs)."""
     num_runs = logs.shape[1]
     if num_runs < WITH_FLOOR:
         return (

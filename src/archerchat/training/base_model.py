@@ -1,4 +1,4 @@
-"""What fine-tuning and reinforcement share: the saved model that they start from."""
+"""The saved model that fine-tuning and reinforcement learning start from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from archerchat.optim.optimizer import AdamGroup, Optimizer, build_groups
 from archerchat.training.stage import Stage, StageConfig
 
 DEVICE_BATCH_SIZE = 32
-"""Rows per micro-batch where the base model does not say."""
+"""Rows per micro-batch if the base model's checkpoint does not record them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +36,13 @@ def inherit(
 ) -> tuple[int, int, LearningRates]:
     """Take batch and rates from a base model's checkpoint, or from the dial if it has none.
 
-    A batch that differs from the base model's scales the rates by the square root of their ratio,
-    as the dial does.
+    For another batch size the rates are scaled by the square root of the ratio, as in the dial.
 
     Returns:
         Rows per micro-batch, tokens per step, and the base model's rates, scaled.
 
     Raises:
-        CheckpointError: what the checkpoint says of its rates cannot be read.
+        CheckpointError: the checkpoint's rates cannot be read.
     """
     identity = base.meta.get("identity")
     if identity is None:  # imported
@@ -67,7 +66,7 @@ def inherit(
 
 
 def _dial_of(model: ModelConfig, batch: int | None) -> DialConfig:
-    """Return what would make a model of this shape."""
+    """Return the dial's settings for a model of this shape."""
     return DialConfig(
         depth=model.num_layers,
         aspect_ratio=max(1, model.model_dim // model.num_layers),
@@ -88,12 +87,12 @@ class Tuning(Stage):
     rates: LearningRates
 
     def find_base(self, source: str) -> None:
-        """Read what the chosen model of stage `source` says of itself.
+        """Read the checkpoint of the chosen model of stage `source`, without its weights.
 
         Raises:
             UsageError: there is no such model or step.
             CheckpointError: the checkpoint is damaged.
-            TokenizerError: its tokenizer is missing, or is another one by now.
+            TokenizerError: its tokenizer is missing or was replaced.
         """
         config, home = self.config, self.home
         path = find_checkpoint(find_model(home, source, config.model_tag), config.model_step)
@@ -105,7 +104,7 @@ class Tuning(Stage):
         self.tag = config.output_tag or self.base_tag
 
     def describe_base(self) -> dict[str, Any]:
-        """Return what tells the base model from any other."""
+        """Identify the base model."""
         sha256 = self.base.hashes.get("model", "")
         return {"tag": self.base_tag, "step": self.base.step, "sha256": sha256}
 
@@ -136,7 +135,7 @@ class Tuning(Stage):
         )
 
     def load_moments(self) -> None:
-        """Continue with the moments of the base model's optimizer.
+        """Load the moments of the base model's optimizer.
 
         Raises:
             CheckpointError: they do not fit the model.

@@ -1,6 +1,6 @@
 """Fit a run to its device: the attention backend, the micro-batch, 8-bit products.
 
-What is measured is the same on all ranks, and is kept in the home's cache where it costs much.
+All ranks use the same measurements. Slow ones are kept in the home's cache.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from archerchat.training.recipe import Recipe
 from archerchat.training.resume import saved_rows
 
 ROWS_FILE = "device_batch_size.json"
-"""File in the home's cache: the rows that fitted, by model and card."""
+"""File in the home's cache with the rows that fit, by model and card."""
 
 
 def choose_attention(
@@ -43,13 +43,11 @@ def choose_attention(
     compile: bool = True,
     document_masking: bool = False,
 ) -> tuple[Backend, str]:
-    """Pick the attention backend, one that can keep documents apart where that is asked for.
+    """Return the attention backend, and the reason for it.
 
     Args:
         rows: rows per micro-batch.
-
-    Returns:
-        The backend and the reason for it.
+        document_masking: whether it must keep the conversations of a row apart.
 
     Raises:
         UsageError: the forced one cannot run here, or cannot keep documents apart.
@@ -93,21 +91,20 @@ def choose_rows(
 ) -> tuple[int, bool, bool]:
     """Estimate how many rows per micro-batch fit.
 
-    A run that is there keeps its rows on the kind of device that it was saved on, so that it
-    resumes bit for bit; on another it gets what fits there.
+    A resumed run keeps its rows on the kind of device that it was saved on, so that it resumes bit
+    for bit; on another device it gets what fits there.
 
     Args:
         per_step: rows per optimizer step of one rank.
         saved: the checkpoint to resume from.
-        usual: rows to take where they fit; None takes as many as fit.
+        usual: rows to use if they fit; None uses as many as fit.
         most: bound on the rows of a new run.
-        recomputes: whether the backward pass computes each layer again in any case.
         state_dtype: dtype of the optimizer's moments.
-        reserved_bytes: what else will be in the device's memory.
+        reserved_bytes: memory of the device that is needed for other things.
 
     Returns:
-        The rows; whether layers have to be computed again, as one row may not fit without; and
-        whether the rows are the saved run's.
+        The rows; whether layers are recomputed, which one row may need; and whether the rows are
+        the saved run's.
     """
     memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
     estimate, fitting, recomputes = fit_micro_batch(
@@ -137,7 +134,6 @@ def choose_rows(
 
 
 def _count_streams(saved: Checkpoint | None) -> int:
-    """Return how many streams of data a run began with."""
     if saved is None or "loader" not in saved.hashes:
         return 1
     return saved_streams(load_checkpoint(saved.path, ("loader",)).state["loader"])
@@ -158,14 +154,11 @@ def probe_rows(
     """Lower the micro-batch to smaller divisors until two passes fit on every rank.
 
     Args:
-        rows: to begin with, unless fewer fitted an earlier run of this shape.
-        reserved_bytes: what else will be in the device's memory, and is claimed meanwhile.
-
-    Returns:
-        The rows that fit.
+        rows: the first number to try, unless fewer fitted an earlier run of this shape.
+        reserved_bytes: memory of the device that is needed for other things, occupied meanwhile.
 
     Raises:
-        torch.OutOfMemoryError: not even one does.
+        torch.OutOfMemoryError: not even one row fits.
     """
     model, runtime, ranks = recipe.model, recipe.runtime, recipe.optimizer.ranks
     path = cache_dir / ROWS_FILE
@@ -199,9 +192,9 @@ def probe_rows(
 
 
 def _fits(recipe: Recipe, rows: int) -> bool:
-    """Try two passes; the second time there are gradients already.
+    """Try two passes, the second one with gradients in memory.
 
-    The loss is the one over all positions: a stage's own needs no more memory.
+    The loss is the one over all positions, since a stage's own needs no more memory.
     """
     length, device = recipe.model.config.sequence_length, recipe.runtime.device
     tokens = torch.zeros(rows, length, dtype=torch.long, device=device)
@@ -218,16 +211,16 @@ def _fits(recipe: Recipe, rows: int) -> bool:
 
 
 def choose_precision(recipe: Recipe, rows: int, saved: bool | None) -> tuple[bool, float | None]:
-    """Train in 8 bits if a forward and a backward pass take less time so.
+    """Train in 8 bits if that makes a forward and a backward pass faster.
 
     Args:
-        saved: what a run that is there began with.
+        saved: whether a resumed run trains in 8 bits.
 
     Returns:
-        Whether to train in 8 bits, and how many times as fast that is, if it was measured.
+        Whether to train in 8 bits, and the speed-up if it was measured.
 
     Raises:
-        UsageError: the micro-batch is not of a size that the kernels take.
+        UsageError: the kernels do not take micro-batches of this size.
     """
     if rows * recipe.model.config.sequence_length % MULTIPLE:
         raise UsageError(

@@ -1,10 +1,9 @@
 """THE step loop: accumulation, timing, cadence, checkpoints, resume.
 
-A recipe brings micro-batches, a loss, the settings of each step, and what to measure and sample.
-Before step i the loop saves, evaluates and samples where that is due, in this order: a long
-evaluation that dies costs no training. The same is done once more after the last update. Ctrl-C
-and SIGTERM end the loop with a checkpoint, after the running step or in the middle of an
-evaluation; a second signal ends the process at once.
+A recipe provides micro-batches, a loss, the settings of each step, evaluations and samples. Before
+each step, and after the last one, the loop saves, evaluates and samples what is due, in this order:
+a long evaluation that crashes loses no training. Ctrl-C and SIGTERM end the loop with a checkpoint,
+after the current step or in the middle of an evaluation; a second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ GC_EVERY = 5000
 SAVE_SECONDS = 900.0
 """Time between checkpoints that are saved by time."""
 OVERFIT_SHARE = 0.002
-"""How much worse than its best the metric has to be for a warning: more than a step's noise."""
+"""Share by which the metric must exceed its best for a warning; steps vary by less."""
 SMALLEST_SCALE = 2.0**-10
-"""A gradient scale that has been halved to this will not find one that works."""
+"""Gradient scale below which halving it again will not help."""
 
 
 class Loop(Stateful):
@@ -46,9 +45,9 @@ class Loop(Stateful):
 
     Args:
         peak: peak rate of one device.
-        save_every: steps between checkpoints, or "time"; one is saved at the end in any case.
-        sample_every: steps between samples, which the end shows too; None never samples.
-        evaluates_first: whether step 0 may be evaluated.
+        save_every: steps between checkpoints, or "time"; the last step is always saved.
+        sample_every: steps between samples; None never samples.
+        evaluates_first: whether the model is evaluated before the first step.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class Loop(Stateful):
                 gc.freeze()
 
     def _stopping(self) -> bool:
-        """Whether any rank was asked to stop: all of them do, at the same place."""
+        """Whether any rank was asked to stop: then all of them stop at the same place."""
         return self.ranks.any(self._stop.asked)[0]
 
     def _train_step(self, step: int) -> None:
@@ -185,7 +184,7 @@ class Loop(Stateful):
         return mean, last
 
     def _require_finite(self, step: int, loss: float) -> None:
-        """Stop before a step that diverged gets into a checkpoint."""
+        """Stop before a diverged step is saved."""
         if self.scaler.is_enabled() and self.scaler.get_scale() < SMALLEST_SCALE:
             raise ArcherChatError(
                 f"float16 gradients overflow at step {step} however far they are scaled down: use "
@@ -240,11 +239,11 @@ class Loop(Stateful):
         self.progress.note(f"step {step}: {shown} ({seconds:.1f} s)")
 
     def _interruptible(self, work: Callable[[], T]) -> T | None:
-        """Do long work that one process may leave at once; several ranks wait for each other."""
+        """Do long work, which a signal interrupts unless other ranks would wait for it."""
         return work() if self.ranks.world_size > 1 else self._stop.interruptible(work)
 
     def _note_metric(self, value: float) -> None:
-        """Remember the value, and push this step's checkpoint if none before scored as well."""
+        """Record the metric's value; push this step's checkpoint if it is the best so far."""
         self._settle()
         state, metric = self.state, self.recipe.metric
         score = metric.score(value)
@@ -280,7 +279,7 @@ class Loop(Stateful):
         return _due(self.save_every, step)
 
     def _saves_to_compare(self) -> bool:
-        """Whether the best checkpoint is wanted, but none would be saved where it is measured."""
+        """Whether to save before evaluating, because the best checkpoint is to be pushed."""
         return self.save_every == "time" and self.metrics.push_checkpoints == "best"
 
     def _save(self, finished: bool) -> None:
@@ -299,7 +298,7 @@ class Loop(Stateful):
         self._unsettled = step, seconds, metadata
 
     def _settle(self) -> None:
-        """Wait for the checkpoint that is being written, then say so and hand it over."""
+        """Wait until the last checkpoint is written, then report and push it."""
         if self.ranks.is_master:
             self.checkpoints.wait()
         if self._unsettled is not None:
@@ -309,7 +308,7 @@ class Loop(Stateful):
             self._unsettled = None
 
     def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
-        """Push the checkpoint of a step if this occasion asks for it."""
+        """Push a step's checkpoint if the user wants those of this occasion."""
         path = self.checkpoints.find(step) if self.ranks.is_master else None
         if path is not None:
             problem = self.metrics.push_checkpoint(path, step, occasion, metadata)
@@ -325,7 +324,7 @@ class Loop(Stateful):
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """Collect garbage only when the loop asks for it: a collection would stall a step."""
+    """Collect garbage only when the loop asks for it, since a collection would stall a step."""
     gc.disable()
     try:
         yield

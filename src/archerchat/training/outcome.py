@@ -1,4 +1,4 @@
-"""How far a run is, how fast, and how it ended."""
+"""A run's progress, its speed and how it ended."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from statistics import median_high
 
 WARMUP_STEPS = 5
-"""Steps after a start that are left out of speed figures: they compile and fill caches."""
+"""Steps after a start that speed figures leave out, because they compile and fill caches."""
 RECENT_STEPS = 100
-"""Steps that the time left is estimated from."""
+"""Number of steps from which the time left is estimated."""
 
 
 OVERFITTING = (
-    "{} gets worse while the training loss falls: the model learns its text by heart. More text or "
-    "fewer steps would help"
+    "{} gets worse while the training loss falls: the model memorises its training data. More data "
+    "or fewer steps would help"
 )
 
 
 @dataclass
 class LoopState:
-    """What a checkpoint holds of the loop itself."""
+    """The loop's own state in a checkpoint."""
 
     step: int = 0
     """Updates done."""
@@ -32,13 +32,13 @@ class LoopState:
     """The recipe's metric when it was first measured."""
     last_val: float = math.nan
     best_val: float = math.inf
-    """Its best value as `Metric.score` turns it: lower is better."""
+    """Best `Metric.score` so far: lower is better."""
     best_smooth_loss: float = math.nan
     """The average training loss when the metric was best; infinite before the first step."""
     overfitting: bool = False
-    """Whether the metric is worse than its best although the training loss fell since."""
+    """Whether the metric is worse than its best although the training loss has fallen since."""
     best_saved: float = math.inf
-    """The score of the best checkpoint, measured right after it was saved."""
+    """Score of the best checkpoint, measured right after it was saved."""
     tokens: int = 0
     """Tokens trained on, over all ranks."""
     flops: int = 0
@@ -53,9 +53,9 @@ class Outcome:
     finished: bool
     """False when a signal stopped it."""
     tokens_per_second: float = math.nan
-    """Median over the steps after the warm-up, or over all of fewer steps; NaN without any."""
+    """Median over the steps after the warm-up, or over all of a short run; NaN without steps."""
     mfu: float = math.nan
-    """That rate's share of the peak."""
+    """Share of the peak that this rate reaches."""
     data_wait_share: float = 0.0
     """Share of the training time spent waiting for a batch."""
 
@@ -79,11 +79,11 @@ class Throughput:
         self.flops += flops
 
     def mfu(self, flops: float, seconds: float) -> float:
-        """Return the share of the peak at which `flops` operations took `seconds`."""
+        """Return the share of the peak rate, given the time of `flops` operations."""
         return flops / seconds / self.peak
 
     def seconds_left(self, steps: int) -> float | None:
-        """Estimate how long `steps` more take; None while there is nothing to estimate from."""
+        """Estimate the time of `steps` more steps; None as long as there is no measurement."""
         steady = self.seconds[WARMUP_STEPS:][-RECENT_STEPS:]
         if not steady:
             return None if steps else 0.0

@@ -58,7 +58,7 @@ class PretrainConfig(StageConfig):
 
     dial: DialConfig
     data: str = "climbmix"
-    """Data source (`archerchat data`), or a directory of Parquet shards; the last one is for
+    """Data source (`archerchat data`) or a directory of Parquet shards. The last shard is for
     validation."""
     tokenizer: str = "default"
     """Name of the tokenizer (`archerchat tokenizer train`)."""
@@ -70,23 +70,22 @@ class PretrainConfig(StageConfig):
     seed: Seed = 42
     """Random seed for the initial weights."""
     fp8: bool = False
-    """Multiply the blocks' large matrices in 8-bit floats if that turns out faster on this card; it
-    needs an NVIDIA card of 2023 or later (sm89)."""
+    """Multiply the large matrices in 8-bit floats if a test at the start shows that this is faster.
+    Needs an NVIDIA card of sm89 or later (Ada, Hopper)."""
     optimizer_state: StateDtypeName = "float32"
-    """Dtype of the optimizer's moments; bfloat16 takes half the memory, for a model that does not
-    fit otherwise."""
+    """Dtype of the optimizer's moments; bfloat16 halves their memory."""
     eval_every: PositiveInt | None = EVAL_EVERY
-    """Steps between measurements of bits per byte on the validation shard, and one at the end;
-    `none` for never."""
+    """Steps between validations (bits per byte); the last step is validated too. `none` never
+    validates."""
     eval_tokens: PositiveInt = EVAL_TOKENS
-    """Number of validation tokens to measure on."""
+    """Number of tokens per validation."""
     core_metric_every: PositiveInt | None = None
     """Steps between evaluations of CORE on part of each task. Off by default."""
     core_metric_max_per_task: PositiveInt = 500
     """Number of examples per CORE task."""
     core_bundle: str | None = None
-    """CORE's bundle: a folder, or an archive's address. Defaults to the reference's bundle, which
-    is downloaded."""
+    """CORE bundle: a folder, or the address of an archive. Defaults to the reference's, which is
+    downloaded once."""
     extend: bool = False
     """Resume even if the number of steps, batch size or schedule changed; prints the effect on the
     learning rate. Also continues a run that was imported with its optimizer state."""
@@ -103,7 +102,7 @@ class Pretraining(Stage):
     uses_fp8: bool | None = None
     """Whether training multiplies in 8 bits; None until that is decided."""
     fp8_speed: float | None = None
-    """How many times as fast 8-bit products turned out; None where that was not measured."""
+    """Measured speed-up of 8-bit products; None if it was not measured."""
 
     def decide(self) -> None:
         config, home, dial = self.config, self.home, self.config.dial
@@ -128,11 +127,11 @@ class Pretraining(Stage):
 
     @cached_property
     def text(self) -> TextSample:
-        """What a sample of the training text shows."""
+        """Measurements of a sample of the training text."""
         return measure_text(self.shards, self.tokenizer, self.sequence_length + 1)
 
     def _choose_packing(self) -> tuple[Packing, str]:
-        """Return the packing and the reason for it; a run that is there keeps its own."""
+        """Return the packing and the reason for it; a resumed run keeps its own."""
         if self.config.packing != "auto":
             return self.config.packing, "given"
         saved = self.saved.meta.get("identity", {}) if self.saved else {}
@@ -229,7 +228,7 @@ class Pretraining(Stage):
         )
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return how often the text was passed over, and how much of it was in a row."""
+        """Return the passes over the text and the share of it that was in a row."""
         usage = self.loader.first.usage
         return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
 
@@ -254,7 +253,7 @@ class Pretraining(Stage):
         return count_text_bytes(self.validation_shards)
 
     def measure_bits(self, step: int) -> Mapping[str, float]:
-        """Measure bits per byte of the validation text, which is read at most once."""
+        """Measure bits per byte of the validation text, going over it at most once."""
         sizes, seen_bytes = self.tokenizer.token_bytes, 0
         count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
 
@@ -267,7 +266,7 @@ class Pretraining(Stage):
             return {"val/bpb": self.bits_per_byte(self.iter_validation(loader, count, seen))}
 
     def _build_core_metric(self) -> Callable[[int], Mapping[str, float]]:
-        """Return what measures CORE on part of each task; its prompts are made once and kept."""
+        """Return a function that measures CORE on part of each task; it keeps its prompts."""
         config, cache, notify = self.config, self.home.cache_dir, self.console.print
         bundle = self.ranks.first_alone(
             lambda: find_bundle(config.core_bundle, cache, notify=notify)
@@ -321,13 +320,13 @@ class Pretraining(Stage):
         yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Say how much of the text the model saw, and how often."""
+        """Return the passes over the text and the share of it that the model saw."""
         usage = self.loader.first.usage
         line = f"text: {usage.epochs:.2f} passes; {usage.text_share:.1%} of it was in a row"
         return [line] if finished else []
 
     def prepare_resume(self, start: Checkpoint) -> list[str]:
-        """Say what `--extend` changes, and move later checkpoints out of the run's way."""
+        """Describe what `--extend` changes, and move later checkpoints aside."""
         if not self.extend:
             return []
         if "schedule" not in start.meta:

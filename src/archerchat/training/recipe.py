@@ -1,4 +1,4 @@
-"""What a stage trains: its model, its batches, its loss, its schedule.
+"""The model, batches, loss and schedule of a stage, as the training loop sees them.
 
 The loop asks a `Recipe` for micro-batches, losses and settings, and never looks inside. Each
 stage is one: `pretrain.py`, `sft.py`, `rl.py`.
@@ -35,7 +35,7 @@ from archerchat.tokenizer.bpe import Tokenizer
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedule gives one step."""
+    """The schedules' values at one step."""
 
     lr_multiplier: float
     muon_momentum: float
@@ -47,9 +47,9 @@ class Metric:
     """The figure by which a stage's checkpoints are compared."""
 
     name: str
-    """Its name among the logged metrics, such as "val/bpb"."""
+    """Name of the logged metric, such as "val/bpb"."""
     label: str
-    """Its name for people."""
+    """Name to print."""
     higher_is_better: bool = False
 
     def score(self, value: float) -> float:
@@ -59,22 +59,22 @@ class Metric:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A measurement that the loop makes between steps, and once at the end."""
+    """A measurement that the loop makes between steps and after the last one."""
 
     measure: Callable[[int], Mapping[str, float]]
     """Returns metrics by name, given the step. Names with two slashes are logged, not printed."""
     every: int | None
-    """Steps between measurements, which the end makes too; None never measures."""
+    """Steps between measurements; None never measures."""
     seconds_name: str = "eval/seconds"
-    """The metric that holds how long it took."""
+    """Name of the metric for the time that it took."""
     at_start: bool = True
     """Whether step 0 is measured too."""
     saves_first: bool = False
-    """Whether a checkpoint is saved before it, because it takes long."""
+    """Whether a checkpoint is saved first, because the measurement takes long."""
 
 
 class BatchLoader(Stateful, Protocol):
-    """An endless source of this rank's batches whose position a checkpoint holds."""
+    """An endless source of this rank's batches; checkpoints save its position."""
 
     def __next__(self) -> Batch: ...
     def close(self) -> None: ...
@@ -94,23 +94,22 @@ class Recipe(ABC):
     grad_accum_steps: int
     compile: bool = False
     evaluations: Sequence[Evaluation] = ()
-    """What the loop measures, in this order."""
     progress: ProgressLine | None = None
-    """Shows how far an evaluation is."""
+    """Shows the progress of evaluations."""
 
     @cached_property
     def regions(self) -> Regions:
-        """The parts of the forward pass, compiled where that is asked for."""
+        """The parts of the forward pass, compiled if `compile` is set."""
         return Regions.compiled() if self.compile else Regions()
 
     @cached_property
     def kernels(self) -> LossKernels:
-        """The parts of the loss, compiled where that is asked for."""
+        """The parts of the loss, compiled if `compile` is set."""
         return LossKernels.compiled() if self.compile else LossKernels()
 
     @abstractmethod
     def total_steps(self, step: int) -> int:
-        """Return the length of the run as far as it is known after `step` steps."""
+        """Return the number of steps of the run, as far as it is known after `step` steps."""
 
     @abstractmethod
     def settings(self, step: int) -> StepSettings:
@@ -118,18 +117,18 @@ class Recipe(ABC):
 
     @abstractmethod
     def step_tokens(self) -> int:
-        """Return the tokens of the step that is done, over all ranks."""
+        """Return the tokens of the last step, over all ranks."""
 
     @abstractmethod
     def sample(self, step: int) -> Mapping[str, str]:
-        """Return texts that the model writes, by the name of their prompt."""
+        """Return texts written by the model, by prompt."""
 
     def step_flops(self) -> int:
-        """Return the floating-point operations of the step that is done, over all ranks."""
+        """Return the floating-point operations of the last step, over all ranks."""
         return flops_per_token(self.model.config) * self.step_tokens()
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return the stage's own metrics of the step that is done, by name."""
+        """Return the stage's own metrics of the last step, by name."""
         return {}
 
     def shown_metrics(self) -> Mapping[str, float]:
@@ -195,10 +194,10 @@ class Recipe(ABC):
     def iter_validation(
         self, loader: Iterable[Batch], count: int, seen: Callable[[Batch], float]
     ) -> Iterator[Batch]:
-        """Yield this rank's of `count` batches, or of as many as hold the validation data once.
+        """Yield this rank's share of `count` batches, going over the validation data at most once.
 
         Args:
-            seen: returns how much of that data has been read with a batch, from 0 to 1.
+            seen: returns the share of that data read so far, from 0 to 1, given the last batch.
         """
         ranks = self.optimizer.ranks
         for done, batch in zip(range(1, count + 1), loader, strict=False):
@@ -210,12 +209,12 @@ class Recipe(ABC):
                 return
 
     def show_progress(self, what: str, share: float | None = None) -> None:
-        """Say on the progress line what takes long, and how much of it is done."""
+        """Show on the progress line what is being done, and which share of it is done."""
         if self.progress is not None:
             self.progress.show(what if share is None else f"{what}: {min(1.0, share):.0%}")
 
     def to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Copy inputs and targets (B, T) in one transfer; on CUDA it does not wait."""
+        """Copy inputs and targets (B, T) in one transfer, which is asynchronous on CUDA."""
         pair = torch.from_numpy(batch.stacked)
         if self.runtime.device.type == "cuda":
             pair = pair.pin_memory().to(self.runtime.device, non_blocking=True)
@@ -232,7 +231,7 @@ def rng_state_dict() -> dict[str, Tensor]:
 
 
 def load_rng_state_dict(states: Mapping[str, Tensor]) -> None:
-    """Set the generators whose state was saved and that exist here."""
+    """Restore the state of the generators that exist on this machine."""
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
@@ -247,8 +246,8 @@ def answer_questions(
     """Answer each conversation's question greedily, with the calculator.
 
     Returns:
-        Question and answer by the question's first 60 characters; what the model gave to the
-        calculator and what came back are in brackets.
+        Question and answer by the question's first 60 characters. The calculator's inputs and
+        results are in brackets.
     """
     params = SamplingParams(max_new_tokens, temperature=0)
     prompts = [render_question(tokenizer, c, engine.max_length)[0] for c in conversations]

@@ -1,7 +1,7 @@
-"""A run's checkpoints: which one it may resume from, and how it writes the next.
+"""A run's checkpoints: which one it may resume from, and how the next is written.
 
-A run's identity is everything that decides its weights. `--extend` allows part of it
-(`EXTENDABLE`) to change; the shape of the model, the tokenizer and the packing stay.
+A run's identity is everything that decides its weights. With `--extend` part of it (`EXTENDABLE`)
+may change, but not the shape of the model, the tokenizer or the packing.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class CheckpointWriter:
     continues. A process that is killed meanwhile leaves the previous checkpoint.
 
     Args:
-        meta: kept with each of them; `identity` in it decides who may resume.
+        meta: kept with each of them; a command with the same `identity` may resume.
     """
 
     def __init__(self, directory: Path, meta: Mapping[str, Any], keep_last: int) -> None:
@@ -72,7 +72,7 @@ class CheckpointWriter:
         self._writing: Future[Path] | None = None
 
     def save(self, step: int, state: Mapping[str, Mapping[str, Any]], finished: bool) -> None:
-        """Start saving a step's state, once the one before is written; raises as `wait` does."""
+        """Wait for the previous checkpoint, as `wait` does, and start saving a step's state."""
         self.wait()
         staged = {
             section: {
@@ -91,7 +91,7 @@ class CheckpointWriter:
         return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
-        """Wait until what was saved last is on the disk.
+        """Wait until the last checkpoint is on the disk.
 
         Raises:
             CheckpointError: it could not be written; older checkpoints are untouched.
@@ -101,7 +101,7 @@ class CheckpointWriter:
             writing.result()
 
     def note_measured(self, step: int, loop: Mapping[str, Any]) -> None:
-        """Let a saved step know what was measured after it was saved."""
+        """Update a saved step with what was measured after it was saved."""
         if (path := self.find(step)) is not None:
             replace_values(path, "loop", loop)
 
@@ -168,10 +168,10 @@ def find_start(
         current: meta of the run that is asked for. The `num_iterations` of its identity is None
             where the data decides the end.
         extend: allow differences in what `EXTENDABLE` names.
-        any_rows: allow other rows per micro-batch: this machine's were chosen by `choose_rows`.
+        any_rows: allow other rows per micro-batch, since `choose_rows` chose them for this machine.
 
     Raises:
-        UsageError: the run there is another one, and how; or it is past the horizon.
+        UsageError: the saved run is a different one, or is past the horizon.
         CheckpointError: the checkpoint is damaged, or holds a model without training state.
     """
     if saved is None:
@@ -234,9 +234,9 @@ def _continue_imported(
 
 
 def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend: bool) -> list[str]:
-    """Return one line for each flag that was given another value than in the saved run.
+    """Return one line for each flag whose value differs from the saved run's.
 
-    A value that became the same in the end, such as the default, is no difference.
+    Flags that resolve to the same value, such as a default given explicitly, do not differ.
     """
     lines, before, now = [], saved["identity"], current["identity"]
     for line in compare_configs(saved["config"], current["config"]):
@@ -253,13 +253,10 @@ def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend:
 def require_same_run(
     ranks: Ranks, meta: Mapping[str, Any], step: int, files: Sequence[Path]
 ) -> None:
-    """Compare what the ranks are about to do: settings, code, data and the step to begin with.
-
-    Args:
-        files: that hold the data.
+    """Compare the ranks' settings, code, data `files` and first step.
 
     Raises:
-        UsageError: on all ranks, where one differs.
+        UsageError: one of them differs; raised on all ranks.
     """
     if ranks.world_size == 1:
         return
@@ -273,8 +270,9 @@ def require_same_run(
     for rank, run in enumerate(runs):
         if differences := compare_configs(runs[0], run):
             raise UsageError(
-                f"rank {rank} would train another run than rank 0 (there saved, here now): "
-                f"{'; '.join(differences)}. Start all ranks with the same command, code and data"
+                f"rank {rank} would train a different run than rank 0 (rank 0's values are called "
+                f"saved): {'; '.join(differences)}. Start all ranks with the same command, code "
+                "and data"
             )
 
 
@@ -285,7 +283,7 @@ def describe_extension(
     old_peaks: Mapping[str, float],
     new_peaks: Mapping[str, float],
 ) -> str:
-    """Say what `--extend` does to the learning rate at `step` and after it.
+    """Describe what `--extend` does to the learning rate from `step` on.
 
     Args:
         old_peaks: the saved run's learning rate of each group at multiplier 1.
@@ -313,10 +311,10 @@ def describe_extension(
 
 
 def set_aside_later(path: Path) -> list[Path]:
-    """Move later checkpoints than `path` out of the run's way, so that none is resumed from.
+    """Move checkpoints later than `path` aside, so that no run resumes from them.
 
     Returns:
-        Their new places, in `<tag>.before-step-<step>` beside the model's directory.
+        Their new paths, in a directory `<tag>.before-step-<step>` next to the model's.
     """
     directory, step = path.parent, int(path.name.removeprefix("step_"))
     later = [find_checkpoint(directory, s) for s in list_checkpoints(directory) if s > step]

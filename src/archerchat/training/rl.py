@@ -2,9 +2,9 @@
 
     archerchat rl --model-tag d12 --task GSM8K
 
-On-policy REINFORCE in the style of GRPO (https://arxiv.org/abs/2402.03300). Each step asks some
-questions and lets the engine answer each of them many times, with the calculator. Answers that are
-better than their question's average become more likely, the others less: an advantage is a reward
+On-policy REINFORCE in the style of GRPO (https://arxiv.org/abs/2402.03300). In each step the engine
+answers each of some questions many times, with the calculator. Answers that are better than the
+average for their question become more likely, the others less likely: an advantage is a reward
 minus its group's mean, and the loss is averaged over all tokens that the model chose in the step.
 The same command resumes from the last checkpoint, bit for bit; a command that would change the run
 is refused.
@@ -73,14 +73,14 @@ class ReinforceConfig(TuneConfig):
     num_epochs: PositiveInt = 1
     """Number of times each question is asked."""
     num_iterations: PositiveInt | None = None
-    """Number of steps. Defaults to what the epochs take."""
+    """Number of steps. Defaults to as many as the epochs need."""
     lr_scale: NonNegativeFloat = RATE_SCALE
     """Factor on the base model's learning rates."""
     eval_every: PositiveInt | None = 60
-    """Steps between measurements of pass@k on the task's test, and one at the end; `none` for
-    never."""
+    """Steps between validations (pass@k on the task's test); the last step is validated too. `none`
+    never validates."""
     eval_examples: PositiveInt = 400
-    """Number of test questions to measure on."""
+    """Number of test questions per validation."""
     eval_samples: PositiveInt = 8
     """Answers per test question (k in pass@k)."""
 
@@ -137,7 +137,7 @@ class Reinforcement(Tuning):
         self.passed: dict[str, float] = {}  # what the last evaluation found
 
     def _build_tasks(self) -> tuple[Task, Task]:
-        """Return what is asked in training, and the part of the test that is measured on.
+        """Return the training questions and the test questions to validate with.
 
         Raises:
             UsageError: there is no such task, or its answers cannot be judged.
@@ -158,7 +158,7 @@ class Reinforcement(Tuning):
         return train, limited(test, config.eval_examples)
 
     def rollouts(self, rows: int) -> RolloutSettings:
-        """Return how a step's answers are made, in micro-batches of `rows` rows."""
+        """Return the settings for a step's answers, in micro-batches of `rows` rows."""
         return RolloutSettings(self.config.examples_per_step, self.config.sampling, rows)
 
     def count_micro_batches(self, rows: int) -> int:
@@ -188,7 +188,7 @@ class Reinforcement(Tuning):
         self.evaluations = [Evaluation(self.measure_pass, config.eval_every)]
 
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch of rollouts; a step's first one generates them all."""
+        """Return a micro-batch of rollouts; the first one of a step generates all of them."""
         if self.loader.rolls_out_next:
             self.show_progress("rolling out")
         self._batch = next(self.loader)
@@ -205,7 +205,7 @@ class Reinforcement(Tuning):
         return flops_per_token(self.model.config) * (rolled_out + 3 * trained) // 3
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return what the step's rollouts were worth."""
+        """Return the figures of the step's rollouts."""
         return self.loader.metrics()
 
     def shown_metrics(self) -> Mapping[str, float]:
@@ -254,7 +254,7 @@ class Reinforcement(Tuning):
         return self.passed
 
     def sample(self, step: int) -> Mapping[str, str]:
-        """Answer the given or the test's first questions greedily, with the calculator."""
+        """Answer the given questions, or the first of the test, greedily with the calculator."""
         engine, count = self.loader.engine, min(SAMPLES, len(self.test))
         engine.refresh_weights()
         prompts = self.config.sample_prompt
@@ -270,8 +270,8 @@ class Reinforcement(Tuning):
         yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
         yield (
             "questions",
-            f"{len(self.train):,} of {self.train.name}; {len(self.test):,} of its test to measure "
-            "on",
+            f"{len(self.train):,} of {self.train.name}; {len(self.test):,} of its test to validate "
+            "with",
         )
         yield (
             "training",
@@ -294,7 +294,7 @@ class Reinforcement(Tuning):
         return f"on the test: {', '.join(passed) or 'not measured'}"
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Say what pass@k is for every k."""
+        """Report pass@k for every k."""
         return [self.describe_result(self.passed)] if finished and self.passed else []
 
 

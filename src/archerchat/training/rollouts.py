@@ -1,9 +1,8 @@
 """Rollouts as batches: questions in order, answers by the engine, rewards, advantages, rows.
 
-A step's rollouts follow from the weights, the seed and the step alone: questions are shuffled once
-per epoch, and an answer's tokens follow from seed, step, question and sample. The whole state of a
-loader is therefore the number of steps that it has rolled out, and a resumed run asks what the
-uninterrupted run would have asked.
+A step's rollouts depend only on the weights, the seed and the step: questions are shuffled once per
+epoch, and an answer's tokens depend on seed, step, question and sample. The whole state of a loader
+is therefore the number of steps that it has rolled out.
 
     loader = RolloutLoader(engine, tokenizer, task, settings)
     batch = next(loader)        # the first of a step's `settings.batches` rolls out
@@ -37,12 +36,12 @@ from archerchat.tokenizer.bpe import Tokenizer
 
 SAMPLING = SamplingParams(max_new_tokens=256, top_k=50, num_samples=16)
 IDENTITY_PARAMS = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
-"""Sampling parameters that every saved identity has; others are in it unless they are defaults."""
+"""Sampling parameters that every saved identity has; others only if they are not the default."""
 
 
 @dataclass(frozen=True)
 class RolloutSettings(Config):
-    """How a step's rollouts are made; all of it decides the weights."""
+    """Settings for a step's rollouts; all of them affect the weights."""
 
     questions_per_step: PositiveInt
     sampling: SamplingParams
@@ -78,7 +77,7 @@ class Rollout:
     reward: float
     advantage: float
     cut: bool
-    """Whether the limit of tokens or of the context ended it."""
+    """Whether the token limit or the end of the context cut it off."""
 
     @property
     def trained(self) -> int:
@@ -93,8 +92,8 @@ class RolloutBatch(Batch):
     advantages: NDArray[np.float32]
     """(B,)"""
     scale: float
-    """One over the trained tokens of the whole step, times its micro-batches: the loop averages
-    over these."""
+    """Number of micro-batches over the number of trained tokens of the whole step: the loop
+    averages over micro-batches."""
 
 
 def group_advantages(rewards: Sequence[float]) -> list[float]:
@@ -142,9 +141,8 @@ def build_batches(
 ) -> list[RolloutBatch]:
     """Return this rank's micro-batches of a step: the same number for every step.
 
-    Rows of one length stand together. Those whose advantage is 0 have no gradient and are left
-    out, though their tokens count in the average; micro-batches that remain are a single position
-    without a target.
+    Rows are sorted by length. Rows with advantage 0 have no gradient and are left out, though their
+    tokens count in the average; micro-batches without rows get a single position without a target.
     """
     ranks = ranks or Ranks()
     trained = int(ranks.sum(torch.tensor(sum(rollout.trained for rollout in rollouts))))
@@ -172,7 +170,7 @@ def _pad(rows: Sequence[Rollout], padding: int, scale: float) -> RolloutBatch:
 
 
 class RolloutLoader:
-    """Roll out with the engine's model as it is at the first batch of each step.
+    """Yield micro-batches; the first one of each step rolls out with the model's current weights.
 
     Args:
         task: asks the questions; its `reward` judges the answers.
@@ -240,9 +238,8 @@ class RolloutLoader:
     def amounts(self) -> tuple[int, int]:
         """Return how many tokens the last step's rows have: all rows, and those trained on."""
         lengths = [(len(row.token_ids), row.advantage != 0) for row in self._rollouts]
-        rolled_out = sum(n for n, _ in lengths)
-        trained = sum(n for n, is_trained in lengths if is_trained)
-        rolled_out, trained = self.ranks.sum(torch.tensor([rolled_out, trained])).tolist()
+        own = [sum(n for n, _ in lengths), sum(n for n, is_trained in lengths if is_trained)]
+        rolled_out, trained = self.ranks.sum(torch.tensor(own)).tolist()
         return rolled_out, trained
 
     def metrics(self) -> dict[str, float]:
@@ -251,32 +248,25 @@ class RolloutLoader:
         if not rows:
             return {}
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-        shares = self.ranks.mean(  # each rank has as many questions
-            sum(row.reward for row in rows) / len(rows),
-            _share(any(row.reward > 0 for row in group) for group in groups),
-            _share(any(row.advantage for row in group) for group in groups),
-            _share(row.cut for row in rows),
-            float(sum(row.trained for row in rows)),
-        )
-        names = ("reward", "solved_share", "learning_share", "cut_share", "trained_tokens")
-        figures = {f"rollout/{name}": share for name, share in zip(names, shares, strict=True)}
-        return figures | {
-            "rollout/trained_tokens": figures["rollout/trained_tokens"] * self.ranks.world_size,
-            "rollout/tokens": self.amounts()[0],
-            "rollout/seconds": self._seconds,
+        own = {
+            "rollout/reward": sum(row.reward for row in rows) / len(rows),
+            "rollout/solved_share": _share(any(r.reward > 0 for r in group) for group in groups),
+            "rollout/learning_share": _share(any(r.advantage for r in group) for group in groups),
+            "rollout/cut_share": _share(row.cut for row in rows),
+            "rollout/trained_tokens": float(sum(row.trained for row in rows)),
         }
+        # Each rank has as many questions.
+        figures = dict(zip(own, self.ranks.mean(*own.values()), strict=True))
+        figures["rollout/trained_tokens"] *= self.ranks.world_size
+        return figures | {"rollout/tokens": self.amounts()[0], "rollout/seconds": self._seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state between two steps: how many have been rolled out."""
-        assert not self._waiting, "a step's batches are used up together"
+        """Return the number of steps rolled out; only between two steps."""
+        assert not self._waiting
         return {"steps": torch.tensor([self._steps])}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue after `state`; the run's identity says what is asked, and how.
-
-        Raises:
-            KeyError, RuntimeError: it cannot be read.
-        """
+        """Continue after the saved step; a broken state is a KeyError or RuntimeError."""
         self._steps = int(state["steps"])
         self._waiting.clear()
 

@@ -41,8 +41,8 @@ def run_stage(
     Raises:
         UsageError: the settings contradict each other or the run that is there.
         DataError, TokenizerError, CheckpointError: something on disk is missing or broken.
-        MemoryExceededError: the micro-batch was given, is of one row, or is shared by ranks, which
-            would wait for one that failed.
+        MemoryExceededError: and the rows cannot be halved: they were given, there is one only, or
+            other ranks would wait for the one that failed.
     """
     most_rows = None
     while True:
@@ -62,7 +62,7 @@ def run_stage(
 
 
 def _run(stage: Stage) -> Outcome:
-    """Train until the last step, or until a signal stops it; do nothing if it is done already."""
+    """Train until the last step or a signal; do nothing if the run is finished already."""
     alone = exclusive(stage.directory) if stage.ranks.is_master else nullcontext()
     with stage.joined, alone:
         start = _find_start(stage)
@@ -91,19 +91,14 @@ def _run(stage: Stage) -> Outcome:
 
 
 def _find_start(stage: Stage) -> Checkpoint | None:
-    """Return the checkpoint to resume from, the same on all ranks.
-
-    Raises:
-        UsageError: the settings contradict each other or the run that is there, or the ranks would
-            train different runs.
-    """
+    """Return the checkpoint to resume from, the same on all ranks."""
     config = stage.config
     stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
     resumes = config.resume or stage.extend or config.resume_from_step is not None
     if config.overwrite and resumes:
         raise UsageError(
-            "--overwrite starts over: leave it out to resume, or --resume, --resume-from-step "
-            "and --extend"
+            "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
+            "one or the other"
         )
     for flag, given in (
         ("--resume-from-step", config.resume_from_step is not None),
@@ -117,10 +112,7 @@ def _find_start(stage: Stage) -> Checkpoint | None:
 
 
 def _find_result(stage: Stage, start: Checkpoint) -> str | None:
-    """Return a finished run's result; None where there is something left to do.
-
-    The summary is written last: without it the final evaluation is missing.
-    """
+    """Return a finished run's result; None if the run, or its final evaluation, is not done."""
     if not stage.is_finished(start):
         return None
     try:
@@ -131,7 +123,7 @@ def _find_result(stage: Stage, start: Checkpoint) -> str | None:
 
 
 def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
-    """Say what will be trained, and restore what was saved."""
+    """Announce the run, and restore a resumed run's state."""
     config, peak = stage.config, peak_flops(stage.runtime, stage.home.cache_dir)
     for label, text in (*stage.announce(), *_announce_device(stage, peak)):
         stage.console.print(f"{label:<10} {text}")
@@ -159,7 +151,7 @@ def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
 def _announce_device(stage: Stage, peak: PeakFlops) -> Iterator[tuple[str, str]]:
     runtime = stage.runtime
     if stage.recomputes and not stage.config.activation_checkpointing:
-        yield "memory", "not one row fits unless the backward pass computes layers again"
+        yield "memory", "one row fits only if the backward pass recomputes the layers"
     dtype = dtype_name(runtime.compute_dtype)
     yield "device", f"{runtime.device_name}, {dtype} ({runtime.dtype_reason})"
     yield "peak", f"{peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})"
@@ -190,7 +182,7 @@ def run_loop(stage: Stage, loop: Loop, resumed_from: Path | None) -> Outcome:
 
 
 def summarize(stage: Stage, loop: Loop, outcome: Outcome) -> dict[str, Any]:
-    """Return a finished run's figures for its `summary.json`; None for what was not measured."""
+    """Return a finished run's figures for `summary.json`; None where nothing was measured."""
     state, metric = loop.state, stage.metric
     key = metric.name.replace("/", "_")
     figures = {
@@ -211,7 +203,7 @@ def summarize(stage: Stage, loop: Loop, outcome: Outcome) -> dict[str, Any]:
 
 
 def _iter_end_lines(stage: Stage, loop: Loop, outcome: Outcome) -> Iterator[str]:
-    """Yield how the run ended."""
+    """Yield lines about the end of the run."""
     state, metric, config = loop.state, stage.metric, stage.config
     if not outcome.finished:
         where = f"the checkpoint is in {stage.directory}" if state.step else "nothing is saved"

@@ -50,7 +50,7 @@ MOMENTUM_WARMUP_STEPS = 300
 SAMPLE_QUESTIONS = ("Who are you?", "How many r are in strawberry?", "What is 12 + 30?")
 SAMPLE_TOKENS = 64
 ENOUGH_STEPS = 50
-"""Steps below which a model hardly changes: a run of fewer is warned of."""
+"""Fewest steps after which a model has changed much; a shorter run gets a warning."""
 ESTIMATE_FROM = 64
 """Number of conversations that are rendered to estimate the length of a run."""
 
@@ -69,14 +69,14 @@ class FinetuneConfig(TuneConfig):
     warm_start: bool = True
     """Start from the base model's optimizer state."""
     num_epochs: PositiveInt | None = None
-    """Passes over the conversations. Defaults to 1, or to as many as --num-iterations takes."""
+    """Passes over the conversations. Defaults to 1, or to as many as --num-iterations needs."""
     num_iterations: PositiveInt | None = None
-    """Number of steps. Defaults to what the passes take."""
+    """Most steps to take. Defaults to as many as the passes need."""
     eval_every: PositiveInt | None = 200
-    """Steps between measurements of bits per byte on the validation mixture, and one at the end;
-    `none` for never."""
+    """Steps between validations (bits per byte); the last step is validated too. `none` never
+    validates."""
     eval_tokens: PositiveInt = 4_194_304
-    """Number of validation tokens to measure on."""
+    """Number of tokens per validation."""
 
     @property
     def passes(self) -> int | None:
@@ -166,12 +166,12 @@ class Finetuning(Tuning):
         )
 
     def used(self) -> Used:
-        """Return what became of the conversations of all ranks, which ask at the same steps."""
+        """Return how the conversations of all ranks were used; every rank calls this."""
         own = [each.used for each in self.loader.own]
         return Used.of([part for parts in self.ranks.gather(own) for part in parts])
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return what became of the conversations so far."""
+        """Return how the conversations were used so far."""
         used = self.used()
         counts = used.counts
         return {
@@ -197,17 +197,17 @@ class Finetuning(Tuning):
 
     @property
     def data_progress(self) -> float:
-        """Share of the passes that is done; 0 where only steps end the run."""
+        """Share of the passes that is done; 0 if only the number of steps ends the run."""
         return self.used().progress / self.config.passes if self.config.passes else 0.0
 
     @property
     def first_estimate(self) -> int:
-        """About how many steps the run takes, until its own progress shows it."""
+        """Estimated number of steps, used until the run's own progress gives a better one."""
         per_pass = max(1, math.ceil(self.pass_tokens / self.total_batch_tokens))
         return self.config.num_iterations or per_pass * (self.config.passes or 1)
 
     def _estimate_tokens(self) -> float:
-        """Return about how many tokens a pass has, from a few of its conversations."""
+        """Estimate the tokens of a pass from a few of its conversations."""
         size = len(self.train)
         indices = range(0, size, math.ceil(size / ESTIMATE_FROM))
         rows = [render_whole(self.tokenizer, self.train, index)[0] for index in indices]
@@ -215,7 +215,7 @@ class Finetuning(Tuning):
         return sum(lengths) / len(lengths) * size
 
     def total_steps(self, step: int) -> int:
-        """Return the run's length as far as it is known after `step` steps; `step` ends it."""
+        """Return the expected number of steps; it is `step` if the run is over by then."""
         progress, most = self.data_progress, self.config.num_iterations
         if progress >= 1 or step == most:
             return step
@@ -234,7 +234,7 @@ class Finetuning(Tuning):
     # What is measured and shown on the way
 
     def measure_bits(self, step: int) -> Mapping[str, float]:
-        """Measure bits per byte of the validation mixture, which is read at most once."""
+        """Measure bits per byte of the validation mixture, going over it at most once."""
         count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
         with self._open_loader(self.validation, False, 0, 1) as loader:
             batches = self.iter_validation(loader, count, lambda batch: loader.used.progress)
@@ -272,7 +272,7 @@ class Finetuning(Tuning):
             yield "warning", self._describe_short_run(estimate)
 
     def _describe_short_run(self, steps: int) -> str:
-        """Say how a run of these conversations gets enough steps."""
+        """Return a warning with the flags that would give the run enough steps."""
         batch, smallest = self.total_batch_tokens, self.rows * self.sequence_length
         while self.pass_tokens < ENOUGH_STEPS * batch and batch % (2 * smallest) == 0:
             batch //= 2
@@ -283,7 +283,7 @@ class Finetuning(Tuning):
         )
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Say what became of the conversations."""
+        """Describe how the conversations were used."""
         used = self.used()
         counts, more = used.counts, used.consumed - used.share
         if not counts.targets:

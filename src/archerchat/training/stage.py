@@ -39,36 +39,35 @@ from archerchat.training.telemetry import TelemetryConfig
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(DeviceConfig):
-    """Options that every training stage has."""
+    """Options of every training stage."""
 
     attention: AttentionName | None = None
     """Attention backend. Defaults to the fastest that works on this machine."""
     compile: bool = True
-    """Compile the model and the optimizer; plain code runs where there is no compiler."""
+    """Compile the model and the optimizer; without a compiler they run uncompiled."""
     device_batch_size: PositiveInt | Literal["auto"] | None = "auto"
     """Rows per micro-batch; gradient accumulation keeps the total batch the same. `auto` takes as
-    many as fit into memory; sft takes the base model's where they fit."""
+    many as fit in memory; in sft it takes the base model's number if that fits."""
     activation_checkpointing: bool = False
-    """Compute each layer again in the backward pass: much less memory, but more time."""
+    """Recompute each layer in the backward pass: this takes much less memory and more time."""
     run: str | None = None
     """Name of the run in the metrics. Defaults to the model's name, with -sft or -rl."""
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     sample_every: PositiveInt | None = 2000
-    """Steps between printed samples, which the end prints too; `none` prints no samples."""
+    """Steps between printed samples; the last step prints some too. `none` prints none."""
     sample_prompt: tuple[str, ...] = ()
-    """Your own prompts for the samples. Defaults to a few of the stage's."""
+    """Prompts for the samples. Defaults to a few built-in ones."""
     save_every: PositiveInt | Literal["time"] | None = "time"
-    """Steps between checkpoints. By default one is saved every 15 minutes; `none` saves only at
-    the end, where one is saved in any case."""
+    """Steps between checkpoints. `time` saves one every 15 minutes, and `none` only at the end."""
     keep_last: PositiveInt = 2
     """Number of checkpoints to keep."""
     resume_from_step: int | None = None
-    """Step of the checkpoint to resume from. Defaults to the latest, if there is one."""
+    """Step of the checkpoint to resume from. Defaults to the latest."""
     resume: str | None = None
-    """Name of a model whose run to resume with its saved settings; flags beside it replace them.
-    `auto` resumes this command's own run, as it does without the flag."""
+    """Resume the run of this model with its saved settings; other flags override them. `auto` is
+    the default: resume the run that this command belongs to."""
     overwrite: bool = False
-    """Start over: the model's checkpoints of this stage are deleted."""
+    """Start over, and delete the model's checkpoints of this stage."""
 
 
 class Stage(Recipe):
@@ -86,9 +85,9 @@ class Stage(Recipe):
     """Directory of its checkpoints: base, sft or rl."""
     command: ClassVar[str]
     done: ClassVar[str]
-    """What the command has done to a finished model: trained, fine-tuned, reinforced."""
+    """Past participle for messages: trained, fine-tuned, reinforced."""
     evaluates_first: ClassVar[bool] = True
-    """Whether the model that training starts from is evaluated."""
+    """Whether the model is evaluated before the first step."""
 
     tag: str
     seed: int
@@ -100,7 +99,7 @@ class Stage(Recipe):
     sequence_length: int
     extend: bool = False
     files: Sequence[Path] = ()
-    """Files that hold the data: every rank needs the same."""
+    """Data files, which must be the same on every rank."""
     meta: dict[str, Any]
     """What `describe` returned."""
 
@@ -130,7 +129,8 @@ class Stage(Recipe):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Return the model's configuration, its tokenizer and what else `describe` adds."""
+        """Return the model's configuration, its tokenizer and the stage's other entries for
+        `describe`."""
 
     @abstractmethod
     def build_model(self, start: Checkpoint | None) -> None:
@@ -153,15 +153,15 @@ class Stage(Recipe):
         return start.step == self.num_iterations
 
     def prepare_resume(self, start: Checkpoint) -> list[str]:
-        """Do what else a resumed run needs, on the first rank; return lines to print."""
+        """Prepare to resume, on the first rank; return lines to print."""
         return []
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Return what else to print at a run's end."""
+        """Return the stage's own lines to print at the end."""
         return []
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
-        """Say what a finished run's summary holds of the stage's metric."""
+        """Describe the stage's metric as a finished run's summary has it."""
         key = self.metric.name.replace("/", "_")
         if figures[key] is None:
             return "it was not evaluated"
@@ -179,12 +179,12 @@ class Stage(Recipe):
 
     @property
     def summary(self) -> Path:
-        """File with the run's figures, which is there once the run is finished."""
+        """File with the run's figures, written when the run is finished."""
         return self.home.run_dir(self.run_name) / "summary.json"
 
     def describe(self) -> dict[str, Any]:
-        """Return what every checkpoint and journal says of the run; `identity` decides who may
-        resume it."""
+        """Return what every checkpoint and journal says about the run. A command may resume it if
+        the `identity` is the same."""
         return {
             "stage": self.name,
             "source": f"archerchat {self.command}",
@@ -228,12 +228,9 @@ class Stage(Recipe):
         state_dtype: torch.dtype = torch.float32,
         document_masking: bool = False,
     ) -> None:
-        """Choose the rows per micro-batch, whether layers are computed again, and attention.
+        """Choose the rows per micro-batch, whether layers are recomputed, and the attention.
 
-        Args:
-            usual_rows: taken where they fit; None takes as many as fit.
-            reserved_bytes: what else will be in the device's memory.
-            state_dtype: dtype of the optimizer's moments.
+        The arguments are those of `choose_rows` and `choose_attention`.
         """
         config, runtime = self.config, self.runtime
         given, self.recomputes = config.device_batch_size, config.activation_checkpointing
@@ -268,7 +265,7 @@ class Stage(Recipe):
         )
 
     def build(self, start: Checkpoint | None) -> None:
-        """Build what is trained; rows that were chosen are lowered until two passes fit."""
+        """Build the model and its data. Rows chosen here are lowered until two passes fit."""
         self.build_model(start)
         if self.probes:
             chosen, self.rows = self.rows, 1  # if not even one row fits, a new start cannot help

@@ -1,8 +1,8 @@
 """Record a run's metrics, samples and checkpoints with Endlex.
 
 Rank 0 writes one journal per session into the run's directory (`Home.run_dir`); on other ranks
-every call does nothing. Without a server (`ENDLEX_URL`) that is all: no process, no network. With
-one, a process of its own sends the journal and the checkpoints. Metrics are grouped by prefix:
+every call does nothing. Without a server (`ENDLEX_URL`) nothing else runs and nothing is sent. With
+one, a separate process sends the journal and the checkpoints. Metrics are grouped by prefix:
 
     train/loss  train/last_micro_batch_loss  train/smooth_loss  train/lr_multiplier
     train/matrix_lr  train/muon_momentum  train/muon_weight_decay  train/tokens_per_second
@@ -42,22 +42,22 @@ class TelemetryConfig:
     """Endlex options."""
 
     push_checkpoints: PushCheckpoints = "auto"
-    """Checkpoints to send in the background: `all`, `none`, or `last` or `best` (lowest val/bpb or
-    highest pass rate), where each replaces the previous one. `auto` is `last` if `ENDLEX_URL` names
-    a server, else `none`. Without a server they wait for `endlex sync`."""
+    """Checkpoints to send in the background: `all`, `none`, `last`, or `best` (lowest val/bpb or
+    highest pass rate); a new last or best one replaces the previous one. `auto` is `last` if
+    `ENDLEX_URL` names a server, else `none`. Without a server they wait for `endlex sync`."""
     tags: tuple[str, ...] = ()
     """Tags for filtering runs in the dashboard."""
 
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """Record one run's metrics; `open_run` makes it. As a context manager it closes the run."""
+    """Record one run's metrics; `open_run` builds it. As a context manager it closes the run."""
 
     run: endlex.Run | None
     """None on ranks that record nothing."""
     push_checkpoints: PushCheckpoints = "none"
     name_suffix: str = ""
-    """Ends the checkpoints' names on the server: another machine may have saved the same step."""
+    """Suffix of checkpoint names on the server: another machine may have saved the same step."""
 
     def log(self, values: Mapping[str, SupportsFloat], step: int) -> None:
         """Record scalars of one step, non-finite ones too; tensors of one element are read."""
@@ -72,9 +72,9 @@ class MetricsLog:
     def push_checkpoint(
         self, path: Path, step: int, occasion: Occasion, metadata: Mapping[str, float]
     ) -> str | None:
-        """Hand a saved checkpoint to Endlex if it is wanted; return why it could not be, or None.
+        """Hand a saved checkpoint to Endlex if the user wants it; return what failed, or None.
 
-        Its files are linked, not read, so it may be deleted then.
+        Its files are linked, so it may be deleted afterwards.
         """
         wanted = "last" if self.push_checkpoints == "all" else self.push_checkpoints
         if self.run is None or wanted != occasion:
@@ -153,7 +153,7 @@ def open_run(
             id=_run_to_join(directory, tag, resumed_from),
             tags=telemetry.tags,
             group=group,
-            save_code=False,  # it takes a process, and a run starts none of its own accord
+            save_code=False,  # it would start a process
         )
     except endlex.EndlexError as error:
         raise UsageError(f"{error}; or choose another name for the run") from error
@@ -189,7 +189,7 @@ def read_records(home: Home, tag: str) -> Iterator[dict[str, Any]]:
 
 
 def describe_environment() -> dict[str, str | int | None]:
-    """Return what a session's config says of the machine; the device is in its `hardware`."""
+    """Describe the machine for a session's config; its `hardware` describes the device."""
     found = endlex.describe_environment(Path(__file__))
     return {
         "archerchat": __version__,

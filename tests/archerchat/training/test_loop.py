@@ -189,7 +189,7 @@ def test_validation_that_rises_while_training_falls_is_said_once_an_evaluation()
     run(loop)
     assert notes == [(0, False), (1, False), (2, False), (3, True)]
     assert not loop.state.overfitting
-    assert loop.progress._bar.console.file.getvalue().count("learns its text by heart") == 1  # type: ignore[attr-defined]
+    assert loop.progress._bar.console.file.getvalue().count("memorises its training data") == 1  # type: ignore[attr-defined]
 
 
 def test_without_a_cadence_the_end_only_saves() -> None:

@@ -180,7 +180,7 @@ def test_layers_are_computed_again_where_not_one_row_fits_also_after_a_resume(
     for start in ("pretrain", "resuming from"):
         assert tiny_home.run(*words) == 0
         output = capsys.readouterr().out
-        assert "not one row fits unless the backward pass computes layers again" in output
+        assert "one row fits only if the backward pass recomputes the layers" in output
         assert start == "pretrain" or start in output
         shutil.rmtree(tiny_home.checkpoint_dir("base", "tiny") / "step_000004")
 

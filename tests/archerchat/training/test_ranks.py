@@ -203,6 +203,6 @@ runpy.run_module("archerchat.cli", run_name="__main__")
     )
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
-    assert "rank 1 would train another run than rank 0" in done.stderr
+    assert "rank 1 would train a different run than rank 0" in done.stderr
     assert message in done.stderr
     assert not list_checkpoints(tiny_home.checkpoint_dir("base", "tiny"))

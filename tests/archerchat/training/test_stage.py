@@ -84,7 +84,7 @@ def test_a_rank_that_would_train_on_other_data_is_named(
     monkeypatch.setattr("archerchat.training.stage.joined_ranks", joined)
     assert tiny_home.pretrain() == 2
     message = capsys.readouterr().err
-    assert "rank 1 would train another run than rank 0" in message
+    assert "rank 1 would train a different run than rank 0" in message
     assert "data.shard_00000.parquet: " in message
     assert not list_checkpoints(tiny_home.checkpoint_dir("base", "tiny"))
 
