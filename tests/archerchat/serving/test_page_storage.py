@@ -193,7 +193,7 @@ def test_tabs_keep_each_others_conversations(chats: Any) -> None:
     other.close()
 
 
-def test_an_answer_stays_with_its_question(chats: Any) -> None:
+def test_an_answer_stays_with_its_question_and_outlives_the_page(chats: Any) -> None:
     ask(chats, "older")
     ask(chats, "asked")
     chats.evaluate(HALF_AN_ANSWER)
@@ -210,6 +210,11 @@ def test_an_answer_stays_with_its_question(chats: Any) -> None:
     chats.wait_for_selector(".assistant .body >> nth=2 >> text=half")
     open_page(chats)
     assert chats.locator(".assistant .body").all_inner_texts() == ["yes", "half", "half"]
+    chats.keyboard.press("Alt+n")
+    chats.click("[data-mode=text]")
+    chats.locator("#text").press_sequentially("typed")
+    open_page(chats)
+    assert chats.input_value("#text") == "typed"
 
 
 def test_what_is_exported_can_be_learned(chats: Any, tmp_path: Path) -> None:
@@ -226,7 +231,9 @@ def test_what_is_exported_can_be_learned(chats: Any, tmp_path: Path) -> None:
         chats.locator("#export").evaluate("(button) => button.click()")
     path = tmp_path / "conversations.jsonl"
     download.value.save_as(path)
-    assert [row["messages"][0]["content"] for row in JsonlTask(path).rows] == ["answered"]
+    task = JsonlTask(path)
+    assert [each["messages"][0]["content"] for each in task] == ["answered"]
+    assert [len(each["messages"]) for each in task] == [2]
 
 
 def test_conversations_of_the_first_release_are_still_there(chats: Any) -> None:
