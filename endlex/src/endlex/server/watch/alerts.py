@@ -54,7 +54,10 @@ WARM_UP = 20
 DIVERGED_RATIO = 2.0
 DIVERGED_RISE = 0.5
 RISES = 3
-MORE_IS_BETTER = re.compile(r"acc|score|reward|core|f1|bleu|rouge|exact|pass|win|recall|precision")
+MORE_IS_BETTER = re.compile(  # as `isMoreBetter` of the dashboard: whole words, and a loss is a loss
+    r"^(?!.*loss).*(?<![a-z])(acc|accuracy|scores?|rewards?|(chat)?core|f1|bleu|rouge|exact|pass"
+    r"|wins?|recall|precision)(?![a-z])"
+)
 DISK_PERCENT = re.compile(r"disk.*(percent|used_pct|_pct|%)")
 DISK_FULL_PERCENT = 95.0
 DISK_FINE_PERCENT = 92.0
