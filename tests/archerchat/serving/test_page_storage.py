@@ -160,10 +160,15 @@ def test_tabs_keep_each_others_conversations(chats: Any) -> None:
     in_list(other, "here", "New conversation")
     ask(other, "there")
     in_list(chats, "there", "here")
-    for page, label in ((chats, "Top-k"), (other, "Tokens per answer")):
+    names = {"top_k": (chats, "Top-k"), "max_tokens": (other, "Tokens per answer")}
+    for name, (page, label) in names.items():
         page.locator(f"#fields label:has-text('{label}') input").evaluate(
             "(input) => { input.value = 5; input.onchange(); }"
         )
+        for each in (chats, other):  # a tab learns of it a little later
+            each.wait_for_function(
+                "(name) => localStorage['archerchat.settings']?.includes(name)", arg=name
+            )
     settings = json.loads(chats.evaluate("localStorage['archerchat.settings']"))
     assert settings == {"top_k": 5, "max_tokens": 5}
     # Both answer the conversation "here": it becomes two, and neither question is lost.

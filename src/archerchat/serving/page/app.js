@@ -36,13 +36,8 @@ function notice(text, isError = false) {
   $("notice").className = isError ? "error" : "";
 }
 
-function tell(problem) {
-  notice(problem ? `Not saved: ${problem}.` : "", Boolean(problem));
-}
-
-function keep(conversation = current) {
-  const problem = store.save(conversation);
-  if (problem) tell(problem);
+function keep(problem = store.save(current)) {
+  if (problem) notice(`Not saved: ${problem}.`, true);
 }
 
 async function explain(response) {
@@ -117,7 +112,8 @@ function showList() {
       const problem = store.remove(each);
       if (each === current) start();
       else showList();
-      tell(problem);
+      notice("");
+      keep(problem);
     };
     return element("li", [open, remove], each === current ? { class: "current" } : {});
   }));
@@ -229,7 +225,7 @@ async function run(work) {
   await work(running.signal);
   running = null;
   conversation.updated = Date.now();
-  keep(conversation);
+  keep(store.save(conversation));
   showAll();
 }
 
@@ -424,9 +420,7 @@ for (const name of ["model", "compare"]) $(name).onchange = () => {
   if (name === "model" && isUnused(current)) current.mode = usualMode();
   if (!running) showAll();
 };
-for (const button of $("mode").children) button.onclick = () => {
-  if (button.dataset.mode !== current.mode) start(button.dataset.mode);
-};
+for (const button of $("mode").children) button.onclick = () => button.dataset.mode !== current.mode && start(button.dataset.mode);
 $("new").onclick = () => start();
 $("search").oninput = showList;
 $("menu").onclick = () => document.body.classList.toggle("show-sidebar");
@@ -460,13 +454,9 @@ document.onkeydown = (event) => {
 addEventListener("pagehide", () => running?.abort()); // what was said so far is saved
 addEventListener("storage", ({ key }) => {
   store.receive(key, running && current);
-  const stored = store.conversations.find((each) => each.id === current.id);
-  if (!stored) start();
-  else if (stored === current) showList();
-  else {
-    current = stored;
-    showAll();
-  }
+  current = store.conversations.find((each) => each.id === current.id);
+  if (current) showAll();
+  else start();
 });
 
 setTheme();

@@ -78,11 +78,11 @@ export function create(mode) {
   return made;
 }
 
-// Delete a conversation. Return why others are still not saved, or nothing.
+// Delete a conversation. Return why others are still not saved, or "".
 export function remove(conversation) {
   conversations = conversations.filter((each) => each !== conversation);
   write(PREFIX + conversation.id);
-  return conversations.filter((each) => each.unsaved).map(save).find(Boolean); // now there may be room
+  return conversations.filter((each) => each.unsaved).map(save).find(Boolean) ?? ""; // there may be room now
 }
 
 export function add(conversation, role, parts, parent) {
