@@ -122,8 +122,13 @@ def load_settings(kind: type[T], home: Home, stage: str, tag: str) -> T:
     path = find_checkpoint(find_model(home, stage, tag))
     meta = load_checkpoint(path, sections=()).meta
     identity = _identity(path, meta)
-    saved = {**meta["config"], "resume": tag, "resume_from_step": None, "overwrite": False}
-    saved |= {"extend": False, "dtype": identity["dtype"]}
+    saved = {**meta["config"], "extend": False, "dtype": identity["dtype"]}
+    # Earlier versions saved these options outside the group.
+    saved["checkpoint"] = {**saved, **saved.get("checkpoint", {})} | {
+        "resume": tag,
+        "resume_from_step": None,
+        "overwrite": False,
+    }
     if stage == "base":
         saved["model_tag"] = tag
     else:

@@ -92,16 +92,16 @@ def _run(stage: Stage) -> Outcome:
 
 def _find_start(stage: Stage) -> Checkpoint | None:
     """Return the checkpoint to resume from, the same on all ranks."""
-    config = stage.config
+    asked = stage.config.checkpoint
     stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
-    resumes = config.resume or stage.extend or config.resume_from_step is not None
-    if config.overwrite and resumes:
+    resumes = asked.resume or stage.extend or asked.resume_from_step is not None
+    if asked.overwrite and resumes:
         raise UsageError(
             "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
             "one or the other"
         )
     for flag, given in (
-        ("--resume-from-step", config.resume_from_step is not None),
+        ("--resume-from-step", asked.resume_from_step is not None),
         ("--extend", stage.extend),
     ):
         if given and stage.saved is None:
@@ -127,7 +127,8 @@ def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
     config, peak = stage.config, peak_flops(stage.runtime, stage.home.cache_dir)
     for label, text in (*stage.announce(), *_announce_device(stage, peak)):
         stage.console.print(f"{label:<10} {text}")
-    loop = Loop(stage, peak, config.save_every, config.sample_every, stage.evaluates_first)
+    every = config.checkpoint.save_every
+    loop = Loop(stage, peak, every, config.sample_every, stage.evaluates_first)
     torch.manual_seed(stage.seed)
     if start is not None:
         loop.load_state_dict(start.state)
@@ -141,7 +142,7 @@ def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
     if stage.ranks.is_master:
         for line in stage.prepare_resume(start) if start else ():
             stage.console.print(line)
-        if config.overwrite:
+        if config.checkpoint.overwrite:
             for step in list_checkpoints(stage.directory):
                 remove_directory(find_checkpoint(stage.directory, step))
         stage.summary.unlink(missing_ok=True)
@@ -177,7 +178,7 @@ def run_loop(stage: Stage, loop: Loop, resumed_from: Path | None) -> Outcome:
         tokenizer = stage.home.tokenizer_dir(stage.meta["tokenizer"]["name"])
         if problem := metrics.push_tokenizer(tokenizer):
             progress.note(f"the tokenizer is not pushed: {problem}")
-        checkpoints = CheckpointWriter(stage.directory, stage.meta, config.keep_last)
+        checkpoints = CheckpointWriter(stage.directory, stage.meta, config.checkpoint.keep_last)
         return loop.run(checkpoints, metrics, progress)
 
 
@@ -204,12 +205,12 @@ def summarize(stage: Stage, loop: Loop, outcome: Outcome) -> dict[str, Any]:
 
 def _iter_end_lines(stage: Stage, loop: Loop, outcome: Outcome) -> Iterator[str]:
     """Yield lines about the end of the run."""
-    state, metric, config = loop.state, stage.metric, stage.config
+    state, metric, asked = loop.state, stage.metric, stage.config.checkpoint
     if not outcome.finished:
         where = f"the checkpoint is in {stage.directory}" if state.step else "nothing is saved"
         given = {
-            "--resume-from-step": config.resume_from_step is not None,
-            "--overwrite": config.overwrite,
+            "--resume-from-step": asked.resume_from_step is not None,
+            "--overwrite": asked.overwrite,
         }
         again = "".join(f"without {flag} " for flag, is_given in given.items() if is_given)
         yield (

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
-from archerchat.config import AttentionName, DeviceConfig, PositiveInt, as_json
+from archerchat.config import AttentionName, Config, DeviceConfig, PositiveInt, as_json
 from archerchat.console import build_console
 from archerchat.data.streams import LoaderT, Streams, saved_streams
 from archerchat.dial import grad_accum_steps
@@ -37,6 +37,23 @@ from archerchat.training.recipe import Recipe
 from archerchat.training.telemetry import TelemetryConfig
 
 
+@dataclass(frozen=True)
+class CheckpointOptions(Config):
+    """When checkpoints are saved, and how a run resumes from them."""
+
+    save_every: PositiveInt | Literal["time"] | None = "time"
+    """Steps between checkpoints. `time` saves one every 15 minutes, and `none` only at the end."""
+    keep_last: PositiveInt = 2
+    """Number of checkpoints to keep."""
+    resume_from_step: int | None = None
+    """Step of the checkpoint to resume from. Defaults to the latest."""
+    resume: str | None = None
+    """Resume the run of this model with its saved settings; other flags override them. `auto` is
+    the default: resume the run that this command belongs to."""
+    overwrite: bool = False
+    """Start over, and delete the model's checkpoints of this stage."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageConfig(DeviceConfig):
     """Options of every training stage."""
@@ -52,22 +69,12 @@ class StageConfig(DeviceConfig):
     """Recompute each layer in the backward pass: this takes much less memory and more time."""
     run: str | None = None
     """Name of the run in the metrics. Defaults to the model's name, with -sft or -rl."""
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     sample_every: PositiveInt | None = 2000
     """Steps between printed samples; the last step prints some too. `none` prints none."""
     sample_prompt: tuple[str, ...] = ()
     """Prompts for the samples. Defaults to a few built-in ones."""
-    save_every: PositiveInt | Literal["time"] | None = "time"
-    """Steps between checkpoints. `time` saves one every 15 minutes, and `none` only at the end."""
-    keep_last: PositiveInt = 2
-    """Number of checkpoints to keep."""
-    resume_from_step: int | None = None
-    """Step of the checkpoint to resume from. Defaults to the latest."""
-    resume: str | None = None
-    """Resume the run of this model with its saved settings; other flags override them. `auto` is
-    the default: resume the run that this command belongs to."""
-    overwrite: bool = False
-    """Start over, and delete the model's checkpoints of this stage."""
 
 
 class Stage(Recipe):
@@ -199,9 +206,9 @@ class Stage(Recipe):
     @cached_property
     def saved(self) -> Checkpoint | None:
         """The checkpoint that the run would resume from, without its state; None for a new run."""
-        if self.config.overwrite or not list_checkpoints(self.directory):
+        if self.config.checkpoint.overwrite or not list_checkpoints(self.directory):
             return None
-        path = find_checkpoint(self.directory, self.config.resume_from_step)
+        path = find_checkpoint(self.directory, self.config.checkpoint.resume_from_step)
         return load_checkpoint(path, sections=())
 
     def step_tokens(self) -> int:

@@ -32,6 +32,7 @@ from archerchat.training.loop import Loop
 from archerchat.training.pretrain import PretrainConfig, Pretraining
 from archerchat.training.recipe import Recipe
 from archerchat.training.resume import find_start
+from archerchat.training.stage import CheckpointOptions
 from archerchat.training.telemetry import MetricsLog
 
 
@@ -82,7 +83,8 @@ def run_loop(
     recorder = Recorder(None)
     progress = ProgressLine(Console(file=io.StringIO()), recipe.total_steps(0))
     with closing(recipe.loader):
-        loop = Loop(recipe, PeakFlops(1e11, "table"), config.save_every, config.sample_every)
+        every = config.checkpoint.save_every
+        loop = Loop(recipe, PeakFlops(1e11, "table"), every, config.sample_every)
         loop.run(saves, recorder, progress)
     return recorder
 
@@ -108,7 +110,7 @@ def restart_run(oracle_dir: Path, **settings: Any) -> tuple[dict[str, Any], Pret
         device_batch_size=args["device_batch_size"],
         eval_every=10,
         eval_tokens=16 * 8 * 256,
-        save_every=1,
+        checkpoint=CheckpointOptions(save_every=1),
         **settings,
     )
     return golden, config

@@ -22,6 +22,7 @@ from archerchat.home import Home
 from archerchat.optim.schedule import Schedule
 from archerchat.tokenizer.bpe import Tokenizer, train_tokenizer
 from archerchat.training import resume
+from archerchat.training.pretrain import PretrainConfig
 from archerchat.training.recipe import Recipe, load_rng_state_dict, rng_state_dict
 from archerchat.training.resume import (
     CheckpointWriter,
@@ -29,6 +30,7 @@ from archerchat.training.resume import (
     describe_extension,
     find_start,
 )
+from archerchat.training.stage import CheckpointOptions
 
 EXTENDABLE = {
     "horizon": ({"num_iterations": 6}, "--num-iterations: 4 saved, 6 now"),
@@ -85,11 +87,29 @@ def test_a_name_is_enough_to_resume(
     assert "no base model 'nothing' under" in capsys.readouterr().err
 
 
+def test_settings_saved_before_they_had_groups_count_too(tiny_home: Any) -> None:
+    assert tiny_home.pretrain(keep_last=9) == 0
+    path = tiny_home.checkpoint_dir("base", "tiny")
+    for step in tiny_home.steps():
+        saved = load_checkpoint(path / f"step_{step:06d}")
+        config = saved.meta["config"]
+        config |= config.pop("checkpoint")
+        save_checkpoint(path, step, saved.state, saved.meta)
+    options = resume.load_settings(PretrainConfig, tiny_home, "base", "tiny").checkpoint
+    assert options == CheckpointOptions(save_every=2, keep_last=9, resume="tiny")
+    assert tiny_home.pretrain(keep_last=1) == 0
+    assert tiny_home.run("pretrain", "--resume=tiny", "--extend", "--num-iterations", "6") == 0
+    assert tiny_home.steps() == [2, 4, 6]
+
+
 def test_overwrite_starts_over(tiny_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny_home.pretrain(keep_last=9) == 0
     for other in ({"extend": True}, {"resume_from_step": 2}, {"resume": "tiny"}):
         assert tiny_home.pretrain(overwrite=True, **other) == 2
-        assert "--overwrite starts over, and --resume" in capsys.readouterr().err
+        assert (
+            "--overwrite starts over, and --resume, --resume-from-step and"
+            in capsys.readouterr().err
+        )
     assert tiny_home.steps() == [2, 4]
     assert tiny_home.pretrain(overwrite=True, seed=7, num_iterations=3, save_every=None) == 0
     assert tiny_home.steps() == [3]
