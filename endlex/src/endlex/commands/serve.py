@@ -100,22 +100,13 @@ def list_tokens(data: Path | None, as_json: bool) -> int:
     if as_json:
         print_json(tokens)
     elif tokens:
-        rows = [
-            [
-                *(
-                    t["id"],
-                    t["name"],
-                    ",".join(t["scopes"]),
-                    _own_runs(t),
-                    format_age(t["created"]),
-                ),
-                *(format_age(t["last_used"]) or "never", format_age(t["revoked"])),
-            ]
-            for t in tokens
-        ]
-        print(
-            render_table(["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"], rows)
-        )
+        heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
+        rows = []
+        for t in tokens:
+            row = [t["id"], t["name"], ",".join(t["scopes"]), _own_runs(t)]
+            ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
+            rows.append([*row, ages[0], ages[1] or "never", ages[2]])
+        print(render_table(heads, rows))
         if any(t["older_runs"] for t in tokens):
             print(
                 "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "

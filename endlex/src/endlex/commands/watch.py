@@ -136,7 +136,7 @@ def _draw(
     names: Sequence[str],
     read: Callable[[str, int], tuple[list[float], list[float]]],
 ) -> None:
-    """Draw one plot a metric, as many as fit below one another."""
+    """Draw one plot per metric, as many as fit below one another."""
     columns, lines = shutil.get_terminal_size()
     fitting = max(1, (lines - 2) // PLOT_ROWS)
     last = {m["name"]: m for m in look["metrics"]}

@@ -44,6 +44,38 @@ logger = logging.getLogger("endlex")
 WRONG = (RequestValidationError, ValidationError)
 STORAGE = (sqlite3.Error, OSError)
 
+WATCH_SECONDS = 15.0
+CLEAN_SECONDS = 3600.0
+SWITCH_SECONDS = 0.001
+"""How long a thread may hold the interpreter; with Python's default of 5 ms, pages are slow while
+several threads work."""
+SHUTDOWN_SECONDS = 10
+MOST_CONNECTIONS = 1000
+
+
+def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI:
+    """Return the application that serves one data directory.
+
+    Args:
+        data_dir: made when the application starts, if missing.
+        settings: the defaults suit one person on one machine.
+    """
+    settings = settings or Settings()
+    data = DataDir(Path(data_dir))
+    app = FastAPI(
+        title="Endlex", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan
+    )
+    app.state.data, app.state.settings = data, settings
+    app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
+    app.state.batches = asyncio.Semaphore(journal.MOST_BATCHES_AT_ONCE)
+    app.add_middleware(Guard, settings=settings)
+    install_handlers(app)
+    app.add_api_route("/health", _health, methods=["GET"])
+    for module in (journal, runs, checkpoints, export, login):
+        app.include_router(module.router)
+    install_pages(app, settings.root_path)
+    return app
+
 
 def install_handlers(app: FastAPI) -> None:
     """Let the application answer every exception as JSON."""
@@ -79,41 +111,6 @@ def _describe(wrong: Any) -> str:
     place = ".".join(str(part) for part in wrong["loc"] if part not in ("query", "path"))
     given = "" if wrong["type"] == "missing" else f" {str(wrong['input'])[:40]!r}"
     return f"{place or 'the body'}{given}: {wrong['msg']}"
-
-
-logger = logging.getLogger("endlex")
-
-WATCH_SECONDS = 15.0
-CLEAN_SECONDS = 3600.0
-SWITCH_SECONDS = 0.001
-"""How long a thread may hold the interpreter; with Python's default of 5 ms, pages are slow while
-several threads work."""
-SHUTDOWN_SECONDS = 10
-MOST_CONNECTIONS = 1000
-
-
-def build_app(data_dir: Path | str, settings: Settings | None = None) -> FastAPI:
-    """Return the application that serves one data directory.
-
-    Args:
-        data_dir: made when the application starts, if missing.
-        settings: the defaults suit one person on one machine.
-    """
-    settings = settings or Settings()
-    data = DataDir(Path(data_dir))
-    app = FastAPI(
-        title="Endlex", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_lifespan
-    )
-    app.state.data, app.state.settings = data, settings
-    app.state.identity = {"status": "ok", "version": version("endlex"), "protocol": PROTOCOL}
-    app.state.batches = asyncio.Semaphore(journal.MOST_BATCHES_AT_ONCE)
-    app.add_middleware(Guard, settings=settings)
-    install_handlers(app)
-    app.add_api_route("/health", _health, methods=["GET"])
-    for module in (journal, runs, checkpoints, export, login):
-        app.include_router(module.router)
-    install_pages(app, settings.root_path)
-    return app
 
 
 @asynccontextmanager

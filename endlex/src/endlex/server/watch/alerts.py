@@ -54,7 +54,7 @@ WARM_UP = 20
 DIVERGED_RATIO = 2.0
 DIVERGED_RISE = 0.5
 RISES = 3
-MORE_IS_BETTER = re.compile(  # as `isMoreBetter` of the dashboard: whole words, and a loss is a loss
+MORE_IS_BETTER = re.compile(  # as `isMoreBetter` of the dashboard: whole words, never a loss
     r"^(?!.*loss).*(?<![a-z])(acc|accuracy|scores?|rewards?|(chat)?core|f1|bleu|rouge|exact|pass"
     r"|wins?|recall|precision)(?![a-z])"
 )
