@@ -41,11 +41,7 @@ class ServeConfig(DeviceConfig):
 
     @property
     def key(self) -> str | None:
-        """The key that clients must send, if any.
-
-        Raises:
-            UsageError: clients could not send it in a header.
-        """
+        """The key that clients must send, if any; one that no header carries is refused."""
         key = self.api_key or os.environ.get(KEY_VARIABLE) or None
         if key is not None and not re.fullmatch("[!-~]+", key):
             raise UsageError(

@@ -26,6 +26,7 @@ MAX_BODY_BYTES = 8 * 2**20
 TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES:,} bytes"
 REQUEST_SECONDS = 15.0
 RETRY_SECONDS = 1
+to_json = json.JSONEncoder(separators=(",", ":")).encode
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -57,7 +58,7 @@ class AsciiJSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode()
+        return to_json(content).encode()
 
 
 def refusal(
@@ -85,8 +86,8 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
-        length, size = int(headers.get("content-length", 0)), 0
-        unread = length > 0 or "transfer-encoding" in headers
+        unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        size = 0
 
         async def read() -> Message:
             nonlocal size, unread
@@ -103,12 +104,11 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             await send(message)
 
-        refused = self._check(scope, headers)
-        if refused is None and length > MAX_BODY_BYTES:
-            refused = refusal(413, TOO_LARGE)
-        await (refused or self._app)(scope, read, answer)
+        await (self._check(scope, headers) or self._app)(scope, read, answer)
 
     def _check(self, scope: Scope, headers: Headers) -> Response | None:
+        if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
+            return refusal(413, TOO_LARGE)
         name = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]")
         if self._hosts is not None and name not in self._hosts:
             return refusal(403, f"this server is not {name!r}: --host or --api-key opens it")

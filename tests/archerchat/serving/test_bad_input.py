@@ -70,6 +70,8 @@ REFUSED = [
      "response_format.json_schema.schema"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema":
      {"type": "string", "minLength": 2, "maxLength": 1}}}}, 400, "text.format"),
+    ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 400,
+     "text.format.schema"),
     (CHAT, {"messages": [said("user", "  ")]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", None)]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", "\ud800")], "model": "\ud800"}, 404, "model"),
