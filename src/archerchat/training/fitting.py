@@ -91,20 +91,16 @@ def choose_rows(
 ) -> tuple[int, bool, bool]:
     """Estimate how many rows per micro-batch fit.
 
-    A resumed run keeps its rows on the kind of device that it was saved on, so that it resumes bit
-    for bit; on another device it gets what fits there.
+    A resumed run keeps its rows on the kind of device that it was saved on, to be bit-identical.
 
     Args:
         per_step: rows per optimizer step of one rank.
-        saved: the checkpoint to resume from.
         usual: rows to use if they fit; None uses as many as fit.
         most: bound on the rows of a new run.
-        state_dtype: dtype of the optimizer's moments.
         reserved_bytes: memory of the device that is needed for other things.
 
     Returns:
-        The rows; whether layers are recomputed, which one row may need; and whether the rows are
-        the saved run's.
+        The rows; whether layers must be recomputed; whether the rows are the saved run's.
     """
     memory = max(0, runtime.total_memory_bytes() - reserved_bytes)
     estimate, fitting, recomputes = fit_micro_batch(
@@ -118,15 +114,14 @@ def choose_rows(
         recomputes=recomputes,
         state_dtype=state_dtype,
     )
-    rows = fitting or 1
-    usual_fits = usual and estimate.total(usual) <= memory * (1 - RESERVED_SHARE)
-    if usual and usual_fits and per_step % usual == 0:
+    rows, free = fitting or 1, memory * (1 - RESERVED_SHARE)
+    if usual and per_step % usual == 0 and estimate.total(usual) <= free:
         rows = usual
-    began_with, keeps = saved_rows(saved.meta) if saved else 0, False
-    if saved and began_with and per_step % began_with == 0:
-        keeps = (saved.meta.get("hardware") or {}).get("device") == runtime.device_name
+    meta = saved.meta if saved else {}
+    began_with, device = saved_rows(meta), (meta.get("hardware") or {}).get("device")
+    keeps = began_with > 0 and per_step % began_with == 0 and device == runtime.device_name
     rows = began_with if keeps else min(rows, most or rows)
-    # Ranks of unlike cards agree, and all of them ask: one may lack the saved run.
+    # All ranks call this, even if one lacks the saved run or has another card.
     answers = ranks.gather((rows, recomputes, keeps))
     rows = min(answer[0] for answer in answers)
     recomputes, keeps = (any(answer[i] for answer in answers) for i in (1, 2))

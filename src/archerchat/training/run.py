@@ -100,12 +100,9 @@ def _find_start(stage: Stage) -> Checkpoint | None:
             "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
             "one or the other"
         )
-    for flag, given in (
-        ("--resume-from-step", asked.resume_from_step is not None),
-        ("--extend", stage.extend),
-    ):
-        if given and stage.saved is None:
-            raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
+    if stage.saved is None and (stage.extend or asked.resume_from_step is not None):
+        flag = "--extend" if asked.resume_from_step is None else "--resume-from-step"
+        raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
     start = find_start(stage.saved, stage.meta, stage.extend, stage.chooses_rows)
     require_same_run(stage.ranks, stage.meta, start.step if start else 0, stage.files)
     return start
@@ -208,11 +205,8 @@ def _iter_end_lines(stage: Stage, loop: Loop, outcome: Outcome) -> Iterator[str]
     state, metric, asked = loop.state, stage.metric, stage.config.checkpoint
     if not outcome.finished:
         where = f"the checkpoint is in {stage.directory}" if state.step else "nothing is saved"
-        given = {
-            "--resume-from-step": asked.resume_from_step is not None,
-            "--overwrite": asked.overwrite,
-        }
-        again = "".join(f"without {flag} " for flag, is_given in given.items() if is_given)
+        again = "without --overwrite " if asked.overwrite else ""
+        again += "without --resume-from-step " if asked.resume_from_step is not None else ""
         yield (
             f"stopped at step {state.step} of {stage.total_steps(state.step)}; {where}. "
             f"Run the same command {again}to resume"

@@ -114,9 +114,9 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.finish("finished" if kind is None else "interrupted" if interrupted else "failed")
+    def __exit__(self, *error: Any) -> None:
+        if self.run is not None:
+            self.run.__exit__(*error)
 
 
 def open_run(

@@ -58,7 +58,9 @@ def test_a_crash_is_recorded(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="out of memory"):
         train()
-    assert recorded(Home(tmp_path))[-1]["status"] == "failed"
+    end = recorded(Home(tmp_path))[-1]
+    assert end["status"] == "failed"
+    assert end["reason"] == "RuntimeError: out of memory"
 
 
 def test_ctrl_c_is_recorded_as_such(tmp_path: Path) -> None:
