@@ -1,9 +1,9 @@
-"""Fetch files, of the Hugging Face hub and of other servers, so that they appear whole or not.
+"""Download files from the Hugging Face hub and other servers; each appears complete or not at all.
 
 A file arrives in `.<name>.<version>.part`, which a later attempt or a later process continues. It
-gets its name only when its size and, where the server states one, its SHA-256 are right and it
-opens as what it should be. A file that has its name is therefore never checked again, and a
-repeated command with everything there needs no network.
+is renamed when its size, its SHA-256 (if the server states one) and its format are right. A file
+under its own name is therefore never checked again, and a command that finds all of its files
+needs no network.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from archerchat.files import explained_writes, fsync, fsync_dir, sha256_file
 
 TIMEOUT_SECONDS = 10.0
 ATTEMPTS = 6
-"""Failures in a row until a download is given up; one that brought new bytes starts at one."""
+"""Failures in a row until a download is given up. New bytes reset the count."""
 FIRST_DELAY_SECONDS = 1.0
 """Doubled after each failure, up to `MAX_DELAY_SECONDS`."""
 MAX_DELAY_SECONDS = 30.0
@@ -30,9 +30,9 @@ RETRIED_STATUS = {408, 425, 429}
 Check = Callable[[Path], object]
 """Raises a DataError, OSError or ValueError if a complete file is not what it should be."""
 Report = Callable[[str, int, int], None]
-"""Receives a file's name, how many bytes of it have arrived, and its size; from several threads."""
+"""Receives a file's name, its bytes so far, and its size; called from several threads."""
 Notify = Callable[[str], None]
-"""Receives a sentence about what went wrong and will be tried again; from several threads."""
+"""Receives a sentence about what failed and is tried again; called from several threads."""
 
 
 class _Stopped(Exception):
@@ -57,7 +57,7 @@ def download_file(
     """Fetch one file to `path`, unless it is there.
 
     Args:
-        without_network: what to do if the server cannot be reached; ends the message.
+        without_network: what to do if the server cannot be reached; the end of the error message.
         token: False keeps the user's token from the server; None leaves it to huggingface_hub.
         stop: ends the download when it is set.
 
@@ -83,29 +83,33 @@ def download_file(
             raise
         except Exception as error:  # httpx's or httpx2's, by huggingface_hub's version
             failures += 1
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            status = status_of(error)
-            if 400 <= status < 500 and status not in RETRIED_STATUS:
-                raise DataError(
-                    f"{url} answered {status}: check the source's name and --endpoint, and that "
-                    f"you may read it"
-                ) from error
-            if failures >= ATTEMPTS or type(error).__name__ == "OfflineModeIsEnabled":
-                raise DataError(
-                    f"gave up on {url} after {failures} attempts ({reason}): check the network "
-                    f"and run the same command again, which resumes the download. Without a "
-                    f"network, {without_network}"
-                ) from error
+            reason = _check_retry(url, error, failures, without_network)
         delay = min(FIRST_DELAY_SECONDS * 2.0 ** (failures - 1), MAX_DELAY_SECONDS)
         notify(f"{path.name}: {reason}; trying again in {delay:.0f} s")
         if stop.wait(delay):
             raise _Stopped
 
 
+def _check_retry(url: str, error: Exception, failures: int, without_network: str) -> str:
+    """Return the reason of a failed attempt; raise a DataError if another would be useless."""
+    reason, status = describe_error(error), status_of(error)
+    if 400 <= status < 500 and status not in RETRIED_STATUS:
+        raise DataError(
+            f"{url} answered {status}: check the source's name and --endpoint, and that you may "
+            "read it"
+        ) from error
+    if failures >= ATTEMPTS or type(error).__name__ == "OfflineModeIsEnabled":
+        raise DataError(
+            f"gave up on {url} after {failures} attempts ({reason}): check the network and run the "
+            f"same command again, which resumes the download. Without a network, {without_network}"
+        ) from error
+    return reason
+
+
 def _attempt(
     url: str, path: Path, check: Check, token: bool | None, note: Callable[[int, int], None]
 ) -> None:
-    """Append to the part what it lacks; check it and give it its name."""
+    """Download what the part lacks, check the file, and rename it."""
     from huggingface_hub import get_hf_file_metadata
 
     metadata = get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS, token=token)
@@ -141,7 +145,7 @@ def _attempt(
 
 
 def _receive(url: str, file: BinaryIO, token: bool | None, note: Callable[[int], None]) -> None:
-    """Append what `file` lacks."""
+    """Append the bytes that `file` lacks."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined,unused-ignore]
 
@@ -160,6 +164,11 @@ def _receive(url: str, file: BinaryIO, token: bool | None, note: Callable[[int],
             note(file.tell())
 
 
+def describe_error(error: Exception) -> str:
+    """Return an error's type and message on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def status_of(error: Exception) -> int:
     """Return the status of the HTTP answer that an error is about, 0 if there was none."""
     return int(getattr(getattr(error, "response", None), "status_code", 0))
@@ -167,7 +176,7 @@ def status_of(error: Exception) -> int:
 
 @contextmanager
 def explained_hub(repo: str) -> Iterator[None]:
-    """Turn what the hub's library says into an error with a remedy."""
+    """Turn an error of the hub's library into one with a remedy."""
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     try:
@@ -183,8 +192,7 @@ def explained_hub(repo: str) -> Iterator[None]:
                 f"the hub refused {repo!r} ({status or 'no token'}): check the name, and log in by "
                 "`hf auth login` with a token that may use it"
             ) from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(
-            f"{repo!r} could not be transferred ({reason}): run the same command again; files "
-            "that arrived whole are not transferred twice"
+            f"{repo!r} could not be transferred ({describe_error(error)}): run the same command "
+            "again; files that arrived whole are not transferred twice"
         ) from error

@@ -1,13 +1,14 @@
-"""Evaluate a chat model on tasks: it writes answers, or chooses letters; each rank does its share.
+"""Evaluate a chat model on tasks in which it writes answers or chooses letters.
 
     result = evaluate_task(engine, tokenizer, task, SamplingParams(512, temperature=0))
     print(result.accuracy, result.interval)
 
-In a generative task, an answer depends only on the seed, the problem and the sample, not on the
-batch, the order or the number of ranks. Judging may take seconds (HumanEval runs programs), so it
-happens in threads while the next answers are generated. A categorical task generates nothing: the
-answer is the letter with the highest logit where the answer begins. Its prompts run in batches of
-similar length, padded on the right. ChatCORE is the mean over tasks (SPEC section 9).
+Each rank does its share. In a generative task, an answer depends only on the seed, the problem and
+the sample, not on the batch, the order or the number of ranks. Judging may take seconds (HumanEval
+runs programs), so it happens in threads while the next answers are generated. A categorical task
+generates nothing: the answer is the letter with the highest logit where the answer begins. Its
+prompts run in batches of similar length, padded on the right. ChatCORE is the mean over tasks
+(SPEC section 9).
 """
 
 from __future__ import annotations
@@ -24,13 +25,7 @@ import torch
 
 from archerchat.distributed import Ranks
 from archerchat.errors import DataError
-from archerchat.evals.statistics import (
-    Interval,
-    TaskResult,
-    mean_score,
-    pass_at_k,
-    pass_sizes,
-)
+from archerchat.evals.statistics import Interval, TaskResult, mean_score, pass_at_k, pass_sizes
 from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
 from archerchat.inference.prefill import iter_batches, prefill
@@ -45,7 +40,7 @@ from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import render_for_completion
 
 ANSWER_TOKENS = 512
-"""Most tokens in an answer in ChatCORE."""
+"""Maximum tokens per answer in ChatCORE."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +50,11 @@ class ChatTaskResult(TaskResult):
     pass_at: Mapping[int, float]
     """pass@k by k, up to the number of samples."""
     lenient: int | None = None
-    """Samples that are right by the task's lenient rule; None for a task without one."""
+    """Number of samples that are right by the task's lenient rule; None for a task without one."""
     cut_prompts: int = 0
-    """Prompts that were truncated to the context."""
+    """Number of prompts that were truncated to the context."""
     cut_answers: int = 0
-    """Answers that ended by the limit of tokens or at the context's end."""
+    """Number of answers that ended at the token limit or at the end of the context."""
     answer_tokens: int = 0
 
     @property
@@ -107,17 +102,17 @@ class Answer:
     sample: int
     completion: Completion
     text: str
-    """What was judged: the answer without expressions and results."""
+    """The answer without calculator expressions and results, as it was judged."""
     right: bool
-    """Whether it is right by the reference's rule."""
+    """Whether the answer is right by the reference's rule."""
     lenient: bool
-    """Whether it is right by the reference's rule or by the task's lenient one."""
+    """Whether the answer is right by the reference's rule or by the task's lenient rule."""
     prompt_cut: bool
-    """Whether its prompt was truncated to leave room for it."""
+    """Whether the prompt was truncated to leave room for the answer."""
 
     @property
     def counts(self) -> tuple[int, int, int, int]:
-        """What it adds to a task's lenient samples, cut prompts, cut answers and tokens."""
+        """What an answer adds to a task's lenient samples, cut prompts, cut answers and tokens."""
         cut = self.completion.finish_reason in ("max_tokens", "length")
         prompt_cut = self.prompt_cut and self.sample == 0
         return self.lenient, prompt_cut, cut, len(self.completion.token_ids)
@@ -126,7 +121,7 @@ class Answer:
 def build_request(
     tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams, problem: int
 ) -> Request:
-    """Ask for a problem's samples, with the calculator; each problem has its own seed."""
+    """Build the request for a problem's samples, with the calculator and the problem's own seed."""
     params = replace(params, seed=derive_seed(params.seed, problem))
     return build_answer_request(tokenizer, prompt, params)
 
@@ -134,7 +129,7 @@ def build_request(
 def render_question(
     tokenizer: Tokenizer, conversation: Conversation, max_length: int
 ) -> tuple[list[int], bool]:
-    """Return a prompt that leaves room for an answer, and whether it was truncated for that."""
+    """Return a prompt that leaves room for an answer, and whether it was truncated."""
     prompt = render_for_completion(tokenizer, conversation)
     if len(prompt) < max_length:
         return prompt, False
@@ -171,7 +166,7 @@ def answer_problems(
     answers: list[Answer] = []
 
     def collect(*, wait: bool) -> None:
-        # Raises what a judge raised, before more is generated.
+        # Raises a judge's error before more is generated.
         while pending and (wait or pending[0].done()):
             answers.append(pending.popleft().result())
             on_progress(len(answers))
@@ -210,12 +205,9 @@ def _judge(
 LIMIT_SEED = 1337
 """Seed for the shuffle before a limit: data sets are sorted by subject."""
 
-OnProgress = Callable[[int, int], None]
-"""Called with this rank's number of answers so far, and in all."""
-
 
 def limited(task: Task, limit: int | None) -> Task:
-    """Return `limit` examples of a task, drawn over all of it; the whole task for None."""
+    """Return `limit` examples drawn from the whole task, or the task itself for None."""
     return task if limit is None or limit >= len(task) else task.shuffled(LIMIT_SEED)[:limit]
 
 
@@ -225,14 +217,15 @@ def evaluate_task(
     task: Task,
     params: SamplingParams,
     ranks: Ranks | None = None,
-    on_progress: OnProgress = lambda done, total: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_answer: Callable[[Answer], None] = lambda answer: None,
 ) -> ChatTaskResult:
     """Measure what the engine's model gets right, over all ranks.
 
     Args:
-        params: how answers are sampled, if the task is generative.
-        ranks: the processes that share the work; by default this one alone.
+        params: sampling of the answers to a generative task.
+        ranks: the processes that share the work; by default only this one.
+        on_progress: called with the number of questions that this rank has finished, and its total.
         on_answer: called with every answer that this rank generated.
 
     Raises:
@@ -243,7 +236,7 @@ def evaluate_task(
     if not len(task):
         raise DataError(f"{task.name} has no problem to ask")
     started, ranks = time.perf_counter(), ranks or Ranks()
-    generates, share = task.kind == "generative", list(ranks.share(len(task)))
+    share, generates = list(ranks.share(len(task))), task.kind == "generative"
     samples = params.num_samples if generates else 1
     # Right samples by problem, then the sums of `Answer.counts`.
     counts = torch.zeros(len(task) + 4, dtype=torch.int64)
@@ -257,11 +250,8 @@ def evaluate_task(
             counts[-4:] += torch.tensor(answer.counts)
             on_answer(answer)
     else:
-        prompts = [render_for_completion(tokenizer, task[index]) for index in share]
-        letters = [task[index]["letters"] for index in share]
-        chosen = choose_letters(engine.model, tokenizer, prompts, letters, report)
-        for index, letter in zip(share, chosen, strict=True):
-            counts[index] = task.evaluate(task[index], letter)
+        for index, is_right in _answer_questions(engine.model, tokenizer, task, share, report):
+            counts[index] = is_right
     *right, lenient, cut_prompts, cut_answers, tokens = ranks.sum(counts).tolist()
     return ChatTaskResult(
         label=task.name,
@@ -279,6 +269,23 @@ def evaluate_task(
     )
 
 
+def _answer_questions(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: Task,
+    problems: Sequence[int],
+    on_progress: Callable[[int], None],
+) -> list[tuple[int, bool]]:
+    """Return for each of a categorical task's problems whether the model chooses rightly."""
+    questions = [task[index] for index in problems]
+    prompts = [render_for_completion(tokenizer, question) for question in questions]
+    letters = [question["letters"] for question in questions]
+    chosen = map(
+        task.evaluate, questions, choose_letters(model, tokenizer, prompts, letters, on_progress)
+    )
+    return list(zip(problems, chosen, strict=True))
+
+
 def choose_letters(
     model: Transformer,
     tokenizer: Tokenizer,
@@ -286,12 +293,12 @@ def choose_letters(
     letters: Sequence[Sequence[str]],
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Return the letter that the model prefers after each prompt; the first on ties.
+    """Return the letter that the model prefers after each prompt; the first of equals.
 
     Args:
         prompts: token ids up to the assistant's answer.
         letters: each prompt's choices.
-        on_progress: called after each batch with the number of prompts that are done.
+        on_progress: called after each batch with the number of finished prompts.
     """
     chosen = [""] * len(prompts)
     done = 0

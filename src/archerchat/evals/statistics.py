@@ -1,9 +1,7 @@
-"""What a number of right answers says: centred accuracy, confidence intervals, pass@k.
+"""Statistics of CORE, ChatCORE and the report: centred accuracy, confidence intervals, pass@k.
 
-For CORE, ChatCORE and the report.
-
-    wilson_interval(30, 200)         # where the true share lies, 95 times in 100
-    pass_at_k([3, 0, 16], 16, 4)     # the chance that one of four samples is right
+wilson_interval(30, 200)         # the 95 % interval of 30 right answers in 200
+pass_at_k([3, 0, 16], 16, 4)     # the chance that at least one of four samples is right
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ Interval = tuple[float, float]
 
 
 def centred(accuracy: float, baseline: float) -> float:
-    """Return `accuracy` on the scale where guessing is 0 and perfection 1 (SPEC section 9)."""
+    """Return `accuracy` on a scale where guessing is 0 and perfection is 1 (SPEC section 9)."""
     return (accuracy - baseline) / (1 - baseline)
 
 
@@ -29,24 +27,24 @@ def wilson_interval(right: float, trials: int, z: float = Z_95) -> Interval:
     """Return the score interval of a share (Wilson 1927), which holds near 0 and 1 too.
 
     Args:
-        right: may be a sum of shares, as when each of `trials` problems was answered many times;
-            the interval is then too wide rather than too narrow.
+        right: the number of successes. It may be a sum of shares, if each of `trials` problems
+            was answered several times; the interval is then too wide rather than too narrow.
     """
     assert 0 <= right <= trials, f"{right} of {trials}"
-    assert trials > 0, "no trial says nothing"
+    assert trials > 0, "an interval needs at least one trial"
     share, weight = right / trials, z * z / trials
     middle = (share + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    # At the ends the formula gives 0 and 1, but for rounding.
+    # At the ends the formula gives exactly 0 and 1; rounding would not.
     low = 0.0 if right == 0 else max(0.0, middle - half)
     high = 1.0 if right == trials else min(1.0, middle + half)
     return low, high
 
 
 def mean_interval(estimates: Sequence[float], intervals: Sequence[Interval]) -> Interval:
-    """Return the interval of a mean of independent estimates that have intervals of their own.
+    """Return the interval of a mean of independent estimates, from their own intervals.
 
-    From the limits themselves instead of variances, so that skewed ones count as they are
+    It is computed from their limits instead of variances, so that skewed intervals stay skewed
     (MOVER: Zou and Donner 2008).
     """
     count = len(estimates)
@@ -58,12 +56,12 @@ def mean_interval(estimates: Sequence[float], intervals: Sequence[Interval]) -> 
 
 
 def pass_at_k(right: Sequence[int], samples: int, k: int) -> float:
-    """Return the mean over problems of the chance that one of k samples is right.
+    """Return the mean over problems of the chance that at least one of k samples is right.
 
-    Unbiased from n >= k samples (Chen et al. 2021): 1 - C(n - c, k) / C(n, k).
+    The estimate from n >= k samples is unbiased (Chen et al. 2021): 1 - C(n - c, k) / C(n, k).
 
     Args:
-        right: how many samples are right, for each problem.
+        right: number of right samples per problem.
         samples: samples per problem, n.
 
     Raises:
@@ -83,14 +81,14 @@ def pass_sizes(samples: int) -> list[int]:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
-    """What a model got right in one task, over all ranks."""
+    """A model's score in one task, over all ranks."""
 
     label: str
     """The task's name."""
     task_type: str
     examples: int
     correct: int
-    """Right answers, over the samples of all examples."""
+    """Number of right answers, over the samples of all examples."""
     random_baseline: float
     """The accuracy of guessing."""
     seconds: float = 0.0
@@ -104,7 +102,7 @@ class TaskResult:
 
     @property
     def interval(self) -> Interval:
-        """95 % confidence interval of the accuracy, examples counting as trials."""
+        """95 % confidence interval of the accuracy; each example is one trial."""
         return wilson_interval(self.correct / self.num_samples, self.examples)
 
     @property
