@@ -92,7 +92,7 @@ def download_file(
 
 def _check_retry(url: str, error: Exception, failures: int, without_network: str) -> str:
     """Return the reason of a failed attempt; raise a DataError if another would be useless."""
-    reason, status = describe_error(error), status_of(error)
+    status, reason = _parts_of(error)
     if 400 <= status < 500 and status not in RETRIED_STATUS:
         raise DataError(
             f"{url} answered {status}: check the source's name and --endpoint, and that you may "
@@ -164,14 +164,10 @@ def _receive(url: str, file: BinaryIO, token: bool | None, note: Callable[[int],
             note(file.tell())
 
 
-def describe_error(error: Exception) -> str:
-    """Return an error's type and message on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def status_of(error: Exception) -> int:
-    """Return the status of the HTTP answer that an error is about, 0 if there was none."""
-    return int(getattr(getattr(error, "response", None), "status_code", 0))
+def _parts_of(error: Exception) -> tuple[int, str]:
+    """Return an error's HTTP status, 0 without one, and its type and message on one line."""
+    status = int(getattr(getattr(error, "response", None), "status_code", 0))
+    return status, " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @contextmanager
@@ -182,17 +178,15 @@ def explained_hub(repo: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise UsageError(
-            f"{repo!r} is not the name of a repository, OWNER/NAME: {error}"
-        ) from error
+        raise UsageError(f"{repo!r} is no repository's name, OWNER/NAME: {error}") from error
     except Exception as error:  # httpx's or httpx2's, by the library's version
-        status = status_of(error)
+        status, reason = _parts_of(error)
         if 400 <= status < 500 or isinstance(error, LocalTokenNotFoundError):
             raise UsageError(
                 f"the hub refused {repo!r} ({status or 'no token'}): check the name, and log in by "
                 "`hf auth login` with a token that may use it"
             ) from error
         raise DataError(
-            f"{repo!r} could not be transferred ({describe_error(error)}): run the same command "
-            "again; files that arrived whole are not transferred twice"
+            f"{repo!r} could not be transferred ({reason}): run the same command again; files "
+            "that arrived whole are not transferred twice"
         ) from error

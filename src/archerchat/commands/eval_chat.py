@@ -34,7 +34,7 @@ from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import LoadedModel, ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.runtime import Runtime, dtype_name
+from archerchat.runtime import dtype_name
 from archerchat.tasks.base import Task
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task, parse_choices
@@ -79,7 +79,17 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         )
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)
-    about = _describe(config, loaded, runtime, limits)
+    about = {
+        "checkpoint": str(loaded.path),
+        "model_tag": loaded.tag,
+        "source": config.source,
+        "step": loaded.step,
+        "dtype": dtype_name(runtime.compute_dtype),
+        "device": runtime.device_name,
+        "ranks": runtime.world_size,
+        "sampling": asdict(sampling),
+        "limits": limits,
+    }
     folder = home.eval_dir(config.source, loaded.tag)
     path = config.json or folder / file_name(loaded.step, limits, sampling)
     partial = path.with_suffix(".partial.json")
@@ -95,35 +105,15 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
             figures = about | _figures(results, complete=len(results) == len(tasks))
             if runtime.is_master:
                 write_json(path if figures["complete"] else partial, figures)
-            if (target := config.answers) is not None:
+            if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
-                target = target.with_name(target.name + suffix)
+                target = config.answers.with_name(config.answers.name + suffix)
                 write_bytes(target, "".join(answers).encode())
     if runtime.is_master:
         partial.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))
     console.print(f"figures in {path}", style="dim")
     return figures
-
-
-def _describe(
-    config: EvalChatConfig,
-    loaded: LoadedModel,
-    runtime: Runtime,
-    limits: Mapping[str, int | None],
-) -> dict[str, Any]:
-    """Return what the figures were measured on, as JSON."""
-    return {
-        "checkpoint": str(loaded.path),
-        "model_tag": loaded.tag,
-        "source": config.source,
-        "step": loaded.step,
-        "dtype": dtype_name(runtime.compute_dtype),
-        "device": runtime.device_name,
-        "ranks": runtime.world_size,
-        "sampling": asdict(config.sampling),
-        "limits": limits,
-    }
 
 
 def _build_tasks(

@@ -87,27 +87,6 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         console.print(f"tokenizer {config.name!r} already exists: nothing to do")
         return
 
-    started = time.monotonic()
-    tokenizer, characters, shards_read = _train(config, shards, console)
-    tokenizer.provenance = {
-        "data": str(data.resolve()),
-        "vocab_size": config.vocab_size,
-        "max_chars": config.max_chars,
-        "doc_cap": config.doc_cap,
-        "characters": characters,
-        "shards": [_identify(shard) for shard in shards_read],
-    }
-    tokenizer.save(directory)
-    console.print(
-        f"trained {tokenizer.vocab_size:,} tokens on {characters:,} characters in "
-        f"{time.monotonic() - started:.1f} s: {directory}"
-    )
-
-
-def _train(
-    config: TokenizerTrainConfig, shards: Sequence[Path], console: Console
-) -> tuple[Tokenizer, int, list[Path]]:
-    """Train a tokenizer, showing progress; return it, the characters read and the shards read."""
     shards_read: list[Path] = []
     started, characters = time.monotonic(), 0
 
@@ -134,7 +113,19 @@ def _train(
             document_chars=config.doc_cap,
             on_progress=report,
         )
-    return tokenizer, characters, shards_read
+    tokenizer.provenance = {
+        "data": str(data.resolve()),
+        "vocab_size": config.vocab_size,
+        "max_chars": config.max_chars,
+        "doc_cap": config.doc_cap,
+        "characters": characters,
+        "shards": [_identify(shard) for shard in shards_read],
+    }
+    tokenizer.save(directory)
+    console.print(
+        f"trained {tokenizer.vocab_size:,} tokens on {characters:,} characters in "
+        f"{time.monotonic() - started:.1f} s: {directory}"
+    )
 
 
 def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
@@ -181,7 +172,7 @@ def _identify(shard: Path) -> dict[str, Any]:
 def _require_same(
     existing: Tokenizer, config: TokenizerTrainConfig, shards: Sequence[Path]
 ) -> None:
-    """Raise a UsageError unless `config` and `shards` would give the same tokenizer."""
+    """Raise unless `config` and `shards` would give the existing tokenizer again."""
     recorded = existing.provenance
     differences = [
         f"--{key.replace('_', '-')} {recorded.get(key)} (now {getattr(config, key)})"
