@@ -127,7 +127,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "commands.exports:push", "upload a model to the Hugging Face hub", positional=True
     ),
     "pull": Command("commands.imports:pull", "download a model from the hub", positional=True),
-    "doctor": Command("commands.doctor:doctor", "describe this machine and what it lacks"),
+    "doctor": Command("commands.doctor:doctor", "describe this machine and what is missing"),
 }
 
 
