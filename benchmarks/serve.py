@@ -3,15 +3,17 @@
     python benchmarks/serve.py                          # the first model of ARCHERCHAT_HOME
     python benchmarks/serve.py --model d12:base --clients 16 --tokens 128 --requests 1000
 
-The server is a process of its own; clients stream over loopback from this one. `ratio` is the total
-tokens/s of all clients at once over that of one after another; `efficiency` is the same total over
-what the engine's own batch makes in this process without HTTP. `first_token_ratio` is the 95th
-percentile of the time to the first token under load, with all clients over a quarter of them: each
-asks again as soon as it has its answer, and answers are of many lengths, so that a request meets
-others at work. `burst_first_token_ratio` is the same where all ask at one moment. Then requests
-come whose clients leave at random: `leaked_rows` are rows still in use afterwards, `errors` failed
-requests, `memory_growth` the server's memory at the end over that at a third. The last line is one
-JSON object. Run it alone: a second busy process slows two threads many times over.
+The server is a process of its own; clients stream over loopback from this one. Every prompt is new,
+so nobody reuses one that has run. A round sends the same prompts to the server, all at once, and to
+an engine in this process, in one batch, and asks one client alone. `efficiency` is the median over
+`rounds` of the server's tokens/s over the engine's; `ratio` is that of all clients over one.
+`first_token_ratio` is the 95th percentile of the time to the first token under load, with all
+clients over a quarter of them: each asks again as soon as it has its answer, and answers are of
+many lengths, so that a request meets others at work. `burst_first_token_ratio` is the same where
+all ask at one moment. Then requests come whose clients leave at random: `leaked_rows` are rows
+still in use afterwards, `errors` failed requests, `memory_growth` the server's memory at the end
+over that at a third. The last line is one JSON object. Run it alone: a second busy process slows
+two threads many times over.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from statistics import median, quantiles
 from typing import Any
 
 from archerchat.home import Home
@@ -35,11 +38,18 @@ from archerchat.inference.loading import load_model
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Request
 from archerchat.runtime import build_runtime, prepare_process
+from archerchat.tokenizer.bpe import Tokenizer
 from measuring import percentile, timed
 
+Measure = Callable[[Sequence[Sequence[int]]], float]
+
 PROMPT_TOKENS, PROMPT_IDS = 16, 256
-LOADED_ANSWERS = 6
-"""Answers of each client under load."""
+LOADED_ANSWERS = 64
+"""Answers of all clients together in a phase under load."""
+LOADED_PHASES = 3
+"""Phases under load with all clients, each followed by one with a quarter of them."""
+SHORT_TOKENS = 16
+"""Tokens of an answer that is not there to be timed."""
 
 
 @dataclass
@@ -73,43 +83,73 @@ async def ask(port: int, body: dict[str, Any], leave_after: int | None = None) -
     return Answer(tokens, first, not done)
 
 
-async def ask_at_once(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
-    return list(await asyncio.gather(*(ask(port, body) for body in bodies)))
+class Client:
+    """Ask the server for completions of prompts that it has never seen.
 
+    Args:
+        fields: what all requests have in common.
+    """
 
-async def ask_in_turn(port: int, bodies: Sequence[dict[str, Any]]) -> list[Answer]:
-    return [await ask(port, body) for body in bodies]
+    def __init__(self, port: int, fields: dict[str, Any]) -> None:
+        self._port, self._fields, self._random = port, fields, Random(0)
 
+    def prompts(self, count: int) -> list[list[int]]:
+        ids = range(PROMPT_IDS)
+        return [self._random.choices(ids, k=PROMPT_TOKENS) for _ in range(count)]
 
-async def keep_asking(port: int, body: dict[str, Any], clients: int, answers: int) -> list[float]:
-    """Let each client ask for one answer after another; return the times to the first token."""
+    async def complete(
+        self, prompt: Sequence[int], tokens: int, leave_after: int | None = None
+    ) -> Answer:
+        """Return an answer; one that is read to its end has all of its tokens."""
+        body = {**self._fields, "prompt": prompt, "max_tokens": tokens}
+        answer = await ask(self._port, body, leave_after)
+        assert leave_after is not None or answer.failed or answer.tokens == tokens, answer
+        return answer
 
-    async def client(number: int) -> list[float]:
-        random, times = Random(number), []
-        for _ in range(answers + 1):
-            length = random.randrange(body["max_tokens"] // 2, body["max_tokens"] * 3 // 2)
-            prompt = [random.randrange(PROMPT_IDS) for _ in range(PROMPT_TOKENS)]
-            given = body | {"prompt": prompt, "max_tokens": length}
-            times.append((await ask(port, given)).first_token_seconds)
-        return times[1:]  # all begin at one moment
+    def at_once(self, prompts: Sequence[Sequence[int]], tokens: int) -> tuple[float, list[float]]:
+        """Return the tokens/s of all answers together and the times to their first tokens."""
 
-    found = await asyncio.gather(*(client(number) for number in range(clients)))
-    return [seconds for times in found for seconds in times]
+        async def work() -> list[Answer]:
+            return await asyncio.gather(*(self.complete(prompt, tokens) for prompt in prompts))
 
+        started = time.perf_counter()
+        answers = asyncio.run(work())
+        seconds = time.perf_counter() - started
+        assert not any(answer.failed for answer in answers), answers
+        arrived = sum(answer.tokens for answer in answers)
+        return arrived / seconds, [answer.first_token_seconds for answer in answers]
 
-async def leave_at_random(port: int, bodies: Sequence[dict[str, Any]], clients: int) -> int:
-    """Send requests, `clients` at a time, most of which are left early; count failures."""
-    random, waiting = Random(1), list(bodies)
+    def keep_asking(self, clients: int, answers: int, tokens: int) -> list[float]:
+        """Let each client ask for one answer after another; return the times to the first token."""
 
-    async def client() -> int:
-        failed = 0
-        while waiting:
-            body = waiting.pop()
-            leave = random.choice([0, 1, 2, 5, 10, None])
-            failed += (await ask(port, body, leave)).failed
-        return failed
+        async def client() -> list[float]:
+            found = []
+            for _ in range(answers // clients + 1):
+                length = self._random.randrange(tokens // 2, tokens * 3 // 2)
+                found.append(await self.complete(self.prompts(1)[0], length))
+            assert not any(answer.failed for answer in found), found
+            return [answer.first_token_seconds for answer in found[1:]]  # all begin at one moment
 
-    return sum(await asyncio.gather(*(client() for _ in range(clients))))
+        async def work() -> list[list[float]]:
+            return await asyncio.gather(*(client() for _ in range(clients)))
+
+        return [seconds for times in asyncio.run(work()) for seconds in times]
+
+    def leave_at_random(self, requests: int, clients: int) -> int:
+        """Send requests, `clients` at a time, most of which are left early; count failures."""
+        waiting = self.prompts(requests)
+
+        async def client() -> int:
+            failed = 0
+            while waiting:
+                leave = self._random.choice([0, 1, 2, 5, 10, None])
+                failed += (await self.complete(waiting.pop(), SHORT_TOKENS, leave)).failed
+            return failed
+
+        async def work() -> int:
+            return sum(await asyncio.gather(*(client() for _ in range(clients))))
+
+        return asyncio.run(work())
 
 
 def stats(port: int) -> dict[str, Any]:
@@ -124,8 +164,8 @@ def memory(pid: int) -> int:
     return int(status.split("VmRSS:")[1].split()[0])
 
 
-def measure_engine(options: argparse.Namespace, prompts: Sequence[list[int]]) -> float:
-    """Return the engine's tokens/s for the same requests in one batch."""
+def build_engine(options: argparse.Namespace) -> tuple[Tokenizer, Measure]:
+    """Return the tokenizer and what measures the engine's tokens/s for prompts in one batch."""
     tag, _, stage = options.model.partition(":")
     runtime = build_runtime(options.device)
     prepare_process(runtime)
@@ -133,50 +173,69 @@ def measure_engine(options: argparse.Namespace, prompts: Sequence[list[int]]) ->
     engine = Engine(loaded.model, max_batch=options.clients)
     params = SamplingParams(options.tokens, logit_bias={loaded.tokenizer.bos_id: -100})
     decode = loaded.tokenizer.decode
-    requests = [Request(prompt, params, decode=decode) for prompt in prompts]
-    engine.generate(requests[:2])
-    seconds = min(timed(runtime.synchronize, lambda: engine.generate(requests))[0]
-                     for _ in range(options.rounds))  # fmt: skip
-    return float(len(prompts) * options.tokens / seconds)
+
+    def measure(prompts: Sequence[Sequence[int]]) -> float:
+        requests = [Request(prompt, params, decode=decode) for prompt in prompts]
+        seconds, found = timed(runtime.synchronize, lambda: engine.generate(requests))
+        return sum(len(answer.token_ids) for (answer,) in found) / seconds
+
+    return loaded.tokenizer, measure
 
 
-def measure_server(
-    options: argparse.Namespace, port: int, pid: int, prompts: Sequence[list[int]], bos: int
+def measure_speed(options: argparse.Namespace, client: Client, engine: Measure) -> dict[str, Any]:
+    """Return tokens/s of server and engine in alternating rounds, and bursts' first tokens."""
+    few = max(1, options.clients // 4)
+    speeds: list[tuple[float, float, float]] = []
+    burst: list[float] = []
+    quarter: list[float] = []
+    for number in range(options.rounds + 1):
+        prompts = client.prompts(options.clients)
+        before = engine(prompts) if number % 2 else 0.0
+        served, first = client.at_once(prompts, options.tokens)
+        own = before or engine(prompts)
+        alone, _ = client.at_once(client.prompts(1), options.tokens)
+        _, few_first = client.at_once(client.prompts(few), SHORT_TOKENS)
+        if number:  # the first round warms up
+            speeds.append((served, own, alone))
+            burst += first
+            quarter += few_first
+    efficiency = [served / own for served, own, _ in speeds]
+    server, own, alone = (median(each) for each in zip(*speeds, strict=True))
+    return {
+        "rounds": options.rounds,
+        "tokens_per_second": server,
+        "engine_tokens_per_second": own,
+        "one_by_one_tokens_per_second": alone,
+        "ratio": median(served / alone for served, _, alone in speeds),
+        "efficiency": median(efficiency),
+        "efficiency_quartiles": quantiles(efficiency)[::2],
+        "burst_first_token_p95": percentile(burst, 0.95),
+        "burst_first_token_ratio": percentile(burst, 0.95) / percentile(quarter, 0.95),
+    }
+
+
+def measure_load(options: argparse.Namespace, client: Client) -> dict[str, Any]:
+    """Return times to the first token under load."""
+    times: dict[int, list[float]] = {}
+    for _ in range(LOADED_PHASES):
+        for clients in (options.clients, max(1, options.clients // 4)):
+            found = client.keep_asking(clients, LOADED_ANSWERS, options.tokens)
+            times.setdefault(clients, []).extend(found)
+    loaded, lightly = (percentile(each, 0.95) for each in times.values())
+    return {"first_token_p95": loaded, "first_token_ratio": loaded / lightly}
+
+
+def measure_leaving(
+    options: argparse.Namespace, client: Client, port: int, pid: int
 ) -> dict[str, Any]:
-    """Return the server's figures."""
-    fields = {"model": options.model, "temperature": 1, "logit_bias": {str(bos): -100}}
-    bodies = [{**fields, "prompt": prompt, "max_tokens": options.tokens} for prompt in prompts]
-    asyncio.run(ask_at_once(port, bodies[:2]))
-    few = bodies[: max(1, options.clients // 4)]
-    seconds, first = float("inf"), []
-    for _ in range(options.rounds):
-        started = time.perf_counter()
-        answers = asyncio.run(ask_at_once(port, bodies))
-        seconds = min(seconds, time.perf_counter() - started)
-        first += [answer.first_token_seconds for answer in answers]
-    quarter = [a.first_token_seconds for _ in range(options.rounds)
-               for a in asyncio.run(ask_at_once(port, few))]  # fmt: skip
-    loaded, lightly = (
-        percentile(asyncio.run(keep_asking(port, bodies[0], count, LOADED_ANSWERS)), 0.95)
-        for count in (len(bodies), len(few))
-    )
-    started = time.perf_counter()
-    alone = asyncio.run(ask_in_turn(port, few))
-    alone_speed = sum(answer.tokens for answer in alone) / (time.perf_counter() - started)
-    short = [body | {"max_tokens": 16} for body in bodies] * (options.requests // len(bodies) + 1)
+    """Return what clients that leave at random cost."""
     third = options.requests // 3
-    errors = asyncio.run(leave_at_random(port, short[:third], options.clients))
+    errors = client.leave_at_random(third, options.clients)
     before = memory(pid)
-    errors += asyncio.run(leave_at_random(port, short[third : options.requests], options.clients))
+    errors += client.leave_at_random(options.requests - third, options.clients)
     time.sleep(1)
     left = stats(port)
     return {
-        "tokens_per_second": len(bodies) * options.tokens / seconds,
-        "one_by_one_tokens_per_second": alone_speed,
-        "first_token_p95": loaded,
-        "first_token_ratio": loaded / lightly,
-        "burst_first_token_p95": percentile(first, 0.95),
-        "burst_first_token_ratio": percentile(first, 0.95) / percentile(quarter, 0.95),
         "requests": options.requests,
         "errors": errors,
         "leaked_rows": left["rows"] + left["samples_in_work"],
@@ -189,7 +248,7 @@ def main() -> None:
     parser.add_argument("--model", help="TAG:STAGE; by default the server's first")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--requests", type=int, default=1000, help="with clients that leave")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     options = parser.parse_args()
@@ -204,24 +263,18 @@ def main() -> None:
             url = f"http://127.0.0.1:{port}/v1/models"
             with urllib.request.urlopen(url) as response:
                 options.model = options.model or json.load(response)["data"][0]["id"]
-            tag, _, stage = options.model.partition(":")
-            loaded = load_model(Home.from_environment(), build_runtime("cpu"), stage, tag)
-            random, size = Random(0), loaded.tokenizer.bos_id
-            prompts = [
-                [random.randrange(PROMPT_IDS) for _ in range(PROMPT_TOKENS)]
-                for _ in range(options.clients)
-            ]
-            result = measure_server(options, port, server.pid, prompts, size)
+            tokenizer, engine = build_engine(options)
+            bias = {str(tokenizer.bos_id): -100}  # which would end an answer
+            fields = {"model": options.model, "temperature": 1, "logit_bias": bias}
+            client = Client(port, fields)
+            result = {
+                "model": options.model,
+                **measure_speed(options, client, engine),
+                **measure_load(options, client),
+                **measure_leaving(options, client, port, server.pid),
+            }
         finally:
             server.terminate()
-    engine = measure_engine(options, prompts)
-    speed = result["tokens_per_second"]
-    result |= {
-        "model": options.model,
-        "engine_tokens_per_second": engine,
-        "ratio": speed / result["one_by_one_tokens_per_second"],
-        "efficiency": speed / engine,
-    }
     print(json.dumps(result))
 
 

@@ -4,7 +4,7 @@
     python runs/figures.py compare HOME TAG NAME=VALUE...
 
 MODELS has one model per line: its tag, and the flags of `archerchat plan` that describe it. FLAGS
-count for all of them. What was planned before is read from FILE, so that a second call is instant.
+apply to all of them. FILE receives the plans; runs/stages.sh reads there how much data to get.
 """
 
 from __future__ import annotations
@@ -17,40 +17,41 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from archerchat.files import write_json
+
 
 def plan(file: Path, flags: list[str], lines: list[str]) -> None:
     """Print every model's size, tokens, hours and cost, and what is left of them."""
     rehearsal = "--rehearsal" in flags
     common = [flag for flag in flags if flag != "--rehearsal"]
-    known = json.loads(file.read_text()) if file.exists() else {}
-    models = {tag: [*words, *common] for tag, *words in map(str.split, lines)}
-    plans = {
-        tag: found
-        if (found := known.get(tag)) and found["words"] == words
-        else {"words": words, **make_plan(words)}
-        for tag, words in models.items()
-    }
+    models = [line.split() for line in lines]
+    plans = {tag: make_plan([*words, *common]) for tag, *words in models}
     if len(plans) == 1:
         print(next(iter(plans.values()))["text"])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plans, indent=1))
-    rows, totals = [], [0.0, 0.0, 0.0]
+    write_json(file, plans)
+    rows, totals, prices = [], [0.0, 0.0], []
     for tag, each in plans.items():
         done = 0 if rehearsal else last_step(tag)
         left = each["hours"] * max(0.0, 1 - done / each["steps"])
-        cost = each["cost"] or 0.0
-        totals = [totals[0] + each["hours"], totals[1] + cost, totals[2] + left]
+        totals = [totals[0] + each["hours"], totals[1] + left]
+        prices.append(each["cost"])
         progress = f"{done:,} of {each['steps']:,}"
-        price = "?" if each["cost"] is None else f"${cost:,.2f}"
-        time_and_cost = [f"{each['hours']:.1f} h", price, f"{left:.1f} h"]
-        rows.append([tag, *each["size"], progress, *time_and_cost])
+        rows.append(
+            [tag, *each["size"], progress, *time_and_cost(each["hours"], [each["cost"]], left)]
+        )
     if len(plans) > 1:
-        hours, cost, left = totals
-        rows.append(["all", *[""] * 4, f"{hours:.1f} h", f"${cost:,.2f}", f"{left:.1f} h"])
+        rows.append(["all", *[""] * 4, *time_and_cost(totals[0], prices, totals[1])])
     print_table(["model", "size", "tokens", "rows", "steps", "time", "cost", "left"], rows)
     print("Time and cost are of pretraining; CORE, fine-tuning and chat evaluation are extra.")
     if rehearsal:
         print("That is the real run. This dry run trains toy models instead, in about two minutes.")
+
+
+def time_and_cost(hours: float, prices: list[float | None], left: float) -> list[str]:
+    """Return the last three columns; a price that is not known makes the sum unknown."""
+    known = [price for price in prices if price is not None]
+    cost = f"${sum(known):,.2f}" if len(known) == len(prices) else "?"
+    return [f"{hours:.1f} h", cost, f"{left:.1f} h"]
 
 
 def make_plan(words: list[str]) -> dict[str, Any]:

@@ -12,17 +12,16 @@ set -euo pipefail
 
 TAG=speedrun
 MODEL=(--depth 24 --target-param-data-ratio 8)
-PRECISION=(--fp8) # kept only if the card is faster with it
-! is_dry || PRECISION=()
 REHEARSED="--gpu H100 --num-gpus 8"
 DRY_RANKS=2
 
 require_gpu
 start_run speedrun
 describe_plan <<<"$TAG ${MODEL[*]}"
+is_dry || MODEL+=(--fp8) # kept only if the card is faster with it
 get_data
 train_tokenizer
-pretrain "$TAG" "${MODEL[@]}" "${PRECISION[@]}"
+pretrain "$TAG" "${MODEL[@]}"
 evaluate_base "$TAG"
 finetune "$TAG"
 evaluate_chat "$TAG" sft

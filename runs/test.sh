@@ -42,6 +42,7 @@ cd "$ROOT"
 # The tests' models are tiny: a second thread helps none, and waits many times over on a busy machine.
 # A process for each core shares them out, and takes over what another has not begun.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+unset PYTHONDONTWRITEBYTECODE # pytest keeps the tests that it has compiled: 6 s per process
 gate format ruff format --check
 gate lint ruff check
 gate types mypy

@@ -216,6 +216,14 @@ def test_named_files_and_functions_exist(guide: Path) -> None:
             assert any((place / folder).is_dir() for place in PLACES), f"SPEC.md: no {folder}"
 
 
+def test_the_architecture_names_methods_that_exist() -> None:
+    text = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([A-Z]\w+\.\w+)(?:\(\))?`", text))
+    assert len(named) > 10
+    known = {name for path in (ROOT / "src").rglob("*.py") for name in definitions(path)}
+    assert named <= known, f"ARCHITECTURE.md names {named - known}"
+
+
 def test_every_section_of_the_tour_has_code_and_proof() -> None:
     sections = re.split(r"^## (\d+)\. ", TOUR.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     numbers, texts = sections[::2], sections[1::2]

@@ -5,6 +5,7 @@ The real thing, an environment made from nothing, is what CI does before it come
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,7 +14,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -441,42 +445,57 @@ def test_several_gpus_are_several_ranks(
     assert "--depth 24 --target-param-data-ratio 8" in launched[0]
 
 
-def figures(*words: str, given: str = "", home: Path) -> str:
-    result = subprocess.run(
-        [sys.executable, ROOT / "runs/figures.py", *words],
-        input=given,
-        env=os.environ | {"ARCHERCHAT_HOME": str(home)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return result.stdout
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The script that prints plans and results, as a module."""
+    monkeypatch.setenv("ARCHERCHAT_HOME", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "runs/figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_a_plan_says_what_is_left(tmp_path: Path) -> None:
-    known = {
-        tag: {
-            "words": ["--depth", depth, "--num-gpus", "1"],
-            "text": "a page",
-            "train_shards": 9,
-            "steps": 100,
-            "hours": 8.0,
-            "cost": 16.0,
-            "size": ["1M", "2B", "4"],
-        }
-        for tag, depth in (("small", "4"), ("large", "8"))
-    }
-    file = tmp_path / "plan.json"
-    file.write_text(json.dumps(known))
+def test_a_plan_says_what_is_left(
+    figures: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prices = {"4": 16.0, "8": 16.0, "10": None}
+
+    def make_plan(words: list[str]) -> dict[str, Any]:
+        assert words[::2] == ["--depth", "--num-gpus"]
+        size = {"steps": 100, "hours": 8.0, "size": ["1M", "2B", "4"], "text": "a page"}
+        return {**size, "train_shards": 9, "cost": prices[words[1]]}
+
+    monkeypatch.setattr(figures, "make_plan", make_plan)
     (tmp_path / "checkpoints/base/large/step_000075").mkdir(parents=True)
-    models = "small --depth 4\nlarge --depth 8\n"
-    said = figures("plan", str(file), "--num-gpus", "1", given=models, home=tmp_path)
-    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line}
-    assert rows["large"] == ["1M", "2B", "4", "75", "of", "100", "8.0", "h", "$16.00", "2.0", "h"]
-    assert rows["all"] == ["16.0", "h", "$32.00", "10.0", "h"]
+
+    def rows(*models: str) -> dict[str, list[str]]:
+        monkeypatch.setattr("sys.stdin", StringIO("\n".join(models)))
+        figures.main(["plan", str(tmp_path / "cache/plan.json"), "--num-gpus", "1"])
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        return {line[0]: line[1:] for line in lines if line}
+
+    said = rows("small --depth 4", "large --depth 8")
+    assert said["large"] == ["1M", "2B", "4", "75", "of", "100", "8.0", "h", "$16.00", "2.0", "h"]
+    assert said["all"] == ["16.0", "h", "$32.00", "10.0", "h"]
+    assert '"train_shards": 9' in (tmp_path / "cache/plan.json").read_text()
+    said = rows("small --depth 4", "priceless --depth 10")
+    assert said["all"] == ["16.0", "h", "?", "16.0", "h"]
 
 
-def test_figures_stand_beside_the_reference_s(tmp_path: Path) -> None:
+def test_a_plan_is_that_of_the_command(figures: ModuleType) -> None:
+    found = figures.make_plan(["--depth", "12", "--gpu", "H100"])
+    assert found["steps"] == 2520
+    assert found["size"][:2] == ["286M", "1.32B"]
+
+
+def test_figures_stand_beside_the_reference_s(
+    figures: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for run, bits in (("d8", 0.94), ("d8-sft", 0.42)):
         (tmp_path / "runs" / run).mkdir(parents=True)
         summary = {"val_bpb": bits, "training_seconds": 120, "peak_memory_bytes": 2**30}
@@ -484,8 +503,8 @@ def test_figures_stand_beside_the_reference_s(tmp_path: Path) -> None:
     (tmp_path / "evals/base/d8").mkdir(parents=True)
     (tmp_path / "evals/base/d8/core_000009.json").write_text('{"core": 0.1}')
     given = ["val_bpb=0.938", "core=0.0976", "sft_val_bpb=0.4185", "minutes=76.7", "mfu=0.39"]
-    said = figures("compare", str(tmp_path), "d8", *given, home=tmp_path)
-    assert [line.split() for line in said.splitlines()] == [
+    figures.main(["compare", str(tmp_path), "d8", *given])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
         ["d8", "reference", "ours"],
         ["val_bpb", "0.938", "0.94"],
         ["core", "0.0976", "0.1"],

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
+import socket
+import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +27,7 @@ from torch import Tensor
 
 from archerchat.checkpoint import list_checkpoints
 from archerchat.cli import main
+from archerchat.data import text_sample
 from archerchat.exchange.nanochat import CONFIG_NAMES, NAMES, to_archerchat_names
 from archerchat.exchange.weights import rename
 from archerchat.files import write_json
@@ -151,6 +159,23 @@ class TinyHome(Home):
         return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cheap_starts() -> Iterator[None]:
+    """A training run starts in milliseconds: two thirds of a tiny one went into these.
+
+    What was imported stays frozen (see the root's `conftest.py`), and the simulation of a packing,
+    a pure function of the lengths, runs once for each corpus.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        simulate = functools.cache(text_sample.simulate_best_fit)
+        patch.setattr(
+            text_sample, "simulate_best_fit", lambda lengths, row: simulate(tuple(lengths), row)
+        )
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
     """What every `tiny_home` starts from."""
@@ -235,3 +260,115 @@ def scripted() -> Callable[[Sequence[str]], Scripted]:
         return found
 
     return build
+
+
+COMMAND = """
+import atexit, os, sys, torch
+from archerchat.cli import main
+os.environ.clear()
+os.environ.update(environment)
+for number, path in enumerate(outputs, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+torch.set_num_threads(1)
+sys.argv = ["archerchat", *words]
+try:
+    code = main()
+finally:
+    atexit._run_exitfuncs()
+sys.exit(code)
+"""
+"""What a process of `archerchat` does, after its imports."""
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "archerchat.training.rl", "archerchat.training.sft"])
+
+
+@dataclass
+class Child:
+    """A process that runs a command, forked from one that has imported torch: no seconds to start.
+
+    Killed, interrupted and waited for as any other; its exit code is that of the command.
+    """
+
+    process: Any
+    out: Path
+    err: Path
+    """The same file as `out` where a command's two streams are not told apart."""
+
+    def output(self) -> str:
+        """Return what it has printed so far."""
+        return self.out.read_text() if self.out.exists() else ""
+
+    def wait(self, seconds: float = 600) -> int:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running: {self.output()}"
+        return int(self.process.exitcode)
+
+    def wait_for(self, found: Callable[[], Any]) -> Any:
+        """Wait until `found()` is true, while the process lives; return its value."""
+        deadline = time.monotonic() + 600
+        while not (value := found()):
+            assert self.process.is_alive() or found(), self.output()
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.003)
+        return value
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Child]]:
+    """Start `archerchat` in a process of its own, on one thread; none outlives the test."""
+    children: list[Child] = []
+
+    def start(words: Sequence[str], parts: bool = False, **environment: str) -> Child:
+        out = tmp_path / f"process-{len(children)}.out"
+        err = out.with_suffix(".err") if parts else out
+        given = {
+            "words": list(words),
+            "environment": os.environ | environment,
+            "outputs": [str(out), str(err)],
+        }
+        process = FORKS.Process(target=exec, args=(COMMAND, given))
+        process.start()
+        children.append(Child(process, out, err))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.process.kill()
+        child.process.join()
+
+
+@pytest.fixture
+def run_ranks(launch: Callable[..., Child]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command on some ranks as torchrun does: if one fails, the others are ended.
+
+    `own` has further words and another environment for a rank.
+    """
+
+    def run(
+        home: Home, ranks: int, words: Sequence[str], own: Mapping[int, Any] = {}
+    ) -> subprocess.CompletedProcess[str]:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        shared = {"ARCHERCHAT_HOME": str(home.root), "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        children = []
+        for rank in range(ranks):
+            more, changes = own.get(rank, ([], {}))
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            children.append(launch([*words, *more], True, **shared | place | changes))
+        waiting = {child.process.sentinel: child for child in children}
+        code = 0
+        while waiting:
+            for ended in multiprocessing.connection.wait(list(waiting), 600):
+                code = waiting.pop(ended).wait() or code
+            if code:
+                for child in waiting.values():
+                    child.process.terminate()
+        out = "".join(child.out.read_text() for child in children)
+        err = "".join(child.err.read_text() for child in children)
+        return subprocess.CompletedProcess(list(words), code, out, err)
+
+    return run

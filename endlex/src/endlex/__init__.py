@@ -14,9 +14,8 @@ and names of the run in a directory. `endlex.Api` reads the runs of a server.
 
 from typing import TYPE_CHECKING, Any
 
-from endlex.client.run import Run
-from endlex.client.run_directory import given_run_id, read_run_file
-from endlex.client.tracker import (
+from endlex.client.run import (
+    Run,
     alert,
     current_run,
     finish,
@@ -29,6 +28,7 @@ from endlex.client.tracker import (
     log_text,
     save,
 )
+from endlex.client.run_directory import given_run_id, read_run_file
 from endlex.protocol import EndlexError
 from endlex.reading import read_run
 

@@ -69,7 +69,7 @@ class Api:
             query: as in the dashboard and `endlex ls`.
             sort: `created`, `name`, a metric, `min:METRIC`, a configuration key; "-" in front for
                 descending.
-            limit: most of them; all if not given.
+            limit: most runs to return; all if not given.
 
         Raises:
             EndlexError: the search is not one, or the server refuses or cannot be reached.
@@ -139,7 +139,7 @@ class Api:
 
 
 class RunInfo:
-    """A run of a server; what a list does not tell is asked for when it is needed."""
+    """A run of a server; what a list leaves out is requested when it is needed."""
 
     def __init__(self, api: Api, content: Mapping[str, Any]) -> None:
         self._api, self._listed = api, dict(content)
@@ -168,7 +168,7 @@ class RunInfo:
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
-        """By name: last, min, max, count and last_step."""
+        """Each metric's last, min, max, count and last_step, by name."""
         return {metric["name"]: metric for metric in self.whole["metrics"]}
 
     @property
@@ -234,7 +234,7 @@ class RunInfo:
         Args:
             which: its name, a step, "last", "best" or another alias.
         """
-        from endlex.client.downloads import pull_checkpoint
+        from endlex.client.transfers import pull_checkpoint
 
         chosen = choose_checkpoint(self.checkpoints, which, self.name)
         return pull_checkpoint(self.id, chosen["name"], Path(directory), self._api.transport)

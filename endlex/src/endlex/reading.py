@@ -132,12 +132,12 @@ def first_record(path: Path) -> dict[str, Any] | None:
 
 
 def session_kind(path: Path) -> str:
-    """What wrote this journal, `TRAINER` or `SYSTEM`; empty while that is not written."""
+    """Return the kind of a journal's session, `TRAINER` or `SYSTEM`; empty while it is unknown."""
     return str((first_record(path) or {}).get("kind", ""))
 
 
 def iter_last_records(path: Path, tail: int = 2**20) -> Iterator[dict[str, Any]]:
-    """Yield the records whose lines lie in the last `tail` bytes of a journal, newest first."""
+    """Yield the records in the last `tail` bytes of a journal, newest first."""
     end = content_length(path)
     with path.open("rb") as file:
         start = file.seek(max(0, end - tail))
@@ -295,7 +295,7 @@ def _describe(name: str, series: dict[int, float]) -> dict[str, Any]:
 
 
 Points = dict[int, tuple[float, float]]
-"""By step: time and value."""
+"""Time and value by step."""
 
 
 def read_points(directory: Path) -> dict[str, Points]:

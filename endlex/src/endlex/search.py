@@ -28,8 +28,7 @@ d12 OR d20       one of the two; all other words must hold
 
 FIELDS = ("project", "group", "status", "tag", "name", "host", "id")
 ANYWHERE = ("name", "project", "notes", "group", "host", "tag", "id")
-"""What a bare word is looked for in."""
-OPERATORS = ("<", "<=", ">", ">=", "=", "!=")
+"""The fields in which a bare word is searched."""
 MOST_TERMS = 50
 KEYS_OF_RUN = {"tag": "tags", "id": "run"}
 CONFIG = "config."
@@ -211,7 +210,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def matches(query: Query, run: Mapping[str, Any]) -> bool:
-    """Whether a run, as the API tells of it, is one that is searched for."""
+    """Whether a search finds a run, which is given as the API answers it."""
     return all(any(_holds(term, run) != term.negated for term in group) for group in query)
 
 

@@ -119,6 +119,11 @@ def test_runs_are_added_and_removed_in_place(
     assert [line["run"] for line in lines] == [RUNS[1], RUNS[2]]
     assert RUNS[0] not in page.url
     assert RUNS[2] in page.url
+    # A hidden run that is removed is not kept in mind: "all / none" hides the others.
+    page.get_by_label("Show run 1").uncheck()
+    page.get_by_label("Remove run 1").click()
+    page.get_by_role("button", name="all / none").click()
+    expect(page.get_by_label("Show run 2")).not_to_be_checked()
 
 
 def test_groups_are_a_mean_with_a_band(
@@ -140,6 +145,21 @@ def test_groups_are_a_mean_with_a_band(
     page.get_by_label("Group runs by").select_option("config.optim.lr")
     lines = wait_for_chart(page, "train/loss", "chart.lines.length === 3")["lines"]
     assert lines[1]["label"] == "optim.lr = 0.2"
+
+
+def test_what_another_comparison_was_grouped_by_is_forgotten_where_it_means_nothing(
+    page: Any, compared: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_comparison(page, compared)
+    wait_for_chart(page, "train/loss")
+    page.get_by_label("Group runs by").select_option("config.optim.lr")
+    for run in ("another0", "another1"):
+        compared.begin(run, run, config={"optim": {"lr": 1}})
+        compared.log(run, {"train/loss": {0: 1.0, 1: 2.0}})
+    page.goto(f"{compared.url}/compare?runs=another0,another1")
+    lines = wait_for_chart(page, "train/loss", "chart.lines.length === 2")["lines"]
+    assert [line["label"] for line in lines] == ["another0", "another1"]
+    expect(page.get_by_label("Group runs by")).to_have_value("")
 
 
 def test_a_chosen_colour_is_the_run_s_on_every_page(

@@ -24,6 +24,9 @@ def exported(new_page: Callable[..., Any], server: Any, tmp_path: Path) -> Any:
     values[77] = "Infinity"
     server.log(RUN, {"train/loss": values, "train/tokens": {s: s * 64.0 for s in range(5000)}})
     server.record(RUN, "text", step=3, name="prompt", text=HOSTILE)
+    printed = {"type": "text", "session": "s", "seq": 0, "time": 1.7e9, "name": "run/console"}
+    chunks = range(1_000_000, 1_001_001)
+    server.send(RUN, [{**printed, "step": step, "text": f"line {step}"} for step in chunks])
     server.record(RUN, "table", step=4, name="tasks", columns=["task"], rows=[[HOSTILE]])
     panel = {"metrics": ["train/tokens"], "title": HOSTILE}
     place = {"project": "tests", "kind": "panels", "name": "charts"}
@@ -54,6 +57,9 @@ def test_charts_samples_tables_and_config_are_inside(
     expect(page.locator(".panel-chart .chart-title")).to_have_text(HOSTILE)
     page.get_by_role("tab", name="Samples").click()
     expect(page.locator(".sample")).to_have_text(HOSTILE)
+    page.get_by_role("tab", name="Log").click()
+    printed = page.locator(".sample").text_content().splitlines()
+    assert (len(printed), printed[-1]) == (1000, "line 1001000")
     page.get_by_role("tab", name="Tables").click()
     expect(page.locator(".record td")).to_have_text(HOSTILE)
     page.get_by_role("tab", name="Config").click()

@@ -228,6 +228,22 @@ def test_the_address_keeps_what_is_looked_at(
     expect(page.locator("figure")).to_have_count(1)
 
 
+def test_a_shared_address_shows_what_was_looked_at_whatever_is_remembered_here(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    page.get_by_label("Horizontal axis").select_option("elapsed")
+    page.get_by_role("button", name="zoom together").click()
+    page.goto(f"{charts.url}/runs/{RUN}")  # an address that says nothing: as remembered
+    assert wait_for_chart(page, "val/bpb")["x"] == "elapsed"
+    assert "x=elapsed" in page.url  # for those whom it is given to
+    page.goto(f"{charts.url}/runs/{RUN}?smooth=0.5")
+    assert wait_for_chart(page, "val/bpb")["x"] == "step"
+    together = page.get_by_role("button", name="zoom together")
+    expect(together).to_have_attribute("aria-pressed", "false")  # how charts move is one's own
+
+
 def test_panels_are_put_together_moved_and_kept(
     page: Any, charts: Any, wait_for_chart: Callable[..., Any]
 ) -> None:
@@ -296,6 +312,30 @@ def test_new_points_and_new_metrics_arrive_live(
     assert chart["lines"][0]["y"][-1] == 0.25
     assert len(chart["lines"][0]["x"]) == 13  # appended, nothing twice
     assert wait_for_chart(page, "extra/new")["lines"][0]["y"] == [7.0]
+
+
+def test_a_zoomed_chart_stays_fine_while_points_arrive(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    page.goto(f"{charts.url}/runs/{RUN}?zoom=11800~12010")
+    fine = "!chart.lines[0].sampled && chart.lines[0].x.at(-1) === "
+    wait_for_chart(page, "train/loss", f"{fine}{POINTS - 1}")  # from an address too
+    page.wait_for_function("() => document.documentElement.dataset.stream === 'open'")
+    charts.log(RUN, {"train/loss": {POINTS: 2.0}})
+    wait_for_chart(page, "train/loss", f"{fine}{POINTS}")
+
+
+def test_points_that_arrive_while_a_chart_is_built_anew_are_not_lost(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    page.wait_for_function("() => document.documentElement.dataset.stream === 'open'")
+    page.route("**/series?*from=*", lambda route: None)  # is never answered
+    with page.expect_request("**/series?*from=*"):
+        charts.log(RUN, {"val/bpb": {POINTS: 0.25}})
+    page.get_by_role("button", name="log y", exact=True).click()
+    wait_for_chart(page, "val/bpb", f"chart.log.y && chart.lines[0].x.at(-1) === {POINTS}")
 
 
 def test_only_charts_on_the_screen_are_built(page: Any, server: Any) -> None:

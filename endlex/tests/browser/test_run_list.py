@@ -144,6 +144,56 @@ def test_many_runs_are_tagged_grouped_and_exported_at_once(page: Any, listed: An
     expect(page.locator("tbody tr")).to_have_count(3)
 
 
+def test_a_list_that_cannot_be_read_again_stays_whole(page: Any, listed: Any) -> None:
+    page.goto(listed.url)
+    page.get_by_label("Select all runs").check()
+    page.route("**/api/v1/runs?*", lambda route: route.abort())
+    page.get_by_role("searchbox").fill("d")
+    expect(page.locator(".toast-error")).to_contain_text("does not answer")
+    with page.expect_download() as started:
+        page.get_by_role("button", name="Export table").click()
+    assert len(started.value.path().read_text().splitlines()) == 4
+
+
+def test_a_click_on_a_tag_finds_the_runs_that_have_it(page: Any, listed: Any) -> None:
+    tags = ["two words", "depth=12", "name:d12", "d*", 'a "b" c']
+    body = {"runs": ["listrun0"], "changes": {"tags": tags}}
+    assert listed.client.patch("/runs", json=body).status_code == 200
+    body = {"runs": ["listrun1"], "changes": {"tags": ["two", "dx"]}}
+    assert listed.client.patch("/runs", json=body).status_code == 200
+    page.goto(listed.url)
+    found = page.locator("tbody .run-name")
+    for tag in tags:
+        page.get_by_role("searchbox", name="Search runs").fill("")
+        expect(found).to_have_count(3)
+        page.get_by_role("button", name=tag, exact=True).click()
+        expect(found).to_have_text(["d8"])
+    for path in ("/runs/listrun0", "/compare?runs=listrun0,listrun1#table"):
+        page.goto(listed.url + path)
+        page.get_by_role("button", name="two words", exact=True).click()
+        page.wait_for_url("**/?q=tag*")
+        expect(found).to_have_text(["d8"])
+
+
+def test_whether_more_is_better_is_in_whole_words_of_a_name(page: Any, listed: Any) -> None:
+    page.goto(listed.url)
+    better = """async (names) => {
+      const { isMoreBetter } = await import("/static/js/format.js");
+      return names.filter(isMoreBetter);
+    }"""
+    more = [
+        "eval/core",
+        "val/accuracy",
+        "eval/f1",
+        "a/bleu4",
+        "rougeL",
+        "val/pass_at_8",
+        "train/mfu",
+    ]
+    less = ["window/loss", "train/passes", "train/score_loss", "core/perplexity", "train/encore"]
+    assert page.evaluate(better, more + less) == more
+
+
 def test_letters_move_through_the_list(page: Any, listed: Any) -> None:
     page.goto(listed.url)
     expect(page.locator("tbody tr")).to_have_count(3)

@@ -102,7 +102,8 @@ def test_pictures_follow_the_step_slider_and_markup_is_only_offered(page: Any, l
 
 
 def test_what_the_run_printed_is_searched_and_is_no_sample(page: Any, logged: Any) -> None:
-    for step, text in enumerate(["first\nsecond ", "line\nthird\n"]):
+    # As the client writes it: whole lines, without a line end behind the last.
+    for step, text in enumerate(["first\nsecond line", "third"]):
         logged.record(RUN, "text", step=step, name="run/console", text=text)
     logged.record(RUN, "text", step=1, name="run/environment", text="commit abc")
     logged.record(RUN, "text", step=0, name="sample", text="a sample")
@@ -110,11 +111,44 @@ def test_what_the_run_printed_is_searched_and_is_no_sample(page: Any, logged: An
     expect(page.locator(".sample")).to_have_text(["a sample"])
     page.get_by_role("tab", name="Log").click()
     console = page.locator(".sample").first
-    expect(console).to_have_text("first\nsecond line\nthird\n")
+    expect(console).to_have_text("first\nsecond line\nthird", use_inner_text=True)
     page.get_by_label("Filter lines of run/console").fill("line")
     expect(console).to_have_text("second line")
     page.get_by_text("environment").click()
     expect(page.locator(".sample").last).to_have_text("commit abc")
+
+
+def test_the_log_follows_the_run_and_has_earlier_lines(page: Any, logged: Any) -> None:
+    open_run(page, logged)
+    page.wait_for_function("() => document.documentElement.dataset.stream === 'open'")
+    log = page.get_by_role("tab", name="Log")
+    expect(log).to_be_hidden()
+    expect(page.get_by_role("tab", name="Media")).to_be_hidden()
+    about = {"type": "text", "session": "s", "seq": 0, "time": 1.7e9, "name": "run/console"}
+    chunks = range(1_000_000, 1_001_002)
+    logged.send(RUN, [{**about, "step": step, "text": f"line {step}"} for step in chunks])
+    log.click()
+    record = page.locator(".record", has=page.locator("summary", has_text="console"))
+    status, earlier = record.get_by_role("status"), record.get_by_role("button", name="Earlier")
+    expect(status).to_have_text("the last 1,000 lines")
+    chunks = range(1_001_002, 1_001_050)  # more than one look for new ones finds
+    logged.send(RUN, [{**about, "step": step, "text": f"line {step}"} for step in chunks])
+    expect(status).to_have_text("the last 1,048 lines")
+    with page.expect_download() as download:
+        record.get_by_role("button", name="Save").click()
+    printed = [f"line {step}" for step in range(1_000_000, 1_001_050)]
+    assert download.value.path().read_text().splitlines() == printed
+    expect(status).to_have_text("1,050 lines")
+    expect(earlier).to_be_hidden()
+    assert record.locator(".sample").text_content().splitlines() == printed
+    logged.record(RUN, "text", step=1, name="run/exception", text="ValueError")
+    expect(page.locator(".record summary").first).to_have_text("exception")
+    expect(page.locator(".sample").first).to_have_text("ValueError")
+    page.reload()
+    expect(earlier).to_be_visible()
+    earlier.click()
+    expect(status).to_have_text("1,050 lines")
+    expect(earlier).to_be_hidden()
 
 
 def test_the_configuration_is_searched(page: Any, logged: Any) -> None:

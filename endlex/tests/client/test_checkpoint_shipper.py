@@ -16,10 +16,11 @@ import pytest
 import endlex
 from endlex.client import checkpoints, uploads
 from endlex.client.checkpoints import manifest_path, read_note, staged_names
-from endlex.client.shipper import CheckpointShipper
+from endlex.client.shipper import ALL_MEDIA, CheckpointShipper
+from endlex.client.shipping import wait_until_shipped
 from endlex.client.transport import Refused, Retry, Transport
-from endlex.client.uploads import CheckpointFailed, FileChanged, send_staged, staged_manifest
-from endlex.reading import read_run
+from endlex.client.uploads import CheckpointFailed, FileChanged, Uploader, staged_manifest
+from endlex.reading import read_run, session_files
 
 PART = 64 * 1024
 
@@ -54,9 +55,8 @@ def send(run: endlex.Run, name: str, transport: Transport) -> list[tuple[int, in
     assert run.directory is not None
     while True:
         try:
-            send_staged(
-                run.directory, run.id, name, transport, progress=lambda d, t: told.append((d, t))
-            )
+            uploader = Uploader(transport, lambda done, total: told.append((done, total)))
+            uploader.send_staged(run.directory, run.id, name)
             return told
         except Retry:
             continue
@@ -291,3 +291,74 @@ def test_a_disk_without_permissions_keeps_a_copy(
     assert {p.name: p.read_bytes() for p in kept.iterdir()} == {
         p.name: p.read_bytes() for p in source.iterdir()
     }
+
+
+def log_files(run: endlex.Run, tmp_path: Path, *contents: bytes) -> list[Path]:
+    """Log files, and return where the run keeps each."""
+    kept = []
+    for number, inside in enumerate(contents):
+        path = tmp_path / f"{number}.wav"
+        path.write_bytes(inside)
+        run.log_file(f"sound{number}", path)
+        kept.append(run.directory / "media" / hashlib.sha256(inside).hexdigest())  # type: ignore[operator]
+    return kept
+
+
+@pytest.mark.parametrize("damage", [b"other", b"longer than it was", b""])
+def test_a_damaged_logged_file_is_put_aside_and_the_others_arrive(
+    stub: Any,
+    transport: Transport,
+    run: endlex.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: bytes,
+) -> None:
+    monkeypatch.setattr("endlex.client.shipping.FINISH_SECONDS", 0.0)
+    damaged, good = log_files(run, tmp_path, b"RIFF1", b"RIFF2")
+    damaged.write_bytes(damage)
+    assert run.directory is not None
+    shipper = CheckpointShipper(run.directory, run.id, transport)
+    shipper._send_waiting()
+    assert stub.parts == {good.name: b"RIFF2"}
+    assert shipper.waiting() == [], "nothing keeps the shipper alive"
+    said = shipper.states()[ALL_MEDIA]["error"]
+    assert said == f"a logged file was damaged before it was sent: {damaged}.damaged"
+    wait_until_shipped(run.directory, session_files(run.directory)[0])
+    assert f"damaged before it was sent: media/{damaged.name}.damaged" in capsys.readouterr().err
+    again, other = log_files(run, tmp_path, b"RIFF1", b"RIFF3")
+    assert again == damaged
+    shipper._send_waiting()
+    assert set(stub.parts) == {damaged.name, good.name, other.name}
+    assert shipper.states()[ALL_MEDIA]["state"] == "published"
+
+
+@pytest.mark.parametrize("fault", [503, 403, "disk"])
+def test_faults_of_media_hold_up_no_checkpoint(
+    stub: Any,
+    transport: Transport,
+    run: endlex.Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: int | str,
+) -> None:
+    (picture,) = log_files(run, tmp_path, b"RIFF")
+    name = run.save(checkpoint(tmp_path / "step_1", 100), step=1)
+    assert run.directory is not None
+    shipper = CheckpointShipper(run.directory, run.id, transport)
+    with monkeypatch.context() as faulty:
+        if fault == "disk":
+            faulty.setattr(Uploader, "send_media", lambda *_: fail_to_read())
+        stub.before = lambda method, path: fault if picture.name in path else None
+        shipper._send_waiting()
+    assert list(stub.manifests) == [(run.id, name)]
+    assert shipper.states()[ALL_MEDIA]["state"] in ("waiting", "refused")
+    stub.before = lambda method, path: None
+    monkeypatch.setattr(shipper, "_media_at", 0.0)
+    shipper._send_waiting()
+    assert picture.name in stub.parts
+    assert shipper.waiting() == []
+
+
+def fail_to_read() -> None:
+    raise OSError(errno.EIO, "Input/output error")

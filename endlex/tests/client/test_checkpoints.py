@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 
 import endlex
-from endlex.client import downloads, uploads
-from endlex.client.downloads import pull_checkpoint
+from endlex.client import transfers, uploads
 from endlex.client.shipping import BACKGROUND, FOREGROUND, take_lock, unsent
-from endlex.client.sync import push_checkpoint, sync_directory
+from endlex.client.sync import compare_directory, sync_directory
+from endlex.client.transfers import pull_checkpoint, push_checkpoint
 from endlex.client.transport import Refused, Transport, Unreachable
 from endlex.client.uploads import CheckpointFailed
-from endlex.client.verify import compare_directory
 from endlex.protocol import EndlexError
 from endlex.reading import session_files
 
@@ -80,7 +79,7 @@ def test_a_pull_that_was_cut_goes_on(
 ) -> None:
     source = checkpoint(tmp_path / "source")
     push_checkpoint(RUN, source, "best", transport)
-    monkeypatch.setattr(downloads, "CONNECTIONS", 1)
+    monkeypatch.setattr(transfers, "CONNECTIONS", 1)
     served = []
 
     def third_fails(method: str, path: str) -> str | None:

@@ -100,6 +100,16 @@ def test_a_run_is_joined_by_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         endlex.init("p", "d4")
 
 
+def test_a_group_and_notes_become_text_and_a_tag_must_be_one(tmp_path: Path) -> None:
+    run = endlex.init("p", directory=tmp_path / "run", group=5, notes=["a"])  # type: ignore[arg-type]
+    run.finish()
+    assert run.directory is not None
+    first = records(run.directory)[0]
+    assert (first["group"], first["notes"]) == ("5", "['a']")
+    with pytest.raises(endlex.EndlexError, match="tag 7 must be printable text"):
+        endlex.init("p", directory=tmp_path / "other", tags=[7])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize("name", ["", "  ", "a\nb", "\0", "x" * (MAX_NAME_CHARS + 1), 3])
 def test_names_that_are_not_names_are_refused(tmp_path: Path, name: Any) -> None:
     for call in (

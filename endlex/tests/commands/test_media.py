@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
@@ -49,3 +50,26 @@ def test_an_online_run_sends_its_pictures(
     while list((run.directory / "media").iterdir()) and time.monotonic() < deadline:  # type: ignore[operator]
         time.sleep(0.05)
     assert not list((run.directory / "media").iterdir())  # type: ignore[operator]
+
+
+def test_a_damaged_file_is_named_and_may_be_given_up(cli: Any, place: Path, online: str) -> None:
+    run = endlex.init("media", "damaged", mode="offline")
+    for name in ("good", "bad"):
+        (place / name).write_text(name)
+        run.log_file(name, place / name, step=1)
+    run.finish()
+    assert run.directory is not None
+    kept = run.directory / "media" / hashlib.sha256(b"bad").hexdigest()
+    kept.write_bytes(b"b")
+    for _ in range(2):  # the first one sends the other file
+        status, out, _ = cli("sync", run.directory)
+        assert status == 1
+        assert "damaged before it was sent" in out
+    status, out, _ = cli("verify", run.directory)
+    assert (status, "media bad: one of its files was damaged" in out) == (1, True)
+    assert f"endlex sync {run.directory} --drop-failed" in out
+    assert "media good" not in out
+    assert cli("sync", run.directory, "--drop-failed")[0] == 0
+    status, out, _ = cli("verify", run.directory)
+    assert (status, f"could not be sent: {kept.name}" in out) == (0, True)
+    assert not list((run.directory / "media").iterdir())

@@ -10,9 +10,9 @@ import pytest
 
 import endlex
 from endlex.client.checkpoints import drop_replaced, note_path, staged_names
+from endlex.client.sync import compare_directory
 from endlex.client.transport import Transport
-from endlex.client.uploads import send_staged
-from endlex.client.verify import compare_directory
+from endlex.client.uploads import Uploader
 
 
 def save(run: endlex.Run, step: int, replaces: str | None = "last", text: str = "") -> None:
@@ -101,7 +101,7 @@ def test_nothing_is_removed_before_the_newer_one_is_published(
     file = run.directory / "staged" / "step_2" / "model.bin"
     file.write_text("rewritten in place, and so never published")
     with pytest.raises(endlex.EndlexError, match="rewritten in place"):
-        send_staged(run.directory, run.id, "step_2", transport, progress=lambda done, total: None)
+        Uploader(transport).send_staged(run.directory, run.id, "step_2")
     assert names_on(transport, run) == ["step_1"]
     run.finish()
 

@@ -12,6 +12,7 @@ import endlex
 from endlex.client import checkpoints
 from endlex.client.run_directory import read_run_file
 from endlex.client.shipping import unsent
+from endlex.client.transport import Answer, Transport
 from endlex.reading import session_files
 
 
@@ -250,3 +251,74 @@ def test_what_is_gone_is_named_and_what_cannot_be_read_is_not_safe(
     assert list(found["unreadable"]) == [str(broken)]
     assert [run["directory"] for run in found["runs"]] == [str(here)]
     assert cli("sync")[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("media", b'"parts":[', b'"parts":{'),
+        ("media", b'"name":', b'"nome":'),
+        ("checkpoint", b'{"type":"checkpoint"', b'{"tXpe":"checkpoint"'),
+        ("checkpoint", b'"time":', b'"tine":'),
+    ],
+)
+def test_a_damaged_line_may_hide_something_so_the_answer_is_no(
+    cli: Any, place: Path, online: str, kind: str, old: bytes, new: bytes
+) -> None:
+    run = endlex.init("demo", "damaged", mode="offline")
+    (place / "a.txt").write_bytes(b"a")
+    run.log_file("a", place / "a.txt", step=1)
+    run.save(place / "a.txt", step=1)
+    run.finish()
+    assert run.directory is not None
+    (path,) = session_files(run.directory)
+    lines = path.read_bytes().splitlines(keepends=True)
+    number = next(
+        i for i, line in enumerate(lines) if line.startswith(b'{"type":"%s"' % kind.encode())
+    )
+    lines[number] = lines[number].replace(old, new)
+    path.write_bytes(b"".join(lines))
+    if kind == "media":
+        status, out, _ = cli("verify", run.directory)
+        assert (status, "not sent yet" in out) == (1, True)
+    assert cli("sync", run.directory)[0] == 1
+    status, out, _ = cli("verify", run.directory)
+    assert status == 1
+    assert f"journal {path.stem}: line {number + 1} is damaged" in out
+    assert "look at the line" in out
+    assert "endlex sync" not in out
+
+
+STRANGE = "does not answer like an Endlex server"
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (None, STRANGE),
+        ({"state": "published"}, STRANGE),
+        (7, STRANGE),
+        ({"state": "published", "created": 9e9, "metadata": None}, "is 'failed', not published"),
+    ],
+)
+def test_a_server_that_answers_nonsense_is_a_no_in_words(
+    cli: Any, place: Path, online: str, monkeypatch: pytest.MonkeyPatch, entry: Any, said: str
+) -> None:
+    run = endlex.init("demo", "nonsense", mode="offline")
+    (place / "a.txt").write_bytes(b"a")
+    name = run.save(place / "a.txt", step=1, replaces="last")
+    run.finish()
+    assert run.directory is not None
+    assert cli("sync", run.directory)[0] == 0
+    ask = Transport.request
+
+    def answer(self: Transport, method: str, path: str, **rest: Any) -> Answer:
+        if path.endswith("/checkpoints"):
+            return Answer(entry and [entry])
+        if path.endswith(f"/checkpoints/{name}"):
+            return Answer({"state": "failed"})
+        return ask(self, method, path, **rest)
+
+    monkeypatch.setattr(Transport, "request", answer)
+    status, out, _ = cli("verify", run.directory)
+    assert (status, said in out) == (1, True)

@@ -151,7 +151,7 @@ def test_the_parts_of_a_neptune_run(tmp_path: Path) -> None:
 
 
 def test_long_names_stay_apart(tmp_path: Path) -> None:
-    from endlex.client.values import tidy_name
+    from endlex.client.journal import tidy_name
 
     first, second = (tidy_name("x" * 300 + end, "") for end in "ab")
     assert len({first, second, "x" * 200}) == 3

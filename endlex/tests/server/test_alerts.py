@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,13 +62,13 @@ def test_divergence_and_recovery(box: Any) -> None:
 
 def test_three_rises_of_a_validation_metric(box: Any) -> None:
     box.begin()
-    values = [1.0, 0.9, 0.91, 0.92]
-    for step, value in enumerate(values):
-        box.send([box.metrics(step, {"val/bpb": value, "val/accuracy": value, "other": value})])
+    names = ("val/bpb", "val/window_loss", "val/accuracy", "other")  # of accuracy, more is better
+    for step, value in enumerate([1.0, 0.9, 0.91, 0.92]):
+        box.send([box.metrics(step, dict.fromkeys(names, value))])
     assert kinds(box.client) == []
-    box.send([box.metrics(9, {"val/bpb": 0.93, "val/accuracy": 0.93, "other": 0.93})])
-    assert kinds(box.client) == [("rising", "val/bpb")]
-    box.send([box.metrics(10, {"val/bpb": 0.8})])
+    box.send([box.metrics(9, dict.fromkeys(names, 0.93))])
+    assert sorted(kinds(box.client)) == [("rising", "val/bpb"), ("rising", "val/window_loss")]
+    box.send([box.metrics(10, dict.fromkeys(names, 0.8))])
     assert kinds(box.client) == []
 
 
@@ -185,16 +186,18 @@ class Receiver:
     def __init__(self) -> None:
         self.got: list[tuple[str, bytes]] = []
         self.asked = 0
+        self.refusal = b"HTTP/1.1 503 Later\r\nContent-Length: 0\r\n\r\n"
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 receiver.asked += 1
-                refuse = receiver.asked == 1
-                if not refuse:
-                    receiver.got.append((self.path, body))
-                self.send_response(503 if refuse else 200)
+                if receiver.asked == 1:
+                    self.wfile.write(receiver.refusal)
+                    return
+                receiver.got.append((self.path, body))
+                self.send_response(200)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
 
@@ -272,6 +275,50 @@ def test_alerts_reach_a_webhook_and_a_topic(
     assert b"loss is nan at step 7" in got["/topic"]
     time.sleep(0.1)
     assert len(receiver.got) == 2, "each was delivered once"
+
+
+def test_points_whose_commit_failed_count_once(box: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.begin()
+    low = [box.metrics(step, {"loss": 1.0}) for step in range(15)]
+    with monkeypatch.context() as full:
+
+        def fail(*_: Any) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        full.setattr("endlex.server.api.journal.update_run", fail)
+        assert box.post(box.lines(low), len(box.sent)).status_code == 507
+    box.send(low)
+    box.send([box.metrics(15 + step, {"loss": 9.0}) for step in range(10)])
+    assert kinds(box.client) == [], "20 points come before a divergence is told"
+
+
+def test_delivery_survives_a_deleted_run_and_an_answer_that_is_not_http(
+    start: Callable[..., Any],
+    make_box: Any,
+    receiver: Receiver,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(notify, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(notify, "FIRST_PAUSE", 0.05)
+    receiver.refusal = b"nonsense"
+    client = start(alerts=(f"{receiver.url}/hook",))
+    database, read = client.app.state.server.database, notify.dicts
+
+    def read_before_deletion(*arguments: Any) -> list[dict[str, Any]]:
+        found = read(*arguments)
+        database.write(lambda c: c.execute("DELETE FROM run").rowcount).result(10)
+        return found
+
+    monkeypatch.setattr(notify, "dicts", read_before_deletion)
+    end = {"type": "finish", "time": time.time(), "status": "failed", "reason": "ValueError"}
+    for number, run in enumerate(("deleted001", "deleted002"), 1):
+        box = make_box(client, run)
+        box.send([box.session_record(), end])
+        deadline = time.monotonic() + 10
+        while len(receiver.got) < number and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(receiver.got) == number
+    assert receiver.asked == 3
 
 
 def test_a_crash_reaches_slack_discord_and_mail_with_its_last_lines(

@@ -115,6 +115,31 @@ def test_a_session_begins_with_its_own_record(
     assert box.client.get("/api/v1/runs").json()["total"] == 0
 
 
+def test_a_run_arrives_whatever_its_optional_fields_hold(box: Any) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(400):
+        deep = {"deeper": deep}
+    odd = {"group": 5, "notes": ["a"], "tags": ["fast", 7], "host": {"a": 1}, "pid": 2**70}
+    box.begin(**odd, rank="first", config={"seed": 2**70})
+    box.send([{"type": "config", "time": 1.0, "config": {"seed": 2**71, "deep": deep}}])
+    (found,) = box.client.get("/api/v1/runs").json()["runs"]
+    assert (found["group"], found["notes"], found["host"]) == ("5", "['a']", "{'a': 1}")
+    assert found["tags"] == ["fast", "7"]
+    assert found["config"] == {"seed": float(2**70)}
+    (session,) = box.client.get(f"/api/v1/runs/{box.run}").json()["sessions"]
+    assert (session["rank"], session["damaged_lines"]) == (0, 1)
+
+
+def test_a_first_record_with_a_configuration_of_many_levels_is_taken(box: Any) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(400):
+        deep = {"deeper": deep}
+    box.begin(config={"deep": deep}, notes="x" * 20_000)
+    (found,) = box.client.get("/api/v1/runs").json()["runs"]
+    assert found["config"]["config"].startswith("{'deep': {'deeper': {")
+    assert found["notes"] == "x" * 10_000
+
+
 def test_damaged_lines_are_kept_and_counted_and_block_nothing(box: Any) -> None:
     box.begin()
     damaged = [

@@ -22,9 +22,8 @@ from endlex.server.store.charts import (
     shorten,
 )
 from endlex.server.store.database import connect
-from endlex.server.store.peaks import read_sampled
 from endlex.server.store.records import Points
-from endlex.server.store.series import append_points, chunk_keys
+from endlex.server.store.series import append_points, chunk_keys, read_sampled
 
 RUN = "testrun001"
 

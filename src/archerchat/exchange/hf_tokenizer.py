@@ -1,8 +1,9 @@
 """Write a tokenizer as Hugging Face's `tokenizer.json`, and read one that encodes as ours would.
 
-In this format a special token is recognised in any text that spells it. Names of ours begin with
-`MARK`, a code point that Unicode reserves, so that no text can spell them, as in ArcherChat. The
-chat template writes the mark, and decoding leaves it out.
+In this format a special token is recognised in any text that spells it, where ArcherChat never
+reads one from text. Exported names begin with `MARK`, a code point that Unicode reserves for no
+character: ordinary text does not hold it, and the chat template removes it from messages. The
+template writes the mark before each special token, and decoding leaves it out.
 """
 
 from __future__ import annotations

@@ -239,8 +239,8 @@ def group_by_prefix(
 ) -> list[PrefixGroup]:
     """Group prompts so that shared beginnings save tokens.
 
-    Sorted, prompts that begin alike are neighbours. They are cut apart where the least is shared,
-    and the parts again, until a whole saves more, (members - 1) * shared, than its parts.
+    Sorted, prompts that begin alike are neighbours. From those that share most to those that share
+    least, a whole takes the place of its parts where it saves more: (members - 1) * shared.
 
     The groups are in the order of their first member; every prompt is in one.
     """
@@ -251,17 +251,18 @@ def group_by_prefix(
         for a, b in pairwise(prompts[i] for i in ordered)
     ]
     common = [length if length >= min_shared else 0 for length in lengths]
-
-    def group(first: int, last: int) -> list[PrefixGroup]:
-        if first == last:
-            return [PrefixGroup(0, (ordered[first],))]
-        shared = min(common[first:last])
-        cuts = [i for i in range(first, last) if common[i] == shared]
-        parts = zip([first, *(i + 1 for i in cuts)], [*cuts, last], strict=True)
-        found = [each for part in parts for each in group(*part)]
-        if (last - first) * shared > sum((len(g.members) - 1) * g.shared for g in found):
-            return [PrefixGroup(shared, tuple(sorted(ordered[first : last + 1])))]
-        return found
-
-    found = group(0, len(prompts) - 1) if prompts else []
-    return sorted(found, key=lambda group: group.members[0])
+    # Groups of neighbours that share more with each other than with the next, by what they share.
+    opened: list[tuple[int, int, list[PrefixGroup]]] = []
+    for last, following in enumerate([*common, -1][: len(ordered)]):
+        first, found = last, [PrefixGroup(0, (ordered[last],))]
+        while opened and opened[-1][0] > following:
+            shared, first, parts = opened.pop()
+            found = [*parts, *found]
+            if (last - first) * shared > sum((len(g.members) - 1) * g.shared for g in found):
+                found = [PrefixGroup(shared, tuple(sorted(ordered[first : last + 1])))]
+        if opened and opened[-1][0] == following:
+            opened[-1][2].extend(found)
+        else:
+            opened.append((following, first, found))
+    groups = [group for _, _, parts in opened for group in parts]
+    return sorted(groups, key=lambda group: group.members[0])

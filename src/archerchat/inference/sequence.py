@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from archerchat.errors import UsageError
@@ -80,6 +80,8 @@ class Event:
     """Those of the token, or of the stop token; None for forced tokens."""
     cached: int = 0
     """Tokens of the prompt that an earlier request has run."""
+    first: bool = False
+    """Whether it is the first that the sequence sampled."""
 
 
 @dataclass
@@ -224,9 +226,8 @@ class Sequence:
         elif self._hook is not None and not forced:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
         said = token if stop_token is None else None
-        ends = (stop_token, stop_string)
-        event = Event(self.number, self.sample, said, forced, reason, *ends, text, logprobs)
-        return replace(event, cached=self._cached) if self._cached else event
+        return Event(self.number, self.sample, said, forced, reason, stop_token, stop_string,
+                     text, logprobs, self._cached, first=index == 0)  # fmt: skip
 
     def cancel(self) -> Event:
         """End it here."""

@@ -9,6 +9,7 @@ C^alpha. A short series gets a law without E.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -180,13 +181,14 @@ def gather_sizes(
     found = []
     for tag in tags:
         run = load_run(home, tag)
-        figures = {name: run.last(name) or 0.0 for name in (metric, "train/tokens", "train/flops")}
-        absent = [name for name, value in figures.items() if value <= 0]
+        logged = {name: run.metrics.get(name) for name in (metric, "train/tokens", "train/flops")}
+        figures = {name: each[max(each)] if each else 0.0 for name, each in logged.items()}
+        absent = [name for name, value in figures.items() if not 0 < value < math.inf]
         absent += [] if run.model else ["the shape of its model"]
         if run.model is None or absent:
             raise UsageError(
-                f"run {tag!r} has not logged {', '.join(absent)} (above 0): leave the run out or "
-                "choose another --metric"
+                f"run {tag!r} has not logged {', '.join(absent)} (above 0 and finite): leave the "
+                "run out or choose another --metric"
             )
         counts = count_parameters(run.model)
         size = counts.scaling if parameters == "scaling" else counts.total

@@ -169,8 +169,7 @@ def _collect(
                 piece = os.read(key.fd, 1 << 16)
                 if not piece:
                     selector.unregister(key.fd)
-                elif key.fd == report or len(content) < max_output:
-                    content += piece
+                content += piece
                 if key.fd != report and len(content) > max_output:
                     del content[max_output:]
                     flooded = True

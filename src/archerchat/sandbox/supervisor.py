@@ -192,6 +192,9 @@ def _make_python_readable(directory: str, *, confined: bool) -> None:
     Path(bound).mkdir(0o755)
     limits.bind(library, bound)
     sys.path[:] = [bound + entry.removeprefix(library) for entry in sys.path if library in entry]
+    for module in list(sys.modules.values()):  # a package that is imported may have more to import
+        if (path := getattr(module, "__path__", [""])[0]).startswith(library):
+            module.__path__ = [bound + path.removeprefix(library)]
     sys.path_importer_cache.clear()
 
 

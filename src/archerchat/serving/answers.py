@@ -1,27 +1,30 @@
 """From the engine's events to the answers of three APIs, whole or as the events of a stream.
 
     answer = Answer("chat.completion", card.name, stream, choices)
-    answer.read(number, event)     # for each event; returns what a stream shows of it
-    answer.whole()                 # the finished answer
+    answer.read(await stream.next())    # events; returns what a stream shows of them
+    answer.whole()                      # the finished answer
 
 A stream shows what `begin`, `read` and `end` return, in turn. A choice is one sample of an answer.
+Its tokens that came at one time are one chunk.
 """
 
 from __future__ import annotations
 
+import random
 import time
-import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from archerchat.inference.sequence import Event, TokenLogprobs
-from archerchat.inference.tools import AnswerReader, read_parts
+from archerchat.inference.tools import AnswerReader, Piece, read_parts
 from archerchat.serving.worker import Stream
 from archerchat.tasks.conversation import text_of
 from archerchat.tokenizer.bpe import Tokenizer
 
+Scored = tuple[int, TokenLogprobs | None]
 FINISH = {"stop": "stop", "max_tokens": "length", "length": "length", "cancelled": "stop"}
-DONE = "[DONE]"
+DONE = b"data: [DONE]\n\n"
 
 
 class ChatChoice:
@@ -40,21 +43,23 @@ class ChatChoice:
         self._begun = False
         self.finish: str | None = None
 
-    def read(self, event: Event) -> dict[str, Any]:
-        """Take the next event; return the choice of a chunk."""
-        pieces = []
-        if event.token is not None:
-            self._token_ids.append(event.token)
-            pieces = self._reader.read(event.token)
-        if event.finish_reason is not None:
-            pieces += self._reader.finish()
-            self.finish = FINISH[event.finish_reason]
+    def read(self, events: Iterable[Event]) -> dict[str, Any]:
+        """Take the next events; return the choice of a chunk."""
+        pieces: list[Piece] = []
+        entries: list[dict[str, Any]] = []
+        for event in events:
+            if event.token is not None:
+                self._token_ids.append(event.token)
+                pieces += self._reader.read(event.token)
+            if event.finish_reason is not None:
+                pieces += self._reader.finish()
+                self.finish = FINISH[event.finish_reason]
+            entries += self._entries_of(event)
         delta: dict[str, Any] = {} if self._begun else {"role": "assistant"}
         self._begun = True
         delta["content"] = "".join(piece.text for piece in pieces if piece.type == "text")
         if any(piece.type != "text" for piece in pieces):
             delta["parts"] = [{"type": piece.type, "text": piece.text} for piece in pieces]
-        entries = self._entries_of(event)
         self._entries += entries
         return self._show("delta", delta, entries)
 
@@ -93,28 +98,26 @@ class TextChoice:
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        index: int,
-        echo: Sequence[tuple[int, TokenLogprobs | None]] = (),
-        scored: bool = False,
+        self, tokenizer: Tokenizer, index: int, echo: Sequence[Scored] = (), scored: bool = False
     ) -> None:
         self._tokenizer, self._index, self._offset = tokenizer, index, 0
         self._text = tokenizer.decode(token for token, _ in echo)
         self._logprobs = self._score(echo) if scored else None
         self.finish: str | None = None
 
-    def read(self, event: Event) -> dict[str, Any]:
-        """Take the next event; return the choice of a chunk."""
-        self._text += event.text
-        self.finish = FINISH[event.finish_reason] if event.finish_reason else None
+    def read(self, events: Sequence[Event]) -> dict[str, Any]:
+        """Take the next events; return the choice of a chunk."""
+        text = "".join(event.text for event in events)
+        self._text += text
+        if (reason := events[-1].finish_reason) is not None:
+            self.finish = FINISH[reason]
         if self._logprobs is None:
-            return self._show(event.text, None)
-        scored = event.token is not None and event.logprobs is not None
-        new = self._score([(event.token, event.logprobs)] if scored else [])  # type: ignore[list-item]
+            return self._show(text, None)
+        new = self._score([(event.token, event.logprobs) for event in events
+                           if event.token is not None and event.logprobs is not None])  # fmt: skip
         for name, values in new.items():
             self._logprobs[name] += values
-        return self._show(event.text, new)
+        return self._show(text, new)
 
     def whole(self) -> dict[str, Any]:
         """Return the choice of an answer in one."""
@@ -124,10 +127,9 @@ class TextChoice:
         return {"index": self._index, "text": text, "logprobs": logprobs,
                 "finish_reason": self.finish}  # fmt: skip
 
-    def _score(self, tokens: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {
-            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-        }
+    def _score(self, tokens: Sequence[Scored]) -> dict[str, list[Any]]:
+        names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        found: dict[str, list[Any]] = {name: [] for name in names}
         for token, scored in tokens:
             text = self._text_of(token)
             top: dict[str, float] | None = None if scored is None else {}
@@ -145,30 +147,24 @@ class TextChoice:
         return self._tokenizer.token(token).decode(errors="replace")
 
 
+@dataclass(eq=False)
 class Answer:
-    """A chat completion or a completion.
+    """A chat completion or a completion."""
 
-    Args:
-        kind: of object, as OpenAI's API names it.
-        wants_usage: whether a stream ends with its usage.
-        dropped: messages that the context had no room for.
-    """
+    kind: str
+    """That of the object, as OpenAI's API names it."""
+    model: str
+    stream: Stream
+    choices: Sequence[ChatChoice] | Sequence[TextChoice]
+    wants_usage: bool = False
+    """Whether a stream ends with its usage."""
+    dropped: int = 0
+    """Messages that the context had no room for."""
 
-    def __init__(
-        self,
-        kind: str,
-        model: str,
-        stream: Stream,
-        choices: Sequence[ChatChoice] | Sequence[TextChoice],
-        wants_usage: bool = False,
-        dropped: int = 0,
-    ) -> None:
-        self.stream, self.choices, self._dropped = stream, choices, dropped
-        self._open_choices = len(choices)
-        self._kind, self._wants_usage = kind, wants_usage
-        self._common = {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()),
-                        "model": model}  # fmt: skip
-        chunk = kind.replace("chat.completion", "chat.completion.chunk")
+    def __post_init__(self) -> None:
+        self._common = {"id": _new_id(f"{self.kind}-"), "created": int(time.time()),
+                        "model": self.model}  # fmt: skip
+        chunk = self.kind.replace("chat.completion", "chat.completion.chunk")
         self._of_chunk = {**self._common, "object": chunk}
 
     def begin(self) -> list[Any]:
@@ -176,28 +172,32 @@ class Answer:
         wholes = [choice.whole() for choice in self.choices]
         return [{**self._of_chunk, "choices": [each]} for each in wholes if each.get("text")]
 
-    def read(self, number: int, event: Event) -> list[Any]:
-        """Take the next event of a choice; return what a stream shows of it."""
-        chunk = {**self._of_chunk, "choices": [self.choices[number].read(event)]}
-        self._open_choices -= event.finish_reason is not None
-        if not self._open_choices:
-            chunk["timings"] = self.stream.timings()
-        return [chunk]
+    def read(self, events: Sequence[tuple[int, Event]]) -> list[Any]:
+        """Take the next events, each with its choice's number; return what a stream shows."""
+        of_choice: dict[int, list[Event]] = {}
+        for number, event in events:
+            of_choice.setdefault(number, []).append(event)
+        chunks = [{**self._of_chunk, "choices": [self.choices[number].read(found)]}
+                  for number, found in of_choice.items()]  # fmt: skip
+        if chunks and not self.stream.open_samples:
+            chunks[-1]["timings"] = self.stream.timings()
+        return chunks
 
     def end(self) -> list[Any]:
         """Return what a stream shows last."""
-        usage = [{**self._of_chunk, "choices": [], **self._totals()}] if self._wants_usage else []
+        usage = [{**self._of_chunk, "choices": [], **self._totals()}] if self.wants_usage else []
         return [*usage, DONE]
 
     def fail(self, message: str) -> list[Any]:
         """Return what a stream shows if the model fails."""
-        kind = {"type": "server_error", "param": None, "code": None}
-        return [{"error": {"message": message, **kind}}]
+        return [
+            {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
+        ]
 
     def whole(self) -> dict[str, Any]:
         """Return an answer in one."""
         shown = [choice.whole() for choice in self.choices]
-        return {**self._common, "object": self._kind, "choices": shown, **self._totals()}
+        return {**self._common, "object": self.kind, "choices": shown, **self._totals()}
 
     def _totals(self) -> dict[str, Any]:
         """Return the tokens and the time that the answer took."""
@@ -208,21 +208,19 @@ class Answer:
             "total_tokens": prompt + self.stream.tokens,
             "prompt_tokens_details": {"cached_tokens": sum(self.stream.cached.values())},
         }
-        if self._dropped:
-            usage["dropped_messages"] = self._dropped
+        if self.dropped:
+            usage["dropped_messages"] = self.dropped
         return {"usage": usage, "timings": self.stream.timings()}
 
 
-class Response(Answer):
+class ResponsesAnswer(Answer):
     """An answer in the form of `POST /v1/responses`; its stream's events are typed and numbered."""
 
-    def __init__(self, kind: str, model: str, *more: Any) -> None:
-        super().__init__(kind, model, *more)
-        self._number = 0
-        self._item_id = f"msg_{uuid.uuid4().hex}"
+    def __post_init__(self) -> None:
+        self._number, self._item_id = 0, _new_id("msg_")
         self._common = {
-            "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
-            "model": model, "error": None, "metadata": {}, "tools": [], "tool_choice": "none",
+            "id": _new_id("resp_"), "object": "response", "created_at": int(time.time()),
+            "model": self.model, "error": None, "metadata": {}, "tools": [], "tool_choice": "none",
             "parallel_tool_calls": False, "store": False,
         }  # fmt: skip
 
@@ -248,32 +246,36 @@ class Response(Answer):
     def begin(self) -> list[Any]:
         begun = {**self._common, "status": "in_progress", "output": []}
         return [
-            self._event("created", response=begun),
-            self._event("output_item.added", item=self._item("in_progress"), output_index=0),
-            self._event("content_part.added", **self._place(), part=_output("")),
+            self._event("response.created", response=begun),
+            self._event(
+                "response.output_item.added", item=self._item("in_progress"), output_index=0
+            ),
+            self._event("response.content_part.added", **self._place(), part=_output("")),
         ]
 
-    def read(self, number: int, event: Event) -> list[Any]:
-        text = self.choices[0].read(event)["delta"]["content"]
-        return [self._event("output_text.delta", **self._place(), delta=text)] if text else []
+    def read(self, events: Sequence[tuple[int, Event]]) -> list[Any]:
+        text = self.choices[0].read([event for _, event in events])["delta"]["content"]
+        return (
+            [self._event("response.output_text.delta", **self._place(), delta=text)] if text else []
+        )
 
     def end(self) -> list[Any]:
         found = self.whole()
         (item,) = found["output"]
         (part,) = item["content"]
         return [
-            self._event("output_text.done", **self._place(), text=part["text"]),
-            self._event("content_part.done", **self._place(), part=part),
-            self._event("output_item.done", item=item, output_index=0),
-            self._event(found["status"], response=found),
+            self._event("response.output_text.done", **self._place(), text=part["text"]),
+            self._event("response.content_part.done", **self._place(), part=part),
+            self._event("response.output_item.done", item=item, output_index=0),
+            self._event(f"response.{found['status']}", response=found),
         ]
 
     def fail(self, message: str) -> list[Any]:
-        return [{"type": "error", "message": message, "code": "server_error", "param": None}]
+        return [self._event("error", message=message, code="server_error", param=None)]
 
-    def _event(self, name: str, **content: Any) -> dict[str, Any]:
+    def _event(self, kind: str, **content: Any) -> dict[str, Any]:
         self._number += 1
-        return {"type": f"response.{name}", **content, "sequence_number": self._number - 1}
+        return {"type": kind, **content, "sequence_number": self._number - 1}
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
@@ -281,6 +283,10 @@ class Response(Answer):
     def _item(self, status: str, *content: dict[str, Any]) -> dict[str, Any]:
         return {"type": "message", "id": self._item_id, "role": "assistant", "status": status,
                 "content": content}  # fmt: skip
+
+
+def _new_id(kind: str) -> str:
+    return f"{kind}{random.getrandbits(96):024x}"
 
 
 def _output(text: str) -> dict[str, Any]:

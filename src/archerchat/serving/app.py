@@ -9,7 +9,6 @@ into an answer. It ends the rows of a client that goes away.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Message, Receive, Scope, Send
@@ -30,12 +29,12 @@ from archerchat.inference.chat import ChatSession, ContextFull
 from archerchat.inference.prefill import iter_batches, score_prompts
 from archerchat.inference.sequence import TokenLogprobs
 from archerchat.runtime import Runtime
-from archerchat.serving import answers, info
+from archerchat.serving import info
 from archerchat.serving import requests as asked
-from archerchat.serving.answers import Answer, ChatChoice, TextChoice
+from archerchat.serving.answers import Answer, ChatChoice, ResponsesAnswer, TextChoice
 from archerchat.serving.config import LOOPBACK, ServeConfig
 from archerchat.serving.grammar import build_mask
-from archerchat.serving.guard import MAX_BODY_BYTES, AsciiJSON, Guard, install_handlers
+from archerchat.serving.guard import AsciiJSON, Guard, install_handlers, to_json
 from archerchat.serving.info import Server, Shared
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
@@ -49,8 +48,8 @@ PAGE_HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
-PING_SECONDS = 15
-"""How often a silent stream sends a comment, to keep proxies awake."""
+PING, PING_SECONDS = b": still at work\n\n", 15
+"""What a silent stream sends to keep proxies awake, and how often."""
 SEND_SECONDS = 60.0
 """How long a client may leave a chunk unread."""
 T = TypeVar("T")
@@ -58,10 +57,7 @@ router = APIRouter()
 
 
 def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
-    """Return the application; its worker starts and ends with it.
-
-    Raises as `Models` does.
-    """
+    """Return the application; its worker starts and ends with it. Raises as `Models` does."""
     worker = Worker(config.max_batch + config.max_queue)
     models = Models(home, runtime, worker, config)
 
@@ -81,7 +77,7 @@ def build_app(home: Home, runtime: Runtime, config: ServeConfig) -> FastAPI:
 
 def build_guarded(config: ServeConfig, **options: Any) -> FastAPI:
     """Return an application without routes, with what stands before all handlers."""
-    app = FastAPI(title="ArcherChat", max_body_size=MAX_BODY_BYTES, **options)
+    app = FastAPI(title="ArcherChat", **options)
     install_handlers(app)
     hosts = LOOPBACK if config.is_local and config.key is None else None
     app.add_middleware(Guard, api_key=config.key, hosts=hosts)
@@ -104,30 +100,19 @@ class _PageFiles(StaticFiles):
 
 @router.get("/", include_in_schema=False)
 async def show_page() -> Response:
-    content = (PAGE / "index.html").read_bytes()
-    return Response(content, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
-
-
-@router.post("/v1/chat/completions")
-async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
-    """Answer a conversation."""
-    return await _chat(body, request, server, "chat.completion")
-
-
-@router.post("/chat/completions")
-async def chat_streaming(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
-    """Answer a conversation, as a stream unless the request says otherwise."""
-    body.stream = body.stream is not False
-    return await _chat(body, request, server, "chat.completion")
+    return FileResponse(PAGE / "index.html", headers=PAGE_HEADERS)
 
 
 @router.post("/v1/responses")
 async def respond(body: asked.ResponsesRequest, request: Request, server: Shared) -> Response:
     """Answer a conversation in the form of OpenAI's responses."""
-    return await _chat(body, request, server, "response")
+    return await chat(body, request, server)
 
 
-async def _chat(body: asked.ChatRequest, request: Request, server: Server, kind: str) -> Response:
+@router.post("/v1/chat/completions")
+@router.post("/chat/completions")
+async def chat(body: asked.ChatRequest, request: Request, server: Shared) -> Response:
+    """Answer a conversation; /chat/completions streams unless the request says otherwise."""
     model = await server.models.get(body.model)
     session = ChatSession(model.engine, model.tokenizer, body.params())
     message, said = session.resume(body.conversation())
@@ -146,10 +131,11 @@ async def _chat(body: asked.ChatRequest, request: Request, server: Server, kind:
     samples = range(ask.params.num_samples)
     choices = [ChatChoice(model.tokenizer, index, stops, scored) for index in samples]
     stream, dropped = server.worker.submit(model.engine, [ask]), 2 * session.forgotten
-    shape = answers.Response if kind == "response" else Answer
-    answer = shape(kind, model.name, stream, choices, body.wants_usage, dropped)
+    shape = ResponsesAnswer if isinstance(body, asked.ResponsesRequest) else Answer
+    answer = shape("chat.completion", model.name, stream, choices, body.wants_usage, dropped)
     headers = {"archerchat-dropped-messages": str(dropped)} if dropped else None
-    return await _respond(request, answer, body.stream, headers)
+    streams = request.url.path == "/chat/completions" if body.stream is None else body.stream
+    return await _respond(request, answer, streams, headers)
 
 
 @router.post("/v1/completions")
@@ -206,8 +192,7 @@ async def _respond(
 
     async def read() -> Response:
         while answer.stream.open_samples:
-            for number, event in await answer.stream.next():
-                answer.read(number, event)
+            answer.read(await answer.stream.next())
         return AsciiJSON(answer.whole(), headers=headers)
 
     try:
@@ -237,22 +222,20 @@ async def _show(answer: Answer) -> AsyncIterator[bytes]:
     shown = answer.begin()
     try:
         while answer.stream.open_samples:
-            for number, event in await answer.stream.next(PING_SECONDS):
-                shown += answer.read(number, event)
-            yield b"".join(map(_frame, shown)) or b": still at work\n\n"
-            shown = []
-    except GenerationFailed as error:
-        shown += answer.fail(str(error))
-    else:
+            if shown:
+                yield b"".join(map(_frame, shown))
+            shown = answer.read(await answer.stream.next(PING_SECONDS)) or [PING]
         shown += answer.end()
+    except GenerationFailed as error:
+        shown = answer.fail(str(error))
     yield b"".join(map(_frame, shown))
 
 
 def _frame(shown: Any) -> bytes:
-    if isinstance(shown, str):
-        return f"data: {shown}\n\n".encode()
+    if isinstance(shown, bytes):
+        return shown
     name = f"event: {shown['type']}\n" if "type" in shown else ""
-    return f"{name}data: {json.dumps(shown, separators=(',', ':'))}\n\n".encode()
+    return f"{name}data: {to_json(shown)}\n\n".encode()
 
 
 def in_time(send: Send) -> Send:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from archerchat.config import DeviceConfig, Limit, NonNegativeInt, PositiveInt
+from archerchat.errors import UsageError
 
 KEY_VARIABLE = "ARCHERCHAT_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -39,8 +41,13 @@ class ServeConfig(DeviceConfig):
 
     @property
     def key(self) -> str | None:
-        """The key that clients must send, if any."""
-        return self.api_key or os.environ.get(KEY_VARIABLE) or None
+        """The key that clients must send, if any; one that no header carries is refused."""
+        key = self.api_key or os.environ.get(KEY_VARIABLE) or None
+        if key is not None and not re.fullmatch("[!-~]+", key):
+            raise UsageError(
+                "--api-key takes visible ASCII characters only; HTTP carries no others"
+            )
+        return key
 
     @property
     def is_local(self) -> bool:

@@ -13,8 +13,8 @@ import signal
 import tempfile
 import threading
 import zlib
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -24,6 +24,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from archerchat.errors import UsageError
@@ -37,7 +38,8 @@ from archerchat.serving.info import show_stats
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5
-OF_ONE_HOP = ("connection", "date", "transfer-encoding")
+URL = "http://127.0.0.1"
+OF_ONE_HOP = (b"connection", b"date", b"server", b"transfer-encoding")
 
 
 class Copy:
@@ -49,9 +51,7 @@ class Copy:
         self._arguments = (replace(config, copies=1), home, index, self._path)
         limits = httpx.Limits(max_keepalive_connections=0)
         transport = httpx.AsyncHTTPTransport(uds=str(self._path), limits=limits)
-        self.client = httpx.AsyncClient(
-            transport=transport, base_url="http://127.0.0.1", timeout=None
-        )
+        self.client = httpx.AsyncClient(transport=transport, base_url=URL, timeout=None)
 
     async def start(self) -> None:
         """Start the process and wait until it listens.
@@ -70,31 +70,40 @@ class Copy:
 
     async def ask(self, request: Request) -> httpx.Response:
         """Hand on a request; return what is to be streamed."""
-        url, body = str(request.url.replace(scheme="", netloc="")), await request.body()
-        headers = _without_hop(request.headers)
-        asked = self.client.build_request(request.method, url, content=body, headers=headers)
+        path, query = request.scope["raw_path"], request.scope["query_string"]
+        target = path + b"?" + query if query else path
+        asked = self.client.build_request(
+            request.method, "/", content=await request.body(),
+            headers=_without_hop(request.headers.raw), extensions={"target": target},
+        )  # fmt: skip
         return await self.client.send(asked, stream=True)
 
 
-class _Forwarded(StreamingResponse):
-    """A copy's answer as it comes."""
+class _Front:
+    """Hand each request to a copy, and its answer back as it comes."""
 
-    def __init__(self, copy: Copy, found: httpx.Response) -> None:
-        headers = {**_without_hop(found.headers), "archerchat-copy": str(copy.index)}
-        super().__init__(found.aiter_raw(), found.status_code, headers)
-        self._copy, self._found = copy, found
-        copy.in_flight += 1
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        self._copies = copies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        beginning = (await request.body())[:BEGINNING_BYTES]
+        copy = min(self._copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
+        copy.in_flight += 1
         try:
-            await super().__call__(scope, receive, in_time(send))
+            if (found := await until_gone(receive, copy.ask(request))) is None:
+                return
+            async with aclosing(found):
+                response = StreamingResponse(found.aiter_raw(), found.status_code)
+                response.raw_headers = _without_hop(found.headers.raw)
+                response.headers["archerchat-copy"] = str(copy.index)
+                await response(scope, receive, in_time(send))
         finally:
-            self._copy.in_flight -= 1
-            await self._found.aclose()
+            copy.in_flight -= 1
 
 
-def _without_hop(headers: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in headers.items() if name.lower() not in OF_ONE_HOP}
+def _without_hop(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name not in OF_ONE_HOP]
 
 
 def _serve(config: ServeConfig, home: Home, index: int, path: Path) -> None:
@@ -144,10 +153,14 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
 
     app = build_guarded(config, openapi_url=None, lifespan=lifespan)
 
+    @app.exception_handler(httpx.TransportError)
+    async def explain(request: Request, error: httpx.TransportError) -> Response:
+        return refusal(503, "a copy of the server ended: try again")
+
     @app.get("/stats")
     @app.get("/metrics")
     async def stats(request: Request) -> Response:
-        headers = _without_hop(request.headers)
+        headers = [pair for pair in request.headers.raw if pair[0] == b"authorization"]
         found = [(await copy.client.get("/stats", headers=headers)).json() for copy in copies]
         total: dict[str, Any] = {"copies": len(found)}
         for name in found[0]:
@@ -157,17 +170,5 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
             total[name] = sorted(set().union(*values)) if is_list else add(values)
         return show_stats(request, total)
 
-    @app.api_route("/{path:path}", methods=["GET", "POST", "OPTIONS", "HEAD"])
-    async def forward(request: Request) -> Response:
-        beginning = (await request.body())[:BEGINNING_BYTES]
-        copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
-        copy.in_flight += 1
-        try:
-            found = await until_gone(request.receive, copy.ask(request))
-        except httpx.TransportError:
-            return refusal(503, f"copy {copy.index} of the server ended: try again")
-        finally:
-            copy.in_flight -= 1
-        return _Forwarded(copy, found) if found else Response(status_code=499)
-
+    app.router.routes.append(Route("/{path:path}", _Front(copies)))
     return app

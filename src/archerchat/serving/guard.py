@@ -15,7 +15,7 @@ from fastapi.responses import Response
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from archerchat.errors import ArcherChatError, UsageError
@@ -23,8 +23,10 @@ from archerchat.serving.models import UnknownModel
 from archerchat.serving.worker import Overloaded
 
 MAX_BODY_BYTES = 8 * 2**20
+TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES:,} bytes"
 REQUEST_SECONDS = 15.0
 RETRY_SECONDS = 1
+to_json = json.JSONEncoder(separators=(",", ":")).encode
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -56,7 +58,7 @@ class AsciiJSON(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(content, separators=(",", ":")).encode()
+        return to_json(content).encode()
 
 
 def refusal(
@@ -65,13 +67,11 @@ def refusal(
     """Return the response to a request that is refused, as OpenAI's API words it."""
     kind = "server_error" if status >= 500 else TYPES.get(status, "invalid_request_error")
     body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    # The rest of a body that is too large is not read.
-    headers = {429: {"retry-after": str(RETRY_SECONDS)}, 413: {"connection": "close"}}
-    return AsciiJSON(body, status, headers.get(status))
+    return AsciiJSON(body, status, {"retry-after": str(RETRY_SECONDS)} if status == 429 else None)
 
 
 class Guard:
-    """Check host and key before anything else runs.
+    """Check host, key and size before anything else runs.
 
     Args:
         api_key: asked for everywhere but on the page and at /health; None asks for none.
@@ -83,11 +83,32 @@ class Guard:
         self._app, self._key, self._hosts = app, api_key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refused = self._check(scope) if scope["type"] == "http" else None
-        await (refused or self._app)(scope, receive, send)
-
-    def _check(self, scope: Scope) -> Response | None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
         headers = Headers(scope=scope)
+        unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        size = 0
+
+        async def read() -> Message:
+            nonlocal size, unread
+            message = await receive()
+            unread = message.get("more_body", False)
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:
+                raise HTTPException(413, TOO_LARGE)
+            return message
+
+        async def answer(message: Message) -> None:
+            # A client still sends what nobody reads; uvicorn would wait for all of it.
+            if unread and message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await (self._check(scope, headers) or self._app)(scope, read, answer)
+
+    def _check(self, scope: Scope, headers: Headers) -> Response | None:
+        if int(headers.get("content-length", 0)) > MAX_BODY_BYTES:
+            return refusal(413, TOO_LARGE)
         name = re.sub(r":\d*$", "", headers.get("host", "")).strip("[]")
         if self._hosts is not None and name not in self._hosts:
             return refusal(403, f"this server is not {name!r}: --host or --api-key opens it")

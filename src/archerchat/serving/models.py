@@ -131,15 +131,8 @@ def _read_card(home: Home, name: str) -> Card:
     checkpoint = load_checkpoint(path, sections=())
     config = read_model_config(checkpoint)
     return {
-        "id": name,
-        "object": "model",
-        "created": saved_at(path) // 10**9,
-        "owned_by": "archerchat",
-        "tag": tag,
-        "stage": stage,
-        "step": checkpoint.step,
-        "depth": config.num_layers,
-        "parameters": count_parameters(config).total,
-        "context": config.sequence_length,
+        "id": name, "object": "model", "created": saved_at(path) // 10**9, "owned_by": "archerchat",
+        "tag": tag, "stage": stage, "step": checkpoint.step, "depth": config.num_layers,
+        "parameters": count_parameters(config).total, "context": config.sequence_length,
         "val_bpb": read_bits_per_byte(path),
-    }
+    }  # fmt: skip

@@ -7,19 +7,13 @@ those that would change the answer and are not supported are refused.
 from __future__ import annotations
 
 import json
+import random
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from archerchat.errors import UsageError
 from archerchat.inference.chat import CHAT_SAMPLING
@@ -97,7 +91,7 @@ class Sampled(_Body):
             **given,
             logit_bias={int(key): value for key, value in (self.logit_bias or {}).items()},
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**63,
+            seed=random.getrandbits(63) if self.seed is None else self.seed % 2**63,
             num_samples=self.n or 1,
             **more,
         )
@@ -108,24 +102,23 @@ class Sampled(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-def _as_text(name: str) -> str:
-    return "text" if name in ("input_text", "output_text") else name
-
-
-def _as_system(role: str) -> str:
-    return "system" if role == "developer" else role
+def _called(names: dict[str, str]) -> AfterValidator:
+    return AfterValidator(lambda name: names.get(name, name))
 
 
 class Part(BaseModel):
     """A part of a message; users' are text."""
 
-    type: Annotated[str, AfterValidator(_as_text)]
+    type: Annotated[str, _called({"input_text": "text", "output_text": "text"})]
     text: str
+
+
+Role = Literal["system", "developer", "user", "assistant"]
 
 
 class Message(BaseModel):
     type: Literal["message"] = "message"
-    role: Annotated[Literal["system", "developer", "user", "assistant"], AfterValidator(_as_system)]
+    role: Annotated[Role, _called({"developer": "system"})]
     content: str | list[Part]
 
 
@@ -180,7 +173,8 @@ def _read_content(where: str, role: str, content: str | list[Part]) -> tuple[Any
 
 
 def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
-    assert len(json.dumps(schema)) <= MAX_SCHEMA_CHARACTERS, "is too long a schema"
+    if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
+        raise ValueError(f"a schema has at most {MAX_SCHEMA_CHARACTERS:,} characters")
     return schema
 
 
@@ -203,6 +197,7 @@ class ChatRequest(Sampled, ConversationRequest):
     """`POST /v1/chat/completions`."""
 
     FORMAT: ClassVar = "response_format"
+    SCHEMA: ClassVar = "json_schema"
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -233,7 +228,7 @@ class ChatRequest(Sampled, ConversationRequest):
             return {"type": "object"}
         schema = form.json_schema.content if form.json_schema else form.content
         if schema is None:
-            raise BadRequest(f"{self.FORMAT}.json_schema", "is missing")
+            raise BadRequest(f"{self.FORMAT}.{self.SCHEMA}", "is missing")
         return schema
 
 
@@ -250,6 +245,7 @@ class ResponsesRequest(ChatRequest):
 
     MESSAGES: ClassVar = "input"
     FORMAT: ClassVar = "text.format"
+    SCHEMA: ClassVar = "schema"
     messages: Annotated[
         list[Message], BeforeValidator(_as_messages, json_schema_input_type=str | list[Message])
     ] = Field(alias="input", min_length=1, max_length=MAX_MESSAGES - 1)

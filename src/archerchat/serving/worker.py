@@ -119,16 +119,13 @@ class Stream:
         cached, first = sum(self.cached.values()), self.first_token or time.monotonic()
         run = sum(len(request.prompt) for request in self.requests) - cached
         waited, decoded = first - self.started, self.last_token - first
-        decoding = max(self.tokens - len(self.requests), 0)
+        decoding = max(self.tokens - self.num_samples, 0)
         found = {
-            "cache_n": cached,
-            "prompt_n": run,
-            "prompt_ms": 1000 * waited,
-            "prompt_per_second": run / max(waited, 1e-9),
-            "predicted_n": self.tokens,
+            "cache_n": cached, "prompt_n": run, "prompt_ms": 1000 * waited,
+            "prompt_per_second": run / max(waited, 1e-9), "predicted_n": self.tokens,
             "predicted_ms": 1000 * decoded if decoding else 0.0,
             "predicted_per_second": decoding / max(decoded, 1e-9),
-        }
+        }  # fmt: skip
         return {name: round(value, 3) for name, value in found.items()}
 
 
@@ -172,12 +169,11 @@ class Worker:
         future: Future[T] = Future()
 
         def run() -> None:
-            if not future.set_running_or_notify_cancel():  # the client went away
-                return
-            try:
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            if future.set_running_or_notify_cancel():  # or else the client went away
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
 
         self._inbox.put(run)
         return await asyncio.wrap_future(future)
@@ -246,20 +242,19 @@ class Worker:
 
     def _step(self, engine: Engine) -> None:
         try:
-            first = engine.admit()
-            self._cross(first, at_once=bool(first))
-            events = engine.advance()
-            self._cross(events, at_once=any(event.finish_reason is not None for event in events))
+            self._cross(engine.admit())
+            self._cross(engine.advance())
         except Exception as error:  # such as a lack of memory: the next request may be smaller
             logger.exception("the engine failed")
             engine.reset()
             self._post(self._fail, engine, f"the model failed: {type(error).__name__}")
 
-    def _cross(self, events: Sequence[Event], at_once: bool) -> None:
+    def _cross(self, events: Sequence[Event]) -> None:
         """Hand events to the loop, now or with those of later steps."""
         self._events += events
         now = time.monotonic()
-        if at_once or now - self._crossed >= CROSSING_SECONDS:
+        at_once = any(event.first or event.finish_reason for event in events)
+        if self._events and (at_once or now - self._crossed >= CROSSING_SECONDS):
             self._post(self._deliver, self._events, now)
             self._events, self._crossed = [], now
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -253,21 +251,12 @@ def test_bits_per_byte_of_one_split_and_of_a_text(
     assert both[str(text)] == figures[str(text)]
 
 
-@pytest.mark.slow
-def test_two_processes_find_what_one_finds(trained_home: Any) -> None:
+def test_two_processes_find_what_one_finds(
+    trained_home: Any, run_ranks: Callable[..., Any]
+) -> None:
     assert trained_home.run(*CAPPED) == 0
     alone = results_of(trained_home, "offline_000004_max7.json")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    command = [*torchrun, "--nproc-per-node", "2", "-m", "archerchat.cli", *CAPPED]
-    environment = {"ARCHERCHAT_HOME": str(trained_home.root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_ranks(trained_home, 2, CAPPED)
     assert done.returncode == 0, done.stderr[-3000:]
     together = results_of(trained_home, "offline_000004_max7.json")
     for one, other in zip(alone["tasks"], together["tasks"], strict=True):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,22 +130,14 @@ def test_the_whole_of_chatcore_has_the_plain_name() -> None:
     assert len({file_name(4, whole, replace(SAMPLING, seed=seed)) for seed in (1, 2)}) == 2
 
 
-@pytest.mark.slow
-def test_two_ranks_find_what_one_finds(trained_home: Any, data_dir: Path) -> None:
+def test_two_ranks_find_what_one_finds(
+    trained_home: Any, data_dir: Path, run_ranks: Callable[..., Any]
+) -> None:
     words = [*QUICK, "--data-dir", str(data_dir), "--tasks", "ARC-Easy,GSM8K,SpellingBee:7"]
     words += ["--num-samples", "2", "--temperature", "1"]
     assert trained_home.run(*words) == 0
     alone = figures(trained_home)
-    environment = os.environ | {"ARCHERCHAT_HOME": str(trained_home.root), "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "archerchat.cli", *words],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=240,
-        check=False,
-    )
+    done = run_ranks(trained_home, 2, words)
     assert done.returncode == 0, done.stderr
     together = figures(trained_home)
     assert (alone.pop("ranks"), together.pop("ranks")) == (1, 2)

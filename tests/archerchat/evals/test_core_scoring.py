@@ -12,7 +12,7 @@ import torch
 
 from archerchat.evals.core.layout import build_layout, needed_trunk, tokens_to_run
 from archerchat.evals.core.prompts import Prompt, Tree, build_tree
-from archerchat.evals.core.scoring import Outcome, iter_batches, iter_outcomes
+from archerchat.evals.core.scoring import Outcome, TreeLayer, iter_batches, iter_outcomes
 from archerchat.model.transformer import Transformer
 
 
@@ -134,7 +134,8 @@ def test_the_last_token_of_an_option_is_not_run() -> None:
     tree = build_tree(0, prompts)
     assert tree.token_ids.tolist() == [299, 4, 7]
     assert tree.previous_ids.tolist() == [-1, 299, 4]
-    assert tree.branch.tolist() == [-1, -1, 0]
+    assert tree.positions.tolist() == [0, 1, 2]
+    assert tree.trunk_length == 2
     assert tree.sources.tolist() == [1, 2, 1]
     assert tree.lengths == (4, 3)
 
@@ -156,6 +157,15 @@ def test_layers_that_are_alike_share_a_level() -> None:
     assert layout.levels[3] is not layout.levels[0]
     assert layout.levels[0].keeps_all
     assert not layout.levels[3].keeps_all
+
+
+def test_blocks_that_see_alike_share_a_mask() -> None:
+    tree = build_tree(0, [Prompt(ids(299, *[3] * 1000), 1)])
+    layout = build_layout([tree], (128, 64), 64)
+    masks: dict[bytes, torch.Tensor] = {}
+    layers = [TreeLayer(x, masks, torch.device("cpu"), torch.float32) for x in layout.levels]
+    assert [len(layer.masks) for layer in layers] == [16, 16]
+    assert len(masks) == 6  # where the trunk starts, within it, and where it ends
 
 
 def test_the_largest_trees_come_first_and_batches_keep_the_budget() -> None:

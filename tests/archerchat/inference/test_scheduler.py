@@ -44,6 +44,12 @@ def test_a_long_beginning_is_not_given_up_for_a_short_one() -> None:
     assert group_by_prefix(prompts) == [PrefixGroup(100, (0, 1)), PrefixGroup(0, (2,))]
 
 
+def test_a_thousand_prompts_may_each_begin_with_the_one_before() -> None:
+    groups = group_by_prefix([[1] * length for length in range(1, 1001)])
+    assert sorted(i for group in groups for i in group.members) == list(range(1000))
+    assert max(groups, key=lambda group: group.shared * len(group.members)).shared > 400
+
+
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), max_size=15))
 def test_every_prompt_is_in_one_group_and_has_its_beginning(prompts: list[list[int]]) -> None:
     groups = group_by_prefix(prompts, min_shared=2)

@@ -202,17 +202,21 @@ def test_only_bfloat16_narrows_what_is_stored(compute: torch.dtype, tables: torc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_regions_compute_what_the_plain_ones_do(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "packed"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_compiled_regions_compute_what_the_plain_ones_do(dtype: torch.dtype, packed: bool) -> None:
+    """Also where documents of a row are kept apart."""
     torch.compiler.reset()
-    config = ModelConfig(150, 500, 3, 4, 2, 64, "L")
+    config = ModelConfig(150, 500, 3, 4, 2, 64, "SL" if packed else "L")
     model = Transformer(config, dtype, "matmul")
     model.load_state_dict(noisy_model(config).state_dict())
-    token_ids = torch.randint(500, (2, 200), generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    token_ids = torch.randint(500, (2, 200), generator=generator)
+    starts = torch.rand(2, 200, generator=generator) < 0.03
+    segments = starts.cumsum(1) if packed else None
     gradients = []
     for regions in (Regions(), Regions.compiled()):
         model.zero_grad()
-        hidden = model.hidden(token_ids, regions)
+        hidden = model.hidden(token_ids, regions, segments=segments)
         weighted_loss(hidden, model.unembedding.weight, token_ids, 500).backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()} | {"out": hidden})
     plain, fast = gradients
@@ -245,25 +249,6 @@ def test_packed_documents_that_are_kept_apart_are_as_if_alone(
         torch.testing.assert_close(packed[:1, start:stop], alone, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(packed[1:], model(token_ids[1:]), atol=1e-4, rtol=1e-4)
     assert not torch.allclose(packed[:1], model(token_ids[:1]), atol=0.1)
-
-
-@pytest.mark.slow
-def test_compiled_regions_keep_documents_apart_too() -> None:
-    torch.compiler.reset()
-    config = ModelConfig(150, 500, 3, 4, 2, 64, "SL")
-    model = Transformer(config, torch.float32, "matmul")
-    model.load_state_dict(noisy_model(config).state_dict())
-    generator = torch.Generator().manual_seed(2)
-    token_ids = torch.randint(500, (2, 200), generator=generator)
-    segments = (torch.rand(2, 200, generator=generator) < 0.03).cumsum(1)
-    gradients = []
-    for regions in (Regions(), Regions.compiled()):
-        model.zero_grad()
-        hidden = model.hidden(token_ids, regions, segments=segments)
-        weighted_loss(hidden, model.unembedding.weight, token_ids, 500).backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()} | {"out": hidden})
-    for name, expected in gradients[0].items():
-        assert relative_error(gradients[1][name], expected) < 1e-5, name
 
 
 @pytest.mark.parametrize("packed", [False, True])

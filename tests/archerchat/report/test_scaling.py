@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from archerchat.errors import UsageError
-from archerchat.report.scaling import (
-    Law,
-    SizedRun,
-    build_scaling_report,
-    fit_law,
-    fit_runs,
-)
+from archerchat.home import Home
+from archerchat.report import scaling
+from archerchat.report.runs import Run
+from archerchat.report.scaling import Law, SizedRun, build_scaling_report, fit_law, fit_runs
 
 CHINCHILLA = Law(1.69, (406.4, 410.7), (0.34, 0.28))
 """Hoffmann et al. 2022, equation 10."""
@@ -24,6 +23,23 @@ GRID = list(product((1e7, 3e7, 1e8, 3e8, 1e9), (2e8, 1e9, 4e9, 2e10)))
 
 def sizes() -> list[list[float]]:
     return [[n for n, _ in GRID], [d for _, d in GRID]]
+
+
+@pytest.mark.parametrize("end", [math.nan, math.inf, -math.inf, 0.0, None])
+def test_a_run_that_ends_in_no_positive_number_is_refused(
+    end: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that diverged is not judged by the loss before."""
+    metrics = {name: {0: 2.0, 9: 1.5} for name in ("val/bpb", "train/tokens", "train/flops")}
+    shape = {"sequence_length": 8, "vocab_size": 64, "num_layers": 1, "num_heads": 1,
+             "num_kv_heads": 1, "model_dim": 32}  # fmt: skip
+    run = Run("a", metrics=metrics, config={"model_config": shape})
+    monkeypatch.setattr(scaling, "load_run", lambda home, tag: run)
+    (found,) = scaling.gather_sizes(Home(tmp_path), ["a"], "val/bpb", "total")
+    assert (found.loss, found.tokens, found.flops) == (1.5, 1.5, 1.5)
+    metrics["val/bpb"] = {} if end is None else {0: 2.0, 9: end}
+    with pytest.raises(UsageError, match="run 'a' has not logged val/bpb"):
+        scaling.gather_sizes(Home(tmp_path), ["a"], "val/bpb", "total")
 
 
 def test_a_known_law_is_recovered() -> None:

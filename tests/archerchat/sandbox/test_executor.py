@@ -161,6 +161,14 @@ def test_endless_output_is_cut_and_ended(namespaces: bool) -> None:
         result = run(program, namespaces, max_output_bytes=5000)
         assert result.outcome == "output"
         assert len(getattr(result, stream)) == 5000
+    assert run("print('x' * 1_000_000)", namespaces).outcome == "output"  # at the default limit
+
+
+def test_every_codec_and_package_can_be_imported(namespaces: bool) -> None:
+    """Also those of packages that were imported before the library moved."""
+    program = "import importlib.resources, json.tool\nfor codec in ('ascii', 'cp437', 'idna'):\n"
+    result = run(program + "    open(codec, 'w', encoding=codec).write('a')", namespaces)
+    assert result.outcome == "completed", result.stderr
 
 
 def test_output_up_to_the_limit_is_no_crime() -> None:

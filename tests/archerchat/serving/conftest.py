@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -72,3 +75,36 @@ def listening(app: FastAPI) -> Iterator[tuple[str, int]]:
 @pytest.fixture(scope="session")
 def listen() -> Callable[[FastAPI], Any]:
     return listening
+
+
+SIZES = """["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind))
+    .map((each) => [each.name, each.transferSize])"""
+
+
+def say_something(route: Any) -> None:
+    """Keep the model, which has learnt next to nothing, from ending an answer with its start."""
+    body = route.request.post_data_json | {"logit_bias": {"351": -100, "355": -100}}
+    route.continue_(post_data=json.dumps(body))
+
+
+@pytest.fixture(scope="module")
+def page(served_home: Home, listen: Any) -> Iterator[Any]:
+    """The page of a phone's width, open on a server."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium on PATH")
+    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig())
+    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with listen(app) as address, playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=sandbox)
+        found = browser.new_context(viewport={"width": 390, "height": 800}).new_page()
+        found.problems = []
+        found.on("pageerror", lambda error: found.problems.append(str(error)))
+        found.on("dialog", lambda dialog: found.problems.append(dialog.message))
+        found.route("**/completions", say_something)
+        found.goto("http://{}:{}/".format(*address))
+        found.wait_for_selector("#model option", state="attached")
+        found.first_paint = dict(found.evaluate(SIZES))
+        yield found
+        browser.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,9 @@ from fastapi.testclient import TestClient
 
 from archerchat import load
 from archerchat.inference.sequence import Event
-from archerchat.serving.answers import ChatChoice
+from archerchat.serving import app
+from archerchat.serving.answers import ChatChoice, ResponsesAnswer
+from archerchat.serving.worker import GenerationFailed
 from archerchat.tokenizer.chat_format import render_conversation, render_for_completion
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -125,6 +129,30 @@ def test_responses_say_what_a_chat_says(client: TestClient) -> None:
     assert events[-1]["type"] == "response.incomplete"
     refused = client.post("/v1/responses", json={**body, "previous_response_id": "x"})
     assert refused.json()["error"]["param"] == "previous_response_id"
+
+
+def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model: Any) -> None:
+    seen = []
+
+    async def fail(patience: float) -> Any:
+        seen.append("waited")
+        raise GenerationFailed("the model failed")
+
+    stream: Any = SimpleNamespace(open_samples=1, requests=[], next=fail)
+    answer = ResponsesAnswer("response", "tiny", stream, [ChatChoice(model.loaded.tokenizer, 0)])
+
+    async def show() -> None:
+        async for piece in app._show(answer):
+            seen.append(piece.decode())
+
+    asyncio.run(show())
+    begun, waited, failed = seen
+    assert begun.startswith("event: response.created\n")
+    assert waited == "waited"
+    assert json.loads(failed.removeprefix("event: error\ndata: ")) == {
+        "type": "error", "message": "the model failed", "code": "server_error", "param": None,
+        "sequence_number": 3,
+    }  # fmt: skip
 
 
 SCHEMA = {
@@ -253,11 +281,14 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
              "<|output_end|>", "b"]  # fmt: skip
     found = scripted(["a", "b"])
     choice = ChatChoice(found.tokenizer, 0)
-    deltas = [choice.read(Event(0, 0, token))["delta"] for token in found.ids(words)]
-    choice.read(Event(0, 0, None, finish_reason="stop"))
+    events = [Event(0, 0, token) for token in found.ids(words)]
+    deltas = [choice.read([event])["delta"] for event in events[:3]]  # at one time, or apart
+    deltas += [choice.read(events[3:])["delta"]]
+    choice.read([Event(0, 0, None, finish_reason="stop")])
     assert "".join(delta.get("content", "") for delta in deltas) == "ab"
     message = choice.whole()["message"]
     assert message["content"] == "ab"
     assert [part["text"] for part in message["parts"]] == ["a", "6*7", "42", "b"]
     shown = [part for delta in deltas for part in delta.get("parts", [])]
-    assert {part["type"] for part in shown} == {"python", "python_output"}
+    for kind, text in (("text", "b"), ("python", "6*7"), ("python_output", "42")):
+        assert "".join(part["text"] for part in shown if part["type"] == kind) == text

@@ -13,7 +13,9 @@ import pytest
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
-from archerchat.serving import app
+from archerchat.errors import UsageError
+from archerchat.serving import app, guard
+from archerchat.serving.config import ServeConfig
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "a"}]
@@ -68,6 +70,8 @@ REFUSED = [
      "response_format.json_schema.schema"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema":
      {"type": "string", "minLength": 2, "maxLength": 1}}}}, 400, "text.format"),
+    ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 400,
+     "text.format.schema"),
     (CHAT, {"messages": [said("user", "  ")]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", None)]}, 400, "messages[0].content"),
     (CHAT, {"messages": [said("user", "\ud800")], "model": "\ud800"}, 404, "model"),
@@ -134,13 +138,14 @@ def test_special_tokens_in_a_message_stay_text(client: TestClient) -> None:
 def test_a_large_body_is_refused_before_it_is_parsed(
     serve: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "MAX_BODY_BYTES", 1000)
+    """Whether its length is announced or not."""
+    monkeypatch.setattr(guard, "MAX_BODY_BYTES", 1000)
     client = serve()
     large = json.dumps({"prompt": "a" * 1000}).encode()
-    assert client.post(TEXT, content=large).status_code == 413
-    response = client.post(TEXT, content=iter([large[:600], large[600:]]))
-    assert response.status_code == 413
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    for content in (large, iter([large[:600], large[600:]])):
+        response = client.post(TEXT, content=content)
+        assert response.status_code == 413
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
 def test_the_key_is_asked_for(serve: Any) -> None:
@@ -151,6 +156,13 @@ def test_the_key_is_asked_for(serve: Any) -> None:
         assert response.json()["error"]["code"] == "invalid_api_key"
     assert client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
     assert client.get("/health").status_code == client.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "line\n", "\udcff"])
+def test_a_key_that_no_header_carries_is_refused_at_the_start(serve: Any, key: str) -> None:
+    assert ServeConfig(api_key="").key is None
+    with pytest.raises(UsageError, match="--api-key takes visible ASCII"):
+        serve(api_key=key)
 
 
 def test_a_server_without_a_key_answers_to_its_own_name_only(serve: Any) -> None:

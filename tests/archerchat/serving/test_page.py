@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi")
 
-from archerchat.runtime import build_runtime
-from archerchat.serving.app import PAGE, build_app
-from archerchat.serving.config import ServeConfig
+from archerchat.serving.app import PAGE
 from archerchat.tasks.conversation import check_messages
 
 HOSTILE = (
@@ -31,42 +26,11 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere(client: Any) -> None
         assert "innerHTML" not in path.read_text(encoding="utf-8")
 
 
-SIZES = """["navigation", "resource"].flatMap((kind) => performance.getEntriesByType(kind))
-    .map((each) => [each.name, each.transferSize])"""
 LIBRARIES = ("marked", "purify", "highlight", "katex")
 needs_libraries = pytest.mark.skipif(
     not all((PAGE / "vendor" / f"{name}.js").is_file() for name in LIBRARIES),
     reason="the build fetched no libraries: no npm registry then",
 )
-
-
-def say_something(route: Any) -> None:
-    """Keep the model, which has learnt next to nothing, from ending an answer with its start."""
-    body = route.request.post_data_json | {"logit_bias": {"351": -100, "355": -100}}
-    route.continue_(post_data=json.dumps(body))
-
-
-@pytest.fixture(scope="module")
-def page(served_home: Any, listen: Any) -> Iterator[Any]:
-    """The page of a phone's width, open on a server."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no chromium on PATH")
-    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig())
-    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with listen(app) as address, playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=sandbox)
-        found = browser.new_page(viewport={"width": 390, "height": 800})
-        found.problems = []
-        found.on("pageerror", lambda error: found.problems.append(str(error)))
-        found.on("dialog", lambda dialog: found.problems.append(dialog.message))
-        found.route("**/completions", say_something)
-        found.goto("http://{}:{}/".format(*address))
-        found.wait_for_selector("#model option", state="attached")
-        found.first_paint = dict(found.evaluate(SIZES))
-        yield found
-        browser.close()
 
 
 def answered(page: Any) -> None:
@@ -191,6 +155,10 @@ def test_an_answer_is_stopped_and_conversations_are_searched_and_kept(
     page.fill("#search", "needle")
     assert page.locator("#conversations li").count() == 1
     page.fill("#search", "")
+    page.set_viewport_size({"width": 1000, "height": 800})  # where it shows under the pointer
+    page.focus("#conversations .remove")
+    assert page.evaluate("document.activeElement.className") == "remove"
+    page.set_viewport_size({"width": 390, "height": 800})
     before = page.locator("#conversations li").count()
     with page.expect_download() as download:
         page.click("#export")

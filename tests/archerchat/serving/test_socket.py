@@ -54,14 +54,17 @@ def opened(address: Any, head: str, body: bytes = b"") -> Iterator[socket.socket
         yield found
 
 
-def test_tokens_come_one_by_one(server: Any) -> None:
+def test_tokens_come_as_they_are_made(server: Any) -> None:
     client, _ = server
-    times = []
-    with client.stream("POST", "/v1/completions", json=LONG) as response:
+    times, chunks = [], []
+    body = LONG | {"stream_options": {"include_usage": True}}
+    with client.stream("POST", "/v1/completions", json=body) as response:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 times.append(time.monotonic())
-    assert len(times) == 50
+                chunks.append(json.loads(line[6:]))
+    assert chunks[-1]["usage"]["completion_tokens"] == 50
+    assert len(times) > 10
     assert times[-1] - times[0] > 0.3
 
 
@@ -110,11 +113,32 @@ def test_requests_that_never_end_are_cut_off(server: Any, monkeypatch: pytest.Mo
         assert headers.recv(1) == body.recv(1) == b""
 
 
-def test_a_body_of_100_mb_is_refused_unread(server: Any) -> None:
+@pytest.mark.parametrize(
+    ("line", "length", "status"),
+    [
+        ("POST /v1/completions HTTP/1.1", "Content-Length: 104857600", 413),
+        ("POST /v1/completions HTTP/1.1\r\nHost: evil.example", "Content-Length: 9", 403),
+        ("POST /nowhere HTTP/1.1", "Transfer-Encoding: chunked", 404),
+        ("POST /health HTTP/1.1", "Content-Length: 9", 405),
+    ],
+)
+def test_a_body_that_nobody_reads_is_not_waited_for(
+    server: Any, line: str, length: str, status: int
+) -> None:
+    """The answer is an error in OpenAI's form, and the connection ends with it."""
     _, address = server
-    head = b"Content-Type: application/json\r\nContent-Length: 104857600\r\n\r\n"
-    with opened(address, "POST /v1/completions HTTP/1.1", head) as connection:
-        assert connection.recv(12) == b"HTTP/1.1 413"
+    with opened(address, line, f"Content-Type: application/json\r\n{length}\r\n\r\n".encode()) as c:
+        head, _, body = b"".join(iter(lambda: c.recv(2**16), b"")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d" % status)
+    assert b"connection: close" in head
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_request_that_was_read_keeps_its_connection(server: Any) -> None:
+    client, _ = server
+    for path, body in (("/tokenize", {"content": "a"}), ("/tokenize", {"content": 1})):
+        assert "connection" not in client.post(path, json=body).headers
+    assert "connection" not in client.get("/nowhere").headers
 
 
 def test_characters_are_not_split(server: Any) -> None:

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 pytest.importorskip("fastapi")
 from archerchat import load
+from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.inference.sequence import Request
+from archerchat.inference.sequence import Event, Request
 from archerchat.serving import worker
 from archerchat.serving.worker import Worker
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 def test_the_first_token_crosses_at_once_and_fast_ones_together(
-    served_home: Any, monkeypatch: pytest.MonkeyPatch
+    served_home: Any, monkeypatch: pytest.MonkeyPatch, overlap: bool
 ) -> None:
+    """Where reading overlaps computing, the step that admits a request brings no token yet."""
     monkeypatch.setattr(worker, "CROSSING_SECONDS", 60.0)
-    engine = load("tiny", device="cpu", dtype="float32", home=served_home.root).engine
+    model = load("tiny", device="cpu", dtype="float32", home=served_home.root).engine.model
+    engine = Engine(model, overlap=overlap)
 
-    async def hear() -> list[int]:
+    crossed, deliver = [], Worker._deliver
+
+    def listen(self: Worker, events: Sequence[Event], now: float) -> None:
+        crossed.append(len(events))
+        deliver(self, events, now)
+
+    monkeypatch.setattr(Worker, "_deliver", listen)
+
+    async def hear() -> None:
         thread = Worker(max_waiting=4)
         thread.start()
         stream = thread.submit(engine, [Request([1], SamplingParams(6, num_samples=2))])
-        crossed = []
         while stream.open_samples:
-            crossed.append(len(await stream.next()))
+            await stream.next()
         stream.close()
         await asyncio.to_thread(thread.stop)
-        return crossed
 
-    assert asyncio.run(hear()) == [2, 10]
+    asyncio.run(hear())
+    assert crossed == [2, 10]

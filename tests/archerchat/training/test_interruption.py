@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from random import Random
@@ -15,25 +14,19 @@ import pytest
 
 from archerchat.runtime import SAME_REQUEST_SECONDS
 
-Launch = Callable[[list[str]], subprocess.Popen[str]]
+Launch = Callable[[list[str]], Any]
 
 FORTY_STEPS = {"num_iterations": 40, "save_every": 20, "eval_every": 20, "sample_every": 20}
 
 
-def wait_for_step(home: Any, step: int, child: subprocess.Popen[str]) -> None:
+def wait_for_step(home: Any, step: int, child: Any) -> None:
     """Wait until model "killed" has a checkpoint of that step or a later one."""
-    deadline = time.monotonic() + 600
-    while not any(saved >= step for saved in home.steps("killed")):
-        assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    child.wait_for(lambda: any(saved >= step for saved in home.steps("killed")))
 
 
-def read_until(child: subprocess.Popen[str], start: str) -> None:
+def wait_for_line(child: Any, start: str) -> None:
     """Wait until the child prints a line that starts so."""
-    assert child.stdout is not None
-    while not (line := child.stdout.readline()).startswith(start):
-        assert line, "the child ended"
+    child.wait_for(lambda: f"\n{start}" in child.output())
 
 
 @pytest.mark.parametrize(("dtype", "packing"), [("float32", "best-fit"), ("bfloat16", "concat")])
@@ -48,7 +41,7 @@ def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
     child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
     wait_for_step(tiny_home, 20, child)
     time.sleep(Random().uniform(0, seconds / 4))  # the other half takes twice as long
-    child.kill()
+    child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert tiny_home.steps("killed") == [20]
     assert tiny_home.pretrain(**run, model_tag="killed") == 0
@@ -56,20 +49,19 @@ def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_compiled_run_killed_again_and_again_resumes_bit_for_bit(
+def test_a_compiled_run_that_is_killed_resumes_bit_for_bit(
     tiny_home: Any, launch: Launch, assert_same_run: Callable[..., None]
 ) -> None:
     """In the default dtype of new CPUs; uncompiled runs above have float32 too."""
     run = FORTY_STEPS | {"dtype": "bfloat16", "compile": True, "save_every": 8, "eval_every": 8}
     whole = launch(tiny_home.pretrain_words(**run, model_tag="whole"))
-    assert whole.wait(timeout=600) == 0
-    for least in (8, 24):
-        child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
-        wait_for_step(tiny_home, least, child)
-        time.sleep(Random().uniform(0, 0.3))
-        child.kill()
-        child.wait()
-    assert launch(tiny_home.pretrain_words(**run, model_tag="killed")).wait(timeout=600) == 0
+    assert whole.wait() == 0
+    child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
+    wait_for_step(tiny_home, 8, child)
+    time.sleep(Random().uniform(0, 0.3))
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert launch(tiny_home.pretrain_words(**run, model_tag="killed")).wait() == 0
     assert_same_run(*(tiny_home.checkpoint_dir("base", tag) for tag in ("whole", "killed")), 40)
 
 
@@ -99,10 +91,10 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
 ) -> None:
     run = {"num_iterations": 40, "save_every": None, "eval_every": None, "sample_every": None}
     child = launch(tiny_home.pretrain_words(**run))
-    read_until(child, "step 1/40")
+    wait_for_line(child, "step 1/40")
     child.send_signal(number)
-    output = child.communicate(timeout=600)[0]
-    assert child.returncode == 130
+    assert child.wait() == 130
+    output = child.output()
     (step,) = tiny_home.steps()
     assert 0 < step < 40
     directory = tiny_home.checkpoint_dir("base", "tiny")
@@ -119,14 +111,14 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
 def test_a_second_ctrl_c_ends_the_process_at_once(tiny_home: Any, launch: Launch) -> None:
     minutes = {"total_batch_size": 2**23, "save_every": 1}
     child = launch(tiny_home.pretrain_words(**minutes))
-    read_until(child, "attention")
+    wait_for_line(child, "attention")
     time.sleep(1)  # into the first step
     child.send_signal(signal.SIGINT)
     time.sleep(SAME_REQUEST_SECONDS + 0.1)
-    assert child.poll() is None  # it waits for the end of the step
+    assert child.process.is_alive()  # it waits for the end of the step
     child.send_signal(signal.SIGINT)
-    output = child.communicate(timeout=600)[0]
-    assert child.returncode == 130
+    assert child.wait() == 130
+    output = child.output()
     assert output.splitlines()[-1] == "interrupted"
     assert "Traceback" not in output
     assert tiny_home.steps() == []

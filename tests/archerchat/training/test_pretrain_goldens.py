@@ -121,40 +121,6 @@ def load_restart(recipe: Recipe, oracle_dir: Path) -> None:
     recipe.model.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "matmul"])
-def test_the_reference_curve_from_trained_weights(
-    oracle_dir: Path, tmp_path: Path, attention: Any
-) -> None:
-    """`d4_dim128_restart`: 30 steps of 8,192 tokens in float32, uncompiled."""
-    golden, config = restart_run(oracle_dir, attention=attention)
-    norms: dict[int, dict[str, float]] = {}
-
-    def prepare(recipe: Recipe) -> Saves:
-        load_restart(recipe, oracle_dir)
-        parameters = dict(recipe.model.named_parameters())
-
-        def save(step: int) -> None:
-            norms[step] = {n: p.detach().double().norm().item() for n, p in parameters.items()}
-
-        return Saves(save)
-
-    ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
-    recorder = run_loop(config, Tokenizer(ranks), Home(tmp_path), prepare)
-    losses = [*recorder.series["train/last_micro_batch_loss"].values()]
-    assert losses == pytest.approx(golden["loss"], abs=2e-5)
-    expected = {entry["step"]: entry["val_bpb"] for entry in golden["val"]}
-    assert recorder.series["val/bpb"] == pytest.approx(expected, abs=1e-5)
-    for name in ("lr_multiplier", "muon_momentum"):
-        assert [*recorder.series[f"train/{name}"].values()] == pytest.approx(golden[name])
-    assert len(golden["param_l2_after_n_steps"]) > 1
-    for step, reference in golden["param_l2_after_n_steps"].items():
-        ours = to_archerchat_names({n: torch.tensor(v).double() for n, v in reference.items()})
-        assert norms[int(step)] == pytest.approx(
-            {name: norm.item() for name, norm in ours.items()}, rel=1e-4
-        )
-
-
 def as_nanochat_saves(
     directory: Path, step: int, recipe: Recipe, model_config: Mapping[str, Any]
 ) -> None:
@@ -181,23 +147,60 @@ def as_nanochat_saves(
 
 
 @pytest.mark.slow
-def test_an_imported_run_continues_as_the_reference_did(oracle_dir: Path, tmp_path: Path) -> None:
-    """Steps 20 to 29 of the restart run, from what nanochat would have saved at step 20."""
-    golden, config = restart_run(oracle_dir, extend=True, model_tag="d4")
+def test_the_reference_curve_from_trained_weights_and_from_an_import(
+    oracle_dir: Path, tmp_path: Path
+) -> None:
+    """`d4_dim128_restart`: 30 steps of 8,192 tokens in float32, uncompiled, on the CPU's attention.
+
+    Then steps 20 to 29 once more, from what nanochat would have saved at step 20.
+    """
+    golden, config = restart_run(oracle_dir, attention="matmul", extend=True, model_tag="d4")
     home, source = Home(tmp_path / "home"), tmp_path / "d4"
     source.mkdir()
     tokenizer = Tokenizer(load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken"))
+    norms: dict[int, dict[str, float]] = {}
 
     def prepare(recipe: Recipe) -> Saves:
         load_restart(recipe, oracle_dir)
 
         def save(step: int) -> None:
+            norms[step] = parameter_norms(recipe)
             if step == 20:
                 as_nanochat_saves(source, step, recipe, golden["model_config"])
 
         return Saves(save)
 
-    run_loop(config, tokenizer, home, prepare)
+    recorder = run_loop(config, tokenizer, home, prepare)
+    losses = [*recorder.series["train/last_micro_batch_loss"].values()]
+    assert losses == pytest.approx(golden["loss"], abs=2e-5)
+    expected = {entry["step"]: entry["val_bpb"] for entry in golden["val"]}
+    assert recorder.series["val/bpb"] == pytest.approx(expected, abs=1e-5)
+    for name in ("lr_multiplier", "muon_momentum"):
+        assert [*recorder.series[f"train/{name}"].values()] == pytest.approx(golden[name])
+    reference = {
+        int(step): to_archerchat_names({n: torch.tensor(v).double() for n, v in values.items()})
+        for step, values in golden["param_l2_after_n_steps"].items()
+    }
+    assert len(reference) > 1
+    for step, theirs in reference.items():
+        assert norms[step] == pytest.approx({n: v.item() for n, v in theirs.items()}, rel=1e-4)
+
+    recipe, losses = continue_import(config, tokenizer, home, source)
+    assert losses == pytest.approx(golden["loss"][20:], abs=2e-5)
+    assert parameter_norms(recipe) == pytest.approx(
+        {n: v.item() for n, v in reference[30].items()}, rel=1e-4
+    )
+
+
+def parameter_norms(recipe: Recipe) -> dict[str, float]:
+    named = recipe.model.named_parameters()
+    return {name: value.detach().double().norm().item() for name, value in named}
+
+
+def continue_import(
+    config: PretrainConfig, tokenizer: Tokenizer, home: Home, source: Path
+) -> tuple[Recipe, list[float]]:
+    """Train from step 20 of the reference's files to the end; return the losses."""
     import_nanochat(ImportNanochatConfig(source), home)
     path = find_checkpoint(home.checkpoint_dir("base", "d4"))
     meta = load_checkpoint(path, ()).meta
@@ -217,14 +220,7 @@ def test_an_imported_run_continues_as_the_reference_did(oracle_dir: Path, tmp_pa
             next(recipe.loader)
         loop.run(saves, recorder, progress)
     losses = recorder.series["train/last_micro_batch_loss"]
-    assert [losses[step] for step in range(20, 30)] == pytest.approx(golden["loss"][20:], abs=2e-5)
-    norms = to_archerchat_names(
-        {n: torch.tensor(v) for n, v in golden["param_l2_after_n_steps"]["30"].items()}
-    )
-    for name, parameter in recipe.model.named_parameters():
-        assert parameter.detach().double().norm().item() == pytest.approx(
-            norms[name].item(), rel=1e-4
-        )
+    return recipe, [losses[step] for step in range(20, 30)]
 
 
 def test_four_micro_batches_of_two_rows_are_one_of_eight(tiny_home: Any) -> None:

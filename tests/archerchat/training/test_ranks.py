@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,19 @@ PORT = 29_600 + os.getpid() % 300
 CHANGES: dict[str, Any] = {"device_batch_size": 2, "num_iterations": STEPS, "eval_every": 10}
 
 
-def torchrun(home: Any, ranks: int, words: list[str]) -> list[str]:
-    """Return the command line that starts a command on several ranks; on one it is plain."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={PORT}"]
-    return [sys.executable, *(launcher if ranks > 1 else []), "-m", "archerchat.cli", *words]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def environment(home: Any) -> dict[str, str]:
-    return os.environ | {"ARCHERCHAT_HOME": str(home.root), "OMP_NUM_THREADS": "1"}
-
-
-def run(home: Any, ranks: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        torchrun(home, ranks, words),
-        env=environment(home),
-        capture_output=True,
+def torchrun(home: Any, words: list[str], **options: Any) -> subprocess.Popen[str]:
+    """Start a command on two ranks as users do."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={PORT}"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "archerchat.cli", *words],
+        env=os.environ | {"ARCHERCHAT_HOME": str(home.root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=240,
-        check=False,
+        **options,
     )
 
 
@@ -61,10 +57,12 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     )
 
 
-def test_ranks_train_the_model_of_one_process(tiny_home: Any, tmp_path: Path) -> None:
+def test_ranks_train_the_model_of_one_process(
+    tiny_home: Any, tmp_path: Path, run_ranks: Run
+) -> None:
     """Four begin; one, two and four go on from their second step to the twentieth."""
     words = tiny_home.pretrain_words(**CHANGES, keep_last=99, packing="concat")
-    done = run(tiny_home, 4, words)
+    done = run_ranks(tiny_home, 4, words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("attention ") == 1, "one rank prints"
     whole = last(tiny_home)
@@ -76,7 +74,7 @@ def test_ranks_train_the_model_of_one_process(tiny_home: Any, tmp_path: Path) ->
         for step in list_checkpoints(directory):
             if step > 2:
                 shutil.rmtree(find_checkpoint(directory, step))
-        done = run(home, ranks, words)
+        done = run_ranks(home, ranks, words)
         assert done.returncode == 0, done.stderr
         ended = last(home)
         assert ended.step == STEPS
@@ -89,7 +87,7 @@ def test_ranks_train_the_model_of_one_process(tiny_home: Any, tmp_path: Path) ->
 
 
 def test_fine_tuning_and_reinforcement_are_those_of_one_process(
-    tiny_home: Any, tmp_path: Path
+    tiny_home: Any, tmp_path: Path, run_ranks: Run
 ) -> None:
     """Four begin; one, two and four go on from their second step to the twentieth."""
     assert tiny_home.pretrain(device_batch_size=2, num_iterations=2) == 0
@@ -100,7 +98,7 @@ def test_fine_tuning_and_reinforcement_are_those_of_one_process(
     rl = ["rl", "--task", "Arithmetic", "--examples-per-step", "4", "--num-samples", "2"]
     rl += ["--max-new-tokens", "4", "--eval-examples", "4", "--eval-samples", "2"]
     for stage, words in (("sft", sft), ("rl", rl)):
-        done = run(tiny_home, 4, [*words, *shared])
+        done = run_ranks(tiny_home, 4, [*words, *shared])
         assert done.returncode == 0, done.stderr
         whole = last(tiny_home, stage)
         assert whole.step == STEPS
@@ -110,7 +108,7 @@ def test_fine_tuning_and_reinforcement_are_those_of_one_process(
             for step in list_checkpoints(directory):
                 if step > 2:
                     shutil.rmtree(find_checkpoint(directory, step))
-            done = run(home, ranks, [*words, *shared])
+            done = run_ranks(home, ranks, [*words, *shared])
             assert done.returncode == 0, done.stderr
             ended = last(home, stage)
             assert ended.step == STEPS
@@ -119,15 +117,11 @@ def test_fine_tuning_and_reinforcement_are_those_of_one_process(
                 assert all(map(torch.equal, *(x.state["model"].values() for x in (ended, whole))))
 
 
-def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(tiny_home: Any) -> None:
+def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(
+    tiny_home: Any, run_ranks: Run
+) -> None:
     words = tiny_home.pretrain_words(**CHANGES | {"num_iterations": 2000}, packing="concat")
-    process = subprocess.Popen(
-        torchrun(tiny_home, 2, words),
-        env=environment(tiny_home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = torchrun(tiny_home, words)
     deadline = time.monotonic() + 120
     while not list_checkpoints(tiny_home.checkpoint_dir("base", "tiny")):
         assert time.monotonic() < deadline, "no checkpoint in two minutes"
@@ -140,21 +134,14 @@ def test_a_rank_that_dies_ends_the_job_and_a_restart_goes_on(tiny_home: Any) -> 
     assert process.returncode != 0
     assert "rank      : 1 (local_rank: 1)" in output
     steps = list_checkpoints(tiny_home.checkpoint_dir("base", "tiny"))
-    again = run(tiny_home, 2, [*words, "--extend", "--num-iterations", str(steps[-1] + 2)])
+    again = run_ranks(tiny_home, 2, [*words, "--extend", "--num-iterations", str(steps[-1] + 2)])
     assert again.returncode == 0, again.stderr
     assert last(tiny_home).step == steps[-1] + 2
 
 
 def test_ctrl_c_saves_once_and_ends_all(tiny_home: Any) -> None:
     words = tiny_home.pretrain_words(**CHANGES | {"num_iterations": 5000, "save_every": 4000})
-    process = subprocess.Popen(
-        torchrun(tiny_home, 2, words),
-        env=environment(tiny_home),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    process = torchrun(tiny_home, words, start_new_session=True)
     assert process.stdout is not None
     seen = ""
     while "step 1/" not in seen:
@@ -167,40 +154,29 @@ def test_ctrl_c_saves_once_and_ends_all(tiny_home: Any) -> None:
     assert len(list_checkpoints(tiny_home.checkpoint_dir("base", "tiny"))) == 1
 
 
-def test_what_ranks_cannot_do_is_said_once(tiny_home: Any) -> None:
-    done = run(tiny_home, 2, tiny_home.pretrain_words(device_batch_size=8))
+def test_what_ranks_cannot_do_is_said_once(tiny_home: Any, run_ranks: Run) -> None:
+    done = run_ranks(tiny_home, 2, tiny_home.pretrain_words(device_batch_size=8))
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "1024" in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("difference", "message"),
+    ("words", "file", "message"),
     [
-        ("sys.argv += ['--seed', '7']", "identity.seed: 42 saved, 7 now"),
-        ("(data / 'shard_00000.parquet').rename(data / 'shard_00009.parquet')", "data.shard_0000"),
+        (["--seed", "7"], "shard_00000.parquet", "identity.seed: 42 saved, 7 now"),
+        ([], "shard_00009.parquet", "data.shard_0000"),
     ],
 )
 def test_ranks_that_would_train_other_runs_are_refused(
-    tiny_home: Any, tmp_path: Path, difference: str, message: str
+    tiny_home: Any, tmp_path: Path, run_ranks: Run, words: list[str], file: str, message: str
 ) -> None:
     """The second rank, as if on another machine, is given something else."""
     other = tiny_home.copy(tmp_path / "other")
-    script = tmp_path / "rank.py"
-    script.write_text(f"""import os, pathlib, runpy, sys
-if os.environ["RANK"] == "1":
-    os.environ["ARCHERCHAT_HOME"] = {str(other.root)!r}
-    data = pathlib.Path({str(other.data_dir("tiny"))!r})
-    {difference}
-sys.argv[0] = "archerchat"
-runpy.run_module("archerchat.cli", run_name="__main__")
-""")
-    words = tiny_home.pretrain_words(**CHANGES)
-    launcher = torchrun(tiny_home, 2, [])
-    line = [*launcher[: launcher.index("-m", 2)], str(script), *words]
-    done = subprocess.run(
-        line, env=environment(tiny_home), capture_output=True, text=True, timeout=120, check=False
-    )
+    data = other.data_dir("tiny")
+    (data / "shard_00000.parquet").rename(data / file)
+    own = {1: (words, {"ARCHERCHAT_HOME": str(other.root)})}
+    done = run_ranks(tiny_home, 2, tiny_home.pretrain_words(**CHANGES), own)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "rank 1 would train a different run than rank 0" in done.stderr

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from archerchat.tasks.registry import MixtureConfig
 from archerchat.training.recipe import Recipe
 from archerchat.training.sft import FinetuneConfig, Finetuning
 
-Launch = Callable[[list[str]], subprocess.Popen[str]]
+Launch = Callable[[list[str]], Any]
 
 RUN = {
     "mixture": "SimpleSpelling:120,Arithmetic:40",
@@ -261,13 +260,9 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert trained_home.run(*words(**run, output_tag="whole")) == 0
     (last,) = steps(trained_home, "whole")[-1:]
     child = launch(words(**run, output_tag="killed"))
-    deadline = time.monotonic() + 600
-    while not any(step >= 8 for step in steps(trained_home, "killed")):
-        assert child.poll() is None, child.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    child.wait_for(lambda: any(step >= 8 for step in steps(trained_home, "killed")))
     time.sleep(Random().uniform(0, 0.03))
-    child.kill()
+    child.send_signal(signal.SIGKILL)
     assert child.wait() in (-signal.SIGKILL, 0)
     assert steps(trained_home, "killed")[-1] <= last
     assert trained_home.run(*words(**run, output_tag="killed")) == 0

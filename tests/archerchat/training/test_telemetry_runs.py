@@ -19,7 +19,7 @@ import pytest
 from archerchat.home import Home
 from endlex.client.shipping import stop_shipper
 
-Launch = Callable[[list[str]], subprocess.Popen[str]]
+Launch = Callable[[list[str]], Any]
 
 WITNESS = """
 import json, sys
@@ -186,8 +186,8 @@ def test_a_machine_that_dies_leaves_all_on_the_server_and_another_goes_on_bit_fo
     monkeypatch.setenv("ENDLEX_URL", server)
     words = tiny_home.pretrain_words(**run, model_tag="killed", keep_last=1)
     child = launch(words)
-    wait_for(lambda: "step_000020" in saved_names(tiny_home, "killed"), child)
-    child.kill()
+    child.wait_for(lambda: "step_000020" in saved_names(tiny_home, "killed"))
+    child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     directory = tiny_home.run_dir("killed")
     assert endlex("sync", directory)[0] == 0
@@ -209,7 +209,7 @@ def test_a_machine_that_dies_leaves_all_on_the_server_and_another_goes_on_bit_fo
         status, said = endlex("pull", f"{identity}@{what}", where)
         assert status == 0, said
     monkeypatch.setenv("ARCHERCHAT_HOME", str(new.root))
-    assert launch(words).wait(timeout=600) == 0
+    assert launch(words).wait() == 0
 
     assert_same_run(tiny_home.checkpoint_dir("base", "whole"), place.parent, 40)
     status, said = endlex("sync", new.run_dir("killed"))
@@ -238,10 +238,9 @@ def test_ctrl_c_with_a_server_ends_as_interrupted_with_its_checkpoint_there(
     monkeypatch.setenv("ENDLEX_URL", server)
     run = {"num_iterations": 4000, "save_every": None, "eval_every": None, "sample_every": None}
     child = launch(tiny_home.pretrain_words(**run, push_checkpoints="all"))
-    wait_for(lambda: any(map(is_step, records_of(tiny_home, "tiny"))), child)
+    child.wait_for(lambda: any(map(is_step, records_of(tiny_home, "tiny"))))
     child.send_signal(signal.SIGINT)
-    output = child.communicate(timeout=600)[0]
-    assert child.returncode == 130, output
+    assert child.wait() == 130, child.output()
     directory = tiny_home.run_dir("tiny")
     assert endlex("sync", directory)[0] == 0
     assert endlex("verify", directory)[0] == 0

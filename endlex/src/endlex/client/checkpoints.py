@@ -46,6 +46,8 @@ FICLONE = 0x40049409
 
 GIVEN_UP = ".given-up"
 """End of the name of the note, beside the manifests, that a checkpoint was given up."""
+DAMAGED = ".damaged"
+"""End of the name of a part of media that is no longer what its name says."""
 
 
 class NothingToSave(EndlexError):
@@ -268,6 +270,11 @@ def waiting_media(directory: Path) -> list[str]:
     return [path.name for path in folder.glob("*") if SHA256.fullmatch(path.name)]
 
 
+def damaged_media(directory: Path) -> list[str]:
+    """Return the parts of media, by hash, that were damaged before they could be sent."""
+    return [path.stem for path in (directory / MEDIA_DIR).glob(f"*{DAMAGED}")]
+
+
 def read_note(directory: Path, name: str) -> Staged:
     """The note of a staged checkpoint."""
     path = note_path(directory, name)
@@ -303,16 +310,21 @@ def staged_change(directory: Path, name: str) -> str | None:
 
 
 def give_up(directory: Path, name: str, reason: str) -> None:
-    """Drop a staged checkpoint that can never be sent, and note that this was decided."""
+    """Drop what can never be sent, and note that this was decided.
+
+    Args:
+        name: of a staged checkpoint, or the hash of a damaged part of media.
+    """
     path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"reason": reason}).encode())
     manifest_path(directory, name).unlink(missing_ok=True)
+    (directory / MEDIA_DIR / f"{name}{DAMAGED}").unlink(missing_ok=True)
     unstage(directory, name)
 
 
 def given_up(directory: Path) -> set[str]:
-    """Names of the checkpoints that `give_up` dropped here."""
+    """Names of the checkpoints, and hashes of the parts of media, that `give_up` dropped here."""
     found = (directory / MANIFEST_DIR).glob(f".*{GIVEN_UP}")
     return {path.name[1:].removesuffix(GIVEN_UP) for path in found}
 

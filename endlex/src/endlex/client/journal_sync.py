@@ -4,7 +4,7 @@ The server is asked once how much it has of a session, with the hash of it: noth
 another content under the same id. Then each batch is whole lines from that offset on, with a
 checksum; the answer is the next offset. A batch sent twice does no harm, so after any fault the
 same is simply done again. A network fault ends a look at all sessions with a `Retry`; what the
-server refuses concerns one session, which is tried again rarely, while the others go on.
+server refuses concerns one session, which is tried again rarely, while the others continue.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from endlex.client.process import oom_kills, write_whole
-from endlex.client.transport import Refused, Retry, Transport, Unreachable, quoted
+from endlex.client.transport import (
+    REFUSED_SECONDS,
+    Refused,
+    Retry,
+    Transport,
+    Unreachable,
+    quoted,
+)
 from endlex.protocol import CRASHED, MAX_BATCH_BYTES, SYSTEM, EndlexError
 from endlex.reading import (
     content_length,
@@ -107,7 +114,7 @@ class SessionSync:
         except Refused as error:
             if error.status not in (400, 409):
                 raise
-            if error.status == 409:  # it has another offset in mind: ask, and go on from it
+            if error.status == 409:  # it expects another offset: ask, and continue from there
                 self.acknowledged = None
             raise Retry(str(error)) from error  # or it was damaged on the way
         except (KeyError, TypeError, ValueError) as error:
@@ -173,7 +180,6 @@ def _digest(path: Path, length: int) -> str:
 
 
 HEARTBEAT_SECONDS = 20.0
-REFUSED_SECONDS = 30.0
 
 
 class JournalShipper:
@@ -215,7 +221,7 @@ class JournalShipper:
                 session.error = None
             except Unreachable:
                 raise
-            except Retry as error:  # said of one session: the others go on
+            except Retry as error:  # one session must wait: the others continue
                 later = error
             except (EndlexError, OSError) as error:
                 self.denied = isinstance(error, Refused) and error.status in (401, 403)

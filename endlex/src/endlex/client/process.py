@@ -23,6 +23,7 @@ import select
 import signal
 import sys
 import threading
+import traceback
 from functools import cache, wraps
 from pathlib import Path
 from typing import IO, Any, ClassVar, NoReturn, Protocol, cast
@@ -180,6 +181,16 @@ def status_of(error: BaseException | None) -> Status:
     if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
         return "finished"
     return "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def describe_error(error: BaseException) -> str:
+    """Return what ended a program, on one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by Ctrl-C"
+    if isinstance(error, SystemExit):
+        word = "exit status " if isinstance(error.code, int) else "exit: "
+        return f"{word}{error.code}"
+    return " ".join("".join(traceback.format_exception_only(error)).split())
 
 
 def finish_at_exit(run: Finishable) -> None:

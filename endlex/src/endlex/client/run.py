@@ -1,18 +1,32 @@
-"""A run as the trainer sees it: records go to the journal, and the call returns."""
+"""What a trainer calls: `init`, then the methods of the `Run` that it returns.
+
+The run that `init` returned last is also the one of the module's functions (`endlex.log` and so
+on), as wandb's users know it. All of them write to the journal and return; a run that is `online`
+has a process of its own, the shipper, which sends what the journal holds.
+"""
 
 from __future__ import annotations
 
 import time
-import traceback as tracebacks
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from endlex.client.journal import Journal
-from endlex.client.process import forget, status_of, warn, watch_faults
+from endlex.client import run_directory
+from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
+from endlex.client.process import (
+    describe_error,
+    finish_at_exit,
+    forget,
+    status_of,
+    warn,
+    warn_once,
+    watch_faults,
+)
 from endlex.client.recorder import Recorder
-from endlex.client.values import RunConfig, as_config, as_list, plain
+from endlex.client.run_directory import Mode
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
@@ -22,14 +36,18 @@ from endlex.protocol import (
     MAX_TEXT_CHARS,
     REPLACES,
     STATUSES,
+    TRAINER,
     EndlexError,
     Status,
     check_checkpoint_name,
+    check_name,
 )
 
 if TYPE_CHECKING:
     from endlex.client.surroundings import Console
 
+P = ParamSpec("P")
+T = TypeVar("T")
 WATCH_SECONDS = 60.0
 """How often `log` looks whether the shipper still lives."""
 
@@ -38,7 +56,7 @@ class Run(Recorder):
     """One session of a run; `init` makes it. One that is disabled takes every call, does nothing.
 
     As a context manager it finishes the run: as failed when an exception leaves the block, as
-    interrupted when that is Ctrl-C.
+    interrupted on Ctrl-C.
     """
 
     def __init__(
@@ -48,7 +66,6 @@ class Run(Recorder):
         project: str,
         name: str,
         config: Any = None,
-        *,
         id: str = "",
         strict: bool = False,
     ) -> None:
@@ -99,10 +116,8 @@ class Run(Recorder):
             replaces: a word such as "last". Once this checkpoint is published, the server drops
                 the run's older ones that were saved with the same word.
             link: take hard links instead of copies, for files that are never rewritten in place,
-                such as those that are written under another name and renamed. They may be deleted
-                or replaced. It costs a few system calls per file, and no space.
-            outside_links: follow symbolic links that lead out of the directory. Those inside it
-                always are.
+                though they may be deleted, or replaced by a rename. A link takes no space.
+            outside_links: follow symbolic links that lead out of the directory, too.
 
         Returns:
             The checkpoint's name: `name`, with a number after it if the directory has one already.
@@ -190,41 +205,37 @@ class Run(Recorder):
         if error is not None and status != "finished":
             end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
             if not isinstance(error, SystemExit):
-                lines = "".join(tracebacks.format_exception(error))[-MAX_TEXT_CHARS:]
+                lines = "".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:]
                 journal.append_own(EXCEPTION, lines)
         journal.append(FINISH, end)
 
-    def go_online(self, url: str) -> None:
-        """Have a shipper send what this run records; without one it is recorded all the same."""
-        from endlex.client.shipping import start_shipper
-
-        self.url = url
-        self._with_shipper(start_shipper)
-
-    def record_surroundings(self, *, environment: bool, code: bool, console: bool) -> None:
+    def begin(self, *, environment: bool, code: bool, console: bool) -> None:
         """Record what the run is: commit, command, packages; and from now on what it prints."""
-        if self._journal is None:
-            return
         from endlex.client.surroundings import Console, record_environment
 
+        assert self._journal is not None
         watch_faults(self._journal.path.with_suffix(".fault"))
         if environment:
             record_environment(self._journal, code)
         if console:
             self._console = Console(self._journal)
+        finish_at_exit(self)
 
-    def _watch_shipper(self) -> None:
+    def go_online(self, url: str) -> None:
+        """Have a shipper send what this run records; without one it is recorded all the same."""
+        self.url = f"{url}/runs/{self.id}"
+        self._watch_shipper(begin=True)
+        warn(f"{self.project}/{self.name} is at {self.url}")
+
+    def _watch_shipper(self, begin: bool = False) -> None:
         """Start another shipper if this run's was killed; asking costs a few system calls."""
-        from endlex.client.shipping import restart_shipper_if_killed
+        from endlex.client.shipping import restart_shipper_if_killed, start_shipper
 
-        self._with_shipper(restart_shipper_if_killed)
-
-    def _with_shipper(self, act: Callable[[Path], None]) -> None:
         self._next_watch = time.monotonic() + WATCH_SECONDS
         if self.directory is None or self._journal is None or self._journal.inherited:
             return
         try:
-            act(self.directory)
+            (start_shipper if begin else restart_shipper_if_killed)(self.directory)
         except (OSError, ValueError) as error:
             warn(f"the shipper does not start ({error})")
 
@@ -244,20 +255,145 @@ class Run(Recorder):
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.finish(status_of(error), error=error)
 
 
-def describe_error(error: BaseException) -> str:
-    """Return what ended a program, on one line."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted by Ctrl-C"
-    if isinstance(error, SystemExit):
-        word = "exit status " if isinstance(error.code, int) else "exit: "
-        return f"{word}{error.code}"
-    return " ".join("".join(tracebacks.format_exception_only(error)).split())
+def init(
+    project: str,
+    name: str | None = None,
+    config: Any = None,
+    *,
+    directory: Path | str | None = None,
+    dir: Path | str | None = None,
+    id: str | None = None,
+    resume: bool | str | None = None,
+    tags: str | Sequence[str] = (),
+    group: str | None = None,
+    job_type: str | None = None,
+    notes: str | None = None,
+    all_ranks: bool = False,
+    mode: Mode | None = None,
+    strict: bool = False,
+    save_code: bool = True,
+    console: bool | None = None,
+    **of_wandb: Any,
+) -> Run:
+    """Start a run, or resume one: the same directory is the same run, with a new session.
+
+    Args:
+        project: name that groups runs.
+        name: the run's name; by default that of the directory's run, or one made from its id.
+        config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
+            is kept as its `str`.
+        directory: the run's own directory, made if missing; by default one under `dir`.
+        dir: where runs' directories go; by default `$ENDLEX_DIR` or `./endlex-runs`.
+        id: that of the run to resume when its directory is on another machine; also taken from
+            `ENDLEX_RUN_ID`.
+        resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
+            or True resumes the newest run of that project and name in `dir`. By default, or with
+            "allow", a run is resumed if the directory holds one.
+        tags: for filtering runs in the dashboard.
+        group: name of a group of runs that belong together.
+        job_type: what the run is for, such as "train"; kept as a tag.
+        notes: free text.
+        all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
+            in a session of its own.
+        mode: `online` sends to the server of `ENDLEX_URL`, `offline` leaves that to `endlex sync`,
+            `disabled` records nothing. By default `ENDLEX_MODE`, else `online` if there is a URL.
+        strict: raise an `EndlexError` for what cannot be recorded as it is, instead of a warning.
+        save_code: keep the uncommitted changes of the program's git checkout with the run.
+        console: keep what the program prints; by default unless `ENDLEX_CONSOLE` is 0.
+        of_wandb: other arguments of `wandb.init` are ignored, with one warning.
+
+    Raises:
+        EndlexError: a name or id is not one, the directory is another run's or not as `resume`
+            wants it, or several ranks were not told which run they share.
+        OSError: the directory cannot be written.
+        TypeError: an argument is unknown here and to wandb.
+    """
+    _ignore(of_wandb)
+    mode = run_directory.chosen_mode(mode)
+    check_name(project, "project")
+    if name is not None:
+        check_name(name, "run name")
+    rank = run_directory.environment_number("RANK")
+    if mode == "disabled" or (rank and not all_ranks):
+        return _remember(Run(None, None, project, name or "", config, strict=strict))
+    run_id = run_directory.given_run_id(id)
+    if all_ranks and not (directory or run_id) and run_directory.environment_number("WORLD_SIZE"):
+        raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
+    place, owner = run_directory.find_or_claim(project, name, run_id, directory, dir, resume)
+    start = run_directory.session_start(
+        owner,
+        TRAINER,
+        config=as_config(config),
+        tags=[*as_list(tags or ()), *([job_type] if job_type else [])],
+        group=group,
+        notes=notes,
+        rank=rank,
+    )
+    run = Run(place, Journal(place, start), project, owner["name"], config, owner["run"], strict)
+    run.begin(
+        environment=rank == 0 and run_directory.is_on("ENVIRONMENT"),
+        code=save_code,
+        console=run_directory.is_on("CONSOLE") if console is None else console,
+    )
+    if mode == "online" and (url := run_directory.server_url()):
+        run.go_online(url)
+    return _remember(run)
+
+
+OF_WANDB = {
+    *("allow_val_change", "anonymous", "config_exclude_keys", "config_include_keys", "entity"),
+    *("force", "fork_from", "magic", "monitor_gym", "reinit", "resume_from", "settings"),
+    *("sync_tensorboard", "tensorboard"),
+}
+"""Arguments of `wandb.init` that mean nothing here."""
+
+
+def _ignore(arguments: dict[str, Any]) -> None:
+    unknown = [name for name in arguments if name not in OF_WANDB]
+    if unknown:
+        raise TypeError(f"init() has no argument {unknown[0]!r}")
+    if given := sorted(name for name, value in arguments.items() if value is not None):
+        warn_once(f"init ignores what means nothing here: {', '.join(given)}")
+
+
+class _Current:
+    """The run that the module's functions speak of: the one that `init` returned last."""
+
+    run: Run | None = None
+
+
+def _remember(run: Run) -> Run:
+    _Current.run = run
+    return run
+
+
+def current_run() -> Run | None:
+    """The run that `init` returned last, or None."""
+    return _Current.run
+
+
+def _of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
+    """Return a function that calls a method of the current run."""
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _Current.run is None:
+            raise EndlexError("there is no run yet: call endlex.init first")
+        return method(_Current.run, *args, **kwargs)
+
+    return call
+
+
+log = _of_current(Run.log)
+log_text = _of_current(Run.log_text)
+log_table = _of_current(Run.log_table)
+log_histogram = _of_current(Run.log_histogram)
+log_image = _of_current(Run.log_image)
+log_file = _of_current(Run.log_file)
+alert = _of_current(Run.alert)
+save = _of_current(Run.save)
+finish = _of_current(Run.finish)

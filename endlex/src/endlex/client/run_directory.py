@@ -20,11 +20,12 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from endlex.client.process import process_name, warn, write_whole
 from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name, check_run_id
 
+Mode = Literal["online", "offline", "disabled"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 SHIPPER_LOCK = "shipper.lock"
 SHIPPER_STATE = "shipper.json"
@@ -47,8 +48,8 @@ def session_start(
     *,
     config: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
-    group: str | None = None,
-    notes: str | None = None,
+    group: object = None,
+    notes: object = None,
     rank: int = 0,
 ) -> dict[str, Any]:
     """What the first record of a session says when this process writes it."""
@@ -59,8 +60,8 @@ def session_start(
         "name": owner["name"],
         "config": dict(config or {}),
         "tags": [check_name(tag, "tag") for tag in tags],
-        "group": group,
-        "notes": notes,
+        "group": None if group is None else str(group),
+        "notes": None if notes is None else str(notes),
         "host": os.uname().nodename,
         "pid": os.getpid(),
         "process": process_name(),
@@ -118,6 +119,52 @@ def claim_directory(
     return read_run_file(directory) or content
 
 
+def find_or_claim(
+    project: str,
+    name: str | None,
+    run_id: str | None,
+    directory: Path | str | None,
+    folder: Path | str | None,
+    resume: bool | str | None,
+) -> tuple[Path, RunFile]:
+    """Find or make a run's directory, in `folder` if none is given; return it with its run.
+
+    Raises:
+        EndlexError: the directory is another run's, or not as `resume` wants it.
+    """
+    if resume not in (None, True, False, "allow", "must", "never", "auto"):
+        raise EndlexError(f"resume {resume!r} must be allow, must, never or auto")
+    folder, new_id = Path(folder or runs_folder()), run_id or new_run_id()
+    if directory is None and run_id is None and resume in (True, "auto"):
+        directory = newest_directory(folder, project, name)
+    if directory is None:
+        directory = default_directory(folder, project, name or "run", new_id)
+    place = Path(directory).absolute()
+    owner = read_run_file(place)
+    if owner is None and resume == "must":
+        raise EndlexError(
+            f"{place} holds no run to resume (resume='must'): give the run's directory; a run of "
+            "another machine is joined by its id alone"
+        )
+    if owner is not None and resume == "never":
+        raise EndlexError(f"{place} holds a run already (resume='never'): give another directory")
+    if owner is None:
+        owner = claim_directory(place, new_id, project, name or f"run-{new_id}")
+    wanted = (project, name or owner["name"])
+    if (owner["project"], owner["name"]) != wanted:
+        raise EndlexError(
+            f"{place} is the directory of run {owner['name']!r} of project {owner['project']!r}, "
+            f"not of {wanted[1]!r} of {project!r}: give another directory"
+        )
+    if run_id is not None and owner["run"] != run_id:
+        raise EndlexError(
+            f"{place} is the directory of the run with id {owner['run']!r}, not {run_id!r}: give "
+            "another directory, or leave the id (ENDLEX_RUN_ID) away"
+        )
+    register(place)
+    return place, owner
+
+
 def require_run_file(directory: Path) -> RunFile:
     """Return the content of run.json, which says whose directory this is."""
     owner = read_run_file(directory)
@@ -127,7 +174,7 @@ def require_run_file(directory: Path) -> RunFile:
 
 
 def runs_folder() -> Path:
-    """Where runs live that were given no directory: `$ENDLEX_DIR` or `./endlex-runs`."""
+    """The folder for runs that were given no directory: `$ENDLEX_DIR` or `./endlex-runs`."""
     return Path(os.environ.get("ENDLEX_DIR") or "endlex-runs")
 
 
@@ -180,6 +227,27 @@ def server_token() -> str | None:
         except (OSError, ValueError, RuntimeError):
             return None
     return token or None
+
+
+def is_on(name: str) -> bool:
+    """Whether `ENDLEX_<name>` does not say no."""
+    return os.environ.get(f"ENDLEX_{name}", "").strip().lower() not in ("0", "false", "off", "no")
+
+
+def chosen_mode(mode: str | None) -> Mode:
+    """Return the mode that was given, or that of the environment."""
+    mode = mode or os.environ.get("ENDLEX_MODE") or ("online" if server_url() else "offline")
+    if mode not in get_args(Mode):
+        raise EndlexError(f"mode {mode!r} must be one of {', '.join(get_args(Mode))}")
+    if mode == "online" and not server_url():
+        raise EndlexError("mode 'online' needs a server: set ENDLEX_URL, or use mode 'offline'")
+    return mode  # type: ignore[return-value]
+
+
+def environment_number(name: str) -> int:
+    """Return a number that a launcher sets, such as a rank; what it leaves empty is 0."""
+    text = os.environ.get(name, "").strip()
+    return int(text) if text.isdecimal() else 0
 
 
 def registry() -> Path:

@@ -18,6 +18,8 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,6 @@ from typing import Any
 from endlex.client.checkpoints import drop_replaced, staged_names, waiting_media
 from endlex.client.journal_sync import JournalShipper
 from endlex.client.process import Stop, replace_unencodable
-from endlex.client.retrying import Backoff
 from endlex.client.run_directory import require_run_file, server_token, server_url
 from endlex.client.shipping import (
     BACKGROUND,
@@ -38,13 +39,12 @@ from endlex.client.shipping import (
     write_state,
 )
 from endlex.client.system_stats import SAMPLE_SECONDS, SystemRecorder
-from endlex.client.transport import Refused, Retry, Transport
-from endlex.client.uploads import send_media, send_staged
+from endlex.client.transport import REFUSED_SECONDS, Backoff, Refused, Retry, Transport
+from endlex.client.uploads import Uploader
 from endlex.protocol import EndlexError
 
 CHECKPOINT_POLL_SECONDS = 0.5
-REFUSED_SECONDS = 30.0
-MEDIA = "media/"
+ALL_MEDIA = "media/"
 """Stands for all waiting media among the checkpoints, whose names have no slash."""
 
 
@@ -68,7 +68,9 @@ class CheckpointShipper:
         self._directory, self._run, self._transport = directory, run, transport
         self._ready = ready
         self._stop = Stop()
-        self._backoff = Backoff()
+        self._backoffs: defaultdict[str, Backoff] = defaultdict(Backoff)
+        self._media_at = 0.0
+        """When media may be tried again: their faults hold up no checkpoint."""
         self._states: dict[str, dict[str, Any]] = {}
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
 
@@ -86,11 +88,11 @@ class CheckpointShipper:
         return dict(self._states)
 
     def waiting(self) -> list[str]:
-        """Return what is here and may be sent: `MEDIA`, and checkpoints, oldest first."""
-        names = [MEDIA] if waiting_media(self._directory) else []
-        names += staged_names(self._directory)
+        """Return what is here and may be sent: `ALL_MEDIA`, and checkpoints, oldest first."""
+        media = [ALL_MEDIA] if waiting_media(self._directory) else []
         states = self.states()
-        return [name for name in names if states.get(name, {}).get("state") != "failed"]
+        staged = staged_names(self._directory)
+        return media + [n for n in staged if states.get(n, {}).get("state") != "failed"]
 
     def forget(self, name: str) -> None:
         """Drop the state of one that was given up."""
@@ -111,18 +113,18 @@ class CheckpointShipper:
 
         def note(done: int, total: int) -> None:
             if done > self._states[name]["done_bytes"]:
-                self._backoff.reset()
+                self._backoffs[name].reset()
             self._set(name, "sending", done_bytes=done, total_bytes=total)
             if progress is not None:
                 progress(done, total)
 
-        here, stopped = self._directory, self._stop.is_set
+        uploader = Uploader(self._transport, note, self._stop.is_set)
         self._set(name, "hashing")
         try:
-            if name == MEDIA:
-                send_media(here, self._transport, progress=note, stopped=stopped)
+            if name == ALL_MEDIA:
+                uploader.send_media(self._directory)
             else:
-                send_staged(here, self._run, name, self._transport, progress=note, stopped=stopped)
+                uploader.send_staged(self._directory, self._run, name)
         except EndlexError as error:
             is_refused = isinstance(error, Refused)
             state = "refused" if is_refused else "waiting" if isinstance(error, Retry) else "failed"
@@ -148,21 +150,34 @@ class CheckpointShipper:
         for name in drop_replaced(self._directory):
             self._set(name, "replaced")
         for name in self.waiting():
-            if self._stop.is_set():
-                break
-            try:
-                self.send(name)
-            except Retry as error:
-                return self._backoff.wait(error)
-            except Refused:
-                return REFUSED_SECONDS
-            except EndlexError as error:
-                say(f"checkpoint {name} failed: {error}")
-            else:
-                self._backoff.reset()
-                if name != MEDIA:
-                    say(f"checkpoint {name} is published")
+            if self._stop.is_set() or (name == ALL_MEDIA and time.monotonic() < self._media_at):
+                continue
+            wait = self._attempt(name)
+            if name == ALL_MEDIA:
+                self._media_at = time.monotonic() + wait
+            elif wait:
+                return wait
         return CHECKPOINT_POLL_SECONDS
+
+    def _attempt(self, name: str) -> float:
+        """Send one of those that wait; return the seconds to wait after a fault that may pass."""
+        what = "media" if name == ALL_MEDIA else f"checkpoint {name}"
+        try:
+            self.send(name)
+        except Retry as error:
+            return self._backoffs[name].wait(error)
+        except Refused:
+            return REFUSED_SECONDS
+        except EndlexError as error:
+            say(f"{what} failed: {error}")
+        except Exception as error:  # such as a full disk
+            say(f"{what} must wait: {type(error).__name__}: {error}")
+            return REFUSED_SECONDS
+        else:
+            self._backoffs.pop(name, None)
+            if name != ALL_MEDIA:
+                say(f"{what} is published")
+        return 0.0
 
 
 POLL_SECONDS = 0.5

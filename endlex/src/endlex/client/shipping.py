@@ -19,7 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from endlex.client.checkpoints import read_note, staged_change, staged_names, waiting_media
+from endlex.client.checkpoints import (
+    DAMAGED,
+    damaged_media,
+    read_note,
+    staged_change,
+    staged_names,
+    waiting_media,
+)
 from endlex.client.process import (
     READ_ONLY,
     describe,
@@ -30,17 +37,17 @@ from endlex.client.process import (
     write_whole,
 )
 from endlex.client.run_directory import SHIPPER_LOCK, SHIPPER_LOG, SHIPPER_STATE
-from endlex.protocol import EndlexError
+from endlex.protocol import MEDIA_DIR, EndlexError
 from endlex.reading import content_length, session_files
 
 FINISH_SECONDS = 4.0
 """How long the end of a run waits for the server to have everything."""
 BEGIN_SECONDS = 1.0
-"""After so long at a run's end without a living shipper another one is started."""
+"""Seconds without a living shipper, at a run's end, after which another one is started."""
 POLL_SECONDS = 0.02
 NAMING_POLLS = 10
 DONE = "done"
-"""State of one that ended because nothing was left to do."""
+"""State of a shipper that ended because nothing was left to do."""
 STOPPED = "stopped"
 """State of a shipper that was asked to end."""
 FOREGROUND = "foreground"
@@ -121,7 +128,7 @@ def shipper_process(directory: Path) -> Holder | None:
             return None
         if holder is None or holder.pid:
             return holder
-        time.sleep(POLL_SECONDS)  # it has the lock, and is about to write its name
+        time.sleep(POLL_SECONDS)  # a process has the lock and is about to write its name
     return holder
 
 
@@ -238,12 +245,12 @@ def stop_shipper(directory: Path, *, seconds: float = 5.0) -> bool:
 
 
 class Unsent(NamedTuple):
-    """What the server has not acknowledged, and may yet."""
+    """How much the server has not acknowledged yet."""
 
     records: int
     bytes: int
     files: int
-    """Of checkpoints and media."""
+    """Files of checkpoints and media."""
 
     def __bool__(self) -> bool:
         return bool(self.bytes or self.files)
@@ -301,6 +308,8 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
             restart_shipper_if_killed(directory)
     for name, reason in failed_checkpoints(directory).items():
         warn(f"checkpoint {name} cannot be sent: {reason}")
+    for sha256 in damaged_media(directory):
+        warn(f"a logged file was damaged before it was sent: {MEDIA_DIR}/{sha256}{DAMAGED}")
     if not is_sent and (left := unsent(directory)):
         error = read_state(directory).get("error")
         warn(

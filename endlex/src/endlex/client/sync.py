@@ -1,35 +1,65 @@
-"""Send all that a run's directory holds now, in the foreground: what `endlex sync DIR` does.
+"""Send all that a run's directory holds (`endlex sync`), and compare it by hash (`endlex verify`).
 
-A shipper that is at work there is ended first, and started again afterwards if a trainer still
-writes; so a new address or token counts at once. Ctrl-C loses nothing. `push_checkpoint` sends
-files that are in no run's directory.
+Sending is in the foreground. A shipper that is at work there is ended first, and started again
+afterwards if a trainer still writes; so a new address or token counts at once. Ctrl-C loses
+nothing. The comparison asks: may this machine be torn down?
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, NamedTuple
 
-from endlex.client.checkpoints import Staged, drop_replaced, files_of, give_up
+from endlex.client.checkpoints import (
+    damaged_media,
+    drop_replaced,
+    give_up,
+    given_up,
+    load_manifest,
+    staged_names,
+    waiting_media,
+)
 from endlex.client.journal_sync import JournalShipper, SessionDiffers, SessionSync, renew_session
-from endlex.client.retrying import PATIENCE_SECONDS, Patience
+from endlex.client.process import describe
 from endlex.client.run_directory import require_run_file
-from endlex.client.shipper import MEDIA, CheckpointShipper
+from endlex.client.shipper import ALL_MEDIA, CheckpointShipper
 from endlex.client.shipping import (
     DONE,
     FOREGROUND,
+    failed_checkpoints,
     holding,
+    shipper_process,
     start_shipper,
     stop_shipper,
     take_lock,
     write_state,
 )
-from endlex.client.transport import Retry, Transport
-from endlex.client.uploads import CheckpointFailed, Progress, build_manifest, upload_checkpoint
-from endlex.protocol import EndlexError, check_checkpoint_name, check_run_id
-from endlex.reading import content_length, session_files, writer_is_alive
+from endlex.client.transfers import PATIENCE_SECONDS, Patience, Removed, Unknown, fetch_manifest
+from endlex.client.transport import Refused, Retry, Transport, TransportError, quoted
+from endlex.client.uploads import CheckpointFailed, missing_parts
+from endlex.protocol import (
+    CHECKPOINT,
+    MANIFEST_DIR,
+    MEDIA,
+    METRICS,
+    REPLACES,
+    SYSTEM,
+    TABLE,
+    TEXT,
+    EndlexError,
+    check_sha256,
+)
+from endlex.reading import (
+    content_length,
+    parse_record,
+    session_files,
+    session_kind,
+    writer_is_alive,
+)
 
 SyncProgress = Callable[[str, int, int], None]
 """Called with what is sent ("journal" or a checkpoint's name), the bytes that have arrived, and
@@ -51,8 +81,8 @@ def sync_directory(
 
     Args:
         patience: seconds without any progress after which a fault of the network is raised.
-        drop_failed: give up the checkpoints that can never be published, such as those whose files
-            were rewritten before they were sent.
+        drop_failed: give up the checkpoints and media that can never be sent, such as those whose
+            files were rewritten before that.
         resend: send journals that differ from the server's copies as new sessions.
 
     Returns:
@@ -86,7 +116,7 @@ def sync_directory(
         if state["state"] == "published":
             published.add(name)
         elif state["error"]:
-            what = "media" if name == MEDIA else f"checkpoint {name}"
+            what = "media" if name == ALL_MEDIA else f"checkpoint {name}"
             errors.append(f"{what}: {state['error']}")
     if errors:
         raise EndlexError("; ".join(dict.fromkeys(errors)))
@@ -143,70 +173,227 @@ def _send_checkpoints(
     drop_failed: bool,
 ) -> None:
     """Send what is staged, and media."""
-
-    def report(name: str, done: int, total: int) -> None:
-        patience.progressed(name, done)
-        progress(name, done, total)
-
     drop_replaced(directory)
     for name in checkpoints.waiting():
         try:
-            patience.keep_trying(partial(checkpoints.send, name, partial(report, name)))
+            report = patience.watching(progress, name)
+            patience.keep_trying(partial(checkpoints.send, name, report))
         except Retry:
             raise
         except CheckpointFailed as error:
             if drop_failed:
-                give_up(directory, name, str(error))
                 checkpoints.forget(name)
+                if name != ALL_MEDIA:
+                    give_up(directory, name, str(error))
         except (EndlexError, OSError):
             continue  # it is among the states
+    for sha256 in damaged_media(directory) if drop_failed else ():
+        give_up(directory, sha256, "damaged before it was sent")
 
 
-def push_checkpoint(
-    run: str,
-    source: Path,
-    name: str,
-    transport: Transport,
-    *,
-    step: int = 0,
-    aliases: Sequence[str] = (),
-    metadata: Mapping[str, Any] | None = None,
-    progress: Progress = lambda done, total: None,
-) -> None:
-    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
+OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in (METRICS, TEXT, TABLE))
+"""How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
 
-    Nothing is staged: the files must not change meanwhile, which is noticed.
+Remedy = Literal["sync", "resend", "wait", "drop", "restore", "look"]
+"""What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server;
+to look at the journal."""
 
-    Raises:
-        CheckpointFailed: it cannot be published, such as when another one has the name.
-        Retry: not now; calling again sends only what is left.
-        Refused: the token does not allow it, or the server does not know the run.
-        EndlexError: there is nothing to push, or a name is not one.
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a directory may not be deleted yet; as text, one line for people."""
+
+    kind: Literal["journal", "checkpoint", "media", "live"]
+    name: str
+    """A session, a checkpoint, or what lives: a session, or `shipper`."""
+    reason: str
+    remedy: Remedy = "sync"
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class LetGo:
+    """A checkpoint that the server published and that a rule or a person removed since."""
+
+    name: str
+    removed: float
+    """Unix seconds."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A run's directory beside what the server has; safe to delete when nothing is missing."""
+
+    missing: list[Missing] = field(default_factory=list)
+    let_go: list[LetGo] = field(default_factory=list)
+    given_up: list[str] = field(default_factory=list)
+    """Checkpoints that somebody decided to do without, since they could not be sent."""
+
+
+def require_all_sent(directory: Path, transport: Transport, published: Collection[str]) -> None:
+    """Check that the server has what was here; what a live trainer adds meanwhile may be missing.
+
+    Args:
+        published: checkpoints that are known to be, though they are still staged.
     """
-    check_run_id(run)
-    files = list(files_of(source))
-    if not files:
-        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
-    states = [(inside, path.stat()) for inside, path in files]
-    note: Staged = {
-        "name": check_checkpoint_name(name),
-        "step": step,
-        # That of the newest file, not now, so that the same push again is the same manifest.
-        "created": max(state.st_mtime for _, state in states),
-        "aliases": [check_checkpoint_name(alias) for alias in aliases],
-        "metadata": dict(metadata or {}),
-        "files": [
-            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
-            for inside, state in states
-        ],
-    }
-    root = source if source.is_dir() else source.parent
-    manifest = build_manifest(root, note)
-    patience = Patience()
+    missing = [
+        found
+        for found in compare_directory(directory, transport).missing
+        if found.kind != "checkpoint" or found.name not in published
+    ]
+    if any(found.kind == "live" for found in missing):
+        missing = [found for found in missing if found.remedy == "resend"]
+    if missing:
+        raise EndlexError("; ".join(map(str, missing)))
 
-    def report(done: int, total: int) -> None:
-        patience.progressed(done)
-        progress(done, total)
 
-    send = partial(upload_checkpoint, run, manifest, root, note, transport, progress=report)
-    patience.keep_trying(send)
+def compare_directory(directory: Path, transport: Transport) -> Comparison:
+    """Compare a run's directory with the server by hash.
+
+    Every session's journal must be there and equal, every checkpoint that was saved be published
+    with the files that were hashed here, or have been until it was removed on purpose, no
+    checkpoint wait, no trainer write and no shipper work.
+    """
+    owner = require_run_file(directory)
+    shipper = shipper_process(directory)
+    missing = [
+        found
+        for path in session_files(directory)
+        for found in _verify_journal(owner["run"], path, transport, bool(shipper))
+    ]
+    staged = staged_names(directory)
+    failed, dropped = failed_checkpoints(directory), given_up(directory)
+    for name in staged:
+        if name in failed:
+            reason = f"it cannot be sent: {failed[name]}"
+            missing.append(Missing("checkpoint", name, reason, "drop"))
+        else:
+            missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
+    let_go: list[LetGo] = []
+    announced = _read_announced(directory)
+    hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+    for name in sorted({*announced.checkpoints, *hashed}):
+        if name not in staged and name not in dropped:
+            saved = announced.checkpoints.get(name, _Saved())
+            found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
+            let_go += [found] if isinstance(found, LetGo) else []
+            missing += [found] if isinstance(found, Missing) else []
+    missing += [*_verify_media(directory, announced.media, transport), *announced.damaged]
+    if shipper is not None:
+        reason = f"{describe(shipper.name)} is still at work: wait for it"
+        missing.append(Missing("live", "shipper", reason, "wait"))
+    return Comparison(missing, let_go, sorted(dropped))
+
+
+class _Saved(NamedTuple):
+    """A checkpoint as its journal record describes it."""
+
+    time: float = math.inf
+    replaces: str | None = None
+
+
+@dataclass
+class _Announced:
+    """What a run's journals say of its checkpoints and media."""
+
+    checkpoints: dict[str, _Saved] = field(default_factory=dict)
+    media: dict[str, str] = field(default_factory=dict)
+    """Names of logged files, by the hash of each part."""
+    damaged: list[Missing] = field(default_factory=list)
+
+
+def _read_announced(directory: Path) -> _Announced:
+    """Read what was saved and logged; a damaged line may hide something, so it is missing."""
+    found = _Announced()
+    for path in session_files(directory):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
+                    continue
+                try:
+                    _add_announced(found, parse_record(line))
+                except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
+                    reason = f"line {number} is damaged and may name a checkpoint or a logged file"
+                    found.damaged.append(Missing("journal", path.stem, reason, "look"))
+    return found
+
+
+def _add_announced(found: _Announced, record: Any) -> None:
+    """Add a record; raises what reading a damaged one raises."""
+    if record["type"] == CHECKPOINT:
+        replaces = (record.get("metadata") or {}).get(REPLACES)
+        found.checkpoints[record["name"]] = _Saved(float(record["time"]), replaces)
+    elif record["type"] == MEDIA:
+        found.media |= {check_sha256(p["sha256"]): str(record["name"]) for p in record["parts"]}
+
+
+def _verify_media(
+    directory: Path, announced: dict[str, str], transport: Transport
+) -> Iterator[Missing]:
+    """Yield the logged files that the server lacks, and those that still wait here."""
+    lacking, _ = missing_parts(transport, list(announced))
+    waiting, damaged = waiting_media(directory), damaged_media(directory)
+    for sha256 in dict.fromkeys([*lacking, *waiting, *damaged]):
+        name = announced.get(sha256, sha256)
+        if sha256 in damaged:
+            yield Missing("media", name, "one of its files was damaged before it was sent", "drop")
+        elif sha256 in waiting or sha256 not in given_up(directory):
+            yield Missing("media", name, "one of its files is not sent yet")
+
+
+def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
+    found = []
+    is_shippers = has_shipper and session_kind(path) == SYSTEM
+    if not is_shippers and writer_is_alive(path):
+        reason = "a process still writes this session: end it"
+        found.append(Missing("live", path.stem, reason, "wait"))
+    try:
+        if left := SessionSync(run, path, transport).missing_bytes():
+            found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent"))
+    except SessionDiffers as error:
+        found.append(Missing("journal", path.stem, str(error), "resend"))
+    return found
+
+
+def _verify_checkpoint(
+    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
+) -> Missing | LetGo | None:
+    let_go, ours = None, None
+    try:
+        ours = load_manifest(directory, name)
+        theirs = fetch_manifest(run, name, transport)
+    except TransportError:
+        raise
+    except Removed as error:
+        theirs, let_go = error.manifest, LetGo(name, error.removed, error.reason)
+    except EndlexError as error:
+        if _is_replaced(run, saved, transport):
+            return None
+        if ours is not None and isinstance(error, Unknown):
+            said = f"{error}, though it was published there once"
+            return Missing("checkpoint", name, said, "restore")
+        return Missing("checkpoint", name, str(error))
+    if ours is not None and ours["files"] != theirs["files"]:
+        return Missing("checkpoint", name, "the server's files differ from those saved here")
+    return let_go
+
+
+def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
+    """Whether the server has a later checkpoint that was saved to replace this one."""
+    if saved.replaces is None:
+        return False
+    try:
+        listed = transport.request("GET", quoted("runs", run, "checkpoints")).content
+        return any(
+            other["state"] == "published"
+            and other["created"] > saved.time
+            and (other["metadata"] or {}).get(REPLACES) == saved.replaces
+            for other in listed
+        )
+    except Refused:
+        return False
+    except (KeyError, TypeError, AttributeError) as error:
+        raise transport.ill_answer() from error

@@ -62,7 +62,7 @@ def sensors(directory: Path) -> list[Sensor]:
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except Exception:  # a broken installation of an optional library is as good as none
+    except Exception:  # an optional library that is broken counts as not installed
         return None
 
 
@@ -98,7 +98,7 @@ class _Network:
 
 
 def _card_sensors(nvml: Any, card: Any, prefix: str) -> list[Sensor]:
-    """Return one sensor per figure: cards differ in what they can tell."""
+    """Return one sensor per figure: cards differ in what they support."""
     kind = nvml.NVML_TEMPERATURE_GPU
 
     def memory() -> dict[str, float]:

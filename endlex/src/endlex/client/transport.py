@@ -1,7 +1,7 @@
 """HTTP to the server, with the standard library: connections kept alive, with bounded waits.
 
 A fault is one of two kinds, and what to do about it is in the type: `Retry` (no answer, or one
-that says later) is tried again with a growing wait (`retrying`), and `Refused` will not be cured by
+that says later) is tried again with a growing wait (`Backoff`), and `Refused` will not be cured by
 asking again soon. Whatever asks the server raises these. No message holds the token.
 """
 
@@ -11,6 +11,7 @@ import base64
 import http.client
 import itertools
 import json
+import random
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -39,7 +40,10 @@ HINTS = {
     "name resolution": "is there a network? Behind a proxy, set HTTPS_PROXY",
     "no answer in time": "behind a proxy, set HTTPS_PROXY",
 }
-"""What helps, by a part of what the system says."""
+"""Remedies, by a part of the system's message."""
+LONGEST_WAIT = 30.0
+REFUSED_SECONDS = 30.0
+"""Seconds until something that the server refused is tried again."""
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -346,7 +350,7 @@ def _judge(response: http.client.HTTPResponse, content: bytes, asked: str, url: 
 
 
 def _seconds(header: str | None) -> float | None:
-    """The seconds of a Retry-After; a date there is as good as nothing."""
+    """Return the seconds of a Retry-After header; None for a date, which is ignored."""
     if header is None or not header.strip().isdecimal():
         return None
     return float(min(int(header), 300))
@@ -355,3 +359,21 @@ def _seconds(header: str | None) -> float | None:
 def quoted(*parts: str) -> str:
     """A path of these parts, each of them quoted: `quoted("runs", run)` is `/runs/<run>`."""
     return "".join(f"/{quote(part, safe='')}" for part in parts)
+
+
+class Backoff:
+    """Waits that double from 0.2 s to 30 s, each shortened at random by up to a half."""
+
+    def __init__(self, first: float = 0.2, longest: float = LONGEST_WAIT) -> None:
+        self._first, self._longest = first, longest
+        self._next = first
+
+    def reset(self) -> None:
+        """Start over: something worked."""
+        self._next = self._first
+
+    def wait(self, error: Retry) -> float:
+        """Return the seconds to wait now; at least those that the server asked for."""
+        seconds = self._next * random.uniform(0.5, 1.0)
+        self._next = min(2 * self._next, self._longest)
+        return max(seconds, error.retry_after or 0.0)

@@ -14,12 +14,15 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from endlex.client.checkpoints import (
+    DAMAGED,
     Staged,
     StagedFile,
     load_manifest,
@@ -29,7 +32,6 @@ from endlex.client.checkpoints import (
     waiting_media,
 )
 from endlex.client.process import READ_ONLY, write_whole
-from endlex.client.retrying import in_parallel
 from endlex.client.transport import Refused, Retry, Transport, quoted
 from endlex.protocol import (
     MAX_PARTS_ASKED,
@@ -45,10 +47,11 @@ from endlex.protocol import (
 
 CONNECTIONS = 2
 ROUNDS = 5
-"""How often parts are sent that the server says it lacks, before that counts as a fault."""
+"""Times that missing parts are sent before that counts as a fault."""
 VERIFY_SECONDS = (0.05, 2.0)
 """First and longest wait between questions whether the server has verified a checkpoint."""
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with the number of bytes that have arrived, and of all bytes."""
 
@@ -147,97 +150,133 @@ class _Place:
             return content.read(self.length)
 
 
-def upload_checkpoint(
-    run: str,
-    manifest: Manifest,
-    root: Path,
-    note: Staged,
-    transport: Transport,
-    *,
-    progress: Progress = lambda done, total: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Send what the server lacks of a checkpoint, and return when the server has published it.
+@dataclass(frozen=True)
+class Uploader:
+    """Send checkpoints and media through a transport; what the server has is not sent again.
 
     Args:
-        root: holds the files.
-        note: what they were, so that a change is noticed before it is sent.
-        stopped: asked between requests; when true, the upload ends with a `Retry`.
-
-    Raises:
-        CheckpointFailed: it never will be published.
-        Retry: not now.
-        Refused: the token does not allow it, or the server does not know the run.
+        progress: told how far each of them is.
+        stopped: asked between requests; when true, an upload ends with a `Retry`.
     """
-    files = {file["path"]: file for file in note["files"]}
-    places: dict[str, _Place] = {}
-    for file in manifest["files"]:
-        offset = 0
-        for part in file["parts"]:
-            place = _Place(root, files[file["path"]], offset, part["bytes"])
-            places.setdefault(part["sha256"], place)
-            offset += part["bytes"]
-    for _ in range(ROUNDS):
-        if _commit(run, manifest, transport, stopped):
-            total = sum(place.length for place in places.values())
-            progress(total, total)
-            return
-        _send_parts(places, transport, progress, stopped)
-    raise Retry(f"{transport.url} says again and again that parts are missing")
 
+    transport: Transport
+    progress: Progress = lambda done, total: None
+    stopped: Callable[[], bool] = lambda: False
 
-def _commit(
-    run: str, manifest: Manifest, transport: Transport, stopped: Callable[[], bool]
-) -> bool:
-    """Send the manifest; return whether it is published now, or parts are missing."""
-    where = quoted("runs", run, "checkpoints", manifest["name"])
-    wait, longest = VERIFY_SECONDS
-    while True:
-        try:
-            answer = transport.request("PUT", where, json_body=manifest)
-        except Refused as error:
-            if error.content.get("state") == "incomplete":
-                return False
-            if error.status in (409, 413, 422):
-                raise CheckpointFailed(str(error)) from error
-            raise
-        state = answer.content.get("state") if isinstance(answer.content, dict) else None
-        if state == "published":
-            return True
-        if state != "verifying":
-            raise transport.ill_answer()
-        _check_going(stopped)
-        time.sleep(wait)
-        wait = min(wait * 2, longest)
+    def send_staged(self, directory: Path, run: str, name: str) -> None:
+        """Hash a staged checkpoint, publish it (see there), and then drop its files here."""
+        note = read_note(directory, name)
+        manifest, root = staged_manifest(directory, note), directory / STAGED_DIR / name
+        self.publish(run, manifest, root, note)
+        unstage(directory, name)
 
+    def publish(self, run: str, manifest: Manifest, root: Path, note: Staged) -> None:
+        """Send what the server lacks of a checkpoint, and return when it is published there.
 
-def _check_going(stopped: Callable[[], bool]) -> None:
-    if stopped():
-        raise Retry("the upload was stopped")
+        Args:
+            root: holds the files.
+            note: what they were, so that a change is noticed before it is sent.
 
+        Raises:
+            CheckpointFailed: it can never be published.
+            Retry: not now.
+            Refused: the token does not allow it, or the server does not know the run.
+        """
+        files = {file["path"]: file for file in note["files"]}
+        places: dict[str, _Place] = {}
+        for file in manifest["files"]:
+            offset = 0
+            for part in file["parts"]:
+                place = _Place(root, files[file["path"]], offset, part["bytes"])
+                places.setdefault(part["sha256"], place)
+                offset += part["bytes"]
+        for _ in range(ROUNDS):
+            if self._commit(run, manifest):
+                total = sum(place.length for place in places.values())
+                self.progress(total, total)
+                return
+            self._send_parts(places)
+        raise Retry(f"{self.transport.url} says again and again that parts are missing")
 
-def _send_parts(
-    places: Mapping[str, _Place],
-    transport: Transport,
-    progress: Progress,
-    stopped: Callable[[], bool],
-) -> None:
-    missing, partial = missing_parts(transport, list(places))
-    total = sum(place.length for place in places.values())
-    held = total - sum(places[sha256].length for sha256 in missing) + sum(partial.values())
-    progress(held, total)
-    lock = threading.Lock()
+    def _commit(self, run: str, manifest: Manifest) -> bool:
+        """Send the manifest; return whether it is published now, or parts are missing."""
+        where = quoted("runs", run, "checkpoints", manifest["name"])
+        wait, longest = VERIFY_SECONDS
+        while True:
+            try:
+                answer = self.transport.request("PUT", where, json_body=manifest)
+            except Refused as error:
+                if error.content.get("state") == "incomplete":
+                    return False
+                if error.status in (409, 413, 422):
+                    raise CheckpointFailed(str(error)) from error
+                raise
+            state = answer.content.get("state") if isinstance(answer.content, dict) else None
+            if state == "published":
+                return True
+            if state != "verifying":
+                raise self.transport.ill_answer()
+            self._check_going()
+            time.sleep(wait)
+            wait = min(wait * 2, longest)
 
-    def send(sha256: str) -> None:
-        nonlocal held
-        _check_going(stopped)
-        start = partial.get(sha256, 0)
-        _send_part(sha256, places[sha256], start, transport)
-        with lock:
-            held += places[sha256].length - start
-            progress(held, total)
+    def _check_going(self) -> None:
+        if self.stopped():
+            raise Retry("the upload was stopped")
 
-    in_parallel(send, missing, CONNECTIONS, transport)
+    def _send_parts(self, places: Mapping[str, _Place], damaged: set[str] | None = None) -> None:
+        """Send the parts that the server lacks.
+
+        Args:
+            damaged: takes the parts whose files are not what they were, instead of a failure.
+        """
+        missing, partial = missing_parts(self.transport, list(places))
+        total = sum(place.length for place in places.values())
+        held = total - sum(places[sha256].length for sha256 in missing) + sum(partial.values())
+        self.progress(held, total)
+        lock = threading.Lock()
+
+        def send(sha256: str) -> None:
+            nonlocal held
+            self._check_going()
+            start = partial.get(sha256, 0)
+            try:
+                _send_part(sha256, places[sha256], start, self.transport)
+            except CheckpointFailed:
+                if damaged is None:
+                    raise
+                damaged.add(sha256)
+            with lock:
+                held += places[sha256].length - start
+                self.progress(held, total)
+
+        in_parallel(send, missing, CONNECTIONS, self.transport)
+
+    def send_media(self, directory: Path) -> None:
+        """Send the media that wait in a run's directory.
+
+        Raises:
+            CheckpointFailed: a logged file was damaged before it was sent. It is put aside, and the
+                others are sent first.
+        """
+        folder, places = directory / MEDIA_DIR, dict[str, _Place]()
+        for name in waiting_media(directory):
+            status = (folder / name).stat()
+            size, changed = status.st_size, status.st_mtime_ns
+            places[name] = _Place(
+                folder, {"path": name, "bytes": size, "changed": changed}, 0, size
+            )
+        damaged = set[str]()
+        self._send_parts(places, damaged)
+        for name in places:
+            with contextlib.suppress(OSError):  # a directory that can only be read
+                if name in damaged:
+                    (folder / name).rename(folder / f"{name}{DAMAGED}")
+                else:
+                    (folder / name).unlink()
+        if damaged:
+            shown = ", ".join(str(folder / f"{name}{DAMAGED}") for name in sorted(damaged))
+            raise CheckpointFailed(f"a logged file was damaged before it was sent: {shown}")
 
 
 def _send_part(sha256: str, place: _Place, start: int, transport: Transport) -> None:
@@ -274,36 +313,34 @@ def missing_parts(transport: Transport, parts: list[str]) -> tuple[list[str], di
     return missing, partial
 
 
-def send_media(
-    directory: Path,
-    transport: Transport,
-    *,
-    progress: Progress = lambda done, total: None,
-    stopped: Callable[[], bool] = lambda: False,
+def in_parallel(
+    act: Callable[[T], None], items: Iterable[T], connections: int, transport: Transport
 ) -> None:
-    """Send the media that wait in a run's directory."""
-    folder, places = directory / MEDIA_DIR, dict[str, _Place]()
-    for name in waiting_media(directory):
-        status = (folder / name).stat()
-        file: StagedFile = {"path": name, "bytes": status.st_size, "changed": status.st_mtime_ns}
-        places[name] = _Place(folder, file, 0, status.st_size)
-    _send_parts(places, transport, progress, stopped)
-    for name in places:
-        with contextlib.suppress(OSError):  # a directory that can only be read
-            (folder / name).unlink()
+    """Act on each item, several at a time in threads; the first fault ends all, and is raised.
 
+    Args:
+        transport: what `act` asks; each thread's connection is closed at its end.
+    """
+    waiting, failed = deque(items), list[BaseException]()
 
-def send_staged(
-    directory: Path,
-    run: str,
-    name: str,
-    transport: Transport,
-    *,
-    progress: Progress = lambda done, total: None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Hash a staged checkpoint, send it, and drop its files here once it is published."""
-    note = read_note(directory, name)
-    manifest, root = staged_manifest(directory, note), directory / STAGED_DIR / name
-    upload_checkpoint(run, manifest, root, note, transport, progress=progress, stopped=stopped)
-    unstage(directory, name)
+    def work() -> None:
+        try:
+            while not failed:
+                try:
+                    item = waiting.popleft()
+                except IndexError:  # nothing is left
+                    return
+                act(item)
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            transport.close()
+
+    with ThreadPoolExecutor(connections) as pool:
+        try:
+            for job in [pool.submit(work) for _ in range(min(connections, len(waiting)))]:
+                job.result()
+        except BaseException as error:  # such as Ctrl-C
+            failed.append(error)
+    if failed:
+        raise next((error for error in failed if not isinstance(error, Retry)), failed[0])

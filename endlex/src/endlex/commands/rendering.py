@@ -37,8 +37,8 @@ def render_table(
     """Return rows below headers, columns two spaces apart.
 
     Args:
-        headers: one a column.
-        rows: one text a column each.
+        headers: one per column.
+        rows: one text per column in each.
         right: columns that hold numbers, aligned at their right end.
     """
     texts = [[printable(cell) for cell in row] for row in [headers, *rows]]

@@ -1,7 +1,7 @@
 """`endlex serve` runs the server, the extra `endlex[server]`; `endlex token` manages its tokens.
 
-Whoever may write the data directory owns the server, so the tokens' commands work on its files, on
-its machine; a running server sees the change at once.
+A person who may write the data directory owns the server, so the tokens' commands change its files,
+on its machine. A running server sees the change at once.
 """
 
 from __future__ import annotations
@@ -100,22 +100,13 @@ def list_tokens(data: Path | None, as_json: bool) -> int:
     if as_json:
         print_json(tokens)
     elif tokens:
-        rows = [
-            [
-                *(
-                    t["id"],
-                    t["name"],
-                    ",".join(t["scopes"]),
-                    _own_runs(t),
-                    format_age(t["created"]),
-                ),
-                *(format_age(t["last_used"]) or "never", format_age(t["revoked"])),
-            ]
-            for t in tokens
-        ]
-        print(
-            render_table(["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"], rows)
-        )
+        heads = ["ID", "NAME", "SCOPES", "OWN RUNS", "MADE", "LAST USED", "REVOKED"]
+        rows = []
+        for t in tokens:
+            row = [t["id"], t["name"], ",".join(t["scopes"]), _own_runs(t)]
+            ages = [format_age(t[key]) for key in ("created", "last_used", "revoked")]
+            rows.append([*row, ages[0], ages[1] or "never", ages[2]])
+        print(render_table(heads, rows))
         if any(t["older_runs"] for t in tokens):
             print(
                 "Tokens made before Endlex had the scopes annotate and manage keep their scopes, "

@@ -18,8 +18,8 @@ from typing import Any
 
 from endlex.client.run_directory import RunFile, runs_folder
 from endlex.client.shipping import BACKGROUND, read_state, shipper_process
+from endlex.client.sync import Comparison, LetGo, compare_directory
 from endlex.client.transport import Transport
-from endlex.client.verify import Comparison, LetGo, compare_directory
 from endlex.commands.rendering import count, format_age, format_bytes, print_json, printable
 from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import SYSTEM, EndlexError, UsageError
@@ -174,8 +174,13 @@ def _print_remedy(unsafe: Sequence[Verdict], url: str | None) -> None:
         print("something is still at work: end it, or wait for it, and verify again")
     if places("restore"):
         print(
-            "the server does not have what was published once: is it the right one? Otherwise "
+            "the server does not have what was published once: is it the right one? If it is, "
             "restore its data, or `endlex push` the files again under the same name"
+        )
+    if places("look"):
+        print(
+            "what a damaged line of a journal names cannot be compared: look at the line, and at "
+            "the run on the server, before you delete anything"
         )
     if hopeless := places("drop"):
         print(

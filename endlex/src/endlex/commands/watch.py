@@ -30,7 +30,7 @@ PLOT_ROWS = 12
 
 
 Look = dict[str, Any]
-"""A run at one moment, as `GET /runs/RUN` tells it."""
+"""A run at one moment, as `GET /runs/RUN` answers."""
 
 
 def _look(text: str, url: str | None) -> Look:
@@ -136,7 +136,7 @@ def _draw(
     names: Sequence[str],
     read: Callable[[str, int], tuple[list[float], list[float]]],
 ) -> None:
-    """Draw one plot a metric, as many as fit below one another."""
+    """Draw one plot per metric, as many as fit below one another."""
     columns, lines = shutil.get_terminal_size()
     fitting = max(1, (lines - 2) // PLOT_ROWS)
     last = {m["name"]: m for m in look["metrics"]}

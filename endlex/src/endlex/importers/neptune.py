@@ -16,9 +16,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from endlex.client.media import read_file
-from endlex.importers.rows import find_files, inside, load
-from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.client.recorder import read_file
+from endlex.importers.run_directory import Imported, RunWriter, Source, find_files, inside, load
 from endlex.protocol import EndlexError
 
 SINGLE = ("float", "int", "string", "bool", "datetime", "string_set")

@@ -17,10 +17,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from endlex.client.media import HISTOGRAM
-from endlex.client.values import tidy_name
-from endlex.importers.rows import load
-from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.client.journal import tidy_name
+from endlex.client.recorder import HISTOGRAM
+from endlex.importers.run_directory import Imported, RunWriter, Source, load
 from endlex.protocol import EndlexError
 
 HEAD = struct.Struct("<QI")

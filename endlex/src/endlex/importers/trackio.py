@@ -16,8 +16,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from endlex.importers.rows import find_files, numbers_of, write_row
-from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.importers.run_directory import (
+    Imported,
+    RunWriter,
+    Source,
+    find_files,
+    numbers_of,
+    write_row,
+)
 from endlex.protocol import EndlexError
 
 

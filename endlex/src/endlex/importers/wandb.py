@@ -18,9 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from endlex.client.values import tidy_name
-from endlex.importers.rows import find_files, load, numbers_of, write_row
-from endlex.importers.run_directory import Imported, RunWriter, Source
+from endlex.client.journal import tidy_name
+from endlex.importers.run_directory import (
+    Imported,
+    RunWriter,
+    Source,
+    find_files,
+    load,
+    numbers_of,
+    write_row,
+)
 from endlex.protocol import CONSOLE, EndlexError
 
 MAGIC = b":W&B"
@@ -30,7 +37,7 @@ FRAGMENT = struct.Struct("<IHB")  # crc32 of type and content, length, type
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 INTERNAL = ("_wandb", "_step", "_timestamp", "_runtime")
 CONSOLE_LINES = 200
-"""In one text."""
+"""Most lines of the console per text."""
 
 
 def find_wandb_files(path: Path) -> list[Path]:

@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class DataDir:
-    """Name what lies in a server's data directory."""
+    """Name the files and folders of a server's data directory."""
 
     root: Path
 

@@ -13,9 +13,8 @@ from endlex.server.api.auth import Auth
 from endlex.server.events import Hub
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.blobs import Blobs
-from endlex.server.store.checkpoints import Checkpoints
+from endlex.server.store.checkpoints import Checkpoints, Verifier
 from endlex.server.store.database import Database
-from endlex.server.store.verification import Verifier
 from endlex.server.watch.alerts import Watch
 from endlex.server.watch.notify import Notifier
 from endlex.server.workers import Workers

@@ -21,13 +21,13 @@ class Workers:
 
     def __init__(self) -> None:
         self.read = Pool(4, "endlex-read")
-        """For reads of the database."""
+        """Runs reads of the database."""
         self.file = Pool(4, "endlex-file")
-        """For reads and writes of files."""
+        """Runs reads and writes of files."""
         self.batch = Pool(2, "endlex-batch")
-        """For decoding incoming batches."""
+        """Decodes incoming batches."""
         self.quick = Pool(1, "endlex-quick")
-        """For questions that take a millisecond at most and must not wait behind a long read."""
+        """Answers questions of a millisecond at most, which must not wait behind a long read."""
 
     def close(self) -> None:
         """Wait for what runs, and drop what has not begun."""

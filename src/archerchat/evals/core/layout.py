@@ -1,8 +1,8 @@
 """Lay a batch of trees out for `Transformer.hidden`: which tokens run, and who sees whom.
 
-A batch is one flat row of tokens without padding: each tree's trunk and then its branches.
-Attention takes it in blocks of queries, each with one range of keys that holds all that its queries
-see, and a mask for the rest.
+A batch is one flat row of tokens without padding: each tree's trunk and then its branches. A query
+sees two ranges of keys, in its trunk and in its branch. Attention takes the row in blocks of
+queries, each with one range of keys that holds all that its queries see, and a mask for the rest.
 
 Nothing is computed that no score depends on. The last layer needs queries at the scored positions
 and keys as far back as its window; the layer below needs outputs there; and so on down. With
@@ -29,19 +29,15 @@ ROWS = 64
 class Level:
     """One layer: the tokens that come in and go out, and its blocks of attention."""
 
-    incoming: Index
-    """The tokens that come in, by their place in the layout."""
     kept: Index
-    """The tokens that go out, by their place among `incoming`, ascending."""
-    window: int
-    """How far back a query sees, no larger than makes a difference."""
+    """(n,): the tokens that go out, by their place among those that come in, ascending."""
+    keeps_all: bool
+    """Whether all tokens go out."""
+    ranges: Index
+    """(4, n): the keys that each kept token sees, as places among the tokens that come in: first
+    and end in its trunk, first and end in its branch. A token of a trunk sees none in a branch."""
     blocks: tuple[tuple[slice, slice], ...]
-    """Queries, a slice of `kept`, with their keys, a slice of `incoming`."""
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all tokens go out."""
-        return np.array_equal(self.kept, np.arange(len(self.incoming)))
+    """Queries, a slice of `kept`, with their keys, a slice of the tokens that come in."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,6 @@ class Layout:
     """(N,), the token before each, -1 where there is none."""
     positions: Index
     """(N,), position in the prompt."""
-    tree: Index
-    """(N,), each token's tree."""
-    branch: Index
-    """(N,), its branch, numbered over the batch; -1 in a trunk."""
     levels: tuple[Level, ...]
     """One per layer; layers that are alike share one."""
     sources: Index
@@ -66,16 +58,6 @@ class Layout:
     """The scored tokens."""
     options: Index
     """For each scored token its option, numbered over the batch."""
-
-    def visible(self, level: Level, queries: slice, keys: slice) -> NDArray[np.bool_]:
-        """Return which keys each query of a block sees, (queries, keys)."""
-        places = level.kept[queries]
-        rows, columns = level.incoming[places][:, None], level.incoming[keys]
-        seen = np.arange(keys.start, keys.stop) <= places[:, None]
-        seen &= self.tree[columns] == self.tree[rows]
-        seen &= (self.branch[columns] < 0) | (self.branch[columns] == self.branch[rows])
-        seen &= self.positions[columns] >= self.positions[rows] - level.window
-        return seen
 
 
 def needed_trunk(tree: Tree, windows: Sequence[int]) -> list[int]:
@@ -105,11 +87,9 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
     sizes = np.array([len(tree.token_ids) for tree in trees])
     first_option = _starts([len(tree.lengths) for tree in trees])
     owner = np.repeat(np.arange(len(trees)), sizes)
-    branch = np.concatenate([tree.branch for tree in trees])
     position = np.concatenate([tree.positions for tree in trees])
-    # How many of the trunk's last tokens must run for this one to be among them; 0 in branches.
+    # Distance from the trunk's end: 1 for its last token, 0 for the first of a branch, then -1.
     depth = np.repeat([tree.trunk_length for tree in trees], sizes) - position
-    depth = np.where(branch < 0, depth, 0)
     chosen = _rounded(np.flatnonzero(depth <= needed[owner, 0]))
     owner, depth, position = owner[chosen], depth[chosen], position[chosen]
 
@@ -125,10 +105,10 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
             kept = _rounded(np.flatnonzero(alive[i + 1][incoming]))
             starts = np.searchsorted(owner[incoming], np.arange(len(trees)))
             of_query = owner[incoming[kept]]
-            trunk_end = (starts + needed[:, i])[of_query]
-            reach = np.maximum(starts[of_query], np.minimum(kept, trunk_end) - window)
-            blocks = tuple(_iter_blocks(kept, reach, block))
-            made[key] = Level(incoming, kept, window, blocks)
+            trunk_start, trunk_end = starts[of_query], (starts + needed[:, i])[of_query]
+            ranges = _ranges(kept, trunk_start, trunk_end, depth[incoming[kept]], window)
+            keeps_all = np.array_equal(kept, np.arange(len(incoming)))
+            made[key] = Level(kept, keeps_all, ranges, tuple(_iter_blocks(ranges, block)))
         levels.append(made[key])
         incoming = incoming[levels[-1].kept]
 
@@ -138,8 +118,6 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
         token_ids=np.concatenate([tree.token_ids for tree in trees])[chosen].astype(np.int64),
         previous_ids=np.concatenate([tree.previous_ids for tree in trees])[chosen].astype(np.int64),
         positions=position.astype(np.int64),
-        tree=owner,
-        branch=np.where(depth > 0, -1, branch[chosen] + first_option[owner]),
         levels=tuple(levels),
         sources=np.searchsorted(chosen[incoming], np.concatenate(sources)),
         targets=np.concatenate([tree.targets for tree in trees]).astype(np.int64),
@@ -147,16 +125,29 @@ def build_layout(trees: Sequence[Tree], windows: Sequence[int], block: int) -> L
     )
 
 
-def _iter_blocks(kept: Index, reach: Index, block: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of queries, each with the range of keys that they see.
+def _ranges(kept: Index, start: Index, end: Index, depth: Index, window: int) -> Index:
+    """Return which keys queries see, as `Level.ranges`.
 
     Args:
-        kept: each query's own place among the keys, ascending.
-        reach: the first key that each sees.
+        kept: each query's own place among the keys.
+        start: the place where its trunk starts.
+        end: the place where its trunk ends.
+        depth: how far the query is from the trunk's end: 1 for the last token, 0 for a branch's
+            first, then -1 and so on.
     """
-    for start in range(0, len(kept), block):
-        stop = min(start + block, len(kept))
-        yield slice(start, stop), slice(int(reach[start:stop].min()), int(kept[stop - 1]) + 1)
+    place = end - depth  # if no other branch stood between its own and the trunk
+    skipped = kept - place
+    first = np.maximum(start, place - window)
+    in_branch = np.minimum(np.maximum(first, end) + skipped, kept + 1)
+    return np.stack([first, np.minimum(place + 1, end), in_branch, kept + 1])
+
+
+def _iter_blocks(ranges: Index, block: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of queries, each with the range of keys that they see."""
+    reach = np.where(ranges[0] < ranges[1], ranges[0], ranges[2])
+    for start in range(0, len(reach), block):
+        stop = min(start + block, len(reach))
+        yield slice(start, stop), slice(int(reach[start:stop].min()), int(ranges[3, stop - 1]))
 
 
 def _starts(sizes: Sequence[int] | Index) -> Index:

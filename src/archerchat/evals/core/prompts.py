@@ -54,8 +54,6 @@ class Tree:
     """(n,), the token before each in its prompt, -1 for the first."""
     positions: Ids
     """(n,), the position in its prompt."""
-    branch: Ids
-    """(n,), the option whose branch it is in; -1 is the trunk."""
     trunk_length: int
     sources: Ids
     """For each scored token, which of the tokens above predicts it."""
@@ -76,8 +74,7 @@ def build_tree(index: int, prompts: Sequence[Prompt]) -> Tree:
     """Cut an example's prompts into a trunk and branches."""
     inputs = [prompt.token_ids[:-1] for prompt in prompts]
     trunk = common_prefix(inputs)
-    parts = [(inputs[0], slice(0, trunk), -1)]
-    parts += [(row, slice(trunk, len(row)), option) for option, row in enumerate(inputs)]
+    parts = [(inputs[0], slice(0, trunk)), *((row, slice(trunk, len(row))) for row in inputs)]
     sources, options, size = [], [], trunk
     for option, (prompt, row) in enumerate(zip(prompts, inputs, strict=True)):
         places = np.arange(prompt.start - 1, len(row))
@@ -90,10 +87,9 @@ def build_tree(index: int, prompts: Sequence[Prompt]) -> Tree:
 
     return Tree(
         index,
-        token_ids=joined(row[part] for row, part, _ in parts),
-        previous_ids=joined(np.append(-1, row[:-1])[part] for row, part, _ in parts),
-        positions=joined(np.arange(part.start, part.stop) for _, part, _ in parts),
-        branch=joined(np.full(part.stop - part.start, number) for _, part, number in parts),
+        token_ids=joined(row[part] for row, part in parts),
+        previous_ids=joined(np.append(-1, row[:-1])[part] for row, part in parts),
+        positions=joined(np.arange(part.start, part.stop) for _, part in parts),
         trunk_length=trunk,
         sources=joined(sources),
         targets=joined(prompt.token_ids[prompt.start :] for prompt in prompts),

@@ -23,7 +23,7 @@ from archerchat.model.transformer import Before, Transformer, norm
 CPU_BATCH_TOKENS = 4096
 BATCH_TOKENS = 16_384
 """Tokens in a batch on accelerators, unless a single tree has more."""
-CPU_BLOCK = 128
+CPU_BLOCK = 64
 """Queries that attend together on CPUs: small blocks skip more of what windows hide."""
 BLOCK = 2048
 """The same on accelerators, where a block should fill the device."""
@@ -57,15 +57,26 @@ class Outcome:
 
 
 class TreeLayer:
-    """One layer's attention in a batch of trees; takes the place of a KV cache (`Past`)."""
+    """One layer's attention in a batch of trees; takes the place of a KV cache (`Past`).
 
-    def __init__(self, layout: Layout, level: Level, device: torch.device, dtype: torch.dtype):
-        self.blocks = level.blocks
-        self.masks = []
-        for block in level.blocks:
-            seen = torch.from_numpy(layout.visible(level, *block)).to(device)
-            zeros = torch.zeros(seen.shape, dtype=dtype, device=device)
-            self.masks.append(zeros.masked_fill_(~seen, -math.inf))
+    Args:
+        masks: the batch's masks by what they show. Most blocks of a trunk share one.
+    """
+
+    def __init__(
+        self, level: Level, masks: dict[bytes, Tensor], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.blocks, self.masks = level.blocks, []
+        for queries, keys in level.blocks:
+            ranges = level.ranges[:, queries] - keys.start
+            shown = ranges.tobytes()
+            if shown not in masks:
+                first, end, in_branch, stop = ranges[..., None]
+                places = np.arange(keys.stop - keys.start)
+                seen = (places >= first) & (places < end) | (places >= in_branch) & (places < stop)
+                bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+                masks[shown] = bias.masked_fill_(torch.from_numpy(~seen).to(device), -math.inf)
+            self.masks.append(masks[shown])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from the kept tokens (1, n, H, D) to the incoming ones (1, N, K, D)."""
@@ -73,10 +84,10 @@ class TreeLayer:
         parts = [
             F.scaled_dot_product_attention(
                 q[:, :, queries], k[:, :, keys], v[:, :, keys], mask, enable_gqa=True
-            )
+            ).transpose(1, 2)
             for (queries, keys), mask in zip(self.blocks, self.masks, strict=True)
         ]
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        return torch.cat(parts, dim=1)
 
 
 def hidden_of(model: Transformer, layout: Layout) -> Tensor:
@@ -89,7 +100,8 @@ def hidden_of(model: Transformer, layout: Layout) -> Tensor:
     token_ids, previous_ids = moved(layout.token_ids)[None], moved(layout.previous_ids)[None]
     previous = norm(model.token_embedding(previous_ids.clamp(min=0)).to(dtype))
     previous = previous * (previous_ids >= 0)[..., None]
-    made = {id(level): TreeLayer(layout, level, device, dtype) for level in layout.levels}
+    masks: dict[bytes, Tensor] = {}
+    made = {id(level): TreeLayer(level, masks, device, dtype) for level in layout.levels}
     layers = [made[id(level)] for level in layout.levels]
     kept = [None if level.keeps_all else moved(level.kept) for level in layout.levels]
     before = Before(moved(layout.positions), previous, layers, kept)

@@ -36,6 +36,10 @@ function notice(text, isError = false) {
   $("notice").className = isError ? "error" : "";
 }
 
+function keep(problem = store.save(current)) {
+  if (problem) notice(`Not saved: ${problem}.`, true);
+}
+
 async function explain(response) {
   const body = await response.json().catch(() => null);
   if (response.status === 401) document.body.classList.add("show-settings");
@@ -56,7 +60,7 @@ async function loadModels() {
   $("compare").replaceChildren(element("option", "⇄ compare", { value: "" }), ...options());
   for (const name of ["model", "compare"]) if (models.some((model) => model.id === store.settings[name])) $(name).value = store.settings[name];
   describeModel();
-  if (!current.nodes.length && !current.text) current.mode = modelNow()?.stage === "base" ? "text" : "chat";
+  if (isUnused(current)) current.mode = usualMode();
   if (!running) showAll();
   notice("");
 }
@@ -79,10 +83,8 @@ function describeModel() {
   $("about").textContent = `${model.id}, step ${model.step}\n${(model.parameters / 1e6).toFixed(1)}M parameters, depth ${model.depth}\ncontext of ${model.context} tokens${bpb}`;
 }
 
-function setMode(mode) {
-  current.mode = mode;
-  showAll();
-}
+const isUnused = (conversation) => !conversation.nodes.length && !conversation.text;
+const usualMode = () => (modelNow()?.stage === "base" ? "text" : "chat");
 
 function showAll() {
   const isText = current.mode === "text";
@@ -93,11 +95,6 @@ function showAll() {
   showTexts();
   showMessages();
   showList();
-  showState();
-}
-
-function showState() {
-  const isText = current.mode === "text";
   $("send").textContent = running ? "Stop" : isText ? "Continue" : "Send";
   $("undo").hidden = !isText || undo === null || Boolean(running);
 }
@@ -105,16 +102,18 @@ function showState() {
 function showList() {
   const wanted = $("search").value.toLowerCase();
   const texts = (each) => `${each.title} ${each.text} ${each.nodes.map((node) => store.textOf(node.parts)).join(" ")}`;
-  const shown = store.conversations.filter((each) => (each.nodes.length || each.text || each === current) && (!wanted || texts(each).toLowerCase().includes(wanted)));
+  const shown = store.conversations.filter((each) => (!isUnused(each) || each === current) && (!wanted || texts(each).toLowerCase().includes(wanted)));
   $("conversations").replaceChildren(...shown.map((each) => {
     const open = element("button", each.title || (each.text || "New conversation").slice(0, 80), { class: "open" });
     open.onclick = () => openConversation(each);
     const remove = element("button", "✕", { class: "remove", "aria-label": "Delete this conversation" });
     remove.onclick = () => {
       if (!confirm("Delete this conversation?")) return;
-      store.remove(each);
+      const problem = store.remove(each);
       if (each === current) start();
       else showList();
+      notice("");
+      keep(problem);
     };
     return element("li", [open, remove], each === current ? { class: "current" } : {});
   }));
@@ -130,8 +129,8 @@ function openConversation(conversation) {
   (current.mode === "text" ? $("text") : $("prompt")).focus();
 }
 
-function start(mode = modelNow()?.stage === "base" ? "text" : "chat") {
-  const unused = store.conversations.find((each) => !each.nodes.length && !each.text);
+function start(mode = usualMode()) {
+  const unused = store.conversations.find(isUnused);
   if (unused) unused.mode = mode;
   openConversation(unused ?? store.create(mode));
 }
@@ -140,7 +139,7 @@ function showMessages() {
   const columns = Object.keys(sides()).map((side) => {
     if (side === "other" && !((current.other ?? -1) >= 0)) current.other = current.leaf;
     const shown = store.path(current, side).map((at) => showMessage(at, side));
-    if (!shown.length) shown.push(element("p", "The model answers what you write. It runs on this server, and conversations stay in this browser.", { class: "empty" }));
+    if (!shown.length) shown.push(element("p", `The model answers what you write. It runs on this server, and conversations stay in this browser${store.isBlocked ? " until you leave: it stores nothing" : ""}.`, { class: "empty" }));
     return element("div", shown, { class: "column", "data-side": side });
   });
   $("messages").replaceChildren(...columns);
@@ -163,7 +162,7 @@ function showMessage(at, side) {
     const walk = (step) => () => {
       if (running || !(beside[place + step] >= 0)) return;
       store.walkTo(current, beside[place + step], side);
-      store.save();
+      keep();
       showMessages();
     };
     button("‹", "The branch before", walk(-1));
@@ -219,13 +218,14 @@ function options(model) {
 // Let requests run together, which the same button stops.
 async function run(work) {
   if (running) return;
+  const conversation = current; // another may be opened before the end
   running = new AbortController();
-  showState();
+  showAll();
   notice("");
   await work(running.signal);
   running = null;
-  current.updated = Date.now();
-  store.save();
+  conversation.updated = Date.now();
+  keep(store.save(conversation));
   showAll();
 }
 
@@ -290,7 +290,7 @@ async function answer(parent, side, signal, said = "", tokens = []) {
   conversation[side] = parent;
   const messages = store.messagesOf(conversation, side);
   if (said) messages.push({ role: "assistant", content: said });
-  if (store.settings.system) messages.unshift({ role: "system", content: store.settings.system });
+  if (store.settings.system?.trim()) messages.unshift({ role: "system", content: store.settings.system });
   const at = store.add(conversation, "assistant", said ? [{ type: "text", text: said }] : [], parent);
   const node = conversation.nodes[at];
   [node.tokens, node.note, conversation[side]] = [tokens, "", at];
@@ -377,9 +377,7 @@ function grow() {
 }
 
 function setTheme() {
-  const theme = store.settings.theme;
-  if (theme && theme !== "system") document.documentElement.dataset.theme = theme;
-  else delete document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = store.settings.theme ?? "system";
 }
 
 function buildSettings() {
@@ -390,8 +388,7 @@ function buildSettings() {
     if (store.settings[name] !== undefined) input.value = store.settings[name];
     input.onchange = () => {
       const value = kind === "number" ? (input.value === "" ? undefined : Number(input.value)) : input.value;
-      store.settings[name] = value;
-      store.saveSettings();
+      store.set(name, value);
       setTheme();
       if (name === "tokens" && !running) showAll();
       if (name === "key") loadModels();
@@ -412,24 +409,18 @@ $("prompt").onkeydown = (event) => {
   event.preventDefault();
   if (!running) send();
 };
-$("text").oninput = () => { [current.text, current.runs, undo] = [$("text").value, [], null]; showTexts(); showState(); };
-$("text").onchange = () => { current.updated = Date.now(); store.save(); showList(); };
+$("text").oninput = () => { [current.text, current.runs, current.updated, undo] = [$("text").value, [], Date.now(), null]; keep(); showAll(); };
 $("text").onkeydown = (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !running) continueText();
 };
-$("undo").onclick = () => { [current.text, undo, current.runs] = [undo, null, []]; showTexts(); store.save(); showState(); };
+$("undo").onclick = () => { [current.text, undo, current.runs] = [undo, null, []]; keep(); showAll(); };
 for (const name of ["model", "compare"]) $(name).onchange = () => {
-  store.settings[name] = $(name).value;
-  store.saveSettings();
+  store.set(name, $(name).value);
   describeModel();
+  if (name === "model" && isUnused(current)) current.mode = usualMode();
   if (!running) showAll();
-  if (name === "model" && !current.nodes.length && !current.text) setMode(modelNow().stage === "base" ? "text" : "chat");
 };
-for (const button of $("mode").children) button.onclick = () => {
-  if (button.dataset.mode === current.mode) return;
-  if (current.nodes.length || current.text) start(button.dataset.mode);
-  else setMode(button.dataset.mode);
-};
+for (const button of $("mode").children) button.onclick = () => button.dataset.mode !== current.mode && start(button.dataset.mode);
 $("new").onclick = () => start();
 $("search").oninput = showList;
 $("menu").onclick = () => document.body.classList.toggle("show-sidebar");
@@ -447,7 +438,7 @@ $("file").onchange = async () => {
   try {
     notice(`${store.fromLines(await $("file").files[0].text())} conversations were added.`);
   } catch (error) {
-    notice(`This file cannot be read: ${error.message}`, true);
+    notice(`Nothing was added: ${error.message}`, true);
   }
   $("file").value = "";
   showList();
@@ -460,6 +451,13 @@ document.onkeydown = (event) => {
   }
   if (event.altKey && event.key.toLowerCase() === "n") { event.preventDefault(); start(); }
 };
+addEventListener("pagehide", () => running?.abort()); // what was said so far is saved
+addEventListener("storage", ({ key }) => {
+  store.receive(key, running && current);
+  current = store.conversations.find((each) => each.id === current.id);
+  if (current) showAll();
+  else start();
+});
 
 setTheme();
 buildSettings();

@@ -1,47 +1,88 @@
 // Conversations, kept by the browser. Each is a tree: a message knows the one before it, so that
-// another answer, or another wording of a question, is a branch beside the first.
+// another answer, or another wording of a question, is a branch beside the first. Each has an entry
+// of its own in the storage, so tabs do not overwrite each other. None is deleted to make room.
 
-const KEY = "archerchat.conversations";
-const MAX_KEPT = 200;
+const PREFIX = "archerchat.conversation.";
+const SETTINGS = "archerchat.settings";
+const PASSING = ["tokens", "runs", "unsaved"]; // what is not stored
 
-function read(key, fallback) {
+let room = null;
+try {
+  room = localStorage;
+} catch { /* a SecurityError: the browser blocks it */ }
+export const isBlocked = !room;
+room ??= {}; // as long as the page is open
+
+const newId = () => crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`;
+
+function read(key, fallback = null) {
   try {
-    return JSON.parse(localStorage.getItem(key)) ?? fallback;
+    return JSON.parse(room[key]) ?? fallback;
   } catch {
     return fallback;
   }
 }
 
-export const settings = read("archerchat.settings", {});
-export function saveSettings() {
-  localStorage.setItem("archerchat.settings", JSON.stringify(settings));
-}
-
-export let conversations = read(KEY, []);
-export function save() {
-  conversations.sort((a, b) => b.updated - a.updated);
-  conversations = conversations.slice(0, MAX_KEPT);
-  while (conversations.length) {
-    try {
-      localStorage.setItem(KEY, JSON.stringify(conversations, (key, value) => (key === "tokens" || key === "runs" ? undefined : value)));
-      return;
-    } catch {
-      conversations.pop(); // the browser's room is used up: the oldest goes
-    }
+// Store a text, or delete it if there is none. Return why that failed, or "".
+function write(key, text) {
+  try {
+    if (text === undefined) delete room[key];
+    else room[key] = text;
+    return "";
+  } catch (error) {
+    return error.name === "QuotaExceededError" ? "the browser has no room left for it; delete other conversations first" : error.message;
   }
-  localStorage.removeItem(KEY);
 }
 
+export const settings = read(SETTINGS, {});
+export function set(name, value) {
+  settings[name] = value;
+  write(SETTINGS, JSON.stringify({ ...read(SETTINGS, {}), [name]: value })); // another tab may have changed the others
+}
+
+export let conversations = Object.keys(room).filter((key) => key.startsWith(PREFIX)).map((key) => read(key)).filter(Boolean);
+const together = read("archerchat.conversations", []); // version 0.2 kept all of them in one entry
+write("archerchat.conversations");
+conversations.push(...together);
+together.forEach(save);
+sort();
+
+function sort() {
+  conversations.sort((a, b) => b.updated - a.updated);
+}
+
+// Save a conversation, unless it was deleted in the meantime. Return why that failed, or "".
+export function save(conversation) {
+  if (!conversations.includes(conversation)) return "";
+  sort();
+  const text = JSON.stringify(conversation, (name, value) => (PASSING.includes(name) ? undefined : value));
+  conversation.unsaved = write(PREFIX + conversation.id, text);
+  return conversation.unsaved;
+}
+
+// Take over what another tab saved or deleted. If that is the conversation which is being answered
+// here, both versions are kept.
+export function receive(key, answering) {
+  if (!key?.startsWith(PREFIX)) return;
+  const found = read(key);
+  if (found && found.id === answering?.id) answering.id = newId();
+  conversations = conversations.filter((each) => PREFIX + each.id !== key);
+  if (found) conversations.push(found);
+  sort();
+}
+
+const empty = (mode) => ({ id: newId(), mode, title: "", nodes: [], leaf: -1, other: -1, text: "", updated: Date.now() });
 export function create(mode) {
-  const made = { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, mode, title: "", nodes: [], leaf: -1, other: -1, text: "", updated: Date.now() };
+  const made = empty(mode);
   conversations.unshift(made);
   return made;
 }
 
+// Delete a conversation. Return why others are still not saved, or "".
 export function remove(conversation) {
   conversations = conversations.filter((each) => each !== conversation);
-  if (conversations.length) save();
-  else localStorage.removeItem(KEY);
+  write(PREFIX + conversation.id);
+  return conversations.filter((each) => each.unsaved).map(save).find(Boolean) ?? ""; // there may be room now
 }
 
 export function add(conversation, role, parts, parent) {
@@ -79,24 +120,51 @@ export function messagesOf(conversation, side) {
   });
 }
 
+// Return the chats as `archerchat sft` reads them: each ends with an answer, and no message is blank.
 export function toLines() {
-  const chats = conversations.filter((each) => each.mode === "chat" && each.nodes.length > 1);
-  return chats.map((each) => `${JSON.stringify({ messages: messagesOf(each) })}\n`).join("");
+  return conversations.filter((each) => each.mode === "chat").map((each) => {
+    const messages = messagesOf(each);
+    const blank = messages.findIndex(({ content }) => /^\s*$/.test(content));
+    const end = blank < 0 ? messages.length : blank;
+    return end > 1 ? `${JSON.stringify({ messages: messages.slice(0, end - (end % 2)) })}\n` : "";
+  }).join("");
 }
 
-export function fromLines(text) {
-  let count = 0;
-  for (const line of text.split("\n").filter((each) => each.trim())) {
-    const read = JSON.parse(line);
-    const made = { messages: Array.isArray(read) ? read : read.messages };
-    if (!Array.isArray(made.messages)) throw new Error("a line holds no messages");
-    const conversation = create("chat");
-    for (const { role, content } of made.messages) {
-      const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
-      if (role === "user" || role === "assistant") conversation.leaf = add(conversation, role, parts.map(({ type, text }) => ({ type: String(type), text: String(text) })), conversation.leaf);
+function fromMessages(messages) {
+  const made = empty("chat");
+  let system = ""; // joined to the first question, as models are shown it
+  for (const { role, content } of Array.isArray(messages) ? messages : []) {
+    const types = role === "assistant" ? ["text", "python", "python_output"] : ["text"];
+    const parts = typeof content === "string" ? [{ type: "text", text: content }] : [content].flat();
+    if (!parts.every((part) => types.includes(part?.type) && typeof part.text === "string")) throw new Error(`not all parts of ${role} are text`);
+    if (["system", "developer"].includes(role) && !made.nodes.length) system = `${textOf(parts)}\n\n`;
+    else if (role !== ["user", "assistant"][made.nodes.length % 2]) throw new Error(`${role} is out of turn`);
+    else {
+      made.title ||= textOf(parts).slice(0, 80);
+      if (system) parts.unshift({ type: "text", text: system });
+      made.leaf = add(made, role, parts.map(({ type, text }) => ({ type, text })), made.leaf);
+      system = "";
     }
-    count += 1;
   }
-  save();
-  return count;
+  if (!made.nodes.length) throw new Error("there are no messages");
+  return made;
+}
+
+// Add the conversations of a file: all of them, or none and throw.
+export function fromLines(text) {
+  const before = conversations;
+  const made = text.split("\n").flatMap((line, i) => {
+    try {
+      const read = line.trim() && JSON.parse(line);
+      return read === "" ? [] : [fromMessages(read.messages ?? read)];
+    } catch (error) {
+      throw new Error(`line ${i + 1}: ${error.message}`);
+    }
+  });
+  conversations = [...made, ...before];
+  const failed = made.find(save);
+  if (!failed) return made.length;
+  conversations = before;
+  made.forEach((each) => write(PREFIX + each.id));
+  throw new Error(failed.unsaved);
 }

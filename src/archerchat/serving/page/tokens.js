@@ -51,7 +51,7 @@ function showAlternatives(anchor, token, onPick) {
     anchor.focus();
     event.stopPropagation();
   };
-  list.onpointerleave = list.onblur = () => list.remove();
+  list.onpointerleave = () => list.remove();
   document.body.append(list);
   const place = anchor.getBoundingClientRect();
   list.style.left = `${Math.max(4, Math.min(place.left, innerWidth - list.offsetWidth - 4))}px`;

@@ -271,7 +271,7 @@ def _find(
 ) -> tuple[bool, Granted | None]:
     """Return whether any token was ever made, and the one that a request carries.
 
-    What is compared are hashes of random secrets, so the time that it takes tells nothing.
+    Only hashes of random secrets are compared, so the time that this takes reveals nothing.
     """
     any_made = connection.execute("SELECT 1 FROM token LIMIT 1").fetchone() is not None
     if secret:

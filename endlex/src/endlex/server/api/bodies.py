@@ -19,8 +19,8 @@ MOST_JSON_BYTES = 2**20
 SILENCE_SECONDS = 20.0
 """How long a body may stand still before the connection counts as lost."""
 DRAINED_BYTES = 64 * 2**20
-"""How much of a refused body is still read: a client that is sending would otherwise see a broken
-connection instead of the answer."""
+"""Most bytes of a refused body that are read, so that a client which is still sending sees the
+answer and not a broken connection."""
 
 
 async def iter_body(request: Request) -> AsyncIterator[bytes]:

@@ -1,4 +1,8 @@
-"""The route that hands a run out as a file."""
+"""The route that hands a run out as a file (`endlex.formats`).
+
+Of two points at one step the later one is written. Steps are unique in a metric: those of the
+machine's own metrics, seconds since their session began, continue from session to session.
+"""
 
 from __future__ import annotations
 
@@ -6,29 +10,32 @@ import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import IO, Annotated, Any, Literal
 
+import numpy as np
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import FileResponse, Response
 from starlette.background import BackgroundTask
 
+from endlex.formats import Series, write_run
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response
 from endlex.server.errors import ApiError
 from endlex.server.state import Here, Server
 from endlex.server.store.annotations import list_settings
 from endlex.server.store.charts import ChartQuery, read_chart
-from endlex.server.store.export import export_run
 from endlex.server.store.queries import find_run, list_alerts, show_run
-from endlex.server.store.texts import Page, list_records
-from endlex.server.web import html_export, pages
+from endlex.server.store.records import Points
+from endlex.server.store.series import machine_sessions, read_all_points
+from endlex.server.store.texts import OWN_PREFIX, Kind, Page, list_records
+from endlex.server.web import pages
 
 router = APIRouter(prefix="/api/v1")
 
 MOST_RECORDS = 1000
-"""Texts, and tables, in the HTML file: the latest."""
+"""Samples, tables, and chunks of each text of Endlex itself in the HTML file: the latest."""
 MIME = {
     "csv": "text/csv; charset=utf-8",
     "json": "application/json",
@@ -79,18 +86,73 @@ def _render_page(connection: sqlite3.Connection, run: str, wanted: Sequence[str]
     names = [
         metric["name"] for metric in whole["metrics"] if not wanted or metric["name"] in wanted
     ]
-    points = html_export.points_of_each(len(names))
+    points = pages.points_of_each(len(names))
     by_step, by_time = (
         read_chart(connection, pk, ChartQuery(metric=names, x=x, points=points))
         for x in ("step", "time")
     )
-    latest = Page(limit=MOST_RECORDS, own=True)
+    latest = Page(limit=MOST_RECORDS)
+    # What a run printed has the highest steps: it must not crowd out the samples.
+    own = [Page(limit=MOST_RECORDS, name=n) for n in whole["texts"] if n.startswith(OWN_PREFIX)]
+    texts = [
+        text for page in (latest, *own) for text in list_records(connection, "texts", pk, page)
+    ]
     data = {
         "run": whole,
         "series": {name: {"step": by_step[name], "time": by_time[name]} for name in names},
-        "texts": list_records(connection, "texts", pk, latest),
+        "texts": texts,
         "tables": list_records(connection, "tables", pk, latest),
         "alerts": list_alerts(connection, run, open_only=True),
         "settings": {"panels": list_settings(connection, whole["project"])["panels"]},
     }
-    return html_export.render(whole["name"], bytes(json_response(data).body).decode())
+    return pages.render(whole["name"], bytes(json_response(data).body).decode())
+
+
+RECORDS_AT_ONCE = 200
+
+
+def export_run(
+    connection: sqlite3.Connection, run: str, kind: str, file: IO[bytes], wanted: Sequence[str]
+) -> None:
+    """Write a run as csv, json or parquet.
+
+    Args:
+        wanted: names of metrics; all if empty.
+
+    Raises:
+        ApiError: 404.
+        OSError: the file cannot be written.
+    """
+    pk = find_run(connection, run)
+    texts, tables = (_iter_records(connection, pk, one) for one in ("texts", "tables"))
+    series = _iter_series(connection, pk, wanted)
+    write_run(file, kind, show_run(connection, run), series, texts, tables)
+
+
+def export_points(connection: sqlite3.Connection, metric: int) -> Points:
+    """Return a metric's points by rising steps; a machine's are seconds since its first point."""
+    points = read_all_points(connection, metric)
+    if not machine_sessions(connection, metric):
+        return points
+    order = np.argsort(points.times, kind="stable")
+    times, index = points.times[order], np.arange(len(order))
+    seconds = np.rint(times - (points.times - points.steps).min()).astype(np.int64)
+    steps = np.maximum.accumulate(seconds - index) + index
+    return Points(steps, points.numbers[order], times)
+
+
+def _iter_series(
+    connection: sqlite3.Connection, run: int, wanted: Sequence[str]
+) -> Iterator[Series]:
+    rows = connection.execute("SELECT name, pk FROM metric WHERE run=? ORDER BY name", (run,))
+    for name, pk in rows.fetchall():
+        if not wanted or name in wanted:
+            points = export_points(connection, pk)
+            yield name, points.steps.tolist(), points.times.tolist(), points.numbers.tolist()
+
+
+def _iter_records(connection: sqlite3.Connection, run: int, kind: Kind) -> Iterator[dict[str, Any]]:
+    page = Page(limit=RECORDS_AT_ONCE, own=True)
+    while records := list_records(connection, kind, run, page):
+        yield from records
+        page = page.model_copy(update={"before_step": records[-1]["step"]})

@@ -1,33 +1,60 @@
-"""Routes for journals: bytes in, their hash and the bytes out, and how each session stands."""
+"""Routes for journals: bytes in, their hash and the bytes out, and how each session stands.
+
+A batch is decoded in a thread of its own, then handed to the database's writer. Raw bytes, the
+points made of them and the session's new offset are one transaction, so that a kill at any moment
+leaves the server with a prefix of the journal, and its charts with exactly that prefix. Bytes below
+the acknowledged offset are skipped: sending a batch twice stores it once.
+"""
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import time
+import zlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, Field
 
 from endlex.protocol import (
+    CHECKPOINT,
     CRASHED,
     LOST,
     MAX_BATCH_BYTES,
     MAX_REASON_CHARS,
+    MEDIA,
+    TEXT,
     check_run_id,
     check_session_id,
+    encode_number,
 )
-from endlex.server.api import ingest
 from endlex.server.api.auth import require
 from endlex.server.api.bodies import json_response, read_body, read_json
-from endlex.server.errors import ApiError
+from endlex.server.errors import ApiError, disk_full
 from endlex.server.events import Event
 from endlex.server.state import Here, Server
-from endlex.server.store.journals import hash_journal, iter_bytes
 from endlex.server.store.queries import find_run, list_sessions
-from endlex.server.store.sessions import SessionState, require_session, update_run
+from endlex.server.store.records import Batch, Points, parse_batch
+from endlex.server.store.series import append_points
+from endlex.server.store.sessions import (
+    SessionState,
+    advance_session,
+    append_segment,
+    begin_session,
+    compress,
+    find_session,
+    hash_journal,
+    iter_bytes,
+    require_session,
+    update_run,
+)
+from endlex.server.store.texts import store_records
 
 router = APIRouter(prefix="/api/v1/runs/{run}")
 READ_OR_WRITE = [Depends(require("read", "write"))]
@@ -61,9 +88,17 @@ async def append(
         raise ApiError(415, f"content encoding {encoding!r} is not known: send deflate or none")
     async with request.app.state.batches:
         body = await read_body(request, MAX_BATCH_BYTES)
-        reached = await ingest.append(
-            server, run, session, offset, int(crc, 16), body, encoding == "deflate"
-        )
+        deflated = encoding == "deflate"
+        prepared = await server.workers.batch(_prepare, offset, int(crc, 16), body, deflated)
+        try:
+            reached, news = await server.write(lambda c: _store(server, c, run, session, prepared))
+        except ApiError:
+            raise
+        except Exception:
+            server.watch.doubt()
+            raise
+    for kind, content in news:
+        server.hub.publish(kind, content)
     return json_response({"offset": reached})
 
 
@@ -134,3 +169,131 @@ def _set_state(
         reason = report.reason and report.reason[:MAX_REASON_CHARS]
         events += server.watch.ended(connection, state, run, report.status, reason)
     return events
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A body's bytes from `offset` on, decoded."""
+
+    offset: int
+    body: bytes
+    data: bytes
+    """`body`, compressed."""
+    batch: Batch
+
+    @classmethod
+    def of(cls, offset: int, body: bytes) -> Prepared:
+        return cls(offset, body, compress(body), parse_batch(body))
+
+    def after(self, offset: int) -> Prepared:
+        """Return what is beyond `offset`: the bytes below it were acknowledged before."""
+        known = offset - self.offset
+        if known == 0:
+            return self
+        body = self.body[known:]
+        if body and self.body[known - 1 : known] != b"\n":
+            raise ApiError(
+                422,
+                f"byte {offset} is in the middle of a line, though the server ended one there: the "
+                "journal was changed after it was sent; start a new session",
+            )
+        return Prepared.of(offset, body)
+
+
+def _prepare(offset: int, crc: int, body: bytes, deflated: bool) -> Prepared:
+    if deflated:
+        body = _inflate(body)
+    if len(body) > MAX_BATCH_BYTES:
+        raise ApiError(413, f"a batch has at most {MAX_BATCH_BYTES:,} bytes: send less at once")
+    if zlib.crc32(body) != crc:
+        raise ApiError(400, f"the body's CRC-32 is {zlib.crc32(body):08x}, not {crc:08x}: resend")
+    if body and not body.endswith(b"\n"):
+        raise ApiError(400, "the body does not end with a line end: send whole lines")
+    return Prepared.of(offset, body)
+
+
+def _inflate(body: bytes) -> bytes:
+    decoder = zlib.decompressobj()
+    try:
+        plain = decoder.decompress(body, MAX_BATCH_BYTES + 1)
+    except zlib.error as error:
+        raise ApiError(400, f"the body is not zlib data: {error}") from error
+    if len(plain) <= MAX_BATCH_BYTES and not decoder.eof:
+        raise ApiError(400, "the body's zlib data is cut off: send it again")
+    return plain
+
+
+def _store(
+    server: Server, connection: sqlite3.Connection, run: str, session: str, prepared: Prepared
+) -> tuple[int, list[Event]]:
+    """Store what is new in a batch; return the offset up to which the session is here, and news."""
+    state = find_session(connection, run, session)
+    if prepared.offset > state.offset:
+        message = f"session {session} is here up to byte {state.offset}: send from there"
+        raise ApiError(409, message, offset=state.offset)
+    prepared = prepared.after(state.offset)
+    if not prepared.body:
+        return state.offset, []
+    # Telemetry may use most of what uploads must leave: it is small, and worth more.
+    room = server.settings.reserve(server.data.root) // 4 + len(prepared.body)
+    if shutil.disk_usage(server.data.root).free < room:
+        raise disk_full()
+    if state.pk == 0:
+        first = prepared.body[: prepared.body.index(b"\n")]
+        state = begin_session(connection, run, session, first)
+    batch, reached = prepared.batch, state.offset + len(prepared.body)
+    append_segment(connection, state.pk, state.offset, prepared.body, prepared.data)
+    _store_batch(connection, state, batch)
+    advance_session(connection, state, reached, batch)
+    alerts = server.watch.observe(connection, state, run, batch)
+    status = update_run(connection, state.run)
+    return reached, [*_news(run, status, batch), *alerts]
+
+
+def _store_batch(connection: sqlite3.Connection, state: SessionState, batch: Batch) -> None:
+    for name, points in batch.points.items():
+        metric = _update_metric(connection, state.run, name, points)
+        append_points(connection, metric, state.pk, points)
+    store_records(connection, state.run, batch.records)
+    for record in batch.records[CHECKPOINT]:
+        size = sum(file["bytes"] for file in record["files"])
+        aliases = orjson.dumps(record.get("aliases") or []).decode()
+        metadata = orjson.dumps(record.get("metadata") or {}).decode()
+        connection.execute(
+            "INSERT OR IGNORE INTO checkpoint (run, name, step, created, state, bytes, aliases, "
+            "metadata) VALUES (?, ?, ?, ?, 'announced', ?, ?, ?)",
+            (state.run, record["name"], record["step"], record["time"], size, aliases, metadata),
+        )
+
+
+def _update_metric(connection: sqlite3.Connection, run: int, name: str, points: Points) -> int:
+    """Count new points into the metric's summary and return its key."""
+    last, step = float(points.numbers[-1]), int(points.steps[-1])
+    finite = points.numbers[np.isfinite(points.numbers)]
+    lowest = float(finite.min()) if len(finite) else None
+    highest = float(finite.max()) if len(finite) else None
+    encoded = encode_number(last)
+    text = encoded if isinstance(encoded, str) else None
+    pk: int = connection.execute(
+        "INSERT INTO metric (run, name, count, last, last_text, last_step, min, max) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, name) DO UPDATE SET "
+        "count=count+excluded.count, last=excluded.last, last_text=excluded.last_text, "
+        "last_step=excluded.last_step, "
+        "min=coalesce(min(min, excluded.min), min, excluded.min), "
+        "max=coalesce(max(max, excluded.max), max, excluded.max) RETURNING pk",
+        (run, name, len(points), None if text else last, text, step, lowest, highest),
+    ).fetchone()[0]
+    return pk
+
+
+def _news(run: str, status: str, batch: Batch) -> list[Event]:
+    news: list[Event] = [("run", {"run": run, "updated": time.time(), "status": status})]
+    if batch.points:
+        last = max(int(points.steps[-1]) for points in batch.points.values())
+        news.append(("metrics", {"run": run, "metrics": list(batch.points), "last_step": last}))
+    for kind in (TEXT, MEDIA):
+        for name, record in {record["name"]: record for record in batch.records[kind]}.items():
+            news.append((kind, {"run": run, "name": name, "step": record["step"]}))
+    for record in batch.records[CHECKPOINT]:
+        news.append((CHECKPOINT, {"run": run, "name": record["name"], "state": "announced"}))
+    return news

@@ -41,7 +41,7 @@ class Blobs:
         self.lock = threading.Lock()
 
     def path(self, sha256: str) -> Path:
-        """Return where a part lies when it is here; `sha256` is checked by the caller."""
+        """Return the path of a part that is here; `sha256` is checked by the caller."""
         return self._data.parts / sha256[:2] / sha256
 
     def _partial(self, sha256: str) -> Path:

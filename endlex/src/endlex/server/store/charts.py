@@ -18,8 +18,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from endlex.protocol import NON_FINITE
-from endlex.server.store.peaks import read_sampled
-from endlex.server.store.series import chunk_keys, read_all_points, read_points, slice_between
+from endlex.server.store.series import (
+    chunk_keys,
+    read_all_points,
+    read_points,
+    read_sampled,
+    slice_between,
+)
 
 STEP = "step"
 TIME = "time"
@@ -32,7 +37,7 @@ shares of what is shown."""
 MOST_DECIMALS = 13
 LARGEST_EXACT = 2**53
 X_RESOLUTION = 20_000
-"""How many values an axis of times or numbers can tell apart at least."""
+"""Fewest values that an axis of times or numbers can distinguish."""
 
 XY = tuple[NDArray[Any], NDArray[np.float64]]
 

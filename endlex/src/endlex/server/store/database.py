@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from endlex.client.process import warn_once
 from endlex.protocol import EndlexError
-from endlex.server.store.config import fill_config
+from endlex.server.store.search import fill_config
 
 T = TypeVar("T")
 Job = tuple[Callable[[sqlite3.Connection], Any], "Future[Any]"]
@@ -170,7 +170,7 @@ class Database:
 
     def _commit(self, jobs: list[Job]) -> None:
         done: list[tuple[Future[Any], Any]] = []
-        # Whoever waits may be cancelled, as the sweep is at shutdown, and its job with it. From
+        # A caller that waits may be cancelled, as the sweep is at shutdown, and its job too. From
         # here on none can be: a result that nobody takes must not end the only writer there is.
         jobs = [job for job in jobs if job[1].set_running_or_notify_cancel()]
         try:

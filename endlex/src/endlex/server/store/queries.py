@@ -43,7 +43,7 @@ DECODED: dict[str, Callable[[Any], Any]] = {
 class RunQuery(BaseModel, frozen=True):
     """Which runs, in which order; `sort` is a key (`endlex.search`), with "-" in front descending.
 
-    `archived` and `deleted`: "true" for those alone, "any" for those too; otherwise neither.
+    `archived` and `deleted`: "true" lists only those, "any" includes them, None leaves them out.
     With `column`, a run has the values of these keys in place of its summary and configuration.
     """
 
@@ -57,9 +57,9 @@ class RunQuery(BaseModel, frozen=True):
     offset: Annotated[int, Field(ge=0, lt=2**62)] = 0
     column: list[Annotated[str, Field(max_length=200)]] = []
     names: bool = False
-    """Whether to tell which metrics and configuration keys all the runs found have."""
+    """Whether to list the metrics and configuration keys of all the runs found."""
     ids: Annotated[str, Field(max_length=40_000)] = ""
-    """These runs alone, archived or not; joined with commas."""
+    """Ids, joined with commas: only these runs, archived or not."""
 
 
 def find_run(connection: sqlite3.Connection, run: str) -> int:

@@ -206,6 +206,7 @@ def _check_step(record: Record) -> None:
 def _check_other(record: Record) -> None:
     """Raise at a record, not of metrics, that cannot be stored as what it says it is."""
     _check_moment(record)
+    orjson.dumps(record)  # raises at values that are nested too deeply to be stored as JSON again
     kind, sound = record["type"], True
     if kind in (TEXT, TABLE, CHECKPOINT, MEDIA):
         _check_step(record)

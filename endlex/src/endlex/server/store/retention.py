@@ -31,7 +31,7 @@ from endlex.server.store.queries import dicts, find_run
 from endlex.server.store.series import delete_series, read_points
 
 UNDO_SECONDS = 7 * 86400.0
-"""For how long a deleted run can be brought back."""
+"""Seconds during which a deleted run can be brought back."""
 SLICE = 200
 """Rows of series or segments deleted per transaction, so that other writes get their turn."""
 OF_A_RUN = (

@@ -1,26 +1,61 @@
-"""The rows of sessions and of their runs, as batches of journal lines change them."""
+"""Sessions: their rows and their runs', as batches of journal lines change them, and their bytes.
+
+A journal is kept byte for byte as the training box has it, whatever it says, in compressed
+segments. Everything else in the database can be made from it. Short segments grow, so that a run
+that logs once a second does not leave a row for every second.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import time
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import AfterValidator, BaseModel, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, FiniteFloat, ValidationError
 
 from endlex.protocol import CONFIG, CRASHED, LOST, PROTOCOL, SYSTEM, TRAINER, check_name
 from endlex.server.errors import ApiError
-from endlex.server.store.config import store_config
 from endlex.server.store.records import Batch
+from endlex.server.store.search import store_config
 
-MOST_NOTES_CHARS = 10_000
+MOST_TEXT_CHARS = 10_000
+
+
+def _as_text(value: Any) -> str | None:
+    return None if value is None else str(value)[:MOST_TEXT_CHARS]
+
+
+def _as_texts(value: Any) -> list[str]:
+    return [str(item)[:MOST_TEXT_CHARS] for item in value] if isinstance(value, list) else []
+
+
+def _as_config(value: Any) -> Any:
+    try:
+        orjson.dumps(value)
+    except TypeError:  # it is nested too deeply: all of it is one text
+        return {CONFIG: str(value)[:MOST_TEXT_CHARS]}
+    return value
+
+
+def _as_number(value: Any) -> int | None:
+    return value if type(value) is int and abs(value) < 2**63 else None
+
+
+Text = Annotated[str | None, BeforeValidator(_as_text)]
+Number = Annotated[int | None, BeforeValidator(_as_number)]
 
 
 class SessionRecord(BaseModel):
-    """The first record of a journal, as far as the server reads it (`protocol`)."""
+    """The first record of a journal, as far as the server reads it (`protocol`).
+
+    A field that may be missing takes any value: refusing the record would refuse the whole run.
+    """
 
     type: Literal["session"]
     protocol: int
@@ -30,13 +65,13 @@ class SessionRecord(BaseModel):
     project: Annotated[str, AfterValidator(partial(check_name, what="project"))]
     name: Annotated[str, AfterValidator(partial(check_name, what="run name"))]
     kind: Literal["trainer", "system"] = "trainer"
-    config: dict[str, Any] | None = None
-    tags: list[str] | None = None
-    group: str | None = None
-    notes: str | None = None
-    host: str | None = None
-    rank: int | None = None
-    pid: int | None = None
+    config: Annotated[dict[str, Any] | None, BeforeValidator(_as_config)] = None
+    tags: Annotated[list[str], BeforeValidator(_as_texts)] = []
+    group: Text = None
+    notes: Text = None
+    host: Text = None
+    rank: Number = None
+    pid: Number = None
 
 
 @dataclass(frozen=True)
@@ -84,9 +119,9 @@ def begin_session(
         ApiError: 422, it does not say that.
     """
     record = _check_first(first, run, session)
-    now, notes = time.time(), record.notes and record.notes[:MOST_NOTES_CHARS]
-    config, tags = orjson.dumps(record.config or {}).decode(), orjson.dumps(record.tags or [])
-    about = (record.project, record.name, record.group, notes, tags.decode(), record.host)
+    now, tags = time.time(), orjson.dumps(record.tags).decode()
+    config = orjson.dumps(record.config or {}).decode()
+    about = (record.project, record.name, record.group, record.notes, tags, record.host)
     connection.execute(
         "INSERT OR IGNORE INTO run (id, project, name, group_name, notes, tags, host, created, "
         "updated) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -107,10 +142,13 @@ def begin_session(
 
 def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
     try:
-        record = SessionRecord.model_validate_json(line)
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+        # By orjson, as all other records: whole numbers beyond 64 bits become floats.
+        record = SessionRecord.model_validate(orjson.loads(line))
+    except ValueError as error:
+        said = str(error)
+        if isinstance(error, ValidationError):
+            wrong = error.errors()[0]
+            said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
         message = f"the first line of session {session} is not its session record: {said}"
         raise ApiError(422, message) from error
     if record.protocol != PROTOCOL:
@@ -169,3 +207,60 @@ def update_run(connection: sqlite3.Connection, run: int, now: float | None = Non
     values = (time.time() if now is None else now, status, run)
     connection.execute("UPDATE run SET updated=?, status=? WHERE pk=?", values)
     return status
+
+
+SHORT_SEGMENT = 64 * 1024
+"""Bytes, uncompressed, below which a segment takes what comes next."""
+LEVEL = 1
+
+
+def compress(body: bytes) -> bytes:
+    """Return `body` as a segment holds it."""
+    return zlib.compress(body, LEVEL)
+
+
+def append_segment(
+    connection: sqlite3.Connection, session: int, offset: int, body: bytes, data: bytes
+) -> None:
+    """Store `body` (compressed: `data`) behind the `offset` bytes that are there."""
+    last = None
+    if len(body) < SHORT_SEGMENT:
+        last = connection.execute(
+            "SELECT start, size, data FROM segment WHERE session=? ORDER BY start DESC LIMIT 1",
+            (session,),
+        ).fetchone()
+    if last is not None and last[1] < SHORT_SEGMENT:
+        start, size, before = last
+        connection.execute(
+            "UPDATE segment SET size=?, data=? WHERE session=? AND start=?",
+            (size + len(body), compress(zlib.decompress(before) + body), session, start),
+        )
+    else:
+        connection.execute(
+            "INSERT INTO segment VALUES (?, ?, ?, ?)", (session, offset, len(body), data)
+        )
+
+
+def iter_bytes(
+    connection: sqlite3.Connection, session: int, start: int, end: int
+) -> Iterator[bytes]:
+    """Yield the journal's bytes from `start` up to `end`, a segment at a time."""
+    while start < end:
+        row = connection.execute(
+            "SELECT start, data FROM segment WHERE session=? AND start<=? "
+            "ORDER BY start DESC LIMIT 1",
+            (session, start),
+        ).fetchone()
+        content = zlib.decompress(row[1])[start - row[0] : end - row[0]] if row else b""
+        if not content:
+            raise RuntimeError(f"the journal of session {session} ends at {start}, before {end}")
+        yield content
+        start += len(content)
+
+
+def hash_journal(connection: sqlite3.Connection, session: int, end: int) -> str:
+    """Return the SHA-256 of a journal's first `end` bytes, which must be there."""
+    digest = hashlib.sha256()
+    for content in iter_bytes(connection, session, 0, end):
+        digest.update(content)
+    return digest.hexdigest()

@@ -17,7 +17,10 @@ The rules, each for one run (and metric):
 - `lost`: nothing was heard from a running session's machine for a quarter of an hour, not even the
   shipper's heartbeat. The session's status is `lost` until something is heard, which resolves it.
 - `disk`: a disk nearly full, on the training box or the server's own (an alert without a run).
-- `rule`: what people set for their projects (`rules`).
+- `rule`: a comparison that people set for a project, such as `val/bpb > 2` for ten minutes: a
+  setting of kind `rules` (`PUT /settings`, `endlex alert`) whose name is the comparison, as
+  `endlex.search` reads it, and whose content may have `minutes`. For how long it has held is kept
+  in memory too, by the times of the points.
 - `info`, `warning`, `error`: what the trainer says itself (`run.alert`); until a new session.
 
 For each (run, kind, metric) there is one alert at a time: while it is unresolved, dismissed or not,
@@ -32,24 +35,29 @@ import shutil
 import sqlite3
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
+import orjson
 
 from endlex.protocol import ALERT, LEVELS, LOST, MAX_REASON_CHARS, SESSION, SYSTEM, TRAINER
+from endlex.search import COMPARISONS, SearchError, Term, parse_search
 from endlex.server.events import Event
 from endlex.server.settings import DataDir, Settings
 from endlex.server.store.records import Batch, Points
 from endlex.server.store.sessions import SessionState, update_run, was_resumed
-from endlex.server.watch.rules import RuleWatch
 
 SMOOTHING = 0.9
 WARM_UP = 20
 DIVERGED_RATIO = 2.0
 DIVERGED_RISE = 0.5
 RISES = 3
-MORE_IS_BETTER = re.compile(r"acc|score|reward|core|f1|bleu|rouge|exact|pass|win|recall|precision")
+MORE_IS_BETTER = re.compile(  # as `isMoreBetter` of the dashboard: whole words, never a loss
+    r"^(?!.*loss).*(?<![a-z])(acc|accuracy|scores?|rewards?|(chat)?core|f1|bleu|rouge|exact|pass"
+    r"|wins?|recall|precision)(?![a-z])"
+)
 DISK_PERCENT = re.compile(r"disk.*(percent|used_pct|_pct|%)")
 DISK_FULL_PERCENT = 95.0
 DISK_FINE_PERCENT = 92.0
@@ -96,7 +104,7 @@ class _Trend:
 
 
 class Watch:
-    """Opens and resolves alerts. All but the constructor runs in the database's writer thread."""
+    """Opens and resolves alerts, in the database's writer thread."""
 
     def __init__(self, settings: Settings, data: DataDir) -> None:
         self._data = data
@@ -105,11 +113,23 @@ class Watch:
         self._trends: defaultdict[tuple[int, str], _Trend] = defaultdict(_Trend)
         self._rules = RuleWatch()
         self._started = time.time()
+        self._is_doubted = False
+
+    def doubt(self) -> None:
+        """Forget trends before the next batch: one that was observed is undone and comes again.
+
+        It may be called in any thread.
+        """
+        self._is_doubted = True
 
     def observe(
         self, connection: sqlite3.Connection, state: SessionState, run_id: str, batch: Batch
     ) -> list[Event]:
         """Open and resolve alerts for one batch of a session; return what readers should hear."""
+        if self._is_doubted:
+            self._is_doubted = False
+            self._trends.clear()
+            self._rules = RuleWatch()
         book = _Book(connection, state.run, run_id)
         for rule, name, message in self._rules.judge(connection, state.run, batch):
             book.tell("rule", f"{name}: {rule}", message)
@@ -276,3 +296,63 @@ class _Book:
         """Alerts of these kinds are over, whatever their metric."""
         for kind, metric in [key for key in self._unresolved if key[0] in kinds]:
             self.tell(kind, metric, None)
+
+
+Rule = tuple[str, Term, float]
+"""A rule's name, its comparison of a metric with a number, and the seconds it must hold for."""
+
+
+def read_rules(connection: sqlite3.Connection, run: int) -> Iterator[Rule]:
+    """Yield the rules for a run's project and for all projects; unreadable ones are skipped."""
+    rows = connection.execute(
+        "SELECT setting.name, content FROM setting JOIN run ON setting.project IN (run.project, '')"
+        " WHERE run.pk=? AND kind='rules'",
+        (run,),
+    )
+    for name, content in rows.fetchall():
+        try:
+            terms = parse_search(name)
+            seconds = 60 * float(orjson.loads(content).get("minutes") or 0)
+        except (SearchError, TypeError, ValueError):
+            continue
+        (term, *others), *more = terms
+        if term.key and term.number is not None and not others and not more:
+            yield name, term, seconds
+
+
+class RuleWatch:
+    """Since when each rule has held, by run, rule and metric."""
+
+    def __init__(self) -> None:
+        self._since: dict[tuple[int, str, str], float] = {}
+
+    def judge(
+        self, connection: sqlite3.Connection, run: int, batch: Batch
+    ) -> Iterator[tuple[str, str, str | None]]:
+        """Yield rule, metric and message for a batch's points; None where the rule does not hold.
+
+        A rule that has not held for long enough yet is skipped.
+        """
+        for rule, term, seconds in read_rules(connection, run) if batch.points else ():
+            assert term.key is not None
+            for name, points in batch.points.items():
+                if not term.key.name.matches(name):
+                    continue
+                since = self._hold((run, rule, name), term, points)
+                if since is None:
+                    yield rule, name, None
+                elif float(points.times[-1]) - since >= seconds:
+                    value, step = points.numbers[-1], points.steps[-1]
+                    held = f" for {seconds / 60:g} minutes" if seconds else ""
+                    yield rule, name, f"{name} is {value:.6g} at step {step}: {rule}{held}"
+
+    def _hold(self, key: tuple[int, str, str], term: Term, points: Points) -> float | None:
+        """Return since when a rule holds without a break, or None."""
+        holds = np.asarray(COMPARISONS[term.operator](points.numbers, term.number)) != term.negated
+        breaks = np.flatnonzero(~holds)
+        if len(breaks) and breaks[-1] == len(holds) - 1:
+            self._since.pop(key, None)
+            return None
+        if len(breaks) or key not in self._since:
+            self._since[key] = float(points.times[breaks[-1] + 1 if len(breaks) else 0])
+        return self._since[key]

@@ -24,13 +24,14 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from email.message import EmailMessage
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from endlex.protocol import CONSOLE, EXCEPTION, EndlexError
 from endlex.server.settings import Settings
 from endlex.server.store.database import Database
-from endlex.server.store.queries import dicts, find_run
+from endlex.server.store.queries import dicts
 
 logger = logging.getLogger("endlex")
 
@@ -44,6 +45,7 @@ WITH_DETAILS = ("failed", "crashed", "interrupted", "lost", "stall")
 DETAIL_CHARS = 1500
 LOG_LINES = 20
 HOSTS = {"hooks.slack.com": "slack", "discord.com": "discord", "discordapp.com": "discord"}
+UNDELIVERED = (OSError, EndlexError, ValueError, HTTPException, smtplib.SMTPException)
 
 
 @dataclass
@@ -85,17 +87,18 @@ class Notifier:
         reader = self._database.reader()
         alerts = dicts(
             reader,
-            "SELECT alert.pk AS id, run.id AS run, project, run.name AS name, kind, metric, "
-            "message, opened FROM alert LEFT JOIN run ON run.pk = alert.run "
+            "SELECT alert.pk AS id, alert.run AS pk, run.id AS run, project, run.name AS name, "
+            "kind, metric, message, opened FROM alert LEFT JOIN run ON run.pk = alert.run "
             "WHERE sent=0 AND dismissed IS NULL AND opened > ? ORDER BY alert.pk",
             (self._since,),
         )
         for alert in alerts:
+            run = alert.pop("pk")
             pending = self._pending.setdefault(alert["id"], _Pending(set(self._targets)))
             if self._stopping.is_set() or time.monotonic() < pending.due:
                 continue
-            if alert["run"] is not None and alert["kind"] in WITH_DETAILS:
-                alert |= read_details(reader, find_run(reader, alert["run"]))
+            if run is not None and alert["kind"] in WITH_DETAILS:
+                alert |= read_details(reader, run)
             self._deliver(alert, pending)
 
     def _deliver(self, alert: dict[str, Any], pending: _Pending) -> None:
@@ -103,7 +106,7 @@ class Notifier:
             try:
                 send(target, alert)
                 pending.left.discard(target)
-            except (OSError, EndlexError, ValueError, smtplib.SMTPException) as error:
+            except UNDELIVERED as error:
                 # An error of the opener may name the whole address.
                 reason = getattr(error, "reason", None) or type(error).__name__
                 host = urlsplit(target).hostname
@@ -154,7 +157,7 @@ def send(target: str, alert: dict[str, Any]) -> None:
 
     Raises:
         EndlexError: it is none.
-        OSError, ValueError, smtplib.SMTPException: it did not take it.
+        OSError, ValueError, HTTPException, SMTPException: it did not take it.
     """
     kind, address = check_target(target)
     where = f"{alert['project']}/{alert['name']}" if alert["run"] else "server"

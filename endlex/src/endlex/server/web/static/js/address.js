@@ -15,6 +15,8 @@ export function query(values) {
 }
 
 export const listLink = (values = {}) => `${ROOT}/${query(values)}`;
+// The search for a tag. In quotes everything is taken as it is; a quote itself stands for any text.
+export const tagQuery = (tag) => (tag.includes('"') ? `tag:*"${tag.replaceAll('"', '"*"')}"` : `tag:"${tag}"`);
 export const runLink = (id) => `${ROOT}/runs/${encodeURIComponent(id)}`;
 export const compareLink = (ids) => `${ROOT}/compare?runs=${ids.map(encodeURIComponent).join(",")}`;
 

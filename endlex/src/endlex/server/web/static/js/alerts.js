@@ -1,7 +1,7 @@
 // Open alerts of a run, above everything else, until somebody dismisses them.
 
 import { request } from "./api.js";
-import { el, fail, replaceContent } from "./dom.js";
+import { el, replaceContent, reporting } from "./dom.js";
 import { formatAgo, formatDate } from "./format.js";
 
 export class AlertBanner {
@@ -10,25 +10,17 @@ export class AlertBanner {
     this.root = el("section", { class: "alerts", "aria-label": "Alerts", "aria-live": "polite" });
   }
 
-  async refresh() {
-    try {
-      const { alerts } = await this.source.alerts(this.run);
-      replaceContent(this.root, alerts.map((alert) => this.item(alert)));
-    } catch (error) {
-      fail(error);
-    }
-  }
+  refresh = reporting(async () => {
+    const { alerts } = await this.source.alerts(this.run);
+    replaceContent(this.root, alerts.map((alert) => this.item(alert)));
+  });
 
   item(alert) {
     const when = alert.opened;
-    const dismiss = async () => {
-      try {
-        await request(`/alerts/${encodeURIComponent(alert.id)}/dismiss`, { method: "POST" });
-        note.remove();
-      } catch (error) {
-        fail(error);
-      }
-    };
+    const dismiss = reporting(async () => {
+      await request(`/alerts/${encodeURIComponent(alert.id)}/dismiss`, { method: "POST" });
+      note.remove();
+    });
     const note = el(
       "div",
       { class: "alert", role: "alert", data: { kind: alert.kind } },

@@ -4,7 +4,7 @@ import { ROOT, query } from "./address.js";
 
 const API = `${ROOT}/api/v1`;
 
-export class ApiError extends Error {
+class ApiError extends Error {
   constructor(message, status) {
     super(message);
     this.status = status;
@@ -49,9 +49,7 @@ export function runPath(run, rest = "") {
 
 // What a page reads about runs; `local_source.js` answers the same from an exported file.
 export class ApiSource {
-  get live() {
-    return true;
-  }
+  live = true;
 
   run(id) {
     return request(runPath(id));
@@ -80,16 +78,9 @@ export class ApiSource {
     return request(`/settings${query({ project, kind, name })}`, { method, body: content ?? undefined });
   }
 
-  texts(run, options) {
-    return request(runPath(run, `/texts${query(options)}`));
-  }
-
-  tables(run, options) {
-    return request(runPath(run, `/tables${query(options)}`));
-  }
-
-  media(run, options) {
-    return request(runPath(run, `/media${query(options)}`));
+  // A page of texts, tables or media, newest first.
+  async records(kind, run, options) {
+    return (await request(runPath(run, `/${kind}${query(options)}`)))[kind];
   }
 
   mediaUrl(run, id) {

@@ -12,8 +12,7 @@ export const X_KINDS = {
   "train/flops": { label: "FLOPs", format: (x) => `${formatNumber(x)} FLOPs` },
 };
 
-const [MINUTE, HOUR] = [60, 3600];
-const DAY = 86400;
+const [MINUTE, HOUR, DAY] = [60, 3600, 86400];
 const DURATION_STEPS = [
   0.001, 0.01, 0.1, 1, 2, 5, 10, 20, 30, MINUTE, 2 * MINUTE, 5 * MINUTE, 10 * MINUTE, 20 * MINUTE,
   30 * MINUTE, HOUR, 2 * HOUR, 4 * HOUR, 6 * HOUR, 12 * HOUR, DAY, 2 * DAY, 5 * DAY, 10 * DAY,
@@ -61,13 +60,9 @@ function shortDuration(seconds) {
 function yAxis() {
   return {
     ...axisBase(34),
-    size: (u, values) => Math.min(84, 16 + 6.4 * Math.max(3, ...(values || []).map(textLength))),
+    size: (u, values) => Math.min(84, 16 + 6.4 * Math.max(3, ...(values || []).map((text) => String(text ?? "").length))),
     values: (u, splits) => splits.map((y) => (y === null ? "" : axisNumber(y, splits))),
   };
-}
-
-function textLength(text) {
-  return text ? String(text).length : 0;
 }
 
 // As many digits as keep neighbouring ticks apart.

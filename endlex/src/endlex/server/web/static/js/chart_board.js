@@ -8,7 +8,7 @@ import { ChartLine } from "./chart_data.js";
 import { hueAt, systemDark } from "./colors.js";
 import { boardToolbar } from "./chart_toolbar.js";
 import { debounce, el, recall, remember, replaceContent } from "./dom.js";
-import { compareText, flatten, formatValue } from "./format.js";
+import { compareText, configKey, flatten, formatValue } from "./format.js";
 import { Panels, metricsOf, panelsSection } from "./panels.js";
 import { SeriesLoader } from "./series_loader.js";
 
@@ -24,17 +24,20 @@ export class ChartBoard {
   constructor(source, { key, runs, project, xKinds }) {
     Object.assign(this, { key, runs, source });
     this.addressed = key !== "system";
-    this.settings = { ...DEFAULTS, ...recall(`board.${key}`, {}), ...(this.addressed && settingsOf(readAddress())) };
+    const address = this.addressed ? readAddress() : {};
+    this.settings = { ...DEFAULTS, ...recalled(key, address), ...settingsOf(address) };
     this.xKinds = xKinds || this.usableX();
     if (![...this.xKinds, ...this.metrics].includes(this.settings.x)) this.settings.x = this.xKinds[0];
+    if (!this.groupings().some(([by]) => by === this.settings.groupBy)) this.settings.groupBy = "";
+    if (this.addressed) writeAddress(addressOf(this.settings));
     this.loader = new SeriesLoader(source);
     this.charts = new Map();
     this.panelCharts = [];
     this.roots = new WeakMap();
     this.hidden = new Set();
-    this.filter = (this.addressed && readAddress().filter) || "";
+    this.filter = address.filter || "";
     this.folded = recall(`folded.${key}`, {});
-    this.view = this.addressed ? viewOf(readAddress().zoom) : null;
+    this.view = viewOf(address.zoom);
     this.groups = el("div", { class: "chart-groups" });
     this.panels = project !== undefined && this.addressed ? new Panels(source, project, () => this.makePanels()) : null;
     this.toolbar = boardToolbar(this);
@@ -172,14 +175,16 @@ export class ChartBoard {
   }
 
   seen(entries) {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) this.roots.get(target)?.show();
-      else this.roots.get(target)?.hide();
-    }
+    for (const { target, isIntersecting } of entries) this.roots.get(target)?.[isIntersecting ? "show" : "hide"]();
   }
 
   eachBuilt(call) {
     for (const chart of this.every) if (chart.plot) call(chart);
+  }
+
+  eachLine(change) {
+    for (const chart of this.every) chart.lines.forEach(change);
+    this.eachBuilt((chart) => chart.changed());
   }
 
   // ---- what people change
@@ -219,8 +224,8 @@ export class ChartBoard {
 
   // What runs can be grouped by: [key, words].
   groupings() {
-    const differing = [...valuesByKey(this.runs)].filter(([, values]) => values.size > 1).map(([key]) => [`config.${key}`, key]);
-    return [["", "no groups"], ["group", "group"], ["tags", "tags"], ...differing.sort((a, b) => compareText(a[1], b[1]))];
+    const differing = variedKeys(this.runs).sort(compareText).map((key) => [`config.${key}`, key]);
+    return [["", "no groups"], ["group", "group"], ["tags", "tags"], ...differing];
   }
 
   group(chart) {
@@ -239,28 +244,17 @@ export class ChartBoard {
   setHidden(run, hidden) {
     if (hidden) this.hidden.add(run);
     else this.hidden.delete(run);
-    for (const chart of this.every) {
-      for (const line of chart.lines) if (line.run === run) line.hidden = hidden;
-      if (chart.plot) {
-        chart.data.want(chart.view);
-        chart.changed();
-      }
-    }
+    this.eachLine((line) => line.run === run && Object.assign(line, { hidden }));
+    this.eachBuilt((chart) => chart.data.want(chart.view));
   }
 
   emphasize(run) {
-    for (const chart of this.every) {
-      for (const line of chart.lines) line.emphasized = line.run === run;
-      if (chart.plot) chart.changed();
-    }
+    this.eachLine((line) => (line.emphasized = line.run === run));
   }
 
   recolor(run, hue) {
     this.runs.find((known) => known.run === run).hue = hue;
-    for (const chart of this.every) {
-      for (const line of chart.lines) if (line.run === run) line.hue = hue;
-      if (chart.plot) chart.changed();
-    }
+    this.eachLine((line) => line.run === run && Object.assign(line, { hue }));
   }
 
   repaint() {
@@ -309,6 +303,17 @@ export class ChartBoard {
 
 // ---- the address: x, smooth, log (x, y or xy), fit, group, band and zoom
 
+const IN_ADDRESS = ["x", "smooth", "log", "fit", "group", "band", "zoom", "filter"];
+const OF_THE_HAND = ["pan", "together"];
+
+// What this browser remembers. A shared address that says anything about the charts shows them as they
+// were, and only how they are moved stays one's own.
+function recalled(key, address) {
+  const shared = IN_ADDRESS.some((name) => name in address);
+  const known = Object.entries(recall(`board.${key}`, {}));
+  return Object.fromEntries(known.filter(([name]) => !shared || OF_THE_HAND.includes(name)));
+}
+
 function settingsOf({ x, smooth, log, fit, group, band }) {
   const given = { x, groupBy: group, band };
   if (smooth !== undefined && Number(smooth) >= 0) given.smoothing = Math.min(0.999, Number(smooth));
@@ -344,19 +349,17 @@ function patterns(text) {
   });
 }
 
-export function valuesByKey(runs) {
-  const found = new Map();
-  for (const run of runs) {
-    for (const [key, value] of flatten(run.config || {})) found.set(key, (found.get(key) || new Set()).add(formatValue(value)));
-  }
-  for (const [key, values] of found) if (runs.some((run) => !flatten(run.config || {}).some(([name]) => name === key))) values.add(undefined);
-  return found;
+// The configuration's keys that the runs do not all have the same value of.
+function variedKeys(runs) {
+  const configs = runs.map((run) => new Map(flatten(run.config || {})));
+  const keys = new Set(configs.flatMap((config) => [...config.keys()]));
+  return [...keys].filter((key) => new Set(configs.map((config) => formatValue(config.get(key)))).size > 1);
 }
 
 function labelOf(run, key) {
   if (key === "group") return run.group || "no group";
   if (key === "tags") return (run.tags || []).join(", ") || "no tags";
-  const name = key.replace(/^config\./, "");
+  const name = configKey(key);
   return `${name} = ${formatValue(new Map(flatten(run.config || {})).get(name))}`;
 }
 

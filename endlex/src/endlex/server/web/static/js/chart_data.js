@@ -1,13 +1,12 @@
 // What a chart holds of each of its lines: the whole series at the chart's width, and while it is
 // zoomed the part in view with a margin, fetched anew for every range that needs finer data.
 
-import { joinSeries } from "./series_loader.js";
+import { EMPTY, joinSeries } from "./series_loader.js";
 import { fenceOf, smooth } from "./smoothing.js";
 
 const MARGIN = 0.5; // of the view's width, on either side: room to pan before data is needed
 const COARSER_BY = 2.2; // a view this many times narrower than what was fetched wants finer data
 const REFRESH_MS = 900; // between two looks for new points
-const EMPTY = { x: new Float64Array(), y: new Float64Array(), count: 0, sampled: false, nonfinite: [] };
 
 export class ChartLine {
   // `offset` is taken from x: the run's start, where x is the time since it.
@@ -47,9 +46,11 @@ export class ChartLine {
 export class ChartData {
   constructor(loader, lines, { x, log, points, onchange, onerror }) {
     Object.assign(this, { loader, lines, x, log, points, onchange, onerror });
-    this.abort = null;
+    this.view = null;
+    this.abort = null; // of the detail that is being fetched
     this.liveAbort = null;
-    this.due = new Map();
+    this.due = new Map(); // by run that has new points, its last step
+    this.round = new Map(); // those of `due` that are being fetched
     this.refreshed = -Infinity;
     this.detailTimer = 0;
     this.firstWait = 0;
@@ -85,6 +86,12 @@ export class ChartData {
     return series;
   }
 
+  // There is new data. A zoomed line may lack its detail now.
+  changed() {
+    this.onchange();
+    if (this.view && !this.abort) this.want(this.view);
+  }
+
   // Fetches the whole of every line that is not here.
   loadWhole() {
     const abort = new AbortController();
@@ -93,9 +100,8 @@ export class ChartData {
     for (const line of this.lines) {
       if (line.loaded && !line.stale) continue;
       this.fetch(line, undefined, undefined, this.points, abort.signal).then((series) => {
-        line.whole = series;
-        line.stale = false;
-        this.onchange();
+        Object.assign(line, { whole: series, detail: null, stale: false });
+        this.changed();
       }, this.onerror);
     }
   }
@@ -103,8 +109,10 @@ export class ChartData {
   // Fetches finer data for `view` once it has rested for 100 ms, or changed for 300.
   want(view) {
     clearTimeout(this.detailTimer);
+    this.view = view;
     if (!view) {
       this.abort?.abort();
+      this.abort = null;
       for (const line of this.lines) line.detail = null;
       return;
     }
@@ -125,10 +133,15 @@ export class ChartData {
     const abort = new AbortController();
     this.abort = abort;
     const points = this.points * (1 + 2 * MARGIN);
+    let left = lines.length;
     for (const line of lines) {
-      this.fetch(line, from, to, points, abort.signal).then((series) => {
+      const fetched = this.fetch(line, from, to, points, abort.signal).finally(() => {
+        left -= 1;
+        if (!left && this.abort === abort) this.abort = null;
+      });
+      fetched.then((series) => {
         line.detail = { from, to, series };
-        this.onchange();
+        this.changed();
       }, this.onerror);
     }
   }
@@ -138,24 +151,33 @@ export class ChartData {
   async refresh(run, lastStep) {
     this.due.set(run, lastStep);
     if (this.liveAbort) return;
-    this.liveAbort = new AbortController();
-    const { signal } = this.liveAbort;
+    const abort = new AbortController();
+    this.liveAbort = abort;
     try {
-      while (this.due.size && !signal.aborted) {
+      while (this.due.size) {
         const rest = this.refreshed + REFRESH_MS - performance.now();
         if (rest > 0) await new Promise((resolve) => setTimeout(resolve, rest));
+        if (abort.signal.aborted) return;
         this.refreshed = performance.now();
-        const due = new Map(this.due);
-        this.due.clear();
-        const lines = this.lines.filter((line) => due.has(line.run) && line.loaded);
-        await Promise.all(lines.map((line) => this.refreshLine(line, due.get(line.run), signal)));
-        if (lines.length) this.onchange();
+        [this.round, this.due] = [this.due, new Map()];
+        const lines = this.lines.filter((line) => this.round.has(line.run) && line.loaded);
+        await Promise.all(lines.map((line) => this.refreshLine(line, this.round.get(line.run), abort.signal)));
+        this.round.clear();
+        if (lines.length) this.changed();
       }
     } catch (error) {
+      if (this.liveAbort === abort) this.missRefresh();
       this.onerror(error);
     } finally {
-      this.liveAbort = null;
+      if (this.liveAbort === abort) this.liveAbort = null;
     }
+  }
+
+  // What was due, or under way, and did not come is fetched with the whole line next time.
+  missRefresh() {
+    for (const line of this.lines) line.stale ||= this.due.has(line.run) || this.round.has(line.run);
+    this.due.clear();
+    this.round.clear();
   }
 
   async refreshLine(line, lastStep, signal) {
@@ -165,13 +187,16 @@ export class ChartData {
     const from = wentBack || x.length > 3 * this.points ? undefined : last;
     const series = await this.fetch(line, from, undefined, this.points, signal);
     line.whole = from === undefined ? series : joinSeries(line.whole, series);
-    // A zoomed part that reaches the end is out of date; `want` fetches it again.
-    if (line.detail && (from === undefined || line.detail.to >= last)) line.detail = null;
+    // A zoomed part that reaches the end is shown until `changed` has fetched it again.
+    if (from === undefined) line.detail = null;
+    else if (line.detail?.to >= last) line.detail.old = true;
   }
 
   stop() {
     clearTimeout(this.detailTimer);
+    this.missRefresh();
     for (const abort of [this.abort, this.liveAbort, this.wholeAbort]) abort?.abort();
+    this.abort = this.liveAbort = null;
   }
 }
 
@@ -179,6 +204,7 @@ function needsDetail(line, view, width) {
   const { whole, detail } = line;
   if (!whole?.sampled) return false;
   const covered = detail && detail.from <= view.from && view.to <= detail.to;
+  if (covered && detail.old) return true;
   if (!covered) return (whole.x[whole.x.length - 1] - whole.x[0]) / width > 1.2;
   return detail.series.sampled && (detail.to - detail.from) / width > COARSER_BY * (1 + 2 * MARGIN);
 }

@@ -15,11 +15,8 @@ function positionOf(strength) {
 
 export function boardToolbar(board) {
   const filter = el("input", {
-    type: "search",
-    placeholder: "Filter charts",
-    value: board.filter,
+    type: "search", placeholder: "Filter charts", value: board.filter, "aria-label": "Filter charts by name",
     title: "Parts of names, or regular expressions; all of them must hold",
-    "aria-label": "Filter charts by name",
     oninput: debounce(() => board.setFilter(filter.value), 120),
   });
   return el(
@@ -55,31 +52,18 @@ function axisSelect(board) {
 
 function smoothing(board) {
   const apply = throttleFrames((strength) => board.change({ smoothing: strength }));
-  const slider = el("input", {
-    type: "range",
-    min: "0",
-    max: "100",
-    step: "1",
-    "aria-label": "Smoothing",
-    oninput: () => {
-      const strength = strengthOf(Number(slider.value));
-      number.value = strength.toFixed(strength > 0.99 ? 3 : 2);
-      apply(strength);
-    },
-  });
-  const number = el("input", {
-    type: "number",
-    class: "smoothing-value",
-    min: "0",
-    max: "0.999",
-    step: "0.01",
-    "aria-label": "Strength as a number",
-    onchange: () => {
-      const strength = Math.min(0.999, Math.max(0, Number(number.value) || 0));
-      slider.value = String(positionOf(strength));
-      apply(strength);
-    },
-  });
+  const slid = () => {
+    const strength = strengthOf(Number(slider.value));
+    number.value = strength.toFixed(strength > 0.99 ? 3 : 2);
+    apply(strength);
+  };
+  const typed = () => {
+    const strength = Math.min(0.999, Math.max(0, Number(number.value) || 0));
+    slider.value = String(positionOf(strength));
+    apply(strength);
+  };
+  const slider = el("input", { type: "range", min: "0", max: "100", step: "1", "aria-label": "Smoothing", oninput: slid });
+  const number = el("input", { type: "number", class: "smoothing-value", min: "0", max: "0.999", step: "0.01", "aria-label": "Strength as a number", onchange: typed });
   slider.value = String(positionOf(board.settings.smoothing));
   number.value = String(Number(board.settings.smoothing.toFixed(3)));
   const title = "Exponential moving average, corrected for its start, in which a spike of one point does not count; the raw values stay, faint";
@@ -101,21 +85,10 @@ function grouping(board) {
 }
 
 function toggle(board, name, text, title) {
-  const button = el(
-    "button",
-    {
-      type: "button",
-      class: "toggle",
-      data: { setting: name },
-      title,
-      "aria-pressed": String(Boolean(board.settings[name])),
-      onclick: () => {
-        const on = !board.settings[name];
-        button.setAttribute("aria-pressed", String(on));
-        board.change({ [name]: on });
-      },
-    },
-    text,
-  );
+  const change = () => {
+    board.change({ [name]: !board.settings[name] });
+    button.setAttribute("aria-pressed", String(board.settings[name]));
+  };
+  const button = el("button", { type: "button", class: "toggle", data: { setting: name }, title, "aria-pressed": String(Boolean(board.settings[name])), onclick: change }, text);
   return button;
 }

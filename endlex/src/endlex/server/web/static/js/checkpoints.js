@@ -1,6 +1,6 @@
 // A run's checkpoints: how big, whether the server has verified every file, and where to get them.
 
-import { el, fail, replaceContent } from "./dom.js";
+import { el, replaceContent, reporting } from "./dom.js";
 import { flatten, formatBytes, formatDate, formatInteger, formatValue } from "./format.js";
 
 const STATES = {
@@ -42,31 +42,27 @@ function card(source, run, checkpoint) {
   );
 }
 
-async function fill(box, source, run, checkpoint) {
-  try {
-    const known = source.live && checkpoint.state !== "announced";
-    const manifest = known ? await source.checkpoint(run, checkpoint.name) : {};
-    const published = checkpoint.state === "published" && source.live;
-    const rows = (manifest.files || []).map((file) =>
-      el(
-        "tr",
-        {},
-        el("td", {}, published ? el("a", { href: source.fileUrl(run, checkpoint.name, file.path), download: "" }, file.path) : file.path),
-        el("td", { class: "number" }, formatBytes(file.bytes)),
-        el("td", {}, el("code", { title: file.sha256 }, (file.sha256 || "").slice(0, 12))),
-      ),
-    );
-    const metadata = flatten(checkpoint.metadata || {}).map(([key, value]) => el("div", { class: "config-row" }, el("dt", {}, key), el("dd", {}, formatValue(value))));
-    const head = el("tr", {}, ["File", "Size", "SHA-256"].map((name) => el("th", { scope: "col" }, name)));
-    box.dataset.filled = "true";
-    replaceContent(
-      box,
-      box.querySelector("summary"),
-      rows.length > 0 && el("div", { class: "table-scroll" }, el("table", { class: "plain" }, el("thead", {}, head), el("tbody", {}, rows))),
-      metadata.length > 0 && el("dl", { class: "config" }, metadata),
-      !rows.length && !metadata.length && el("p", { class: "quiet" }, "Nothing more is known."),
-    );
-  } catch (error) {
-    fail(error);
-  }
-}
+const fill = reporting(async (box, source, run, checkpoint) => {
+  const known = source.live && checkpoint.state !== "announced";
+  const manifest = known ? await source.checkpoint(run, checkpoint.name) : {};
+  const published = checkpoint.state === "published" && source.live;
+  const rows = (manifest.files || []).map((file) =>
+    el(
+      "tr",
+      {},
+      el("td", {}, published ? el("a", { href: source.fileUrl(run, checkpoint.name, file.path), download: "" }, file.path) : file.path),
+      el("td", { class: "number" }, formatBytes(file.bytes)),
+      el("td", {}, el("code", { title: file.sha256 }, (file.sha256 || "").slice(0, 12))),
+    ),
+  );
+  const metadata = flatten(checkpoint.metadata || {}).map(([key, value]) => el("div", { class: "config-row" }, el("dt", {}, key), el("dd", {}, formatValue(value))));
+  const head = el("tr", {}, ["File", "Size", "SHA-256"].map((name) => el("th", { scope: "col" }, name)));
+  box.dataset.filled = "true";
+  replaceContent(
+    box,
+    box.querySelector("summary"),
+    rows.length > 0 && el("div", { class: "table-scroll" }, el("table", { class: "plain" }, el("thead", {}, head), el("tbody", {}, rows))),
+    metadata.length > 0 && el("dl", { class: "config" }, metadata),
+    !rows.length && !metadata.length && el("p", { class: "quiet" }, "Nothing more is known."),
+  );
+});

@@ -17,8 +17,7 @@ export const systemDark = matchMedia("(prefers-color-scheme: dark)");
 
 export function isDark() {
   const chosen = document.documentElement.dataset.theme;
-  if (chosen) return chosen === "dark";
-  return systemDark.matches;
+  return chosen ? chosen === "dark" : systemDark.matches;
 }
 
 // A hue is a pair of colours: on light and on dark ground.

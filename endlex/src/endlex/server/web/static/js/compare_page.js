@@ -1,13 +1,13 @@
 // Several runs over each other: charts, a table with the best values and differences, and how the
 // configuration relates to what came out.
 
-import { listLink, readAddress, runLink, writeAddress } from "./address.js";
+import { listLink, readAddress, runLink, tagQuery, writeAddress } from "./address.js";
 import { ApiSource, subscribe } from "./api.js";
 import { ChartBoard } from "./chart_board.js";
 import { swatch } from "./chart_readout.js";
 import { hueOf } from "./colors.js";
 import { ParallelView, ScatterView } from "./scatter.js";
-import { debounce, el, fail, replaceContent } from "./dom.js";
+import { debounce, el, fail, replaceContent, reporting } from "./dom.js";
 import { bindKeys, moveFocus } from "./keys.js";
 import { fillHeader } from "./page_header.js";
 import { bestValues, columnPicker, defaultColumns, headerRow, runRow, valueColumns } from "./run_table.js";
@@ -123,17 +123,12 @@ class ComparePage {
     );
   }
 
-  async recolor(run, color) {
-    try {
-      await this.source.change([run.run], { color });
-    } catch (error) {
-      fail(error);
-      return;
-    }
+  recolor = reporting(async (run, color) => {
+    await this.source.change([run.run], { color });
     run.color = color;
     this.board?.recolor(run.run, hueOf(run));
     this.changed();
-  }
+  });
 
   async suggest(words) {
     const text = this.adding.value.trim();
@@ -155,6 +150,7 @@ class ComparePage {
   removeRun(run) {
     this.ids = this.ids.filter((id) => id !== run.run);
     this.runs = this.runs.filter((other) => other !== run);
+    this.hidden.delete(run.run);
     this.board?.removeRun(run.run);
     this.changed();
   }
@@ -186,24 +182,19 @@ class ComparePage {
     return this.chosen || defaultColumns(this.names, this.runs).filter((key) => !["status", "created", "project", "notes"].includes(key));
   }
 
-  async fillTable(changes = {}) {
+  fillTable = reporting(async (changes = {}) => {
     Object.assign(this, changes);
     writeAddress({ sort: this.sort, baseline: this.baseline, columns: this.chosen?.join("~") });
-    try {
-      if (!this.names) await this.fetch(this.ids, { names: "true", column: ["-"] });
-      const runs = await this.fetch(this.ids, { column: valueColumns(this.columns).concat("-"), names: "true", sort: this.sort });
-      this.renderTable(runs);
-    } catch (error) {
-      fail(error);
-    }
-  }
+    if (!this.names) await this.fetch(this.ids, { names: "true", column: ["-"] });
+    this.renderTable(await this.fetch(this.ids, { column: valueColumns(this.columns).concat("-"), names: "true", sort: this.sort }));
+  });
 
   renderTable(runs) {
     const table = { columns: this.columns, names: this.names };
     const picker = this.picker || (this.picker = columnPicker(() => this, (columns) => this.fillTable({ chosen: columns })));
     const best = bestValues(runs, table.columns, this.names);
     const baseline = runs.find((run) => run.run === this.baseline);
-    const act = { patch: async (run, changes) => (await this.source.change([run.run], changes), this.fillTable()), pickTag: (tag) => location.assign(listLink({ q: `tag:${tag}` })) };
+    const act = { patch: async (run, changes) => (await this.source.change([run.run], changes), this.fillTable()), pickTag: (tag) => location.assign(listLink({ q: tagQuery(tag) })) };
     const rows = runs.map((run) => {
       const choose = () => this.fillTable({ baseline: run === baseline ? "" : run.run });
       const actions = el("button", { type: "button", class: "link", "aria-pressed": String(run === baseline), onclick: choose }, run === baseline ? "no baseline" : "baseline");

@@ -50,6 +50,9 @@ export function fail(error) {
   toast(error?.message || String(error), { error: true });
 }
 
+// An asynchronous `call` whose failure is shown instead of thrown.
+export const reporting = (call) => (...given) => call(...given).catch(fail);
+
 // Runs `call` once, `milliseconds` after the last request for it.
 export function debounce(call, milliseconds) {
   let timer = 0;

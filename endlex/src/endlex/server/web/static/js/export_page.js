@@ -3,11 +3,6 @@
 import { LocalSource } from "./local_source.js";
 import { RunView } from "./run_view.js";
 
-function openExport() {
-  const data = JSON.parse(document.getElementById("endlex-data").textContent);
-  const source = new LocalSource(data);
-  document.documentElement.dataset.exported = "true";
-  window.endlexRun = new RunView(source, data.run, document.getElementById("main"));
-}
-
-openExport();
+const data = JSON.parse(document.getElementById("endlex-data").textContent);
+document.documentElement.dataset.exported = "true";
+new RunView(new LocalSource(data), data.run, document.getElementById("main"));

@@ -75,6 +75,16 @@ export function flatten(value, prefix = "") {
   );
 }
 
+// The key of the configuration that a column shows: "config.lr" and "lr" are the same.
+export function configKey(column) {
+  return column.replace(/^config\./, "");
+}
+
+export function formatCsv(rows) {
+  const quoted = (value) => `"${String(value ?? "").replaceAll('"', '""')}"`;
+  return rows.map((row) => `${row.map(quoted).join(",")}\n`).join("");
+}
+
 // Text with runs of digits in the order of their numbers: "d8" before "d12".
 const COLLATOR = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
 
@@ -82,11 +92,15 @@ export function compareText(left, right) {
   return COLLATOR.compare(left, right);
 }
 
-const MORE_IS_BETTER = /acc|score|reward|core|f1|bleu|rouge|exact|pass|win|recall|precision|mfu|per_second/i;
+const words = (choice) => new RegExp(`(?<![a-z])(?:${choice})(?![a-z])`);
+const MORE_IS_BETTER = words("acc|accuracy|scores?|rewards?|core|chatcore|f1|bleu|rouge|exact|pass|wins?|recall|precision|mfu|per_second");
+const LESS_IS_BETTER = words("loss|losses|perplexity|errors?|seconds");
 
-// Whether a metric is one of which more is better; of most, such as losses, less is.
+// Whether a metric is one of which more is better, by the words of its name; of most, such as losses,
+// less is, whatever else the name says.
 export function isMoreBetter(name) {
-  return MORE_IS_BETTER.test(name);
+  const text = name.replace(/([a-z])([A-Z])/g, "$1_$2").toLowerCase();
+  return MORE_IS_BETTER.test(text) && !LESS_IS_BETTER.test(text);
 }
 
 export function numeric(value) {

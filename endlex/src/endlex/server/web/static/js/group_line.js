@@ -1,7 +1,8 @@
 // Runs that belong together as one line: their mean at every x, and the band around it.
 
+import { EMPTY } from "./series_loader.js";
+
 const MOST_POINTS = 3000;
-const EMPTY = { x: new Float64Array(), y: new Float64Array(), count: 0, sampled: false, nonfinite: [] };
 
 export class GroupLine {
   // `members` are `ChartLine`s; `band` is "range" (lowest to highest) or "error" (standard error).

@@ -1,15 +1,14 @@
 // What `ApiSource` answers, from the data inside an exported file: no server, no network.
 
 import { lowerBound } from "./plot_lines.js";
+import { EMPTY } from "./series_loader.js";
 
 export class LocalSource {
   constructor(data) {
     this.data = data;
   }
 
-  get live() {
-    return false;
-  }
+  live = false;
 
   async run() {
     return this.data.run;
@@ -24,11 +23,10 @@ export class LocalSource {
   // A metric against any x: stored for steps and for time, read off the x metric's curve for others.
   onAxis(metric, x) {
     const stored = this.data.series[metric] || {};
-    const empty = { x: [], y: [], count: 0, sampled: false, nonfinite: [] };
-    if (x === "step" || x === "time") return stored[x] || empty;
+    if (x === "step" || x === "time") return stored[x] || EMPTY;
     const axis = this.data.series[x]?.step;
     const own = stored.step;
-    if (!axis?.x.length || !own) return empty;
+    if (!axis?.x.length || !own) return EMPTY;
     const at = (step) => interpolate(axis.x, axis.y, step);
     return { ...own, x: own.x.map(at), nonfinite: own.nonfinite.map(([from, to, kind]) => [at(from), at(to), kind]) };
   }
@@ -47,12 +45,10 @@ export class LocalSource {
     };
   }
 
-  async texts(run, { before_step: before = Infinity } = {}) {
-    return { texts: this.data.texts.filter((text) => text.step < before) };
-  }
-
-  async tables(run, { before_step: before = Infinity } = {}) {
-    return { tables: this.data.tables.filter((table) => table.step < before) };
+  // Texts or tables of one name, or all that Endlex did not record itself.
+  async records(kind, run, { name, before_step: before = Infinity }) {
+    const wanted = (record) => (name ? record.name === name : !record.name.startsWith("run/"));
+    return this.data[kind].filter((record) => record.step < before && wanted(record));
   }
 
   async settings() {

@@ -5,7 +5,7 @@ import { hueOf } from "./colors.js";
 import { swatch } from "./chart_readout.js";
 import { runLink } from "./address.js";
 import { el, replaceContent } from "./dom.js";
-import { formatAgo, formatDate, formatDuration, formatNumber, formatValue, isMoreBetter, numeric } from "./format.js";
+import { configKey, formatAgo, formatCsv, formatDate, formatDuration, formatNumber, formatValue, isMoreBetter, numeric } from "./format.js";
 import { editableTags, editableText } from "./inline_edit.js";
 import { statusPill } from "./status.js";
 
@@ -108,7 +108,7 @@ export function headerRow({ columns, names }, { sort, onsort, select, actions = 
     columns.map((key) => {
       const on = key === sorted;
       const [figure, name] = parts(key);
-      const label = FIELDS[key] || name.replace(/^config\./, "");
+      const label = FIELDS[key] || configKey(name);
       return el(
         "th",
         { scope: "col", class: cellClass(key, names), "aria-sort": on ? (descending ? "descending" : "ascending") : "none" },
@@ -190,8 +190,7 @@ function fieldContent(run, key, act) {
 
 // The table as it is shown, for other programs.
 export function tableCsv(runs, columns) {
-  const quoted = (value) => `"${String(value ?? "").replaceAll('"', '""')}"`;
   const cell = (run, key) => (key === "duration" ? run.updated - run.created : isField(key) ? run[key] : run.values[key]);
   const rows = runs.map((run) => [run.run, ...columns.map((key) => cell(run, key))]);
-  return [["run", ...columns], ...rows].map((row) => row.map(quoted).join(",")).join("\n") + "\n";
+  return formatCsv([["run", ...columns], ...rows]);
 }

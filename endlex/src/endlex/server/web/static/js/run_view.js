@@ -1,18 +1,18 @@
 // One run: what it is, how it goes, and tabs for charts, samples, tables, configuration, system
 // metrics and checkpoints. The same view serves the live page and the exported file.
 
-import { listLink } from "./address.js";
+import { listLink, tagQuery } from "./address.js";
 import { AlertBanner } from "./alerts.js";
 import { request, runPath } from "./api.js";
 import { ChartBoard } from "./chart_board.js";
 import { checkpointsView } from "./checkpoints.js";
 import { hueOf } from "./colors.js";
 import { configView } from "./config_view.js";
-import { el, fail, replaceContent, toast } from "./dom.js";
+import { el, replaceContent, reporting, toast } from "./dom.js";
 import { formatAgo, formatDate, formatDuration, formatNumber } from "./format.js";
 import { editableTags, editableText } from "./inline_edit.js";
 import { fillHeader } from "./page_header.js";
-import { logView } from "./log_view.js";
+import { LogView, ownTexts } from "./log_view.js";
 import { mediaView, samplesView, tablesView } from "./samples.js";
 import { sessionsView } from "./sessions.js";
 import { statusPill } from "./status.js";
@@ -53,7 +53,7 @@ export class RunView {
       "div",
       { class: "run-head" },
       el("h1", {}, editableText(run.name, { label: "name", empty: run.run, onsave: save("name") })),
-      editableTags(run.tags, { onsave: save("tags"), onpick: (tag) => location.assign(listLink({ q: `tag:${tag}` })) }),
+      editableTags(run.tags, { onsave: save("tags"), onpick: (tag) => location.assign(listLink({ q: tagQuery(tag) })) }),
       editableText(run.group, { label: "group", empty: "+ group", onsave: save("group") }),
       el("span", { class: "spring" }),
       el("details", { class: "picker" }, el("summary", { class: "button" }, "Export"), el("div", { class: "picker-list links" }, formats)),
@@ -84,20 +84,27 @@ export class RunView {
 
   tabDefinitions() {
     const { run, source } = this;
-    const names = (run.metrics || []).map((metric) => metric.name);
-    const system = names.filter(isSystem).length;
     const viewer = (id, make) => () => (this.viewers[id] = make(source, this.id)).root;
-    return [
-      { id: "charts", label: "Charts", count: names.length - system, build: () => this.board("run", (name) => !isSystem(name)) },
-      { id: "samples", label: "Samples", count: samples(run), build: viewer("samples", samplesView) },
-      { id: "tables", label: "Tables", count: count(run.tables), build: viewer("tables", tablesView) },
-      count(run.media) > 0 && source.live && { id: "media", label: "Media", count: count(run.media), build: viewer("media", mediaView) },
+    const tabs = [
+      { id: "charts", label: "Charts", build: () => this.board("run", (name) => !isSystem(name)) },
+      { id: "samples", label: "Samples", build: viewer("samples", samplesView) },
+      { id: "tables", label: "Tables", build: viewer("tables", tablesView) },
+      { id: "media", label: "Media", optional: true, build: viewer("media", mediaView) },
       { id: "config", label: "Config", build: () => configView(run.config) },
-      { id: "system", label: "System", count: system, build: () => this.board("system", isSystem) },
-      { id: "checkpoints", label: "Checkpoints", count: count(run.checkpoints), build: () => (this.checkpoints = el("div", {}, checkpointsView(source, this.id, run.checkpoints || []))) },
-      ownTexts(run).length > 0 && { id: "log", label: "Log", build: () => logView(source, this.id, ownTexts(run)) },
-      { id: "sessions", label: "Sessions", count: count(run.sessions), build: () => sessionsView(run.sessions || []) },
-    ].filter(Boolean);
+      { id: "system", label: "System", build: () => this.board("system", isSystem) },
+      { id: "checkpoints", label: "Checkpoints", build: () => (this.checkpoints = el("div", {}, checkpointsView(source, this.id, run.checkpoints || []))) },
+      { id: "log", label: "Log", optional: true, build: () => (this.viewers.log = new LogView(source, run)).root },
+      { id: "sessions", label: "Sessions", build: () => sessionsView(run.sessions || []) },
+    ];
+    const counts = this.counts();
+    return tabs.map((tab) => ({ ...tab, count: counts[tab.id] }));
+  }
+
+  // By tab, what there is of the run. An exported file has no media.
+  counts() {
+    const { metrics = [], texts = [], tables = [], media = [], checkpoints = [], sessions = [] } = this.run;
+    const [system, log] = [metrics.filter(({ name }) => isSystem(name)).length, ownTexts(this.run).length];
+    return { charts: metrics.length - system, system, samples: texts.length - log, log, tables: tables.length, media: this.source.live ? media.length : 0, checkpoints: checkpoints.length, sessions: sessions.length };
   }
 
   board(key, belongs) {
@@ -121,7 +128,7 @@ export class RunView {
     if (kind === "metrics") {
       for (const board of this.boards) board.update(this.id, data.metrics.filter(board.belongs), data.last_step);
     }
-    if (kind === "text") this.viewers.samples?.refresh();
+    if (kind === "text") this.viewers[data.name.startsWith("run/") ? "log" : "samples"]?.refresh();
     if (kind === "media") this.viewers.media?.refresh();
     if (kind === "alert") this.alerts.refresh();
   }
@@ -133,22 +140,15 @@ export class RunView {
     this.refresh();
   }
 
-  async refresh() {
-    try {
-      Object.assign(this.run, await this.source.run(this.id));
-    } catch (error) {
-      fail(error);
-      return;
-    }
-    const { run, tabs } = this;
+  refresh = reporting(async () => {
+    Object.assign(this.run, await this.source.run(this.id));
     this.renderFacts();
-    const system = run.metrics.filter((metric) => isSystem(metric.name)).length;
-    const counts = { charts: run.metrics.length - system, system, samples: samples(run), tables: count(run.tables), media: count(run.media), checkpoints: count(run.checkpoints), sessions: count(run.sessions) };
-    for (const [id, number] of Object.entries(counts)) tabs.setCount(id, number);
+    for (const [id, number] of Object.entries(this.counts())) this.tabs.setCount(id, number);
     this.viewers.tables?.refresh();
+    this.viewers.log?.show();
     const open = this.checkpoints?.querySelector("details[open]");
-    if (this.checkpoints && !open) replaceContent(this.checkpoints, checkpointsView(this.source, this.id, run.checkpoints));
-  }
+    if (this.checkpoints && !open) replaceContent(this.checkpoints, checkpointsView(this.source, this.id, this.run.checkpoints));
+  });
 
   // ---- what people change
 
@@ -163,25 +163,17 @@ export class RunView {
     for (const board of this.boards) board.setView(null, null);
   }
 
-  async archive(button) {
-    try {
-      await this.patch({ archived: !this.run.archived });
-      button.textContent = this.run.archived ? "Unarchive" : "Archive";
-      toast(this.run.archived ? "Archived" : "Back in the list");
-    } catch (error) {
-      fail(error);
-    }
-  }
+  archive = reporting(async (button) => {
+    await this.patch({ archived: !this.run.archived });
+    button.textContent = this.run.archived ? "Unarchive" : "Archive";
+    toast(this.run.archived ? "Archived" : "Back in the list");
+  });
 
-  async remove() {
-    try {
-      await this.patch({ deleted: true });
-      const undo = () => this.patch({ deleted: false }).catch(fail);
-      toast("Run deleted; its data stays for 7 days", { action: "Undo", onaction: undo, seconds: 30 });
-    } catch (error) {
-      fail(error);
-    }
-  }
+  remove = reporting(async () => {
+    await this.patch({ deleted: true });
+    const undo = reporting(() => this.patch({ deleted: false }));
+    toast("Run deleted; its data stays for 7 days", { action: "Undo", onaction: undo, seconds: 30 });
+  });
 }
 
 function headline(metric) {
@@ -192,17 +184,4 @@ function headline(metric) {
 
 function isSystem(name) {
   return name.startsWith("system/");
-}
-
-function count(list) {
-  return list?.length ?? 0;
-}
-
-// What Endlex records itself: what the run printed, its environment, what ended it.
-function ownTexts({ texts = [] }) {
-  return texts.filter((name) => name.startsWith("run/"));
-}
-
-function samples(run) {
-  return count(run.texts) - ownTexts(run).length;
 }

@@ -1,10 +1,10 @@
 // The list of runs: search, sort, columns and saved views; edit in place; choose many, then compare,
 // tag, group, archive, delete or export them.
 
-import { compareLink, listLink, readAddress, runLink, writeAddress } from "./address.js";
+import { compareLink, listLink, readAddress, runLink, tagQuery, writeAddress } from "./address.js";
 import { ApiSource, subscribe } from "./api.js";
 import { ask } from "./ask.js";
-import { debounce, download, el, fail, recall, remember, replaceContent, throttle, toast } from "./dom.js";
+import { debounce, download, el, fail, recall, remember, replaceContent, reporting, throttle, toast } from "./dom.js";
 import { bindKeys, moveFocus } from "./keys.js";
 import { fillHeader } from "./page_header.js";
 import { columnPicker, defaultColumns, headerRow, runRow, tableCsv, valueColumns } from "./run_table.js";
@@ -89,9 +89,11 @@ class RunsPage {
     try {
       const asked = { q: this.q, project: this.project, archived: this.archived ? "true" : undefined };
       // What there is comes first where nobody has chosen: it decides what to ask for.
-      if (!this.names.known) Object.assign(this, await this.readNames(asked, signal));
+      if (!this.names.known) {
+        const { runs, ...names } = await this.source.runs({ ...asked, column: ["-"], names: "true", limit: PAGE }, signal);
+        Object.assign(this, { runs, names: { ...names, known: true } });
+      }
       const columns = valueColumns(this.columns);
-      this.runs = [];
       let total = Infinity;
       const runs = [];
       while (runs.length < Math.min(total, this.limit)) {
@@ -109,11 +111,6 @@ class RunsPage {
       if (error.status === 400 || error.status === 422) this.refuse(error);
       else fail(error);
     }
-  }
-
-  async readNames(asked, signal) {
-    const { metrics, config, projects, runs } = await this.source.runs({ ...asked, column: ["-"], names: "true", limit: PAGE }, signal);
-    return { names: { metrics, config, projects, known: true }, runs };
   }
 
   refuse(error) {
@@ -150,7 +147,7 @@ class RunsPage {
     const every = el("input", { type: "checkbox", checked: this.runs.length > 0 && this.runs.every((run) => this.selected.has(run.run)), "aria-label": "Select all runs", onchange: () => this.select(this.runs.map((run) => run.run), every.checked) });
     const table = { columns: this.columns, names: this.names };
     replaceContent(this.head, headerRow(table, { sort: this.sort, onsort: (sort) => this.show({ sort }), select: every }));
-    const act = { patch: (run, changes) => this.patch(run, changes), pickTag: (tag) => this.setQuery(`tag:${tag.includes(" ") ? `"${tag}"` : tag}`) };
+    const act = { patch: (run, changes) => this.patch(run, changes), pickTag: (tag) => this.setQuery(tagQuery(tag)) };
     replaceContent(this.body, this.runs.map((run) => {
       const box = el("input", { type: "checkbox", checked: this.selected.has(run.run), "aria-label": `Select ${run.name}`, onchange: () => this.select([run.run], box.checked) });
       const actions = [
@@ -199,14 +196,10 @@ class RunsPage {
     if (given) this.saveView(given.name, Object.fromEntries(VIEW_KEYS.map((key) => [key, this.view()[key]]).filter(([, value]) => value)));
   }
 
-  async saveView(name, content) {
-    try {
-      await this.source.save(this.project, "view", name, content);
-      await this.loadViews();
-    } catch (error) {
-      fail(error);
-    }
-  }
+  saveView = reporting(async (name, content) => {
+    await this.source.save(this.project, "view", name, content);
+    await this.loadViews();
+  });
 
   // ---- the selected runs
 

@@ -1,8 +1,8 @@
 // Texts, tables, pictures, sound and video logged at steps: a slider over the steps, and every name's
 // latest up to there.
 
-import { download, el, fail, replaceContent } from "./dom.js";
-import { compareText, formatBytes, formatDate, formatInteger, formatNumber, formatValue } from "./format.js";
+import { download, el, replaceContent, reporting } from "./dom.js";
+import { compareText, formatBytes, formatCsv, formatDate, formatInteger, formatNumber, formatValue } from "./format.js";
 import { svg } from "./svg.js";
 
 const PAGE = 200;
@@ -18,36 +18,20 @@ class StepViewer {
     this.slider = el("input", { type: "range", min: "0", max: "0", step: "1", class: "step-slider", "aria-label": "Step", oninput: () => this.moved() });
     this.number = el("output", { class: "slider-value" });
     this.names = el("select", { "aria-label": `Which ${what}`, onchange: () => ((this.name = this.names.value), this.render()) });
-    this.older = el("button", { type: "button", class: "button", hidden: true, onclick: () => this.more() }, "Load older");
+    this.older = el("button", { type: "button", class: "button", onclick: () => this.refresh(this.records[0]?.step) }, "Load older");
     this.list = el("div", { class: "records" });
     this.controls = el("div", { class: "toolbar" }, el("label", { class: "field grow" }, "step", this.slider, this.number), this.names, this.older);
     this.root = el("section", { "aria-label": what }, this.controls, this.list);
     this.refresh();
   }
 
-  async refresh() {
-    try {
-      const fresh = await this.load({ limit: PAGE });
-      this.merge(fresh);
-      this.older.hidden = this.exhausted || fresh.length < PAGE;
-      this.render();
-    } catch (error) {
-      fail(error);
-    }
-  }
-
-  async more() {
-    try {
-      const first = Math.min(...this.records.map((record) => record.step));
-      const fresh = await this.load({ before_step: first, limit: PAGE });
-      this.merge(fresh);
-      this.exhausted = fresh.length < PAGE;
-      this.older.hidden = this.exhausted;
-      this.render();
-    } catch (error) {
-      fail(error);
-    }
-  }
+  // Loads the latest records, or those before a step.
+  refresh = reporting(async (before_step) => {
+    const fresh = await this.load({ before_step, limit: PAGE });
+    this.merge(fresh);
+    this.older.hidden ||= fresh.length < PAGE;
+    this.render();
+  });
 
   merge(fresh) {
     const following = this.step === null || this.step === this.steps?.at(-1);
@@ -99,7 +83,7 @@ class StepViewer {
 export function samplesView(source, run) {
   return new StepViewer({
     what: "samples",
-    load: (options) => source.texts(run, options).then((answer) => answer.texts.filter(({ name }) => !name.startsWith("run/"))),
+    load: (options) => source.records("texts", run, options),
     show: (record) => el("pre", { class: "sample" }, record.text),
   });
 }
@@ -109,7 +93,7 @@ export function tablesView(source, run) {
   const stateOf = (name) => states.get(name) || states.set(name, { sort: null, down: false, filter: "" }).get(name);
   return new StepViewer({
     what: "tables",
-    load: (options) => source.tables(run, options).then((answer) => answer.tables),
+    load: (options) => source.records("tables", run, options),
     show: (record) => (isHistogram(record) ? histogram(record) : table(record, stateOf(record.name))),
   });
 }
@@ -117,7 +101,7 @@ export function tablesView(source, run) {
 export function mediaView(source, run) {
   return new StepViewer({
     what: "media",
-    load: (options) => source.media(run, options).then((answer) => answer.media),
+    load: (options) => source.records("media", run, options),
     show: (record) => showMedia(source.mediaUrl(run, record.id), record),
   });
 }
@@ -156,7 +140,7 @@ function table({ name, step, columns = [], rows = [] }, state) {
     note.textContent = found.length > ROWS ? `the first ${ROWS} of ${formatInteger(found.length)} rows` : `${formatInteger(found.length)} rows`;
   };
   const filter = el("input", { type: "search", placeholder: "Filter rows", value: state.filter, "aria-label": `Filter ${name}`, oninput: () => ((state.filter = filter.value), fill()) });
-  const csv = () => [columns, ...chosen()].map((row) => row.map((value) => `"${formatValue(value).replaceAll('"', '""')}"`).join(",")).join("\n");
+  const csv = () => formatCsv([columns, ...chosen()].map((row) => row.map(formatValue)));
   const save = el("button", { type: "button", class: "button", onclick: () => download(`${name.replaceAll("/", "-")}-${step}.csv`, csv(), "text/csv") }, "CSV");
   fill();
   return [el("div", { class: "toolbar" }, filter, save, note), el("div", { class: "table-scroll" }, el("table", { class: "plain" }, el("thead", {}, head), body))];

@@ -2,8 +2,8 @@
 
 import { paint, hueOf } from "./colors.js";
 import { runLink } from "./address.js";
-import { el, fail, recall, remember, replaceContent } from "./dom.js";
-import { compareText, formatNumber, isMoreBetter, numeric } from "./format.js";
+import { el, recall, remember, replaceContent, reporting } from "./dom.js";
+import { compareText, configKey, formatNumber, isMoreBetter, numeric } from "./format.js";
 import { bestFirst, differingKeys } from "./run_table.js";
 import { svg } from "./svg.js";
 
@@ -54,19 +54,15 @@ class KeysView {
     this.refresh();
   }
 
-  async refresh() {
+  refresh = reporting(async () => {
     const { page } = this;
-    try {
-      if (!page.names) await page.fetch(page.ids, { names: "true", column: ["-"] });
-      const [config, metrics] = [differingKeys(page.names), bestFirst(page.names)];
-      this.all = [...config.map((key) => `config.${key}`), ...metrics.flatMap((name) => [name, (isMoreBetter(name) ? "max:" : "min:") + name])];
-      this.keys = (this.chosen || this.first(config, metrics)).filter((key) => this.all.includes(key));
-      this.runs = await page.fetch(page.ids, { column: [...this.keys, "-"] });
-      this.draw();
-    } catch (error) {
-      fail(error);
-    }
-  }
+    if (!page.names) await page.fetch(page.ids, { names: "true", column: ["-"] });
+    const [config, metrics] = [differingKeys(page.names), bestFirst(page.names)];
+    this.all = [...config.map((key) => `config.${key}`), ...metrics.flatMap((name) => [name, (isMoreBetter(name) ? "max:" : "min:") + name])];
+    this.keys = (this.chosen || this.first(config, metrics)).filter((key) => this.all.includes(key));
+    this.runs = await page.fetch(page.ids, { column: [...this.keys, "-"] });
+    this.draw();
+  });
 
   choose(keys) {
     this.chosen = keys;
@@ -76,7 +72,7 @@ class KeysView {
 
   select(label, chosen, onchange, empty) {
     const options = empty === undefined ? this.all : ["", ...this.all];
-    const list = el("select", { "aria-label": label, onchange: () => onchange(list.value) }, options.map((key) => el("option", { value: key, selected: key === chosen }, key.replace(/^config\./, "") || empty)));
+    const list = el("select", { "aria-label": label, onchange: () => onchange(list.value) }, options.map((key) => el("option", { value: key, selected: key === chosen }, configKey(key) || empty)));
     return el("label", { class: "field" }, label, list);
   }
 
@@ -86,7 +82,7 @@ class KeysView {
   }
 
   title(run) {
-    return svg("title", {}, [run.name, ...this.keys.map((key) => `${key.replace(/^config\./, "")}: ${run.values[key]}`)].join("\n"));
+    return svg("title", {}, [run.name, ...this.keys.map((key) => `${configKey(key)}: ${run.values[key]}`)].join("\n"));
   }
 }
 
@@ -126,7 +122,7 @@ export class ParallelView extends KeysView {
 
   draw() {
     const { keys } = this;
-    const chips = keys.map((key) => el("button", { type: "button", class: "tag", title: "Take away", onclick: () => this.choose(keys.filter((other) => other !== key)) }, `${key.replace(/^config\./, "")} ✕`));
+    const chips = keys.map((key) => el("button", { type: "button", class: "tag", title: "Take away", onclick: () => this.choose(keys.filter((other) => other !== key)) }, `${configKey(key)} ✕`));
     replaceContent(this.controls, chips, this.select("add", "", (key) => key && this.choose([...keys.filter((other) => other !== key), key]), "axis…"));
     const runs = this.usable();
     if (keys.length < 2 || !runs.length) return replaceContent(this.picture, el("p", { class: "quiet pad" }, "Add axes that some runs have values of."));
@@ -139,7 +135,7 @@ export class ParallelView extends KeysView {
     });
     const axes = keys.map((key, index) => [
       svg("line", { x1: px(index), x2: px(index), y1: py(0), y2: py(1), class: "axis" }),
-      svg("text", { x: px(index), y: 16, "text-anchor": "middle", class: "axis-name" }, key.replace(/^config\./, "")),
+      svg("text", { x: px(index), y: 16, "text-anchor": "middle", class: "axis-name" }, configKey(key)),
       scales[index].ticks().map(([share, text]) => svg("text", { x: px(index) - 5, y: py(share) + 4, "text-anchor": "end" }, text)),
     ]);
     return replaceContent(this.picture, svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `${keys.join(", ")} of ${runs.length} runs` }, lines, axes.flat(2)));

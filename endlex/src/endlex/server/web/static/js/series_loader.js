@@ -80,10 +80,11 @@ export class SeriesLoader {
 
 function toArrays(series) {
   const { x = [], y = [], count = x.length, sampled = false, nonfinite = [] } = series || {};
-  const values = new Float64Array(y.length);
-  for (let i = 0; i < y.length; i++) values[i] = y[i] === null ? NaN : y[i];
-  return { x: Float64Array.from(x), y: values, count, sampled, nonfinite };
+  return { x: Float64Array.from(x), y: Float64Array.from(y, (value) => value ?? NaN), count, sampled, nonfinite };
 }
+
+// A series without points.
+export const EMPTY = toArrays();
 
 // `old` up to where `fresh` begins, then `fresh`: how a live chart grows.
 export function joinSeries(old, fresh) {

@@ -2,25 +2,26 @@
 
 import { el, replaceContent } from "./dom.js";
 
-// `tabs`: [{id, label, count, build() -> element}]; a tab's content is built when first opened.
+// `tabs`: [{id, label, count, optional, build() -> element}]; a tab's content is built when first opened,
+// and an optional one is shown from the first thing that it counts.
 export function tabList(tabs, label) {
   const built = new Map();
   const panel = el("div", { class: "panel", role: "tabpanel", id: "panel" });
   const buttons = tabs.map((tab) =>
-    el("button", { type: "button", role: "tab", class: "tab", id: `tab-${tab.id}`, "aria-controls": "panel", onclick: () => open(tab.id, true) }, tab.label, el("span", { class: "count" }, String(tab.count ?? ""))),
+    el("button", { type: "button", role: "tab", class: "tab", hidden: tab.optional && !tab.count, id: `tab-${tab.id}`, "aria-controls": "panel", onclick: () => open(tab.id, true) }, tab.label, el("span", { class: "count" }, String(tab.count ?? ""))),
   );
   const bar = el("div", { class: "tabs", role: "tablist", "aria-label": label }, buttons);
   bar.addEventListener("keydown", (event) => {
-    const move = { ArrowLeft: -1, ArrowRight: 1, Home: -tabs.length, End: tabs.length }[event.key];
-    if (!move) return;
+    const shown = buttons.filter((button) => !button.hidden);
+    const here = shown.indexOf(document.activeElement);
+    const place = { ArrowLeft: here - 1, ArrowRight: (here + 1) % shown.length, Home: 0, End: -1 }[event.key];
+    if (place === undefined) return;
     event.preventDefault();
-    const here = buttons.indexOf(document.activeElement);
-    const next = Math.abs(move) === 1 ? (here + move + tabs.length) % tabs.length : move < 0 ? 0 : tabs.length - 1;
-    buttons[next].focus();
-    open(tabs[next].id, true);
+    shown.at(place).focus();
+    shown.at(place).click();
   });
   const open = (id, remembered) => {
-    const tab = tabs.find((item) => item.id === id) || tabs[0];
+    const tab = tabs.find((item, index) => item.id === id && !buttons[index].hidden) || tabs[0];
     tabs.forEach((item, index) => {
       const on = item === tab;
       buttons[index].setAttribute("aria-selected", String(on));
@@ -37,10 +38,10 @@ export function tabList(tabs, label) {
     bar,
     panel,
     open,
-    current: () => tabs[buttons.findIndex((button) => button.getAttribute("aria-selected") === "true")]?.id,
     setCount: (id, count) => {
       const index = tabs.findIndex((tab) => tab.id === id);
-      if (index >= 0) buttons[index].querySelector(".count").textContent = String(count);
+      buttons[index].querySelector(".count").textContent = String(count);
+      buttons[index].hidden = tabs[index].optional && !count;
     },
   };
 }

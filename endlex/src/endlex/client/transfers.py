@@ -1,26 +1,87 @@
-"""Checkpoints back from the server: ranges in parallel, each verified, whole or not at all.
+"""Move one checkpoint while somebody waits: from the server (pull), or to it (push).
 
-Files are built in a hidden directory beside the target. What is there already, from an attempt
-that was cut, is hashed part by part, and only the rest is asked for.
+Ranges come in parallel; each is verified, and a file appears whole or not at all. Files are built
+in a hidden directory beside the target. What an attempt that was cut left there is hashed part by
+part, and only the rest is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+from endlex.client.checkpoints import Staged, files_of
 from endlex.client.process import fsync
-from endlex.client.retrying import PATIENCE_SECONDS, Patience, in_parallel
-from endlex.client.transport import Refused, Retry, Transport, quoted
-from endlex.protocol import REMOVED, EndlexError, Manifest, ManifestFile, check_manifest
+from endlex.client.transport import Backoff, Refused, Retry, Transport, quoted
+from endlex.client.uploads import Progress, Uploader, build_manifest, in_parallel
+from endlex.protocol import (
+    REMOVED,
+    EndlexError,
+    Manifest,
+    ManifestFile,
+    check_checkpoint_name,
+    check_manifest,
+    check_run_id,
+)
+
+T = TypeVar("T")
 
 CONNECTIONS = 4
+PATIENCE_SECONDS = 60.0
+LEAST_ATTEMPTS = 3
 
-Progress = Callable[[int, int], None]
+
+class Patience:
+    """Try again after faults of the network, until nothing has got further for a while.
+
+    The time counts from the first fault after progress, and a few attempts are made however long
+    each one takes.
+    """
+
+    def __init__(self, seconds: float = PATIENCE_SECONDS) -> None:
+        self._seconds = seconds
+        self._progress: object = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self._backoff = Backoff(longest=5.0)
+        self._deadline = math.inf
+        self._faults = 0
+
+    def progressed(self, *progress: object) -> None:
+        """Note how far the work is; if that is not where it was, all patience is back."""
+        if progress != self._progress:
+            self._progress = progress
+            self._start_over()
+
+    def watching(self, progress: Callable[..., None], *what: str) -> Callable[[int, int], None]:
+        """Return a `progress` that also notes how far the work is, told after `what`."""
+
+        def report(done: int, total: int) -> None:
+            self.progressed(*what, done)
+            progress(*what, done, total)
+
+        return report
+
+    def keep_trying(self, act: Callable[[], T]) -> T:
+        """Return what `act` returns, after as many faults as there is patience for."""
+        while True:
+            try:
+                return act()
+            except Retry as error:
+                seconds, now = self._backoff.wait(error), time.monotonic()
+                self._deadline = min(self._deadline, now + self._seconds)
+                self._faults += 1
+                if self._faults >= LEAST_ATTEMPTS and now + seconds > self._deadline:
+                    raise
+                time.sleep(seconds)
 
 
 @dataclass(frozen=True)
@@ -74,7 +135,8 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
     if manifest["name"] != name:
         raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
     if state == REMOVED:
-        reason, removed = str(content.get("reason")), float(content.get("removed") or 0)
+        reason, removed = str(content.get("reason")), content.get("removed")
+        removed = float(removed) if isinstance(removed, int | float) else 0.0
         message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
         raise Removed(message, removed, reason, manifest)
     return manifest
@@ -102,7 +164,7 @@ def pull_checkpoint(
     Raises:
         EndlexError: there is no such checkpoint, another file is in the way, or what the server
             sends does not have the hashes that it should.
-        Retry: the server could not be reached for too long; call again to go on.
+        Retry: the server could not be reached for too long; call again to resume.
     """
     directory = directory.absolute()
     manifest = fetch_manifest(run, name, transport)
@@ -115,14 +177,14 @@ def pull_checkpoint(
     where = quoted("runs", run, "checkpoints", name)
     lock = threading.Lock()
     waiter = Patience(patience)
+    report = waiter.watching(progress)
 
     def fetch(piece: _Piece) -> None:
         nonlocal done
         waiter.keep_trying(lambda: _fetch(piece, building, where, transport))
         with lock:
             done += piece.bytes
-            waiter.progressed(done)
-            progress(done, total)
+            report(done, total)
 
     in_parallel(fetch, pieces, CONNECTIONS, transport)
     for file in wanted:
@@ -184,3 +246,47 @@ def _publish(building: Path, directory: Path, file: ManifestFile) -> None:
         fsync(content.fileno())
     target.parent.mkdir(parents=True, exist_ok=True)
     source.replace(target)
+
+
+def push_checkpoint(
+    run: str,
+    source: Path,
+    name: str,
+    transport: Transport,
+    *,
+    step: int = 0,
+    aliases: Sequence[str] = (),
+    metadata: Mapping[str, Any] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> None:
+    """Upload a file, or a directory's files, as a checkpoint of a run that the server knows.
+
+    Nothing is staged: the files must not change meanwhile, which is noticed.
+
+    Raises:
+        CheckpointFailed: it cannot be published, such as when another one has the name.
+        Retry: not now; calling again sends only what is left.
+        Refused: the token does not allow it, or the server does not know the run.
+        EndlexError: there is nothing to push, or a name is not one.
+    """
+    check_run_id(run)
+    files = list(files_of(source))
+    if not files:
+        raise EndlexError(f"{str(source)!r} holds no files: nothing to push")
+    states = [(inside, path.stat()) for inside, path in files]
+    note: Staged = {
+        "name": check_checkpoint_name(name),
+        "step": step,
+        # That of the newest file, not now, so that the same push again is the same manifest.
+        "created": max(state.st_mtime for _, state in states),
+        "aliases": [check_checkpoint_name(alias) for alias in aliases],
+        "metadata": dict(metadata or {}),
+        "files": [
+            {"path": inside, "bytes": state.st_size, "changed": state.st_mtime_ns}
+            for inside, state in states
+        ],
+    }
+    root = source if source.is_dir() else source.parent
+    manifest, patience = build_manifest(root, note), Patience()
+    uploader = Uploader(transport, patience.watching(progress))
+    patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
