@@ -35,7 +35,7 @@ from archerchat.serving.answers import Answer, ChatChoice, ResponsesAnswer, Text
 from archerchat.serving.config import LOOPBACK, ServeConfig
 from archerchat.serving.grammar import build_mask
 from archerchat.serving.guard import AsciiJSON, Guard, install_handlers, to_json
-from archerchat.serving.info import Server, Shared
+from archerchat.serving.info import Server, Shared, aside
 from archerchat.serving.models import Models, ServedModel
 from archerchat.serving.worker import GenerationFailed, Stream, Worker
 
@@ -83,11 +83,9 @@ def build_guarded(config: ServeConfig, **options: Any) -> FastAPI:
     app.add_middleware(Guard, api_key=config.key, hosts=hosts)
     if config.cors_origin:
         app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(config.cors_origin),
-            allow_methods=["GET", "POST"],
+            CORSMiddleware, allow_origins=list(config.cors_origin), allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
-        )
+        )  # fmt: skip
     return app
 
 
@@ -143,10 +141,9 @@ async def complete(body: asked.CompletionRequest, request: Request, server: Shar
     """Continue texts or token ids as they are: what base models do."""
     model = await server.models.get(body.model)
     tokenizer, params = model.tokenizer, body.params(model.tokenizer)
-    asks = [
-        sequence.Request(prompt, params, decode=tokenizer.decode)
-        for prompt in body.prompts(tokenizer)
-    ]
+    prompts = await aside(request, lambda: body.prompts(tokenizer))
+    server.worker.check(len(prompts) * params.num_samples)
+    asks = [sequence.Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     for ask in asks:
         model.engine.check(ask)
     scores: list[Sequence[TokenLogprobs | None]] = [[None] * len(ask.prompt) for ask in asks]

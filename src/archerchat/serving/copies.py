@@ -24,7 +24,6 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
-from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from archerchat.errors import UsageError
@@ -60,8 +59,8 @@ class Copy:
             UsageError: it ended at once; it says why itself.
         """
         self._path.unlink(missing_ok=True)
-        context = get_context("spawn")
-        self.process = context.Process(target=_serve, args=self._arguments, daemon=True)
+        spawn = get_context("spawn").Process
+        self.process = spawn(target=_serve, args=self._arguments, daemon=True)
         self.process.start()
         while not self._path.exists():
             if not self.process.is_alive():
@@ -77,29 +76,6 @@ class Copy:
             headers=_without_hop(request.headers.raw), extensions={"target": target},
         )  # fmt: skip
         return await self.client.send(asked, stream=True)
-
-
-class _Front:
-    """Hand each request to a copy, and its answer back as it comes."""
-
-    def __init__(self, copies: Sequence[Copy]) -> None:
-        self._copies = copies
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        beginning = (await request.body())[:BEGINNING_BYTES]
-        copy = min(self._copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
-        copy.in_flight += 1
-        try:
-            if (found := await until_gone(receive, copy.ask(request))) is None:
-                return
-            async with aclosing(found):
-                response = StreamingResponse(found.aiter_raw(), found.status_code)
-                response.raw_headers = _without_hop(found.headers.raw)
-                response.headers["archerchat-copy"] = str(copy.index)
-                await response(scope, receive, in_time(send))
-        finally:
-            copy.in_flight -= 1
 
 
 def _without_hop(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -170,5 +146,22 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
             total[name] = sorted(set().union(*values)) if is_list else add(values)
         return show_stats(request, total)
 
-    app.router.routes.append(Route("/{path:path}", _Front(copies)))
+    async def forward(scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request to a copy, and its answer back as it comes."""
+        request = Request(scope, receive)
+        beginning = (await request.body())[:BEGINNING_BYTES]
+        copy = min(copies, key=lambda c: (c.in_flight, zlib.crc32(beginning, c.index)))
+        copy.in_flight += 1
+        try:
+            if (found := await until_gone(receive, copy.ask(request))) is None:
+                return
+            async with aclosing(found):
+                response = StreamingResponse(found.aiter_raw(), found.status_code)
+                response.raw_headers = _without_hop(found.headers.raw)
+                response.headers["archerchat-copy"] = str(copy.index)
+                await response(scope, receive, in_time(send))
+        finally:
+            copy.in_flight -= 1
+
+    app.mount("/", forward)
     return app

@@ -129,8 +129,8 @@ def install_handlers(app: FastAPI) -> None:
     async def refuse(request: Request, error: Exception) -> Response:
         return _explain(error)
 
-    known = (RequestValidationError, ArcherChatError, Overloaded, HTTPException, ClientDisconnect)
-    for kind in (*known, Exception):
+    for kind in (RequestValidationError, ArcherChatError, Overloaded, HTTPException,
+                 ClientDisconnect, RecursionError, Exception):  # fmt: skip
         app.add_exception_handler(kind, refuse)
 
 
@@ -146,6 +146,8 @@ def _explain(error: Exception) -> Response:
         return refusal(429, str(error), code="queue_full")
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
+    if isinstance(error, RecursionError):
+        return refusal(400, "the body is nested too deeply")
     if isinstance(error, HTTPException):
         return refusal(error.status_code, str(error.detail))
     if not isinstance(error, ArcherChatError):

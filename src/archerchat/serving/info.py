@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
@@ -15,6 +17,9 @@ from archerchat.serving.guard import AsciiJSON
 from archerchat.serving.models import Models
 from archerchat.serving.worker import Worker
 
+LONG_BYTES = 2**16
+"""Size of a request whose text takes milliseconds to tokenize."""
+T = TypeVar("T")
 router = APIRouter()
 
 
@@ -28,11 +33,16 @@ class Server:
 
 
 async def _server(request: Request) -> Server:  # a plain function would run in another thread
-    server: Server = request.app.state.server
-    return server
+    return cast(Server, request.app.state.server)
 
 
 Shared = Annotated[Server, Depends(_server)]
+
+
+async def aside(request: Request, work: Callable[[], T]) -> T:
+    """Return what `work` makes of a request; in a thread where that may take long."""
+    is_long = len(await request.body()) > LONG_BYTES
+    return await asyncio.to_thread(work) if is_long else work()
 
 
 @router.get("/v1/models")
@@ -50,10 +60,11 @@ async def show_model(name: str, server: Shared) -> Response:
 
 
 @router.post("/tokenize")
-async def tokenize(body: asked.TokenizeRequest, server: Shared) -> Response:
+async def tokenize(body: asked.TokenizeRequest, request: Request, server: Shared) -> Response:
     """Return the token ids of a text, and the text of each."""
     tokenizer = (await server.models.get(body.model)).tokenizer
-    ids = tokenizer.encode(body.content if body.prompt is None else body.prompt)
+    text = body.content if body.prompt is None else body.prompt
+    ids = await aside(request, lambda: tokenizer.encode(text))
     ids = [tokenizer.bos_id, *ids] if body.add_special else ids
     pieces = [tokenizer.token(i).decode(errors="replace") for i in ids]
     return AsciiJSON({"tokens": ids, "pieces": pieces, "count": len(ids)})

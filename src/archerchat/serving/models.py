@@ -73,22 +73,14 @@ class Models:
             raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")
 
     def find(self, name: str | None) -> Card:
-        """Return the card of a model by its name or its tag alone; of the first one for None.
-
-        Raises:
-            UnknownModel: there is none.
-        """
+        """Return the card of a name or a tag, or the first for None; UnknownModel if none fits."""
         for card in self.cards.values():
             if name in (None, card["id"], card["tag"]):
                 return card
         raise UnknownModel(f"there is no model {name!r}; there is {', '.join(self.cards)}")
 
     async def get(self, name: str | None) -> ServedModel:
-        """Return a model, loading it first if need be; raises as `find` and `load_model` do.
-
-        Raises:
-            Overloaded: all that may be in memory are at work.
-        """
+        """Return a model, loaded if need be; raises as `find`, `_load` and `load_model` do."""
         card = self.find(name)
         found = self.loaded.get(card["id"])
         if found is None:
@@ -97,7 +89,11 @@ class Models:
         return found
 
     def _load(self, card: Card) -> ServedModel:
-        """Load a model in the place of the one used longest ago; run by the worker's thread."""
+        """Load a model in the place of the one used longest ago; run by the worker's thread.
+
+        Raises:
+            Overloaded: all that may be in memory are at work.
+        """
         name, config = card["id"], self._config
         if name in self.loaded:  # by a request that came at the same time
             return self.loaded[name]

@@ -26,7 +26,7 @@ MAX_MESSAGE_CHARACTERS = 8_000
 MAX_CONVERSATION_CHARACTERS = 32_000
 MAX_PROMPTS = 256
 MAX_PROMPT_CHARACTERS = 1_000_000
-MAX_SCHEMA_CHARACTERS = 64_000
+MAX_SCHEMA_BYTES = 64_000
 MAX_SAMPLES = 128
 COMPLETION_TOKENS = 16
 """Tokens of a completion that names no number, as in OpenAI's API."""
@@ -140,11 +140,8 @@ class ConversationRequest(_Body):
             where, role = f"{name}[{index}]", message.role
             due = "system" if index < first else ("user", "assistant")[(index - first) % 2]
             if role != due:
-                raise BadRequest(
-                    f"{where}.role",
-                    f"is {role!r} where {due!r} is due: after an optional system message, user and "
-                    "assistant take turns",
-                )
+                turns = "after an optional system message, user and assistant take turns"
+                raise BadRequest(f"{where}.role", f"is {role!r} where {due!r} is due: {turns}")
             content, size = _read_content(f"{where}.content", role, message.content)
             found.append({"role": role, "content": content})
             total += size
@@ -173,23 +170,19 @@ def _read_content(where: str, role: str, content: str | list[Part]) -> tuple[Any
 
 
 def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
-    if len(json.dumps(schema)) > MAX_SCHEMA_CHARACTERS:
-        raise ValueError(f"a schema has at most {MAX_SCHEMA_CHARACTERS:,} characters")
+    if len(json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()) > MAX_SCHEMA_BYTES:
+        raise ValueError(f"a schema has at most {MAX_SCHEMA_BYTES:,} bytes")
     return schema
 
 
 Schema = Annotated[dict[str, Any], AfterValidator(_is_small)]
 
 
-class JsonSchema(BaseModel):
-    content: Schema = Field(alias="schema")
-
-
 class AnswerFormat(BaseModel):
     """The form of an answer; /v1/responses has a schema where chats have another level."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: JsonSchema | None = None
+    json_schema: AnswerFormat | None = None
     content: Schema | None = Field(None, alias="schema")
 
 
@@ -255,6 +248,8 @@ class ResponsesRequest(ChatRequest):
     text: TextOptions | None = None
     previous_response_id: None = None
     n: None = None
+    logprobs: None = None
+    top_logprobs: None = None
 
     def conversation(self) -> list[dict[str, Any]]:
         found = super().conversation()

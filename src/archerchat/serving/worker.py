@@ -178,19 +178,23 @@ class Worker:
         self._inbox.put(run)
         return await asyncio.wrap_future(future)
 
-    def submit(self, engine: Engine, requests: Sequence[Request]) -> Stream:
-        """Queue the requests of one HTTP request.
+    def check(self, samples: int) -> None:
+        """Refuse more samples than there is room for.
 
         Raises:
-            Overloaded: too many samples are in work.
-            UsageError: the engine cannot serve one of them; none is queued.
+            UsageError: there never is.
+            Overloaded: there is not now.
         """
-        stream = Stream(self, engine, requests, self._next_number)
-        samples = stream.open_samples = stream.num_samples
         if samples > self._max_waiting:
             raise UsageError(f"{samples} answers are more than the {self._max_waiting} of a queue")
         if self.samples + samples > self._max_waiting:
             raise Overloaded(f"{self.samples} answers are in work: try again in a moment")
+
+    def submit(self, engine: Engine, requests: Sequence[Request]) -> Stream:
+        """Queue the requests of one HTTP request, all or none; raises as both `check` do."""
+        stream = Stream(self, engine, requests, self._next_number)
+        samples = stream.open_samples = stream.num_samples
+        self.check(samples)
         for request in requests:
             engine.check(request)
         numbers = range(self._next_number, self._next_number + len(requests))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import threading
 import time
 from typing import Any
@@ -16,6 +17,7 @@ from fastapi.testclient import TestClient
 from archerchat.errors import UsageError
 from archerchat.serving import app, guard
 from archerchat.serving.config import ServeConfig
+from archerchat.tokenizer.bpe import Tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "a"}]
@@ -68,6 +70,10 @@ REFUSED = [
     (CHAT, {"messages": HELLO, "response_format": schema(deep(400))}, 400, "response_format"),
     (CHAT, {"messages": HELLO, "response_format": schema({"title": "a" * 70_000})}, 400,
      "response_format.json_schema.schema"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"const": "\ud800"})}, 400,
+     "response_format.json_schema.schema"),
+    (CHAT, {"messages": HELLO, "response_format": schema({"const": math.nan})}, 400,
+     "response_format.json_schema.schema"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema", "schema":
      {"type": "string", "minLength": 2, "maxLength": 1}}}}, 400, "text.format"),
     ("/v1/responses", {"input": "a", "text": {"format": {"type": "json_schema"}}}, 400,
@@ -95,8 +101,10 @@ REFUSED = [
     (TEXT, {"prompt": "ab " * 100}, 400, "prompt"),
     (TEXT, {"prompt": "a", "max_tokens": -1}, 400, "max_tokens"),
     (TEXT, {"prompt": "a", "logprobs": 21}, 400, "logprobs"),
+    (TEXT, {"prompt": ["a"] * 200, "max_tokens": 0, "echo": True}, 400, None),
     ("/v1/responses", {"input": ""}, 400, "input"),
     ("/v1/responses", {"input": []}, 400, "input"),
+    ("/v1/responses", {"input": "a", "top_logprobs": 1}, 400, "top_logprobs"),
     ("/v1/responses", {"input": [*HELLO, *HELLO]}, 400, "input[1].role"),
     ("/v1/responses", {"input": [said("user", "a"), said("assistant", "b")] * 250}, 400, "input"),
     ("/detokenize", {"tokens": [10**30]}, 400, "tokens"),
@@ -125,6 +133,40 @@ def test_what_is_no_json_object_is_refused(client: TestClient, content: bytes) -
     response = client.post(CHAT, content=content, headers=headers)
     assert response.status_code == 400, response.text
     assert response.json()["error"]["message"]
+
+
+def test_a_schema_is_refused_however_deep(client: TestClient) -> None:
+    """Some depth is too much for Python, but only for what comes after it has read the body."""
+    body = {"messages": HELLO, "response_format": schema("deep")}
+    for depth in range(900, 1000):
+        content = json.dumps(body).replace('"deep"', '{"items":' * depth + "{}" + "}" * depth)
+        response = client.post(CHAT, content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 400, (depth, response.text)
+
+
+@pytest.mark.parametrize("path", ["/tokenize", TEXT])
+def test_a_long_text_holds_nobody_up(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    client, reading, answered = serve(), threading.Event(), threading.Event()
+    client.post(TEXT, json={"prompt": "a", "max_tokens": 1})
+    encode = Tokenizer.encode
+
+    def wait(self: Tokenizer, text: str) -> list[int]:
+        reading.set()
+        assert answered.wait(20)
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", wait)
+    codes: list[int] = []
+    body = {"prompt": "a " * 40_000}
+    asking = threading.Thread(target=lambda: codes.append(client.post(path, json=body).status_code))
+    asking.start()
+    assert reading.wait(20)
+    assert client.get("/health").status_code == 200
+    answered.set()
+    asking.join()
+    assert codes == [400 if path == TEXT else 200]
 
 
 def test_special_tokens_in_a_message_stay_text(client: TestClient) -> None:
