@@ -15,10 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_args, get_type_hints
 
 import tyro
-from tyro import constructors
+from tyro import constructors as tc
 
 from archerchat import __version__
 from archerchat.errors import ArcherChatError
@@ -127,7 +127,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
         "commands.exports:push", "upload a model to the Hugging Face hub", positional=True
     ),
     "pull": Command("commands.imports:pull", "download a model from the hub", positional=True),
-    "doctor": Command("commands.doctor:doctor", "describe this machine and what it lacks"),
+    "doctor": Command("commands.doctor:doctor", "describe this machine and what is missing"),
 }
 
 
@@ -200,37 +200,47 @@ def _renamed(words: Sequence[str], names: Mapping[str, str]) -> list[str]:
     return made
 
 
-def _rules() -> constructors.ConstructorRegistry:
-    """Return how tyro reads `none`, and how it describes fields."""
-    rules, is_nested = constructors.ConstructorRegistry(), False
+def _rules() -> tc.ConstructorRegistry:
+    """Return how tyro reads options that may be left out, and how it describes fields."""
+    rules, is_nested = tc.ConstructorRegistry(), False
 
     @rules.primitive_rule
-    def read_none(
-        info: constructors.PrimitiveTypeInfo,
-    ) -> constructors.PrimitiveConstructorSpec[None] | None:
+    def read_none(info: tc.PrimitiveTypeInfo) -> tc.PrimitiveConstructorSpec[None] | None:
         if info.type is not NoneType:
             return None
-        return constructors.PrimitiveConstructorSpec(
+        return tc.PrimitiveConstructorSpec(
             1, "{none}", lambda words: None, lambda value: value is None, lambda _: ["none"], OFF
         )
 
+    @rules.primitive_rule
+    def read_text(info: tc.PrimitiveTypeInfo) -> tc.PrimitiveConstructorSpec[Any] | None:
+        kinds = set(get_args(info.type))
+        if kinds not in ({str, NoneType}, {Path, NoneType}):
+            return None
+        (kind,) = kinds - {NoneType}  # of a text, `none` is no special value
+        return tc.PrimitiveConstructorSpec(
+            1,
+            kind.__name__.upper(),
+            lambda words: kind(words[0]),
+            lambda value: value is None or isinstance(value, kind),
+            lambda value: [str(value)],
+        )
+
     @rules.struct_rule
-    def describe_fields(
-        info: constructors.StructTypeInfo,
-    ) -> constructors.StructConstructorSpec | None:
+    def describe_fields(info: tc.StructTypeInfo) -> tc.StructConstructorSpec | None:
         nonlocal is_nested
         if is_nested or not is_dataclass(info.type):
             return None
         is_nested = True  # the next call gets tyro's own answer
-        spec = constructors.ConstructorRegistry.get_struct_spec(info)
+        spec = tc.ConstructorRegistry.get_struct_spec(info)
         is_nested = False
-        assert isinstance(spec, constructors.StructConstructorSpec)
+        assert isinstance(spec, tc.StructConstructorSpec)
         return replace(spec, fields=tuple(map(_described, spec.fields)))
 
     return rules
 
 
-def _described(field: constructors.StructFieldSpec) -> constructors.StructFieldSpec:
+def _described(field: tc.StructFieldSpec) -> tc.StructFieldSpec:
     """Put a field's help on one line, without a default that says nothing."""
 
     def describe() -> str:

@@ -1,8 +1,7 @@
-"""What ArcherChat raises for its users: one base, one exit code a class.
+"""Errors for ArcherChat's users: one base, one exit code per class.
 
-A message names the offending value and says what to do next; the command line
-prints it without a traceback. Broken invariants are `assert`s, not these. Limits of flags
-are in `config`.
+A message names the offending value and says what to do next; the command line prints it without a
+traceback. Broken invariants are `assert`s instead. Limits of flags are in `config`.
 """
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -102,6 +103,13 @@ def test_the_references_flags_keep_their_names() -> None:
         None,
     )
     assert (config.core_metric_every, config.dial.num_iterations) == (None, None)
+
+
+def test_none_is_a_text_where_texts_are_expected() -> None:
+    for text in ("none", "None", "-1"):
+        assert parse(["chat", "-p", text, "--top-k", text]).config.prompt == text
+        assert parse(["chat", f"--prompt={text}", "--top-k", text]).config.sampling.top_k is None
+    assert parse(["compare", "a", "b", "--json", "none"]).config.json == Path("none")
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

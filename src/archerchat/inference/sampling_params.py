@@ -25,7 +25,7 @@ class SamplingParams(Config):
     temperature: Annotated[float, Limit(0, 100)] = 1.0
     """Sampling temperature: 0 always takes the most likely token, larger values vary more."""
     top_k: PositiveInt | None = None
-    """Sample from this many of the most likely tokens only; None samples from all."""
+    """Sample from this many of the most likely tokens only; `none` samples from all."""
     top_p: Share | None = None
     """Sample from the fewest most likely tokens whose share of what top-k left reaches this."""
     min_p: Annotated[float, Limit(0, 1)] = 0.0

@@ -222,15 +222,15 @@ def _why_compute(logs: Array) -> str:
         )
     if num_runs < BOTH_SIZES:
         return (
-            f"{num_runs} runs are too few to tell the effects of parameters and tokens apart "
+            f"{num_runs} runs are too few to separate the effects of parameters and tokens "
             f"({BOTH_SIZES} could): the law is over compute."
         )
     distinct = [len(set(np.round(row, 2))) for row in logs]
     if min(distinct) == 1 or abs(np.asarray(np.corrcoef(logs))[0, 1]) >= SAME_DIRECTION:
         return (
             "In these runs tokens grow with parameters, as in a miniseries at one ratio, so their "
-            "effects cannot be told apart: the law is over compute. To tell them apart, add runs "
-            "of one depth with several --target-param-data-ratio."
+            "effects cannot be separated: the law is over compute. To separate them, add runs of "
+            "one depth with several --target-param-data-ratio."
         )
     if min(distinct) < DISTINCT:
         return (

@@ -111,7 +111,7 @@ def test_a_miniseries_at_one_ratio_is_fitted_over_compute() -> None:
     )
     assert not law.both
     assert law.floor is not None
-    assert "cannot be told apart" in reason
+    assert "cannot be separated" in reason
 
 
 def test_two_amounts_of_tokens_do_not_show_a_curve() -> None:

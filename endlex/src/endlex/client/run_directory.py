@@ -127,11 +127,7 @@ def find_or_claim(
     folder: Path | str | None,
     resume: bool | str | None,
 ) -> tuple[Path, RunFile]:
-    """Find or make a run's directory, in `folder` if none is given; return it with its run.
-
-    Raises:
-        EndlexError: the directory is another run's, or not as `resume` wants it.
-    """
+    """Find or make a run's directory, in `folder` if none is given; return it with its run."""
     if resume not in (None, True, False, "allow", "must", "never", "auto"):
         raise EndlexError(f"resume {resume!r} must be allow, must, never or auto")
     folder, new_id = Path(folder or runs_folder()), run_id or new_run_id()

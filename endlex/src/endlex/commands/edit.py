@@ -47,9 +47,8 @@ def note(run: str, text: str, url: str | None) -> int:
 
 def group(runs: Sequence[str], name: str, url: str | None) -> int:
     """Put runs into a group; an empty name takes them out of theirs."""
-    return _change(
-        runs, {"group": name or None}, url, f"in group {name!r}" if name else "ungrouped"
-    )
+    done = f"in group {name!r}" if name else "ungrouped"
+    return _change(runs, {"group": name or None}, url, done)
 
 
 def rename(run: str, name: str, url: str | None) -> int:

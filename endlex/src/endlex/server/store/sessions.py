@@ -149,8 +149,8 @@ def _check_first(line: bytes, run: str, session: str) -> SessionRecord:
         if isinstance(error, ValidationError):
             wrong = error.errors()[0]
             said = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
-        message = f"the first line of session {session} is not its session record: {said}"
-        raise ApiError(422, message) from error
+        what = f"the first line of session {session} is not its session record"
+        raise ApiError(422, f"{what}: {said}") from error
     if record.protocol != PROTOCOL:
         message = f"the session speaks protocol {record.protocol}, and this server {PROTOCOL}"
         raise ApiError(422, f"{message}: upgrade the older side")
