@@ -217,7 +217,7 @@ BUDGETS = {
     "training": (2100, 3400),
     "inference": (1700, 2450),
     "evals": (2000, 1965),
-    "tasks": (1300, 1475),
+    "tasks": (1300, 1470),
     "sandbox": (700, 685),
     "serving": (900, 1880),
     "exchange": (800, 1025),

@@ -244,13 +244,12 @@ def _plan_memory(
     config: PlanConfig, hp: Hyperparameters, machine: Machine, rows: int
 ) -> MemoryPlan:
     dtype, device = DTYPES[machine.compute_dtype], torch.device(machine.device_type)
-    available = machine.memory_bytes
     estimate, size, recomputes = fit_micro_batch(
         hp.model,
         dtype,
         device,
         config.num_gpus,
-        available,
+        machine.memory_bytes,
         rows,
         recomputes=config.activation_checkpointing,
         state_dtype=DTYPES[config.optimizer_state],

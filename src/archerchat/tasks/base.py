@@ -149,21 +149,17 @@ class NumberTask(Task):
     is_lenient = True
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        number = find_number(_right_answer(conversation))
+        number = find_number(text_of(conversation["messages"][-1]["content"]))
         return number is not None and number == find_number(completion)
 
     def evaluate_leniently(self, conversation: Conversation, completion: str) -> bool:
-        number = find_number_leniently(_right_answer(conversation))
+        number = find_number_leniently(text_of(conversation["messages"][-1]["content"]))
         return number is not None and number == find_number_leniently(completion)
 
 
 _NUMBER = re.compile(r"#### *(-?\.?[0-9][0-9.,]*)")
 # A minus after a digit or a parenthesis subtracts; anywhere else it is the number's sign.
 _LENIENT = re.compile(r"(?:(?<![\d)])(?<![\d)] )([-−])[ *$€£]*)?(\.?\d[\d,]*(?:\.\d+)?)")
-
-
-def _right_answer(conversation: Conversation) -> str:
-    return text_of(conversation["messages"][-1]["content"])
 
 
 def find_number(text: str) -> str | None:

@@ -120,20 +120,18 @@ class SimpleSpellingTask(GeneratedTask):
     def draw(self, random: Random) -> Conversation:
         word = random.choice(load_words(self.split))
         question = random.choice(load_questions("spell")).format(word=_quoted(word, random))
-        return {"messages": [user(_as_typed(question, random)), assistant(_spell(word))]}
+        return {
+            "messages": [user(_as_typed(question, random)), assistant(f"{word}: {','.join(word)}")]
+        }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         expected: str = conversation["messages"][-1]["content"]
         return completion.strip() == expected
 
 
-def _spell(word: str) -> str:
-    return f"{word}: {','.join(word)}"
-
-
 def _count_by_hand(word: str, letter: str) -> str:
     """Write the word, its letters, and the running count beside each match of `letter`."""
-    lines, count = [f"I spell {_spell(word)}", "", f"Looking for '{letter}':"], 0
+    lines, count = [f"I spell {word}: {','.join(word)}", "", f"Looking for '{letter}':"], 0
     for number, each in enumerate(word, start=1):
         count += each == letter
         lines.append(f"{number}. {each}" + (f" yes, {count}" if each == letter else ""))
