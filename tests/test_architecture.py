@@ -217,7 +217,7 @@ BUDGETS = {
     "training": (2100, 3400),
     "inference": (1700, 2450),
     "evals": (2000, 2000),
-    "tasks": (1300, 1480),
+    "tasks": (1300, 1470),
     "sandbox": (700, 700),
     "serving": (900, 1878),
     "exchange": (800, 1025),

@@ -94,10 +94,8 @@ def _check_retry(url: str, error: Exception, failures: int, without_network: str
     """Return the reason of a failed attempt; raise a DataError if another would be useless."""
     status, reason = _parts_of(error)
     if 400 <= status < 500 and status not in RETRIED_STATUS:
-        raise DataError(
-            f"{url} answered {status}: check the source's name and --endpoint, and that you may "
-            "read it"
-        ) from error
+        advice = "check the source's name, --endpoint, and your right to read it"
+        raise DataError(f"{url} answered {status}: {advice}") from error
     if failures >= ATTEMPTS or type(error).__name__ == "OfflineModeIsEnabled":
         raise DataError(
             f"gave up on {url} after {failures} attempts ({reason}): check the network and run the "

@@ -102,7 +102,7 @@ def load_hf_tokenizer(directory: Path, provenance: dict[str, Any]) -> Tokenizer:
 
 
 def _differences(content: dict[str, Any], tokenizer: Tokenizer) -> list[str]:
-    """Name the parts of a file's content that we would write differently for its tokenizer."""
+    """Return the names of parts that differ from what we would write for this tokenizer."""
     model, ours = content["model"], tokenizer_json(tokenizer)
     merges = [each.split(" ") if isinstance(each, str) else each for each in model["merges"]]
     # A file may also have special tokens in its vocabulary, and settings that are switched off.
@@ -121,7 +121,7 @@ def _spell(token: bytes) -> str:
 def _merges(ranks: dict[bytes, int]) -> list[list[str]]:
     """Return the two parts that each token was merged from, in the order of the ranks.
 
-    A token that no merges lead to is left out: it is found as a whole piece only.
+    A token that no merges produce is left out; it is found only as a whole piece.
     """
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):

@@ -69,7 +69,7 @@ FIXED = {
 
 
 def lost_parts(config: ModelConfig) -> list[str]:
-    """Return what a model has that `NanoChatForCausalLM` lacks."""
+    """Return the parts of a model that `NanoChatForCausalLM` lacks."""
     values = asdict(config)
     lost = [f"{name} ({values[name]})" for name, plain in PLAIN.items() if values[name] != plain]
     short = min(config.windows) < config.sequence_length
@@ -92,11 +92,11 @@ def write_folder(
     Args:
         tensors: the model's state dict.
         card: the text of README.md.
-        about: stage, step and so on, kept in config.json for the way back.
-        dtype: of the weights; None keeps each as it is.
+        about: stage, step and so on; config.json keeps them for the import.
+        dtype: dtype of the weights; None keeps each as it is.
 
     Raises:
-        UsageError: `directory` holds something, or the model has what the format lacks.
+        UsageError: `directory` is not empty, or the format lacks a part of the model.
     """
     if model_type == THEIRS and (lost := lost_parts(config)):
         raise UsageError(
@@ -176,7 +176,7 @@ def _describe(
 
 
 def read_about(directory: Path) -> dict[str, Any]:
-    """Return what an export recorded about its model; other folders have only the step 0.
+    """Return what an export recorded about its model; any other folder gives only step 0.
 
     Raises:
         UsageError: it has no configuration, or a step that is not a number.
@@ -231,7 +231,7 @@ def _parse_config(content: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def _load_state(directory: Path) -> dict[str, Tensor]:
-    """Read the weights, of one file or of the shards that an index lists."""
+    """Read the weights from one file, or from the shards that an index lists."""
     index = directory / INDEX
     state: dict[str, Tensor] = {}
     try:

@@ -56,7 +56,7 @@ PARTS = {
     "backout": "backout_lambda",
     "residual_lambdas": "residual_lambdas",
 }
-"""The switch of each part that older checkpoints lack, and how its tensors' names begin."""
+"""The switch of each part that older checkpoints lack, and the prefix of its tensors' names."""
 
 CONFIG_NAMES = {
     "sequence_len": "sequence_length",
@@ -90,7 +90,7 @@ ALLOWED_OPCODES = frozenset({
     "BININT", "BININT1", "BININT2",
 })
 # fmt: on
-"""What a `tiktoken.Encoding` is made of since pickle's protocol 4, the default; no calls."""
+"""The opcodes of a pickled `tiktoken.Encoding` since protocol 4, the default; none is a call."""
 
 
 def to_archerchat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,7 +112,7 @@ def load_model(
     changes no value.
 
     Args:
-        qk_gain: factor on queries and keys, which nanochat's files do not tell.
+        qk_gain: factor on queries and keys, which nanochat's files do not record.
 
     Raises:
         UsageError: `directory` holds no checkpoint, or none of this step.
@@ -144,7 +144,7 @@ def load_model(
 
 
 def _load_meta(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """Read what a checkpoint says of itself, and the shape of its model."""
+    """Return a checkpoint's metadata and the shape of its model."""
     try:
         meta = json.loads(path.read_bytes())
         given = {"window_pattern": "L", **meta["model_config"]}
@@ -218,7 +218,7 @@ def _joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
 
 
 class _EncodingState:
-    """Stand in for `tiktoken.Encoding` while unpickling: keep the state, do nothing."""
+    """Replace `tiktoken.Encoding` while unpickling: keep the state, do nothing."""
 
     state: object = None
 
@@ -227,7 +227,7 @@ class _EncodingState:
 
 
 class _EncodingUnpickler(pickle.Unpickler):
-    """Admit one class by name, and give the stand-in for it."""
+    """Admit one class by name, and return its replacement."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ENCODING_CLASS:

@@ -1,4 +1,4 @@
-"""What the imports of all formats share: names, shapes and the configuration of a model."""
+"""Read names, shapes and the configuration of a model, for imports of every format."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ImportedModel:
     config: ModelConfig
     tensors: dict[str, Tensor]
     lacking: tuple[str, ...]
-    """Parts of a model that the file does not have; they are switched off in `config`."""
+    """Parts of a model that the file lacks; they are switched off in `config`."""
     meta: dict[str, Any]
-    """The source's other data."""
+    """Other data of the source."""
 
 
 def parse_config(given: Mapping[str, Any], names: Mapping[str, str], **others: Any) -> ModelConfig:
@@ -35,10 +35,10 @@ def parse_config(given: Mapping[str, Any], names: Mapping[str, str], **others: A
 
     Args:
         names: their name of each setting, and ours.
-        others: settings that they do not have.
+        others: settings that the other project does not have.
 
     Raises:
-        ValueError: a value is missing, of another type, or contradicts the others.
+        ValueError: a value is missing, has a wrong type, or contradicts the others.
     """
     kinds = {field.name: str(field.type) for field in fields(ModelConfig)}
     for theirs, ours in names.items():
@@ -77,8 +77,8 @@ def fit(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     missing, unexpected = expected.keys() - state, state.keys() - expected
     if unexpected or missing:
         raise CheckpointError(
-            f"its tensors are not those of {config}: it lacks {listed(missing) or 'none'} and has "
-            f"also {listed(unexpected) or 'none'} (our names)"
+            f"its tensors are not those of {config}: it lacks {listed(missing) or 'none'} and also "
+            f"has {listed(unexpected) or 'none'} (our names)"
         )
     tensors = {}
     for name, wanted in expected.items():

@@ -1,11 +1,10 @@
 """Published figures of NVIDIA's cards: peak matrix rate, memory, power.
 
-Rates are dense (no structured sparsity) bfloat16 or float16 tensor-core products that
-accumulate in float32, which is what a training step runs. Two traps, both a factor of two:
-data sheets of data-centre cards print the sparse rate first, and on GeForce cards accumulating
-in float32 runs at half the rate of accumulating in float16 (so there it is exactly twice the
-float32 shader rate). Workstation and data-centre cards have no such brake. Cards without bfloat16
-train in float32, for which they have the plain shader rate as well.
+Rates are those of dense (not sparse) bfloat16 or float16 tensor-core products that accumulate in
+float32, as a training step runs them. There are two traps, both a factor of two: data sheets of
+data-centre cards print the sparse rate first; and GeForce cards accumulate in float32 at half the
+rate of float16, which is exactly twice the float32 shader rate. Workstation and data-centre cards
+have no such limit. Cards without bfloat16 train in float32, so they have the shader rate as well.
 
 Sources: the appendix tables of NVIDIA's architecture white papers (Volta V1.1, Turing V1, A100
 V1.0, Ampere GA102 V2, Hopper H100 V1.04, Ada V2, RTX Blackwell V1) and, for the cards that these
@@ -33,20 +32,20 @@ class Gpu:
     """One card's published figures."""
 
     name: str
-    """Its words must all be in the name that the driver reports."""
+    """Name whose words must all be in the name that the driver reports."""
     tflops: float
     """Dense 16-bit tensor-core TFLOP/s, float32 accumulate."""
     memory_gib: int
     board_watts: int
     rented: bool = False
-    """Whether people usually rent it."""
+    """Whether people usually rent this card."""
     capability: tuple[int, int] = (8, 0)
     """Compute capability; a lower bound for cards after the A100."""
     float32_tflops: float | None = None
     """Float32 TFLOP/s, for cards on which training runs in it."""
 
     def flops_per_second(self, dtype: torch.dtype) -> float | None:
-        """Return the peak rate in `dtype`, or None where this table has none."""
+        """Return the peak rate in `dtype`, or None if this table has none."""
         if dtype == torch.float32:
             return self.float32_tflops * 1e12 if self.float32_tflops else None
         if dtype in (torch.float16, training_dtype(self.capability)):
@@ -55,7 +54,7 @@ class Gpu:
 
     @property
     def price_per_hour(self) -> float | None:
-        """Usual rent in dollars, scaled by the rate from an H100's; None for one's own cards."""
+        """Usual rent in dollars, scaled from an H100's by speed; None for cards that people own."""
         return DOLLARS_PER_H100_HOUR * self.tflops / H100_TFLOPS if self.rented else None
 
 
@@ -124,14 +123,14 @@ GPUS = (
 )
 
 _OTHER_CHIP = {"laptop", "mobile", "max", "d", "mig"}
-"""Words that make a name another, slower chip: laptop parts, export models, slices of a card."""
+"""Words in the names of slower chips: laptop cards, export models, slices of a card."""
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """Return the card whose every word is in `device_name`, the most specific one, or None.
+    """Return the most specific card whose words are all in `device_name`, or None.
 
     The words may be apart ("A100-SXM4-80GB" is an "A100 80GB") but must be whole ("L40S" is no
-    "L40"), and a laptop's, an export model's or a MIG slice's name is not its big sister's.
+    "L40"). Laptop cards, export models and MIG slices do not match the full card.
     """
     words = _words(device_name)
     if words & _OTHER_CHIP:
@@ -154,7 +153,7 @@ class Prices(Config):
     """Dollars per kilowatt-hour of electricity, for cards that you own."""
 
     def per_hour(self, gpu: Gpu | None) -> tuple[float | None, str]:
-        """Return the dollars per hour of one device, None if unknown, and what they are."""
+        """Return the dollars per hour of one device, None if unknown, and a note about them."""
         if self.price_per_hour is not None:
             return self.price_per_hour, f"${self.price_per_hour:,.2f} per hour and device"
         if gpu is None:

@@ -1,13 +1,13 @@
 """Estimate what one rank needs to train a shape, without building it.
 
-Three parts add up: what stays for the whole run (weights, gradients, optimizer state), what one
-row of a micro-batch adds until its backward pass, and temporary workspace.
+Three parts add up: what is kept for the whole run (weights, gradients, optimizer state), the
+activations of each row of a micro-batch, and temporary workspace.
 
 The activations follow what a compiled forward pass of `model/transformer.py` saves: counted
 with saved-tensor hooks behind torch's min-cut partitioner, it is within a few per cent of the
 formula here (a test counts again). Fused attention is assumed, so no scores; no recomputation;
-the loss in chunks, so no logits. The total is an estimate: allocators round up, fragment, and
-keep what they once had, so `RESERVED_SHARE` of the device is not counted.
+the loss in chunks, so no logits. The total is an estimate: allocators round up, fragment and keep
+freed memory, so `RESERVED_SHARE` of the device is not counted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from archerchat.model.loss import chunk_tokens
 from archerchat.optim.optimizer import PART_ELEMENTS
 
 CPU_TOKENS = 2**13
-"""Tokens in a micro-batch beyond which a CPU gets no faster."""
+"""Tokens per micro-batch above which a CPU gets no faster."""
 RESERVED_SHARE = 0.10
 """Share of the device's memory left for its context, fragmentation and a desktop."""
 LOSS_CHUNK_TENSORS = 4
-"""Tensors of a chunk's logits alive at once, in the compute dtype."""
+"""Number of tensors of a chunk's logits that exist at once, in the compute dtype."""
 MUON_STACK_BYTES = 20
 """Temporary bytes per element of the largest Muon stack: both copies, the update, products."""
 
@@ -71,10 +71,10 @@ def estimate_memory(
     Args:
         compute_dtype: dtype of activations; embeddings are stored in it when it is bfloat16.
         device: its kind and memory decide how many logits the loss forms at a time.
-        world_size: ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
-        memory_bytes: what the device has; by default it is asked.
+        world_size: number of ranks that share the optimizer's state (ZeRO-2, SPEC section 3).
+        memory_bytes: memory of the device; by default the device is asked.
         recomputes: whether the backward pass computes each layer again.
-        state_dtype: of the optimizer's moments.
+        state_dtype: dtype of the optimizer's moments.
     """
     counts = count_parameters(config)
     compute_bytes = compute_dtype.itemsize

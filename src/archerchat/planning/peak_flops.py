@@ -1,8 +1,8 @@
-"""How fast one device can multiply matrices: the denominator of MFU.
+"""Find the peak rate of one device's matrix products: the denominator of MFU.
 
-If `gpus.py` has the card and the dtype, the rate is the published one. Anything else, CPUs
-included, is measured: the best rate of several products, square ones and those of a training step,
-each tried repeatedly so that a busy moment spoils none. Measuring takes under two seconds and is
+If `gpus.py` has the card and the dtype, the rate is the published one. Other devices, CPUs too, are
+measured: the best rate of several products, square ones and those of a training step, each tried
+repeatedly so that a busy moment does not matter. A measurement takes under two seconds and is
 cached on disk, so every run on a machine divides by the same number.
 """
 
@@ -40,7 +40,7 @@ class PeakFlops:
     flops_per_second: float
     """Finite and positive; of one device, not of all ranks."""
     source: str
-    """Text for people: "table: ..." or "measured: ..."."""
+    """Origin of the figure, in words: "table: ..." or "measured: ..."."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def peak_flops(runtime: Runtime, cache_dir: Path) -> PeakFlops:
     """Look up, recall or measure the peak rate of `runtime`'s device in its compute dtype.
 
     Args:
-        cache_dir: holds `peak_flops.json`; one that cannot be written costs the next run a second.
+        cache_dir: holds `peak_flops.json`. If it cannot be written, the next run measures again.
     """
     dtype = runtime.compute_dtype
     if runtime.device.type == "cuda":
@@ -87,12 +87,12 @@ def cache_key(runtime: Runtime) -> str:
 def measure_peak(runtime: Runtime, seconds: float = MEASURE_SECONDS) -> Measurement:
     """Return the best rate over a few shapes of products.
 
-    On a CPU float32 competes with the compute dtype: one that the processor only emulates is far
-    slower, and a step that does part of its work in float32 would exceed that "peak".
+    On a CPU float32 is tried too: a dtype that the processor only emulates is far slower, and a
+    step that does part of its work in float32 would exceed that "peak".
 
     Args:
-        seconds: about how long to measure; a shape is left out when a few products of it would
-            take longer than what is left.
+        seconds: approximate time for all shapes; a shape is skipped if a few of its products would
+            take longer than the time left.
     """
     is_cpu = runtime.device.type == "cpu"
     dtypes = dict.fromkeys([runtime.compute_dtype, *([torch.float32] if is_cpu else [])])

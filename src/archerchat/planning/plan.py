@@ -1,7 +1,7 @@
 """Estimate what training a model of some depth takes: data, memory, hours, money.
 
-The dial gives the run exactly. The rest is arithmetic on published or measured rates and on
-assumptions, each of which is a flag or a constant here with its reason.
+The dial gives the run's size exactly. The rest is computed from published or measured rates and
+from assumptions, each of which is a flag or a constant here with its reason.
 `build_plan` returns plain numbers; `commands/plan.py` prints them.
 """
 
@@ -151,7 +151,7 @@ class TimePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `archerchat plan` prints."""
+    """All figures that `archerchat plan` prints."""
 
     hyperparameters: Hyperparameters
     schedule: Schedule
@@ -188,7 +188,7 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> Plan:
 
 
 def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: Path) -> Machine:
-    """Look a card up that must be known, or describe the device of this machine."""
+    """Look up a card by name, or describe this machine's device if the name is None."""
     if gpu_name is None:
         runtime = build_runtime()
         gpu = find_gpu(runtime.device_name) if runtime.device.type == "cuda" else None
@@ -244,13 +244,12 @@ def _plan_memory(
     config: PlanConfig, hp: Hyperparameters, machine: Machine, rows: int
 ) -> MemoryPlan:
     dtype, device = DTYPES[machine.compute_dtype], torch.device(machine.device_type)
-    available = machine.memory_bytes
     estimate, size, recomputes = fit_micro_batch(
         hp.model,
         dtype,
         device,
         config.num_gpus,
-        available,
+        machine.memory_bytes,
         rows,
         recomputes=config.activation_checkpointing,
         state_dtype=DTYPES[config.optimizer_state],

@@ -28,9 +28,8 @@ def fastest_for_windows(
     """Return the fastest backend for a model's shortest window, and the times of all.
 
     Args:
-        rows: of a micro-batch.
-        cache_dir: holds `window_speed.json`; one that cannot be written costs the next run some
-            seconds.
+        rows: rows per micro-batch.
+        cache_dir: holds `window_speed.json`. If it cannot be written, the next run measures again.
     """
     window, heads = min(config.windows), f"{config.num_heads}/{config.num_kv_heads} heads"
     shape = f"{rows} rows of {config.sequence_length}, {heads} of {config.head_dim}"

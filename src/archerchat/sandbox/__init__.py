@@ -1,1 +1,1 @@
-"""Runs programs that a model wrote."""
+"""Run programs that a model wrote."""

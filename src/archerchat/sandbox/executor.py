@@ -1,4 +1,4 @@
-"""Run a program that a model wrote and nobody has read, in a separate, confined interpreter.
+"""Run an untrusted program that a model wrote, in a separate, confined interpreter.
 
     result = run_sandboxed("print(6 * 7)", timeout_s=5)
     result.outcome, result.stdout                        # 'completed', '42\\n'
@@ -7,11 +7,11 @@ The program gets a fresh interpreter with the standard library, an empty directo
 as its working directory and home, no environment, and limits on processor time, memory, processes,
 files and output. On Linux, if the system allows namespaces, it has no network, sees no other
 process, and cannot write outside its directory; a result's `isolation` says which of these held.
-At the deadline, and when the program ends, everything it started is killed.
+At the deadline, and when the program ends, every process that it started is killed.
 
 Without namespaces (some containers, macOS) only the limits and a guard in the interpreter remain.
-They stop accidents, not attacks: run untrusted models on Linux. A program can read what the user
-can read, but without a network it can pass that on only in its output.
+They stop accidents, not attacks: run untrusted models on Linux. A program can read the user's
+files, but without a network it can reveal them only in its output.
 
 `completed` means that the interpreter reached the program's end. A program that searches the
 interpreter's memory for the supervisor's nonce could claim it too soon.
@@ -40,7 +40,7 @@ from archerchat.errors import ArcherChatError
 Ending = Literal["completed", "exited", "failed", "timeout", "memory", "output", "killed"]
 
 GRACE_SECONDS = 25.0
-"""How long the supervisor may take beyond the deadline; normally it needs milliseconds."""
+"""Seconds that the supervisor may take after the deadline; normally it needs milliseconds."""
 LAUNCH = (
     "import sys; sys.path.insert(0, sys.argv[2]); "
     "from archerchat.sandbox import supervisor; "
@@ -49,7 +49,7 @@ LAUNCH = (
 PACKAGE_ROOT = str(Path(__file__).parents[2])
 
 _Said = tuple[dict[str, Any], bytes, bytes, bool]
-"""The supervisor's report (empty without one), stdout, stderr, and whether these were too long."""
+"""The supervisor's report (or {}), stdout, stderr, and whether the output was too long."""
 
 
 class SandboxError(ArcherChatError):
@@ -58,14 +58,14 @@ class SandboxError(ArcherChatError):
 
 @dataclass(frozen=True)
 class Isolation:
-    """What the system denied the program, besides its limits."""
+    """The isolation that the system gave a program, besides its limits."""
 
     network: bool = False
-    """Whether it had no network."""
+    """Whether the program had no network."""
     processes: bool = False
-    """Whether it could neither see nor signal processes outside."""
+    """Whether the program could neither see nor signal processes outside."""
     files: bool = False
-    """Whether it could write only in its directory."""
+    """Whether the program could write only in its directory."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def run_sandboxed(
     max_processes: int = 16,
     namespaces: bool = True,
 ) -> SandboxResult:
-    """Run Python source `program`, remove everything that it left, and return how it ended.
+    """Run Python source `program`, delete its files and processes, and return how it ended.
 
     Args:
         timeout_s: seconds of wall-clock time from the program's start. The limit on processor
@@ -99,8 +99,8 @@ def run_sandboxed(
         memory_bytes: address space of each of its processes; the interpreter needs about 50 MiB.
         max_output_bytes: bytes of stdout, and of stderr; a program that writes more is stopped.
         disk_bytes: bytes in its directory, if the system can limit that, and in each file.
-        max_processes: most processes, threads included.
-        namespaces: False does without the kernel's isolation, as on a system that lacks it.
+        max_processes: maximum number of processes, including threads.
+        namespaces: False disables the kernel's isolation, as on a system that lacks it.
 
     Raises:
         SandboxError: the sandbox cannot be set up; the message says why.
@@ -124,7 +124,7 @@ def run_sandboxed(
 
 
 def _exchange(request: dict[str, Any], max_output: int, deadline: float) -> _Said:
-    """Start a supervisor, hand it the request, and collect output and its report."""
+    """Start a supervisor, send it the request, and collect the output and its report."""
     report_in, report_out = os.pipe()
     with os.fdopen(report_in, "rb", 0) as report:
         try:
@@ -180,7 +180,7 @@ def _collect(
 
 
 def _end(supervisor: subprocess.Popen[bytes]) -> None:
-    """Let the supervisor finish; kill it if it does not."""
+    """Wait for the supervisor to finish; kill it if it does not."""
     for stream in (supervisor.stdin, supervisor.stdout, supervisor.stderr):
         if stream:
             with contextlib.suppress(BrokenPipeError):
@@ -194,11 +194,11 @@ def _end(supervisor: subprocess.Popen[bytes]) -> None:
 
 
 def _judge(ended: _Said) -> SandboxResult:
-    """Turn what was reported into a result."""
+    """Turn the supervisor's report into a result."""
     report, stdout, stderr, flooded = ended
     said = stdout.decode(errors="replace"), stderr.decode(errors="replace")
     if "isolation" not in report:
-        lines = said[1].strip().splitlines() or ["it ended without a word"]
+        lines = said[1].strip().splitlines() or ["it ended without a message"]
         raise SandboxError(f"the sandbox could not start a program: {lines[-1]}")
     verdict = report.get("verdict") or {}
     status = report.get("status")

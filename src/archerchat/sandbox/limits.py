@@ -2,12 +2,12 @@
 
 Only the supervisor's process imports this. Python 3.11 has no functions for namespaces, mounts and
 capabilities, so they are called through ctypes. Each function here reports by its result, or by an
-OSError, whether the system allowed it; the caller decides how to do without.
+OSError, whether the system allowed it; the caller decides what to do if not.
 
-The guard is for systems that cannot confine a program. It is an audit hook in the interpreter,
-which cannot be removed again and sees everything that Python's own functions do. Native code gets
-past it, so it stops accidents, such as a generated program that deletes too much, but no attacker.
-It is not used where the kernel confines the program.
+The guard is for systems that cannot confine a program. It is an audit hook in the interpreter: it
+cannot be removed, and it sees every action of Python's own functions. Native code bypasses it, so
+it stops accidents, such as a program that deletes too much, but not attacks. It is not used if the
+kernel confines the program.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def enter_namespaces(*, root: bool) -> bool:
     it keeps its own id.
 
     Returns:
-        False if the system does not allow it; nothing has changed then.
+        False if the system does not allow it; in that case nothing has changed.
     """
     user, group = os.getuid(), os.getgid()
     try:
@@ -152,7 +152,7 @@ def drop_rights() -> None:
 
 
 def readable_by_all(directory: str) -> bool:
-    """Say whether any user may read `directory`."""
+    """Return whether every user may read `directory`."""
     path = Path(directory).resolve()
     if not path.stat().st_mode & stat.S_IROTH:
         return False

@@ -94,7 +94,7 @@ def _supervise(timeout: float, news: int) -> dict[str, Any]:
 
 
 def _kill_all(keeper: int, process: int | None) -> None:
-    """Kill the keeper, then the children that it leaves to us, until there are none."""
+    """Kill the keeper, then every child that this process inherits, until none is left."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(keeper, signal.SIGKILL)
     if process is not None:
@@ -113,7 +113,7 @@ def _kill_all(keeper: int, process: int | None) -> None:
 
 
 def _check_verdict(content: bytes, nonce: str) -> dict[str, Any] | None:
-    """Return what the interpreter said about the program's end, if it was the interpreter."""
+    """Return the verdict about the program's end, or None if the interpreter did not write it."""
     try:
         verdict = json.loads(content)
         return verdict if verdict.pop("nonce") == nonce else None
@@ -122,7 +122,7 @@ def _check_verdict(content: bytes, nonce: str) -> dict[str, Any] | None:
 
 
 def _never_return(run: Callable[[], None]) -> NoReturn:
-    """Run a forked process's part; it must not go on with its parent's."""
+    """Run a forked process's part and exit, so that it never continues its parent's code."""
     try:
         run()
         os._exit(0)
@@ -180,7 +180,7 @@ def _be_init(request: Request, news: int, verdict: int, *, root: bool, apart: bo
 
 
 def _make_python_readable(directory: str, *, confined: bool) -> None:
-    """Let a user without any rights import the standard library."""
+    """Make the standard library readable for a user without any rights."""
     library = sysconfig.get_path("stdlib")
     if limits.readable_by_all(library):
         return

@@ -1,1 +1,1 @@
-"""Conversations to learn from and to be examined on: data sets, JSONL files, generated ones."""
+"""Conversations for training and evaluation: data sets, JSONL files, generated ones."""

@@ -1,7 +1,7 @@
-"""Tasks: sequences of conversations, some of which can judge an answer; and their mixtures.
+"""Tasks, which are sequences of conversations, and mixtures of them. Most tasks can judge answers.
 
-A task renders its rows when they are asked for, so a mixture of a million costs nothing before it
-is read. `task[:100]` and `task.shuffled(seed)` are tasks again.
+A task renders a row when it is asked for, so a mixture of a million rows costs nothing before it
+is read. `task[:100]` and `task.shuffled(seed)` are tasks too.
 
     mixture = TaskMixture([smoltalk, gsm8k, gsm8k])     # GSM8K counts twice
     mixture[0]["messages"]
@@ -37,15 +37,15 @@ class Task(Sequence[Conversation]):
     """A sequence of conversations whose last message is the assistant's right answer.
 
     Attributes:
-        rows: what the conversations are rendered from.
-        name: what commands and reports call it.
-        kind: `categorical` when the answer is one of the conversation's `letters`, and the model's
-            is the one with the greatest logit; `generative` when the model writes it.
-        split: which part of its data it is, None where there is only one.
+        rows: the data that the conversations are rendered from.
+        name: the task's name in commands and reports.
+        kind: `categorical` if the answer is one of the conversation's `letters`, and the model's
+            is the one with the highest logit; `generative` if the model writes the answer.
+        split: the part of the data that it holds; None if there is only one.
         random_baseline: the share of right answers that guessing gives (SPEC section 9).
         is_lenient: whether there is a lenient rule beside the reference's.
-        left_out: sentences about what was not read of its files.
-        found: sentences about what its files hold.
+        left_out: sentences about parts of its files that were not read.
+        found: sentences about the content of its files.
     """
 
     rows: Rows
@@ -66,10 +66,10 @@ class Task(Sequence[Conversation]):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Return whether `completion` is a right answer by the reference's rule.
 
-        Its share of right answers is the figure that can be compared with the reference's.
+        The share of right answers by this rule can be compared with the reference's figures.
 
         Args:
-            completion: the text that the model wrote, or for a categorical task the letter.
+            completion: the text that the model wrote, or the letter in a categorical task.
 
         Raises:
             UsageError: this task is for training only.
@@ -77,11 +77,11 @@ class Task(Sequence[Conversation]):
         raise UsageError(f"{self.name} has no answers to check: it is for training only")
 
     def evaluate_leniently(self, conversation: Conversation, completion: str) -> bool:
-        """Say whether a completion that `evaluate` refuses is right but for its form."""
+        """Return whether a completion that `evaluate` refuses is right except for its form."""
         return False
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """Return what reinforcement learning pays for `completion`: 1 if right, else 0."""
+        """Return the reward of `completion` in reinforcement learning: 1 if right, else 0."""
         return float(self.evaluate(conversation, completion))
 
     def describe(self) -> dict[str, Any]:
@@ -143,27 +143,23 @@ class NumberTask(Task):
     """A task whose answers end on `#### 42`, as GSM8K writes them (SPEC section 9).
 
     The strict rule compares the characters after `####`. The lenient one compares numbers, so
-    29.00, $29 and **29** are 29 and "- 3" is -3, and takes a text's last number without `####`.
+    29.00, $29 and **29** are 29 and "- 3" is -3; without `####` it takes the text's last number.
     """
 
     is_lenient = True
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        number = find_number(_right_answer(conversation))
+        number = find_number(text_of(conversation["messages"][-1]["content"]))
         return number is not None and number == find_number(completion)
 
     def evaluate_leniently(self, conversation: Conversation, completion: str) -> bool:
-        number = find_number_leniently(_right_answer(conversation))
+        number = find_number_leniently(text_of(conversation["messages"][-1]["content"]))
         return number is not None and number == find_number_leniently(completion)
 
 
 _NUMBER = re.compile(r"#### *(-?\.?[0-9][0-9.,]*)")
-# A minus after a digit or a parenthesis takes away; anywhere else it is the number's sign.
+# A minus after a digit or a parenthesis subtracts; anywhere else it is the number's sign.
 _LENIENT = re.compile(r"(?:(?<![\d)])(?<![\d)] )([-−])[ *$€£]*)?(\.?\d[\d,]*(?:\.\d+)?)")
-
-
-def _right_answer(conversation: Conversation) -> str:
-    return text_of(conversation["messages"][-1]["content"])
 
 
 def find_number(text: str) -> str | None:
@@ -173,7 +169,7 @@ def find_number(text: str) -> str | None:
 
 
 def find_number_leniently(text: str) -> Decimal | None:
-    """Return the first number after the first `####`, else the last of the text; None without."""
+    """Return the first number after the first `####`, else the text's last number, else None."""
     _, _, after = text.partition("####")
     found = _LENIENT.findall(after)[:1] or _LENIENT.findall(text)[-1:]
     if not found:
@@ -208,7 +204,7 @@ class TaskMixture:
         return self._ends[-1]
 
     def origin(self, index: int) -> tuple[int, int]:
-        """Return which of `tasks` a conversation comes from, and its index there."""
+        """Return the index in `tasks` of a conversation's task, and its index in that task."""
         if not 0 <= index < len(self):
             raise IndexError(f"{index} of {len(self)} conversations")
         place = self._shuffled[index]

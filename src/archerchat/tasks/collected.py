@@ -25,16 +25,16 @@ from archerchat.text_files import JSON_KINDS, iter_rows, list_folder, refuse
 
 ArcName = Literal["ARC-Easy", "ARC-Challenge"]
 MAX_NAMED = 10
-"""Bad lines that are listed in full."""
+"""Maximum number of bad lines to list in full."""
 TEST_SHARE = 20
-"""One conversation in twenty of a local folder that stands in for SmolTalk belongs to the test."""
+"""One conversation in twenty of a local folder that replaces SmolTalk belongs to the test."""
 _MARK = re.compile(r"<<([^<>]*)>>")
 
 
 def build_question(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **more: Any
 ) -> Conversation:
-    """Return a question whose right answer is the letter `answer`; each letter follows its choice.
+    """Return a multiple-choice question whose right answer is the letter `answer`.
 
     Raises:
         DataError: `answer` is not one of the letters, or there are not as many letters as choices.
@@ -80,7 +80,7 @@ class ARCTask(CategoricalTask, TableTask):
 
 
 class GSM8KTask(NumberTask, TableTask):
-    """Word problems of the primary school whose answers end on `#### number`."""
+    """Word problems for primary school, whose answers end on `#### number`."""
 
     name = "GSM8K"
 
@@ -101,13 +101,13 @@ def parse_answer(answer: str) -> list[dict[str, str]]:
 
 
 class JsonlTask(Task):
-    """The conversations of a file, or of the JSON files below a folder in the names' order.
+    """The conversations of a file, or of the JSON files below a folder in the order of their names.
 
     Each line, or each value of a JSON list, has one of the layouts of `tasks.layouts`.
     All are checked when the file is read, so a broken one is found before training begins.
 
     Args:
-        split: the files to read of a folder that names train and others; None reads all.
+        split: which files to read of a folder that has a train split; None reads all of them.
         skip_bad: leave out malformed lines, and list the first of them in `left_out`.
 
     Raises:

@@ -1,11 +1,11 @@
-"""What a conversation is, and the checks that it has to pass to be rendered, and to be learned.
+"""The format of conversations, and the checks before one is rendered or learned from.
 
 A conversation is `{"messages": [...]}`, each message `{"role": ..., "content": ...}`. Users write
 text; the assistant writes text or a list of parts, `{"type": ..., "text": ...}`, where the type is
-`text`, `python` (to be run) or `python_output` (what it printed). Files may also have what OpenAI's
-do: text of others as a list of parts, and a developer for the system; `tasks.layouts` reads the
-layouts of other people. `tokenizer.chat_format`
-renders it. A task may add keys of its own beside `messages`, for its own judgement of an answer.
+`text`, `python` (to be run) or `python_output` (what it printed). As in OpenAI's files, a user's
+text may be a list of parts, and the system may be called developer; `tasks.layouts` reads other
+layouts. `tokenizer.chat_format` renders conversations. A task may add its own keys beside
+`messages`, to judge answers by them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Conversation = dict[str, Any]
 
 PART_TYPES = ("text", "python", "python_output")
 UNSUPPORTED = ("tool_calls", "function_call", "tools", "functions")
-"""Keys of OpenAI's files that say what cannot be learned here."""
+"""Keys of OpenAI's files for tool calls, which are not supported."""
 
 
 def user(text: str) -> dict[str, Any]:
@@ -47,9 +47,9 @@ def text_of(content: str | Iterable[Mapping[str, str]]) -> str:
 
 
 def check_messages(conversation: Any) -> list[dict[str, Any]]:
-    """Return the messages of a conversation that can be rendered.
+    """Return a conversation's messages, after checking that they can be rendered.
 
-    They are an optional system message, then user and assistant taking turns.
+    They are an optional system message, then user and assistant messages in turn.
 
     Raises:
         DataError: it is malformed; the message says where and how.
@@ -81,7 +81,7 @@ def check_messages(conversation: Any) -> list[dict[str, Any]]:
 
 
 def _check_content(content: Any, role: str, here: str) -> None:
-    """Make sure that an assistant's content is text or a list of parts, and any other text."""
+    """Check that an assistant's content is text or a list of parts, and any other one is text."""
     if role != "assistant" and not isinstance(content, str):
         raise DataError(f"{here} ({role}): only text can be learned, not {_show(content)}")
     if not isinstance(content, str | list):
@@ -100,8 +100,8 @@ def _check_content(content: Any, role: str, here: str) -> None:
 def check_conversation(value: Any, where: str) -> Conversation:
     """Return the conversation in `value`: `{"messages": [...]}`, or the bare list of messages.
 
-    Other people's text in parts is joined, and a developer is the system. It must be one that can
-    be learned from: no content is empty, and there is an answer.
+    Parts of a user's text are joined, and a developer becomes the system. The conversation must
+    have an answer to learn from, and no empty content.
 
     Args:
         where: the place to name in errors, such as `talks.jsonl:12`.
@@ -130,7 +130,7 @@ def check_conversation(value: Any, where: str) -> Conversation:
 
 
 def _read_foreign(conversation: Any) -> Any:
-    """Return what OpenAI's files hold as our own do; refuse what of it cannot be learned."""
+    """Convert a conversation from OpenAI's format to ours; refuse tool calls and zero weights."""
     messages = conversation.get("messages") if isinstance(conversation, Mapping) else None
     if not isinstance(messages, list):
         return conversation
@@ -165,9 +165,9 @@ def _refuse_tools(value: Mapping[str, Any], here: str) -> None:
 
 
 def _is_empty(content: str | list[dict[str, str]]) -> bool:
-    """Whether there is nothing in a content, or no program where one is due.
+    """Whether a content has no text, no parts, or an empty program.
 
-    Programs may print nothing, and text between two parts may be a space.
+    The output of a program may be empty, and the text between two parts may be a space.
     """
     if isinstance(content, str):
         return not content.strip()
@@ -175,6 +175,6 @@ def _is_empty(content: str | list[dict[str, str]]) -> bool:
 
 
 def _show(value: Any) -> str:
-    """Return `value` as it reads in an error, cut to a line."""
+    """Return `value` for an error message, truncated to 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

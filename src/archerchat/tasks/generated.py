@@ -1,15 +1,14 @@
 """Tasks that are computed instead of collected: any number of examples, no download.
 
-Example `index` of a split follows from the split and the index alone, on every machine.
+Example `index` of a split depends only on the split and the index, on every machine.
 Words and problems are assigned to a split by their hash, so no test question is also a training
 question. Arithmetic is the smallest case of tool use: copy a problem into the calculator, and its
-result out of it. Spelling is harder than it looks, since a model sees tokens and not letters:
-SpellingBee counts by hand, letter by letter, and then checks itself with the calculator, and
-SimpleSpelling is the first half of that alone.
+result out of it. Spelling is hard for a model, since it sees tokens and not letters: SpellingBee
+counts a letter by hand and then checks the count with the calculator; SimpleSpelling only spells.
 
-`questions.toml` holds the ways to ask. `words.txt`, which spelling is about, holds the lower-case
-words of 3 to 15 letters, one of them a vowel, that stand free in at least three documents of the
-prose in Python's standard library. It is a file so that every machine and every Python asks the
+`questions.toml` holds the wordings of the questions. `words.txt` holds the words to spell: those of
+3 to 15 lower-case letters with a vowel that occur in at least three documents of the prose in
+Python's standard library. It is a file so that every machine and every Python version asks the
 same questions.
 """
 
@@ -30,15 +29,15 @@ from archerchat.tasks.conversation import Conversation, assistant, part, user
 
 SEED = 0
 MAX_DIGITS = 2
-"""Digits of a number to calculate with."""
+"""Maximum digits of a number in a problem."""
 TEST_SHARE = 10
 """One word or problem in ten belongs to the test."""
 QUOTES = ("", "", "'", '"')
-"""What may stand around a word or a letter; most people write nothing."""
+"""Quotation marks around a word or a letter; most people use none."""
 
 
 class GeneratedTask(Task):
-    """A task whose examples are drawn from a random generator of their own.
+    """A task whose examples each have their own random generator.
 
     Raises:
         UsageError: the split is neither `train` nor `test`.
@@ -58,7 +57,7 @@ class GeneratedTask(Task):
 
     @abstractmethod
     def draw(self, random: Random) -> Conversation:
-        """Return a conversation that depends on `random` and the split alone."""
+        """Return a conversation that depends only on `random` and the split."""
 
 
 class ArithmeticTask(NumberTask, GeneratedTask):
@@ -121,20 +120,18 @@ class SimpleSpellingTask(GeneratedTask):
     def draw(self, random: Random) -> Conversation:
         word = random.choice(load_words(self.split))
         question = random.choice(load_questions("spell")).format(word=_quoted(word, random))
-        return {"messages": [user(_as_typed(question, random)), assistant(_spell(word))]}
+        return {
+            "messages": [user(_as_typed(question, random)), assistant(f"{word}: {','.join(word)}")]
+        }
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         expected: str = conversation["messages"][-1]["content"]
         return completion.strip() == expected
 
 
-def _spell(word: str) -> str:
-    return f"{word}: {','.join(word)}"
-
-
 def _count_by_hand(word: str, letter: str) -> str:
-    """Write the word, its letters, and the running count beside each letter that is looked for."""
-    lines, count = [f"I spell {_spell(word)}", "", f"Looking for '{letter}':"], 0
+    """Write the word, its letters, and the running count beside each match of `letter`."""
+    lines, count = [f"I spell {word}: {','.join(word)}", "", f"Looking for '{letter}':"], 0
     for number, each in enumerate(word, start=1):
         count += each == letter
         lines.append(f"{number}. {each}" + (f" yes, {count}" if each == letter else ""))
@@ -147,7 +144,7 @@ def _quoted(text: str, random: Random) -> str:
 
 
 def _as_typed(question: str, random: Random) -> str:
-    """Return the question as some people type: without capitals, or without the last sign."""
+    """Return the question as people type: sometimes without capitals or the question mark."""
     if random.random() < 0.3:
         question = question.lower()
     if random.random() < 0.3:
@@ -157,7 +154,7 @@ def _as_typed(question: str, random: Random) -> str:
 
 @cache
 def load_questions(kind: str) -> tuple[str, ...]:
-    """Return the ways to ask one kind of question, with placeholders in braces."""
+    """Return the wordings of one kind of question, with placeholders in braces."""
     text = files("archerchat.tasks").joinpath("questions.toml").read_text(encoding="utf-8")
     return tuple(tomllib.loads(text)[kind])
 

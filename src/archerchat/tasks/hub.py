@@ -1,8 +1,8 @@
-"""Where tasks find their rows: the hub's Parquet exports at pinned revisions, or local files.
+"""Read the rows of tasks: from the hub's Parquet exports at pinned revisions, or from local files.
 
-`tables.toml` lists the data sets. Downloads are kept under the home's cache, in a directory for
-each repository and revision. A local folder may be given instead (`--data-dir`). A row is a
-dictionary. Parquet stays as it is in memory, and one row at a time becomes Python's; JSON lines are
+`tables.toml` lists the data sets. Downloads are kept under the home's cache, in one directory per
+repository and revision. A local folder can replace them (`--data-dir`). A row is a dictionary.
+Parquet stays in memory as Arrow, and each row is converted when it is asked for; JSON lines are
 parsed when they are read.
 """
 
@@ -62,7 +62,7 @@ def load_tables() -> dict[str, Table]:
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """Find a table's files, downloading what is missing: with several ranks, by one of them."""
+    """Find a table's files and download missing ones. Among several ranks, one must do it first."""
 
     cache: Path
     """Folder for downloads."""
@@ -96,9 +96,7 @@ class TaskFiles:
             download_file(
                 hf_hub_url(table.repository, name, endpoint=self.endpoint, **address),
                 path,
-                lambda part: _read_parquet(
-                    [part], ()
-                ),  # a missing column is no fault of the download
+                lambda part: _read_parquet([part], ()),  # its columns are checked later
                 without_network="--data-dir names a folder with local files instead",
                 token=None,
                 notify=self.notify,
@@ -119,7 +117,7 @@ def _find_local(folder: Path, stem: str) -> Path:
 
 
 class TableTask(Task):
-    """A task whose rows are those of a split of the table of its name."""
+    """A task that reads a split of the table with its name."""
 
     def __init__(self, files: TaskFiles, split: str = "test") -> None:
         self.split, self.rows = split, files.rows(load_tables()[self.name], split)
@@ -157,7 +155,7 @@ def _check_columns(where: str, found: Collection[str], wanted: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class _ParquetRows:
-    """The rows of Parquet files, held as Arrow does."""
+    """The rows of Parquet files, held as an Arrow table."""
 
     table: Any
 

@@ -1,10 +1,10 @@
 """HumanEval: write a Python function that passes its tests, which run in the sandbox.
 
 The program that decides is the imports of the prompt, the code of the answer, and the problem's
-tests (SPEC section 9). It must run to its end: an answer that leaves early, by `sys.exit()` say,
-has passed no test. The reference's rule takes the first fenced block without a language or in
-Python for the code, or all of the answer. The lenient rule pairs fences by lines, whatever their
-language, lets the last one be open, and takes the block that defines the function.
+tests (SPEC section 9). It must run to its end: an answer that exits early, such as by `sys.exit()`,
+fails. The reference's rule takes the first fenced block without a language or in Python as the
+code, or the whole answer if there is none. The lenient rule pairs fences line by line, in any
+language, accepts an unclosed last fence, and takes the block that defines the function.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _IMPORT = re.compile(r"^(?:import|from)\s.*$", re.MULTILINE)
 
 
 def extract_code(completion: str) -> str:
-    """Return the first fenced block of `completion`, or all of it where there is none."""
+    """Return the first fenced block of `completion`, or all of it if there is none."""
     block = _BLOCK.search(completion)
     return (block[1] if block else completion).strip("\n")
 
@@ -80,7 +80,7 @@ class HumanEvalTask(TableTask):
         return not tried and self.run(conversation, code).outcome == "completed"
 
     def run(self, conversation: Conversation, code: str) -> SandboxResult:
-        """Run the tests on `code` and return how that went.
+        """Run the tests on `code` and return the result.
 
         Raises:
             SandboxError: there is no sandbox on this machine.

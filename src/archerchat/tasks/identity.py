@@ -46,7 +46,7 @@ def default_template() -> str:
 
 
 def parse_template(text: str, values: Mapping[str, str], where: str) -> IdentityTemplate:
-    """Read a template and put `values` in place of `{name}` and the like.
+    """Read a template and replace placeholders such as `{name}` by `values`.
 
     Args:
         where: the file to name in errors.
@@ -86,7 +86,7 @@ def draw_identity(template: IdentityTemplate, count: int, seed: int) -> list[Con
 
 
 class IdentityTask(Task):
-    """Conversations drawn from the package's template; those of the test are other draws.
+    """Conversations drawn from the package's template, with different draws for the test split.
 
     Raises:
         UsageError: the split is neither `train` nor `test`.

@@ -1,4 +1,4 @@
-"""The layouts in which people keep conversations: OpenAI's, ShareGPT's and Alpaca's.
+"""The common layouts of conversations: OpenAI's, ShareGPT's and Alpaca's.
 
 OpenAI    {"messages": [{"role": "user", "content": "Hi"}, ...]}, or the list alone: ours too
 ShareGPT  {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", ...}, ...]}
@@ -20,13 +20,13 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "as
 
 
 def find_layout(value: Any) -> Layout:
-    """Return the layout of a line; an unknown one counts as OpenAI's, to be refused there."""
+    """Return the layout of a line; an unknown one counts as OpenAI's, whose checks refuse it."""
     known = isinstance(value, Mapping) and "messages" not in value
     return next((layout for key, layout in _KEYS.items() if known and key in value), "openai")
 
 
 def parse_layout(value: Any, layout: Layout, where: str) -> Any:
-    """Return `{"messages": [...]}` of a line, to be checked by `check_conversation`.
+    """Return a line as `{"messages": [...]}`, which `check_conversation` has yet to check.
 
     Args:
         where: the place to name in errors, such as `talks.jsonl:12`.
@@ -67,10 +67,10 @@ def _is_pair(value: Any) -> bool:
 def render_layout(conversation: Conversation, layout: Layout) -> dict[str, Any]:
     """Return a conversation as a line of a layout.
 
-    In other layouts than OpenAI's, which is ours too, an answer's calculations become text.
+    OpenAI's layout is also ours. In the others an answer's calculations become text.
 
     Raises:
-        UsageError: it ends with a question, and Alpaca's has no place for one.
+        UsageError: it ends with a question, which Alpaca's layout cannot hold.
     """
     if layout == "openai":
         return {"messages": conversation["messages"]}

@@ -1,4 +1,4 @@
-"""Tasks by the names that commands and reports use.
+"""Find tasks by the names that commands and reports use.
 
 task = build_task("ARC-Easy", "test", files)[:200]
 parse_choices("GSM8K*4,MMLU:500", "--mixture", TASKS)
@@ -36,14 +36,14 @@ TASKS: dict[str, Callable[[TaskFiles, str], Task]] = {
 }
 MMLU_TRAIN = "auxiliary_train"
 TEST_SIZE = 256
-"""How many examples a generated task has for the test."""
+"""Number of test examples of a generated task."""
 PRESETS = {
     "reference": "SmolTalk,MMLU*3,GSM8K*4,identity*2,SimpleSpelling,SpellingBee",
     "generated": "identity*2,SimpleSpelling,SpellingBee,Arithmetic",
     "none": "",
 }
 HELD_BACK = 20
-"""One conversation in twenty of files is for validation, if nothing else is."""
+"""One conversation in twenty of the files is for validation, if nothing else is."""
 _CHOICE = re.compile(r"([\w-]+)(?::(\d+))?(?:\*(\d+))?")
 
 
@@ -79,8 +79,8 @@ def parse_choices(text: str, flag: str, names: Iterable[str]) -> list[TaskChoice
     """Read a list of tasks such as `GSM8K*4,Arithmetic:20000`, in upper or lower case.
 
     Args:
-        flag: where the list comes from, for errors.
-        names: the tasks that may be in it.
+        flag: the flag of the list, for errors.
+        names: the tasks that may be in the list.
 
     Raises:
         UsageError: an entry cannot be read, or there is no such task.

@@ -135,7 +135,7 @@ def test_missing_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
         load_model(tmp_path)
     extra = {"value_embeds.1.weight": torch.zeros(320, 16)}
     write_checkpoint(tmp_path, state=their_state() | extra)
-    with pytest.raises(CheckpointError, match=r"has also value_embeddings\.1\.weight"):
+    with pytest.raises(CheckpointError, match=r"also has value_embeddings\.1\.weight"):
         load_model(tmp_path)
 
 
