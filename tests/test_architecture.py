@@ -261,6 +261,7 @@ print(json.dumps({"environment": sorted(changed), "threads": started}))
 """
 
 
+@pytest.mark.slow
 def test_importing_does_nothing(tmp_path: Path) -> None:
     """No file, environment variable, thread or output comes of importing every module."""
     # What travels with an exported model is imported where transformers is, and not by ours.

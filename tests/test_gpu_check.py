@@ -30,6 +30,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
+@pytest.mark.slow
 def test_nothing_that_a_bare_machine_lacks_is_imported() -> None:
     """What `benchmarks/gpu_bundle.sh` leaves out: Parquet, reports, the dashboard."""
     code = """

@@ -259,6 +259,7 @@ print(last, len(list_checkpoints(directory)))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.slow
 def test_kill_9_at_any_moment_leaves_a_latest_checkpoint_that_loads(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_SAVER, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

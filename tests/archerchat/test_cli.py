@@ -353,6 +353,7 @@ def test_the_module_is_the_command(tiny_home: Any) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_what_a_terminal_cannot_show_is_replaced(trained_home: Any) -> None:
     done = subprocess.run(
         [

@@ -113,6 +113,7 @@ def send_until_killed(process: Process, content: bytes, cuts: list[int], offset:
         return
 
 
+@pytest.mark.slow
 def test_a_killed_server_holds_a_prefix_of_the_journal_and_its_points(process: Process) -> None:
     rng = random.Random(7)
     content = journal()

@@ -118,6 +118,7 @@ def save_imported(
     save_checkpoint(home.checkpoint_dir("base", "imported"), 200, {"model": weights}, meta)
 
 
+@pytest.mark.slow
 def test_the_references_figures(oracle_dir: Path, tmp_path: Path) -> None:
     ranks = load_ranks(oracle_dir / "tokenizer" / "mergeable_ranks.tiktoken")
     home, tokenizer = Home(tmp_path), Tokenizer(ranks)

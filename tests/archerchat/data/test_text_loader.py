@@ -444,6 +444,7 @@ def test_a_forgotten_loader_takes_its_thread_along(
         assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_process_that_leaves_a_loader_open_exits_cleanly(corpus: list[Path]) -> None:
     program = (
         "from pathlib import Path\n"

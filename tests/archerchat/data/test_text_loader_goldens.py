@@ -101,6 +101,7 @@ def test_every_batch_is_the_references(
             check(loader, next(loader), golden)
 
 
+@pytest.mark.slow
 def test_a_long_run_goes_on_into_the_second_epoch(
     goldens: Goldens, splits: dict[str, list[Path]], tokenizer: CachedTokenizer
 ) -> None:

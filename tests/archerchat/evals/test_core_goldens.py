@@ -90,7 +90,9 @@ def test_tokens_and_spans(
     assert digest.hexdigest() == golden["prompt_tokens_sha256"]
 
 
-@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize(
+    "label", [pytest.param(n, marks=pytest.mark.slow) if n == "arc_easy" else n for n in LABELS]
+)
 def test_losses_and_outcomes(
     goldens: dict[str, Any],
     oracle_dir: Path,

@@ -170,6 +170,7 @@ def test_goldens_in_float32(load_model_golden: Any, device: str, backend: Any) -
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.slow
 def test_goldens_in_16_bits(load_model_golden: Any, device: str, dtype: torch.dtype) -> None:
     golden = load_model_golden("model_a")
     backend, _ = choose_backend(torch.device(device), dtype)

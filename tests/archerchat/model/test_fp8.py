@@ -26,7 +26,9 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.float() / scale).to(dtype).double() * scale
 
 
-@pytest.mark.parametrize("function", [fp8.linear, compiled(fp8.linear)])
+@pytest.mark.parametrize(
+    "function", [fp8.linear, pytest.param(compiled(fp8.linear), marks=pytest.mark.slow)]
+)
 def test_the_three_products_are_those_of_the_rounded_tensors(
     function: Callable[[Tensor, Tensor], Tensor],
 ) -> None:

@@ -30,6 +30,7 @@ def test_a_new_run_starts_with_the_seed_s_generators(
     assert torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(7)))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_says_where_from_and_what_keeps_it_from_being_exact(
     tiny_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

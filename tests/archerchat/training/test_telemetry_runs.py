@@ -68,6 +68,7 @@ def records_of(home: Home, run: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+@pytest.mark.slow
 def test_without_a_server_a_run_keeps_its_journal_and_starts_and_connects_to_nothing(
     tiny_home: Any,
 ) -> None:
