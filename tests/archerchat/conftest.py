@@ -27,7 +27,6 @@ from torch import Tensor
 
 from archerchat.checkpoint import list_checkpoints
 from archerchat.cli import main
-from archerchat.data import text_sample
 from archerchat.exchange.nanochat import CONFIG_NAMES, NAMES, to_archerchat_names
 from archerchat.exchange.weights import rename
 from archerchat.files import write_json
@@ -160,16 +159,21 @@ class TinyHome(Home):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cheap_starts() -> Iterator[None]:
-    """A training run starts in milliseconds: two thirds of a tiny one went into these.
-
-    What was imported stays frozen (see the root's `conftest.py`), and the simulation of a packing,
-    a pure function of the lengths, runs once for each corpus.
-    """
+def _frozen() -> Iterator[None]:
+    """What was imported stays frozen (the root's `conftest.py`), whatever a training run does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gc, "freeze", lambda: None)
         patch.setattr(gc, "unfreeze", lambda: None)
-        simulate = functools.cache(text_sample.simulate_best_fit)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _simulated_once() -> Iterator[None]:
+    """The simulation of a packing, half the time of a tiny run, happens once for each corpus."""
+    from archerchat.data import text_sample  # Parquet, which other tests do without
+
+    simulate = functools.cache(text_sample.simulate_best_fit)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             text_sample, "simulate_best_fit", lambda lengths, row: simulate(tuple(lengths), row)
         )
@@ -177,7 +181,7 @@ def _cheap_starts() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_template(tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
+def tiny_template(tmp_path_factory: pytest.TempPathFactory, _simulated_once: None) -> TinyHome:
     """What every `tiny_home` starts from."""
     from archerchat.data.shards import write_shards  # Parquet, which other tests do without
 
