@@ -2,14 +2,12 @@
 
     L(N, D) = E + A / N^alpha + B / D^beta
 
-N is the number of parameters, D of tokens (Hoffmann et al. 2022, section 3.3: Huber loss on log
-losses). If the effects of N and D cannot be separated, the law is over compute, L(C) = E + A /
-C^alpha. A short series gets a law without E.
+N is the number of parameters, D of tokens (Hoffmann et al. 2022, section 3.3). If their effects
+cannot be separated, the law is E + A / C^alpha over compute. A short series gets one without E.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -183,7 +181,7 @@ def gather_sizes(
         run = load_run(home, tag)
         logged = {name: run.metrics.get(name) for name in (metric, "train/tokens", "train/flops")}
         figures = {name: each[max(each)] if each else 0.0 for name, each in logged.items()}
-        absent = [name for name, value in figures.items() if not 0 < value < math.inf]
+        absent = [name for name, value in figures.items() if not 0 < value < np.inf]
         absent += [] if run.model else ["the shape of its model"]
         if run.model is None or absent:
             raise UsageError(
