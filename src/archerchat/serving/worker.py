@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +34,10 @@ logger = logging.getLogger("archerchat")
 T = TypeVar("T")
 TASK_SECONDS = 0.05
 """How long other work, such as scoring, may hold up the next step; one piece of it always runs."""
-CROSSING_SECONDS = 0.02
+CROSSING_SECONDS = 0.05
 """Least time between crossings that bring neither the first token nor the end of an answer."""
+SWITCH_SECONDS = 0.001
+"""How long the thread may hold up the loop; Python's own 5 ms would make first tokens late."""
 
 
 class Overloaded(Exception):
@@ -157,6 +160,7 @@ class Worker:
     def start(self) -> None:
         """Start the thread; called on the event loop that will use it."""
         self._loop = asyncio.get_running_loop()
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 
     def stop(self) -> None:
@@ -179,12 +183,7 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     def check(self, samples: int) -> None:
-        """Refuse more samples than there is room for.
-
-        Raises:
-            UsageError: there never is.
-            Overloaded: there is not now.
-        """
+        """Refuse more samples than there ever (UsageError) or now (Overloaded) is room for."""
         if samples > self._max_waiting:
             raise UsageError(f"{samples} answers are more than the {self._max_waiting} of a queue")
         if self.samples + samples > self._max_waiting:

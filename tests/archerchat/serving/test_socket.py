@@ -64,7 +64,7 @@ def test_tokens_come_as_they_are_made(server: Any) -> None:
                 times.append(time.monotonic())
                 chunks.append(json.loads(line[6:]))
     assert chunks[-1]["usage"]["completion_tokens"] == 50
-    assert len(times) > 10
+    assert len(times) > 5
     assert times[-1] - times[0] > 0.3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def test_the_first_token_crosses_at_once_and_fast_ones_together(
     async def hear() -> None:
         thread = Worker(max_waiting=4)
         thread.start()
+        assert sys.getswitchinterval() == pytest.approx(worker.SWITCH_SECONDS)
         stream = thread.submit(engine, [Request([1], SamplingParams(6, num_samples=2))])
         while stream.open_samples:
             await stream.next()
