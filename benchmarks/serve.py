@@ -260,6 +260,8 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000, help="with clients that leave")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"))
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds is {options.rounds}; quartiles need two or more")
     command = [sys.executable, "-m", "archerchat.cli", "serve", "--port", "0"]
     command += ["--max-batch", str(options.clients)]
     command += ["--model", options.model] if options.model else []

@@ -46,7 +46,7 @@ class Command:
         return function, get_type_hints(function)["config"]
 
 
-OFF = ("none", "None", "-1")
+OFF = ("none", "None", "NONE", "-1")
 """Words that switch an optional flag off."""
 MAX_TOKENS = {"--max-tokens": "--max-new-tokens"}
 # A subcommand named "" is what its command does where no other follows.

@@ -284,6 +284,8 @@ sys.exit(code)
 """What a process of `archerchat` does, after its imports."""
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "archerchat.training.rl", "archerchat.training.sft"])
+SPAWNS = multiprocessing.get_context("spawn")
+"""A Python of its own, with another order of sets: what forks of one process never differ in."""
 
 
 @dataclass
@@ -325,7 +327,9 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """Start `archerchat` in a process of its own, on one thread; none outlives the test."""
     children: list[Child] = []
 
-    def start(words: Sequence[str], parts: bool = False, **environment: str) -> Child:
+    def start(
+        words: Sequence[str], parts: bool = False, context: Any = FORKS, **environment: str
+    ) -> Child:
         out = tmp_path / f"process-{len(children)}.out"
         err = out.with_suffix(".err") if parts else out
         given = {
@@ -333,7 +337,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Child]]:
             "environment": os.environ | environment,
             "outputs": [str(out), str(err)],
         }
-        process = FORKS.Process(target=exec, args=(COMMAND, given))
+        process = context.Process(target=exec, args=(COMMAND, given))
         process.start()
         children.append(Child(process, out, err))
         return children[-1]
@@ -362,12 +366,16 @@ def run_ranks(launch: Callable[..., Child]) -> Callable[..., subprocess.Complete
         for rank in range(ranks):
             more, changes = own.get(rank, ([], {}))
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            children.append(launch([*words, *more], True, **shared | place | changes))
+            context = FORKS if rank else SPAWNS
+            environment = shared | place | changes
+            children.append(launch([*words, *more], True, context, **environment))
         waiting = {child.process.sentinel: child for child in children}
         code = 0
         while waiting:
-            for ended in multiprocessing.connection.wait(list(waiting), 600):
-                code = waiting.pop(ended).wait() or code
+            ended = multiprocessing.connection.wait(list(waiting), 300)
+            assert ended, [child.output() for child in children]
+            for sentinel in ended:
+                code = waiting.pop(sentinel).wait() or code
             if code:
                 for child in waiting.values():
                     child.process.terminate()

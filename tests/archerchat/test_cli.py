@@ -106,7 +106,7 @@ def test_the_references_flags_keep_their_names() -> None:
 
 
 def test_none_is_a_text_where_texts_are_expected() -> None:
-    for text in ("none", "None", "-1"):
+    for text in ("none", "None", "NONE", "-1"):
         assert parse(["chat", "-p", text, "--top-k", text]).config.prompt == text
         assert parse(["chat", f"--prompt={text}", "--top-k", text]).config.sampling.top_k is None
     assert parse(["compare", "a", "b", "--json", "none"]).config.json == Path("none")

@@ -43,9 +43,10 @@ class ServeConfig(DeviceConfig):
     def key(self) -> str | None:
         """The key that clients must send, if any; one that no header carries is refused."""
         key = self.api_key or os.environ.get(KEY_VARIABLE) or None
-        if key is not None and not re.fullmatch("[!-~]+", key):
+        if key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
             raise UsageError(
-                "--api-key takes visible ASCII characters only; HTTP carries no others"
+                f"the key of --api-key or {KEY_VARIABLE} must be of ASCII characters, without "
+                "spaces around it: no HTTP header carries any other"
             )
         return key
 
