@@ -42,8 +42,8 @@ size_run() { # FILE FULL TOKENS SECONDS COMMAND...
     fi
     ITERATIONS="$(cat "$file")"
     if [ "$ITERATIONS" -lt "$full" ]; then
-        echo "$ITERATIONS steps instead of $full, because the full run would take longer here. The model"
-        echo "will know less; remove $file and the model for another size"
+        echo "training $ITERATIONS of $full steps, to stay within the time; the model will know less. To measure"
+        echo "again, remove $file and the model"
     else
         echo "all $full steps fit"
     fi

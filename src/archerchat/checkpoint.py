@@ -254,7 +254,8 @@ def find_model(home: Home, stage: str, tag: str | None) -> Path:
     """
     stage_dir, models = home.stage_dir(stage), list_models(home, stage)
     if not models:
-        raise UsageError(f"no {stage} model under {stage_dir}: train or import one first")
+        named = f" {tag!r}" if tag else ""
+        raise UsageError(f"no {stage} model{named} under {stage_dir}: train or import one first")
     if tag is None:
         return max(models, key=lambda model: saved_at(find_checkpoint(model)))
     if tag not in (names := [model.name for model in models]):

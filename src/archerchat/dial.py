@@ -46,7 +46,7 @@ class DialConfig(Config):
     """Set the depth, and override what follows from it."""
 
     depth: PositiveInt
-    """Number of transformer layers. Everything that is not given follows from it."""
+    """Number of transformer layers. Everything you do not set is derived from it."""
     aspect_ratio: PositiveInt = 64
     """Model width per layer, before rounding up to whole heads."""
     head_dim: PositiveInt = 128

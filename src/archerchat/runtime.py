@@ -37,7 +37,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two settings of glibc's `mallopt`."""
 KEPT_BYTES = 2**31 - 1
 """Largest blocks, and most free memory at the end of the heap, for glibc to keep."""
-STOPPING = b"\nstopping after this step, with a checkpoint; a second signal ends at once, without\n"
+STOPPING = b"\nstopping after this step and saving; press Ctrl-C again to stop without saving\n"
 SAME_REQUEST_SECONDS = 2.0
 COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable for torch's directory of compiled code."""

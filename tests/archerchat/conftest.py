@@ -366,7 +366,7 @@ def run_ranks(launch: Callable[..., Child]) -> Callable[..., subprocess.Complete
         for rank in range(ranks):
             more, changes = own.get(rank, ([], {}))
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            context = FORKS if rank else SPAWNS
+            context = SPAWNS if 0 < rank == ranks - 1 else FORKS
             environment = shared | place | changes
             children.append(launch([*words, *more], True, context, **environment))
         waiting = {child.process.sentinel: child for child in children}

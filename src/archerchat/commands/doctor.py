@@ -125,7 +125,7 @@ def _missing(report: dict[str, Any], runtime: Runtime) -> list[tuple[str, str]]:
         (home["free_bytes"] < LEAST_FREE_BYTES, "free disk space", "export ARCHERCHAT_HOME=DIR"),
         (home["data"] is None, "text", "archerchat data build stdlib"),
         (home["tokenizers"] is None, "a tokenizer", "archerchat tokenizer train"),
-        (home["checkpoints"] is None, "a model", "archerchat pretrain --depth 4"),
+        (home["checkpoints"] is None, "a model", "bash runs/quickstart.sh"),
     ]
     return [(what, remedy) for lacking, what, remedy in checks if lacking]
 

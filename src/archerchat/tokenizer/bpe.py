@@ -329,6 +329,6 @@ def train_tokenizer(
     if possible < vocab_size:
         raise DataError(
             f"the text is too short for a vocabulary of {vocab_size}: it yields only {possible} "
-            f"tokens. Train on more text, or ask for at most {possible}"
+            f"tokens. Train on more text, or pass --vocab-size {possible}"
         )
     return Tokenizer(ranks)

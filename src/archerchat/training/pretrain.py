@@ -139,7 +139,7 @@ class Pretraining(Stage):
             return saved["packing"], "as this run began"
         if self.config.data in SOURCES:
             return "best-fit", "as the reference packs this source"
-        return self.text.packing, f"best-fit would keep {self.text.kept:.1%} of the text"
+        return self.text.packing, f"best-fit keeps {self.text.kept:.1%} of the text"
 
     def _data_name(self) -> str:
         """Return the source's name, which stays valid if the home moves, or an absolute path."""

@@ -203,8 +203,8 @@ class Finetuning(Tuning):
     @property
     def first_estimate(self) -> int:
         """Estimated number of steps, used until the run's own progress gives a better one."""
-        per_pass = max(1, math.ceil(self.pass_tokens / self.total_batch_tokens))
-        return self.config.num_iterations or per_pass * (self.config.passes or 1)
+        tokens = self.pass_tokens * (self.config.passes or 1)
+        return self.config.num_iterations or max(1, math.ceil(tokens / self.total_batch_tokens))
 
     def _estimate_tokens(self) -> float:
         """Estimate the tokens of a pass from a few of its conversations."""

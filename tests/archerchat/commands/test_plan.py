@@ -94,7 +94,7 @@ def test_data_that_is_here_is_measured(
     out = capsys.readouterr().out
     assert "about 1,000,000 tokens; 2.00 passes, 100.0% of the text in rows. Warning" in out
     assert "concat" in out
-    assert "best-fit would keep 12.9% of the text" in out
+    assert "best-fit keeps 12.9% of the text" in out
     plan(replace(config, json=True), home)
     content = json.loads(capsys.readouterr().out)
     assert content["text"]["packing"] == "concat"

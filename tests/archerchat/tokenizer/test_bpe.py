@@ -277,7 +277,7 @@ def test_the_smallest_vocabulary_is_plain_bytes() -> None:
 
 @pytest.mark.parametrize("texts", [[], [""], [TEXT]])
 def test_text_that_cannot_fill_the_vocabulary_is_refused(texts: list[str]) -> None:
-    with pytest.raises(DataError, match=r"vocabulary of 4096.*at most (\d+)"):
+    with pytest.raises(DataError, match=r"vocabulary of 4096.*--vocab-size (\d+)"):
         train_tokenizer(texts, 4096)
 
 

@@ -98,7 +98,9 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
     (step,) = tiny_home.steps()
     assert 0 < step < 40
     directory = tiny_home.checkpoint_dir("base", "tiny")
-    assert "stopping after this step, with a checkpoint; a second signal ends at once" in output
+    assert (
+        "stopping after this step and saving; press Ctrl-C again to stop without saving" in output
+    )
     assert output.splitlines()[-1] == (
         f"stopped at step {step} of 40; the checkpoint is in {directory}. Run the same command to "
         "resume"
