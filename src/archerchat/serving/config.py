@@ -45,8 +45,7 @@ class ServeConfig(DeviceConfig):
         key = self.api_key or os.environ.get(KEY_VARIABLE) or None
         if key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", key):
             raise UsageError(
-                f"the key of --api-key or {KEY_VARIABLE} must be of ASCII characters, without "
-                "spaces around it: no HTTP header carries any other"
+                f"the key of --api-key or {KEY_VARIABLE} must be ASCII, as headers are, and trimmed"
             )
         return key
 
