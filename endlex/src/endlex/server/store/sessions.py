@@ -96,11 +96,7 @@ def find_session(connection: sqlite3.Connection, run: str, session: str) -> Sess
 
 
 def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
-    """Return a session that is there.
-
-    Raises:
-        ApiError: 404, nothing of it has arrived.
-    """
+    """Return a session; one of which nothing has arrived is an `ApiError` 404."""
     state = find_session(connection, run, session)
     if state.pk == 0:
         raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")

@@ -89,11 +89,7 @@ def store_records(
 
 
 def find_media(connection: sqlite3.Connection, run: int, pk: int) -> Record:
-    """Return one record.
-
-    Raises:
-        ApiError: 404.
-    """
+    """Return one record of media; an unknown one is an `ApiError` 404."""
     row = connection.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
     if row is None:
         raise ApiError(404, f"the run has no file {pk}: GET .../media lists them")
