@@ -225,7 +225,7 @@ BUDGETS = {
     "report": (900, 1470),
     "commands": (1700, 2510),
     "": (17_000, 24_750),
-    "../../endlex/src/endlex": (12_000, 14_440),
+    "../../endlex/src/endlex": (12_000, 14_430),
 }
 """Lines of Python per part of `archerchat`: the aim, and the most it may have for now. Lower the
 second number when a part gets smaller; do not raise it."""

@@ -212,7 +212,7 @@ class RunInfo:
         return points if long else points.pivot("metric", index="step", values="value").sort("step")
 
     def texts(self, name: str | None = None, limit: int = 100) -> list[dict[str, Any]]:
-        """Return the latest texts, of one name if it is given: name, step, time, text.
+        """Return the latest texts, of one name if it is given: id, name, step, time, text.
 
         Endlex's own texts are returned only by name: run/environment, run/changes, run/exception.
         """

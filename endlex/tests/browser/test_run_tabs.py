@@ -141,13 +141,27 @@ def test_the_log_follows_the_run_and_has_earlier_lines(page: Any, logged: Any) -
     expect(status).to_have_text("1,050 lines")
     expect(earlier).to_be_hidden()
     assert record.locator(".sample").text_content().splitlines() == printed
+    # An earlier session, synced late: its chunks have lower steps than all that were there.
+    late = [f"early {step}" for step in range(1_050)]
+    logged.send(RUN, [{**about, "step": step, "text": text} for step, text in enumerate(late)])
+    expect(status).to_have_text("2,100 lines")
+    assert record.locator(".sample").text_content().splitlines() == late + printed
     logged.record(RUN, "text", step=1, name="run/exception", text="ValueError")
     expect(page.locator(".record summary").first).to_have_text("exception")
     expect(page.locator(".sample").first).to_have_text("ValueError")
     page.reload()
-    expect(earlier).to_be_visible()
-    earlier.click()
-    expect(status).to_have_text("1,050 lines")
+    expect(status).to_have_text("the last 1,000 lines")
+    logged.send(RUN, [{**about, "step": 1_050, "text": "early 1050"}])
+    logged.send(RUN, [{**about, "step": 1_001_050, "text": "line 1001050"}])
+    expect(status).to_have_text("the last 1,001 lines")  # the other one is among the earlier ones
+    for number in ("the last 2,001", "2,102"):
+        earlier.click()
+        expect(status).to_have_text(f"{number} lines")
+    expect(earlier).to_be_hidden()
+    assert record.locator(".sample").text_content().splitlines()[1_050:1_052] == [
+        "early 1050",
+        "line 1000000",
+    ]
     expect(earlier).to_be_hidden()
 
 

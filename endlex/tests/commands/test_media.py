@@ -73,3 +73,24 @@ def test_a_damaged_file_is_named_and_may_be_given_up(cli: Any, place: Path, onli
     status, out, _ = cli("verify", run.directory)
     assert (status, f"could not be sent: {kept.name}" in out) == (0, True)
     assert not list((run.directory / "media").iterdir())
+
+
+def test_a_damaged_file_that_was_logged_again_and_sent_is_not_missing(
+    cli: Any, place: Path, online: str
+) -> None:
+    run = endlex.init("media", "again", mode="offline")
+    sound = place / "sound.wav"
+    sound.write_bytes(b"RIFF")
+    run.log_file("first", sound, step=1)
+    assert run.directory is not None
+    kept = run.directory / "media" / hashlib.sha256(b"RIFF").hexdigest()
+    kept.write_bytes(b"R")
+    assert cli("sync", run.directory)[0] == 1
+    run.log_file("second", sound, step=2)
+    run.finish()
+    status, out, _ = cli("verify", run.directory)
+    assert (status, "media second: one of its files is not sent yet" in out) == (1, True)
+    assert cli("sync", run.directory)[0] == 0
+    assert kept.with_suffix(".damaged").exists()
+    status, out, _ = cli("verify", run.directory)
+    assert (status, out.splitlines()[-1]) == (0, "safe to tear down")

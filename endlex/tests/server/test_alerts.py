@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from endlex.protocol import EndlexError
 from endlex.server.watch import notify
+from endlex.server.watch.alerts import is_more_better
 
 RUN = "testrun001"
 
@@ -70,6 +72,13 @@ def test_three_rises_of_a_validation_metric(box: Any) -> None:
     assert sorted(kinds(box.client)) == [("rising", "val/bpb"), ("rising", "val/window_loss")]
     box.send([box.metrics(10, dict.fromkeys(names, 0.8))])
     assert kinds(box.client) == []
+
+
+def test_whether_more_is_better_is_told_by_the_words_of_a_name() -> None:
+    """As `isMoreBetter` of the dashboard tells it, which a browser test checks."""
+    names = json.loads((Path(__file__).parents[1] / "metric_names.json").read_text())
+    more, less = names["more_is_better"], names["less_is_better"]
+    assert list(filter(is_more_better, more + less)) == more
 
 
 def test_silence_is_a_stall_until_something_is_logged(

@@ -20,6 +20,10 @@ def test_texts_and_tables_come_newest_first_in_whole_steps(run: Any) -> None:
     assert [t["text"] for t in texts] == ["replaced", "b3"]
     older = run.client.get(url, params={"before_step": 3, "name": "a"}).json()["texts"]
     assert [t["text"] for t in older] == ["a2", "a1"]
+    run.send([{"type": "text", "time": 3.0, "step": 0, "name": "a", "text": "late"}])
+    after = {"after_id": texts[1]["id"]}
+    later = run.client.get(url, params=after).json()["texts"]
+    assert [t["text"] for t in later] == ["replaced", "late"]
     tables = run.client.get(f"/api/v1/runs/{RUN}/tables", params={"name": "b"}).json()["tables"]
     assert [t["rows"] for t in tables] == [[[3]], [[2]], [[1]]]
     assert tables[0]["columns"] == ["x"]

@@ -334,14 +334,14 @@ def _verify_media(
     directory: Path, announced: dict[str, str], transport: Transport
 ) -> Iterator[Missing]:
     """Yield the logged files that the server lacks, and those that still wait here."""
-    lacking, _ = missing_parts(transport, list(announced))
     waiting, damaged = waiting_media(directory), damaged_media(directory)
-    for sha256 in dict.fromkeys([*lacking, *waiting, *damaged]):
+    lacking, _ = missing_parts(transport, list(dict.fromkeys([*announced, *damaged])))
+    for sha256 in dict.fromkeys([*lacking, *waiting]):
         name = announced.get(sha256, sha256)
-        if sha256 in damaged:
-            yield Missing("media", name, "one of its files was damaged before it was sent", "drop")
-        elif sha256 in waiting or sha256 not in given_up(directory):
+        if sha256 in waiting or sha256 not in [*damaged, *given_up(directory)]:
             yield Missing("media", name, "one of its files is not sent yet")
+        elif sha256 in damaged:
+            yield Missing("media", name, "one of its files was damaged before it was sent", "drop")
 
 
 def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:

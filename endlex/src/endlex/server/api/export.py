@@ -154,5 +154,7 @@ def _iter_series(
 def _iter_records(connection: sqlite3.Connection, run: int, kind: Kind) -> Iterator[dict[str, Any]]:
     page = Page(limit=RECORDS_AT_ONCE, own=True)
     while records := list_records(connection, kind, run, page):
-        yield from records
+        for record in records:
+            record.pop("id", None)  # it is this database's, and means nothing elsewhere
+            yield record
         page = page.model_copy(update={"before_step": records[-1]["step"]})

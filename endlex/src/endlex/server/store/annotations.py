@@ -124,11 +124,7 @@ def save_setting(
 
 
 def dismiss_alert(connection: sqlite3.Connection, alert: int) -> str | None:
-    """Mark an alert as seen and return its run's id; None for the server's own.
-
-    Raises:
-        ApiError: 404.
-    """
+    """Mark an alert as seen, or raise 404, and return its run's id; None for the server's own."""
     row = connection.execute(
         "UPDATE alert SET dismissed=coalesce(dismissed, ?) WHERE pk=? "
         "RETURNING (SELECT id FROM run WHERE run.pk = alert.run)",

@@ -67,11 +67,7 @@ class Checkpoints:
         return self._verifier.enqueue(pk) if state == "verifying" else None
 
     def describe(self, run: str, name: str, *, whole: bool = True) -> dict[str, Any]:
-        """Return a checkpoint's state and, if `whole`, its manifest's keys.
-
-        Raises:
-            ApiError: 404.
-        """
+        """Return a checkpoint's state and, if `whole`, its manifest's keys; or raise 404."""
         with self._database.snapshot() as connection:
             found = dicts(
                 connection,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Annotated, Any
 
 import orjson
@@ -63,11 +64,7 @@ class RunQuery(BaseModel, frozen=True):
 
 
 def find_run(connection: sqlite3.Connection, run: str) -> int:
-    """Return a run's key.
-
-    Raises:
-        ApiError: 404, there is none of that id.
-    """
+    """Return a run's key; an unknown id is an `ApiError` 404."""
     row = connection.execute("SELECT pk FROM run WHERE id=?", (run,)).fetchone()
     if row is None:
         raise ApiError(404, f"there is no run {run[:40]!r} here: `endlex ls` lists them")
@@ -159,30 +156,28 @@ def _configs(connection: sqlite3.Connection, keys: list[int]) -> dict[int, dict[
 
 def _shortened(config: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a configuration that fits a row of a list."""
-    short: dict[str, Any] = {}
-    for key, value in config.items():
-        if len(short) == SHORT_CONFIG_KEYS:
-            break
-        if isinstance(value, str):
-            short[key] = value[:SHORT_CONFIG_CHARS]
-        elif value is None or isinstance(value, int | float):
-            short[key] = value
-    return short
+    values = (
+        (key, value[:SHORT_CONFIG_CHARS] if isinstance(value, str) else value)
+        for key, value in config.items()
+        if value is None or isinstance(value, str | int | float)
+    )
+    return dict(islice(values, SHORT_CONFIG_KEYS))
 
 
 def show_run(connection: sqlite3.Connection, run: str) -> dict[str, Any]:
-    """Return all that is known of a run but its points, texts and tables.
-
-    Raises:
-        ApiError: 404.
-    """
+    """Return all that is known of a run but its points, texts and tables; or raise 404."""
     pk = find_run(connection, run)
     return {
         **dicts(connection, f"SELECT {RUN_COLUMNS} FROM run WHERE pk=?", (pk,))[0],
         "summary": _summaries(connection, [pk]).get(pk, {}),
         "config": _configs(connection, [pk]).get(pk, {}),
         "sessions": list_sessions(connection, pk),
-        "metrics": list_metrics(connection, pk),
+        "metrics": dicts(
+            connection,
+            "SELECT name, count, coalesce(last_text, last) AS last, min, max, last_step "
+            "FROM metric WHERE run=? ORDER BY name",
+            (pk,),
+        ),
         "texts": _names(connection, "text", pk),
         "tables": _names(connection, "data_table", pk),
         "media": _names(connection, "media", pk),
@@ -207,15 +202,6 @@ def list_sessions(connection: sqlite3.Connection, run: int) -> list[dict[str, An
     query = (
         "SELECT id AS session, kind, offset, damaged_lines, status, last_seen, unsent_bytes, "
         "rank, host, started FROM session WHERE run=? ORDER BY pk"
-    )
-    return dicts(connection, query, (run,))
-
-
-def list_metrics(connection: sqlite3.Connection, run: int) -> list[dict[str, Any]]:
-    """Return the summary of each metric of a run, by name."""
-    query = (
-        "SELECT name, count, coalesce(last_text, last) AS last, min, max, last_step FROM metric "
-        "WHERE run=? ORDER BY name"
     )
     return dicts(connection, query, (run,))
 

@@ -173,11 +173,7 @@ def remove_checkpoints(connection: sqlite3.Connection, checkpoints: list[int], r
 
 
 def remove_checkpoint(connection: sqlite3.Connection, run: str, name: str, reason: str) -> None:
-    """Remove one checkpoint by its name.
-
-    Raises:
-        ApiError: 404.
-    """
+    """Remove one checkpoint by its name; an unknown one is an `ApiError` 404."""
     row = connection.execute(
         "SELECT pk FROM checkpoint WHERE run=? AND name=? AND state != ?",
         (find_run(connection, run), name, REMOVED),

@@ -7,6 +7,7 @@ that logs once a second does not leave a row for every second.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sqlite3
 import time
@@ -25,22 +26,26 @@ from endlex.server.store.records import Batch
 from endlex.server.store.search import store_config
 
 MOST_TEXT_CHARS = 10_000
+TOO_DEEP = "(nested too deeply to be shown)"
 
 
 def _as_text(value: Any) -> str | None:
-    return None if value is None else str(value)[:MOST_TEXT_CHARS]
+    try:
+        return None if value is None else str(value)[:MOST_TEXT_CHARS]
+    except RecursionError:
+        return TOO_DEEP
 
 
 def _as_texts(value: Any) -> list[str]:
-    return [str(item)[:MOST_TEXT_CHARS] for item in value] if isinstance(value, list) else []
+    return [_as_text(item) or "" for item in value] if isinstance(value, list) else []
 
 
-def _as_config(value: Any) -> Any:
-    try:
-        orjson.dumps(value)
-    except TypeError:  # it is nested too deeply: all of it is one text
-        return {CONFIG: str(value)[:MOST_TEXT_CHARS]}
-    return value
+def _as_config(value: Any) -> dict[str, Any] | None:
+    """Return a dictionary that can be stored as JSON; whatever is none becomes one text in it."""
+    with contextlib.suppress(TypeError):  # it is nested too deeply
+        if value is None or (isinstance(value, dict) and orjson.dumps(value)):
+            return value
+    return {CONFIG: _as_text(value)}
 
 
 def _as_number(value: Any) -> int | None:
@@ -54,7 +59,8 @@ Number = Annotated[int | None, BeforeValidator(_as_number)]
 class SessionRecord(BaseModel):
     """The first record of a journal, as far as the server reads it (`protocol`).
 
-    A field that may be missing takes any value: refusing the record would refuse the whole run.
+    A field that may be missing takes any value, except `kind`: refusing the record would refuse the
+    whole run.
     """
 
     type: Literal["session"]
@@ -96,11 +102,7 @@ def find_session(connection: sqlite3.Connection, run: str, session: str) -> Sess
 
 
 def require_session(connection: sqlite3.Connection, run: str, session: str) -> SessionState:
-    """Return a session that is there.
-
-    Raises:
-        ApiError: 404, nothing of it has arrived.
-    """
+    """Return a session; one of which nothing has arrived is an `ApiError` 404."""
     state = find_session(connection, run, session)
     if state.pk == 0:
         raise ApiError(404, f"session {session!r} of run {run!r} is not here: send it from byte 0")

@@ -21,7 +21,7 @@ Kind = Literal["texts", "tables", "media"]
 Record = dict[str, Any]
 
 KINDS: dict[Kind, tuple[str, str]] = {
-    "texts": ("text", "json_object('text', text)"),
+    "texts": ("text", "json_object('text', text, 'id', pk)"),
     "tables": ("data_table", "content"),
     "media": ("media", "json_set(content, '$.id', pk)"),
 }
@@ -30,13 +30,15 @@ MEDIA_KEYS = ("kind", "mime", "bytes", "caption", "parts")
 
 
 class Page(BaseModel, frozen=True):
-    """Which records to list: `limit` of the latest, optionally of one name and below a step.
+    """Which records to list: `limit` of the latest steps, optionally of one name and below a step.
 
     A step comes whole, even beyond `limit`; the next page continues below it.
     """
 
     name: str | None = None
     before_step: Annotated[int, Field(ge=0, le=MAX_STEP + 1)] | None = None
+    after_id: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """Only records that arrived after this one, whatever their steps."""
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
     own: bool = False
     """Whether to include those that Endlex records itself, such as what a run printed."""
@@ -52,9 +54,10 @@ def list_records(connection: sqlite3.Connection, kind: Kind, run: int, page: Pag
         values.append(page.name)
     elif not page.own:
         where += f" AND name NOT LIKE '{OWN_PREFIX}%'"
-    if page.before_step is not None:
-        where += " AND step < ?"
-        values.append(page.before_step)
+    for condition, bound in (("step < ?", page.before_step), ("pk > ?", page.after_id)):
+        if bound is not None:
+            where += f" AND {condition}"
+            values.append(bound)
     chosen = f"SELECT max(pk) FROM {table} WHERE {where} GROUP BY name, step"
     lowest = f"SELECT step FROM {table} WHERE pk IN ({chosen}) ORDER BY step DESC LIMIT ?"
     rows = connection.execute(
@@ -89,11 +92,7 @@ def store_records(
 
 
 def find_media(connection: sqlite3.Connection, run: int, pk: int) -> Record:
-    """Return one record.
-
-    Raises:
-        ApiError: 404.
-    """
+    """Return one record of media; an unknown one is an `ApiError` 404."""
     row = connection.execute("SELECT content FROM media WHERE pk=? AND run=?", (pk, run)).fetchone()
     if row is None:
         raise ApiError(404, f"the run has no file {pk}: GET .../media lists them")

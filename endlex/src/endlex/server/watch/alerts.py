@@ -8,7 +8,7 @@ The rules, each for one run (and metric):
   points) is more than twice its lowest so far and at least 0.5 above it. It resolves itself when
   the mean is below again. The mean is kept in memory: a restarted server starts a new one.
 - `rising`: a `val/...` metric of which less is better has risen three evaluations in a row. Names
-  that speak of accuracy, score, reward or the like are left out. It resolves itself when the
+  that have a word like accuracy, score or reward are left out. It resolves itself when the
   metric falls.
 - `stall`: a running run's trainer has logged nothing for longer than the limit; resolved by data.
 - `failed`: a trainer ended by an error; `crashed`: the shipper says that it is gone without a word;
@@ -54,10 +54,15 @@ WARM_UP = 20
 DIVERGED_RATIO = 2.0
 DIVERGED_RISE = 0.5
 RISES = 3
-MORE_IS_BETTER = re.compile(  # as `isMoreBetter` of the dashboard: whole words, never a loss
-    r"^(?!.*loss).*(?<![a-z])(acc|accuracy|scores?|rewards?|(chat)?core|f1|bleu|rouge|exact|pass"
-    r"|wins?|recall|precision)(?![a-z])"
+_MORE = (
+    "acc|[a-z]*accurac(?:y|ies)|[a-z]*scores?|rewards?|(?:chat)?core|f1|bleu|rouge|exact|pass|wins?"
+    "|recall|precision|(?:pass|success|win)_?rates?|mfu|per_second"
 )
+_LESS = "loss|losses|perplexity|ppl|errors?|inaccuracy|seconds"
+MORE_IS_BETTER, LESS_IS_BETTER = (
+    re.compile(f"(?<![a-z])(?:{words})(?![a-z])") for words in (_MORE, _LESS)
+)
+"""Words of metrics' names, as in the dashboard's `format.js`; metric_names.json tests both."""
 DISK_PERCENT = re.compile(r"disk.*(percent|used_pct|_pct|%)")
 DISK_FULL_PERCENT = 95.0
 DISK_FINE_PERCENT = 92.0
@@ -228,7 +233,7 @@ class Watch:
             at = int(np.argmin(finite))
             book.tell("nan", name, f"{name} is {points.numbers[at]} at step {points.steps[at]}")
         is_loss = name == "loss" or name.endswith("/loss")
-        is_evaluation = name.startswith("val/") and not MORE_IS_BETTER.search(name.lower())
+        is_evaluation = name.startswith("val/") and not is_more_better(name)
         if not is_loss and not is_evaluation:
             return
         trend = self._trends[run, name]
@@ -247,6 +252,12 @@ class Watch:
                 book.tell("rising", name, said)
             elif rises and not rises[-1]:
                 book.tell("rising", name, None)
+
+
+def is_more_better(name: str) -> bool:
+    """Tell by the words of a metric's name whether more is better; of a loss it never is."""
+    text = re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+    return bool(MORE_IS_BETTER.search(text)) and not LESS_IS_BETTER.search(text)
 
 
 def _watch_disk(book: _Book, name: str, last: float) -> None:

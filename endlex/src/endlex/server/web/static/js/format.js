@@ -93,8 +93,8 @@ export function compareText(left, right) {
 }
 
 const words = (choice) => new RegExp(`(?<![a-z])(?:${choice})(?![a-z])`);
-const MORE_IS_BETTER = words("acc|accuracy|scores?|rewards?|core|chatcore|f1|bleu|rouge|exact|pass|wins?|recall|precision|mfu|per_second");
-const LESS_IS_BETTER = words("loss|losses|perplexity|errors?|seconds");
+const MORE_IS_BETTER = words("acc|[a-z]*accurac(?:y|ies)|[a-z]*scores?|rewards?|(?:chat)?core|f1|bleu|rouge|exact|pass|wins?|recall|precision|(?:pass|success|win)_?rates?|mfu|per_second");
+const LESS_IS_BETTER = words("loss|losses|perplexity|ppl|errors?|inaccuracy|seconds");
 
 // Whether a metric is one of which more is better, by the words of its name; of most, such as losses,
 // less is, whatever else the name says.

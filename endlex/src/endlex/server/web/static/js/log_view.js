@@ -4,7 +4,6 @@ import { debounce, download, el, replaceContent, reporting, throttle } from "./d
 import { formatInteger } from "./format.js";
 
 const PAGE = 1000; // chunks of a text, each a second of what was printed, or 8 KiB
-const FEW = 20; // chunks to look for what is new in
 const OPEN = ["run/exception", "run/console"];
 
 // The names of the texts that Endlex records itself.
@@ -39,7 +38,7 @@ export class LogView {
 
 class LogPart {
   constructor(source, run, name) {
-    Object.assign(this, { source, run, name, title: name.replace("run/", ""), chunks: [] });
+    Object.assign(this, { source, run, name, title: name.replace("run/", ""), known: new Map(), floor: Infinity });
     this.lines = el("pre", { class: "sample" }, "Loading…");
     this.note = el("span", { class: "quiet", role: "status" });
     this.filter = el("input", { type: "search", placeholder: "Filter lines", "aria-label": `Filter lines of ${name}`, oninput: debounce(() => this.fill(), 100) });
@@ -50,30 +49,36 @@ class LogPart {
     this.root.addEventListener("toggle", () => this.refresh());
   }
 
+  // What was printed from the floor on, below which chunks may be missing that "Earlier lines" loads.
   get text() {
-    return this.chunks.map((chunk) => chunk.text).join("\n");
+    const chunks = [...this.known.values()].filter(({ step }) => step >= this.floor);
+    return chunks.sort((a, b) => a.step - b.step).map((chunk) => chunk.text).join("\n");
   }
 
-  // The latest chunks, or those before a step; newest first.
-  fetch(limit, before_step) {
-    return this.source.records("texts", this.run, { name: this.name, limit, before_step });
+  // A page of chunks, below a step or of those that arrived after another; highest step first.
+  fetch(bounds) {
+    return this.source.records("texts", this.run, { name: this.name, limit: PAGE, ...bounds });
   }
 
-  // Loads the latest page, and from then on what came after it.
+  // Loads the latest page, and from then on what arrived since, be it of an earlier session.
   refresh = reporting(async () => {
     if (!this.root.open) return;
-    const last = this.chunks.at(-1)?.step;
-    let page = await this.fetch(last === undefined ? PAGE : FEW);
-    if (last === undefined) this.earlier.hidden = page.length < PAGE;
+    const after_id = this.newest;
+    let page = after_id === undefined ? await this.loadEarlier() : await this.fetch({ after_id });
+    // Only by the first page: what arrives while others are fetched may be in none of them.
+    this.newest = page.reduce((newest, { id }) => Math.max(newest, id), after_id ?? 0);
+    if (after_id === undefined) return;
     const fresh = [...page];
-    while (page.length && page.at(-1).step > last) fresh.push(...(page = await this.fetch(PAGE, page.at(-1).step)));
-    this.merge(fresh);
+    while (page.length >= PAGE) fresh.push(...(page = await this.fetch({ after_id, before_step: page.at(-1).step })));
+    if (fresh.length) this.merge(fresh);
   });
 
   async loadEarlier() {
-    const page = await this.fetch(PAGE, this.chunks[0].step);
-    this.earlier.hidden = page.length < PAGE;
+    const page = await this.fetch({ before_step: this.floor < Infinity ? this.floor : undefined });
+    this.floor = Math.min(this.floor, page.length < PAGE ? 0 : page.at(-1).step);
+    this.earlier.hidden = this.floor === 0;
     this.merge(page);
+    return page;
   }
 
   async save() {
@@ -83,11 +88,8 @@ class LogPart {
   }
 
   merge(fresh) {
-    const known = new Map([...this.chunks, ...fresh].map((chunk) => [chunk.step, chunk]));
-    if (known.size > this.chunks.length || !known.size) {
-      this.chunks = [...known.values()].sort((a, b) => a.step - b.step);
-      this.fill();
-    }
+    for (const chunk of fresh) this.known.set(chunk.step, chunk);
+    this.fill();
   }
 
   // Shows the lines that match. Someone who reads at the end stays there.
