@@ -23,6 +23,10 @@ FILL = """() => {
     localStorage.filler = "";
     for (let n = 2 ** 23; n >= 1; n /= 2) try { localStorage.filler += "x".repeat(n); } catch {}
 }"""
+OF_0_2 = """(all) => {
+    localStorage.clear();
+    localStorage["archerchat.conversations"] = JSON.stringify(all);
+}"""
 HALF_AN_ANSWER = """() => {
     window.fetch = async (url, { signal }) => new Response(new ReadableStream({ start(stream) {
         const chunk = JSON.stringify({ choices: [{ delta: { content: "half" } }] });
@@ -241,13 +245,29 @@ def test_what_is_exported_can_be_learned(chats: Any, tmp_path: Path) -> None:
     assert [len(each["messages"]) for each in task] == [2]
 
 
-def test_conversations_of_the_first_release_are_still_there(chats: Any) -> None:
-    """It kept all of them in one entry."""
-    add_file(chats, exchange("one"), exchange("two"))
-    saved = json.dumps(chats.evaluate(SAVED))
-    chats.evaluate(
-        "(all) => { localStorage.clear(); localStorage['archerchat.conversations'] = all }", saved
-    )
+def conversation(title: str, updated: int = 0, text: str = "") -> dict[str, Any]:
+    """A conversation with this text before any message, as the browser stores it."""
+    node = {"role": "user", "parts": [{"type": "text", "text": text or title}], "parent": -1}
+    more = {"nodes": [node], "leaf": 0, "text": "", "updated": updated}
+    return {"id": title.split()[0], "mode": "chat", "title": title} | more
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_conversations_of_the_first_release_are_still_there(chats: Any, is_full: bool) -> None:
+    """It kept all of them in one entry. What does not fit beside it stays there."""
+    titles = [str(number) for number in range(50, 0, -1)]
+    chats.evaluate(OF_0_2, [conversation(each, int(each), "x" * 100_000) for each in titles])
+    if is_full:
+        chats.evaluate(FILL)
     for _ in range(2):
         open_page(chats)
-        assert sorted(chats.locator("#conversations .open").all_text_contents()) == ["one", "two"]
+        in_list(chats, *titles)
+    if is_full:
+        chats.wait_for_selector("#notice >> text=Not saved: the browser has no room left")
+        delete(chats, titles.pop(0))
+        assert chats.inner_text("#notice") == ""
+        open_page(chats)
+        in_list(chats, *titles)
+    assert chats.inner_text("#notice") == ""
+    assert len(chats.evaluate(SAVED)) == len(titles)
+    assert "archerchat.conversations" not in chats.evaluate("Object.keys(localStorage)")

@@ -463,4 +463,5 @@ setTheme();
 buildSettings();
 if (store.conversations.length) openConversation(store.conversations[0]);
 else start("chat");
-loadModels();
+await loadModels();
+keep(store.conversations.find((each) => each.unsaved)?.unsaved ?? "");
