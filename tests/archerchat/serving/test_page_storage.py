@@ -24,7 +24,6 @@ FILL = """() => {
     for (let n = 2 ** 23; n >= 1; n /= 2) try { localStorage.filler += "x".repeat(n); } catch {}
 }"""
 OF_0_2 = """(all) => {
-    localStorage.clear();
     localStorage["archerchat.conversations"] = JSON.stringify(all);
 }"""
 HALF_AN_ANSWER = """() => {
@@ -256,6 +255,7 @@ def conversation(title: str, updated: int = 0, text: str = "") -> dict[str, Any]
 def test_conversations_of_the_first_release_are_still_there(chats: Any, is_full: bool) -> None:
     """It kept all of them in one entry. What does not fit beside it stays there."""
     titles = [str(number) for number in range(50, 0, -1)]
+    chats.evaluate("localStorage.clear()")
     chats.evaluate(OF_0_2, [conversation(each, int(each), "x" * 100_000) for each in titles])
     if is_full:
         chats.evaluate(FILL)
@@ -271,3 +271,18 @@ def test_conversations_of_the_first_release_are_still_there(chats: Any, is_full:
     assert chats.inner_text("#notice") == ""
     assert len(chats.evaluate(SAVED)) == len(titles)
     assert "archerchat.conversations" not in chats.evaluate("Object.keys(localStorage)")
+
+
+def test_an_open_tab_of_the_first_release_brings_back_nothing_older(chats: Any) -> None:
+    """It writes its whole list again; the newer of two versions counts."""
+    chats.evaluate("localStorage.clear()")
+    chats.evaluate(OF_0_2, [conversation("a", 1), conversation("b", 2)])
+    open_page(chats)
+    chats.evaluate(OF_0_2, [conversation("a there", 4), conversation("b there", 2)])
+    open_page(chats)
+    in_list(chats, "a there", "b")
+    chats.evaluate(OF_0_2, [conversation("a there later", 3), conversation("b there", 1)])
+    for _ in range(2):
+        open_page(chats)
+        in_list(chats, "a there", "b")
+    assert len(chats.evaluate(SAVED)) == 2

@@ -42,17 +42,18 @@ export function set(name, value) {
 }
 
 export let conversations = Object.keys(room).filter((key) => key.startsWith(PREFIX)).map((key) => read(key)).filter(Boolean);
-const moving = read(TOGETHER, []);
-conversations.push(...moving);
+const isNewer = ({ id, updated }) => !(read(PREFIX + id)?.updated >= updated); // than its own entry, or has none
+const moving = read(TOGETHER, []).filter(isNewer); // a tab that is open since then may have written it just now
+conversations = [...new Map([...conversations, ...moving].map((each) => [each.id, each])).values()];
 moving.find(save); // up to the first that does not fit: it and the others stay
 shrink();
 sort();
 
-// Leave in the entry of version 0.2 only what has no entry of its own, and not this conversation. Return what it held.
+// Leave in 0.2's entry only what is not stored in entries of its own, and not this conversation. Return what it held.
 function shrink(id) {
   const before = room[TOGETHER];
-  const rest = read(TOGETHER, []).filter((each) => each.id !== id && !(PREFIX + each.id in room));
-  if (before) write(TOGETHER, rest.length ? JSON.stringify(rest) : undefined);
+  const rest = read(TOGETHER, []).filter((each) => each.id !== id && isNewer(each));
+  write(TOGETHER, rest.length ? JSON.stringify(rest) : undefined);
   return before;
 }
 
