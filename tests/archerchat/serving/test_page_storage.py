@@ -201,6 +201,23 @@ def test_tabs_keep_each_others_conversations(chats: Any) -> None:
     other.close()
 
 
+def test_an_edit_stays_on_its_branch_when_another_tab_shows_a_different_one(chats: Any) -> None:
+    ask(chats, "first")
+    send(chats, "second")
+    chats.click(".message.user >> nth=1 >> text=Edit")
+    other = chats.context.new_page()
+    answer(other)
+    other.goto(chats.url)
+    other.click(".message.user >> nth=0 >> text=Edit")
+    send(other, "first there")
+    chats.wait_for_selector(".message.user .body >> text=first there")
+    assert chats.input_value("#prompt") == "second"
+    send(chats, "second here")
+    chats.wait_for_selector(".message.user .body >> text=second here")
+    assert chats.locator(".user .body").all_inner_texts() == ["first", "second here"]
+    other.close()
+
+
 def test_an_answer_stays_with_its_question_and_outlives_the_page(chats: Any) -> None:
     ask(chats, "older")
     ask(chats, "asked")
