@@ -23,6 +23,9 @@ FILL = """() => {
     localStorage.filler = "";
     for (let n = 2 ** 23; n >= 1; n /= 2) try { localStorage.filler += "x".repeat(n); } catch {}
 }"""
+OF_0_2 = """(all) => {
+    localStorage["archerchat.conversations"] = JSON.stringify(all);
+}"""
 HALF_AN_ANSWER = """() => {
     window.fetch = async (url, { signal }) => new Response(new ReadableStream({ start(stream) {
         const chunk = JSON.stringify({ choices: [{ delta: { content: "half" } }] });
@@ -198,6 +201,23 @@ def test_tabs_keep_each_others_conversations(chats: Any) -> None:
     other.close()
 
 
+def test_an_edit_stays_on_its_branch_when_another_tab_shows_a_different_one(chats: Any) -> None:
+    ask(chats, "first")
+    send(chats, "second")
+    chats.click(".message.user >> nth=1 >> text=Edit")
+    other = chats.context.new_page()
+    answer(other)
+    other.goto(chats.url)
+    other.click(".message.user >> nth=0 >> text=Edit")
+    send(other, "first there")
+    chats.wait_for_selector(".message.user .body >> text=first there")
+    assert chats.input_value("#prompt") == "second"
+    send(chats, "second here")
+    chats.wait_for_selector(".message.user .body >> text=second here")
+    assert chats.locator(".user .body").all_inner_texts() == ["first", "second here"]
+    other.close()
+
+
 def test_an_answer_stays_with_its_question_and_outlives_the_page(chats: Any) -> None:
     ask(chats, "older")
     ask(chats, "asked")
@@ -241,13 +261,45 @@ def test_what_is_exported_can_be_learned(chats: Any, tmp_path: Path) -> None:
     assert [len(each["messages"]) for each in task] == [2]
 
 
-def test_conversations_of_the_first_release_are_still_there(chats: Any) -> None:
-    """It kept all of them in one entry."""
-    add_file(chats, exchange("one"), exchange("two"))
-    saved = json.dumps(chats.evaluate(SAVED))
-    chats.evaluate(
-        "(all) => { localStorage.clear(); localStorage['archerchat.conversations'] = all }", saved
-    )
+def conversation(title: str, updated: int = 0, text: str = "") -> dict[str, Any]:
+    """A conversation with this text before any message, as the browser stores it."""
+    node = {"role": "user", "parts": [{"type": "text", "text": text or title}], "parent": -1}
+    more = {"nodes": [node], "leaf": 0, "text": "", "updated": updated}
+    return {"id": title.split()[0], "mode": "chat", "title": title} | more
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_conversations_of_the_first_release_are_still_there(chats: Any, is_full: bool) -> None:
+    """It kept all of them in one entry. What does not fit beside it stays there."""
+    titles = [str(number) for number in range(50, 0, -1)]
+    chats.evaluate("localStorage.clear()")
+    chats.evaluate(OF_0_2, [conversation(each, int(each), "x" * 100_000) for each in titles])
+    if is_full:
+        chats.evaluate(FILL)
     for _ in range(2):
         open_page(chats)
-        assert sorted(chats.locator("#conversations .open").all_text_contents()) == ["one", "two"]
+        in_list(chats, *titles)
+    if is_full:
+        chats.wait_for_selector("#notice >> text=Not saved: the browser has no room left")
+        delete(chats, titles.pop(0))
+        assert chats.inner_text("#notice") == ""
+        open_page(chats)
+        in_list(chats, *titles)
+    assert chats.inner_text("#notice") == ""
+    assert len(chats.evaluate(SAVED)) == len(titles)
+    assert "archerchat.conversations" not in chats.evaluate("Object.keys(localStorage)")
+
+
+def test_an_open_tab_of_the_first_release_brings_back_nothing_older(chats: Any) -> None:
+    """It writes its whole list again; the newer of two versions counts."""
+    chats.evaluate("localStorage.clear()")
+    chats.evaluate(OF_0_2, [conversation("a", 1), conversation("b", 2)])
+    open_page(chats)
+    chats.evaluate(OF_0_2, [conversation("a there", 4), conversation("b there", 2)])
+    open_page(chats)
+    in_list(chats, "a there", "b")
+    chats.evaluate(OF_0_2, [conversation("a there later", 3), conversation("b there", 1)])
+    for _ in range(2):
+        open_page(chats)
+        in_list(chats, "a there", "b")
+    assert len(chats.evaluate(SAVED)) == 2

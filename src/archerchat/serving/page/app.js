@@ -24,7 +24,7 @@ let models = [];
 let current = null;
 let running = null; // the AbortController of the answers that are coming
 let undo = null; // the text before the last continuation
-let editing = null; // the place in its path of the message whose other wording is being written
+let editing = null; // for each side, the message before the one whose other wording is being written
 
 function headers() {
   const key = store.settings.key;
@@ -202,7 +202,8 @@ function showParts(body, node, side) {
 
 function edit(at, side) {
   if (running) return;
-  editing = store.path(current, side).indexOf(at);
+  const before = (each) => store.path(current, each)[store.path(current, side).indexOf(at) - 1] ?? current.nodes[at].parent;
+  editing = { leaf: before("leaf"), other: before("other") };
   $("prompt").value = store.textOf(current.nodes[at].parts);
   grow();
   $("prompt").focus();
@@ -325,7 +326,7 @@ async function send() {
   if (!text || running) return;
   const asked = new Map(); // sides that continue the same message share the next one
   const places = Object.keys(sides()).map((side) => {
-    let parent = editing === null ? current[side] : store.path(current, side)[editing - 1] ?? -1;
+    let parent = [editing?.[side], current[side]].find((at) => at < current.nodes.length); // another tab may have replaced them
     if (current.nodes[parent]?.role === "user") parent = current.nodes[parent].parent; // it was never answered
     if (!asked.has(parent)) asked.set(parent, store.add(current, "user", [{ type: "text", text }], parent));
     return [asked.get(parent), side];
@@ -463,4 +464,5 @@ setTheme();
 buildSettings();
 if (store.conversations.length) openConversation(store.conversations[0]);
 else start("chat");
-loadModels();
+await loadModels();
+keep(store.conversations.find((each) => each.unsaved)?.unsaved ?? "");

@@ -3,6 +3,7 @@
 // of its own in the storage, so tabs do not overwrite each other. None is deleted to make room.
 
 const PREFIX = "archerchat.conversation.";
+const TOGETHER = "archerchat.conversations"; // version 0.2 kept all of them in this entry
 const SETTINGS = "archerchat.settings";
 const PASSING = ["tokens", "runs", "unsaved"]; // what is not stored
 
@@ -41,11 +42,20 @@ export function set(name, value) {
 }
 
 export let conversations = Object.keys(room).filter((key) => key.startsWith(PREFIX)).map((key) => read(key)).filter(Boolean);
-const together = read("archerchat.conversations", []); // version 0.2 kept all of them in one entry
-write("archerchat.conversations");
-conversations.push(...together);
-together.forEach(save);
+const isNewer = ({ id, updated }) => !(read(PREFIX + id)?.updated >= updated); // than its own entry, or has none
+const moving = read(TOGETHER, []).filter(isNewer); // a tab that is open since then may have written it just now
+conversations = [...new Map([...conversations, ...moving].map((each) => [each.id, each])).values()];
+moving.find(save); // up to the first that does not fit: it and the others stay
+shrink();
 sort();
+
+// Leave in 0.2's entry only what is not stored in entries of its own, and not this conversation. Return what it held.
+function shrink(id) {
+  const before = room[TOGETHER];
+  const rest = read(TOGETHER, []).filter((each) => each.id !== id && isNewer(each));
+  write(TOGETHER, rest.length ? JSON.stringify(rest) : undefined);
+  return before;
+}
 
 function sort() {
   conversations.sort((a, b) => b.updated - a.updated);
@@ -57,6 +67,10 @@ export function save(conversation) {
   sort();
   const text = JSON.stringify(conversation, (name, value) => (PASSING.includes(name) ? undefined : value));
   conversation.unsaved = write(PREFIX + conversation.id, text);
+  if (!conversation.unsaved) return "";
+  const before = shrink(conversation.id); // there may be room now
+  conversation.unsaved = write(PREFIX + conversation.id, text);
+  if (conversation.unsaved) write(TOGETHER, before);
   return conversation.unsaved;
 }
 
@@ -82,6 +96,7 @@ export function create(mode) {
 export function remove(conversation) {
   conversations = conversations.filter((each) => each !== conversation);
   write(PREFIX + conversation.id);
+  shrink(conversation.id);
   return conversations.filter((each) => each.unsaved).map(save).find(Boolean) ?? ""; // there may be room now
 }
 
