@@ -226,17 +226,20 @@ BUDGETS = {
     "commands": (1700, 2510),
     "": (17_000, 24_750),
     "../../endlex/src/endlex": (12_000, 14_430),
+    "serving/page/*": (900, 955),
+    "../../endlex/src/endlex/server/web/static/js/*.js": (4500, 4500),
 }
-"""Lines of Python per part of `archerchat`: the aim, and the most it may have for now. Lower the
+"""Lines of Python, or of the files of a pattern, per part of `archerchat`: the aim, and the most it may have for now. Lower the
 second number when a part gets smaller; do not raise it."""
 
 
 @pytest.mark.parametrize("parts", BUDGETS)
 def test_every_part_keeps_to_its_budget(parts: str) -> None:
     package = ROOT / "src" / "archerchat"
-    places = [package / part for part in parts.split(" ")]
-    files = [f for place in places for f in ([place] if place.is_file() else place.rglob("*.py"))]
-    count = sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+    patterns = [f"{part}/**/*.py" if (package / part).is_dir() else part for part in parts.split()]
+    files = [file for pattern in patterns or ["**/*.py"] for file in package.glob(pattern)]
+    texts = [file.read_text(encoding="utf-8") for file in files if file.is_file()]
+    count = sum(len(text.splitlines()) for text in texts)
     aim, limit = BUDGETS[parts]
     assert 0 < count <= limit, (
         f"{parts or 'archerchat'}: {count:,} lines, over {limit:,} (aim {aim:,})"
