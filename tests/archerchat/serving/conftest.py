@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -62,14 +63,15 @@ def client(served_home: Home) -> Iterator[TestClient]:
 def listening(app: FastAPI) -> Iterator[tuple[str, int]]:
     """Run an application on a free port; yield its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(app, http=Connection, log_level="warning"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    config = uvicorn.Config(app, http=Connection, log_level="warning", timeout_graceful_shutdown=10)
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         yield listener.getsockname()
     finally:
         running.should_exit = True
-        thread.join()
+        thread.join(60)
 
 
 @pytest.fixture(scope="session")
@@ -87,24 +89,56 @@ def say_something(route: Any) -> None:
     route.continue_(post_data=json.dumps(body))
 
 
-@pytest.fixture(scope="module")
-def page(served_home: Home, listen: Any) -> Iterator[Any]:
-    """The page of a phone's width, open on a server."""
-    playwright = pytest.importorskip("playwright.sync_api")
+@contextmanager
+def running_browser(chromium: Any, limit_seconds: float = 300) -> Iterator[Any]:
+    """Run Chromium, and kill it after this time.
+
+    Playwright's `evaluate`, `keyboard.press` and `close` take no timeout: they would wait for ever
+    for a page that hangs. They fail when the browser ends.
+    """
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("no chromium on PATH")
-    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig())
     sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with listen(app) as address, playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=sandbox)
+    browser = chromium.launch(executable_path=path, args=sandbox)
+    found = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
+    pid = next(each["id"] for each in found if each["type"] == "browser")
+    timer = threading.Timer(limit_seconds, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    try:
+        yield browser
+        browser.close()
+    finally:
+        timer.cancel()
+
+
+@pytest.fixture(scope="session")
+def run_browser() -> Callable[..., Any]:
+    return running_browser
+
+
+def dismiss(page: Any, dialog: Any) -> None:
+    """Note a dialog, which no page should open; the page would hang while it is open."""
+    page.problems.append(dialog.message)
+    dialog.dismiss()
+
+
+@pytest.fixture(scope="module")
+def page(served_home: Home, listen: Any, run_browser: Any) -> Iterator[Any]:
+    """The page of a phone's width, open on a server."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    app = build_app(served_home, build_runtime("cpu", "float32"), ServeConfig())
+    with (
+        listen(app) as address,
+        playwright.sync_playwright() as started,
+        run_browser(started.chromium) as browser,
+    ):
         found = browser.new_context(viewport={"width": 390, "height": 800}).new_page()
         found.problems = []
         found.on("pageerror", lambda error: found.problems.append(str(error)))
-        found.on("dialog", lambda dialog: found.problems.append(dialog.message))
+        found.on("dialog", lambda dialog: dismiss(found, dialog))
         found.route("**/completions", say_something)
         found.goto("http://{}:{}/".format(*address))
         found.wait_for_selector("#model option", state="attached")
         found.first_paint = dict(found.evaluate(SIZES))
         yield found
-        browser.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -174,6 +175,27 @@ def test_an_answer_is_stopped_and_conversations_are_searched_and_kept(
     page.keyboard.press("Alt+n")
     assert page.evaluate("document.activeElement.id") in ("prompt", "text")
     assert page.problems == []
+
+
+@pytest.mark.browser
+def test_a_browser_that_does_not_know_light_dark_shows_the_light_theme(page: Any) -> None:
+    style = (PAGE / "style.css").read_text(encoding="utf-8")
+    colours = re.findall(r"(--[a-z-]+): light-dark\((.+?), (.+?)\)", style)
+    older = style.replace("light-dark(", "unknown(")
+    page.route("**/style.css", lambda route: route.fulfill(content_type="text/css", body=older))
+    page.reload()
+    get = "name => getComputedStyle(document.documentElement).getPropertyValue(name)"
+    assert [(name, page.evaluate(get, name)) for name, _, _ in colours] == [
+        (name, light) for name, light, _ in colours
+    ]
+    assert page.evaluate(get, "color-scheme") == "light"
+    page.unroute("**/style.css")
+    page.reload()
+    assert page.evaluate(get, "color-scheme") == "light dark"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 251, 249)"
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 22)"
+    page.emulate_media(color_scheme=None)
 
 
 def show_answer(page: Any, text: str) -> None:

@@ -26,6 +26,11 @@ FILL = """() => {
 OF_0_2 = """(all) => {
     localStorage["archerchat.conversations"] = JSON.stringify(all);
 }"""
+NO_ANSWER = """() => {
+    window.fetch = (url, { signal }) => new Promise((resolve, fail) => {
+        signal.onabort = () => fail(signal.reason);
+    });
+}"""
 HALF_AN_ANSWER = """() => {
     window.fetch = async (url, { signal }) => new Response(new ReadableStream({ start(stream) {
         const chunk = JSON.stringify({ choices: [{ delta: { content: "half" } }] });
@@ -154,6 +159,18 @@ def test_the_page_works_where_storage_is_blocked(chats: Any) -> None:
     page.close()
 
 
+def test_a_page_that_hangs_ends_with_its_browser(chats: Any, run_browser: Any) -> None:
+    """So that no test of a page can wait for ever."""
+    with (
+        run_browser(chats.context.browser.browser_type, limit_seconds=1) as browser,
+        pytest.raises(Exception, match=r"closed|crashed"),
+    ):
+        browser.new_page().evaluate("() => { for (;;); }")
+    chats.evaluate("alert('a dialog does not keep the page from going on')")
+    assert len(chats.problems) == 1
+    chats.problems.clear()
+
+
 def test_tabs_keep_each_others_conversations(chats: Any) -> None:
     other = chats.context.new_page()
     answer(other)
@@ -176,8 +193,7 @@ def test_tabs_keep_each_others_conversations(chats: Any) -> None:
     assert settings == {"top_k": 5, "max_tokens": 5}
     # Both answer the conversation "here": it becomes two, and neither question is lost.
     other.locator("#conversations .open:text-is('here')").evaluate("(open) => open.click()")
-    chats.unroute(CHATS)
-    chats.route(CHATS, lambda route: None)  # no answer comes
+    chats.evaluate(NO_ANSWER)
     send(chats, "second here")
     chats.wait_for_selector("#send:text-is('Stop')")
     send(other, "second there")

@@ -464,5 +464,4 @@ setTheme();
 buildSettings();
 if (store.conversations.length) openConversation(store.conversations[0]);
 else start("chat");
-await loadModels();
-keep(store.conversations.find((each) => each.unsaved)?.unsaved ?? "");
+loadModels().then(() => keep(store.conversations.find((each) => each.unsaved)?.unsaved ?? ""));

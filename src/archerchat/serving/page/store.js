@@ -51,10 +51,10 @@ sort();
 
 // Leave in 0.2's entry only what is not stored in entries of its own, and not this conversation. Return what it held.
 function shrink(id) {
-  const before = room[TOGETHER];
+  const held = room[TOGETHER];
   const rest = read(TOGETHER, []).filter((each) => each.id !== id && isNewer(each));
   write(TOGETHER, rest.length ? JSON.stringify(rest) : undefined);
-  return before;
+  return held;
 }
 
 function sort() {
@@ -66,11 +66,10 @@ export function save(conversation) {
   if (!conversations.includes(conversation)) return "";
   sort();
   const text = JSON.stringify(conversation, (name, value) => (PASSING.includes(name) ? undefined : value));
-  conversation.unsaved = write(PREFIX + conversation.id, text);
-  if (!conversation.unsaved) return "";
-  const before = shrink(conversation.id); // there may be room now
-  conversation.unsaved = write(PREFIX + conversation.id, text);
-  if (conversation.unsaved) write(TOGETHER, before);
+  const store = () => (conversation.unsaved = write(PREFIX + conversation.id, text));
+  if (!store()) return "";
+  const held = shrink(conversation.id); // there may be room now
+  if (store()) write(TOGETHER, held);
   return conversation.unsaved;
 }
 
