@@ -139,7 +139,7 @@ function showMessages() {
   const columns = Object.keys(sides()).map((side) => {
     if (side === "other" && !((current.other ?? -1) >= 0)) current.other = current.leaf;
     const shown = store.path(current, side).map((at) => showMessage(at, side));
-    if (!shown.length) shown.push(element("p", `The model answers what you write. It runs on this server, and conversations stay in this browser${store.isBlocked ? " until you leave: it stores nothing" : ""}.`, { class: "empty" }));
+    if (!shown.length) shown.push(element("p", `Write a message to chat. The model runs on this server, and conversations stay in this browser${store.isBlocked ? " until you leave: it stores nothing" : ""}.`, { class: "empty" }));
     return element("div", shown, { class: "column", "data-side": side });
   });
   $("messages").replaceChildren(...columns);
