@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -19,8 +20,12 @@ def test_it_is_measured_after_a_checkpoint_and_logged_apart_from_training(
 
     def log(self: MetricsLog, values: Any, step: int) -> None:
         logged.setdefault(step, {}).update({name: float(value) for name, value in values.items()})
-        if "core/score" in values:
-            saved.append(tiny_home.steps("cored")[-1])
+        if "core/score" in values:  # a checkpoint is written beside what comes after it
+            deadline = time.monotonic() + 60
+            while step not in tiny_home.steps("cored"):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            saved.append(step)
 
     monkeypatch.setattr(MetricsLog, "log", log)
     core = {"core-metric-every": 2, "core-bundle": "offline", "core-metric-max-per-task": 6}
