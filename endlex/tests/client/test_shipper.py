@@ -79,6 +79,7 @@ def start_trainer(directory: Path, *arguments: str, **environment: str) -> subpr
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
 
 
+@pytest.mark.slow
 def test_a_run_arrives_while_it_goes_on_and_the_shipper_ends_with_it(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until, capfd: Any
 ) -> None:
@@ -269,6 +270,7 @@ def test_what_keeps_the_shipper_from_starting_is_said_at_the_end(
     assert "URL 'ftp://example.org' must look like https://host[:port]" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_new_session_is_taken_up_by_the_shipper_that_is_there(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
@@ -286,6 +288,7 @@ def test_a_new_session_is_taken_up_by_the_shipper_that_is_there(
     assert is_mirrored(stub, directory)
 
 
+@pytest.mark.slow
 def test_sessions_in_quick_succession_are_all_sent(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch, until: Until
 ) -> None:
@@ -365,6 +368,7 @@ def test_a_clock_that_jumps_back_changes_nothing(
     assert [r["values"]["loss"] for r in records if r["type"] == "metrics"] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_this_side_stops_no_shipping(
     stub: Any, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def silent(text: str) -> None:
     """Report nothing."""
 
 
+@pytest.mark.slow
 def test_a_comparison_sees_what_is_missing_and_what_is_twice(tmp_path: Path) -> None:
     """The check itself, on a server that holds something else than the journal."""
     server = ServerProcess(tmp_path / "data")

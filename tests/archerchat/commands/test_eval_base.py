@@ -252,6 +252,7 @@ def test_bits_per_byte_of_one_split_and_of_a_text(
     assert both[str(text)] == figures[str(text)]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(
     trained_home: Any, run_ranks: Callable[..., Any]
 ) -> None:

@@ -130,6 +130,7 @@ def test_the_whole_of_chatcore_has_the_plain_name() -> None:
     assert len({file_name(4, whole, replace(SAMPLING, seed=seed)) for seed in (1, 2)}) == 2
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(
     trained_home: Any, data_dir: Path, run_ranks: Callable[..., Any]
 ) -> None:

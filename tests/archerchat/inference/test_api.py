@@ -25,7 +25,7 @@ def test_the_readmes_lines_run(trained_home: Any, monkeypatch: pytest.MonkeyPatc
     assert len([line for line in block.splitlines() if line]) <= 10
     monkeypatch.setenv("ARCHERCHAT_HOME", str(trained_home.root))
     checkpoints = trained_home.root / "checkpoints"
-    (checkpoints / "base" / "tiny").rename(checkpoints / "base" / "d12")
+    (checkpoints / "base" / "tiny").rename(checkpoints / "base" / "d6")
     (checkpoints / "sft").symlink_to(checkpoints / "base")
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()) as said:

@@ -29,6 +29,7 @@ def wait_for_line(child: Any, start: str) -> None:
     child.wait_for(lambda: f"\n{start}" in child.output())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "packing"), [("float32", "best-fit"), ("bfloat16", "concat")])
 def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
     tiny_home: Any, launch: Launch, dtype: str, packing: str, assert_same_run: Callable[..., None]
@@ -110,6 +111,7 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
     assert_same_run(*(tiny_home.checkpoint_dir("base", tag) for tag in ("tiny", "whole")), 40)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_the_process_at_once(tiny_home: Any, launch: Launch) -> None:
     minutes = {"total_batch_size": 2**23, "save_every": 1}
     child = launch(tiny_home.pretrain_words(**minutes))

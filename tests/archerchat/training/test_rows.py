@@ -49,6 +49,7 @@ def use_rows(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr("archerchat.planning.memory.CPU_TOKENS", count * 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["base", "rl"])
 def test_a_run_takes_what_fits_and_keeps_it_until_it_moves(
     tiny_home: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stage: str
