@@ -1,8 +1,7 @@
 """`archerchat`: one command with subcommands; the only place that parses arguments.
 
-Each subcommand is a frozen dataclass beside the function that runs it; tyro turns its fields
-into flags and their docstrings into help. Heavy modules are imported by the subcommand that
-needs them, so that `--help` is quick.
+Each subcommand is a frozen dataclass beside the function that runs it; tyro turns its fields into
+flags and their docstrings into help. Only the subcommand that needs a heavy module imports it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, cast, get_args, get_type_hints
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str]) -> Parsed:
             print(_overview(path, level))
             raise SystemExit(0)
         if name not in level:
-            known = ", ".join(level)
+            known = ", ".join(get_close_matches(name, level) or level)
             print(f"error: {path} has no command {name!r}; it has {known}", file=sys.stderr)
             raise SystemExit(2)
         level, path = level[name], f"{path} {name}"

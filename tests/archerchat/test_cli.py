@@ -129,7 +129,7 @@ def test_help_does_not_wait_for_torch() -> None:
     [
         (
             "pretrian",
-            "archerchat has no command 'pretrian'; it has data, tokenizer, plan, pretrain",
+            "archerchat has no command 'pretrian'; it has pretrain\n",
         ),
         ("eval core", "archerchat eval has no command 'core'; it has base"),
         ("pretrain --depth 2 --bogus 7", "--bogus"),

@@ -144,7 +144,7 @@ def _print(verdict: Verdict, url: str) -> None:
         names = ", ".join(map(printable, found.given_up))
         print(f"  given up here, since it could not be sent: {names}")
     if verdict.error is not None:
-        print(f"  {held} here; nothing was compared: {printable(verdict.error)}")
+        print(f"  nothing was compared: {printable(verdict.error)}")
     for missing in found.missing:
         print(f"  {printable(missing)}")
 
