@@ -86,7 +86,7 @@ def build_tokenizer(options: argparse.Namespace) -> Tokenizer:
             return train_tokenizer(texts, size)
         except DataError:  # too little text for so many tokens
             continue
-    raise SystemExit(f"{len(texts)} problems are too little text for a tokenizer")
+    raise SystemExit(f"{len(texts)} problems hold too little text to train a tokenizer")
 
 
 def same(ours: Sequence[Answer], plain: Sequence[PlainAnswer]) -> float:

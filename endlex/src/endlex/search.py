@@ -53,7 +53,7 @@ class Text:
 
     @property
     def is_pattern(self) -> bool:
-        """Whether it has a `*`."""
+        """Whether the text has a `*`."""
         return len(self.parts) > 1
 
     def like(self, anywhere: bool = False) -> str:
@@ -62,7 +62,7 @@ class Text:
         return f"%{pattern}%" if anywhere else pattern
 
     def matches(self, text: object, anywhere: bool = False) -> bool:
-        """Whether it is the text, or somewhere in it; upper and lower case are the same."""
+        """Whether `text` equals the pattern, or contains it; case does not matter."""
         pattern = re.compile(".*".join(map(re.escape, self.parts)), re.IGNORECASE | re.DOTALL)
         found = pattern.search if anywhere else pattern.fullmatch
         return text is not None and found(str(text)) is not None

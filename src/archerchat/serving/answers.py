@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from archerchat.inference.sequence import Event, TokenLogprobs
@@ -59,7 +59,7 @@ class ChatChoice:
         self._begun = True
         delta["content"] = "".join(piece.text for piece in pieces if piece.type == "text")
         if any(piece.type != "text" for piece in pieces):
-            delta["parts"] = [{"type": piece.type, "text": piece.text} for piece in pieces]
+            delta["parts"] = [asdict(piece) for piece in pieces]
         self._entries += entries
         return self._show("delta", delta, entries)
 

@@ -292,3 +292,13 @@ def test_calculator_calls_are_a_field_of_their_own(scripted: Any) -> None:
     shown = [part for delta in deltas for part in delta.get("parts", [])]
     for kind, text in (("text", "b"), ("python", "6*7"), ("python_output", "42")):
         assert "".join(part["text"] for part in shown if part["type"] == kind) == text
+
+
+def test_two_calls_in_a_row_are_two_parts_of_a_stream(scripted: Any) -> None:
+    words = ["<|python_start|>", "6*", "<|python_end|>", "<|python_start|>", "7*", "<|python_end|>"]
+    found = scripted(["a", "b"])
+    choice = ChatChoice(found.tokenizer, 0)
+    delta = choice.read([Event(0, 0, token) for token in found.ids(words)])["delta"]
+    assert [(part["text"], part["starts"]) for part in delta["parts"]] == [
+        ("6", True), ("*", False), ("7", True), ("*", False),
+    ]  # fmt: skip

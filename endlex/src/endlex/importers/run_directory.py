@@ -308,7 +308,7 @@ def numbers_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, or the word for one that JSON lacks."""
+    """Whether `value` is a number, or the word for one that JSON lacks."""
     return value in NON_FINITE if isinstance(value, str) else isinstance(value, int | float)
 
 

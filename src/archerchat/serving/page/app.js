@@ -263,8 +263,8 @@ function figures(chunk, model) {
   return speed ? `${model} · ${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s` : "";
 }
 
-function addPiece(parts, { type, text }) {
-  if (parts.at(-1)?.type === type) parts.at(-1).text += text;
+function addPiece(parts, { type, text, starts }) { // of two calls in a row each is a part
+  if (parts.at(-1)?.type === type && (type === "text" || !starts)) parts.at(-1).text += text;
   else if (text) parts.push({ type, text });
 }
 

@@ -55,9 +55,9 @@ class TokenInfo:
     last_used: float | None
     revoked: float | None
     older_runs: bool
-    """Whether it also owns all runs from before runs had owners."""
+    """Whether the token also owns the runs made before runs had owners."""
     runs: tuple[str, ...]
-    """Ids of the other runs that it owns."""
+    """Ids of the other runs that the token owns."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -47,7 +47,7 @@ Sha256 = Annotated[str, AfterValidator(check_sha256)]
 
 
 class AskedParts(BaseModel):
-    """Which parts a client is about to send."""
+    """The parts that a client is about to send."""
 
     parts: Annotated[list[Sha256], Field(max_length=MAX_PARTS_ASKED)]
 

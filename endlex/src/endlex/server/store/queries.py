@@ -42,7 +42,7 @@ DECODED: dict[str, Callable[[Any], Any]] = {
 
 
 class RunQuery(BaseModel, frozen=True):
-    """Which runs, in which order; `sort` is a key (`endlex.search`), with "-" in front descending.
+    """Selects and orders runs; `sort` is a key (`endlex.search`), with "-" in front descending.
 
     `archived` and `deleted`: "true" lists only those, "any" includes them, None leaves them out.
     With `column`, a run has the values of these keys in place of its summary and configuration.
