@@ -30,7 +30,7 @@ MEDIA_KEYS = ("kind", "mime", "bytes", "caption", "parts")
 
 
 class Page(BaseModel, frozen=True):
-    """Selects records to list: `limit` of the latest steps, optionally of one name and below a step.
+    """Selects records: `limit` of the latest steps, optionally of one name and below a step.
 
     A step comes whole, even beyond `limit`; the next page continues below it.
     """
