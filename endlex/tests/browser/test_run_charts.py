@@ -258,11 +258,11 @@ def test_panels_are_put_together_moved_and_kept(
     panels = page.locator(".panel-chart .chart-title")
     expect(panels).to_have_text(["Quality"])
     found = "() => endlexCharts.find((chart) => chart.title === 'Quality')"
-    page.wait_for_function(f"() => ({found})()?.lines.every((line) => line.x.length)")
+    drawn = "chart?.lines.every((line) => line.x.length) && chart.axes.y[1] === 8"
+    page.wait_for_function(f"() => {{ const chart = ({found})(); return {drawn}; }}")
     chart = page.evaluate(found)
     assert [line["label"] for line in chart["lines"]] == ["val/bpb", "train/loss"]
     assert chart["x"] == "train/tokens"
-    assert chart["axes"]["y"][1] == 8
     assert len({line["color"] for line in chart["lines"]}) == 2
     page.locator("figure[data-metric='train/tokens']").last.hover()
     page.get_by_label("Pin to the panels: train/tokens").click()
@@ -270,15 +270,46 @@ def test_panels_are_put_together_moved_and_kept(
     page.get_by_label("Move to the left: train/tokens").focus()
     page.keyboard.press("Enter")
     expect(panels).to_have_text(["train/tokens", "Quality"])
-    panels.nth(1).drag_to(panels.nth(0))
+    with page.expect_response(is_saved):
+        panels.nth(1).drag_to(panels.nth(0))
     expect(panels).to_have_text(["Quality", "train/tokens"])
     page.goto(f"{charts.url}/compare?runs={RUN}")
     expect(panels).to_have_text(["Quality", "train/tokens"])
     page.get_by_label("Remove panel: Quality").focus()
-    page.keyboard.press("Enter")
+    with page.expect_response(is_saved):
+        page.keyboard.press("Enter")
     expect(panels).to_have_text(["train/tokens"])
     page.reload()
     expect(panels).to_have_text(["train/tokens"])
+
+
+def is_saved(response: Any) -> bool:
+    return response.request.method == "PUT" and response.ok
+
+
+def test_changes_are_saved_in_their_order_and_outlive_their_page(
+    page: Any, charts: Any, wait_for_chart: Callable[..., Any]
+) -> None:
+    page.add_init_script(
+        "const plain = fetch; window.kept = {};"
+        "fetch = (url, how) => ((kept[how.method] = how.keepalive), plain(url, how));"
+    )
+    open_run(page, charts)
+    wait_for_chart(page, "val/bpb")
+    held: list[Any] = []
+    page.route("**/settings?*", lambda route: held.append(route))
+    for metric in ("val/bpb", "train/loss"):
+        page.locator(f"figure[data-metric='{metric}']").last.hover()
+        page.get_by_label(f"Pin to the panels: {metric}").click()
+    expect(page.locator(".panel-chart .chart-title")).to_have_text(["val/bpb", "train/loss"])
+    assert len(held) == 1  # the second waits until the first is saved
+    with page.expect_request("**/settings?*") as second:
+        held[0].continue_()
+    assert [panel["metrics"] for panel in second.value.post_data_json["list"]] == [
+        ["val/bpb"],
+        ["train/loss"],
+    ]
+    assert page.evaluate("() => kept") == {"GET": False, "PUT": True}
 
 
 def test_axes_switch_to_time_tokens_and_logarithms(

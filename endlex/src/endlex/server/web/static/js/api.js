@@ -3,6 +3,7 @@
 import { ROOT, query } from "./address.js";
 
 const API = `${ROOT}/api/v1`;
+const KEEPALIVE_CHARS = 16_000; // browsers let 64 KB of bodies outlive their page
 
 class ApiError extends Error {
   constructor(message, status) {
@@ -17,6 +18,8 @@ export async function request(path, { method = "GET", body, signal } = {}) {
     options.body = JSON.stringify(body);
     options.headers["Content-Type"] = "application/json";
   }
+  // A change is saved even if its page is left or reloaded at once.
+  options.keepalive = method !== "GET" && (options.body?.length ?? 0) < KEEPALIVE_CHARS;
   let response;
   try {
     response = await fetch(API + path, options);

@@ -12,6 +12,7 @@ export class Panels {
   constructor(source, project, onchange) {
     Object.assign(this, { source, project, onchange });
     this.list = [];
+    this.saved = Promise.resolve();
   }
 
   async load() {
@@ -28,8 +29,10 @@ export class Panels {
     const before = this.list;
     this.list = list;
     this.onchange();
+    const save = () => this.source.save(this.project, "panels", NAME, { list });
+    this.saved = this.saved.then(save, save); // one after the other, so that the last change wins
     try {
-      await this.source.save(this.project, "panels", NAME, { list });
+      await this.saved;
     } catch (error) {
       this.list = before;
       this.onchange();
