@@ -22,7 +22,8 @@ from archerchat.checkpoint import (
     save_checkpoint,
 )
 from archerchat.optim.optimizer import AdamGroup
-from archerchat.tasks.registry import MixtureConfig
+from archerchat.tasks.hub import TaskFiles
+from archerchat.tasks.registry import MixtureConfig, build_mixtures
 from archerchat.training.recipe import Recipe
 from archerchat.training.sft import FinetuneConfig, Finetuning
 
@@ -322,6 +323,33 @@ def test_a_file_in_another_layout_is_learned_and_named(
     card = (folder / "README.md").read_text()
     assert "| Started from | base model tiny, step 4 |" in card
     assert "apply_chat_template" in card
+
+
+@pytest.mark.parametrize(
+    ("count", "use"),
+    [(40, "held back from training"), (12, "trained on too because there are fewer than 20")],
+)
+def test_conversations_that_validate_for_want_of_others_are_named(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, count: int, use: str
+) -> None:
+    path, turn = tmp_path / "talks.jsonl", {"role": "user", "content": "a b c"}
+    lines = [json.dumps([turn, {"role": "assistant", "content": f"{i}"}]) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    more = {"num_iterations": 1, "total_batch_size": 256, "sample_every": "none"}
+    assert trained_home.run(*words(mixture="none", jsonl=path, **more)) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    kept = max(1, count // 20)
+    found = re.search(
+        rf" validation {kept} conversations of talks.jsonl validation number ([\d, ]+) of {count} "
+        rf"in talks.jsonl, {use}; --val-jsonl chooses others ",
+        output,
+    )
+    assert found, output
+    _, validation = build_mixtures(
+        MixtureConfig(mixture="none", jsonl=(path,)), TaskFiles(tmp_path)
+    )
+    answers = [int(validation[index]["messages"][-1]["content"]) for index in range(kept)]
+    assert found[1].split(", ") == [str(answer + 1) for answer in sorted(answers)]
 
 
 # Bad input
