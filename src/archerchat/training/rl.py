@@ -196,13 +196,13 @@ class Reinforcement(Tuning):
         return self.to_device(self._batch)
 
     def step_tokens(self) -> int:
-        return self.loader.amounts()[0]
+        return self.loader.tokens
 
     def step_flops(self) -> int:
         """Estimate the step's operations: one forward pass for each rollout, and one forward and
         backward pass, three times as much, for those that were trained on."""
-        rolled_out, trained = self.loader.amounts()
-        return flops_per_token(self.model.config) * (rolled_out + 3 * trained) // 3
+        passes = self.loader.tokens + 3 * self.loader.learned_tokens
+        return flops_per_token(self.model.config) * passes // 3
 
     def step_metrics(self) -> Mapping[str, float]:
         return self.loader.metrics()

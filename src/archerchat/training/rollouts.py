@@ -89,15 +89,13 @@ def build_rollout(
 
 
 def build_batches(
-    rollouts: Sequence[Rollout], rows: int, count: int, padding: int, ranks: Ranks
+    rollouts: Sequence[Rollout], rows: int, count: int, padding: int, scale: float
 ) -> list[RolloutBatch]:
-    """Return this rank's `count` micro-batches of a step, of up to `rows` rows, sorted by length.
+    """Return `count` micro-batches of up to `rows` rows, sorted by length.
 
-    Rollouts with advantage 0 have no gradient and are left out, though their tokens count in the
-    average; micro-batches without rows get a single position without a target.
+    Rollouts with advantage 0 have no gradient and are left out. Micro-batches without rows get a
+    single position without a target.
     """
-    trained = int(ranks.sum(torch.tensor(sum(sum(rollout.mask) for rollout in rollouts))))
-    scale = count * ranks.world_size / max(1, trained)
     kept = [rollout for rollout in rollouts if rollout.advantage != 0 and any(rollout.mask)]
     kept.sort(key=lambda rollout: -len(rollout.token_ids))
     empty = Rollout((padding, padding), (0, 0), 0.0, 0.0, False)
@@ -143,6 +141,9 @@ class RolloutLoader:
     ) -> None:
         self.engine, self.tokenizer, self.task, self.ranks = engine, tokenizer, task, ranks
         self.questions, self.sampling, self.rows, self.batches = questions, sampling, rows, batches
+        self.tokens = self.learned_tokens = self.chosen_tokens = 0
+        """Those of the last step over all ranks: in all rows, in rows with a gradient, and those
+        that the model chose."""
         self._steps = 0
         self._waiting: deque[RolloutBatch] = deque()
         self._rollouts: list[Rollout] = []
@@ -157,8 +158,16 @@ class RolloutLoader:
         if not self._waiting:
             started = time.perf_counter()
             rollouts = self._rollouts = self.roll_out(self._steps)
+            sizes = [
+                (len(each.mask), len(each.mask) * (each.advantage != 0), sum(each.mask))
+                for each in rollouts
+            ]
+            sums = self.ranks.sum(torch.tensor(sizes).sum(dim=0)).tolist()
+            self.tokens, self.learned_tokens, self.chosen_tokens = sums
+            # The average is over all tokens that the model chose, those without a gradient too.
+            scale = self.batches * self.ranks.world_size / max(1, self.chosen_tokens)
             padding = self.tokenizer.bos_id
-            self._waiting += build_batches(rollouts, self.rows, self.batches, padding, self.ranks)
+            self._waiting += build_batches(rollouts, self.rows, self.batches, padding, scale)
             self._steps += 1
             self._seconds = time.perf_counter() - started
         return self._waiting.popleft()
@@ -184,13 +193,6 @@ class RolloutLoader:
             rows += [build_rollout(prompt, *each) for each in judged]
         return rows
 
-    def amounts(self) -> tuple[int, int]:
-        """Return how many tokens the last step's rows have: all rows, and those trained on."""
-        lengths = [(len(row.token_ids), row.advantage != 0) for row in self._rollouts]
-        own = [sum(n for n, _ in lengths), sum(n for n, is_trained in lengths if is_trained)]
-        rolled_out, trained = self.ranks.sum(torch.tensor(own)).tolist()
-        return rolled_out, trained
-
     def metrics(self) -> dict[str, float]:
         """Return the figures of the last step's rollouts, over all ranks."""
         rows, size = self._rollouts, self.sampling.num_samples
@@ -202,12 +204,13 @@ class RolloutLoader:
             "rollout/solved_share": fmean(any(r.reward > 0 for r in group) for group in groups),
             "rollout/learning_share": fmean(any(r.advantage for r in group) for group in groups),
             "rollout/cut_share": fmean(row.cut for row in rows),
-            "rollout/trained_tokens": float(sum(sum(row.mask) for row in rows)),
         }
         # Each rank has as many questions.
-        figures = dict(zip(own, self.ranks.mean(*own.values()), strict=True))
-        figures["rollout/trained_tokens"] *= self.ranks.world_size
-        return figures | {"rollout/tokens": self.amounts()[0], "rollout/seconds": self._seconds}
+        return dict(zip(own, self.ranks.mean(*own.values()), strict=True)) | {
+            "rollout/trained_tokens": float(self.chosen_tokens),
+            "rollout/tokens": self.tokens,
+            "rollout/seconds": self._seconds,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of steps rolled out; only between two steps."""

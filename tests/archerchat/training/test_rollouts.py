@@ -105,7 +105,7 @@ def test_forced_tokens_and_the_prompt_are_not_trained_on_but_the_end_is(
     assert rollout.token_ids[prompt - 1] == speaker.tokenizer.special_id("<|assistant_start|>")
     assert not rollout.cut
     # What is predicted at each position that has a target is a token that the model chose.
-    (batch,) = build_batches([replace(rollout, advantage=1.0)], 8, 1, 0, Ranks())
+    (batch,) = build_batches([replace(rollout, advantage=1.0)], 8, 1, 0, 1.0)
     targets = batch.targets[0]
     assert targets[targets != -1].tolist() == [*chosen, *rest]
     assert batch.inputs[0].tolist() == list(rollout.token_ids[:-1])
@@ -127,13 +127,12 @@ def row(length: int, trained: int, advantage: float) -> Rollout:
     return Rollout(tuple(range(length)), mask, 0.0, advantage, False)
 
 
-def test_batches_hold_what_has_a_gradient_and_count_all_tokens() -> None:
+def test_batches_hold_what_has_a_gradient() -> None:
     rollouts = [row(4, 2, 0.5), row(6, 3, -0.5), row(9, 5, 0.0)]
     rollouts += [row(5, 1, 0.25), row(4, 0, 0.25), row(3, 1, -0.5)]
-    batches = build_batches(rollouts, 2, 3, 99, Ranks())
+    batches = build_batches(rollouts, 2, 3, 99, 0.5)
     assert len(batches) == 3
-    # Twelve trained tokens, those without a gradient too; three batches to average over.
-    assert {batch.scale for batch in batches} == {3 / 12}
+    assert {batch.scale for batch in batches} == {0.5}
     assert [batch.inputs.shape for batch in batches] == [(2, 5), (2, 3), (1, 1)]
     assert [batch.advantages.tolist() for batch in batches] == [[-0.5, 0.25], [0.5, -0.5], [0.0]]
     assert batches[0].inputs.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 99]]
@@ -142,7 +141,7 @@ def test_batches_hold_what_has_a_gradient_and_count_all_tokens() -> None:
 
 
 def test_a_step_without_a_gradient_still_has_its_batches() -> None:
-    batches = build_batches([row(4, 0, 0.0)] * 4, 3, 2, 0, Ranks())
+    batches = build_batches([row(4, 0, 0.0)] * 4, 3, 2, 0, 1.0)
     assert len(batches) == 2
     assert all((batch.targets == -1).all() for batch in batches)
 
@@ -186,6 +185,15 @@ def test_batches_are_those_of_an_uninterrupted_loader(loader: RolloutLoader) -> 
         assert found.scale == expected.scale
 
 
+def test_the_average_counts_tokens_without_a_gradient_too(loader: RolloutLoader) -> None:
+    loader.task = ArithmeticTask("train", 20)  # pays for none of the answers
+    batches = [next(loader) for _ in range(BATCHES)]
+    chosen = sum(sum(rollout.mask) for rollout in loader.roll_out(0))
+    assert chosen > 0
+    assert {batch.scale for batch in batches} == {BATCHES / chosen}
+    assert loader.learned_tokens == 0
+
+
 def test_metrics_of_a_step(loader: RolloutLoader) -> None:
     assert loader.metrics() == {}
     next(loader)
@@ -197,4 +205,4 @@ def test_metrics_of_a_step(loader: RolloutLoader) -> None:
     assert found["rollout/trained_tokens"] == sum(sum(r.mask) for r in rows)
     assert found["rollout/tokens"] == sum(len(r.token_ids) for r in rows)
     trained = sum(len(r.token_ids) for r in rows if r.advantage)
-    assert loader.amounts() == (found["rollout/tokens"], trained)
+    assert (loader.tokens, loader.learned_tokens) == (found["rollout/tokens"], trained)
