@@ -266,11 +266,7 @@ def choose_letters(
     questions: Sequence[Conversation],
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Return the letter that the model prefers in answer to each question; the first of equals.
-
-    Args:
-        on_progress: called after each batch with the number of finished questions.
-    """
+    """Return the letter that the model prefers in answer to each question; the first of equals."""
     prompts = [render_for_completion(tokenizer, question) for question in questions]
     chosen = [""] * len(prompts)
     done = 0

@@ -80,9 +80,9 @@ class FinetuneConfig(TuneConfig):
     """Number of tokens per validation."""
 
     @property
-    def passes(self) -> int | None:
-        """Passes over the conversations that end the run; None leaves the end to the steps."""
-        return self.num_epochs or (None if self.num_iterations else 1)
+    def passes(self) -> float:
+        """Passes over the conversations that end the run; infinite if only the steps end it."""
+        return self.num_epochs or (math.inf if self.num_iterations else 1)
 
 
 def lr_multiplier(progress: float) -> float:
@@ -136,9 +136,9 @@ class Finetuning(Tuning):
         self.pass_tokens = self._estimate_tokens()
 
     def identity(self) -> dict[str, Any]:
-        config, passes = self.config, self.config.passes
+        config = self.config
         # One pass is not named: the first runs knew no other.
-        return ({} if passes == 1 else {"num_epochs": passes}) | {
+        return ({} if config.passes == 1 else {"num_epochs": config.num_epochs}) | {
             "base": self.describe_base(),
             "tokenizer": self.tokenizer.fingerprint,
             "mixture": describe_mixture(self.train),
@@ -205,13 +205,13 @@ class Finetuning(Tuning):
     @property
     def data_progress(self) -> float:
         """Share of the passes that is done; 0 if only the number of steps ends the run."""
-        return self.used().progress / self.config.passes if self.config.passes else 0.0
+        return self.used().progress / self.config.passes
 
     @property
     def first_estimate(self) -> int:
         """Estimated number of steps, used until the run's own progress gives a better one."""
-        tokens = self.pass_tokens * (self.config.passes or 1)
-        return self.config.num_iterations or max(1, math.ceil(tokens / self.total_batch_tokens))
+        steps = self.pass_tokens * self.config.passes / self.total_batch_tokens
+        return self.config.num_iterations or max(1, math.ceil(steps))
 
     def _estimate_tokens(self) -> float:
         """Estimate the tokens of a pass from a few of its conversations."""
