@@ -37,7 +37,7 @@ from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
 from archerchat.training.outcome import Outcome
 from archerchat.training.recipe import Evaluation, Metric, StepSettings, answer_questions
-from archerchat.training.rollouts import RolloutBatch, RolloutLoader
+from archerchat.training.rollouts import RolloutLoader
 from archerchat.training.run import run_stage
 
 RATE_SCALE = 0.05
@@ -108,8 +108,6 @@ class Reinforcement(Tuning):
 
     config: ReinforceConfig
     loader: RolloutLoader
-    _batch: RolloutBatch
-    """The micro-batch that `loss` is asked for."""
 
     def decide(self) -> None:
         config = self.config
@@ -192,8 +190,9 @@ class Reinforcement(Tuning):
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
         if self.loader.rolls_out_next:
             self.show_progress("rolling out")
-        self._batch = next(self.loader)
-        return self.to_device(self._batch)
+        batch = next(self.loader)
+        self.advantages = torch.from_numpy(batch.advantages).to(self.runtime.device)  # (B,)
+        return self.to_device(batch)
 
     def step_tokens(self) -> int:
         return self.loader.tokens
@@ -214,14 +213,13 @@ class Reinforcement(Tuning):
         """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
         # Only tokens that the model chose meet the unembedding, not prompts and tool output.
         trained = targets != IGNORED
-        advantages = torch.from_numpy(self._batch.advantages).to(self.runtime.device)
         return weighted_loss(
             self.hidden(inputs)[trained],
             self.model.unembedding.weight,
             targets[trained],
             self.model.config.vocab_size,
-            advantages[:, None].expand_as(targets)[trained],
-            self._batch.scale,
+            self.advantages[:, None].expand_as(targets)[trained],
+            self.loader.scale,
         )
 
     def total_steps(self, step: int) -> int:

@@ -51,9 +51,6 @@ class RolloutBatch(Batch):
 
     advantages: NDArray[np.float32]
     """(B,)"""
-    scale: float
-    """Number of micro-batches over the number of trained tokens of the whole step: the loop
-    averages over micro-batches."""
 
 
 def group_advantages(rewards: Sequence[float]) -> list[float]:
@@ -89,7 +86,7 @@ def build_rollout(
 
 
 def build_batches(
-    rollouts: Sequence[Rollout], rows: int, count: int, padding: int, scale: float
+    rollouts: Sequence[Rollout], rows: int, count: int, padding: int
 ) -> list[RolloutBatch]:
     """Return `count` micro-batches of up to `rows` rows, sorted by length.
 
@@ -100,10 +97,10 @@ def build_batches(
     kept.sort(key=lambda rollout: -len(rollout.token_ids))
     empty = Rollout((padding, padding), (0, 0), 0.0, 0.0, False)
     starts = range(0, count * rows, rows)
-    return [_pad(kept[start : start + rows] or [empty], padding, scale) for start in starts]
+    return [_pad(kept[start : start + rows] or [empty], padding) for start in starts]
 
 
-def _pad(rows: Sequence[Rollout], padding: int, scale: float) -> RolloutBatch:
+def _pad(rows: Sequence[Rollout], padding: int) -> RolloutBatch:
     width = max(len(row.token_ids) for row in rows) - 1
     stacked = np.full((2, len(rows), width), padding, dtype=np.int64)
     inputs, targets = stacked
@@ -113,7 +110,7 @@ def _pad(rows: Sequence[Rollout], padding: int, scale: float) -> RolloutBatch:
         inputs[number, : len(ids) - 1] = ids[:-1]
         targets[number, : len(ids) - 1] = np.where(mask, ids[1:], IGNORED)
     advantages = np.array([row.advantage for row in rows], dtype=np.float32)
-    return RolloutBatch(stacked, advantages, scale)
+    return RolloutBatch(stacked, advantages)
 
 
 class RolloutLoader:
@@ -154,6 +151,12 @@ class RolloutLoader:
         """Whether the next batch begins a step."""
         return not self._waiting
 
+    @property
+    def scale(self) -> float:
+        """Factor that makes the loop's average over micro-batches one over all chosen tokens of
+        the step, those without a gradient too."""
+        return self.batches * self.ranks.world_size / max(1, self.chosen_tokens)
+
     def __next__(self) -> RolloutBatch:
         if not self._waiting:
             started = time.perf_counter()
@@ -164,10 +167,8 @@ class RolloutLoader:
             ]
             sums = self.ranks.sum(torch.tensor(sizes).sum(dim=0)).tolist()
             self.tokens, self.learned_tokens, self.chosen_tokens = sums
-            # The average is over all tokens that the model chose, those without a gradient too.
-            scale = self.batches * self.ranks.world_size / max(1, self.chosen_tokens)
             padding = self.tokenizer.bos_id
-            self._waiting += build_batches(rollouts, self.rows, self.batches, padding, scale)
+            self._waiting += build_batches(rollouts, self.rows, self.batches, padding)
             self._steps += 1
             self._seconds = time.perf_counter() - started
         return self._waiting.popleft()

@@ -105,7 +105,7 @@ def test_forced_tokens_and_the_prompt_are_not_trained_on_but_the_end_is(
     assert rollout.token_ids[prompt - 1] == speaker.tokenizer.special_id("<|assistant_start|>")
     assert not rollout.cut
     # What is predicted at each position that has a target is a token that the model chose.
-    (batch,) = build_batches([replace(rollout, advantage=1.0)], 8, 1, 0, 1.0)
+    (batch,) = build_batches([replace(rollout, advantage=1.0)], 8, 1, 0)
     targets = batch.targets[0]
     assert targets[targets != -1].tolist() == [*chosen, *rest]
     assert batch.inputs[0].tolist() == list(rollout.token_ids[:-1])
@@ -130,9 +130,8 @@ def row(length: int, trained: int, advantage: float) -> Rollout:
 def test_batches_hold_what_has_a_gradient() -> None:
     rollouts = [row(4, 2, 0.5), row(6, 3, -0.5), row(9, 5, 0.0)]
     rollouts += [row(5, 1, 0.25), row(4, 0, 0.25), row(3, 1, -0.5)]
-    batches = build_batches(rollouts, 2, 3, 99, 0.5)
+    batches = build_batches(rollouts, 2, 3, 99)
     assert len(batches) == 3
-    assert {batch.scale for batch in batches} == {0.5}
     assert [batch.inputs.shape for batch in batches] == [(2, 5), (2, 3), (1, 1)]
     assert [batch.advantages.tolist() for batch in batches] == [[-0.5, 0.25], [0.5, -0.5], [0.0]]
     assert batches[0].inputs.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 99]]
@@ -141,7 +140,7 @@ def test_batches_hold_what_has_a_gradient() -> None:
 
 
 def test_a_step_without_a_gradient_still_has_its_batches() -> None:
-    batches = build_batches([row(4, 0, 0.0)] * 4, 3, 2, 0, 1.0)
+    batches = build_batches([row(4, 0, 0.0)] * 4, 3, 2, 0)
     assert len(batches) == 2
     assert all((batch.targets == -1).all() for batch in batches)
 
@@ -168,7 +167,7 @@ def test_groups_have_the_mean_taken_off(loader: RolloutLoader) -> None:
 
 
 def test_batches_are_those_of_an_uninterrupted_loader(loader: RolloutLoader) -> None:
-    batches = [next(loader) for _ in range(3 * BATCHES)]
+    batches = [(next(loader), loader.scale) for _ in range(3 * BATCHES)]
     assert loader.rolls_out_next
     resumed = build_loader(loader.engine, loader.tokenizer)
     for _ in range(BATCHES):
@@ -177,20 +176,21 @@ def test_batches_are_those_of_an_uninterrupted_loader(loader: RolloutLoader) -> 
     resumed.close()
     fresh = build_loader(loader.engine, loader.tokenizer)
     fresh.load_state_dict(state)
-    for expected in batches[BATCHES:]:
+    for expected, scale in batches[BATCHES:]:
         found = next(fresh)
         assert np.array_equal(found.inputs, expected.inputs)
         assert np.array_equal(found.targets, expected.targets)
         assert np.array_equal(found.advantages, expected.advantages)
-        assert found.scale == expected.scale
+        assert fresh.scale == scale
 
 
 def test_the_average_counts_tokens_without_a_gradient_too(loader: RolloutLoader) -> None:
     loader.task = ArithmeticTask("train", 20)  # pays for none of the answers
-    batches = [next(loader) for _ in range(BATCHES)]
+    for _ in range(BATCHES):
+        next(loader)
     chosen = sum(sum(rollout.mask) for rollout in loader.roll_out(0))
     assert chosen > 0
-    assert {batch.scale for batch in batches} == {BATCHES / chosen}
+    assert loader.scale == BATCHES / chosen
     assert loader.learned_tokens == 0
 
 
