@@ -289,19 +289,14 @@ class Finetuning(Tuning):
     def closing_lines(self, finished: bool) -> list[str]:
         """Describe how the conversations were used."""
         used = self.used()
-        counts, more = used.counts, used.consumed - used.share
+        counts = used.counts
         if not counts.targets:
             return []
-        part = f"{100 * used.progress:.1f} % of the mixture"
-        if more >= 0 and self.config.passes != 1:
-            part = f"{used.progress:.1f} passes over the mixture"
-        elif more >= 0:
-            repeated = f", and {more:,} again to fill the last step" if more else ""
-            part = f"all of the mixture{repeated}"
         return [
-            f"conversations: {used.consumed:,} used ({part}), {counts.cut:,} truncated to a row, "
-            f"{counts.dropped:,} dropped; {100 * counts.padding_share:.1f} % of the positions are "
-            f"padding, {100 * counts.trained_share:.1f} % are trained on"
+            f"conversations: {used.consumed:,} used ({used.progress:.2f} passes over the mixture), "
+            f"{counts.cut:,} truncated to a row, {counts.dropped:,} dropped; "
+            f"{100 * counts.padding_share:.1f} % of the positions are padding, "
+            f"{100 * counts.trained_share:.1f} % are trained on"
         ]
 
 

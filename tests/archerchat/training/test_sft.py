@@ -77,8 +77,8 @@ def test_a_run_learns_and_says_what_it_does(
         r"^step (\d+)/\1 \(100\.0 %\) \| loss .* \| 0 s left$",
         r"^step \d+: 'Who are you\? ",
         r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
-        r"^conversations: 4\d\d used \(all of the mixture(, and \d+ again to fill the last step)?"
-        r"\), \d+ truncated to a row, \d+ dropped; [\d.]+ % of the positions are padding, ",
+        r"^conversations: 4\d\d used \(1\.\d\d passes over the mixture\), \d+ truncated to a row, "
+        r"\d+ dropped; [\d.]+ % of the positions are padding, ",
     ):
         assert re.search(pattern, output, re.M), pattern
     figures = summary(trained_home)
@@ -126,7 +126,7 @@ def test_steps_can_end_a_run_before_its_data(
     trained_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert trained_home.run(*words(num_iterations=5)) == 0
-    assert re.search(r"^conversations: \d+ used \(\d+\.\d % of the", capsys.readouterr().out, re.M)
+    assert re.search(r"^conversations: \d+ used \(0\.\d\d passes", capsys.readouterr().out, re.M)
     assert steps(trained_home) == [5]
     assert summary(trained_home)["data/progress"] < 1
 
@@ -150,7 +150,7 @@ def test_steps_and_passes_go_beyond_one_pass(
     assert trained_home.run(*words(**small, output_tag="three", num_epochs=3)) == 0
     assert 2 * one < steps(trained_home, "three")[-1] <= 3 * one
     output = capsys.readouterr().out
-    assert re.search(r"used \([34]\.\d passes over the mixture\)", output)
+    assert re.search(r"used \([34]\.\d\d passes over the mixture\)", output)
 
 
 def test_own_questions_are_answered(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
