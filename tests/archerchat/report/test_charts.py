@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from archerchat.report.charts import Bars, Chart, Lines, Series, compact, draw
+from archerchat.report.charts import Bars, Lines, Series, compact, draw
 
 HOSTILE = "</title><script>&$x_1$"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -22,7 +22,7 @@ def curve(chart: Lines) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in places]
 
 
-def titles(chart: Chart) -> list[str]:
+def titles(chart: Lines | Bars) -> list[str]:
     root = ElementTree.fromstring(draw(chart))
     return [element.text or "" for element in root.iter(f"{SVG}title")]
 
@@ -89,6 +89,16 @@ def test_the_legend_names_what_has_a_name() -> None:
     assert ">b<" in text
     assert "_child" not in text
     assert ">a<" not in draw(Lines("t", "", [Series("", points), Series("a", points)]))
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+def test_a_curve_of_one_point_is_marked(log_y: bool) -> None:
+    loss, bits = Series("a", [(0, 9), (9, 3)]), Series("b", [(9, 1)], color=1, on_right=True)
+    text = draw(Lines("t", "step", [loss, bits], "nats per token", "bits per byte", log_y=log_y))
+    # In the legend and in the chart; another mark appears only under the pointer.
+    visible = re.sub(r'<g class="value">.*?</g>', "", text, flags=re.DOTALL)
+    assert len(re.findall(r'<use [^>]*style="fill: #c2500f"/>', visible)) == 2
+    assert "b: 1 at 9" in text
 
 
 def test_a_second_scale_of_the_same_curve() -> None:
