@@ -29,10 +29,8 @@ H100_TFLOPS = 989.4
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card's published figures."""
-
     name: str
-    """Name whose words must all be in the name that the driver reports."""
+    """Words that must all be in the name that the driver reports."""
     tflops: float
     """Dense 16-bit tensor-core TFLOP/s, float32 accumulate."""
     memory_gib: int
@@ -122,20 +120,18 @@ GPUS = (
     Gpu("RTX 3060", 25.5, 12, 170),
 )
 
-_OTHER_CHIP = {"laptop", "mobile", "max", "d", "mig"}
-"""Words in the names of slower chips: laptop cards, export models, slices of a card."""
+SLOWER_CHIP = {"laptop", "mobile", "max", "d", "mig"}
+"""Words in the names of laptop cards, export models, and slices of a card."""
 
 
 def find_gpu(device_name: str) -> Gpu | None:
     """Return the most specific card whose words are all in `device_name`, or None.
 
     The words may be apart ("A100-SXM4-80GB" is an "A100 80GB") but must be whole ("L40S" is no
-    "L40"). Laptop cards, export models and MIG slices do not match the full card.
+    "L40"). Slower chips do not match the full card.
     """
     words = _words(device_name)
-    if words & _OTHER_CHIP:
-        return None
-    matches = [gpu for gpu in GPUS if _words(gpu.name) <= words]
+    matches = [g for g in GPUS if _words(g.name) <= words and not words & SLOWER_CHIP]
     return max(matches, key=lambda gpu: len(_words(gpu.name)), default=None)
 
 

@@ -129,6 +129,8 @@ def _draw_lines(axes: Any, chart: Lines) -> list[str]:
         look = LOOKS["dots" if len(points) == 1 else series.kind]
         lines = side.plot(xs, ys, color=color, label=series.label, **look)
         named += lines if series.label else []
+        if chart.log_y and series.on_right and len(points) == 1:  # matplotlib shows two decades
+            side.set_ylim(ys[0] / 1.25, ys[0] * 1.25)
         if series.band:
             side.fill_between(*zip(*series.band, strict=True), color=color, alpha=0.18, lw=0)
         if series.kind in ("curve", "dots"):
@@ -148,8 +150,11 @@ def _label_axes(axes: Any, sides: Sequence[Any], chart: Lines) -> None:
     from matplotlib import ticker
 
     low, high = axes.get_xlim()
-    many_decades = chart.log_x and high > 100 * low
-    axes.xaxis.set_major_locator(ticker.LogLocator() if many_decades else ticker.MaxNLocator(5))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    if chart.log_x and high > 4 * low:
+        axes.xaxis.set_major_locator(
+            ticker.LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5))
+        )
     for side, label in zip(sides, (chart.y_label, chart.right_label), strict=False):
         side.yaxis.set_major_locator(ticker.MaxNLocator(5))
         side.set_ylabel(label)

@@ -70,10 +70,13 @@ class Row:
     difference: float
 
     @property
+    def limit(self) -> float | None:
+        return LIMITS.get(self.name)
+
+    @property
     def agrees(self) -> bool | None:
         """Whether the difference is within the limit; None if there is no limit."""
-        limit = LIMITS.get(self.name)
-        return None if limit is None else abs(self.difference) <= limit
+        return abs(self.difference) <= self.limit if self.limit else None
 
 
 def read_course(home: Home, name: str) -> Course:

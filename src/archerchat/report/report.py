@@ -22,21 +22,14 @@ from archerchat.report.runs import STAGES, Run, load_family
 
 PUBLISHED = Path(__file__).with_name("published.toml")
 GPT2_XL = "GPT-2 XL, 1558M"
-GROUPS = {
-    "Rollouts": {
-        "rollout/reward": "mean reward",
-        "rollout/solved_share": "solved",
-        "rollout/learning_share": "informative",
-        "rollout/cut_share": "truncated",
-    },
-    "Tokens of a step": {"rollout/tokens": "generated", "rollout/trained_tokens": "trained"},
-    "Pass rate on the test": {f"val/pass_at_{k}": f"pass@{k}" for k in (1, 2, 4, 8, 16)},
+ROLLOUTS = {
+    "rollout/reward": "mean reward",
+    "rollout/solved_share": "solved",
+    "rollout/learning_share": "informative",
+    "rollout/cut_share": "truncated",
 }
-"""Metrics that share a chart: their labels, by its title."""
-NOT_DRAWN = ("train/", "data/", "core/", "eval/", "val/bpb")
-"""Prefixes of metrics that have their own charts, or need none."""
-MAX_OTHERS = 12
-"""Most charts of other metrics."""
+TOKENS = {"rollout/tokens": "generated", "rollout/trained_tokens": "trained"}
+"""Metrics that share a chart, with their labels."""
 WARMUP_POINTS = 5
 """Steps after the start that typical speeds leave out."""
 MAX_LABEL = 32
@@ -181,20 +174,23 @@ def run_charts(run: Run) -> list[Lines]:
     of_peak = "" if rate == "train/matrix_lr" else "share of the peak"
     low, high = (run.metrics.get(f"core/{end}", {}) for end in ("low", "high"))
     core = _series(run, "core/score", band=[(x, low[x], high[x]) for x in low if x in high])
+    passes = {n: n.replace("val/pass_at_", "pass@") for n in run.metrics if "/pass_at_" in n}
     charts = [
         _loss_chart(run),
         _throughput_chart(run),
         Lines("Learning rate of the matrices", "step", [_series(run, rate)], of_peak),
         Lines("CORE while training, 95% interval", "step", [core]),
+        Lines("Rollouts", "step", _group(run, ROLLOUTS), "share"),
+        Lines("Tokens of a step", "step", _group(run, TOKENS)),
+        Lines("Seconds of the rollouts", "step", [_series(run, "rollout/seconds")]),
+        Lines("Pass rate on the test", "step", _group(run, passes)),
     ]
-    for title, labels in GROUPS.items():
-        curves = [(name, label) for name, label in labels.items() if name in run.metrics]
-        series = [_series(run, name, label, color=i) for i, (name, label) in enumerate(curves)]
-        charts.append(Lines(title, "step", series, "share" if title == "Rollouts" else ""))
-    drawn = {name for labels in GROUPS.values() for name in labels}
-    others = [n for n in run.metrics if n not in drawn and not n.startswith(NOT_DRAWN)]
-    charts += [Lines(name, "step", [_series(run, name)]) for name in others[:MAX_OTHERS]]
     return [chart for chart in charts if any(len(each.points) > 1 for each in chart.series)]
+
+
+def _group(run: Run, labels: Mapping[str, str]) -> list[Series]:
+    names = [name for name in labels if name in run.metrics]
+    return [_series(run, name, labels[name], color=i) for i, name in enumerate(names)]
 
 
 def _series(run: Run, metric: str, label: str = "", **looks: Any) -> Series:

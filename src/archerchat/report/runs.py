@@ -81,9 +81,8 @@ class Run:
     @property
     def model_tag(self) -> str:
         """Name of the model that the run trained."""
-        base = self.setting("identity", "base", "tag")
+        base, depth = self.setting("identity", "base", "tag"), self.depth and f"d{self.depth}"
         given = self.setting("config", "output_tag" if base else "model_tag")
-        depth = f"d{self.depth}" if self.depth else None
         return str(self._present_name(given or base or depth or self.tag))
 
     def _present_name(self, tag: str | None) -> str | None:
@@ -93,8 +92,8 @@ class Run:
 
     @property
     def depth(self) -> int | None:
-        depth = self.setting("model_config", "num_layers")
-        return depth if isinstance(depth, int) else None
+        depth: int | None = self.setting("model_config", "num_layers")
+        return depth
 
     @property
     def model(self) -> ModelConfig | None:
@@ -145,17 +144,8 @@ def load_run(home: Home, tag: str) -> Run:
         UsageError: there is no such run, or `tag` cannot be a run's name.
     """
     run = _read(home, tag)
-    if run is None:
+    if not run.num_sessions:
         raise _no_such_run(home, tag)
-    return run
-
-
-def _read(home: Home, tag: str, num_records: int | None = None) -> Run | None:
-    run = build_run(tag, islice(read_records(home, tag), num_records))
-    if run is not None:
-        # A session adds a file to the journals. A rename before the last was of another model.
-        last = (home.run_dir(tag) / "journal").stat().st_mtime
-        run.renames = [rename for rename in read_renames(home) if rename["time"] >= last]
     return run
 
 
@@ -164,15 +154,23 @@ def _no_such_run(home: Home, tag: str) -> UsageError:
     return UsageError(f"there is no run {tag!r} in {home.root / 'runs'}; there is {names}")
 
 
-def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
-    """Merge the records of all sessions; None without a trainer's session."""
+def _read(home: Home, tag: str, num_records: int | None = None) -> Run:
+    run = build_run(tag, islice(read_records(home, tag), num_records))
+    if run.num_sessions:
+        # A session adds a file to the journals. A rename before the last was of another model.
+        last = (home.run_dir(tag) / "journal").stat().st_mtime
+        run.renames = [rename for rename in read_renames(home) if rename["time"] >= last]
+    return run
+
+
+def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
+    """Merge the records of all of a trainer's sessions."""
     run, is_trainer, has_trained, last = Run(tag), False, False, 0.0
     for record in records:
-        kind, time = record["type"], record["time"]
+        kind, time, step = record["type"], record["time"], record.get("step", 0)
         if kind == "session" and (is_trainer := record.get("kind", "trainer") == "trainer"):
             run.config, run.host = record.get("config") or {}, str(record.get("host") or "")
-            run.status = "not finished"
-            run.num_sessions += 1
+            run.status, run.num_sessions = "not finished", run.num_sessions + 1
             run.start, last, has_trained = min(run.start, time), time, False
         if not is_trainer:
             continue
@@ -180,16 +178,16 @@ def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
         run.end, last = max(run.end, time), max(last, time)
         if kind == "metrics":
             if STEP_METRIC in record["values"] and not has_trained:
-                _forget_after(run, record["step"])
+                _forget_after(run, step)
                 has_trained = True
-            _take_metrics(run, record["step"], record["values"])
+            _take_metrics(run, step, record["values"])
         elif kind == "text":
-            run.texts.setdefault(record["name"], {})[record["step"]] = record["text"]
+            run.texts.setdefault(record["name"], {})[step] = record["text"]
         elif kind == "finish":
             run.status = record["status"]
     run.metrics = {name: dict(sorted(v.items())) for name, v in run.metrics.items() if v}
     run.texts = {name: dict(sorted(t.items())) for name, t in run.texts.items() if t}
-    return run if run.num_sessions else None
+    return run
 
 
 def _take_metrics(run: Run, step: int, values: Mapping[str, float]) -> None:
@@ -224,7 +222,7 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     if tag is None and tags:
         tag = max(tags, key=lambda name: (home.run_dir(name) / "journal").stat().st_mtime_ns)
     # The first record says which model a run trained; only the chosen runs are read whole.
-    known = [run for name in tags if (run := _read(home, name, 1)) is not None]
+    known = [run for name in tags if (run := _read(home, name, 1)).num_sessions]
     chosen = [run for run in known if tag in (run.tag, run.model_tag)]
     if not chosen:
         raise _no_such_run(home, tag or "")

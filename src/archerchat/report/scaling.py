@@ -109,60 +109,52 @@ class Law:
 
 
 def fit_law(losses: Sequence[float], sizes: Sequence[Sequence[float]], floor: bool = True) -> Law:
-    """Return the law that is closest to the losses.
+    """Return the law that is closest to the losses, by Huber's loss of their logarithms.
 
     Args:
         losses: one per run; positive.
         sizes: for each term of the law, its size in every run; positive.
         floor: whether the law has an E.
     """
-    y, x = np.log(losses), np.log(sizes)
+    from scipy.optimize import least_squares  # takes half a second
+
     # Centred, a factor is its term's share of the loss at the middle of the runs.
-    middle, level = x.mean(axis=1), y.mean()
-    lines = np.concatenate([np.zeros((int(floor), len(y))), x - middle[:, None]])
-    starts = [
-        np.array([*np.log([share] * floor + [(1 - share) / len(x)] * len(x)), *exponents])
-        for share in (START_FLOORS if floor else (0.0,))
-        for exponents in product(START_EXPONENTS, repeat=len(x))
-    ]
-    best = _minimize(y - level, lines, starts)
+    y, x = np.log(losses), np.log(sizes)
+    middle, level, num_terms = x.mean(axis=1), y.mean(), floor + len(x)
+    x = np.concatenate([np.zeros((int(floor), len(y))), x - middle[:, None]])
+
+    def search(runs: NDArray[np.intp], starts: Sequence[Array]) -> Array:
+        """Return the height of each term, then each size's exponent."""
+
+        def errors(point: Array) -> Array:
+            exponents = np.concatenate([np.zeros(int(floor)), point[num_terms:]])
+            logs = point[:num_terms, None] - exponents[:, None] * x[:, runs]
+            return np.asarray(np.log(np.exp(logs).sum(axis=0)) - (y[runs] - level))
+
+        tight = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14, "max_nfev": 200}
+        # The slopes by a complex step, which is exact to the last digit.
+        fits = [
+            least_squares(errors, start, "cs", loss="huber", f_scale=DELTA, **tight)
+            for start in starts
+        ]
+        return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
 
     def law(point: Array, without_one: Sequence[Law] = ()) -> Law:
-        exponents = point[len(lines) :]
-        factors = np.exp(point[int(floor) : len(lines)] + level + exponents * middle)
+        exponents = point[num_terms:]
+        factors = np.exp(point[int(floor) : num_terms] + level + exponents * middle)
         constant = float(np.exp(point[0] + level)) if floor else None
         return Law(constant, tuple(factors.tolist()), tuple(exponents.tolist()), tuple(without_one))
 
-    if len(y) == len(best):
-        return law(best)
-    rows = (np.arange(len(y)) != i for i in range(len(y)))
-    return law(best, [law(_minimize(y[r] - level, lines[:, r], [best])) for r in rows])
-
-
-def _minimize(target: Array, lines: Array, starts: list[Array]) -> Array:
-    """Return the height of each term, then each size's exponent, with the least Huber loss.
-
-    Args:
-        target: log losses (runs).
-        lines: a term's log size in each run (terms, runs); zeros for E, which has no exponent.
-    """
-    from scipy.optimize import least_squares  # takes half a second
-
-    terms = len(lines)
-    constant = 2 * terms - len(starts[0])
-
-    def errors(point: Array) -> Array:
-        exponents = np.concatenate([np.zeros(constant), point[terms:]])
-        logs = point[:terms, None] - exponents[:, None] * lines
-        return np.asarray(np.log(np.exp(logs).sum(axis=0)) - target)
-
-    tight = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14, "max_nfev": 200}
-    fits = [
-        # The slopes by a complex step, which is exact to the last digit.
-        least_squares(errors, start, "cs", loss="huber", f_scale=DELTA, **tight)
-        for start in starts
+    count = len(middle)
+    starts = [
+        np.array([*np.log([share] * floor + [(1 - share) / count] * count), *exponents])
+        for share in (START_FLOORS if floor else (0.0,))
+        for exponents in product(START_EXPONENTS, repeat=count)
     ]
-    return np.asarray(min(fits, key=lambda fit: float(fit.cost)).x)
+    runs = np.arange(len(y))
+    best = search(runs, starts)
+    others = runs if len(y) > len(best) else ()
+    return law(best, [law(search(runs[runs != i], [best])) for i in others])
 
 
 def gather_sizes(

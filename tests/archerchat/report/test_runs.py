@@ -48,7 +48,6 @@ def test_time_between_sessions_does_not_count() -> None:
         {"type": "finish", "time": 104.0, "status": "finished"},
     ]
     run = build_run("t", records)
-    assert run is not None
     assert (run.start, run.end, run.wall_seconds) == (10.0, 104.0, 7.0)
 
 
@@ -68,7 +67,6 @@ def test_only_a_trainer_s_sessions_count() -> None:
         {"type": "metrics", "time": 9.0, "step": 3, "values": {"a": 5}},
     ]
     run = build_run("t", records)
-    assert run is not None
     assert run.metrics == {"a": {0: 1.0}}
     assert run.end == 5.0
     assert run.last("a") == 1.0
@@ -81,7 +79,6 @@ def test_a_run_without_bits_per_byte_does_not_overfit() -> None:
         {"type": "metrics", "time": 2.0, "step": 0, "values": {"train/smooth_loss": 1.0}},
     ]
     run = build_run("t", records)
-    assert run is not None
     assert not run.overfitting
 
 
