@@ -91,11 +91,7 @@ def read_course(home: Home, name: str) -> Course:
     runs, results = gather(home, name)
     by_stage = {run.stage: run for run in runs}
     base, tuned = by_stage.get("base", Run(name)), by_stage.get("sft", Run(name))
-    core, chat, flops = (
-        latest(results, "core"),
-        latest(results, "chat", "sft"),
-        base.last("train/flops"),
-    )
+    core, chat = latest(results, "core"), latest(results, "chat", "sft")
     scores = {
         BITS: base.last("val/bpb"),
         CORE: core.score if core else None,
@@ -104,12 +100,13 @@ def read_course(home: Home, name: str) -> Course:
         SPEED: base.last("train/tokens_per_second"),
         MFU: base.last("train/mfu"),
     }
+    flops = base.last("train/flops")
     return Course(
         name,
         base.metrics.get("train/smooth_loss", {}),
         base.metrics.get("val/bpb", {}),
         flops / base.steps if flops and base.steps else None,
-        {name: value for name, value in scores.items() if value is not None},
+        {score: value for score, value in scores.items() if value is not None},
     )
 
 
@@ -132,10 +129,8 @@ def parse_log(name: str, text: str) -> Course:
         if is_base and step >= 0:
             course.losses |= {step: found["loss"]} if "loss" in found else {}
             course.bits |= {step: found[BITS]} if BITS in found else {}
-        if not is_base:
-            renamed = {SFT_BITS if name == BITS else name: value for name, value in found.items()}
-            found = {name: value for name, value in renamed.items() if name not in (SPEED, MFU)}
-        known |= found
+        of_sft = {BITS: SFT_BITS, CHATCORE: CHATCORE}
+        known |= found if is_base else {of_sft[q]: found[q] for q in found.keys() & of_sft.keys()}
     course.scores = {name: known[name] for name in SCORES if name in known}
     if course.scores.get(MFU, 0.0) > 1.5:  # a percentage
         course.scores[MFU] /= 100

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
+from archerchat import __version__
 from archerchat.console import bytes_text, duration_text
 from archerchat.files import new_directory
 from archerchat.report.charts import Bars, Lines, compact, draw
@@ -54,6 +55,7 @@ class Document:
             "score": lambda v: ABSENT if v is None else f"{v:z.4f}",
         }
         environment.globals |= {"draw": self._draw, "passage": _passage, "table": _table}
+        environment.globals["version"] = __version__
         text = environment.get_template(template).render(**values)
         self.markdown = re.sub(r"\n{3,}(?=[^\n`])", "\n\n", text)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from archerchat import __version__
 from archerchat.evals.statistics import centred
 from archerchat.home import Home
 from archerchat.model.flops import count_parameters
@@ -21,7 +20,7 @@ from archerchat.report.results import SCORES, Result, latest, load_results
 from archerchat.report.runs import STAGES, Run, load_family
 
 PUBLISHED = Path(__file__).with_name("published.toml")
-GPT2_XL = "GPT-2 XL, 1558M"
+"""Results of others to compare with."""
 ROLLOUTS = {
     "rollout/reward": "mean reward",
     "rollout/solved_share": "solved",
@@ -63,25 +62,17 @@ def build_training_report(
 ) -> Document:
     """Return the document."""
     published = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
-    model, core = runs[0].model, latest(results, "core", "base")
     evaluations = [latest(results, kind, stage) for kind in SCORES for stage in STAGES]
-    reference = published["reference"].get(str(runs[0].depth), {})
     return Document(
         "training.md",
-        version=__version__,
-        title=runs[-1].model_tag,
-        end=max(run.end for run in runs),
         runs=runs,
-        counts=count_parameters(model) if model else None,
+        published=published,
+        counts=count_parameters(runs[0].model) if runs[0].model else None,
         tokens={run.tag: n for run in runs if (n := run.last("train/tokens"))},
-        core=core,
+        core=latest(results, "core", "base"),
         chat=latest(results, "chat"),
         evaluations=[result for result in evaluations if result and result.tasks],
-        comparison=_compare(runs, results, reference, published["core"][GPT2_XL]),
-        reference=reference,
-        depths=list(published["reference"]),
-        gpt2=published["core"][GPT2_XL],
-        ladder=published["core"],
+        comparison=_compare(runs, results, published),
         typical=_typical,
         spent=_spendings(runs, results, prices),
         prices=prices.per_hour(find_gpu(runs[0].device))[1],
@@ -97,10 +88,10 @@ def _typical(run: Run, metric: str) -> float | None:
     return median(values) if values else None
 
 
-def _compare(
-    runs: Sequence[Run], results: Sequence[Result], reference: Mapping[str, Any], gpt2: float
-) -> Table:
+def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]) -> Table:
     """Return the results of each stage, beside the reference's at the same depth and GPT-2's."""
+    reference = published["reference"].get(str(runs[0].depth), {})
+    order = [*STAGES, f"reference d{runs[0].depth}", "GPT-2 XL"]
     cells: dict[str, dict[str, str]] = defaultdict(dict)  # by row, then by column
     for run in runs:
         if (bits := run.last("val/bpb")) is not None:
@@ -111,13 +102,12 @@ def _compare(
             cells[name][result.stage] = _score(result)
             for task in result.tasks if kind == "chat" else ():
                 cells[f"· {task.label}"][result.stage] = f"{task.accuracy:.1%}"
-            if kind == "core" and not result.conditions:
-                cells[name]["GPT-2 XL"] = str(gpt2)
+            if kind == "core" and result.is_whole:
+                cells[name]["GPT-2 XL"] = str(published["core"]["GPT-2 XL"])
     cells["tokens"] = {r.stage: compact(n) for r in runs if (n := r.last("train/tokens"))}
     for name in reference.keys() & cells.keys():
-        cells[name][f"reference d{runs[0].depth}"] = str(reference[name])
+        cells[name][order[-2]] = str(reference[name])
     found = {run.stage for run in runs}.union(*cells.values())
-    order = (*STAGES, f"reference d{runs[0].depth}", "GPT-2 XL")
     columns = [name for name in order if name in found]
     rows = [[name, *(row.get(c, ABSENT) for c in columns)] for name, row in cells.items() if row]
     return ["", *columns], rows

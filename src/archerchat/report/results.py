@@ -39,6 +39,11 @@ class Result:
     """Differences from the published evaluation, such as "at most 8 per task"."""
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it can be compared with published scores."""
+        return self.score is not None and not self.conditions
+
+    @property
     def fullness(self) -> tuple[bool, int, int, int]:
         examples = sum(task.examples for task in self.tasks)
         return self.score is not None, self.step, examples, -len(self.conditions)

@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from archerchat import __version__
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.flops import count_parameters
@@ -222,7 +221,6 @@ def build_scaling_report(runs: Sequence[SizedRun], law: Law, reason: str, metric
     """Return the document."""
     return Document(
         "scaling.md",
-        version=__version__,
         metric=metric,
         runs=runs,
         law=law,
