@@ -1,8 +1,8 @@
 """Find the peak rate of one device's matrix products: the denominator of MFU.
 
-If `gpus.py` has the card and the dtype, the rate is the published one. Other devices, CPUs too, are
-measured: the best rate of several products, square ones and those of a training step, each tried
-repeatedly so that a busy moment does not matter. A measurement takes under two seconds and is
+If `gpus.toml` has the card and the dtype, the rate is the published one. Other devices, CPUs too,
+are measured: the best rate of several products, square ones and those of a training step, each
+tried repeatedly so that a busy moment does not matter. A measurement takes under two seconds and is
 cached on disk, so every run on a machine divides by the same number.
 """
 

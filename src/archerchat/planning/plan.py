@@ -17,7 +17,7 @@ from archerchat.config import Config, PositiveFloat, PositiveInt, Share, StateDt
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
 from archerchat.optim.schedule import MOMENTUM_WARMUP_STEPS, Schedule, build_schedule
-from archerchat.planning.gpus import GPUS, Gpu, Prices, find_gpu
+from archerchat.planning.gpus import Gpu, Prices, find_gpu, known_gpus
 from archerchat.planning.memory import fit_micro_batch, kv_bytes_per_token, kv_cache_bytes
 from archerchat.planning.peak_flops import peak_flops
 from archerchat.runtime import DTYPES, Runtime, build_runtime, dtype_name, training_dtype
@@ -132,7 +132,7 @@ def _choose_device(gpu_name: str | None) -> tuple[Runtime, Gpu | None]:
         return runtime, find_gpu(runtime.device_name) if runtime.device.type == "cuda" else None
     gpu = find_gpu(gpu_name) or find_gpu(f"RTX {gpu_name}")
     if gpu is None:
-        known = ", ".join(gpu.name for gpu in GPUS)
+        known = ", ".join(gpu.name for gpu in known_gpus())
         raise UsageError(f"no published figures for GPU {gpu_name!r}; known are: {known}")
     dtype = training_dtype(gpu.capability)
     return Runtime(torch.device("cuda"), dtype, gpu.name, "published"), gpu
