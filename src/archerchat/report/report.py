@@ -90,8 +90,9 @@ def _typical(run: Run, metric: str) -> float | None:
 
 def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]) -> Table:
     """Return the results of each stage, beside the reference's at the same depth and GPT-2's."""
-    reference = published["reference"].get(str(runs[0].depth), {})
-    order = [*STAGES, f"reference d{runs[0].depth}", "GPT-2 XL"]
+    depth = runs[0].model.num_layers if runs[0].model else None
+    reference = published["reference"].get(str(depth), {})
+    order = [*STAGES, f"reference d{depth}", "GPT-2 XL"]
     cells: dict[str, dict[str, str]] = defaultdict(dict)  # by row, then by column
     for run in runs:
         if (bits := run.last("val/bpb")) is not None:
@@ -142,19 +143,19 @@ def _spendings(runs: Sequence[Run], results: Sequence[Result], prices: Prices) -
 
 def _environment(runs: Sequence[Run]) -> Table:
     """Return each run's machine and software."""
-    columns: list[dict[str, Any]] = []
-    for run in runs:
-        facts = {"host": run.host, **(run.setting("environment") or {})}
-        facts |= run.setting("hardware") or {}
-        facts |= {name: run.setting(name) for name in ("attention", "compile")}
-        facts["tokenizer"] = run.setting("tokenizer", "name") or run.setting("tokenizer")
-        columns.append(facts | {"precision": run.setting("identity", "dtype")})
-    names = dict.fromkeys(name for facts in columns for name in facts)
-    values = [[facts.get(name) for facts in columns] for name in names]
-    rows = [
-        [name, *("not recorded" if v in (None, "") else str(v) for v in row)]
-        for name, row in zip(names, values, strict=True)
+    columns = [
+        {"host": run.host}
+        | (run.setting("environment") or {})
+        | (run.setting("hardware") or {})
+        | {name: run.setting(name) for name in ("attention", "compile")}
+        | {"tokenizer": run.setting("tokenizer", "name") or run.setting("tokenizer")}
+        | {"precision": run.setting("identity", "dtype")}
+        for run in runs
     ]
+    rows = []
+    for name in dict.fromkeys(name for facts in columns for name in facts):
+        values = [facts.get(name) for facts in columns]
+        rows.append([name, *("not recorded" if v in (None, "") else str(v) for v in values)])
     return ["", *(run.tag for run in runs)], rows
 
 

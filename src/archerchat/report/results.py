@@ -66,34 +66,26 @@ def _read(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
     """Read a file of `archerchat eval base` or `archerchat eval chat`."""
     about, conditions = content.get("key", content), []
     if kind == "chat":
-        complete, score, sampling = (
-            content["complete"],
-            content.get("chatcore"),
-            content["sampling"],
-        )
-        tasks = [_read_chat_task(name, task) for name, task in content["tasks"].items()]
+        complete, options = content["complete"], content["sampling"]
         cap = max(filter(None, content["limits"].values()), default=None)
-        if temperature := sampling["temperature"]:
-            conditions.append(f"{sampling['num_samples']} sample(s) at temperature {temperature:g}")
-        if (tokens := sampling["max_new_tokens"]) < ANSWER_TOKENS:
+        tasks = [_read_chat_task(name, task) for name, task in content["tasks"].items()]
+        if temperature := options["temperature"]:
+            conditions.append(f"{options['num_samples']} sample(s) at temperature {temperature:g}")
+        if (tokens := options["max_new_tokens"]) < ANSWER_TOKENS:
             conditions.append(f"answers of at most {tokens:,} tokens")
     else:
-        complete, score, cap = (
-            about is content,
-            content.get("core"),
-            about["options"]["max_per_task"],
-        )
+        complete, options = about is content, about["options"]
+        cap = options["max_per_task"]
         names = ("label", "task_type", "examples", "correct", "random_baseline", "seconds")
         tasks = [TaskResult(**{name: task[name] for name in names}) for task in content["tasks"]]
-        if length := about["options"]["max_length"]:
+        if length := options["max_length"]:
             conditions.append(f"prompts of at most {length:,} tokens")
         if kind == "core" and complete and len(tasks) != FULL_TASKS:
             conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
     if cap:
         conditions.insert(0, f"at most {cap:,} per task")
-    return Result(
-        kind, stage, tag, about["step"], score if complete else None, tasks, complete, conditions
-    )
+    score = content.get("chatcore" if kind == "chat" else "core") if complete else None
+    return Result(kind, stage, tag, about["step"], score, tasks, complete, conditions)
 
 
 def _read_chat_task(name: str, task: dict[str, Any]) -> TaskResult:

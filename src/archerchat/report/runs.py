@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from archerchat.config import from_json
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
@@ -81,9 +82,10 @@ class Run:
     @property
     def model_tag(self) -> str:
         """Name of the model that the run trained."""
-        base, depth = self.setting("identity", "base", "tag"), self.depth and f"d{self.depth}"
+        base = self.setting("identity", "base", "tag")
         given = self.setting("config", "output_tag" if base else "model_tag")
-        return str(self._present_name(given or base or depth or self.tag))
+        depth = f"d{self.model.num_layers}" if self.model else self.tag
+        return str(self._present_name(given or base or depth))
 
     def _present_name(self, tag: str | None) -> str | None:
         for rename in self.renames:
@@ -91,17 +93,10 @@ class Run:
         return tag
 
     @property
-    def depth(self) -> int | None:
-        depth: int | None = self.setting("model_config", "num_layers")
-        return depth
-
-    @property
     def model(self) -> ModelConfig | None:
         """Shape of the model, if the journal has it."""
-        try:
-            return ModelConfig(**self.setting("model_config"))
-        except (TypeError, ValueError, ArithmeticError, AssertionError):
-            return None
+        shape = self.setting("model_config")
+        return from_json(ModelConfig, shape) if shape else None
 
     @property
     def device(self) -> str:

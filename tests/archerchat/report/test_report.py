@@ -262,7 +262,12 @@ def test_a_run_that_is_not_over_says_so(home: Home, session: Callable[..., None]
 def test_a_depth_without_reference(
     home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
 ) -> None:
-    session(home, "odd", range(3), config=config(model_config={"num_layers": 9}))
+    session(
+        home,
+        "odd",
+        range(3),
+        config=config(model_config=config()["model_config"] | {"num_layers": 9}),
+    )
     page = render(home).html
     assert "depths 8, 12, 24, not 9" in page
     assert "reference d" not in page
