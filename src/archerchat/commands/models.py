@@ -138,8 +138,9 @@ def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
     known = [path for each in STAGES if stage in (each, None) for path in list_models(home, each)]
     if found := [path for path in known if path.name == tag]:
         return found
-    kind, names = f"{stage} model" if stage else "model", {path.name: None for path in known}
-    raise UsageError(f"no {kind} {tag!r} in {home.root}; there is {', '.join(names) or 'none'}")
+    kind = f"{stage} model" if stage else "model"
+    names = ", ".join(dict.fromkeys(path.name for path in known)) or "none"
+    raise UsageError(f"no {kind} {tag!r} in {home.root}; there is {names}")
 
 
 def _size_text(path: Path) -> str:

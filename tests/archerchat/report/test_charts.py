@@ -44,6 +44,12 @@ def test_a_logarithmic_axis() -> None:
     assert y1 - y0 == pytest.approx(y2 - y1, abs=0.01)
 
 
+def test_ticks_of_a_decade_are_spread_over_it() -> None:
+    points: list[tuple[float, float]] = [(1e7, 1), (2e8, 2)]
+    text = draw(Lines("t", "tokens", [Series("a", points)], log_x=True))
+    assert re.findall(r">(\d+M)<", text) == ["10M", "20M", "50M", "100M", "200M"]
+
+
 def test_long_curves_are_thinned_and_keep_their_extremes() -> None:
     points = [(float(i), math.sin(i) + math.sin(i / 900)) for i in range(20_000)]
     points[7_777] = (7_777.0, 30.0)

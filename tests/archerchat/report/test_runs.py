@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from archerchat.errors import DataError, UsageError
+from archerchat.files import write_json
 from archerchat.home import Home
-from archerchat.report.runs import build_run, load_family, load_run
+from archerchat.report.runs import RENAMES, build_run, load_family, load_run
 
 Write = Callable[..., None]
 
@@ -114,6 +116,21 @@ def test_the_run_of_that_name_goes_before_others_of_the_same_model(
     session(home, "trial", range(2))  # its model is called d8, too
     assert [run.tag for run in load_family(home, "d8")] == ["d8"]
     assert [run.tag for run in load_family(home, "trial")] == ["trial"]
+
+
+def test_two_models_that_swapped_their_names(
+    home: Home, session: Write, config: Callable[..., dict[str, Any]]
+) -> None:
+    session(home, "d8", range(2))
+    tuned = config(stage="sft", identity={"base": {"tag": "d8"}}, config={"output_tag": None})
+    session(home, "d8-sft", range(2), config=tuned)
+    names = [("d8", "free"), ("other", "d8"), ("free", "other")]
+    later = time.time() + 9
+    write_json(home.root / RENAMES, [{"from": a, "to": b, "time": later} for a, b in names])
+    assert [(run.tag, run.model_tag) for run in load_family(home, "other")] == [
+        ("d8", "other"),
+        ("d8-sft", "other"),
+    ]
 
 
 def test_no_such_run(home: Home, session: Write) -> None:
