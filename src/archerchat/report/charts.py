@@ -118,10 +118,10 @@ def _draw_lines(axes: Any, chart: Lines) -> list[str]:
         sides.append(axes.twinx())
     if chart.log_x:
         axes.set_xscale("log")
-    named: list[Any] = []
-    values: list[str] = []
     for side in sides if chart.log_y else ():
         side.set_yscale("log")
+    named: list[Any] = []
+    values: list[str] = []
     for i, series in enumerate(chart.series):
         side, color = sides[series.on_right], f"C{series.color % 6}"
         points = [point for point in series.points if all(map(math.isfinite, point))]
