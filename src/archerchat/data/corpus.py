@@ -36,6 +36,8 @@ MAX_VAL_DOCUMENTS = 8192
 BUCKET_BYTES = 64 << 20
 MAX_BUCKETS = 256
 SPILL_DOCUMENTS = 1024
+MAX_NAMED = 5
+"""Number of differing source files that an error names."""
 _SPILL_SCHEMA = pa.schema([("group", pa.int64()), (TEXT_COLUMN, pa.string())])
 
 Group = Sequence[str]
@@ -88,13 +90,14 @@ def build_corpus(
         DataError: there are not two groups, or the disk is full.
     """
     remove_leftovers(directory.parent)
-    if not force and (manifest := _load_manifest(directory)) is not None:
+    manifest = None if force else _load_manifest(directory)
+    if manifest is not None:
         saved = manifest["recipe"] | manifest["options"]
-        if differences := compare_configs(saved, {**recipe, **asdict(options)}):
+        if differences := _list_differences(saved, {**recipe, **asdict(options)}):
             raise UsageError(
-                f"{directory} was built from other text or with other settings: "
-                f"{'; '.join(differences)}. Give another --name, or replace it with --force (runs "
-                "that read it can then not be resumed)"
+                f"{directory} was built from other files or with other settings: "
+                f"{'; '.join(differences)}. Give another --name to keep both, or replace it with "
+                "--force (runs that read it can then not be resumed)"
             )
         if _is_whole(directory, manifest):
             return False
@@ -104,9 +107,7 @@ def build_corpus(
             f"--name, or remove it"
         )
     with explained_writes(directory), new_directory(directory) as temporary:
-        with TemporaryDirectory(prefix=".spill-", dir=temporary) as scratch:
-            spill = Path(scratch)
-            shards = _write_corpus(groups, held_out, temporary, spill, options, input_bytes)
+        shards = _write_corpus(groups, held_out, temporary, options, input_bytes)
         sizes = {shard.name: shard.stat().st_size for shard in shards}
         made_from = {"recipe": recipe, "options": asdict(options)}
         write_json(temporary / MANIFEST, {"format": FORMAT, **made_from, "shards": sizes})
@@ -122,13 +123,10 @@ def find_recipe(directory: Path) -> dict[str, Any] | None:
 def _load_manifest(directory: Path) -> dict[str, Any] | None:
     """Read the manifest; None if it is missing or damaged."""
     try:
-        manifest: dict[str, Any] = json.loads((current(directory) / MANIFEST).read_bytes())
-        parts = (manifest["recipe"], manifest["options"], manifest["shards"])
-        if manifest["format"] == FORMAT and all(isinstance(part, dict) for part in parts):
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        manifest = json.loads((current(directory) / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
 def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
@@ -136,49 +134,72 @@ def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
     return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
+def _list_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe the source files that differ, by name, then the other settings."""
+    before, after = _facts_by_file(saved), _facts_by_file(now)
+    changes = {
+        "added": after.keys() - before.keys(),
+        "removed": before.keys() - after.keys(),
+        "changed": {name for name in before.keys() & after.keys() if before[name] != after[name]},
+    }
+    lines = []
+    for change, names in changes.items():
+        if names:
+            named = [*sorted(names)[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])]
+            lines.append(f"source files {change} ({len(names):,}): {', '.join(named)}")
+    settings = ({k: v for k, v in each.items() if k != "files"} for each in (saved, now))
+    return lines + compare_configs(*settings)
+
+
+def _facts_by_file(recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
+    single = Path(recipe.get("folder", "")).name  # whose own recipe calls it "."
+    return {single if name == "." else name: facts for name, *facts in recipe.get("files", [])}
+
+
 def _write_corpus(
     groups: Iterable[Group],
     held_out: Iterable[Group],
     directory: Path,
-    scratch: Path,
     options: CorpusOptions,
     input_bytes: int,
 ) -> list[Path]:
     generator = random.Random(options.seed)
-    num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
-    buckets = [scratch / f"{index}.parquet" for index in range(num_buckets)]
-    sizes, num_train = _spill(groups, held_out, buckets, generator)
-    if len(sizes) < 2 or not num_train:
-        raise DataError(
-            "at least two documents are needed, one of them for validation; found "
-            f"{sum(sizes)}: give more text"
-        )
-    validation = _choose_validation(sizes, num_train, options, generator)
-    train = set(range(num_train)) - validation
     validation_texts: list[str] = []
 
     def iter_train() -> Iterator[str]:
         """Yield the train documents, each bucket shuffled; collect those for validation."""
         for path in buckets:
-            columns = (column.to_pylist() for column in pq.read_table(path).columns)
-            documents = list(zip(*columns, strict=True))
+            table = pq.read_table(path)
+            documents = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
             validation_texts.extend(text for group, text in documents if group in validation)
             texts = [text for group, text in documents if group in train]
             generator.shuffle(texts)
             yield from texts
 
     def write(documents: Iterable[str], count: int, per_shard: int, first: int) -> list[Path]:
-        group = options.documents_per_row_group or min(256, max(1, count // 8))
         return write_shards(
             documents,
             directory,
-            documents_per_row_group=group,
+            documents_per_row_group=(
+                options.documents_per_row_group or min(256, max(1, count // 8))
+            ),
             documents_per_shard=per_shard,
             first_index=first,
         )
 
-    num_documents = sum(sizes[group] for group in train)
-    shards = write(iter_train(), num_documents, options.documents_per_shard, 0)
+    with TemporaryDirectory(prefix=".spill-", dir=directory) as scratch:
+        num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
+        buckets = [Path(scratch, f"{index}.parquet") for index in range(num_buckets)]
+        sizes, num_train = _spill(groups, held_out, buckets, generator)
+        if len(sizes) < 2 or not num_train:
+            raise DataError(
+                "at least two documents are needed, one of them for validation; found "
+                f"{sum(sizes)}: give more text"
+            )
+        validation = _choose_validation(sizes, num_train, options, generator)
+        train = set(range(num_train)) - validation
+        num_documents = sum(sizes[group] for group in train)
+        shards = write(iter_train(), num_documents, options.documents_per_shard, 0)
     generator.shuffle(validation_texts)
     count = len(validation_texts)
     return shards + write(validation_texts, count, count, len(shards))
@@ -196,13 +217,12 @@ def _spill(
         The sizes of the non-empty groups, and the number of those that are not from `held_out`.
     """
     sizes, num_train = list[int](), 0
-    pending: list[list[tuple[int, str]]] = [[] for _ in buckets]
+    pending: list[list[dict[str, Any]]] = [[] for _ in buckets]
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(pq.ParquetWriter(path, _SPILL_SCHEMA)) for path in buckets]
 
         def flush(index: int) -> None:
-            rows = [{"group": group, TEXT_COLUMN: text} for group, text in pending[index]]
-            writers[index].write_table(pa.Table.from_pylist(rows, _SPILL_SCHEMA))
+            writers[index].write_table(pa.Table.from_pylist(pending[index], _SPILL_SCHEMA))
             pending[index] = []
 
         marked = chain(zip(groups, repeat(True)), zip(held_out, repeat(False)))
@@ -211,7 +231,7 @@ def _spill(
             if not texts:
                 continue
             index = generator.randrange(len(buckets))
-            pending[index] += [(len(sizes), text) for text in texts]
+            pending[index] += [{"group": len(sizes), TEXT_COLUMN: text} for text in texts]
             sizes.append(len(texts))
             num_train += is_train
             if len(pending[index]) >= SPILL_DOCUMENTS:
