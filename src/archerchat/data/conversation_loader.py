@@ -1,9 +1,8 @@
 """Turn conversations into rows for fine-tuning, ahead of the step (SPEC section 7).
 
-A background thread renders the conversations of a mixture and packs them whole: a row takes the
-longest of 100 that still fits, and padding when none does. Conversations longer than a row are
-truncated, after a complete answer if one fits. Conversations without a token to learn are dropped,
-so every row begins with a conversation and has a token to learn.
+A row takes the longest of 100 conversations that still fits, and padding when none does.
+Conversations longer than a row are truncated, after a complete answer if one fits. Conversations
+without a token to learn are dropped, so every row has one.
 
 While it is packed, a conversation is one int32 array: a token to learn is its id, any other is
 `~id`. Rank r of W takes conversations r, r + W, ... The last row of a pass is padded, and the next
@@ -18,8 +17,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from itertools import chain, count
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,9 @@ class Counts:
     trained: int = 0
     """Positions that are learned from."""
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(add, astuple(self), astuple(other)))
+
     @property
     def padding_share(self) -> float:
         """Share of the positions that are padding; NaN before the first batch."""
@@ -79,10 +82,8 @@ class Used:
 
     @classmethod
     def of(cls, parts: Sequence[Used]) -> Used:
-        """Add up the figures of several loaders."""
-        columns = zip(*(astuple(part.counts) for part in parts), strict=True)
         return cls(
-            Counts(*map(sum, columns)),
+            sum((part.counts for part in parts), Counts()),
             sum(part.consumed for part in parts),
             sum(part.share for part in parts),
             min(part.progress for part in parts),
@@ -111,8 +112,7 @@ def fit_conversation(
         The document, None if no token to learn is left; and whether it was truncated.
     """
     tokens, learned = np.asarray(ids, np.int32), np.asarray(mask, bool)
-    cut = len(tokens) > row_length
-    if cut:
+    if cut := len(tokens) > row_length:
         ends = np.flatnonzero(tokens[:row_length] == end_id)
         length = int(ends[-1]) + 1 if len(ends) else row_length
         tokens, learned = tokens[:length], learned[:length]
@@ -132,7 +132,6 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
-        prefetch: batches prepared ahead.
         repeat: begin again after a pass, even inside a batch. If false, rows of padding fill the
             last batch.
 
@@ -189,9 +188,8 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
         packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"], PADDING)
         for document in state.documents:
             packer.add(document.tokens)
-        source = _Conversations(
-            self._mixture, self._indices, self._tokenizer, packer, state.progress.counts
-        )
+        counts = state.progress.counts
+        source = _Conversations(self._mixture, self._indices, self._tokenizer, packer, counts)
         return source.iter_batches(identity["batch_size"], self._repeat)
 
 
@@ -203,8 +201,6 @@ def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
 
 @dataclass
 class _Conversations:
-    """Read, render, pack and count."""
-
     mixture: TaskMixture
     indices: range
     """This rank's conversations of a pass."""
@@ -223,7 +219,7 @@ class _Conversations:
         for rows in stack_rows(source, batch_size):  # (B, T + 1)
             ids = np.where(rows == PADDING, self.tokenizer.bos_id, np.where(rows >= 0, rows, ~rows))
             targets = np.where(rows >= 0, rows, IGNORED)[:, 1:]
-            self._count(
+            self.counts += Counts(
                 targets=targets.size,
                 padding=int((rows[:, 1:] == PADDING).sum()),
                 trained=int((targets >= 0).sum()),
@@ -263,11 +259,7 @@ class _Conversations:
             rendered = render_whole(self.tokenizer, self.mixture, index)
             document, cut = fit_conversation(*rendered, self.packer.row_length, end_id)
             if document is None:
-                self._count(read=1, dropped=1)
+                self.counts += Counts(read=1, dropped=1)
             else:
-                self._count(read=1, cut=int(cut))
+                self.counts += Counts(read=1, cut=int(cut))
                 self.packer.add(document)
-
-    def _count(self, **more: int) -> None:
-        totals = {name: getattr(self.counts, name) + number for name, number in more.items()}
-        self.counts = replace(self.counts, **totals)

@@ -1,18 +1,18 @@
 """The base of the loaders of text and of conversations: packing ahead of the step, and resuming.
 
 A background thread reads, tokenizes and packs, so that batches are ready when a step needs them.
-Every batch comes with the state after it: a checkpoint saves the state of the last batch that the
-caller got, however far the thread has run ahead. A state is a tuple of references, and tensors are
-made of it only for a checkpoint.
+Every batch comes with the state after it, and a checkpoint saves the state of the last batch that
+the caller got. A state is a tuple of references; tensors are made of it only for a checkpoint.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -63,7 +63,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
             included.
         progress: position of a new loader.
         prefetch: number of batches to prepare ahead.
-        dtype: of the state's tokens while no document is buffered.
+        dtype: type of the state's tokens if no document is buffered.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         self._identity, self._prefetch, self._dtype = identity, prefetch, dtype
         self._state = State(progress)
         self._pool: ThreadPoolExecutor | None = None
-        self._batches: Iterator[tuple[Batch, State[ProgressT]]] = iter(())
         self._pending = deque[Future[tuple[Batch, State[ProgressT]]]]()
 
     @abstractmethod
@@ -84,8 +83,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> ProgressT:
-        """Read the progress from a saved state; a broken one is a KeyError, TypeError or
-        ValueError."""
+        """Read a saved progress; a broken one is a KeyError, TypeError or ValueError."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last returned batch: the `identity` and the progress as JSON,
@@ -151,11 +149,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         self.close()
 
 
-def stack_rows(rows: Iterable[Row], batch_size: int) -> Iterator[NDArray[np.int64]]:
+def stack_rows(rows: Iterator[Row], batch_size: int) -> Iterator[NDArray[np.int64]]:
     """Yield the rows in arrays (B, T + 1); an incomplete last one is dropped."""
-    pending: list[Row] = []
-    for row in rows:
-        pending.append(row)
-        if len(pending) == batch_size:
-            yield np.stack(pending)
-            pending = []
+    while len(taken := list(islice(rows, batch_size))) == batch_size:
+        yield np.stack(taken)
