@@ -3,13 +3,14 @@
 A run that begins on N ranks has N streams of micro-batches: stream s reads every Nth row group, or
 conversation, from the sth on. A step takes the next A micro-batches of each stream, N * A in all.
 On M ranks each takes an Mth of these, in order. So every step trains on the same rows even if the
-number of ranks changes: no document is read twice, and none is left out. A rank that shares a
-stream with others reads all of it and drops their micro-batches.
+number of ranks changes. A rank that shares a stream with others reads all of it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -58,11 +59,11 @@ class Streams(Stateful, Generic[LoaderT]):
             )
         self._ranks, self._num_streams = ranks, num_streams
         self._per_stream = per_step // num_streams
-        own = range(ranks.rank * grad_accum_steps, (ranks.rank + 1) * grad_accum_steps)
-        self._own = dict[int, list[int]]()
+        first = ranks.rank * grad_accum_steps
+        self._own = defaultdict[int, list[int]](list)
         """This rank's micro-batches of a step, as indices by stream."""
-        for stream, index in (divmod(place, self._per_stream) for place in own):
-            self._own.setdefault(stream, []).append(index)
+        for place in range(first, first + grad_accum_steps):
+            self._own[place // self._per_stream].append(place % self._per_stream)
         self.loaders = {stream: open_stream(stream, num_streams) for stream in self._own}
         """The streams that this rank reads."""
         self._step: Iterator[Batch] = iter(())
@@ -86,12 +87,11 @@ class Streams(Stateful, Generic[LoaderT]):
     def _iter_step(self) -> Iterator[Batch]:
         """Yield this rank's micro-batches of a step; skip those of other ranks."""
         for stream, places in self._own.items():
-            loader = self.loaders[stream]
+            loader, after = self.loaders[stream], self._per_stream - 1 - places[-1]
             _skip(loader, places[0])
-            for _ in places[1:]:
-                yield next(loader)
+            yield from islice(loader, len(places) - 1)
             batch = next(loader)
-            _skip(loader, self._per_stream - 1 - places[-1])
+            _skip(loader, after)  # before the step ends, and its state is read
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,5 +128,4 @@ class Streams(Stateful, Generic[LoaderT]):
 
 
 def _skip(loader: Iterator[Batch], count: int) -> None:
-    for _ in range(count):
-        next(loader)
+    next(islice(loader, count, count), None)

@@ -1,9 +1,8 @@
 """Turn text shards into training batches, ahead of the step and resumable exactly (SPEC section 4).
 
-Row groups are read, 128 documents at a time tokenized, and packed. The reference saves a position
-only and loses the documents that its packer had buffered (1,041 of them in the golden). Here a
-state is the position, the buffered documents, and the identity of shards, tokenizer and settings,
-which a resumed loader must share.
+The reference saves a position only, and loses the documents that its packer had buffered (1,041 in
+the golden). Here a state is the position, the buffered documents, and the identity of shards,
+tokenizer and settings, which a resumed loader must share.
 
     loader = TextLoader(train_shards, tokenizer, batch_size=8, sequence_length=256)
     batch = next(loader)  # batch.inputs, batch.targets: (B, T)
@@ -72,11 +71,9 @@ class TextLoader(PrefetchingLoader[_Progress]):
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
-        packing: `best-fit` drops what does not fit, `concat` continues it in the next row.
         tokenizer_batch: documents that enter the buffer together, never across row groups.
         extend: continue a saved state with shards that follow the saved ones. By default shards
-            that the saved state does not name, such as those downloaded since, are ignored, so
-            that the rows stay the same.
+            that the saved state does not name, such as those downloaded since, are ignored.
 
     Raises:
         DataError: a shard is missing or broken (also raised by `next`), or no shard has a row
@@ -140,9 +137,8 @@ class TextLoader(PrefetchingLoader[_Progress]):
     def _iter_after(self, state: State[_Progress]) -> Iterator[tuple[Batch, State[_Progress]]]:
         paths = {path.name: path for path in self._shards}
         shards = [paths[name] for name, _ in self._identity["shards"]]
-        return _Documents(self._identity, shards, self._tokenizer, self._dtype, state).iter_batches(
-            self._identity["batch_size"]
-        )
+        documents = _Documents(self._identity, shards, self._tokenizer, self._dtype, state)
+        return documents.iter_batches(self._identity["batch_size"])
 
 
 def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]:
@@ -159,8 +155,8 @@ def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]
             raise DataError(f"no documents in {directory}: {MAKE_DATA}")
         raise DataError(
             f"{world_size} ranks cannot share the shards in {directory}: none has more than {most} "
-            f"row groups, so a rank would get nothing. Use at most {most} ranks, or build the data "
-            "again with a smaller --documents-per-row-group"
+            f"row groups. Use at most {most} ranks, or build the data again with a smaller "
+            "--documents-per-row-group"
         )
     try:
         return [[path.name, path.stat().st_size] for path in shards]
@@ -169,8 +165,6 @@ def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]
 
 
 class _Documents:
-    """Read, tokenize, pack and count."""
-
     def __init__(
         self,
         identity: Mapping[str, Any],

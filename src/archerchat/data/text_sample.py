@@ -53,9 +53,8 @@ class TextSample:
         passes = self.passes(tokens, packing)
         share = min(1.0, passes) * (self.kept if packing == "best-fit" else 1)
         text = f"about {self.tokens:,} tokens; {passes:.2f} passes, {share:.1%} of the text in rows"
-        if passes > 1:
-            text += ". Warning: the text repeats; more text or fewer steps would avoid it"
-        return text
+        repeats = ". Warning: the text repeats; more text or fewer steps would avoid it"
+        return text + (repeats if passes > 1 else "")
 
 
 def measure_text(shards: Sequence[Path], tokenizer: Tokenizer, row_length: int) -> TextSample:
