@@ -184,82 +184,67 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
         return _Progress(Counts(**state["counts"]))
 
     def _iter_after(self, state: State[_Progress]) -> Iterator[tuple[Batch, State[_Progress]]]:
-        identity = self._identity
-        packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"], PADDING)
+        batch_size, row_length = self._identity["batch_size"], self._identity["sequence_length"] + 1
+        self._counts = state.progress.counts
+        self._packer = BestFitPacker(row_length, self._identity["buffer_size"], PADDING)
         for document in state.documents:
-            packer.add(document.tokens)
-        counts = state.progress.counts
-        source = _Conversations(self._mixture, self._indices, self._tokenizer, packer, counts)
-        return source.iter_batches(identity["batch_size"], self._repeat)
-
-
-def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
-    """Identify a mixture's conversations, with each task under its number."""
-    described = mixture.describe()
-    return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}
-
-
-@dataclass
-class _Conversations:
-    mixture: TaskMixture
-    indices: range
-    """This rank's conversations of a pass."""
-    tokenizer: Tokenizer
-    packer: BestFitPacker
-    counts: Counts
-
-    def iter_batches(
-        self, batch_size: int, repeat: bool
-    ) -> Iterator[tuple[Batch, State[_Progress]]]:
-        """Yield each batch with the state after it."""
+            self._packer.add(document.tokens)
         # Rows of padding fill the last batch; those that none needs are dropped.
-        padding = np.full(self.packer.row_length, PADDING, np.int64)
+        padding = np.full(row_length, PADDING, np.int64)
         passes = (row for _ in count() for row in self._iter_pass())
-        source = passes if repeat else chain(self._iter_pass(), [padding] * (batch_size - 1))
+        source = passes if self._repeat else chain(self._iter_pass(), [padding] * (batch_size - 1))
         for rows in stack_rows(source, batch_size):  # (B, T + 1)
-            ids = np.where(rows == PADDING, self.tokenizer.bos_id, np.where(rows >= 0, rows, ~rows))
+            ids = np.where(
+                rows == PADDING, self._tokenizer.bos_id, np.where(rows >= 0, rows, ~rows)
+            )
             targets = np.where(rows >= 0, rows, IGNORED)[:, 1:]
-            self.counts += Counts(
+            self._counts += Counts(
                 targets=targets.size,
                 padding=int((rows[:, 1:] == PADDING).sum()),
                 trained=int((targets >= 0).sum()),
             )
             batch = Batch(np.stack((ids[:, :-1], targets)))
-            yield batch, State(_Progress(self.counts), self.packer.documents())
+            yield batch, State(_Progress(self._counts), self._packer.documents())
 
     def _iter_pass(self) -> Iterator[Row]:
         """Yield the rows of this pass from where it is."""
-        share, empty = len(self.indices), True
-        passes, rest = divmod(self.counts.read, share)
-        draining = rest == 0 and len(self.packer) > 0  # the pass is read, but not yet packed
+        share, empty = len(self._indices), True
+        passes, rest = divmod(self._counts.read, share)
+        draining = rest == 0 and len(self._packer) > 0  # the pass is read, but not yet packed
         end = (passes if draining else passes + 1) * share
         self._fill(end)
-        while len(self.packer):
-            row = self.packer.place()
+        while len(self._packer):
+            row = self._packer.place()
             # Fill now, so that conversations to be dropped at the end of the pass are read with its
             # last row, and the pass is then known to be over.
             self._fill(end)
             if row is not None:
                 empty = False
                 yield row
-        if (row := self.packer.finish()) is not None:
+        if (row := self._packer.finish()) is not None:
             empty = False
             yield row
         if empty and rest == 0:
             raise DataError(
                 f"none of {share} conversations has a word of the assistant to learn within "
-                f"{self.packer.row_length - 1} tokens: give others, or a longer row"
+                f"{self._packer.row_length - 1} tokens: give others, or a longer row"
             )
 
     def _fill(self, end: int) -> None:
         """Fill the buffer from the pass that ends at `end`."""
-        end_id = self.tokenizer.special_id("<|assistant_end|>")
-        while self.counts.read < end and self.packer.needs_documents():
-            index = self.indices[self.counts.read % len(self.indices)]
-            rendered = render_whole(self.tokenizer, self.mixture, index)
-            document, cut = fit_conversation(*rendered, self.packer.row_length, end_id)
+        end_id = self._tokenizer.special_id("<|assistant_end|>")
+        while self._counts.read < end and self._packer.needs_documents():
+            index = self._indices[self._counts.read % len(self._indices)]
+            rendered = render_whole(self._tokenizer, self._mixture, index)
+            document, cut = fit_conversation(*rendered, self._packer.row_length, end_id)
             if document is None:
-                self.counts += Counts(read=1, dropped=1)
+                self._counts += Counts(read=1, dropped=1)
             else:
-                self.counts += Counts(read=1, cut=int(cut))
-                self.packer.add(document)
+                self._counts += Counts(read=1, cut=int(cut))
+                self._packer.add(document)
+
+
+def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
+    """Identify a mixture's conversations, with each task under its number."""
+    described = mixture.describe()
+    return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Generic, Self, TypeVar
@@ -76,10 +77,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
 
     @abstractmethod
     def _iter_after(self, state: State[ProgressT]) -> Iterator[tuple[Batch, State[ProgressT]]]:
-        """Yield each batch after `state` with the state after it, in the thread.
-
-        The iterator must not refer to the loader, so that the loader can be deleted.
-        """
+        """Yield each batch after `state` with the state after it; runs on a copy of the loader."""
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> ProgressT:
@@ -126,8 +124,9 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
 
     def __next__(self) -> Batch:
         if self._pool is None:
+            # The thread uses a copy, so that it does not keep a forgotten loader alive.
+            self._batches = copy(self)._iter_after(self._state)
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-            self._batches = self._iter_after(self._state)
             for _ in range(self._prefetch):
                 self._pending.append(self._pool.submit(next, self._batches))
         batch, self._state = self._pending[0].result()  # an error stays first, to be raised again
