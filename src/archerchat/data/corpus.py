@@ -4,9 +4,7 @@ Two passes bound the memory, whatever the size: documents are spilled into bucke
 is shuffled by itself and written as shards. Documents come in groups that stay together in train or
 in validation, such as a module's source and its documentation, which repeat each other.
 
-`corpus.json` next to the shards holds the recipe: the sources and the options. Building the same
-recipe again does nothing. A corpus of another recipe is only replaced with `force`, because runs
-that read it could not be resumed.
+`corpus.json` next to the shards holds the recipe: the sources and the options.
 """
 
 from __future__ import annotations
@@ -73,17 +71,16 @@ def build_corpus(
     input_bytes: int = 0,
     force: bool = False,
 ) -> bool:
-    """Write the documents of `groups`, shuffled, as the shards of `directory`.
+    """Write the documents of `groups`, shuffled, as the shards of `directory`, atomically.
 
     Returns False, without reading `groups`, if `directory` already has this recipe and these
-    options. Documents without a visible character are left out. The directory is written, or
-    replaced, atomically.
+    options. Documents without a visible character are left out.
 
     Args:
         recipe: a JSON value that changes whenever `groups` or `held_out` would.
         held_out: documents for the validation shard, if they are not drawn from `groups`.
         input_bytes: approximate size of the text; decides the number of buckets.
-        force: replace an earlier corpus, whatever its recipe.
+        force: replace an earlier corpus, whatever its recipe. Runs that read it cannot be resumed.
 
     Raises:
         UsageError: `directory` holds something else, or, without `force`, another recipe's corpus.

@@ -34,7 +34,6 @@ class TextSample:
     """Estimates for a source's training text."""
 
     tokens: int
-    """Number of tokens of all of it."""
     kept: float
     """Share of the tokens that best fit keeps."""
 
@@ -58,11 +57,7 @@ class TextSample:
 
 
 def measure_text(shards: Sequence[Path], tokenizer: Tokenizer, row_length: int) -> TextSample:
-    """Measure the text of `shards` for rows of `row_length`, T + 1, tokens.
-
-    Raises:
-        DataError: a shard cannot be read.
-    """
+    """Measure the text of `shards` for rows of `row_length`, T + 1, tokens."""
     opened = _spread(shards, PLACES)
     lengths: list[int] = []
     num_documents = 0
