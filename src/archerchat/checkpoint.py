@@ -124,7 +124,7 @@ def save_checkpoint(
 
 
 def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Replace a saved section's values other than tensors, atomically."""
+    """Replace a saved section's values other than tensors; a CheckpointError if it cannot be."""
     try:
         content = _read_meta(path)
         content["state"][section] = json.loads(json.dumps(encode_json(values)))

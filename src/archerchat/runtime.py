@@ -28,11 +28,7 @@ import torch
 from archerchat.distributed import Place, read_place
 from archerchat.errors import MemoryExceededError, UsageError
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float16": torch.float16,
-}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two settings of glibc's `mallopt`."""
 KEPT_BYTES = 2**31 - 1

@@ -113,7 +113,11 @@ class Reading:
 
 
 def list_files(source: Path) -> Folder:
-    """Return the readable files below `source`, or `source` itself if it is a file."""
+    """Return the readable files below `source`, or `source` itself if it is a file.
+
+    Raises:
+        UsageError, DataError: there is no `source`, or no such file in it.
+    """
     remedy = f"give a folder of {', '.join(KINDS)} files"
     if not source.exists():
         raise UsageError(f"{source} does not exist: {remedy}")

@@ -57,7 +57,7 @@ class TextSample:
 
 
 def measure_text(shards: Sequence[Path], tokenizer: Tokenizer, row_length: int) -> TextSample:
-    """Measure the text of `shards` for rows of `row_length`, T + 1, tokens."""
+    """Measure the text of `shards` for rows of T + 1 tokens; a DataError if one is broken."""
     opened = _spread(shards, PLACES)
     lengths: list[int] = []
     num_documents = 0
