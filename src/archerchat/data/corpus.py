@@ -19,11 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from archerchat.config import Config, Limit, PositiveInt, Seed, compare_configs
-from archerchat.data.shards import TEXT_COLUMN, write_shards
+from archerchat.data.shards import write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import current, explained_writes, new_directory, remove_leftovers, write_json
 from archerchat.tokenizer.bpe import replace_surrogates
@@ -33,10 +30,8 @@ FORMAT = 1
 MAX_VAL_DOCUMENTS = 8192
 BUCKET_BYTES = 64 << 20
 MAX_BUCKETS = 256
-SPILL_DOCUMENTS = 1024
 MAX_NAMED = 5
 """Number of differing source files that an error names."""
-_SPILL_SCHEMA = pa.schema([("group", pa.int64()), (TEXT_COLUMN, pa.string())])
 
 Group = Sequence[str]
 """Documents that go to train together or to validation together."""
@@ -166,8 +161,8 @@ def _write_corpus(
     def iter_train() -> Iterator[str]:
         """Yield the train documents, each bucket shuffled; collect those for validation."""
         for path in buckets:
-            table = pq.read_table(path)
-            documents = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+            with path.open(encoding="utf-8") as lines:
+                documents = list(map(json.loads, lines))
             validation_texts.extend(text for group, text in documents if group in validation)
             texts = [text for group, text in documents if group in train]
             generator.shuffle(texts)
@@ -186,7 +181,7 @@ def _write_corpus(
 
     with TemporaryDirectory(prefix=".spill-", dir=directory) as scratch:
         num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
-        buckets = [Path(scratch, f"{index}.parquet") for index in range(num_buckets)]
+        buckets = [Path(scratch, f"{index}.jsonl") for index in range(num_buckets)]
         sizes, num_train = _spill(groups, held_out, buckets, generator)
         if len(sizes) < 2 or not num_train:
             raise DataError(
@@ -214,27 +209,16 @@ def _spill(
         The sizes of the non-empty groups, and the number of those that are not from `held_out`.
     """
     sizes, num_train = list[int](), 0
-    pending: list[list[dict[str, Any]]] = [[] for _ in buckets]
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(pq.ParquetWriter(path, _SPILL_SCHEMA)) for path in buckets]
-
-        def flush(index: int) -> None:
-            writers[index].write_table(pa.Table.from_pylist(pending[index], _SPILL_SCHEMA))
-            pending[index] = []
-
+        files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in buckets]
         marked = chain(zip(groups, repeat(True)), zip(held_out, repeat(False)))
         for group, is_train in marked:
             texts = [replace_surrogates(text) for text in group if text and not text.isspace()]
-            if not texts:
-                continue
-            index = generator.randrange(len(buckets))
-            pending[index] += [{"group": len(sizes), TEXT_COLUMN: text} for text in texts]
-            sizes.append(len(texts))
-            num_train += is_train
-            if len(pending[index]) >= SPILL_DOCUMENTS:
-                flush(index)
-        for index in range(len(buckets)):
-            flush(index)
+            if texts:
+                lines = (json.dumps([len(sizes), text], ensure_ascii=False) for text in texts)
+                generator.choice(files).writelines(f"{line}\n" for line in lines)
+                sizes.append(len(texts))
+                num_train += is_train
     return sizes, num_train
 
 

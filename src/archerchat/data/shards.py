@@ -157,15 +157,6 @@ def iter_documents(shards: Sequence[Path], column: str = TEXT_COLUMN) -> Iterato
                 yield from shard.read_row_group(index)
 
 
-def count_text_bytes(shards: Sequence[Path]) -> int:
-    """Return the approximate number of bytes of text in `shards`."""
-    total = 0
-    for path in shards:
-        with Shard(path) as shard:
-            total += shard.text_bytes
-    return total
-
-
 def write_shards(
     documents: Iterable[str],
     directory: Path,

@@ -69,7 +69,6 @@ def test_the_same_input_gives_the_same_bytes_and_another_seed_does_not(tmp_path:
 
 def test_many_buckets_shuffle_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "BUCKET_BYTES", 1000)
-    monkeypatch.setattr(corpus, "SPILL_DOCUMENTS", 7)
     build_corpus(SINGLES, tmp_path / "c", {}, CorpusOptions(), input_bytes=4500)
     train, validation = read(tmp_path / "c")
     assert sorted(train + validation) == sorted(DOCUMENTS)
