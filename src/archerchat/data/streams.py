@@ -66,7 +66,7 @@ class Streams(Stateful, Generic[LoaderT]):
             self._own[place // self._per_stream].append(place % self._per_stream)
         self.loaders = {stream: open_stream(stream, num_streams) for stream in self._own}
         """The streams that this rank reads."""
-        self._step: Iterator[Batch] = iter(())
+        self._batches = self._iter_batches()
 
     @property
     def first(self) -> LoaderT:
@@ -79,25 +79,26 @@ class Streams(Stateful, Generic[LoaderT]):
         return [self.loaders[stream] for stream, places in self._own.items() if places[0] == 0]
 
     def __next__(self) -> Batch:
-        if (batch := next(self._step, None)) is None:
-            self._step = self._iter_step()
-            batch = next(self._step)
-        return batch
+        return next(self._batches)
 
-    def _iter_step(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of a step; skip those of other ranks."""
-        for stream, places in self._own.items():
-            loader, after = self.loaders[stream], self._per_stream - 1 - places[-1]
-            _skip(loader, places[0])
-            yield from islice(loader, len(places) - 1)
-            batch = next(loader)
-            _skip(loader, after)  # before the step ends, and its state is read
-            yield batch
+    def _iter_batches(self) -> Iterator[Batch]:
+        """Yield this rank's micro-batches, step after step; skip those of other ranks."""
+        while True:
+            for stream, places in self._own.items():
+                loader, after = self.loaders[stream], self._per_stream - 1 - places[-1]
+                _skip(loader, places[0])
+                yield from islice(loader, len(places) - 1)
+                batch = next(loader)
+                _skip(loader, after)  # before the step ends, and its state is read
+                yield batch
+
+    def _prefix(self, stream: int) -> str:
+        return "" if self._num_streams == 1 else f"{stream}/"
 
     def state_dict(self) -> dict[str, Any]:
         """Return every stream's state; all ranks call this between two steps."""
         own = {
-            f"{stream}/{key}": value.numpy() if isinstance(value, Tensor) else value
+            self._prefix(stream) + key: value.numpy() if isinstance(value, Tensor) else value
             for stream, loader in self.loaders.items()
             for key, value in loader.state_dict().items()
         }
@@ -105,9 +106,7 @@ class Streams(Stateful, Generic[LoaderT]):
         for state in self._ranks.gather(own):
             for key, value in state.items():
                 whole[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        if self._num_streams == 1:
-            return {key.removeprefix("0/"): value for key, value in whole.items()}
-        return {COUNT: self._num_streams, **whole}
+        return whole if self._num_streams == 1 else {COUNT: self._num_streams, **whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned on any number of ranks.
@@ -116,9 +115,9 @@ class Streams(Stateful, Generic[LoaderT]):
             CheckpointError: it does not fit the loaders.
         """
         assert saved_streams(state) == self._num_streams
-        self._step = iter(())
+        self._batches = self._iter_batches()
         for stream, loader in self.loaders.items():
-            prefix = "" if self._num_streams == 1 else f"{stream}/"
+            prefix = self._prefix(stream)
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             loader.load_state_dict(own)
 
