@@ -7,7 +7,7 @@ the caller got. A state is a tuple of references; tensors are made of it only fo
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,7 +54,7 @@ class State(Generic[ProgressT]):
     """Documents in the packer's buffer, in its order."""
 
 
-class PrefetchingLoader(ABC, Generic[ProgressT]):
+class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):
     """Iterate over batches that a thread prepares.
 
     The thread starts at the first `next` and ends with `close`, or when the loader is deleted.
@@ -118,9 +118,6 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
     def _reconcile(self, saved: dict[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
         """Return the saved identity without what may differ, and the identity to continue with."""
         return saved, self._identity
-
-    def __iter__(self) -> Self:
-        return self
 
     def __next__(self) -> Batch:
         if self._pool is None:
