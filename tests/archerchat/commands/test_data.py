@@ -243,6 +243,13 @@ def test_info_adds_up_a_source_and_lists_its_shards_when_asked(
     assert cells(output, "shard_00002")[1:3] == ["2", "500"]
 
 
+def test_info_prints_sizes_of_tiny_data(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(["x" * 50, "y"], home.data_dir("tiny"), documents_per_shard=1)
+    info(DataInfoConfig("tiny"), home)
+    size = cells(capsys.readouterr().out, "train")[4]
+    assert re.fullmatch(r"[5-9]\d B", size), size
+
+
 def test_info_without_a_name_shows_every_source(
     home: Home, capsys: pytest.CaptureFixture[str]
 ) -> None:
