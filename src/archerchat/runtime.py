@@ -60,13 +60,12 @@ class Runtime(Place):
     def median_seconds(self, work: Callable[[], object], rounds: int = 5) -> float:
         """Return the median time of `work`, after three calls that compile and warm up."""
         seconds = []
-        for n in range(3 + rounds):
+        for _ in range(3 + rounds):
             began = time.perf_counter()
             work()
             self.synchronize()
-            if n >= 3:
-                seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds)
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds[3:])
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory that tensors took since the last reset.
@@ -263,10 +262,8 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM as requests; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
         before = [signal.signal(number, self._ask) for number in numbers]
         try:
             yield

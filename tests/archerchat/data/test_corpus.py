@@ -195,6 +195,13 @@ def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
         CorpusOptions(**options)
 
 
+def test_every_character_comes_through(tmp_path: Path) -> None:
+    texts = ["a\rb\r\nc\n", "\u2028\x85\x0b\x00", '"quoted" \\n', "ünïcode 🐍"]
+    build([[text] for text in texts], tmp_path / "c")
+    train, validation = read(tmp_path / "c")
+    assert sorted(train + validation) == sorted(texts)
+
+
 def test_lone_surrogates_become_replacement_characters(tmp_path: Path) -> None:
     build([["a\ud800b"], ["a\ud800b"]], tmp_path / "c")
     assert read(tmp_path / "c") == (["a�b"], ["a�b"])
