@@ -249,7 +249,6 @@ class Pretraining(Stage):
 
     @cached_property
     def validation_bytes(self) -> int:
-        """Bytes of the validation text."""
         with Shard(self.validation_shards[0]) as shard:
             return shard.text_bytes
 
