@@ -106,17 +106,21 @@ def save_checkpoint(
     assert step >= 0, step
     assert keep_last is None or keep_last >= 1, keep_last
     assert state, "a checkpoint has at least one section"
-    tensors, values = _select(state, tensors=True), _select(state, tensors=False)
+    values = {
+        section: {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        for section, entries in state.items()
+    }
     encoded = json.dumps(encode_json({"state": values, "meta": meta}))  # fails before any writing
     content = {"format": FORMAT, "step": step, **json.loads(encoded)}
     path = directory / f"step_{step:06d}"
-    needed = sum(tensor.nbytes for section in tensors.values() for tensor in section.values())
     try:
         remove_leftovers(directory)
         with new_directory(path) as temporary:
-            content["files"] = _write_sections(temporary, tensors)
+            content["files"] = _write_sections(temporary, state)
             write_json(temporary / META, {**content, "sha256": _digest(content)})
     except (OSError, SafetensorError) as error:
+        entries = [each for section in state.values() for each in section.values()]
+        needed = sum(each.nbytes for each in entries if isinstance(each, Tensor))
         raise CheckpointError(_explain_failed_save(error, path, needed)) from error
     if keep_last is not None:
         prune_checkpoints(directory, step, keep_last)
@@ -133,32 +137,26 @@ def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
         raise CheckpointError(f"cannot update {path}: {error}; it is as it was") from error
 
 
-def _select(state: Mapping[str, Mapping[str, Any]], *, tensors: bool) -> dict[str, dict[str, Any]]:
-    """Return the tensors of every section, or its other values."""
-    return {
-        section: {k: v for k, v in entries.items() if isinstance(v, Tensor) is tensors}
-        for section, entries in state.items()
-    }
-
-
 def _write_sections(
-    directory: Path, sections: Mapping[str, Mapping[str, Tensor]]
+    directory: Path, state: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Write one file per section with tensors; return each file's size and checksum by name."""
     files = {}
-    for section, tensors in sections.items():
+    for section, entries in state.items():
         file = directory / (check_name(section, "section") + SUFFIX)
-        if tensors:
-            save_file(_storable(tensors), file)
+        if any(isinstance(value, Tensor) for value in entries.values()):
+            save_file(_storable(entries), file)
             files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     return files
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors that safetensors does not accept: strided, remote or aliased ones."""
+def _storable(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors, copied where safetensors needs it: strided, remote or aliased ones."""
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, tensor in entries.items():
+        if not isinstance(tensor, Tensor):
+            continue
         local = tensor.detach().cpu().contiguous()
         storage = local.untyped_storage().data_ptr()
         stored[name] = local.clone() if storage in storages else local
