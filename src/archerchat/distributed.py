@@ -5,7 +5,8 @@
         for index in ranks.share(len(examples)): counts[index] = ...
         counts = ranks.sum(counts)      # everywhere the same
 
-A rank fills in what it did and leaves zeros elsewhere. One process needs no group and makes none.
+A rank fills in what it did and leaves zeros elsewhere. Nothing else reads torchrun's variables or
+builds a process group. One process needs no group and makes none.
 """
 
 from __future__ import annotations

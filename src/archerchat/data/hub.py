@@ -48,6 +48,8 @@ def download_shards(
 ) -> list[Path]:
     """Fetch validation and the first `num_train` other shards, in parallel; return the new ones.
 
+    Validation is the same shard for any `num_train`, so that all runs are validated alike.
+
     Args:
         endpoint: the hub's address; None leaves it to huggingface_hub (`HF_ENDPOINT`).
 
