@@ -14,6 +14,7 @@ and names of the run in a directory. `endlex.Api` reads the runs of a server.
 
 from typing import TYPE_CHECKING, Any
 
+from endlex.client.directories import given_run_id, read_run_file
 from endlex.client.run import (
     Run,
     alert,
@@ -28,13 +29,12 @@ from endlex.client.run import (
     log_text,
     save,
 )
-from endlex.client.run_directory import given_run_id, read_run_file
 from endlex.protocol import EndlexError
 from endlex.reading import read_run
 
 if TYPE_CHECKING:
     from endlex.api import Api
-    from endlex.client.surroundings import describe_environment
+    from endlex.client.environment import describe_environment
 
     run: Run | None
     __version__: str
@@ -60,7 +60,7 @@ __all__ = [
     "save",
 ]
 
-LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.surroundings"}
+LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.environment"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from endlex.client.run_directory import server_token, server_url
+from endlex.client.directories import server_token, server_url
 from endlex.client.transport import Refused, Transport, quoted
 from endlex.protocol import CONSOLE, RUN_ID, EndlexError
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from endlex.client.directories import require_run_file
 from endlex.client.process import is_running, try_lock
-from endlex.client.run_directory import require_run_file
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,

@@ -14,8 +14,10 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from endlex.client import run_directory
+from endlex.client import directories
+from endlex.client.directories import Mode
 from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
+from endlex.client.log import Log
 from endlex.client.process import (
     describe_error,
     finish_at_exit,
@@ -25,8 +27,6 @@ from endlex.client.process import (
     warn_once,
     watch_faults,
 )
-from endlex.client.recorder import Recorder
-from endlex.client.run_directory import Mode
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
@@ -44,7 +44,7 @@ from endlex.protocol import (
 )
 
 if TYPE_CHECKING:
-    from endlex.client.surroundings import Console
+    from endlex.client.environment import Console
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +52,7 @@ WATCH_SECONDS = 60.0
 """How often `log` looks whether the shipper still lives."""
 
 
-class Run(Recorder):
+class Run(Log):
     """One session of a run; `init` makes it. One that is disabled takes every call, does nothing.
 
     As a context manager it finishes the run: as failed when an exception leaves the block, as
@@ -133,7 +133,7 @@ class Run(Recorder):
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
-        from endlex.client.checkpoints import NothingToSave, announcement, stage
+        from endlex.client.checkpoints import NothingToSave, stage
 
         if replaces is not None:
             metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
@@ -153,7 +153,10 @@ class Run(Recorder):
         except NothingToSave as error:
             self._refuse(str(path), error)
             return ""
-        self._journal.append(CHECKPOINT, announcement(note))
+        files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
+        kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
+        announced = {"step": note["step"], "name": note["name"], "files": files, **kept}
+        self._journal.append(CHECKPOINT, announced)
         return note["name"]
 
     def has_saved(self, name: str) -> bool:
@@ -185,18 +188,14 @@ class Run(Recorder):
         self._finished = True
         try:
             self._record_end(self._journal, status, error)
-            self._journal.close()
-            self._journal.path.with_suffix(".fault").unlink(missing_ok=True)
         except (EndlexError, OSError) as problem:
             self._refuse("finish", problem)
         if self.refused:
-            names = ", ".join(
-                f"{name[:40]!r} ({count:,})" for name, count in self.refused.most_common(5)
-            )
+            names = ", ".join(f"{name[:40]!r} ({n:,})" for name, n in self.refused.most_common(5))
             warn(f"not recorded as it was: {names}{', ...' if len(self.refused) > 5 else ''}")
         forget(self)
         if self.online and not self._journal.inherited and self.directory is not None:
-            from endlex.client.shipping import wait_until_shipped
+            from endlex.client.shipper.control import wait_until_shipped
 
             wait_until_shipped(self.directory, self._journal.path)
 
@@ -208,17 +207,18 @@ class Run(Recorder):
                 lines = "".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:]
                 journal.append_own(EXCEPTION, lines)
         journal.append(FINISH, end)
+        journal.close()
+        journal.path.with_suffix(".fault").unlink(missing_ok=True)
 
-    def begin(self, *, environment: bool, code: bool, console: bool) -> None:
+    def _begin(self, journal: Journal, environment: bool, code: bool, console: bool) -> None:
         """Record what the run is: commit, command, packages; and from now on what it prints."""
-        from endlex.client.surroundings import Console, record_environment
+        from endlex.client.environment import Console, record_environment
 
-        assert self._journal is not None
-        watch_faults(self._journal.path.with_suffix(".fault"))
+        watch_faults(journal.path.with_suffix(".fault"))
         if environment:
-            record_environment(self._journal, code)
+            record_environment(journal, code)
         if console:
-            self._console = Console(self._journal)
+            self._console = Console(journal)
         finish_at_exit(self)
 
     def go_online(self, url: str) -> None:
@@ -229,7 +229,7 @@ class Run(Recorder):
 
     def _watch_shipper(self, begin: bool = False) -> None:
         """Start another shipper if this run's was killed; asking costs a few system calls."""
-        from endlex.client.shipping import restart_shipper_if_killed, start_shipper
+        from endlex.client.shipper.control import restart_shipper_if_killed, start_shipper
 
         self._next_watch = time.monotonic() + WATCH_SECONDS
         if self.directory is None or self._journal is None or self._journal.inherited:
@@ -313,18 +313,18 @@ def init(
         TypeError: an argument is unknown here and to wandb.
     """
     _ignore(of_wandb)
-    mode = run_directory.chosen_mode(mode)
+    mode = directories.chosen_mode(mode)
     check_name(project, "project")
     if name is not None:
         check_name(name, "run name")
-    rank = run_directory.environment_number("RANK")
+    rank = directories.environment_number("RANK")
     if mode == "disabled" or (rank and not all_ranks):
         return _remember(Run(None, None, project, name or "", config, strict=strict))
-    run_id = run_directory.given_run_id(id)
-    if all_ranks and not (directory or run_id) and run_directory.environment_number("WORLD_SIZE"):
+    run_id = directories.given_run_id(id)
+    if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
-    place, owner = run_directory.find_or_claim(project, name, run_id, directory, dir, resume)
-    start = run_directory.session_start(
+    place, owner = directories.find_or_claim(project, name, run_id, directory, dir, resume)
+    start = directories.session_start(
         owner,
         TRAINER,
         config=as_config(config),
@@ -333,13 +333,15 @@ def init(
         notes=notes,
         rank=rank,
     )
-    run = Run(place, Journal(place, start), project, owner["name"], config, owner["run"], strict)
-    run.begin(
-        environment=rank == 0 and run_directory.is_on("ENVIRONMENT"),
+    journal = Journal(place, start)
+    run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
+    run._begin(
+        journal,
+        environment=rank == 0 and directories.is_on("ENVIRONMENT"),
         code=save_code,
-        console=run_directory.is_on("CONSOLE") if console is None else console,
+        console=directories.is_on("CONSOLE") if console is None else console,
     )
-    if mode == "online" and (url := run_directory.server_url()):
+    if mode == "online" and (url := directories.server_url()):
         run.go_online(url)
     return _remember(run)
 
@@ -372,7 +374,7 @@ def _remember(run: Run) -> Run:
 
 
 def current_run() -> Run | None:
-    """The run that `init` returned last, or None."""
+    """Return the run that `init` returned last, or None."""
     return _Current.run
 
 

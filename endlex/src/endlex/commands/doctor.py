@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from endlex.api import Api
+from endlex.client.directories import runs_folder, server_token, server_url
 from endlex.client.process import describe
-from endlex.client.run_directory import runs_folder, server_token, server_url
-from endlex.client.shipping import read_state, shipper_process, sync_command
-from endlex.client.sync import compare_directory
+from endlex.client.shipper.control import read_state, shipper_process, sync_command
 from endlex.client.transport import Refused, TransportError
+from endlex.client.verify import compare_directory
 from endlex.commands.rendering import count, format_bytes, print_json, printable
 from endlex.commands.targets import find_server, local_runs
 from endlex.protocol import PROTOCOL, EndlexError

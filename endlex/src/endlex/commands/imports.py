@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from endlex.client.run_directory import runs_folder
+from endlex.client.directories import runs_folder
 from endlex.commands.rendering import count, printable
 from endlex.importers.run_directory import Imported
 from endlex.protocol import EndlexError, UsageError

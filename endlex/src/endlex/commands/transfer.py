@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from endlex.api import LAST, choose_checkpoint, run_path
-from endlex.client.run_directory import claim_directory, require_run_file
-from endlex.client.sync import require_all_sent, sync_directory
-from endlex.client.transfers import pull_checkpoint, push_checkpoint
+from endlex.client.directories import claim_directory, require_run_file
+from endlex.client.transfers import pull_checkpoint, push_checkpoint, sync_directory
 from endlex.client.transport import Retry
+from endlex.client.verify import require_all_sent
 from endlex.commands.rendering import ProgressLine, count, format_bytes
 from endlex.commands.targets import find_server, is_run_directory, local_runs
 from endlex.protocol import CHECKPOINT_NAME, RUN_FILE, EndlexError, UsageError

@@ -22,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from endlex.client.directories import RunFile, session_start
 from endlex.client.journal import Journal
 from endlex.client.process import Stop
-from endlex.client.run_directory import RunFile, session_start
-from endlex.client.shipping import say
+from endlex.client.shipper.control import say
 from endlex.protocol import FINISH, METRICS, SYSTEM
 
 SAMPLE_SECONDS = 10.0

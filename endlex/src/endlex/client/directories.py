@@ -27,9 +27,6 @@ from endlex.protocol import PROTOCOL, RUN_FILE, RUN_ID, EndlexError, check_name,
 
 Mode = Literal["online", "offline", "disabled"]
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
-SHIPPER_LOCK = "shipper.lock"
-SHIPPER_STATE = "shipper.json"
-SHIPPER_LOG = "shipper.log"
 TOKEN_FILE = ".config/endlex/token"
 
 

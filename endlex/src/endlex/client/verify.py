@@ -1,195 +1,42 @@
-"""Send all that a run's directory holds (`endlex sync`), and compare it by hash (`endlex verify`).
-
-Sending is in the foreground. A shipper that is at work there is ended first, and started again
-afterwards if a trainer still writes; so a new address or token counts at once. Ctrl-C loses
-nothing. The comparison asks: may this machine be torn down?
-"""
+"""Compare a run's directory with the server by hash: may this machine be torn down?"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from endlex.client.checkpoints import (
     damaged_media,
-    drop_replaced,
-    give_up,
     given_up,
     load_manifest,
     staged_names,
     waiting_media,
 )
-from endlex.client.journal_sync import JournalShipper, SessionDiffers, SessionSync, renew_session
+from endlex.client.directories import require_run_file
 from endlex.client.process import describe
-from endlex.client.run_directory import require_run_file
-from endlex.client.shipper import ALL_MEDIA, CheckpointShipper
-from endlex.client.shipping import (
-    DONE,
-    FOREGROUND,
-    failed_checkpoints,
-    holding,
-    shipper_process,
-    start_shipper,
-    stop_shipper,
-    take_lock,
-    write_state,
-)
-from endlex.client.transfers import PATIENCE_SECONDS, Patience, Removed, Unknown, fetch_manifest
-from endlex.client.transport import Refused, Retry, Transport, TransportError, quoted
-from endlex.client.uploads import CheckpointFailed, missing_parts
+from endlex.client.shipper.control import failed_checkpoints, shipper_process
+from endlex.client.shipper.send_checkpoints import missing_parts
+from endlex.client.shipper.send_journals import SessionDiffers, SessionShipper
+from endlex.client.transport import Refused, Transport, TransportError, quoted
 from endlex.protocol import (
     CHECKPOINT,
     MANIFEST_DIR,
     MEDIA,
     METRICS,
+    REMOVED,
     REPLACES,
     SYSTEM,
     TABLE,
     TEXT,
     EndlexError,
+    Manifest,
+    check_manifest,
     check_sha256,
 )
-from endlex.reading import (
-    content_length,
-    parse_record,
-    session_files,
-    session_kind,
-    writer_is_alive,
-)
-
-SyncProgress = Callable[[str, int, int], None]
-"""Called with what is sent ("journal" or a checkpoint's name), the bytes that have arrived, and
-all bytes."""
-LOCK_SECONDS = 1.0
-ATTEMPTS = 3
-
-
-def sync_directory(
-    directory: Path,
-    transport: Transport,
-    progress: SyncProgress = lambda what, done, total: None,
-    *,
-    patience: float = PATIENCE_SECONDS,
-    drop_failed: bool = False,
-    resend: bool = False,
-) -> set[str]:
-    """Send what is there now, and return when the server has acknowledged and published it.
-
-    Args:
-        patience: seconds without any progress after which a fault of the network is raised.
-        drop_failed: give up the checkpoints and media that can never be sent, such as those whose
-            files were rewritten before that.
-        resend: send journals that differ from the server's copies as new sessions.
-
-    Returns:
-        The checkpoints that were published: a directory that can only be read still holds them.
-
-    Raises:
-        EndlexError: the directory is no run's, another `endlex sync` is at work there, the server
-            refuses something, or a checkpoint can never be published. The rest is sent first.
-        Retry: the server could not be reached for too long.
-    """
-    run = require_run_file(directory)["run"]
-    had_shipper, lock = _take_over(directory)
-    journals = JournalShipper(directory, run, transport)
-    checkpoints = CheckpointShipper(directory, run, transport)
-    waiter = Patience(patience)
-    try:
-        with holding(lock):
-            try:
-                if resend:
-                    _renew_differing(directory, run, transport)
-                _send_journals(directory, journals, waiter, progress)
-                _send_checkpoints(directory, checkpoints, waiter, progress, drop_failed)
-            finally:
-                states = {"sessions": journals.states(), "checkpoints": checkpoints.states()}
-                write_state(directory, DONE, {"url": transport.url, "error": None, **states})
-    finally:
-        if had_shipper and journals.has_live_trainer():
-            start_shipper(directory, url=transport.url)
-    errors, published = journals.errors(), set()
-    for name, state in checkpoints.states().items():
-        if state["state"] == "published":
-            published.add(name)
-        elif state["error"]:
-            what = "media" if name == ALL_MEDIA else f"checkpoint {name}"
-            errors.append(f"{what}: {state['error']}")
-    if errors:
-        raise EndlexError("; ".join(dict.fromkeys(errors)))
-    return published
-
-
-def _take_over(directory: Path) -> tuple[bool, IO[str]]:
-    """Return whether a shipper had to give up the directory's lock, and the lock."""
-    had_shipper = False
-    for _ in range(ATTEMPTS):  # another one may have waited for the first
-        had_shipper |= stop_shipper(directory)
-        lock = take_lock(directory, FOREGROUND, seconds=LOCK_SECONDS)
-        if lock is not None:
-            return had_shipper, lock
-    raise EndlexError(f"another process sends {directory} already: wait for it, or end it")
-
-
-def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
-    """Give journals that differ from the server's copies another session id."""
-    for path in session_files(directory):
-        try:
-            SessionSync(run, path, transport).ask()
-        except SessionDiffers:
-            if not writer_is_alive(path):
-                renew_session(path)
-
-
-def _send_journals(
-    directory: Path, journals: JournalShipper, patience: Patience, progress: SyncProgress
-) -> None:
-    """Send every journal up to where it ends now."""
-    targets = {path.stem: content_length(path) for path in session_files(directory)}
-
-    def is_sent(session: SessionSync) -> bool:
-        """Whether the server has what was there, and of a session that is over how it ended."""
-        has_all = (session.acknowledged or 0) >= targets.get(session.session, 0)
-        return bool(session.error or session.done or (has_all and writer_is_alive(session.path)))
-
-    while True:
-        patience.keep_trying(journals.tick)
-        sessions = journals.sessions.values()
-        done = sum(session.acknowledged or 0 for session in sessions)
-        patience.progressed("journal", done)
-        progress("journal", done, max(done, sum(targets.values())))
-        if all(map(is_sent, sessions)):
-            return
-
-
-def _send_checkpoints(
-    directory: Path,
-    checkpoints: CheckpointShipper,
-    patience: Patience,
-    progress: SyncProgress,
-    drop_failed: bool,
-) -> None:
-    """Send what is staged, and media."""
-    drop_replaced(directory)
-    for name in checkpoints.waiting():
-        try:
-            report = patience.watching(progress, name)
-            patience.keep_trying(partial(checkpoints.send, name, report))
-        except Retry:
-            raise
-        except CheckpointFailed as error:
-            if drop_failed:
-                checkpoints.forget(name)
-                if name != ALL_MEDIA:
-                    give_up(directory, name, str(error))
-        except (EndlexError, OSError):
-            continue  # it is among the states
-    for sha256 in damaged_media(directory) if drop_failed else ():
-        give_up(directory, sha256, "damaged before it was sent")
-
+from endlex.reading import parse_record, session_files, session_kind, writer_is_alive
 
 OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in (METRICS, TEXT, TABLE))
 """How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
@@ -351,7 +198,7 @@ def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: boo
         reason = "a process still writes this session: end it"
         found.append(Missing("live", path.stem, reason, "wait"))
     try:
-        if left := SessionSync(run, path, transport).missing_bytes():
+        if left := SessionShipper(run, path, transport).missing_bytes():
             found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent"))
     except SessionDiffers as error:
         found.append(Missing("journal", path.stem, str(error), "resend"))
@@ -397,3 +244,51 @@ def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
         return False
     except (KeyError, TypeError, AttributeError) as error:
         raise transport.ill_answer() from error
+
+
+class Removed(EndlexError):
+    """The server published this checkpoint and removed it since, on purpose.
+
+    Attributes:
+        removed: Unix seconds.
+        reason: such as "pruned by keep-last 3".
+        manifest: what it was.
+    """
+
+    def __init__(self, message: str, removed: float, reason: str, manifest: Manifest) -> None:
+        super().__init__(message)
+        self.removed, self.reason, self.manifest = removed, reason, manifest
+
+
+class Unknown(EndlexError):
+    """The server knows no checkpoint of this name."""
+
+
+def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
+    """The manifest of a checkpoint that the server has published.
+
+    Raises:
+        Unknown: there is none of this name.
+        Removed: a rule or a person removed it.
+        EndlexError: it is not published.
+        Retry: the server is not there.
+    """
+    try:
+        answer = transport.request("GET", quoted("runs", run, "checkpoints", name))
+    except Refused as error:
+        if error.status == 404:
+            raise Unknown(f"the server has no checkpoint {name!r} of run {run}") from error
+        raise
+    content = answer.content if isinstance(answer.content, dict) else {}
+    state = content.get("state")
+    if state not in ("published", REMOVED):
+        raise EndlexError(f"checkpoint {name!r} of run {run} is {state!r}, not published yet")
+    manifest = check_manifest(content)
+    if manifest["name"] != name:
+        raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
+    if state == REMOVED:
+        reason, removed = str(content.get("reason")), content.get("removed")
+        removed = float(removed) if isinstance(removed, int | float) else 0.0
+        message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
+        raise Removed(message, removed, reason, manifest)
+    return manifest

@@ -1,4 +1,4 @@
-"""Journals on their way: from the offset that the server has acknowledged, in batches.
+"""Send journals: from the offset that the server has acknowledged, in batches.
 
 The server is asked once how much it has of a session, with the hash of it: nothing is added to
 another content under the same id. Then each batch is whole lines from that offset on, with a
@@ -38,18 +38,15 @@ from endlex.reading import (
 
 BATCH_BYTES = 2**20
 DEFLATE_LEVEL = 6
+HEARTBEAT_SECONDS = 20.0
 
 
 class SessionDiffers(EndlexError):
     """The server has another content under the session's id."""
 
 
-class SessionSync:
-    """One journal, and how far it is on the server.
-
-    Args:
-        path: of the journal; its stem is the session.
-    """
+class SessionShipper:
+    """Send one journal, whose path's stem is the session."""
 
     def __init__(self, run: str, path: Path, transport: Transport) -> None:
         self.path, self.session, self.kind = path, path.stem, session_kind(path)
@@ -73,8 +70,9 @@ class SessionSync:
         """
         length = content_length(self.path)
         try:
-            query = {"upto": length}
-            answer = self._transport.request("GET", f"{self._where}/journal", query=query)
+            answer = self._transport.request(
+                "GET", f"{self._where}/journal", query={"upto": length}
+            )
             offset, theirs = int(answer.content["offset"]), answer.content["sha256"]
         except Refused as error:
             if error.status != 404:
@@ -153,7 +151,7 @@ def renew_session(path: Path) -> Path:
 
 
 def read_batch(path: Path, start: int, size: int) -> bytes:
-    """Whole lines from `start` on: as many as fit, but at least one if there is one."""
+    """Return whole lines from `start` on: as many as fit, but at least one if there is one."""
     with path.open("rb") as file:
         file.seek(start)
         batch = file.read(size)
@@ -170,16 +168,13 @@ def read_batch(path: Path, start: int, size: int) -> bytes:
 
 
 def _digest(path: Path, length: int) -> str:
-    """SHA-256 of a file's first bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's first bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while length and (block := file.read(min(length, 2**20))):
             digest.update(block)
             length -= len(block)
     return digest.hexdigest()
-
-
-HEARTBEAT_SECONDS = 20.0
 
 
 class JournalShipper:
@@ -190,16 +185,12 @@ class JournalShipper:
     """
 
     def __init__(
-        self,
-        directory: Path,
-        run: str,
-        transport: Transport,
-        reported: Collection[str] = (),
+        self, directory: Path, run: str, transport: Transport, reported: Collection[str] = ()
     ) -> None:
         self._directory, self._run, self._transport = directory, run, transport
         self._reported = set(reported)
         self._oom_kills = oom_kills()
-        self.sessions: dict[str, SessionSync] = {}
+        self.sessions: dict[str, SessionShipper] = {}
         self.denied = False
         """Whether the last refusal was of the token."""
 
@@ -211,7 +202,7 @@ class JournalShipper:
         """
         for path in session_files(self._directory):
             if path.stem not in self.sessions:
-                self.sessions[path.stem] = SessionSync(self._run, path, self._transport)
+                self.sessions[path.stem] = SessionShipper(self._run, path, self._transport)
         more, later = False, None
         for session in self.sessions.values():
             if session.done or time.monotonic() < session.retry_at:
@@ -231,11 +222,10 @@ class JournalShipper:
             raise later
         return more
 
-    def _advance(self, session: SessionSync) -> bool:
+    def _advance(self, session: SessionShipper) -> bool:
         size = session.path.stat().st_size
         if size != session.settled_size or session.acknowledged is None:
-            sent = session.ship()
-            if sent:
+            if sent := session.ship():
                 self._reported.discard(session.session)
                 self._beat(session, size)
                 return sent >= BATCH_BYTES // 2
@@ -247,33 +237,28 @@ class JournalShipper:
             self._report_end(session)
         return False
 
-    def _beat(self, session: SessionSync, size: int) -> None:
+    def _beat(self, session: SessionShipper, size: int) -> None:
         now = time.monotonic()
         if session.acknowledged and now >= session.beat_at:
             session.report("running", max(size - session.acknowledged, 0))
             session.beat_at = now + HEARTBEAT_SECONDS
 
-    def _report_end(self, session: SessionSync) -> None:
+    def _report_end(self, session: SessionShipper) -> None:
         if session.acknowledged and session.session not in self._reported:
-            status = end_status(session.path) or gone_status(session.path)
-            reason = self._reason(session.path) if status == CRASHED else None
+            status, reason = end_status(session.path) or gone_status(session.path), None
+            if status == CRASHED:
+                reason = gone_reason(session.path)
+                if oom_kills() > self._oom_kills:
+                    killed = "the kernel ended a process of this machine for lack of memory"
+                    reason = f"{killed}; {reason}"
             session.report(status, 0, reason)
         session.done = True
 
-    def _reason(self, path: Path) -> str:
-        killed = oom_kills() > self._oom_kills
-        memory = "the kernel ended a process of this machine for lack of memory; " if killed else ""
-        return memory + gone_reason(path)
-
     def states(self) -> dict[str, dict[str, Any]]:
-        """By session: `acknowledged` bytes, whether it is `done`, and `error`."""
+        """Return, by session, `acknowledged` bytes, whether it is `done`, and `error`."""
         return {
-            name: {
-                "acknowledged": session.acknowledged or 0,
-                "done": session.done,
-                "error": session.error,
-            }
-            for name, session in self.sessions.items()
+            name: {"acknowledged": one.acknowledged or 0, "done": one.done, "error": one.error}
+            for name, one in self.sessions.items()
         }
 
     def errors(self) -> list[str]:
