@@ -49,10 +49,8 @@ from endlex.protocol import (
 
 FICLONE = 0x40049409
 """The request of linux/fs.h that makes one file's content another's, copied when written."""
-GIVEN_UP = ".given-up"
-"""End of the name of the note, beside the manifests, that a checkpoint was given up."""
-DAMAGED = ".damaged"
-"""End of the name of a part of media that is no longer what its name says."""
+GIVEN_UP, DAMAGED = ".given-up", ".damaged"
+"""Ends of names: of a note that a checkpoint was given up; of a part of media that is damaged."""
 
 
 class NothingToSave(EndlexError):
@@ -100,12 +98,8 @@ def describe_file(inside: str, status: os.stat_result) -> StagedFile:
 def files_of(source: Path, outside_links: bool = True) -> Iterator[tuple[str, Path]]:
     """Yield the path inside the checkpoint, and the place, of each file that `source` names.
 
-    A file goes by its own name, a directory's files by their paths in it. Links are followed, but
-    not to a directory that is around them. Links to nothing, sockets and pipes are left out with a
-    warning.
-
-    Args:
-        outside_links: also follow links that lead out of the directory.
+    Links are followed, but not to a directory that is around them, and out of `source` only with
+    `outside_links`. Links to nothing, sockets and pipes are left out with a warning.
 
     Raises:
         EndlexError: there is nothing at `source`, or a link leads out of it.
@@ -269,13 +263,10 @@ def staged_names(directory: Path) -> list[str]:
 
 
 def staged_change(directory: Path, name: str) -> str | None:
-    """Return what happened to a staged checkpoint's files since they were saved, or None.
-
-    One that is being removed, since the server has it, may lack files or its note by now.
-    """
-    with contextlib.suppress(EndlexError):
+    """Return what happened to a staged checkpoint's files since they were saved, or None."""
+    with contextlib.suppress(EndlexError):  # it is being removed: the server has it
         for file in read_note(directory, name)["files"]:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # likewise
                 status = (directory / STAGED_DIR / name / file["path"]).stat()
                 if describe_file(file["path"], status) != file:
                     return str(FileChanged(file["path"]))
@@ -308,11 +299,7 @@ def drop_replaced(directory: Path) -> list[str]:
 
 
 def give_up(directory: Path, name: str, reason: str) -> None:
-    """Drop what can never be sent, and note that this was decided.
-
-    Args:
-        name: of a staged checkpoint, or the hash of a damaged part of media.
-    """
+    """Drop a staged checkpoint, or a damaged part of media by its hash, and note the reason."""
     path = directory / MANIFEST_DIR / f".{name}{GIVEN_UP}"
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"reason": reason}).encode())

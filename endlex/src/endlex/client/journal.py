@@ -2,16 +2,16 @@
 
 A journal is an append-only file of JSON lines, the only truth about a run. Each recording process
 opens its own, one session, and holds its lock (`flock`) while it lives, so that others see when it
-is gone. The file is opened with O_APPEND, and appears under its name with its lock held and its
-first record written. There is no thread, no queue and no network here. The process may be killed at
-any moment: what was written stays, and at most the last line is torn. `endlex.reading` reads.
+is gone. The file appears under its name with its lock held and its first record written. There is
+no thread, no queue and no network here. The process may be killed at any moment: what was written
+stays, and at most the last line is torn. `endlex.reading` reads.
 
-Before that come the functions that turn what a trainer gives into JSON: metric values quickly, on
-every step, and anything else.
+Before that come the functions that turn what a trainer gives into JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -109,14 +109,10 @@ def as_number(value: Any) -> float:
 
 def checked_step(step: Any) -> int:
     """Return `step` as an `int`, if it is a whole number from 0 to `MAX_STEP`."""
-    if type(step) is int and 0 <= step <= MAX_STEP:
-        return step
-    try:
+    with contextlib.suppress(Exception):  # whatever some library's tensor raises
         whole = int(step)
         if 0 <= whole <= MAX_STEP and whole == step and not isinstance(step, bool):
             return whole
-    except Exception:  # as above
-        pass
     raise EndlexError(f"step is {step!r:.80}; it must be a whole number from 0 to 2**62")
 
 
@@ -131,6 +127,12 @@ class RunConfig(dict[str, Any]):
     def __init__(self, content: Mapping[str, Any], changed: Callable[[], None]) -> None:
         super().__init__(content)
         self._changed = changed
+        self._recorded = plain(content)
+
+    def take_changes(self) -> dict[str, Any]:
+        """Return the keys that have changed since this was asked last, with their values."""
+        before, self._recorded = self._recorded, plain(self)
+        return {k: v for k, v in self._recorded.items() if k not in before or before[k] != v}
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, value)
@@ -157,14 +159,12 @@ class RunConfig(dict[str, Any]):
 
 def as_config(given: Any) -> dict[Any, Any]:
     """Return a configuration in any usual shape as a dictionary: its own top level, unchanged."""
-    content = _members(given)
-    if content is not None:
-        return content
-    return {} if given is None else {"config": given}
+    members = {} if given is None else _members(given)
+    return {"config": given} if members is None else members
 
 
 def _members(value: Any) -> dict[Any, Any] | None:
-    """What an object with named members holds: a mapping, a dataclass, a namespace; else None."""
+    """Return what a mapping, a dataclass or a namespace holds; else None."""
     if isinstance(value, Mapping):
         return dict(value)
     fields = getattr(type(value), "__dataclass_fields__", None)  # importing dataclasses takes long
@@ -213,12 +213,10 @@ def _jsonable(value: Any, depth: int = 0) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(item, depth + 1) for item in value]
     if isinstance(value, Mapping):
-        return {_key(key): _jsonable(item, depth + 1) for key, item in value.items()}
+        names = (str(key.value if isinstance(key, Enum) else key) for key in value)
+        items = (_jsonable(item, depth + 1) for item in value.values())
+        return dict(zip(names, items, strict=True))
     return _jsonable(_default(value), depth + 1)
-
-
-def _key(key: Any) -> str:
-    return str(key.value if isinstance(key, Enum) else key)
 
 
 LARGEST_BACKLOG = 16 * 2**20
@@ -371,9 +369,8 @@ class Journal:
 
 @cache
 def _watch_forks() -> None:
-    os.register_at_fork(after_in_child=_abandon_all)
+    def abandon_all() -> None:
+        for journal in list(OPENED):
+            journal.abandon()
 
-
-def _abandon_all() -> None:
-    for journal in list(OPENED):
-        journal.abandon()
+    os.register_at_fork(after_in_child=abandon_all)

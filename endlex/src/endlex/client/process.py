@@ -1,13 +1,13 @@
 """What a process needs of its system: warnings, locks, names of processes, and its own end.
 
-Locks (Lustre, NFS) and writes to the disk on request (FUSE) are not everywhere: where they are
-missing, Endlex works without them, with one warning.
+Locks (Lustre, NFS) and `fsync` (FUSE) are not everywhere: where they are missing, Endlex works
+without them, with one warning.
 
 A run that the program did not finish is recorded as it exits, with what ended it: the interpreter
 keeps the exception that nobody caught in `sys.last_value`, `sys.exit` is wrapped to note its code,
 and `atexit` finishes the runs that are left. A `SystemExit` that is raised without `sys.exit`
-leaves no trace: a run that it ends counts as finished. A process that is killed does none of this;
-the shipper sees then that the writer is gone.
+leaves no trace: a run that it ends counts as finished. Of a process that is killed, the shipper
+sees that the writer is gone.
 """
 
 from __future__ import annotations
@@ -172,8 +172,10 @@ class _Ending:
     """What this process knows about its end."""
 
     unfinished: ClassVar[list[Finishable]] = []
-    exits: ClassVar[list[tuple[Finishable, int, SystemExit]]] = []
-    """The runs that `sys.exit` left, with what they had recorded by then."""
+    exits: ClassVar[dict[Finishable, tuple[int, SystemExit]]] = {}
+    """What the runs that `sys.exit` left had recorded by then."""
+    faults: ClassVar[list[IO[str]]] = []
+    """The file of `watch_faults`, open for as long as the process lives."""
 
 
 def status_of(error: BaseException | None) -> Status:
@@ -214,7 +216,7 @@ def _watch_exit() -> None:
     def note_exit(status: Any = None, /) -> NoReturn:
         if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
             ended = SystemExit(status)
-            _Ending.exits = [(run, run.recorded, ended) for run in _Ending.unfinished]
+            _Ending.exits = {run: (run.recorded, ended) for run in _Ending.unfinished}
         plain_exit(status)
 
     sys.exit = note_exit
@@ -223,10 +225,8 @@ def _watch_exit() -> None:
 def _error_of(run: Finishable) -> BaseException | None:
     if (uncaught := getattr(sys, "last_value", None)) is not None:
         return cast(BaseException, uncaught)
-    for left, recorded, ended in _Ending.exits:
-        if left is run and left.recorded == recorded:  # else something caught that exit
-            return ended
-    return None
+    recorded, ended = _Ending.exits.get(run, (-1, None))
+    return ended if run.recorded == recorded else None  # else something caught that exit
 
 
 def _finish_all() -> None:
@@ -245,9 +245,9 @@ def watch_faults(path: Path) -> None:
     SIGHUP. A program that has asked for the same itself keeps what it has.
     """
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
-        if faulthandler.is_enabled() or _FAULTS:
+        if faulthandler.is_enabled() or _Ending.faults:
             return
-        _FAULTS.append(file := path.open("w"))
+        _Ending.faults.append(file := path.open("w"))
         faulthandler.enable(file, all_threads=False)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:
@@ -260,10 +260,6 @@ def _leave_faults() -> None:
     faulthandler.disable()
     for number in (signal.SIGTERM, signal.SIGHUP):
         faulthandler.unregister(number)
-
-
-_FAULTS: list[IO[str]] = []
-"""The open file, for as long as the process lives."""
 
 
 def oom_kills() -> int:

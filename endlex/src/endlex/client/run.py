@@ -1,14 +1,13 @@
 """What a trainer calls: `init`, then the methods of the `Run` that it returns.
 
-The run that `init` returned last is also the one of the module's functions (`endlex.log` and so
-on), as wandb's users know it. All of them write to the journal and return; a run that is `online`
-has a process of its own, the shipper, which sends what the journal holds.
+The run that `init` returned last is also the one of `endlex.log` and so on, as wandb's users know
+it. All of them write to the journal and return; a run that is `online` has a process of its own,
+the shipper, which sends what the journal holds.
 """
 
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
@@ -19,7 +18,6 @@ from endlex.client.directories import Mode
 from endlex.client.journal import Journal, RunConfig, as_config, as_list, plain
 from endlex.client.log import Log
 from endlex.client.process import (
-    describe_error,
     finish_at_exit,
     forget,
     status_of,
@@ -30,10 +28,6 @@ from endlex.client.process import (
 from endlex.protocol import (
     CHECKPOINT,
     CONFIG,
-    EXCEPTION,
-    FINISH,
-    MAX_REASON_CHARS,
-    MAX_TEXT_CHARS,
     REPLACES,
     STATUSES,
     TRAINER,
@@ -76,7 +70,6 @@ class Run(Log):
         next `save` or `finish` for what is inside their values."""
         self.url: str | None = None
         """The address of the run's page; None while the run is not sent to a server."""
-        self._recorded_config = plain(self.config)
         self._console: Console | None = None
 
     @property
@@ -177,6 +170,8 @@ class Run(Log):
         Raises:
             EndlexError: `status` is not one.
         """
+        from endlex.client.environment import record_end
+
         if status not in STATUSES:
             raise EndlexError(f"status {status!r} must be one of {', '.join(STATUSES)}")
         if self._finished or self._journal is None:
@@ -187,7 +182,7 @@ class Run(Log):
             self._console.close()
         self._finished = True
         try:
-            self._record_end(self._journal, status, error)
+            record_end(self._journal, status, error)
         except (EndlexError, OSError) as problem:
             self._refuse("finish", problem)
         if self.refused:
@@ -198,17 +193,6 @@ class Run(Log):
             from endlex.client.shipper.control import wait_until_shipped
 
             wait_until_shipped(self.directory, self._journal.path)
-
-    def _record_end(self, journal: Journal, status: Status, error: BaseException | None) -> None:
-        end: dict[str, Any] = {"status": status}
-        if error is not None and status != "finished":
-            end["reason"] = describe_error(error)[:MAX_REASON_CHARS]
-            if not isinstance(error, SystemExit):
-                lines = "".join(traceback.format_exception(error))[-MAX_TEXT_CHARS:]
-                journal.append_own(EXCEPTION, lines)
-        journal.append(FINISH, end)
-        journal.close()
-        journal.path.with_suffix(".fault").unlink(missing_ok=True)
 
     def _begin(self, journal: Journal, environment: bool, code: bool, console: bool) -> None:
         """Record what the run is: commit, command, packages; and from now on what it prints."""
@@ -243,14 +227,11 @@ class Run(Log):
         """Record which keys of the configuration have changed."""
         if self._journal is None or self._finished:
             return
-        now, before = plain(self.config), self._recorded_config
-        changed = {k: v for k, v in now.items() if k not in before or before[k] != v}
-        if changed:
-            self._recorded_config = now
-            try:
+        try:
+            if changed := self.config.take_changes():
                 self._journal.append(CONFIG, {"config": changed})
-            except (EndlexError, OSError) as error:
-                self._refuse("config", error)
+        except (EndlexError, OSError) as error:
+            self._refuse("config", error)
 
     def __enter__(self) -> Run:
         return self
@@ -319,22 +300,24 @@ def init(
         check_name(name, "run name")
     rank = directories.environment_number("RANK")
     if mode == "disabled" or (rank and not all_ranks):
-        return _remember(Run(None, None, project, name or "", config, strict=strict))
+        _Current.run = Run(None, None, project, name or "", config, strict=strict)
+        return _Current.run
     run_id = directories.given_run_id(id)
     if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
     place, owner = directories.find_or_claim(project, name, run_id, directory, dir, resume)
+    words = [*as_list(tags or ()), *([job_type] if job_type else [])]
     start = directories.session_start(
         owner,
         TRAINER,
         config=as_config(config),
-        tags=[*as_list(tags or ()), *([job_type] if job_type else [])],
-        group=group,
-        notes=notes,
+        tags=[check_name(tag, "tag") for tag in words],
+        group=None if group is None else str(group),
+        notes=None if notes is None else str(notes),
         rank=rank,
     )
     journal = Journal(place, start)
-    run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
+    _Current.run = run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
     run._begin(
         journal,
         environment=rank == 0 and directories.is_on("ENVIRONMENT"),
@@ -343,7 +326,7 @@ def init(
     )
     if mode == "online" and (url := directories.server_url()):
         run.go_online(url)
-    return _remember(run)
+    return run
 
 
 OF_WANDB = {
@@ -368,17 +351,12 @@ class _Current:
     run: Run | None = None
 
 
-def _remember(run: Run) -> Run:
-    _Current.run = run
-    return run
-
-
 def current_run() -> Run | None:
     """Return the run that `init` returned last, or None."""
     return _Current.run
 
 
-def _of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
+def of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
     """Return a function that calls a method of the current run."""
 
     @wraps(method)
@@ -388,14 +366,3 @@ def _of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
         return method(_Current.run, *args, **kwargs)
 
     return call
-
-
-log = _of_current(Run.log)
-log_text = _of_current(Run.log_text)
-log_table = _of_current(Run.log_table)
-log_histogram = _of_current(Run.log_histogram)
-log_image = _of_current(Run.log_image)
-log_file = _of_current(Run.log_file)
-alert = _of_current(Run.alert)
-save = _of_current(Run.save)
-finish = _of_current(Run.finish)

@@ -119,7 +119,6 @@ class Transport:
         self._token = token
         self._connect_seconds, self._read_seconds = connect_seconds, read_seconds
         self._local = threading.local()
-        """Its `connection` is this thread's, if one is open."""
         self._way, self._proxy_headers = "", dict[str, str]()
         """In front of a request's path, and its headers, for a proxy that is asked for http."""
 
@@ -269,6 +268,7 @@ class Transport:
 
     @property
     def _connection(self) -> http.client.HTTPConnection | None:
+        """This thread's connection, if one is open."""
         return getattr(self._local, "connection", None)
 
     def _new_connection(self) -> http.client.HTTPConnection:

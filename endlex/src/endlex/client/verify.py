@@ -41,6 +41,7 @@ from endlex.reading import parse_record, session_files, session_kind, writer_is_
 OTHER_STARTS = tuple(f'{{"type":"{kind}",'.encode() for kind in (METRICS, TEXT, TABLE))
 """How the journal's lines begin that name no checkpoint and no media: these need no parsing."""
 
+Kind = Literal["journal", "checkpoint", "media", "live"]
 Remedy = Literal["sync", "resend", "wait", "drop", "restore", "look"]
 """What helps: `endlex sync`, with `--resend` or `--drop-failed`; to wait; to restore the server;
 to look at the journal."""
@@ -50,7 +51,7 @@ to look at the journal."""
 class Missing:
     """Why a directory may not be deleted yet; as text, one line for people."""
 
-    kind: Literal["journal", "checkpoint", "media", "live"]
+    kind: Kind
     name: str
     """A session, a checkpoint, or what lives: a session, or `shipper`."""
     reason: str
@@ -104,35 +105,7 @@ def compare_directory(directory: Path, transport: Transport) -> Comparison:
     with the files that were hashed here, or have been until it was removed on purpose, no
     checkpoint wait, no trainer write and no shipper work.
     """
-    owner = require_run_file(directory)
-    shipper = shipper_process(directory)
-    missing = [
-        found
-        for path in session_files(directory)
-        for found in _verify_journal(owner["run"], path, transport, bool(shipper))
-    ]
-    staged = staged_names(directory)
-    failed, dropped = failed_checkpoints(directory), given_up(directory)
-    for name in staged:
-        if name in failed:
-            reason = f"it cannot be sent: {failed[name]}"
-            missing.append(Missing("checkpoint", name, reason, "drop"))
-        else:
-            missing.append(Missing("checkpoint", name, "not sent yet, or not published"))
-    let_go: list[LetGo] = []
-    announced = _read_announced(directory)
-    hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
-    for name in sorted({*announced.checkpoints, *hashed}):
-        if name not in staged and name not in dropped:
-            saved = announced.checkpoints.get(name, _Saved())
-            found = _verify_checkpoint(owner["run"], directory, name, saved, transport)
-            let_go += [found] if isinstance(found, LetGo) else []
-            missing += [found] if isinstance(found, Missing) else []
-    missing += [*_verify_media(directory, announced.media, transport), *announced.damaged]
-    if shipper is not None:
-        reason = f"{describe(shipper.name)} is still at work: wait for it"
-        missing.append(Missing("live", "shipper", reason, "wait"))
-    return Comparison(missing, let_go, sorted(dropped))
+    return _Comparing(directory, transport).compare()
 
 
 class _Saved(NamedTuple):
@@ -142,122 +115,136 @@ class _Saved(NamedTuple):
     replaces: str | None = None
 
 
-@dataclass
-class _Announced:
-    """What a run's journals say of its checkpoints and media."""
+class _Comparing:
+    """One comparison of a directory with the server."""
 
-    checkpoints: dict[str, _Saved] = field(default_factory=dict)
-    media: dict[str, str] = field(default_factory=dict)
-    """Names of logged files, by the hash of each part."""
-    damaged: list[Missing] = field(default_factory=list)
+    def __init__(self, directory: Path, transport: Transport) -> None:
+        self._directory, self._transport = directory, transport
+        self._run = require_run_file(directory)["run"]
+        self._saved: dict[str, _Saved] = {}
+        """Checkpoints that the journals name."""
+        self._media: dict[str, str] = {}
+        """Names of logged files that the journals name, by the hash of each part."""
+        self._missing: list[Missing] = []
+        self._let_go: list[LetGo] = []
 
+    def compare(self) -> Comparison:
+        """Look at the journals, the checkpoints, the media, and who is at work."""
+        directory = self._directory
+        shipper = shipper_process(directory)
+        for path in session_files(directory):
+            self._compare_journal(path, shipper is not None)
+        staged, failed = staged_names(directory), failed_checkpoints(directory)
+        for name in staged:
+            if name in failed:
+                self._miss("checkpoint", name, f"it cannot be sent: {failed[name]}", "drop")
+            else:
+                self._miss("checkpoint", name, "not sent yet, or not published")
+        damaged = [one for path in session_files(directory) for one in self._read_saved(path)]
+        dropped = given_up(directory)
+        hashed = {path.stem for path in (directory / MANIFEST_DIR).glob("*.json")}
+        for name in sorted({*self._saved, *hashed} - {*staged, *dropped}):
+            self._compare_checkpoint(name)
+        self._compare_media(dropped)
+        self._missing += damaged
+        if shipper is not None:
+            reason = f"{describe(shipper.name)} is still at work: wait for it"
+            self._miss("live", "shipper", reason, "wait")
+        return Comparison(self._missing, self._let_go, sorted(dropped))
 
-def _read_announced(directory: Path) -> _Announced:
-    """Read what was saved and logged; a damaged line may hide something, so it is missing."""
-    found = _Announced()
-    for path in session_files(directory):
+    def _miss(self, kind: Kind, name: str, reason: str, remedy: Remedy = "sync") -> None:
+        self._missing.append(Missing(kind, name, reason, remedy))
+
+    def _compare_journal(self, path: Path, has_shipper: bool) -> None:
+        is_shippers = has_shipper and session_kind(path) == SYSTEM
+        if not is_shippers and writer_is_alive(path):
+            self._miss("live", path.stem, "a process still writes this session: end it", "wait")
+        try:
+            left = SessionShipper(self._run, path, self._transport).missing_bytes()
+        except SessionDiffers as error:
+            self._miss("journal", path.stem, str(error), "resend")
+        else:
+            if left:
+                self._miss("journal", path.stem, f"{left:,} bytes are not sent")
+
+    def _read_saved(self, path: Path) -> Iterator[Missing]:
+        """Read what a session saved and logged; yield damaged lines, which may hide something."""
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n") or line.startswith(OTHER_STARTS):
                     continue
                 try:
-                    _add_announced(found, parse_record(line))
+                    self._add_saved(parse_record(line))
                 except (KeyError, TypeError, ValueError, AttributeError, EndlexError):
                     reason = f"line {number} is damaged and may name a checkpoint or a logged file"
-                    found.damaged.append(Missing("journal", path.stem, reason, "look"))
-    return found
+                    yield Missing("journal", path.stem, reason, "look")
 
+    def _add_saved(self, record: Any) -> None:
+        if record["type"] == CHECKPOINT:
+            replaces = (record.get("metadata") or {}).get(REPLACES)
+            self._saved[record["name"]] = _Saved(float(record["time"]), replaces)
+        elif record["type"] == MEDIA:
+            for part in record["parts"]:
+                self._media[check_sha256(part["sha256"])] = str(record["name"])
 
-def _add_announced(found: _Announced, record: Any) -> None:
-    """Add a record; raises what reading a damaged one raises."""
-    if record["type"] == CHECKPOINT:
-        replaces = (record.get("metadata") or {}).get(REPLACES)
-        found.checkpoints[record["name"]] = _Saved(float(record["time"]), replaces)
-    elif record["type"] == MEDIA:
-        found.media |= {check_sha256(p["sha256"]): str(record["name"]) for p in record["parts"]}
+    def _compare_media(self, dropped: set[str]) -> None:
+        waiting, damaged = waiting_media(self._directory), damaged_media(self._directory)
+        asked = list(dict.fromkeys([*self._media, *damaged]))
+        lacking, _ = missing_parts(self._transport, asked)
+        for sha256 in dict.fromkeys([*lacking, *waiting]):
+            name = self._media.get(sha256, sha256)
+            if sha256 in waiting or not (sha256 in damaged or sha256 in dropped):
+                self._miss("media", name, "one of its files is not sent yet")
+            elif sha256 in damaged:
+                self._miss("media", name, "one of its files was damaged before it was sent", "drop")
 
+    def _compare_checkpoint(self, name: str) -> None:
+        let_go, ours = list[LetGo](), None
+        try:
+            ours = load_manifest(self._directory, name)
+            theirs = fetch_manifest(self._run, name, self._transport)
+        except TransportError:
+            raise
+        except Removed as error:
+            theirs, let_go = error.manifest, [error.let_go]
+        except EndlexError as error:
+            if self._is_replaced(self._saved.get(name, _Saved())):
+                return
+            if ours is not None and isinstance(error, Unknown):
+                said = f"{error}, though it was published there once"
+                self._miss("checkpoint", name, said, "restore")
+            else:
+                self._miss("checkpoint", name, str(error))
+            return
+        if ours is not None and ours["files"] != theirs["files"]:
+            self._miss("checkpoint", name, "the server's files differ from those saved here")
+        else:
+            self._let_go += let_go
 
-def _verify_media(
-    directory: Path, announced: dict[str, str], transport: Transport
-) -> Iterator[Missing]:
-    """Yield the logged files that the server lacks, and those that still wait here."""
-    waiting, damaged = waiting_media(directory), damaged_media(directory)
-    lacking, _ = missing_parts(transport, list(dict.fromkeys([*announced, *damaged])))
-    for sha256 in dict.fromkeys([*lacking, *waiting]):
-        name = announced.get(sha256, sha256)
-        if sha256 in waiting or sha256 not in [*damaged, *given_up(directory)]:
-            yield Missing("media", name, "one of its files is not sent yet")
-        elif sha256 in damaged:
-            yield Missing("media", name, "one of its files was damaged before it was sent", "drop")
-
-
-def _verify_journal(run: str, path: Path, transport: Transport, has_shipper: bool) -> list[Missing]:
-    found = []
-    is_shippers = has_shipper and session_kind(path) == SYSTEM
-    if not is_shippers and writer_is_alive(path):
-        reason = "a process still writes this session: end it"
-        found.append(Missing("live", path.stem, reason, "wait"))
-    try:
-        if left := SessionShipper(run, path, transport).missing_bytes():
-            found.append(Missing("journal", path.stem, f"{left:,} bytes are not sent"))
-    except SessionDiffers as error:
-        found.append(Missing("journal", path.stem, str(error), "resend"))
-    return found
-
-
-def _verify_checkpoint(
-    run: str, directory: Path, name: str, saved: _Saved, transport: Transport
-) -> Missing | LetGo | None:
-    let_go, ours = None, None
-    try:
-        ours = load_manifest(directory, name)
-        theirs = fetch_manifest(run, name, transport)
-    except TransportError:
-        raise
-    except Removed as error:
-        theirs, let_go = error.manifest, LetGo(name, error.removed, error.reason)
-    except EndlexError as error:
-        if _is_replaced(run, saved, transport):
-            return None
-        if ours is not None and isinstance(error, Unknown):
-            said = f"{error}, though it was published there once"
-            return Missing("checkpoint", name, said, "restore")
-        return Missing("checkpoint", name, str(error))
-    if ours is not None and ours["files"] != theirs["files"]:
-        return Missing("checkpoint", name, "the server's files differ from those saved here")
-    return let_go
-
-
-def _is_replaced(run: str, saved: _Saved, transport: Transport) -> bool:
-    """Whether the server has a later checkpoint that was saved to replace this one."""
-    if saved.replaces is None:
-        return False
-    try:
-        listed = transport.request("GET", quoted("runs", run, "checkpoints")).content
-        return any(
-            other["state"] == "published"
-            and other["created"] > saved.time
-            and (other["metadata"] or {}).get(REPLACES) == saved.replaces
-            for other in listed
-        )
-    except Refused:
-        return False
-    except (KeyError, TypeError, AttributeError) as error:
-        raise transport.ill_answer() from error
+    def _is_replaced(self, saved: _Saved) -> bool:
+        """Whether the server has a later checkpoint that was saved to replace this one."""
+        if saved.replaces is None:
+            return False
+        try:
+            where = quoted("runs", self._run, "checkpoints")
+            return any(
+                other["state"] == "published"
+                and other["created"] > saved.time
+                and (other["metadata"] or {}).get(REPLACES) == saved.replaces
+                for other in self._transport.request("GET", where).content
+            )
+        except Refused:
+            return False
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._transport.ill_answer() from error
 
 
 class Removed(EndlexError):
-    """The server published this checkpoint and removed it since, on purpose.
+    """The server published this checkpoint, with this manifest, and removed it since on purpose."""
 
-    Attributes:
-        removed: Unix seconds.
-        reason: such as "pruned by keep-last 3".
-        manifest: what it was.
-    """
-
-    def __init__(self, message: str, removed: float, reason: str, manifest: Manifest) -> None:
+    def __init__(self, message: str, let_go: LetGo, manifest: Manifest) -> None:
         super().__init__(message)
-        self.removed, self.reason, self.manifest = removed, reason, manifest
+        self.let_go, self.manifest = let_go, manifest
 
 
 class Unknown(EndlexError):
@@ -265,7 +252,7 @@ class Unknown(EndlexError):
 
 
 def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
-    """The manifest of a checkpoint that the server has published.
+    """Return the manifest of a checkpoint that the server has published.
 
     Raises:
         Unknown: there is none of this name.
@@ -288,7 +275,7 @@ def fetch_manifest(run: str, name: str, transport: Transport) -> Manifest:
         raise EndlexError(f"the server sent checkpoint {manifest['name']!r} in place of {name!r}")
     if state == REMOVED:
         reason, removed = str(content.get("reason")), content.get("removed")
-        removed = float(removed) if isinstance(removed, int | float) else 0.0
+        moment = float(removed) if isinstance(removed, int | float) else 0.0
         message = f"checkpoint {name!r} of run {run} is no longer on the server: {reason}"
-        raise Removed(message, removed, reason, manifest)
+        raise Removed(message, LetGo(name, moment, reason), manifest)
     return manifest

@@ -46,21 +46,19 @@ BEGIN_SECONDS = 1.0
 """Seconds without a living shipper, at a run's end, after which another one is started."""
 POLL_SECONDS = 0.02
 NAMING_POLLS = 10
-DONE = "done"
-"""State of a shipper that ended because nothing was left to do."""
-STOPPED = "stopped"
-"""State of a shipper that was asked to end."""
+DONE, STOPPED = "done", "stopped"
+"""States of a shipper that ended: because nothing was left to do, or because it was asked to."""
 FOREGROUND, BACKGROUND = "foreground", "background"
 """Kinds of holder: `endlex sync`, and a shipper that a trainer started."""
 
 
 class Holder(NamedTuple):
-    """The process that has a directory's lock; `name` is as `process_name` has it."""
+    """The process that has a directory's lock; its `pid` is 0 if it could not be written."""
 
     pid: int
-    """0 if it could not be written."""
     kind: str
     name: str
+    """As `process_name` has it."""
 
 
 def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | None:
@@ -68,10 +66,7 @@ def take_lock(directory: Path, kind: str, *, seconds: float = 0.0) -> IO[str] | 
 
     Args:
         kind: `BACKGROUND` or `FOREGROUND`; written to the lock with the process id.
-        seconds: how long to wait for another one to end.
-
-    Returns:
-        The open lock, or None if another process keeps it.
+        seconds: how long to wait for another one to end; None is returned if it does not.
     """
     try:
         lock = (directory / LOCK_FILE).open("a+")
@@ -159,11 +154,6 @@ def write_state(directory: Path, state: str, content: dict[str, Any]) -> None:
     text = json.dumps({"state": state, "pid": os.getpid(), **content, "updated": time.time()})
     with contextlib.suppress(OSError):  # a full disk stops no shipping
         write_whole(directory / STATE_FILE, text.encode(), durable=False)
-
-
-def _acknowledged(directory: Path, journal: Path) -> int:
-    sessions = read_state(directory).get("sessions", {})
-    return int(sessions.get(journal.stem, {}).get("acknowledged", 0))
 
 
 def failed_checkpoints(directory: Path) -> dict[str, str]:
@@ -259,9 +249,10 @@ class Unsent(NamedTuple):
 
 def unsent(directory: Path) -> Unsent:
     """Return what the server has not acknowledged, as far as this side knows."""
+    known = read_state(directory).get("sessions", {})
     records = size = 0
     for path in session_files(directory):
-        acknowledged = _acknowledged(directory, path)
+        acknowledged = known.get(path.stem, {}).get("acknowledged", 0)
         size += max(content_length(path) - acknowledged, 0)
         with path.open("rb") as file:
             file.seek(acknowledged)
@@ -318,4 +309,5 @@ def wait_until_shipped(directory: Path, journal: Path) -> None:
 
 
 def _is_sent(directory: Path, journal: Path, end: int) -> bool:
-    return _acknowledged(directory, journal) >= end and not _count_files(directory)
+    session = read_state(directory).get("sessions", {}).get(journal.stem, {})
+    return session.get("acknowledged", 0) >= end and not _count_files(directory)
