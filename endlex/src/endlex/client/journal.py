@@ -62,10 +62,7 @@ class MetricKeys(dict[str, str]):
 
 
 def tidy_name(name: Any, default: str) -> str:
-    """Make a name printable and short enough, as `protocol.check_name` wants it.
-
-    A name that is too long ends with a hash of the whole, so that two of them stay apart.
-    """
+    """Make a name printable and short: one that is too long is cut, and ends with a hash of it."""
     text = "".join(c if c.isprintable() else "_" for c in str(name)).strip()
     if len(text) > MAX_NAME_CHARS:
         import hashlib
@@ -86,7 +83,7 @@ def accepted_name(name: Any, what: str, refuse: Refuse) -> str:
 
 
 def encode_members(keys: MetricKeys, name: str, value: Any) -> list[str]:
-    """The JSON members that a metric's value stands for: one, those of a mapping, or none."""
+    """Return the JSON members that a metric's value is: one, those of a mapping, or none."""
     if isinstance(value, Mapping):
         return [m for k, v in value.items() for m in encode_members(keys, f"{name}/{k}", v)]
     try:
@@ -139,7 +136,7 @@ class RunConfig(dict[str, Any]):
         self._changed()
 
     def update(self, *others: Any, allow_val_change: bool = True, **more: Any) -> None:
-        """Do what `dict.update` does; `allow_val_change`, known from wandb, makes no difference."""
+        """Do what `dict.update` does; wandb's `allow_val_change` makes no difference."""
         super().update(*(as_config(other) for other in others), **more)
         self._changed()
 
@@ -234,10 +231,8 @@ class Journal:
     it belongs to the parent.
 
     Args:
-        directory: the run's; made if missing.
-        start: of the first record, without `type`, `session`, `seq` and `time`.
-        session: its id, for a journal that an importer makes; a new one if not given.
-        moment: of the first record, likewise.
+        start: the first record, without `type`, `session`, `seq` and `time`.
+        session: an id of an importer's, whose `moment` is the first record's time.
     """
 
     def __init__(
@@ -277,8 +272,7 @@ class Journal:
 
         Args:
             kind: the record's type (`protocol.TEXT` and so on).
-            content: the rest of it; what JSON cannot hold is stored as its `str`, and non-finite
-                floats as `protocol` says.
+            content: the rest; what JSON cannot hold is stored as its `str`, or as `protocol` says.
             moment: when it was, in Unix seconds; now if not given.
 
         Raises:

@@ -86,9 +86,9 @@ class Log:
         """Record metrics of one step; a later value of the same metric and step replaces it.
 
         Args:
-            values: by metric name, such as "train/loss"; anything that `float` takes (an array of
-                one element too), NaN and infinities included, but not text. A mapping in place of
-                a value is a prefix: `{"train": {"loss": 1.0}}` is "train/loss".
+            values: by metric name; anything that `float` takes (an array of one element too), NaN
+                and infinities included, but not text. A mapping in place of a value is a prefix:
+                `{"train": {"loss": 1.0}}` is "train/loss".
             step: counts from 0; one more than the last one if not given.
             commit: False leaves the step open: the next call without a step is of the same one.
         """
@@ -162,11 +162,12 @@ class Log:
         Args:
             values: numbers in any shape; or counts, where `edges` (one more) are given.
         """
-
-        def content() -> dict[str, Any]:
-            return {"columns": HISTOGRAM, "rows": count_values(values, bins, edges)}
-
-        self._record(TABLE, name, step, content)
+        self._record(
+            TABLE,
+            name,
+            step,
+            lambda: {"columns": HISTOGRAM, "rows": count_values(values, bins, edges)},
+        )
 
     def log_image(
         self, name: str, image: Any, *, step: int | None = None, caption: str | None = None
@@ -234,18 +235,15 @@ class Log:
         """Return the step as a number; without a good one, that many `after` the last one."""
         if type(step) is int and 0 <= step <= MAX_STEP:
             return step
-        following = min(max(self._latest_step() + after, 0), MAX_STEP)
+        latest = self._last_step  # here, or else in a session before this one
+        if latest is None:
+            latest = last_step(self.directory) if self.directory is not None else -1
+        following = min(max(latest + after, 0), MAX_STEP)
         try:
             return following if step is None else checked_step(step)
         except EndlexError as error:
             self._refuse("step", EndlexError(f"{error}; recorded as step {following}"))
             return following
-
-    def _latest_step(self) -> int:
-        """Return the step logged last, here or in a session before this one, or -1."""
-        if self._last_step is not None:
-            return self._last_step
-        return last_step(self.directory) if self.directory is not None else -1
 
     def _watch_shipper(self) -> None:
         """Look whether the shipper still lives."""

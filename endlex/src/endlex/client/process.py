@@ -26,7 +26,7 @@ import threading
 import traceback
 from functools import cache, wraps
 from pathlib import Path
-from typing import IO, Any, ClassVar, NoReturn, Protocol, cast
+from typing import IO, Any, ClassVar, NoReturn, Protocol
 
 from endlex.protocol import EndlexError, Status
 
@@ -171,9 +171,8 @@ class Finishable(Protocol):
 class _Ending:
     """What this process knows about its end."""
 
-    unfinished: ClassVar[list[Finishable]] = []
-    exits: ClassVar[dict[Finishable, tuple[int, SystemExit]]] = {}
-    """What the runs that `sys.exit` left had recorded by then."""
+    unfinished: ClassVar[dict[Finishable, tuple[int, SystemExit] | None]] = {}
+    """The runs; once `sys.exit` was called, with what they had recorded by then, and its error."""
     faults: ClassVar[list[IO[str]]] = []
     """The file of `watch_faults`, open for as long as the process lives."""
 
@@ -198,13 +197,12 @@ def describe_error(error: BaseException) -> str:
 def finish_at_exit(run: Finishable) -> None:
     """Finish `run` when the interpreter exits, unless it is finished by then."""
     _watch_exit()
-    _Ending.unfinished.append(run)
+    _Ending.unfinished[run] = None
 
 
 def forget(run: Finishable) -> None:
     """Leave `run` alone at exit: it is finished."""
-    with contextlib.suppress(ValueError):
-        _Ending.unfinished.remove(run)
+    _Ending.unfinished.pop(run, None)
 
 
 @cache
@@ -215,27 +213,23 @@ def _watch_exit() -> None:
     @wraps(plain_exit)
     def note_exit(status: Any = None, /) -> NoReturn:
         if threading.current_thread() is threading.main_thread():  # else it ends a thread alone
-            ended = SystemExit(status)
-            _Ending.exits = {run: (run.recorded, ended) for run in _Ending.unfinished}
+            for run in _Ending.unfinished:
+                _Ending.unfinished[run] = run.recorded, SystemExit(status)
         plain_exit(status)
 
     sys.exit = note_exit
 
 
-def _error_of(run: Finishable) -> BaseException | None:
-    if (uncaught := getattr(sys, "last_value", None)) is not None:
-        return cast(BaseException, uncaught)
-    recorded, ended = _Ending.exits.get(run, (-1, None))
-    return ended if run.recorded == recorded else None  # else something caught that exit
-
-
 def _finish_all() -> None:
-    for run in list(_Ending.unfinished):
+    uncaught: BaseException | None = getattr(sys, "last_value", None)
+    for run, left in list(_Ending.unfinished.items()):
+        # If the program recorded more since it called `sys.exit`, something caught that.
+        ended = left[1] if left is not None and left[0] == run.recorded else None
+        error = ended if uncaught is None else uncaught
         try:
-            error = _error_of(run)
             run.finish(status_of(error), error=error)
-        except (EndlexError, OSError) as error:
-            warn(f"the end of the run could not be recorded: {error}")
+        except (EndlexError, OSError) as problem:
+            warn(f"the end of the run could not be recorded: {problem}")
 
 
 def watch_faults(path: Path) -> None:

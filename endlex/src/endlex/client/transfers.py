@@ -71,10 +71,9 @@ all bytes."""
 
 
 class Patience:
-    """Try again after faults of the network, until nothing has got further for a while.
+    """Try again after faults of the network, a few times, until nothing got further for a while.
 
-    The time counts from the first fault after progress, and a few attempts are made however long
-    each one takes.
+    The time counts from the first fault after progress.
     """
 
     def __init__(self, seconds: float = PATIENCE_SECONDS) -> None:
@@ -129,8 +128,7 @@ def sync_directory(
 
     Args:
         patience: seconds without any progress after which a fault of the network is raised.
-        drop_failed: give up the checkpoints and media that can never be sent, such as those whose
-            files were rewritten before that.
+        drop_failed: give up the checkpoints and media that can never be sent.
         resend: send journals that differ from the server's copies as new sessions.
 
     Returns:
@@ -247,10 +245,8 @@ def push_checkpoint(
     Nothing is staged: the files must not change meanwhile, which is noticed.
 
     Raises:
-        CheckpointFailed: it cannot be published, such as when another one has the name.
         Retry: not now; calling again sends only what is left.
-        Refused: the token does not allow it, or the server does not know the run.
-        EndlexError: there is nothing to push, or a name is not one.
+        EndlexError: there is nothing to push, a name is not one or taken, or the server refuses.
     """
     check_run_id(run)
     states = [(inside, path.stat()) for inside, path in files_of(source)]
@@ -289,15 +285,11 @@ def pull_checkpoint(
     *,
     patience: float = PATIENCE_SECONDS,
 ) -> list[Path]:
-    """Download a checkpoint's files into a directory; each appears whole and verified.
+    """Download a checkpoint into a directory; return its files, each whole and verified.
 
     Args:
         directory: made if missing. A file that is there already is kept if it is the same.
-        progress: called with the bytes that are here and verified, and all bytes.
         patience: seconds without any progress after which a fault of the network is raised.
-
-    Returns:
-        The files.
 
     Raises:
         EndlexError: there is no such checkpoint, another file is in the way, or what the server

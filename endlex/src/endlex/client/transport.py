@@ -15,8 +15,7 @@ import random
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from endlex.protocol import EndlexError
@@ -72,8 +71,7 @@ class Refused(TransportError):
         self.status, self.content = status, dict(content)
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """A request that went well."""
 
     content: Any
@@ -149,7 +147,7 @@ class Transport:
 
         Args:
             path: below `/api/v1`, its parts quoted (`quoted`); `/health` is at the top.
-            json_body: sent as JSON, in place of `body`.
+            json_body: sent in place of `body`.
 
         Raises:
             Retry: no answer, or a 5xx, 408, 425 or 429.
@@ -238,11 +236,10 @@ class Transport:
                     raise
                 self.close()  # the server closed it while it idled
                 return self._send(method, target, body, headers)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
+        except BaseException as error:
             self.close()
-            raise self._unreachable(error) from error
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError | http.client.HTTPException | UnicodeError):
+                raise self._unreachable(error) from error
             raise
 
     def _send(

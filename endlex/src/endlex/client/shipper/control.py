@@ -113,8 +113,7 @@ def _holder(lock: IO[str]) -> Holder | None:
 def shipper_process(directory: Path, polls: int = NAMING_POLLS) -> Holder | None:
     """Return the directory's living shipper, or None.
 
-    Args:
-        polls: how often to look until a process that has just taken the lock has named itself.
+    One that has just taken the lock has some `polls` to write its name to it.
     """
     for poll in range(polls):
         try:
@@ -137,11 +136,7 @@ def say(message: str) -> None:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """Return what the shipper last published; empty if there was none.
-
-    `sessions` have their `acknowledged` bytes, `checkpoints` their `state`; `error` is a text or
-    None.
-    """
+    """Return what the shipper last published: sessions, checkpoints, error; empty if nothing."""
     try:
         state = json.loads((directory / STATE_FILE).read_bytes())
     except (OSError, ValueError):
@@ -171,10 +166,7 @@ def failed_checkpoints(directory: Path) -> dict[str, str]:
 def start_shipper(directory: Path, *, url: str | None = None) -> None:
     """Start a shipper that outlives this process; if there is one already, it ends soon.
 
-    It inherits the environment, so the server's address and token, and no open files.
-
-    Args:
-        url: of the server, if not that of the environment.
+    It inherits the environment, so the token and, unless `url` is given, the server's address.
     """
     import subprocess
 
@@ -199,8 +191,7 @@ def start_shipper(directory: Path, *, url: str | None = None) -> None:
 def restart_shipper_if_killed(directory: Path) -> None:
     """Start a shipper unless one lives, or the last one was asked to end.
 
-    `log` does this once a minute: asking takes tens of microseconds, and starting one that was
-    killed under two milliseconds.
+    `log` does this once a minute: it takes tens of microseconds, and a start two milliseconds.
     """
     was_stopped = read_state(directory).get("state") == STOPPED
     if not was_stopped and shipper_process(directory, polls=1) is None:
@@ -249,15 +240,19 @@ class Unsent(NamedTuple):
 
 def unsent(directory: Path) -> Unsent:
     """Return what the server has not acknowledged, as far as this side knows."""
-    known = read_state(directory).get("sessions", {})
     records = size = 0
     for path in session_files(directory):
-        acknowledged = known.get(path.stem, {}).get("acknowledged", 0)
-        size += max(content_length(path) - acknowledged, 0)
         with path.open("rb") as file:
-            file.seek(acknowledged)
-            records += sum(line.endswith(b"\n") for line in file)
+            file.seek(_acknowledged(directory, path))
+            for line in file:
+                if line.endswith(b"\n"):
+                    records, size = records + 1, size + len(line)
     return Unsent(records, size, _count_files(directory))
+
+
+def _acknowledged(directory: Path, journal: Path) -> int:
+    session = read_state(directory).get("sessions", {}).get(journal.stem, {})
+    return int(session.get("acknowledged", 0))
 
 
 def _count_files(directory: Path) -> int:
@@ -279,35 +274,27 @@ def sync_command(directory: Path) -> str:
 
 
 def wait_until_shipped(directory: Path, journal: Path) -> None:
-    """Wait until the server has all of a finished session, or say what it lacks.
-
-    Args:
-        journal: of the session that just ended.
-    """
-    began, end = time.monotonic(), content_length(journal)
+    """Wait until the server has a session that just ended, or say what it lacks."""
+    began, end, left = time.monotonic(), content_length(journal), Unsent(0, 0, 0)
     # A short run's shipper may be about to begin: a second one would only follow it.
     restart_after = min(BEGIN_SECONDS, FINISH_SECONDS)
-    while not (is_sent := _is_sent(directory, journal, end)):
+    while _acknowledged(directory, journal) < end or _count_files(directory):
         waited = time.monotonic() - began
         if waited >= restart_after:
             restart_after = math.inf
             restart_shipper_if_killed(directory)
         if waited >= FINISH_SECONDS:
+            left = unsent(directory)
             break
         time.sleep(POLL_SECONDS)
     for name, reason in failed_checkpoints(directory).items():
         warn(f"checkpoint {name} cannot be sent: {reason}")
     for sha256 in damaged_media(directory):
         warn(f"a logged file was damaged before it was sent: {MEDIA_DIR}/{sha256}{DAMAGED}")
-    if not is_sent and (left := unsent(directory)):
+    if left:
         error = read_state(directory).get("error")
         warn(
             f"{left.records:,} records ({left.bytes:,} bytes) and {left.files:,} files of "
             f"checkpoints and pictures are not on the server yet{f' ({error})' if error else ''}. "
             f"The shipper keeps trying; to send them later: {sync_command(directory)}"
         )
-
-
-def _is_sent(directory: Path, journal: Path, end: int) -> bool:
-    session = read_state(directory).get("sessions", {}).get(journal.stem, {})
-    return session.get("acknowledged", 0) >= end and not _count_files(directory)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from endlex.client.checkpoints import (
     DAMAGED,
@@ -45,6 +45,7 @@ ROUNDS = 5
 VERIFY_SECONDS = (0.05, 2.0)
 """First and longest wait between questions whether the server has verified a checkpoint."""
 POLL_SECONDS = 0.5
+STOP_SECONDS = 2.0
 ALL_MEDIA = "media/"
 """Stands for all waiting media among the checkpoints, whose names have no slash."""
 
@@ -53,8 +54,7 @@ Progress = Callable[[int, int], None]
 """Called with the number of bytes that have arrived, and of all bytes."""
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a part is on the disk."""
 
     root: Path
@@ -62,38 +62,27 @@ class _Place:
     offset: int
     length: int
 
-    def read(self) -> bytes:
-        with open_unchanged(self.root, self.file) as content:
-            content.seek(self.offset)
-            return content.read(self.length)
-
 
 @dataclass(frozen=True)
 class Uploader:
-    """Send checkpoints and media through a transport; what the server has is not sent again.
-
-    Args:
-        progress: told how far each of them is.
-        stopped: asked between requests; when true, an upload ends with a `Retry`.
-    """
+    """Send checkpoints and media through a transport; what the server has is not sent again."""
 
     transport: Transport
     progress: Progress = lambda done, total: None
     stopped: Callable[[], bool] = lambda: False
+    """Asked between requests; when true, an upload ends with a `Retry`."""
 
     def send_staged(self, directory: Path, run: str, name: str) -> None:
         """Hash a staged checkpoint, publish it (see there), and then drop its files here."""
         note = read_note(directory, name)
-        manifest, root = staged_manifest(directory, note), directory / STAGED_DIR / name
-        self.publish(run, manifest, root, note)
+        self.publish(run, staged_manifest(directory, note), directory / STAGED_DIR / name, note)
         unstage(directory, name)
 
     def publish(self, run: str, manifest: Manifest, root: Path, note: Staged) -> None:
         """Send what the server lacks of a checkpoint, and return when it is published there.
 
         Args:
-            root: holds the files.
-            note: what they were, so that a change is noticed before it is sent.
+            root: holds the files, which must still be what the note says.
 
         Raises:
             CheckpointFailed: it can never be published.
@@ -143,11 +132,7 @@ class Uploader:
             raise Retry("the upload was stopped")
 
     def _send_parts(self, places: Mapping[str, _Place], damaged: set[str] | None = None) -> None:
-        """Send the parts that the server lacks.
-
-        Args:
-            damaged: takes the parts whose files are not what they were, instead of a failure.
-        """
+        """Send the parts that the server lacks; one that changed is a failure, or is `damaged`."""
         missing, partial = missing_parts(self.transport, list(places))
         total = sum(place.length for place in places.values())
         held = total - sum(places[sha256].length for sha256 in missing) + sum(partial.values())
@@ -171,7 +156,9 @@ class Uploader:
         in_parallel(send, missing, CONNECTIONS, self.transport)
 
     def _send_part(self, sha256: str, place: _Place, start: int) -> None:
-        content = place.read()
+        with open_unchanged(place.root, place.file) as file:
+            file.seek(place.offset)
+            content = file.read(place.length)
         try:
             # All of it may be held and not taken yet: then nothing but the offset is sent.
             self.transport.request(
@@ -231,8 +218,7 @@ def in_parallel(
 ) -> None:
     """Act on each item, several at a time in threads; the first fault ends all, and is raised.
 
-    Args:
-        transport: what `act` asks; each thread's connection is closed at its end.
+    Each thread's connection of `transport` is closed at its end.
     """
     left, failed = iter(items), list[BaseException]()
 
@@ -259,10 +245,8 @@ def in_parallel(
 class CheckpointShipper:
     """Send the checkpoints and media that wait in a run's directory.
 
-    `send` sends one; `start` sends all that comes, in a thread, until `stop`.
-
-    Args:
-        ready: asked whether the server knows the run by now.
+    `send` sends one; `start` sends all that comes, in a thread, until `stop`, once `ready` says
+    that the server knows the run.
     """
 
     def __init__(
@@ -287,10 +271,10 @@ class CheckpointShipper:
         """Begin."""
         self._thread.start()
 
-    def stop(self, seconds: float = 2.0) -> None:
-        """End, and leave a request behind that takes longer than that."""
+    def stop(self) -> None:
+        """End, and leave a request behind that takes long."""
         self._stop.set()
-        self._thread.join(seconds)
+        self._thread.join(STOP_SECONDS)
 
     def waiting(self) -> list[str]:
         """Return what is here and may be sent: `ALL_MEDIA`, and checkpoints, oldest first."""
@@ -300,11 +284,7 @@ class CheckpointShipper:
 
     def errors(self) -> list[str]:
         """Return what keeps checkpoints and media from being sent."""
-        return [
-            f"{_describe(name)}: {state['error']}"
-            for name, state in self.states.items()
-            if state["error"]
-        ]
+        return [f"{_what(name)}: {s['error']}" for name, s in self.states.items() if s["error"]]
 
     def _set(self, name: str, state: str, error: str | None = None, **figures: int) -> None:
         old = self.states.get(name, {"done_bytes": 0, "total_bytes": 0})
@@ -314,8 +294,7 @@ class CheckpointShipper:
         """Send one of those that wait, and note how that went.
 
         Raises:
-            TransportError: not now.
-            OSError: not now, such as on a full disk.
+            TransportError, OSError: not now.
             EndlexError: it never can be sent; a `CheckpointFailed` if that is due to its files.
         """
 
@@ -367,7 +346,7 @@ class CheckpointShipper:
 
     def _attempt(self, name: str) -> float:
         """Send one of those that wait; return the seconds to wait after a fault that may pass."""
-        what = _describe(name)
+        what = _what(name)
         try:
             self.send(name)
         except Retry as error:
@@ -386,5 +365,5 @@ class CheckpointShipper:
         return 0.0
 
 
-def _describe(name: str) -> str:
+def _what(name: str) -> str:
     return "media" if name == ALL_MEDIA else f"checkpoint {name}"

@@ -56,9 +56,8 @@ class SessionShipper:
         """Bytes that the server has; None until it was asked."""
         self.settled_size = -1
         """Size of the file when nothing whole was left to send."""
-        self.alive = True
-        self.done = False
-        """Everything is acknowledged, the writer is gone, and its end was reported."""
+        self.alive, self.done = True, False
+        """Whether it is written; whether all is sent, with how it ended."""
         self.error: str | None = None
         self.retry_at = self.beat_at = 0.0
 
@@ -130,20 +129,15 @@ class SessionShipper:
     def missing_bytes(self) -> int:
         """Compare both sides by hash, and return how many bytes the server lacks.
 
-        Where this side lost its last lines (power failed after they were sent), nothing is
-        missing as long as the rest is equal.
+        Nothing is missing where this side lost lines (power failed) after they were sent.
         """
         return max(content_length(self.path) - self.ask(), 0)
 
 
 def renew_session(path: Path) -> Path:
-    """Give a journal that nobody writes another session id, made from its content.
-
-    What a server has under the old id stays there.
-    """
+    """Give a journal that nobody writes another session id, made from its content."""
     content = path.read_bytes()
-    number = path.stem.partition("-")[0]
-    session = f"{number}-{hashlib.sha256(content).hexdigest()[:12]}"
+    session = f"{path.stem.partition('-')[0]}-{hashlib.sha256(content).hexdigest()[:12]}"
     renewed = path.with_name(f"{session}.jsonl")
     write_whole(renewed, content.replace(path.stem.encode(), session.encode()))
     path.unlink()
@@ -168,7 +162,6 @@ def read_batch(path: Path, start: int, size: int) -> bytes:
 
 
 def _digest(path: Path, length: int) -> str:
-    """Return the SHA-256 of a file's first bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while length and (block := file.read(min(length, 2**20))):
@@ -180,8 +173,7 @@ def _digest(path: Path, length: int) -> str:
 class JournalShipper:
     """Ship the journals of a run's directory; new sessions are found as they appear.
 
-    Args:
-        reported: sessions whose end was reported to this server before.
+    The server knows already how the `reported` sessions ended.
     """
 
     def __init__(
