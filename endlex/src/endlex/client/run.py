@@ -105,7 +105,6 @@ class Run(Log):
             name: by default made from the path and the step.
             aliases: such as "best"; an alias moves from the checkpoint that had it before.
                 `endlex prune` keeps checkpoints with the alias "keep".
-            metadata: kept with it, such as the loss.
             replaces: a word such as "last". Once this checkpoint is published, the server drops
                 the run's older ones that were saved with the same word.
             link: take hard links instead of copies, for files that are never rewritten in place,
@@ -114,7 +113,7 @@ class Run(Log):
 
         Returns:
             The checkpoint's name: `name`, with a number after it if the directory has one already.
-            Empty if a directory holds no files: nothing is saved then, with a warning.
+            Empty, with a warning, if a directory holds no files.
 
         Raises:
             EndlexError: the path does not exist, a name is not one, a link leads out of the
@@ -159,13 +158,10 @@ class Run(Log):
         return self.directory is not None and has_saved(self.directory, name)
 
     def finish(self, status: Status = "finished", *, error: BaseException | None = None) -> None:
-        """Record the run's end; a second call does nothing.
+        """Record the run's end, with the error's traceback; a second call does nothing.
 
         An online run waits a few seconds at most for the server to have everything, and says
         what it does not have and how to send it.
-
-        Args:
-            error: what ended it, to be recorded with its traceback.
 
         Raises:
             EndlexError: `status` is not one.
@@ -263,7 +259,6 @@ def init(
     """Start a run, or resume one: the same directory is the same run, with a new session.
 
     Args:
-        project: name that groups runs.
         name: the run's name; by default that of the directory's run, or one made from its id.
         config: a mapping, a dataclass or a namespace, kept with the session; what JSON cannot hold
             is kept as its `str`.
@@ -274,10 +269,7 @@ def init(
         resume: "never" refuses a directory that holds a run, "must" one that holds none; "auto"
             or True resumes the newest run of that project and name in `dir`. By default, or with
             "allow", a run is resumed if the directory holds one.
-        tags: for filtering runs in the dashboard.
-        group: name of a group of runs that belong together.
         job_type: what the run is for, such as "train"; kept as a tag.
-        notes: free text.
         all_ranks: record on every rank (environment variable `RANK`) and not only on rank 0, each
             in a session of its own.
         mode: `online` sends to the server of `ENDLEX_URL`, `offline` leaves that to `endlex sync`,
