@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,25 @@ def watch(run: str, metric: Sequence[str], every: float, once: bool, url: str | 
     plotext = _import_plotext() if sys.stdout.isatty() else None
     if not is_run_directory(Path(run)):
         run = find_server(url).run(run).id
-    try:
-        _watch(run, url, metric, every, once, plotext)
-    except KeyboardInterrupt:
-        print()
+    printed = None
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                look = _look(run, url)
+                names = _choose(look, metric)
+                if plotext is not None:
+                    _draw(plotext, look, names, partial(_series, run, url))
+                elif (line := _line(look, names)) != printed:
+                    print(line, flush=True)
+                    printed = line
+                if once or look["status"] in ENDED:
+                    return 0
+            except Unreachable as error:  # the server may come back; the first look must succeed
+                if once or (printed is None and plotext is None):
+                    raise
+                print(f"{error}; trying again", file=sys.stderr)
+            time.sleep(every)
+    print()
     return 0
 
 
@@ -82,28 +98,6 @@ def _import_plotext() -> Any:
             "plots need plotext, which is not installed here: pip install 'endlex[watch]'; "
             "without it, `endlex watch RUN | cat` prints lines"
         ) from error
-
-
-def _watch(
-    run: str, url: str | None, metric: Sequence[str], every: float, once: bool, plotext: Any
-) -> None:
-    printed = None
-    while True:
-        try:
-            look = _look(run, url)
-            names = _choose(look, metric)
-            if plotext is not None:
-                _draw(plotext, look, names, partial(_series, run, url))
-            elif (line := _line(look, names)) != printed:
-                print(line, flush=True)
-                printed = line
-            if once or look["status"] in ENDED:
-                return
-        except Unreachable as error:  # the server may come back; the first look must succeed
-            if once or (printed is None and plotext is None):
-                raise
-            print(f"{error}; trying again", file=sys.stderr)
-        time.sleep(every)
 
 
 def _choose(look: Look, wanted: Sequence[str]) -> list[str]:
