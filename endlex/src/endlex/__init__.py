@@ -15,7 +15,7 @@ and names of the run in a directory. `endlex.Api` reads the runs of a server.
 from typing import TYPE_CHECKING, Any
 
 from endlex.client.directories import given_run_id, read_run_file
-from endlex.client.run import Run, current_run, init, of_current
+from endlex.client.run import Run, init, of_current
 from endlex.protocol import EndlexError
 from endlex.reading import read_run
 
@@ -61,7 +61,7 @@ LATE = {"Api": "endlex.api", "describe_environment": "endlex.client.environment"
 
 def __getattr__(name: str) -> Any:
     if name == "run":
-        return current_run()
+        return Run.current
     if name in LATE:  # what a trainer rarely needs: importing it takes long
         from importlib import import_module
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from endlex.client.directories import server_token, server_url
 from endlex.client.transport import Refused, Transport, quoted
-from endlex.protocol import CONSOLE, RUN_ID, EndlexError
+from endlex.protocol import CONSOLE, NON_FINITE, RUN_ID, EndlexError
 
 PAGE = 200
 NAME_HINT = "names are looked up with the scope read: give a run's id, or another token"
@@ -34,7 +34,6 @@ class Api:
     Args:
         url: its address; `ENDLEX_URL` if not given.
         token: `ENDLEX_TOKEN`, or the file `~/.config/endlex/token`, if not given.
-        read_only: refuse to change anything.
 
     Raises:
         EndlexError: no server is named, or the address or the token is not one.
@@ -111,18 +110,18 @@ class Api:
         return RunInfo(self, self.get(run_path(found[0].id)))
 
     def get(self, path: str, query: Mapping[str, Any] | None = None) -> Any:
-        """Return what `GET path` answers; query values that are None are left out.
-
-        Raises:
-            Retry: no answer, or one that says later.
-            Refused: an answer that asking again will not change.
-        """
+        """Return what `GET path` answers; query values that are None are left out."""
         return self.send("GET", path, query=query)
 
     def send(
         self, method: str, path: str, body: Any = None, query: Mapping[str, Any] | None = None
     ) -> Any:
-        """Send a request with a JSON body, and return what it answers; raises as `get`."""
+        """Send a request with a JSON body, and return what it answers.
+
+        Raises:
+            Retry: no answer, or one that says later.
+            Refused: an answer that asking again will not change.
+        """
         if self.read_only and method != "GET":
             raise EndlexError("this Api only reads: make it with endlex.Api(read_only=False)")
         given = {name: value for name, value in (query or {}).items() if value is not None}
@@ -132,7 +131,7 @@ class Api:
         return answer.content
 
     def download(self, path: str, file: IO[bytes]) -> None:
-        """Write what `GET path` answers to a file; raises as `get`."""
+        """Write what `GET path` answers to a file; raises as `send`."""
         with self.transport.download(path) as blocks:
             for block in blocks:
                 file.write(block)
@@ -199,10 +198,9 @@ class RunInfo:
         self._api.download(f"{run_path(self.id, 'export')}?format=csv{query}", content)
         content.seek(0)
         name, library = _frames(frame)
-        numbers = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": -float("inf")}
         points = library.read_csv(content)
         if name == "pandas":
-            points["value"] = points["value"].replace(numbers).astype(float)
+            points["value"] = points["value"].replace(NON_FINITE).astype(float)
             if long:
                 return points
             wide = points.pivot(index="step", columns="metric", values="value")
@@ -255,7 +253,7 @@ def _frames(wanted: str | None) -> tuple[str, Any]:
             return name, importlib.import_module(name)
         except ModuleNotFoundError:
             continue
-    asked = wanted or "pandas or polars"
+    asked = wanted or " or ".join(names)
     raise EndlexError(f"history needs {asked}: pip install {wanted or names[0]}")
 
 

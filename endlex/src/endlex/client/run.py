@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from endlex.client import directories
 from endlex.client.directories import Mode
@@ -52,6 +52,9 @@ class Run(Log):
     As a context manager it finishes the run: as failed when an exception leaves the block, as
     interrupted on Ctrl-C.
     """
+
+    current: ClassVar[Run | None] = None
+    """The run that `init` returned last."""
 
     def __init__(
         self,
@@ -220,7 +223,6 @@ class Run(Log):
             warn(f"the shipper does not start ({error})")
 
     def _record_config(self) -> None:
-        """Record which keys of the configuration have changed."""
         if self._journal is None or self._finished:
             return
         try:
@@ -292,8 +294,8 @@ def init(
         check_name(name, "run name")
     rank = directories.environment_number("RANK")
     if mode == "disabled" or (rank and not all_ranks):
-        _Current.run = Run(None, None, project, name or "", config, strict=strict)
-        return _Current.run
+        Run.current = Run(None, None, project, name or "", config, strict=strict)
+        return Run.current
     run_id = directories.given_run_id(id)
     if all_ranks and not (directory or run_id) and directories.environment_number("WORLD_SIZE"):
         raise EndlexError("all_ranks needs a directory or an id, so that the ranks share one run")
@@ -309,7 +311,7 @@ def init(
         rank=rank,
     )
     journal = Journal(place, start)
-    _Current.run = run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
+    Run.current = run = Run(place, journal, project, owner["name"], config, owner["run"], strict)
     run._begin(
         journal,
         environment=rank == 0 and directories.is_on("ENVIRONMENT"),
@@ -337,24 +339,13 @@ def _ignore(arguments: dict[str, Any]) -> None:
         warn_once(f"init ignores what means nothing here: {', '.join(given)}")
 
 
-class _Current:
-    """The run that the module's functions speak of: the one that `init` returned last."""
-
-    run: Run | None = None
-
-
-def current_run() -> Run | None:
-    """Return the run that `init` returned last, or None."""
-    return _Current.run
-
-
 def of_current(method: Callable[Concatenate[Run, P], T]) -> Callable[P, T]:
     """Return a function that calls a method of the current run."""
 
     @wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if _Current.run is None:
+        if Run.current is None:
             raise EndlexError("there is no run yet: call endlex.init first")
-        return method(_Current.run, *args, **kwargs)
+        return method(Run.current, *args, **kwargs)
 
     return call

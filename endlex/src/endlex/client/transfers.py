@@ -211,7 +211,6 @@ def _send_checkpoints(
     progress: SyncProgress,
     drop_failed: bool,
 ) -> None:
-    """Send what is staged, and media."""
     drop_replaced(directory)
     for name in checkpoints.waiting():
         try:
@@ -268,8 +267,6 @@ def push_checkpoint(
 
 
 class _Piece(NamedTuple):
-    """A part in its place."""
-
     path: str
     offset: int
     bytes: int

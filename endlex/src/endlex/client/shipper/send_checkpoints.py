@@ -55,8 +55,6 @@ Progress = Callable[[int, int], None]
 
 
 class _Place(NamedTuple):
-    """Where a part is on the disk."""
-
     root: Path
     file: StagedFile
     offset: int
