@@ -91,7 +91,7 @@ class Api:
         """
         if RUN_ID.fullmatch(word):
             try:
-                return RunInfo(self, self.get(run_path(word)))
+                return RunInfo(self, self.get(quoted("runs", word)))
             except Refused as refusal:
                 if refusal.status != 404:
                     raise
@@ -107,7 +107,7 @@ class Api:
         if len(found) > 1:
             listed = ", ".join(f"{run.id} ({run.project}/{run.name})" for run in found[:20])
             raise EndlexError(f"{word!r} is the name of {len(found)} runs: give an id of {listed}")
-        return RunInfo(self, self.get(run_path(found[0].id)))
+        return RunInfo(self, self.get(quoted("runs", found[0].id)))
 
     def get(self, path: str, query: Mapping[str, Any] | None = None) -> Any:
         """Return what `GET path` answers; query values that are None are left out."""
@@ -158,7 +158,7 @@ class RunInfo:
     def whole(self) -> dict[str, Any]:
         """All that `GET /runs/RUN` answers."""
         known = "sessions" in self._listed
-        return self._listed if known else dict(self._api.get(run_path(self.id)))
+        return self._listed if known else dict(self._api.get(quoted("runs", self.id)))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -195,7 +195,7 @@ class RunInfo:
         """
         query = "".join(f"&metric={quoted(name)[1:]}" for name in metrics)
         content = io.BytesIO()
-        self._api.download(f"{run_path(self.id, 'export')}?format=csv{query}", content)
+        self._api.download(f"{quoted('runs', self.id, 'export')}?format=csv{query}", content)
         content.seek(0)
         name, library = _frames(frame)
         points = library.read_csv(content)
@@ -215,13 +215,13 @@ class RunInfo:
         Endlex's own texts are returned only by name: run/environment, run/changes, run/exception.
         """
         query = {"name": name, "limit": limit}
-        return list(self._api.get(run_path(self.id, "texts"), query)["texts"])
+        return list(self._api.get(quoted("runs", self.id, "texts"), query)["texts"])
 
     def console(self) -> str:
         """Return what the run printed, as far as it was kept."""
         pieces: list[dict[str, Any]] = []
         query: dict[str, Any] = {"name": CONSOLE, "limit": 1000}
-        while page := self._api.get(run_path(self.id, "texts"), query)["texts"]:
+        while page := self._api.get(quoted("runs", self.id, "texts"), query)["texts"]:
             pieces += page
             query["before_step"] = page[-1]["step"]
         return "\n".join(piece["text"] for piece in reversed(pieces))
@@ -239,7 +239,7 @@ class RunInfo:
 
     def update(self, **changes: Any) -> None:
         """Change name, tags, group, notes or archived; the `Api` must not be read-only."""
-        self._listed = dict(self._api.send("PATCH", run_path(self.id), changes))
+        self._listed = dict(self._api.send("PATCH", quoted("runs", self.id), changes))
         self.__dict__.pop("whole", None)
         self.name, self.tags = self._listed["name"], self._listed["tags"]
 
@@ -284,8 +284,3 @@ def choose_checkpoint(
         hint = "; no checkpoint has the alias best" if which == BEST else ""
         raise EndlexError(f"run {run} has no checkpoint {which!r}{hint}; there is {listed}")
     return at_step[0]
-
-
-def run_path(run: str, *rest: str) -> str:
-    """Return the API's path of a run, or of something below it."""
-    return quoted("runs", run, *rest)

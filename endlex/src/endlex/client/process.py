@@ -24,6 +24,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from functools import cache, wraps
 from pathlib import Path
 from typing import IO, Any, ClassVar, NoReturn, Protocol
@@ -85,11 +86,18 @@ def fsync(descriptor: int) -> None:
 
 
 def write_whole(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace a file by a temporary name and a rename, so that readers never see a part."""
+    """Replace a file's content, so that readers never see a part of it."""
+    with replacing(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Yield a file of a temporary name, which replaces `path` after the block unless that fails."""
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 fsync(file.fileno())

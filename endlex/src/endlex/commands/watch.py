@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from endlex.api import run_path
-from endlex.client.transport import Unreachable
+from endlex.client.transport import Unreachable, quoted
 from endlex.commands.rendering import format_age, format_number, printable
 from endlex.commands.targets import find_server, is_run_directory, load_run
 from endlex.protocol import EndlexError, UsageError
@@ -51,7 +50,7 @@ def _series(text: str, url: str | None, name: str, width: int) -> tuple[list[flo
         kept = steps[::-stride][::-1]
         return [float(step) for step in kept], [points[step][1] for step in kept]
     query = {"metric": name, "x": "step", "points": width}
-    found = find_server(url).get(run_path(text, "series"), query)["series"]
+    found = find_server(url).get(quoted("runs", text, "series"), query)["series"]
     found = found.get(name, {"x": [], "y": []})
     pairs = zip(found["x"], found["y"], strict=True)
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
