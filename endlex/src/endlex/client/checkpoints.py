@@ -22,7 +22,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, cast
@@ -51,10 +51,6 @@ FICLONE = 0x40049409
 """The request of linux/fs.h that makes one file's content another's, copied when written."""
 GIVEN_UP, DAMAGED = ".given-up", ".damaged"
 """Ends of names: of a note that a checkpoint was given up; of a part of media that is damaged."""
-
-
-class NothingToSave(EndlexError):
-    """A directory holds no files."""
 
 
 class CheckpointFailed(EndlexError):
@@ -132,51 +128,39 @@ def _files_in(folder: Path, prefix: str, around: tuple[Path, ...]) -> Iterator[t
 
 
 def stage(
-    directory: Path,
-    source: Path,
-    *,
-    name: str | None,
-    step: int,
-    created: float,
-    aliases: Sequence[str],
-    metadata: Mapping[str, Any],
-    link: bool,
-    outside_links: bool,
-) -> Staged:
-    """Keep `source` as checkpoint `name` of a run's directory until it is sent.
-
-    A name that the directory has used already gets `-2`, `-3` and so on; the note has the result.
+    directory: Path, source: Path, note: Staged, *, link: bool, outside_links: bool
+) -> Staged | None:
+    """Keep `source` as a checkpoint of a run's directory until it is sent.
 
     Args:
-        name: made from the path and the step if not given.
+        note: without files. A name that the directory has used already gets `-2`, `-3` and so on;
+            an empty one is made from the path and the step.
         link: whether the files are never rewritten in place, so that links to them are enough.
 
+    Returns:
+        The whole note, or None if a directory holds no files.
+
     Raises:
-        NothingToSave: a directory holds no files.
         EndlexError: the path does not exist, or a name or alias is not one.
     """
-    name = check_checkpoint_name(name or _name_of(source, step))
+    for alias in note["aliases"]:
+        check_checkpoint_name(alias)
+    name = check_checkpoint_name(note["name"] or _name_of(source, note["step"]))
     found = list(files_of(source, outside_links))
-    if not found:
-        raise NothingToSave(f"{str(source)!r} holds no files: nothing to save")
     if len(found) > MAX_FILES:
         raise EndlexError(
             f"{str(source)!r} has {len(found):,} files; a checkpoint has at most {MAX_FILES:,}"
         )
+    if not found:
+        return None
     folder = directory / STAGED_DIR
     folder.mkdir(parents=True, exist_ok=True)
     names = chain([name], (f"{name[:110]}-{number}" for number in count(2)))
     name = next(candidate for candidate in names if not has_saved(directory, candidate))
     building = folder / f".{name}.{os.urandom(4).hex()}.building"
     try:
-        note: Staged = {
-            "name": name,
-            "step": step,
-            "created": created,
-            "aliases": [check_checkpoint_name(alias) for alias in aliases],
-            "metadata": dict(metadata),
-            "files": [_keep(path, inside, building / inside, link) for inside, path in found],
-        }
+        files = [_keep(path, inside, building / inside, link) for inside, path in found]
+        note = {**note, "name": name, "files": files}
         write_whole(note_path(directory, name), json.dumps(note).encode(), durable=False)
         building.rename(folder / name)
     except BaseException:

@@ -141,9 +141,9 @@ class Log:
             for number, row in enumerate(map(list, rows)):
                 if len(row) == len(names):
                     kept.append(row)
-                    continue
-                has = f"has {len(row)} values for {len(names)} columns"
-                self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
+                else:
+                    has = f"has {len(row)} values for {len(names)} columns"
+                    self._refuse(name, EndlexError(f"row {number} of table {name!r} {has}"))
             return {"columns": names, "rows": kept}
 
         self._record(TABLE, name, step, content)
@@ -162,12 +162,11 @@ class Log:
         Args:
             values: numbers in any shape; or counts, where `edges` (one more) are given.
         """
-        self._record(
-            TABLE,
-            name,
-            step,
-            lambda: {"columns": HISTOGRAM, "rows": count_values(values, bins, edges)},
-        )
+
+        def content() -> dict[str, Any]:
+            return {"columns": HISTOGRAM, "rows": count_values(values, bins, edges)}
+
+        self._record(TABLE, name, step, content)
 
     def log_image(
         self, name: str, image: Any, *, step: int | None = None, caption: str | None = None
@@ -178,24 +177,17 @@ class Log:
             image: a path, a PIL image, a figure of matplotlib or plotly, or an array: [H, W] or
                 [H, W, 1, 3 or 4], uint8, or floats from 0 to 1; [3, H, W] as torch has it, too.
         """
-        self._log_media(name, step, caption, lambda: encode_image(image))
+        self._record(MEDIA, name, step, lambda: self._keep(encode_image(image), caption))
 
     def log_file(
         self, name: str, path: Path | str, *, step: int | None = None, caption: str | None = None
     ) -> None:
         """Record a file of one step; its suffix says what it is: audio, video, an image."""
-        self._log_media(name, step, caption, lambda: read_file(path))
+        self._record(MEDIA, name, step, lambda: self._keep(read_file(path), caption))
 
-    def _log_media(
-        self,
-        name: str,
-        step: int | None,
-        caption: str | None,
-        encode: Callable[[], tuple[bytes, str]],
-    ) -> None:
-        directory = self.directory
-        if directory is not None:
-            self._record(MEDIA, name, step, lambda: keep_media(directory, *encode(), caption))
+    def _keep(self, encoded: tuple[bytes, str], caption: str | None) -> dict[str, Any]:
+        assert self.directory is not None
+        return keep_media(self.directory, *encoded, caption)
 
     def _record(
         self, kind: str, name: str, step: int | None, content: Callable[[], dict[str, Any]]

@@ -128,25 +128,23 @@ class Run(Log):
         if self._finished:
             raise self._is_finished()
         assert self.directory is not None
-        from endlex.client.checkpoints import NothingToSave, stage
+        from endlex.client.checkpoints import Staged, stage
 
         if replaces is not None:
             metadata = {**(metadata or {}), REPLACES: check_checkpoint_name(replaces)}
         self._record_config()
-        try:
-            note = stage(
-                self.directory,
-                Path(path),
-                name=name,
-                step=self._number(step, after=0),
-                created=time.time(),
-                aliases=as_list(aliases),
-                metadata=plain(metadata or {}),
-                link=link,
-                outside_links=outside_links,
-            )
-        except NothingToSave as error:
-            self._refuse(str(path), error)
+        asked: Staged = {
+            "name": name or "",
+            "step": self._number(step, after=0),
+            "created": time.time(),
+            "aliases": as_list(aliases),
+            "metadata": plain(metadata or {}),
+            "files": [],
+        }
+        note = stage(self.directory, Path(path), asked, link=link, outside_links=outside_links)
+        if note is None:
+            reason = f"{str(path)!r} holds no files: nothing to save"
+            self._refuse(str(path), EndlexError(reason))
             return ""
         files = [{"path": file["path"], "bytes": file["bytes"]} for file in note["files"]]
         kept = {"aliases": note["aliases"], "metadata": note["metadata"]}
