@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from endlex.client.checkpoints import (
     CheckpointFailed,
@@ -76,9 +76,11 @@ class Patience:
     The time counts from the first fault after progress.
     """
 
-    def __init__(self, seconds: float = PATIENCE_SECONDS) -> None:
-        self._seconds = seconds
-        self._progress: object = None
+    def __init__(
+        self, seconds: float = PATIENCE_SECONDS, progress: Callable[..., None] = lambda *_: None
+    ) -> None:
+        self._seconds, self._progress = seconds, progress
+        self._reached: tuple[object, ...] = ()
         self._start_over()
 
     def _start_over(self) -> None:
@@ -86,20 +88,12 @@ class Patience:
         self._deadline = math.inf
         self._faults = 0
 
-    def progressed(self, *progress: object) -> None:
-        """Note how far the work is; if that is not where it was, all patience is back."""
-        if progress != self._progress:
-            self._progress = progress
+    def report(self, *reached: Any) -> None:
+        """Tell `progress` how far the work is, and of how much; if it got further, start over."""
+        if reached[:-1] != self._reached:
+            self._reached = reached[:-1]
             self._start_over()
-
-    def watching(self, progress: Callable[..., None], *what: str) -> Progress:
-        """Return a `progress` that also notes how far the work is, told after `what`."""
-
-        def report(done: int, total: int) -> None:
-            self.progressed(*what, done)
-            progress(*what, done, total)
-
-        return report
+        self._progress(*reached)
 
     def keep_trying(self, act: Callable[[], T]) -> T:
         """Return what `act` returns, after as many faults as there is patience for."""
@@ -143,14 +137,14 @@ def sync_directory(
     had_shipper, lock = _take_over(directory)
     journals = JournalShipper(directory, run, transport)
     checkpoints = CheckpointShipper(directory, run, transport)
-    waiter = Patience(patience)
+    waiter = Patience(patience, progress)
     try:
         with holding(lock):
             try:
                 if resend:
                     _renew_differing(directory, run, transport)
-                _send_journals(directory, journals, waiter, progress)
-                _send_checkpoints(directory, checkpoints, waiter, progress, drop_failed)
+                _send_journals(directory, journals, waiter)
+                _send_checkpoints(directory, checkpoints, waiter, drop_failed)
             finally:
                 states = {"sessions": journals.states(), "checkpoints": checkpoints.states}
                 write_state(directory, DONE, {"url": transport.url, "error": None, **states})
@@ -183,9 +177,7 @@ def _renew_differing(directory: Path, run: str, transport: Transport) -> None:
                 renew_session(path)
 
 
-def _send_journals(
-    directory: Path, journals: JournalShipper, patience: Patience, progress: SyncProgress
-) -> None:
+def _send_journals(directory: Path, journals: JournalShipper, patience: Patience) -> None:
     """Send every journal up to where it ends now."""
     targets = {path.stem: content_length(path) for path in session_files(directory)}
 
@@ -198,24 +190,18 @@ def _send_journals(
         patience.keep_trying(journals.tick)
         sessions = journals.sessions.values()
         done = sum(session.acknowledged or 0 for session in sessions)
-        patience.progressed("journal", done)
-        progress("journal", done, max(done, sum(targets.values())))
+        patience.report("journal", done, max(done, sum(targets.values())))
         if all(map(is_sent, sessions)):
             return
 
 
 def _send_checkpoints(
-    directory: Path,
-    checkpoints: CheckpointShipper,
-    patience: Patience,
-    progress: SyncProgress,
-    drop_failed: bool,
+    directory: Path, checkpoints: CheckpointShipper, patience: Patience, drop_failed: bool
 ) -> None:
     drop_replaced(directory)
     for name in checkpoints.waiting():
         try:
-            report = patience.watching(progress, name)
-            patience.keep_trying(partial(checkpoints.send, name, report))
+            patience.keep_trying(partial(checkpoints.send, name, partial(patience.report, name)))
         except Retry:
             raise
         except CheckpointFailed as error:
@@ -261,8 +247,8 @@ def push_checkpoint(
         "files": [describe_file(*state) for state in states],
     }
     root = source if source.is_dir() else source.parent
-    manifest, patience = build_manifest(root, note), Patience()
-    uploader = Uploader(transport, patience.watching(progress))
+    manifest, patience = build_manifest(root, note), Patience(progress=progress)
+    uploader = Uploader(transport, patience.report)
     patience.keep_trying(lambda: uploader.publish(run, manifest, root, note))
 
 
@@ -300,18 +286,17 @@ def pull_checkpoint(
     pieces = [piece for file in wanted for piece in _pieces(building, file)]
     total = sum(file["bytes"] for file in manifest["files"])
     done = total - sum(piece.bytes for piece in pieces)
-    progress(done, total)
+    waiter = Patience(patience, progress)
+    waiter.report(done, total)
     where = quoted("runs", run, "checkpoints", name)
     lock = threading.Lock()
-    waiter = Patience(patience)
-    report = waiter.watching(progress)
 
     def fetch(piece: _Piece) -> None:
         nonlocal done
         waiter.keep_trying(lambda: _fetch(piece, building, where, transport))
         with lock:
             done += piece.bytes
-            report(done, total)
+            waiter.report(done, total)
 
     in_parallel(fetch, pieces, CONNECTIONS, transport)
     for file in wanted:
