@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,16 +151,14 @@ def uncommitted_changes(place: Path | str | None = None) -> str:
 
 def installed_packages() -> str:
     """Return `name==version` of each package that can be imported here, one per line, sorted."""
-    return "\n".join(sorted(set(_packages()), key=str.lower))
-
-
-def _packages() -> Iterator[str]:
+    found = set()
     for entry in sys.path:  # by the directories' names: reading every package takes long
         with contextlib.suppress(OSError):
             for path in Path(entry or ".").iterdir():
                 package, dash, version = path.stem.partition("-")
                 if dash and path.suffix in (".dist-info", ".egg-info"):
-                    yield f"{package.replace('_', '-')}=={version}"
+                    found.add(f"{package.replace('_', '-')}=={version}")
+    return "\n".join(sorted(found, key=str.lower))
 
 
 def _checkout(place: Path | str | None) -> Path | None:

@@ -319,20 +319,17 @@ class Journal:
         except OSError as error:
             is_lost = len(content) > LARGEST_BACKLOG
             self._backlog = (waiting if is_lost else content) + self._backlog
-            self._warn(error)
+            if not self._warned:
+                self._warned = True
+                remedy = ": free some space" if error.errno in FULL else ""
+                warn(
+                    f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
+                    f"trying again with each new one{remedy}"
+                )
             if is_lost:
                 raise
         else:
             self._backlog = content[written:] + self._backlog
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            self._warned = True
-            remedy = ": free some space" if error.errno in FULL else ""
-            warn(
-                f"cannot write {self.path} ({error.strerror}); keeping records in memory and "
-                f"trying again with each new one{remedy}"
-            )
 
     def close(self) -> None:
         """Put everything on the disk and close the file; a second call does nothing.

@@ -251,7 +251,9 @@ class Transport:
             connection.connect()
             connection.sock.settimeout(self._read_seconds)
         try:
-            blocks = None if body is None else _blocks_of(body)
+            view = memoryview(body or b"")
+            starts = range(0, len(view), SEND_BYTES)
+            blocks = None if body is None else (view[at : at + SEND_BYTES] for at in starts)
             given = headers | self._proxy_headers
             connection.request(method, self._way + target, body=blocks, headers=given)
         except (BrokenPipeError, ConnectionResetError):
@@ -317,12 +319,6 @@ def proxy_for(url: str) -> str | None:
 
 def _is_token(token: str) -> bool:
     return token.isascii() and token.isprintable() and " " not in token and token != ""
-
-
-def _blocks_of(body: bytes | memoryview) -> Iterator[memoryview]:
-    view = memoryview(body)
-    for start in range(0, len(view), SEND_BYTES):
-        yield view[start : start + SEND_BYTES]
 
 
 def quoted(*parts: str) -> str:
