@@ -38,14 +38,12 @@ document lengths like the web's (mean 800 to 1,000 tokens); 0.95 for short, even
 TOKENS_PER_SHARD = int(CHARACTERS_PER_SHARD / CHARACTERS_PER_TOKEN * KEPT_BY_PACKING)
 TRAIN_SHARDS = 6542
 """Training shards of climbmix-400b-shuffle (SPEC section 4)."""
-
 VOCAB_SIZE = 32768
 EVAL_EVERY = 250
 EVAL_TOKENS = 41_943_040
 """Pretraining's defaults: steps between evaluations, and validation tokens of each."""
 FORWARD_SHARE = 1 / 3
 """Share of a training token's operations that an evaluated token takes."""
-
 MFU_DATA_CENTRE = 0.40
 MFU_GEFORCE = 0.65
 """Slower tensor cores are easier to keep busy: SPEC section 11's speeds on the RTX 5060 Ti are 66 %
@@ -202,7 +200,6 @@ def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: 
         runtime = Runtime(torch.device("cuda"), dtype, gpu.name, "published")
         memory_bytes = gpu.memory_gib * 2**30
     kind, peak = runtime.device.type, peak_flops(runtime, cache_dir)
-    mfu = MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
     return Machine(
         name=runtime.device_name,
         device_type=kind,
@@ -210,9 +207,16 @@ def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: 
         flops_per_second=peak.flops_per_second,
         flops_source=peak.source,
         memory_bytes=int(memory_gib * 2**30) if memory_gib else memory_bytes,
-        assumed_mfu=mfu if kind == "cuda" else MFU_CPU,
+        assumed_mfu=assume_mfu(kind, runtime.device_name),
         gpu=gpu,
     )
+
+
+def assume_mfu(device_type: str, device_name: str) -> float:
+    """Return the share of the peak rate that training is assumed to reach."""
+    if (gpu := find_gpu(device_name)) and not gpu.rented:
+        return MFU_GEFORCE
+    return MFU_DATA_CENTRE if device_type == "cuda" else MFU_CPU
 
 
 def _schedule_points(schedule: Schedule) -> tuple[tuple[int, float, float, float], ...]:

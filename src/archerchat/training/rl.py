@@ -36,8 +36,8 @@ from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
-from archerchat.training.outcome import Outcome
-from archerchat.training.recipe import Evaluation, Metric, StepSettings, answer_questions
+from archerchat.training.fitting import fit_to_device
+from archerchat.training.recipe import Evaluation, Metric, StepSettings
 from archerchat.training.rollouts import (
     SAMPLING,
     RolloutBatch,
@@ -133,7 +133,7 @@ class Reinforcement(Tuning):
             )
         dtype = self.runtime.compute_dtype
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
-        self.fit_to_device(reserved_bytes=cache_bytes * config.rollout_batch_size)
+        fit_to_device(self, reserved_bytes=cache_bytes * config.rollout_batch_size)
         self.passed: dict[str, float] = {}  # what the last evaluation found
 
     def _build_tasks(self) -> tuple[Task, Task]:
@@ -261,7 +261,7 @@ class Reinforcement(Tuning):
         own: list[Conversation] = [{"messages": [user(prompt)]} for prompt in prompts]
         questions = own or [self.test[index] for index in range(count)]
         limit = self.config.sampling.max_new_tokens
-        return answer_questions(engine, self.tokenizer, questions, limit)
+        return self.answer_questions(engine, questions, limit)
 
     # What is said about it
 
@@ -298,6 +298,6 @@ class Reinforcement(Tuning):
         return [self.describe_result(self.passed)] if finished and self.passed else []
 
 
-def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> Outcome:
+def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> bool:
     """Train until the questions are used up or a signal stops it, as `run_stage` does."""
     return run_stage(Reinforcement, config, home, console)
