@@ -9,7 +9,6 @@ from typing import Any
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, find_model, load_checkpoint
 from archerchat.dial import DialConfig, LearningRates, build_hyperparameters
-from archerchat.errors import CheckpointError
 from archerchat.evals.chat import render_question
 from archerchat.inference.chat import build_answer_request
 from archerchat.inference.engine import Engine
@@ -45,9 +44,6 @@ def inherit(
 
     Returns:
         Rows per micro-batch, tokens per step, and the base model's rates, scaled.
-
-    Raises:
-        CheckpointError: the checkpoint's rates cannot be read.
     """
     if (identity := base.meta.get("identity")) is None:  # imported
         dial = DialConfig(
@@ -63,14 +59,8 @@ def inherit(
         rates, batch = hp.learning_rates, hp.total_batch_tokens
         rows = min(DEVICE_BATCH_SIZE, max(1, batch // model.sequence_length))
     else:
-        try:
-            rates = LearningRates(**identity["learning_rates"])
-            batch, rows = int(identity["total_batch_size"]), int(identity["device_batch_size"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{base.path} does not say how it was trained ({error!r}): use a base model of "
-                "`archerchat pretrain`"
-            ) from error
+        rates = LearningRates(**identity["learning_rates"])
+        batch, rows = identity["total_batch_size"], identity["device_batch_size"]
     tokens = total_batch_tokens or batch
     scale = math.sqrt(tokens / batch)
     scaled = {name: rate * rate_scale * scale for name, rate in asdict(rates).items()}
@@ -111,28 +101,14 @@ class Tuning(Stage):
         return {name: self.base.meta[name] for name in ("model_config", "tokenizer")}
 
     def set_weights(self, start: Checkpoint | None) -> None:
-        """Give the model the base model's weights, unless a resumed run has its own.
-
-        Raises:
-            CheckpointError: the base model's weights are damaged.
-        """
-        if start is None:
+        if start is None:  # a resumed run has them in its own checkpoint
             saved = load_checkpoint(self.base.path, sections=("model",))
             self.model.load_state_dict(saved.state["model"])
 
     def load_moments(self) -> None:
-        """Load the moments of the base model's optimizer.
-
-        Raises:
-            CheckpointError: they do not fit the model.
-        """
+        """Load the moments of the base model's optimizer."""
         saved = load_checkpoint(self.base.path, sections=("optimizer",))
-        try:
-            self.optimizer.load_state_dict(saved.state["optimizer"])
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.base.path} does not fit its own model: {error}"
-            ) from error
+        self.optimizer.load_state_dict(saved.state["optimizer"])
 
     def answer_questions(
         self, engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int

@@ -252,12 +252,7 @@ class Loop(Stateful):
         if self.scaler.is_enabled():  # a step that one rank skips is skipped by all
             for found in self.scaler._found_inf_per_device(torch_optimizer).values():
                 self.ranks.start_sum(found).wait()
-        self.scaler.step(
-            torch_optimizer,
-            settings.lr_multiplier,
-            settings.muon_momentum,
-            settings.muon_weight_decay,
-        )
+        self.scaler.step(torch_optimizer, *settings)
         self.scaler.update()
         self.optimizer.zero_grad()
         mean, last = torch.stack((total / accum, loss.detach())).tolist()  # waits for the device
@@ -295,8 +290,7 @@ class Loop(Stateful):
             "train/memory_bytes": self.runtime.peak_memory_bytes(),
         }
         # One rate shows the schedule; the others are multiples of it, and in the config.
-        muon = [group for group in self.optimizer.groups if isinstance(group, MuonGroup)]
-        for group in muon[:1]:
+        if isinstance(group := self.optimizer.groups[-1], MuonGroup):
             metrics["train/matrix_lr"] = group.rate * settings.lr_multiplier
         if self.scaler.is_enabled():
             metrics["train/grad_scale"] = self.scaler.get_scale()

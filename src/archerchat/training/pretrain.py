@@ -8,7 +8,7 @@ run is refused unless `--extend` allows it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -164,13 +164,11 @@ class Pretraining(Stage):
         }
 
     def facts(self) -> dict[str, Any]:
+        name, fingerprint = self.config.tokenizer, self.tokenizer.fingerprint
         resolved = {"data": self._data_name(), "packing": self.packing}
         return {
             "model_config": asdict(self.model_config),
-            "tokenizer": {
-                "name": self.config.tokenizer,
-                "fingerprint": self.tokenizer.fingerprint,
-            },
+            "tokenizer": {"name": name, "fingerprint": fingerprint},
             "schedule": asdict(self.schedule),
             "validation": [[p.name, p.stat().st_size] for p in self.validation_shards],
             "fp8": bool(self.uses_fp8),
@@ -193,8 +191,16 @@ class Pretraining(Stage):
         bits = Evaluation(self.measure_bits, config.eval_every, at_start=False, tokens=tokens)
         self.evaluations = [bits]
         if (every := config.core_metric_every) is not None:
-            core = Evaluation(self._build_core_metric(), every, "core/seconds", at_start=False)
-            self.evaluations.append(replace(core, saves_first=True))
+            cache, notify = self.home.cache_dir, self.console.print
+            bundle = self.ranks.first_alone(
+                lambda: find_bundle(config.core_bundle, cache, notify=notify)
+            )
+            options = CoreOptions(max_per_task=config.core_metric_max_per_task)
+            self.core = CoreEvaluation(
+                load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
+            )
+            measured = Evaluation(self.measure_core, every, "core/seconds", at_start=False)
+            self.evaluations.append(replace(measured, saves_first=True))
 
     def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
         return TextLoader(
@@ -246,27 +252,15 @@ class Pretraining(Stage):
         with self._open_loader(self.validation_shards, 0, 1) as loader:
             return {"val/bpb": self.bits_per_byte(self.iter_validation(loader, count, seen))}
 
-    def _build_core_metric(self) -> Callable[[int], Mapping[str, float]]:
-        """Return a function that measures CORE on part of each task; it keeps its prompts."""
-        config, cache, notify = self.config, self.home.cache_dir, self.console.print
-        bundle = self.ranks.first_alone(
-            lambda: find_bundle(config.core_bundle, cache, notify=notify)
+    def measure_core(self, step: int) -> Mapping[str, float]:
+        """Measure CORE on part of each task."""
+        result = self.core.run(
+            InferenceModel(self.model).model,
+            on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
         )
-        options = CoreOptions(max_per_task=config.core_metric_max_per_task)
-        evaluation = CoreEvaluation(
-            load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
-        )
-
-        def measure(step: int) -> Mapping[str, float]:
-            result = evaluation.run(
-                InferenceModel(self.model).model,
-                on_progress=lambda label, share: self.show_progress(f"CORE, {label}", share),
-            )
-            low, high = result.interval
-            figures = {"core/score": result.core, "core/low": low, "core/high": high}
-            return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
-
-        return measure
+        low, high = result.interval
+        figures = {"core/score": result.core, "core/low": low, "core/high": high}
+        return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Continue each prompt greedily."""
