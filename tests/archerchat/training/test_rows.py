@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from archerchat.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.distributed import Ranks
+from archerchat.model.transformer import Transformer
 from archerchat.planning.memory import RESERVED_SHARE, estimate_memory
 from archerchat.runtime import Runtime
 from archerchat.training.fitting import choose_rows
@@ -99,11 +101,14 @@ def test_every_stage_halves_its_rows_until_a_step_fits(
 
 
 def use_small_card(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    """Let memory run out where a micro-batch has more rows."""
+    """Let memory run out where a micro-batch has more rows, or where an earlier model is kept."""
     hidden = Recipe.hidden
+    models: list[weakref.ref[Transformer]] = []
 
     def limited(recipe: Recipe, inputs: torch.Tensor) -> torch.Tensor:
+        assert all(model() in (recipe.model, None) for model in models), "not freed"
         if len(inputs) > most:
+            models.append(weakref.ref(recipe.model))
             raise torch.OutOfMemoryError("8 GiB")
         return hidden(recipe, inputs)
 
