@@ -132,35 +132,28 @@ def choose_precision(stage: Stage, saved: bool | None) -> tuple[bool, float | No
     Raises:
         UsageError: the kernels do not take micro-batches of this size.
     """
-    if stage.rows * stage.sequence_length % MULTIPLE:
+    model, shape = stage.model, (stage.rows, stage.sequence_length)
+    if math.prod(shape) % MULTIPLE:
         raise UsageError(
             f"--fp8 needs micro-batches of a multiple of {MULTIPLE} tokens: choose another "
             "--device-batch-size or --max-seq-len"
         )
-    speed = None
-    if saved is None:
-        speed = _speed_of_fp8(stage)
-        saved = speed > 1
-    stage.model.use_fp8(saved)
-    return saved, speed
-
-
-def _speed_of_fp8(stage: Stage) -> float:
-    model, shape = stage.model, (stage.rows, stage.sequence_length)
+    if saved is not None:
+        model.use_fp8(saved)
+        return saved, None
     tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
 
     def work() -> None:
         stage.loss(tokens, tokens).backward()  # type: ignore[no-untyped-call]
         stage.optimizer.zero_grad()
 
-    seconds = []
-    for used in (False, True):
-        model.use_fp8(used)
-        try:
-            seconds.append(stage.runtime.median_seconds(work))
-        except torch.OutOfMemoryError:
-            if not used:
-                raise
-            seconds.append(math.inf)
-    plain, in_8_bits = stage.ranks.mean(*seconds)
-    return plain / in_8_bits
+    plain = stage.runtime.median_seconds(work)
+    model.use_fp8(True)
+    try:
+        in_8_bits = stage.runtime.median_seconds(work)
+    except torch.OutOfMemoryError:
+        in_8_bits = math.inf
+        stage.optimizer.zero_grad()
+    plain, in_8_bits = stage.ranks.mean(plain, in_8_bits)
+    model.use_fp8(plain > in_8_bits)
+    return plain > in_8_bits, plain / in_8_bits

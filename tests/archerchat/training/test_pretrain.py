@@ -23,6 +23,7 @@ from archerchat.data.shards import write_shards
 from archerchat.dial import DialConfig, build_hyperparameters
 from archerchat.planning.memory import MemoryEstimate, estimate_memory
 from archerchat.runtime import Runtime
+from archerchat.training.fitting import choose_precision
 from archerchat.training.pretrain import Pretraining
 from archerchat.training.recipe import Recipe
 from archerchat.training.run import run_stage
@@ -237,6 +238,26 @@ def test_8_bits_are_kept_only_where_they_are_faster(
     assert all(torch.equal(value, expected[name]) for name, value in weights().items())
     assert tiny_home.pretrain(**wide) == 2
     assert "--fp8: True saved, False now" in capsys.readouterr().err
+
+
+def test_8_bits_that_do_not_fit_leave_no_gradients(
+    tiny_home: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Pretraining(parse(tiny_home.pretrain_words(aspect_ratio=64)).config, tiny_home)
+    stage.build(None)
+
+    def median_seconds(runtime: Runtime, work: Any) -> float:
+        if any(getattr(layer, "fp8", False) for layer in stage.model.modules()):
+            weight = stage.model.unembedding.weight
+            weight.grad = torch.ones_like(weight)  # the pass got this far
+            raise torch.OutOfMemoryError
+        work()
+        return 1.0
+
+    monkeypatch.setattr(Runtime, "median_seconds", median_seconds)
+    assert choose_precision(stage, None) == (False, 0.0)
+    assert all(parameter.grad is None for parameter in stage.model.parameters())
+    stage.loader.close()
 
 
 def test_an_evaluation_that_fails_leaves_the_checkpoint_before_it(
