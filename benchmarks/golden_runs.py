@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -112,8 +112,8 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
         recipe.build(None)
         runtime = recipe.runtime
         recipe.sample = lambda step: {}  # type: ignore[method-assign]
-        if config.eval_every is None:
-            recipe.evaluations = []
+        # The reference measures the initial weights too.
+        recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
         if run.weights:
             recipe.model.load_state_dict(load_golden_weights(oracle / run.weights))
         peak = peak_flops(runtime, home.cache_dir)

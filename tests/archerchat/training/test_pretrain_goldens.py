@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -77,6 +77,8 @@ def run_loop(
     tokenizer.save(home.tokenizer_dir(config.tokenizer))
     recipe = Pretraining(config, home)
     recipe.build(None)
+    # The reference measures the initial weights too.
+    recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
     saves: Any = prepare(recipe)
     recipe.sample = lambda step: {}  # type: ignore[method-assign]
     recorder = Recorder(None)
