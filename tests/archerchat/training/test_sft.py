@@ -6,10 +6,8 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -242,31 +240,6 @@ def test_a_masked_run_learns(trained_home: Any) -> None:
     assert trained_home.run(*words(document_masking=True)) == 0
     figures = summary(trained_home)
     assert figures["val_bpb"] < figures["val_bpb_first"]
-
-
-# Interruption
-
-
-@pytest.mark.parametrize("mixture", [RUN["mixture"], "identity:60*2,SpellingBee:20"])
-def test_a_killed_run_resumes_bit_for_bit(
-    trained_home: Any,
-    launch: Launch,
-    monkeypatch: pytest.MonkeyPatch,
-    mixture: str,
-    assert_same_run: Callable[..., None],
-) -> None:
-    monkeypatch.setenv("ARCHERCHAT_HOME", str(trained_home.root))
-    run = {"mixture": mixture, "save_every": 4}
-    assert trained_home.run(*words(**run, output_tag="whole")) == 0
-    (last,) = steps(trained_home, "whole")[-1:]
-    child = launch(words(**run, output_tag="killed"))
-    child.wait_for(lambda: any(step >= 8 for step in steps(trained_home, "killed")))
-    time.sleep(Random().uniform(0, 0.03))
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() in (-signal.SIGKILL, 0)
-    assert steps(trained_home, "killed")[-1] <= last
-    assert trained_home.run(*words(**run, output_tag="killed")) == 0
-    assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "killed")))
 
 
 def test_a_run_can_go_back_to_an_older_checkpoint(
