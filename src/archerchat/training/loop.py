@@ -35,10 +35,6 @@ SAVE_SECONDS = 900.0
 """Time between checkpoints that are saved by time."""
 OVERFIT_SHARE = 0.002
 """Share by which the metric must exceed its best for a warning; steps vary by less."""
-OVERFITTING = (
-    "{} gets worse while the training loss falls: the model memorises its training data. More data "
-    "or fewer steps would help"
-)
 SMALLEST_SCALE = 2.0**-10
 """Gradient scale below which halving it again will not help."""
 WARMUP_STEPS = 5
@@ -327,7 +323,10 @@ class Loop(Stateful):
         worse = not metric.higher_is_better and value > state.best_val * (1 + OVERFIT_SHARE)
         state.overfitting = worse and smooth < state.best_smooth_loss
         if state.overfitting:
-            self.progress.note(f"warning: {OVERFITTING.format(metric.label)}")
+            self.progress.note(
+                f"warning: {metric.label} gets worse while the training loss falls: the model "
+                "memorises its training data. More data or fewer steps would help"
+            )
         state.first_val = value if math.isnan(state.first_val) else state.first_val
         state.last_val, state.best_val = value, min(state.best_val, score)
         if 0 < state.step == self._saved_step:

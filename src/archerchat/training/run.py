@@ -22,7 +22,7 @@ from archerchat.model.flops import flops_per_token
 from archerchat.planning.plan import FORWARD_SHARE, assume_mfu
 from archerchat.runtime import dtype_name, explained_memory
 from archerchat.training.fitting import fewer
-from archerchat.training.loop import OVERFITTING, Loop
+from archerchat.training.loop import Loop
 from archerchat.training.resume import (
     CheckpointWriter,
     changed_circumstances,
@@ -245,5 +245,3 @@ def _iter_end_lines(stage: Stage, loop: Loop, finished: bool) -> Iterator[str]:
             f"{metric.label}: {state.first_val:.4f} -> {state.last_val:.4f} "
             f"(best {metric.score(state.best_val):.4f})"
         )
-    if state.overfitting:
-        yield f"warning: {OVERFITTING.format(metric.label)}"
