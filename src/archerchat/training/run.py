@@ -19,6 +19,7 @@ from archerchat.errors import MemoryExceededError, UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
 from archerchat.model.flops import flops_per_token
+from archerchat.planning.gpus import find_gpu
 from archerchat.planning.plan import FORWARD_SHARE, assume_mfu
 from archerchat.runtime import dtype_name, explained_memory
 from archerchat.training.fitting import fewer
@@ -155,7 +156,7 @@ def _announce_device(stage: Stage, start: Checkpoint | None) -> Iterator[tuple[s
     yield "device", f"{runtime.device_name}, {dtype} ({runtime.dtype_reason})"
     yield "peak", f"{peak.flops_per_second / 1e12:.3g} TFLOP/s ({peak.source})"
     yield "attention", stage.meta["attention"]
-    mfu = assume_mfu(runtime.device.type, runtime.device_name)
+    mfu = assume_mfu(runtime.device.type, find_gpu(runtime.device_name))
     rate = mfu * peak.flops_per_second * runtime.world_size
     if not (seconds := _count_flops(stage, start.step if start else 0) / rate):
         return
