@@ -7,7 +7,7 @@ Request(prompt, params, mask=mask)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
@@ -17,14 +17,7 @@ from archerchat.errors import UsageError
 from archerchat.inference.sequence import TokenMask
 from archerchat.tokenizer.bpe import Tokenizer
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-LAYOUT: JsonCompileOptions = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-}
+LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """One layout, since a small model given the choice may write spaces without end."""
 
 

@@ -11,13 +11,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, cycle
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from archerchat.errors import UsageError
 from archerchat.inference.chat import CHAT_SAMPLING
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
+from archerchat.serving.errors import APIError
 from archerchat.tasks.conversation import PART_TYPES
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -28,6 +29,7 @@ MAX_PROMPTS = 256
 MAX_PROMPT_CHARACTERS = 1_000_000
 MAX_SCHEMA_BYTES = 64_000
 MAX_SAMPLES = 128
+TURNS = "after an optional system message, user and assistant take turns"
 COMPLETION_TOKENS = 16
 """Tokens of a completion that names no number, as in OpenAI's API."""
 
@@ -36,14 +38,8 @@ TokenIds = Annotated[list[int], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 StopText = Annotated[str, Field(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1, le=2**31)]
-
-
-class BadRequest(UsageError):
-    """Report a request that cannot be answered, by the field that is wrong and what is."""
-
-    def __init__(self, param: str, problem: str, code: str | None = None) -> None:
-        super().__init__(f"{param} {problem}")
-        self.param, self.code = param, code
+PENALTIES = {"repetition_penalty", "presence_penalty", "frequency_penalty"}
+NUMBERS = {"temperature", "top_p", "min_p"} | PENALTIES
 
 
 class _Body(BaseModel):
@@ -78,14 +74,13 @@ class Sampled(_Body):
         Raises:
             UsageError: a value, or the text of a token id, is out of range.
         """
-        numbers = {"temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
-                   "frequency_penalty"}  # fmt: skip
-        given = self.model_dump(include=numbers, exclude_none=True)
+        given = self.model_dump(include=NUMBERS, exclude_none=True)
         if self.top_k is not None:
             given["top_k"] = self.top_k or None
         for key in self.logit_bias or ():
             if not re.fullmatch(r"[0-9]{1,9}", key):
-                raise BadRequest("logit_bias", f"has {key[:20]!r} where a token id is due")
+                message = f"logit_bias has {key[:20]!r} where a token id is due"
+                raise APIError(message, "logit_bias")
         return replace(
             defaults,
             **given,
@@ -121,6 +116,28 @@ class Message(BaseModel):
     role: Annotated[Role, _called({"developer": "system"})]
     content: str | list[Part]
 
+    def read(self, where: str) -> tuple[dict[str, Any], int]:
+        """Return it in the form that `chat_format` renders, and its characters.
+
+        Raises:
+            APIError: it is empty or too long, or has parts that its role does not.
+        """
+        content = self.content
+        parts = [Part(type="text", text=content)] if isinstance(content, str) else content
+        allowed = PART_TYPES if self.role == "assistant" else ("text",)
+        for number, part in enumerate(parts):
+            if part.type not in allowed:
+                place, kinds = f"{where}[{number}].type", " or ".join(allowed)
+                raise APIError(f"{place} is {part.type[:40]!r}, not {kinds}", place)
+        text = "".join(part.text for part in parts)
+        if len(text) > MAX_MESSAGE_CHARACTERS:
+            raise APIError(f"{where} exceeds {MAX_MESSAGE_CHARACTERS} characters", where)
+        if self.role != "assistant" and not text.strip():
+            raise APIError(f"{where} is empty: write something", where)
+        plain = all(part.type == "text" for part in parts)
+        said = text if plain else [dict(part) for part in parts]
+        return {"role": self.role, "content": said}, len(text)
+
 
 class ConversationRequest(_Body):
     MESSAGES: ClassVar = "messages"
@@ -131,42 +148,25 @@ class ConversationRequest(_Body):
         """Return the messages in the form that `chat_format` renders.
 
         Raises:
-            BadRequest: one is empty or too long, its role is not due, or none is the user's.
+            APIError: a message is wrong, its role is not due, or none is the user's.
         """
         found: list[dict[str, Any]] = []
         name, total = self.MESSAGES, 0
         first = int(self.messages[0].role == "system")
-        for index, message in enumerate(self.messages):
-            where, role = f"{name}[{index}]", message.role
-            due = "system" if index < first else ("user", "assistant")[(index - first) % 2]
-            if role != due:
-                turns = "after an optional system message, user and assistant take turns"
-                raise BadRequest(f"{where}.role", f"is {role!r} where {due!r} is due: {turns}")
-            content, size = _read_content(f"{where}.content", role, message.content)
-            found.append({"role": role, "content": content})
+        due = chain(["system"] * first, cycle(["user", "assistant"]))
+        for index, (message, role) in enumerate(zip(self.messages, due, strict=False)):
+            where = f"{name}[{index}]"
+            if message.role != role:
+                problem = f"{where}.role is {message.role!r} where {role!r} is due: {TURNS}"
+                raise APIError(problem, f"{where}.role")
+            said, size = message.read(f"{where}.content")
+            found.append(said)
             total += size
         if total > MAX_CONVERSATION_CHARACTERS:
-            raise BadRequest(name, f"exceed {MAX_CONVERSATION_CHARACTERS} characters")
+            raise APIError(f"{name} exceed {MAX_CONVERSATION_CHARACTERS} characters", name)
         if len(found) == first:
-            raise BadRequest(name, "hold nothing to answer: add one of the user's")
+            raise APIError(f"{name} hold nothing to answer: add one of the user's", name)
         return found
-
-
-def _read_content(where: str, role: str, content: str | list[Part]) -> tuple[Any, int]:
-    """Return the content as text, or as parts if some are not text; and its characters."""
-    parts = [Part(type="text", text=content)] if isinstance(content, str) else content
-    allowed = PART_TYPES if role == "assistant" else ("text",)
-    for number, part in enumerate(parts):
-        if part.type not in allowed:
-            problem = f"is {part.type[:40]!r}, not {' or '.join(allowed)}"
-            raise BadRequest(f"{where}[{number}].type", problem)
-    text = "".join(part.text for part in parts)
-    if len(text) > MAX_MESSAGE_CHARACTERS:
-        raise BadRequest(where, f"exceeds {MAX_MESSAGE_CHARACTERS} characters")
-    if role != "assistant" and not text.strip():
-        raise BadRequest(where, "is empty: write something")
-    plain = all(part.type == "text" for part in parts)
-    return text if plain else [dict(part) for part in parts], len(text)
 
 
 def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +221,9 @@ class ChatRequest(Sampled, ConversationRequest):
             return {"type": "object"}
         schema = form.json_schema.content if form.json_schema else form.content
         if schema is None:
-            raise BadRequest(f"{self.FORMAT}.{self.SCHEMA}", "is missing")
+            raise APIError(
+                f"{self.FORMAT}.{self.SCHEMA} is missing", f"{self.FORMAT}.{self.SCHEMA}"
+            )
         return schema
 
 
@@ -319,4 +321,5 @@ class DetokenizeRequest(_Body):
 def check_ids(field: str, ids: Sequence[int], tokenizer: Tokenizer) -> None:
     """Refuse ids that the vocabulary does not have."""
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
-        raise BadRequest(field, f"has a token id outside 0 to {tokenizer.vocab_size - 1}")
+        last = tokenizer.vocab_size - 1
+        raise APIError(f"{field} has a token id outside 0 to {last}", field)

@@ -15,7 +15,7 @@ from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Event, Request
 from archerchat.serving import worker
-from archerchat.serving.worker import Worker
+from archerchat.serving.worker import Stream, Worker
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -39,10 +39,11 @@ def test_the_first_token_crosses_at_once_and_fast_ones_together(
         thread = Worker(max_waiting=4)
         thread.start()
         assert sys.getswitchinterval() == pytest.approx(worker.SWITCH_SECONDS)
-        stream = thread.submit(engine, [Request([1], SamplingParams(6, num_samples=2))])
+        stream = Stream(thread, engine, [Request([1], SamplingParams(6, num_samples=2))])
+        thread.submit(stream)
         while stream.open_samples:
             await stream.next()
-        stream.close()
+        thread.close(stream)
         await asyncio.to_thread(thread.stop)
 
     asyncio.run(hear())
