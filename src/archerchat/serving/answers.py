@@ -4,40 +4,47 @@
     answer.read(await stream.next())    # events; returns what a stream shows of them
     answer.whole()                      # the finished answer
 
-A stream shows what `begin`, `read` and `end` return, in turn. A choice is one sample of an answer.
-Its tokens that came at one time are one chunk.
+A stream shows what `begin`, `read` and `end` return. What came at one time is one chunk.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from archerchat.inference.sampling_params import SamplingParams
-from archerchat.inference.sequence import Event, TokenLogprobs
-from archerchat.inference.tools import AnswerReader, Piece, read_parts
+from archerchat.inference.sequence import Event
+from archerchat.inference.tools import AnswerReader, read_parts
 from archerchat.serving.errors import APIError
 from archerchat.serving.worker import Stream
 from archerchat.tasks.conversation import text_of
 from archerchat.tokenizer.bpe import Tokenizer
 
-Scored = tuple[int, TokenLogprobs | None]
 FINISH = {"stop": "stop", "max_tokens": "length", "length": "length", "cancelled": "stop"}
 DONE = b"data: [DONE]\n\n"
 
 
 class Choice:
-    """A sample of an answer; `finish` says why it ended."""
+    """A sample of an answer, and what happened to it."""
 
-    def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, index: int, params: SamplingParams, echo: Sequence[Event] = ()
+    ) -> None:
         self._tokenizer, self._index, self._params = tokenizer, index, params
-        self.finish: str | None = None
+        self._reader = AnswerReader(tokenizer, params.stop)
+        self._events, self._offset = list(echo), 0
 
-    def _show(self, logprobs: Any, **said: Any) -> dict[str, Any]:
-        return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": self.finish}
+    def _show(self, events: Sequence[Event], **said: Any) -> dict[str, Any]:
+        reason = events[-1].finish_reason if events else None
+        logprobs = None if self._params.logprobs is None else self._score(events)
+        finish = reason and FINISH[reason]
+        return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": finish}
+
+    def _score(self, events: Sequence[Event]) -> dict[str, list[Any]]:
+        raise NotImplementedError
 
     def _text_of(self, token: int) -> str:
         return self._tokenizer.token(token).decode(errors="replace")
@@ -49,97 +56,65 @@ class ChatChoice(Choice):
     Calculator calls are no part of `content`: they are in `parts`, beside the text around them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams) -> None:
-        super().__init__(tokenizer, index, params)
-        self._reader = AnswerReader(tokenizer, params.stop)
-        self._token_ids: list[int] = []
-        self._entries: list[dict[str, Any]] = []
-        self._role = {"role": "assistant"}
-
-    def read(self, events: Iterable[Event]) -> dict[str, Any]:
+    def read(self, events: Sequence[Event]) -> dict[str, Any]:
         """Take the next events; return the choice of a chunk."""
-        pieces: list[Piece] = []
-        entries: list[dict[str, Any]] = []
-        for event in events:
-            if event.token is not None:
-                self._token_ids.append(event.token)
-                pieces += self._reader.read(event.token)
-                if event.logprobs is not None:
-                    entries.append(self._score(event.token, event.logprobs))
-            if event.finish_reason is not None:
-                pieces += self._reader.finish()
-                self.finish = FINISH[event.finish_reason]
-        self._entries += entries
-        delta: dict[str, Any] = dict(self._role)
-        self._role.clear()  # only the first chunk has it
+        delta: dict[str, Any] = {} if self._events else {"role": "assistant"}
+        self._events += events
+        pieces = [p for e in events if e.token is not None for p in self._reader.read(e.token)]
+        if events[-1].finish_reason is not None:
+            pieces += self._reader.finish()
         delta["content"] = "".join(piece.text for piece in pieces if piece.type == "text")
         if any(piece.type != "text" for piece in pieces):
             delta["parts"] = [asdict(piece) for piece in pieces]
-        return self._show(self._logprobs(entries), delta=delta)
+        return self._show(events, delta=delta)
 
     def whole(self) -> dict[str, Any]:
         """Return the choice of an answer in one."""
-        parts = read_parts(self._tokenizer, self._token_ids, self._params.stop)
+        token_ids = [event.token for event in self._events if event.token is not None]
+        parts = read_parts(self._tokenizer, token_ids, self._params.stop)
         message: dict[str, Any] = {"role": "assistant", "content": text_of(parts), "refusal": None}
         if any(part["type"] != "text" for part in parts):
             message["parts"] = parts
-        return self._show(self._logprobs(self._entries), message=message)
+        return self._show(self._events, message=message)
 
-    def _logprobs(self, entries: Any) -> Any:
-        return None if self._params.logprobs is None else {"content": entries}
-
-    def _score(self, token: int, found: TokenLogprobs) -> dict[str, Any]:
+    def _score(self, events: Sequence[Event]) -> dict[str, list[Any]]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text, raw = self._text_of(token), self._tokenizer.token(token)
             return {"token": text, "logprob": logprob, "bytes": list(raw), "id": token}
 
-        top = [entry(*pair) for pair in found.top]
-        return entry(token, found.logprob) | {"top_logprobs": top}
+        content = []
+        for event in events:
+            if event.token is not None and event.logprobs is not None:
+                top = [entry(*pair) for pair in event.logprobs.top]
+                content.append(entry(event.token, event.logprobs.logprob) | {"top_logprobs": top})
+        return {"content": content}
 
 
 class TextChoice(Choice):
-    """A sample that continues a prompt, after the prompt itself where `echo` is given.
-
-    Args:
-        echo: the prompt's tokens to show, and their log probabilities.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, index: int, params: SamplingParams, echo: Sequence[Scored] = ()
-    ) -> None:
-        super().__init__(tokenizer, index, params)
-        self._offset = 0
-        self._text = tokenizer.decode(token for token, _ in echo)
-        self._logprobs = None if params.logprobs is None else self._score(echo)
+    """A sample that continues a prompt, after the prompt itself where `echo` has its tokens."""
 
     def read(self, events: Sequence[Event]) -> dict[str, Any]:
         """Take the next events; return the choice of a chunk."""
+        self._events += events
         text = "".join(event.text for event in events)
-        self._text += text
-        if (reason := events[-1].finish_reason) is not None:
-            self.finish = FINISH[reason]
-        if self._logprobs is None:
-            return self._show(None, text=text)
-        new = self._score([(e.token, e.logprobs) for e in events if e.token is not None])
-        for name, values in new.items():
-            self._logprobs[name] += values
-        return self._show(new, text=text)
+        return self._show(events, text=text)
 
     def whole(self) -> dict[str, Any]:
         """Return the choice of an answer in one."""
-        return self._show(self._logprobs, text=self._text)
+        events, self._events, self._offset = self._events, [], 0
+        return self.read(events)
 
-    def _score(self, tokens: Sequence[Scored]) -> dict[str, list[Any]]:
+    def _score(self, events: Sequence[Event]) -> dict[str, list[Any]]:
         names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         found: dict[str, list[Any]] = {name: [] for name in names}
-        for token, scored in tokens:
+        for token, scored in ((e.token, e.logprobs) for e in events if e.token is not None):
             text = self._text_of(token)
             top: dict[str, float] = {}
-            for other, value in () if scored is None else (*scored.top, (token, scored.logprob)):
+            for other, value in (*scored.top, (token, scored.logprob)) if scored else ():
                 top.setdefault(self._text_of(other), value)  # the likelier of two alike
             found["tokens"].append(text)
-            found["token_logprobs"].append(None if scored is None else scored.logprob)
-            found["top_logprobs"].append(None if scored is None else top)
+            found["token_logprobs"].append(scored and scored.logprob)
+            found["top_logprobs"].append(top if scored else None)
             found["text_offset"].append(self._offset)
             self._offset += len(text)
         return found
@@ -147,17 +122,20 @@ class TextChoice(Choice):
 
 @dataclass(eq=False)
 class Answer:
-    """A chat completion or a completion."""
+    """A chat completion or a completion.
+
+    Attributes:
+        kind: of the object, as OpenAI's API names it.
+        wants_usage: whether a stream ends with its usage.
+        dropped: messages that the context had no room for.
+    """
 
     kind: str
-    """That of the object, as OpenAI's API names it."""
     model: str
     stream: Stream
     choices: Sequence[ChatChoice] | Sequence[TextChoice]
     wants_usage: bool = False
-    """Whether a stream ends with its usage."""
     dropped: int = 0
-    """Messages that the context had no room for."""
 
     def __post_init__(self) -> None:
         self._common = {"id": _new_id(f"{self.kind}-"), "created": int(time.time())}

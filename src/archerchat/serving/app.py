@@ -36,7 +36,7 @@ from archerchat.serving.errors import APIError, AsciiJSON, to_json
 from archerchat.serving.grammar import build_mask
 from archerchat.serving.guard import build_guarded
 from archerchat.serving.models import Models, ServedModel
-from archerchat.serving.worker import Stream
+from archerchat.serving.worker import Stream, Worker
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -134,23 +134,16 @@ async def complete(body: asked.CompletionRequest, request: Request, models: Shar
     asks = [sequence.Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     stream = Stream(models.worker, model.engine, asks)
     models.worker.check(stream)
-    scores: list[Sequence[TokenLogprobs | None]] = [[None] * len(prompt) for prompt in prompts]
-    if body.echo and body.logprobs is not None:
-        scores = await _score(models, model, prompts, body.logprobs)
-    # The BOS before a text is the server's own, so clients that count tokens do not see it.
-    echoes = [
-        list(zip(prompt, scored, strict=True))[body.is_text :] if body.echo else []
-        for prompt, scored in zip(prompts, scores, strict=True)
-    ]
-    choices = [
-        TextChoice(tokenizer, index, params, echoes[index // params.num_samples])
-        for index in range(stream.num_samples)
-    ]
+    echoes: list[list[sequence.Event]] = [[] for _ in asks]
+    if body.echo:
+        echoes = await _echo(models.worker, model, prompts, body)
     if body.max_tokens == 0:  # only the prompt was asked about
-        for choice in choices:
-            choice.finish = "length"
+        end = sequence.Event(0, 0, None, finish_reason="max_tokens")
+        echoes = [[*echo, end] for echo in echoes]
     else:
         models.worker.submit(stream)
+    samples = enumerate(echo for echo in echoes for _ in range(params.num_samples))
+    choices = [TextChoice(tokenizer, index, params, echo) for index, echo in samples]
     answer = Answer("text_completion", model.name, stream, choices, body.wants_usage)
     return Reply(answer, bool(body.stream))
 
@@ -161,16 +154,27 @@ async def aside(request: Request, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if is_long else work()
 
 
-async def _score(
-    models: Models, model: ServedModel, prompts: Sequence[Sequence[int]], top: int
-) -> list[Sequence[TokenLogprobs | None]]:
-    """Score prompts a batch at a time, so that others' tokens come in between."""
-    found: dict[int, Sequence[TokenLogprobs | None]] = {}
+async def _echo(
+    worker: Worker,
+    model: ServedModel,
+    prompts: Sequence[Sequence[int]],
+    body: asked.CompletionRequest,
+) -> list[list[sequence.Event]]:
+    """Return prompts as if the model had said them, scored a batch at a time between its steps."""
+    echoes: list[list[sequence.Event]] = [[] for _ in prompts]
+    first = int(body.is_text)  # the BOS before a text is the server's own: clients do not see it
     for batch in iter_batches([len(prompt) for prompt in prompts]):
         rows = [prompts[i] for i in batch]
-        scores = await models.worker.call(partial(score_prompts, model.engine.model, rows, top))
-        found |= dict(zip(batch, scores, strict=True))
-    return [found[i] for i in range(len(prompts))]
+        scores: Sequence[Sequence[TokenLogprobs | None]] = [[None] * len(row) for row in rows]
+        if body.logprobs is not None:
+            score = partial(score_prompts, model.engine.model, rows, body.logprobs)
+            scores = await worker.call(score)
+        for i, row, scored in zip(batch, rows, scores, strict=True):
+            text = model.tokenizer.decode(row[first:])
+            tokens = list(zip(row, scored, strict=True))[first:]
+            echoes[i] = [sequence.Event(0, 0, None, text=text)]
+            echoes[i] += [sequence.Event(0, 0, token, logprobs=found) for token, found in tokens]
+    return echoes
 
 
 class Reply(StreamingResponse):
