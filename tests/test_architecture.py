@@ -219,7 +219,7 @@ BUDGETS = {
     "evals": (2000, 2000),
     "tasks": (1300, 1470),
     "sandbox": (700, 700),
-    "serving": (900, 1810),
+    "serving": (900, 1735),
     "exchange": (800, 1025),
     "planning": (700, 850),
     "report": (900, 1470),

@@ -28,7 +28,11 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Choice:
-    """A sample of an answer, and what happened to it."""
+    """A sample of an answer, and what happened to it.
+
+    `read` takes the next events and returns the choice of a chunk; `whole` returns that of an
+    answer in one.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, index: int, params: SamplingParams, echo: Sequence[Event] = ()
@@ -39,8 +43,9 @@ class Choice:
 
     def _show(self, events: Sequence[Event], **said: Any) -> dict[str, Any]:
         reason = events[-1].finish_reason if events else None
-        logprobs = None if self._params.logprobs is None else self._score(events)
-        finish = reason and FINISH[reason]
+        finish, logprobs = reason and FINISH[reason], None
+        if self._params.logprobs is not None:
+            logprobs = self._score(events)
         return {"index": self._index, **said, "logprobs": logprobs, "finish_reason": finish}
 
     def _score(self, events: Sequence[Event]) -> dict[str, list[Any]]:
@@ -57,7 +62,6 @@ class ChatChoice(Choice):
     """
 
     def read(self, events: Sequence[Event]) -> dict[str, Any]:
-        """Take the next events; return the choice of a chunk."""
         delta: dict[str, Any] = {} if self._events else {"role": "assistant"}
         self._events += events
         pieces = [p for e in events if e.token is not None for p in self._reader.read(e.token)]
@@ -69,7 +73,6 @@ class ChatChoice(Choice):
         return self._show(events, delta=delta)
 
     def whole(self) -> dict[str, Any]:
-        """Return the choice of an answer in one."""
         token_ids = [event.token for event in self._events if event.token is not None]
         parts = read_parts(self._tokenizer, token_ids, self._params.stop)
         message: dict[str, Any] = {"role": "assistant", "content": text_of(parts), "refusal": None}
@@ -94,13 +97,11 @@ class TextChoice(Choice):
     """A sample that continues a prompt, after the prompt itself where `echo` has its tokens."""
 
     def read(self, events: Sequence[Event]) -> dict[str, Any]:
-        """Take the next events; return the choice of a chunk."""
         self._events += events
         text = "".join(event.text for event in events)
         return self._show(events, text=text)
 
     def whole(self) -> dict[str, Any]:
-        """Return the choice of an answer in one."""
         events, self._events, self._offset = self._events, [], 0
         return self.read(events)
 
@@ -113,7 +114,7 @@ class TextChoice(Choice):
             for other, value in (*scored.top, (token, scored.logprob)) if scored else ():
                 top.setdefault(self._text_of(other), value)  # the likelier of two alike
             found["tokens"].append(text)
-            found["token_logprobs"].append(scored and scored.logprob)
+            found["token_logprobs"].append(scored.logprob if scored else None)
             found["top_logprobs"].append(top if scored else None)
             found["text_offset"].append(self._offset)
             self._offset += len(text)

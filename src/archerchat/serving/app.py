@@ -1,9 +1,7 @@
 """The application: its routes, and what they ask of the worker.
 
-    app = build_app(home, runtime, ServeConfig())
-
 A handler turns a request into prompts and parameters, hands them to the worker, and turns events
-into an answer. A client that goes away ends its rows.
+into an answer.
 """
 
 from __future__ import annotations
@@ -122,7 +120,7 @@ async def chat(body: asked.ChatRequest, request: Request, models: Shared) -> Res
     shape = ResponsesAnswer if isinstance(body, asked.ResponsesRequest) else Answer
     answer = shape("chat.completion", model.name, stream, choices, body.wants_usage, dropped)
     streams = request.url.path == "/chat/completions" if body.stream is None else body.stream
-    return Reply(answer, streams, dropped)
+    return Reply(answer, streams)
 
 
 @router.post("/v1/completions")
@@ -134,9 +132,7 @@ async def complete(body: asked.CompletionRequest, request: Request, models: Shar
     asks = [sequence.Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     stream = Stream(models.worker, model.engine, asks)
     models.worker.check(stream)
-    echoes: list[list[sequence.Event]] = [[] for _ in asks]
-    if body.echo:
-        echoes = await _echo(models.worker, model, prompts, body)
+    echoes = await _echo(models.worker, model, prompts, body) if body.echo else [[] for _ in asks]
     if body.max_tokens == 0:  # only the prompt was asked about
         end = sequence.Event(0, 0, None, finish_reason="max_tokens")
         echoes = [[*echo, end] for echo in echoes]
@@ -180,9 +176,10 @@ async def _echo(
 class Reply(StreamingResponse):
     """An answer, as it comes or at its end. Whatever ends the response frees its rows."""
 
-    def __init__(self, answer: Answer, streams: bool, dropped: int = 0) -> None:
+    def __init__(self, answer: Answer, streams: bool) -> None:
         self._answer, self._stream, self._streams = answer, answer.stream, streams
-        self._more = {"archerchat-dropped-messages": str(dropped)} if dropped else {}
+        dropped = str(answer.dropped)
+        self._more = {"archerchat-dropped-messages": dropped} if answer.dropped else {}
         headers = {"cache-control": "no-store", **self._more}
         super().__init__(_show(answer), headers=headers, media_type="text/event-stream")
 
@@ -287,7 +284,7 @@ async def stats(request: Request, models: Shared) -> Response:
     """
     loaded = dict(models.loaded)  # the worker may change it
     found = {
-        "uptime_seconds": round(time.monotonic() - models.started, 3),
+        "uptime_seconds": round(time.monotonic() - models.worker.started, 3),
         "rows": sum(each.engine.num_running for each in loaded.values()),
         "waiting": sum(each.engine.num_waiting for each in loaded.values()),
         "samples_in_work": models.worker.samples,

@@ -37,6 +37,7 @@ from archerchat.serving.guard import build_guarded
 BEGINNING_BYTES = 256
 POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS = 5
+URL = "http://127.0.0.1"
 OF_ONE_HOP = (b"connection", b"date", b"server", b"transfer-encoding")
 
 
@@ -49,9 +50,7 @@ class Copy:
         self._arguments = (replace(config, copies=1), home, index, self._path)
         limits = httpx.Limits(max_keepalive_connections=0)
         transport = httpx.AsyncHTTPTransport(uds=str(self._path), limits=limits)
-        self.client = httpx.AsyncClient(
-            transport=transport, base_url="http://127.0.0.1", timeout=None
-        )
+        self.client = httpx.AsyncClient(transport=transport, base_url=URL, timeout=None)
 
     async def start(self) -> None:
         """Start the process and wait until it listens.
@@ -67,11 +66,6 @@ class Copy:
             if not self.process.is_alive():
                 raise UsageError(f"copy {self.index} of the server ended as it started")
             await asyncio.sleep(POLL_SECONDS)
-
-    async def stats(self, request: Request) -> dict[str, Any]:
-        headers = [pair for pair in request.headers.raw if pair[0] == b"authorization"]
-        found: dict[str, Any] = (await self.client.get("/stats", headers=headers)).json()
-        return found
 
 
 class Forwarded(StreamingResponse):
@@ -148,7 +142,8 @@ def build_front(home: Home, config: ServeConfig, count: int) -> FastAPI:
     @app.get("/stats")
     @app.get("/metrics")
     async def stats(request: Request) -> Response:
-        found = [await copy.stats(request) for copy in copies]
+        headers = [pair for pair in request.headers.raw if pair[0] == b"authorization"]
+        found = [(await copy.client.get("/stats", headers=headers)).json() for copy in copies]
         total: dict[str, Any] = {"copies": len(found)}
         for name in found[0]:
             values = [each[name] for each in found]

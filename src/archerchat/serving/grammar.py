@@ -1,8 +1,4 @@
-"""Answers in JSON: which tokens may come next under a schema, as llguidance says.
-
-mask = build_mask(read_vocabulary(tokenizer), {"type": "object"})
-Request(prompt, params, mask=mask)
-"""
+"""Answers in JSON: which tokens may come next under a schema, as llguidance says."""
 
 from __future__ import annotations
 

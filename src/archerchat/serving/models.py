@@ -54,10 +54,6 @@ class ServedModel:
 class Models:
     """Offer models, and keep the configured number of them in memory.
 
-    Attributes:
-        started: `time.monotonic()` at its start.
-        cards: by TAG:STAGE, or TAG:STAGE@STEP where the step was asked for.
-
     Raises:
         UsageError: a name is malformed, there is no such model, or none at all.
         CheckpointError: one is damaged.
@@ -65,14 +61,15 @@ class Models:
 
     def __init__(self, home: Home, runtime: Runtime, config: ServeConfig) -> None:
         self._home, self._runtime, self._config = home, runtime, config
-        self.worker, self.started = Worker(config.max_batch + config.max_queue), time.monotonic()
-        self.cards = {name: _read_card(home, name) for name in config.model or _find_names(home)}
+        self.worker = Worker(config.max_batch + config.max_queue)
+        names = config.model or _find_names(home)
+        self.cards = {name: _read_card(home, name) for name in names}
         self.loaded: dict[str, ServedModel] = {}
         if not self.cards:
             raise UsageError(f"no models in {home.root}: train one (archerchat pretrain) first")
 
     def find(self, name: str | None) -> Card:
-        """Return the card of a name or a tag, or the first for None; APIError if none fits."""
+        """Return the card of a name or a tag, or the first for None."""
         for card in self.cards.values():
             if name in (None, card["id"], card["tag"]):
                 return card
@@ -80,7 +77,7 @@ class Models:
         raise APIError(message, "model", "model_not_found", status=404)
 
     async def get(self, name: str | None) -> ServedModel:
-        """Return a model, loaded if need be; raises as `find`, `_load` and `load_model` do."""
+        """Return a model, loaded if need be; APIError if there is none, or no room now."""
         card = self.find(name)
         found = self.loaded.get(card["id"])
         if found is None:
@@ -89,11 +86,7 @@ class Models:
         return found
 
     def _load(self, card: Card) -> ServedModel:
-        """Load a model in the place of the one used longest ago; run by the worker's thread.
-
-        Raises:
-            APIError: all that may be in memory are at work.
-        """
+        """Load a model in the place of the one used longest ago; run by the worker's thread."""
         name, config = card["id"], self._config
         if name in self.loaded:  # by a request that came at the same time
             return self.loaded[name]

@@ -162,16 +162,15 @@ def _is_small(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-Schema = Annotated[dict[str, Any], AfterValidator(_is_small)]
-
-
 class AnswerFormat(BaseModel):
     """The form of an answer. Chats have the schema in `json_schema`, responses all in `format`."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     format: AnswerFormat | None = None
     json_schema: AnswerFormat | None = None
-    content: Schema | None = Field(None, alias="schema")
+    content: Annotated[dict[str, Any], AfterValidator(_is_small)] | None = Field(
+        None, alias="schema"
+    )
 
 
 class ChatRequest(Sampled, ConversationRequest):

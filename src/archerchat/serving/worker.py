@@ -59,10 +59,7 @@ class Stream:
         self.arrived = asyncio.Event()
 
     async def next(self, patience: float | None = None) -> list[tuple[int, Event]]:
-        """Return new events, each with the number of its sample among all of this stream's.
-
-        Args:
-            patience: seconds to wait for one; after that none is returned.
+        """Return new events, each with the number of its sample; none after `patience` seconds.
 
         Raises:
             APIError: the model stopped with an error, such as a lack of memory.
@@ -106,25 +103,22 @@ class Stream:
 
 
 class Worker:
-    """Run engines in a thread of its own.
-
-    Args:
-        max_waiting: samples in work beyond which requests are refused.
+    """Run engines in a thread of its own, for at most `max_samples` samples in work.
 
     Attributes:
         samples: samples in work, running or waiting.
         counts: what happened since the start, under the names of /stats.
     """
 
-    def __init__(self, max_waiting: int) -> None:
-        self._max_waiting = max_waiting
+    def __init__(self, max_samples: int) -> None:
+        self._max_samples = max_samples
         self._thread = ThreadPoolExecutor(1, "engines")
         self._turn = asyncio.Lock()
         self._streams: dict[int, Stream] = {}  # by the number of each request, on the loop
         self._engines: set[Engine] = set()  # those that are busy, on the thread
         self._events: list[Event] = []  # that have not crossed over, on the thread
         self._crossed = 0.0
-        self._next_number = 0
+        self._next_number, self.started = 0, time.monotonic()
         self._loop: asyncio.AbstractEventLoop | None = None
         self.samples = 0
         names = ("requests", "errors", "prompt_tokens", "cached_tokens", "generated_tokens")
@@ -146,7 +140,7 @@ class Worker:
 
     def check(self, stream: Stream) -> None:
         """Refuse what the engine cannot serve, or what there is no room for, ever or now."""
-        samples, most = stream.num_samples, self._max_waiting
+        samples, most = stream.num_samples, self._max_samples
         if samples > most:
             raise APIError(f"{samples} answers are more than the {most} of a queue")
         if self.samples + samples > most:
@@ -193,11 +187,10 @@ class Worker:
             self._thread.submit(cancel)
 
     def _run(self) -> None:
-        """Run a step of each engine; the next follows what was submitted meanwhile."""
         for engine in self._engines:
             self._step(engine)
         self._engines = {engine for engine in self._engines if engine.busy}
-        if self._engines:
+        if self._engines:  # after what was submitted meanwhile
             self._thread.submit(self._run)
 
     def _step(self, engine: Engine) -> None:

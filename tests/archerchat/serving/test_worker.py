@@ -36,7 +36,7 @@ def test_the_first_token_crosses_at_once_and_fast_ones_together(
     monkeypatch.setattr(Worker, "_deliver", listen)
 
     async def hear() -> None:
-        thread = Worker(max_waiting=4)
+        thread = Worker(max_samples=4)
         thread.start()
         assert sys.getswitchinterval() == pytest.approx(worker.SWITCH_SECONDS)
         stream = Stream(thread, engine, [Request([1], SamplingParams(6, num_samples=2))])
