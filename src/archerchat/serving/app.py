@@ -110,7 +110,7 @@ async def chat(body: asked.ChatRequest, request: Request, models: Shared) -> Res
         raise APIError(problem, name, "context_length_exceeded") from error
     if (schema := body.answer_schema()) is not None:
         try:
-            mask = await asyncio.to_thread(lambda: build_mask(model.vocabulary, schema))
+            mask = await asyncio.to_thread(build_mask, model.tokenizer, schema)
         except UsageError as error:
             raise APIError(f"{body.FORMAT} cannot be kept to: {error}", body.FORMAT) from error
         ask = replace(ask, mask=mask, hook=None)

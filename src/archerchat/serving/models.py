@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
-
-from llguidance import LLTokenizer
 
 from archerchat.checkpoint import (
     find_checkpoint,
@@ -24,7 +22,6 @@ from archerchat.model.flops import count_parameters
 from archerchat.runtime import Runtime
 from archerchat.serving.config import ServeConfig
 from archerchat.serving.errors import APIError
-from archerchat.serving.grammar import read_vocabulary
 from archerchat.serving.worker import Worker
 from archerchat.tokenizer.bpe import Tokenizer
 
@@ -44,11 +41,6 @@ class ServedModel:
     tokenizer: Tokenizer
     engine: Engine
     last_used: float = 0.0
-
-    @cached_property
-    def vocabulary(self) -> LLTokenizer:
-        """What answers under a schema are kept to; made on first use."""
-        return read_vocabulary(self.tokenizer)
 
 
 class Models:
