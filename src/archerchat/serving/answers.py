@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -147,12 +147,9 @@ class Answer:
         wholes = [choice.whole() for choice in self.choices]
         return [self._chunk([each]) for each in wholes if each.get("text")]
 
-    def read(self, events: Sequence[tuple[int, Event]]) -> list[Any]:
-        """Take the next events, each with its choice's number; return what a stream shows."""
-        of_choice: dict[int, list[Event]] = {}
-        for number, event in events:
-            of_choice.setdefault(number, []).append(event)
-        chunks = [self._chunk([self.choices[i].read(found)]) for i, found in of_choice.items()]
+    def read(self, events: Mapping[int, Sequence[Event]]) -> list[Any]:
+        """Take the next events of each choice, by its number; return what a stream shows."""
+        chunks = [self._chunk([self.choices[i].read(found)]) for i, found in events.items()]
         if chunks and not self.stream.open_samples:
             chunks[-1]["timings"] = self.stream.timings()
         return chunks
@@ -228,11 +225,10 @@ class ResponsesAnswer(Answer):
             self._event("response.content_part.added", **self._place, part=_output("")),
         ]
 
-    def read(self, events: Sequence[tuple[int, Event]]) -> list[Any]:
-        text = self.choices[0].read([event for _, event in events])["delta"]["content"]
-        if not text:
-            return []
-        return [self._event("response.output_text.delta", **self._place, delta=text)]
+    def read(self, events: Mapping[int, Sequence[Event]]) -> list[Any]:
+        texts = [self.choices[i].read(found)["delta"]["content"] for i, found in events.items()]
+        kind = "response.output_text.delta"
+        return [self._event(kind, **self._place, delta=text) for text in texts if text]
 
     def end(self) -> list[Any]:
         found = self.whole()

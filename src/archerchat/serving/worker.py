@@ -54,12 +54,12 @@ class Stream:
         self._started = time.monotonic()
         self._first_token: float | None = None
         self._last_token = 0.0
-        self._events: list[tuple[int, Event]] = []
+        self._events: dict[int, list[Event]] = {}
         self.error: APIError | None = None
         self.arrived = asyncio.Event()
 
-    async def next(self, patience: float | None = None) -> list[tuple[int, Event]]:
-        """Return new events, each with the number of its sample; none after `patience` seconds.
+    async def next(self, patience: float | None = None) -> dict[int, list[Event]]:
+        """Return each sample's new events, by its number; none after `patience` seconds.
 
         Raises:
             APIError: the model stopped with an error, such as a lack of memory.
@@ -70,8 +70,8 @@ class Stream:
         if self.error is not None:
             raise self.error
         self.arrived.clear()
-        events, self._events = self._events, []
-        self.open_samples -= sum(event.finish_reason is not None for _, event in events)
+        events, self._events = self._events, {}
+        self.open_samples -= sum(each[-1].finish_reason is not None for each in events.values())
         return events
 
     def put(self, event: Event, now: float) -> None:
@@ -81,8 +81,8 @@ class Stream:
         self.tokens += 1
         self._first_token = self._first_token or now
         self._last_token = now
-        request = self.numbers.index(event.request)
-        self._events.append((request * self.requests[0].params.num_samples + event.sample, event))
+        before = self.numbers.index(event.request) * self.requests[0].params.num_samples
+        self._events.setdefault(before + event.sample, []).append(event)
         self.arrived.set()
 
     def timings(self) -> dict[str, float]:

@@ -137,6 +137,8 @@ def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model:
 
     async def fail(patience: float) -> Any:
         seen.append("waited")
+        if len(seen) == 2:
+            return {}  # nothing was said for so long
         raise APIError("the model failed", status=500)
 
     stream: Any = SimpleNamespace(open_samples=1, requests=[], next=fail)
@@ -149,9 +151,10 @@ def test_a_response_begins_before_its_first_token_and_numbers_its_failure(model:
             seen.append(piece.decode())
 
     asyncio.run(show())
-    begun, waited, failed = seen
+    begun, waited, ping, again, failed = seen
     assert begun.startswith("event: response.created\n")
-    assert waited == "waited"
+    assert waited == again == "waited"
+    assert ping == ": still at work\n\n"
     assert json.loads(failed.removeprefix("event: error\ndata: ")) == {
         "type": "error", "message": "the model failed", "code": "server_error", "param": None,
         "sequence_number": 3,
