@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import FileResponse, Response, StreamingResponse
@@ -34,7 +34,7 @@ from archerchat.serving.errors import APIError, AsciiJSON, to_json
 from archerchat.serving.grammar import build_mask
 from archerchat.serving.guard import build_guarded
 from archerchat.serving.models import Models, ServedModel
-from archerchat.serving.worker import Stream, Worker
+from archerchat.serving.worker import Stream
 
 PAGE = Path(__file__).parent / "page"
 PAGE_HEADERS = {
@@ -49,7 +49,6 @@ PING, PING_SECONDS = b": still at work\n\n", 15
 """What a silent stream sends to keep proxies awake, and how often."""
 LONG_BYTES = 2**16
 """Size of a request whose text takes milliseconds to tokenize."""
-T = TypeVar("T")
 router = APIRouter()
 
 
@@ -106,8 +105,8 @@ async def chat(body: asked.ChatRequest, request: Request, models: Shared) -> Res
     try:
         ask = session.build_request(message, said, forget=body.truncation == "auto")
     except ContextFull as error:
-        problem, name = f"{body.MESSAGES} do not fit: {error}", body.MESSAGES
-        raise APIError(problem, name, "context_length_exceeded") from error
+        name, code = body.MESSAGES, "context_length_exceeded"
+        raise APIError(f"{name} do not fit: {error}", name, code) from error
     if (schema := body.answer_schema()) is not None:
         try:
             mask = await asyncio.to_thread(build_mask, model.tokenizer, schema)
@@ -132,7 +131,7 @@ async def complete(body: asked.CompletionRequest, request: Request, models: Shar
     asks = [sequence.Request(prompt, params, decode=tokenizer.decode) for prompt in prompts]
     stream = Stream(models.worker, model.engine, asks)
     models.worker.check(stream)
-    echoes = await _echo(models.worker, model, prompts, body) if body.echo else [[] for _ in asks]
+    echoes = await _echo(models, model, prompts, body) if body.echo else [[] for _ in asks]
     if body.max_tokens == 0:  # only the prompt was asked about
         end = sequence.Event(0, 0, None, finish_reason="max_tokens")
         echoes = [[*echo, end] for echo in echoes]
@@ -144,17 +143,14 @@ async def complete(body: asked.CompletionRequest, request: Request, models: Shar
     return Reply(answer, bool(body.stream))
 
 
-async def aside(request: Request, work: Callable[[], T]) -> T:
+async def aside(request: Request, work: Callable[[], list[Any]]) -> list[Any]:
     """Return what `work` makes of a request; in a thread where that may take long."""
     is_long = len(await request.body()) > LONG_BYTES
     return await asyncio.to_thread(work) if is_long else work()
 
 
 async def _echo(
-    worker: Worker,
-    model: ServedModel,
-    prompts: Sequence[Sequence[int]],
-    body: asked.CompletionRequest,
+    models: Models, model: ServedModel, prompts: Sequence[list[int]], body: asked.CompletionRequest
 ) -> list[list[sequence.Event]]:
     """Return prompts as if the model had said them, scored a batch at a time between its steps."""
     echoes: list[list[sequence.Event]] = [[] for _ in prompts]
@@ -164,7 +160,7 @@ async def _echo(
         scores: Sequence[Sequence[TokenLogprobs | None]] = [[None] * len(row) for row in rows]
         if body.logprobs is not None:
             score = partial(score_prompts, model.engine.model, rows, body.logprobs)
-            scores = await worker.call(score)
+            scores = await models.worker.call(score)
         for i, row, scored in zip(batch, rows, scores, strict=True):
             text = model.tokenizer.decode(row[first:])
             tokens = list(zip(row, scored, strict=True))[first:]

@@ -184,7 +184,8 @@ class Worker:
                 stream.engine.cancel(number)
 
         if stream.open_samples:
-            self._thread.submit(cancel)
+            with suppress(RuntimeError):  # the thread has ended
+                self._thread.submit(cancel)
 
     def _run(self) -> None:
         for engine in self._engines:

@@ -48,3 +48,19 @@ def test_the_first_token_crosses_at_once_and_fast_ones_together(
 
     asyncio.run(hear())
     assert crossed == [2, 10]
+
+
+def test_a_stream_may_be_closed_after_the_end(served_home: Any) -> None:
+    """As when the server ends while it answers."""
+    model = load("tiny", device="cpu", dtype="float32", home=served_home.root).engine.model
+
+    async def leave() -> None:
+        worker = Worker(max_samples=1)
+        worker.start()
+        stream = Stream(worker, Engine(model), [Request([1], SamplingParams(50))])
+        worker.submit(stream)
+        await asyncio.to_thread(worker.stop)
+        worker.close(stream)
+        assert worker.samples == 0
+
+    asyncio.run(leave())
