@@ -38,7 +38,6 @@ class Choice:
         self, tokenizer: Tokenizer, index: int, params: SamplingParams, echo: Sequence[Event] = ()
     ) -> None:
         self._tokenizer, self._index, self._params = tokenizer, index, params
-        self._reader = AnswerReader(tokenizer, params.stop)
         self._events, self._offset = list(echo), 0
 
     def _show(self, events: Sequence[Event], **said: Any) -> dict[str, Any]:
@@ -60,6 +59,10 @@ class ChatChoice(Choice):
 
     Calculator calls are no part of `content`: they are in `parts`, beside the text around them.
     """
+
+    def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams) -> None:
+        super().__init__(tokenizer, index, params)
+        self._reader = AnswerReader(tokenizer, params.stop)
 
     def read(self, events: Sequence[Event]) -> dict[str, Any]:
         delta: dict[str, Any] = {} if self._events else {"role": "assistant"}

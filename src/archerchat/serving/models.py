@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ class ServedModel:
     name: str
     tokenizer: Tokenizer
     engine: Engine
-    last_used: float = 0.0
+    last_used: float = field(default_factory=time.monotonic)
 
 
 class Models:
