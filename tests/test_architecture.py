@@ -220,7 +220,7 @@ BUDGETS = {
     "tasks": (1300, 1470),
     "sandbox": (700, 700),
     "serving": (900, 1727),
-    "exchange": (800, 1000),
+    "exchange": (800, 988),
     "planning": (700, 850),
     "report": (900, 1470),
     "commands": (1700, 2510),
