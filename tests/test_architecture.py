@@ -219,7 +219,7 @@ BUDGETS = {
     "evals": (2000, 2000),
     "tasks": (1300, 1470),
     "sandbox": (700, 700),
-    "serving": (900, 1727),
+    "serving": (900, 1723),
     "exchange": (800, 988),
     "planning": (700, 850),
     "report": (900, 1470),
