@@ -15,7 +15,6 @@ from archerchat.runtime import build_runtime, prepare_process
 from archerchat.serving.config import ServeConfig
 
 SHUTDOWN_SECONDS = 5
-MAX_CONNECTIONS = 1000
 
 
 def serve(config: ServeConfig, home: Home) -> None:
@@ -49,7 +48,6 @@ def serve(config: ServeConfig, home: Home) -> None:
         http=Connection,
         log_level="warning",
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        limit_concurrency=MAX_CONNECTIONS,
         server_header=False,
     )
     gc.freeze()  # so that the collector does not scan all libraries' objects while clients wait
