@@ -109,11 +109,11 @@ class MixtureConfig:
     """Choose what to fine-tune on."""
 
     mixture: str = "reference"
-    """`reference` (needs the hub), `generated` (no network), `none` (only --jsonl), or a list such
-    as GSM8K*4,identity*2,Arithmetic:20000."""
+    """`reference` downloads its data from the hub, `generated` needs no network, `none` leaves only
+    your own --jsonl. Or a list such as GSM8K*4,identity*2,Arithmetic:20000."""
     jsonl: tuple[Path, ...] = ()
-    """Files of your own conversations as JSON lines, or folders of them. In a folder with files
-    named train, those named validation (or test) are for validation."""
+    """Files of your own conversations as JSON lines, or folders of them, added to the mixture. In a
+    folder with files named train, those named validation (or test) are for validation."""
     val_jsonl: tuple[Path, ...] = ()
     """Files of conversations to validate on, instead of the tasks' tests."""
     skip_bad: bool = False

@@ -60,6 +60,7 @@ class FinetuneConfig(TuneConfig):
     """Fine-tune a base model on conversations."""
 
     data: MixtureConfig
+    """The default is downloaded. For your own conversations: --mixture none --jsonl FILE."""
     document_masking: bool = False
     """Keep conversations that share a row from attending to each other."""
     total_batch_size: PositiveInt | None = None
@@ -154,7 +155,6 @@ class Finetuning(Tuning):
     def _open_loader(
         self, mixture: TaskMixture, repeat: bool, stream: int, count: int
     ) -> ConversationLoader:
-        """Open one stream of a mixture."""
         return ConversationLoader(
             mixture,
             self.tokenizer,
