@@ -164,16 +164,17 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def explained_writes(path: Path, kind: type[ArcherChatError] = DataError) -> Iterator[None]:
+def explained_writes(
+    path: Path,
+    kind: type[ArcherChatError] = DataError,
+    remedy: str = "point ARCHERCHAT_HOME at another disk",
+) -> Iterator[None]:
     """Turn the system's error about writing `path` into one with a remedy."""
     try:
         yield
     except OSError as error:
-        remedy = "free some space, or point" if error.errno in FULL else "point"
-        raise kind(
-            f"cannot write {path} ({error.strerror or error}): {remedy} ARCHERCHAT_HOME at another "
-            "disk"
-        ) from error
+        space = "free some space, or " if error.errno in FULL else ""
+        raise kind(f"cannot write {path} ({error.strerror or error}): {space}{remedy}") from error
 
 
 def _fsync_tree(directory: Path) -> None:
