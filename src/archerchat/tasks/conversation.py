@@ -10,7 +10,7 @@ layouts. `tokenizer.chat_format` renders conversations. A task may add its own k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -89,12 +89,16 @@ def _check_content(content: Any, role: str, here: str) -> None:
             f"{here} (assistant): content must be text or a list of parts, not {_show(content)}"
         )
     for number, each in enumerate(content if isinstance(content, list) else ()):
-        known = isinstance(each, Mapping) and each.get("type") in PART_TYPES
-        if not known or not isinstance(each.get("text"), str):
+        if not _is_part(each, PART_TYPES):
             raise DataError(
                 f'{here}, part {number}: it must be {{"type": ..., "text": ...}} with text and one '
                 f"of the types {', '.join(PART_TYPES)}, not {_show(each)}"
             )
+
+
+def _is_part(value: Any, types: Sequence[str]) -> bool:
+    known = isinstance(value, Mapping) and value.get("type") in types
+    return known and isinstance(value.get("text"), str)
 
 
 def check_conversation(value: Any, where: str) -> Conversation:
@@ -149,14 +153,9 @@ def _read_message(message: Any, here: str) -> Any:
         raise DataError(f"{here}{what} are not supported: remove the conversation")
     changed = {"role": "system"} if role == "developer" else {}
     parts = content if isinstance(content, list) and role != "assistant" else []
-    if parts and all(map(_is_text, parts)):
+    if parts and all(_is_part(each, ["text"]) for each in parts):
         changed["content"] = "".join(each["text"] for each in parts)
     return {**message, **changed}
-
-
-def _is_text(value: Any) -> bool:
-    is_part = isinstance(value, Mapping) and value.get("type") == "text"
-    return is_part and isinstance(value.get("text"), str)
 
 
 def _refuse_tools(value: Mapping[str, Any], here: str) -> None:
