@@ -17,7 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinities are refused."""
     write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write one value per line as JSON, atomically."""
+    lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in values]
+    write_bytes(path, "".join(lines).encode())
 
 
 @contextlib.contextmanager

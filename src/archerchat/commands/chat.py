@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from rich.console import Console
 from archerchat.commands.sample import CONTROLS
 from archerchat.console import build_console
 from archerchat.errors import UsageError
-from archerchat.files import explained_writes, write_bytes
+from archerchat.files import explained_writes, write_json_lines
 from archerchat.home import Home
 from archerchat.inference.chat import CHAT_SAMPLING, ChatSession
 from archerchat.inference.engine import Engine
@@ -140,11 +139,10 @@ class Dialogue:
         if not self.session.turns:
             raise UsageError("there is nothing to save yet")
         path = Path(text).expanduser()
-        line = json.dumps(self.session.to_conversation(), ensure_ascii=False)
         with explained_writes(path, UsageError, "choose another name"):
             if path.exists():
                 raise UsageError(f"{path} exists: choose another name")
-            write_bytes(path, f"{line}\n".encode())
+            write_json_lines(path, [self.session.to_conversation()])
         self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")
 
 

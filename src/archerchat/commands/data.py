@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,13 +27,14 @@ from archerchat.data.shards import (
 from archerchat.data.stdlib import describe_stdlib, iter_stdlib, list_stdlib, stdlib_directory
 from archerchat.downloads import Report
 from archerchat.errors import DataError, UsageError
-from archerchat.files import explained_writes, remove_leftovers, write_bytes
+from archerchat.files import explained_writes, remove_leftovers, write_bytes, write_json_lines
 from archerchat.home import Home
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
 from archerchat.text_files import iter_lines
 
 STDLIB = "stdlib"
 DEFAULT_SHARDS = 8
+WRITABLE = "name a place that can be written"
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,8 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
     if config.save_template is not None:
         if config.save_template.exists():
             raise UsageError(f"{config.save_template} exists: name a new file for the template")
-        _write(config.save_template, default_template())
+        with explained_writes(config.save_template, remedy=WRITABLE):
+            write_bytes(config.save_template, default_template().encode())
         console.print(f"wrote the template to {config.save_template}")
         return
     values = {"name": config.name.strip(), "creator": config.creator.strip()}
@@ -273,13 +274,8 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
         text = "".join(line for _, line in iter_lines(config.template))
     template = parse_template(text, values, str(config.template or "the template"))
     conversations = draw_identity(template, config.num_conversations, config.seed)
-    lines = (json.dumps(conversation, ensure_ascii=False) + "\n" for conversation in conversations)
-    _write(config.output, "".join(lines))
+    with explained_writes(config.output, remedy=WRITABLE):
+        write_json_lines(config.output, conversations)
     console.print(
         f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
     )
-
-
-def _write(path: Path, text: str) -> None:
-    with explained_writes(path, remedy="name a place that can be written"):
-        write_bytes(path, text.encode())

@@ -7,7 +7,6 @@ sampling options get another file name, so they never replace the whole of ChatC
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,7 +27,7 @@ from archerchat.evals.chat import (
     evaluate_task,
     limited,
 )
-from archerchat.files import write_bytes, write_json
+from archerchat.files import write_json, write_json_lines
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import ModelOptions
@@ -94,27 +93,29 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     path = config.json or folder / file_name(loaded.step, limits, sampling)
     unfinished = path.with_suffix(".partial.json")
     results: list[ChatTaskResult] = []
-    answers: list[str] = []
+    answers: list[dict[str, Any]] = []
     with joined_ranks(runtime) as ranks:
         # All files are read before any task is evaluated; one rank downloads what is missing.
         tasks = ranks.first_alone(
             lambda: [limited(build_task(name, "test", files), n) for name, n in limits.items()]
         )
-        on_cuda = loaded.model.device.type == "cuda"
+        tokenizer, on_cuda = loaded.tokenizer, loaded.model.device.type == "cuda"
         engine = Engine(loaded.model, config.device_batch_size, compile=on_cuda)
         for task in tasks:
+            judged: list[Answer] = []
             with LiveLine(console, task.name) as line:
-                show, keep = partial(_show, line, task), partial(_keep, answers, task.name)
-                result = evaluate_task(engine, loaded.tokenizer, task, sampling, ranks, show, keep)
+                show, keep = partial(_show, line, task), judged.append
+                result = evaluate_task(engine, tokenizer, task, sampling, ranks, show, keep)
             console.print(_sentence(result))
             results.append(result)
+            answers += [_describe(task, answer) for answer in judged]
             figures |= _figures(results, complete=len(results) == len(tasks))
             if runtime.is_master:
                 write_json(path if figures["complete"] else unfinished, figures)
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
                 target = config.answers.with_name(config.answers.name + suffix)
-                write_bytes(target, "".join(answers).encode())
+                write_json_lines(target, answers)
     if runtime.is_master:
         unfinished.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))
@@ -159,10 +160,9 @@ def _show(line: LiveLine, task: Task, done: int, total: int) -> None:
     line.show(f"{task.name}: {done}/{total} | {speed}", done, total)
 
 
-def _keep(answers: list[str], task: str, answer: Answer) -> None:
-    """Add an answer as a line of JSON."""
-    value = {
-        "task": task,
+def _describe(task: Task, answer: Answer) -> dict[str, Any]:
+    return {
+        "task": task.name,
         "problem": answer.problem,
         "sample": answer.sample,
         "right": answer.right,
@@ -170,7 +170,6 @@ def _keep(answers: list[str], task: str, answer: Answer) -> None:
         "finish_reason": answer.completion.finish_reason,
         "text": answer.text,
     }
-    answers.append(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:

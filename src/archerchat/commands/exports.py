@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from archerchat.console import build_console, bytes_text, duration_text
 from archerchat.downloads import explained_hub
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
-from archerchat.files import write_bytes
+from archerchat.files import write_json_lines
 from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
 from archerchat.model.flops import count_parameters
@@ -184,7 +183,6 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
         mixture = MixtureConfig(mixture=config.source, data_dir=config.data_dir)
         files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=print)
         rows, _ = build_mixtures(mixture, files)
-    chosen = (render_layout(rows[index], config.layout) for index in range(len(rows)))
-    lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in chosen]
-    write_bytes(config.file, "".join(lines).encode())
+    chosen = (rows[index] for index in range(len(rows)))
+    write_json_lines(config.file, (render_layout(row, config.layout) for row in chosen))
     build_console().print(f"wrote {len(rows):,} conversations to {config.file}")

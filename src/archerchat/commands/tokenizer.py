@@ -37,6 +37,7 @@ from archerchat.tokenizer.compression import (
 
 OURS = "ArcherChat"
 END_BYTES = 65_536
+SETTINGS = ("vocab_size", "max_chars", "doc_cap")
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         _require_same(Tokenizer.load(directory), config, shards)
         console.print(f"tokenizer {config.name!r} already exists: nothing to do")
         return
-
-    shards_read: list[Path] = []
+    merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
     started, characters = time.monotonic(), 0
+    shards_read: list[Path] = []
 
     def iter_texts() -> Iterator[str]:
         for shard in shards:
@@ -97,12 +98,9 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
 
     def report(phase: Phase, read: int) -> None:
         nonlocal characters
-        characters, millions = read, read / 1e6
-        rate = millions / max(time.monotonic() - started, 1e-9)
-        text = f"read {millions:,.1f} M characters at {rate:,.2f} M/s"
-        if phase == "merge":
-            merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
-            text += f", learning {merges:,} merges"
+        characters = read
+        text = f"read {read / 1e6:,.1f} M characters at {line.rate(read) / 1e6:,.2f} M/s"
+        text += f", learning {merges:,} merges" if phase == "merge" else ""
         line.show(text, always=phase == "merge")
 
     with LiveLine(console, "reading") as line:
@@ -115,9 +113,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         )
     tokenizer.provenance = {
         "data": str(data.resolve()),
-        "vocab_size": config.vocab_size,
-        "max_chars": config.max_chars,
-        "doc_cap": config.doc_cap,
+        **{name: getattr(config, name) for name in SETTINGS},
         "characters": characters,
         "shards": [_identify(shard) for shard in shards_read],
     }
@@ -128,32 +124,27 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
     )
 
 
-def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
-    """Print, and optionally write, a table of bytes per token by text and vocabulary."""
-    console = build_console()
-    tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
-    vocabularies = {OURS: tokenizer}
-    for published, given, flag in (
-        (GPT2, config.gpt2_ranks, "--gpt2-ranks"),
-        (GPT4, config.gpt4_ranks, "--gpt4-ranks"),
-    ):
-        vocabulary = _find_published(published, given, flag, home.cache_dir, console)
-        if vocabulary is not None:
-            vocabularies[published.title] = vocabulary
-    sizes = {title: int((found.token_bytes > 0).sum()) for title, found in vocabularies.items()}
-    encoders = {title: found.encode for title, found in vocabularies.items()}
-    texts = _shard_texts(config, tokenizer, home, console)
-    texts |= {name: [text] for name, text in load_samples().items()}
-    rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
-    console.print(_table(rows, sizes))
-    if config.json is not None:
-        figures = {
-            "tokenizer": config.name,
-            "fingerprint": tokenizer.fingerprint,
-            "vocabulary_sizes": sizes,
-            "texts": {row.text: _as_json(row) for row in rows},
-        }
-        write_json(config.json, figures)
+def _require_same(
+    existing: Tokenizer, config: TokenizerTrainConfig, shards: Sequence[Path]
+) -> None:
+    """Raise unless `config` and `shards` would give the existing tokenizer again."""
+    recorded = existing.provenance
+    differences = [
+        f"--{name.replace('_', '-')} {recorded.get(name)} (now {getattr(config, name)})"
+        for name in SETTINGS
+        if recorded.get(name) != getattr(config, name)
+    ]
+    if not differences:
+        before = recorded["shards"]
+        # Shards that were added later count only if there was less text than asked for.
+        same = len(before) == len(shards) or recorded["characters"] >= recorded["max_chars"]
+        if not same or before != [_identify(shard) for shard in shards[: len(before)]]:
+            differences = [f"other text ({recorded['data']}, now {config.data})"]
+    if differences:
+        raise UsageError(
+            f"there is a tokenizer {config.name!r} with {', '.join(differences)}: choose another "
+            "--name, or replace it with --force (models trained with it cannot use the new one)"
+        )
 
 
 def _identify(shard: Path) -> dict[str, Any]:
@@ -169,34 +160,36 @@ def _identify(shard: Path) -> dict[str, Any]:
     return {"name": shard.name, "bytes": size, "ends_sha256": hashlib.sha256(ends).hexdigest()}
 
 
-def _require_same(
-    existing: Tokenizer, config: TokenizerTrainConfig, shards: Sequence[Path]
-) -> None:
-    """Raise unless `config` and `shards` would give the existing tokenizer again."""
-    recorded = existing.provenance
-    differences = [
-        f"--{key.replace('_', '-')} {recorded.get(key)} (now {getattr(config, key)})"
-        for key in ("vocab_size", "max_chars", "doc_cap")
-        if recorded.get(key) != getattr(config, key)
-    ]
-    if not differences:
-        before = recorded["shards"]
-        # Shards that were added later count only if there was less text than asked for.
-        same = len(before) == len(shards) or recorded["characters"] >= recorded["max_chars"]
-        if not same or before != [_identify(shard) for shard in shards[: len(before)]]:
-            differences = [f"other text ({recorded['data']}, now {config.data})"]
-    if differences:
-        raise UsageError(
-            f"there is a tokenizer {config.name!r} with {', '.join(differences)}: choose another "
-            "--name, or replace it with --force (models trained with it cannot use the new one)"
-        )
+def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
+    """Print, and optionally write, a table of bytes per token by text and vocabulary."""
+    console = build_console()
+    tokenizer = Tokenizer.load(find_tokenizer(home, config.name))
+    vocabularies = {OURS: tokenizer}
+    for published, given in ((GPT2, config.gpt2_ranks), (GPT4, config.gpt4_ranks)):
+        if (found := _find_published(published, given, home.cache_dir, console)) is not None:
+            vocabularies[published.title] = found
+    sizes = {title: int((each.token_bytes > 0).sum()) for title, each in vocabularies.items()}
+    encoders = {title: each.encode for title, each in vocabularies.items()}
+    texts = _shard_texts(config, tokenizer, home, console)
+    texts |= {name: [text] for name, text in load_samples().items()}
+    rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
+    console.print(_table(rows, sizes))
+    if config.json is not None:
+        figures = {
+            "tokenizer": config.name,
+            "fingerprint": tokenizer.fingerprint,
+            "vocabulary_sizes": sizes,
+            "texts": {row.text: _as_json(row) for row in rows},
+        }
+        write_json(config.json, figures)
 
 
 def _find_published(
-    published: PublishedVocabulary, given: Path | None, flag: str, cache_dir: Path, console: Console
+    published: PublishedVocabulary, given: Path | None, cache_dir: Path, console: Console
 ) -> Tokenizer | None:
     """Load a vocabulary from the given file, and cache the file, or from the cache."""
     cached = cache_dir / published.file_name
+    flag = f"--{published.title.lower().replace('-', '')}-ranks"
     if given is not None and not given.is_file():
         raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
     if given is None and not cached.is_file():
