@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -113,13 +113,9 @@ class DeviceConfig(Config):
     """Compute dtype. Defaults to the fastest one that the device multiplies well."""
 
 
-def as_json(value: Any) -> Any:
-    """Return a configuration, or a value in one, as JSON's types; paths become text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def as_json(config: Any) -> Any:
+    """Return a configuration as JSON's types; paths become text."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def from_json(kind: type[T], saved: Mapping[str, Any]) -> T:

@@ -86,15 +86,11 @@ class Task(Sequence[Conversation]):
 
     def describe(self) -> dict[str, Any]:
         """Return a JSON value that identifies this task: part of a run's identity."""
-        description: dict[str, Any] = {
-            "task": self.name,
-            "split": self.split,
-            "examples": len(self),
-        }
-        if self._picked is not None:
-            indices = array("Q", self._picked).tobytes()
-            description["picked"] = hashlib.sha256(indices).hexdigest()[:16]
-        return description
+        description = {"task": self.name, "split": self.split, "examples": len(self)}
+        if self._picked is None:
+            return description
+        indices = array("Q", self._picked).tobytes()
+        return description | {"picked": hashlib.sha256(indices).hexdigest()[:16]}
 
     def shuffled(self, seed: int) -> Self:
         """Return this task in another order, the same for the same `seed`."""
@@ -205,8 +201,6 @@ class TaskMixture:
 
     def origin(self, index: int) -> tuple[int, int]:
         """Return the index in `tasks` of a conversation's task, and its index in that task."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{index} of {len(self)} conversations")
         place = self._shuffled[index]
         task = bisect_right(self._ends, place)
         return task, place - (self._ends[task - 1] if task else 0)

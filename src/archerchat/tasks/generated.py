@@ -19,7 +19,7 @@ import string
 import tomllib
 from abc import abstractmethod
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -155,7 +155,7 @@ def _as_typed(question: str, random: Random) -> str:
 @cache
 def load_questions(kind: str) -> tuple[str, ...]:
     """Return the wordings of one kind of question, with placeholders in braces."""
-    text = files("archerchat.tasks").joinpath("questions.toml").read_text(encoding="utf-8")
+    text = Path(__file__).with_name("questions.toml").read_text(encoding="utf-8")
     return tuple(tomllib.loads(text)[kind])
 
 
@@ -167,7 +167,7 @@ def load_words(split: str) -> tuple[str, ...]:
         UsageError: there is no such split.
     """
     check_split(split)
-    text = files("archerchat.tasks").joinpath("words.txt").read_text(encoding="ascii")
+    text = Path(__file__).with_name("words.txt").read_text(encoding="ascii")
     return tuple(word for word in text.split() if split_of(word) == split)
 
 

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.resources import files
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -42,7 +42,7 @@ class IdentityTemplate:
 
 def default_template() -> str:
     """Return the text of the package's own template."""
-    return files("archerchat.tasks").joinpath("identity.toml").read_text(encoding="utf-8")
+    return Path(__file__).with_name("identity.toml").read_text(encoding="utf-8")
 
 
 def parse_template(text: str, values: Mapping[str, str], where: str) -> IdentityTemplate:
