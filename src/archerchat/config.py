@@ -25,8 +25,6 @@ DeviceName = Literal["cuda", "mps", "cpu"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 StateDtypeName = Literal["float32", "bfloat16"]
 AttentionName = Literal["sdpa", "matmul", "flex", "varlen", "flash"]
-
-
 T = TypeVar("T")
 
 
@@ -79,19 +77,17 @@ class Config:
     """
 
     def __post_init__(self) -> None:
-        limits = _limits(cast(Any, type(self)))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            for limit in limits.get(field.name, ()):
-                if isinstance(value, int | float) and not limit.accepts(value):
-                    flag = field.name.replace("_", "-")
-                    raise UsageError(f"--{flag} is {value}; it must be {limit}")
+        for name, limit in _limits(cast(Any, type(self))):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and not limit.accepts(value):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is {value}; it must be {limit}")
 
 
 @cache
-def _limits(kind: Any) -> dict[str, tuple[Limit, ...]]:
+def _limits(kind: Any) -> list[tuple[str, Limit]]:
     hints = get_type_hints(kind, include_extras=True)
-    return {name: tuple(_iter_limits(hint)) for name, hint in hints.items()}
+    return [(name, limit) for name, hint in hints.items() for limit in _iter_limits(hint)]
 
 
 def _iter_limits(hint: Any) -> Iterator[Limit]:

@@ -32,6 +32,7 @@ TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 NOT_OFFERED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM)
 """Errors for requests that a file system does not support."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
+ELSEWHERE = "point ARCHERCHAT_HOME at another disk"
 
 
 @cache
@@ -136,8 +137,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_json_lines(path: Path, values: Iterable[Any]) -> None:
     """Write one value per line as JSON, atomically."""
-    lines = [json.dumps(value, ensure_ascii=False) + "\n" for value in values]
-    write_bytes(path, "".join(lines).encode())
+    lines = (f"{json.dumps(value, ensure_ascii=False)}\n".encode() for value in values)
+    write_bytes(path, b"".join(lines))
 
 
 @contextlib.contextmanager
@@ -171,9 +172,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def explained_writes(
-    path: Path,
-    kind: type[ArcherChatError] = DataError,
-    remedy: str = "point ARCHERCHAT_HOME at another disk",
+    path: Path, kind: type[ArcherChatError] = DataError, remedy: str = ELSEWHERE
 ) -> Iterator[None]:
     """Turn the system's error about writing `path` into one with a remedy."""
     try:
@@ -245,11 +244,10 @@ def hash_ends(*paths: Path) -> str:
 
 def recall(path: Path) -> dict[str, Any]:
     """Return the values that `remember` kept in a file; an empty dict if it cannot be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         kept = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return kept if isinstance(kept, dict) else {}
+        return kept if isinstance(kept, dict) else {}
+    return {}
 
 
 def remember(path: Path, key: str, value: Any) -> None:

@@ -18,7 +18,6 @@ from archerchat.tasks.generated import ArithmeticTask, SimpleSpellingTask, Spell
 from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.humaneval import HumanEvalTask
 from archerchat.tasks.identity import IdentityTask
-from archerchat.text_files import JSON_KINDS, list_folder
 
 CHATCORE = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 """The tasks whose mean is ChatCORE (SPEC section 9)."""
@@ -138,27 +137,22 @@ def build_mixtures(config: MixtureConfig, files: TaskFiles) -> tuple[TaskMixture
     if not entries and not config.jsonl:
         raise UsageError("--mixture none leaves nothing to learn: give --jsonl too, or tasks")
     # The user's own files first: a broken line is reported before gigabytes are downloaded.
-    own: list[Task] = [JsonlTask(path, "train", config.skip_bad) for path in config.jsonl]
-    judges: list[Task] = [
-        JsonlTask(path, skip_bad=config.skip_bad) for path in config.val_jsonl
-    ] or [
-        JsonlTask(path, "validation", config.skip_bad)
-        for path in config.jsonl
-        if list_folder(path, JSON_KINDS).held_out
-    ]
+    skip, seed = config.skip_bad, config.mixture_seed
+    own: list[Task] = [JsonlTask(path, "train", skip) for path in config.jsonl]
+    judges: list[Task] = [JsonlTask(path, skip_bad=skip) for path in config.val_jsonl]
+    if not judges:
+        split = (path for path, task in zip(config.jsonl, own, strict=True) if task.split)
+        judges = [JsonlTask(path, "validation", skip) for path in split]
     train = [
         task for entry in entries for task in [_build(entry, "train", config, files)] * entry.times
     ]
     if not config.val_jsonl:
         judges += [_build(entry, "test", config, files) for entry in entries]
     if not judges:
-        shuffled = [task.shuffled(config.mixture_seed) for task in own]
+        shuffled = [task.shuffled(seed) for task in own]
         judges = [task[: max(1, len(task) // HELD_BACK)] for task in shuffled]
         own = [task[len(task) // HELD_BACK :] for task in shuffled]
-    return (
-        TaskMixture([*train, *own], config.mixture_seed),
-        TaskMixture(judges, config.mixture_seed),
-    )
+    return TaskMixture([*train, *own], seed), TaskMixture(judges, seed)
 
 
 def parse_mixture(text: str) -> list[TaskChoice]:

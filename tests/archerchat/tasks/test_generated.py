@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 
 import pytest
 
@@ -154,16 +153,9 @@ def test_words_are_kept_in_order_and_plain() -> None:
     assert {split_of(word) for word in load_words("test")} == {"test"}
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: SpellingBeeTask("dev"), "no split 'dev' of a generated task: use train or test"),
-        (lambda: load_words("all"), "no split 'all'"),
-    ],
-)
-def test_impossible_tasks_are_refused(build: Callable[[], object], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        build()
+def test_an_impossible_split_is_refused() -> None:
+    with pytest.raises(UsageError, match="no split 'dev' of a generated task: use train or test"):
+        SpellingBeeTask("dev")
 
 
 def test_descriptions_tell_generated_tasks_apart() -> None:
