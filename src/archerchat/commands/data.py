@@ -157,10 +157,8 @@ def report_to(line: LiveLine, num_files: int) -> Report:
 def build(config: DataBuildConfig, home: Home) -> None:
     """Build shards from the standard library or from a folder of text."""
     console, directory = build_console(), home.data_dir(config.name or _default_name(config.source))
-    reading, unchanged = (
-        Reading(config.text_column, config.skip_bad),
-        "is built already: nothing to do",
-    )
+    reading = Reading(config.text_column, config.skip_bad)
+    unchanged = "is built already: nothing to do"
     groups: Iterable[Group]
     held_out: Iterable[Group] = ()
     if config.source == STDLIB:

@@ -101,7 +101,6 @@ def evaluate(config: EvalBaseConfig, home: Home) -> None:
 
 
 def _names(given: str, flag: str, known: tuple[str, ...]) -> list[str]:
-    """Return the names in a list separated by commas."""
     names = [name.strip() for name in given.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"{flag} {given}: {unknown[0]!r} is not one of {', '.join(known)}")

@@ -154,7 +154,6 @@ def file_name(step: int, limits: Mapping[str, int | None], sampling: SamplingPar
 
 
 def _show(line: LiveLine, task: Task, done: int, total: int) -> None:
-    """Show how many of a task's questions or answers are done."""
     unit = "questions" if task.kind == "categorical" else "answers"
     speed = f"{line.rate(done):,.1f} {unit}/s | {line.left(done, total)} left"
     line.show(f"{task.name}: {done}/{total} | {speed}", done, total)
@@ -173,7 +172,6 @@ def _describe(task: Task, answer: Answer) -> dict[str, Any]:
 
 
 def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
-    """Return the results so far as JSON."""
     tasks = {result.label: result.to_json() for result in results}
     figures: dict[str, Any] = {"complete": complete, "tasks": tasks}
     if (core := chatcore(results)) is not None:
@@ -182,7 +180,6 @@ def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, 
 
 
 def _sentence(result: ChatTaskResult) -> str:
-    """Summarise a task in one line."""
     low, high = result.interval
     text = (
         f"{result.label}: {100 * result.accuracy:.2f} % of {result.examples:,} "
