@@ -23,7 +23,6 @@ from archerchat.tasks.hub import Row, TableTask, TaskFiles
 from archerchat.tasks.layouts import NAMES, find_layout, parse_layout
 from archerchat.text_files import JSON_KINDS, Refuse, iter_rows, list_folder, refuse
 
-ArcName = Literal["ARC-Easy", "ARC-Challenge"]
 MAX_NAMED = 10
 """Maximum number of bad lines to list in full."""
 _MARK = re.compile(r"<<([^<>]*)>>")
@@ -68,7 +67,7 @@ class MMLUTask(CategoricalTask, TableTask):
 class ARCTask(CategoricalTask, TableTask):
     """Science questions for school: `ARC-Easy` or `ARC-Challenge`."""
 
-    def __init__(self, files: TaskFiles, name: ArcName, split: str = "test") -> None:
+    def __init__(self, files: TaskFiles, name: str, split: str = "test") -> None:
         self.name = name
         super().__init__(files, split)
 

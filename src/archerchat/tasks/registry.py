@@ -43,7 +43,7 @@ PRESETS = {
 }
 HELD_BACK = 20
 """One conversation in twenty of the files is for validation, if nothing else is."""
-_CHOICE = re.compile(r"([\w-]+)(?::(\d+))?(?:\*(\d+))?")
+_CHOICE = re.compile(r"([\w-]+)(?::0*([1-9]\d*))?(?:\*0*([1-9]\d*))?")
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,18 @@ def parse_choices(text: str, flag: str, names: Iterable[str]) -> list[TaskChoice
     choices = []
     for word in text.replace(" ", "").split(","):
         match = _CHOICE.fullmatch(word)
-        size = int(match[2]) if match and match[2] else None
-        times = int(match[3]) if match and match[3] else 1
-        if match is None or size == 0 or times == 0:
+        if match is None:
             raise UsageError(
                 f"{flag}: {word!r} cannot be read: write a task's name, with :N for N of its "
                 "examples and *N to count them N times, such as SpellingBee:5000*2"
             )
-        if match[1].lower() not in known:
+        name, size, times = match.groups()
+        if name.lower() not in known:
             raise UsageError(
-                f"{flag}: there is no task {match[1]!r}: choose from {', '.join(known.values())}"
+                f"{flag}: there is no task {name!r}: choose from {', '.join(known.values())}"
             )
-        choices.append(TaskChoice(known[match[1].lower()], size, times))
+        limit = None if size is None else int(size)
+        choices.append(TaskChoice(known[name.lower()], limit, int(times or 1)))
     return choices
 
 
