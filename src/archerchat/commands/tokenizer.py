@@ -88,21 +88,21 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
         console.print(f"tokenizer {config.name!r} already exists: nothing to do")
         return
     merges = config.vocab_size - 256 - len(SPECIAL_TOKENS)
-    started, characters = time.monotonic(), 0
-    shards_read: list[Path] = []
+    settings = {name: getattr(config, name) for name in SETTINGS}
+    made_from = {"data": str(data.resolve()), **settings, "characters": 0, "shards": list[Any]()}
 
     def iter_texts() -> Iterator[str]:
         for shard in shards:
-            shards_read.append(shard)
+            made_from["shards"].append(_identify(shard))
             yield from iter_documents([shard])
 
     def report(phase: Phase, read: int) -> None:
-        nonlocal characters
-        characters = read
+        made_from["characters"] = read
         text = f"read {read / 1e6:,.1f} M characters at {line.rate(read) / 1e6:,.2f} M/s"
         text += f", learning {merges:,} merges" if phase == "merge" else ""
         line.show(text, always=phase == "merge")
 
+    started = time.monotonic()
     with LiveLine(console, "reading") as line:
         tokenizer = train_tokenizer(
             iter_texts(),
@@ -111,15 +111,10 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
             document_chars=config.doc_cap,
             on_progress=report,
         )
-    tokenizer.provenance = {
-        "data": str(data.resolve()),
-        **{name: getattr(config, name) for name in SETTINGS},
-        "characters": characters,
-        "shards": [_identify(shard) for shard in shards_read],
-    }
+    tokenizer.provenance = made_from
     tokenizer.save(directory)
     console.print(
-        f"trained {tokenizer.vocab_size:,} tokens on {characters:,} characters in "
+        f"trained {tokenizer.vocab_size:,} tokens on {made_from['characters']:,} characters in "
         f"{time.monotonic() - started:.1f} s: {directory}"
     )
 
@@ -189,19 +184,19 @@ def _find_published(
 ) -> Tokenizer | None:
     """Load a vocabulary from the given file, and cache the file, or from the cache."""
     cached = cache_dir / published.file_name
-    flag = f"--{published.title.lower().replace('-', '')}-ranks"
-    if given is not None and not given.is_file():
+    source, flag = given or cached, f"--{published.title.lower().replace('-', '')}-ranks"
+    if given and not given.is_file():
         raise UsageError(f"{flag} {given} is not a file: give tiktoken's {published.file_name}")
-    if given is None and not cached.is_file():
+    if not source.is_file():
         console.print(
             f"no {published.title} vocabulary to compare with: give {published.file_name} with "
             f"{flag}, or put it in {cache_dir}"
         )
         return None
-    vocabulary = published.load(given or cached)
-    if given is not None and not cached.exists():
+    vocabulary = published.load(source)
+    if not cached.exists():
         with contextlib.suppress(OSError):
-            write_bytes(cached, given.read_bytes())
+            write_bytes(cached, source.read_bytes())
     return vocabulary
 
 
@@ -213,16 +208,14 @@ def _shard_texts(
     try:
         if data is None:
             raise DataError("the tokenizer does not say what it was trained on")
-        train, validation = split_shards(list_shards(data_directory(data, home)))
+        splits = split_shards(list_shards(data_directory(data, home)))
     except (DataError, UsageError) as error:
         if config.data is not None:
             raise
         console.print(f"built-in samples only: {error}")
         return {}
-    return {
-        "train": _take(iter_documents(train), config.max_chars),
-        "validation": _take(iter_documents(validation), config.max_chars),
-    }
+    texts = [_take(iter_documents(shards), config.max_chars) for shards in splits]
+    return dict(zip(("train", "validation"), texts, strict=True))
 
 
 def _take(documents: Iterable[str], max_chars: int) -> list[str]:

@@ -60,7 +60,7 @@ class FinetuneConfig(TuneConfig):
     """Fine-tune a base model on conversations."""
 
     data: MixtureConfig
-    """The default is downloaded. For your own conversations: --mixture none --jsonl FILE."""
+    """The default is downloaded. For your own data: --mixture none --jsonl FILE."""
     document_masking: bool = False
     """Keep conversations that share a row from attending to each other."""
     total_batch_size: PositiveInt | None = None
