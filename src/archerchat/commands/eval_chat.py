@@ -61,20 +61,23 @@ class EvalChatConfig(ModelOptions):
     answers: Path | None = None
     """File for every generated answer, one JSON object per line."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sampling = self.sampling
+        sampling.refuse_changes("logprobs")
+        if sampling.num_samples > 1 and sampling.temperature == 0:
+            raise UsageError(
+                f"{sampling.num_samples} samples at temperature 0 are all the same: give a "
+                "temperature, such as 1, or a single sample"
+            )
+
 
 def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     """Evaluate the tasks one by one and return the figures.
 
     The results are written after each task, to a `.partial.json` until all tasks are done.
     """
-    limits = parse_tasks(config.tasks, config.max_problems)
-    sampling = config.sampling
-    sampling.refuse_changes("logprobs")
-    if sampling.num_samples > 1 and sampling.temperature == 0:
-        raise UsageError(
-            f"{sampling.num_samples} samples at temperature 0 are all the same: give a "
-            "temperature, such as 1, or a single sample"
-        )
+    limits, sampling = parse_tasks(config.tasks, config.max_problems), config.sampling
     loaded, runtime = config.load(home, config.source)
     console = build_console(quiet=not runtime.is_master)
     files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=console.print)
@@ -92,8 +95,7 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
     folder = home.eval_dir(config.source, loaded.tag)
     path = config.json or folder / file_name(loaded.step, limits, sampling)
     unfinished = path.with_suffix(".partial.json")
-    results: list[ChatTaskResult] = []
-    answers: list[dict[str, Any]] = []
+    results, answers = list[ChatTaskResult](), list[dict[str, Any]]()
     with joined_ranks(runtime) as ranks:
         # All files are read before any task is evaluated; one rank downloads what is missing.
         tasks = ranks.first_alone(
@@ -124,11 +126,9 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
 
 
 def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, int | None]:
-    """Return each task's limit by name; None means the whole task.
+    """Return the limit of each task in a list such as `GSM8K:200,MMLU`; None is a whole task.
 
-    Args:
-        text: `GSM8K:200,MMLU`; None means ChatCORE's tasks.
-        max_problems: limit for tasks without their own.
+    Without a list they are ChatCORE's tasks. `max_problems` limits those without their own limit.
 
     Raises:
         UsageError: the list cannot be read, or a task is unknown or named twice.
