@@ -120,9 +120,8 @@ class SimpleSpellingTask(GeneratedTask):
     def draw(self, random: Random) -> Conversation:
         word = random.choice(load_words(self.split))
         question = random.choice(load_questions("spell")).format(word=_quoted(word, random))
-        return {
-            "messages": [user(_as_typed(question, random)), assistant(f"{word}: {','.join(word)}")]
-        }
+        answer = assistant(f"{word}: {','.join(word)}")
+        return {"messages": [user(_as_typed(question, random)), answer]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         expected: str = conversation["messages"][-1]["content"]
