@@ -223,7 +223,7 @@ BUDGETS = {
     "exchange": (800, 1025),
     "planning": (700, 850),
     "report": (900, 1470),
-    "commands": (1700, 2385),
+    "commands": (1700, 2369),
     "": (17_000, 24_750),
     "../../endlex/src/endlex": (12_000, 14_430),
     "serving/page/*": (900, 955),

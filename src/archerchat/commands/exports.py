@@ -11,12 +11,7 @@ import torch
 from huggingface_hub import HfApi
 from jinja2 import Environment, StrictUndefined
 
-from archerchat.checkpoint import (
-    find_checkpoint,
-    find_model,
-    list_models,
-    load_checkpoint,
-)
+from archerchat.checkpoint import find_checkpoint, find_model, list_models, load_checkpoint
 from archerchat.config import Config, DtypeName
 from archerchat.console import build_console, bytes_text, duration_text
 from archerchat.downloads import explained_hub

@@ -16,12 +16,7 @@ from archerchat.downloads import explained_hub
 from archerchat.errors import UsageError
 from archerchat.exchange.hf_tokenizer import load_hf_tokenizer
 from archerchat.exchange.huggingface import read_about, read_folder
-from archerchat.exchange.nanochat import (
-    TOKENIZER_FILE,
-    load_model,
-    load_optimizer,
-    load_tokenizer,
-)
+from archerchat.exchange.nanochat import TOKENIZER_FILE, load_model, load_optimizer, load_tokenizer
 from archerchat.exchange.weights import ImportedModel
 from archerchat.files import remove_directory
 from archerchat.home import Home

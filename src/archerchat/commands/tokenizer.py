@@ -19,13 +19,7 @@ from archerchat.data.shards import data_directory, iter_documents, list_shards, 
 from archerchat.errors import DataError, UsageError
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
-from archerchat.tokenizer.bpe import (
-    SPECIAL_TOKENS,
-    Phase,
-    Tokenizer,
-    find_tokenizer,
-    train_tokenizer,
-)
+from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer, find_tokenizer, train_tokenizer
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
@@ -96,7 +90,7 @@ def train(config: TokenizerTrainConfig, home: Home) -> None:
             made_from["shards"].append(_identify(shard))
             yield from iter_documents([shard])
 
-    def report(phase: Phase, read: int) -> None:
+    def report(phase: str, read: int) -> None:
         made_from["characters"] = read
         text = f"read {read / 1e6:,.1f} M characters at {line.rate(read) / 1e6:,.2f} M/s"
         text += f", learning {merges:,} merges" if phase == "merge" else ""
