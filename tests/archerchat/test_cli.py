@@ -137,6 +137,13 @@ def test_none_is_a_text_where_texts_are_expected() -> None:
     assert parse(["compare", "a", "b", "--json", "none"]).config.json == Path("none")
 
 
+def test_flags_have_their_usual_names_in_every_command() -> None:
+    assert parse(["sample", "-p", "Hi", "--max-tokens", "3"]).config.prompt == "Hi"
+    for command in ("chat", "sample", "eval chat"):
+        words = [*command.split(), "--max-tokens=3"]
+        assert parse(words).config.sampling.max_new_tokens == 3
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_of(["--version"]) == 0
     assert capsys.readouterr().out == f"archerchat {__version__}\n"
