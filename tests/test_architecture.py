@@ -217,7 +217,7 @@ BUDGETS = {
     "training": (2100, 3310),
     "inference": (1700, 2450),
     "evals": (2000, 1911),
-    "tasks": (1300, 1407),
+    "tasks": (1300, 1397),
     "sandbox": (700, 700),
     "serving": (900, 1877),
     "exchange": (800, 1025),

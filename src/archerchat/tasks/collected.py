@@ -135,10 +135,10 @@ class JsonlTask(Task):
         for where, value in (row for each in paths for row in iter_rows(each, report)):
             try:
                 layout = find_layout(value)
-                self.rows.append(check_conversation(parse_layout(value, layout, where), where))
+                self.rows.append(check_conversation(parse_layout(value, layout)))
                 layouts[NAMES[layout]] += 1
             except DataError as error:
-                report(str(error))
+                report(f"{where}: {error}")
         listed = [f"{len(bad):,} bad lines were left out, the first:", *bad[:MAX_NAMED]]
         self.left_out = [*folder.left_out, *(listed if bad else [])]
         if not self.rows:

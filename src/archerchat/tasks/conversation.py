@@ -62,7 +62,7 @@ def check_messages(conversation: Any) -> list[dict[str, Any]]:
         )
     turns = cycle(("user", "assistant"))
     for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise DataError(
                 f'message {number}: it must be {{"role": ..., "content": ...}}, not '
                 f"{_show(message)}"
@@ -101,35 +101,28 @@ def _is_part(value: Any, types: Sequence[str]) -> bool:
     return known and isinstance(value.get("text"), str)
 
 
-def check_conversation(value: Any, where: str) -> Conversation:
+def check_conversation(value: Any) -> Conversation:
     """Return the conversation in `value`: `{"messages": [...]}`, or the bare list of messages.
 
     Parts of a user's text are joined, and a developer becomes the system. The conversation must
     have an answer to learn from, and no empty content.
 
-    Args:
-        where: the place to name in errors, such as `talks.jsonl:12`.
-
     Raises:
-        DataError: it is not.
+        DataError: it is not; the message says how.
     """
-    conversation = {"messages": value} if isinstance(value, list) else value
-    try:
-        conversation = _read_foreign(conversation)
-        messages = check_messages(conversation)
-        if all(message["role"] != "assistant" for message in messages):
+    conversation = _read_foreign({"messages": value} if isinstance(value, list) else value)
+    messages = check_messages(conversation)
+    if all(message["role"] != "assistant" for message in messages):
+        raise DataError(
+            f"{len(messages)} message(s) hold no answer to learn: the user's must be followed by "
+            "the assistant's"
+        )
+    for number, message in enumerate(messages):
+        if _is_empty(message["content"]):
             raise DataError(
-                f"{len(messages)} message(s) hold no answer to learn: the user's must be followed "
-                "by the assistant's"
+                f"message {number} ({message['role']}): content is empty: fill it in or remove "
+                "the conversation"
             )
-        for number, message in enumerate(messages):
-            if _is_empty(message["content"]):
-                raise DataError(
-                    f"message {number} ({message['role']}): content is empty: fill it in or remove "
-                    "the conversation"
-                )
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
     return dict(conversation)
 
 

@@ -56,8 +56,8 @@ def test_conversations_are_sound_and_right_by_their_own_judgement(
     for split in ("train", "test"):
         task = make(split, 300)
         assert task.kind == "generative"
-        for number, conversation in enumerate(task):
-            check_conversation(conversation, f"{split}:{number}")
+        for conversation in task:
+            check_conversation(conversation)
             assert task.evaluate(conversation, answer(conversation))
             assert task.reward(conversation, "I do not know") == 0.0
 
