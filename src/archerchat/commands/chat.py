@@ -19,13 +19,14 @@ from rich.console import Console
 from archerchat.commands.sample import CONTROLS
 from archerchat.console import build_console
 from archerchat.errors import UsageError
-from archerchat.files import explained_writes, write_json_lines
+from archerchat.files import explained_writes
 from archerchat.home import Home
 from archerchat.inference.chat import CHAT_SAMPLING, ChatSession
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import ModelOptions
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.tools import PartType
+from archerchat.tasks.layouts import write_lines
 
 HELP = """\
 /clear            start a new conversation
@@ -142,7 +143,7 @@ class Dialogue:
         with explained_writes(path, UsageError, "choose another name"):
             if path.exists():
                 raise UsageError(f"{path} exists: choose another name")
-            write_json_lines(path, [self.session.to_conversation()])
+            write_lines(path, [self.session.to_conversation()])
         self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")
 
 

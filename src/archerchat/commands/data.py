@@ -11,7 +11,7 @@ from typing import Literal
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt, Seed
-from archerchat.console import LiveLine, build_console, build_table, duration_text
+from archerchat.console import LiveLine, build_console, build_table, bytes_text, duration_text
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import Reading, describe_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
@@ -27,9 +27,10 @@ from archerchat.data.shards import (
 from archerchat.data.stdlib import describe_stdlib, iter_stdlib, list_stdlib, stdlib_directory
 from archerchat.downloads import Report
 from archerchat.errors import DataError, UsageError
-from archerchat.files import explained_writes, remove_leftovers, write_bytes, write_json_lines
+from archerchat.files import explained_writes, remove_leftovers, write_bytes
 from archerchat.home import Home
 from archerchat.tasks.identity import default_template, draw_identity, parse_template
+from archerchat.tasks.layouts import write_lines
 from archerchat.text_files import iter_lines
 
 STDLIB = "stdlib"
@@ -230,13 +231,12 @@ def info(config: DataInfoConfig, home: Home) -> None:
 
 
 def _describe(directory: Path, *, list_each: bool = False) -> Table:
-    columns = ("split", "shards", "row groups", "documents", "text MB", "file MB")
+    columns = ("split", "shards", "row groups", "documents", "text", "files")
     table = build_table(*columns, title=str(directory))
 
     def add(name: str, count: str, figures: Sequence[int]) -> None:
         row_groups, documents, *sizes = figures
-        megabytes = (f"{size / 1e6:,.1f}" for size in sizes)
-        table.add_row(name, count, f"{row_groups:,}", f"{documents:,}", *megabytes)
+        table.add_row(name, count, f"{row_groups:,}", f"{documents:,}", *map(bytes_text, sizes))
 
     train, validation = split_shards(list_shards(directory))
     for split, shards in (("train", train), ("validation", validation)):
@@ -273,7 +273,7 @@ def identity(config: DataIdentityConfig, home: Home) -> None:
     template = parse_template(text, values, str(config.template or "the template"))
     conversations = draw_identity(template, config.num_conversations, config.seed)
     with explained_writes(config.output, remedy=WRITABLE):
-        write_json_lines(config.output, conversations)
+        write_lines(config.output, conversations)
     console.print(
         f"wrote {len(conversations)} conversations of {values['name']} to {config.output}"
     )

@@ -27,7 +27,7 @@ from archerchat.evals.chat import (
     evaluate_task,
     limited,
 )
-from archerchat.files import write_json, write_json_lines
+from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.inference.loading import ModelOptions
@@ -35,6 +35,7 @@ from archerchat.inference.sampling_params import SamplingParams
 from archerchat.runtime import dtype_name
 from archerchat.tasks.base import Task
 from archerchat.tasks.hub import TaskFiles
+from archerchat.tasks.layouts import write_lines
 from archerchat.tasks.registry import CHATCORE, TASKS, build_task, parse_choices
 
 SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=50)
@@ -117,7 +118,7 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
                 target = config.answers.with_name(config.answers.name + suffix)
-                write_json_lines(target, answers)
+                write_lines(target, answers)
     if runtime.is_master:
         unfinished.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))

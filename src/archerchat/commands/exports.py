@@ -17,7 +17,6 @@ from archerchat.console import build_console, bytes_text, duration_text
 from archerchat.downloads import explained_hub
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
-from archerchat.files import write_json_lines
 from archerchat.home import Home
 from archerchat.inference.loading import find_model_tokenizer, read_model_config
 from archerchat.model.flops import count_parameters
@@ -27,7 +26,7 @@ from archerchat.report.runs import STAGES
 from archerchat.tasks.base import TaskMixture
 from archerchat.tasks.collected import JsonlTask
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.layouts import Layout, render_layout
+from archerchat.tasks.layouts import Layout, render_layout, write_lines
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
 FORMATS = {"archerchat": OURS, "transformers": THEIRS}
@@ -179,5 +178,5 @@ def export_conversations(config: ConversationsConfig, home: Home) -> None:
         files = TaskFiles(home.cache_dir / "tasks", config.data_dir, notify=print)
         rows, _ = build_mixtures(mixture, files)
     chosen = (rows[index] for index in range(len(rows)))
-    write_json_lines(config.file, (render_layout(row, config.layout) for row in chosen))
+    write_lines(config.file, (render_layout(row, config.layout) for row in chosen))
     build_console().print(f"wrote {len(rows):,} conversations to {config.file}")

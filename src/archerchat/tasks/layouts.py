@@ -7,10 +7,13 @@ Alpaca    {"instruction": "Add them.", "input": "1, 2", "output": "3"}
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from archerchat.errors import DataError, UsageError
+from archerchat.files import write_bytes
 from archerchat.tasks.conversation import Conversation, assistant, part, user
 
 Layout = Literal["openai", "sharegpt", "alpaca"]
@@ -87,6 +90,12 @@ def render_layout(conversation: Conversation, layout: Layout) -> dict[str, Any]:
     line: dict[str, Any] = {"instruction": question, "input": "", "output": answer}
     line |= {"system": system[0]} if system else {}
     return line | ({"history": [list(pair) for pair in history]} if history else {})
+
+
+def write_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write conversations or other values as JSON, one per line, atomically."""
+    lines = (f"{json.dumps(value, ensure_ascii=False)}\n".encode() for value in values)
+    write_bytes(path, b"".join(lines))
 
 
 def _mark_calculations(content: str | list[dict[str, str]]) -> str:
