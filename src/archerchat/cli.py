@@ -297,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk or a missing permission that no other code explained
         print(f"error: {error}; check the disk and its permissions", file=sys.stderr)
         return 1
-    return 130 if getattr(result, "finished", True) is False else 0
+    return 130 if result is False else 0
 
 
 if __name__ == "__main__":
