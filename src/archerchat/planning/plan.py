@@ -83,7 +83,7 @@ class PlanConfig(Config):
 
 
 def build_plan(config: PlanConfig, cache_dir: Path) -> dict[str, Any]:
-    """Return the figures of a run, as `archerchat plan --json` prints them.
+    """Return the figures of a run, as `archerchat plan --depth N --json` prints them.
 
     `cache_dir` keeps this machine's measured rate, if it is needed.
 

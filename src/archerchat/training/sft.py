@@ -61,6 +61,7 @@ class FinetuneConfig(TuneConfig):
     """Fine-tune a base model on conversations."""
 
     data: MixtureConfig
+    """The default is downloaded. For your own data: --mixture none --jsonl FILE."""
     document_masking: bool = False
     """Keep conversations that share a row from attending to each other."""
     total_batch_size: PositiveInt | None = None
@@ -122,9 +123,8 @@ class Finetuning(Tuning):
         config, cache = self.config, self.home.cache_dir / "tasks"
         self.find_base("base")
         files = TaskFiles(cache, config.data.data_dir, notify=self.console.print)
-        self.train, self.validation = self.ranks.first_alone(
-            lambda: build_mixtures(config.data, files)
-        )
+        build = partial(build_mixtures, config.data, files)
+        self.train, self.validation = self.ranks.first_alone(build)
         self.seed, self.num_iterations = config.data.mixture_seed, None
         rows, self.total_batch_tokens, self.rates = inherit(
             self.base, self.model_config, config.lr_scale, config.total_batch_size
