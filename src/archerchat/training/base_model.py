@@ -105,11 +105,6 @@ class Tuning(Stage):
             saved = load_checkpoint(self.base.path, sections=("model",))
             self.model.load_state_dict(saved.state["model"])
 
-    def load_moments(self) -> None:
-        """Load the moments of the base model's optimizer."""
-        saved = load_checkpoint(self.base.path, sections=("optimizer",))
-        self.optimizer.load_state_dict(saved.state["optimizer"])
-
     def answer_questions(
         self, engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int
     ) -> dict[str, str]:

@@ -115,11 +115,6 @@ def choose_attention(stage: Stage, document_masking: bool = False) -> tuple[Back
     return first
 
 
-def fewer(rows: int) -> int:
-    """Return a divisor of `rows`, about half: a step stays a whole number of micro-batches."""
-    return next(n for n in range(rows // 2, 0, -1) if rows % n == 0)
-
-
 def choose_precision(stage: Stage, saved: bool | None) -> tuple[bool, float | None]:
     """Train in 8 bits if that makes a forward and a backward pass faster.
 

@@ -294,7 +294,7 @@ class Loop(Stateful):
         self.metrics.log(metrics, step)
         steps = self.recipe.total_steps(done)
         left = self.speed.seconds_left(steps - done)
-        self.progress.step(done, steps, metrics, self.recipe.shown_metrics(), left)
+        self.progress.step(done, steps, metrics, left)
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
         started, measure = time.perf_counter(), partial(evaluation.measure, step)

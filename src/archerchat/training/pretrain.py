@@ -188,7 +188,7 @@ class Pretraining(Stage):
         self.loader = self.open_streams(partial(self._open_loader, self.shards), start)
         # Not before the first step: the first losses are worth more than waiting for its score.
         tokens = min(config.eval_tokens, self.validation_bytes // BYTES_PER_TOKEN)
-        bits = Evaluation(self.measure_bits, config.eval_every, at_start=False, tokens=tokens)
+        bits = Evaluation(self.validate, config.eval_every, at_start=False, tokens=tokens)
         self.evaluations = [bits]
         if (every := config.core_metric_every) is not None:
             cache, notify = self.home.cache_dir, self.console.print
@@ -239,18 +239,17 @@ class Pretraining(Stage):
         with Shard(self.validation_shards[0]) as shard:
             return shard.text_bytes
 
-    def measure_bits(self, step: int) -> Mapping[str, float]:
-        """Measure bits per byte of the validation text, going over it at most once."""
+    def validate(self, step: int) -> Mapping[str, float]:
+        """Measure bits per byte of the validation text."""
         sizes, seen_bytes = self.tokenizer.token_bytes, 0
-        count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
 
         def seen(batch: Batch) -> float:
             nonlocal seen_bytes
             seen_bytes += int(sizes[batch.targets].sum())
             return seen_bytes / max(1, self.validation_bytes)
 
-        with self._open_loader(self.validation_shards, 0, 1) as loader:
-            return {"val/bpb": self.bits_per_byte(self.iter_validation(loader, count, seen))}
+        loader = self._open_loader(self.validation_shards, 0, 1)
+        return self.measure_bits(loader, self.config.eval_tokens, seen)
 
     def measure_core(self, step: int) -> Mapping[str, float]:
         """Measure CORE on part of each task."""

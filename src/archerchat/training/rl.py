@@ -129,7 +129,6 @@ class Reinforcement(Tuning):
         dtype = self.runtime.compute_dtype
         cache_bytes = kv_cache_bytes(self.model_config, dtype, self.sequence_length)
         fit_to_device(self, reserved_bytes=cache_bytes * config.rollout_batch_size)
-        self.passed: dict[str, float] = {}  # what the last evaluation found
 
     def _build_tasks(self) -> tuple[Task, Task]:
         """Return the training questions, and the test questions to validate with."""
@@ -206,9 +205,6 @@ class Reinforcement(Tuning):
     def step_metrics(self) -> Mapping[str, float]:
         return self.loader.metrics()
 
-    def shown_metrics(self) -> Mapping[str, float]:
-        return {"reward": self.loader.metrics()["rollout/reward"]}
-
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
         # Only tokens that the model chose meet the unembedding, not prompts and tool output.
@@ -239,8 +235,8 @@ class Reinforcement(Tuning):
             self.ranks,
             lambda done, total: self.show_progress("evaluating", done / total),
         )
-        self.passed = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
-        return self.passed
+        self.figures = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
+        return self.figures
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Answer the given questions, or the first of the test, greedily with the calculator."""
@@ -265,9 +261,6 @@ class Reinforcement(Tuning):
         )
         yield "rates", f"x{config.lr_scale:g} of pretraining's, falling to 0"
 
-    def final_metrics(self) -> Mapping[str, float]:
-        return {**self.step_metrics(), **self.passed}
-
     def describe_result(self, figures: Mapping[str, Any]) -> str:
         passed = (
             f"pass@{name.rsplit('_')[-1]} {value:.4f}"
@@ -277,7 +270,7 @@ class Reinforcement(Tuning):
         return f"on the test: {', '.join(passed) or 'not measured'}"
 
     def closing_lines(self, finished: bool) -> list[str]:
-        return [self.describe_result(self.passed)] if finished and self.passed else []
+        return [self.describe_result(self.figures)] if finished and self.figures else []
 
 
 def reinforce(config: ReinforceConfig, home: Home, console: Console | None = None) -> bool:

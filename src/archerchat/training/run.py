@@ -22,7 +22,6 @@ from archerchat.model.flops import flops_per_token
 from archerchat.planning.gpus import find_gpu
 from archerchat.planning.plan import FORWARD_SHARE, assume_mfu
 from archerchat.runtime import dtype_name, explained_memory
-from archerchat.training.fitting import fewer
 from archerchat.training.loop import Loop
 from archerchat.training.resume import (
     CheckpointWriter,
@@ -57,7 +56,8 @@ def run_stage(kind: Callable[..., Stage], config: Any, home: Home, console: Cons
             saved, alone = list_checkpoints(stage.directory), stage.ranks.world_size == 1
             if is_given or saved or stage.rows == 1 or not alone:
                 raise
-            rows = fewer(stage.rows)
+            # A divisor, about half, so that a step stays a whole number of micro-batches.
+            rows = next(n for n in range(stage.rows // 2, 0, -1) if stage.rows % n == 0)
             stage.console.print(f"{error}\nstarting again with {rows} rows per micro-batch")
             config = replace(config, device_batch_size=rows)
         del stage
@@ -219,7 +219,7 @@ def summarize(stage: Stage, loop: Loop) -> dict[str, Any]:
         "peak_memory_bytes": stage.runtime.peak_memory_bytes(),
     }
     known = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-    return known | dict(stage.final_metrics())
+    return {**known, **stage.step_metrics(), **stage.figures}
 
 
 def _iter_end_lines(stage: Stage, loop: Loop, finished: bool) -> Iterator[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from archerchat.checkpoint import Checkpoint
+from archerchat.checkpoint import Checkpoint, load_checkpoint
 from archerchat.config import NonNegativeFloat, PositiveInt
 from archerchat.data.conversation_loader import (
     ConversationLoader,
@@ -153,14 +153,12 @@ class Finetuning(Tuning):
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"validation": describe_mixture(self.validation)}
 
-    def build_model(self, start: Checkpoint | None) -> None:
-        super().build_model(start)
-        if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
-            self.load_moments()
-
     def open_data(self, start: Checkpoint | None) -> None:
+        if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
+            moments = load_checkpoint(self.base.path, sections=("optimizer",)).state["optimizer"]
+            self.optimizer.load_state_dict(moments)
         self.loader = self.open_streams(partial(self._open_loader, self.train, True), start)
-        self.evaluations = [Evaluation(self.measure_bits, self.config.eval_every)]
+        self.evaluations = [Evaluation(self.validate, self.config.eval_every)]
 
     def _open_loader(
         self, mixture: TaskMixture, repeat: bool, stream: int, count: int
@@ -199,9 +197,6 @@ class Finetuning(Tuning):
         segments = (inputs == self.tokenizer.bos_id).cumsum(1)
         return self.model.hidden(inputs, self.regions, segments=segments)
 
-    def is_finished(self, start: Checkpoint) -> bool:
-        return bool(start.meta.get("finished"))
-
     @property
     def data_progress(self) -> float:
         """Share of the passes that is done; 0 if only the number of steps ends the run."""
@@ -237,12 +232,10 @@ class Finetuning(Tuning):
     def settings(self, step: int) -> StepSettings:
         return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
 
-    def measure_bits(self, step: int) -> Mapping[str, float]:
-        """Measure bits per byte of the validation mixture, going over it at most once."""
-        count = max(1, self.config.eval_tokens // (self.rows * self.sequence_length))
-        with self._open_loader(self.validation, False, 0, 1) as loader:
-            batches = self.iter_validation(loader, count, lambda batch: loader.used.progress)
-            return {"val/bpb": self.bits_per_byte(batches)}
+    def validate(self, step: int) -> Mapping[str, float]:
+        """Measure bits per byte of the validation mixture."""
+        loader = self._open_loader(self.validation, False, 0, 1)
+        return self.measure_bits(loader, self.config.eval_tokens, lambda _: loader.used.progress)
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Answer each question greedily, with the calculator."""

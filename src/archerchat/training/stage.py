@@ -21,6 +21,7 @@ from rich.console import Console
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.config import AttentionName, Config, DeviceConfig, PositiveInt, as_json
 from archerchat.console import build_console
+from archerchat.data.prefetch import Batch, PrefetchingLoader
 from archerchat.data.streams import LoaderT, Streams, saved_streams
 from archerchat.dial import LearningRates, grad_accum_steps
 from archerchat.distributed import joined_ranks
@@ -104,6 +105,8 @@ class Stage(Recipe):
     """Dtype of the optimizer's moments."""
     files: Sequence[Path] = ()
     """Data files, which must be the same on every rank."""
+    figures: Mapping[str, float] = {}
+    """The stage's own figures for a finished run's summary, besides those of a step."""
 
     # What `fitting.fit_to_device` sets.
     rows: int
@@ -148,6 +151,8 @@ class Stage(Recipe):
 
     def is_finished(self, start: Checkpoint) -> bool:
         """Whether a checkpoint is the last of its run."""
+        if self.num_iterations is None:
+            return bool(start.meta.get("finished"))
         return start.step == self.num_iterations
 
     def prepare_resume(self, start: Checkpoint) -> list[str]:
@@ -225,11 +230,6 @@ class Stage(Recipe):
         Args:
             start: the checkpoint whose state will be loaded; None for a new run.
         """
-        self.build_model(start)
-        self.open_data(start)
-        self.meta = self.describe()
-
-    def build_model(self, start: Checkpoint | None) -> None:
         runtime = self.runtime
         self.model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
         self.set_weights(start)
@@ -248,6 +248,8 @@ class Stage(Recipe):
             self.ranks,
             self.state_dtype,
         )
+        self.open_data(start)
+        self.meta = self.describe()
 
     def open_streams(
         self, open_stream: Callable[[int, int], LoaderT], start: Checkpoint | None
@@ -256,3 +258,26 @@ class Stage(Recipe):
         saved = start.state.get("loader") if start else None
         count = saved_streams(saved) if saved else self.ranks.world_size
         return Streams(open_stream, count, self.grad_accum_steps, self.ranks)
+
+    def measure_bits(
+        self, loader: PrefetchingLoader[Any], num_tokens: int, seen: Callable[[Batch], float]
+    ) -> dict[str, float]:
+        """Measure bits per byte of validation data, going over it at most once.
+
+        Args:
+            loader: yields the same batches on all ranks, which share them; closed at the end.
+            seen: returns the share of the data read so far, from 0 to 1, given the last batch.
+        """
+        count = max(1, num_tokens // (self.rows * self.sequence_length))
+
+        def iter_own() -> Iterator[Batch]:
+            for done, batch in zip(range(1, count + 1), loader, strict=False):
+                if done % self.ranks.world_size == self.ranks.rank:
+                    yield batch
+                share = seen(batch)
+                self.show_progress("evaluating", max(done / count, share))
+                if share >= 1:
+                    return
+
+        with loader:
+            return {"val/bpb": self.bits_per_byte(iter_own())}

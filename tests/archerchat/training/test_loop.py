@@ -108,9 +108,6 @@ class StubRecipe:
     def step_metrics(self) -> Mapping[str, float]:
         return {"stub/batches": float(self.batches)}
 
-    def shown_metrics(self) -> Mapping[str, float]:
-        return {}
-
     def evaluate(self, step: int) -> Mapping[str, float]:
         self.note(f"evaluate {step}")
         return {"val/bpb": 3.0 - abs(step - 2) / 10}
