@@ -78,13 +78,7 @@ class Tuning(Stage):
     """The checkpoint to start from. Its weights stay on disk until they are trained."""
 
     def find_base(self, source: str) -> None:
-        """Read the checkpoint of the chosen model of stage `source`, without its weights.
-
-        Raises:
-            UsageError: there is no such model or step.
-            CheckpointError: the checkpoint is damaged.
-            TokenizerError: its tokenizer is missing or was replaced.
-        """
+        """Read the checkpoint of the chosen model of stage `source`, without its weights."""
         config, home = self.config, self.home
         path = find_checkpoint(find_model(home, source, config.model_tag), config.model_step)
         self.base = load_checkpoint(path, sections=())

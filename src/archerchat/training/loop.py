@@ -88,19 +88,19 @@ class Speed:
     tokens: int = 0
     flops: int = 0
 
-    @property
-    def median_seconds(self) -> float:
-        """Time of the median step after the warm-up, or of a short run's; NaN without steps."""
+    def per_second(self, total: float) -> float:
+        """Return what all steps did per second of the median step after the warm-up, or of a short
+        run's median step; NaN without steps."""
         measured = self.seconds[WARMUP_STEPS:] or self.seconds
-        return median_high(measured) if measured else math.nan
+        return total / len(self.seconds) / median_high(measured) if measured else math.nan
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / max(1, len(self.seconds)) / self.median_seconds
+        return self.per_second(self.tokens)
 
     @property
     def mfu(self) -> float:
-        return self.flops / max(1, len(self.seconds)) / self.median_seconds / self.peak
+        return self.per_second(self.flops) / self.peak
 
     @property
     def data_wait_share(self) -> float:
@@ -202,7 +202,7 @@ class Loop(Stateful):
         for evaluation in self.recipe.evaluations:
             due = _due(evaluation.every, step, finished) and (step > 0 or evaluation.at_start)
             if due and not self._stopping():
-                if saves or evaluation.saves_first:
+                if saves or evaluation.slow:
                     self._save(finished)
                 self._evaluate(step, evaluation)
         if step > 0 and _due(self.sample_every, step, finished) and not self._stopping():

@@ -9,7 +9,7 @@ run is refused unless `--extend` allows it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -97,8 +97,8 @@ class Pretraining(Stage):
 
     config: PretrainConfig
     loader: Streams[TextLoader]
-    uses_fp8: bool | None = None
-    """Whether training multiplies in 8 bits; None until that is decided."""
+    uses_fp8: bool = False
+    """Whether training multiplies in 8 bits; decided when the data is opened."""
     fp8_speed: float | None = None
     """Measured speed-up of 8-bit products; None if it was not measured."""
 
@@ -171,11 +171,9 @@ class Pretraining(Stage):
             "tokenizer": {"name": name, "fingerprint": fingerprint},
             "schedule": asdict(self.schedule),
             "validation": [[p.name, p.stat().st_size] for p in self.validation_shards],
-            "fp8": bool(self.uses_fp8),
+            "fp8": self.uses_fp8,
             "config": as_json(self.config) | resolved,
         }
-
-    # What is trained, and on what
 
     def set_weights(self, start: Checkpoint | None) -> None:
         self.model.init_weights(self.config.seed)
@@ -199,8 +197,9 @@ class Pretraining(Stage):
             self.core = CoreEvaluation(
                 load_bundle(bundle), self.tokenizer, options, self.ranks, keep_prompts=True
             )
-            measured = Evaluation(self.measure_core, every, "core/seconds", at_start=False)
-            self.evaluations.append(replace(measured, saves_first=True))
+            self.evaluations.append(
+                Evaluation(self.measure_core, every, "core/seconds", at_start=False, slow=True)
+            )
 
     def _open_loader(self, shards: list[Path], stream: int, count: int) -> TextLoader:
         return TextLoader(
@@ -219,8 +218,6 @@ class Pretraining(Stage):
         usage = self.loader.first.usage
         return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
 
-    # Its schedule
-
     def total_steps(self, step: int) -> int:
         return self.schedule.num_iterations
 
@@ -231,8 +228,6 @@ class Pretraining(Stage):
             self.schedule.muon_momentum(step),
             self.schedule.muon_weight_decay(step),
         )
-
-    # What is measured and shown on the way
 
     @cached_property
     def validation_bytes(self) -> int:
@@ -270,8 +265,6 @@ class Pretraining(Stage):
         engine = Engine(self.model, max_batch=len(prompts))
         texts = generate_texts(engine, self.tokenizer, prompts, params)
         return {prompt: prompt + text for prompt, text in zip(shown, texts, strict=True)}
-
-    # What is said about it
 
     def announce(self) -> Iterator[tuple[str, str]]:
         hp = self.hp

@@ -64,8 +64,8 @@ class Evaluation:
     """Approximate number of tokens that it reads, if that is known."""
     at_start: bool = True
     """Whether step 0 is measured too."""
-    saves_first: bool = False
-    """Whether a checkpoint is saved first, because the measurement takes long."""
+    slow: bool = False
+    """Whether it takes so long that a checkpoint is saved first."""
 
 
 class BatchLoader(Stateful, Protocol):

@@ -140,9 +140,8 @@ class Reinforcement(Tuning):
                 f"--task {config.task} is answered by choosing a letter, not by writing; use "
                 "GSM8K, SpellingBee, Arithmetic or SimpleSpelling"
             )
-        for task in (train, test):
-            if not len(task):
-                raise DataError(f"{task.name} has no question in its {task.split} split")
+        if empty := [task for task in (train, test) if not len(task)]:
+            raise DataError(f"{empty[0].name} has no question in its {empty[0].split} split")
         train.reward(train[0], "")  # a task for training only says so here
         return train, limited(test, config.eval_examples)
 
@@ -203,7 +202,7 @@ class Reinforcement(Tuning):
         return flops_per_token(self.model.config) * passes // 3
 
     def step_metrics(self) -> Mapping[str, float]:
-        return self.loader.metrics()
+        return self.loader.metrics
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
@@ -246,9 +245,8 @@ class Reinforcement(Tuning):
         return self.answer_questions(self.loader.engine, questions, limit)
 
     def announce(self) -> Iterator[tuple[str, str]]:
-        config = self.config
+        config, train, test = self.config, self.train, self.test
         yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
-        train, test = self.train, self.test
         yield (
             "questions",
             f"{len(train):,} of {train.name}; {len(test):,} of its test to validate with",
