@@ -104,7 +104,7 @@ def run_golden(name: str, oracle: Path) -> dict[str, Any]:
     run = RUNS[name]
     tokenizer = load_golden_tokenizer(oracle)
     config = build_config(run, load_curves(oracle)[run.golden]["args"], oracle)
-    recorder = Recorder(None)
+    recorder = Recorder()
     with tempfile.TemporaryDirectory(prefix="archerchat-benchmark-") as directory:
         home = Home(Path(directory))
         tokenizer.save(home.tokenizer_dir(config.tokenizer))

@@ -170,7 +170,7 @@ def learn(runtime: Runtime, seed: int) -> dict[str, Any]:
     recipe.evaluations = [
         Evaluation(lambda step: {"val/bpb": recipe.bits_per_byte(batches(validation))}, None)
     ]
-    recorder = Recorder(None)
+    recorder = Recorder()
     with (
         tempfile.TemporaryDirectory(prefix="archerchat-gpu-") as folder,
         ProgressLine(Console(stderr=True), RUN_STEPS) as progress,

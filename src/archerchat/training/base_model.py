@@ -102,7 +102,7 @@ class Tuning(Stage):
     def answer_questions(
         self, engine: Engine, conversations: Sequence[Conversation], max_new_tokens: int
     ) -> dict[str, str]:
-        """Answer each conversation's question greedily, with the calculator, to show the texts.
+        """Answer each conversation's question greedily, with the calculator; return the texts.
 
         The calculator's inputs and results are in brackets. Keys are the questions' beginnings.
         """

@@ -69,11 +69,11 @@ def choose_rows(stage: Stage, usual: int | None = None, reserved_bytes: int = 0)
         rows = usual
     meta = saved.meta if saved else {}
     began_with, device = saved_rows(meta), (meta.get("hardware") or {}).get("device")
-    keeps = began_with > 0 and per_step % began_with == 0 and device == runtime.device_name
+    if began_with > 0 and per_step % began_with == 0 and device == runtime.device_name:
+        rows = began_with
     # All ranks call this, even if one lacks the saved run or has another card.
-    answers = stage.ranks.gather((began_with if keeps else rows, recomputes))
-    stage.rows = min(answer[0] for answer in answers)
-    stage.recomputes = any(answer[1] for answer in answers)
+    every_rows, every_recomputes = zip(*stage.ranks.gather((rows, recomputes)), strict=True)
+    stage.rows, stage.recomputes = min(every_rows), any(every_recomputes)
 
 
 def _count_streams(saved: Checkpoint | None) -> int:
@@ -83,11 +83,7 @@ def _count_streams(saved: Checkpoint | None) -> int:
 
 
 def choose_attention(stage: Stage, document_masking: bool = False) -> tuple[Backend, str]:
-    """Return the attention backend, and the reason for it.
-
-    Raises:
-        UsageError: the forced one cannot run here, or cannot keep documents apart.
-    """
+    """Return the attention backend, and the reason for it; raises as `fit_to_device` does."""
     runtime, model, forced = stage.runtime, stage.model_config, stage.config.attention
     try:
         backend, reason = choose_backend(runtime.device, runtime.compute_dtype, forced)
@@ -102,13 +98,11 @@ def choose_attention(stage: Stage, document_masking: bool = False) -> tuple[Back
         backend, reason = "flex", "keeps the conversations of a row apart"
     if forced is not None or backend != "flex":
         return backend, reason
-    whole = min(model.windows) == model.sequence_length
-    if stage.compile and (document_masking or whole):
-        return backend, reason
     varlen = runs_varlen(runtime.device, runtime.compute_dtype)
     if not stage.compile:  # flex has to be compiled
         return "varlen" if varlen else "sdpa", "not compiled"
-    if not varlen:
+    whole = min(model.windows) == model.sequence_length
+    if document_masking or whole or not varlen:
         return backend, reason
     timed = fastest_for_windows(runtime, model, stage.rows, stage.home.cache_dir)
     first: tuple[Backend, str] = stage.ranks.gather(timed)[0]

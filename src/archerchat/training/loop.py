@@ -175,9 +175,8 @@ class Loop(Stateful):
             finished = step == self.recipe.total_steps(step)
             self._do_due(step, finished)
             stopping = self._stopping()
-            if stopping:
-                self._save(finished)
             if stopping or finished:
+                self._save(finished)
                 self._settle()
                 if stopping:
                     self.metrics.finish("interrupted")
@@ -340,8 +339,8 @@ class Loop(Stateful):
     def _sample(self, step: int) -> None:
         if not self.ranks.is_master:
             return
-        texts = self._stop.interruptible(lambda: dict(self.recipe.sample(step)))
-        for name, text in (texts or {}).items():
+        texts = self._stop.interruptible(lambda: self.recipe.sample(step)) or {}
+        for name, text in texts.items():
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")
 
@@ -365,10 +364,9 @@ class Loop(Stateful):
         if self.ranks.is_master:
             self.checkpoints.wait()
         if self._unsettled is not None:
-            step, seconds, metadata = self._unsettled
+            (step, seconds, metadata), self._unsettled = self._unsettled, None
             self.progress.note(f"step {step}: checkpoint saved (training waited {seconds:.1f} s)")
             self._push(step, "last", metadata)
-            self._unsettled = None
 
     def _push(self, step: int, occasion: Occasion, metadata: Mapping[str, float]) -> None:
         """Push a step's checkpoint if the user wants those of this occasion."""

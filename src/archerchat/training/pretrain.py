@@ -214,7 +214,6 @@ class Pretraining(Stage):
         )
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return the passes over the text and the share of it that was in a row."""
         usage = self.loader.first.usage
         return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
 
@@ -223,10 +222,9 @@ class Pretraining(Stage):
 
     def settings(self, step: int) -> StepSettings:
         """Read the dial's schedules (SPEC section 3)."""
+        at = self.schedule
         return StepSettings(
-            self.schedule.lr_multiplier(step),
-            self.schedule.muon_momentum(step),
-            self.schedule.muon_weight_decay(step),
+            at.lr_multiplier(step), at.muon_momentum(step), at.muon_weight_decay(step)
         )
 
     @cached_property
@@ -287,7 +285,6 @@ class Pretraining(Stage):
         yield "data", f"{self._data_name()}: {self.text.describe(hp.total_tokens, self.packing)}"
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Return the passes over the text and the share of it that the model saw."""
         usage = self.loader.first.usage
         line = f"text: {usage.epochs:.2f} passes; {usage.text_share:.1%} of it was in a row"
         return [line] if finished else []

@@ -49,13 +49,10 @@ T = TypeVar("T")
 
 
 class CheckpointWriter:
-    """Write a run's checkpoints and prune older ones.
+    """Write a run's checkpoints, each with `meta`, and prune older ones.
 
     `save` copies the state to the CPU and returns; a thread writes the copy while training
     continues. A process that is killed meanwhile leaves the previous checkpoint.
-
-    Args:
-        meta: kept with each of them; a command with the same `identity` may resume.
     """
 
     def __init__(self, directory: Path, meta: Mapping[str, Any], keep_last: int) -> None:
@@ -158,12 +155,10 @@ def find_start(
     extend: bool = False,
     any_rows: bool = False,
 ) -> Checkpoint | None:
-    """Load the checkpoint to resume from; return None for a new run.
+    """Load the state of `saved`, the checkpoint to resume from; return None for a new run.
 
     Args:
-        saved: that checkpoint, without its state.
-        current: meta of the run that is asked for. The `num_iterations` of its identity is None
-            where the data decides the end.
+        current: meta of the run that is asked for.
         extend: allow differences in what `EXTENDABLE` names.
         any_rows: allow other rows per micro-batch, since `choose_rows` chose them for this machine.
 
@@ -283,9 +278,7 @@ def describe_extension(
 ) -> str:
     """Describe what `--extend` does to the learning rate from `step` on.
 
-    Args:
-        old_peaks: the saved run's learning rate of each group at multiplier 1.
-        new_peaks: the new rates of the same groups.
+    The peaks are the learning rates of the groups, by name, at multiplier 1.
     """
     old = before.lr_multiplier(min(step, before.num_iterations - 1))
     new, last = (after.lr_multiplier(at) for at in (step, after.num_iterations - 1))
@@ -309,8 +302,7 @@ def describe_extension(
 def set_aside_later(path: Path) -> list[Path]:
     """Move checkpoints later than `path` aside, so that no run resumes from them.
 
-    Returns:
-        Their new paths, in a directory `<tag>.before-step-<step>` next to the model's.
+    They go to a directory `<tag>.before-step-<step>` next to the model's. Return their new paths.
     """
     directory, step = path.parent, int(path.name.removeprefix("step_"))
     later = [find_checkpoint(directory, s) for s in list_checkpoints(directory) if s > step]
@@ -326,6 +318,5 @@ def set_aside_later(path: Path) -> list[Path]:
 def changed_circumstances(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Return differences after which results match closely, but not bit for bit."""
     names = ("hardware", "attention", "compile", "validation")
-    return compare_configs(
-        {name: saved.get(name) for name in names}, {name: current.get(name) for name in names}
-    )
+    before, now = ({name: meta.get(name) for name in names} for meta in (saved, current))
+    return compare_configs(before, now)

@@ -94,7 +94,6 @@ def lr_multiplier(progress: float) -> float:
 
 
 def muon_momentum(step: int) -> float:
-    """Return Muon's momentum at `step`."""
     done = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     return (1 - done) * MOMENTUM_START + done * MOMENTUM_PEAK
 
@@ -180,15 +179,9 @@ class Finetuning(Tuning):
 
     def step_metrics(self) -> Mapping[str, float]:
         used = self.used()
-        counts = used.counts
-        return {
-            "data/conversations": used.consumed,
-            "data/progress": used.progress,
-            "data/cut": counts.cut,
-            "data/dropped": counts.dropped,
-            "data/padding_share": counts.padding_share,
-            "data/trained_share": counts.trained_share,
-        }
+        figures = {"data/conversations": used.consumed, "data/progress": used.progress}
+        names = ("cut", "dropped", "padding_share", "trained_share")
+        return figures | {f"data/{name}": getattr(used.counts, name) for name in names}
 
     def hidden(self, inputs: Tensor) -> Tensor:
         if not self.config.document_masking:
@@ -280,7 +273,6 @@ class Finetuning(Tuning):
         )
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Describe how the conversations were used."""
         used = self.used()
         counts = used.counts
         if not counts.targets:

@@ -143,7 +143,7 @@ class Stage(Recipe):
 
     @abstractmethod
     def open_data(self, start: Checkpoint | None) -> None:
-        """Open the loader and set up the evaluations."""
+        """Open the loader and set up the evaluations; the optimizer is there."""
 
     @abstractmethod
     def announce(self) -> Iterator[tuple[str, str]]:
@@ -176,12 +176,11 @@ class Stage(Recipe):
 
     @property
     def directory(self) -> Path:
-        """Directory of the model's checkpoints."""
+        """Where the model's checkpoints are."""
         return self.home.checkpoint_dir(self.name, self.tag)
 
     @property
     def run_name(self) -> str:
-        """Name of the run in the metrics."""
         return self.config.run or (self.tag if self.name == "base" else f"{self.tag}-{self.name}")
 
     @property
@@ -225,11 +224,7 @@ class Stage(Recipe):
         return grad_accum_steps(tokens, rows, length, self.runtime.world_size)
 
     def build(self, start: Checkpoint | None) -> None:
-        """Build the model, its optimizer and its data.
-
-        Args:
-            start: the checkpoint whose state will be loaded; None for a new run.
-        """
+        """Build model, optimizer and data, for the state of `start` to be loaded into."""
         runtime = self.runtime
         self.model = Transformer(self.model_config, runtime.compute_dtype, self.backend)
         self.set_weights(start)

@@ -155,7 +155,7 @@ def build_loop(recipe: StubRecipe, plan: Plan = PLAN, state: LoopState | None = 
 def run(loop: Loop, metrics: MetricsLog | None = None) -> bool:
     recipe: Any = loop.recipe
     progress = ProgressLine(Console(file=io.StringIO()), recipe.plan.num_iterations)
-    return loop.run(recipe, metrics or MetricsLog(None), progress)
+    return loop.run(recipe, metrics or MetricsLog(), progress)
 
 
 def send(*numbers: signal.Signals) -> None:
@@ -216,7 +216,7 @@ def test_checkpoints_are_saved_by_time(
     recipe.on_call["step 2"] = lambda: now.append(now.pop() + SAVE_SECONDS)
     loop = build_loop(recipe, replace(PLAN, eval_every=2))
     loop.save_every = "time"
-    run(loop, MetricsLog(None, push))
+    run(loop, MetricsLog(push_checkpoints=push))
     assert [e.split()[1] for e in recipe.events() if e.startswith("save")] == saves
 
 
@@ -464,7 +464,7 @@ class Pushes(MetricsLog):
 
 
 def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -> None:
-    recipe, metrics = StubRecipe(), Pushes(None)
+    recipe, metrics = StubRecipe(), Pushes()
     figures = {2: 2.0, 4: 1.5, 6: 1.8, 7: 1.2}  # and better ones where no checkpoint is
     recipe.evaluate = lambda step: {"val/bpb": figures.get(step, 0.5)}  # type: ignore[method-assign]
     plan = replace(PLAN, num_iterations=7, save_every=2, eval_every=1)
@@ -482,7 +482,7 @@ def test_each_checkpoint_is_offered_when_it_is_there_and_when_it_is_the_best() -
 
 
 def test_more_right_answers_are_better_than_fewer() -> None:
-    recipe, metrics = StubRecipe(), Pushes(None)
+    recipe, metrics = StubRecipe(), Pushes()
     recipe.metric = Metric("val/pass_at_1", "pass@1", higher_is_better=True)
     rates = {1: 0.2, 2: 0.1, 3: 0.5, 4: 0.4}
     recipe.evaluate = lambda step: {"val/pass_at_1": rates.get(step, 0.0)}  # type: ignore[method-assign]
@@ -493,7 +493,7 @@ def test_more_right_answers_are_better_than_fewer() -> None:
 
 
 def test_the_best_checkpoint_s_figure_survives_a_restart() -> None:
-    recipe, metrics = StubRecipe(), Pushes(None)
+    recipe, metrics = StubRecipe(), Pushes()
     recipe.calls.append("save 2")  # by the process before
     state = LoopState(step=2, best_saved=2.9)
     plan = replace(PLAN, save_every=2, eval_every=2)

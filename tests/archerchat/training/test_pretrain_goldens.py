@@ -81,7 +81,7 @@ def run_loop(
     recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
     saves: Any = prepare(recipe)
     recipe.sample = lambda step: {}  # type: ignore[method-assign]
-    recorder = Recorder(None)
+    recorder = Recorder()
     progress = ProgressLine(Console(file=io.StringIO()), recipe.total_steps(0))
     with closing(recipe.loader):
         every = config.checkpoint.save_every
@@ -207,7 +207,7 @@ def continue_import(
     meta = load_checkpoint(path, ()).meta
     meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
     save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
-    stage, recorder = Pretraining(config, home), Recorder(None)
+    stage, recorder = Pretraining(config, home), Recorder()
     start = find_start(stage.saved, stage.meta, extend=True)
     assert start is not None
     stage.build(start)
