@@ -15,7 +15,7 @@ from rich.console import Console
 
 from archerchat.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
 from archerchat.console import ProgressLine, bytes_text, duration_text
-from archerchat.errors import MemoryExceededError, UsageError
+from archerchat.errors import MemoryExceededError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home
 from archerchat.model.flops import flops_per_token
@@ -27,7 +27,6 @@ from archerchat.training.resume import (
     CheckpointWriter,
     changed_circumstances,
     find_start,
-    require_same_run,
 )
 from archerchat.training.stage import Stage
 from archerchat.training.telemetry import open_run
@@ -69,7 +68,7 @@ def _run(stage: Stage) -> bool:
     """Train; do nothing if the run is finished already."""
     alone = exclusive(stage.directory) if stage.ranks.is_master else nullcontext()
     with stage.joined, alone:
-        start = _find_start(stage)
+        start = find_start(stage)
         if start is not None and (result := _find_result(stage, start)) is not None:
             stage.console.print(
                 f"model {stage.tag!r} is already {stage.done}: step {start.step} is in "
@@ -89,25 +88,6 @@ def _run(stage: Stage) -> bool:
         for line in (*_iter_end_lines(stage, loop, finished), *stage.closing_lines(finished)):
             stage.console.print(line)
     return finished
-
-
-def _find_start(stage: Stage) -> Checkpoint | None:
-    """Return the checkpoint to resume from, the same on all ranks."""
-    asked = stage.config.checkpoint
-    stage.__dict__.pop("saved", None)  # read before the directory was locked: look again
-    goes_back = asked.resume_from_step is not None
-    if asked.overwrite and (asked.resume or stage.extend or goes_back):
-        raise UsageError(
-            "--overwrite starts over, and --resume, --resume-from-step and --extend do not: give "
-            "one or the other"
-        )
-    if stage.saved is None and (stage.extend or goes_back):
-        flag = "--resume-from-step" if goes_back else "--extend"
-        raise UsageError(f"no checkpoint in {stage.directory}: leave {flag} out")
-    chooses_rows = not isinstance(stage.config.device_batch_size, int)
-    start = find_start(stage.saved, stage.meta, stage.extend, chooses_rows)
-    require_same_run(stage.ranks, stage.meta, start.step if start else 0, stage.files)
-    return start
 
 
 def _find_result(stage: Stage, start: Checkpoint) -> str | None:

@@ -208,7 +208,7 @@ def continue_import(
     meta["tokenizer"] = {"name": config.tokenizer, "fingerprint": tokenizer.fingerprint}
     save_checkpoint(path.parent, 20, load_checkpoint(path).state, meta)
     stage, recorder = Pretraining(config, home), Recorder()
-    start = find_start(stage.saved, stage.meta, extend=True)
+    start = find_start(stage)
     assert start is not None
     stage.build(start)
     recipe: Recipe = stage
