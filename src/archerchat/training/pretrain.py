@@ -35,13 +35,12 @@ from archerchat.inference.engine import Engine
 from archerchat.inference.loading import InferenceModel
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.model.fp8 import supports_fp8
-from archerchat.optim.schedule import Schedule, build_schedule
+from archerchat.optim.schedule import build_schedule
 from archerchat.planning.plan import EVAL_EVERY, EVAL_TOKENS
 from archerchat.runtime import DTYPES, dtype_name
 from archerchat.tokenizer.bpe import Tokenizer, find_tokenizer
 from archerchat.training.fitting import choose_precision, fit_to_device
 from archerchat.training.recipe import Evaluation, StepSettings
-from archerchat.training.resume import describe_extension, set_aside_later
 from archerchat.training.run import run_stage
 from archerchat.training.stage import Stage, StageConfig
 
@@ -217,9 +216,6 @@ class Pretraining(Stage):
         usage = self.loader.first.usage
         return {"data/epochs": usage.epochs, "data/text_share": usage.text_share}
 
-    def total_steps(self, step: int) -> int:
-        return self.schedule.num_iterations
-
     def settings(self, step: int) -> StepSettings:
         """Read the dial's schedules (SPEC section 3)."""
         at = self.schedule
@@ -288,22 +284,6 @@ class Pretraining(Stage):
         usage = self.loader.first.usage
         line = f"text: {usage.epochs:.2f} passes; {usage.text_share:.1%} of it was in a row"
         return [line] if finished else []
-
-    def prepare_resume(self, start: Checkpoint) -> list[str]:
-        """Describe what `--extend` changes, and move later checkpoints aside."""
-        if not self.extend:
-            return []
-        if "schedule" not in start.meta:
-            return ["continuing an imported run: its text begins again with the first shard"]
-        before = Schedule(**start.meta["schedule"])
-        peaks, new_peaks = start.meta["identity"]["learning_rates"], asdict(self.hp.learning_rates)
-        return [
-            describe_extension(before, self.schedule, start.step, peaks, new_peaks),
-            *(
-                f"moved {path.name} of the earlier run to {path.parent}"
-                for path in set_aside_later(start.path)
-            ),
-        ]
 
 
 def pretrain(config: PretrainConfig, home: Home, console: Console | None = None) -> bool:

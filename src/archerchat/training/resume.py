@@ -266,6 +266,21 @@ def _require_same_run(stage: Stage, step: int) -> None:
             )
 
 
+def prepare_extension(stage: Stage, start: Checkpoint) -> list[str]:
+    """Move later checkpoints aside; return lines about what `--extend` changes."""
+    if "schedule" not in start.meta:
+        return ["continuing an imported run: its text begins again with the first shard"]
+    before, after = (Schedule(**meta["schedule"]) for meta in (start.meta, stage.meta))
+    peaks, new_peaks = (m["identity"]["learning_rates"] for m in (start.meta, stage.meta))
+    return [
+        describe_extension(before, after, start.step, peaks, new_peaks),
+        *(
+            f"moved {path.name} of the earlier run to {path.parent}"
+            for path in set_aside_later(start.path)
+        ),
+    ]
+
+
 def describe_extension(
     before: Schedule,
     after: Schedule,

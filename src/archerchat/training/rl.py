@@ -217,9 +217,6 @@ class Reinforcement(Tuning):
             self.loader.scale,
         )
 
-    def total_steps(self, step: int) -> int:
-        return self.num_iterations
-
     def settings(self, step: int) -> StepSettings:
         return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
 

@@ -27,6 +27,7 @@ from archerchat.training.resume import (
     CheckpointWriter,
     changed_circumstances,
     find_start,
+    prepare_extension,
 )
 from archerchat.training.stage import Stage
 from archerchat.training.telemetry import open_run
@@ -92,7 +93,8 @@ def _run(stage: Stage) -> bool:
 
 def _find_result(stage: Stage, start: Checkpoint) -> str | None:
     """Return a finished run's result; None if the run, or its final evaluation, is not done."""
-    if not stage.is_finished(start):
+    ends = stage.num_iterations
+    if not (start.meta.get("finished") if ends is None else start.step == ends):
         return None
     try:
         figures = json.loads(stage.summary.read_text())
@@ -119,7 +121,7 @@ def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
                 + "; ".join(changed)
             )
     if stage.ranks.is_master:
-        for line in stage.prepare_resume(start) if start else ():
+        for line in prepare_extension(stage, start) if start and stage.extend else ():
             echo(line)
         if options.overwrite:
             for step in list_checkpoints(stage.directory):

@@ -149,16 +149,6 @@ class Stage(Recipe):
     def announce(self) -> Iterator[tuple[str, str]]:
         """Yield a label and a sentence for each choice that was made for the user."""
 
-    def is_finished(self, start: Checkpoint) -> bool:
-        """Whether a checkpoint is the last of its run."""
-        if self.num_iterations is None:
-            return bool(start.meta.get("finished"))
-        return start.step == self.num_iterations
-
-    def prepare_resume(self, start: Checkpoint) -> list[str]:
-        """Prepare to resume, on the first rank; return lines to print."""
-        return []
-
     def closing_lines(self, finished: bool) -> list[str]:
         """Return the stage's own lines to print at the end."""
         return []
@@ -214,6 +204,10 @@ class Stage(Recipe):
             return None
         path = find_checkpoint(self.directory, self.config.checkpoint.resume_from_step)
         return load_checkpoint(path, sections=())
+
+    def total_steps(self, step: int) -> int:
+        assert self.num_iterations is not None  # a stage whose data decides has its own
+        return self.num_iterations
 
     def step_tokens(self) -> int:
         return self.total_batch_tokens
