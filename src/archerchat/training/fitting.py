@@ -98,11 +98,13 @@ def choose_attention(stage: Stage, document_masking: bool = False) -> tuple[Back
         backend, reason = "flex", "keeps the conversations of a row apart"
     if forced is not None or backend != "flex":
         return backend, reason
+    whole = min(model.windows) == model.sequence_length
+    if stage.compile and (document_masking or whole):
+        return backend, reason
     varlen = runs_varlen(runtime.device, runtime.compute_dtype)
     if not stage.compile:  # flex has to be compiled
         return "varlen" if varlen else "sdpa", "not compiled"
-    whole = min(model.windows) == model.sequence_length
-    if document_masking or whole or not varlen:
+    if not varlen:
         return backend, reason
     timed = fastest_for_windows(runtime, model, stage.rows, stage.home.cache_dir)
     first: tuple[Backend, str] = stage.ranks.gather(timed)[0]
