@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from statistics import median_high
 from typing import Any, Literal, cast
 
@@ -296,7 +295,7 @@ class Loop(Stateful):
         self.progress.step(done, steps, metrics, left)
 
     def _evaluate(self, step: int, evaluation: Evaluation) -> None:
-        started, measure = time.perf_counter(), partial(evaluation.measure, step)
+        started, measure = time.perf_counter(), evaluation.measure
         alone = self.ranks.world_size == 1  # others would wait for one that a signal interrupts
         values = self._stop.interruptible(measure) if alone else measure()
         if values is None:
@@ -339,7 +338,7 @@ class Loop(Stateful):
     def _sample(self, step: int) -> None:
         if not self.ranks.is_master:
             return
-        texts = self._stop.interruptible(lambda: self.recipe.sample(step)) or {}
+        texts = self._stop.interruptible(self.recipe.sample) or {}
         for name, text in texts.items():
             self.metrics.log_text(f"sample/{name}", text, step)
             self.progress.note(f"step {step}: {text!r}")

@@ -228,7 +228,7 @@ class Pretraining(Stage):
         with Shard(self.validation_shards[0]) as shard:
             return shard.text_bytes
 
-    def validate(self, step: int) -> Mapping[str, float]:
+    def validate(self) -> Mapping[str, float]:
         """Measure bits per byte of the validation text."""
         sizes, seen_bytes = self.tokenizer.token_bytes, 0
 
@@ -240,7 +240,7 @@ class Pretraining(Stage):
         loader = self._open_loader(self.validation_shards, 0, 1)
         return self.measure_bits(loader, self.config.eval_tokens, seen)
 
-    def measure_core(self, step: int) -> Mapping[str, float]:
+    def measure_core(self) -> Mapping[str, float]:
         """Measure CORE on part of each task."""
         result = self.core.run(
             InferenceModel(self.model).model,
@@ -250,7 +250,7 @@ class Pretraining(Stage):
         figures = {"core/score": result.core, "core/low": low, "core/high": high}
         return figures | {f"core/task/{task.label}": task.centred for task in result.tasks}
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Continue each prompt greedily."""
         shown = self.config.sample_prompt or SAMPLE_PROMPTS
         bos, encode, room = self.tokenizer.bos_id, self.tokenizer.encode, self.sequence_length - 1

@@ -54,8 +54,8 @@ class Metric:
 class Evaluation:
     """A measurement that the loop makes between steps and after the last one."""
 
-    measure: Callable[[int], Mapping[str, float]]
-    """Returns metrics by name, given the step. Names with two slashes are logged, not printed."""
+    measure: Callable[[], Mapping[str, float]]
+    """Returns metrics by name. Names with two slashes are logged, not printed."""
     every: int | None
     """Steps between measurements; None never measures."""
     seconds_name: str = "eval/seconds"
@@ -113,7 +113,7 @@ class Recipe(ABC):
         """Return the tokens of the last step, over all ranks."""
 
     @abstractmethod
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Return texts written by the model, by prompt."""
 
     def step_flops(self) -> int:

@@ -220,7 +220,7 @@ class Reinforcement(Tuning):
     def settings(self, step: int) -> StepSettings:
         return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
 
-    def measure_pass(self, step: int) -> Mapping[str, float]:
+    def measure_pass(self) -> Mapping[str, float]:
         """Measure pass@k on the test."""
         self.loader.engine.refresh_weights()
         result = evaluate_task(
@@ -234,7 +234,7 @@ class Reinforcement(Tuning):
         self.figures = {f"val/pass_at_{k}": value for k, value in result.pass_at.items()}
         return self.figures
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Answer the given questions, or the first of the test, greedily with the calculator."""
         self.loader.engine.refresh_weights()
         own: list[Conversation] = [{"messages": [user(q)]} for q in self.config.sample_prompt]

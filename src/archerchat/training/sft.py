@@ -225,12 +225,12 @@ class Finetuning(Tuning):
     def settings(self, step: int) -> StepSettings:
         return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
 
-    def validate(self, step: int) -> Mapping[str, float]:
+    def validate(self) -> Mapping[str, float]:
         """Measure bits per byte of the validation mixture."""
         loader = self._open_loader(self.validation, False, 0, 1)
         return self.measure_bits(loader, self.config.eval_tokens, lambda _: loader.used.progress)
 
-    def sample(self, step: int) -> Mapping[str, str]:
+    def sample(self) -> Mapping[str, str]:
         """Answer each question greedily, with the calculator."""
         questions = self.config.sample_prompt or SAMPLE_QUESTIONS
         conversations: list[Conversation] = [{"messages": [user(q)]} for q in questions]

@@ -55,7 +55,7 @@ class StubRecipe:
         nn.init.zeros_(self.model.weight)
         group = AdamGroup(("weight",), 0.1, (0.8, 0.95), 0.0)
         self.optimizer = Optimizer(self.model, [group])
-        self.plan = PLAN
+        self.plan, self.state = PLAN, LoopState()
         self.at_start = True
         self.progress: ProgressLine | None = None
         self.calls: list[str] = []
@@ -75,7 +75,9 @@ class StubRecipe:
     def evaluations(self) -> list[Evaluation]:
         return [
             Evaluation(
-                lambda step: self.evaluate(step), self.plan.eval_every, at_start=self.at_start
+                lambda: self.evaluate(self.state.step),
+                self.plan.eval_every,
+                at_start=self.at_start,
             )
         ]
 
@@ -112,8 +114,8 @@ class StubRecipe:
         self.note(f"evaluate {step}")
         return {"val/bpb": 3.0 - abs(step - 2) / 10}
 
-    def sample(self, step: int) -> Mapping[str, str]:
-        self.note(f"sample {step}")
+    def sample(self) -> Mapping[str, str]:
+        self.note(f"sample {self.state.step}")
         return {"prompt": "text"}
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -148,7 +150,7 @@ def build_loop(recipe: StubRecipe, plan: Plan = PLAN, state: LoopState | None = 
     recipe.plan = plan
     given: Any = recipe
     loop = Loop(given, 1e9, plan.save_every, plan.sample_every)
-    loop.state = state or loop.state
+    loop.state = recipe.state = state or loop.state
     return loop
 
 

@@ -80,7 +80,7 @@ def run_loop(
     # The reference measures the initial weights too.
     recipe.evaluations = [replace(each, at_start=True) for each in recipe.evaluations]
     saves: Any = prepare(recipe)
-    recipe.sample = lambda step: {}  # type: ignore[method-assign]
+    recipe.sample = lambda: {}  # type: ignore[method-assign]
     recorder = Recorder()
     progress = ProgressLine(Console(file=io.StringIO()), recipe.total_steps(0))
     with closing(recipe.loader):
