@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
 from archerchat.data.prefetch import Batch
 from archerchat.distributed import Ranks
@@ -98,14 +99,12 @@ def build_batches(
 
 
 def _pad(rows: Sequence[Rollout], padding: int) -> RolloutBatch:
-    width = max(len(row.token_ids) for row in rows) - 1
-    stacked = np.full((2, len(rows), width), padding, dtype=np.int64)
-    inputs, targets = stacked
-    targets.fill(IGNORED)
-    for number, row in enumerate(rows):
-        ids, mask = np.array(row.token_ids, dtype=np.int64), np.array(row.mask[1:], dtype=bool)
-        inputs[number, : len(ids) - 1] = ids[:-1]
-        targets[number, : len(ids) - 1] = np.where(mask, ids[1:], IGNORED)
+    ids = [torch.tensor(row.token_ids) for row in rows]
+    chosen = [torch.tensor(row.mask[1:], dtype=torch.bool) for row in rows]
+    learned = [torch.where(mask, row[1:], IGNORED) for mask, row in zip(chosen, ids, strict=True)]
+    inputs = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=padding)
+    targets = pad_sequence(learned, batch_first=True, padding_value=IGNORED)
+    stacked = torch.stack([inputs, targets]).numpy()
     advantages = np.array([row.advantage for row in rows], dtype=np.float32)
     return RolloutBatch(stacked, advantages)
 

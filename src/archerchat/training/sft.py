@@ -128,8 +128,7 @@ class Finetuning(Tuning):
         rows, self.total_batch_tokens, self.rates = inherit(
             self.base, self.model_config, config.lr_scale, config.total_batch_size
         )
-        # Micro-batches count alike, however much of each is learned: more rows would be another
-        # loss.
+        # Micro-batches count alike, however much of each is learned: more rows change the loss.
         rows = saved_rows(self.saved.meta) if self.saved else rows
         fit_to_device(self, usual_rows=rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
