@@ -214,7 +214,7 @@ BUDGETS = {
     "optim": (700, 700),
     "tokenizer": (550, 550),
     "data": (1600, 1872),
-    "training": (2100, 2948),
+    "training": (2100, 2947),
     "inference": (1700, 2450),
     "evals": (2000, 1911),
     "tasks": (1300, 1406),

@@ -6,7 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -96,11 +96,10 @@ def _find_result(stage: Stage, start: Checkpoint) -> str | None:
     ends = stage.num_iterations
     if not (start.meta.get("finished") if ends is None else start.step == ends):
         return None
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         figures = json.loads(stage.summary.read_text())
         return stage.describe_result(figures) if figures["steps"] == start.step else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return None
 
 
 def _build_loop(stage: Stage, start: Checkpoint | None) -> Loop:
