@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
 from archerchat.commands.sample import CONTROLS
+from archerchat.config import StageName
 from archerchat.console import build_console
 from archerchat.errors import UsageError
 from archerchat.files import explained_writes
@@ -47,7 +48,7 @@ class ChatConfig(ModelOptions):
 
     prompt: str | None = None
     """Answer this one message and exit (-p). By default, chat interactively."""
-    source: Literal["sft", "rl", "base"] = "sft"
+    source: StageName = "sft"
     """Stage to load: base, sft or rl."""
     system: str | None = None
     """System message, which comes before the first message."""

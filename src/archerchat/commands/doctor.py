@@ -23,24 +23,11 @@ from archerchat.planning.peak_flops import measure_peak
 from archerchat.runtime import Runtime, build_runtime, dtype_name
 from archerchat.training.telemetry import describe_environment
 
-REQUIRED = (
-    "endlex",
-    "huggingface-hub",
-    "jinja2",
-    "markdown-it-py",
-    "matplotlib",
-    "numpy",
-    "pyarrow",
-    "pyyaml",
-    "rich",
-    "rustbpe",
-    "safetensors",
-    "scipy",
-    "tiktoken",
-    "torch",
-    "tyro",
-)
-OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "psutil", "nvidia-ml-py", "lm-eval")
+REQUIRED = """
+endlex huggingface-hub jinja2 markdown-it-py matplotlib numpy pyarrow pyyaml rich rustbpe
+safetensors scipy tiktoken torch tyro
+"""
+OPTIONAL = "triton flash-attn flash-attn-3 psutil nvidia-ml-py lm-eval"
 LEAST_FREE_BYTES = 10 * 2**30
 
 
@@ -75,7 +62,7 @@ def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:
     """Return each section's facts by name, and `missing` as pairs of a thing and its remedy."""
     runtime, machine = build_runtime(config.device, config.dtype), describe_environment()
     del machine["command"]
-    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    packages = {name: _version(name) for name in f"{REQUIRED} {OPTIONAL}".split()}
     report = {
         "machine": machine | {"driver": _driver(), "compiler": _compiler()},
         "device": _describe_device(runtime),
@@ -129,7 +116,7 @@ def _missing(report: dict[str, Any], runtime: Runtime) -> list[tuple[str, str]]:
     machine, packages, home = report["machine"], report["packages"], report["home"]
     blind = machine["driver"] is not None and not torch.cuda.is_available()
     without_triton = runtime.device.type == "cuda" and packages["triton"] is None
-    checks = [(packages[n] is None, f"package {n}", f"pip install {n}") for n in REQUIRED]
+    checks = [(packages[n] is None, f"package {n}", f"pip install {n}") for n in REQUIRED.split()]
     checks += [
         (blind, "a torch that uses the GPU", "bash runs/quickstart.sh, without this .venv"),
         (machine["compiler"] is None, "a C++ compiler, to compile steps", "apt-get install g++"),

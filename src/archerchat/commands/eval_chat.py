@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.table import Table
 
-from archerchat.config import PositiveInt
+from archerchat.config import PositiveInt, StageName
 from archerchat.console import LiveLine, build_console, build_table
 from archerchat.distributed import joined_ranks
 from archerchat.errors import UsageError
@@ -45,7 +45,7 @@ SAMPLING = SamplingParams(max_new_tokens=ANSWER_TOKENS, temperature=0.0, top_k=5
 class EvalChatConfig(ModelOptions):
     """Evaluate a chat model on ChatCORE's tasks or others."""
 
-    source: Literal["sft", "rl", "base"] = "sft"
+    source: StageName = "sft"
     """Stage to load: base, sft or rl."""
     tasks: str | None = None
     """Tasks, separated by commas, each with an optional limit, such as GSM8K:200,MMLU. Defaults to

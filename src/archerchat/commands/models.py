@@ -6,7 +6,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
@@ -17,13 +16,13 @@ from archerchat.checkpoint import (
     prune_checkpoints,
     saved_at,
 )
-from archerchat.config import Config, PositiveInt
+from archerchat.config import STAGES, Config, PositiveInt, StageName
 from archerchat.console import build_table, bytes_text, duration_text
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home, check_name
 from archerchat.inference.loading import read_bits_per_byte
-from archerchat.report.runs import RENAMES, STAGES, read_renames
+from archerchat.report.runs import RENAMES, read_renames
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ChangeConfig(Config):
 
     tag: str
     """Name of the model."""
-    stage: Literal["base", "sft", "rl"] | None = None
+    stage: StageName | None = None
     """Stage to change: base, sft or rl. Defaults to all."""
 
 
@@ -95,7 +94,7 @@ def show(config: ListConfig, home: Home) -> None:
 def rename(config: RenameConfig, home: Home) -> None:
     """Rename a model at all stages."""
     check_name(config.new, "model tag")
-    sources = _find(home, config.old, None)
+    sources = find_stages(home, config.old, None)
     results = [home.eval_dir(stage, config.old) for stage in STAGES]
     pairs = [(p, p.with_name(config.new)) for p in (*sources, *filter(Path.is_dir, results))]
     if taken := [target for _, target in pairs if target.exists()]:
@@ -113,7 +112,7 @@ def rename(config: RenameConfig, home: Home) -> None:
 
 def remove(config: RemoveConfig, home: Home) -> None:
     """Delete a model's checkpoints."""
-    found = {p: f"{p} ({_size_text(p)})" for p in _find(home, config.tag, config.stage)}
+    found = {p: f"{p} ({_size_text(p)})" for p in find_stages(home, config.tag, config.stage)}
     if not config.yes:
         raise UsageError(f"{', '.join(found.values())} would be deleted: confirm it by --yes")
     for path, text in found.items():
@@ -124,7 +123,7 @@ def remove(config: RemoveConfig, home: Home) -> None:
 
 def prune(config: PruneConfig, home: Home) -> None:
     """Delete a model's older checkpoints."""
-    for path in _find(home, config.tag, config.stage):
+    for path in find_stages(home, config.tag, config.stage):
         before = list_checkpoints(path)
         with exclusive(path):
             prune_checkpoints(path, before[-1], config.keep_last)
@@ -133,7 +132,7 @@ def prune(config: PruneConfig, home: Home) -> None:
         print(f"{path}: {len(before) - len(kept)} checkpoint(s) deleted, kept steps {steps}")
 
 
-def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
+def find_stages(home: Home, tag: str, stage: str | None) -> list[Path]:
     """Return the directories of a model, one for each stage that it went through."""
     known = [path for each in STAGES if stage in (each, None) for path in list_models(home, each)]
     if found := [path for path in known if path.name == tag]:

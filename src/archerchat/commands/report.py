@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from archerchat.config import Config
-from archerchat.console import build_console
 from archerchat.errors import UsageError
 from archerchat.files import write_json
 from archerchat.home import Home, check_name
@@ -44,7 +43,7 @@ def report(config: ReportConfig, home: Home) -> None:
     directory = target_directory(config.out, home, runs[-1].model_tag)
     paths = build_training_report(runs, results, config.prices).write(directory)
     title = f"report of {', '.join(run.tag for run in runs)}:"
-    build_console().print("\n  ".join([title, *map(str, paths)]))
+    print("\n  ".join([title, *map(str, paths)]))
 
 
 def target_directory(out: Path | None, home: Home, name: str) -> Path:
@@ -106,4 +105,4 @@ def report_scaling(config: ScalingConfig, home: Home) -> None:
             "runs": [asdict(run) | {"predicted": law.predict_run(run)} for run in runs],
         }
         write_json(config.json, figures)
-    build_console().print("\n  ".join([f"{law}\n{reason}", *map(str, paths)]))
+    print("\n  ".join([f"{law}\n{reason}", *map(str, paths)]))

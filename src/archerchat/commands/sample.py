@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal
 
 from rich.console import Console
 
+from archerchat.config import StageName
 from archerchat.console import build_console
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
@@ -33,7 +33,7 @@ CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), 
 class SampleConfig(ModelOptions):
     """Print samples of a model, with and without prompts."""
 
-    source: Literal["base", "sft", "rl"] = "base"
+    source: StageName = "base"
     """Stage to load: base, sft or rl."""
     prompt: str | None = None
     """Text to continue. By default, a few built-in prompts, then samples without a prompt."""

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from archerchat.config import from_json
+from archerchat.config import STAGES, from_json
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
 from archerchat.training.loop import OVERFIT_SHARE
 from archerchat.training.telemetry import read_records
 
-STAGES = ("base", "sft", "rl")
 STEP_METRIC = "train/loss"
 """Metric that is logged with every step of training."""
 CLOCK = "train/seconds"
@@ -172,10 +171,17 @@ def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
         run.wall_seconds += max(0.0, time - last)
         run.end, last = max(run.end, time), max(last, time)
         if kind == "metrics":
-            if STEP_METRIC in record["values"] and not has_trained:
+            values = record["values"]
+            if STEP_METRIC in values and not has_trained:
                 _forget_after(run, step)
                 has_trained = True
-            _take_metrics(run, step, record["values"])
+            if CLOCK in values:
+                start = values[CLOCK] if step else 0.0  # where the step before is not known
+                start = run.metrics.get(CLOCK, {}).get(step - 1, start)
+                run.training_seconds += values[CLOCK] - start
+            run.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
+            for name, value in values.items():
+                run.metrics.setdefault(name, {})[step] = float(value)
         elif kind == "text":
             run.texts.setdefault(record["name"], {})[step] = record["text"]
         elif kind == "finish":
@@ -183,15 +189,6 @@ def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
     run.metrics = {name: dict(sorted(v.items())) for name, v in run.metrics.items() if v}
     run.texts = {name: dict(sorted(t.items())) for name, t in run.texts.items() if t}
     return run
-
-
-def _take_metrics(run: Run, step: int, values: Mapping[str, float]) -> None:
-    if CLOCK in values:
-        start = values[CLOCK] if step else 0.0  # where the step before is not known
-        run.training_seconds += values[CLOCK] - run.metrics.get(CLOCK, {}).get(step - 1, start)
-    run.eval_seconds += values.get("eval/seconds", 0.0) + values.get("core/seconds", 0.0)
-    for name, value in values.items():
-        run.metrics.setdefault(name, {})[step] = float(value)
 
 
 def _forget_after(run: Run, step: int) -> None:

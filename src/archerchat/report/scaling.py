@@ -219,14 +219,9 @@ def _vary_apart(logs: Array) -> bool:
 
 def build_scaling_report(runs: Sequence[SizedRun], law: Law, reason: str, metric: str) -> Document:
     """Return the document."""
+    charts = _charts(runs, law, metric)
     return Document(
-        "scaling.md",
-        metric=metric,
-        runs=runs,
-        law=law,
-        reason=reason,
-        charts=_charts(runs, law, metric),
-        ahead=AHEAD,
+        "scaling.md", metric=metric, runs=runs, law=law, reason=reason, charts=charts, ahead=AHEAD
     )
 
 
