@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +39,10 @@ HELP = """\
 Ctrl-C stops an answer. To send a message that starts with a slash, type two slashes."""
 HISTORY_LINES = 1000
 OPENING = {"text": "", "python": "[", "python_output": "[= "}
+ENDINGS = {
+    "length": "the context is full: /clear begins a new conversation",
+    "max_tokens": "cut at /max_tokens",
+}
 
 
 @dataclass(frozen=True)
@@ -110,12 +113,8 @@ class Dialogue:
             case "/clear":
                 self.session.clear()
                 self.console.print("a new conversation", style="dim")
-            case "/temperature":
-                self._set("temperature", float, rest.strip())
-            case "/top_k":
-                self._set("top_k", _count_or_none, rest.strip())
-            case "/max_tokens":
-                self._set("max_new_tokens", int, rest.strip())
+            case "/temperature" | "/top_k" | "/max_tokens":
+                self._set(word, rest.strip())
             case "/save":
                 self._save(rest.strip())
             case "/help":
@@ -126,14 +125,16 @@ class Dialogue:
                 message = line.strip()[1:] if word.startswith("//") else line
                 show_answer(self.session, message, self.console)
 
-    def _set(self, name: str, parse: Callable[[str], Any], text: str) -> None:
-        command = name.replace("_new", "")
+    def _set(self, command: str, text: str) -> None:
+        name = "max_new_tokens" if command == "/max_tokens" else command[1:]
+        kind = float if name == "temperature" else int
         if text:
             try:
-                self.session.params = replace(self.session.params, **{name: parse(text)})
+                value: Any = None if (name, text.lower()) == ("top_k", "none") else kind(text)
+                self.session.params = replace(self.session.params, **{name: value})
             except ValueError as error:
-                raise UsageError(f"/{command} takes a number, not {text!r}") from error
-        self.console.print(f"{command} is {getattr(self.session.params, name)}", style="dim")
+                raise UsageError(f"{command} takes a number, not {text!r}") from error
+        self.console.print(f"{command[1:]} is {getattr(self.session.params, name)}", style="dim")
 
     def _save(self, text: str) -> None:
         if not text:
@@ -146,10 +147,6 @@ class Dialogue:
                 raise UsageError(f"{path} exists: choose another name")
             write_lines(path, [self.session.to_conversation()])
         self.console.print(f"{len(self.session.turns)} turn(s) in {path}", style="dim")
-
-
-def _count_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
 
 
 def show_answer(session: ChatSession, message: str, console: Console) -> None:
@@ -166,10 +163,6 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
             f"the context is full: the oldest {session.forgotten} turn(s) are left out", style="dim"
         )
     part: PartType = "text"
-    note = {
-        "length": "the context is full: /clear begins a new conversation",
-        "max_tokens": "cut at /max_tokens",
-    }
     try:
         for piece in pieces:
             if piece.starts:
@@ -181,7 +174,7 @@ def show_answer(session: ChatSession, message: str, console: Console) -> None:
             style = None if part == "text" else "cyan"
             console.print(piece.text.translate(CONTROLS), end="", style=style)
             console.file.flush()
-        ending = note.get(session.completion.finish_reason or "")
+        ending = ENDINGS.get(session.completion.finish_reason or "")
     except KeyboardInterrupt:
         pieces.close()
         ending = "stopped"

@@ -92,6 +92,8 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         "ranks": runtime.world_size,
         "sampling": asdict(sampling),
         "limits": limits,
+        "complete": False,
+        "tasks": {},
     }
     folder = home.eval_dir(config.source, loaded.tag)
     path = config.json or folder / file_name(loaded.step, limits, sampling)
@@ -112,7 +114,10 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
             console.print(_sentence(result))
             results.append(result)
             answers += [_describe(task, answer) for answer in judged]
-            figures |= _figures(results, complete=len(results) == len(tasks))
+            figures["tasks"][result.label] = result.to_json()
+            figures["complete"] = len(results) == len(tasks)
+            if core := chatcore(results):
+                figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
             if runtime.is_master:
                 write_json(path if figures["complete"] else unfinished, figures)
             if config.answers is not None:
@@ -170,14 +175,6 @@ def _describe(task: Task, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.completion.finish_reason,
         "text": answer.text,
     }
-
-
-def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
-    tasks = {result.label: result.to_json() for result in results}
-    figures: dict[str, Any] = {"complete": complete, "tasks": tasks}
-    if (core := chatcore(results)) is not None:
-        figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
-    return figures
 
 
 def _sentence(result: ChatTaskResult) -> str:
