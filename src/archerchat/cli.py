@@ -76,7 +76,7 @@ COMMANDS: dict[str, Command | Group] = {
         "": Command("commands.report:report", "write a model's training report"),
         "scaling": Command("commands.report:report_scaling", "fit a scaling law to several runs"),
     },
-    "compare": Command("commands.compare:run_comparison", "compare two runs"),
+    "compare": Command("commands.report:run_comparison", "compare two runs"),
     "models": {
         "": Command("commands.models:show", "list the models on this machine"),
         "rename": Command("commands.models:rename", "rename a model"),

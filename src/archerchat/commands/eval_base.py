@@ -186,16 +186,13 @@ def _run_core(
     return result
 
 
-Batches = Iterator[tuple[Tensor, Tensor]]
-
-
 def _measure_texts(
     config: EvalBaseConfig, home: Home, splits: list[str], loaded: LoadedModel, console: Console
 ) -> dict[str, float]:
     """Measure bits per byte on the splits and the text file; print one table."""
     model, tokenizer, data = loaded.model, loaded.tokenizer, config.data
     table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")
-    texts: dict[str, Batches] = {}
+    texts: dict[str, Iterator[tuple[Tensor, Tensor]]] = {}
     if splits:
         if data is None and (data := (loaded.meta.get("config") or {}).get("data")) is None:
             raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
@@ -228,7 +225,7 @@ def _measure_texts(
 
 def _iter_batches(
     config: EvalBaseConfig, shards: list[Path], loaded: LoadedModel, split: str, console: Console
-) -> Batches:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a split's inputs and targets (B, T), packed as in training, with a progress line."""
     rows, length = config.device_batch_size, loaded.model.config.sequence_length
     steps, title = max(1, config.split_tokens // (rows * length)), f"{split} bits per byte"

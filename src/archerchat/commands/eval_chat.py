@@ -73,8 +73,8 @@ class EvalChatConfig(ModelOptions):
             )
 
 
-def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
-    """Evaluate the tasks one by one and return the figures.
+def evaluate(config: EvalChatConfig, home: Home) -> None:
+    """Evaluate the tasks one by one, and print and write the figures.
 
     The results are written after each task, to a `.partial.json` until all tasks are done.
     """
@@ -92,11 +92,9 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         "ranks": runtime.world_size,
         "sampling": asdict(sampling),
         "limits": limits,
-        "complete": False,
-        "tasks": {},
     }
-    folder = home.eval_dir(config.source, loaded.tag)
-    path = config.json or folder / file_name(loaded.step, limits, sampling)
+    name = file_name(loaded.step, limits, sampling)
+    path = config.json or home.eval_dir(config.source, loaded.tag) / name
     unfinished = path.with_suffix(".partial.json")
     results, answers = list[ChatTaskResult](), list[dict[str, Any]]()
     with joined_ranks(runtime) as ranks:
@@ -104,31 +102,25 @@ def evaluate(config: EvalChatConfig, home: Home) -> dict[str, Any]:
         tasks = ranks.first_alone(
             lambda: [limited(build_task(name, "test", files), n) for name, n in limits.items()]
         )
-        tokenizer, on_cuda = loaded.tokenizer, loaded.model.device.type == "cuda"
+        on_cuda = loaded.model.device.type == "cuda"
         engine = Engine(loaded.model, config.device_batch_size, compile=on_cuda)
         for task in tasks:
-            judged: list[Answer] = []
+            keep = partial(_keep, answers, task)
             with LiveLine(console, task.name) as line:
-                show, keep = partial(_show, line, task), judged.append
-                result = evaluate_task(engine, tokenizer, task, sampling, ranks, show, keep)
+                show = partial(_show, line, task)
+                result = evaluate_task(engine, loaded.tokenizer, task, sampling, ranks, show, keep)
             console.print(_sentence(result))
             results.append(result)
-            answers += [_describe(task, answer) for answer in judged]
-            figures["tasks"][result.label] = result.to_json()
-            figures["complete"] = len(results) == len(tasks)
-            if core := chatcore(results):
-                figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
+            figures |= _figures(results, complete=len(results) == len(tasks))
             if runtime.is_master:
                 write_json(path if figures["complete"] else unfinished, figures)
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
-                target = config.answers.with_name(config.answers.name + suffix)
-                write_lines(target, answers)
+                write_lines(config.answers.with_name(config.answers.name + suffix), answers)
     if runtime.is_master:
         unfinished.unlink(missing_ok=True)
     console.print(_table(results, f"{config.source} {loaded.tag}, step {loaded.step}"))
     console.print(f"figures in {path}", style="dim")
-    return figures
 
 
 def parse_tasks(text: str | None, max_problems: int | None = None) -> dict[str, int | None]:
@@ -165,8 +157,8 @@ def _show(line: LiveLine, task: Task, done: int, total: int) -> None:
     line.show(f"{task.name}: {done}/{total} | {speed}", done, total)
 
 
-def _describe(task: Task, answer: Answer) -> dict[str, Any]:
-    return {
+def _keep(answers: list[dict[str, Any]], task: Task, answer: Answer) -> None:
+    values = {
         "task": task.name,
         "problem": answer.problem,
         "sample": answer.sample,
@@ -175,6 +167,14 @@ def _describe(task: Task, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.completion.finish_reason,
         "text": answer.text,
     }
+    answers.append(values)
+
+
+def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
+    tasks = {result.label: result.to_json() for result in results}
+    core = chatcore(results)
+    scores = {"chatcore": core[0], "chatcore_interval_95": list(core[1])} if core else {}
+    return {"complete": complete, "tasks": tasks, **scores}
 
 
 def _sentence(result: ChatTaskResult) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,8 @@ import torch
 from huggingface_hub import HfApi
 
 from archerchat.checkpoint import find_checkpoint, load_checkpoint
-from archerchat.commands.models import find_stages
+from archerchat.commands.models import find_stages, size_text
 from archerchat.config import Config, DtypeName, StageName
-from archerchat.console import bytes_text
 from archerchat.downloads import explained_hub
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.huggingface import OURS, THEIRS, lost_parts, write_folder
@@ -92,8 +92,7 @@ class ConversationsConfig(Config):
 def export_huggingface(config: ExportConfig, home: Home) -> None:
     """Write the folder and print its size."""
     _write(config, home, config.directory, config.directory.name)
-    size = sum(file.stat().st_size for file in config.directory.iterdir())
-    print(f"exported {config.tag} to {config.directory} ({bytes_text(size)})")
+    print(f"exported {config.tag} to {config.directory} ({size_text(config.directory)})")
 
 
 def push(config: PushConfig, home: Home) -> None:
@@ -126,11 +125,9 @@ def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> No
     checkpoint = load_checkpoint(path, sections=("model",))
     config, tokenizer = read_model_config(checkpoint), find_model_tokenizer(home, checkpoint)
     model_type = FORMATS.get(options.format or "", OURS if lost_parts(config) else THEIRS)
-    results = load_results(home, stage, options.tag)
-    try:
+    results, loop = load_results(home, stage, options.tag), None
+    with suppress(CheckpointError):  # an imported model has none
         loop = load_checkpoint(path, sections=("loop",)).state["loop"]
-    except CheckpointError:  # an imported model has none
-        loop = None
     environment = build_environment(Path(__file__).parent)
     card = environment.get_template("model_card.md").render(
         name=name,

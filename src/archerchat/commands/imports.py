@@ -129,8 +129,7 @@ def _find_place(home: Home, stage: str | None, tag: str) -> Path:
 
 
 def _find_tokenizer(given: Path | None, source: Path) -> Tokenizer | None:
-    places = [source, source.parent.parent / "tokenizer"] if given is None else [given]
-    for place in places:
+    for place in (source, source.parent.parent / "tokenizer") if given is None else (given,):
         if (file := place / TOKENIZER_FILE).is_file():
             return load_tokenizer(file)
     if given is not None:

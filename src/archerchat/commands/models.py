@@ -82,7 +82,7 @@ def show(config: ListConfig, home: Home) -> None:
             shown = ("… " if len(steps) > 2 else "") + ", ".join(map(str, steps[-2:]))
             measured = "–" if bits is None else f"{bits:.4f}"
             age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
-            table.add_row(stage, path.name, shown, measured, _size_text(path), age)
+            table.add_row(stage, path.name, shown, measured, size_text(path), age)
     if table.row_count:
         console = Console(emoji=False, highlight=False)
         console.print(table)
@@ -112,7 +112,7 @@ def rename(config: RenameConfig, home: Home) -> None:
 
 def remove(config: RemoveConfig, home: Home) -> None:
     """Delete a model's checkpoints."""
-    found = {p: f"{p} ({_size_text(p)})" for p in find_stages(home, config.tag, config.stage)}
+    found = {p: f"{p} ({size_text(p)})" for p in find_stages(home, config.tag, config.stage)}
     if not config.yes:
         raise UsageError(f"{', '.join(found.values())} would be deleted: confirm it by --yes")
     for path, text in found.items():
@@ -142,5 +142,6 @@ def find_stages(home: Home, tag: str, stage: str | None) -> list[Path]:
     raise UsageError(f"no {kind} {tag!r} in {home.root}; there is {names}")
 
 
-def _size_text(path: Path) -> str:
+def size_text(path: Path) -> str:
+    """Return the size of all files below a directory, for people."""
     return bytes_text(sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))

@@ -40,7 +40,9 @@ def plan(config: PlanConfig, home: Home) -> None:
     here = [source.name for source in list_sources(home)]
     own = config.data or ("" if "climbmix" in here or not here else here[0])
     environment = build_environment(Path(__file__).parent)
-    environment.filters["days"] = _days
+    environment.filters["days"] = lambda hours: (
+        duration_text(3600 * hours) if hours < 72 else f"{hours / 24:.1f} days"
+    )
     tables = environment.get_template("plan.txt").render(
         content,
         config=config,
@@ -95,7 +97,3 @@ def _commands(config: PlanConfig, content: dict[str, Any], own: str) -> list[str
     if not own:
         commands.insert(0, f"data download --num-shards {content['data']['train_shards']}")
     return [f"archerchat {command}" for command in commands]
-
-
-def _days(hours: float) -> str:
-    return duration_text(3600 * hours) if hours < 72 else f"{hours / 24:.1f} days"

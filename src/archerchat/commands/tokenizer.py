@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from archerchat.config import Config, PositiveInt
 from archerchat.console import LiveLine, build_console, build_table
@@ -22,7 +20,6 @@ from archerchat.tokenizer.bpe import SPECIAL_TOKENS, Tokenizer, find_tokenizer, 
 from archerchat.tokenizer.compression import (
     GPT2,
     GPT4,
-    Compression,
     PublishedVocabulary,
     load_samples,
     measure_compression,
@@ -160,7 +157,15 @@ def evaluate(config: TokenizerEvalConfig, home: Home) -> None:
     texts = _shard_texts(config, tokenizer, home)
     texts |= {name: [text] for name, text in load_samples().items()}
     rows = [measure_compression(name, text, encoders) for name, text in texts.items()]
-    build_console().print(_table(rows, sizes))
+    columns = (f"{title}\n{size:,} tokens" for title, size in sizes.items())
+    title = "Bytes per token (in brackets: ours divided by theirs)"
+    table = build_table("text", "bytes", *columns, title=title)
+    for row in rows:
+        cells = [f"{row.bytes_per_token(OURS):.2f}"]
+        for title in list(sizes)[1:]:
+            cells.append(f"{row.bytes_per_token(title):.2f} ({row.ratio(OURS, title):.2f}x)")
+        table.add_row(row.text, f"{row.num_bytes:,}", *cells)
+    build_console().print(table)
     if config.json is not None:
         figures = {
             "tokenizer": config.name,
@@ -219,21 +224,9 @@ def _shard_texts(
 
 
 def _take(documents: Iterable[str], max_chars: int) -> list[str]:
-    taken, remaining = list[str](), max_chars
+    taken = list[str]()
     for document in documents:
-        taken.append(document[:remaining])
-        if (remaining := remaining - len(document)) <= 0:
+        taken.append(document[:max_chars])
+        if (max_chars := max_chars - len(document)) <= 0:
             break
     return taken
-
-
-def _table(rows: Sequence[Compression], sizes: Mapping[str, int]) -> Table:
-    columns = (f"{title}\n{size:,} tokens" for title, size in sizes.items())
-    title = "Bytes per token (in brackets: ours divided by theirs)"
-    table = build_table("text", "bytes", *columns, title=title)
-    for row in rows:
-        cells = [f"{row.bytes_per_token(OURS):.2f}"]
-        for title in list(sizes)[1:]:
-            cells.append(f"{row.bytes_per_token(title):.2f} ({row.ratio(OURS, title):.2f}x)")
-        table.add_row(row.text, f"{row.num_bytes:,}", *cells)
-    return table

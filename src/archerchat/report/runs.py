@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -130,31 +131,25 @@ def read_renames(home: Home) -> list[dict[str, Any]]:
     return renames
 
 
-def load_run(home: Home, tag: str) -> Run:
-    """Read run `tag`.
+def load_run(home: Home, tag: str, num_records: int | None = None) -> Run:
+    """Read run `tag`, or only its first records.
 
     Raises:
         DataError: a journal is damaged.
         UsageError: there is no such run, or `tag` cannot be a run's name.
     """
-    run = _read(home, tag)
+    run = build_run(tag, islice(read_records(home, tag), num_records))
     if not run.num_sessions:
         raise _no_such_run(home, tag)
+    # A session adds a file to the journals. A rename before the last was of another model.
+    last = (home.run_dir(tag) / "journal").stat().st_mtime
+    run.renames = [rename for rename in read_renames(home) if rename["time"] >= last]
     return run
 
 
 def _no_such_run(home: Home, tag: str) -> UsageError:
     names = ", ".join(run_tags(home)) or "none: train one, or pull it with endlex"
     return UsageError(f"there is no run {tag!r} in {home.root / 'runs'}; there is {names}")
-
-
-def _read(home: Home, tag: str, num_records: int | None = None) -> Run:
-    run = build_run(tag, islice(read_records(home, tag), num_records))
-    if run.num_sessions:
-        # A session adds a file to the journals. A rename before the last was of another model.
-        last = (home.run_dir(tag) / "journal").stat().st_mtime
-        run.renames = [rename for rename in read_renames(home) if rename["time"] >= last]
-    return run
 
 
 def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
@@ -213,8 +208,10 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     tags = run_tags(home)
     if tag is None and tags:
         tag = max(tags, key=lambda name: (home.run_dir(name) / "journal").stat().st_mtime_ns)
-    # The first record says which model a run trained; only the chosen runs are read whole.
-    known = [run for name in tags if (run := _read(home, name, 1)).num_sessions]
+    known = []
+    for name in tags:  # the first record says which model a run trained
+        with suppress(UsageError):  # another program's journal
+            known.append(load_run(home, name, num_records=1))
     chosen = [run for run in known if tag in (run.tag, run.model_tag)]
     if not chosen:
         raise _no_such_run(home, tag or "")
