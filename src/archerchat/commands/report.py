@@ -91,11 +91,6 @@ class ScalingConfig:
 
 def report_scaling(config: ScalingConfig, home: Home) -> None:
     """Fit the law, write the report, and print both the law and the report's path."""
-    if len(config.runs) < 2:
-        raise UsageError(
-            f"a law needs more than {len(config.runs)} run(s): name at least two, as in "
-            "`archerchat report scaling d6 d8 d10`"
-        )
     if twice := [tag for tag in config.runs if config.runs.count(tag) > 1]:
         raise UsageError(f"run {twice[0]!r} is named twice: name each once")
     runs = gather_sizes(home, config.runs, config.metric, config.parameters)

@@ -30,8 +30,6 @@ ROLLOUTS = {
 }
 TOKENS = {"rollout/tokens": "generated", "rollout/trained_tokens": "trained"}
 """Metrics that share a chart, with their labels."""
-WARMUP_POINTS = 5
-"""Steps after the start that typical speeds leave out."""
 MAX_LABEL = 32
 """Most characters of a task's name next to its bar."""
 Table = tuple[list[str], list[list[str]]]
@@ -63,7 +61,6 @@ def build_training_report(
         chat=latest(results, "chat"),
         evaluations=[result for result in evaluations if result and result.tasks],
         comparison=_compare(runs, results, published),
-        typical=_typical,
         spent=_spendings(runs, results, prices),
         prices=prices.per_hour(find_gpu(runs[0].device))[1],
         environment=_environment(runs),
@@ -71,11 +68,6 @@ def build_training_report(
         run_charts=run_charts,
         bars=result_chart,
     )
-
-
-def _typical(run: Run, metric: str) -> float | None:
-    values = run.values(metric)[WARMUP_POINTS:]
-    return median(values) if values else None
 
 
 def _compare(runs: Sequence[Run], results: Sequence[Result], published: Mapping[str, Any]) -> Table:

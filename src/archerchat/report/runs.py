@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from typing import Any
 
 from archerchat.config import STAGES, from_json
@@ -26,6 +27,8 @@ STEP_METRIC = "train/loss"
 """Metric that is logged with every step of training."""
 CLOCK = "train/seconds"
 """Metric with the time spent in training steps since the beginning of the run."""
+WARMUP_POINTS = 5
+"""Steps after the start that typical speeds leave out."""
 RENAMES = "renamed.json"
 """File under the home that lists renamed models in order (`archerchat models rename`)."""
 
@@ -64,6 +67,11 @@ class Run:
     def values(self, metric: str) -> list[float]:
         """Return the finite values of a metric, by step."""
         return [value for value in self.metrics.get(metric, {}).values() if math.isfinite(value)]
+
+    def typical(self, metric: str) -> float | None:
+        """Return the median of a metric after the first steps."""
+        values = self.values(metric)[WARMUP_POINTS:]
+        return median(values) if values else None
 
     def last(self, metric: str) -> float | None:
         """Return the last finite value of a metric."""

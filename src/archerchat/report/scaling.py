@@ -190,7 +190,7 @@ def fit_runs(runs: Sequence[SizedRun]) -> tuple[Law, str]:
         UsageError: all runs took the same compute.
     """
     if len({run.flops for run in runs}) < 2:
-        raise UsageError("a law needs runs of at least two sizes, not 1: train more depths")
+        raise UsageError("a law needs runs of two sizes: name at least two, such as d6 d8 d10")
     count, losses = len(runs), [run.loss for run in runs]
     sizes: list[list[float]] = [[run.parameters for run in runs], [run.tokens for run in runs]]
     if count >= BOTH_SIZES and _vary_apart(np.log(sizes)):
