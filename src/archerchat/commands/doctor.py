@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from archerchat.config import DeviceConfig
-from archerchat.console import build_console, bytes_text
+from archerchat.console import bytes_text
 from archerchat.home import Home
 from archerchat.inference.loading import can_pack
 from archerchat.model.attention import BACKENDS, choose_backend
@@ -45,17 +45,17 @@ def doctor(config: DoctorConfig, home: Home) -> None:
     if config.json:
         print(json.dumps(report))
         return
-    console, missing = build_console(), report.pop("missing")
+    missing = report.pop("missing")
     versions = [f"{name} {version}" for name, version in report["packages"].items() if version]
     for title, facts in (report | {"packages": {"": ", ".join(versions)}}).items():
-        console.print(title)
+        print(title)
         for name, value in facts.items():
             is_size = name.endswith("_bytes") and value is not None
             label = name.removesuffix("_bytes").replace("_", " ")
-            console.print(f"  {label:17} {bytes_text(value) if is_size else value or '-'}")
-    console.print("missing" if missing else "nothing is missing")
+            print(f"  {label:17} {bytes_text(value) if is_size else value or '-'}")
+    print("missing" if missing else "nothing is missing")
     for what, remedy in missing:
-        console.print(f"  {what}: {remedy}")
+        print(f"  {what}: {remedy}")
 
 
 def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from archerchat.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -17,7 +15,7 @@ from archerchat.checkpoint import (
     saved_at,
 )
 from archerchat.config import STAGES, Config, PositiveInt, StageName
-from archerchat.console import build_table, bytes_text, duration_text
+from archerchat.console import build_console, build_table, bytes_text, duration_text
 from archerchat.errors import UsageError
 from archerchat.files import exclusive, remove_directory, write_json
 from archerchat.home import Home, check_name
@@ -84,9 +82,8 @@ def show(config: ListConfig, home: Home) -> None:
             age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
             table.add_row(stage, path.name, shown, measured, size_text(path), age)
     if table.row_count:
-        console = Console(emoji=False, highlight=False)
-        console.print(table)
-        console.print("Commands take the first of a stage unless --model-tag names another.")
+        build_console().print(table)
+        print("Commands take the first of a stage unless --model-tag names another.")
     else:
         print(f"no models in {home.root}: train one (archerchat pretrain), or import one")
 
