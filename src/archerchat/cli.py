@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command | Group] = {
     "rl": Command("training.rl:reinforce", "train a chat model by reinforcement", stage="rl"),
     "chat": Command("commands.chat:chat", "chat with a model in the terminal"),
     "serve": Command("commands.serve:serve", "serve OpenAI's API and a chat page"),
-    "sample": Command("commands.sample:sample", "print text that a model writes"),
+    "sample": Command("commands.chat:sample", "print text that a model writes"),
     "eval": {
         "base": Command("commands.eval_base:evaluate", "evaluate a base model"),
         "chat": Command("commands.eval_chat:evaluate", "evaluate a chat model"),

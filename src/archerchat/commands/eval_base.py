@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from archerchat.checkpoint import META
-from archerchat.commands.sample import SampleConfig, print_samples
+from archerchat.commands.chat import SampleConfig, print_samples
 from archerchat.config import PositiveInt
 from archerchat.console import LiveLine, build_console, build_table, duration_text
 from archerchat.data.shards import data_directory, list_shards, split_shards
@@ -190,11 +190,12 @@ def _measure_texts(
     config: EvalBaseConfig, home: Home, splits: list[str], loaded: LoadedModel, console: Console
 ) -> dict[str, float]:
     """Measure bits per byte on the splits and the text file; print one table."""
-    model, tokenizer, data = loaded.model, loaded.tokenizer, config.data
+    model, tokenizer = loaded.model, loaded.tokenizer
     table = build_table("text", "bits per byte", "tokens", "tokens/s", title="Bits per byte")
     texts: dict[str, Iterator[tuple[Tensor, Tensor]]] = {}
     if splits:
-        if data is None and (data := (loaded.meta.get("config") or {}).get("data")) is None:
+        data = config.data or (loaded.meta.get("config") or {}).get("data")
+        if data is None:
             raise UsageError(f"{loaded.path} does not say what it was trained on: give --data")
         table.title = f"Bits per byte on {data}"
         train, val = split_shards(list_shards(data_directory(data, home)))
