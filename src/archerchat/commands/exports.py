@@ -28,8 +28,6 @@ from archerchat.tasks.hub import TaskFiles
 from archerchat.tasks.layouts import Layout, render_layout, write_lines
 from archerchat.tasks.registry import MixtureConfig, build_mixtures
 
-FORMATS = {"archerchat": OURS, "transformers": THEIRS}
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(Config):
@@ -124,7 +122,8 @@ def _write(options: ExportOptions, home: Home, directory: Path, name: str) -> No
     stage, path = model.parent.name, find_checkpoint(model, options.step)
     checkpoint = load_checkpoint(path, sections=("model",))
     config, tokenizer = read_model_config(checkpoint), find_model_tokenizer(home, checkpoint)
-    model_type = FORMATS.get(options.format or "", OURS if lost_parts(config) else THEIRS)
+    usual = OURS if lost_parts(config) else THEIRS
+    model_type = {"archerchat": OURS, "transformers": THEIRS, None: usual}[options.format]
     results, loop = load_results(home, stage, options.tag), None
     with suppress(CheckpointError):  # an imported model has none
         loop = load_checkpoint(path, sections=("loop",)).state["loop"]

@@ -77,7 +77,12 @@ def import_nanochat(config: ImportNanochatConfig, home: Home) -> None:
     source = config.directory.resolve()
     target = _find_place(home, config.stage, source.name if config.tag is None else config.tag)
     model = load_model(source, config.step, config.qk_gain)
-    tokenizer, optimizer = _find_tokenizer(config.tokenizer, source), load_optimizer(model)
+    default = (source, source.parent.parent / "tokenizer")
+    places = default if config.tokenizer is None else (config.tokenizer,)
+    files = [file for place in places if (file := place / TOKENIZER_FILE).is_file()]
+    if config.tokenizer is not None and not files:
+        raise UsageError(f"no {TOKENIZER_FILE} in {places[0]}: give the directory that holds it")
+    tokenizer, optimizer = load_tokenizer(files[0]) if files else None, load_optimizer(model)
     meta = {"source": f"nanochat {model.path}", "nanochat_meta": model.meta}
     _save(home, target, model, tokenizer, meta, optimizer)
     if tokenizer is None:
@@ -126,15 +131,6 @@ def _find_place(home: Home, stage: str | None, tag: str) -> Path:
             "choose another --tag, or delete it first"
         )
     return target
-
-
-def _find_tokenizer(given: Path | None, source: Path) -> Tokenizer | None:
-    for place in (source, source.parent.parent / "tokenizer") if given is None else (given,):
-        if (file := place / TOKENIZER_FILE).is_file():
-            return load_tokenizer(file)
-    if given is not None:
-        raise UsageError(f"no {TOKENIZER_FILE} in {given}: give the directory that holds it")
-    return None
 
 
 def _save(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,14 +219,11 @@ def _shard_texts(
             raise
         print(f"built-in samples only: {error}")
         return {}
-    texts = [_take(iter_documents(shards), config.max_chars) for shards in splits]
-    return dict(zip(("train", "validation"), texts, strict=True))
-
-
-def _take(documents: Iterable[str], max_chars: int) -> list[str]:
-    taken = list[str]()
-    for document in documents:
-        taken.append(document[:max_chars])
-        if (max_chars := max_chars - len(document)) <= 0:
-            break
-    return taken
+    texts: dict[str, list[str]] = {"train": [], "validation": []}
+    for taken, shards in zip(texts.values(), splits, strict=True):
+        remaining = config.max_chars
+        for document in iter_documents(shards):
+            taken.append(document[:remaining])
+            if (remaining := remaining - len(document)) <= 0:
+                break
+    return texts
