@@ -111,9 +111,12 @@ def evaluate(config: EvalChatConfig, home: Home) -> None:
                 result = evaluate_task(engine, loaded.tokenizer, task, sampling, ranks, show, keep)
             console.print(_sentence(result))
             results.append(result)
-            figures |= _figures(results, complete=len(results) == len(tasks))
+            complete = len(results) == len(tasks)
+            figures |= {"complete": complete, "tasks": {r.label: r.to_json() for r in results}}
+            if core := chatcore(results):
+                figures |= {"chatcore": core[0], "chatcore_interval_95": list(core[1])}
             if runtime.is_master:
-                write_json(path if figures["complete"] else unfinished, figures)
+                write_json(path if complete else unfinished, figures)
             if config.answers is not None:
                 suffix = f".rank{runtime.rank}" if runtime.rank else ""
                 write_lines(config.answers.with_name(config.answers.name + suffix), answers)
@@ -170,13 +173,6 @@ def _keep(answers: list[dict[str, Any]], task: Task, answer: Answer) -> None:
     answers.append(values)
 
 
-def _figures(results: Sequence[ChatTaskResult], *, complete: bool) -> dict[str, Any]:
-    tasks = {result.label: result.to_json() for result in results}
-    core = chatcore(results)
-    scores = {"chatcore": core[0], "chatcore_interval_95": list(core[1])} if core else {}
-    return {"complete": complete, "tasks": tasks, **scores}
-
-
 def _sentence(result: ChatTaskResult) -> str:
     low, high = result.interval
     text = (
@@ -210,8 +206,8 @@ def _table(results: Sequence[ChatTaskResult], title: str) -> Table:
             f"{result.random_baseline:.2f}",
             f"{result.centred:.4f}",
         )
-    if (core := chatcore(results)) is not None:
-        low, high = core[1]
+    if core := chatcore(results):
+        score, (low, high) = core
         table.add_section()
-        table.add_row("ChatCORE", "", "", f"{low:.4f}–{high:.4f}", "", "", f"{core[0]:.4f}")
+        table.add_row("ChatCORE", "", "", f"{low:.4f}–{high:.4f}", "", "", f"{score:.4f}")
     return table

@@ -61,8 +61,7 @@ class Document:
         environment = build_environment(FOLDER)
         environment.finalize = lambda v: v if isinstance(v, Markup) else escaped(str(v))
         environment.globals |= {"draw": self._draw, "passage": _passage, "table": _table}
-        environment.globals["version"] = __version__
-        text = environment.get_template(template).render(**values)
+        text = environment.get_template(template).render(version=__version__, **values)
         self.markdown = re.sub(r"\n{3,}(?=[^\n`])", "\n\n", text)
 
     def _draw(self, charts: Sequence[Lines | Bars]) -> Markup:

@@ -6,7 +6,6 @@ import json
 import tomllib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,12 +15,10 @@ from archerchat.home import Home
 from archerchat.model.flops import count_parameters
 from archerchat.planning.gpus import Prices, find_gpu
 from archerchat.report.charts import Bars, Lines, Series, compact
-from archerchat.report.document import ABSENT, Document
+from archerchat.report.document import ABSENT, FOLDER, Document
 from archerchat.report.results import SCORES, Result, latest, load_results
 from archerchat.report.runs import Run, load_family
 
-PUBLISHED = Path(__file__).with_name("published.toml")
-"""Results of others to compare with."""
 ROLLOUTS = {
     "rollout/reward": "mean reward",
     "rollout/solved_share": "solved",
@@ -49,7 +46,7 @@ def build_training_report(
     runs: Sequence[Run], results: Sequence[Result], prices: Prices
 ) -> Document:
     """Return the document."""
-    published = tomllib.loads(PUBLISHED.read_text(encoding="utf-8"))
+    published = tomllib.loads((FOLDER / "published.toml").read_text(encoding="utf-8"))
     evaluations = [latest(results, kind, stage) for kind in SCORES for stage in STAGES]
     return Document(
         "training.md",
