@@ -27,10 +27,11 @@ from dataclasses import replace
 
 import torch
 
+from archerchat.errors import UsageError
 from archerchat.inference.model_runner import Fetch, ModelRunner
 from archerchat.inference.sampler import SamplingPlan
 from archerchat.inference.scheduler import Scheduler
-from archerchat.inference.sequence import Completion, Event, Request, Sequence, check_request
+from archerchat.inference.sequence import Completion, Event, Request, Sequence
 from archerchat.model.transformer import Transformer
 
 
@@ -91,9 +92,20 @@ class Engine:
         """Refuse a request that this engine cannot serve.
 
         Raises:
-            UsageError: its prompt is too long or has unknown tokens.
+            UsageError: its prompt leaves no room in the context, or it has unknown tokens.
         """
-        check_request(request, self.model.config.vocab_size, self.max_length)
+        longest = self.max_length - 1
+        if len(request.prompt) > longest:
+            raise UsageError(
+                f"the prompt has {len(request.prompt)} tokens and the context {self.max_length}: "
+                f"cut it to {longest} or fewer, to leave room for an answer"
+            )
+        last = self.model.config.vocab_size - 1
+        ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
+        for name, tokens in ids.items():
+            for token in (min(tokens, default=0), max(tokens, default=0)):
+                if not 0 <= token <= last:
+                    raise UsageError(f"{name} has token {token}; the model knows 0 to {last}")
 
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""
@@ -136,11 +148,6 @@ class Engine:
             UsageError: a request cannot be served; nothing has run then.
         """
         assert not self.busy, "the engine has other requests in work"
-        for request in requests:
-            self.check(request)
-        return self._stream(requests)
-
-    def _stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         try:
             for number, request in enumerate(requests):
                 self.add(number, request)
@@ -203,12 +210,12 @@ class Engine:
         logits = []
         started = self._scheduler.schedule(self.max_batch - first)
         # Rows of similar length side by side: a step reads them no further than they reach.
-        for waiting, sample, prompt in sorted(started, key=lambda item: item[2].prefix.length):
-            sequence = Sequence(
-                waiting.number, sample, waiting.request, self.max_length, waiting.cached
-            )
+        for waiting, sample in sorted(started, key=lambda pair: len(pair[0].request.prompt)):
+            request, prompt = waiting.request, waiting.prefix
+            assert prompt is not None
+            sequence = Sequence(waiting.number, sample, request, self.max_length, waiting.cached)
             row = len(self._running)
-            self._runner.start(row, prompt.prefix, waiting.request, sequence.seed)
+            self._runner.start(row, prompt, request, sequence.seed)
             self._running.append(sequence)
             self._mask(row, sequence)
             logits.append(prompt.logits)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -28,11 +29,17 @@ class Prefix:
 
     length: int
     """Tokens so far."""
-    keys: tuple[Tensor, ...]
-    """Per layer (K, n, D): the last n = min(window, length) positions in order."""
-    values: tuple[Tensor, ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """Keys and values (K, n, D): the last n = min(window, length) positions in order."""
     previous: Tensor
     """(C,), the last token's normalised embedding."""
+    logits: Tensor
+    """(vocab_size,), the capped float32 logits that follow."""
+
+    def clone(self) -> Prefix:
+        """Return a copy that does not hold on to the batch that the prompt ran in."""
+        layers = tuple((keys.clone(), values.clone()) for keys, values in self.layers)
+        return Prefix(self.length, layers, self.previous.clone(), self.logits.clone())
 
 
 def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
@@ -42,26 +49,23 @@ def ring_mask(lengths: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill(unwritten, -math.inf)[:, None, None, :]
 
 
-@dataclass(frozen=True)
-class RingPart:
-    """What a layer keeps of some neighbouring rows."""
-
-    keys: Tensor
-    """(b, K, S, D), the slots of the rings that these rows have written, or more."""
-    values: Tensor
-    mask: Tensor
-    """From `ring_mask`; each row has one token at least."""
+RingPart = tuple[Tensor, Tensor, Tensor]
+"""What a layer keeps of some neighbouring rows: keys and values (b, K, S, D) of the slots that they
+have written, or of more, and their `ring_mask`. Each row has one token at least."""
 
 
-@dataclass(eq=False)
 class RingLayer:
-    """One layer's past in a decoding step: one new token for each of B rows."""
+    """One layer's past in a decoding step: one new token for each of B rows.
 
-    parts: Sequence[RingPart]
-    """Together the B rows, in order. Rows of similar length in a part of their own are read no
-    further than they reach."""
-    new_keys: Tensor | None = None
-    new_values: Tensor | None = None
+    Args:
+        parts: together the B rows, in order. Rows of similar length in a part of their own are
+            read no further than they reach.
+    """
+
+    def __init__(self, parts: Sequence[RingPart]) -> None:
+        self.parts = parts
+        self.new: tuple[Tensor, ...] = ()
+        """The token's key and value (B, K, D), once it has attended."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (B, 1, H, D) to the ring and to the token itself.
@@ -71,9 +75,9 @@ class RingLayer:
         """
         batch, _, heads, dim = q.shape
         kv_heads = k.size(2)
-        self.new_keys, self.new_values = k[:, 0], v[:, 0]  # (B, K, D)
+        self.new = k[:, 0], v[:, 0]
         q = q.view(batch, kv_heads, heads // kv_heads, dim)
-        k, v = self.new_keys[:, :, None], self.new_values[:, :, None]
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, 1, D)
         past, total = self._attend_parts(q)
         own = (q * k).sum(dim=-1).float() * (1 / math.sqrt(dim))  # (B, K, H/K)
         # The share of exp(own) in exp(total) + exp(own).
@@ -83,14 +87,11 @@ class RingLayer:
 
     def _attend_parts(self, q: Tensor) -> tuple[Tensor, Tensor]:
         if len(self.parts) == 1:
-            part = self.parts[0]
-            return attend_ring(q, part.keys, part.values, part.mask)
-        queries = torch.split(q, [part.keys.size(0) for part in self.parts])
-        pairs = [
-            attend_ring(queries[i], part.keys, part.values, part.mask)
-            for i, part in enumerate(self.parts)
-        ]
-        return torch.cat([past for past, _ in pairs]), torch.cat([total for _, total in pairs])
+            return attend_ring(q, *self.parts[0])
+        queries = torch.split(q, [keys.size(0) for keys, _, _ in self.parts])
+        found = [attend_ring(rows, *part) for rows, part in zip(queries, self.parts, strict=True)]
+        pasts, totals = zip(*found, strict=True)
+        return torch.cat(pasts), torch.cat(totals)
 
 
 def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,51 +148,43 @@ class KVCache:
         rings = [ring[:, :, :rows] for ring in self._rings.values()]
         return [*rings, self.previous[:rows], self.lengths[:rows]]
 
-    def views(self, first: int, stop: int, span: int) -> tuple[list[Tensor], list[Tensor]]:
+    def views(self, first: int, stop: int, span: int) -> list[tuple[Tensor, ...]]:
         """Return each layer's keys and values of rows `first` .. `stop` - 1, not copied.
 
         They are (rows, K, min(span, S), D).
         """
-        keys, values = (
-            [
-                self._rings[size][kind, self._layers[size].index(i), first:stop, :, :span]
-                for i, size in enumerate(self.sizes)
-            ]
-            for kind in range(2)
-        )
-        return keys, values
+        places = ((size, self._layers[size].index(i)) for i, size in enumerate(self.sizes))
+        return [
+            self._rings[size][:, place, first:stop, :, :span].unbind() for size, place in places
+        ]
 
-    def append(
-        self, embedded: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: Tensor
-    ) -> None:
+    def append(self, embedded: Tensor, new: Sequence[tuple[Tensor, ...]], rows: Tensor) -> None:
         """Add one token to each of the first B rows.
 
         Args:
             embedded: (B, C), its normalised embedding.
-            keys, values: (B, K, D) per layer.
+            new: per layer its keys and its values (B, K, D).
             rows: 0 .. B-1 on the device.
         """
         count = embedded.size(0)
         lengths = self.lengths[:count]
         for size, layers in self._layers.items():
-            new = torch.stack(
-                [torch.stack([kind[i] for i in layers], dim=1) for kind in (keys, values)], dim=1
-            )  # (B, 2, layers, K, D)
-            self._rings[size][:, :, rows, :, lengths % size] = new
+            kinds = zip(*(new[i] for i in layers), strict=True)
+            stacked = torch.stack([torch.stack(kind, dim=1) for kind in kinds], dim=1)
+            # (B, 2, layers, K, D)
+            self._rings[size][:, :, rows, :, lengths % size] = stacked
         self.previous[:count] = embedded
         lengths += 1
 
     def fill(self, row: int, prefix: Prefix) -> None:
         """Start a row with a prefix, whatever it held."""
-        keys, values = self.views(0, self.lengths.size(0), max(self.sizes))
-        parts = (*prefix.keys, *prefix.values)
-        for ring, kept in zip((*keys, *values), parts, strict=True):
+        rings = chain.from_iterable(self.views(row, row + 1, max(self.sizes)))
+        for ring, kept in zip(rings, chain.from_iterable(prefix.layers), strict=True):
             count, size = kept.size(1), ring.size(2)
-            assert count <= size, f"{count} positions for {size} slots"
             first = (prefix.length - count) % size  # slot of the oldest position that is kept
             head = min(count, size - first)
-            ring[row, :, first : first + head] = kept[:, :head]
-            ring[row, :, : count - head] = kept[:, head:]
+            ring[0, :, first : first + head] = kept[:, :head]
+            ring[0, :, : count - head] = kept[:, head:]
         self.previous[row] = prefix.previous
         self.lengths[row] = prefix.length
 

@@ -29,10 +29,12 @@ from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Regions, Transformer, norm
 
-Forward = Callable[..., tuple[Tensor, Tensor, list[Tensor], list[Tensor]]]
-
-Part = tuple[list[Tensor], list[Tensor]]
+Part = list[tuple[Tensor, ...]]
 """Each layer's keys and values of some rows, from `KVCache.views`."""
+NewToken = tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]
+"""Capped float32 logits (B, vocab_size), and what the cache should add: the normalised embedding
+(B, C), each layer's key and value (B, K, D)."""
+Forward = Callable[..., NewToken]
 RowSpan = tuple[int, int]
 """A number of rows, and how many cache slots to read for them: more than any of them keeps."""
 
@@ -53,7 +55,7 @@ def forward_token(
     previous: Tensor,
     parts: Sequence[Part],
     regions: Regions | None = None,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+) -> NewToken:
     """Run one token (B,) of each row after its past; changes nothing.
 
     Args:
@@ -61,27 +63,19 @@ def forward_token(
         previous: (B, C), the normalised embedding of the one before it.
         parts: the rows' rings, in one part or several.
         regions: compiled pieces to run instead of the plain ones.
-
-    Returns:
-        Capped float32 logits (B, vocab_size), and what the cache should add: the normalised
-        embedding (B, C), each layer's key and value (B, K, D).
     """
     found: list[list[RingPart]] = [[] for _ in model.config.windows]
-    first = 0
-    for keys, values in parts:
-        rows = lengths[first : first + keys[0].size(0)]
-        first += keys[0].size(0)
-        spans = {k.size(2) for k in keys}
-        masks = {span: ring_mask(rows, span, model.compute_dtype) for span in spans}
-        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-            found[i].append(RingPart(k, v, masks[k.size(2)]))
+    rows = torch.split(lengths, [part[0][0].size(0) for part in parts])
+    for part, ages in zip(parts, rows, strict=True):
+        spans = {keys.size(2) for keys, _ in part}
+        masks = {span: ring_mask(ages, span, model.compute_dtype) for span in spans}
+        for of_layer, (keys, values) in zip(found, part, strict=True):
+            of_layer.append((keys, values, masks[keys.size(2)]))
     layers = [RingLayer(of_layer) for of_layer in found]
     before = Before(lengths[:, None], previous[:, None], layers)
     hidden = model.hidden(tokens[:, None], regions, before)
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
-    new_keys = [layer.new_keys for layer in layers if layer.new_keys is not None]
-    new_values = [layer.new_values for layer in layers if layer.new_values is not None]
-    return model.logits(hidden[:, 0]), embedded, new_keys, new_values
+    return model.logits(hidden[:, 0]), embedded, [layer.new for layer in layers]
 
 
 class Fetch:
@@ -89,23 +83,22 @@ class Fetch:
 
     def __init__(self, tokens: Tensor, records: Tensor | None) -> None:
         # On CUDA such a copy goes to pinned memory and does not hold up the host.
-        self._copies = [
-            tensor.to("cpu", non_blocking=True, copy=True)
-            for tensor in (tokens, records)
-            if tensor is not None
-        ]
-        self._arrived: Any = None
-        if tokens.is_cuda:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._tokens = tokens.to("cpu", non_blocking=True, copy=True)
+        self._records = records
+        if records is not None:
+            self._records = records.to("cpu", non_blocking=True, copy=True)
+        self._arrived = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:
             self._arrived.record()
 
     def read(self) -> list[tuple[int, TokenLogprobs | None]]:
         """Wait for them; return each row's token and log probabilities."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tokens, *records = (tensor.tolist() for tensor in self._copies)
-        logprobs = map(_read_record, records[0]) if records else [None] * len(tokens)
-        return list(zip(tokens, logprobs, strict=True))
+        tokens = self._tokens.tolist()
+        if self._records is None:
+            return [(token, None) for token in tokens]
+        return list(zip(tokens, map(_read_record, self._records.tolist()), strict=True))
 
 
 def _read_record(record: Sequence[float]) -> TokenLogprobs:
@@ -173,9 +166,9 @@ class ModelRunner:
             rows += count
         cache, tokens = self.cache, self.tokens[:rows]
         lengths, previous = cache.lengths[:rows], cache.previous[:rows]
-        logits, embedded, keys, values = forward(self.model, tokens, lengths, previous, parts)
+        logits, embedded, new = forward(self.model, tokens, lengths, previous, parts)
         tokens.copy_(self.sampler.sample(logits, lengths + 1, plan, said=tokens))
-        cache.append(embedded, keys, values, self._rows[:rows])
+        cache.append(embedded, new, self._rows[:rows])
 
     def _capture(self, rows: int, span: int, plan: SamplingPlan) -> torch.cuda.CUDAGraph:
         """Record a step, leaving the rows as they are.
@@ -233,11 +226,10 @@ class ModelRunner:
 
 def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:
     """Yield how far to read the rows, in parts of neighbouring rows with the same answer."""
-    spans = [
-        (max(lengths[i : i + PART_ROWS]) // SPAN + 1) * SPAN
-        for i in range(0, len(lengths), PART_ROWS)
-    ]
-    rows = len(lengths)
-    for span, group in groupby(enumerate(spans), key=lambda pair: pair[1]):
-        places = [place for place, _ in group]
-        yield min(PART_ROWS * len(places), rows - PART_ROWS * places[0]), span
+
+    def span_of(first: int) -> int:
+        return (max(lengths[first : first + PART_ROWS]) // SPAN + 1) * SPAN
+
+    for span, group in groupby(range(0, len(lengths), PART_ROWS), key=span_of):
+        firsts = list(group)
+        yield min(firsts[-1] + PART_ROWS, len(lengths)) - firsts[0], span

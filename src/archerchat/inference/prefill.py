@@ -1,7 +1,7 @@
 """Run many prompts through a model at once, after a prefix that they share or after nothing.
 
     prefix = prefill(model, [shared_ids]).prefix(0)
-    following = prefill(model, continuations, prefix).last_logits()
+    following = prefill(model, continuations, prefix).last_logits
     scores = score_prompts(model, rows, top=5)
 
 Rows of unequal length are padded on the right, where causal attention hides the padding from
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,25 +32,30 @@ MIN_FILLED = 0.75
 """A prompt shorter than this share of the longest in a batch starts a new batch."""
 
 
-@dataclass(eq=False)
 class PromptLayer:
-    """One layer's past in a prefill: the shared prefix; keeps the new keys and values."""
+    """One layer in a prefill, after the keys and values of a shared prefix where there is one."""
 
-    window: int
-    backend: Backend
-    past: tuple[Tensor, Tensor] | None
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    def __init__(self, window: int, backend: Backend, past: tuple[Tensor, Tensor] | None) -> None:
+        self.window, self.backend, self.past = window, backend, past
+        self.new: tuple[Tensor, ...] = ()
+        """Keys and values (B, T, K, D) of the new tokens, once they have attended."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend from (B, T, H, D) to the prefix and to the new tokens up to each."""
-        self.keys, self.values = k, v
+        self.new = k, v
         if self.past is not None:
             k, v = (
                 torch.cat([kept.transpose(0, 1).expand(k.size(0), -1, -1, -1), new], dim=1)
                 for kept, new in zip(self.past, (k, v), strict=True)
             )
         return attend(q, k, v, self.window, self.backend)
+
+    def kept(self, row: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values (K, n, D) in the window after a row's `count` new tokens."""
+        k, v = (new[row, :count].transpose(0, 1) for new in self.new)
+        if self.past is not None:
+            k, v = torch.cat([self.past[0], k], dim=1), torch.cat([self.past[1], v], dim=1)
+        return k[:, -self.window :], v[:, -self.window :]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +71,10 @@ class Prefilled:
     layers: Sequence[PromptLayer]
     shared: Prefix | None
 
+    @cached_property
+    @torch.no_grad()
     def last_logits(self) -> Tensor:
-        """Return the capped float32 logits (B, vocab_size) that follow each row."""
+        """The capped float32 logits (B, vocab_size) that follow each row."""
         rows = torch.arange(len(self.lengths), device=self.hidden.device)
         last = torch.tensor(self.lengths).to(self.hidden.device, non_blocking=True) - 1
         return self.model.logits(self.hidden[rows, last])
@@ -74,20 +82,9 @@ class Prefilled:
     def prefix(self, row: int) -> Prefix:
         """Return what a continuation of a row needs, the shared prefix included."""
         count = self.lengths[row]
-        before = self.shared.length if self.shared else 0
-
-        def kept(new: Tensor | None, past: Tensor | None, window: int) -> Tensor:
-            assert new is not None
-            own = new[row, :count].transpose(0, 1)  # (K, T, D)
-            whole = own if past is None else torch.cat([past, own], dim=1)
-            return whole[:, -window:]
-
-        keys, values = [], []
-        for layer in self.layers:
-            past_k, past_v = layer.past or (None, None)
-            keys.append(kept(layer.keys, past_k, layer.window))
-            values.append(kept(layer.values, past_v, layer.window))
-        return Prefix(before + count, tuple(keys), tuple(values), self.embedded[row, count - 1])
+        length = count + (self.shared.length if self.shared else 0)
+        layers = tuple(layer.kept(row, count) for layer in self.layers)
+        return Prefix(length, layers, self.embedded[row, count - 1], self.last_logits[row])
 
 
 @torch.no_grad()
@@ -104,15 +101,14 @@ def prefill(
     width = max(lengths)
     padded = [[*row, *[0] * (width - len(row))] for row in rows]
     token_ids = torch.tensor(padded).to(model.device, non_blocking=True)
-    start = shared.length if shared else 0
+    embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
+    start, first = 0, torch.zeros_like(embedded[:, :1])
+    if shared:
+        start, first = shared.length, shared.previous.expand(len(rows), 1, -1)
     layers = [
-        PromptLayer(window, model.backend, (shared.keys[i], shared.values[i]) if shared else None)
+        PromptLayer(window, model.backend, shared.layers[i] if shared else None)
         for i, window in enumerate(model.config.windows)
     ]
-    embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
-    first = (
-        shared.previous.expand(len(rows), 1, -1) if shared else torch.zeros_like(embedded[:, :1])
-    )
     previous = torch.cat([first, embedded[:, :-1]], dim=1)
     positions = torch.arange(start, start + width, device=model.device)
     hidden = model.hidden(token_ids, before=Before(positions, previous, layers))

@@ -206,46 +206,42 @@ class Sequence:
         index, params = len(self.token_ids), self.request.params
         forced = index in self._forced
         token = self._forced.get(index, sampled)
-        if params.logprobs is None or forced:
+        if forced or params.logprobs is None:
             logprobs = None
         elif logprobs is not None:
             logprobs = TokenLogprobs(logprobs.logprob, logprobs.top[: params.logprobs])
+        stopped = token in params.stop_token_ids
         text = ""
-        reason: FinishReason | None = None
-        stop_token = token if token in params.stop_token_ids else None
-        if stop_token is None:
+        if not stopped:
             self.token_ids.append(token)
             text = self._text.read(token) if self._text else ""
-            reason = self._limit_reason if index == self._max_tokens - 1 else None
         stop_string = self._text.stop if self._text else None
-        if stop_token is not None or stop_string is not None:
+        reason: FinishReason | None = None
+        if stopped or stop_string is not None:
             reason = "stop"
+        elif index == self._max_tokens - 1:
+            reason = self._limit_reason
         self.finished = reason is not None
         if self.finished:
             text += self._text.finish() if self._text else ""
         elif self._hook is not None and not forced:
             self._forced.update(enumerate(self._hook(token), start=index + 1))
-        said = token if stop_token is None else None
-        return Event(self.number, self.sample, said, forced, reason, stop_token, stop_string,
-                     text, logprobs, self._cached, first=index == 0)  # fmt: skip
+        return Event(
+            self.number,
+            self.sample,
+            token=None if stopped else token,
+            forced=forced,
+            finish_reason=reason,
+            stop_token=token if stopped else None,
+            stop_string=stop_string,
+            text=text,
+            logprobs=logprobs,
+            cached=self._cached,
+            first=index == 0,
+        )
 
     def cancel(self) -> Event:
         """End it here."""
         self.finished = True
         text = self._text.finish() if self._text else ""
         return Event(self.number, self.sample, None, finish_reason="cancelled", text=text)
-
-
-def check_request(request: Request, vocab_size: int, max_length: int) -> None:
-    """Refuse a prompt that has unknown tokens or leaves no room in the context."""
-    longest = max_length - 1
-    if len(request.prompt) > longest:
-        raise UsageError(
-            f"the prompt has {len(request.prompt)} tokens and the context {max_length}: cut it to "
-            f"{longest} or fewer, to leave room for an answer"
-        )
-    ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
-    for name, tokens in ids.items():
-        for token in (min(tokens, default=0), max(tokens, default=0)):
-            if not 0 <= token < vocab_size:
-                raise UsageError(f"{name} has token {token}; the model knows 0 to {vocab_size - 1}")
