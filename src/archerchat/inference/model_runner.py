@@ -219,9 +219,8 @@ class ModelRunner:
 
     def fetch(self, first: int, count: int, plan: SamplingPlan) -> Fetch:
         """Start copying what was sampled last for some rows to the host."""
-        rows, records = slice(first, first + count), self.sampler.records
-        asked = None if records is None or not plan.logprobs else records[rows]
-        return Fetch(self.tokens[rows], asked)
+        rows = slice(first, first + count)
+        return Fetch(self.tokens[rows], self.sampler.records[rows] if plan.logprobs else None)
 
 
 def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:

@@ -20,6 +20,15 @@ from torch import Tensor
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 
 _MASK32 = 0xFFFFFFFF
+NEUTRAL = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Parameters that a row has as a float, and the values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -79,53 +88,44 @@ class Sampler:
     """Keep the parameters of a batch of at most `rows` rows as tensors, and sample with them.
 
     Attributes:
-        records: (rows, 1 + 2n) float32, or None until a row asks for log probabilities: that of
-            the row's last token, then those and the ids of the n most likely tokens. Ids are
-            exact: they stay below 2^24.
+        records: (rows, 1 + 2n) float32, for rows that ask for log probabilities: that of the
+            row's last token, then those and the ids of the n most likely tokens. Ids are exact:
+            they stay below 2^24.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
-        self._shape, self._device = (rows, vocab_size), device
-        self._neutral = SamplingParams(temperature=0, top_p=1)
-        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        def zeros(dtype: torch.dtype, *columns: int) -> Tensor:
+            return torch.zeros(rows, *columns, dtype=dtype, device=device)
+
         self._values = {
-            name: torch.full((rows,), float(getattr(self._neutral, name)), device=device)
-            for name in ("temperature", "top_p", "min_p", *penalties)
+            name: torch.full((rows,), neutral, device=device) for name, neutral in NEUTRAL.items()
         }
-        self._top_k = torch.zeros(rows, dtype=torch.int64, device=device)  # 0 for none
-        self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-        # Allocated when a row first needs them; a captured graph keeps their addresses.
-        self._counts: Tensor | None = None  # how often each row has said each token
-        self._prompted: Tensor | None = None  # whether its prompt has the token
-        self._bias: Tensor | None = None
-        self.records: Tensor | None = None
+        self._top_k, self._seeds = zeros(torch.int64), zeros(torch.int64)
+        self._bias = zeros(torch.float32, vocab_size)
+        # What penalties count: how often each row has said each token, and whether its prompt has.
+        self._counts = zeros(torch.int32, vocab_size)
+        self._prompted = zeros(torch.bool, vocab_size)
+        self.records = zeros(torch.float32, 1 + 2 * min(MAX_LOGPROBS, vocab_size))
 
     def assign(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
         """Give a row its parameters; `seed` is the sample's own."""
         for name, tensor in self._values.items():
             value = getattr(params, name)
-            tensor[row] = getattr(self._neutral, name) if value is None else value
+            tensor[row] = NEUTRAL[name] if value is None else value
         self._top_k[row] = params.top_k or 0
         self._seeds[row] = seed
         if params.penalises:
-            if self._counts is None or self._prompted is None:
-                self._counts = torch.zeros(self._shape, dtype=torch.int32, device=self._device)
-                self._prompted = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
             self._counts[row] = 0
-            self._prompted[row] = False
-            self._prompted[row].index_fill_(0, self._to_device(prompt, torch.int64), True)
-        if params.logit_bias or self._bias is not None:
-            self._set_bias(row, params)
-        if params.logprobs is not None and self.records is None:
-            width = 1 + 2 * min(MAX_LOGPROBS, self._shape[1])
-            self.records = torch.zeros(self._shape[0], width, device=self._device)
+            ids = self._to_device(prompt, torch.int64)
+            self._prompted[row].zero_().index_fill_(0, ids, True)
+        self._set_bias(row, params)
 
     def _set_bias(self, row: int, params: SamplingParams) -> Tensor:
-        if self._bias is None:
-            self._bias = torch.zeros(self._shape, device=self._device)
         bias = self._bias[row].zero_()
-        values = self._to_device(list(params.logit_bias.values()), torch.float32)
-        return bias.index_copy_(0, self._to_device(list(params.logit_bias), torch.int64), values)
+        if params.logit_bias:
+            values = self._to_device(params.logit_bias.values(), torch.float32)
+            bias.index_copy_(0, self._to_device(params.logit_bias, torch.int64), values)
+        return bias
 
     def allow(self, row: int, params: SamplingParams, token_ids: Sequence[int]) -> None:
         """Let a row's next token be one of these alone, under a plan that has a bias."""
@@ -135,14 +135,13 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Copy everything of a row to another row."""
-        kept = [*self._values.values(), self._top_k, self._seeds]
-        kept += [t for t in (self._counts, self._prompted, self._bias) if t is not None]
-        for tensor in kept:
+        rules = (*self._values.values(), self._top_k, self._seeds, self._bias)
+        for tensor in (*rules, self._counts, self._prompted):
             tensor[target] = tensor[source]
 
     def state(self, rows: int) -> list[Tensor]:
         """Return views of what sampling changes of the first `rows` rows, besides records."""
-        return [] if self._counts is None else [self._counts[:rows]]
+        return [self._counts[:rows]]
 
     def sample(
         self,
@@ -167,7 +166,6 @@ class Sampler:
             drawn = self._draw(adjusted, positions, rows, plan)
             token = torch.where(self._values["temperature"][rows] > 0, drawn, token)
         if plan.logprobs:
-            assert self.records is not None
             logprobs = logits.log_softmax(dim=-1)
             top = logprobs.topk((self.records.size(1) - 1) // 2)
             chosen = logprobs.gather(1, token[:, None])
@@ -179,23 +177,16 @@ class Sampler:
     ) -> Tensor:
         """Apply penalties and bias; rows without them keep their logits bit for bit."""
         if plan.penalties:
-            assert self._counts is not None
-            assert self._prompted is not None
             counts = self._counts[rows]
             if said is not None:
-                counts.scatter_add_(
-                    1, said[:, None], torch.ones_like(said, dtype=torch.int32)[:, None]
-                )
-            factor, presence, frequency = (
-                self._values[f"{name}_penalty"][rows, None]
-                for name in ("repetition", "presence", "frequency")
-            )
-            seen = (counts > 0) | self._prompted[rows]
+                once = torch.ones_like(said, dtype=torch.int32)
+                counts.scatter_add_(1, said[:, None], once[:, None])
+            factor = self._values["repetition_penalty"][rows, None]
             repeated = torch.where(logits > 0, logits / factor, logits * factor)
-            logits = torch.where(seen, repeated, logits)
-            logits = logits - frequency * counts - presence * (counts > 0)
+            logits = torch.where((counts > 0) | self._prompted[rows], repeated, logits)
+            logits = logits - self._values["frequency_penalty"][rows, None] * counts
+            logits = logits - self._values["presence_penalty"][rows, None] * (counts > 0)
         if plan.bias:
-            assert self._bias is not None
             logits = logits + self._bias[rows]
         return logits
 
@@ -216,8 +207,8 @@ class Sampler:
         above = (cumulative > aim[:, None]) & (weights > 0)
         return torch.where(above, ids, logits.size(-1) - 1).amin(dim=-1)
 
-    def _to_device(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(list(values), dtype=dtype).to(self._device, non_blocking=True)
+    def _to_device(self, values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype).to(self._bias.device, non_blocking=True)
 
 
 def _kept(scaled: Tensor, top_k: Tensor, top_p: Tensor, plan: SamplingPlan) -> Tensor:

@@ -43,9 +43,7 @@ class Request:
     def __post_init__(self) -> None:
         assert not self.params.stop or self.decode is not None, "stop strings need `decode`"
         if len(self.prompt) == 0:
-            raise UsageError(
-                "the prompt is empty; a model needs one token to continue, such as BOS"
-            )
+            raise UsageError("the prompt is empty: give the model a token to continue, such as BOS")
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,7 @@ class Event:
     finish_reason: FinishReason | None = None
     """Set in the last event of a sequence."""
     stop_token: int | None = None
-    stop_string: str | None = None
-    """What ended the sequence, if it was one of these."""
+    """The token that ended the sequence, if one did."""
     text: str = ""
     """The text that is certain since the last event; it may lag behind the tokens."""
     logprobs: TokenLogprobs | None = None
@@ -94,7 +91,6 @@ class Completion:
     """1 for tokens that the model chose, 0 for forced ones."""
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
-    stop_string: str | None = None
     text: str = ""
     """Without the stop string, whose tokens `token_ids` has."""
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
@@ -108,29 +104,25 @@ class Completion:
             if event.logprobs is not None or self.logprobs:
                 self.logprobs.append(event.logprobs)
         self.text += event.text
-        self.finish_reason = event.finish_reason
-        self.stop_token, self.stop_string = event.stop_token, event.stop_string
+        self.finish_reason, self.stop_token = event.finish_reason, event.stop_token
 
 
 class Detokenizer:
     """Turn tokens into text in whole characters, up to a stop string.
 
     Text that may still become a stop string is held back. Of several stop strings, the one that is
-    complete first counts.
-
-    Attributes:
-        stop: the stop string that was found, or None.
+    complete first counts, and `stopped` is then true.
     """
 
     def __init__(self, decode: Decode, stops: abc.Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, stops
         self._pending: list[int] = []  # tokens of an unfinished character
         self._held = ""
-        self.stop: str | None = None
+        self.stopped = False
 
     def read(self, token: int) -> str:
         """Take the next token; return the text that is certain now."""
-        if self.stop is not None:
+        if self.stopped:
             return ""
         self._pending.append(token)
         text = self._decode(self._pending)
@@ -146,12 +138,11 @@ class Detokenizer:
         return text
 
     def _until_stop(self, text: str) -> str:
-        found = [(text.find(stop) + len(stop), text.find(stop), stop) for stop in self._stops]
-        found = [each for each in found if each[1] >= 0]
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops]
+        found = [(end, start) for end, start in found if start >= 0]
         if found:
-            _, start, self.stop = min(found)
-            self._held = ""
-            return text[:start]
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
         starts = (n for stop in self._stops for n in range(len(stop)) if text.endswith(stop[:n]))
         certain = len(text) - max(starts, default=0)
         self._held = text[certain:]
@@ -215,9 +206,8 @@ class Sequence:
         if not stopped:
             self.token_ids.append(token)
             text = self._text.read(token) if self._text else ""
-        stop_string = self._text.stop if self._text else None
         reason: FinishReason | None = None
-        if stopped or stop_string is not None:
+        if stopped or (self._text and self._text.stopped):
             reason = "stop"
         elif index == self._max_tokens - 1:
             reason = self._limit_reason
@@ -233,7 +223,6 @@ class Sequence:
             forced=forced,
             finish_reason=reason,
             stop_token=token if stopped else None,
-            stop_string=stop_string,
             text=text,
             logprobs=logprobs,
             cached=self._cached,

@@ -123,7 +123,7 @@ def test_an_answer_that_is_stopped_is_kept_as_far_as_it_went(session: ChatSessio
 def test_a_stop_string_ends_an_answer_and_is_not_shown(session: ChatSession) -> None:
     session.params = replace(session.params, stop=("##4",))
     assert say(session, "6 times 7?")[-1] == ("text", "##")
-    assert session.completion.stop_string == "##4"
+    assert session.completion.finish_reason == "stop"
     answer = session.to_conversation()["messages"][1]  # type: ignore[index]
     assert answer["content"][-1] == {"type": "text", "text": "##"}
 

@@ -465,7 +465,7 @@ def test_a_stop_string_ends_a_row(model: Transformer, prompt: Prompt, overlap: b
             completion.add(event)
     assert completion.text == text[:9]
     assert completion.token_ids == whole.token_ids[:7]
-    assert (completion.finish_reason, completion.stop_string) == ("stop", stop)
+    assert (completion.finish_reason, completion.stop_token) == ("stop", None)
     assert sum(event.token is not None for event in events if event.request == 1) == 20
 
 
