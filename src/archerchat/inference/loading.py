@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,34 +124,39 @@ def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:
     named = checkpoint.meta.get("tokenizer")
     if named is None:
         raise UsageError(
-            f"{checkpoint.path} was imported without its tokenizer: import it again with "
-            "--tokenizer DIR"
+            f"{checkpoint.path} was imported without its tokenizer: import it with --tokenizer DIR"
         )
     tokenizer = Tokenizer.load(home.tokenizer_dir(named["name"]))
     if tokenizer.fingerprint != named["fingerprint"]:
         raise TokenizerError(
             f"tokenizer {named['name']!r} is not the one that {checkpoint.path} was trained with: "
-            "it was replaced since; restore the old one, or train the model again"
+            "restore the old one, or train the model again"
         )
     return tokenizer
 
 
 class CastLinear(Linear):
-    """A linear layer whose weight is cast once, and packed on request."""
+    """A linear layer whose weight is cast once, and packed on request.
+
+    Args:
+        source: the layer that `refresh` copies the weight from.
+    """
 
     def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
         nn.Module.__init__(self)
         self.packed = packed
+        self._source = (source.weight,)  # in a tuple, which keeps it from being a parameter here
         self.register_buffer("weight", source.weight.detach().to(dtype), persistent=False)
-        self.load(source)
+        self.refresh()
 
-    def load(self, source: Linear) -> None:
+    @torch.no_grad()
+    def refresh(self) -> None:
         """Copy the source's values; in place unless packed, as captured graphs read them there."""
+        (weight,) = self._source
         if self.packed:
-            weight = source.weight.detach().to(torch.bfloat16)
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), None)
         else:
-            self.weight.copy_(source.weight.detach())
+            self.weight.copy_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.packed:
@@ -185,29 +191,18 @@ class InferenceModel:
 
     def __init__(self, source: Transformer) -> None:
         self.model = source
-        self._cast: list[tuple[CastLinear, Linear]] = []
-        self.packed = False
+        self.packed = can_pack(source.device, source.compute_dtype)
         if source.compute_dtype == torch.float32:
             return
-        self.packed = can_pack(source.device, source.compute_dtype)
-        with torch.device("meta"):
-            model = Transformer(source.config, source.compute_dtype, source.backend)
-        originals = dict(source.named_modules())
-        for path, module in list(model.named_modules()):
-            original = originals[path]
+        self.model = deepcopy(source, {id(p): p for p in source.parameters()})
+        for module in list(self.model.modules()):
             for name, child in list(module.named_children()):
-                linear = getattr(original, name)
                 if isinstance(child, Linear):
-                    packed = self.packed and min(linear.weight.shape) >= MIN_PACKED
-                    cast = CastLinear(linear, source.compute_dtype, packed)
-                    setattr(module, name, cast)
-                    self._cast.append((cast, linear))
-            for name, _ in list(module.named_parameters(recurse=False)):
-                setattr(module, name, getattr(original, name))
-        self.model = model.train(source.training)
+                    packed = self.packed and min(child.weight.shape) >= MIN_PACKED
+                    setattr(module, name, CastLinear(child, source.compute_dtype, packed))
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Copy the source's weights after they have changed."""
-        for cast, linear in self._cast:
-            cast.load(linear)
+        for module in self.model.modules():
+            if isinstance(module, CastLinear):
+                module.refresh()
