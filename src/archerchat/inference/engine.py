@@ -7,13 +7,11 @@
 
 Sequences in work have the first rows of the cache. When one finishes, the last row moves into its
 place, and waiting requests get the places at the end. What a sequence says depends on its own
-prompt, parameters and seed alone. A server that gets requests one by one uses `add`, `step` and
-`cancel`.
+prompt, parameters and seed alone. A server uses `add`, `step` and `cancel`.
 
-Computing and reading may overlap: with `overlap`, a step is launched before the tokens of the one
-before it are read, so that a GPU never waits for the host. A token that a hook forces replaces
-the sampled one before anything is computed from it. A sequence whose end is seen one step late has
-sampled one token too many, which is dropped. The answers are the same.
+With `overlap` a step is launched before the tokens of the one before it are read, so that a GPU
+never waits for the host. Forced tokens replace the sampled ones before anything is computed from
+them. A sequence whose end is seen one step late has one token too many, which is dropped.
 
 Greedy tokens equal those of the plain forward pass in float32, whatever the batch, up to ties
 within rounding (1e-6 of a logit). In 16-bit dtypes the products of another batch size round
@@ -94,18 +92,17 @@ class Engine:
         Raises:
             UsageError: its prompt leaves no room in the context, or it has unknown tokens.
         """
-        longest = self.max_length - 1
-        if len(request.prompt) > longest:
+        length, longest = len(request.prompt), self.max_length - 1
+        if length > longest:
             raise UsageError(
-                f"the prompt has {len(request.prompt)} tokens and the context {self.max_length}: "
-                f"cut it to {longest} or fewer, to leave room for an answer"
+                f"the prompt has {length} tokens and the context {self.max_length}: cut it to "
+                f"{longest} or fewer, to leave room for an answer"
             )
         last = self.model.config.vocab_size - 1
         ids = {"the prompt": request.prompt, "--logit-bias": request.params.logit_bias}
         for name, tokens in ids.items():
-            for token in (min(tokens, default=0), max(tokens, default=0)):
-                if not 0 <= token <= last:
-                    raise UsageError(f"{name} has token {token}; the model knows 0 to {last}")
+            if unknown := [token for token in tokens if not 0 <= token <= last]:
+                raise UsageError(f"{name} has token {unknown[0]}; the model knows 0 to {last}")
 
     def refresh_weights(self) -> None:
         """Copy the model's weights after a training step changed them."""
@@ -114,11 +111,7 @@ class Engine:
         self._scheduler.kept.clear()
 
     def add(self, number: int, request: Request) -> None:
-        """Queue a request; its events carry `number`, which no other request in work may have.
-
-        Raises as `check` does.
-        """
-        self.check(request)
+        """Queue a request that `check` accepts; its events carry `number`, which is its own."""
         self._scheduler.add(number, request)
 
     def cancel(self, number: int) -> None:
@@ -133,11 +126,9 @@ class Engine:
 
     def reset(self) -> None:
         """Drop every request without further events."""
-        self._scheduler.clear()
-        self._running.clear()
+        for kept in (self._scheduler, self._running, self._unread, self._events):
+            kept.clear()
         self._plan = None
-        self._unread.clear()
-        self._events.clear()
 
     def stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
         """Yield what happens to the requests' sequences as it happens.
@@ -150,6 +141,7 @@ class Engine:
         assert not self.busy, "the engine has other requests in work"
         try:
             for number, request in enumerate(requests):
+                self.check(request)
                 self.add(number, request)
             while self.busy:
                 yield from self.step()
@@ -164,14 +156,11 @@ class Engine:
         return completions
 
     def step(self) -> list[Event]:
-        """Admit waiting requests, advance every sequence by a token, return what happened."""
+        """Run both halves of a step, `admit` and `advance`; return what happened."""
         return [*self.admit(), *self.advance()]
 
     def admit(self) -> list[Event]:
-        """Fill free rows with waiting requests; return what happened, first tokens included.
-
-        The first half of a step; those who show tokens at once need not wait for the second.
-        """
+        """Fill free rows with waiting requests; return what happened, first tokens included."""
         self._compact()
         self._start_waiting()
         if not self.overlap or any(sequence.mask for sequence in self._running):
@@ -179,7 +168,7 @@ class Engine:
         return self._take_events()
 
     def advance(self) -> list[Event]:
-        """Advance every sequence by a token; return what happened: the second half of a step."""
+        """Advance every sequence by a token; return what happened."""
         self._compact()
         if self._running:
             self._launch()
