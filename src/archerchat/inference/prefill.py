@@ -5,8 +5,7 @@
     scores = score_prompts(model, rows, top=5)
 
 Rows of unequal length are padded on the right, where causal attention hides the padding from
-every real token. The prefix is computed once, whatever the number of continuations.
-`iter_batches` cuts many prompts into batches of similar lengths.
+every real token.
 """
 
 from __future__ import annotations
@@ -91,11 +90,7 @@ class Prefilled:
 def prefill(
     model: Transformer, rows: Sequence[Sequence[int]], shared: Prefix | None = None
 ) -> Prefilled:
-    """Run one batch of rows, each of at least one token.
-
-    Args:
-        rows: token ids; after the shared prefix, which they do not repeat.
-    """
+    """Run one batch of rows, each of at least one token, which do not repeat the shared prefix."""
     lengths = [len(row) for row in rows]
     assert min(lengths, default=0) > 0, "each row needs a token"
     width = max(lengths)
@@ -123,19 +118,17 @@ def score_prompts(
 
     The first token of a row has none: nothing comes before it.
     """
-    ran = prefill(model, rows)
-    found: list[list[TokenLogprobs | None]] = []
-    for row, hidden in zip(rows, ran.hidden, strict=True):
+    found = []
+    for row, hidden in zip(rows, prefill(model, rows).hidden, strict=True):
         scores: list[TokenLogprobs | None] = [None]
         targets = torch.tensor(row[1:], device=model.device)
         for start in range(0, len(targets), SCORED_TOKENS):
             part = targets[start : start + SCORED_TOKENS]
             logprobs = model.logits(hidden[start : start + len(part)]).log_softmax(dim=-1)
             own = logprobs.gather(1, part[:, None])[:, 0].tolist()
-            best = logprobs.topk(top, dim=-1)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            for value, (ids, values) in zip(own, pairs, strict=True):
-                scores.append(TokenLogprobs(value, tuple(zip(ids, values, strict=True))))
+            values, ids = (best.tolist() for best in logprobs.topk(top, dim=-1))
+            pairs = (zip(*both, strict=True) for both in zip(ids, values, strict=True))
+            scores += map(TokenLogprobs, own, map(tuple, pairs))
         found.append(scores)
     return found
 
@@ -145,14 +138,10 @@ def iter_batches(lengths: Sequence[int], max_tokens: int = PREFILL_TOKENS) -> It
 
     A batch of several rows has at most `max_tokens` tokens, padding included.
     """
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batch[0]] if batch else 0
-        if batch and (
-            (len(batch) + 1) * longest > max_tokens or lengths[index] < MIN_FILLED * longest
-        ):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        longest = lengths[order[0]]
+        fitting = order[: max(1, max_tokens // longest)]
+        batch = [i for i in fitting if lengths[i] >= MIN_FILLED * longest]
         yield batch
+        order = order[len(batch) :]

@@ -17,11 +17,9 @@ Decode = abc.Callable[[list[int]], str]
 SequenceHook = abc.Callable[[int], abc.Sequence[int]]
 """Takes each token that the model chose in one sequence; returns tokens to force after it, such as
 a tool's result, which are not shown to the hook."""
-
 TokenMask = abc.Callable[[abc.Sequence[int]], abc.Sequence[int]]
-"""Takes what one sequence has said so far; returns the ids of the tokens that may come next, at
-least one. Calls of a sequence come in order, so a mask may keep a state."""
-
+"""Takes what one sequence has said so far; returns the tokens that may come next, at least one.
+Calls of a sequence come in order, so a mask may keep a state."""
 MAX_PENDING = 4
 """Most tokens of an unfinished character, one byte each."""
 
@@ -36,7 +34,7 @@ class Request:
     hook: abc.Callable[[], SequenceHook] | None = None
     """Builds a hook for each sample."""
     decode: Decode | None = None
-    """Given, events and completions have text. Stop strings need it."""
+    """With it, events and completions have text. Stop strings need it."""
     mask: abc.Callable[[], TokenMask] | None = None
     """Builds a mask for each sample, such as that of a grammar."""
 
@@ -61,7 +59,6 @@ class Event:
     """What happened to a sequence: a token, its end, or both."""
 
     request: int
-    """The number that the request was added with."""
     sample: int
     token: int | None
     """None if a stop token or a cancellation ended the sequence."""
@@ -72,13 +69,13 @@ class Event:
     stop_token: int | None = None
     """The token that ended the sequence, if one did."""
     text: str = ""
-    """The text that is certain since the last event; it may lag behind the tokens."""
+    """What has become certain since the last event; it may lag behind the tokens."""
     logprobs: TokenLogprobs | None = None
     """Those of the token, or of the stop token; None for forced tokens."""
     cached: int = 0
     """Tokens of the prompt that an earlier request has run."""
     first: bool = False
-    """Whether it is the first that the sequence sampled."""
+    """Whether it is the sequence's first."""
 
 
 @dataclass
@@ -117,7 +114,7 @@ class Detokenizer:
     def __init__(self, decode: Decode, stops: abc.Sequence[str] = ()) -> None:
         self._decode, self._stops = decode, stops
         self._pending: list[int] = []  # tokens of an unfinished character
-        self._held = ""
+        self._held = ""  # text that may become a stop string
         self.stopped = False
 
     def read(self, token: int) -> str:
@@ -133,8 +130,8 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return the text that was held back."""
-        pending, self._pending = self._pending, []
-        text, self._held = self._held + (self._decode(pending) if pending else ""), ""
+        text = self._held + self._decode(self._pending)
+        self._pending, self._held = [], ""
         return text
 
     def _until_stop(self, text: str) -> str:
