@@ -241,7 +241,7 @@ class Engine:
         """Read sampled tokens, oldest first, leaving `but` launches in flight."""
         while len(self._unread) > but:
             sequences, fetch = self._unread.popleft()
-            for sequence, sampled in zip(sequences, fetch.read(), strict=True):
+            for sequence, sampled in zip(sequences, fetch(), strict=True):
                 if not sequence.finished:
                     self._events.append(sequence.read(*sampled))
 

@@ -78,20 +78,18 @@ class RingLayer:
         self.new = k[:, 0], v[:, 0]
         q = q.view(batch, kv_heads, heads // kv_heads, dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, 1, D)
-        past, total = self._attend_parts(q)
+        if len(self.parts) == 1:
+            past, total = attend_ring(q, *self.parts[0])
+        else:
+            queries = torch.split(q, [keys.size(0) for keys, _, _ in self.parts])
+            pairs = zip(queries, self.parts, strict=True)
+            found = [attend_ring(rows, *part) for rows, part in pairs]
+            past, total = map(torch.cat, zip(*found, strict=True))
         own = (q * k).sum(dim=-1).float() * (1 / math.sqrt(dim))  # (B, K, H/K)
         # The share of exp(own) in exp(total) + exp(own).
         share = torch.sigmoid(own - total)[..., None]
         out = torch.lerp(past.float(), v.float().expand_as(past), share).to(q.dtype)
         return out.reshape(batch, 1, heads, dim)
-
-    def _attend_parts(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        if len(self.parts) == 1:
-            return attend_ring(q, *self.parts[0])
-        queries = torch.split(q, [keys.size(0) for keys, _, _ in self.parts])
-        found = [attend_ring(rows, *part) for rows, part in zip(queries, self.parts, strict=True)]
-        pasts, totals = zip(*found, strict=True)
-        return torch.cat(pasts), torch.cat(totals)
 
 
 def attend_ring(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,15 +127,13 @@ class KVCache:
         self.sizes = tuple(min(window, max_length) for window in config.windows)
         # Layers of one size share a tensor (2, layers, rows, K, S, D), so that one operation
         # writes a step's keys and values to all of them.
-        self._layers = {
-            size: [i for i, other in enumerate(self.sizes) if other == size]
-            for size in sorted(set(self.sizes))
-        }
         heads, dim = config.num_kv_heads, config.head_dim
+        shapes = {size: (2, self.sizes.count(size), rows, heads, size, dim) for size in self.sizes}
         self._rings = {
-            size: torch.zeros(2, len(layers), rows, heads, size, dim, dtype=dtype, device=device)
-            for size, layers in self._layers.items()
+            size: torch.zeros(shape, dtype=dtype, device=device) for size, shape in shapes.items()
         }
+        layers = {size: iter(ring.unbind(1)) for size, ring in self._rings.items()}
+        self._layers = [next(layers[size]).unbind() for size in self.sizes]
         self.previous = torch.zeros(rows, config.model_dim, dtype=dtype, device=device)
         # A captured step also runs rows that nothing was put in. With a length of 0 they would
         # attend to nothing at all and leave NaN, which no mask hides.
@@ -148,43 +144,31 @@ class KVCache:
         rings = [ring[:, :, :rows] for ring in self._rings.values()]
         return [*rings, self.previous[:rows], self.lengths[:rows]]
 
-    def views(self, first: int, stop: int, span: int) -> list[tuple[Tensor, ...]]:
-        """Return each layer's keys and values of rows `first` .. `stop` - 1, not copied.
-
-        They are (rows, K, min(span, S), D).
-        """
-        places = ((size, self._layers[size].index(i)) for i, size in enumerate(self.sizes))
-        return [
-            self._rings[size][:, place, first:stop, :, :span].unbind() for size, place in places
-        ]
+    def views(self, first: int, stop: int, span: int) -> list[tuple[Tensor, Tensor]]:
+        """Return each layer's keys and values (stop - first, K, min(span, S), D), not copied."""
+        return [(k[first:stop, :, :span], v[first:stop, :, :span]) for k, v in self._layers]
 
     def append(self, embedded: Tensor, new: Sequence[tuple[Tensor, ...]], rows: Tensor) -> None:
-        """Add one token to each of the first B rows.
-
-        Args:
-            embedded: (B, C), its normalised embedding.
-            new: per layer its keys and its values (B, K, D).
-            rows: 0 .. B-1 on the device.
-        """
+        """Add one token to each of the first B rows: its normalised embedding (B, C), and per
+        layer its keys and values (B, K, D). `rows` is 0 .. B-1 on the device."""
         count = embedded.size(0)
         lengths = self.lengths[:count]
-        for size, layers in self._layers.items():
-            kinds = zip(*(new[i] for i in layers), strict=True)
-            stacked = torch.stack([torch.stack(kind, dim=1) for kind in kinds], dim=1)
+        for size, ring in self._rings.items():
+            pairs = [pair for pair, own in zip(new, self.sizes, strict=True) if own == size]
+            keys, values = (torch.stack(kind, dim=1) for kind in zip(*pairs, strict=True))
             # (B, 2, layers, K, D)
-            self._rings[size][:, :, rows, :, lengths % size] = stacked
+            ring[:, :, rows, :, lengths % size] = torch.stack([keys, values], dim=1)
         self.previous[:count] = embedded
         lengths += 1
 
     def fill(self, row: int, prefix: Prefix) -> None:
         """Start a row with a prefix, whatever it held."""
-        rings = chain.from_iterable(self.views(row, row + 1, max(self.sizes)))
-        for ring, kept in zip(rings, chain.from_iterable(prefix.layers), strict=True):
+        for ring, kept in zip(chain(*self._layers), chain(*prefix.layers), strict=True):
             count, size = kept.size(1), ring.size(2)
             first = (prefix.length - count) % size  # slot of the oldest position that is kept
             head = min(count, size - first)
-            ring[0, :, first : first + head] = kept[:, :head]
-            ring[0, :, : count - head] = kept[:, head:]
+            ring[row, :, first : first + head] = kept[:, :head]
+            ring[row, :, : count - head] = kept[:, head:]
         self.previous[row] = prefix.previous
         self.lengths[row] = prefix.length
 

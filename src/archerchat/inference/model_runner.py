@@ -6,10 +6,9 @@ there are and how far the longest reaches, and never waits for a value. These tw
 shapes, so on CUDA each pair, rounded up to powers of two, has a graph that is captured once and
 replayed. Rows beyond those in use compute on stale values that nobody reads.
 
-Hundreds of small operations bound a step on CUDA, and that of a single row on CPUs; compiled, it
-takes a fraction of the time (docs/LOG.md). Compiling takes seconds, so it is an option. On CUDA
-each kind of layer is compiled once for all sizes, on CPUs the step as a whole for each size. A
-CPU's batch is bound by its matrix products and runs as it is.
+Hundreds of small operations bound a step on CUDA, and a single row's step on CPUs. Compiled, it
+takes a fraction of the time (docs/LOG.md), after seconds of compiling. On CUDA each kind of layer
+is compiled once for all sizes, on CPUs the whole step for each size.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +27,14 @@ from archerchat.inference.sequence import Request, TokenLogprobs
 from archerchat.model.compiling import compiled
 from archerchat.model.transformer import Before, Regions, Transformer, norm
 
-Part = list[tuple[Tensor, ...]]
+Part = list[tuple[Tensor, Tensor]]
 """Each layer's keys and values of some rows, from `KVCache.views`."""
 NewToken = tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]
 """Capped float32 logits (B, vocab_size), and what the cache should add: the normalised embedding
 (B, C), each layer's key and value (B, K, D)."""
 Forward = Callable[..., NewToken]
+Fetch = Callable[[], list[tuple[int, TokenLogprobs | None]]]
+"""Waits for sampled tokens; returns each row's, with log probabilities if the plan has them."""
 RowSpan = tuple[int, int]
 """A number of rows, and how many cache slots to read for them: more than any of them keeps."""
 
@@ -62,7 +62,6 @@ def forward_token(
         lengths: (B,), tokens before it.
         previous: (B, C), the normalised embedding of the one before it.
         parts: the rows' rings, in one part or several.
-        regions: compiled pieces to run instead of the plain ones.
     """
     found: list[list[RingPart]] = [[] for _ in model.config.windows]
     rows = torch.split(lengths, [part[0][0].size(0) for part in parts])
@@ -76,35 +75,6 @@ def forward_token(
     hidden = model.hidden(tokens[:, None], regions, before)
     embedded = norm(model.token_embedding(tokens).to(model.compute_dtype))
     return model.logits(hidden[:, 0]), embedded, [layer.new for layer in layers]
-
-
-class Fetch:
-    """Sampled tokens on their way to the host, with log probabilities where records are given."""
-
-    def __init__(self, tokens: Tensor, records: Tensor | None) -> None:
-        # On CUDA such a copy goes to pinned memory and does not hold up the host.
-        self._tokens = tokens.to("cpu", non_blocking=True, copy=True)
-        self._records = records
-        if records is not None:
-            self._records = records.to("cpu", non_blocking=True, copy=True)
-        self._arrived = torch.cuda.Event() if tokens.is_cuda else None  # type: ignore[no-untyped-call]
-        if self._arrived is not None:
-            self._arrived.record()
-
-    def read(self) -> list[tuple[int, TokenLogprobs | None]]:
-        """Wait for them; return each row's token and log probabilities."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        tokens = self._tokens.tolist()
-        if self._records is None:
-            return [(token, None) for token in tokens]
-        return list(zip(tokens, map(_read_record, self._records.tolist()), strict=True))
-
-
-def _read_record(record: Sequence[float]) -> TokenLogprobs:
-    count = len(record) // 2
-    top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
-    return TokenLogprobs(record[0], tuple(top))
 
 
 class ModelRunner:
@@ -132,7 +102,8 @@ class ModelRunner:
         self._captures = device.type == "cuda"
         regions = Regions.compiled(dynamic=True) if compile and self._captures else None
         self._forward: Forward = partial(forward_token, regions=regions)
-        self._pool: Any = None
+        # One memory pool for all graphs, which never run at the same time.
+        self._pool = torch.cuda.graph_pool_handle() if self._captures else None
         self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
 
     @torch.no_grad()
@@ -187,8 +158,6 @@ class ModelRunner:
         for tensor, before in zip(kept, saved, strict=True):
             tensor.copy_(before)
         graph = torch.cuda.CUDAGraph()
-        if self._pool is None:  # one for all: graphs never run at the same time
-            self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
             self._run(self._forward, [(rows, span)], plan)
         return graph
@@ -220,7 +189,28 @@ class ModelRunner:
     def fetch(self, first: int, count: int, plan: SamplingPlan) -> Fetch:
         """Start copying what was sampled last for some rows to the host."""
         rows = slice(first, first + count)
-        return Fetch(self.tokens[rows], self.sampler.records[rows] if plan.logprobs else None)
+        asked = [self.tokens[rows], *([self.sampler.records[rows]] if plan.logprobs else [])]
+        # On CUDA such copies go to pinned memory and do not hold up the host.
+        copies = [tensor.to("cpu", non_blocking=True, copy=True) for tensor in asked]
+        arrived = torch.cuda.Event() if self.tokens.is_cuda else None  # type: ignore[no-untyped-call]
+        if arrived is not None:
+            arrived.record()
+
+        def read() -> list[tuple[int, TokenLogprobs | None]]:
+            if arrived is not None:
+                arrived.synchronize()
+            tokens, *records = (tensor.tolist() for tensor in copies)
+            logprobs = map(read_record, records[0]) if records else [None] * len(tokens)
+            return list(zip(tokens, logprobs, strict=True))
+
+        return read
+
+
+def read_record(record: Sequence[float]) -> TokenLogprobs:
+    """Read a row of `Sampler.records`."""
+    count = len(record) // 2
+    top = zip(map(int, record[1 + count :]), record[1 : 1 + count], strict=True)
+    return TokenLogprobs(record[0], tuple(top))
 
 
 def row_spans(lengths: Sequence[int]) -> Iterator[RowSpan]:

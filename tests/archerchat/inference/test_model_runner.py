@@ -99,5 +99,5 @@ def test_fetched_tokens_are_those_at_the_time(model: Transformer) -> None:
     runner.tokens.copy_(torch.tensor([5, 6, 7, 8]))
     fetches = [runner.fetch(0, 4, SamplingPlan()), runner.fetch(2, 1, SamplingPlan())]
     runner.tokens.zero_()
-    read = [[token for token, _ in fetch.read()] for fetch in fetches]
+    read = [[token for token, _ in fetch()] for fetch in fetches]
     assert read == [[5, 6, 7, 8], [7]]
