@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 
 from archerchat.inference.kv_cache import Prefix
 from archerchat.inference.prefill import iter_batches, prefill
@@ -127,11 +129,12 @@ class Scheduler:
         members = self._groups.pop(key)
         if not members:  # all were cancelled
             return
-        prompt = members[0].request.prompt
-        shared = [len(prompt), *(common_length(prompt, m.request.prompt) for m in members[1:])]
+        # A prompt's own last token always runs: its logits are wanted.
+        bodies = [waiting.request.prompt[:-1] for waiting in members]
+        prompt, shared = bodies[0], [common_length(bodies[0], body) for body in bodies]
         length = most_saving(shared[1:])
-        group = [member for member, n in zip(members, shared, strict=True) if n >= length]
-        rest = [member for member, n in zip(members, shared, strict=True) if n < length]
+        group = [waiting for waiting, n in zip(members, shared, strict=True) if n >= length]
+        rest = [waiting for waiting, n in zip(members, shared, strict=True) if n < length]
         if length:
             prefix = prefill(self._model, [prompt[:length]]).prefix(0)
             self.prefilled_tokens += length
@@ -160,10 +163,8 @@ class Scheduler:
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return how many tokens two prompts can share: a prompt's own last token always runs."""
-    different = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    shortest = min(len(a), len(b)) - 1
-    return min(next(different, shortest), shortest)
+    """Return with how many equal tokens two prompts begin."""
+    return len(list(takewhile(bool, map(eq, a, b))))
 
 
 def most_saving(lengths: Sequence[int]) -> int:

@@ -17,13 +17,8 @@ Prompt = Callable[[int], list[int]]
 
 def test_common_beginnings() -> None:
     assert common_length([1, 2, 3, 7], [1, 2, 4, 5]) == 2
-    assert common_length([2], [1]) == 0
-
-
-def test_a_whole_prompt_is_never_shared() -> None:
-    """Its last token must run: its logits are wanted."""
-    assert common_length([1, 2, 3], [1, 2, 3]) == 2
-    assert common_length([1, 2], [1, 2, 3]) == 1
+    assert common_length([1, 2], [1, 2, 3]) == 2
+    assert common_length([], [1]) == common_length([2], [1]) == 0
 
 
 @pytest.mark.parametrize(
@@ -56,6 +51,13 @@ def schedule_all(model: Transformer, prompts: Sequence[list[int]], places: int) 
             started.append(waiting.number)
     assert sorted(started) == list(range(len(prompts)))
     return scheduler.prefilled_tokens, started[-1]
+
+
+def test_a_whole_prompt_is_never_shared(model: Transformer, prompt: Prompt) -> None:
+    """Its last token must run: its logits are wanted."""
+    whole = prompt(40)
+    assert schedule_all(model, [whole, whole], places=2) == (39 + 2, 1)
+    assert schedule_all(model, [whole, [*whole, 1, 2]], places=2) == (39 + 1 + 3, 1)
 
 
 def test_groups_are_served_in_order_of_their_oldest(model: Transformer, prompt: Prompt) -> None:
