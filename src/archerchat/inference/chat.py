@@ -84,11 +84,8 @@ class ChatSession:
         self.forgotten, self.completion = 0, Completion()
 
     def resume(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[int]]:
-        """Take over a conversation; return its last message and what is said already to it.
-
-        Args:
-            messages: as `tasks.conversation` has them, at least one of them the user's.
-        """
+        """Take over a conversation that has a user's message; return the last one, and what is
+        said to it already."""
         turns = list(messages)
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         encode = partial(encode_answer, self.tokenizer)
@@ -140,7 +137,7 @@ class ChatSession:
 
         Args:
             said: the beginning of the answer.
-            forget: whether to leave out turns to make room; `forgotten` then says how many.
+            forget: whether turns may be left out.
 
         Raises:
             ContextFull: the prompt leaves no room.

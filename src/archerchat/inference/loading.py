@@ -136,11 +136,7 @@ def find_model_tokenizer(home: Home, checkpoint: Checkpoint) -> Tokenizer:
 
 
 class CastLinear(Linear):
-    """A linear layer whose weight is cast once, and packed on request.
-
-    Args:
-        source: the layer that `refresh` copies the weight from.
-    """
+    """A linear layer whose weight is cast once, and packed on request."""
 
     def __init__(self, source: Linear, dtype: torch.dtype, packed: bool) -> None:
         nn.Module.__init__(self)

@@ -1,8 +1,8 @@
 """Sample one token for each row of a batch, each by its own parameters and seed.
 
-The uniform number behind a draw is a hash of the row's seed and of the position that the token
-takes, and of nothing else: neither the rows around it nor the order in which rows were served
-matter. Everything is tensors of fixed shapes, and the host never looks at a value.
+The uniform number behind a draw is a hash of the row's seed and of the token's position, and of
+nothing else: the rows around it do not matter. Everything is tensors of fixed shapes, and the host
+never looks at a value.
 
 Penalties and bias change the logits, also of rows that take the most likely token. A row's top-k
 and top-p become a number of tokens to keep, most likely first, lower ids first among equals, and
@@ -20,15 +20,6 @@ from torch import Tensor
 from archerchat.inference.sampling_params import MAX_LOGPROBS, SamplingParams
 
 _MASK32 = 0xFFFFFFFF
-NEUTRAL = {
-    "temperature": 0.0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
-"""Parameters that a row has as a float, and the values that change nothing."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +30,6 @@ class SamplingPlan:
     """
 
     random: bool = False
-    """A temperature above 0."""
     top_k: int = 0
     """The largest, rounded up to a power of two; 0 for none."""
     top_p: bool = False
@@ -76,8 +66,7 @@ def _mix32(x: Tensor) -> Tensor:
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """Return one float32 in [0, 1), a multiple of 2^-24, for each seed of `derive_seed` and each
-    position below 2^32; both are int64."""
+    """Return a float32 in [0, 1) per int64 seed (`derive_seed`) and position below 2^32."""
     mixed = _mix32((seeds & _MASK32) ^ 0x5BD1E995)
     mixed = _mix32(mixed ^ (seeds >> 32))
     mixed = _mix32(mixed ^ positions)
@@ -89,17 +78,15 @@ class Sampler:
 
     Attributes:
         records: (rows, 1 + 2n) float32, for rows that ask for log probabilities: that of the
-            row's last token, then those and the ids of the n most likely tokens. Ids are exact:
-            they stay below 2^24.
+            last token, those of the n most likely ones, and their ids, which are exact below 2^24.
     """
 
     def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
         def zeros(dtype: torch.dtype, *columns: int) -> Tensor:
             return torch.zeros(rows, *columns, dtype=dtype, device=device)
 
-        self._values = {
-            name: torch.full((rows,), neutral, device=device) for name, neutral in NEUTRAL.items()
-        }
+        self._filters = torch.ones(rows, 3, device=device)  # temperature, top-p, min-p
+        self._penalties = torch.ones(rows, 3, device=device)  # repetition, presence, frequency
         self._top_k, self._seeds = zeros(torch.int64), zeros(torch.int64)
         self._bias = zeros(torch.float32, vocab_size)
         # What penalties count: how often each row has said each token, and whether its prompt has.
@@ -109,9 +96,9 @@ class Sampler:
 
     def assign(self, row: int, params: SamplingParams, seed: int, prompt: Sequence[int]) -> None:
         """Give a row its parameters; `seed` is the sample's own."""
-        for name, tensor in self._values.items():
-            value = getattr(params, name)
-            tensor[row] = NEUTRAL[name] if value is None else value
+        filters = params.temperature, params.top_p or 1.0, params.min_p
+        self._filters[row] = self._to_device(filters, torch.float32)
+        self._penalties[row] = self._to_device(params.penalties, torch.float32)
         self._top_k[row] = params.top_k or 0
         self._seeds[row] = seed
         if params.penalises:
@@ -135,7 +122,7 @@ class Sampler:
 
     def move(self, source: int, target: int) -> None:
         """Copy everything of a row to another row."""
-        rules = (*self._values.values(), self._top_k, self._seeds, self._bias)
+        rules = self._filters, self._penalties, self._top_k, self._seeds, self._bias
         for tensor in (*rules, self._counts, self._prompted):
             tensor[target] = tensor[source]
 
@@ -164,7 +151,7 @@ class Sampler:
         token = adjusted.argmax(dim=-1)
         if plan.random:
             drawn = self._draw(adjusted, positions, rows, plan)
-            token = torch.where(self._values["temperature"][rows] > 0, drawn, token)
+            token = torch.where(self._filters[rows, 0] > 0, drawn, token)
         if plan.logprobs:
             logprobs = logits.log_softmax(dim=-1)
             top = logprobs.topk((self.records.size(1) - 1) // 2)
@@ -181,22 +168,21 @@ class Sampler:
             if said is not None:
                 once = torch.ones_like(said, dtype=torch.int32)
                 counts.scatter_add_(1, said[:, None], once[:, None])
-            factor = self._values["repetition_penalty"][rows, None]
+            factor, presence, frequency = self._penalties[rows, :, None].unbind(1)
             repeated = torch.where(logits > 0, logits / factor, logits * factor)
             logits = torch.where((counts > 0) | self._prompted[rows], repeated, logits)
-            logits = logits - self._values["frequency_penalty"][rows, None] * counts
-            logits = logits - self._values["presence_penalty"][rows, None] * (counts > 0)
+            logits = logits - frequency * counts - presence * (counts > 0)
         if plan.bias:
             logits = logits + self._bias[rows]
         return logits
 
     def _draw(self, logits: Tensor, positions: Tensor, rows: slice, plan: SamplingPlan) -> Tensor:
-        temperatures = self._values["temperature"][rows]
-        scaled = logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+        temperature, top_p, min_p = self._filters[rows].unbind(1)
+        scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
         weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
-        likely = weights >= self._values["min_p"][rows, None] if plan.min_p else None
+        likely = weights >= min_p[:, None] if plan.min_p else None
         if plan.top_k or plan.top_p:
-            weights = weights * _kept(scaled, self._top_k[rows], self._values["top_p"][rows], plan)
+            weights = weights * _kept(scaled, self._top_k[rows], top_p, plan)
         if likely is not None:
             weights = weights * likely
         cumulative = weights.cumsum(dim=-1)

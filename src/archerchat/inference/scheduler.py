@@ -1,9 +1,8 @@
 """Which waiting requests get a place next, and which prompts share a prefix.
 
 A request's prompt runs once, however many samples it has. Prompts that begin alike (few-shot
-examples, a system message) form a group, and their beginning runs once for the whole group. Groups
-are served one after another, in the order of their oldest prompt, so no more than one shared
-prefix is kept at a time.
+examples, a system message) form a group, whose beginning runs once. Groups are served one after
+another, in the order of their oldest prompt, so no more than one shared prefix is kept at a time.
 
 A server's prompts continue those of minutes before. With `kept_tokens`, prompts that have run are
 kept, and a later prompt that begins with one of them runs only the rest.
@@ -168,11 +167,8 @@ def common_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def most_saving(lengths: Sequence[int]) -> int:
-    """Return the length of the beginning to share with all prompts that have that much in common.
-
-    Args:
-        lengths: how much each of the other prompts has in common with the first.
-    """
+    """Return how long a beginning to share with the prompts that have `lengths` in common with
+    this one, 0 if none is worth it: those with at least that length share it."""
     ordered = sorted((n for n in lengths if n >= MIN_SHARED), reverse=True)
     saved = {length: others * length for others, length in enumerate(ordered, start=1)}
     return max(saved, key=saved.__getitem__, default=0)
