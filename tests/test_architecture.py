@@ -210,7 +210,7 @@ BUDGETS = {
     "home.py files.py text_files.py checkpoint.py": (750, 880),
     "runtime.py distributed.py downloads.py": (700, 765),
     "dial.py": (300, 300),
-    "model": (1200, 1345),
+    "model": (1200, 1273),
     "optim": (700, 700),
     "tokenizer": (550, 550),
     "data": (1600, 1985),
