@@ -75,7 +75,7 @@ def load(
     """Load a model: by default the latest step of the base model saved last, on the best device.
 
     Args:
-        tag, stage, step: as in `archerchat sample`; stage is base, sft or rl.
+        stage: base, sft or rl.
         home: folder of the models; by default `ARCHERCHAT_HOME`.
 
     Raises:

@@ -87,11 +87,7 @@ class Engine:
         return len(self._scheduler)
 
     def check(self, request: Request) -> None:
-        """Refuse a request that this engine cannot serve.
-
-        Raises:
-            UsageError: its prompt leaves no room in the context, or it has unknown tokens.
-        """
+        """Refuse, by `UsageError`, a request without room in the context or with unknown tokens."""
         length, longest = len(request.prompt), self.max_length - 1
         if length > longest:
             raise UsageError(
@@ -131,9 +127,9 @@ class Engine:
         self._plan = None
 
     def stream(self, requests: abc.Sequence[Request]) -> abc.Generator[Event]:
-        """Yield what happens to the requests' sequences as it happens.
+        """Yield what happens to the requests, numbered as they are listed, as it happens.
 
-        Requests are numbered as they are listed. Closing the iterator drops them.
+        Closing the iterator drops them.
 
         Raises:
             UsageError: a request cannot be served; nothing has run then.

@@ -57,9 +57,7 @@ have written, or of more, and their `ring_mask`. Each row has one token at least
 class RingLayer:
     """One layer's past in a decoding step: one new token for each of B rows.
 
-    Args:
-        parts: together the B rows, in order. Rows of similar length in a part of their own are
-            read no further than they reach.
+    Together the parts are these rows, in order; each part is read as far as its rows reach.
     """
 
     def __init__(self, parts: Sequence[RingPart]) -> None:

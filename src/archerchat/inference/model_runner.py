@@ -80,13 +80,7 @@ def forward_token(
 class ModelRunner:
     """Rows in decoding: their cache, last tokens and sampling parameters.
 
-    Args:
-        model: its weights as they are now; `inference.refresh` copies later ones.
-        rows, max_length: most rows at a time, and most tokens of a row.
-        compile: compile steps: on CUDA, or of a single row on CPUs in float32.
-
-    Attributes:
-        model: the model, or a copy of it in the compute dtype.
+    `rows` is the most at a time; the other arguments, and `model`, are as in `Engine`.
     """
 
     def __init__(self, model: Transformer, rows: int, max_length: int, compile: bool) -> None:
@@ -108,12 +102,7 @@ class ModelRunner:
 
     @torch.no_grad()
     def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
-        """Sample the next token of the first rows into `tokens`.
-
-        Args:
-            lengths: tokens that each of these rows keeps; at least one row.
-            plan: covers their parameters.
-        """
+        """Sample the next token of the first rows, which keep `lengths` tokens, into `tokens`."""
         rows, longest = len(lengths), max(lengths)
         if self._captures:
             count = min(1 << (rows - 1).bit_length(), self.max_rows)
@@ -142,11 +131,8 @@ class ModelRunner:
         cache.append(embedded, new, self._rows[:rows])
 
     def _capture(self, rows: int, span: int, plan: SamplingPlan) -> torch.cuda.CUDAGraph:
-        """Record a step, leaving the rows as they are.
-
-        A capture needs a warm-up, because libraries allocate on first use. The warm-up changes
-        the rows' tokens, lengths and rings, which are put back.
-        """
+        """Record a step. It needs a warm-up, because libraries allocate on first use; what that
+        changes of the rows is put back."""
         kept = [self.tokens[:rows], *self.cache.state(rows), *self.sampler.state(rows)]
         saved = [tensor.clone() for tensor in kept]
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -74,11 +74,7 @@ class SamplingParams(Config):
         return self.penalties != (1, 0, 0)
 
     def refuse_changes(self, *names: str) -> None:
-        """Refuse fields that a command has no use for, unless they have their defaults.
-
-        Raises:
-            UsageError: one has another value; the message names its flag.
-        """
+        """Refuse values of fields that a command has no use for, by `UsageError`."""
         for name in names:
             value = getattr(self, name)
             if value != getattr(SamplingParams(), name):

@@ -147,15 +147,7 @@ class Detokenizer:
 
 
 class Sequence:
-    """A sample that has a row in the batch, which has room for `max_length` tokens.
-
-    Attributes:
-        seed: of this sample's draws.
-        token_ids: what it has said, as far as the host has read it.
-        num_drawn: tokens drawn for it, read or not.
-        finished: whether its last event has happened.
-        mask: says which tokens may come next, or None.
-    """
+    """A sample that has a row in the batch, which has room for `max_length` tokens."""
 
     def __init__(
         self, number: int, sample: int, request: Request, max_length: int, cached: int = 0
@@ -163,9 +155,9 @@ class Sequence:
         params, room = request.params, max_length - len(request.prompt)
         self.number, self.sample, self.request, self._cached = number, sample, request, cached
         self.seed = derive_seed(params.seed, sample)
-        self.token_ids: list[int] = []
-        self.num_drawn = 1
-        self.finished = False
+        self.token_ids: list[int] = []  # what it has said, as far as the host has read it
+        self.num_drawn = 1  # tokens, read or not
+        self.finished = False  # whether its last event has happened
         self._hook = request.hook() if request.hook else None
         self.mask = request.mask() if request.mask else None
         self._text = Detokenizer(request.decode, params.stop) if request.decode else None
