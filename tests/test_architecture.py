@@ -215,7 +215,7 @@ BUDGETS = {
     "tokenizer": (550, 550),
     "data": (1600, 1985),
     "training": (2100, 3400),
-    "inference": (1700, 2175),
+    "inference": (1700, 2164),
     "evals": (2000, 2000),
     "tasks": (1300, 1470),
     "sandbox": (700, 700),

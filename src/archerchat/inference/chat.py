@@ -22,7 +22,7 @@ from archerchat.inference.calculator import evaluate as calculate
 from archerchat.inference.engine import Engine
 from archerchat.inference.sampling_params import SamplingParams
 from archerchat.inference.sequence import Completion, Request
-from archerchat.inference.tools import AnswerReader, Piece, ToolUse, answer_stop_ids, read_parts
+from archerchat.inference.tools import AnswerReader, Piece, ToolUse, read_parts
 from archerchat.tasks.conversation import Conversation, assistant, user
 from archerchat.tokenizer.bpe import Tokenizer
 from archerchat.tokenizer.chat_format import encode_answer
@@ -36,8 +36,8 @@ def build_answer_request(
     tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams
 ) -> Request:
     """Ask for an answer: the assistant's end stops it, and it may use the calculator."""
-    stop_token_ids = (*answer_stop_ids(tokenizer), *params.stop_token_ids)
-    params = replace(params, stop_token_ids=stop_token_ids)
+    ends = tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id
+    params = replace(params, stop_token_ids=(*ends, *params.stop_token_ids))
     decode = tokenizer.decode if params.stop else None
     return Request(prompt, params, partial(ToolUse, tokenizer, calculate), decode)
 

@@ -78,7 +78,6 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Rows in use."""
         return sum(not sequence.finished for sequence in self._running)
 
     @property
@@ -155,6 +154,7 @@ class Engine:
         """Run both halves of a step, `admit` and `advance`; return what happened."""
         return [*self.admit(), *self.advance()]
 
+    @torch.no_grad()
     def admit(self) -> list[Event]:
         """Fill free rows with waiting requests; return what happened, first tokens included."""
         self._compact()
@@ -163,6 +163,7 @@ class Engine:
             self._read_all(but=0)  # first tokens: some sequences end with theirs; masks need all
         return self._take_events()
 
+    @torch.no_grad()
     def advance(self) -> list[Event]:
         """Advance every sequence by a token; return what happened."""
         self._compact()

@@ -100,7 +100,6 @@ class ModelRunner:
         self._pool = torch.cuda.graph_pool_handle() if self._captures else None
         self._graphs: dict[tuple[int, int, SamplingPlan], torch.cuda.CUDAGraph] = {}
 
-    @torch.no_grad()
     def step(self, lengths: Sequence[int], plan: SamplingPlan) -> None:
         """Sample the next token of the first rows, which keep `lengths` tokens, into `tokens`."""
         rows, longest = len(lengths), max(lengths)
@@ -148,24 +147,20 @@ class ModelRunner:
             self._run(self._forward, [(rows, span)], plan)
         return graph
 
-    @torch.no_grad()
     def start(self, row: int, prompt: Prefix, request: Request, seed: int) -> None:
         """Give a row a prompt that has run; `sample_first` samples its first token."""
         self.cache.fill(row, prompt)
         self.sampler.assign(row, request.params, seed, request.prompt)
 
-    @torch.no_grad()
     def sample_first(self, first: int, logits: Tensor, plan: SamplingPlan) -> None:
         """Sample what follows the prompts of rows `first` on, from logits (n, vocab_size)."""
         rows = slice(first, first + logits.size(0))
         self.tokens[rows] = self.sampler.sample(logits, self.cache.lengths[rows], plan, first)
 
-    @torch.no_grad()
     def force(self, row: int, token: int) -> None:
         """Replace the token that was sampled last."""
         self.tokens[row] = token
 
-    @torch.no_grad()
     def move(self, source: int, target: int, length: int) -> None:
         """Copy a row that keeps `length` tokens over another."""
         self.cache.move(source, target, length)

@@ -179,12 +179,11 @@ class Sampler:
     def _draw(self, logits: Tensor, positions: Tensor, rows: slice, plan: SamplingPlan) -> Tensor:
         temperature, top_p, min_p = self._filters[rows].unbind(1)
         scaled = logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
-        weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
-        likely = weights >= min_p[:, None] if plan.min_p else None
+        weights = relative = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
         if plan.top_k or plan.top_p:
             weights = weights * _kept(scaled, self._top_k[rows], top_p, plan)
-        if likely is not None:
-            weights = weights * likely
+        if plan.min_p:
+            weights = weights * (relative >= min_p[:, None])
         cumulative = weights.cumsum(dim=-1)
         total = cumulative[:, -1]
         # Strictly below the total, whatever the rounding: some token's share always lies above.

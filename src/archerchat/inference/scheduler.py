@@ -78,10 +78,9 @@ class Scheduler:
 
     def __init__(self, model: Transformer, kept_tokens: int = 0) -> None:
         self._model = model
-        self._group: deque[WaitingRequest] = deque()
-        """Requests whose turn it is."""
+        self._group: deque[WaitingRequest] = deque()  # requests whose turn it is
+        # The others in order, by how they begin, or by number if a kept prompt begins them.
         self._groups: dict[int | tuple[int, ...], list[WaitingRequest]] = {}
-        """The others in order, by how they begin, or by number if a kept prompt begins them."""
         self.kept = KeptPrompts(kept_tokens)
         self.prefilled_tokens = 0
 

@@ -29,11 +29,6 @@ Evaluate = Callable[[str], str | None]
 PartType = Literal["text", "python", "python_output"]
 
 
-def answer_stop_ids(tokenizer: Tokenizer) -> tuple[int, int]:
-    """Return the tokens that end an answer (SPEC section 10)."""
-    return tokenizer.special_id("<|assistant_end|>"), tokenizer.bos_id
-
-
 class ToolUse:
     """The hook of one sequence, which follows its expressions."""
 
