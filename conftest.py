@@ -21,6 +21,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the long tests where workers share them out, or one ends long after the others."""
+    """Begin with the long tests where workers share them out, or one ends long after the others.
+
+    Those outside the packages' folders run whole programs, and are the longest.
+    """
     if os.environ.get("PYTEST_XDIST_WORKER"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        depth = {item: len(item.path.relative_to(item.config.rootpath).parts) for item in items}
+        items.sort(key=lambda item: (item.get_closest_marker("slow") is None, depth[item]))

@@ -6,11 +6,11 @@
                            every file's size and SHA-256, and its own SHA-256
 
 Each section is the `state_dict` of one `Stateful` object: its tensors go into the section's file,
-its other values into `meta.json`.
+its other values into `meta.json`. There a float that JSON cannot hold is {"$float": "inf"} ("-inf",
+"nan"). Nothing is pickled.
 
 A step gets its name only after everything in it is on the disk, so the latest checkpoint loads even
-if a process is killed at any moment. Nothing is pickled. In `meta.json` a float that JSON cannot
-hold is the object {"$float": "inf"} ("-inf", "nan").
+if a process is killed at any moment.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def save_checkpoint(
     *,
     keep_last: int | None = None,
 ) -> Path:
-    """Write one step's checkpoint, then prune older ones.
+    """Write one step's checkpoint, then prune older ones; return the step's directory.
 
     Tensors may be on any device, strided, and share storage; those that share it are stored
     separately. One section at a time is copied to the CPU.
@@ -99,9 +99,6 @@ def save_checkpoint(
         meta: JSON values, and non-finite floats; tuples become lists.
         keep_last: number of complete checkpoints to keep, this one included; None keeps all.
 
-    Returns:
-        The step's directory.
-
     Raises:
         CheckpointError: the disk is full or cannot be written. Nothing half-written remains, and
             older checkpoints are untouched.
@@ -109,18 +106,21 @@ def save_checkpoint(
     assert step >= 0, step
     assert keep_last is None or keep_last >= 1, keep_last
     assert state, "a checkpoint has at least one section"
-    tensors, values = _split(state)
-    content: dict[str, Any] = {"format": FORMAT, "step": step}
-    # Encoded before anything is written.
-    content |= json.loads(json.dumps(encode_json({"state": values, "meta": meta})))
+    values = {
+        section: {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
+        for section, entries in state.items()
+    }
+    encoded = json.dumps(encode_json({"state": values, "meta": meta}))  # fails before any writing
+    content = {"format": FORMAT, "step": step, **json.loads(encoded)}
     path = directory / f"step_{step:06d}"
-    needed = sum(tensor.nbytes for section in tensors.values() for tensor in section.values())
     try:
         remove_leftovers(directory)
         with new_directory(path) as temporary:
-            content["files"] = _write_sections(temporary, tensors)
-            write_json(temporary / META, content | {"sha256": _digest(content)})
+            content["files"] = _write_sections(temporary, state)
+            write_json(temporary / META, {**content, "sha256": _digest(content)})
     except (OSError, SafetensorError) as error:
+        entries = [each for section in state.values() for each in section.values()]
+        needed = sum(each.nbytes for each in entries if isinstance(each, Tensor))
         raise CheckpointError(_explain_failed_save(error, path, needed)) from error
     if keep_last is not None:
         prune_checkpoints(directory, step, keep_last)
@@ -128,51 +128,35 @@ def save_checkpoint(
 
 
 def replace_values(path: Path, section: str, values: Mapping[str, Any]) -> None:
-    """Replace a saved section's values other than tensors, atomically.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be written.
-    """
+    """Replace a saved section's values other than tensors; a CheckpointError if it cannot be."""
     try:
         content = _read_meta(path)
         content["state"][section] = json.loads(json.dumps(encode_json(values)))
-        write_json(path / META, content | {"sha256": _digest(content)})
+        write_json(path / META, {**content, "sha256": _digest(content)})
     except (_Damaged, OSError) as error:
-        raise CheckpointError(
-            f"cannot update {path}: {error}; the checkpoint is as it was"
-        ) from error
-
-
-def _split(
-    state: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
-    """Return the tensors of each section that has any, and the other values of every section."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for section, entries in state.items():
-        values[section] = {k: v for k, v in entries.items() if not isinstance(v, Tensor)}
-        if found := {k: v for k, v in entries.items() if isinstance(v, Tensor)}:
-            tensors[section] = found
-    return tensors, values
+        raise CheckpointError(f"cannot update {path}: {error}; it is as it was") from error
 
 
 def _write_sections(
-    directory: Path, sections: Mapping[str, Mapping[str, Tensor]]
+    directory: Path, state: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Write one file per section; return each file's size and checksum by its name."""
+    """Write one file per section with tensors; return each file's size and checksum by name."""
     files = {}
-    for section, tensors in sections.items():
+    for section, entries in state.items():
         file = directory / (check_name(section, "section") + SUFFIX)
-        save_file(_storable(tensors), file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        if any(isinstance(value, Tensor) for value in entries.values()):
+            save_file(_storable(entries), file)
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
     return files
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy the tensors that safetensors does not accept: strided, remote or aliased ones."""
+def _storable(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors, copied where safetensors needs it: strided, remote or aliased ones."""
     stored: dict[str, Tensor] = {}
     storages: set[int] = set()
-    for name, tensor in tensors.items():
+    for name, tensor in entries.items():
+        if not isinstance(tensor, Tensor):
+            continue
         local = tensor.detach().cpu().contiguous()
         storage = local.untyped_storage().data_ptr()
         stored[name] = local.clone() if storage in storages else local
@@ -219,14 +203,16 @@ def _intact(path: Path, verify: bool) -> bool:
 
 def list_checkpoints(directory: Path) -> list[int]:
     """Return the steps saved in `directory`, ascending; none if it does not exist."""
-    if not directory.is_dir():
-        return []
-    matches = (STEP_NAME.fullmatch(entry.name) for entry in directory.iterdir())
-    return sorted({int(match[1] or match[2]) for match in matches if match})
+    return sorted({step for path in directory.glob("*") if (step := _step_of(path)) is not None})
+
+
+def _step_of(path: Path) -> int | None:
+    match = STEP_NAME.fullmatch(path.name)
+    return int(match[1] or match[2]) if match else None
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Path:
-    """Return the path of `step` in `directory`; None means the latest.
+    """Return the path of `step` in `directory`, or of the latest step.
 
     Raises:
         UsageError: there is no such step, or none at all.
@@ -241,9 +227,7 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Path:
 
 def list_models(home: Home, stage: str) -> list[Path]:
     """Return the directories of a stage's models, by name."""
-    stage_dir = home.stage_dir(stage)
-    entries = sorted(stage_dir.iterdir()) if stage_dir.is_dir() else []
-    return [entry for entry in entries if list_checkpoints(entry)]
+    return [entry for entry in sorted(home.stage_dir(stage).glob("*")) if list_checkpoints(entry)]
 
 
 def find_model(home: Home, stage: str, tag: str | None) -> Path:
@@ -283,11 +267,12 @@ def load_checkpoint(path: Path, sections: Iterable[str] | None = None) -> Checkp
         content = _read_meta(path)
         files = {name.removesuffix(SUFFIX): entry for name, entry in content["files"].items()}
         values, meta = decode_json(content["state"]), decode_json(content["meta"])
-        state = {}
-        for name in sorted(files.keys() | values.keys()) if sections is None else sections:
-            if name not in files and name not in values:
-                has = ", ".join(sorted(files.keys() | values.keys()))
-                raise CheckpointError(f"{path} has no section {name!r}; it holds {has}")
+        state, known = {}, sorted(files.keys() | values.keys())
+        for name in known if sections is None else sections:
+            if name not in known:
+                raise CheckpointError(
+                    f"{path} has no section {name!r}; it holds {', '.join(known)}"
+                )
             state[name] = dict(values.get(name, {}))
             if name in files:
                 file = path / (name + SUFFIX)
@@ -340,9 +325,8 @@ def _check_file(file: Path, entry: Mapping[str, Any], verify: bool) -> None:
 
 def _remedy(path: Path) -> str:
     """Name the newest earlier step whose files all match their checksums."""
-    name = STEP_NAME.fullmatch(path.name)
+    own = _step_of(path) or 0
     for step in reversed(list_checkpoints(path.parent)):
-        earlier = name and step < int(name[1] or name[2])
-        if earlier and _intact(find_checkpoint(path.parent, step), verify=True):
+        if step < own and _intact(find_checkpoint(path.parent, step), verify=True):
             return f"step {step} in the same directory is intact: use that one"
     return "no earlier step in the same directory is intact: restore it from a copy"

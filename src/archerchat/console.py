@@ -154,5 +154,5 @@ def duration_text(seconds: float) -> str:
 def bytes_text(size: float) -> str:
     """Return a number of bytes for people, such as "1.50 GiB"."""
     if size < 2**20:
-        return f"{size / 2**10:.1f} KiB"
+        return f"{size:.0f} B" if size < 2**10 else f"{size / 2**10:.1f} KiB"
     return f"{size / 2**20:,.1f} MiB" if size < 2**30 else f"{size / 2**30:,.2f} GiB"

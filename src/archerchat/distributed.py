@@ -132,8 +132,7 @@ class Ranks(Place):
         """Return which of the flags are set on some rank."""
         if not self.joined:
             return flags
-        counts = self.sum(torch.tensor(flags, dtype=torch.int64))
-        return tuple(count > 0 for count in counts.tolist())
+        return tuple(self.sum(torch.tensor(flags, dtype=torch.int64)).gt(0).tolist())
 
     def mean(self, *values: float) -> tuple[float, ...]:
         """Return the mean of each value over the ranks, the same everywhere."""
@@ -155,9 +154,7 @@ class Ranks(Place):
 
     def start_sum(self, tensor: Tensor) -> Collective:
         """Start summing the ranks' tensors of one shape in place."""
-        work = None
-        if self.joined:
-            work = dist.all_reduce(tensor, async_op=True)
+        work = dist.all_reduce(tensor, async_op=True) if self.joined else None
         return Collective(work, None, tensor)
 
     def start_reduce_scatter(self, tensor: Tensor) -> Collective:
@@ -179,8 +176,6 @@ class Ranks(Place):
 
     def first_alone(self, work: Callable[[], T]) -> T:
         """Do `work` on the first rank, then on the others, which find its downloads."""
-        if not self.joined:
-            return work()
         if self.rank > 0:
             self.sum(torch.zeros(1))
         result = work()
@@ -229,7 +224,6 @@ def joined_ranks(place: Place, device: torch.device | None = None) -> Iterator[R
     An existing process group is used and kept; it must support tensors on the CPU too.
 
     Args:
-        place: of this process, such as its `Runtime`.
         device: of the tensors that the `start_` methods get; NCCL moves those on CUDA.
     """
     if place.world_size == 1:

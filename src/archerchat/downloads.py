@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from archerchat.errors import DataError, UsageError
-from archerchat.files import explained_writes, fsync, fsync_dir, sha256_file
+from archerchat.files import explained_writes, fsync, fsync_path, sha256_file
 
 TIMEOUT_SECONDS = 10.0
 ATTEMPTS = 6
@@ -139,7 +139,7 @@ def _attempt(
         raise _Damaged(f"what arrived is unusable: {error}") from error
     with explained_writes(path):
         part.replace(path)
-        fsync_dir(path.parent)
+        fsync_path(path.parent)
 
 
 def _receive(url: str, file: BinaryIO, token: bool | None, note: Callable[[int], None]) -> None:

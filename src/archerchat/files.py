@@ -1,9 +1,9 @@
 """Durable files: writes that appear whole or not at all, locks, hashes.
 
-Files are written under a temporary name, fsynced and renamed, so a reader sees the old content
-or the new one, never a part. A writer holds a lock on its temporary entry; the system releases it
-when the process dies, so an entry without a lock is a leftover. What a file system does not offer
-(locks on Lustre, fsync of directories on CIFS, permissions on exFAT) is skipped, with one warning.
+Files are written under a temporary name, fsynced and renamed. A writer holds a lock on its
+temporary entry; the system releases it when the process dies, so an entry without a lock is a
+leftover. What a file system does not offer (locks on Lustre, fsync of directories on CIFS,
+permissions on exFAT) is skipped, with one warning.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def fsync(descriptor: int) -> None:
     _if_offered("write to the disk on request", lambda: os.fsync(descriptor))
 
 
-def fsync_dir(path: Path) -> None:
-    """Make renames inside `path` durable."""
+def fsync_path(path: Path) -> None:
+    """Write a file to the disk, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fsync(descriptor)
@@ -76,12 +76,9 @@ def _lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Reserve `directory` for this process during the block.
+    """Reserve `directory` for this process; a UsageError if another process has it.
 
     The directory is created if missing, and removed if the block leaves it empty.
-
-    Raises:
-        UsageError: another process has it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -107,11 +104,7 @@ def _locked(entry: Path) -> Iterator[bool]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file `path` by `content`, atomically and durably.
-
-    Raises:
-        OSError: as the system says (disk full, no permission); `path` is then untouched.
-    """
+    """Replace the file `path` durably; an OSError leaves it untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(TEMPORARY, f".{path.name}.", path.parent)
     temporary = Path(name)
@@ -126,7 +119,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -138,9 +131,8 @@ def write_json(path: Path, value: Any) -> None:
 def new_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes `path` when the block succeeds.
 
-    Everything in it is fsynced before the rename; when the block raises, the temporary
-    directory is removed and `path` is untouched. An existing `path` is replaced: for an
-    instant the old one has only the name that `current` knows.
+    Everything in it is fsynced before the rename. When the block raises, `path` is untouched. An
+    existing `path` is replaced: for an instant the old one has only the name that `current` knows.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(TEMPORARY, f".{path.name}.", path.parent))
@@ -149,7 +141,8 @@ def new_directory(path: Path) -> Iterator[Path]:
         with _locked(temporary):
             _if_offered("set permissions", lambda: temporary.chmod(0o755))
             yield temporary
-            _fsync_tree(temporary)
+            for entry in (*temporary.rglob("*"), temporary):
+                fsync_path(entry)
             if path.exists():
                 shutil.rmtree(stale, ignore_errors=True)
                 path.replace(stale)
@@ -159,7 +152,7 @@ def new_directory(path: Path) -> Iterator[Path]:
             stale.replace(path)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fsync_dir(path.parent)
+    fsync_path(path.parent)
     shutil.rmtree(stale, ignore_errors=True)
 
 
@@ -174,16 +167,6 @@ def explained_writes(path: Path, kind: type[ArcherChatError] = DataError) -> Ite
             f"cannot write {path} ({error.strerror or error}): {remedy} ARCHERCHAT_HOME at another "
             "disk"
         ) from error
-
-
-def _fsync_tree(directory: Path) -> None:
-    for entry in sorted(directory.rglob("*")):
-        if entry.is_dir():
-            fsync_dir(entry)
-        else:
-            with entry.open("rb+") as file:
-                fsync(file.fileno())
-    fsync_dir(directory)
 
 
 def current(path: Path) -> Path:
@@ -201,10 +184,7 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove what killed processes left in `directory`, and undo unfinished replacements.
-
-    Temporary entries that a running process still writes are kept.
-    """
+    """Undo unfinished replacements, and remove temporary entries that no process still writes."""
     for entry in directory.glob(f".*{TEMPORARY}"):
         replaced = directory / entry.name.removeprefix(".").removesuffix(STALE)
         if entry.name.endswith(STALE) and not replaced.exists():
@@ -239,10 +219,9 @@ def hash_ends(*paths: Path) -> str:
 def recall(path: Path) -> dict[str, Any]:
     """Return the values that `remember` kept in a file; an empty dict if it cannot be read."""
     try:
-        kept = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
         return {}
-    return kept if isinstance(kept, dict) else {}
 
 
 def remember(path: Path, key: str, value: Any) -> None:

@@ -28,11 +28,7 @@ import torch
 from archerchat.distributed import Place, read_place
 from archerchat.errors import MemoryExceededError, UsageError
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float16": torch.float16,
-}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Numbers of two settings of glibc's `mallopt`."""
 KEPT_BYTES = 2**31 - 1
@@ -42,8 +38,6 @@ SAME_REQUEST_SECONDS = 2.0
 COMPILED_CODE = "TORCHINDUCTOR_CACHE_DIR"
 """Environment variable for torch's directory of compiled code."""
 T = TypeVar("T")
-DEVICE_TYPES = ("cuda", "mps", "cpu")
-"""Best first."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +60,26 @@ class Runtime(Place):
     def median_seconds(self, work: Callable[[], object], rounds: int = 5) -> float:
         """Return the median time of `work`, after three calls that compile and warm up."""
         seconds = []
-        for n in range(3 + rounds):
+        for _ in range(3 + rounds):
             began = time.perf_counter()
             work()
             self.synchronize()
-            if n >= 3:
-                seconds.append(time.perf_counter() - began)
-        return statistics.median(seconds)
+            seconds.append(time.perf_counter() - began)
+        return statistics.median(seconds[3:])
 
     def peak_memory_bytes(self) -> int:
         """Return the most memory that tensors took since the last reset.
 
-        On CPUs it is the process's peak resident size, on MPS what the driver holds now, because
-        neither has a peak that can be reset.
+        On CPUs it is the process's peak resident size, on MPS what the driver holds now.
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if self.device.type == "mps":
             return torch.mps.driver_allocated_memory()
-        return _peak_resident_bytes()
+        import resource  # POSIX only, and nothing else here is
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
     def reset_peak_memory(self) -> None:
         """Restart the measurement of CUDA's peak; does nothing elsewhere."""
@@ -113,13 +108,7 @@ def build_runtime(device: str | None = None, dtype: str | None = None) -> Runtim
     place = read_place(os.environ)
     chosen = choose_device(device, place.local_rank)
     compute_dtype, reason = choose_dtype(chosen, dtype)
-    return Runtime(
-        device=chosen,
-        compute_dtype=compute_dtype,
-        device_name=_device_name(chosen),
-        dtype_reason=reason,
-        **asdict(place),
-    )
+    return Runtime(chosen, compute_dtype, _device_name(chosen), reason, **asdict(place))
 
 
 def prepare_process(runtime: Runtime) -> None:
@@ -153,22 +142,19 @@ def choose_device(requested: str | None, local_rank: int = 0) -> torch.device:
     Raises:
         UsageError: it is unknown or not here; the message lists what is.
     """
-    counts = {
+    counts = {  # the best first
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "mps": int(torch.backends.mps.is_available()),
         "cpu": 1,
     }
-    best = next(kind for kind in DEVICE_TYPES if counts[kind])
-    name = requested or best
+    name = requested or next(kind for kind in counts if counts[kind])
     match = re.fullmatch(r"(cuda|mps|cpu)(?::(\d+))?", name)
-    kind = match[1] if match else ""
-    number = match[2] if match else None
-    default = local_rank if kind == "cuda" else 0
-    index = default if number is None else int(number)
+    kind, number = match.groups() if match else ("", None)
+    by_rank = kind == "cuda" and number is None
+    index = local_rank if by_rank else int(number or 0)
     if index >= counts.get(kind, 0):
         here = ", ".join(f"{kind}:0-{n - 1}" if n > 1 else kind for kind, n in counts.items() if n)
-        by_rank = kind == "cuda" and number is None and local_rank > 0
-        wanted = f"{name} for local rank {local_rank}" if by_rank else name
+        wanted = f"{name} for local rank {local_rank}" if by_rank and local_rank else name
         raise UsageError(
             f"device {wanted!r} is not on this machine, which has: {here}; leave --device out to "
             "get the best one"
@@ -230,22 +216,11 @@ def _device_name(device: torch.device) -> str:
 
 def cpu_name(cpuinfo: Path) -> str:
     """Return the processor's model name from Linux's `cpuinfo`, or Python's name for it."""
-    try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return " ".join(value.split())
+    with suppress(OSError):
+        text = cpuinfo.read_text(errors="replace")
+        if match := re.search(r"^model name[ \t]*:[ \t]*(\S.*)$", text, re.MULTILINE):
+            return " ".join(match[1].split())
     return platform.processor() or platform.machine() or "unknown CPU"
-
-
-def _peak_resident_bytes() -> int:
-    import resource  # POSIX only, and nothing else here is
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class _Stopped(BaseException):
@@ -287,10 +262,8 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take SIGINT and SIGTERM as requests; only the main thread can."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
         before = [signal.signal(number, self._ask) for number in numbers]
         try:
             yield

@@ -18,11 +18,10 @@ import sys
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, TextIO, cast
+from typing import IO, Any, cast
 
 from archerchat.errors import DataError
 
@@ -110,20 +109,18 @@ def list_folder(source: Path, kinds: Collection[str]) -> Folder:
             others["the data set's description"].append(path)
         else:
             splits[_find_split(path.relative_to(source))].append(path)
-    train, validation, test = (splits[name] for name in ("train", "validation", "test"))
-    if not train or not validation + test:
-        train, validation, test = sorted([p for ps in splits.values() for p in ps]), [], []
-    else:
-        train = sorted([*train, *splits[""]])
-    if validation and test:
-        others["the test split"] = test
+    held_out = (splits["validation"] or splits["test"]) if splits["train"] else []
+    if held_out and splits["validation"] and splits["test"]:
+        others["the test split"] = splits["test"]
+    chosen = [splits["train"], splits[""]] if held_out else splits.values()
+    train = sorted(path for paths in chosen for path in paths)
     left_out = [
         f"{len(paths):,} files ({why}), such as {paths[0].relative_to(source)}"
         if len(paths) > 1
         else f"{paths[0].relative_to(source)} ({why})"
         for why, paths in others.items()
     ]
-    return Folder(train, validation or test, left_out)
+    return Folder(train, held_out, left_out)
 
 
 def _find_split(path: Path) -> str:
@@ -135,25 +132,18 @@ def _find_split(path: Path) -> str:
     return ""
 
 
-@contextmanager
-def open_text(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """Open a text file, decompressed by its suffix; undecodable bytes become surrogates."""
-    opener: Callable[[Path], Any] = _OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))
-    with io.BufferedReader(opener(path)) as file:
-        start = file.peek(4)
-        encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
-        with io.TextIOWrapper(file, encoding, "surrogateescape", newline) as text:
-            yield text
-
-
 def iter_lines(
     path: Path, bad: Refuse = refuse, newline: str | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Yield each line of a text file with its place, `name:number`."""
+    """Yield each line of a text file, decompressed by its suffix, with its place, `name:number`."""
+    opener: Callable[[Path], Any] = _OPENERS.get(path.suffix.lower(), partial(open, mode="rb"))
     number = 0
     try:
-        with open_text(path, newline) as file:
-            for number, line in enumerate(file, start=1):
+        with io.BufferedReader(opener(path)) as file:
+            start = file.peek(4)
+            encoding = next((name for mark, name in MARKS if start.startswith(mark)), "utf-8")
+            text = io.TextIOWrapper(file, encoding, "surrogateescape", newline)
+            for number, line in enumerate(text, start=1):
                 if _UNDECODED.search(line):
                     bad(f"{path}:{number}: not UTF-8 text: convert the file to UTF-8")
                 else:

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -180,12 +181,28 @@ def _simulated_once() -> Iterator[None]:
         yield
 
 
+def build_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """Return a folder that `build` fills once, for all the processes of a test run."""
+    folder = factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    with FileLock(folder / f"{name}.lock"):
+        if not (folder / name).exists():
+            build(folder / f"{name}.partial")
+            (folder / f"{name}.partial").rename(folder / name)
+    return folder / name
+
+
 @pytest.fixture(scope="session")
 def tiny_template(tmp_path_factory: pytest.TempPathFactory, _simulated_once: None) -> TinyHome:
     """What every `tiny_home` starts from."""
+    return TinyHome(build_once(tmp_path_factory, "tiny", build_tiny_home))
+
+
+def build_tiny_home(root: Path) -> None:
     from archerchat.data.shards import write_shards  # Parquet, which other tests do without
 
-    home = TinyHome(tmp_path_factory.mktemp("tiny"))
+    home = TinyHome(root)
     random = Random(0)
     words = ["".join(random.choices("abcdefghijklmnop", k=random.randint(2, 7))) for _ in range(60)]
     documents = [" ".join(random.choices(words, k=random.randint(0, 40))) for _ in range(400)]
@@ -199,15 +216,16 @@ def tiny_template(tmp_path_factory: pytest.TempPathFactory, _simulated_once: Non
     with one_thread():
         keys = [cache_key(replace(runtime, compute_dtype=dtype)) for dtype in DTYPES.values()]
     write_json(home.cache_dir / CACHE_FILE, dict.fromkeys(keys, entry))
-    return home
 
 
 @pytest.fixture(scope="session")
 def trained_template(tiny_template: TinyHome, tmp_path_factory: pytest.TempPathFactory) -> TinyHome:
     """What every `trained_home` starts from."""
-    home = tiny_template.copy(tmp_path_factory.mktemp("trained") / "home")
-    assert home.pretrain() == 0
-    return home
+
+    def train(root: Path) -> None:
+        assert tiny_template.copy(root).pretrain() == 0
+
+    return TinyHome(build_once(tmp_path_factory, "trained", train))
 
 
 @pytest.fixture
@@ -274,6 +292,7 @@ os.environ.update(environment)
 for number, path in enumerate(outputs, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 torch.set_num_threads(1)
+exec(before)
 sys.argv = ["archerchat", *words]
 try:
     code = main()
@@ -324,16 +343,24 @@ class Child:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Child]]:
-    """Start `archerchat` in a process of its own, on one thread; none outlives the test."""
+    """Start `archerchat` in a process of its own, on one thread; none outlives the test.
+
+    `before` is code that changes something of the package first.
+    """
     children: list[Child] = []
 
     def start(
-        words: Sequence[str], parts: bool = False, context: Any = FORKS, **environment: str
+        words: Sequence[str],
+        parts: bool = False,
+        context: Any = FORKS,
+        before: str = "",
+        **environment: str,
     ) -> Child:
         out = tmp_path / f"process-{len(children)}.out"
         err = out.with_suffix(".err") if parts else out
         given = {
             "words": list(words),
+            "before": before,
             "environment": os.environ | environment,
             "outputs": [str(out), str(err)],
         }

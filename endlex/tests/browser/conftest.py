@@ -21,6 +21,7 @@ from endlex.server.app import build_app
 from endlex.server.settings import Settings
 
 playwright_api = pytest.importorskip("playwright.sync_api")
+playwright_api.expect.set_options(timeout=30_000)
 
 SESSION = "000001-abcdef012345"
 BEGAN = 1_700_000_000.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -189,6 +190,52 @@ def test_configuration_against_results(page: Any, compared: Any) -> None:
     page.get_by_role("button", name="val/bpb ✕").click()
     page.get_by_label("add", exact=True).select_option("train/loss")
     expect(page.locator(".run-line")).to_have_count(3)
+    expect(page.locator(".axis-name")).to_have_text(["optim.lr", "train/loss"])
+
+
+class HeldAnswers:
+    """The page's questions about runs, unanswered until a test lets them pass."""
+
+    def __init__(self, page: Any) -> None:
+        self._page = page
+        self._routes: list[Any] = []
+        page.route("**/api/v1/runs?*", lambda route: self._routes.append(route))
+
+    def take(self, count: int) -> list[Any]:
+        """Wait until `count` questions are held, and return them, oldest first."""
+        deadline = time.monotonic() + 60
+        while len(self._routes) < count:
+            assert time.monotonic() < deadline, "no question came"
+            self._page.wait_for_timeout(5)
+        taken, self._routes[:] = self._routes[:count], self._routes[count:]
+        return taken
+
+
+def test_the_last_choice_is_shown_whichever_answer_comes_first(page: Any, compared: Any) -> None:
+    open_comparison(page, compared, "#scatter")
+    expect(page.locator("circle")).to_have_count(1)
+    held = HeldAnswers(page)
+    y, title = page.get_by_label("y", exact=True), page.locator("circle title").first
+    y.select_option("min:train/loss")
+    y.select_option("train/loss")
+    first, last = held.take(2)
+    last.continue_()
+    expect(title).to_contain_text("\ntrain/loss: ")
+    with page.expect_response("**/api/v1/runs?*"):
+        first.continue_()
+    page.wait_for_timeout(100)
+    expect(title).to_contain_text("\ntrain/loss: ")
+
+
+def test_two_choices_before_the_first_is_drawn_both_count(page: Any, compared: Any) -> None:
+    open_comparison(page, compared, "#parallel")
+    removed = page.get_by_role("button", name="val/bpb ✕")
+    expect(removed).to_be_visible()
+    held = HeldAnswers(page)
+    removed.click()
+    page.get_by_label("add", exact=True).select_option("train/loss")
+    for route in held.take(2):
+        route.continue_()
     expect(page.locator(".axis-name")).to_have_text(["optim.lr", "train/loss"])
 
 

@@ -10,7 +10,6 @@ from archerchat.errors import ArcherChatError, UsageError
 from archerchat.files import write_bytes, write_json
 from archerchat.home import Home
 from archerchat.report.comparison import (
-    LIMITS,
     compare,
     compute_multiplier,
     draw_comparison,
@@ -40,33 +39,31 @@ def run_comparison(config: CompareConfig, home: Home) -> None:
     """Print the figures that both have, those that differ too much, and the compute multiplier."""
     first, second = read_course(home, config.first), read_course(home, config.second)
     rows, multiplier = compare(first, second), compute_multiplier(first, second)
-    if not any(row.agrees is not None for row in rows):
+    if not any(row.limit for row in rows):
         raise UsageError(f"{first.name} and {second.name} have no figure in common to compare")
-    names = Path(first.name).name, Path(second.name).name
-    table = build_table("", *names, "difference", "limit", "")
+    table = build_table(
+        "", Path(first.name).name, Path(second.name).name, "difference", "limit", ""
+    )
     for row in rows:
+        figures = (row.first, row.second, row.difference)
+        shown = (f"{figure:,.{0 if abs(figure) >= 1000 else 4}f}" for figure in figures)
         verdict = {None: "", True: "agrees", False: "DIFFERS"}[row.agrees]
-        values = (
-            f"{value:,.{0 if abs(value) >= 1000 else 4}f}"
-            for value in (row.first, row.second, row.difference)
-        )
-        limit = LIMITS.get(row.name)
-        table.add_row(row.name, *values, "" if limit is None else f"{limit:g}", verdict)
+        table.add_row(row.name, *shown, f"{row.limit:g}" if row.limit else "", verdict)
     console = build_console()
     console.print(table)
     if multiplier:
-        name, factor = multiplier
-        console.print(f"compute multiplier of {name}: {factor:.3f}")
+        console.print("compute multiplier of {}: {:.3f}".format(*multiplier))
+    differing = [row.name for row in rows if row.agrees is False]
     if config.json is not None:
-        figures = {
+        content = {
             "rows": [asdict(row) | {"agrees": row.agrees} for row in rows],
             "compute_multiplier": multiplier and {"run": multiplier[0], "factor": multiplier[1]},
-            "agree": all(row.agrees is not False for row in rows),
+            "agree": not differing,
         }
-        write_json(config.json, figures)
+        write_json(config.json, content)
     if config.plot is not None:
         write_bytes(config.plot, draw_comparison(first, second).encode())
-    if differing := [row.name for row in rows if row.agrees is False]:
+    if differing:
         raise ArcherChatError(
             f"{first.name} and {second.name} do not agree in {', '.join(differing)}"
         )

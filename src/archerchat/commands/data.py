@@ -13,7 +13,7 @@ from typing import Literal
 from rich.table import Table
 
 from archerchat.config import Config, PositiveInt, Seed
-from archerchat.console import LiveLine, build_console, build_table, duration_text
+from archerchat.console import LiveLine, build_console, build_table, bytes_text, duration_text
 from archerchat.data.corpus import CorpusOptions, Group, build_corpus, find_recipe
 from archerchat.data.folder import Reading, describe_files, list_files
 from archerchat.data.hub import SOURCES, download_shards
@@ -245,14 +245,12 @@ def _counted(groups: Iterable[Group], line: LiveLine, name: str) -> Iterator[Gro
 
 
 def _describe(directory: Path, *, list_each: bool = False) -> Table:
-    columns = ("split", "shards", "row groups", "documents", "text MB", "file MB")
+    columns = ("split", "shards", "row groups", "documents", "text", "files")
     table = build_table(*columns, title=str(directory))
 
-    def add(name: str, count: str, figures: Sequence[float]) -> None:
-        whole, megabytes = figures[:2], figures[2:]
-        table.add_row(
-            name, count, *(f"{n:,}" for n in whole), *(f"{n / 1e6:,.1f}" for n in megabytes)
-        )
+    def add(name: str, count: str, figures: Sequence[int]) -> None:
+        counts, sizes = figures[:2], figures[2:]
+        table.add_row(name, count, *(f"{n:,}" for n in counts), *map(bytes_text, sizes))
 
     train, validation = split_shards(list_shards(directory))
     for split, shards in (("train", train), ("validation", validation)):

@@ -24,9 +24,22 @@ from archerchat.runtime import Runtime, build_runtime, dtype_name
 from archerchat.training.telemetry import describe_environment
 
 REQUIRED = (
-    "endlex", "huggingface-hub", "jinja2", "markdown-it-py", "matplotlib", "numpy", "pyarrow",
-    "pyyaml", "rich", "rustbpe", "safetensors", "scipy", "tiktoken", "torch", "tyro",
-)  # fmt: skip
+    "endlex",
+    "huggingface-hub",
+    "jinja2",
+    "markdown-it-py",
+    "matplotlib",
+    "numpy",
+    "pyarrow",
+    "pyyaml",
+    "rich",
+    "rustbpe",
+    "safetensors",
+    "scipy",
+    "tiktoken",
+    "torch",
+    "tyro",
+)
 OPTIONAL = ("triton", "flash-attn", "flash-attn-3", "psutil", "nvidia-ml-py", "lm-eval")
 LEAST_FREE_BYTES = 10 * 2**30
 
@@ -45,30 +58,30 @@ def doctor(config: DoctorConfig, home: Home) -> None:
     if config.json:
         print(json.dumps(report))
         return
-    console = build_console()
+    console, missing = build_console(), report.pop("missing")
     versions = [f"{name} {version}" for name, version in report["packages"].items() if version]
-    shown = report | {"packages": {"": ", ".join(versions)}}
-    for title in ("machine", "device", "choices", "backends", "packages", "home"):
+    for title, facts in (report | {"packages": {"": ", ".join(versions)}}).items():
         console.print(title)
-        for name, value in shown[title].items():
+        for name, value in facts.items():
             is_size = name.endswith("_bytes") and value is not None
             label = name.removesuffix("_bytes").replace("_", " ")
             console.print(f"  {label:17} {bytes_text(value) if is_size else value or '-'}")
-    console.print("missing" if report["missing"] else "nothing is missing")
-    for what, remedy in report["missing"]:
+    console.print("missing" if missing else "nothing is missing")
+    for what, remedy in missing:
         console.print(f"  {what}: {remedy}")
 
 
 def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:
     """Return each section's facts by name, and `missing` as pairs of a thing and its remedy."""
-    runtime, environment = build_runtime(config.device, config.dtype), describe_environment()
-    del environment["command"]
-    report: dict[str, Any] = {
-        "machine": environment | {"driver": _driver(), "compiler": _compiler()},
+    runtime, machine = build_runtime(config.device, config.dtype), describe_environment()
+    del machine["command"]
+    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    report = {
+        "machine": machine | {"driver": _driver(), "compiler": _compiler()},
         "device": _describe_device(runtime),
-        "choices": _describe_choices(runtime),
+        "choices": _describe_choices(runtime, packages),
         "backends": {name: _state(runtime, name) for name in BACKENDS},
-        "packages": {name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
+        "packages": packages,
         "home": _describe_home(home),
     }
     return report | {"missing": _missing(report, runtime)}
@@ -77,10 +90,9 @@ def examine(config: DoctorConfig, home: Home) -> dict[str, Any]:
 def _describe_device(runtime: Runtime) -> dict[str, Any]:
     facts: dict[str, Any] = {"name": runtime.device_name, "type": runtime.device.type}
     if runtime.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(runtime.device)
         gpu = find_gpu(runtime.device_name)
         published = gpu and gpu.flops_per_second(runtime.compute_dtype)
-        facts["capability"] = f"sm{major}{minor}"
+        facts["capability"] = "sm{}{}".format(*torch.cuda.get_device_capability(runtime.device))
         facts["published"] = f"{published / 1e12:.0f} TFLOP/s" if published else None
         facts["free_bytes"] = torch.cuda.mem_get_info(runtime.device)[0]
     elif "SC_AVPHYS_PAGES" in os.sysconf_names:
@@ -90,9 +102,9 @@ def _describe_device(runtime: Runtime) -> dict[str, Any]:
     return facts | {"measured": f"{rate.flops_per_second / 1e12:.3g} TFLOP/s, {product}"}
 
 
-def _describe_choices(runtime: Runtime) -> dict[str, str]:
+def _describe_choices(runtime: Runtime, packages: dict[str, str | None]) -> dict[str, str]:
     device, dtype = runtime.device, runtime.compute_dtype
-    works = _compiler() and (device.type != "cuda" or _version("triton"))
+    works = _compiler() and (device.type != "cuda" or packages["triton"])
     plain = "packed bfloat16 matrices" if can_pack(device, dtype) else "plain steps"
     return {
         "dtype": f"{dtype_name(dtype)}: {runtime.dtype_reason}",
@@ -147,7 +159,6 @@ def _version(name: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """Return the version of NVIDIA's driver."""
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.check_output(words, text=True, timeout=60).split("\n")[0]

@@ -75,34 +75,29 @@ class PruneConfig(ChangeConfig):
 
 def show(config: ListConfig, home: Home) -> None:
     """Print a table of the models."""
-    columns = ("stage", "model", "steps", "bits/byte", "size", "saved")
-    table = build_table(*columns, num_texts=2)
+    table = build_table("stage", "model", "steps", "bits/byte", "size", "saved", num_texts=2)
     for stage in STAGES:
         found = [(saved_at(find_checkpoint(path)), path) for path in list_models(home, stage)]
         for moment, path in sorted(found, reverse=True):
-            steps = list_checkpoints(path)
-            shown = ", ".join(map(str, steps[-2:]))
-            age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
-            more = "… " if len(steps) > 2 else ""
-            bits = read_bits_per_byte(find_checkpoint(path))
+            steps, bits = list_checkpoints(path), read_bits_per_byte(find_checkpoint(path))
+            shown = ("… " if len(steps) > 2 else "") + ", ".join(map(str, steps[-2:]))
             measured = "–" if bits is None else f"{bits:.4f}"
-            table.add_row(stage, path.name, more + shown, measured, _size_text(path), age)
-    if not table.row_count:
+            age = f"{duration_text(max(0.0, time.time() - moment / 1e9))} ago"
+            table.add_row(stage, path.name, shown, measured, _size_text(path), age)
+    if table.row_count:
+        console = Console(emoji=False, highlight=False)
+        console.print(table)
+        console.print("Commands take the first of a stage unless --model-tag names another.")
+    else:
         print(f"no models in {home.root}: train one (archerchat pretrain), or import one")
-        return
-    console = Console(emoji=False, highlight=False)
-    console.print(table)
-    console.print("Commands take the first of a stage unless --model-tag names another.")
 
 
 def rename(config: RenameConfig, home: Home) -> None:
     """Rename a model at all stages."""
     check_name(config.new, "model tag")
     sources = _find(home, config.old, None)
-    pairs = [(path, path.with_name(config.new)) for path in sources]
-    for stage in STAGES:
-        results = home.eval_dir(stage, config.old)
-        pairs += [(results, home.eval_dir(stage, config.new))] if results.is_dir() else []
+    results = [home.eval_dir(stage, config.old) for stage in STAGES]
+    pairs = [(p, p.with_name(config.new)) for p in (*sources, *filter(Path.is_dir, results))]
     if taken := [target for _, target in pairs if target.exists()]:
         raise UsageError(f"{taken[0]} exists: choose another name, or remove that model first")
     with ExitStack() as locks:
@@ -110,7 +105,6 @@ def rename(config: RenameConfig, home: Home) -> None:
             locks.enter_context(exclusive(path))
         for source, target in pairs:
             source.rename(target)
-        # Journals keep their names; reports find them by this list.
         entry = {"from": config.old, "to": config.new, "time": time.time()}
         write_json(home.root / RENAMES, [*read_renames(home), entry])
     for source, target in pairs:
@@ -141,14 +135,12 @@ def prune(config: PruneConfig, home: Home) -> None:
 
 def _find(home: Home, tag: str, stage: str | None) -> list[Path]:
     """Return the directories of a model, one for each stage that it went through."""
-    stages = [stage] if stage else STAGES
-    known = [path for stage in stages for path in list_models(home, stage)]
+    known = [path for each in STAGES if stage in (each, None) for path in list_models(home, each)]
     if found := [path for path in known if path.name == tag]:
         return found
+    kind = f"{stage} model" if stage else "model"
     names = ", ".join(dict.fromkeys(path.name for path in known)) or "none"
-    raise UsageError(
-        f"no {f'{stage} ' if stage else ''}model {tag!r} in {home.root}; there is {names}"
-    )
+    raise UsageError(f"no {kind} {tag!r} in {home.root}; there is {names}")
 
 
 def _size_text(path: Path) -> str:

@@ -13,12 +13,7 @@ from archerchat.home import Home, check_name
 from archerchat.planning.gpus import Prices
 from archerchat.report.document import CHARTS, HTML, MARKDOWN
 from archerchat.report.report import build_training_report, gather
-from archerchat.report.scaling import (
-    Parameters,
-    build_scaling_report,
-    fit_runs,
-    gather_sizes,
-)
+from archerchat.report.scaling import Parameters, build_scaling_report, fit_runs, gather_sizes
 
 
 @dataclass(frozen=True)
@@ -48,10 +43,8 @@ def report(config: ReportConfig, home: Home) -> None:
     runs, results = gather(home, config.tag[0] if config.tag else None)
     directory = target_directory(config.out, home, runs[-1].model_tag)
     paths = build_training_report(runs, results, config.prices).write(directory)
-    console = build_console()
-    console.print(f"report of {', '.join(run.tag for run in runs)}:")
-    for path in paths:
-        console.print(f"  {path}")
+    title = f"report of {', '.join(run.tag for run in runs)}:"
+    build_console().print("\n  ".join([title, *map(str, paths)]))
 
 
 def target_directory(out: Path | None, home: Home, name: str) -> Path:
@@ -92,15 +85,14 @@ class ScalingConfig:
 
 def report_scaling(config: ScalingConfig, home: Home) -> None:
     """Fit the law, write the report, and print both the law and the report's path."""
-    tags = list(config.runs)
-    if len(tags) < 2:
+    if len(config.runs) < 2:
         raise UsageError(
-            f"a law needs more than {len(tags)} run(s): name at least two, as in "
+            f"a law needs more than {len(config.runs)} run(s): name at least two, as in "
             "`archerchat report scaling d6 d8 d10`"
         )
-    if twice := [tag for tag in tags if tags.count(tag) > 1]:
+    if twice := [tag for tag in config.runs if config.runs.count(tag) > 1]:
         raise UsageError(f"run {twice[0]!r} is named twice: name each once")
-    runs = gather_sizes(home, tags, config.metric, config.parameters)
+    runs = gather_sizes(home, config.runs, config.metric, config.parameters)
     law, reason = fit_runs(runs)
     directory = target_directory(config.out, home, "scaling")
     paths = build_scaling_report(runs, law, reason, config.metric).write(directory)

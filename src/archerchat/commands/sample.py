@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from rich.console import Console
@@ -25,7 +25,6 @@ PROMPTS = (
 )
 MAX_ROWS = 16
 """Most samples to generate at a time."""
-
 CONTROLS = dict.fromkeys((*range(9), 11, 12, *range(14, 32), *range(127, 160)), "\ufffd")
 """A model may write any byte; bytes that control a terminal are replaced."""
 
@@ -45,54 +44,41 @@ def sample(config: SampleConfig, home: Home) -> None:
     """Load a model and print samples, token by token."""
     config.sampling.refuse_changes("logprobs")
     loaded, _ = config.load(home, config.source)
-    console = build_console()
-    print_samples(loaded, config, console)
+    print_samples(loaded, config, build_console())
 
 
 def print_samples(loaded: LoadedModel, config: SampleConfig, console: Console) -> None:
     """Print the samples that `config` asks for."""
     params, tokenizer = config.sampling, loaded.tokenizer
-    prompts = [] if config.prompt is not None else list(PROMPTS)
+    prompts = list(PROMPTS) if config.prompt is None else []
     prompts += [config.prompt or ""] * params.num_samples
-    stop_token_ids = (tokenizer.bos_id, *params.stop_token_ids)
+    params = replace(
+        params, stop_token_ids=(tokenizer.bos_id, *params.stop_token_ids), num_samples=1
+    )
     requests = [
         Request(
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
-            replace(
-                params,
-                stop_token_ids=stop_token_ids,
-                seed=derive_seed(params.seed, number),
-                num_samples=1,
-            ),
+            replace(params, seed=derive_seed(params.seed, number)),
             decode=tokenizer.decode,
         )
         for number, prompt in enumerate(prompts)
     ]
-    engine = Engine(loaded.model, max_batch=min(len(requests), MAX_ROWS))
-    texts = _in_turn(engine.stream(requests), len(requests))
-    for prompt, pieces in zip(prompts, texts, strict=True):
+    events = Engine(loaded.model, max_batch=min(len(requests), MAX_ROWS)).stream(requests)
+    waiting: list[list[Event]] = [[] for _ in prompts]
+    for number, prompt in enumerate(prompts):
         console.rule("prompted" if prompt else "no prompt", align="left")
         console.print(prompt, end="", style="bold")
-        for piece in pieces:
-            console.print(piece.translate(CONTROLS), end="")
+        for event in _in_turn(events, waiting, number):
+            console.print(event.text.translate(CONTROLS), end="")
         console.print()
 
 
-def _in_turn(events: Iterator[Event], count: int) -> Iterator[Iterator[str]]:
-    """Yield each request's text in order, piece by piece; later requests' pieces wait.
-
-    An iterator must be exhausted before the next one is taken.
-    """
-    waiting: list[deque[Event]] = [deque() for _ in range(count)]
-
-    def pieces(number: int) -> Iterator[str]:
-        while True:
-            while not waiting[number]:
-                event = next(events)
-                waiting[event.request].append(event)
-            event = waiting[number].popleft()
-            yield event.text
-            if event.finish_reason is not None:
-                return
-
-    return map(pieces, range(count))
+def _in_turn(events: Iterator[Event], waiting: list[list[Event]], number: int) -> Iterator[Event]:
+    """Yield the events of request `number`; those of later requests wait for their turn."""
+    for event in chain(waiting[number], events):
+        if event.request != number:
+            waiting[event.request].append(event)
+            continue
+        yield event
+        if event.finish_reason is not None:
+            return

@@ -1,9 +1,8 @@
 """Turn conversations into rows for fine-tuning, ahead of the step (SPEC section 7).
 
-A background thread renders the conversations of a mixture and packs them whole: a row takes the
-longest of 100 that still fits, and padding when none does. Conversations longer than a row are
-truncated, after a complete answer if one fits. Conversations without a token to learn are dropped,
-so every row begins with a conversation and has a token to learn.
+A row takes the longest of 100 conversations that still fits, and padding when none does.
+Conversations longer than a row are truncated, after a complete answer if one fits. Conversations
+without a token to learn are dropped, so every row has one.
 
 While it is packed, a conversation is one int32 array: a token to learn is its id, any other is
 `~id`. Rank r of W takes conversations r, r + W, ... The last row of a pass is padded, and the next
@@ -18,8 +17,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from itertools import chain, count
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,9 @@ class Counts:
     trained: int = 0
     """Positions that are learned from."""
 
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*map(add, astuple(self), astuple(other)))
+
     @property
     def padding_share(self) -> float:
         """Share of the positions that are padding; NaN before the first batch."""
@@ -79,10 +82,8 @@ class Used:
 
     @classmethod
     def of(cls, parts: Sequence[Used]) -> Used:
-        """Add up the figures of several loaders."""
-        columns = zip(*(astuple(part.counts) for part in parts), strict=True)
         return cls(
-            Counts(*map(sum, columns)),
+            sum((part.counts for part in parts), Counts()),
             sum(part.consumed for part in parts),
             sum(part.share for part in parts),
             min(part.progress for part in parts),
@@ -111,8 +112,7 @@ def fit_conversation(
         The document, None if no token to learn is left; and whether it was truncated.
     """
     tokens, learned = np.asarray(ids, np.int32), np.asarray(mask, bool)
-    cut = len(tokens) > row_length
-    if cut:
+    if cut := len(tokens) > row_length:
         ends = np.flatnonzero(tokens[:row_length] == end_id)
         length = int(ends[-1]) + 1 if len(ends) else row_length
         tokens, learned = tokens[:length], learned[:length]
@@ -132,7 +132,6 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
-        prefetch: batches prepared ahead.
         repeat: begin again after a pass, even inside a batch. If false, rows of padding fill the
             last batch.
 
@@ -185,89 +184,67 @@ class ConversationLoader(PrefetchingLoader[_Progress]):
         return _Progress(Counts(**state["counts"]))
 
     def _iter_after(self, state: State[_Progress]) -> Iterator[tuple[Batch, State[_Progress]]]:
-        identity = self._identity
-        packer = BestFitPacker(identity["sequence_length"] + 1, identity["buffer_size"], PADDING)
+        batch_size, row_length = self._identity["batch_size"], self._identity["sequence_length"] + 1
+        self._counts = state.progress.counts
+        self._packer = BestFitPacker(row_length, self._identity["buffer_size"], PADDING)
         for document in state.documents:
-            packer.add(document.tokens)
-        source = _Conversations(
-            self._mixture, self._indices, self._tokenizer, packer, state.progress.counts
-        )
-        return source.iter_batches(identity["batch_size"], self._repeat)
-
-
-def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
-    """Identify a mixture's conversations, with each task under its number."""
-    described = mixture.describe()
-    return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}
-
-
-@dataclass
-class _Conversations:
-    """Read, render, pack and count."""
-
-    mixture: TaskMixture
-    indices: range
-    """This rank's conversations of a pass."""
-    tokenizer: Tokenizer
-    packer: BestFitPacker
-    counts: Counts
-
-    def iter_batches(
-        self, batch_size: int, repeat: bool
-    ) -> Iterator[tuple[Batch, State[_Progress]]]:
-        """Yield each batch with the state after it."""
+            self._packer.add(document.tokens)
         # Rows of padding fill the last batch; those that none needs are dropped.
-        padding = np.full(self.packer.row_length, PADDING, np.int64)
+        padding = np.full(row_length, PADDING, np.int64)
         passes = (row for _ in count() for row in self._iter_pass())
-        source = passes if repeat else chain(self._iter_pass(), [padding] * (batch_size - 1))
+        source = passes if self._repeat else chain(self._iter_pass(), [padding] * (batch_size - 1))
         for rows in stack_rows(source, batch_size):  # (B, T + 1)
-            ids = np.where(rows == PADDING, self.tokenizer.bos_id, np.where(rows >= 0, rows, ~rows))
+            ids = np.where(
+                rows == PADDING, self._tokenizer.bos_id, np.where(rows >= 0, rows, ~rows)
+            )
             targets = np.where(rows >= 0, rows, IGNORED)[:, 1:]
-            self._count(
+            self._counts += Counts(
                 targets=targets.size,
                 padding=int((rows[:, 1:] == PADDING).sum()),
                 trained=int((targets >= 0).sum()),
             )
             batch = Batch(np.stack((ids[:, :-1], targets)))
-            yield batch, State(_Progress(self.counts), self.packer.documents())
+            yield batch, State(_Progress(self._counts), self._packer.documents())
 
     def _iter_pass(self) -> Iterator[Row]:
         """Yield the rows of this pass from where it is."""
-        share, empty = len(self.indices), True
-        passes, rest = divmod(self.counts.read, share)
-        draining = rest == 0 and len(self.packer) > 0  # the pass is read, but not yet packed
+        share, empty = len(self._indices), True
+        passes, rest = divmod(self._counts.read, share)
+        draining = rest == 0 and len(self._packer) > 0  # the pass is read, but not yet packed
         end = (passes if draining else passes + 1) * share
         self._fill(end)
-        while len(self.packer):
-            row = self.packer.place()
+        while len(self._packer):
+            row = self._packer.place()
             # Fill now, so that conversations to be dropped at the end of the pass are read with its
             # last row, and the pass is then known to be over.
             self._fill(end)
             if row is not None:
                 empty = False
                 yield row
-        if (row := self.packer.finish()) is not None:
+        if (row := self._packer.finish()) is not None:
             empty = False
             yield row
         if empty and rest == 0:
             raise DataError(
                 f"none of {share} conversations has a word of the assistant to learn within "
-                f"{self.packer.row_length - 1} tokens: give others, or a longer row"
+                f"{self._packer.row_length - 1} tokens: give others, or a longer row"
             )
 
     def _fill(self, end: int) -> None:
         """Fill the buffer from the pass that ends at `end`."""
-        end_id = self.tokenizer.special_id("<|assistant_end|>")
-        while self.counts.read < end and self.packer.needs_documents():
-            index = self.indices[self.counts.read % len(self.indices)]
-            rendered = render_whole(self.tokenizer, self.mixture, index)
-            document, cut = fit_conversation(*rendered, self.packer.row_length, end_id)
+        end_id = self._tokenizer.special_id("<|assistant_end|>")
+        while self._counts.read < end and self._packer.needs_documents():
+            index = self._indices[self._counts.read % len(self._indices)]
+            rendered = render_whole(self._tokenizer, self._mixture, index)
+            document, cut = fit_conversation(*rendered, self._packer.row_length, end_id)
             if document is None:
-                self._count(read=1, dropped=1)
+                self._counts += Counts(read=1, dropped=1)
             else:
-                self._count(read=1, cut=int(cut))
-                self.packer.add(document)
+                self._counts += Counts(read=1, cut=int(cut))
+                self._packer.add(document)
 
-    def _count(self, **more: int) -> None:
-        totals = {name: getattr(self.counts, name) + number for name, number in more.items()}
-        self.counts = replace(self.counts, **totals)
+
+def describe_mixture(mixture: TaskMixture) -> dict[str, Any]:
+    """Identify a mixture's conversations, with each task under its number."""
+    described = mixture.describe()
+    return described | {"tasks": {str(i): task for i, task in enumerate(described["tasks"])}}

@@ -4,9 +4,7 @@ Two passes bound the memory, whatever the size: documents are spilled into bucke
 is shuffled by itself and written as shards. Documents come in groups that stay together in train or
 in validation, such as a module's source and its documentation, which repeat each other.
 
-`corpus.json` next to the shards holds the recipe: the sources and the options. Building the same
-recipe again does nothing. A corpus of another recipe is only replaced with `force`, because runs
-that read it could not be resumed.
+`corpus.json` next to the shards holds the recipe: the sources and the options.
 """
 
 from __future__ import annotations
@@ -21,11 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from archerchat.config import Config, Limit, PositiveInt, Seed, compare_configs
-from archerchat.data.shards import TEXT_COLUMN, write_shards
+from archerchat.data.shards import write_shards
 from archerchat.errors import DataError, UsageError
 from archerchat.files import current, explained_writes, new_directory, remove_leftovers, write_json
 from archerchat.tokenizer.bpe import replace_surrogates
@@ -35,8 +30,8 @@ FORMAT = 1
 MAX_VAL_DOCUMENTS = 8192
 BUCKET_BYTES = 64 << 20
 MAX_BUCKETS = 256
-SPILL_DOCUMENTS = 1024
-_SPILL_SCHEMA = pa.schema([("group", pa.int64()), (TEXT_COLUMN, pa.string())])
+MAX_NAMED = 5
+"""Number of differing source files that an error names."""
 
 Group = Sequence[str]
 """Documents that go to train together or to validation together."""
@@ -71,30 +66,30 @@ def build_corpus(
     input_bytes: int = 0,
     force: bool = False,
 ) -> bool:
-    """Write the documents of `groups`, shuffled, as the shards of `directory`.
+    """Write the documents of `groups`, shuffled, as the shards of `directory`, atomically.
 
     Returns False, without reading `groups`, if `directory` already has this recipe and these
-    options. Documents without a visible character are left out. The directory is written, or
-    replaced, atomically.
+    options. Documents without a visible character are left out.
 
     Args:
         recipe: a JSON value that changes whenever `groups` or `held_out` would.
         held_out: documents for the validation shard, if they are not drawn from `groups`.
         input_bytes: approximate size of the text; decides the number of buckets.
-        force: replace an earlier corpus, whatever its recipe.
+        force: replace an earlier corpus, whatever its recipe. Runs that read it cannot be resumed.
 
     Raises:
         UsageError: `directory` holds something else, or, without `force`, another recipe's corpus.
         DataError: there are not two groups, or the disk is full.
     """
     remove_leftovers(directory.parent)
-    if not force and (manifest := _load_manifest(directory)) is not None:
+    manifest = None if force else _load_manifest(directory)
+    if manifest is not None:
         saved = manifest["recipe"] | manifest["options"]
-        if differences := compare_configs(saved, {**recipe, **asdict(options)}):
+        if differences := _list_differences(saved, {**recipe, **asdict(options)}):
             raise UsageError(
-                f"{directory} was built from other text or with other settings: "
-                f"{'; '.join(differences)}. Give another --name, or replace it with --force (runs "
-                "that read it can then not be resumed)"
+                f"{directory} was built from other files or with other settings: "
+                f"{'; '.join(differences)}. Give another --name to keep both, or replace it with "
+                "--force (runs that read it can then not be resumed)"
             )
         if _is_whole(directory, manifest):
             return False
@@ -104,9 +99,7 @@ def build_corpus(
             f"--name, or remove it"
         )
     with explained_writes(directory), new_directory(directory) as temporary:
-        with TemporaryDirectory(prefix=".spill-", dir=temporary) as scratch:
-            spill = Path(scratch)
-            shards = _write_corpus(groups, held_out, temporary, spill, options, input_bytes)
+        shards = _write_corpus(groups, held_out, temporary, options, input_bytes)
         sizes = {shard.name: shard.stat().st_size for shard in shards}
         made_from = {"recipe": recipe, "options": asdict(options)}
         write_json(temporary / MANIFEST, {"format": FORMAT, **made_from, "shards": sizes})
@@ -122,13 +115,10 @@ def find_recipe(directory: Path) -> dict[str, Any] | None:
 def _load_manifest(directory: Path) -> dict[str, Any] | None:
     """Read the manifest; None if it is missing or damaged."""
     try:
-        manifest: dict[str, Any] = json.loads((current(directory) / MANIFEST).read_bytes())
-        parts = (manifest["recipe"], manifest["options"], manifest["shards"])
-        if manifest["format"] == FORMAT and all(isinstance(part, dict) for part in parts):
-            return manifest
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+        manifest = json.loads((current(directory) / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
 def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
@@ -136,49 +126,72 @@ def _is_whole(directory: Path, manifest: Mapping[str, Any]) -> bool:
     return all(file.exists() and file.stat().st_size == size for file, size in files.items())
 
 
+def _list_differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe the source files that differ, by name, then the other settings."""
+    before, after = _facts_by_file(saved), _facts_by_file(now)
+    changes = {
+        "added": after.keys() - before.keys(),
+        "removed": before.keys() - after.keys(),
+        "changed": {name for name in before.keys() & after.keys() if before[name] != after[name]},
+    }
+    lines = []
+    for change, names in changes.items():
+        if names:
+            named = [*sorted(names)[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])]
+            lines.append(f"source files {change} ({len(names):,}): {', '.join(named)}")
+    settings = ({k: v for k, v in each.items() if k != "files"} for each in (saved, now))
+    return lines + compare_configs(*settings)
+
+
+def _facts_by_file(recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
+    single = Path(recipe.get("folder", "")).name  # whose own recipe calls it "."
+    return {single if name == "." else name: facts for name, *facts in recipe.get("files", [])}
+
+
 def _write_corpus(
     groups: Iterable[Group],
     held_out: Iterable[Group],
     directory: Path,
-    scratch: Path,
     options: CorpusOptions,
     input_bytes: int,
 ) -> list[Path]:
     generator = random.Random(options.seed)
-    num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
-    buckets = [scratch / f"{index}.parquet" for index in range(num_buckets)]
-    sizes, num_train = _spill(groups, held_out, buckets, generator)
-    if len(sizes) < 2 or not num_train:
-        raise DataError(
-            "at least two documents are needed, one of them for validation; found "
-            f"{sum(sizes)}: give more text"
-        )
-    validation = _choose_validation(sizes, num_train, options, generator)
-    train = set(range(num_train)) - validation
     validation_texts: list[str] = []
 
     def iter_train() -> Iterator[str]:
         """Yield the train documents, each bucket shuffled; collect those for validation."""
         for path in buckets:
-            columns = (column.to_pylist() for column in pq.read_table(path).columns)
-            documents = list(zip(*columns, strict=True))
+            with path.open(encoding="utf-8") as lines:
+                documents = list(map(json.loads, lines))
             validation_texts.extend(text for group, text in documents if group in validation)
             texts = [text for group, text in documents if group in train]
             generator.shuffle(texts)
             yield from texts
 
     def write(documents: Iterable[str], count: int, per_shard: int, first: int) -> list[Path]:
-        group = options.documents_per_row_group or min(256, max(1, count // 8))
         return write_shards(
             documents,
             directory,
-            documents_per_row_group=group,
+            documents_per_row_group=(
+                options.documents_per_row_group or min(256, max(1, count // 8))
+            ),
             documents_per_shard=per_shard,
             first_index=first,
         )
 
-    num_documents = sum(sizes[group] for group in train)
-    shards = write(iter_train(), num_documents, options.documents_per_shard, 0)
+    with TemporaryDirectory(prefix=".spill-", dir=directory) as scratch:
+        num_buckets = min(1 + input_bytes // BUCKET_BYTES, MAX_BUCKETS)
+        buckets = [Path(scratch, f"{index}.jsonl") for index in range(num_buckets)]
+        sizes, num_train = _spill(groups, held_out, buckets, generator)
+        if len(sizes) < 2 or not num_train:
+            raise DataError(
+                "at least two documents are needed, one of them for validation; found "
+                f"{sum(sizes)}: give more text"
+            )
+        validation = _choose_validation(sizes, num_train, options, generator)
+        train = set(range(num_train)) - validation
+        num_documents = sum(sizes[group] for group in train)
+        shards = write(iter_train(), num_documents, options.documents_per_shard, 0)
     generator.shuffle(validation_texts)
     count = len(validation_texts)
     return shards + write(validation_texts, count, count, len(shards))
@@ -196,28 +209,16 @@ def _spill(
         The sizes of the non-empty groups, and the number of those that are not from `held_out`.
     """
     sizes, num_train = list[int](), 0
-    pending: list[list[tuple[int, str]]] = [[] for _ in buckets]
     with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(pq.ParquetWriter(path, _SPILL_SCHEMA)) for path in buckets]
-
-        def flush(index: int) -> None:
-            rows = [{"group": group, TEXT_COLUMN: text} for group, text in pending[index]]
-            writers[index].write_table(pa.Table.from_pylist(rows, _SPILL_SCHEMA))
-            pending[index] = []
-
+        files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in buckets]
         marked = chain(zip(groups, repeat(True)), zip(held_out, repeat(False)))
         for group, is_train in marked:
             texts = [replace_surrogates(text) for text in group if text and not text.isspace()]
-            if not texts:
-                continue
-            index = generator.randrange(len(buckets))
-            pending[index] += [(len(sizes), text) for text in texts]
-            sizes.append(len(texts))
-            num_train += is_train
-            if len(pending[index]) >= SPILL_DOCUMENTS:
-                flush(index)
-        for index in range(len(buckets)):
-            flush(index)
+            if texts:
+                lines = (json.dumps([len(sizes), text], ensure_ascii=False) for text in texts)
+                generator.choice(files).writelines(f"{line}\n" for line in lines)
+                sizes.append(len(texts))
+                num_train += is_train
     return sizes, num_train
 
 

@@ -1,8 +1,7 @@
 """Read documents from any folder of Parquet, JSON, CSV or text files, compressed or not.
 
 Each row holds a document, in the column or key `text` or in another given one. `.txt` and `.md`
-files are cut at paragraphs into documents of a useful size. Null and blank texts are left out and
-counted.
+files are cut at paragraphs into documents of a useful size.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ KINDS = (".parquet", *JSON_KINDS, *TABLE_KINDS, ".txt", ".md")
 
 @dataclass
 class Reading:
-    """Read files, and count what was left out or cut.
-
-    Raises:
-        DataError: a file or a row is broken (from `iter_texts`), unless `skip_bad`.
-    """
+    """Read files, and count what was left out or cut."""
 
     column: str = TEXT_COLUMN
     skip_bad: bool = False
@@ -50,7 +45,11 @@ class Reading:
     first_empty: str = ""
 
     def iter_texts(self, files: Sequence[Path]) -> Iterator[str]:
-        """Iterate over the documents of `files` in order."""
+        """Iterate over the documents of `files` in order, without null and blank ones.
+
+        Raises:
+            DataError: a file or a row is broken, unless `skip_bad`.
+        """
         for path in files:
             for where, text in self._iter_file(path):
                 if not text or text.isspace():
@@ -59,8 +58,7 @@ class Reading:
                 else:
                     yield text
 
-    def refuse(self, problem: str) -> None:
-        """Raise a problem or, with `skip_bad`, record it."""
+    def _refuse(self, problem: str) -> None:
         if not self.skip_bad:
             raise DataError(f"{problem}; --skip-bad leaves out what is bad")
         self.num_bad += 1
@@ -93,35 +91,32 @@ class Reading:
                 for number, text in enumerate(iter_documents([path], self.column), start=1):
                     yield f"{path}, row {number}", text
             except DataError as error:
-                self.refuse(str(error))
+                self._refuse(str(error))
         elif kind in (*JSON_KINDS, *TABLE_KINDS):
-            yield from self._iter_column(path)
+            for where, row in iter_rows(path, self._refuse):
+                columns = row if isinstance(row, dict) else {}
+                value = columns.get(self.column, row)
+                if value is None or isinstance(value, str):
+                    yield where, value
+                else:
+                    self._refuse(
+                        f"{where}: no text in {self.column!r} (it has "
+                        f"{', '.join(map(str, columns)) or 'nothing'}): fix it, or give "
+                        "--text-column"
+                    )
         else:
-            pieces = list(split_text("".join(line for _, line in iter_lines(path, self.refuse))))
+            pieces = list(split_text("".join(line for _, line in iter_lines(path, self._refuse))))
             if len(pieces) > 1:
                 self.num_long += 1
                 self.num_pieces += len(pieces)
             yield from ((str(path), piece) for piece in pieces)
-
-    def _iter_column(self, path: Path) -> Iterator[tuple[str, str | None]]:
-        for where, row in iter_rows(path, self.refuse):
-            value: Any = row.get(self.column, row) if isinstance(row, dict) else row
-            if value is None or isinstance(value, str):
-                yield where, value
-            else:
-                names = ", ".join(map(str, row)) if isinstance(row, dict) else "nothing"
-                self.refuse(
-                    f"{where}: no text in {self.column!r} (it has {names}): fix it, or give "
-                    "--text-column"
-                )
 
 
 def list_files(source: Path) -> Folder:
     """Return the readable files below `source`, or `source` itself if it is a file.
 
     Raises:
-        UsageError: there is no `source`.
-        DataError: it holds no such files.
+        UsageError, DataError: there is no `source`, or no such file in it.
     """
     remedy = f"give a folder of {', '.join(KINDS)} files"
     if not source.exists():
@@ -134,10 +129,8 @@ def list_files(source: Path) -> Folder:
 
 def describe_files(source: Path, files: Sequence[Path]) -> dict[str, Any]:
     """Return a JSON value that changes when a file is added, removed or written to."""
-    described = [
-        [path.relative_to(source).as_posix(), path.stat().st_size, path.stat().st_mtime_ns]
-        for path in files
-    ]
+    facts = ((path.relative_to(source).as_posix(), path.stat()) for path in files)
+    described = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts]
     return {"folder": str(source.resolve()), "files": described}
 
 

@@ -25,7 +25,7 @@ class HubSource:
         if not 1 <= num_train <= last:
             raise UsageError(
                 f"{num_train} train shards were asked for: {self.repository} has {last}, and at "
-                f"least 1 is needed"
+                "least 1 is needed"
             )
         return [f"shard_{index:05d}.parquet" for index in (last, *range(num_train))]
 
@@ -48,7 +48,7 @@ def download_shards(
 ) -> list[Path]:
     """Fetch validation and the first `num_train` other shards, in parallel; return the new ones.
 
-    The validation shard is the same for any `num_train`, so that all runs are validated alike.
+    Validation is the same shard for any `num_train`, so that all runs are validated alike.
 
     Args:
         endpoint: the hub's address; None leaves it to huggingface_hub (`HF_ENDPOINT`).

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,34 +39,28 @@ class Buffered(NamedTuple):
 
     def rest(self) -> Document:
         """Return the tokens that are not in a row yet, as a document."""
-        joined = (self.tokens[:1], self.tokens[self.start :])
-        return np.concatenate(joined) if self.start else self.tokens
+        if not self.start:
+            return self.tokens
+        return np.concatenate((self.tokens[:1], self.tokens[self.start :]))
 
 
 class _OpenRow:
-    """Fill rows of one length."""
-
     def __init__(self, row_length: int) -> None:
         assert row_length >= 2, row_length
-        self._row: Row = np.empty(row_length, np.int64)
-        self._used = 0
+        self.row_length = row_length
         self.dropped = 0
         """Number of tokens that were cut off."""
-
-    @property
-    def row_length(self) -> int:
-        return len(self._row)
+        self._row, self._used = np.empty(row_length, np.int64), 0
 
     @property
     def _space(self) -> int:
-        """Free places in the open row."""
-        return len(self._row) - self._used
+        return self.row_length - self._used
 
     def _put(self, tokens: Document) -> Row | None:
         """Append `tokens`, which must fit; return the row if that filled it."""
         end = self._used + len(tokens)
         self._row[self._used : end] = tokens
-        if end < len(self._row):
+        if end < self.row_length:
             self._used = end
             return None
         full, self._row, self._used = self._row, np.empty_like(self._row), 0
@@ -76,33 +71,31 @@ class BestFitPacker(_OpenRow):
     """Place the longest buffered document that fits; when none does, fill the row.
 
     Of documents of equal length the first is taken. A row is filled by cropping the shortest
-    document (SPEC section 4): what a crop cuts off is dropped, so no row holds padding and every
-    document in a row starts with BOS. With `padding` nothing is cropped (SPEC section 7).
+    document (SPEC section 4), so no row holds padding and every document in a row starts with BOS.
 
     Args:
         row_length: T + 1, since inputs and targets overlap by one token.
         buffer_size: least number of documents to choose from.
-        padding: fills a row instead; every document must then fit into an empty row.
+        padding: fills a row instead (SPEC section 7); every document must then fit into a row.
     """
 
     def __init__(self, row_length: int, buffer_size: int, padding: int | None = None) -> None:
         super().__init__(row_length)
         self._buffer_size, self._padding = buffer_size, padding
-        self._by_arrival: dict[int, Buffered] = {}
+        self._arrivals, self._by_arrival = count(), dict[int, Buffered]()
         self._sorted: list[tuple[int, int]] = []
         """Length and arrival of each document, in order, so that choosing is a binary search."""
-        self._arrivals = 0
 
     def add(self, document: Document, length: int | None = None) -> None:
         """Buffer a document of at least one token; a cropped one had `length`."""
         length = length or len(document)
-        fits = self._padding is None or length <= len(self._row)
+        fits = self._padding is None or length <= self.row_length
         assert fits, "no row would ever take it"
-        if len(document) > len(self._row):
-            document = document[: len(self._row)].copy()
-        insort(self._sorted, (length, self._arrivals))
-        self._by_arrival[self._arrivals] = Buffered(document, length)
-        self._arrivals += 1
+        if len(document) > self.row_length:
+            document = document[: self.row_length].copy()
+        arrival = next(self._arrivals)
+        insort(self._sorted, (length, arrival))
+        self._by_arrival[arrival] = Buffered(document, length)
 
     def needs_documents(self) -> bool:
         """Whether documents must be added before the next `place`."""
@@ -142,8 +135,8 @@ class ConcatPacker(_OpenRow):
     """Place documents in order; what does not fit continues in the next row, after a BOS.
 
     A document `BOS a b c` that meets two free tokens leaves `BOS a` at the end of this row and
-    starts the next with `BOS b c`. Nothing is dropped: every token after a document's BOS is a
-    target exactly once, and every row starts with BOS. It has the methods of `BestFitPacker`.
+    starts the next with `BOS b c`. Nothing is dropped, and every token after a document's BOS is a
+    target exactly once. It has the methods of `BestFitPacker`.
     """
 
     def __init__(self, row_length: int) -> None:

@@ -1,18 +1,19 @@
 """The base of the loaders of text and of conversations: packing ahead of the step, and resuming.
 
 A background thread reads, tokenizes and packs, so that batches are ready when a step needs them.
-Every batch comes with the state after it: a checkpoint saves the state of the last batch that the
-caller got, however far the thread has run ahead. A state is a tuple of references, and tensors are
-made of it only for a checkpoint.
+Every batch comes with the state after it, and a checkpoint saves the state of the last batch that
+the caller got. A state is a tuple of references; tensors are made of it only for a checkpoint.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -53,7 +54,7 @@ class State(Generic[ProgressT]):
     """Documents in the packer's buffer, in its order."""
 
 
-class PrefetchingLoader(ABC, Generic[ProgressT]):
+class PrefetchingLoader(Iterator[Batch], Generic[ProgressT]):
     """Iterate over batches that a thread prepares.
 
     The thread starts at the first `next` and ends with `close`, or when the loader is deleted.
@@ -63,7 +64,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
             included.
         progress: position of a new loader.
         prefetch: number of batches to prepare ahead.
-        dtype: of the state's tokens while no document is buffered.
+        dtype: type of the state's tokens if no document is buffered.
     """
 
     def __init__(
@@ -72,20 +73,15 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         self._identity, self._prefetch, self._dtype = identity, prefetch, dtype
         self._state = State(progress)
         self._pool: ThreadPoolExecutor | None = None
-        self._batches: Iterator[tuple[Batch, State[ProgressT]]] = iter(())
         self._pending = deque[Future[tuple[Batch, State[ProgressT]]]]()
 
     @abstractmethod
     def _iter_after(self, state: State[ProgressT]) -> Iterator[tuple[Batch, State[ProgressT]]]:
-        """Yield each batch after `state` with the state after it, in the thread.
-
-        The iterator must not refer to the loader, so that the loader can be deleted.
-        """
+        """Yield each batch after `state` with the state after it; runs on a copy of the loader."""
 
     @abstractmethod
     def _parse(self, state: Mapping[str, Any]) -> ProgressT:
-        """Read the progress from a saved state; a broken one is a KeyError, TypeError or
-        ValueError."""
+        """Read a saved progress; a broken one is a KeyError, TypeError or ValueError."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the last returned batch: the `identity` and the progress as JSON,
@@ -123,13 +119,11 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         """Return the saved identity without what may differ, and the identity to continue with."""
         return saved, self._identity
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Batch:
         if self._pool is None:
+            # The thread uses a copy, so that it does not keep a forgotten loader alive.
+            self._batches = copy(self)._iter_after(self._state)
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-            self._batches = self._iter_after(self._state)
             for _ in range(self._prefetch):
                 self._pending.append(self._pool.submit(next, self._batches))
         batch, self._state = self._pending[0].result()  # an error stays first, to be raised again
@@ -151,11 +145,7 @@ class PrefetchingLoader(ABC, Generic[ProgressT]):
         self.close()
 
 
-def stack_rows(rows: Iterable[Row], batch_size: int) -> Iterator[NDArray[np.int64]]:
+def stack_rows(rows: Iterator[Row], batch_size: int) -> Iterator[NDArray[np.int64]]:
     """Yield the rows in arrays (B, T + 1); an incomplete last one is dropped."""
-    pending: list[Row] = []
-    for row in rows:
-        pending.append(row)
-        if len(pending) == batch_size:
-            yield np.stack(pending)
-            pending = []
+    while len(taken := list(islice(rows, batch_size))) == batch_size:
+        yield np.stack(taken)

@@ -21,6 +21,7 @@ from archerchat.files import explained_writes, write_bytes
 from archerchat.home import Home
 
 TEXT_COLUMN = "text"
+TEXT_TYPES = {"string", "large_string", "string_view", "binary", "large_binary", "binary_view"}
 MAKE_DATA = "make some with `archerchat data download` or `archerchat data build stdlib`"
 
 
@@ -40,27 +41,21 @@ def data_directory(data: str, home: Home) -> Path:
     directory = home.data_dir(data)
     if directory.is_dir():
         return directory
-    names = [source.name for source in list_sources(home)]
-    known = f"; there is {', '.join(names)}. Choose one of them, or " if names else ": "
-    message = f"no data {data!r} under {directory.parent}{known}{MAKE_DATA}"
-    if Path(data).is_dir():
-        message += f". For the directory {data} that is here, write ./{data}"
-    raise UsageError(message)
+    names = ", ".join(source.name for source in list_sources(home))
+    known = f"; there is {names}. Choose one of them, or " if names else ": "
+    here = f". For the directory {data} that is here, write ./{data}" if Path(data).is_dir() else ""
+    raise UsageError(f"no data {data!r} under {directory.parent}{known}{MAKE_DATA}{here}")
 
 
 def list_sources(home: Home) -> list[Path]:
     """Return the directories under the home that hold shards, by name."""
-    parent = home.data_dir("any").parent
-    found = parent.iterdir() if parent.is_dir() else ()
-    return sorted(
-        path for path in found if not path.name.startswith(".") and any(path.glob("*.parquet"))
-    )
+    shards = home.data_dir("any").parent.glob("*/*.parquet")
+    return sorted({path.parent for path in shards if not path.parent.name.startswith(".")})
 
 
 def list_shards(directory: Path) -> list[Path]:
     """Return the shards in `directory` by name, at least one; hidden files are ignored."""
-    found = directory.glob("*.parquet") if directory.is_dir() else ()
-    shards = sorted(path for path in found if not path.name.startswith("."))
+    shards = sorted(p for p in directory.glob("*.parquet") if not p.name.startswith("."))
     if not shards:
         raise DataError(f"no *.parquet shard in {directory}: {MAKE_DATA}")
     return shards
@@ -98,16 +93,7 @@ class Shard:
             self._metadata, schema = self._file.metadata, self._file.schema_arrow
         self.num_row_groups: int = self._metadata.num_row_groups
         self.num_documents: int = self._metadata.num_rows
-        kind = schema.field(column).type if column in schema.names else None
-        if kind is not None and _holds_text(kind):
-            return
-        self.close()
-        if kind is not None:
-            raise DataError(f"{path}: column {column!r} holds {kind}: it must hold strings")
-        raise DataError(
-            f"{path} has no column {column!r} (it has {', '.join(schema.names) or 'none'}): name "
-            "the one that holds the documents, `archerchat data build DIRECTORY --text-column NAME`"
-        )
+        _check_column(path, column, schema)
 
     @property
     def documents_per_row_group(self) -> list[int]:
@@ -118,8 +104,7 @@ class Shard:
         """Approximate size of the uncompressed text; includes lengths and headers."""
         groups = map(self._metadata.row_group, range(self.num_row_groups))
         columns = (group.column(i) for group in groups for i in range(group.num_columns))
-        named = (each for each in columns if each.path_in_schema == self._column)
-        return sum(int(each.total_uncompressed_size) for each in named)
+        return sum(c.total_uncompressed_size for c in columns if c.path_in_schema == self._column)
 
     def read_row_group(self, index: int) -> list[str]:
         """Return the documents of one row group; a null is an empty document."""
@@ -149,10 +134,15 @@ class Shard:
             ) from error
 
 
-def _holds_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
-    return any(getattr(pa.types, f"is_{name}")(kind) for name in names)
+def _check_column(path: Path, column: str, schema: pa.Schema) -> None:
+    if column not in schema.names:
+        raise DataError(
+            f"{path} has no column {column!r} (it has {', '.join(schema.names) or 'none'}): name "
+            "the one that holds the documents, `archerchat data build DIRECTORY --text-column NAME`"
+        )
+    kind = schema.field(column).type
+    if str(kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
+        raise DataError(f"{path}: column {column!r} holds {kind}: it must hold strings")
 
 
 def iter_documents(shards: Sequence[Path], column: str = TEXT_COLUMN) -> Iterator[str]:
@@ -163,15 +153,6 @@ def iter_documents(shards: Sequence[Path], column: str = TEXT_COLUMN) -> Iterato
                 yield from shard.read_row_group(index)
 
 
-def count_text_bytes(shards: Sequence[Path]) -> int:
-    """Return the approximate number of bytes of text in `shards`."""
-    total = 0
-    for path in shards:
-        with Shard(path) as shard:
-            total += shard.text_bytes
-    return total
-
-
 def write_shards(
     documents: Iterable[str],
     directory: Path,
@@ -180,9 +161,9 @@ def write_shards(
     documents_per_shard: int = 8192,
     first_index: int = 0,
 ) -> list[Path]:
-    """Write `documents` in order as `shard_00000.parquet` and so on; return the files.
+    """Write `documents` in order as `shard_00000.parquet` and so on, each atomically.
 
-    Each file is written atomically. One shard's documents are in memory at a time.
+    One shard's documents are in memory at a time.
 
     Raises:
         DataError: the disk is full or cannot be written.

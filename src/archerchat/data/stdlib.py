@@ -1,9 +1,9 @@
 """The built-in corpus: sources and documentation of this Python's standard library.
 
-It needs no network and is the same for the same Python build. The files are parsed, never
-imported. Their documentation is rendered like `help()`: a signature and, indented, the docstring.
-The language reference's topics (`pydoc_data`) and the built-in types' documentation are added.
-Tests, tables of numbers and descriptions of this machine are left out.
+It is the same for the same Python build. The files are parsed, never imported. Their documentation
+is rendered like `help()`: a signature and, indented, the docstring. The language reference's topics
+(`pydoc_data`) and the built-in types' documentation are added. Tests, tables of numbers and
+descriptions of this machine are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import ast
 import builtins
 import inspect
 import platform
+import re
 import sysconfig
 import tokenize
 import warnings
@@ -26,10 +27,10 @@ from archerchat.errors import DataError
 
 MIN_CHARACTERS = 100
 MAX_CHARACTERS = 8_000
-_EXCLUDED_DIRECTORIES = {
-    *("site-packages", "dist-packages", "test", "tests", "idle_test", "lib-dynload"),
-    *("__pycache__", "__phello__"),
-}
+_EXCLUDED = re.compile(
+    r"(.*/)?((site-packages|dist-packages|tests?|idle_test|lib-dynload|__pycache__|__phello__"
+    r"|config-[^/]*)/.*|_sysconfigdata[^/]*|(sitecustomize|usercustomize)\.py)"
+)
 _TOPICS = Path("pydoc_data", "topics.py")
 _Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -45,11 +46,8 @@ def list_stdlib(root: Path) -> list[Path]:
     Raises:
         DataError: this Python has only compiled files.
     """
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
-        if not _is_excluded(path.relative_to(root))
-    ]
+    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*.py")}
+    files = [found[name] for name in sorted(found) if not _EXCLUDED.fullmatch(name)]
     if not files:
         raise DataError(
             f"this Python has no standard library sources in {root}: use another Python, or build "
@@ -77,16 +75,6 @@ def iter_stdlib(root: Path, files: Sequence[Path]) -> Iterator[Group]:
         seen.update(group)
         if group:
             yield group
-
-
-def _is_excluded(path: Path) -> bool:
-    folders = path.parts[:-1]
-    return (
-        bool(_EXCLUDED_DIRECTORIES.intersection(folders))
-        or any(folder.startswith("config-") for folder in folders)
-        or path.name.startswith("_sysconfigdata")
-        or path.name in {"sitecustomize.py", "usercustomize.py"}
-    )
 
 
 def _iter_texts(root: Path, files: Sequence[Path]) -> Iterator[list[str]]:
@@ -147,14 +135,13 @@ def render_builtin(name: str) -> str:
     value = getattr(builtins, name)
     if name.startswith("_") or not (inspect.isclass(value) or inspect.isbuiltin(value)):
         return ""
-    parts = [f"Help on {name}:", _render_callable(name, value)]
-    if inspect.isclass(value):
-        parts += [
-            indent(_render_callable(member, found), "    ")
-            for member, found in sorted(vars(value).items())
-            if callable(found) and not member.startswith("_")
-        ]
-    return "\n\n".join(parts) + "\n"
+    members = sorted(vars(value).items()) if inspect.isclass(value) else ()
+    methods = (
+        indent(_render_callable(member, found), "    ")
+        for member, found in members
+        if callable(found) and not member.startswith("_")
+    )
+    return "\n\n".join([f"Help on {name}:", _render_callable(name, value), *methods]) + "\n"
 
 
 def _render_callable(name: str, value: Any) -> str:

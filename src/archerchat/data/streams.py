@@ -3,13 +3,14 @@
 A run that begins on N ranks has N streams of micro-batches: stream s reads every Nth row group, or
 conversation, from the sth on. A step takes the next A micro-batches of each stream, N * A in all.
 On M ranks each takes an Mth of these, in order. So every step trains on the same rows even if the
-number of ranks changes: no document is read twice, and none is left out. A rank that shares a
-stream with others reads all of it and drops their micro-batches.
+number of ranks changes. A rank that shares a stream with others reads all of it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -58,14 +59,14 @@ class Streams(Stateful, Generic[LoaderT]):
             )
         self._ranks, self._num_streams = ranks, num_streams
         self._per_stream = per_step // num_streams
-        own = range(ranks.rank * grad_accum_steps, (ranks.rank + 1) * grad_accum_steps)
-        self._own = dict[int, list[int]]()
+        first = ranks.rank * grad_accum_steps
+        self._own = defaultdict[int, list[int]](list)
         """This rank's micro-batches of a step, as indices by stream."""
-        for stream, index in (divmod(place, self._per_stream) for place in own):
-            self._own.setdefault(stream, []).append(index)
+        for place in range(first, first + grad_accum_steps):
+            self._own[place // self._per_stream].append(place % self._per_stream)
         self.loaders = {stream: open_stream(stream, num_streams) for stream in self._own}
         """The streams that this rank reads."""
-        self._step: Iterator[Batch] = iter(())
+        self._batches = self._iter_batches()
 
     @property
     def first(self) -> LoaderT:
@@ -78,26 +79,26 @@ class Streams(Stateful, Generic[LoaderT]):
         return [self.loaders[stream] for stream, places in self._own.items() if places[0] == 0]
 
     def __next__(self) -> Batch:
-        if (batch := next(self._step, None)) is None:
-            self._step = self._iter_step()
-            batch = next(self._step)
-        return batch
+        return next(self._batches)
 
-    def _iter_step(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of a step; skip those of other ranks."""
-        for stream, places in self._own.items():
-            loader = self.loaders[stream]
-            _skip(loader, places[0])
-            for _ in places[1:]:
-                yield next(loader)
-            batch = next(loader)
-            _skip(loader, self._per_stream - 1 - places[-1])
-            yield batch
+    def _iter_batches(self) -> Iterator[Batch]:
+        """Yield this rank's micro-batches, step after step; skip those of other ranks."""
+        while True:
+            for stream, places in self._own.items():
+                loader, after = self.loaders[stream], self._per_stream - 1 - places[-1]
+                _skip(loader, places[0])
+                yield from islice(loader, len(places) - 1)
+                batch = next(loader)
+                _skip(loader, after)  # before the step ends, and its state is read
+                yield batch
+
+    def _prefix(self, stream: int) -> str:
+        return "" if self._num_streams == 1 else f"{stream}/"
 
     def state_dict(self) -> dict[str, Any]:
         """Return every stream's state; all ranks call this between two steps."""
         own = {
-            f"{stream}/{key}": value.numpy() if isinstance(value, Tensor) else value
+            self._prefix(stream) + key: value.numpy() if isinstance(value, Tensor) else value
             for stream, loader in self.loaders.items()
             for key, value in loader.state_dict().items()
         }
@@ -105,9 +106,7 @@ class Streams(Stateful, Generic[LoaderT]):
         for state in self._ranks.gather(own):
             for key, value in state.items():
                 whole[key] = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        if self._num_streams == 1:
-            return {key.removeprefix("0/"): value for key, value in whole.items()}
-        return {COUNT: self._num_streams, **whole}
+        return whole if self._num_streams == 1 else {COUNT: self._num_streams, **whole}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned on any number of ranks.
@@ -116,9 +115,9 @@ class Streams(Stateful, Generic[LoaderT]):
             CheckpointError: it does not fit the loaders.
         """
         assert saved_streams(state) == self._num_streams
-        self._step = iter(())
+        self._batches = self._iter_batches()
         for stream, loader in self.loaders.items():
-            prefix = "" if self._num_streams == 1 else f"{stream}/"
+            prefix = self._prefix(stream)
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             loader.load_state_dict(own)
 
@@ -128,5 +127,4 @@ class Streams(Stateful, Generic[LoaderT]):
 
 
 def _skip(loader: Iterator[Batch], count: int) -> None:
-    for _ in range(count):
-        next(loader)
+    next(islice(loader, count, count), None)

@@ -1,9 +1,8 @@
 """Turn text shards into training batches, ahead of the step and resumable exactly (SPEC section 4).
 
-Row groups are read, 128 documents at a time tokenized, and packed. The reference saves a position
-only and loses the documents that its packer had buffered (1,041 of them in the golden). Here a
-state is the position, the buffered documents, and the identity of shards, tokenizer and settings,
-which a resumed loader must share.
+The reference saves a position only, and loses the documents that its packer had buffered (1,041 in
+the golden). Here a state is the position, the buffered documents, and the identity of shards,
+tokenizer and settings, which a resumed loader must share.
 
     loader = TextLoader(train_shards, tokenizer, batch_size=8, sequence_length=256)
     batch = next(loader)  # batch.inputs, batch.targets: (B, T)
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from archerchat.data.packing import BUFFER_SIZE, BestFitPacker, ConcatPacker, Packing, Row
 from archerchat.data.prefetch import Batch, PrefetchingLoader, State, stack_rows
@@ -72,11 +70,9 @@ class TextLoader(PrefetchingLoader[_Progress]):
 
     Args:
         batch_size, sequence_length: rows per batch, B, and tokens per row, T.
-        packing: `best-fit` drops what does not fit, `concat` continues it in the next row.
         tokenizer_batch: documents that enter the buffer together, never across row groups.
         extend: continue a saved state with shards that follow the saved ones. By default shards
-            that the saved state does not name, such as those downloaded since, are ignored, so
-            that the rows stay the same.
+            that the saved state does not name, such as those downloaded since, are ignored.
 
     Raises:
         DataError: a shard is missing or broken (also raised by `next`), or no shard has a row
@@ -113,8 +109,11 @@ class TextLoader(PrefetchingLoader[_Progress]):
         }
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
         super().__init__(identity, _Progress(Position(0, rank, 1)), prefetch, dtype)
-        self._given, self._shards = identity, tuple(shards)
+        self._given, self._shards = identity, list(shards)
+        self._rank, self._world_size = rank, world_size
         self._tokenizer, self._extend = tokenizer, extend
+        self._documents_before: dict[int, list[int]] = {}
+        """For the last shard that was read: documents before each of its row groups."""
 
     @property
     def usage(self) -> Usage:
@@ -138,69 +137,22 @@ class TextLoader(PrefetchingLoader[_Progress]):
         return saved, now
 
     def _iter_after(self, state: State[_Progress]) -> Iterator[tuple[Batch, State[_Progress]]]:
-        paths = {path.name: path for path in self._shards}
-        shards = [paths[name] for name, _ in self._identity["shards"]]
-        return _Documents(self._identity, shards, self._tokenizer, self._dtype, state).iter_batches(
-            self._identity["batch_size"]
-        )
-
-
-def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]:
-    """Return names and sizes, after checking that some shard has a row group for each rank."""
-    most = 0
-    for path in shards:
-        with Shard(path) as shard:
-            most = max(most, shard.num_row_groups)
-        if most >= world_size:
-            break
-    else:
-        directory = shards[0].parent
-        if most == 0:
-            raise DataError(f"no documents in {directory}: {MAKE_DATA}")
-        raise DataError(
-            f"{world_size} ranks cannot share the shards in {directory}: none has more than {most} "
-            f"row groups, so a rank would get nothing. Use at most {most} ranks, or build the data "
-            "again with a smaller --documents-per-row-group"
-        )
-    try:
-        return [[path.name, path.stat().st_size] for path in shards]
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}; {MAKE_DATA}") from error
-
-
-class _Documents:
-    """Read, tokenize, pack and count."""
-
-    def __init__(
-        self,
-        identity: Mapping[str, Any],
-        shards: Sequence[Path],
-        tokenizer: Tokenizer,
-        dtype: DTypeLike,
-        state: State[_Progress],
-    ) -> None:
-        self._shards, self._tokenizer, self._dtype = shards, tokenizer, dtype
-        self._rank, self._world_size = identity["rank"], identity["world_size"]
-        self._progress, self._dropped_before = state.progress, state.progress.usage.dropped
-        self._sizes = [size for _, size in identity["shards"]]
-        self._documents_before: dict[int, list[int]] = {}
-        """For the last shard that was read: documents before each of its row groups."""
-        row_length = identity["sequence_length"] + 1
+        settings, paths = self._identity, {path.name: path for path in self._shards}
+        self._shards = [paths[name] for name, _ in settings["shards"]]
+        self._sizes = [size for _, size in settings["shards"]]
+        row_length = settings["sequence_length"] + 1
         # The order decides what concat does, so no document has to wait for others.
         self._packer: BestFitPacker | ConcatPacker = ConcatPacker(row_length)
         self._chunk = 1
-        if identity["packing"] == "best-fit":
-            self._packer = BestFitPacker(row_length, identity["buffer_size"])
-            self._chunk = identity["tokenizer_batch"]
+        if settings["packing"] == "best-fit":
+            self._packer = BestFitPacker(row_length, settings["buffer_size"])
+            self._chunk = settings["tokenizer_batch"]
         for document in state.documents:
             self._packer.add(document.rest(), document.length)
-
-    def iter_batches(self, batch_size: int) -> Iterator[tuple[Batch, State[_Progress]]]:
-        """Yield each batch with the state after it."""
-        for rows in stack_rows(self._iter_rows(), batch_size):  # (B, T + 1)
+        self._progress, dropped_before = state.progress, state.progress.usage.dropped
+        for rows in stack_rows(self._iter_rows(), settings["batch_size"]):  # (B, T + 1)
             used = self._progress.usage.used + rows.size
-            dropped = self._dropped_before + self._packer.dropped
-            usage = Usage(self._measure_epochs(), used, dropped)
+            usage = Usage(self._measure_epochs(), used, dropped_before + self._packer.dropped)
             self._progress = replace(self._progress, usage=usage)
             batch = Batch(np.stack((rows[:, :-1], rows[:, 1:])))
             yield batch, State(self._progress, self._packer.documents())
@@ -257,3 +209,26 @@ class _Documents:
         mean_size = self._sizes[position.shard] / before[-1]
         done = sum(self._sizes[: position.shard]) + mean_size * read
         return float(max(0.0, position.epoch - 1 + done / sum(self._sizes)))
+
+
+def _describe_shards(shards: Sequence[Path], world_size: int) -> list[list[Any]]:
+    """Return names and sizes, after checking that some shard has a row group for each rank."""
+    most = 0
+    for path in shards:
+        with Shard(path) as shard:
+            most = max(most, shard.num_row_groups)
+        if most >= world_size:
+            break
+    else:
+        directory = shards[0].parent
+        if most == 0:
+            raise DataError(f"no documents in {directory}: {MAKE_DATA}")
+        raise DataError(
+            f"{world_size} ranks cannot share the shards in {directory}: none has more than {most} "
+            f"row groups. Use at most {most} ranks, or build the data again with a smaller "
+            "--documents-per-row-group"
+        )
+    try:
+        return [[path.name, path.stat().st_size] for path in shards]
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}; {MAKE_DATA}") from error

@@ -34,7 +34,6 @@ class TextSample:
     """Estimates for a source's training text."""
 
     tokens: int
-    """Number of tokens of all of it."""
     kept: float
     """Share of the tokens that best fit keeps."""
 
@@ -53,17 +52,12 @@ class TextSample:
         passes = self.passes(tokens, packing)
         share = min(1.0, passes) * (self.kept if packing == "best-fit" else 1)
         text = f"about {self.tokens:,} tokens; {passes:.2f} passes, {share:.1%} of the text in rows"
-        if passes > 1:
-            text += ". Warning: the text repeats; more text or fewer steps would avoid it"
-        return text
+        repeats = ". Warning: the text repeats; more text or fewer steps would avoid it"
+        return text + (repeats if passes > 1 else "")
 
 
 def measure_text(shards: Sequence[Path], tokenizer: Tokenizer, row_length: int) -> TextSample:
-    """Measure the text of `shards` for rows of `row_length`, T + 1, tokens.
-
-    Raises:
-        DataError: a shard cannot be read.
-    """
+    """Measure the text of `shards` for rows of T + 1 tokens; a DataError if one is broken."""
     opened = _spread(shards, PLACES)
     lengths: list[int] = []
     num_documents = 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -64,7 +64,6 @@ class ChatTaskResult(TaskResult):
         return None if self.lenient is None else self.lenient / total
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures."""
         figures: dict[str, Any] = {
             "kind": self.task_type,
             "problems": self.examples,
@@ -144,26 +143,28 @@ def answer_problems(
     params: SamplingParams,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
-    """Generate and judge `params.num_samples` answers to each problem.
+    """Generate and judge `params.num_samples` answers to each problem; return them in order.
 
     Args:
         problems: indices in `task`.
         on_progress: called with the number of judged answers.
-
-    Returns:
-        Answers in the order of `problems`, then of samples.
-
-    Raises:
-        SandboxError: the task runs programs and there is no sandbox on this machine.
     """
     rendered = [render_question(tokenizer, task[index], engine.max_length) for index in problems]
     requests = [
         build_request(tokenizer, prompt, params, problem)
         for problem, (prompt, _) in zip(problems, rendered, strict=True)
     ]
-    completions = [[Completion() for _ in range(params.num_samples)] for _ in requests]
+    completions = defaultdict[tuple[int, int], Completion](Completion)
     pending: deque[Future[Answer]] = deque()
     answers: list[Answer] = []
+
+    def judge(number: int, sample: int, completion: Completion) -> Answer:
+        conversation = task[problems[number]]
+        text = spoken_text(tokenizer, completion.token_ids, params.stop)
+        right = task.evaluate(conversation, text)
+        lenient = right or (task.is_lenient and task.evaluate_leniently(conversation, text))
+        is_cut = rendered[number][1]
+        return Answer(problems[number], sample, completion, text, right, lenient, is_cut)
 
     def collect(*, wait: bool) -> None:
         # Raises a judge's error before more is generated.
@@ -174,32 +175,16 @@ def answer_problems(
     pool = ThreadPoolExecutor(max_workers=os.cpu_count())
     try:
         for event in engine.stream(requests):
-            number, completion = event.request, completions[event.request][event.sample]
+            completion = completions[event.request, event.sample]
             completion.add(event)
             if event.finish_reason is not None:
-                ended = problems[number], event.sample, completion, rendered[number][1]
-                pending.append(pool.submit(_judge, task, tokenizer, params.stop, *ended))
+                pending.append(pool.submit(judge, event.request, event.sample, completion))
                 collect(wait=False)
         collect(wait=True)
     finally:
         pool.shutdown(cancel_futures=True)
     place = {problem: number for number, problem in enumerate(problems)}
     return sorted(answers, key=lambda answer: (place[answer.problem], answer.sample))
-
-
-def _judge(
-    task: Task,
-    tokenizer: Tokenizer,
-    stop: Sequence[str],
-    problem: int,
-    sample: int,
-    completion: Completion,
-    prompt_cut: bool,
-) -> Answer:
-    text = spoken_text(tokenizer, completion.token_ids, stop)
-    right = task.evaluate(task[problem], text)
-    lenient = right or (task.is_lenient and task.evaluate_leniently(task[problem], text))
-    return Answer(problem, sample, completion, text, right, lenient, prompt_cut)
 
 
 LIMIT_SEED = 1337
@@ -224,7 +209,6 @@ def evaluate_task(
 
     Args:
         params: sampling of the answers to a generative task.
-        ranks: the processes that share the work; by default only this one.
         on_progress: called with the number of questions that this rank has finished, and its total.
         on_answer: called with every answer that this rank generated.
 
@@ -250,16 +234,23 @@ def evaluate_task(
             counts[-4:] += torch.tensor(answer.counts)
             on_answer(answer)
     else:
-        for index, is_right in _answer_questions(engine.model, tokenizer, task, share, report):
+        questions = [task[index] for index in share]
+        chosen = choose_letters(engine.model, tokenizer, questions, report)
+        for index, is_right in zip(share, map(task.evaluate, questions, chosen), strict=True):
             counts[index] = is_right
-    *right, lenient, cut_prompts, cut_answers, tokens = ranks.sum(counts).tolist()
+    totals = ranks.sum(counts).tolist()
+    return _summarize(task, samples, totals, time.perf_counter() - started)
+
+
+def _summarize(task: Task, samples: int, counts: Sequence[int], seconds: float) -> ChatTaskResult:
+    *right, lenient, cut_prompts, cut_answers, tokens = counts
     return ChatTaskResult(
         label=task.name,
         task_type=task.kind,
         examples=len(right),
         correct=sum(right),
         random_baseline=task.random_baseline,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         num_samples=samples,
         pass_at={k: pass_at_k(right, samples, k) for k in pass_sizes(samples)},
         lenient=lenient if task.is_lenient else None,
@@ -269,45 +260,22 @@ def evaluate_task(
     )
 
 
-def _answer_questions(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    task: Task,
-    problems: Sequence[int],
-    on_progress: Callable[[int], None],
-) -> list[tuple[int, bool]]:
-    """Return for each of a categorical task's problems whether the model chooses rightly."""
-    questions = [task[index] for index in problems]
-    prompts = [render_for_completion(tokenizer, question) for question in questions]
-    letters = [question["letters"] for question in questions]
-    chosen = map(
-        task.evaluate, questions, choose_letters(model, tokenizer, prompts, letters, on_progress)
-    )
-    return list(zip(problems, chosen, strict=True))
-
-
 def choose_letters(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    letters: Sequence[Sequence[str]],
+    questions: Sequence[Conversation],
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Return the letter that the model prefers after each prompt; the first of equals.
-
-    Args:
-        prompts: token ids up to the assistant's answer.
-        letters: each prompt's choices.
-        on_progress: called after each batch with the number of finished prompts.
-    """
+    """Return the letter that the model prefers in answer to each question; the first of equals."""
+    prompts = [render_for_completion(tokenizer, question) for question in questions]
     chosen = [""] * len(prompts)
     done = 0
     for batch in iter_batches([len(prompt) for prompt in prompts]):
         logits = prefill(model, [prompts[i] for i in batch]).last_logits.cpu()
         for row, index in zip(logits, batch, strict=True):
-            choices = letters[index]
-            tokens = [letter_token(tokenizer, letter) for letter in choices]
-            chosen[index] = choices[int(row[tokens].argmax())]
+            letters = questions[index]["letters"]
+            tokens = [letter_token(tokenizer, letter) for letter in letters]
+            chosen[index] = letters[int(row[tokens].argmax())]
         done += len(batch)
         on_progress(done)
     return chosen

@@ -10,8 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from archerchat.errors import UsageError
-
 Z_95 = 1.959963984540054
 """Standard normal quantile of 97.5 %."""
 
@@ -63,12 +61,8 @@ def pass_at_k(right: Sequence[int], samples: int, k: int) -> float:
     Args:
         right: number of right samples per problem.
         samples: samples per problem, n.
-
-    Raises:
-        UsageError: there are fewer samples than k.
     """
-    if not 1 <= k <= samples:
-        raise UsageError(f"pass@{k} needs at least {k} samples per problem; got {samples}")
+    assert 1 <= k <= samples, f"pass@{k} of {samples}"
     total = math.comb(samples, k)
     missed = sum(math.comb(samples - count, k) / total for count in right)
     return 1 - missed / len(right)

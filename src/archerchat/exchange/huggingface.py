@@ -22,7 +22,7 @@ from torch import Tensor
 from archerchat.errors import CheckpointError, UsageError
 from archerchat.exchange.hf_tokenizer import MARK, TOKENIZER_FILE, tokenizer_json
 from archerchat.exchange.weights import ImportedModel, fit, parse_config, rename
-from archerchat.files import exclusive, fsync_dir, new_directory, write_bytes, write_json
+from archerchat.files import exclusive, fsync_path, new_directory, write_bytes, write_json
 from archerchat.model.config import ModelConfig
 from archerchat.model.loss import LOGIT_CAP
 from archerchat.model.transformer import NORM_EPSILON, ROTARY_BASE
@@ -130,7 +130,7 @@ def write_folder(
             for file in sorted(part.iterdir(), key=lambda file: file.name == CONFIG):
                 file.rename(directory / file.name)
             part.rmdir()
-            fsync_dir(directory)
+            fsync_path(directory)
 
 
 def _describe(

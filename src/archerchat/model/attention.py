@@ -15,8 +15,7 @@ Five backends compute the same thing:
 `flex` and `varlen` are for windows: a layer that sees its whole row takes `sdpa`, which is faster.
 
 Sliding windows are those of Longformer (https://arxiv.org/abs/2004.05150), and several query heads
-may share a key/value head (grouped queries, https://arxiv.org/abs/2305.13245). `choose_backend`
-decides once, at start-up; nothing is decided inside the step.
+may share a key/value head (grouped queries, https://arxiv.org/abs/2305.13245).
 """
 
 from __future__ import annotations

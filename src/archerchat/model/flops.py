@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import astuple, dataclass
 
 from archerchat.model.config import SMEAR_CHANNELS, VALUE_GATE_CHANNELS, ModelConfig
 
 
-class ParameterCounts(NamedTuple):
+@dataclass(frozen=True)
+class ParameterCounts:
     """Count parameters by their role in the scaling rules."""
 
     embedding: int
@@ -20,7 +21,7 @@ class ParameterCounts(NamedTuple):
 
     @property
     def total(self) -> int:
-        return sum(self)
+        return sum(astuple(self))
 
     @property
     def scaling(self) -> int:

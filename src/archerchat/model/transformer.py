@@ -258,8 +258,8 @@ class Transformer(nn.Module):
         def scalars(count: int, used: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.zeros(count)) if used else None
 
-        self.residual_lambdas = scalars(config.num_layers, config.residual_lambdas)
-        self.input_lambdas = scalars(config.num_layers, config.residual_lambdas)
+        self.residual_lambdas = scalars(len(layers), config.residual_lambdas)
+        self.input_lambdas = scalars(len(layers), config.residual_lambdas)
         self.smear_gate = Linear(SMEAR_CHANNELS, 1) if config.smear else None
         self.smear_lambda = scalars(1, config.smear)
         self.backout_lambda = scalars(1, config.backout)

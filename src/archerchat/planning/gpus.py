@@ -1,21 +1,12 @@
-"""Published figures of NVIDIA's cards: peak matrix rate, memory, power.
-
-Rates are those of dense (not sparse) bfloat16 or float16 tensor-core products that accumulate in
-float32, as a training step runs them. There are two traps, both a factor of two: data sheets of
-data-centre cards print the sparse rate first; and GeForce cards accumulate in float32 at half the
-rate of float16, which is exactly twice the float32 shader rate. Workstation and data-centre cards
-have no such limit. Cards without bfloat16 train in float32, so they have the shader rate as well.
-
-Sources: the appendix tables of NVIDIA's architecture white papers (Volta V1.1, Turing V1, A100
-V1.0, Ampere GA102 V2, Hopper H100 V1.04, Ada V2, RTX Blackwell V1) and, for the cards that these
-leave out, the data sheets; for GeForce cards without a line of their own, published cores x boost
-clock x 2 x 2.
-"""
+"""Published figures of NVIDIA's cards (`gpus.toml`), and what an hour of one costs."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -29,10 +20,8 @@ H100_TFLOPS = 989.4
 
 @dataclass(frozen=True)
 class Gpu:
-    """One card's published figures."""
-
     name: str
-    """Name whose words must all be in the name that the driver reports."""
+    """Words that must all be in the name that the driver reports."""
     tflops: float
     """Dense 16-bit tensor-core TFLOP/s, float32 accumulate."""
     memory_gib: int
@@ -58,84 +47,27 @@ class Gpu:
         return DOLLARS_PER_H100_HOUR * self.tflops / H100_TFLOPS if self.rented else None
 
 
-GPUS = (
-    # Data centre, Blackwell (HGX and NVL72 data sheets, half of the sparse rate)
-    Gpu("GB300", 2500, 279, 1400, rented=True),
-    Gpu("B300", 2250, 268, 1100, rented=True),
-    Gpu("GB200", 2500, 186, 1200, rented=True),
-    Gpu("B200", 2250, 180, 1000, rented=True),
-    # Data centre, Hopper
-    Gpu("GH200", 989.4, 96, 900, rented=True),
-    Gpu("H200 NVL", 835.5, 141, 600, rented=True),
-    Gpu("H200", 989.4, 141, 700, rented=True),
-    Gpu("H100 NVL", 835.5, 94, 400, rented=True),
-    Gpu("H100 PCIe", 756.5, 80, 350, rented=True),
-    Gpu("H100", 989.4, 80, 700, rented=True),
-    Gpu("H800", 989.4, 80, 700, rented=True),
-    Gpu("H20", 148, 96, 400, rented=True),
-    # Data centre, Ampere and Ada
-    Gpu("A100 80GB", 312, 80, 400, rented=True),
-    Gpu("A100", 312, 40, 400, rented=True),
-    Gpu("A800", 312, 80, 400, rented=True),
-    Gpu("A40", 149.7, 48, 300, rented=True),
-    Gpu("A30", 165, 24, 165, rented=True),
-    Gpu("A10G", 70, 24, 300, rented=True),
-    Gpu("A10", 125, 24, 150, rented=True),
-    Gpu("L40S", 362.05, 48, 350, rented=True),
-    Gpu("L40", 181.05, 48, 300, rented=True),
-    Gpu("L4", 121, 24, 72, rented=True),
-    # Data centre, before bfloat16 (V100 and T4 data sheets)
-    Gpu("V100 PCIe", 112, 16, 250, rented=True, capability=(7, 0), float32_tflops=14.0),
-    Gpu("V100", 125, 16, 300, rented=True, capability=(7, 0), float32_tflops=15.7),
-    Gpu("T4", 65, 16, 70, rented=True, capability=(7, 5), float32_tflops=8.1),
-    # Workstation
-    Gpu("RTX PRO 6000 Blackwell Workstation", 503.8, 96, 600),
-    Gpu("RTX 6000 Ada", 364.2, 48, 300),
-    Gpu("RTX A6000", 154.8, 48, 300),
-    Gpu("RTX A5000", 111.1, 24, 230),
-    Gpu("RTX A4000", 76.7, 16, 140),
-    # GeForce, Blackwell
-    Gpu("RTX 5090", 209.5, 32, 575),
-    Gpu("RTX 5080", 112.6, 16, 360),
-    Gpu("RTX 5070 Ti", 87.9, 16, 300),
-    Gpu("RTX 5070", 61.7, 12, 250),
-    Gpu("RTX 5060 Ti", 47.4, 16, 180),
-    Gpu("RTX 5060", 38.4, 8, 145),
-    # GeForce, Ada
-    Gpu("RTX 4090", 165.2, 24, 450),
-    Gpu("RTX 4080 SUPER", 104.4, 16, 320),
-    Gpu("RTX 4080", 97.5, 16, 320),
-    Gpu("RTX 4070 Ti SUPER", 88.2, 16, 285),
-    Gpu("RTX 4070 Ti", 80.2, 12, 285),
-    Gpu("RTX 4070 SUPER", 71.0, 12, 220),
-    Gpu("RTX 4070", 58.3, 12, 200),
-    Gpu("RTX 4060 Ti", 44.1, 8, 160),
-    Gpu("RTX 4060", 30.2, 8, 115),
-    # GeForce, Ampere
-    Gpu("RTX 3090 Ti", 80, 24, 450),
-    Gpu("RTX 3090", 71, 24, 350),
-    Gpu("RTX 3080 Ti", 68.2, 12, 350),
-    Gpu("RTX 3080", 59.5, 10, 320),
-    Gpu("RTX 3070 Ti", 43.5, 8, 290),
-    Gpu("RTX 3070", 40.6, 8, 220),
-    Gpu("RTX 3060 Ti", 32.4, 8, 200),
-    Gpu("RTX 3060", 25.5, 12, 170),
-)
+@cache
+def known_gpus() -> tuple[Gpu, ...]:
+    """Return the cards of `gpus.toml`."""
+    cards = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    for card in cards.values():
+        card["capability"] = tuple(card.get("capability", (8, 0)))
+    return tuple(Gpu(name, **card) for name, card in cards.items())
 
-_OTHER_CHIP = {"laptop", "mobile", "max", "d", "mig"}
-"""Words in the names of slower chips: laptop cards, export models, slices of a card."""
+
+SLOWER_CHIP = {"laptop", "mobile", "max", "d", "mig"}
+"""Words in the names of laptop cards, export models, and slices of a card."""
 
 
 def find_gpu(device_name: str) -> Gpu | None:
     """Return the most specific card whose words are all in `device_name`, or None.
 
     The words may be apart ("A100-SXM4-80GB" is an "A100 80GB") but must be whole ("L40S" is no
-    "L40"). Laptop cards, export models and MIG slices do not match the full card.
+    "L40"). Slower chips do not match the full card.
     """
     words = _words(device_name)
-    if words & _OTHER_CHIP:
-        return None
-    matches = [gpu for gpu in GPUS if _words(gpu.name) <= words]
+    matches = [g for g in known_gpus() if _words(g.name) <= words and not words & SLOWER_CHIP]
     return max(matches, key=lambda gpu: len(_words(gpu.name)), default=None)
 
 

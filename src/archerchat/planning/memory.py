@@ -76,33 +76,29 @@ def estimate_memory(
         recomputes: whether the backward pass computes each layer again.
         state_dtype: dtype of the optimizer's moments.
     """
-    counts = count_parameters(config)
-    compute_bytes = compute_dtype.itemsize
+    counts, vocab = count_parameters(config), config.padded_vocab_size
+    cast_bytes = compute_dtype.itemsize
     tables = counts.embedding + counts.value_embeddings
-    masters = counts.total - tables
-    chunk = chunk_tokens(config.padded_vocab_size, device, memory_bytes)
-    table_bytes = 2 if compute_dtype == torch.bfloat16 else 4
-    adamw = counts.total - counts.block_matrices
+    weights = tables * (2 if compute_dtype == torch.bfloat16 else 4) + (counts.total - tables) * 4
     # AdamW keeps two moments, Muon one momentum (its row variances are negligible).
-    state = state_dtype.itemsize * (2 * adamw + counts.block_matrices)
-    cast = counts.scaling
-    if recomputes:  # a layer's copies go with its other values
-        cast = counts.unembedding + counts.block_matrices // config.num_layers
+    moments = 2 * (counts.total - counts.block_matrices) + counts.block_matrices
+    # A layer that is computed again casts its weights again.
+    layers = counts.block_matrices // (config.num_layers if recomputes else 1)
+    # A chunk's logits, and the unembedding's gradient that grows chunk by chunk.
+    logits = chunk_tokens(vocab, device, memory_bytes) * vocab
+    loss = LOSS_CHUNK_TENSORS * cast_bytes * logits + 4 * vocab * config.model_dim
+    row = config.sequence_length * _elements_per_token(config, recomputes)
     return MemoryEstimate(
-        weights=tables * table_bytes + masters * 4,
-        gradients=tables * table_bytes + masters * 4,
-        optimizer_state=state // world_size,
-        weight_casts=cast * compute_bytes if compute_bytes < 4 else 0,
-        workspace=max(
-            _loss_workspace(config, chunk * compute_bytes), _muon_workspace(config, world_size)
-        ),
-        activations_per_row=config.sequence_length
-        * activation_elements_per_token(config, recomputes)
-        * compute_bytes,
+        weights=weights,
+        gradients=weights,
+        optimizer_state=state_dtype.itemsize * moments // world_size,
+        weight_casts=(counts.unembedding + layers) * cast_bytes if cast_bytes < 4 else 0,
+        workspace=max(loss, _optimizer_workspace(config, world_size)),
+        activations_per_row=row * cast_bytes,
     )
 
 
-def activation_elements_per_token(config: ModelConfig, recomputes: bool = False) -> int:
+def _elements_per_token(config: ModelConfig, recomputes: bool) -> int:
     """Count the values that the layers save for one token's backward pass.
 
     Each layer: its input and both branches' inputs before and after normalisation (5 C), queries
@@ -110,11 +106,21 @@ def activation_elements_per_token(config: ModelConfig, recomputes: bool = False)
     keys before and after theirs and values (3 K D), and a row of its value embedding (K D). Where
     layers are computed again, each keeps its input, and one of them the rest.
     """
-    c, kv = config.model_dim, config.kv_dim
-    embedded = sum(config.has_value_embedding(i) for i in range(config.num_layers))
-    layer = 16 * c + 3 * kv
-    layers = config.num_layers * c + layer if recomputes else config.num_layers * layer
-    return layers + embedded * kv + 4 * c
+    c, kv, count = config.model_dim, config.kv_dim, config.num_layers
+    layer, embedded = 16 * c + 3 * kv, sum(map(config.has_value_embedding, range(count)))
+    return (count * c + layer if recomputes else count * layer) + embedded * kv + 4 * c
+
+
+def _optimizer_workspace(config: ModelConfig, world_size: int) -> int:
+    """Return the bytes of Muon's temporaries for the largest stack of equal-shaped matrices."""
+    square = 2 * config.model_dim * (config.model_dim + config.kv_dim)
+    if config.kv_dim != config.model_dim:
+        square //= 2
+    matrix = 4 * config.model_dim**2
+    largest = max(square, matrix) * config.num_layers // world_size
+    if world_size == 1:
+        largest = min(largest, max(PART_ELEMENTS, matrix))
+    return MUON_STACK_BYTES * largest
 
 
 def fit_micro_batch(
@@ -136,14 +142,13 @@ def fit_micro_batch(
     """
     # More rows make a GPU faster, a CPU only fuller.
     most = math.inf if device.type == "cuda" else CPU_TOKENS / config.sequence_length
-    while True:
+    for again in (True,) if recomputes else (False, True):
         estimate = estimate_memory(
-            config, compute_dtype, device, world_size, memory_bytes, recomputes, state_dtype
+            config, compute_dtype, device, world_size, memory_bytes, again, state_dtype
         )
-        size = max_device_batch_size(estimate, memory_bytes, rows, most)
-        if size or recomputes:
-            return estimate, size, recomputes
-        recomputes = True
+        if size := max_device_batch_size(estimate, memory_bytes, rows, most):
+            break
+    return estimate, size, again
 
 
 def max_device_batch_size(
@@ -169,21 +174,3 @@ def kv_cache_bytes(config: ModelConfig, dtype: torch.dtype, tokens: int) -> int:
     """Return the bytes of one row's cache after `tokens`; each layer keeps only its window."""
     kept = sum(min(window, tokens) for window in config.windows)
     return 2 * config.kv_dim * dtype.itemsize * kept
-
-
-def _loss_workspace(config: ModelConfig, chunk_bytes: int) -> int:
-    """A chunk's logits, and the unembedding's gradient that grows chunk by chunk."""
-    vocab = config.padded_vocab_size
-    return LOSS_CHUNK_TENSORS * chunk_bytes * vocab + 4 * vocab * config.model_dim
-
-
-def _muon_workspace(config: ModelConfig, world_size: int) -> int:
-    """The temporaries of the largest stack of equal-shaped matrices."""
-    square = 2 * config.model_dim * (config.model_dim + config.kv_dim)
-    if config.kv_dim != config.model_dim:
-        square //= 2
-    matrix = 4 * config.model_dim**2
-    largest = max(square, matrix) * config.num_layers // world_size
-    if world_size == 1:
-        largest = min(largest, max(PART_ELEMENTS, matrix))
-    return MUON_STACK_BYTES * largest

@@ -1,8 +1,8 @@
 """Find the peak rate of one device's matrix products: the denominator of MFU.
 
-If `gpus.py` has the card and the dtype, the rate is the published one. Other devices, CPUs too, are
-measured: the best rate of several products, square ones and those of a training step, each tried
-repeatedly so that a busy moment does not matter. A measurement takes under two seconds and is
+If `gpus.toml` has the card and the dtype, the rate is the published one. Other devices, CPUs too,
+are measured: the best rate of several products, square ones and those of a training step, each
+tried repeatedly so that a busy moment does not matter. A measurement takes under two seconds and is
 cached on disk, so every run on a machine divides by the same number.
 """
 
@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,19 +25,19 @@ CACHE_FILE = "peak_flops.json"
 Shape = Sequence[int]
 """Rows, inputs and outputs of a linear layer."""
 CPU_SHAPES: tuple[Shape, ...] = (
-    (512, 512, 512), (2048, 256, 1024), (2048, 1024, 256), (1024, 1024, 1024), (2048, 2048, 2048),
-)  # fmt: skip
-ACCELERATOR_SHAPES: tuple[Shape, ...] = (
-    (2048, 2048, 2048), (8192, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192),
-)  # fmt: skip
+    (512, 512, 512),
+    (2048, 256, 1024),
+    (2048, 1024, 256),
+    (1024, 1024, 1024),
+    (2048, 2048, 2048),
+)
+GPU_SHAPES = (2048, 2048, 2048), (8192, 1024, 4096), (4096, 4096, 4096), (8192, 8192, 8192)
 ROUNDS = 3
 MEASURE_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """One device's peak rate, and where the figure comes from."""
-
     flops_per_second: float
     """Finite and positive; of one device, not of all ranks."""
     source: str
@@ -58,23 +59,19 @@ def peak_flops(runtime: Runtime, cache_dir: Path) -> PeakFlops:
     Args:
         cache_dir: holds `peak_flops.json`. If it cannot be written, the next run measures again.
     """
-    dtype = runtime.compute_dtype
-    if runtime.device.type == "cuda":
-        gpu = find_gpu(runtime.device_name)
-        published = gpu.flops_per_second(dtype) if gpu else None
-        if gpu and published:
-            source = f"table: {gpu.name}, dense {dtype_name(dtype)}, float32 accumulate"
-            return PeakFlops(published, source)
+    gpu, dtype = find_gpu(runtime.device_name), runtime.compute_dtype
+    if gpu and runtime.device.type == "cuda" and (rate := gpu.flops_per_second(dtype)):
+        return PeakFlops(rate, f"table: {gpu.name}, dense {dtype_name(dtype)}, float32 accumulate")
     path, key = cache_dir / CACHE_FILE, cache_key(runtime)
     try:
         measured, origin = Measurement(**recall(path)[key]), "cached"
     except (KeyError, TypeError):  # not measured yet, or written by another version
         measured, origin = measure_peak(runtime), "just now"
         remember(path, key, asdict(measured))
-    shape = "x".join(map(str, measured.shape))
-    product = f"{shape} {measured.dtype} product on {runtime.device_name}"
+    shape = f"{'x'.join(map(str, measured.shape))} {measured.dtype}"
     remedy = f" (machine busy then? delete {path})" if path.exists() else ""
-    return PeakFlops(measured.flops_per_second, f"measured: {product}{remedy}, {origin}")
+    source = f"measured: {shape} product on {runtime.device_name}{remedy}, {origin}"
+    return PeakFlops(measured.flops_per_second, source)
 
 
 def cache_key(runtime: Runtime) -> str:
@@ -95,9 +92,9 @@ def measure_peak(runtime: Runtime, seconds: float = MEASURE_SECONDS) -> Measurem
             take longer than the time left.
     """
     is_cpu = runtime.device.type == "cpu"
+    shapes = CPU_SHAPES if is_cpu else GPU_SHAPES
     dtypes = dict.fromkeys([runtime.compute_dtype, *([torch.float32] if is_cpu else [])])
-    shapes = CPU_SHAPES if is_cpu else ACCELERATOR_SHAPES
-    slots = [(shape, dtype) for shape in shapes for dtype in dtypes] * ROUNDS
+    slots = [*product(shapes, dtypes)] * ROUNDS
     best: dict[torch.dtype, Measurement] = {}
     deadline = time.perf_counter() + seconds
     for i, (shape, dtype) in enumerate(slots):

@@ -2,14 +2,14 @@
 
 The dial gives the run's size exactly. The rest is computed from published or measured rates and
 from assumptions, each of which is a flag or a constant here with its reason.
-`build_plan` returns plain numbers; `commands/plan.py` prints them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,13 +17,8 @@ from archerchat.config import Config, PositiveFloat, PositiveInt, Share, StateDt
 from archerchat.dial import DialConfig, Hyperparameters, build_hyperparameters, grad_accum_steps
 from archerchat.errors import UsageError
 from archerchat.optim.schedule import MOMENTUM_WARMUP_STEPS, Schedule, build_schedule
-from archerchat.planning.gpus import GPUS, Gpu, Prices, find_gpu
-from archerchat.planning.memory import (
-    MemoryEstimate,
-    fit_micro_batch,
-    kv_bytes_per_token,
-    kv_cache_bytes,
-)
+from archerchat.planning.gpus import Gpu, Prices, find_gpu, known_gpus
+from archerchat.planning.memory import fit_micro_batch, kv_bytes_per_token, kv_cache_bytes
 from archerchat.planning.peak_flops import peak_flops
 from archerchat.runtime import DTYPES, Runtime, build_runtime, dtype_name, training_dtype
 
@@ -89,83 +84,11 @@ class PlanConfig(Config):
     """Print one JSON object instead of tables."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The device that a plan is for."""
+def build_plan(config: PlanConfig, cache_dir: Path) -> dict[str, Any]:
+    """Return the figures of a run, as `archerchat plan --json` prints them.
 
-    name: str
-    device_type: str
-    """cuda, mps or cpu."""
-    compute_dtype: str
-    flops_per_second: float
-    flops_source: str
-    memory_bytes: int
-    assumed_mfu: float
-    gpu: Gpu | None = None
-    """Published figures, if there are any."""
-
-
-@dataclass(frozen=True)
-class DataPlan:
-    tokens_per_shard: int
-    train_shards: int
-    """Training shards to download, at most all that exist."""
-    epochs: float
-    """Passes over these shards; more than 1 only if the source has too few."""
-    download_bytes: int
-    """Size of the training shards and the validation shard."""
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    estimate: MemoryEstimate
-    device_bytes: int
-    recomputes: bool
-    """Whether the backward pass computes each layer again (--activation-checkpointing)."""
-    device_batch_size: int | None
-    """Rows per micro-batch; None if not even one fits."""
-    grad_accum_steps: int | None
-    peak_bytes: int
-    """Peak memory at that batch size, or at one row if no batch size fits."""
-    kv_bytes_per_token: int
-    kv_cache_bytes: int
-    """KV cache of one row of `max_seq_len` tokens."""
-
-
-@dataclass(frozen=True)
-class TimePlan:
-    mfu: float
-    tokens_per_second: float
-    num_evaluations: int
-    evaluation_hours: float
-    hours: float
-    """Training and evaluations."""
-    price_per_hour: float | None
-    """Dollars per hour for one card: its rent, or its electricity; None if unknown."""
-    price_note: str
-    """What the price is, and whether it is assumed."""
-    cost: float | None
-    kwh: float | None
-    """Energy of the cards alone, at their board power; None if that is unknown."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All figures that `archerchat plan` prints."""
-
-    hyperparameters: Hyperparameters
-    schedule: Schedule
-    schedule_points: tuple[tuple[int, float, float, float], ...]
-    """(iteration, rate multiplier, Muon momentum, Muon weight decay) where a ramp turns."""
-    machine: Machine
-    num_gpus: int
-    data: DataPlan
-    memory: MemoryPlan
-    time: TimePlan
-
-
-def build_plan(config: PlanConfig, cache_dir: Path) -> Plan:
-    """Estimate what a run takes; `cache_dir` keeps this machine's measured rate, if it is needed.
+    Args:
+        cache_dir: keeps this machine's measured rate, if it is needed.
 
     Raises:
         UsageError: the run is impossible, or the card is unknown.
@@ -174,53 +97,67 @@ def build_plan(config: PlanConfig, cache_dir: Path) -> Plan:
     schedule = build_schedule(config.dial, hp)
     # Refuses, with a remedy, a batch that no micro-batch divides.
     rows = grad_accum_steps(hp.total_batch_tokens, 1, hp.model.sequence_length, config.num_gpus)
-    machine = describe_machine(config.gpu, config.gpu_memory, cache_dir)
-    return Plan(
-        hyperparameters=hp,
-        schedule=schedule,
-        schedule_points=_schedule_points(schedule),
-        machine=machine,
-        num_gpus=config.num_gpus,
-        data=_plan_data(config, hp.total_tokens),
-        memory=_plan_memory(config, hp, machine, rows),
-        time=_plan_time(config, hp, machine),
-    )
+    runtime, gpu = _choose_device(config.gpu)
+    memory_bytes = gpu.memory_gib * 2**30 if gpu and config.gpu else runtime.total_memory_bytes()
+    if config.gpu_memory:
+        memory_bytes = int(config.gpu_memory * 2**30)
+    peak = peak_flops(runtime, cache_dir)
+    mfu = MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
+    machine = {
+        "name": runtime.device_name,
+        "device_type": runtime.device.type,
+        "compute_dtype": dtype_name(runtime.compute_dtype),
+        "flops_per_second": peak.flops_per_second,
+        "flops_source": peak.source,
+        "memory_bytes": memory_bytes,
+        "assumed_mfu": mfu if runtime.device.type == "cuda" else MFU_CPU,
+        "gpu": gpu and asdict(gpu),
+    }
+    return {
+        "hyperparameters": _describe_hyperparameters(hp),
+        "schedule": asdict(schedule),
+        "schedule_points": _schedule_points(schedule),
+        "machine": machine,
+        "num_gpus": config.num_gpus,
+        "data": _plan_data(config, hp.total_tokens),
+        "memory": _plan_memory(config, hp, runtime, memory_bytes, rows),
+        "time": _plan_time(config, hp, gpu, machine),
+    }
 
 
-def describe_machine(gpu_name: str | None, memory_gib: float | None, cache_dir: Path) -> Machine:
-    """Look up a card by name, or describe this machine's device if the name is None."""
+def _choose_device(gpu_name: str | None) -> tuple[Runtime, Gpu | None]:
+    """Look up a card by name, or this machine's device if the name is None."""
     if gpu_name is None:
         runtime = build_runtime()
-        gpu = find_gpu(runtime.device_name) if runtime.device.type == "cuda" else None
-        memory_bytes = runtime.total_memory_bytes()
-    else:
-        gpu = find_gpu(gpu_name) or find_gpu(f"RTX {gpu_name}")
-        if gpu is None:
-            known = ", ".join(gpu.name for gpu in GPUS)
-            raise UsageError(f"no published figures for GPU {gpu_name!r}; known are: {known}")
-        dtype = training_dtype(gpu.capability)
-        runtime = Runtime(torch.device("cuda"), dtype, gpu.name, "published")
-        memory_bytes = gpu.memory_gib * 2**30
-    kind, peak = runtime.device.type, peak_flops(runtime, cache_dir)
-    mfu = MFU_DATA_CENTRE if gpu is None or gpu.rented else MFU_GEFORCE
-    return Machine(
-        name=runtime.device_name,
-        device_type=kind,
-        compute_dtype=dtype_name(runtime.compute_dtype),
-        flops_per_second=peak.flops_per_second,
-        flops_source=peak.source,
-        memory_bytes=int(memory_gib * 2**30) if memory_gib else memory_bytes,
-        assumed_mfu=mfu if kind == "cuda" else MFU_CPU,
-        gpu=gpu,
-    )
+        return runtime, find_gpu(runtime.device_name) if runtime.device.type == "cuda" else None
+    gpu = find_gpu(gpu_name) or find_gpu(f"RTX {gpu_name}")
+    if gpu is None:
+        known = ", ".join(gpu.name for gpu in known_gpus())
+        raise UsageError(f"no published figures for GPU {gpu_name!r}; known are: {known}")
+    dtype = training_dtype(gpu.capability)
+    return Runtime(torch.device("cuda"), dtype, gpu.name, "published"), gpu
 
 
-def _schedule_points(schedule: Schedule) -> tuple[tuple[int, float, float, float], ...]:
+def _describe_hyperparameters(hp: Hyperparameters) -> dict[str, Any]:
+    """Return them with what is derived from them."""
+    model, counts = hp.model, hp.parameters
+    return asdict(hp) | {
+        "parameters": asdict(counts) | {"total": counts.total, "scaling": counts.scaling},
+        "total_tokens": hp.total_tokens,
+        "total_flops": hp.total_flops,
+        "head_dim": model.head_dim,
+        "windows": model.windows,
+        "padded_vocab_size": model.padded_vocab_size,
+    }
+
+
+def _schedule_points(schedule: Schedule) -> list[tuple[int, float, float, float]]:
+    """Return iteration, rate multiplier, Muon momentum and weight decay where a ramp turns."""
     last = schedule.num_iterations
     turns = {0, schedule.warmup_steps, MOMENTUM_WARMUP_STEPS, schedule.warmdown_start, last}
     rate, momentum = schedule.lr_multiplier, schedule.muon_momentum
     decay = schedule.muon_weight_decay
-    return tuple((it, rate(it), momentum(it), decay(it)) for it in sorted(turns) if it <= last)
+    return [(it, rate(it), momentum(it), decay(it)) for it in sorted(turns) if it <= last]
 
 
 def shards_for_depth(depth: int, most: int) -> int:
@@ -229,60 +166,63 @@ def shards_for_depth(depth: int, most: int) -> int:
     return min(math.ceil(tokens / TOKENS_PER_SHARD), most)
 
 
-def _plan_data(config: PlanConfig, total_tokens: int) -> DataPlan:
+def _plan_data(config: PlanConfig, total_tokens: int) -> dict[str, Any]:
     per_shard = config.tokens_per_shard or TOKENS_PER_SHARD
     shards = min(math.ceil(total_tokens / per_shard), TRAIN_SHARDS)
-    return DataPlan(
-        tokens_per_shard=per_shard,
-        train_shards=shards,
-        epochs=max(1.0, total_tokens / (shards * per_shard)),
-        download_bytes=(shards + 1) * SHARD_BYTES,
-    )
+    return {
+        "tokens_per_shard": per_shard,
+        "train_shards": shards,
+        "epochs": max(1.0, total_tokens / (shards * per_shard)),
+        "download_bytes": (shards + 1) * SHARD_BYTES,
+    }
 
 
 def _plan_memory(
-    config: PlanConfig, hp: Hyperparameters, machine: Machine, rows: int
-) -> MemoryPlan:
-    dtype, device = DTYPES[machine.compute_dtype], torch.device(machine.device_type)
+    config: PlanConfig, hp: Hyperparameters, runtime: Runtime, memory_bytes: int, rows: int
+) -> dict[str, Any]:
+    """Plan one rank's memory, with the most rows per micro-batch that fit; None if not one does."""
+    model, dtype = hp.model, runtime.compute_dtype
     estimate, size, recomputes = fit_micro_batch(
-        hp.model,
+        model,
         dtype,
-        device,
+        runtime.device,
         config.num_gpus,
-        machine.memory_bytes,
+        memory_bytes,
         rows,
         recomputes=config.activation_checkpointing,
         state_dtype=DTYPES[config.optimizer_state],
     )
-    return MemoryPlan(
-        estimate=estimate,
-        device_bytes=machine.memory_bytes,
-        recomputes=recomputes,
-        device_batch_size=size,
-        grad_accum_steps=None if size is None else rows // size,
-        peak_bytes=estimate.total(size or 1),
-        kv_bytes_per_token=kv_bytes_per_token(hp.model, dtype),
-        kv_cache_bytes=kv_cache_bytes(hp.model, dtype, hp.model.sequence_length),
-    )
+    return {
+        "estimate": asdict(estimate) | {"fixed": estimate.fixed},
+        "device_bytes": memory_bytes,
+        "recomputes": recomputes,
+        "device_batch_size": size,
+        "grad_accum_steps": None if size is None else rows // size,
+        "peak_bytes": estimate.total(size or 1),
+        "kv_bytes_per_token": kv_bytes_per_token(model, dtype),
+        "kv_cache_bytes": kv_cache_bytes(model, dtype, model.sequence_length),
+    }
 
 
-def _plan_time(config: PlanConfig, hp: Hyperparameters, machine: Machine) -> TimePlan:
-    mfu, gpu = config.mfu or machine.assumed_mfu, machine.gpu
-    rate = config.num_gpus * machine.flops_per_second * mfu
-    steps, every = hp.num_iterations, config.eval_every
-    evaluations = 0 if every is None else math.ceil(steps / every)
+def _plan_time(
+    config: PlanConfig, hp: Hyperparameters, gpu: Gpu | None, machine: dict[str, Any]
+) -> dict[str, Any]:
+    """Plan hours, dollars, and the energy of the cards alone; None for what is not known."""
+    mfu, steps = config.mfu or machine["assumed_mfu"], hp.num_iterations
+    rate = config.num_gpus * machine["flops_per_second"] * mfu
+    evaluations = 0 if config.eval_every is None else math.ceil(steps / config.eval_every)
     evaluated = evaluations * config.eval_tokens * hp.flops_per_token * FORWARD_SHARE
     evaluation_hours = evaluated / rate / 3600
     hours = hp.total_flops / rate / 3600 + evaluation_hours
     price, note = config.prices.per_hour(gpu)
-    return TimePlan(
-        mfu=mfu,
-        tokens_per_second=rate / hp.flops_per_token,
-        num_evaluations=evaluations,
-        evaluation_hours=evaluation_hours,
-        hours=hours,
-        price_per_hour=price,
-        price_note=note,
-        cost=None if price is None else price * hours * config.num_gpus,
-        kwh=None if gpu is None else hours * config.num_gpus * gpu.board_watts / 1000,
-    )
+    return {
+        "mfu": mfu,
+        "tokens_per_second": rate / hp.flops_per_token,
+        "num_evaluations": evaluations,
+        "evaluation_hours": evaluation_hours,
+        "hours": hours,
+        "price_per_hour": price,
+        "price_note": note,
+        "cost": None if price is None else price * hours * config.num_gpus,
+        "kwh": None if gpu is None else hours * config.num_gpus * gpu.board_watts / 1000,
+    }

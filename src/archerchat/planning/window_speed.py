@@ -31,17 +31,15 @@ def fastest_for_windows(
         rows: rows per micro-batch.
         cache_dir: holds `window_speed.json`. If it cannot be written, the next run measures again.
     """
-    window, heads = min(config.windows), f"{config.num_heads}/{config.num_kv_heads} heads"
-    shape = f"{rows} rows of {config.sequence_length}, {heads} of {config.head_dim}"
+    window, length, dim = min(config.windows), config.sequence_length, config.head_dim
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    shape = f"{rows} rows of {length}, {heads}/{kv_heads} heads of {dim}"
     path, key = cache_dir / CACHE_FILE, f"{cache_key(runtime)}, {shape}, window {window}"
     try:
         seconds = {name: float(recall(path)[key][name]) for name in candidates}
     except (ValueError, KeyError, TypeError):
-        sizes = rows, config.sequence_length, config.num_heads, config.head_dim
-        seconds = {
-            name: time_attention(runtime, sizes, config.num_kv_heads, window, name)
-            for name in candidates
-        }
+        sizes = rows, length, heads, dim
+        seconds = {c: time_attention(runtime, sizes, kv_heads, window, c) for c in candidates}
         remember(path, key, seconds)
     best = min(candidates, key=lambda name: seconds[name])
     times = ", ".join(f"{name} {1000 * time:.2f} ms" for name, time in seconds.items())

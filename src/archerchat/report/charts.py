@@ -17,8 +17,6 @@ from typing import Any, Literal
 
 MAX_VALUES = 48
 """Most points of a curve that show their value under the pointer."""
-LINES_SIZE = 340, 215
-BARS_WIDTH, BAR_HEIGHT = 420, 20
 STYLE = Path(__file__).with_name("charts.mplstyle")
 CSS = """<style>svg.chart{color-scheme:light dark}
 .chart text{font-family:system-ui,sans-serif!important}
@@ -35,13 +33,11 @@ LOOKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """Points of a chart."""
-
     label: str
     points: Sequence[tuple[float, float]]
     """(x, y), by x; points that are not finite are left out."""
     kind: Literal["curve", "faint", "dashed", "dots"] = "curve"
-    """`faint` is a curve behind the others."""
+    """`faint` is a curve behind the others. A curve of one point is drawn as a dot."""
     color: int = 0
     on_right: bool = False
     """Whether it has its own axis, on the right."""
@@ -74,9 +70,6 @@ class Bars:
     """Label, value, interval, and the text next to the bar."""
 
 
-Chart = Lines | Bars
-
-
 def compact(value: float, digits: int = 3) -> str:
     """Write a number in a few characters: 1.5k, 0.012, 2.5M."""
     for unit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -85,62 +78,59 @@ def compact(value: float, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def draw(chart: Chart) -> str:
+def draw(chart: Lines | Bars) -> str:
     """Return a chart as a deterministic `<svg>` element."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    width, height = LINES_SIZE
-    if isinstance(chart, Bars):
-        width, height = BARS_WIDTH, 55 + BAR_HEIGHT * len(chart.bars)
+    width, height = (420, 55 + 20 * len(chart.bars)) if isinstance(chart, Bars) else (340, 215)
     with matplotlib.rc_context(fname=STYLE):
-        figure = Figure(figsize=(width / 72, height / 72))
+        figure, file = Figure(figsize=(width / 72, height / 72)), io.StringIO()
         axes = figure.add_subplot()
         axes.set_title(chart.title)
         values = _draw_bars(axes, chart) if isinstance(chart, Bars) else _draw_lines(axes, chart)
-        file = io.StringIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
-    content = file.getvalue()
-    content = content[content.index("<defs>") :]
-    left = iter(values)
+    texts = iter(values)
 
     def titled(marker: re.Match[str]) -> str:
-        return f'<g class="value"><title>{escape(next(left))}</title>{marker[0]}</g>'
+        return f'<g class="value"><title>{escape(next(texts))}</title>{marker[0]}</g>'
 
     content = re.sub(
         r'<g id="values.*?</g>\s*</g>',
         lambda group: re.sub(r"<use [^>]*/>", titled, group[0]),
-        content,
+        file.getvalue().partition("<defs>")[2],
         flags=re.DOTALL,
     )
     return (
         f'<svg class="chart" role="img" aria-label="{escape(chart.title)}" '
         f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="0 0 {width} {height}">{CSS}{content}'
+        f'viewBox="0 0 {width} {height}">{CSS}<defs>{content}'
     )
 
 
 def _draw_lines(axes: Any, chart: Lines) -> list[str]:
     """Draw curves; return the texts of the points that show their value."""
-    from matplotlib import ticker
-
     sides: list[Any] = [axes]
-    if chart.right_scale:
-        scale = chart.right_scale
+    if scale := chart.right_scale:
         sides.append(axes.secondary_yaxis("right", (lambda y: y * scale, lambda y: y / scale)))
     elif chart.right_label:
         sides.append(axes.twinx())
     if chart.log_x:
         axes.set_xscale("log")
-    lines, values = [], []
     for side in sides if chart.log_y else ():
         side.set_yscale("log")
+    named: list[Any] = []
+    values: list[str] = []
     for i, series in enumerate(chart.series):
         side, color = sides[series.on_right], f"C{series.color % 6}"
         points = [point for point in series.points if all(map(math.isfinite, point))]
         xs, ys = [x for x, _ in points], [y for _, y in points]
-        lines += side.plot(xs, ys, color=color, label=series.label, **LOOKS[series.kind])
+        look = LOOKS["dots" if len(points) == 1 else series.kind]
+        lines = side.plot(xs, ys, color=color, label=series.label, **look)
+        named += lines if series.label else []
+        if chart.log_y and series.on_right and len(points) == 1:  # matplotlib shows two decades
+            side.set_ylim(ys[0] / 1.25, ys[0] * 1.25)
         if series.band:
             side.fill_between(*zip(*series.band, strict=True), color=color, alpha=0.18, lw=0)
         if series.kind in ("curve", "dots"):
@@ -150,9 +140,21 @@ def _draw_lines(axes: Any, chart: Lines) -> list[str]:
             values += [f"{name}{compact(y, 4)} at {compact(x, 6)}" for x, y in points[every]]
     if chart.from_zero:
         axes.set_ylim(bottom=0)
+    _label_axes(axes, sides, chart)
+    if len(named) > 1:
+        axes.legend(handles=named)
+    return values
+
+
+def _label_axes(axes: Any, sides: Sequence[Any], chart: Lines) -> None:
+    from matplotlib import ticker
+
     low, high = axes.get_xlim()
-    many_decades = chart.log_x and high > 100 * low
-    axes.xaxis.set_major_locator(ticker.LogLocator() if many_decades else ticker.MaxNLocator(5))
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+    if chart.log_x and high > 4 * low:
+        axes.xaxis.set_major_locator(
+            ticker.LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5))
+        )
     for side, label in zip(sides, (chart.y_label, chart.right_label), strict=False):
         side.yaxis.set_major_locator(ticker.MaxNLocator(5))
         side.set_ylabel(label)
@@ -161,21 +163,18 @@ def _draw_lines(axes: Any, chart: Lines) -> list[str]:
         axis.set_major_formatter(lambda value, _: compact(value))
     axes.set_xlabel(chart.x_label)
     axes.grid(True, axis="y")
-    named = [line for line in lines if not line.get_label().startswith("_")]  # of no label
-    if len(named) > 1:
-        axes.legend(handles=named)
-    return values
 
 
 def _draw_bars(axes: Any, chart: Bars) -> list[str]:
     labels, values, _, _ = zip(*chart.bars, strict=True)
-    axes.barh(range(len(values)), values, 0.68, color=["C0" if v >= 0 else "C1" for v in values])
+    rows = range(len(values))
+    axes.barh(rows, values, 0.68, color=["C0" if v >= 0 else "C1" for v in values])
     for row, (_, value, interval, shown) in enumerate(chart.bars):
         axes.plot(interval, (row, row), color="#1d2025", lw=1.1, marker="|", ms=5)
         place = (max(0.0, value, interval[1]), row)
         axes.annotate(shown, place, xytext=(5, 0), textcoords="offset points", va="center")
     axes.axvline(0, color="#5f6672", lw=1)
-    axes.set_yticks(range(len(values)), list(labels), color="#1d2025")
+    axes.set_yticks(rows, labels, color="#1d2025")
     axes.set_ylim(len(values) - 0.5, -0.5)
     axes.grid(True, axis="x")
     return []

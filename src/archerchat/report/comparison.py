@@ -22,36 +22,25 @@ from archerchat.report.results import latest
 from archerchat.report.runs import Run
 
 FIRST_STEPS = 20
-BITS, CORE, SFT_BITS, CHATCORE = "bits per byte", "CORE", "SFT bits per byte", "ChatCORE"
 FIRST_LOSS, LAST_LOSS = f"loss of the first {FIRST_STEPS} steps", "loss of the last tenth"
+BITS, CORE, SFT_BITS, CHATCORE = "bits per byte", "CORE", "SFT bits per byte", "ChatCORE"
 SPEED, MFU = "tokens/s", "MFU"
 SCORES = (BITS, CORE, SFT_BITS, CHATCORE, SPEED, MFU)
-LIMITS = {
-    FIRST_LOSS: 0.05,
-    LAST_LOSS: 0.03,
-    BITS: 0.01,
-    CORE: 0.01,
-    SFT_BITS: 0.01,
-    CHATCORE: 0.01,
-}
+LIMITS = {FIRST_LOSS: 0.05, LAST_LOSS: 0.03, **dict.fromkeys(SCORES[:4], 0.01)}
 """Largest differences between runs that agree. CORE of single runs has a sigma of about 0.005."""
 QUANTITIES = {
-    name: quantity
-    for quantity, names in {
-        "loss": "loss train_loss",
-        BITS: "val_bpb bpb validation_bpb",
-        CORE: "core core_metric core_score",
-        CHATCORE: "chatcore chatcore_metric chatcore_score",
-        SPEED: "tok_sec tok_per_sec tokens_per_second",
-        MFU: "mfu",
-        "flops": "total_flops total_training_flops total_training_flops_estimate",
-        "flops_per_token": "flops_per_token num_flops_per_token estimated_flops_per_token",
-        "batch": "total_batch_size",
-        "step": "step",
-    }.items()
-    for name in names.split()
+    "loss": "(train_)?loss",
+    BITS: "(val_|validation_)?bpb",
+    CORE: "core(_metric|_score)?",
+    CHATCORE: "chatcore(_metric|_score)?",
+    SPEED: "tok_sec|tok_per_sec|tokens_per_second",
+    MFU: "mfu",
+    "flops": "total_(training_)?flops|total_training_flops_estimate",
+    "flops_per_token": "(num_|estimated_)?flops_per_token",
+    "batch": "total_batch_size",
+    "step": "step",
 }
-"""Our name of a figure by its names in logs, in lower case and with _ for other characters."""
+"""Patterns of a figure's names in logs, in lower case and with _ for other characters."""
 NUMBER = r"\"?([-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?)"
 PAIR = re.compile(rf"([\w./-]+)={NUMBER}|([A-Za-z][\w/ ]*?)(?:\s*:\s*|\s+){NUMBER}")
 """`val_bpb=0.93`, `tok/sec: 106,000` or `Total batch size 524,288`."""
@@ -81,10 +70,13 @@ class Row:
     difference: float
 
     @property
+    def limit(self) -> float | None:
+        return LIMITS.get(self.name)
+
+    @property
     def agrees(self) -> bool | None:
         """Whether the difference is within the limit; None if there is no limit."""
-        limit = LIMITS.get(self.name)
-        return None if limit is None else abs(self.difference) <= limit
+        return abs(self.difference) <= self.limit if self.limit else None
 
 
 def read_course(home: Home, name: str) -> Course:
@@ -98,25 +90,24 @@ def read_course(home: Home, name: str) -> Course:
         return parse_log(name, Path(name).read_text(encoding="utf-8", errors="replace"))
     runs, results = gather(home, name)
     by_stage = {run.stage: run for run in runs}
-    base = by_stage.get("base", Run(name))
-    flops = base.last("train/flops")
-    course = Course(
-        name,
-        base.metrics.get("train/smooth_loss", {}),
-        base.metrics.get("val/bpb", {}),
-        flops / base.steps if flops and base.steps else None,
-    )
+    base, tuned = by_stage.get("base", Run(name)), by_stage.get("sft", Run(name))
     core, chat = latest(results, "core"), latest(results, "chat", "sft")
     scores = {
         BITS: base.last("val/bpb"),
         CORE: core.score if core else None,
-        SFT_BITS: by_stage.get("sft", Run(name)).last("val/bpb"),
+        SFT_BITS: tuned.last("val/bpb"),
         CHATCORE: chat.score if chat else None,
         SPEED: base.last("train/tokens_per_second"),
         MFU: base.last("train/mfu"),
     }
-    course.scores = {name: value for name, value in scores.items() if value is not None}
-    return course
+    flops = base.last("train/flops")
+    return Course(
+        name,
+        base.metrics.get("train/smooth_loss", {}),
+        base.metrics.get("val/bpb", {}),
+        flops / base.steps if flops and base.steps else None,
+        {score: value for score, value in scores.items() if value is not None},
+    )
 
 
 def parse_log(name: str, text: str) -> Course:
@@ -128,20 +119,18 @@ def parse_log(name: str, text: str) -> Course:
     Raises:
         DataError: no line has a loss or a score.
     """
-    course, stage, last_step = Course(name), 0, -1
+    course, is_base, last_step = Course(name), True, -1
     known: dict[str, float] = {}
     for line in text.splitlines():
         found = _read_line(line)
         step = int(found.pop("step", -1))
-        if step == 0 and last_step > FIRST_STEPS:
-            stage, last_step = 1, 0
+        is_base &= step != 0 or last_step <= FIRST_STEPS
         last_step = max(step, last_step)
-        if stage == 0 and step >= 0:
+        if is_base and step >= 0:
             course.losses |= {step: found["loss"]} if "loss" in found else {}
             course.bits |= {step: found[BITS]} if BITS in found else {}
-        if stage == 1 and BITS in found:
-            found[SFT_BITS] = found.pop(BITS)
-        known |= {name: v for name, v in found.items() if stage == 0 or name not in (SPEED, MFU)}
+        of_sft = {BITS: SFT_BITS, CHATCORE: CHATCORE}
+        known |= found if is_base else {of_sft[q]: found[q] for q in found.keys() & of_sft.keys()}
     course.scores = {name: known[name] for name in SCORES if name in known}
     if course.scores.get(MFU, 0.0) > 1.5:  # a percentage
         course.scores[MFU] /= 100
@@ -166,16 +155,17 @@ def _read_line(line: str) -> dict[str, float]:
         key = re.sub(r"\W+", "_", (match[1] or match[3]).strip().lower())
         if tag and key in ("score", "metric"):
             key = tag[1].lower()
-        if quantity := QUANTITIES.get(key):
-            found[quantity] = float((match[2] or match[4]).replace(",", ""))
+        for quantity, names in QUANTITIES.items():
+            if re.fullmatch(names, key):
+                found[quantity] = float((match[2] or match[4]).replace(",", ""))
     return found
 
 
 def compare(first: Course, second: Course) -> list[Row]:
     """Return every quantity that both have."""
     steps = sorted(first.losses.keys() & second.losses.keys())
-    rows = []
     starts, ends = [s for s in steps if s < FIRST_STEPS], steps[-math.ceil(len(steps) / 10) :]
+    rows = []
     for name, chosen in ((FIRST_LOSS, starts), (LAST_LOSS, ends)):
         if chosen:
             pairs = [(first.losses[step], second.losses[step]) for step in chosen]
@@ -190,7 +180,7 @@ def compare(first: Course, second: Course) -> list[Row]:
 
 
 def compute_multiplier(first: Course, second: Course) -> tuple[str, float] | None:
-    """Return the side with fewer bits per byte, and by which factor it needs less compute.
+    """Return the name of the side with fewer bits per byte at its end, and its advantage in FLOPs.
 
     The factor is the other side's FLOPs over the FLOPs with which this side reached the same bits
     per byte, interpolated in log-log. A side without FLOPs is assumed to use the other's per step.
@@ -199,8 +189,8 @@ def compute_multiplier(first: Course, second: Course) -> tuple[str, float] | Non
     if not first.bits or not second.bits:
         return None
     better, worse = sorted((first, second), key=lambda side: side.bits[max(side.bits)])
-    per_step = [side.flops_per_step for side in (better, worse)]
-    ours, theirs = per_step[0] or per_step[1], per_step[1] or per_step[0]
+    ours = better.flops_per_step or worse.flops_per_step
+    theirs = worse.flops_per_step or ours
     curve = sorted((step, bits) for step, bits in better.bits.items() if step > 0)
     target = worse.bits[max(worse.bits)]
     if not ours or not theirs or not curve or curve[0][1] < target:
@@ -215,9 +205,8 @@ def draw_comparison(first: Course, second: Course) -> str:
     """Draw both curves of bits per byte, or of the loss if one has too few, as SVG."""
     enough = min(len(first.bits), len(second.bits)) > 1
     name, unit = (BITS, BITS) if enough else ("loss", "nats per token")
-    curves = [side.bits if enough else side.losses for side in (first, second)]
     series = [
-        Series(side.name, sorted(curve.items()), color=i)
-        for i, (side, curve) in enumerate(zip((first, second), curves, strict=True))
+        Series(side.name, sorted((side.bits if enough else side.losses).items()), color=i)
+        for i, side in enumerate((first, second))
     ]
     return draw(Lines(f"{first.name} and {second.name}: {name}", "step", series, unit))

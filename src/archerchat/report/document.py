@@ -14,18 +14,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
 
+from archerchat import __version__
 from archerchat.console import bytes_text, duration_text
 from archerchat.files import new_directory
-from archerchat.report.charts import Chart, compact, draw
+from archerchat.report.charts import Bars, Lines, compact, draw
 
 ABSENT = "–"
 HTML, MARKDOWN, CHARTS = "report.html", "report.md", "charts"
 """Files and folder in a report's directory."""
 FOLDER = Path(__file__).parent
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
 
 
 class Markup(str):
@@ -39,6 +39,7 @@ class Document:
         self.charts: dict[str, str] = {}
         """SVG by its path relative to the Markdown file."""
         environment = Environment(
+            loader=FileSystemLoader(FOLDER),
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=StrictUndefined,
@@ -54,11 +55,11 @@ class Document:
             "score": lambda v: ABSENT if v is None else f"{v:z.4f}",
         }
         environment.globals |= {"draw": self._draw, "passage": _passage, "table": _table}
-        source = (FOLDER / template).read_text(encoding="utf-8")
-        text = environment.from_string(source).render(**values)
+        environment.globals["version"] = __version__
+        text = environment.get_template(template).render(**values)
         self.markdown = re.sub(r"\n{3,}(?=[^\n`])", "\n\n", text)
 
-    def _draw(self, charts: Sequence[Chart]) -> Markup:
+    def _draw(self, charts: Sequence[Lines | Bars]) -> Markup:
         """Draw charts side by side."""
         images = []
         for chart in charts:
@@ -121,7 +122,7 @@ def _anchor(title: str) -> str:
 
 def escaped(text: str) -> str:
     """Escape text for Markdown and put it on one line."""
-    return _SPECIAL.sub(r"\\\1", " ".join(printable(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&!])", r"\\\1", " ".join(printable(text).split()))
 
 
 def printable(text: str) -> str:

@@ -39,7 +39,12 @@ class Result:
     """Differences from the published evaluation, such as "at most 8 per task"."""
 
     @property
-    def _fullness(self) -> tuple[bool, int, int, int]:
+    def is_whole(self) -> bool:
+        """Whether it can be compared with published scores."""
+        return self.score is not None and not self.conditions
+
+    @property
+    def fullness(self) -> tuple[bool, int, int, int]:
         examples = sum(task.examples for task in self.tasks)
         return self.score is not None, self.step, examples, -len(self.conditions)
 
@@ -51,43 +56,36 @@ def load_results(home: Home, stage: str, tag: str) -> list[Result]:
     """
     results = []
     for kind in SCORES:
-        read = _read_chat if kind == "chat" else _read_core
         for path in (home.root / "evals" / stage / tag).glob(f"{kind}_*.json"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                results.append(read(kind, stage, tag, json.loads(path.read_bytes())))
-    return sorted(results, key=lambda result: result._fullness)
+                results.append(_read(kind, stage, tag, json.loads(path.read_bytes())))
+    return sorted(results, key=lambda result: result.fullness)
 
 
-def _read_core(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
-    """Read a file of `archerchat eval base`, with CORE or the offline tasks."""
-    about, tasks = content.get("key", content), content["tasks"]
-    complete, options = about is content, about["options"]
-    conditions = []
-    if cap := options["max_per_task"]:
-        conditions.append(f"at most {cap:,} per task")
-    if length := options["max_length"]:
-        conditions.append(f"prompts of at most {length:,} tokens")
-    if kind == "core" and complete and len(tasks) != FULL_TASKS:
-        conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
-    names = ("label", "task_type", "examples", "correct", "random_baseline", "seconds")
-    done = [TaskResult(**{name: task[name] for name in names}) for task in tasks]
-    score = content["core"] if complete else None
-    return Result(kind, stage, tag, about["step"], score, done, complete, conditions)
-
-
-def _read_chat(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
-    """Read a file of `archerchat eval chat`."""
-    complete, sampling = content["complete"], content["sampling"]
-    conditions = []
-    if cap := max((limit for limit in content["limits"].values() if limit), default=None):
-        conditions.append(f"at most {cap:,} per task")
-    if temperature := sampling["temperature"]:
-        conditions.append(f"{sampling['num_samples']} sample(s) at temperature {temperature:g}")
-    if (tokens := sampling["max_new_tokens"]) < ANSWER_TOKENS:
-        conditions.append(f"answers of at most {tokens:,} tokens")
-    score = content.get("chatcore") if complete else None
-    tasks = [_read_chat_task(name, task) for name, task in content["tasks"].items()]
-    return Result(kind, stage, tag, content["step"], score, tasks, complete, conditions)
+def _read(kind: Kind, stage: str, tag: str, content: dict[str, Any]) -> Result:
+    """Read a file of `archerchat eval base` or `archerchat eval chat`."""
+    about, conditions = content.get("key", content), []
+    if kind == "chat":
+        complete, options = content["complete"], content["sampling"]
+        cap = max(filter(None, content["limits"].values()), default=None)
+        tasks = [_read_chat_task(name, task) for name, task in content["tasks"].items()]
+        if temperature := options["temperature"]:
+            conditions.append(f"{options['num_samples']} sample(s) at temperature {temperature:g}")
+        if (tokens := options["max_new_tokens"]) < ANSWER_TOKENS:
+            conditions.append(f"answers of at most {tokens:,} tokens")
+    else:
+        complete, options = about is content, about["options"]
+        cap = options["max_per_task"]
+        names = ("label", "task_type", "examples", "correct", "random_baseline", "seconds")
+        tasks = [TaskResult(**{name: task[name] for name in names}) for task in content["tasks"]]
+        if length := options["max_length"]:
+            conditions.append(f"prompts of at most {length:,} tokens")
+        if kind == "core" and complete and len(tasks) != FULL_TASKS:
+            conditions.append(f"{len(tasks)} of {FULL_TASKS} tasks")
+    if cap:
+        conditions.insert(0, f"at most {cap:,} per task")
+    score = content.get("chatcore" if kind == "chat" else "core") if complete else None
+    return Result(kind, stage, tag, about["step"], score, tasks, complete, conditions)
 
 
 def _read_chat_task(name: str, task: dict[str, Any]) -> TaskResult:

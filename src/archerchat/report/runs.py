@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from archerchat.config import from_json
 from archerchat.errors import UsageError
 from archerchat.home import Home
 from archerchat.model.config import ModelConfig
@@ -23,10 +24,10 @@ from archerchat.training.telemetry import read_records
 STAGES = ("base", "sft", "rl")
 STEP_METRIC = "train/loss"
 """Metric that is logged with every step of training."""
-RENAMES = "renamed.json"
-"""File under the home that lists renamed models in order (`archerchat models rename`)."""
 CLOCK = "train/seconds"
 """Metric with the time spent in training steps since the beginning of the run."""
+RENAMES = "renamed.json"
+"""File under the home that lists renamed models in order (`archerchat models rename`)."""
 
 
 @dataclass
@@ -50,8 +51,8 @@ class Run:
     """Values by name, then by step in ascending order."""
     texts: dict[str, dict[int, str]] = field(default_factory=dict)
     """Samples by name, then by step in ascending order."""
-    renamed: dict[str, str] = field(default_factory=dict)
-    """Present names of models, by the names in the journal."""
+    renames: list[dict[str, Any]] = field(default_factory=list)
+    """Renamings of models since the last session."""
 
     def setting(self, *path: str) -> Any:
         """Return the value at `path` in the configuration, or None."""
@@ -59,6 +60,14 @@ class Run:
         for name in path:
             value = value.get(name) if isinstance(value, Mapping) else None
         return value
+
+    def values(self, metric: str) -> list[float]:
+        """Return the finite values of a metric, by step."""
+        return [value for value in self.metrics.get(metric, {}).values() if math.isfinite(value)]
+
+    def last(self, metric: str) -> float | None:
+        """Return the last finite value of a metric."""
+        return next(reversed(self.values(metric)), None)
 
     @property
     def stage(self) -> str:
@@ -68,28 +77,26 @@ class Run:
     @property
     def base(self) -> str | None:
         """Name of the model that the run started from."""
-        tag = self.setting("identity", "base", "tag")
-        return self.renamed.get(tag, str(tag)) if tag else None
-
-    @property
-    def depth(self) -> int | None:
-        depth = self.setting("model_config", "num_layers")
-        return depth if isinstance(depth, int) else None
+        return self._present_name(self.setting("identity", "base", "tag"))
 
     @property
     def model_tag(self) -> str:
         """Name of the model that the run trained."""
-        given = self.setting("config", "output_tag" if self.base else "model_tag")
-        tag = str(given or self.base or (f"d{self.depth}" if self.depth else self.tag))
-        return self.renamed.get(tag, tag)
+        base = self.setting("identity", "base", "tag")
+        given = self.setting("config", "output_tag" if base else "model_tag")
+        depth = f"d{self.model.num_layers}" if self.model else self.tag
+        return str(self._present_name(given or base or depth))
+
+    def _present_name(self, tag: str | None) -> str | None:
+        for rename in self.renames:
+            tag = rename["to"] if tag == rename["from"] else tag
+        return tag
 
     @property
     def model(self) -> ModelConfig | None:
         """Shape of the model, if the journal has it."""
-        try:
-            return ModelConfig(**self.setting("model_config"))
-        except (TypeError, ValueError, ArithmeticError, AssertionError):
-            return None
+        shape = self.setting("model_config")
+        return from_json(ModelConfig, shape) if shape else None
 
     @property
     def device(self) -> str:
@@ -104,37 +111,17 @@ class Run:
     def overfitting(self) -> bool:
         """Whether validation got worse after its best step while the training loss kept falling."""
         bits, losses = self.metrics.get("val/bpb", {}), self.metrics.get("train/smooth_loss", {})
-        best = min(bits, key=lambda step: bits[step], default=0)
-        if not bits or not losses or not bits[max(bits)] > bits[best] * (1 + OVERFIT_SHARE):
+        if not bits or not losses:
             return False
-        return losses[max(losses)] < losses.get(best - 1, math.inf)
-
-    def values(self, metric: str) -> list[float]:
-        """Return the finite values of a metric, by step."""
-        return [value for value in self.metrics.get(metric, {}).values() if math.isfinite(value)]
-
-    def last(self, metric: str) -> float | None:
-        """Return the last finite value of a metric."""
-        return next(reversed(self.values(metric)), None)
+        best = min(bits, key=lambda step: bits[step])
+        worse = bits[max(bits)] > bits[best] * (1 + OVERFIT_SHARE)
+        return worse and losses[max(losses)] < losses.get(best - 1, math.inf)
 
 
 def run_tags(home: Home) -> list[str]:
     """Return the names of the runs that have journals, in alphabetical order."""
     folder = home.root / "runs"
     return sorted(path.parent.name for path in folder.glob("*/journal") if path.is_dir())
-
-
-def load_run(home: Home, tag: str) -> Run:
-    """Read run `tag`.
-
-    Raises:
-        DataError: a journal is damaged.
-        UsageError: there is no such run, or `tag` cannot be a run's name.
-    """
-    run = _read(home, tag, read_records(home, tag))
-    if run is None:
-        raise _no_such_run(home, tag)
-    return run
 
 
 def read_renames(home: Home) -> list[dict[str, Any]]:
@@ -144,16 +131,16 @@ def read_renames(home: Home) -> list[dict[str, Any]]:
     return renames
 
 
-def _read(home: Home, tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
-    """Build a run with the present names of its models."""
-    if (run := build_run(tag, records)) is None:
-        return None
-    # A session adds a file to the journals. A rename before the last session was of another model.
-    last = (home.run_dir(tag) / "journal").stat().st_mtime
-    for rename in read_renames(home):
-        if rename["time"] >= last:
-            old, new = rename["from"], rename["to"]
-            run.renamed = {k: new if v == old else v for k, v in run.renamed.items()} | {old: new}
+def load_run(home: Home, tag: str) -> Run:
+    """Read run `tag`.
+
+    Raises:
+        DataError: a journal is damaged.
+        UsageError: there is no such run, or `tag` cannot be a run's name.
+    """
+    run = _read(home, tag)
+    if not run.num_sessions:
+        raise _no_such_run(home, tag)
     return run
 
 
@@ -162,16 +149,23 @@ def _no_such_run(home: Home, tag: str) -> UsageError:
     return UsageError(f"there is no run {tag!r} in {home.root / 'runs'}; there is {names}")
 
 
-def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
-    """Merge the records of all sessions; None without a trainer's session."""
-    run = Run(tag)
-    is_trainer, has_trained, last = False, False, 0.0
+def _read(home: Home, tag: str, num_records: int | None = None) -> Run:
+    run = build_run(tag, islice(read_records(home, tag), num_records))
+    if run.num_sessions:
+        # A session adds a file to the journals. A rename before the last was of another model.
+        last = (home.run_dir(tag) / "journal").stat().st_mtime
+        run.renames = [rename for rename in read_renames(home) if rename["time"] >= last]
+    return run
+
+
+def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run:
+    """Merge the records of all of a trainer's sessions."""
+    run, is_trainer, has_trained, last = Run(tag), False, False, 0.0
     for record in records:
-        kind, time = record["type"], record["time"]
+        kind, time, step = record["type"], record["time"], record.get("step", 0)
         if kind == "session" and (is_trainer := record.get("kind", "trainer") == "trainer"):
             run.config, run.host = record.get("config") or {}, str(record.get("host") or "")
-            run.status = "not finished"
-            run.num_sessions += 1
+            run.status, run.num_sessions = "not finished", run.num_sessions + 1
             run.start, last, has_trained = min(run.start, time), time, False
         if not is_trainer:
             continue
@@ -179,16 +173,16 @@ def build_run(tag: str, records: Iterable[Mapping[str, Any]]) -> Run | None:
         run.end, last = max(run.end, time), max(last, time)
         if kind == "metrics":
             if STEP_METRIC in record["values"] and not has_trained:
-                _forget_after(run, record["step"])
+                _forget_after(run, step)
                 has_trained = True
-            _take_metrics(run, record["step"], record["values"])
+            _take_metrics(run, step, record["values"])
         elif kind == "text":
-            run.texts.setdefault(record["name"], {})[record["step"]] = record["text"]
+            run.texts.setdefault(record["name"], {})[step] = record["text"]
         elif kind == "finish":
             run.status = record["status"]
     run.metrics = {name: dict(sorted(v.items())) for name, v in run.metrics.items() if v}
     run.texts = {name: dict(sorted(t.items())) for name, t in run.texts.items() if t}
-    return run if run.num_sessions else None
+    return run
 
 
 def _take_metrics(run: Run, step: int, values: Mapping[str, float]) -> None:
@@ -204,9 +198,9 @@ def _forget_after(run: Run, step: int) -> None:
     """Drop metrics of training from `step` on, and everything else from the step after it."""
     kept: list[tuple[str, dict[int, Any]]] = [*run.metrics.items(), *run.texts.items()]
     for name, points in kept:
-        later = step if name.startswith("train/") else step + 1
-        for old in [s for s in points if s >= later]:
-            points.pop(old)
+        first = step if name.startswith("train/") else step + 1
+        for old in [s for s in points if s >= first]:
+            del points[old]
 
 
 def load_family(home: Home, tag: str | None) -> list[Run]:
@@ -221,26 +215,18 @@ def load_family(home: Home, tag: str | None) -> list[Run]:
     """
     tags = run_tags(home)
     if tag is None and tags:
-        # A session adds a file to the run's journals.
         tag = max(tags, key=lambda name: (home.run_dir(name) / "journal").stat().st_mtime_ns)
     # The first record says which model a run trained; only the chosen runs are read whole.
-    outlines = (_read(home, name, islice(read_records(home, name), 1)) for name in tags)
-    known = [run for run in outlines if run is not None]
+    known = [run for name in tags if (run := _read(home, name, 1)).num_sessions]
     chosen = [run for run in known if tag in (run.tag, run.model_tag)]
     if not chosen:
         raise _no_such_run(home, tag or "")
     # Where a run of a stage has that very name, others of the same model are side tracks.
     named = {run.stage for run in chosen if run.tag == tag}
     chosen = [run for run in chosen if run.tag == tag or run.stage not in named]
-    while ancestors := [run for run in known if _is_ancestor(run, chosen)]:
-        chosen += ancestors
+    for i, stage in reversed([*enumerate(STAGES)]):
+        bases = {run.base for run in chosen if run.stage in STAGES[i + 1 :]}
+        bases -= {run.model_tag for run in chosen if run.stage == stage}
+        chosen += [run for run in known if run.stage == stage and run.model_tag in bases]
     loaded = [load_run(home, run.tag) for run in chosen]
     return sorted(loaded, key=lambda run: (STAGES.index(run.stage), run.start))
-
-
-def _is_ancestor(run: Run, chosen: list[Run]) -> bool:
-    """Whether one of the chosen runs started from the model that this one trained."""
-    if any((run.stage, run.model_tag) == (each.stage, each.model_tag) for each in chosen):
-        return False
-    later = STAGES[STAGES.index(run.stage) + 1 :]
-    return any(each.stage in later and each.base == run.model_tag for each in chosen)

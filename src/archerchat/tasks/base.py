@@ -46,6 +46,7 @@ class Task(Sequence[Conversation]):
         is_lenient: whether there is a lenient rule beside the reference's.
         left_out: sentences about parts of its files that were not read.
         found: sentences about the content of its files.
+        picked: which rows are its conversations, in its order; None for all of them.
     """
 
     rows: Rows
@@ -56,7 +57,7 @@ class Task(Sequence[Conversation]):
     is_lenient: bool = False
     left_out: Sequence[str] = ()
     found: Sequence[str] = ()
-    _picked: Sequence[int] | None = None
+    picked: Sequence[int] | None = None
 
     def render(self, row: Any) -> Conversation:
         """Return the conversation of a row; by default a row is one."""
@@ -91,8 +92,8 @@ class Task(Sequence[Conversation]):
             "split": self.split,
             "examples": len(self),
         }
-        if self._picked is not None:
-            indices = array("Q", self._picked).tobytes()
+        if self.picked is not None:
+            indices = array("Q", self.picked).tobytes()
             description["picked"] = hashlib.sha256(indices).hexdigest()[:16]
         return description
 
@@ -116,11 +117,11 @@ class Task(Sequence[Conversation]):
         return self.render(self.rows[order[index]])
 
     def _order(self) -> Sequence[int]:
-        return range(len(self.rows)) if self._picked is None else self._picked
+        return range(len(self.rows)) if self.picked is None else self.picked
 
     def _pick(self, indices: Sequence[int]) -> Self:
         task = copy.copy(self)
-        task._picked = indices
+        task.picked = indices
         return task
 
 

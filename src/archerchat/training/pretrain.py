@@ -21,7 +21,7 @@ from archerchat.config import PositiveInt, Seed, StateDtypeName, as_json
 from archerchat.data.hub import SOURCES
 from archerchat.data.packing import Packing
 from archerchat.data.prefetch import Batch
-from archerchat.data.shards import count_text_bytes, data_directory, list_shards, split_shards
+from archerchat.data.shards import Shard, data_directory, list_shards, split_shards
 from archerchat.data.streams import Streams
 from archerchat.data.text_loader import TextLoader
 from archerchat.data.text_sample import TextSample, measure_text
@@ -249,8 +249,8 @@ class Pretraining(Stage):
 
     @cached_property
     def validation_bytes(self) -> int:
-        """Bytes of the validation text."""
-        return count_text_bytes(self.validation_shards)
+        with Shard(self.validation_shards[0]) as shard:
+            return shard.text_bytes
 
     def measure_bits(self, step: int) -> Mapping[str, float]:
         """Measure bits per byte of the validation text, going over it at most once."""

@@ -35,19 +35,11 @@ from archerchat.model.config import ModelConfig
 from archerchat.optim.schedule import Schedule
 
 EXTENDABLE = (
-    "num_iterations",
-    "total_batch_size",
-    "device_batch_size",
-    "learning_rates.",
-    "weight_decay",
-    "warmup_steps",
-    "warmdown_ratio",
-    "final_lr_frac",
+    r"num_iterations|\w+_batch_size|learning_rates\.\w+|weight_decay|warm\w+|final_lr_frac"
+    r"|target_\w+|\w+_lr"
 )
-EXTENDABLE_FLAGS = re.compile(
-    r"num_iterations|\w+_batch_size|target_\w+|\w+_lr|weight_decay|warm\w+|final_lr_frac"
-)
-FREE_FLAGS = re.compile(
+"""Names in an identity, and flags, that `--extend` lets change."""
+FREE_FLAGS = (
     r"device|attention|compile|run|push_checkpoints|tags|save_every|keep_last|(core|sample|eval)_\w+|"
     r"resume\w*|overwrite|extend|data_dir|val_jsonl|output_tag"
 )
@@ -181,61 +173,62 @@ def find_start(
     """
     if saved is None:
         return None
-    path, meta, identity = saved.path, saved.meta, current["identity"]
-    if extend and "identity" not in meta:
-        return _continue_imported(path, meta, current)
-    differences = compare_configs(_identity(path, meta), identity)
-    free = ["base.tag:"]  # a base model of the same weights may have been renamed
-    if any_rows:
-        free += ["device_batch_size:", "rollouts.device_batch_size:"]
-    differences = [d for d in differences if not d.startswith(tuple(free))]
-    refused = [d for d in differences if not (extend and d.startswith(EXTENDABLE))]
-    if refused:
-        base = meta.get("stage", "base") == "base"  # the only stage that has --extend
-        allowed = base and not extend and all(d.startswith(EXTENDABLE) for d in refused)
-        remedy = "continue with the new settings by --extend, or " if allowed else ""
-        shown = _changed_flags(meta, current, extend) or refused
-        raise UsageError(
-            f"{path} belongs to a different run: {'; '.join(shown)}. Resume it with its saved "
-            f"settings by --resume {path.parent.name}, {remedy}choose another {_tag_flag(meta)} "
-            "for a new run, or start this one over by --overwrite"
-        )
-    return _load_start(path, identity)
-
-
-def _load_start(path: Path, identity: Mapping[str, Any]) -> Checkpoint:
-    """Load a checkpoint that is not past the run's horizon."""
+    path, identity, imported = saved.path, current["identity"], "identity" not in saved.meta
+    if imported and extend:
+        _require_same_model(saved, current)
+    else:
+        _require_same_settings(saved, current, extend, any_rows)
     start, horizon = load_checkpoint(path), identity["num_iterations"]
     if horizon is not None and start.step > horizon:
         raise UsageError(
             f"{path} is past the horizon of {horizon} steps: give more steps, "
             "or an earlier checkpoint by --resume-from-step"
         )
+    if imported:
+        tokens = start.step * identity["total_batch_size"]
+        start.state["loop"] = {"step": start.step, "first_smoothed": start.step, "tokens": tokens}
     return start
 
 
-def _continue_imported(
-    path: Path, meta: Mapping[str, Any], current: Mapping[str, Any]
-) -> Checkpoint:
-    """Load another trainer's checkpoint as a step of this run: it has weights and moments only."""
-    saved, now = (
+def _require_same_model(saved: Checkpoint, current: Mapping[str, Any]) -> None:
+    """Refuse another trainer's checkpoint that a run of this model cannot continue from."""
+    before, now = (
         {
-            "model_config": each["model_config"],
-            "tokenizer": {"fingerprint": (each["tokenizer"] or {}).get("fingerprint")},
+            "model_config": meta["model_config"],
+            "tokenizer": {"fingerprint": (meta["tokenizer"] or {}).get("fingerprint")},
         }
-        for each in (meta, current)
+        for meta in (saved.meta, current)
     )
-    if differences := compare_configs(saved, now):
-        raise UsageError(f"{path} is another model than this run's: {'; '.join(differences)}")
-    start = _load_start(path, current["identity"])
-    if "optimizer" not in start.state:
+    if differences := compare_configs(before, now):
+        raise UsageError(f"{saved.path} is another model than this run's: {'; '.join(differences)}")
+    if "optimizer" not in saved.hashes:
         raise UsageError(
-            f"{path} was imported without optimizer state, so its run cannot be continued: import "
-            "it again from a folder that has it"
+            f"{saved.path} was imported without optimizer state, so its run cannot be continued: "
+            "import it again from a folder that has it"
         )
-    tokens = start.step * current["identity"]["total_batch_size"]
-    start.state["loop"] = {"step": start.step, "first_smoothed": start.step, "tokens": tokens}
-    return start
+
+
+def _require_same_settings(
+    saved: Checkpoint, current: Mapping[str, Any], extend: bool, any_rows: bool
+) -> None:
+    """Refuse a checkpoint of a different run; the arguments are those of `find_start`."""
+    path, meta = saved.path, saved.meta
+    free = r"base\.tag"  # a base model of the same weights may have been renamed
+    free += r"|(rollouts\.)?device_batch_size" if any_rows else ""
+    free += f"|{EXTENDABLE}" if extend else ""
+    differences = compare_configs(_identity(path, meta), current["identity"])
+    refused = [line for line in differences if not re.match(f"({free}): ", line)]
+    if not refused:
+        return
+    base = meta.get("stage", "base") == "base"  # the only stage that has --extend
+    would_do = base and not extend and all(re.match(f"({EXTENDABLE}): ", d) for d in refused)
+    remedy = "continue with the new settings by --extend, or " if would_do else ""
+    shown = _changed_flags(meta, current, extend) or refused
+    raise UsageError(
+        f"{path} belongs to a different run: {'; '.join(shown)}. Resume it with its saved "
+        f"settings by --resume {path.parent.name}, {remedy}choose another {_tag_flag(meta)} "
+        "for a new run, or start this one over by --overwrite"
+    )
 
 
 def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend: bool) -> list[str]:
@@ -244,13 +237,13 @@ def _changed_flags(saved: Mapping[str, Any], current: Mapping[str, Any], extend:
     Flags that resolve to the same value, such as a default given explicitly, do not differ.
     """
     lines, before, now = [], saved["identity"], current["identity"]
+    free = f"{FREE_FLAGS}|{EXTENDABLE}" if extend else FREE_FLAGS
     for line in compare_configs(saved["config"], current["config"]):
         name, _, values = line.partition(": ")
         flag = name.rpartition(".")[2]
         decides = "base" if flag in BASE_FLAGS else flag
-        same = before.get(decides) == now.get(decides) and (flag in BASE_FLAGS or flag in now)
-        allowed = extend and EXTENDABLE_FLAGS.fullmatch(flag)
-        if not (same or allowed or FREE_FLAGS.fullmatch(flag) or values.startswith("absent")):
+        same = before.get(decides) == now.get(decides) and decides in {"base", *now}
+        if not (same or re.fullmatch(free, flag) or values.startswith("absent")):
             lines.append(f"--{flag.replace('_', '-')}: {values.replace('None', 'none')}")
     return lines
 
@@ -295,23 +288,21 @@ def describe_extension(
         new_peaks: the new rates of the same groups.
     """
     old = before.lr_multiplier(min(step, before.num_iterations - 1))
-    new = after.lr_multiplier(step)
+    new, last = (after.lr_multiplier(at) for at in (step, after.num_iterations - 1))
+    falls = f", falls from step {after.warmdown_start}" if step < after.warmdown_start else ""
     text = (
         f"extending at step {step} of {before.num_iterations} to {after.num_iterations} steps: "
-        f"the learning rate goes from x{old:.3f} to x{new:.3f}"
+        f"the learning rate goes from x{old:.3f} to x{new:.3f}{falls}, ends at x{last:.3f}"
     )
-    if step < after.warmdown_start:
-        text += f", falls from step {after.warmdown_start}"
-    text += f", ends at x{after.lr_multiplier(after.num_iterations - 1):.3f}"
-    changed = {name: peak for name, peak in new_peaks.items() if peak != old_peaks[name]}
-    if changed:
-        shown = (f"{name} {old_peaks[name]:.3g} to {peak:.3g}" for name, peak in changed.items())
-        text += f"; the peak rates change: {', '.join(shown)}"
-    growth = max((new_peaks[name] / peak for name, peak in old_peaks.items() if peak), default=1.0)
-    jump = growth * new / old
+    pairs = {name: (old_peaks[name], peak) for name, peak in new_peaks.items()}
+    changed = [f"{n} {was:.3g} to {peak:.3g}" for n, (was, peak) in pairs.items() if was != peak]
+    text += f"; the peak rates change: {', '.join(changed)}" if changed else ""
+    jump = max((peak / was for was, peak in pairs.values() if was), default=1.0) * new / old
     if jump > 1.5:
-        text += f"\nwarning: that is {jump:.1f} times the rate that was planned there; the loss "
-        text += "will rise at first, and what the warm-down gained is lost"
+        text += (
+            f"\nwarning: that is {jump:.1f} times the rate that was planned there; the loss will "
+            "rise at first, and what the warm-down gained is lost"
+        )
     return text
 
 

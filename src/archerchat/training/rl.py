@@ -6,12 +6,11 @@ On-policy REINFORCE in the style of GRPO (https://arxiv.org/abs/2402.03300). In 
 answers each of some questions many times, with the calculator. Answers that are better than the
 average for their question become more likely, the others less likely: an advantage is a reward
 minus its group's mean, and the loss is averaged over all tokens that the model chose in the step.
-The same command resumes from the last checkpoint, bit for bit; a command that would change the run
-is refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,12 +37,7 @@ from archerchat.tasks.registry import build_task
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
 from archerchat.training.outcome import Outcome
 from archerchat.training.recipe import Evaluation, Metric, StepSettings, answer_questions
-from archerchat.training.rollouts import (
-    SAMPLING,
-    RolloutBatch,
-    RolloutLoader,
-    RolloutSettings,
-)
+from archerchat.training.rollouts import RolloutLoader
 from archerchat.training.run import run_stage
 
 RATE_SCALE = 0.05
@@ -52,6 +46,9 @@ MUON_MOMENTUM = 0.95
 """Momentum of every step: SPEC section 8 gives none, and this is where fine-tuning ends."""
 SAMPLES = 3
 """Number of test questions whose answers are shown."""
+SAMPLING = SamplingParams(max_new_tokens=256, top_k=50, num_samples=16)
+IDENTITY_PARAMS = ("num_samples", "max_new_tokens", "temperature", "top_k", "seed")
+"""Sampling parameters that every saved identity has; others only if they are not the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +108,6 @@ class Reinforcement(Tuning):
 
     config: ReinforceConfig
     loader: RolloutLoader
-    _batch: RolloutBatch
-    """The micro-batch that `loss` is asked for."""
 
     def decide(self) -> None:
         config = self.config
@@ -120,9 +115,9 @@ class Reinforcement(Tuning):
         # Rows differ in length from step to step; each length would be compiled again.
         self.compile = False
         self.train, self.test = self.ranks.first_alone(self._build_tasks)
-        steps = config.num_epochs * len(self.train) // config.examples_per_step
-        self.seed = config.sampling.seed
-        self.num_iterations: int = config.num_iterations or max(1, steps)
+        self.seed, epochs = config.sampling.seed, config.num_epochs
+        steps = max(1, epochs * len(self.train) // config.examples_per_step)
+        self.num_iterations: int = config.num_iterations or steps
         # Fine-tuning has scaled the rates already; the factor is on pretraining's.
         fine_tuned = float((self.base.meta.get("config") or {}).get("lr_scale") or 1.0)
         self.rates = inherit(self.base, self.model_config, config.lr_scale / fine_tuned)[2]
@@ -137,12 +132,7 @@ class Reinforcement(Tuning):
         self.passed: dict[str, float] = {}  # what the last evaluation found
 
     def _build_tasks(self) -> tuple[Task, Task]:
-        """Return the training questions and the test questions to validate with.
-
-        Raises:
-            UsageError: there is no such task, or its answers cannot be judged.
-            DataError: its files are missing or broken, or hold nothing.
-        """
+        """Return the training questions, and the test questions to validate with."""
         config = self.config
         files = TaskFiles(self.home.cache_dir / "tasks", config.data_dir, notify=self.console.print)
         train, test = (build_task(config.task, split, files) for split in ("train", "test"))
@@ -157,20 +147,24 @@ class Reinforcement(Tuning):
         train.reward(train[0], "")  # a task for training only says so here
         return train, limited(test, config.eval_examples)
 
-    def rollouts(self, rows: int) -> RolloutSettings:
-        """Return the settings for a step's answers, in micro-batches of `rows` rows."""
-        return RolloutSettings(self.config.examples_per_step, self.config.sampling, rows)
-
     def count_micro_batches(self, rows: int) -> int:
-        return self.rollouts(rows).batches(self.ranks.world_size)
+        answers = self.config.examples_per_step * self.config.sampling.num_samples
+        return math.ceil(answers / (self.ranks.world_size * rows))
 
     def identity(self) -> dict[str, Any]:
+        config, default = self.config, asdict(SamplingParams())
+        sampling = {
+            name: value
+            for name, value in asdict(config.sampling).items()
+            if name in IDENTITY_PARAMS or value != default[name]
+        }
+        counts = {"questions_per_step": config.examples_per_step, "device_batch_size": self.rows}
         return {
-            "base": {"stage": self.config.source, **self.describe_base()},
+            "base": {"stage": config.source, **self.describe_base()},
             "tokenizer": self.tokenizer.fingerprint,
             "task": self.train.describe(),
-            "rollouts": self.rollouts(self.rows).identity(),
-            "rollout_batch_size": self.config.rollout_batch_size,
+            "rollouts": counts | sampling,
+            "rollout_batch_size": config.rollout_batch_size,
             "num_iterations": self.num_iterations,
             "learning_rates": asdict(self.rates),
         }
@@ -178,75 +172,70 @@ class Reinforcement(Tuning):
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"validation": self.test.describe()}
 
-    # What is trained, and on what
-
     def open_data(self, start: Checkpoint | None) -> None:
         config, on_cuda = self.config, self.model.device.type == "cuda"
         engine = Engine(self.model, config.rollout_batch_size, compile=on_cuda)
-        settings = self.rollouts(self.rows)
-        self.loader = RolloutLoader(engine, self.tokenizer, self.train, settings, self.ranks)
+        self.loader = RolloutLoader(
+            engine,
+            self.tokenizer,
+            self.train,
+            questions=config.examples_per_step,
+            sampling=config.sampling,
+            rows=self.rows,
+            batches=self.grad_accum_steps,
+            ranks=self.ranks,
+        )
         self.evaluations = [Evaluation(self.measure_pass, config.eval_every)]
 
     def next_micro_batch(self) -> tuple[Tensor, Tensor]:
-        """Return a micro-batch of rollouts; the first one of a step generates all of them."""
         if self.loader.rolls_out_next:
             self.show_progress("rolling out")
-        self._batch = next(self.loader)
-        return self.to_device(self._batch)
+        batch = next(self.loader)
+        self.advantages = torch.from_numpy(batch.advantages).to(self.runtime.device)  # (B,)
+        return self.to_device(batch)
 
     def step_tokens(self) -> int:
-        """Return the tokens of the step's rollouts, prompts included."""
-        return self.loader.amounts()[0]
+        return self.loader.tokens
 
     def step_flops(self) -> int:
         """Estimate the step's operations: one forward pass for each rollout, and one forward and
         backward pass, three times as much, for those that were trained on."""
-        rolled_out, trained = self.loader.amounts()
-        return flops_per_token(self.model.config) * (rolled_out + 3 * trained) // 3
+        passes = self.loader.tokens + 3 * self.loader.learned_tokens
+        return flops_per_token(self.model.config) * passes // 3
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return the figures of the step's rollouts."""
         return self.loader.metrics()
 
     def shown_metrics(self) -> Mapping[str, float]:
         return {"reward": self.loader.metrics()["rollout/reward"]}
 
-    # Its loss
-
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the micro-batch's share of the step's loss, times the number of micro-batches."""
         # Only tokens that the model chose meet the unembedding, not prompts and tool output.
         trained = targets != IGNORED
-        advantages = torch.from_numpy(self._batch.advantages).to(self.runtime.device)
         return weighted_loss(
             self.hidden(inputs)[trained],
             self.model.unembedding.weight,
             targets[trained],
             self.model.config.vocab_size,
-            advantages[:, None].expand_as(targets)[trained],
-            self._batch.scale,
+            self.advantages[:, None].expand_as(targets)[trained],
+            self.loader.scale,
         )
-
-    # Its schedule
 
     def total_steps(self, step: int) -> int:
         return self.num_iterations
 
     def settings(self, step: int) -> StepSettings:
-        """Read the schedules at `step`; nothing decays."""
         return StepSettings(lr_multiplier(step, self.num_iterations), MUON_MOMENTUM)
-
-    # What is measured and shown on the way
 
     def measure_pass(self, step: int) -> Mapping[str, float]:
         """Measure pass@k on the test."""
-        engine, sampling = self.loader.engine, self.config.sampling
-        engine.refresh_weights()
+        self.loader.engine.refresh_weights()
         result = evaluate_task(
-            engine,
+            self.loader.engine,
             self.tokenizer,
             self.test,
-            replace(sampling, num_samples=self.config.eval_samples),
+            replace(self.config.sampling, num_samples=self.config.eval_samples),
             self.ranks,
             lambda done, total: self.show_progress("evaluating", done / total),
         )
@@ -255,23 +244,18 @@ class Reinforcement(Tuning):
 
     def sample(self, step: int) -> Mapping[str, str]:
         """Answer the given questions, or the first of the test, greedily with the calculator."""
-        engine, count = self.loader.engine, min(SAMPLES, len(self.test))
-        engine.refresh_weights()
-        prompts = self.config.sample_prompt
-        own: list[Conversation] = [{"messages": [user(prompt)]} for prompt in prompts]
-        questions = own or [self.test[index] for index in range(count)]
-        limit = self.config.sampling.max_new_tokens
-        return answer_questions(engine, self.tokenizer, questions, limit)
-
-    # What is said about it
+        self.loader.engine.refresh_weights()
+        own: list[Conversation] = [{"messages": [user(q)]} for q in self.config.sample_prompt]
+        questions, limit = own or self.test[:SAMPLES], self.config.sampling.max_new_tokens
+        return answer_questions(self.loader.engine, self.tokenizer, questions, limit)
 
     def announce(self) -> Iterator[tuple[str, str]]:
         config = self.config
         yield "model", f"{config.source} {self.base_tag}, step {self.base.step}"
+        train, test = self.train, self.test
         yield (
             "questions",
-            f"{len(self.train):,} of {self.train.name}; {len(self.test):,} of its test to validate "
-            "with",
+            f"{len(train):,} of {train.name}; {len(test):,} of its test to validate with",
         )
         yield (
             "training",
@@ -282,7 +266,6 @@ class Reinforcement(Tuning):
         yield "rates", f"x{config.lr_scale:g} of pretraining's, falling to 0"
 
     def final_metrics(self) -> Mapping[str, float]:
-        """Return the last step's figures and pass@k."""
         return {**self.step_metrics(), **self.passed}
 
     def describe_result(self, figures: Mapping[str, Any]) -> str:
@@ -294,7 +277,6 @@ class Reinforcement(Tuning):
         return f"on the test: {', '.join(passed) or 'not measured'}"
 
     def closing_lines(self, finished: bool) -> list[str]:
-        """Report pass@k for every k."""
         return [self.describe_result(self.passed)] if finished and self.passed else []
 
 

@@ -4,13 +4,13 @@
 
 The model learns the assistant's part of conversations. Sequence length, batch and learning rates
 are the base model's, and the optimizer starts from its moments. A run is one pass over the
-mixture, `--num-epochs` passes, or `--num-iterations` steps, whichever ends first. The same command
-resumes from the last checkpoint, bit for bit; a command that would change the run is refused.
+mixture, `--num-epochs` passes, or `--num-iterations` steps, whichever ends first.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,9 +31,10 @@ from archerchat.data.streams import Streams
 from archerchat.home import Home
 from archerchat.inference.engine import Engine
 from archerchat.tasks.base import TaskMixture
+from archerchat.tasks.collected import MAX_NAMED, JsonlTask
 from archerchat.tasks.conversation import Conversation, user
 from archerchat.tasks.hub import TaskFiles
-from archerchat.tasks.registry import MixtureConfig, build_mixtures
+from archerchat.tasks.registry import HELD_BACK, MixtureConfig, build_mixtures
 from archerchat.training.base_model import TuneConfig, Tuning, inherit
 from archerchat.training.outcome import Outcome
 from archerchat.training.recipe import Evaluation, StepSettings, answer_questions
@@ -79,9 +80,9 @@ class FinetuneConfig(TuneConfig):
     """Number of tokens per validation."""
 
     @property
-    def passes(self) -> int | None:
-        """Passes over the conversations that end the run; None leaves the end to the steps."""
-        return self.num_epochs or (None if self.num_iterations else 1)
+    def passes(self) -> float:
+        """Passes over the conversations that end the run; infinite if only the steps end it."""
+        return self.num_epochs or (math.inf if self.num_iterations else 1)
 
 
 def lr_multiplier(progress: float) -> float:
@@ -95,6 +96,18 @@ def muon_momentum(step: int) -> float:
     """Return Muon's momentum at `step`."""
     done = min(1.0, step / MOMENTUM_WARMUP_STEPS)
     return (1 - done) * MOMENTUM_START + done * MOMENTUM_PEAK
+
+
+def iter_held_back(validation: TaskMixture) -> Iterator[str]:
+    """Say which of the user's conversations validate only because nothing else was given."""
+    for task in validation.tasks:
+        if isinstance(task, JsonlTask) and task.picked is not None:
+            size, numbers = len(task.rows), [str(index + 1) for index in sorted(task.picked)]
+            listed = ", ".join(numbers[:MAX_NAMED]) + (", ..." if len(numbers) > MAX_NAMED else "")
+            use = "held back from training"
+            if size < HELD_BACK:
+                use = f"trained on too because there are fewer than {HELD_BACK}"
+            yield f"number {listed} of {size} in {task.name}, {use}; --val-jsonl chooses others"
 
 
 class Finetuning(Tuning):
@@ -113,19 +126,19 @@ class Finetuning(Tuning):
             lambda: build_mixtures(config.data, files)
         )
         self.seed, self.num_iterations = config.data.mixture_seed, None
-        usual_rows, self.total_batch_tokens, self.rates = inherit(
+        rows, self.total_batch_tokens, self.rates = inherit(
             self.base, self.model_config, config.lr_scale, config.total_batch_size
         )
         # Micro-batches count alike, however much of each is learned: more rows would be another
         # loss.
-        usual_rows = saved_rows(self.saved.meta) if self.saved else usual_rows
-        self.fit_to_device(usual_rows=usual_rows, document_masking=config.document_masking)
+        rows = saved_rows(self.saved.meta) if self.saved else rows
+        self.fit_to_device(usual_rows=rows, document_masking=config.document_masking)
         self.pass_tokens = self._estimate_tokens()
 
     def identity(self) -> dict[str, Any]:
-        config, passes = self.config, self.config.passes
+        config = self.config
         # One pass is not named: the first runs knew no other.
-        return ({} if passes == 1 else {"num_epochs": passes}) | {
+        return ({} if config.passes == 1 else {"num_epochs": config.num_epochs}) | {
             "base": self.describe_base(),
             "tokenizer": self.tokenizer.fingerprint,
             "mixture": describe_mixture(self.train),
@@ -140,8 +153,6 @@ class Finetuning(Tuning):
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"validation": describe_mixture(self.validation)}
 
-    # What is trained, and on what
-
     def build_model(self, start: Checkpoint | None) -> None:
         super().build_model(start)
         if start is None and self.config.warm_start and "optimizer" in self.base.hashes:
@@ -154,7 +165,6 @@ class Finetuning(Tuning):
     def _open_loader(
         self, mixture: TaskMixture, repeat: bool, stream: int, count: int
     ) -> ConversationLoader:
-        """Open one stream of a mixture."""
         return ConversationLoader(
             mixture,
             self.tokenizer,
@@ -171,7 +181,6 @@ class Finetuning(Tuning):
         return Used.of([part for parts in self.ranks.gather(own) for part in parts])
 
     def step_metrics(self) -> Mapping[str, float]:
-        """Return how the conversations were used so far."""
         used = self.used()
         counts = used.counts
         return {
@@ -190,21 +199,19 @@ class Finetuning(Tuning):
         segments = (inputs == self.tokenizer.bos_id).cumsum(1)
         return self.model.hidden(inputs, self.regions, segments=segments)
 
-    # Its schedule
-
     def is_finished(self, start: Checkpoint) -> bool:
         return bool(start.meta.get("finished"))
 
     @property
     def data_progress(self) -> float:
         """Share of the passes that is done; 0 if only the number of steps ends the run."""
-        return self.used().progress / self.config.passes if self.config.passes else 0.0
+        return self.used().progress / self.config.passes
 
     @property
     def first_estimate(self) -> int:
         """Estimated number of steps, used until the run's own progress gives a better one."""
-        tokens = self.pass_tokens * (self.config.passes or 1)
-        return self.config.num_iterations or max(1, math.ceil(tokens / self.total_batch_tokens))
+        steps = self.pass_tokens * self.config.passes / self.total_batch_tokens
+        return self.config.num_iterations or max(1, math.ceil(steps))
 
     def _estimate_tokens(self) -> float:
         """Estimate the tokens of a pass from a few of its conversations."""
@@ -228,10 +235,7 @@ class Finetuning(Tuning):
         return max(step / most if most else 0.0, self.data_progress)
 
     def settings(self, step: int) -> StepSettings:
-        """Read the schedules at `step`; nothing decays."""
         return StepSettings(lr_multiplier(self.progress_at(step)), muon_momentum(step))
-
-    # What is measured and shown on the way
 
     def measure_bits(self, step: int) -> Mapping[str, float]:
         """Measure bits per byte of the validation mixture, going over it at most once."""
@@ -247,21 +251,21 @@ class Finetuning(Tuning):
         engine = Engine(self.model, len(conversations))
         return answer_questions(engine, self.tokenizer, conversations, SAMPLE_TOKENS)
 
-    # What is said about it
-
     def announce(self) -> Iterator[tuple[str, str]]:
-        base, estimate = self.base, self.first_estimate
-        moments = "from zero"
+        estimate, moments = self.first_estimate, "from zero"
         if self.config.warm_start:
-            moments = f"from the base model's step {base.step}"
-            if "optimizer" not in base.hashes:
+            moments = f"from the base model's step {self.base.step}"
+            if "optimizer" not in self.base.hashes:
                 moments = "from zero: the base checkpoint has no optimizer state"
-        yield "base", f"{self.base_tag}, step {base.step}; optimizer moments {moments}"
-        yield "mixture", f"{len(self.train):,} conversations of {_names(self.train)}"
-        yield "validation", f"{len(self.validation):,} conversations of {_names(self.validation)}"
-        for label, kind in (("found", "found"), ("left out", "left_out")):
-            notes = (note for task in self.train.tasks for note in getattr(task, kind))
-            yield from ((label, note) for note in dict.fromkeys(notes))
+        yield "base", f"{self.base_tag}, step {self.base.step}; optimizer moments {moments}"
+        for label, mixture in (("mixture", self.train), ("validation", self.validation)):
+            counts = Counter(task.name for task in mixture.tasks).items()
+            names = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts)
+            yield label, f"{len(mixture):,} conversations of {names}"
+        yield from (("validation", text) for text in iter_held_back(self.validation))
+        for label in ("found", "left_out"):
+            notes = (note for task in self.train.tasks for note in getattr(task, label))
+            yield from ((label.replace("_", " "), note) for note in dict.fromkeys(notes))
         about = "" if self.config.num_iterations else "about "
         yield (
             "training",
@@ -285,28 +289,17 @@ class Finetuning(Tuning):
     def closing_lines(self, finished: bool) -> list[str]:
         """Describe how the conversations were used."""
         used = self.used()
-        counts, more = used.counts, used.consumed - used.share
+        counts = used.counts
         if not counts.targets:
             return []
-        part = f"{100 * used.progress:.1f} % of the mixture"
-        if more >= 0 and self.config.passes != 1:
-            part = f"{used.progress:.1f} passes over the mixture"
-        elif more >= 0:
-            repeated = f", and {more:,} again to fill the last step" if more else ""
-            part = f"all of the mixture{repeated}"
         return [
-            f"conversations: {used.consumed:,} used ({part}), {counts.cut:,} truncated to a row, "
-            f"{counts.dropped:,} dropped; {100 * counts.padding_share:.1f} % of the positions are "
-            f"padding, {100 * counts.trained_share:.1f} % are trained on"
+            f"conversations: {used.consumed:,} used ({used.progress:.2f} passes over the mixture), "
+            f"{counts.cut:,} truncated to a row, {counts.dropped:,} dropped; "
+            f"{100 * counts.padding_share:.1f} % of the positions are padding, "
+            f"{100 * counts.trained_share:.1f} % are trained on"
         ]
 
 
 def finetune(config: FinetuneConfig, home: Home, console: Console | None = None) -> Outcome:
     """Train until the passes or the steps are done or a signal stops it, as `run_stage` does."""
     return run_stage(Finetuning, config, home, console)
-
-
-def _names(mixture: TaskMixture) -> str:
-    names = [task.name for task in mixture.tasks]
-    counts = {name: names.count(name) for name in names}
-    return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in counts.items())

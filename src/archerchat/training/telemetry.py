@@ -15,8 +15,8 @@ one, a separate process sends the journal and the checkpoints. Metrics are group
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat
@@ -29,7 +29,6 @@ from archerchat.errors import DataError, UsageError
 from archerchat.home import Home
 
 PROJECT = "archerchat"
-Status = Literal["finished", "failed", "interrupted"]
 PushCheckpoints = Literal["auto", "all", "last", "best", "none"]
 Occasion = Literal["last", "best"]
 """Why a checkpoint is pushed: it was just saved, or just found to be the best."""
@@ -51,7 +50,7 @@ class TelemetryConfig:
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """Record one run's metrics; `open_run` builds it. As a context manager it closes the run."""
+    """Record one run's metrics."""
 
     run: endlex.Run | None
     """None on ranks that record nothing."""
@@ -76,8 +75,8 @@ class MetricsLog:
 
         Its files are linked, so it may be deleted afterwards.
         """
-        wanted = "last" if self.push_checkpoints == "all" else self.push_checkpoints
-        if self.run is None or wanted != occasion:
+        keeps_all = self.push_checkpoints == "all"
+        if occasion != ("last" if keeps_all else self.push_checkpoints):
             return None
         return self._save(
             path,
@@ -85,40 +84,34 @@ class MetricsLog:
             name=path.name + self.name_suffix,
             aliases=(occasion,),
             metadata=metadata,
-            replaces=None if self.push_checkpoints == "all" else occasion,
+            replaces=None if keeps_all else occasion,
         )
 
     def push_tokenizer(self, directory: Path) -> str | None:
         """Hand the tokenizer to Endlex once per run, if checkpoints are pushed; return as above."""
         if self.run is None or self.push_checkpoints == "none" or self.run.has_saved(TOKENIZER):
             return None
-        with contextlib.suppress(endlex.EndlexError):  # a run.json of something else
+        with suppress(endlex.EndlexError):  # a run.json of something else
             pulled = endlex.read_run_file(directory)
             if pulled and pulled["run"] == self.run.id:
                 return None  # `endlex pull` brought it from there
         return self._save(directory, step=0, name=TOKENIZER, aliases=("keep",))
 
     def _save(self, path: Path, **options: Any) -> str | None:
-        assert self.run is not None
         try:
-            self.run.save(path, link=True, **options)  # renamed into place, never rewritten
+            if self.run is not None:
+                self.run.save(path, link=True, **options)  # renamed into place, never rewritten
         except (endlex.EndlexError, OSError) as error:
             return str(error)
         return None
 
-    def finish(self, status: Status = "finished") -> None:
-        """Record how the run ended; a second call does nothing."""
+    def finish(self, status: Literal["finished", "interrupted"]) -> None:
+        """Record how the run ended, unless that is done already."""
         if self.run is not None:
             self.run.finish(status)
 
-    def __enter__(self) -> MetricsLog:
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        if self.run is not None:
-            self.run.__exit__(*error)
-
-
+@contextmanager
 def open_run(
     home: Home,
     tag: str,
@@ -128,8 +121,8 @@ def open_run(
     group: str | None = None,
     resumed_from: Path | None = None,
     rank: int = 0,
-) -> MetricsLog:
-    """Start a session of run `tag`, with a journal of its own.
+) -> Iterator[MetricsLog]:
+    """Record a session of run `tag`, with a journal of its own, and how the block ends.
 
     Args:
         config: the resolved one, kept with the session.
@@ -142,8 +135,9 @@ def open_run(
         UsageError: the directory belongs to another run, or does not say to which.
     """
     if rank:
-        return MetricsLog(None)
-    telemetry, directory = telemetry or TelemetryConfig(), home.run_dir(tag)
+        yield MetricsLog(None)
+        return
+    directory, telemetry = home.run_dir(tag), telemetry or TelemetryConfig()
     try:
         run = endlex.init(
             PROJECT,
@@ -160,7 +154,8 @@ def open_run(
     push = telemetry.push_checkpoints
     if push == "auto":
         push = "last" if run.online else "none"
-    return MetricsLog(run, push, f"-{run.session[-6:]}" if resumed_from and run.session else "")
+    with run:
+        yield MetricsLog(run, push, f"-{run.session[-6:]}" if resumed_from and run.session else "")
 
 
 def _run_to_join(directory: Path, tag: str, resumed_from: Path | None) -> str | None:
@@ -168,8 +163,9 @@ def _run_to_join(directory: Path, tag: str, resumed_from: Path | None) -> str | 
     if resumed_from is None or endlex.given_run_id() or endlex.read_run_file(directory):
         return None
     owner = endlex.read_run_file(resumed_from)
-    is_ours = owner is not None and (owner["project"], owner["name"]) == (PROJECT, tag)
-    return owner["run"] if owner is not None and is_ours else None
+    if owner is None or (owner["project"], owner["name"]) != (PROJECT, tag):
+        return None
+    return owner["run"]
 
 
 def read_records(home: Home, tag: str) -> Iterator[dict[str, Any]]:

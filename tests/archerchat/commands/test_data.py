@@ -128,17 +128,44 @@ def test_build_replaces_other_data_only_when_forced(home: Home, folder: Path) ->
     build(config, home)
     (folder / "b.txt").write_text("one more")
     before = {path: path.stat().st_mtime_ns for path in home.data_dir("my.texts").iterdir()}
+    added = r"source files added \(1\): b\.txt"
     for change, difference in (
-        (config, r"files: \[\['a\.jsonl', \d+, \d+\]\] saved, .*\['b\.txt', 8, \d+\]\] now"),
-        (replace(config, corpus=replace(QUARTER, seed=1)), r"seed: 0 saved, 1 now"),
+        (config, added),
+        (replace(config, corpus=replace(QUARTER, seed=1)), rf"{added}; seed: 0 saved, 1 now"),
     ):
         with pytest.raises(
-            UsageError, match=rf"my\.texts was built from other text or .*{difference}"
+            UsageError,
+            match=rf"my\.texts was built .*: {difference}\. Give another --name .*--force \(runs",
         ):
             build(change, home)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     build(replace(config, force=True), home)
     assert "one more" in iter_documents(list_shards(home.data_dir("my.texts")))
+
+
+def test_build_names_the_source_files_that_differ(home: Home, folder: Path) -> None:
+    for name in "bcd":
+        (folder / f"{name}.txt").write_text(name)
+    config = DataBuildConfig(str(folder), name="mine")
+    build(config, home)
+    (folder / "b.txt").unlink()
+    (folder / "c.txt").write_text("longer")
+    for number in range(7):
+        (folder / f"new{number}.txt").write_text("new")
+    with pytest.raises(UsageError) as refused:
+        build(config, home)
+    assert (
+        "other settings: source files added (7): new0.txt, new1.txt, new2.txt, new3.txt, new4.txt, "
+        "...; source files removed (1): b.txt; source files changed (1): c.txt. Give another --name"
+    ) in str(refused.value)
+
+
+def test_build_names_a_single_source_file_that_changed(home: Home, folder: Path) -> None:
+    config = DataBuildConfig(str(folder / "a.jsonl"))
+    build(config, home)
+    (folder / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(UsageError, match=r"settings: source files changed \(1\): a\.jsonl\."):
+        build(config, home)
 
 
 @pytest.fixture
@@ -208,12 +235,19 @@ def test_info_adds_up_a_source_and_lists_its_shards_when_asked(
     info(DataInfoConfig(data="mine"), home)
     output = capsys.readouterr().out
     assert str(directory) in output
-    assert cells(output, "train")[:5] == ["train", "2", "8", "2,000", "2.0"]
-    assert cells(output, "validation")[:5] == ["validation", "1", "2", "500", "0.5"]
+    assert cells(output, "train")[:5] == ["train", "2", "8", "2,000", "1.9 MiB"]
+    assert cells(output, "validation")[:5] == ["validation", "1", "2", "500", "490.3 KiB"]
     assert "shard_0000" not in output
     info(DataInfoConfig(data=str(directory), shards=True), home)
     output = capsys.readouterr().out
     assert cells(output, "shard_00002")[1:3] == ["2", "500"]
+
+
+def test_info_prints_sizes_of_tiny_data(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    write_shards(["x" * 50, "y"], home.data_dir("tiny"), documents_per_shard=1)
+    info(DataInfoConfig("tiny"), home)
+    size = cells(capsys.readouterr().out, "train")[4]
+    assert re.fullmatch(r"[5-9]\d B", size), size
 
 
 def test_info_without_a_name_shows_every_source(

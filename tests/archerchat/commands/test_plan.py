@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from archerchat.cli import parse
 from archerchat.commands.plan import plan
 from archerchat.data.shards import write_shards
 from archerchat.dial import DialConfig
 from archerchat.home import Home
+from archerchat.planning.peak_flops import Measurement
 from archerchat.planning.plan import PlanConfig
+from archerchat.runtime import Runtime
 from archerchat.tokenizer.bpe import Tokenizer
 
 
@@ -78,6 +81,53 @@ def test_it_ends_with_the_commands_to_type(
         "archerchat eval chat --model-tag d4",
     ]
     for line in lines:
+        parse(line.split()[1:])
+
+
+@pytest.fixture
+def cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    runtime = Runtime(torch.device("cpu"), torch.float32, "Test CPU", "forced")
+    monkeypatch.setattr("archerchat.planning.plan.build_runtime", lambda: runtime)
+    measured = Measurement(2e12, (512, 512, 512), "float32")
+    monkeypatch.setattr("archerchat.planning.peak_flops.measure_peak", lambda runtime: measured)
+
+
+def test_a_machine_with_a_cpu_alone_gets_a_plan_of_its_own(
+    cpu_only: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(PlanConfig(DialConfig(4)), Home(tmp_path))
+    out = capsys.readouterr().out
+    assert "Memory of this machine (estimate)" in out
+    assert "more rows would not be faster here" in out
+    assert "power of two" not in out
+    assert "card" not in out
+    plan(PlanConfig(DialConfig(26), gpu_memory=4), Home(tmp_path))
+    out = capsys.readouterr().out
+    assert "does not fit" in out
+    assert "or a machine with more memory" in out
+    plan(PlanConfig(DialConfig(4), gpu_memory=1.2), Home(tmp_path))
+    assert "the largest power of two that fits" in capsys.readouterr().out
+
+
+def test_the_commands_use_text_that_is_here(
+    cpu_only: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = Home(tmp_path)
+    write_shards(["x" * 99] * 20, home.data_dir("mine"), documents_per_shard=10)
+    words = "plan --depth 2 --max-seq-len 64 --num-iterations 4 --total-batch-size 512"
+    plan(parse(words.split()).config, home)
+    out = capsys.readouterr().out
+    assert "--data mine tells how far it goes" in out
+    assert out.partition("Commands\n")[2].splitlines()[:2] == [
+        "archerchat tokenizer train --data mine --vocab-size 32768",
+        f"archerchat pretrain --data mine {words[5:]} --device-batch-size 8",
+    ]
+    Tokenizer({bytes([value]): value for value in range(256)}).save(home.tokenizer_dir("bytes"))
+    plan(parse([*words.split(), "--data", "mine", "--tokenizer", "bytes"]).config, home)
+    commands = capsys.readouterr().out.partition("Commands\n")[2].splitlines()
+    assert commands[0].startswith("archerchat pretrain --data mine --tokenizer bytes --depth 2 ")
+    for line in commands:
         parse(line.split()[1:])
 
 

@@ -130,9 +130,12 @@ def test_every_row_of_any_mixture_has_something_to_learn(
     fitted = [fit_conversation(*each, sequence_length + 1, END) for each in rendered]
     kept = [document for document, _ in fitted if document is not None]
     loader = open_loader(
-        conversations, batch_size=1, sequence_length=sequence_length, buffer_size=buffer_size,
+        conversations,
+        batch_size=1,
+        sequence_length=sequence_length,
+        buffer_size=buffer_size,
         repeat=False,
-    )  # fmt: skip
+    )
     with loader:
         if not kept:
             with pytest.raises(DataError, match=r"none of .* has a word of the assistant to learn"):

@@ -145,7 +145,7 @@ def test_a_full_disk_leaves_only_whole_shards(
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("archerchat.files.os.fsync", full)
-    monkeypatch.setattr("archerchat.files.fsync_dir", lambda path: None)
+    monkeypatch.setattr("archerchat.files.fsync_path", lambda path: None)
     with pytest.raises(DataError, match=r"shard_00001\.parquet \(No space left.*free some space"):
         write_shards(DOCUMENTS, tmp_path, documents_per_shard=20)
     assert [path.name for path in tmp_path.iterdir()] == ["shard_00000.parquet"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from archerchat.evals.core.bundle import (
+    COLUMNS,
     OFFLINE_BUNDLE,
-    TASK_TYPES,
     CoreTask,
     Example,
     find_bundle,
@@ -33,7 +33,7 @@ def examples(label: str) -> list[Example]:
 
 def test_the_bundle_has_every_format_with_and_without_shots(tasks: tuple[CoreTask, ...]) -> None:
     kinds = {(task.task_type, task.num_fewshot > 0) for task in tasks}
-    assert kinds == {(kind, shots) for kind in TASK_TYPES for shots in (False, True)}
+    assert kinds == {(kind, shots) for kind in COLUMNS for shots in (False, True)}
     assert is_offline(tasks)
     assert all(len(set(read_examples(task))) == 48 for task in tasks)  # no two alike
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from archerchat.dial import DialConfig, build_hyperparameters
-from archerchat.planning.gpus import GPUS, find_gpu
+from archerchat.planning.gpus import find_gpu, known_gpus
 from archerchat.runtime import training_dtype
 
 
@@ -64,7 +64,7 @@ def test_other_chips_are_not_in_the_table(device_name: str) -> None:
 
 
 def test_every_card_is_found_by_its_own_name() -> None:
-    for gpu in GPUS:
+    for gpu in known_gpus():
         assert find_gpu(f"NVIDIA {gpu.name}") is gpu
         assert 10 < gpu.tflops < 3000
         assert gpu.flops_per_second(training_dtype(gpu.capability))

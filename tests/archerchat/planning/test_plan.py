@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,17 +15,19 @@ from archerchat.dial import DialConfig
 from archerchat.errors import UsageError
 from archerchat.planning.gpus import Prices
 from archerchat.planning.peak_flops import Measurement, peak_flops
-from archerchat.planning.plan import TRAIN_SHARDS, Plan, PlanConfig, build_plan
+from archerchat.planning.plan import TRAIN_SHARDS, PlanConfig, build_plan
 from archerchat.runtime import Runtime, choose_dtype, dtype_name
 
 
 def _plan(
     tmp_path: Path, depth: int = 12, dial: dict[str, Any] | None = None, **fields: Any
-) -> Plan:
+) -> Any:
+    """Return what `archerchat plan --json` prints, with attributes instead of keys."""
     fields.setdefault("gpu", "RTX 5060 Ti")
     prices = {name: fields.pop(name) for name in [*fields] if name.startswith("price_")}
     fields["prices"] = Prices(**prices)
-    return build_plan(PlanConfig(DialConfig(depth, **(dial or {})), **fields), tmp_path)
+    content = build_plan(PlanConfig(DialConfig(depth, **(dial or {})), **fields), tmp_path)
+    return json.loads(json.dumps(content), object_hook=lambda found: SimpleNamespace(**found))
 
 
 @pytest.mark.parametrize(("depth", "minutes"), [(8, 76.7), (12, 481.0)])
@@ -86,8 +90,8 @@ def test_shards_cover_the_tokens(tmp_path: Path) -> None:
 def test_schedule_turns_are_listed(tmp_path: Path) -> None:
     points = _plan(tmp_path).schedule_points
     assert [it for it, *_ in points] == [0, 40, 400, 882, 2520]
-    assert points[0][1:] == pytest.approx((0.025, 0.85, 0.28))
-    assert points[-1][1:] == pytest.approx((0.05, 0.90, 0.0))
+    assert points[0][1:] == pytest.approx([0.025, 0.85, 0.28])
+    assert points[-1][1:] == pytest.approx([0.05, 0.90, 0.0])
     short = _plan(tmp_path, dial={"num_iterations": 30}).schedule_points
     assert [it for it, *_ in short] == [0, 10, 30]
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from archerchat.report.charts import Bars, Chart, Lines, Series, compact, draw
+from archerchat.report.charts import Bars, Lines, Series, compact, draw
 
 HOSTILE = "</title><script>&$x_1$"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -22,7 +22,7 @@ def curve(chart: Lines) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in places]
 
 
-def titles(chart: Chart) -> list[str]:
+def titles(chart: Lines | Bars) -> list[str]:
     root = ElementTree.fromstring(draw(chart))
     return [element.text or "" for element in root.iter(f"{SVG}title")]
 
@@ -42,6 +42,12 @@ def test_a_logarithmic_axis() -> None:
     (x0, y0), (x1, y1), (x2, y2) = curve(chart)
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.01)
     assert y1 - y0 == pytest.approx(y2 - y1, abs=0.01)
+
+
+def test_ticks_of_a_decade_are_spread_over_it() -> None:
+    points: list[tuple[float, float]] = [(1e7, 1), (2e8, 2)]
+    text = draw(Lines("t", "tokens", [Series("a", points)], log_x=True))
+    assert re.findall(r">(\d+M)<", text) == ["10M", "20M", "50M", "100M", "200M"]
 
 
 def test_long_curves_are_thinned_and_keep_their_extremes() -> None:
@@ -89,6 +95,16 @@ def test_the_legend_names_what_has_a_name() -> None:
     assert ">b<" in text
     assert "_child" not in text
     assert ">a<" not in draw(Lines("t", "", [Series("", points), Series("a", points)]))
+
+
+@pytest.mark.parametrize("log_y", [False, True])
+def test_a_curve_of_one_point_is_marked(log_y: bool) -> None:
+    loss, bits = Series("a", [(0, 9), (9, 3)]), Series("b", [(9, 1)], color=1, on_right=True)
+    text = draw(Lines("t", "step", [loss, bits], "nats per token", "bits per byte", log_y=log_y))
+    # In the legend and in the chart; another mark appears only under the pointer.
+    visible = re.sub(r'<g class="value">.*?</g>', "", text, flags=re.DOTALL)
+    assert len(re.findall(r'<use [^>]*style="fill: #c2500f"/>', visible)) == 2
+    assert "b: 1 at 9" in text
 
 
 def test_a_second_scale_of_the_same_curve() -> None:

@@ -13,7 +13,7 @@ import pytest
 from archerchat.files import write_json
 from archerchat.home import Home
 from archerchat.planning.gpus import Prices
-from archerchat.report.charts import Chart
+from archerchat.report.charts import Bars, Lines
 from archerchat.report.document import Document, printable
 from archerchat.report.report import (
     build_training_report,
@@ -50,7 +50,7 @@ GREEDY = {"temperature": 0.0, "num_samples": 1, "max_new_tokens": 512}
 def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw no charts, which takes most of the time, but their names."""
 
-    def sketch(chart: Chart) -> str:
+    def sketch(chart: Lines | Bars) -> str:
         return f'<svg class="chart" aria-label="{escape(chart.title)}"></svg>'
 
     monkeypatch.setattr("archerchat.report.document.draw", sketch)
@@ -151,9 +151,19 @@ def test_bars_have_intervals(full_home: Home) -> None:
 def test_a_capped_core_is_not_set_against_gpt2(full_home: Home) -> None:
     (full_home.eval_dir("base", "d8") / "core_30.json").unlink()
     text = render(full_home, "d8").markdown
-    assert "| CORE | 0.9000 (at most 4 per task) | – | 0.0976 | – |" in text
+    assert "| CORE | 0.9000 (at most 4 per task) | – | 0.0976 |\n" in text
     assert "This is not the whole evaluation: at most 4 per task." in text
     assert "of GPT-2 XL's" not in text
+
+
+def test_gpt2_has_a_column_where_it_has_a_figure(full_home: Home) -> None:
+    rows = re.findall(r"^\|.*\|$", render(full_home, "d8").markdown, re.M)
+    assert rows[0] == "|  | base | sft | reference d8 | GPT-2 XL |"
+    assert "| CORE | 0.1234 | – | 0.0976 | 0.256525 |" in rows
+    for file in full_home.eval_dir("base", "d8").glob("core_*.json"):
+        file.unlink()
+    rows = re.findall(r"^\|.*\|$", render(full_home, "d8").markdown, re.M)
+    assert rows[0] == "|  | base | sft | reference d8 |"
 
 
 def test_a_model_stands_between_gpt2_and_gpt3(full_home: Home) -> None:
@@ -252,7 +262,12 @@ def test_a_run_that_is_not_over_says_so(home: Home, session: Callable[..., None]
 def test_a_depth_without_reference(
     home: Home, session: Callable[..., None], config: Callable[..., dict[str, Any]]
 ) -> None:
-    session(home, "odd", range(3), config=config(model_config={"num_layers": 9}))
+    session(
+        home,
+        "odd",
+        range(3),
+        config=config(model_config=config()["model_config"] | {"num_layers": 9}),
+    )
     page = render(home).html
     assert "depths 8, 12, 24, not 9" in page
     assert "reference d" not in page

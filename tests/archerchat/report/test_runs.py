@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from archerchat.errors import DataError, UsageError
+from archerchat.files import write_json
 from archerchat.home import Home
-from archerchat.report.runs import build_run, load_family, load_run
+from archerchat.report.runs import RENAMES, build_run, load_family, load_run
 
 Write = Callable[..., None]
 
@@ -18,7 +20,9 @@ def test_a_run_is_what_it_logged(home: Home, session: Write) -> None:
     session(home, "d8", range(4), last_bits=0.9)
     run = load_run(home, "d8")
     assert run.metrics["train/tokens"] == {i: 512.0 * (i + 1) for i in range(4)}
-    assert (run.steps, run.status, run.stage, run.depth) == (4, "finished", "base", 8)
+    assert (run.steps, run.status, run.stage) == (4, "finished", "base")
+    assert run.model is not None
+    assert run.model.num_layers == 8
     assert run.last("val/bpb") == 0.9
     assert run.texts == {"sample/The capital": {4: "of France is"}}
     assert run.training_seconds == pytest.approx(8.0)
@@ -48,7 +52,6 @@ def test_time_between_sessions_does_not_count() -> None:
         {"type": "finish", "time": 104.0, "status": "finished"},
     ]
     run = build_run("t", records)
-    assert run is not None
     assert (run.start, run.end, run.wall_seconds) == (10.0, 104.0, 7.0)
 
 
@@ -68,7 +71,6 @@ def test_only_a_trainer_s_sessions_count() -> None:
         {"type": "metrics", "time": 9.0, "step": 3, "values": {"a": 5}},
     ]
     run = build_run("t", records)
-    assert run is not None
     assert run.metrics == {"a": {0: 1.0}}
     assert run.end == 5.0
     assert run.last("a") == 1.0
@@ -81,7 +83,6 @@ def test_a_run_without_bits_per_byte_does_not_overfit() -> None:
         {"type": "metrics", "time": 2.0, "step": 0, "values": {"train/smooth_loss": 1.0}},
     ]
     run = build_run("t", records)
-    assert run is not None
     assert not run.overfitting
 
 
@@ -115,6 +116,21 @@ def test_the_run_of_that_name_goes_before_others_of_the_same_model(
     session(home, "trial", range(2))  # its model is called d8, too
     assert [run.tag for run in load_family(home, "d8")] == ["d8"]
     assert [run.tag for run in load_family(home, "trial")] == ["trial"]
+
+
+def test_two_models_that_swapped_their_names(
+    home: Home, session: Write, config: Callable[..., dict[str, Any]]
+) -> None:
+    session(home, "d8", range(2))
+    tuned = config(stage="sft", identity={"base": {"tag": "d8"}}, config={"output_tag": None})
+    session(home, "d8-sft", range(2), config=tuned)
+    names = [("d8", "free"), ("other", "d8"), ("free", "other")]
+    later = time.time() + 9
+    write_json(home.root / RENAMES, [{"from": a, "to": b, "time": later} for a, b in names])
+    assert [(run.tag, run.model_tag) for run in load_family(home, "other")] == [
+        ("d8", "other"),
+        ("d8-sft", "other"),
+    ]
 
 
 def test_no_such_run(home: Home, session: Write) -> None:

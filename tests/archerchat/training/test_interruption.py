@@ -7,11 +7,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import torch
 
+from archerchat.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 from archerchat.runtime import SAME_REQUEST_SECONDS
 
 Launch = Callable[[list[str]], Any]
@@ -29,24 +32,69 @@ def wait_for_line(child: Any, start: str) -> None:
     child.wait_for(lambda: f"\n{start}" in child.output())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "packing"), [("float32", "best-fit"), ("bfloat16", "concat")])
-def test_a_run_killed_after_20_of_40_steps_resumes_bit_for_bit(
-    tiny_home: Any, launch: Launch, dtype: str, packing: str, assert_same_run: Callable[..., None]
+PRETRAIN = {"num-iterations": 40, "save-every": 20, "eval-every": 20, "sample-every": 20}
+SFT = {"model-tag": "tiny", "device": "cpu", "dtype": "float32", "eval-tokens": 2048}
+SFT |= {"eval-every": 20, "save-every": 4}
+RL = {"task": "SpellingBee", "source": "base", "model-tag": "tiny", "device": "cpu"}
+RL |= {"examples-per-step": 2, "num-samples": 4, "max-new-tokens": 8, "num-iterations": 24}
+RL |= {"eval-every": 8, "eval-examples": 3, "eval-samples": 2, "save-every": 4, "dtype": "float32"}
+RUNS = {
+    "pretrain": ("base", "pretrain", PRETRAIN | {"dtype": "float32"}),
+    "concat": ("base", "pretrain", PRETRAIN | {"dtype": "bfloat16", "packing": "concat"}),
+    "sft": ("sft", "sft", SFT | {"mixture": "SimpleSpelling:120,Arithmetic:40"}),
+    "sft of repeated conversations": (
+        "sft",
+        "sft",
+        SFT | {"mixture": "identity:60*2,SpellingBee:20"},
+    ),
+    "rl": ("rl", "rl", RL),
+}
+"""By name: the stage whose models a run makes, its command, and what is not as in `TINY_MODEL`."""
+MORE = ("concat", "sft, repeated")
+PAID = """
+from archerchat.tasks.generated import SpellingBeeTask
+SpellingBeeTask.reward = lambda task, asked, said: sum(map(said.count, "aeiou")) / 4
+"""
+"""Pay for vowels: a model that says nothing right yet has something to learn."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in RUNS],
+)
+def test_a_killed_run_resumes_bit_for_bit(
+    trained_home: Any,
+    launch: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    assert_same_run: Callable[..., None],
 ) -> None:
-    run = FORTY_STEPS | {"dtype": dtype, "packing": packing}
-    assert tiny_home.pretrain(**run, model_tag="whole") == 0
-    seconds = json.loads((tiny_home.run_dir("whole") / "summary.json").read_text())[
-        "training_seconds"
-    ]
-    child = launch(tiny_home.pretrain_words(**run, model_tag="killed"))
-    wait_for_step(tiny_home, 20, child)
-    time.sleep(Random().uniform(0, seconds / 4))  # the other half takes twice as long
+    monkeypatch.setenv("ARCHERCHAT_HOME", str(trained_home.root))
+    stage, command, flags = RUNS[name]
+
+    def run(tag: str) -> Any:
+        if command == "pretrain":
+            return launch(trained_home.pretrain_words(**flags, model_tag=tag))
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        return launch([command, "--no-compile", *words, "--output-tag", tag], before=PAID)
+
+    def saved(tag: str) -> list[Path]:
+        directory = trained_home.checkpoint_dir(stage, tag)
+        return [find_checkpoint(directory, step) for step in list_checkpoints(directory)]
+
+    whole = run("whole")
+    assert whole.wait() == 0, whole.output()
+    figures = json.loads(next(trained_home.root.glob("runs/whole*/summary.json")).read_text())
+    child = run("killed")
+    child.wait_for(lambda: saved("killed"))
+    time.sleep(Random().uniform(0, figures["training_seconds"] / 4))
     child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert tiny_home.steps("killed") == [20]
-    assert tiny_home.pretrain(**run, model_tag="killed") == 0
-    assert_same_run(*(tiny_home.checkpoint_dir("base", tag) for tag in ("whole", "killed")), 40)
+    assert child.wait() in (-signal.SIGKILL, 0)
+    again = run("killed")
+    assert again.wait() == 0, again.output()
+    assert_same_run(*(trained_home.checkpoint_dir(stage, tag) for tag in ("whole", "killed")))
+    before, last = (load_checkpoint(path).state["model"] for path in saved("whole"))
+    assert any(not torch.equal(before[name], last[name]) for name in last)  # it learns to the end
 
 
 @pytest.mark.slow
@@ -111,12 +159,23 @@ def test_an_interrupted_run_saves_says_where_and_goes_on(
     assert_same_run(*(tiny_home.checkpoint_dir("base", tag) for tag in ("tiny", "whole")), 40)
 
 
+SAY_BACKWARD = """
+import torch
+plain = torch.Tensor.backward
+def backward(*given):
+    print("\\nbackward", flush=True)
+    plain(*given)
+torch.Tensor.backward = backward
+"""
+
+
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_the_process_at_once(tiny_home: Any, launch: Launch) -> None:
+def test_a_second_ctrl_c_ends_the_process_at_once(
+    tiny_home: Any, launch: Callable[..., Any]
+) -> None:
     minutes = {"total_batch_size": 2**23, "save_every": 1}
-    child = launch(tiny_home.pretrain_words(**minutes))
-    wait_for_line(child, "attention")
-    time.sleep(1)  # into the first step
+    child = launch(tiny_home.pretrain_words(**minutes), before=SAY_BACKWARD)
+    wait_for_line(child, "backward")  # in the middle of the first step
     child.send_signal(signal.SIGINT)
     time.sleep(SAME_REQUEST_SECONDS + 0.1)
     assert child.process.is_alive()  # it waits for the end of the step

@@ -54,13 +54,6 @@ def paid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SpellingBeeTask, "reward", reward)
 
 
-def weights(home: Any, step: int) -> dict[str, torch.Tensor]:
-    path = find_checkpoint(home.checkpoint_dir("rl", "tiny"), step)
-    sections = load_checkpoint(path).state
-    moments = {n: t for n, t in sections["optimizer"].items() if n != "steps_taken"}
-    return sections["model"] | {f"optimizer {name}": tensor for name, tensor in moments.items()}
-
-
 def rewards(home: Home, run: str) -> list[float]:
     """Return the mean reward of each step."""
     values = [record.get("values") or {} for record in read_records(home, run)]
@@ -100,26 +93,6 @@ def test_a_run_leaves_a_model_figures_and_metrics(
     assert trained_home.run(*words()) == 0
     assert "already reinforced: step 4" in capsys.readouterr().out
     assert trained_home.listing() == listing
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(
-    trained_home: Any, paid: None, tmp_path: Path
-) -> None:
-    other = trained_home.copy(tmp_path / "other")
-    assert trained_home.run(*words()) == 0
-    assert other.run(*words()) == 0
-    last = find_checkpoint(other.checkpoint_dir("rl", "tiny"), 4)
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
-    (other.run_dir("tiny-rl") / "summary.json").unlink()
-    assert other.run(*words()) == 0
-    expected, found = weights(trained_home, 4), weights(other, 4)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    start = weights(trained_home, 2)
-    assert any(not torch.equal(start[name], tensor) for name, tensor in expected.items())
-    assert rewards(other, "tiny-rl")[-2:] == rewards(trained_home, "tiny-rl")[-2:]
 
 
 def test_without_a_reward_nothing_is_learned(trained_home: Any) -> None:

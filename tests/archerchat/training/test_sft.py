@@ -6,10 +6,8 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -22,7 +20,8 @@ from archerchat.checkpoint import (
     save_checkpoint,
 )
 from archerchat.optim.optimizer import AdamGroup
-from archerchat.tasks.registry import MixtureConfig
+from archerchat.tasks.hub import TaskFiles
+from archerchat.tasks.registry import MixtureConfig, build_mixtures
 from archerchat.training.recipe import Recipe
 from archerchat.training.sft import FinetuneConfig, Finetuning
 
@@ -76,8 +75,8 @@ def test_a_run_learns_and_says_what_it_does(
         r"^step (\d+)/\1 \(100\.0 %\) \| loss .* \| 0 s left$",
         r"^step \d+: 'Who are you\? ",
         r"^validation bits per byte: (\S+) -> (\S+) \(best \2\)$",
-        r"^conversations: 4\d\d used \(all of the mixture(, and \d+ again to fill the last step)?"
-        r"\), \d+ truncated to a row, \d+ dropped; [\d.]+ % of the positions are padding, ",
+        r"^conversations: 4\d\d used \(1\.\d\d passes over the mixture\), \d+ truncated to a row, "
+        r"\d+ dropped; [\d.]+ % of the positions are padding, ",
     ):
         assert re.search(pattern, output, re.M), pattern
     figures = summary(trained_home)
@@ -125,7 +124,7 @@ def test_steps_can_end_a_run_before_its_data(
     trained_home: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert trained_home.run(*words(num_iterations=5)) == 0
-    assert re.search(r"^conversations: \d+ used \(\d+\.\d % of the", capsys.readouterr().out, re.M)
+    assert re.search(r"^conversations: \d+ used \(0\.\d\d passes", capsys.readouterr().out, re.M)
     assert steps(trained_home) == [5]
     assert summary(trained_home)["data/progress"] < 1
 
@@ -149,7 +148,7 @@ def test_steps_and_passes_go_beyond_one_pass(
     assert trained_home.run(*words(**small, output_tag="three", num_epochs=3)) == 0
     assert 2 * one < steps(trained_home, "three")[-1] <= 3 * one
     output = capsys.readouterr().out
-    assert re.search(r"used \([34]\.\d passes over the mixture\)", output)
+    assert re.search(r"used \([34]\.\d\d passes over the mixture\)", output)
 
 
 def test_own_questions_are_answered(trained_home: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -244,31 +243,6 @@ def test_a_masked_run_learns(trained_home: Any) -> None:
     assert figures["val_bpb"] < figures["val_bpb_first"]
 
 
-# Interruption
-
-
-@pytest.mark.parametrize("mixture", [RUN["mixture"], "identity:60*2,SpellingBee:20"])
-def test_a_killed_run_resumes_bit_for_bit(
-    trained_home: Any,
-    launch: Launch,
-    monkeypatch: pytest.MonkeyPatch,
-    mixture: str,
-    assert_same_run: Callable[..., None],
-) -> None:
-    monkeypatch.setenv("ARCHERCHAT_HOME", str(trained_home.root))
-    run = {"mixture": mixture, "save_every": 4}
-    assert trained_home.run(*words(**run, output_tag="whole")) == 0
-    (last,) = steps(trained_home, "whole")[-1:]
-    child = launch(words(**run, output_tag="killed"))
-    child.wait_for(lambda: any(step >= 8 for step in steps(trained_home, "killed")))
-    time.sleep(Random().uniform(0, 0.03))
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() in (-signal.SIGKILL, 0)
-    assert steps(trained_home, "killed")[-1] <= last
-    assert trained_home.run(*words(**run, output_tag="killed")) == 0
-    assert_same_run(*(trained_home.checkpoint_dir("sft", tag) for tag in ("whole", "killed")))
-
-
 def test_a_run_can_go_back_to_an_older_checkpoint(
     trained_home: Any, assert_same_run: Callable[..., None]
 ) -> None:
@@ -322,6 +296,33 @@ def test_a_file_in_another_layout_is_learned_and_named(
     card = (folder / "README.md").read_text()
     assert "| Started from | base model tiny, step 4 |" in card
     assert "apply_chat_template" in card
+
+
+@pytest.mark.parametrize(
+    ("count", "use"),
+    [(40, "held back from training"), (12, "trained on too because there are fewer than 20")],
+)
+def test_conversations_that_validate_for_want_of_others_are_named(
+    trained_home: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, count: int, use: str
+) -> None:
+    path, turn = tmp_path / "talks.jsonl", {"role": "user", "content": "a b c"}
+    lines = [json.dumps([turn, {"role": "assistant", "content": f"{i}"}]) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    more = {"num_iterations": 1, "total_batch_size": 256, "sample_every": "none"}
+    assert trained_home.run(*words(mixture="none", jsonl=path, **more)) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    kept = max(1, count // 20)
+    found = re.search(
+        rf" validation {kept} conversations of talks.jsonl validation number ([\d, ]+) of {count} "
+        rf"in talks.jsonl, {use}; --val-jsonl chooses others ",
+        output,
+    )
+    assert found, output
+    _, validation = build_mixtures(
+        MixtureConfig(mixture="none", jsonl=(path,)), TaskFiles(tmp_path)
+    )
+    answers = [int(validation[index]["messages"][-1]["content"]) for index in range(kept)]
+    assert found[1].split(", ") == [str(answer + 1) for answer in sorted(answers)]
 
 
 # Bad input

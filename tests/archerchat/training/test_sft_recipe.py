@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,9 @@ def recipe(progress: float, num_iterations: int | None, num_epochs: int | None =
     stream = SimpleNamespace(used=Used(Counts(), int(1000 * progress), 1000, progress))
     made.loader = cast(Any, SimpleNamespace(own=[stream]))
     made.ranks, made.pass_tokens, made.total_batch_tokens = Ranks(), 70.0, 1
-    made.config = cast(Any, SimpleNamespace(num_iterations=num_iterations, passes=num_epochs))
+    made.config = cast(
+        Any, SimpleNamespace(num_iterations=num_iterations, passes=num_epochs or math.inf)
+    )
     return made
 
 

@@ -77,8 +77,11 @@ def test_a_damaged_run_directory_is_reported(tmp_path: Path) -> None:
     file = tmp_path / "runs" / "d4" / "run.json"
     file.parent.mkdir(parents=True)
     file.write_text("{")
-    with pytest.raises(UsageError, match=r"does not say whose run.*another name for the run"):
-        open_run(Home(tmp_path), "d4", {})
+    with (
+        pytest.raises(UsageError, match=r"does not say whose run.*another name for the run"),
+        open_run(Home(tmp_path), "d4", {}),
+    ):
+        pass
 
 
 def test_a_session_has_its_tags_its_recipe_and_its_environment(
@@ -86,7 +89,8 @@ def test_a_session_has_its_tags_its_recipe_and_its_environment(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/archerchat", "pretrain", "--run", "two words"])
     telemetry = TelemetryConfig(tags=("baseline", "muon"))
-    open_run(Home(tmp_path), "d4", {}, telemetry, group="pretrain").finish()
+    with open_run(Home(tmp_path), "d4", {}, telemetry, group="pretrain"):
+        pass
     session = recorded(Home(tmp_path))[0]
     assert (session["tags"], session["group"]) == (["baseline", "muon"], "pretrain")
     assert session["config"]["environment"]["command"] == "archerchat pretrain --run 'two words'"
@@ -168,7 +172,8 @@ def test_the_tokenizer_is_pushed_once_a_run_and_with_checkpoints_only(tmp_path: 
 @pytest.mark.usefixtures("offline")
 def test_a_pulled_checkpoint_is_of_the_run_that_goes_on(tmp_path: Path) -> None:
     old, new = Home(tmp_path / "old"), Home(tmp_path / "new")
-    open_run(old, "d4", {}).finish()
+    with open_run(old, "d4", {}):
+        pass
     path = checkpoint(new, 20)
     shutil.copy(old.run_dir("d4") / "run.json", path)  # as `endlex pull` leaves it there
     telemetry = TelemetryConfig(push_checkpoints="all")
@@ -178,7 +183,8 @@ def test_a_pulled_checkpoint_is_of_the_run_that_goes_on(tmp_path: Path) -> None:
     assert run_id(new, "d4") == run_id(old, "d4")
     (record,) = [record for record in recorded(new) if record["type"] == "checkpoint"]
     assert record["name"] == f"step_000040-{session[-6:]}"  # the old machine may have one of 40
-    open_run(new, "other", {}, resumed_from=path).finish()
+    with open_run(new, "other", {}, resumed_from=path):
+        pass
     assert run_id(new, "other") != run_id(old, "d4")
 
 

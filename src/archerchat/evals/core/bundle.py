@@ -6,28 +6,25 @@
 
 A bundle is a folder, or a zip archive with the bundle at its top or in one folder. An archive is
 downloaded once, checked, unpacked to a temporary folder, read as a bundle and renamed, so a folder
-of that name is always complete. `load_bundle` reads the two lists and makes sure that every file
-exists. `read_examples` reads a task's own file just before it is evaluated, and checks every line
-before any is scored.
+of that name is always complete. A task's own file is read just before the task is evaluated, and
+every line is checked before any is scored.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from archerchat.downloads import Notify, download_file
 from archerchat.errors import DataError, UsageError
 from archerchat.files import exclusive, explained_writes, new_directory, sha256_file
-from archerchat.text_files import iter_rows
+from archerchat.text_files import iter_lines, iter_rows
 
 TASK_LIST = "core.yaml"
 BASELINES = "eval_meta_data.csv"
@@ -40,7 +37,6 @@ MAX_BYTES = 4 * 2**30
 OFFLINE_BUNDLE = Path(__file__).with_name("offline")
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
-TASK_TYPES: tuple[TaskType, ...] = get_args(TaskType)
 COLUMNS: dict[TaskType, tuple[str, str]] = {
     "multiple_choice": ("query", "choices"),
     "schema": ("context_options", "continuation"),
@@ -172,7 +168,7 @@ def load_bundle(directory: Path) -> Bundle:
     """
     listing = directory / TASK_LIST
     try:
-        content = yaml.safe_load(_read(listing))
+        content = yaml.safe_load("".join(line for _, line in iter_lines(listing)))
     except yaml.YAMLError as error:
         raise DataError(f"{listing} is not YAML: {' '.join(str(error).split())}") from error
     entries = content.get("icl_tasks") if isinstance(content, dict) else None
@@ -201,8 +197,8 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
         shots = shots[0]
     root = (directory / DATA).resolve()
     wrong = None
-    if kind not in TASK_TYPES:
-        wrong = f"is of type {kind!r}, which is none of {', '.join(TASK_TYPES)}"
+    if kind not in COLUMNS:
+        wrong = f"is of type {kind!r}, which is none of {', '.join(COLUMNS)}"
     elif not isinstance(uri, str) or not (root / uri).resolve().is_relative_to(root):
         wrong = f"names the file {uri!r}, which is not one under {DATA}"
     elif type(shots) is not int or shots < 0:
@@ -219,16 +215,16 @@ def _parse_task(entry: Any, directory: Path, baselines: dict[str, float]) -> Cor
 def _read_baselines(path: Path) -> dict[str, float]:
     """Return the accuracy of guessing by label."""
     baselines = {}
-    for row in csv.DictReader(io.StringIO(_read(path))):
+    for where, row in iter_rows(path):
         label, percent = row.get("Eval Task"), row.get("Random baseline")
         if label is None or percent is None:
             raise DataError(f"{path} must have the columns 'Eval Task' and 'Random baseline'")
         try:
             baselines[label] = float(percent) / 100
         except ValueError as error:
-            raise DataError(f"{path}: {label} has the baseline {percent!r}, no number") from error
+            raise DataError(f"{where}: {label} has the baseline {percent!r}, no number") from error
         if not 0 <= baselines[label] < 1:
-            raise DataError(f"{path}: {label} has the baseline {percent} %; it must be under 100")
+            raise DataError(f"{where}: {label} has the baseline {percent} %; it must be under 100")
     return baselines
 
 
@@ -270,10 +266,3 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     if strange := [text for text in texts if not isinstance(text, str)]:
         raise TypeError(f"{name} has {strange[0]!r}, which is no text")
     return tuple(texts)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} ({error}): get the whole bundle again") from error

@@ -89,12 +89,9 @@ class CoreEvaluation:
             DataError: a task's file is missing or broken.
         """
         kept = kept or PartialResults(None, {})
-        tasks = self.bundle.tasks
-        flags = [self.ranks.rank == 0 and task.label in kept.tasks for task in tasks]
-        known = self.ranks.sum(torch.tensor(flags, dtype=torch.float64))
-        results = []
-        for task, is_known in zip(tasks, known.tolist(), strict=True):
-            if not is_known:
+        known, results = self.ranks.gather(list(kept.tasks))[0], []
+        for task in self.bundle.tasks:
+            if task.label not in known:
                 kept.add(self._run_task(model, task, on_progress))
             if task.label in kept.tasks:  # rank 0 has all
                 results.append(kept.tasks[task.label])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -102,13 +103,12 @@ class PartialResults:
         self._path, self._key = path, json.loads(json.dumps(key))
         self.tasks: dict[str, CoreTaskResult] = {}
         """By label."""
-        try:
+        # A missing, broken or foreign file is replaced.
+        with suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(path.read_bytes() if path else b"{}")
             if content["key"] == self._key:
                 found = [CoreTaskResult.from_json(value) for value in content["tasks"]]
                 self.tasks = {task.label: task for task in found}
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # a missing, broken or foreign file is replaced
 
     def add(self, result: CoreTaskResult) -> None:
         """Keep one more task."""

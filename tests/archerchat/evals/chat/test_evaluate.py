@@ -13,8 +13,14 @@ from archerchat.errors import DataError
 from archerchat.evals.chat import choose_letters, letter_token
 from archerchat.model.config import ModelConfig
 from archerchat.model.transformer import Transformer
+from archerchat.tasks.conversation import Conversation, assistant, user
+from archerchat.tokenizer.chat_format import render_for_completion
 
 LETTERS = ("A", "B", "C", "D", "E")
+
+
+def question(text: str, letters: tuple[str, ...]) -> Conversation:
+    return {"messages": [user(text), assistant(letters[0])], "letters": letters}
 
 
 @pytest.fixture
@@ -27,22 +33,22 @@ def test_batches_choose_what_single_prompts_choose(tokenizer: Any) -> None:
     model.init_weights(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.manual_seed(1)))
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.manual_seed(1)))
     random = Random(0)
-    prompts = [
-        [random.randrange(256) for _ in range(random.choice((3, 17, 18, 40, 90)))]
-        for _ in range(40)
+    questions = [
+        question("".join(random.choices("abcdefgh ", k=length)), LETTERS[: random.randint(2, 5)])
+        for length in random.choices((1, 17, 18, 40, 90), k=40)
     ]
-    letters = [LETTERS[: random.randint(2, 5)] for _ in prompts]
     expected = []
-    for prompt, choices in zip(prompts, letters, strict=True):
+    for each in questions:
+        prompt = render_for_completion(tokenizer, each)
         logits = model(torch.tensor([prompt]))[0, -1].detach()
-        expected.append(max(choices, key=lambda letter: float(logits[ord(letter)])))
+        expected.append(max(each["letters"], key=lambda letter: float(logits[ord(letter)])))
     steps: list[int] = []
-    assert choose_letters(model, tokenizer, prompts, letters, steps.append) == expected
+    assert choose_letters(model, tokenizer, questions, steps.append) == expected
     assert len(set(expected)) > 2
-    assert 1 < len(steps) < len(prompts)
-    assert steps[-1] == len(prompts)
+    assert 1 < len(steps) < len(questions)
+    assert steps[-1] == len(questions)
 
 
 def test_the_first_of_equal_letters_is_taken(tokenizer: Any) -> None:
@@ -50,7 +56,7 @@ def test_the_first_of_equal_letters_is_taken(tokenizer: Any) -> None:
     model.init_weights(0)
     with torch.no_grad():
         model.unembedding.weight.zero_()
-    assert choose_letters(model, tokenizer, [[1]], [("C", "B")]) == ["C"]
+    assert choose_letters(model, tokenizer, [question("a", ("C", "B"))]) == ["C"]
 
 
 def test_a_letter_is_one_token(tokenizer: Any) -> None:

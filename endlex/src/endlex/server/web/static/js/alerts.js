@@ -11,8 +11,9 @@ export class AlertBanner {
   }
 
   refresh = reporting(async () => {
+    const turn = (this.turn = {});
     const { alerts } = await this.source.alerts(this.run);
-    replaceContent(this.root, alerts.map((alert) => this.item(alert)));
+    if (turn === this.turn) replaceContent(this.root, alerts.map((alert) => this.item(alert)));
   });
 
   item(alert) {
@@ -21,14 +22,10 @@ export class AlertBanner {
       await request(`/alerts/${encodeURIComponent(alert.id)}/dismiss`, { method: "POST" });
       note.remove();
     });
-    const note = el(
-      "div",
-      { class: "alert", role: "alert", data: { kind: alert.kind } },
-      el("strong", {}, alert.kind),
-      el("span", { class: "alert-text" }, alert.message),
-      el("time", { class: "quiet", title: formatDate(when) }, formatAgo(when)),
-      this.source.live && el("button", { type: "button", class: "link", onclick: dismiss }, "Dismiss"),
-    );
+    const time = el("time", { class: "quiet", title: formatDate(when) }, formatAgo(when));
+    const close = this.source.live && el("button", { type: "button", class: "link", onclick: dismiss }, "Dismiss");
+    const text = [el("strong", {}, alert.kind), el("span", { class: "alert-text" }, alert.message)];
+    const note = el("div", { class: "alert", role: "alert", data: { kind: alert.kind } }, text, time, close);
     return note;
   }
 }

@@ -99,13 +99,9 @@ class ComparePage {
       oninput: debounce(() => this.suggest(words), 150),
       onchange: () => this.add(this.adding.value),
     });
-    replaceContent(
-      this.legend,
-      el("div", { class: "legend-head" }, el("strong", {}, `${this.runs.length} runs`), all),
-      this.adding,
-      words,
-      el("ul", {}, this.runs.map((run) => this.legendItem(run))),
-    );
+    const head = el("div", { class: "legend-head" }, el("strong", {}, `${this.runs.length} runs`), all);
+    const items = el("ul", {}, this.runs.map((run) => this.legendItem(run)));
+    replaceContent(this.legend, head, this.adding, words, items);
   }
 
   legendItem(run) {
@@ -133,6 +129,7 @@ class ComparePage {
   async suggest(words) {
     const text = this.adding.value.trim();
     const { runs } = await this.source.runs({ q: text && `"${text.replaceAll('"', "")}"`, limit: 20, column: ["-"] }).catch(() => ({ runs: [] }));
+    if (text !== this.adding.value.trim()) return; // there is another question by now
     this.found = runs.filter((run) => !this.ids.includes(run.run));
     replaceContent(words, this.found.map((run) => el("option", { value: run.run }, `${run.project} / ${run.name}`)));
   }
@@ -186,7 +183,9 @@ class ComparePage {
     Object.assign(this, changes);
     writeAddress({ sort: this.sort, baseline: this.baseline, columns: this.chosen?.join("~") });
     if (!this.names) await this.fetch(this.ids, { names: "true", column: ["-"] });
-    this.renderTable(await this.fetch(this.ids, { column: valueColumns(this.columns).concat("-"), names: "true", sort: this.sort }));
+    const turn = (this.turn = {});
+    const runs = await this.fetch(this.ids, { column: valueColumns(this.columns).concat("-"), names: "true", sort: this.sort });
+    if (turn === this.turn) this.renderTable(runs); // else another sort or column was chosen meanwhile
   });
 
   renderTable(runs) {

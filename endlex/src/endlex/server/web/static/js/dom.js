@@ -31,14 +31,9 @@ export function replaceContent(element, ...children) {
 export function toast(text, { action, onaction, error = false, seconds = 8 } = {}) {
   const box = document.getElementById("toasts");
   const close = () => note.remove();
-  const note = el(
-    "div",
-    { class: error ? "toast toast-error" : "toast" },
-    el("span", {}, text),
-    action &&
-      el("button", { type: "button", class: "link", onclick: () => (close(), onaction()) }, action),
-    el("button", { type: "button", class: "icon-button", "aria-label": "Dismiss", onclick: close }, "✕"),
-  );
+  const act = action && el("button", { type: "button", class: "link", onclick: () => (close(), onaction()) }, action);
+  const dismiss = el("button", { type: "button", class: "icon-button", "aria-label": "Dismiss", onclick: close }, "✕");
+  const note = el("div", { class: error ? "toast toast-error" : "toast" }, el("span", {}, text), act, dismiss);
   box.append(note);
   while (box.children.length > 4) box.firstChild.remove();
   setTimeout(close, seconds * 1000);

@@ -43,11 +43,8 @@ class StepViewer {
     this.slider.max = String(Math.max(0, this.steps.length - 1));
     this.slider.value = String(Math.max(0, this.steps.indexOf(this.step)));
     const names = [...new Set(this.records.map((record) => record.name))].sort(compareText);
-    replaceContent(
-      this.names,
-      el("option", { value: "" }, `all ${names.length} ${this.what}`),
-      names.map((name) => el("option", { value: name, selected: name === this.name }, name)),
-    );
+    const options = names.map((name) => el("option", { value: name, selected: name === this.name }, name));
+    replaceContent(this.names, el("option", { value: "" }, `all ${names.length} ${this.what}`), options);
   }
 
   moved() {

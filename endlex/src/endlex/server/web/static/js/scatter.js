@@ -60,12 +60,15 @@ class KeysView {
     const [config, metrics] = [differingKeys(page.names), bestFirst(page.names)];
     this.all = [...config.map((key) => `config.${key}`), ...metrics.flatMap((name) => [name, (isMoreBetter(name) ? "max:" : "min:") + name])];
     this.keys = (this.chosen || this.first(config, metrics)).filter((key) => this.all.includes(key));
-    this.runs = await page.fetch(page.ids, { column: [...this.keys, "-"] });
+    const { keys } = this;
+    const runs = await page.fetch(page.ids, { column: [...keys, "-"] });
+    if (keys !== this.keys) return; // others were chosen meanwhile
+    this.runs = runs;
     this.draw();
   });
 
   choose(keys) {
-    this.chosen = keys;
+    this.chosen = this.keys = keys;
     remember(`${this.name}.keys`, keys);
     this.refresh();
   }
@@ -98,7 +101,7 @@ export class ScatterView extends KeysView {
   draw() {
     const [x, y] = this.keys;
     const log = el("input", { type: "checkbox", checked: this.log, onchange: () => (remember("scatter.log", (this.log = log.checked)), this.draw()) });
-    replaceContent(this.controls, this.select("x", x, (key) => this.choose([key, y])), this.select("y", y, (key) => this.choose([x, key])), el("label", { class: "field" }, log, "log"));
+    replaceContent(this.controls, this.select("x", x, (key) => this.choose([key, this.keys[1]])), this.select("y", y, (key) => this.choose([this.keys[0], key])), el("label", { class: "field" }, log, "log"));
     const runs = this.usable();
     if (!x || !y || !runs.length) return replaceContent(this.picture, el("p", { class: "quiet pad" }, "No run has both."));
     const [across, up] = this.keys.map((key) => new Scale(runs.map((run) => run.values[key]), this.log));
@@ -122,8 +125,8 @@ export class ParallelView extends KeysView {
 
   draw() {
     const { keys } = this;
-    const chips = keys.map((key) => el("button", { type: "button", class: "tag", title: "Take away", onclick: () => this.choose(keys.filter((other) => other !== key)) }, `${configKey(key)} ✕`));
-    replaceContent(this.controls, chips, this.select("add", "", (key) => key && this.choose([...keys.filter((other) => other !== key), key]), "axis…"));
+    const chips = keys.map((key) => el("button", { type: "button", class: "tag", title: "Take away", onclick: () => this.choose(this.keys.filter((other) => other !== key)) }, `${configKey(key)} ✕`));
+    replaceContent(this.controls, chips, this.select("add", "", (key) => key && this.choose([...this.keys.filter((other) => other !== key), key]), "axis…"));
     const runs = this.usable();
     if (keys.length < 2 || !runs.length) return replaceContent(this.picture, el("p", { class: "quiet pad" }, "Add axes that some runs have values of."));
     const scales = keys.map((key) => new Scale(runs.map((run) => run.values[key]), false));
