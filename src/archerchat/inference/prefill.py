@@ -59,7 +59,7 @@ class PromptLayer:
 
 @dataclass(frozen=True, eq=False)
 class Prefilled:
-    """A batch of prompts that have run, after `shared` where that is given."""
+    """A batch of prompts that have run after `start` tokens that they share."""
 
     model: Transformer
     lengths: Sequence[int]
@@ -68,7 +68,7 @@ class Prefilled:
     embedded: Tensor
     """(B, T, C), the normalised embeddings."""
     layers: Sequence[PromptLayer]
-    shared: Prefix | None
+    start: int
 
     @cached_property
     @torch.no_grad()
@@ -81,9 +81,9 @@ class Prefilled:
     def prefix(self, row: int) -> Prefix:
         """Return what a continuation of a row needs, the shared prefix included."""
         count = self.lengths[row]
-        length = count + (self.shared.length if self.shared else 0)
         layers = tuple(layer.kept(row, count) for layer in self.layers)
-        return Prefix(length, layers, self.embedded[row, count - 1], self.last_logits[row])
+        embedded, logits = self.embedded[row, count - 1], self.last_logits[row]
+        return Prefix(self.start + count, layers, embedded, logits)
 
 
 @torch.no_grad()
@@ -97,17 +97,16 @@ def prefill(
     padded = [[*row, *[0] * (width - len(row))] for row in rows]
     token_ids = torch.tensor(padded).to(model.device, non_blocking=True)
     embedded = norm(model.token_embedding(token_ids).to(model.compute_dtype))
-    start, first = 0, torch.zeros_like(embedded[:, :1])
-    if shared:
-        start, first = shared.length, shared.previous.expand(len(rows), 1, -1)
+    start = shared.length if shared else 0
+    first = shared.previous if shared else embedded.new_zeros(embedded.size(2))
     layers = [
         PromptLayer(window, model.backend, shared.layers[i] if shared else None)
         for i, window in enumerate(model.config.windows)
     ]
-    previous = torch.cat([first, embedded[:, :-1]], dim=1)
+    previous = torch.cat([first.expand(len(rows), 1, -1), embedded[:, :-1]], dim=1)
     positions = torch.arange(start, start + width, device=model.device)
     hidden = model.hidden(token_ids, before=Before(positions, previous, layers))
-    return Prefilled(model, lengths, hidden, embedded, layers, shared)
+    return Prefilled(model, lengths, hidden, embedded, layers, start)
 
 
 @torch.no_grad()
